@@ -1,0 +1,55 @@
+"""The errors a user can meet, each with the exit code its command ends with."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work: the message names the field, the value, the rule and the remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration file, an override or a command line cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data set is missing, empty, damaged beyond the stated fraction, or has nothing to learn from."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """A model folder or file is missing, unreadable, of an unsupported kind, or unsafe to read."""
+
+    exit_code = 4
+
+
+class MismatchError(ModelError):
+    """Teacher and student cannot work together: tokenizer, vocabulary or shapes differ."""
+
+    exit_code = 4
+
+
+class FitError(UserError):
+    """The run does not fit the device memory or the disk."""
+
+    exit_code = 5
+
+
+class CorruptCheckpointError(UserError):
+    """No checkpoint of a run can be read back."""
+
+    exit_code = 6
+
+
+class DivergedError(UserError):
+    """Training produced non-finite numbers too many times in a row and gave up."""
+
+    exit_code = 7
+
+
+class StorageError(UserError):
+    """A file or folder cannot be written."""
+
+    exit_code = 9

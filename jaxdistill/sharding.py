@@ -1,0 +1,126 @@
+"""The mesh, and the one table from logical axes to mesh axes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxdistill.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH_AXES = ("data", "fsdp")
+
+MeshAxes = str | tuple[str, ...] | None
+
+# Parameters name the first block, activations the second. Two dims of one array never land on the
+# same mesh axis, because no array has two of "embed", or two of "heads, kv_heads, mlp, vocab".
+RULES: Mapping[str, MeshAxes] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "layers": None,
+    "batch": BATCH_AXES,
+    "length": "context",
+    "act_embed": None,
+    "act_mlp": "tensor",
+    "act_heads": "tensor",
+}
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    context: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The device mesh with axes data, fsdp, tensor and context; one size may be -1: all that is left.
+
+    Raises:
+      ConfigError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
+    shown = ", ".join(f"{axis}: {size}" for axis, size in sizes.items())
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
+    if wrong or len(open_axes) > 1:
+        raise ConfigError(
+            f"mesh: {{{shown}}}: every size must be at least 1, and at most one may be -1 (the rest "
+            "of the devices)"
+        )
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        sizes[open_axes[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh: {{{shown}}} does not divide the {len(devices)} devices: the sizes must multiply "
+            "to the number of devices; set one of them to -1 to let it follow"
+        )
+    shape = tuple(sizes.values())
+    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours on the fast axes where the hardware tells."""
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(shape)
+    from jax.experimental import mesh_utils
+
+    return mesh_utils.create_device_mesh(shape, devices=devices)
+
+
+def spec(
+    logical: Sequence[str | None],
+    shape: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, MeshAxes] = RULES,
+) -> PartitionSpec:
+    """The PartitionSpec of one array; with shape and mesh, dims that do not divide stay whole."""
+    entries: list[MeshAxes] = []
+    for dim, name in enumerate(logical):
+        axes = None if name is None else rules[name]
+        if axes is not None and shape is not None and mesh is not None:
+            names = (axes,) if isinstance(axes, str) else axes
+            if shape[dim] % math.prod(mesh.shape[axis] for axis in names):
+                axes = None
+        entries.append(axes)
+    used = [axis for entry in entries if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    assert len(used) == len(set(used)), f"{tuple(logical)} puts two dims on one mesh axis: {entries}"
+    return PartitionSpec(*entries)
+
+
+def shardings(
+    mesh: Mesh, logical_axes: Any, shapes: Any, rules: Mapping[str, MeshAxes] = RULES
+) -> Any:
+    """A tree of NamedSharding for a tree of logical axes and its tree of shapes."""
+    return jax.tree.map(
+        lambda shape, axes: NamedSharding(mesh, spec(axes, shape.shape, mesh, rules)),
+        shapes,
+        logical_axes,
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How [B, L] batches lie on the mesh: rows over data and fsdp, length over context."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(
+    array: jax.Array, logical: Sequence[str | None], rules: Mapping[str, MeshAxes] = RULES
+) -> jax.Array:
+    """Pins an activation to the table's layout; without a mesh in context it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or set(AXES) - set(mesh.axis_names):
+        return array
+    return jax.lax.with_sharding_constraint(array, spec(logical, array.shape, mesh, rules))

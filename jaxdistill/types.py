@@ -1,0 +1,95 @@
+"""The words of the library, Batch, Outputs, TeacherSignal and Mean, and the legend of array axes.
+
+Array axes ("dim") are named by one letter wherever a name carries its shape:
+
+    B batch      L length      N tokens (B * L)      V vocabulary      D embed         F mlp
+    H query heads      G key/value heads      E head dim      K kept teacher entries      S samples
+
+T is temperature, never an axis. "axis" always means an axis of the device mesh.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+# `no_type_check` keeps run-time shape checkers out of `__init__`: scan, eval_shape and sharding
+# trees rebuild these carriers with stacked arrays, shapes or specs in place of the arrays.
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One batch of token rows, several documents packed into a row.
+
+    Attributes:
+      tokens: int32 [B, L], what the model reads.
+      targets: int32 [B, L], already shifted: `targets[b, i]` is the token that position i predicts.
+      mask: bool [B, L], True where that prediction counts in the loss.
+      positions: int32 [B, L], restarting at 0 in every document.
+      segment_ids: int32 [B, L], 1, 2, ... per document within the row; 0 is padding.
+    """
+
+    tokens: Array
+    targets: Array
+    mask: Array
+    positions: Array
+    segment_ids: Array
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a model returns: hidden states and its head, never logits.
+
+    Attributes:
+      hidden: [B, L, D], after the final norm.
+      head: [V, D], the rows that turn hidden states into logits.
+      head_bias: [V] or None.
+      taps: hidden states of chosen layers by name, or None.
+    """
+
+    hidden: Array
+    head: Array
+    head_bias: Array | None = None
+    taps: typing.Any = None
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about a batch; every array is a constant to the gradient.
+
+    Attributes:
+      outputs: the online teacher's hidden states and head, or None when there is no teacher.
+    """
+
+    outputs: Outputs | None = None
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean kept as its sum and its count, so that parts of any size can be added.
+
+    Attributes:
+      total: sum over the counted entries.
+      count: how many entries were counted.
+    """
+
+    total: Array
+    count: Array
+
+    @property
+    def value(self) -> Array:
+        """total / count, and 0 where nothing was counted."""
+        empty = self.count == 0
+        return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.count))
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
