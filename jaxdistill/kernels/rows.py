@@ -1,0 +1,206 @@
+"""The table of divergences: per vocabulary entry a value and its derivatives by log q and log p.
+
+A divergence of a student q = softmax(u) from a teacher p = softmax(w) is D = sum_v value_v. With
+g_v = d value_v / d log q_v and h_v = d value_v / d log p_v, its gradients by the logits are
+
+    dD/du = g - q * sum(g)        dD/dw = h - p * sum(h)
+
+so one kernel template serves every row. All functions are elementwise on arrays of one shape, keep
+their dtype, take -inf for an impossible entry, and never return NaN for 0 * log 0 or 0 * inf.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdistill.errors import ConfigError
+
+Elementwise = Callable[[Array, Array], Array]
+Parameter = Any  # a Python float, or a traced scalar
+
+
+class Row(NamedTuple):
+    """One divergence, entry by entry; every function takes (log_p, log_q): teacher, then student.
+
+    Attributes:
+      value: the entry's share of the divergence.
+      dlogq: its derivative by the student's log-probability.
+      dlogp: its derivative by the teacher's log-probability.
+    """
+
+    value: Elementwise
+    dlogq: Elementwise
+    dlogp: Elementwise
+
+
+def _check_unit(name: str, value: Parameter) -> None:
+    """Python numbers must lie in [0, 1]; a traced value cannot be looked at."""
+    if isinstance(value, int | float) and not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} = {value}: must be in [0, 1], for it weighs two distributions")
+
+
+def _log(x: Parameter) -> Parameter:
+    """log x with log 0 = -inf; Python numbers stay Python numbers, a literal to a kernel."""
+    if isinstance(x, int | float):
+        return math.log(x) if x > 0 else -math.inf
+    return jnp.log(x)
+
+
+def _times(probability: Array, factor: Array) -> Array:
+    """probability * factor with 0 * anything = 0, also 0 * inf and 0 * NaN."""
+    return jnp.where(probability > 0, probability * factor, 0.0)
+
+
+def _weighted(weight: Parameter, array: Array) -> Array:
+    """weight * array, where a weight of 0 switches off even an infinite array."""
+    return jnp.where(weight == 0, 0.0, weight * array)
+
+
+def _log_mix(log_weight_p: Parameter, log_p: Array, log_weight_q: Parameter, log_q: Array) -> Array:
+    """log(weight_p * p + weight_q * q), -inf where both are."""
+    a, b = log_weight_p + log_p, log_weight_q + log_q
+    top = jnp.maximum(a, b)
+    gap = jnp.where(top == -jnp.inf, 0.0, a - b)
+    return top + jnp.log1p(jnp.exp(-jnp.abs(gap)))
+
+
+def _share(log_part: Array, log_mix: Array) -> Array:
+    """part / mix in [0, 1], and 0 where the mixture is empty."""
+    return jnp.where(log_mix == -jnp.inf, 0.0, jnp.exp(log_part - log_mix))
+
+
+# KL(p || q): the value is p (log p - log q).
+FORWARD_KL = Row(
+    value=lambda log_p, log_q: _times(jnp.exp(log_p), log_p - log_q),
+    dlogq=lambda log_p, log_q: -jnp.exp(log_p),
+    dlogp=lambda log_p, log_q: _times(jnp.exp(log_p), log_p - log_q + 1.0),
+)
+
+# KL(q || p): the forward row with the roles exchanged.
+REVERSE_KL = Row(
+    value=lambda log_p, log_q: FORWARD_KL.value(log_q, log_p),
+    dlogq=lambda log_p, log_q: FORWARD_KL.dlogp(log_q, log_p),
+    dlogp=lambda log_p, log_q: FORWARD_KL.dlogq(log_q, log_p),
+)
+
+# 1/2 |p - q|.
+TOTAL_VARIATION = Row(
+    value=lambda log_p, log_q: 0.5 * jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)),
+    dlogq=lambda log_p, log_q: 0.5 * jnp.exp(log_q) * jnp.sign(jnp.exp(log_q) - jnp.exp(log_p)),
+    dlogp=lambda log_p, log_q: 0.5 * jnp.exp(log_p) * jnp.sign(jnp.exp(log_p) - jnp.exp(log_q)),
+)
+
+
+def symmetric_kl(weight: Parameter = 0.5) -> Row:
+    """(1 - weight) KL(p || q) + weight KL(q || p)."""
+    _check_unit("weight", weight)
+
+    def blend(forward: Elementwise, reverse: Elementwise) -> Elementwise:
+        return lambda log_p, log_q: (
+            _weighted(1.0 - weight, forward(log_p, log_q))
+            + _weighted(weight, reverse(log_p, log_q))
+        )
+
+    return Row(*(blend(f, r) for f, r in zip(FORWARD_KL, REVERSE_KL, strict=True)))
+
+
+def generalized_jsd(beta: Parameter = 0.5) -> Row:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    At beta 0 it is KL(p || q) and at beta 1 KL(q || p), the values GKD's users expect there. They
+    are the limits of D / beta and D / (1 - beta); D itself goes to 0, so D jumps at both ends.
+    """
+    _check_unit("beta", beta)
+    if isinstance(beta, int | float):
+        return FORWARD_KL if beta == 0 else REVERSE_KL if beta == 1 else _mixed_jsd(beta)
+    # A traced beta on an endpoint is moved inside, so that the branch not taken stays finite.
+    inside = _mixed_jsd(jnp.where((beta == 0) | (beta == 1), 0.5, beta))
+
+    def select(forward: Elementwise, reverse: Elementwise, mixed: Elementwise) -> Elementwise:
+        return lambda log_p, log_q: jnp.where(
+            beta == 0,
+            forward(log_p, log_q),
+            jnp.where(beta == 1, reverse(log_p, log_q), mixed(log_p, log_q)),
+        )
+
+    return Row(*map(select, FORWARD_KL, REVERSE_KL, inside))
+
+
+def _mixed_jsd(beta: Parameter) -> Row:
+    """The generalised JSD for beta strictly inside (0, 1)."""
+
+    def log_m(log_p: Array, log_q: Array) -> Array:
+        return _log_mix(_log(beta), log_p, _log(1.0 - beta), log_q)
+
+    def dlogq(log_p: Array, log_q: Array) -> Array:
+        return (1.0 - beta) * _times(jnp.exp(log_q), log_q - log_m(log_p, log_q))
+
+    def dlogp(log_p: Array, log_q: Array) -> Array:
+        return beta * _times(jnp.exp(log_p), log_p - log_m(log_p, log_q))
+
+    def value(log_p: Array, log_q: Array) -> Array:
+        return dlogp(log_p, log_q) + dlogq(log_p, log_q)
+
+    return Row(value, dlogq, dlogp)
+
+
+def skew_forward_kl(skew: Parameter = 0.1) -> Row:
+    """KL(p || skew p + (1 - skew) q)."""
+    _check_unit("skew", skew)
+
+    def log_m(log_p: Array, log_q: Array) -> Array:
+        return _log_mix(_log(skew), log_p, _log(1.0 - skew), log_q)
+
+    def student_share(log_p: Array, log_q: Array) -> Array:
+        return _share(_log(1.0 - skew) + log_q, log_m(log_p, log_q))
+
+    def value(log_p: Array, log_q: Array) -> Array:
+        return _times(jnp.exp(log_p), log_p - log_m(log_p, log_q))
+
+    def dlogq(log_p: Array, log_q: Array) -> Array:
+        return -jnp.exp(log_p) * student_share(log_p, log_q)
+
+    def dlogp(log_p: Array, log_q: Array) -> Array:
+        # p (log p - log m + 1 - skew p / m), and 1 - skew p / m is the student's share of m.
+        return _times(jnp.exp(log_p), log_p - log_m(log_p, log_q) + student_share(log_p, log_q))
+
+    return Row(value, dlogq, dlogp)
+
+
+def skew_reverse_kl(skew: Parameter = 0.1) -> Row:
+    """KL(q || (1 - skew) p + skew q), with the gradient through q in both places."""
+    mirrored = skew_forward_kl(skew)
+    return Row(
+        value=lambda log_p, log_q: mirrored.value(log_q, log_p),
+        dlogq=lambda log_p, log_q: mirrored.dlogp(log_q, log_p),
+        dlogp=lambda log_p, log_q: mirrored.dlogq(log_q, log_p),
+    )
+
+
+# kind -> the function that makes its row from the kind's parameters.
+KINDS: Mapping[str, Callable[..., Row]] = {
+    "forward_kl": lambda: FORWARD_KL,
+    "reverse_kl": lambda: REVERSE_KL,
+    "symmetric_kl": symmetric_kl,
+    "generalized_jsd": generalized_jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": lambda: TOTAL_VARIATION,
+}
+
+
+def make(kind: str, *parameters: Parameter) -> Row:
+    """The row of a kind by name: make("forward_kl"), make("generalized_jsd", 0.5).
+
+    Raises:
+      ConfigError: if there is no such kind; the message lists the kinds.
+    """
+    if kind not in KINDS:
+        close = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise ConfigError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}{hint}")
+    return KINDS[kind](*parameters)

@@ -1,0 +1,68 @@
+"""Settings of every test: eight virtual CPU devices, strict ranks, no network, shared fixtures."""
+
+import os
+
+# Before JAX is imported: it reads these once. An outer setting wins, so that the suite can be
+# pointed at another platform by hand.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+if _DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES_FLAG}=8".strip()
+
+import hashlib
+import pathlib
+import platform
+
+import hypothesis
+import jax
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _machine() -> str:
+    """A short name of this processor: compiled code must not travel to another one."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    text = f"{platform.machine()} {platform.processor()} {features}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _compilation_cache() -> str:
+    """A folder for compiled programs that only this user can write: it holds executable code."""
+    folder = REPOSITORY / ".cache" / "jax" / f"{jax.__version__}-{_machine()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (REPOSITORY / ".cache").chmod(0o700)
+    return str(folder)
+
+
+jax.config.update("jax_compilation_cache_dir", _compilation_cache())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples on every machine; a slow first compilation is no failure.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def mesh8() -> jax.sharding.Mesh:
+    """Eight devices as data 2, fsdp 2, tensor 2, context 1."""
+    from jaxdistill import sharding
+
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+
+
+@pytest.fixture(scope="session")
+def reference_data() -> pathlib.Path:
+    """The folder of public data sets beside the checkout (or $JAXDISTILL_DATA); skips without it."""
+    folder = pathlib.Path(os.environ.get("JAXDISTILL_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}; set JAXDISTILL_DATA to their folder")
+    return folder
