@@ -1,0 +1,115 @@
+"""Rotary position embedding and its length-extension variants: default, linear, llama3, yarn."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions turn into angles.
+
+    Attributes:
+      theta: base of the geometric series of wavelengths.
+      kind: one of `ROPE_KINDS`.
+      factor: how many times the context was stretched; 1 for kind "default".
+      original_max_positions: context length before stretching (llama3 and yarn).
+      low_freq_factor, high_freq_factor: llama3's band between "stretched" and "left alone".
+      beta_fast, beta_slow: yarn's band, in turns per original context.
+      attention_factor: yarn's multiplier of cos and sin; None derives it from `factor` (and from
+        `mscale`, `mscale_all_dim` where both are given).
+      truncate: yarn rounds its band to whole dims.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angle per position for each pair of dims, and the multiplier of cos and sin.
+
+        default: f_j = theta ** (-2 j / head_dim),   j = 0 .. head_dim / 2 - 1
+
+    Returns:
+      float32 [head_dim / 2] and a float (1 except for yarn).
+
+    Reference: RoFormer, Su et al. 2021, arXiv 2104.09864; YaRN, Peng et al. 2023, arXiv 2309.00071
+    (section 3); llama3 as in the Llama 3.1 model card's code.
+    """
+    plain = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "default":
+        return plain.astype(np.float32), 1.0
+    if rope.kind == "linear":
+        return (plain / rope.factor).astype(np.float32), 1.0
+    if rope.kind == "llama3":
+        return _llama3(rope, plain).astype(np.float32), 1.0
+    assert rope.kind == "yarn", rope.kind
+    return _yarn(rope, plain, head_dim).astype(np.float32), _yarn_attention_factor(rope)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    turns = rope.original_max_positions * plain / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * plain / rope.factor + keep * plain
+
+
+def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+    """Stretched and plain frequencies blended by a ramp over the dims between two turn counts."""
+
+    def dim_of(turns: float) -> float:
+        span = rope.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = (high - low) or 0.001
+    stretch = np.clip((np.arange(head_dim // 2) - low) / width, 0.0, 1.0)
+    return plain / rope.factor * stretch + plain * (1 - stretch)
+
+
+def _yarn_attention_factor(rope: Rope) -> float:
+    """The published 0.1 ln(factor) + 1, or the quotient of two of them where a model gives both."""
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return magnitude(1.0)
+
+
+def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every angle, float32 [B, L, 1, head_dim / 2]; computed once for all layers."""
+    step, multiplier = frequencies(rope, head_dim)
+    angles = positions.astype(jnp.float32)[..., None, None] * step.reshape(
+        (1,) * (positions.ndim + 1) + (-1,)
+    )
+    return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
+
+
+def rotate(x_BLHE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns dim j together with dim j + head_dim / 2 (the Hugging Face pairing), in float32."""
+    first, second = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return turned.astype(x_BLHE.dtype)
