@@ -1,0 +1,193 @@
+"""What a key means, which keys exist, and which one was probably meant."""
+
+import difflib
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from jaxdistill.config.schema import Config
+from jaxdistill.config.syntax import shown
+from jaxdistill.errors import ConfigError
+
+Schema = dict[str, Any]
+
+
+@functools.cache
+def json_schema() -> Schema:
+    """The JSON schema of a configuration file, for editors."""
+    return Config.model_json_schema()
+
+
+def explain(key: str) -> str:
+    """Description, type, range and default of a key such as `method.alpha`; "" lists everything.
+
+    Raises:
+      ConfigError: if there is no such key.
+    """
+    path = tuple(part for part in key.split(".") if part)
+    found = [json_schema()]
+    for depth, part in enumerate(path):
+        below = _step(found, part)
+        if not below:
+            hint = suggest(path[:depth], part)
+            raise ConfigError(f"{shown(part)}: no such key{'; ' + hint if hint else ''}")
+        found = below
+    return "\n\n".join(_describe(".".join(path), schema) for schema in found)
+
+
+def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
+    """`did you mean "x"?` for an unknown key of a section, or "" when nothing is near.
+
+    Args:
+      section: path of the section that holds the key.
+      key: the unknown key.
+      given: what the section holds, a mapping: its `name` tells the method, and keys it already
+        has are less likely to be meant.
+    """
+    given = given if isinstance(given, dict) else {}
+    nodes = [json_schema()]
+    for part in section:
+        nodes = _step(nodes, part)
+    nodes = [node for node in nodes if _named(node) in (None, given.get("name"))] or nodes
+    names = {name for node in nodes for name in node.get("properties", {})}
+    best = nearest(key, names, given)
+    if best is None:
+        homes = [path for path in _leaves([json_schema()]) if path[-1] == key]
+        best = ".".join(homes[0]) if len(homes) == 1 else None
+    return f'did you mean "{best}"?' if best else ""
+
+
+def nearest(word: str, names: Collection[str], taken: Collection[str] = ()) -> str | None:
+    """The name that is fewest edits away, if those are at most a third of its letters."""
+    if len(word) > 64:
+        return None
+    similar = difflib.SequenceMatcher(b=word)
+
+    def rank(name: str) -> tuple[float, bool, float]:
+        similar.set_seq1(name)
+        return _edits(word, name), name in taken, -similar.ratio()
+
+    best = min(names, key=rank, default=None)
+    if best is None or _edits(word, best) > max(1, len(best) // 3):
+        return None
+    return best
+
+
+def _edits(left: str, right: str) -> int:
+    """Insertions, deletions, substitutions and swaps of neighbours between two words."""
+    left, right = left.lower(), right.lower()
+    previous: list[int] = []
+    current = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        older, previous, current = previous, current, [i]
+        for j, b in enumerate(right, 1):
+            cost = min(previous[j] + 1, current[j - 1] + 1, previous[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == right[j - 2] and b == left[i - 2]:
+                cost = min(cost, older[j - 2] + 1)
+            current.append(cost)
+    return current[-1]
+
+
+def _step(nodes: Sequence[Schema], part: str | int) -> list[Schema]:
+    """The schemas one key or index below; a name below a list means that of its items."""
+    below: list[Schema] = []
+    for node in nodes:
+        properties = node.get("properties", {})
+        if part in properties:
+            below += _alternatives(properties[part])
+        elif "items" in node:
+            items = _alternatives(node["items"])
+            below += items if str(part).isdigit() else _step(items, part)
+    return [node for i, node in enumerate(below) if node not in below[:i]]
+
+
+def _alternatives(node: Schema) -> list[Schema]:
+    """A schema with references resolved, split into its alternatives if they are sections."""
+    reference = node.get("$ref")
+    if reference:
+        target = json_schema()["$defs"][reference.rpartition("/")[2]]
+        node = {**target, **{name: value for name, value in node.items() if name != "$ref"}}
+    options = node.get("anyOf") or node.get("oneOf")
+    if not options:
+        return [node]
+    parts = [part for option in options for part in _alternatives(option)]
+    sections = [part for part in parts if "properties" in part]
+    outer = {name: node[name] for name in ("default", "description") if name in node}
+    scalars = [{**outer, "options": options}] if len(sections) < len(parts) else []
+    if scalars and [part for part in parts if "items" in part]:
+        scalars = [{**part, **outer} for part in parts if "items" in part]
+    elif sections and all(part.get("type") == "null" for part in parts if part not in sections):
+        scalars = []
+    return scalars + sections
+
+
+def _named(node: Schema) -> str | None:
+    """The value of `name` that tells a section apart from its alternatives."""
+    return node.get("properties", {}).get("name", {}).get("const")
+
+
+def _leaves(nodes: Sequence[Schema], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every path to a key, sections included, each once."""
+    seen: set[str] = set()
+    for node in nodes:
+        for name in node.get("properties", {}):
+            if name not in seen:
+                seen.add(name)
+                yield (*path, name)
+                yield from _leaves(_step(nodes, name), (*path, name))
+
+
+def _describe(key: str, schema: Schema) -> str:
+    """A section with one line per key, or a key with all there is to say."""
+    if "properties" not in schema:
+        return f"{key}: {_type(schema)}{_default(schema)}\n  {schema.get('description', '')}"
+    head = f"{key or 'configuration'}: {schema.get('description', '')}"
+    required = schema.get("required", [])
+    lines = [head]
+    for name, child in schema["properties"].items():
+        default = " (required)" if name in required else _default(child)
+        description = child.get("description") or _alternatives(child)[0].get("description", "")
+        lines.append(f"  {name}: {_type(child)}{default}. {description}")
+    return "\n".join(lines)
+
+
+def _default(schema: Schema) -> str:
+    return f", default {shown(schema['default'])}" if "default" in schema else ""
+
+
+_RANGE = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+    "object": "section",
+}
+
+
+def _type(schema: Schema) -> str:
+    """A type and its range in words."""
+    if "$ref" in schema:
+        return _type(json_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
+    options = schema.get("options") or schema.get("anyOf") or schema.get("oneOf")
+    if options:
+        return " or ".join(dict.fromkeys(_type(option) for option in options))
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    if schema.get("type") == "array":
+        items = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
+        return f"list of ({_type(items)})"
+    bounds = [f" {words} {_brief(schema[key])}" for key, words in _RANGE.items() if key in schema]
+    return _TYPES.get(schema.get("type", ""), "value") + ",".join(bounds)
+
+
+def _brief(number: float) -> str:
+    return f"{int(number)}" if number == int(number) else f"{number:g}"

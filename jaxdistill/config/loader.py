@@ -1,0 +1,258 @@
+"""Reads a configuration file and its overrides, and reports everything wrong with them at once."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from jaxdistill.config import keys, syntax
+from jaxdistill.config.schema import Config
+from jaxdistill.config.section import NAME_PATTERN
+from jaxdistill.config.syntax import Path, shown
+from jaxdistill.errors import ConfigError
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with `key=value` overrides applied, checked.
+
+    Relative paths inside the configuration are relative to the current directory, not to the file.
+
+    Args:
+      path: the file.
+      overrides: such as "train.steps=20" or "data.train.0.path=x.jsonl"; the value is YAML.
+
+    Raises:
+      ConfigError: with one line `file:line:column: key = value: message` for each thing wrong.
+    """
+    return loads(read(path), os.fspath(path), overrides)
+
+
+def read(path: str | os.PathLike) -> str:
+    """The text of a configuration file.
+
+    Raises:
+      ConfigError: if it cannot be read, is too large, or is not UTF-8.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(syntax.MAX_BYTES + 1)
+        return data.decode("utf-8-sig" if len(data) <= syntax.MAX_BYTES else "latin-1")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{name}:{line}: not UTF-8 text: save the file as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{shown(name)}: cannot read this configuration: {reason}") from None
+
+
+def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML text; `name` stands for the file in messages."""
+    document = syntax.parse(text)
+    report = _Report(name, document.marks)
+    for fault in document.faults:
+        report.at(fault.line, fault.column, fault.message)
+    raw = document.value
+    if raw is None and not document.faults:
+        report.at(1, 1, "the file is empty: `jaxdistill init` writes one to start from")
+    elif raw is not None and not isinstance(raw, dict):
+        report.at(*document.marks[()], "must be sections, such as `train: {steps: 10}`")
+    config = None
+    if isinstance(raw, dict):
+        for override in overrides:
+            _override(raw, override, report)
+        try:
+            config = Config.model_validate(raw)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                _translate(raw, item, report)
+    if report.lines or config is None:
+        raise ConfigError("\n".join(text for _, text in sorted(report.lines, key=lambda x: x[0])))
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML with every default written out; `loads` reads it back equal."""
+    return syntax.dump(config.model_dump(mode="json", by_alias=True))
+
+
+@dataclasses.dataclass
+class _Report:
+    """Collects messages, each with the place in the file or the override it is about."""
+
+    name: str
+    marks: dict[Path, tuple[int, int]]
+    sources: dict[Path, str] = dataclasses.field(default_factory=dict)
+    lines: list[tuple[tuple, str]] = dataclasses.field(default_factory=list)
+
+    def at(self, line: int, column: int, message: str) -> None:
+        self.lines.append(((0, line, column), f"{self.name}:{line}:{column}: {message}"))
+
+    def override(self, override: str, message: str) -> None:
+        self.lines.append(((1, 0, 0), f"override {shown(override)}: {message}"))
+
+    def about(self, path: Path, message: str) -> None:
+        """Places a message at the nearest thing the user wrote at or above a path."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.sources:
+                return self.override(self.sources[path[:end]], message)
+            if path[:end] in self.marks:
+                return self.at(*self.marks[path[:end]], message)
+        return self.at(1, 1, message)
+
+    def replaced(self, path: Path, override: str) -> None:
+        """From now on what stands at and below a path comes from an override."""
+        for places in (self.marks, self.sources):
+            for place in [place for place in places if place[: len(path)] == path]:
+                del places[place]
+        self.sources[path] = override
+
+
+def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
+    """Writes one `key=value` into the raw tree."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        return report.override(override, "write it as key=value, such as train.steps=20")
+    document = syntax.parse(text)
+    for fault in document.faults:
+        report.override(override, fault.message)
+    if document.faults:
+        return None
+    here: Any = raw
+    path: Path = ()
+    for depth, part in enumerate(parts):
+        slot: str | int = part
+        if isinstance(here, list):
+            if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) >= len(here):
+                place = ".".join(parts[:depth])
+                return report.override(
+                    override, f"{place} is a list of {len(here)}, counted from 0"
+                )
+            slot = int(part)
+        elif not isinstance(here, dict):
+            place = ".".join(parts[:depth])
+            return report.override(override, f"{place} = {shown(here)} is no section; set it whole")
+        path = (*path, slot)
+        if depth == len(parts) - 1:
+            here[slot] = document.value
+        else:
+            if isinstance(here, dict) and here.get(slot) is None:
+                here[slot] = {}
+            here = here[slot]
+    report.replaced(path, override)
+    return None
+
+
+def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> None:
+    """One of pydantic's errors in our words, at its place."""
+    path = _path(item["loc"])
+    if item["type"] == "rules":
+        for below, message in item["ctx"]["problems"]:
+            report.about((*path, *below), f"{_key(raw, (*path, *below))}: {message}")
+        return
+    if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+        return  # its entries are wrong, and each of them is reported
+    key, message = _key(raw, path), _message(raw, path, item)
+    if item["type"].startswith("union_tag"):
+        path = (*path, "name")
+        key = _key(raw, path)
+    report.about(path, f"{key}: {message}" if key else message)
+
+
+def _path(location: tuple[str | int, ...]) -> Path:
+    """Drops what pydantic adds to an error's location for the alternative it tried."""
+    parts = [part for i, part in enumerate(location) if not (i == 1 and location[0] == "method")]
+    last = len(parts) - 1
+    return tuple(
+        part
+        for i, part in enumerate(parts)
+        if not (str(part).startswith("<") and (i < last or part in _TAGS))
+    )
+
+
+_TAGS = ("<number>", "<schedule>", "<auto>", "<tokens>", "<steps>", "<fraction>")
+
+
+def _at(raw: Any, path: Path) -> tuple[bool, Any]:
+    """Whether something stands at a path, and what."""
+    for part in path:
+        if isinstance(raw, dict) and part in raw:
+            raw = raw[part]
+        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        else:
+            return False, None
+    return True, raw
+
+
+def _key(raw: dict[str, Any], path: Path) -> str:
+    """`train.steps = 10`, or only `train.steps` where the file says nothing or a whole section."""
+    name = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in path)
+    present, value = _at(raw, path)
+    whole = isinstance(value, dict | list)
+    return f"{name} = {shown(value)}" if present and not whole else name
+
+
+_MESSAGES = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "tuple_type": "must be a list, such as [a, b]",
+    "too_short": "needs {min_length} or more entries",
+    "too_long": "may have {max_length} entries at most",
+    "string_too_short": "must not be empty",
+    "string_too_long": "may have at most {max_length} characters",
+    "string_unicode": "holds characters that cannot be written as UTF-8",
+}
+
+
+def _message(raw: dict[str, Any], path: Path, item: dict[str, Any]) -> str:
+    """What is wrong and, where it can be guessed, what was meant."""
+    kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        hint = keys.suggest(path[:-1], str(path[-1]), _at(raw, path[:-1])[1])
+        return f"unknown key; {hint}" if hint else "unknown key"
+    if kind == "missing":
+        return "required, but missing"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"must be a section of keys{' (or removed)' if value is None else ''}"
+    if kind.startswith("union_tag"):
+        expected = [name.strip(" '") for name in context.get("expected_tags", "").split(",")]
+        return _choice(value.get("name") if isinstance(value, dict) else None, expected or ["kd"])
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+        return _choice(value, expected)
+    if kind == "string_pattern_mismatch":
+        named = context["pattern"] == NAME_PATTERN
+        return "may hold only letters, digits, . _ and -" if named else "holds control characters"
+    message = _MESSAGES.get(kind, item["msg"])
+    return message.format(**context) + _hint(kind, value)
+
+
+def _choice(value: Any, names: list[str]) -> str:
+    best = keys.nearest(value, names) if isinstance(value, str) else None
+    hint = f'; did you mean "{best}"?' if best and len(names) > 1 else ""
+    return f"must be {'one of ' if len(names) > 1 else ''}{', '.join(names)}{hint}"
+
+
+def _hint(kind: str, value: Any) -> str:
+    """What to write instead of a value of the wrong type."""
+    if kind == "int_type" and isinstance(value, float) and value == value // 1 and value < 1e15:
+        return f": write {int(value)}"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and value[:1].isdigit():
+        return ": decimal digits without quotes, such as 1000 or 1e-4"
+    if kind == "bool_type" and isinstance(value, str):
+        return ", small letters, without quotes"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f': put it in quotes, "{value}"'
+    return ""

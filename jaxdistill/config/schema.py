@@ -1,0 +1,269 @@
+"""The configuration tree: every option a run has, its unit, its range and its default."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxdistill.config.methods import Method, Optimizer
+from jaxdistill.config.models import Student, Teacher, Tokenizer
+from jaxdistill.config.section import NAME_PATTERN, Count, Path, Problem, Section, Size
+
+
+class Run(Section):
+    """Where the run is kept."""
+
+    name: str = Field(
+        "run", max_length=100, pattern=NAME_PATTERN, description="Name shown in reports and logs."
+    )
+    dir: Path = Field(
+        default_factory=lambda data: f"runs/{data.get('name', 'run')}",
+        description="Run folder; relative to the current directory. Default: runs/NAME.",
+    )
+
+
+class DataSource(Section):
+    """One file or collection of records."""
+
+    path: Path = Field(
+        description="A file or folder (JSONL, Parquet, text), or python:docs?split=train|held_out "
+        "(documentation inside the installed Python)."
+    )
+    format: Literal["auto", "text", "messages", "completion"] = Field(
+        "auto",
+        description="What a record holds: text, a chat under `messages`, a `prompt` with its "
+        "`completion`; auto looks at the first record.",
+    )
+
+
+Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000, strict=False)]
+
+
+class Data(Section):
+    """What the student reads."""
+
+    train: Sources = Field(description="What it is trained on.")
+    eval: Sources = Field(description="Held-out data that the result table is measured on.")
+    seq_len: int = Field(1024, ge=2, le=2**20, description="Tokens in a row.")
+    packing: Literal["best_fit", "none"] = Field(
+        "best_fit",
+        description="best_fit: several documents share a row and do not see each other; none: one "
+        "document per row.",
+    )
+    loss_on: Literal["all", "completion", "assistant"] = Field(
+        "all", description="Which tokens are learned."
+    )
+    on_bad_record: Literal["fail", "quarantine"] = Field(
+        "quarantine",
+        description="What happens to a record that cannot be used: stop, or leave it out and note "
+        "file, line and reason in quarantine/bad.jsonl.",
+    )
+    max_bad_fraction: float = Field(
+        0.001, ge=0, le=1, description="Stop when more than this fraction of records is left out."
+    )
+    cache_dir: Path = Field(
+        "runs/.cache",
+        description="Folder for tokenised rows, shared by runs; relative to the current directory.",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: something must be left to learn."""
+        if self.loss_on != "all" and any(source.format == "text" for source in self.train):
+            yield ("loss_on",), "plain text has no completions to learn: use all"
+        if self.on_bad_record == "fail" and self.max_bad_fraction not in (0.0, 0.001):
+            yield ("max_bad_fraction",), "has no effect with on_bad_record: fail"
+
+
+class Train(Section):
+    """How long, and how much at a time."""
+
+    steps: Count = Field(description="Optimizer steps.")
+    batch_size: Size = Field(32, description="Rows in a step, over all devices.")
+    micro_batches: Size = Field(
+        1, description="Parts a batch is computed in, one after the other; must divide batch_size."
+    )
+    eval_every: Count | None = Field(
+        100, description="Steps between evaluations; null: only at the end."
+    )
+    log_every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: the parts of a batch are equal."""
+        if self.batch_size % self.micro_batches:
+            yield ("micro_batches",), f"must divide train.batch_size ({self.batch_size})"
+
+
+class Mesh(Section):
+    """The devices as a grid; at most one size is -1: all devices that are left."""
+
+    data: int = Field(1, ge=-1, le=10**6, description="Copies of the parameters (devices).")
+    fsdp: int = Field(-1, ge=-1, le=10**6, description="Parts of parameters and batch (devices).")
+    tensor: int = Field(1, description="Parts of every matrix (devices); only 1 works so far.")
+    context: int = Field(1, description="Parts of every row (devices); only 1 works so far.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: sizes that exist."""
+        for axis in ("data", "fsdp"):
+            if getattr(self, axis) == 0:
+                yield (axis,), "must be at least 1, or -1: all devices that are left"
+        for axis in ("tensor", "context"):
+            if getattr(self, axis) != 1:
+                yield (axis,), "must be 1: this version has no parallelism along this axis yet"
+        if self.data == self.fsdp == -1:
+            yield ("fsdp",), "only one size may be -1, and data is -1 too"
+
+
+class Every(Section):
+    """When a checkpoint is due: whichever comes first."""
+
+    steps: Count | None = Field(500, description="Steps between checkpoints; null: no such limit.")
+    minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        15.0, description="Minutes between checkpoints; null: no such limit."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: one of the two."""
+        if self.steps is None and self.minutes is None:
+            yield ("steps",), "steps and minutes cannot both be null: nothing would be saved"
+
+
+class Keep(Section):
+    """Which checkpoints stay on disk."""
+
+    latest: int = Field(2, ge=1, le=1000, description="How many of the newest.")
+    best: int = Field(1, ge=1, le=1000, description="How many of the best by best_metric.")
+
+
+BestMetric = Literal["eval/loss", "eval/ce", "eval/perplexity", "eval/kl_t1", "eval/agree_top1"]
+
+
+class Checkpoint(Section):
+    """Saving, so that a killed run goes on where it was."""
+
+    every: Every = Field(default_factory=Every, description="When to save.")
+    keep: Keep = Field(default_factory=Keep, description="What to keep.")
+    best_metric: BestMetric = Field("eval/loss", description="Evaluation metric that ranks them.")
+    mode: Literal["min", "max"] = Field("min", description="Whether small or large is best.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: the better end of the metric."""
+        mode = "max" if self.best_metric == "eval/agree_top1" else "min"
+        if self.mode != mode:
+            yield ("mode",), f"{self.best_metric} is best at its {mode}: use {mode}"
+
+
+class Nonfinite(Section):
+    """A step whose loss or gradient is not finite changes nothing and is counted."""
+
+    max_consecutive: int = Field(
+        5, ge=1, le=10**6, description="Stop (exit code 7) after this many such steps in a row."
+    )
+
+
+class Guards(Section):
+    """What protects a run from going wrong unseen."""
+
+    nonfinite: Nonfinite = Field(default_factory=Nonfinite, description="NaN and infinity.")
+
+
+class Logging(Section):
+    """What a run tells while it runs."""
+
+    progress: Literal["auto", "rich", "plain", "none"] = Field(
+        "auto", description="Console: live rows, one line per log_every, nothing; auto by terminal."
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard files too.")
+
+
+class Eval(Section):
+    """How the held-out data is used."""
+
+    batch_size: Size = Field(8, description="Rows at a time, over all devices.")
+    max_rows: Count | None = Field(None, description="Use only this many rows; null: all.")
+    compare: bool = Field(
+        False,
+        description="Also train the control (the same student and data without the teacher) "
+        "and put it into the result table. Takes about as long again.",
+    )
+    samples: int = Field(
+        4, ge=0, le=1000, description="Held-out records whose beginning is completed at each eval."
+    )
+    prompts: tuple[Annotated[str, Field(min_length=1, max_length=20000)], ...] = Field(
+        (), max_length=1000, strict=False, description="Prompts of your own to complete as well."
+    )
+
+
+class Security(Section):
+    """What a run may do."""
+
+    allow_network: bool = Field(
+        False, description="Let model and data names that are no local path be downloaded."
+    )
+
+
+class Config(Section):
+    """A run, in full."""
+
+    version: Literal[1] = Field(1, description="Version of this format.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of everything random.")
+    run: Run = Field(default_factory=Run, description="Where the run is kept.")
+    teacher: Teacher | None = Field(None, description="The model that is learned from.")
+    student: Student = Field(description="The model that is trained.")
+    tokenizer: Tokenizer = Field(
+        default_factory=Tokenizer, description="What turns text into tokens."
+    )
+    data: Data = Field(description="What the student reads.")
+    method: Method = Field(description="What is minimised.")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="How it is minimised.")
+    train: Train = Field(description="How long, and how much at a time.")
+    mesh: Mesh = Field(default_factory=Mesh, description="The devices as a grid.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Saving.")
+    guards: Guards = Field(default_factory=Guards, description="What protects the run.")
+    logging: Logging = Field(default_factory=Logging, description="What the run tells.")
+    eval: Eval = Field(default_factory=Eval, description="How the held-out data is used.")
+    security: Security = Field(default_factory=Security, description="What the run may do.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules between sections."""
+        yield from _teacher_problems(self)
+        yield from _size_problems(self)
+
+
+def _teacher_problems(config: Config) -> Iterator[Problem]:
+    """What needs a teacher has one, and its tokenizer exists."""
+    student, teacher = config.student, config.teacher
+    if teacher is None:
+        if config.method.name != "sft":
+            yield ("teacher",), f"method {config.method.name} needs a teacher"
+        if student.from_ == "teacher":
+            yield ("student", "from"), "there is no teacher: add one, or give student.source"
+        if student.random and student.random.like == "teacher":
+            yield ("student", "random", "like"), "there is no teacher: add one, or give a path"
+        if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
+            yield ("checkpoint", "best_metric"), "is measured against a teacher, and there is none"
+    if config.method.name == "sft" and config.eval.compare:
+        yield ("eval", "compare"), "has no effect with method sft, which is the control itself"
+    chain = config.tokenizer.from_
+    like = student.random.like if student.random else None
+    if chain == "student" and "teacher" in (student.from_, like):
+        chain = "teacher"
+    if chain in ("teacher", "student"):
+        model = teacher if chain == "teacher" else student
+        if model is None:
+            yield ("tokenizer", "from"), "there is no teacher: use student, bytes or a path"
+        elif model.random and model.random.like is None:
+            yield ("tokenizer", "from"), f"a random {chain} has no tokenizer: use bytes or a path"
+
+
+def _size_problems(config: Config) -> Iterator[Problem]:
+    """Batches divide over the mesh; the schedule fits into the steps."""
+    train, warmup = config.train, config.optimizer.warmup
+    if isinstance(warmup, int) and warmup >= train.steps:
+        rule = f"must be below train.steps ({train.steps}), or a fraction below 1"
+        yield ("optimizer", "warmup"), rule
+    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    sizes = f"mesh.data * mesh.fsdp ({parts})"
+    if train.batch_size // train.micro_batches % parts:
+        yield ("train", "batch_size"), f"batch_size / micro_batches must be a multiple of {sizes}"
+    if config.eval.batch_size % parts:
+        yield ("eval", "batch_size"), f"must be a multiple of {sizes}"
