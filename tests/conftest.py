@@ -61,7 +61,7 @@ def mesh8() -> jax.sharding.Mesh:
 
 @pytest.fixture(scope="session")
 def reference_data() -> pathlib.Path:
-    """The folder of public data sets beside the checkout (or $JAXDISTILL_DATA); skips without it."""
+    """The folder of public data sets beside the checkout (or $JAXDISTILL_DATA), else a skip."""
     folder = pathlib.Path(os.environ.get("JAXDISTILL_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}; set JAXDISTILL_DATA to their folder")

@@ -1,0 +1,260 @@
+"""Divergences of a student's logits from a teacher's: the rows of the table on arrays [..., V].
+
+Every function takes (student_logits, teacher_logits), both [..., V] of any float dtype, and returns
+the divergence of each position, [...], unreduced and in float32 (float64 for float64 logits):
+
+    T^2 * sum_v value_v(log softmax(teacher / T), log softmax(student / T))
+
+with p the teacher's and q the student's distribution. Either side may be differentiated, and so may
+the temperature; parameters such as beta may be traced and are constants to the gradient. A logit of
+-inf is an impossible entry (a padded or forbidden token). An entry that only the teacher can take
+makes the forward direction infinite, one that only the student can take the reverse one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import rows
+
+
+def forward_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL(teacher || student): the student covers everything that the teacher says.
+
+    T^2 sum_v p_v (log p_v - log q_v)
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2, which keeps the gradient's size as T grows.
+
+    Returns:
+      [...], nats times T^2.
+
+    Raises:
+      ConfigError: if the shapes differ or the temperature is not positive.
+
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(round(float(forward_kl(student, teacher)), 4))
+    0.3681
+
+    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
+    """
+    return _apply("forward_kl", (), student_logits, teacher_logits, temperature, scale_by_t2)
+
+
+def reverse_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL(student || teacher): the student says only what the teacher would.
+
+    T^2 sum_v q_v (log q_v - log p_v)
+
+    Args, Returns and Raises as `forward_kl`.
+
+    Reference: Gu, Dong, Wei, Huang 2023 (MiniLLM), arXiv 2306.08543.
+    """
+    return _apply("reverse_kl", (), student_logits, teacher_logits, temperature, scale_by_t2)
+
+
+def symmetric_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    weight: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """(1 - weight) KL(teacher || student) + weight KL(student || teacher).
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      weight: of the reverse direction, 0 to 1.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Ko, Kim, Chen, Yun 2024 (DistiLLM), arXiv 2402.03898, whose code mixes the forward
+    direction in its cross-entropy form; this is the KL of both.
+    """
+    return _apply(
+        "symmetric_kl", (weight,), student_logits, teacher_logits, temperature, scale_by_t2
+    )
+
+
+def generalized_jsd(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    beta: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    At beta 0 the value is KL(teacher || student) and at 1 KL(student || teacher), which GKD's users
+    expect; D / beta and D / (1 - beta) tend to these, D itself to 0, so the loss jumps at both
+    ends: never schedule beta into one. At 1/2 it is bounded by log 2.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      beta: weight of the teacher in the mixture, 0 to 1. DistiLLM's `js_distance(lam)` is 1 - lam.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Agarwal et al. 2023 (GKD), arXiv 2306.13649.
+    """
+    return _apply(
+        "generalized_jsd", (beta,), student_logits, teacher_logits, temperature, scale_by_t2
+    )
+
+
+def skew_forward_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    skew: ArrayLike = 0.1,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL(p || skew p + (1 - skew) q), bounded by -log skew.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      skew: weight of the teacher in the mixture, 0 to 1; 0 is `forward_kl`.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Ko, Kim, Chen, Yun 2024 (DistiLLM), arXiv 2402.03898.
+    """
+    return _apply(
+        "skew_forward_kl", (skew,), student_logits, teacher_logits, temperature, scale_by_t2
+    )
+
+
+def skew_reverse_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    skew: ArrayLike = 0.1,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL(q || (1 - skew) p + skew q), the gradient flowing through q in both places.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      skew: weight of the student in the mixture, 0 to 1; 0 is `reverse_kl`.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Ko, Kim, Chen, Yun 2024 (DistiLLM), arXiv 2402.03898.
+    """
+    return _apply(
+        "skew_reverse_kl", (skew,), student_logits, teacher_logits, temperature, scale_by_t2
+    )
+
+
+def total_variation(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """1/2 sum_v |p_v - q_v|, in [0, 1] at T = 1.
+
+    1 minus it is the rate at which speculative decoding accepts the student's tokens. For small
+    logits it shrinks with 1/T, not 1/T^2: with `scale_by_t2` it grows with T.
+
+    Args, Returns and Raises as `forward_kl`.
+
+    Reference: Wen, Li, Du, Mou 2023 (f-distill), arXiv 2307.15190.
+    """
+    return _apply("total_variation", (), student_logits, teacher_logits, temperature, scale_by_t2)
+
+
+def _apply(
+    kind: str,
+    parameters: tuple[ArrayLike, ...],
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike,
+    scale_by_t2: bool,
+) -> Array:
+    rows.make(kind, *parameters)  # raises for a number out of range, before it becomes an array
+    student, teacher = _upcast(student_logits), _upcast(teacher_logits)
+    if student.shape != teacher.shape or student.ndim == 0:
+        raise ConfigError(
+            f"{kind}: student_logits {list(student.shape)} and teacher_logits "
+            f"{list(teacher.shape)} must have one shape [..., V]; slice padded vocabulary off first"
+        )
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ConfigError(f"{kind}: temperature = {temperature}: must be positive")
+    log_p, log_q = _log_softmax(teacher, temperature), _log_softmax(student, temperature)
+    values = _divergence(rows.KINDS[kind], log_p, log_q, tuple(map(jnp.asarray, parameters)))
+    return values * jnp.square(temperature).astype(values.dtype) if scale_by_t2 else values
+
+
+def _upcast(logits: ArrayLike) -> Array:
+    logits = jnp.asarray(logits)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _log_softmax(logits: Array, temperature: ArrayLike) -> Array:
+    # -inf / T has the derivative inf / T^2 by T: an impossible entry is passed by the division.
+    impossible = logits == -jnp.inf
+    tempered = jnp.where(impossible, 0.0, logits) / jnp.asarray(temperature, logits.dtype)
+    return jax.nn.log_softmax(jnp.where(impossible, -jnp.inf, tempered))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _divergence(
+    make_row: Callable[..., rows.Row], log_p: Array, log_q: Array, parameters: tuple[Array, ...]
+) -> Array:
+    """sum_v value_v; its derivative is the row's, which knows that 0 * inf is 0."""
+    return make_row(*parameters).value(log_p, log_q).sum(-1)
+
+
+@functools.partial(_divergence.defjvp, symbolic_zeros=True)
+def _divergence_jvp(
+    make_row: Callable[..., rows.Row], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    log_p, log_q, parameters = primals
+    row = make_row(*parameters)
+    value = row.value(log_p, log_q).sum(-1)
+    tangent = jnp.zeros_like(value)
+    for derivative, along in ((row.dlogp, tangents[0]), (row.dlogq, tangents[1])):
+        if not isinstance(along, SymbolicZero):
+            tangent += (derivative(log_p, log_q) * along).sum(-1)
+    return value, tangent
