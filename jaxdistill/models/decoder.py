@@ -1,4 +1,4 @@
-"""One decoder-only Transformer (RMSNorm, RoPE, grouped-query attention, gated MLP), layers scanned."""
+"""One decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, gated MLP; layers scanned."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -117,7 +117,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The whole model; `layers` holds one Layer whose parameters carry a first dim of all layers."""
+    """The whole model; `layers` is one Layer whose parameters have a first dim over all layers."""
 
     def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
         self.config = config

@@ -1,0 +1,110 @@
+"""Builds the parameter tree on its devices from named tensors, each reading its own slices."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxdistill import sharding
+from jaxdistill.models import decoder
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, weights
+from jaxdistill.models.families import TensorName, tensor_rows
+
+
+class Tensors(Protocol):
+    """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of one tensor."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` returns."""
+
+
+def placement(config: DecoderConfig, mesh: Mesh | None, rules: Mapping) -> dict:
+    """The sharding of every weight by its dotted name; without a mesh the first local device."""
+    flat = flat_weights(weights(config))
+    if mesh is None:
+        return dict.fromkeys(flat, SingleDeviceSharding(jax.local_devices()[0]))
+    shapes = {name: jax.ShapeDtypeStruct(row.shape, np.float32) for name, row in flat.items()}
+    axes = {name: row.axes for name, row in flat.items()}
+    return sharding.shardings(mesh, axes, shapes, rules)
+
+
+def assemble(
+    config: DecoderConfig,
+    tensors: Tensors,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Mapping = sharding.RULES,
+) -> dict:
+    """The parameter tree read from `tensors`.
+
+    A host holds at most the slices of one weight that its own devices need: layers are stacked and
+    kernels turned to [in, out] slice by slice.
+
+    Args:
+      config: the configuration; every tensor it asks for must be there with its shape.
+      tensors: where to read.
+      dtype: dtype of all weights; None keeps each one's own.
+      mesh: None puts all on one device.
+      rules: table from logical axes to mesh axes.
+    """
+    places = placement(config, mesh, rules)
+    flat = {
+        ours: _array(ours, name, row, tensors, dtype, places[ours])
+        for ours, (name, row) in tensor_rows(config).items()
+    }
+    return nest(flat)
+
+
+def nest(flat: Mapping[str, jax.Array]) -> dict:
+    """{"a.b": x} as {"a": {"b": x}}."""
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _array(ours, name: TensorName, row: Weight, tensors, dtype, place) -> jax.Array:
+    stacked = ours.startswith("layers.")
+    layers = range(row.shape[0] if stacked else 1)
+    own = np.result_type(*(tensors.dtype(name.pattern.format(layer)) for layer in layers))
+    kept: dict = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
+        key = str(spans)
+        if key not in kept:  # replicas of a slice come one after another and are read once
+            kept.clear()
+            kept[key] = _read(name, spans, stacked, tensors, np.dtype(dtype or own))
+        return kept[key]
+
+    return jax.make_array_from_callback(row.shape, place, read)
+
+
+def _read(name: TensorName, spans, stacked: bool, tensors, dtype) -> np.ndarray:
+    """One slice of a stacked weight, its layers read one after another into place."""
+    block = np.empty([span.stop - span.start for span in spans], dtype)
+    layers = range(spans[0].start, spans[0].stop) if stacked else (0,)
+    inner = spans[1:] if stacked else spans
+    for place, layer in enumerate(layers):
+        values = tensors.read(name.pattern.format(layer), inner[::-1] if name.transposed else inner)
+        target = block[place] if stacked else block
+        target[...] = values.T if name.transposed else values
+    return block
+
+
+def random(config, seed=0, dtype=np.float32, mesh=None, rules: Mapping = sharding.RULES) -> dict:
+    """Random parameters, made on the devices where they stay: the same numbers on any mesh."""
+    places = nest(placement(config, mesh, rules))
+    make = jax.jit(decoder.init, static_argnums=(0, 2), out_shardings=places)
+    return make(config, jax.random.key(seed), np.dtype(dtype))

@@ -1,0 +1,233 @@
+"""Loads and saves Hugging Face folders: configuration, safetensors, tokenizer."""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from safetensors import SafetensorError
+
+from jaxdistill.errors import ModelError, StorageError
+from jaxdistill.models import shards
+from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
+from jaxdistill.models.assemble import assemble
+from jaxdistill.models.config_json import read_config, write_config
+from jaxdistill.models.families import HARMLESS_TENSORS, expected_tensors, tensor_rows
+from jaxdistill.models.model import Model
+from jaxdistill.sharding import RULES
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+SHARD_BYTES = 4_000_000_000
+_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def load_folder(
+    folder: pathlib.Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Mapping = RULES,
+    tokenizer: bool = True,
+) -> Model:
+    """The model of a local folder; every device reads only its own slices of the files.
+
+    Raises:
+      ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
+        weights, or a feature that this decoder does not build.
+    """
+    config = folder_config(folder)
+    with shards.Folder(folder) as files:
+        _check_tensors(config, files)
+        params = assemble(config, files, dtype=dtype, mesh=mesh, rules=rules)
+        jax.block_until_ready(params)
+    words = folder_tokenizer(folder) if tokenizer else None
+    return Model(config=config, params=params, tokenizer=words, source=str(folder))
+
+
+def folder_config(folder: pathlib.Path) -> DecoderConfig:
+    """The configuration of a local folder; generation_config.json has the last word on eos."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
+    raw = shards.read_json(path)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        extra = shards.read_json(generation)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        raw |= {key: extra[key] for key in ids if extra.get(key) is not None}
+    return read_config(raw, str(path))
+
+
+def folder_tokenizer(folder: pathlib.Path) -> Any:
+    """The transformers tokenizer of a folder, or None where it has no tokenizer files.
+
+    Raises:
+      ModelError: where the files are damaged, or want code of their own to be run.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds for one cause: unusable files
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: "
+            f"{str(error)[:300]}); a tokenizer.json is the safest form (custom code is never run)"
+        ) from error
+
+
+def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
+    """Every tensor the configuration asks for is there with its shape, and no other."""
+    expected = expected_tensors(config)
+    missing = [name for name in expected if name not in files.entries]
+    unknown = [
+        name
+        for name in files.entries
+        if name not in expected
+        and not HARMLESS_TENSORS.match(name)
+        and not (config.tied_head and name == "lm_head.weight")
+    ]
+    where = f"{files.folder}: the tensors do not fit config.json"
+    if missing:
+        raise ModelError(f"{where}: {len(missing)} missing, such as {', '.join(missing[:5])}")
+    if unknown:
+        raise ModelError(
+            f"{where}: {len(unknown)} that a {config.family} model of {config.layers} layers does "
+            f"not have, such as {', '.join(unknown[:5])}"
+        )
+    for name, shape in expected.items():
+        if files.entries[name].shape != shape:
+            raise ModelError(
+                f"{where}: {name} has shape {list(files.entries[name].shape)}, expected "
+                f"{list(shape)}"
+            )
+    if config.tied_head and "lm_head.weight" in files.entries:
+        _check_tied(files)
+
+
+def _check_tied(files: shards.Folder) -> None:
+    """A head stored beside a tied embedding must be the embedding."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    rows = files.entries[table].shape[0]
+    same = files.entries[head].shape == files.entries[table].shape
+    for start in range(0, rows if same else 0, 4096):
+        index = (slice(start, min(start + 4096, rows)), slice(None))
+        same = same and np.array_equal(files.read(head, index), files.read(table, index))
+    if not same:
+        raise ModelError(
+            f"{files.folder}: config.json says tie_word_embeddings: true, but {head} differs from "
+            f"{table}; set tie_word_embeddings to false to use the head"
+        )
+
+
+def save(
+    model: Model,
+    path: str | pathlib.Path,
+    dtype: DTypeLike | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> pathlib.Path:
+    """Writes a folder that transformers opens; it appears whole under its name, or not at all.
+
+    Args:
+      model: what to write; its tokenizer is written where it has one.
+      path: a folder that does not exist yet, or is empty.
+      dtype: float32, bfloat16 or float16; None keeps the parameters' own.
+      shard_bytes: largest size of one safetensors file.
+
+    Returns:
+      The folder.
+
+    Raises:
+      StorageError: where the folder exists with content, or cannot be written.
+      ModelError: where the family cannot express the configuration, or the dtype is another.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    out = np.dtype(model.params["embedding"].dtype if dtype is None else dtype)
+    if out.name not in _DTYPE_NAMES:
+        raise ModelError(f"dtype: {out.name} is not one of {', '.join(_DTYPE_NAMES)}")
+    config = write_config(model.config, out.name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{folder}: exists and is not empty; name a new folder")
+    sizes = {
+        name: int(np.prod(shape)) * out.itemsize
+        for name, shape in expected_tensors(model.config).items()
+    }
+    tensors = _file_tensors(model, out)
+    if jax.process_index() != 0:  # the others only take part in gathering
+        for _ in tensors:
+            pass
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+            inside = pathlib.Path(beside) / "model"
+            inside.mkdir()
+            _write_json(inside / "config.json", config)
+            _write_json(inside / "generation_config.json", _generation(config))
+            shards.write(inside, sizes, tensors, shard_bytes)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(str(inside))
+            if folder.exists():
+                folder.rmdir()
+            os.rename(inside, folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{folder}: cannot be written ({error}); nothing was left there: check the free space "
+            "and the permissions"
+        ) from error
+    return folder
+
+
+def _file_tensors(model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Every tensor as its file wants it, in the order of `expected_tensors`, one at a time."""
+    flat = _flat(model.params)
+    assert flat.keys() == flat_weights(weights(model.config)).keys(), "parameters fit the config"
+    for ours, (name, row) in tensor_rows(model.config).items():
+        leaf = flat[ours]
+        assert leaf.shape == row.shape, f"{ours}: {leaf.shape}, expected {row.shape}"
+        stacked = ours.startswith("layers.")
+        for layer in range(row.shape[0] if stacked else 1):
+            values = _on_host(leaf, layer if stacked else None)
+            yield (values.T if name.transposed else values).astype(dtype)
+
+
+def _on_host(leaf: jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
+    """One layer of a weight (or all of it) in this host's memory, wherever the weight lies."""
+    if isinstance(leaf, np.ndarray):
+        return leaf if layer is None else leaf[layer]
+    place = leaf.sharding
+    whole = (
+        NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    )
+    if layer is None:
+        return np.asarray(jax.device_put(leaf, whole))
+    take = jax.jit(jax.lax.dynamic_index_in_dim, static_argnums=(2, 3), out_shardings=whole)
+    return np.asarray(take(leaf, layer, 0, False))
+
+
+def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids that generation starts, pads and stops with."""
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in ids if config[key] is not None}
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

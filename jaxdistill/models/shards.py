@@ -1,0 +1,199 @@
+"""Safetensors files of a folder: which tensor lies where, read by slices, written in parts."""
+
+import contextlib
+import json
+import pathlib
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxdistill.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 100_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+DTYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Folder:
+    """Tensors of a model folder; nothing is read before `read`, and only the slice asked for."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self._files = contextlib.ExitStack()
+        self._open: dict[str, Any] = {}
+        self._index()
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.clear()
+        self._files.close()
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of tensor `name`."""
+        try:
+            return self._open[self.entries[name].file].get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(self.entries[name].file, error) from error
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of tensor `name`."""
+        return self.entries[name].dtype
+
+    def _index(self) -> None:
+        """Reads every file's header and checks them against the index where there is one."""
+        listed = _listed_files(self.folder)
+        for file in sorted(set(listed.values())) if listed else [SINGLE]:
+            path = self.folder / file
+            if not path.is_file():
+                raise ModelError(
+                    f"{path}: missing, but {INDEX} names it; copy or download the whole folder"
+                )
+            self._open[file] = self._checked_open(path)
+            for name in self._open[file].keys():
+                tensor = self._open[file].get_slice(name)
+                kind = tensor.get_dtype()
+                if kind in DTYPES:
+                    entry = Entry(file, tuple(tensor.get_shape()), DTYPES[kind])
+                else:
+                    raise ModelError(
+                        f"{path}: tensor {name} has dtype {kind}; supported: {', '.join(DTYPES)}; "
+                        "use the unquantised model"
+                    )
+                self.entries[name] = entry
+        wrong = [name for name, file in listed.items() if self._file_of(name) != file]
+        if wrong:
+            raise ModelError(
+                f"{self.folder / INDEX}: places {wrong[0]} in {listed[wrong[0]]}, where it is not; "
+                "the folder is mixed from two models or damaged: download it again"
+            )
+
+    def _file_of(self, name: str) -> str | None:
+        return self.entries[name].file if name in self.entries else None
+
+    def _checked_open(self, path: pathlib.Path):
+        """The file's handle, after its header length is known to be sane."""
+        try:
+            with path.open("rb") as stream:
+                start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+                raise ModelError(
+                    f"{path}: its header claims {length} bytes (allowed: {MAX_HEADER_BYTES}, and less "
+                    "than the file); the file is damaged or not safetensors"
+                )
+            return self._files.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path.name, error) from error
+
+    def _damaged(self, file: str, error: Exception) -> ModelError:
+        return ModelError(
+            f"{self.folder / file}: cannot be read as safetensors ({error}); the file is damaged "
+            "or cut short: copy or download it again"
+        )
+
+
+def _listed_files(folder: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> file from the index; empty where one file holds everything."""
+    if (folder / SINGLE).is_file():
+        return {}
+    index = folder / INDEX
+    if not index.is_file():
+        raise _without_weights(folder)
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ModelError(f"{index}: weight_map: must map tensor names to files; download it again")
+    for name, file in listed.items():
+        plain = isinstance(file, str) and file == pathlib.PurePosixPath(file).name
+        if not plain or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: weight_map: {name}: {str(file)[:80]!r} must be the plain name of a "
+                ".safetensors file inside the folder"
+            )
+    return listed
+
+
+def _without_weights(folder: pathlib.Path) -> ModelError:
+    """The error for a folder without our kind of weights, with the way out that fits it."""
+    names = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if pickled:
+        return ModelError(
+            f"{folder}: its weights are pickled ({pickled[0]}), and reading a pickle can run any "
+            "code; only safetensors are read. Convert it where you trust the file: transformers' "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f"found {others[0]}, which no index names" if others else "found no weights"
+    return ModelError(f"{folder}: needs {SINGLE} or {INDEX}; {found}; download the whole model")
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object of bounded size.
+
+    Raises:
+      ModelError: where the file is missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not a model's file")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON object; download it again")
+    return content
+
+
+def parts(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut so that no part exceeds `limit` bytes unless one tensor alone does."""
+    cut: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not cut or size > room:
+            cut.append([])
+            room = limit
+        cut[-1].append(name)
+        room -= size
+    return cut
+
+
+def write(
+    folder: pathlib.Path, sizes: Mapping[str, int], tensors: Iterator[np.ndarray], limit: int
+) -> None:
+    """Writes tensors (in the order of `sizes`) as one file, or as parts with an index."""
+    cut = parts(sizes, limit)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(cut, start=1):
+        one = len(cut) == 1
+        file = SINGLE if one else f"model-{number:05d}-of-{len(cut):05d}.safetensors"
+        part = {name: np.ascontiguousarray(next(tensors)) for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(cut) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
