@@ -26,14 +26,21 @@ class DataSource(Section):
     """One file or collection of records."""
 
     path: Path = Field(
-        description="A file or folder (JSONL, Parquet, text), or python:docs?split=train|held_out "
-        "(documentation inside the installed Python)."
+        description="A .jsonl, .ndjson, .parquet, .txt or .md file, or python:docs?split=train and "
+        "?split=held_out (the documentation inside the installed Python)."
     )
-    format: Literal["auto", "text", "messages", "completion"] = Field(
+    format: Literal["auto", "text", "messages", "completion", "plain", "paragraphs"] = Field(
         "auto",
-        description="What a record holds: text, a chat under `messages`, a `prompt` with its "
-        "`completion`; auto looks at the first record.",
+        description="What a record holds: `text`, a chat under `messages`, or `prompt` and "
+        "`completion` (auto: as the first record); of a text file plain makes one document (auto "
+        "too), paragraphs one of every block between blank lines.",
     )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it surely holds plain text, which has no completions to tell apart."""
+        plain = self.path.endswith((".txt", ".text", ".md")) or self.path.startswith("python:")
+        return plain or self.format in ("text", "plain", "paragraphs")
 
 
 Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000, strict=False)]
@@ -67,11 +74,16 @@ class Data(Section):
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: something must be left to learn."""
-        if self.loss_on != "all" and any(source.format == "text" for source in self.train):
+        """Rules: something must be left to learn, and held-out data stays held out."""
+        if self.loss_on != "all" and any(source.is_text for source in self.train + self.eval):
             yield ("loss_on",), "plain text has no completions to learn: use all"
         if self.on_bad_record == "fail" and self.max_bad_fraction not in (0.0, 0.001):
             yield ("max_bad_fraction",), "has no effect with on_bad_record: fail"
+        trained = {source.path for source in self.train}
+        for i, source in enumerate(self.eval):
+            if source.path in trained:
+                rule = "is in data.train too: held-out data must not be trained on"
+                yield ("eval", i, "path"), rule
 
 
 class Train(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Problem = tuple[tuple[str, ...], str]
+Problem = tuple[tuple[str | int, ...], str]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 PLAIN_PATTERN = r"^[^\x00-\x1f\x7f]*$"
@@ -30,6 +30,6 @@ class Section(BaseModel):
     def _check_rules(self) -> "Section":
         found = list(self.problems())
         if found:
-            text = "; ".join(f"{'.'.join(path)}: {message}" for path, message in found)
+            text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in found)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": found})
         return self

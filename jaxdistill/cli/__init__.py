@@ -1,0 +1,47 @@
+"""The commands: what is typed becomes a call, an exit code, and at most one message of error."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxdistill.cli.options import parser
+from jaxdistill.cli.output import printable
+from jaxdistill.errors import UserError
+
+# Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
+# `validate` start in a fraction of a second.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        code = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        lines = printable(str(error)).splitlines()
+        head = f"error: {len(lines)} problems\n" if len(lines) > 1 else "error: "
+        print(head + "\n".join(lines), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: point stdout elsewhere, or closing it would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of one command; overrides may stand before and after other options."""
+    # argparse gives a `*` argument only the words before the first option: overrides that follow
+    # one come back as extras.
+    arguments, extras = parser().parse_known_args(argv)
+    if extras and "overrides" in arguments:
+        arguments.overrides += [word for word in extras if not word.startswith("-")]
+        extras = [word for word in extras if word.startswith("-")]
+    if extras:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(extras)}")
+    return arguments

@@ -1,0 +1,124 @@
+"""The commands that need no JAX: ls, init and validate."""
+
+import argparse
+import pathlib
+from collections.abc import Callable, Collection
+
+from jaxdistill.cli.output import print_json
+from jaxdistill.errors import ConfigError, StorageError, UserError
+
+
+def ls(arguments: argparse.Namespace) -> None:
+    """Lists what there is, with one line on each."""
+    found = {kind: LISTS[kind]() for kind in ([arguments.kind] if arguments.kind else LISTS)}
+    if arguments.json:
+        return print_json(found)
+    for kind, entries in found.items():
+        print(f"{kind}:")
+        width = max(map(len, entries), default=0)
+        for name, description in entries.items():
+            print(f"  {name:{width}}  {description}")
+    return None
+
+
+def init(arguments: argparse.Namespace) -> None:
+    """Copies a recipe."""
+    files = _recipe_files()
+    if arguments.recipe not in files:
+        raise ConfigError(
+            f"{arguments.recipe!r} is no recipe{_near(arguments.recipe, files)}; `jaxdistill ls "
+            "recipes` lists them"
+        )
+    text = files[arguments.recipe].read_text(encoding="utf-8")
+    out = arguments.output or f"{arguments.recipe}.yaml"
+    if out == "-":
+        return print(text, end="")
+    try:
+        with open(out, "w" if arguments.force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{out}: exists already; --force overwrites it") from None
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written: {error.strerror}") from None
+    print(f"wrote {out}; next: jaxdistill train {out}")
+    return None
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    """Checks a configuration, or tells about keys."""
+    from jaxdistill import config
+    from jaxdistill.config import preflight
+
+    if arguments.schema:
+        print_json(config.json_schema())
+        return 0
+    if arguments.explain is not None:
+        print(config.explain(arguments.explain))
+        return 0
+    if arguments.config is None:
+        raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
+    errors: list[UserError] = []
+    loaded = None
+    try:
+        loaded = config.load(arguments.config, arguments.overrides)
+        errors = preflight.check(loaded)
+    except ConfigError as error:
+        errors = [error]
+    if arguments.json:
+        lines = [line for error in errors for line in str(error).splitlines()]
+        print_json({"ok": not errors, "errors": lines})
+        return preflight.combine(errors).exit_code if errors else 0
+    if errors:
+        raise preflight.combine(errors)
+    print(config.dump(loaded).rstrip() if arguments.resolved else f"{arguments.config}: ok")
+    return 0
+
+
+# The families that jaxdistill.models reads and writes; a test compares the two, because importing
+# that module would take seconds.
+MODELS = {
+    "llama": "Llama 2, 3, 3.1 and 3.2, SmolLM, SmolLM2, TinyLlama",
+    "mistral": "Mistral 7B, with its sliding window",
+    "qwen2": "Qwen 2 and 2.5",
+    "qwen3": "Qwen 3",
+}
+
+
+def _recipe_files() -> dict[str, pathlib.Path]:
+    """Recipe name -> file: inside an installed package, or configs/ beside it in a checkout."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    folders = (package / "_recipes", package.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))} if folder else {}
+
+
+def _recipes() -> dict[str, str]:
+    """Recipe name -> the first line of its head."""
+    heads = {}
+    for name, file in _recipe_files().items():
+        with open(file, encoding="utf-8") as lines:
+            heads[name] = lines.readline().lstrip("# ").strip()
+    return heads
+
+
+def _methods() -> dict[str, str]:
+    from jaxdistill.config import methods
+
+    sections = (methods.Kd, methods.Sft)
+    return {
+        section.model_fields["name"].annotation.__args__[0]: section.__doc__ for section in sections
+    }
+
+
+LISTS: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": _recipes,
+    "methods": _methods,
+    "models": lambda: MODELS,
+}
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    from jaxdistill.config import keys
+
+    best = keys.nearest(name, names)
+    return f'; did you mean "{best}"?' if best else ""

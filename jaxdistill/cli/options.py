@@ -1,0 +1,153 @@
+"""The command line: every command with its arguments."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jaxdistill
+from jaxdistill.cli import files, runs
+
+EXIT_CODES = """exit codes:
+  0 done              4 model or tokenizer     7 diverged
+  2 configuration     5 does not fit           9 cannot write
+  3 data              6 no good checkpoint     130 interrupted"""
+
+RUN_REFERENCE = (
+    "a model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="jaxdistill",
+        description="Distil language models in JAX.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"jaxdistill {jaxdistill.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_train, _add_measure, _add_results, _add_start):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
+    """A subcommand that knows its function and its own parser."""
+    parser = commands.add_parser(name, help=description, description=description)
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(commands, "train", runs.train, "Train a student from a configuration file.")
+    train.add_argument("config", metavar="CONFIG", help="YAML file; `jaxdistill init` writes one")
+    train.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as train.steps=20")
+    _add_json(train)
+    resume = _command(commands, "resume", runs.resume, "Go on with a run that was stopped.")
+    resume.add_argument("run_dir", metavar="RUN_DIR")
+    _add_json(resume)
+
+
+def _add_measure(commands: Any) -> None:
+    evaluate = _command(commands, "eval", runs.evaluate, "Measure a model on held-out data.")
+    evaluate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    evaluate.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
+    evaluate.add_argument(
+        "--data", metavar="PATH", action="append", required=True, help="may be given several times"
+    )
+    evaluate.add_argument(
+        "--format", choices=("auto", "text", "messages", "completion"), default="auto"
+    )
+    evaluate.add_argument("--loss-on", choices=("all", "completion", "assistant"), default="all")
+    evaluate.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
+    evaluate.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    evaluate.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
+    _add_json(evaluate)
+    generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
+    generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    generate.add_argument(
+        "-p", "--prompt", metavar="TEXT", action="append", help="default: standard input"
+    )
+    generate.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
+    generate.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=0.0, help="default 0: greedy"
+    )
+    generate.add_argument("--top-k", metavar="K", type=_positive)
+    generate.add_argument("--top-p", metavar="P", type=_fraction)
+    generate.add_argument("--seed", type=_natural, default=0)
+    _add_json(generate)
+
+
+def _add_results(commands: Any) -> None:
+    export = _command(
+        commands, "export", runs.export, "Write a model folder that transformers opens."
+    )
+    export.add_argument("model", metavar="RUN", help=RUN_REFERENCE)
+    export.add_argument("-o", "--output", metavar="DIR", required=True)
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
+    report = _command(
+        commands, "report", runs.report, "Write one HTML page about one or more runs."
+    )
+    report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
+    report.add_argument(
+        "-o", "--output", metavar="FILE", help="default: report.html, in the run folder if one"
+    )
+
+
+def _add_start(commands: Any) -> None:
+    validate = _command(
+        commands,
+        "validate",
+        files.validate,
+        "Check a configuration and the paths in it, training nothing.",
+    )
+    validate.add_argument("config", metavar="CONFIG", nargs="?")
+    validate.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
+    what = validate.add_mutually_exclusive_group()
+    what.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    what.add_argument(
+        "--explain", metavar="KEY", help='say what a key means; "" lists the sections'
+    )
+    what.add_argument("--resolved", action="store_true", help="print it with every default")
+    what.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+    init = _command(commands, "init", files.init, "Copy a recipe to start from.")
+    init.add_argument("recipe", metavar="RECIPE", help="`jaxdistill ls recipes` lists them")
+    init.add_argument(
+        "-o", "--output", metavar="FILE", help="default: RECIPE.yaml; - is standard output"
+    )
+    init.add_argument("--force", action="store_true", help="overwrite the file")
+    ls = _command(commands, "ls", files.ls, "List recipes, methods and models.")
+    ls.add_argument("kind", choices=tuple(files.LISTS), nargs="?")
+    _add_json(ls)
+
+
+def _positive(text: str) -> int:
+    return _number(int, text, "a whole number of at least 1", lambda number: number >= 1)
+
+
+def _natural(text: str) -> int:
+    return _number(int, text, "a whole number from 0 to 2147483647", lambda n: 0 <= n < 2**31)
+
+
+def _temperature(text: str) -> float:
+    return _number(float, text, "a number from 0 to 1000", lambda number: 0 <= number <= 1000)
+
+
+def _fraction(text: str) -> float:
+    return _number(float, text, "a number above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def _number(kind: Callable, text: str, rule: str, holds: Callable[[Any], bool]) -> Any:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not holds(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+    return number

@@ -1,0 +1,188 @@
+"""What can be checked before a run without loading a model: paths, folders, sizes in JSON files."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jaxdistill.config.models import RandomModel
+from jaxdistill.config.schema import Config
+from jaxdistill.config.syntax import shown
+from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
+
+MAX_JSON_BYTES = 16 * 1024 * 1024
+_PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
+_DATA_ENDINGS = (".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check(config: Config) -> list[UserError]:
+    """Everything that would stop this run later and can be seen now, in milliseconds."""
+    errors: list[UserError] = []
+    for part in (_run_dir_errors(config.run.dir), _data_errors(config), _model_errors(config)):
+        try:
+            errors.extend(part)
+        except OSError as error:
+            errors.append(ConfigError(f"{error.filename}: cannot be read: {error.strerror}"))
+    return errors
+
+
+def combine(errors: list[UserError]) -> UserError:
+    """Several errors as one, of the class with the smallest exit code among them."""
+    first = min(errors, key=lambda error: error.exit_code)
+    return type(first)("\n".join(str(error) for error in errors))
+
+
+def _run_dir_errors(folder: str) -> Iterator[UserError]:
+    """The run folder is free."""
+    key = f"run.dir = {shown(folder)}"
+    if os.path.exists(os.path.join(folder, "RUN.json")):
+        yield ConfigError(
+            f"{key}: holds a run already: `jaxdistill resume {folder}` goes on with it, another "
+            "run.dir starts a new one"
+        )
+    elif os.path.isdir(folder) and os.listdir(folder):
+        yield ConfigError(f"{key}: is not empty and holds no run: give another folder")
+    elif os.path.exists(folder) and not os.path.isdir(folder):
+        yield ConfigError(f"{key}: is a file: give a folder")
+
+
+def _data_errors(config: Config) -> Iterator[UserError]:
+    """Every source of data is there and of a kind that can be read."""
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, source in enumerate(sources):
+            problem = _data_problem(source.path)
+            if problem:
+                yield DataError(f"data.{name}.{i}.path = {shown(source.path)}: {problem}")
+
+
+def _data_problem(path: str) -> str:
+    if path.startswith("python:"):
+        known = _PYTHON_DATA.match(path)
+        return "" if known else "use python:docs?split=train or ?split=held_out"
+    if os.path.isdir(path):
+        return "is a folder: name the files in it"
+    if not os.path.exists(path):
+        return f"no such file ({_here()})"
+    if not path.lower().endswith(_DATA_ENDINGS):
+        return f"cannot be read: use {', '.join(_DATA_ENDINGS)}"
+    return "" if os.path.getsize(path) else "the file is empty"
+
+
+def _here() -> str:
+    return f"relative paths start at {os.getcwd()}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the small files of a model tell: its shape, if they do, and what is wrong."""
+
+    shape: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: UserError | None = None
+
+
+def _model_errors(config: Config) -> Iterator[UserError]:
+    """Every model is there, and kept layers exist."""
+    network = config.security.allow_network
+    teacher, student = config.teacher, config.student
+    found: dict[str, _Found] = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model is None:
+            continue
+        if model.source:
+            found[name] = _look(f"{name}.source", model.source, network)
+        elif isinstance(model.random, RandomModel) and model.random.like not in (None, "teacher"):
+            found[name] = _look(f"{name}.random.like", model.random.like, network, weights=False)
+    chosen = config.tokenizer.from_
+    if chosen not in ("teacher", "student", "bytes"):
+        found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
+    yield from (model.error for model in found.values() if model.error)
+    layers = found.get("teacher", _Found()).shape.get("num_hidden_layers")
+    if teacher and teacher.random and teacher.random.layers:
+        layers = teacher.random.layers
+    if student.layers and isinstance(layers, int) and student.layers[-1] >= layers:
+        yield ConfigError(
+            f"student.layers: {student.layers[-1]} is too high: the teacher has {layers} layers, "
+            "counted from 0"
+        )
+
+
+def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
+    """Finds a model and reads its config.json, without opening its weights."""
+    key = f"{key} = {shown(source)}"
+    path = source
+    if source.startswith("package:"):
+        try:
+            path = os.fspath(package_file(source))
+        except ModelError as error:
+            return _Found(error=ModelError(f"{key}: {error}"))
+    folder, at, _ = source.rpartition("@")
+    if _is_run(path) or (at and not os.path.exists(path) and _is_run(folder)):
+        return _Found()
+    if os.path.isdir(path):
+        return _look_into(key, pathlib.Path(path), weights)
+    if os.path.exists(path):
+        wrong = ModelError(f"{key}: is no model folder and no .gguf file")
+        return _Found() if path.endswith(".gguf") else _Found(error=wrong)
+    if _HUB_NAME.match(source):
+        if network:
+            return _Found()
+        hint = "; if it is a name to download, set security.allow_network: true"
+    else:
+        hint = ""
+    return _Found(error=ModelError(f"{key}: no such file or folder ({_here()}){hint}"))
+
+
+def _is_run(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "RUN.json"))
+
+
+def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
+    """Reads config.json of a model folder and looks for safe weights."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not weights and "config.json" not in names and "tokenizer.json" in names:
+        return _Found()
+    if "config.json" not in names:
+        return _Found(error=ModelError(f"{key}: holds no config.json; is it a model folder?"))
+    if weights and not any(name.endswith(_WEIGHTS) for name in names):
+        unsafe = [name for name in names if name.endswith(_UNSAFE)]
+        hint = (
+            f" ({unsafe[0]} can run code when it is read: convert it elsewhere)" if unsafe else ""
+        )
+        return _Found(error=ModelError(f"{key}: holds no .safetensors file{hint}"))
+    file = folder / "config.json"
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError("too large")
+        shape = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return _Found(error=ModelError(f"{key}: cannot read config.json: {error}"))
+    if not isinstance(shape, dict):
+        return _Found(error=ModelError(f"{key}: config.json holds no mapping"))
+    return _Found(shape)
+
+
+def package_file(source: str) -> pathlib.Path:
+    """The file that `package:NAME/FILE` names, inside an installed package that is not imported.
+
+    Raises:
+      ModelError: if there is no such package or file.
+    """
+    name, slash, inner = source.removeprefix("package:").partition("/")
+    if not slash or not inner or not name.isidentifier():
+        raise ModelError("write it as package:NAME/FILE")
+    spec = importlib.util.find_spec(name)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ModelError(f"the Python package {name} is not installed")
+    for folder in folders:
+        path = (pathlib.Path(folder) / inner).resolve()
+        if path.is_relative_to(pathlib.Path(folder).resolve()) and path.exists():
+            return path
+    raise ModelError(f"the Python package {name} has no file {shown(inner)}")
