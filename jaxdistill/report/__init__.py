@@ -1,0 +1,8 @@
+"""What a run shows of itself: console, metric files, comparison table, HTML report."""
+
+from jaxdistill.report.console import Progress as Progress
+from jaxdistill.report.html import build as build
+from jaxdistill.report.table import comparison_table as comparison_table
+from jaxdistill.report.table import recovered as recovered
+from jaxdistill.report.writers import MetricsWriter as MetricsWriter
+from jaxdistill.report.writers import read_metrics as read_metrics

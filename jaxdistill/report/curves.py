@@ -1,0 +1,331 @@
+"""Which pictures a report shows, as plain data: panels, charts and lines."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxdistill.report import wording
+from jaxdistill.report.run_files import RunFiles
+
+# The palette, light and dark, by token; the page turns tokens into CSS variables.
+COLOURS = ("blue", "orange", "green", "purple", "red", "teal", "brown", "grey")
+
+_NAMES = {
+    "loss/total": "total",
+    "loss/ce": "cross-entropy",
+    "loss/kl_t1": "KL to the teacher",
+    "agree/top1": "top-1",
+    "optim/lr": "learning rate",
+    "optim/grad_norm": "gradient norm",
+    "perf/tokens_per_second": "tokens/s",
+    "perf/mfu": "model FLOP utilisation",
+    "perf/tflops_per_second": "TFLOP/s",
+    "perf/memory_gib": "memory, GiB",
+    "eval/loss": "loss",
+    "eval/ce": "cross-entropy",
+    "eval/perplexity": "perplexity",
+    "eval/kl_t1": "KL to the teacher",
+    "eval/agree_top1": "top-1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of a chart.
+
+    Attributes:
+      label: its words in the legend.
+      steps: [P] the steps.
+      values: [P] the values; NaN breaks the line.
+      colour: a token of `COLOURS`.
+      style: "noisy" (thin, with a thick median), "solid", "dots" (few points, held-out),
+        "level" (one value, a dashed horizontal).
+      percent: whether values are shares of 1.
+      digest: the one number in the legend: the "last" value, the "median" or the "mean".
+    """
+
+    label: str
+    steps: np.ndarray
+    values: np.ndarray
+    colour: str
+    style: str = "solid"
+    percent: bool = False
+    digest: str = "last"
+
+    @property
+    def number(self) -> str:
+        """The number of the legend, in words; a value that was not finite is passed over."""
+        finite = self.values[np.isfinite(self.values)]
+        if not len(finite):
+            return wording.MISSING
+        value = {"last": finite[-1], "median": np.median(finite), "mean": finite.mean()}[
+            self.digest
+        ]
+        if self.percent:
+            return wording.percent(float(value))
+        return wording.count(value) if value >= 1e4 else wording.number(float(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """One coordinate system: lines over steps, or shares stacked to one."""
+
+    lines: tuple[Line, ...]
+    label: str = ""
+    stacked: bool = False
+    percent: bool = False
+    marks: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One picture of the page: a title, charts above each other, and a remark.
+
+    Attributes:
+      title: the words above the picture.
+      charts: top to bottom, with a common axis of steps.
+      note: a sentence below, or "".
+      end: the last step of the axis, the same for all pictures of a page.
+    """
+
+    title: str
+    charts: tuple[Chart, ...]
+    note: str = ""
+    end: int = 0
+
+    @property
+    def lines(self) -> list[Line]:
+        """All lines, for the legend."""
+        return [line for chart in self.charts for line in chart.lines]
+
+
+def series(records: Sequence[Mapping], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric; what was not finite is NaN, a repeated step counts once.
+
+    Returns:
+      steps: int64 [P], ascending. values: float64 [P].
+    """
+    points: dict[int, float] = {}
+    for record in records:
+        if metric in record:
+            value = record[metric]
+            points[record["step"]] = float(value) if wording.is_number(value) else np.nan
+    steps = sorted(points)
+    return np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64)
+
+
+def skipped_steps(run: RunFiles) -> tuple[int, ...]:
+    """The steps whose update was skipped, from the events and from guard/skipped.
+
+    guard/skipped may be the step's own flag or a running total: a series that never falls is read
+    as a total, which marks the steps where it grows.
+    """
+    marks = {
+        event["step"]
+        for event in run.events
+        if "skip" in str(event.get("kind")) and isinstance(event.get("step"), int)
+    }
+    steps, values = series(run.records, "guard/skipped")
+    values = np.nan_to_num(values)
+    growth = np.diff(values, prepend=0.0)
+    hit = growth > 0 if (growth >= 0).all() else values > 0
+    return tuple(sorted(marks | {int(step) for step in steps[hit]}))
+
+
+def panels(runs: Sequence[RunFiles]) -> list[Panel]:
+    """The pictures of one run, or of several runs laid over each other."""
+    made = _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
+    end = max((record["step"] for run in runs for record in run.records), default=0)
+    kept = [
+        dataclasses.replace(panel, charts=tuple(filter(_has_points, panel.charts)), end=end)
+        for panel in made
+    ]
+    return [panel for panel in kept if panel.charts]
+
+
+def _has_points(chart: Chart) -> bool:
+    return any(np.isfinite(line.values).any() for line in chart.lines if line.style != "level")
+
+
+def _of_one(run: RunFiles) -> list[Panel]:
+    """All that one run has to show."""
+    marks = skipped_steps(run)
+    names = sorted({key for record in run.records for key in record if "/" in key})
+    losses = ["loss/total", "loss/ce", "loss/divergence"]
+    losses += [n for n in names if n.startswith("loss/") and n not in (*losses, "loss/kl_t1")]
+    agreements = ["agree/top1", *(n for n in names if n.startswith("agree/") and n != "agree/top1")]
+    note = f"Red ticks on the axis: {len(marks)} skipped step(s)." if marks else ""
+    return [
+        Panel(
+            "Loss",
+            (
+                Chart(
+                    (*_lines(run, losses, "noisy"), *_held_out(run, ["eval/loss"], 3)), marks=marks
+                ),
+            ),
+            note,
+        ),
+        Panel(
+            "Distance to the teacher",
+            (
+                Chart(
+                    (*_lines(run, ["loss/kl_t1"], "noisy"), *_held_out(run, ["eval/kl_t1"], 1)),
+                    "KL(teacher || student), nats per token",
+                ),
+            ),
+        ),
+        Panel(
+            "Agreement with the teacher",
+            (
+                Chart(
+                    (
+                        *_lines(run, agreements, "noisy", percent=True),
+                        *_held_out(run, ["eval/agree_top1"], 1, percent=True),
+                    ),
+                    "same most likely token",
+                    percent=True,
+                ),
+            ),
+        ),
+        _perplexity(run),
+        _knobs(run, [n for n in names if n.startswith("knobs/")]),
+        Panel(
+            "Optimizer",
+            tuple(
+                Chart(tuple(_lines(run, [metric], style, first=index)), _NAMES[metric])
+                for index, (metric, style) in enumerate(
+                    [("optim/lr", "solid"), ("optim/grad_norm", "noisy")]
+                )
+            ),
+        ),
+        Panel(
+            "Entropy of the next token",
+            (
+                Chart(
+                    tuple(
+                        dataclasses.replace(line, label=line.label.split("/")[0])
+                        for line in _lines(run, ["teacher/entropy", "student/entropy"], "noisy")
+                    ),
+                    "nats per token",
+                ),
+            ),
+        ),
+        _time_shares(run),
+        _throughput(run),
+    ]
+
+
+def _of_several(runs: Sequence[RunFiles]) -> list[Panel]:
+    """One picture per quantity, one colour per run."""
+    quantities = [
+        ("Loss", "loss/total", "noisy", False),
+        ("Distance to the teacher", "loss/kl_t1", "noisy", False),
+        ("Distance to the teacher, held-out", "eval/kl_t1", "dots", False),
+        ("Agreement with the teacher", "agree/top1", "noisy", True),
+        ("Agreement with the teacher, held-out", "eval/agree_top1", "dots", True),
+        ("Perplexity, held-out", "eval/perplexity", "dots", False),
+        ("Learning rate", "optim/lr", "solid", False),
+        ("Throughput, tokens/s", "perf/tokens_per_second", "noisy", False),
+    ]
+    made = []
+    for title, metric, style, percent in quantities:
+        lines = [
+            Line(run.name, *series(run.records, metric), _colour(index), style, percent)
+            for index, run in enumerate(runs)
+        ]
+        lines = [line for line in lines if len(line.steps)]
+        made.append(Panel(title, (Chart(tuple(lines), percent=percent),)))
+    return made
+
+
+def _lines(
+    run: RunFiles, metrics: Sequence[str], style: str, *, first: int = 0, percent: bool = False
+) -> list[Line]:
+    """A line per metric that was recorded, colours in the order of the metrics."""
+    lines = []
+    for index, metric in enumerate(metrics):
+        steps, values = series(run.records, metric)
+        if len(steps):
+            label = _NAMES.get(metric) or _words(metric)
+            lines.append(Line(label, steps, values, _colour(first + index), style, percent))
+    return lines
+
+
+def _held_out(
+    run: RunFiles, metrics: Sequence[str], first: int, *, percent: bool = False
+) -> list[Line]:
+    return [
+        dataclasses.replace(line, label=f"{line.label}, held-out")
+        for line in _lines(run, metrics, "dots", first=first, percent=percent)
+    ]
+
+
+def _perplexity(run: RunFiles) -> Panel:
+    """Held-out perplexity over the steps between the levels of the comparison."""
+    lines = _held_out(run, ["eval/perplexity"], 0)
+    levels = {"teacher": "green", "student before": "grey", "SFT control": "orange"}
+    for row in run.rows:
+        value = row.get("perplexity")
+        if lines and row["name"] in levels and wording.is_number(value):
+            steps = lines[0].steps[[0, -1]]
+            level = np.full(2, float(value))
+            lines.append(Line(row["name"], steps, level, levels[row["name"]], "level"))
+    return Panel("Perplexity on held-out text", (Chart(tuple(lines)),))
+
+
+def _knobs(run: RunFiles, metrics: Sequence[str]) -> Panel:
+    """The knobs that move, those within [0, 1] apart from the others; the rest are named."""
+    moving: dict[bool, list[Line]] = {True: [], False: []}
+    constant = []
+    for line in _lines(run, metrics, "solid"):
+        finite = line.values[np.isfinite(line.values)]
+        if len(finite) and (finite == finite[0]).all():
+            constant.append(f"{line.label} = {wording.number(float(finite[0]))}")
+        elif len(finite):
+            moving[bool(finite.min() >= 0 and finite.max() <= 1)].append(line)
+    charts = tuple(Chart(tuple(lines)) for lines in moving.values() if lines)
+    note = f"Constant: {', '.join(constant)}." if constant else ""
+    return Panel("Knobs", charts, note)
+
+
+def _throughput(run: RunFiles) -> Panel:
+    """How fast the run is, in tokens and in arithmetic."""
+    charts = []
+    for metric in ("perf/tokens_per_second", "perf/mfu", "perf/tflops_per_second"):
+        percent = metric == "perf/mfu"
+        lines = _lines(run, [metric], "noisy", first=len(charts), percent=percent)
+        lines = [dataclasses.replace(line, digest="median") for line in lines]
+        charts.append(Chart(tuple(lines), _NAMES[metric], percent=percent))
+    return Panel("Throughput", tuple(charts), "Numbers in the legend: median over the run.")
+
+
+def _time_shares(run: RunFiles) -> Panel:
+    """Where the time of a step goes; what is in no share is the student's own work."""
+    shares = {}
+    for name in ("teacher", "data", "checkpoint"):
+        at, values = series(run.records, f"perf/{name}_share")
+        if len(at):
+            shares[name] = (at, np.clip(np.nan_to_num(values), 0, 1))
+    if not shares:
+        return Panel("Where the time goes", ())
+    steps = np.unique(np.concatenate([at for at, _ in shares.values()]))
+    lines, rest = [], np.ones(len(steps))
+    for name, colour in (("teacher", "purple"), ("data", "orange"), ("checkpoint", "teal")):
+        if name in shares:
+            values = np.interp(steps, *shares[name])
+            rest = rest - values
+            lines.append(Line(name, steps, values, colour, percent=True, digest="mean"))
+    rest = np.maximum(rest, 0)
+    other = Line("student and the rest", steps, rest, "blue", percent=True, digest="mean")
+    chart = Chart((other, *lines), "share of the time of a step", stacked=True, percent=True)
+    return Panel("Where the time goes", (chart,), "Numbers in the legend: mean over the run.")
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _words(metric: str) -> str:
+    group, _, name = metric.partition("/")
+    return metric if group in ("teacher", "student") else name.replace("_", " ")

@@ -1,0 +1,342 @@
+"""The report of one run or several: one HTML file that needs nothing but itself."""
+
+import dataclasses
+import datetime
+import importlib.resources
+import os
+import pathlib
+import typing
+from collections.abc import Sequence
+
+import jinja2
+import markupsafe
+
+from jaxdistill.errors import DataError, StorageError
+from jaxdistill.report import curves, pictures, run_files, table, wording
+from jaxdistill.report.run_files import RunFiles
+
+_MAX_EVENTS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A value of the comparison: its words, the length of its bar in percent, if it is best."""
+
+    text: str
+    bar: float | None = None
+    best: bool = False
+
+
+def build(
+    run_dirs: str | os.PathLike | Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+) -> pathlib.Path:
+    """Writes the report of a run, or the comparison of several, as one offline HTML file.
+
+    The page loads nothing and runs no script, and its policy forbids both. Text that comes from a
+    run (samples, configuration, names) is escaped. The same files give the same bytes. A run that
+    is still going on, or lacks some files, gives a page that says what is missing.
+
+    Args:
+      run_dirs: one run directory or several.
+      out: the file to write; by default `report.html` in the run directory, and for several runs
+        `comparison.html` in the first.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      DataError: a folder is not a run directory, or none is given.
+      UserError: matplotlib is not installed (`pip install jaxdistill[report]`).
+      StorageError: the file cannot be written.
+    """
+    folders = [run_dirs] if isinstance(run_dirs, str | os.PathLike) else list(run_dirs)
+    if not folders:
+        raise DataError("no run directory given; name at least one")
+    pictures.require()
+    runs = _distinct([run_files.load(folder) for folder in folders])
+    default = "report.html" if len(runs) == 1 else "comparison.html"
+    path = pathlib.Path(folders[0]) / default if out is None else pathlib.Path(out)
+    page = render(runs)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: the report cannot be written: {error}") from error
+    return path
+
+
+def render(runs: Sequence[RunFiles]) -> str:
+    """The page as text."""
+    files = importlib.resources.files("jaxdistill.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = wording.visible
+    template = environment.from_string(files.joinpath("page.html.jinja").read_text("utf-8"))
+    drawn = [
+        (panel, markupsafe.Markup(pictures.draw(panel, f"panel{index}")))
+        for index, panel in enumerate(curves.panels(runs))
+    ]
+    rows = [row for run in runs for row in run.rows]
+    return template.render(
+        style=markupsafe.Markup(_palette() + files.joinpath("page.css").read_text("utf-8")),
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        runs=runs,
+        ledes=[(run, _lede(run)) for run in runs],
+        facts=_facts(runs[0]) if len(runs) == 1 else [],
+        status=_status(runs[0]) if len(runs) == 1 else "",
+        columns=table.columns(rows),
+        comparison=_comparison(runs, rows),
+        drawn=drawn,
+        samples=_sample_columns(runs),
+        troubles=[(run, _troubles(run)) for run in runs],
+        events=[(run, _events(run)) for run in runs],
+        reproduction=[(run, _reproduction(run)) for run in runs],
+        colours={run.name: curves.COLOURS[i % len(curves.COLOURS)] for i, run in enumerate(runs)},
+        as_of=[_as_of(run) for run in runs],
+    )
+
+
+def _palette() -> str:
+    """The colours of page and pictures as CSS variables, light first; paper is always light."""
+    light = "".join(f"--{name}:{pair[0]};" for name, pair in pictures.PALETTE.items())
+    dark = "".join(f"--{name}:{pair[1]};" for name, pair in pictures.PALETTE.items())
+    return (
+        f":root{{{light}--page:#fdfdfc;--card:#f5f6f7;}}\n"
+        f"@media screen and (prefers-color-scheme: dark){{:root{{{dark}"
+        "--page:#15171a;--card:#1d2024;}}\n"
+    )
+
+
+def _distinct(runs: list[RunFiles]) -> list[RunFiles]:
+    """Runs of the same folder name get a number, so that legends and tables tell them apart."""
+    names = [run.name for run in runs]
+    return [
+        dataclasses.replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})")
+        if names.count(run.name) > 1
+        else run
+        for i, run in enumerate(runs)
+    ]
+
+
+def _status(run: RunFiles) -> str:
+    return str(run.info.get("status") or "")
+
+
+def _step(run: RunFiles) -> int | None:
+    return max((record["step"] for record in run.records), default=None)
+
+
+def _total_steps(run: RunFiles) -> int | None:
+    total = run.info.get("total_steps")
+    return total if isinstance(total, int) else None
+
+
+def _as_of(run: RunFiles) -> str:
+    """What the page was made from, in words that do not depend on when it was made."""
+    times = [r["time"] for r in run.records if wording.is_number(r.get("time"))]
+    words = f"{run.name}: {len(run.records)} records"
+    if times:
+        when = datetime.datetime.fromtimestamp(max(times), datetime.UTC)
+        words += f", the last of step {_step(run)} at {when:%Y-%m-%d %H:%M} UTC"
+    return words
+
+
+def _lede(run: RunFiles) -> str:
+    if run.rows:
+        return table.recovered(run.rows)
+    step, total, status = _step(run), _total_steps(run), _status(run)
+    where = f"step {step}" + (f" of {total}" if total else "")
+    if step is None:
+        return "Nothing has been recorded yet."
+    going = f"The run is at {where}" if status in ("running", "") else f"The run ended at {where}"
+    return f"{going}. The comparison with teacher and SFT control has not been made yet."
+
+
+def _row(run: RunFiles, name: str) -> dict[str, typing.Any]:
+    return next((row for row in run.rows if row["name"] == name), {})
+
+
+def _parameters(run: RunFiles, role: str) -> float | None:
+    """How many parameters a model has, from the comparison or from RUN.json."""
+    row = _row(run, "teacher" if role == "teacher" else "student after")
+    described = run.info.get(role)
+    stated = described.get("parameters") if isinstance(described, dict) else None
+    for value in (row.get("parameters"), stated):
+        if wording.is_number(value) and value > 0:
+            return value
+    return None
+
+
+def _source(run: RunFiles, role: str) -> str:
+    described = run.info.get(role)
+    source = described.get("source", "") if isinstance(described, dict) else described
+    return pathlib.PurePath(str(source or "")).name
+
+
+def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
+    """The header card: (label, value, remark), only what is known."""
+    teacher, student = _parameters(run, "teacher"), _parameters(run, "student")
+    before, after = _row(run, "student before"), _row(run, "student after")
+    facts = []
+    if teacher:
+        facts.append(("Teacher", wording.count(teacher), _source(run, "teacher")))
+    if student:
+        facts.append(("Student", wording.count(student), _source(run, "student")))
+    if teacher and student:
+        facts.append(("Compression", f"{wording.number(teacher / student, 3)}×", "parameters"))
+    for field, label, write in (
+        ("perplexity", "Perplexity", wording.number),
+        ("kl_t1", "KL to the teacher", wording.number),
+        ("agree_top1", "Top-1 agreement", wording.percent),
+    ):
+        if wording.is_number(after.get(field)):
+            known = wording.is_number(before.get(field))
+            remark = f"before: {write(before[field])}" if known else ""
+            facts.append((label, write(after[field]), remark))
+    step, total = _step(run), _total_steps(run)
+    if step is not None:
+        facts.append(("Steps", f"{step:,}", f"of {total:,}" if total else ""))
+    seconds, how = _wall_time(run)
+    if seconds is not None:
+        facts.append(("Time", wording.duration(seconds), how))
+    device = run.info.get("device")
+    if device:
+        mesh = run.info.get("mesh")
+        facts.append(("Device", _phrase(device), f"mesh {_phrase(mesh)}" if mesh else ""))
+    return facts
+
+
+def _wall_time(run: RunFiles) -> tuple[float | None, str]:
+    """The time of all attempts, or the time from the first record to the last."""
+    attempts = [a for a in run.info.get("attempts") or [] if isinstance(a, dict)]
+    spans = [
+        end - start
+        for a in attempts
+        for start, end in [(a.get("started", a.get("start")), a.get("ended", a.get("end")))]
+        if wording.is_number(start) and wording.is_number(end)
+    ]
+    if spans and len(spans) == len(attempts):
+        return sum(spans), f"{len(spans)} attempts" if len(spans) > 1 else ""
+    times = [r["time"] for r in run.records if wording.is_number(r.get("time"))]
+    if len(times) > 1:
+        return max(times) - min(times), "first record to last"
+    return None, ""
+
+
+def _phrase(value: typing.Any) -> str:
+    """A small mapping or list in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_phrase(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_phrase(item) for item in value)
+    return str(value)
+
+
+def _comparison(
+    runs: Sequence[RunFiles], rows: Sequence[dict]
+) -> list[tuple[RunFiles, list[tuple[str, list[Cell]]]]]:
+    """Per run the rows of its table; bars share their scale over all runs."""
+    shown = table.columns(rows)
+    made = []
+    for run in runs:
+        lines = [
+            (row["name"], [_cell(column, row, rows, run.rows) for column in shown])
+            for row in table.ordered(run.rows)
+        ]
+        if lines:
+            made.append((run, lines))
+    return made
+
+
+def _cell(column: table.Column, row: dict, rows: Sequence[dict], own: Sequence[dict]) -> Cell:
+    """A cell; best is the better one of the two ways to train this student, when both are known."""
+    value = row.get(column.field)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return Cell(wording.MISSING)
+    text = column.write(value)
+    top = max((r[column.field] for r in rows if wording.is_number(r.get(column.field))), default=0)
+    bar = 100 * value / top if column.better and wording.is_number(value) and top > 0 else None
+    rivals = [
+        r[column.field]
+        for r in own
+        if r["name"] in ("SFT control", "student after") and wording.is_number(r.get(column.field))
+    ]
+    best = False
+    if len(rivals) == 2 and row["name"] in ("SFT control", "student after"):
+        best = (column.better == "low" and value == min(rivals) != max(rivals)) or (
+            column.better == "high" and value == max(rivals) != min(rivals)
+        )
+    return Cell(text, None if bar is None else round(max(bar, 0.0), 2), best)
+
+
+def _sample_columns(
+    runs: Sequence[RunFiles],
+) -> list[tuple[RunFiles, list[tuple[str, list[tuple[str, str]]]]]]:
+    """Per run (prompt, [(name, text), ...]) with teacher before student."""
+    order = {"teacher": 0, "student before": 1, "SFT control": 2, "student": 3, "student after": 3}
+    made = []
+    for run in runs:
+        samples = []
+        for sample in run.samples:
+            texts = [(name, text) for name, text in sample.items() if name != "prompt"]
+            texts.sort(key=lambda item: order.get(item[0], 9))
+            samples.append((sample.get("prompt", ""), texts))
+        if samples or run.samples_page:
+            made.append((run, samples))
+    return made
+
+
+def _troubles(run: RunFiles) -> list[str]:
+    """What went wrong and was survived."""
+    words = []
+    skipped = curves.skipped_steps(run)
+    if skipped:
+        some = ", ".join(str(step) for step in skipped[:12])
+        more = f" and {len(skipped) - 12} more" if len(skipped) > 12 else ""
+        words.append(f"{len(skipped)} step(s) skipped: {some}{more}.")
+    if run.quarantined:
+        words.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/bad.jsonl).")
+    nonfinite = sum(1 for record in run.records if record.get("nonfinite"))
+    if nonfinite:
+        words.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")
+    attempts = run.info.get("attempts")
+    if isinstance(attempts, list) and len(attempts) > 1:
+        words.append(f"The run was resumed {len(attempts) - 1} time(s).")
+    reason = run.info.get("exit_reason")
+    if reason and _status(run) not in ("done", "running"):
+        words.append(f"It ended as {_status(run) or 'unknown'}: {reason}")
+    return words
+
+
+def _events(run: RunFiles) -> list[tuple[str, str, str]]:
+    """The last events as (time, kind, the rest)."""
+    made = []
+    for event in run.events[-_MAX_EVENTS:]:
+        when = event.get("time")
+        clock = (
+            f"{datetime.datetime.fromtimestamp(when, datetime.UTC):%m-%d %H:%M:%S}"
+            if wording.is_number(when) and 0 <= when < 4e9
+            else ""
+        )
+        rest = {key: value for key, value in event.items() if key not in ("time", "kind")}
+        made.append((clock, str(event.get("kind", "")), run_files.redact(_phrase(rest))))
+    return made
+
+
+def _reproduction(run: RunFiles) -> dict[str, dict[str, str]]:
+    """The short facts that identify the run: code, versions, machine, fingerprints."""
+    machine = {
+        key: _phrase(run.info[key])
+        for key in ("git_sha", "method", "device", "mesh", "seed", "schema")
+        if run.info.get(key) not in (None, "")
+    }
+    versions = run.info.get("versions")
+    return {
+        "Run": machine,
+        "Versions": {k: str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
+        "Fingerprints": run.fingerprints,
+    }

@@ -1,0 +1,217 @@
+"""What a run directory holds, read into one value; anything may be missing, and is then named."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import typing
+
+from jaxdistill.errors import DataError
+from jaxdistill.report import writers
+
+# A page is for reading: what is longer is cut, and says so.
+_MAX_TEXT = 200_000
+_MAX_SAMPLES = 24
+_MAX_SAMPLE_TEXT = 6_000
+
+_SECRET_NAME = r"[\w.-]*(?:secret|passw(?:or)?d|api[_-]?key|(?:auth|access|hf)[_-]?token)"
+_SECRET = re.compile(
+    rf"(?i)((?:--{_SECRET_NAME}\s+|{_SECRET_NAME}[\"']?\s*[:=]\s*[\"']?|\bbearer\s+))[^\s\"',}}]+"
+    r"|\b(?:hf_|sk-|ghp_|gho_|AKIA)[A-Za-z0-9_-]{16,}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """One run as its files tell it.
+
+    Attributes:
+      name: the name of the folder.
+      info: RUN.json, or {}.
+      records: the records of metrics.jsonl.
+      events: the lines of events.jsonl.
+      rows: the rows of table.json, or [].
+      held_out: what the table was measured on.
+      samples: mappings of names ("prompt", "teacher", "student") to text, of the latest step.
+      samples_step: that step, or None where it is not known.
+      samples_page: the latest samples file as text, where there are no structured ones.
+      quarantined: the records of data set aside, or None when there is no such file.
+      texts: title -> text of the small files that reproduce the run.
+      fingerprints: name -> digest.
+      missing: sentences about what is not there, or not whole.
+    """
+
+    name: str
+    info: dict[str, typing.Any]
+    records: list[dict]
+    events: list[dict]
+    rows: list[dict]
+    held_out: str
+    samples: list[dict[str, str]]
+    samples_step: int | None
+    samples_page: str
+    quarantined: int | None
+    texts: dict[str, str]
+    fingerprints: dict[str, str]
+    missing: list[str]
+
+
+def load(run_dir: str | os.PathLike) -> RunFiles:
+    """Reads a run directory, of a run that is finished, going on or broken off.
+
+    Raises:
+      DataError: there is no such folder, or nothing in it is a file of a run.
+    """
+    folder = pathlib.Path(run_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+    known = ("RUN.json", "metrics.jsonl", "table.json", "config.resolved.yaml", "events.jsonl")
+    if not any((folder / name).exists() for name in known):
+        raise DataError(
+            f"{folder}: not a run directory: it holds none of {', '.join(known)}; "
+            "give the folder that `jaxdistill train` named at its start"
+        )
+    missing: list[str] = []
+    info = _json(folder / "RUN.json", missing)
+    records = _lines(folder / "metrics.jsonl", missing)
+    table = _json(folder / "table.json", missing)
+    rows = [
+        row
+        for row in _list(table.get("rows"))
+        if isinstance(row, dict) and isinstance(row.get("name"), str)
+    ]
+    samples, samples_step, samples_page = _samples(folder, missing)
+    _name_missing(folder, records, rows, missing)
+    return RunFiles(
+        name=folder.resolve().name,
+        info=info,
+        records=[r for r in records if isinstance(r.get("step"), int)],
+        events=_lines(folder / "events.jsonl", missing),
+        rows=rows,
+        held_out=str(table.get("held_out") or ""),
+        samples=samples,
+        samples_step=samples_step,
+        samples_page=samples_page,
+        quarantined=_count_lines(folder / "quarantine" / "bad.jsonl"),
+        texts=_texts(folder, info),
+        fingerprints=_flat(_json(folder / "fingerprints.json", missing)),
+        missing=missing,
+    )
+
+
+def redact(text: str) -> str:
+    """The text with what looks like a password, token or key replaced by [redacted]."""
+    return _SECRET.sub(lambda match: (match.group(1) or "") + "[redacted]", text)
+
+
+def _name_missing(
+    folder: pathlib.Path, records: list[dict], rows: list[dict], missing: list[str]
+) -> None:
+    if not records:
+        missing.append("No metrics yet: the run has not finished a step that was recorded.")
+    elif not any(key.startswith("eval/") for record in records for key in record):
+        missing.append("No evaluation on held-out text was recorded during training.")
+    if not rows:
+        missing.append(
+            "No comparison with the teacher and the student before: table.json is written when "
+            "the run has been evaluated."
+        )
+    if not (folder / "config.resolved.yaml").exists():
+        missing.append("No config.resolved.yaml: the settings of the run are not known.")
+
+
+def _json(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
+    """A JSON object from a file; {} where there is none, or where it cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} is damaged (no JSON object) and was left out.")
+        return {}
+    return value
+
+
+def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
+    records, damaged = writers.scan(path)
+    if damaged:
+        where = ", ".join(str(number) for number in damaged[:5])
+        missing.append(f"{path.name}: {len(damaged)} damaged line(s) were left out (line {where}).")
+    return records
+
+
+def _list(value: typing.Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _text(path: pathlib.Path, limit: int = _MAX_TEXT) -> str:
+    if not path.is_file():
+        return ""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read(limit + 1)
+    return text if len(text) <= limit else text[:limit] + "\n[the rest is not shown]"
+
+
+def _samples(
+    folder: pathlib.Path, missing: list[str]
+) -> tuple[list[dict[str, str]], int | None, str]:
+    """The samples of the latest step: structured ones where there are any, else a page of text."""
+    paths = sorted((folder / "samples").glob("*.jsonl")) or [folder / "samples.jsonl"]
+    rows: list[dict] = [row for row in _lines(paths[-1], missing) if _has_text(row)]
+    steps = [row["step"] for row in rows if isinstance(row.get("step"), int)]
+    step = max(steps, default=None)
+    rows = [row for row in rows if step is None or row.get("step") == step]
+    samples = [
+        {
+            str(name): text if len(text) <= _MAX_SAMPLE_TEXT else text[:_MAX_SAMPLE_TEXT] + " [...]"
+            for name, text in row.items()
+            if isinstance(text, str)
+        }
+        for row in rows[:_MAX_SAMPLES]
+    ]
+    if len(rows) > _MAX_SAMPLES:
+        missing.append(f"{len(rows) - _MAX_SAMPLES} more samples are in {paths[-1].name}.")
+    pages = sorted((folder / "samples").glob("*.md"))
+    page = "" if samples or not pages else _text(pages[-1])
+    if page:
+        found = re.search(r"(\d+)", pages[-1].stem)
+        step = int(found.group(1)) if found else None
+    return samples, step, page
+
+
+def _has_text(row: dict) -> bool:
+    return any(isinstance(value, str) for value in row.values())
+
+
+def _count_lines(path: pathlib.Path) -> int | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:
+    command = _text(folder / "command.txt") or info.get("command") or ""
+    if isinstance(command, list):
+        command = " ".join(str(word) for word in command)
+    texts = {
+        "Command": str(command),
+        "Overrides": _text(folder / "overrides.txt"),
+        "Configuration as given": _text(folder / "config.input.yaml"),
+        "Configuration with every default": _text(folder / "config.resolved.yaml"),
+    }
+    return {title: redact(text.strip()) for title, text in texts.items() if text.strip()}
+
+
+def _flat(value: typing.Any, prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names."""
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = str(item)
+    return flat

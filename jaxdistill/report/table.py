@@ -1,0 +1,203 @@
+"""The comparison of teacher, student before, SFT control, student after; and it in words."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.table import Table
+
+from jaxdistill.errors import DataError
+from jaxdistill.report import wording
+
+ROWS = ("teacher", "student before", "SFT control", "student after")
+STYLES = ("rich", "plain", "markdown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the comparison: its field in table.json and how its values are written.
+
+    Attributes:
+      field: the key in a row of table.json.
+      title: the words above the column.
+      write: value to text.
+      better: "low" or "high" where one end is better, "" where neither is.
+    """
+
+    field: str
+    title: str
+    write: Callable[[float | None], str]
+    better: str = ""
+
+
+COLUMNS = (
+    Column("perplexity", "perplexity", wording.number, "low"),
+    Column("bits_per_byte", "bits/byte", wording.number, "low"),
+    Column("kl_t1", "KL to teacher", wording.number, "low"),
+    Column("agree_top1", "top-1 agreement", wording.percent, "high"),
+    Column("parameters", "parameters", wording.count),
+    Column("parameters_non_embedding", "non-embedding", wording.count),
+    Column("bytes", "size", wording.size),
+    Column("tokens_per_second", "tokens/s", wording.count, "high"),
+)
+
+
+def ordered(rows: Sequence[Mapping[str, typing.Any]]) -> list[Mapping[str, typing.Any]]:
+    """The rows in the order of the comparison; rows of other names come last, as given.
+
+    Raises:
+      DataError: a row has no name.
+    """
+    for row in rows:
+        if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+            raise DataError(
+                f"table row {row!r}: must be a mapping with a name, one of {', '.join(ROWS)}"
+            )
+    return sorted(rows, key=lambda row: ROWS.index(row["name"]) if row["name"] in ROWS else 9)
+
+
+def columns(rows: Sequence[Mapping[str, typing.Any]]) -> list[Column]:
+    """The columns of which at least one row holds a value."""
+    return [c for c in COLUMNS if any(_cell(row, c.field) is not None for row in rows)]
+
+
+def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "rich") -> Table | str:
+    """The rows of table.json as a table.
+
+    Args:
+      rows: mappings with "name" and the fields of `COLUMNS`; a missing or null field shows "-".
+      style: "rich" for a `rich.table.Table`, "plain" for aligned text, "markdown".
+
+    Returns:
+      The Rich table, or the text without a last line end.
+
+    Raises:
+      DataError: a row has no name, or `style` is none of the three.
+    """
+    if style not in STYLES:
+        raise DataError(f"style = {style!r}: must be one of {', '.join(STYLES)}")
+    rows = ordered(rows)
+    shown = columns(rows)
+    head = ["", *(c.title for c in shown)]
+    body = [
+        [wording.clean(row["name"]), *(c.write(_cell(row, c.field)) for c in shown)] for row in rows
+    ]
+    if style == "rich":
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for index, title in enumerate(head):
+            table.add_column(title, justify="right" if index else "left", no_wrap=True)
+        for row, cells in zip(rows, body, strict=True):
+            last = row["name"] == "student after"
+            # Text built from a name must not be read as markup.
+            table.add_row(*(cell.replace("[", r"\[") for cell in cells), style="bold" * last)
+        return table
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    if style == "plain":
+        lines = [_aligned(line, widths, "  ") for line in [head, *body]]
+        return "\n".join(line.rstrip() for line in lines)
+    body = [[cell.replace("|", r"\|") for cell in line] for line in body]
+    rule = ["---", *("---:" for _ in shown)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+
+
+def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
+    """What the comparison says, in words that claim no more than its numbers.
+
+    The share of the perplexity gap that a student s recovers is
+    `(ppl(before) - ppl(s)) / (ppl(before) - ppl(teacher))`. It is stated only where all three are
+    finite and the teacher is better than the student before. The same share of the SFT control
+    says how much of it plain fine-tuning on the same data would have given.
+
+    Args:
+      rows: the rows of table.json.
+
+    Returns:
+      One to three sentences; what is missing is named instead of assumed.
+    """
+    perplexity = {row["name"]: _cell(row, "perplexity") for row in ordered(rows)}
+    needed = ("teacher", "student before", "student after")
+    absent = [name for name in needed if perplexity.get(name) is None]
+    if absent:
+        return f"Not comparable yet: no perplexity of {' and '.join(absent)}."
+    bad = [name for name in needed if not wording.is_number(perplexity[name])]
+    if bad:
+        words = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
+        return f"No share of the gap can be given: the perplexity of {words} is not finite."
+    teacher, before, after = (float(perplexity[name]) for name in needed)
+    sentences = [_gap_sentence(teacher, before, after)]
+    sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
+    return " ".join(sentences)
+
+
+def _gap_sentence(teacher: float, before: float, after: float) -> str:
+    gap = before - teacher
+    change = f"{wording.number(before)} to {wording.number(after)}"
+    if gap <= 0:
+        return (
+            f"The teacher (perplexity {wording.number(teacher)}) is no better than the student "
+            f"before ({wording.number(before)}) on this text, so there was no gap to close; the "
+            f"student went from {change}."
+        )
+    share = (before - after) / gap
+    goal = f"teacher: {wording.number(teacher)}"
+    if share < 0:
+        text = (
+            f"The student got worse: perplexity from {change} ({goal}), which widens the gap to "
+            f"the teacher by {_share(-share)}."
+        )
+    elif share > 1:
+        text = f"The student passes the teacher: perplexity from {change} ({goal})."
+    else:
+        text = (
+            f"The student recovered {_share(share)} of the perplexity gap to the teacher: "
+            f"from {change} ({goal})."
+        )
+    if gap < 0.01 * before:
+        text += (
+            f" The gap itself is only {_share(gap / before)} of the perplexity, so the share says "
+            "little."
+        )
+    return text
+
+
+def _control_sentence(teacher: float, before: float, after: float, control: float | None) -> str:
+    if control is None:
+        return (
+            "There is no SFT control, so how much of this plain fine-tuning on the same data "
+            "would have given is not known."
+        )
+    if not wording.is_number(control):
+        return f"The perplexity of the SFT control ({control}) is not finite."
+    difference = 100 * (after - control) / control
+    side = "below" if difference < 0 else "above"
+    if abs(difference) < 0.005:
+        text = f"Its perplexity equals that of the SFT control ({wording.number(control)})"
+    else:
+        text = (
+            f"Its perplexity is {wording.number(abs(difference), 3)}% {side} that of the SFT "
+            f"control ({wording.number(control)})"
+        )
+    if before > teacher:
+        share = (before - control) / (before - teacher)
+        verb = "recovered" if share >= 0 else "lost"
+        text += f", which {verb} {_share(abs(share))} of the gap"
+    return text + "."
+
+
+def _share(share: float) -> str:
+    """A percentage that does not round up to "100.0%" or down to "0.0%" what is neither."""
+    if 0.9995 <= share < 1:
+        return "99.9%"
+    if 0 < share < 0.0005:
+        return "less than 0.1%"
+    return wording.percent(share)
+
+
+def _cell(row: Mapping[str, typing.Any], field: str) -> float | None:
+    value = row.get(field)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int], gap: str) -> str:
+    first, *rest = zip(cells, widths, strict=True)
+    return gap.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])

@@ -1,0 +1,359 @@
+"""The files a run leaves behind: metrics.jsonl, events.jsonl, TensorBoard events, samples."""
+
+import json
+import logging
+import math
+import numbers
+import os
+import pathlib
+import re
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+
+from jaxdistill.errors import DataError, StorageError
+
+_logger = logging.getLogger("jaxdistill.report")
+
+
+class MetricsWriter:
+    """Appends what a run measures to its folder, and never stops the run for it.
+
+    A record of `metrics.jsonl` is one JSON object on one line, `{"step", "time", ...scalars}`;
+    a value that is not finite is written as null and its name is listed under "nonfinite". The
+    same scalars go to `tensorboard/`. What cannot be written (the disk is full) is dropped,
+    counted in `dropped`, and told once.
+
+    Args:
+      run_dir: the folder of the run; made when missing.
+      tensorboard: whether to write TensorBoard event files too.
+      resume_step: None for a run that begins, otherwise the number of the step the run goes on
+        after: records of later steps, which will be computed again, are removed, so the file
+        continues without gap or repeat. 0 restarts a run that had saved nothing.
+      notice: called with the one warning; by default it is logged.
+      clock: the source of "time", seconds since 1970.
+
+    Raises:
+      StorageError: the folder or a file cannot be opened, or a new run finds records of another.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        *,
+        notice: Callable[[str], typing.Any] | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self.run_dir = pathlib.Path(run_dir)
+        self.dropped = 0
+        self._notice = notice or _logger.warning
+        self._warned: set[str] = set()
+        self._clock = clock
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            metrics = self.run_dir / "metrics.jsonl"
+            if resume_step is None:
+                _refuse_records(metrics)
+            _cut(metrics, resume_step)
+            _cut(self.run_dir / "events.jsonl", None)
+            self._metrics = _Appender(metrics)
+            self._events = _Appender(self.run_dir / "events.jsonl")
+        except OSError as error:
+            raise StorageError(
+                f"{self.run_dir}: the metric files of the run cannot be opened: {error}; "
+                "give a run directory that can be written to"
+            ) from error
+        self._board = None
+        if tensorboard:
+            with self._guard("tensorboard"):
+                self._board = _Board(self.run_dir / "tensorboard", resume_step)
+
+    def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+        """Appends one record: metric names to numbers (Python, numpy or jax scalars)."""
+        record: dict[str, typing.Any] = {"step": int(step), "time": round(self._clock(), 3)}
+        values = {name: _plain(name, value) for name, value in scalars.items()}
+        nonfinite = [name for name, value in values.items() if not math.isfinite(value)]
+        record.update({k: None if k in nonfinite else v for k, v in values.items()})
+        if nonfinite:
+            record["nonfinite"] = nonfinite
+        with self._guard("metrics.jsonl"):
+            self._metrics.append(record)
+        if self._board is not None:
+            with self._guard("tensorboard") as guard:
+                self._board.write(int(step), values, record["time"])
+            if guard.failed:
+                # A half-written record spoils the rest of an event file: no more of it.
+                self._board = None
+
+    def event(self, kind: str, **fields: typing.Any) -> None:
+        """Appends one line to events.jsonl: `{"time", "kind", ...fields}`."""
+        record = {"time": round(self._clock(), 3), "kind": kind, **fields}
+        with self._guard("events.jsonl"):
+            self._events.append(_json_safe(record))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Writes what teacher and student say at a step, for people (.md) and the report (.jsonl).
+
+        Args:
+          step: the training step.
+          rows: one mapping per prompt: "prompt", "teacher", "student", other names as wished.
+        """
+        stem = self.run_dir / "samples" / f"step_{step:06d}"
+        with self._guard("samples"):
+            stem.parent.mkdir(exist_ok=True)
+            lines = [json.dumps(_json_safe({"step": step, **row})) + "\n" for row in rows]
+            stem.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+            stem.with_suffix(".md").write_text(
+                _samples_page(step, rows), encoding="utf-8", errors="replace"
+            )
+
+    def sync(self) -> None:
+        """Forces both files to the disk: call it before a checkpoint that counts on them."""
+        with self._guard("metrics.jsonl"):
+            self._metrics.sync()
+            self._events.sync()
+
+    def close(self) -> None:
+        """Writes what is buffered and closes the files; calling it again does nothing."""
+        self.sync()
+        self._metrics.close()
+        self._events.close()
+        if self._board is not None:
+            with self._guard("tensorboard"):
+                self._board.close()
+            self._board = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _guard(self, output: str) -> "_Guard":
+        return _Guard(self, output)
+
+    def _lost(self, output: str, error: OSError) -> None:
+        self.dropped += 1
+        if output not in self._warned:
+            self._warned.add(output)
+            self._notice(
+                f"{output} cannot be written ({error}); training goes on, "
+                "records are dropped until it can"
+            )
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
+    """The records of a run's metrics.jsonl, also while the run is still writing it.
+
+    Args:
+      run_dir: the folder of the run.
+
+    Returns:
+      One dict per line, in order. A torn last line (the run was killed, or is writing just now)
+      is left out; no file yet gives an empty list.
+
+    Raises:
+      DataError: there is no such folder, or a line other than the last is not a record.
+    """
+    folder = pathlib.Path(run_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+    records, damaged = scan(folder / "metrics.jsonl")
+    if damaged:
+        raise DataError(
+            f"{folder / 'metrics.jsonl'}:{damaged[0]}: not a JSON object; "
+            "the file was damaged after it was written: remove that line"
+        )
+    return records
+
+
+def scan(path: pathlib.Path) -> tuple[list[dict], list[int]]:
+    """All records of a JSON-lines file, and the numbers of the lines that are damaged.
+
+    A last line without its line end is still being written, which is no damage.
+    """
+    records, damaged = [], []
+    if not path.exists():
+        return records, damaged
+    with open(path, "rb") as file:
+        for line_number, line in enumerate(file, start=1):
+            record = _parse(line)
+            if record is not None:
+                records.append(record)
+            elif line.endswith(b"\n") and line.strip():
+                damaged.append(line_number)
+    return records, damaged
+
+
+def _parse(line: bytes) -> dict | None:
+    """The record on a line, or None where there is no whole one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _cut(path: pathlib.Path, last_step: int | None) -> None:
+    """Removes the torn last line of a file, and records after `last_step` when one is given."""
+    if not path.exists():
+        return
+    kept: list[bytes] = []
+    is_prefix, length = True, 0
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parse(line)
+            keep = record is not None and (
+                last_step is None
+                or (isinstance(record.get("step"), int) and record["step"] <= last_step)
+            )
+            if not keep:
+                is_prefix = False
+                continue
+            if not is_prefix:
+                length = -1  # something worth keeping follows something that goes
+            elif length >= 0:
+                length += len(line)
+            kept.append(line)
+    if length >= 0:
+        # Cutting the end off needs no space and cannot be interrupted half-way.
+        os.truncate(path, length)
+        return
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _refuse_records(path: pathlib.Path) -> None:
+    records, _ = scan(path)
+    if records:
+        raise StorageError(
+            f"{path}: holds {len(records)} records of another run, the last of step "
+            f"{records[-1].get('step')}; resume that run or choose another run directory"
+        )
+
+
+class _Appender:
+    """One JSON-lines file, written line by line without a buffer of its own."""
+
+    def __init__(self, path: pathlib.Path):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        self._file = os.open(path, flags, 0o644)
+        self._end = os.fstat(self._file).st_size
+
+    def append(self, record: dict) -> None:
+        data = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        size = len(data)
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError:
+            # Half a line would swallow the next one: take it back, which needs no space.
+            os.ftruncate(self._file, self._end)
+            raise
+        self._end += size
+
+    def sync(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class _Board:
+    """TensorBoard event files, written at once by the calling thread.
+
+    tensorboardX's SummaryWriter hands events to a thread through a bounded process queue: when
+    that thread dies of a full disk, the next call waits for ever. Its EventsWriter, the part that
+    knows the file format, raises instead.
+    """
+
+    def __init__(self, folder: pathlib.Path, resume_step: int | None):
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
+
+        self._event = event_pb2.Event
+        folder.mkdir(parents=True, exist_ok=True)
+        # The name holds the second only; two attempts may begin within one.
+        suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
+        self._file = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        if resume_step is not None:
+            # TensorBoard then hides what an earlier attempt wrote from this step on.
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._file.write_event(self._event(step=resume_step + 1, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._file.write_event(self._event(step=step, wall_time=wall_time, summary=summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Guard:
+    """Turns a failed write into a count and one warning."""
+
+    def __init__(self, writer: MetricsWriter, output: str):
+        self._writer, self._output, self.failed = writer, output, False
+
+    def __enter__(self) -> "_Guard":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        if isinstance(error, OSError):
+            self.failed = True
+            self._writer._lost(self._output, error)
+            return True
+        return False
+
+
+def _plain(name: str, value: typing.Any) -> int | float:
+    """A scalar as the Python number it is."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name} must be one number, not {value!r}") from error
+
+
+def _json_safe(value: typing.Any) -> typing.Any:
+    """The value as JSON can hold it: null for numbers that are not finite, text for objects."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def _samples_page(step: int, rows: Sequence[Mapping[str, str]]) -> str:
+    """The samples as Markdown, each text in a fence longer than any fence inside it."""
+    parts = [f"# Samples at step {step}\n"]
+    for index, row in enumerate(rows, start=1):
+        parts.append(f"## {index}\n")
+        for name, text in row.items():
+            longest = max((len(run) for run in re.findall("`+", str(text))), default=0)
+            fence = "`" * max(3, longest + 1)
+            parts.append(f"**{name}**\n\n{fence}text\n{text}\n{fence}\n")
+    return "\n".join(parts)
