@@ -1,0 +1,1 @@
+"""From files to batches: read, check, template, tokenise, mask, pack, and feed by step number."""

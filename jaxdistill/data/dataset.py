@@ -1,0 +1,109 @@
+"""A built data set: rows of packed tokens, assembled on demand from memory-mapped arrays."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from jaxdistill.data import store
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Rows of tokens by index; the arrays stay on disk.
+
+    Attributes:
+      name: what the user calls it, `train`.
+      folder: where the arrays lie.
+      fingerprint: changes with any byte of the sources, the tokenizer, the template, the settings.
+      kind: of its records: text, messages, completion.
+      seq_len: the length of a row.
+      pad: the token that fills rows.
+      num_rows, num_tokens, num_loss_tokens: rows; tokens of documents; predictions that count.
+      num_documents: documents, the pieces of long texts counted singly.
+      records, used, quarantined: records found = used + quarantined.
+      truncated: documents cut to seq_len.
+      notices: what the user should know about how it was built.
+    """
+
+    name: str
+    folder: Path
+    fingerprint: str
+    kind: str
+    seq_len: int
+    pad: int
+    num_rows: int
+    num_tokens: int
+    num_loss_tokens: int
+    num_documents: int
+    records: int
+    used: int
+    quarantined: int
+    truncated: int
+    notices: tuple[str, ...] = ()
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index`.
+
+        Returns:
+          `tokens`, `targets`, `positions`, `segment_ids`: int32 [L]; `mask`: bool [L]. The target
+          of a position is the next token of its own document; the last token of a document, or of
+          a window of a long one, predicts nothing.
+
+        Raises:
+          IndexError: if there is no such row.
+        """
+        if not 0 <= index < self.num_rows:
+            raise IndexError(f"row {index} of {self.num_rows}")
+        row = empty_row(self.seq_len, self.pad)
+        first, last = self.arrays["rows"][index : index + 2]
+        place = 0
+        for number, (start, length) in enumerate(self.arrays["segments"][first:last], start=1):
+            here = slice(place, place + length)
+            predicting = slice(place, place + length - 1)
+            row["tokens"][here] = self.arrays["tokens"][start : start + length]
+            row["targets"][predicting] = self.arrays["tokens"][start + 1 : start + length]
+            row["mask"][predicting] = self.arrays["loss"][start + 1 : start + length]
+            row["positions"][here] = np.arange(length)
+            row["segment_ids"][here] = number
+            place += length
+        return row
+
+    def epoch(self, step: int, batch_size: int) -> int:
+        """How many times the data has been seen in full when step `step` begins."""
+        return step * batch_size // self.num_rows
+
+    def fill(self) -> float:
+        """The share of the rows' positions that hold tokens."""
+        return self.num_tokens / (self.num_rows * self.seq_len)
+
+
+def empty_row(seq_len: int, pad: int) -> dict[str, np.ndarray]:
+    """A row of padding: segment 0, nothing counted."""
+    return {
+        "tokens": np.full(seq_len, pad, np.int32),
+        "targets": np.full(seq_len, pad, np.int32),
+        "mask": np.zeros(seq_len, bool),
+        "positions": np.zeros(seq_len, np.int32),
+        "segment_ids": np.zeros(seq_len, np.int32),
+    }
+
+
+def open_dataset(folder: Path, manifest: dict, name: str, notices: tuple[str, ...]) -> Dataset:
+    """Opens a verified folder."""
+    counts = manifest["counts"]
+    return Dataset(
+        name=name,
+        folder=folder,
+        fingerprint=manifest["fingerprint"],
+        kind=manifest["kind"],
+        seq_len=manifest["seq_len"],
+        pad=manifest["pad"],
+        notices=notices,
+        arrays=store.read_arrays(folder),
+        **counts,
+    )

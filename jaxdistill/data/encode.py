@@ -1,0 +1,243 @@
+"""From text to token ids, with text kept as text: no string in the data becomes a special token."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data.records import Record
+from jaxdistill.errors import ModelError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Document:
+    """A tokenised document.
+
+    Attributes:
+      ids: int32 [N].
+      loss: bool [N], True where the token, as a target, counts in the loss.
+    """
+
+    ids: np.ndarray
+    loss: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+    """A fast tokenizer, and what the pipeline needs to know about it.
+
+    Attributes:
+      tokenizer: a transformers PreTrainedTokenizerFast.
+      prefix: the ids the tokenizer itself puts before a text (a beginning-of-text token, or none).
+      end: the end-of-text id, or None.
+      pad: the id that fills rows; it is masked everywhere.
+      controls: the strings of the special tokens, id by string.
+      inert: bool [V], True for the ids that text must never become.
+    """
+
+    tokenizer: Any
+    prefix: tuple[int, ...]
+    end: int | None
+    pad: int
+    controls: dict[str, int]
+    inert: np.ndarray
+
+    @functools.cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches the string of any special token, the longest first; nothing if there are none."""
+        strings = sorted(filter(None, self.controls), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
+
+    @functools.cached_property
+    def newline(self) -> list[int]:
+        """The ids of one line end."""
+        return self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+
+def prepare(tokenizer: Any) -> Codec:
+    """Looks at a tokenizer once: what it adds to a text, and which ids are special.
+
+    Args:
+      tokenizer: a transformers PreTrainedTokenizerFast.
+
+    Raises:
+      ModelError: if it is not a fast tokenizer.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer, which the data needs "
+            "to map tokens to text: the model folder must hold a tokenizer.json"
+        )
+    special = {
+        token.content: index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    unknown = tokenizer.unk_token_id
+    inert = np.zeros(max([len(tokenizer), *(index + 1 for index in special.values())]), bool)
+    inert[list(special.values())] = True
+    # An unknown character honestly becomes the unknown token, unless that token also ends texts.
+    if unknown is not None and unknown not in (end, tokenizer.bos_token_id):
+        inert[unknown] = False
+    if pad is None:
+        pad = end if end is not None else 0
+    return Codec(tokenizer, _prefix(tokenizer), end, int(pad), special, inert)
+
+
+def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a text: seen from what it does, not from what it claims."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return tuple(full[:start])
+    raise ModelError(
+        f"tokenizer: adding special tokens to 'a' turns {plain} into {full}, which does not hold "
+        "the text's own tokens: this tokenizer cannot be used"
+    )
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of everything that decides how the tokenizer maps text to ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Both are set and unset by mere use of the tokenizer.
+    state.pop("truncation", None)
+    state.pop("padding", None)
+    names = {
+        "special": tokenizer.special_tokens_map,
+        "end": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    text = json.dumps([state, names], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def encode_batch(
+    codec: Codec, texts: Sequence[str], *, split_special: bool, offsets: bool = False
+) -> list[Any]:
+    """Tokenises texts together; a text the tokenizer refuses comes back as the reason, a string.
+
+    Args:
+      codec: from `prepare`.
+      texts: any number of texts.
+      split_special: True keeps the strings of special tokens as text.
+      offsets: also return where each token lies in its text.
+
+    Returns:
+      For every text the list of ids, or (ids, offsets), or a string.
+    """
+    if not texts:
+        return []
+    try:
+        # verbose=False: longer than the model's window is normal here, rows are cut later.
+        result = codec.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=split_special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
+    except Exception as error:
+        # The backend raises bare exceptions for a text it cannot encode, and names none of them.
+        if len(texts) == 1:
+            return [f"the tokenizer refuses the text: {str(error)[:200]}"]
+        return [
+            encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
+            for text in texts
+        ]
+    if offsets:
+        return list(zip(result["input_ids"], result["offset_mapping"], strict=True))
+    return result["input_ids"]
+
+
+def encode_text(codec: Codec, texts: Sequence[str]) -> list[list[int] | str]:
+    """Tokenises raw text: a special token written in it stays text, or the reason comes back."""
+    encoded = encode_batch(codec, texts, split_special=True)
+    for index, ids in enumerate(encoded):
+        if not isinstance(ids, str) and codec.inert[ids].any():
+            encoded[index] = _encode_broken(codec, texts[index])
+    return encoded
+
+
+def _encode_broken(codec: Codec, text: str) -> list[int] | str:
+    """For vocabularies with the special strings as words: cuts each after its first letter."""
+    pieces, last = [], 0
+    for match in codec.control_pattern.finditer(text):
+        pieces += [text[last : match.start() + 1]]
+        last = match.start() + 1
+    pieces.append(text[last:])
+    ids: list[int] = []
+    for piece in encode_batch(codec, [piece for piece in pieces if piece], split_special=True):
+        if isinstance(piece, str):
+            return piece
+        ids += piece
+    if codec.inert[ids].any():
+        token = codec.tokenizer.convert_ids_to_tokens(int(np.asarray(ids)[codec.inert[ids]][0]))
+        return f"the tokenizer turns plain text into its special token {token!r}"
+    return ids
+
+
+def encode_middle(codec: Codec, text: str) -> list[int] | str:
+    """Raw text from the middle of a document: without the space some tokenizers put at a start."""
+    ids = encode_text(codec, ["\n" + text])[0]
+    size = len(codec.newline)
+    if not isinstance(ids, str) and ids[:size] == codec.newline:
+        return ids[size:]
+    return encode_text(codec, [text])[0]
+
+
+def encode_texts(codec: Codec, records: Sequence[Record]) -> list[Document | str]:
+    """Documents of `text` records: the tokenizer's prefix, the text, the end token; all count."""
+    documents: list[Document | str] = []
+    for record, ids in zip(
+        records, encode_text(codec, [record.texts[0] for record in records]), strict=True
+    ):
+        if isinstance(ids, str):
+            documents.append(ids)
+            continue
+        before = codec.prefix if record.opens else ()
+        whole = [*before, *ids, *_end(codec, record.closes)]
+        documents.append(Document(np.asarray(whole, np.int32), np.ones(len(whole), bool)))
+    return documents
+
+
+def encode_completions(
+    codec: Codec, records: Sequence[Record], loss_on: str
+) -> list[Document | str]:
+    """Documents of `completion` records: prefix, prompt, completion, end token.
+
+    The completion is tokenised in the context of its prompt where that leaves the prompt's own
+    tokens unchanged, and by itself otherwise: the boundary always lies between two tokens, and the
+    prompt reads as it will when the model is asked.
+    """
+    prompts = encode_text(codec, [record.texts[0] for record in records])
+    joined = encode_text(codec, ["".join(record.texts) for record in records])
+    documents: list[Document | str] = []
+    for record, prompt, both in zip(records, prompts, joined, strict=True):
+        if not isinstance(prompt, str) and (isinstance(both, str) or both[: len(prompt)] != prompt):
+            alone = encode_text(codec, [record.texts[1]])[0]
+            both = alone if isinstance(alone, str) else [*prompt, *alone]
+        if isinstance(prompt, str) or isinstance(both, str):
+            documents.append(prompt if isinstance(prompt, str) else str(both))
+            continue
+        ids = np.asarray([*codec.prefix, *both, *_end(codec, True)], np.int32)
+        loss = np.ones(len(ids), bool)
+        if loss_on == "completion":
+            loss[: len(codec.prefix) + len(prompt)] = False
+        documents.append(Document(ids, loss))
+    return documents
+
+
+def _end(codec: Codec, closes: bool) -> tuple[int, ...]:
+    return (codec.end,) if closes and codec.end is not None else ()

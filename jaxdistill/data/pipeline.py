@@ -1,0 +1,244 @@
+"""The door of the data room: build a data set once, then take batches of it by step number."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data import build as building
+from jaxdistill.data import encode, store
+from jaxdistill.data.dataset import Dataset, empty_row, open_dataset
+from jaxdistill.data.sources import Source, open_source
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.types import Batch
+
+_log = logging.getLogger(__name__)
+
+Sources = str | Path | Source | Sequence[str | Path | Source]
+
+
+def build(
+    sources: Sources,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    packing: str = "best_fit",
+    loss_on: str = "all",
+    cache_dir: str | Path,
+    on_bad_record: str = "quarantine",
+    max_bad_fraction: float = 0.001,
+    quarantine_path: str | Path | None = None,
+    name: str = "train",
+    long_documents: str = "auto",
+    chat_template: str | None = None,
+) -> Dataset:
+    """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.
+
+    A document is a text, a prompt with its completion, or a conversation; it begins with what the
+    tokenizer puts before a text (conversations: what the template prints) and ends with the
+    end-of-text token (conversations: only where the template prints no special token last). Special
+    tokens written in the data stay text.
+
+    Args:
+      sources: files, names for `sources.open_source`, or opened sources; their order counts.
+      tokenizer: a transformers PreTrainedTokenizerFast.
+      seq_len: tokens in a row.
+      packing: `best_fit`: several documents in a row, kept apart by segment_ids; `none`: one.
+      loss_on: `all` tokens; `completion`: not the prompt; `assistant`: only what the assistant
+        says, the token that ends its turn included.
+      cache_dir: results are kept here, in a folder named after their fingerprint.
+      on_bad_record: `quarantine` leaves unusable records out and lists them, `fail` stops at one.
+      max_bad_fraction: more unusable records than this share of all is an error.
+      quarantine_path: JSONL of file, line and reason, written when there are unusable records.
+      name: for messages and the cache.
+      long_documents: what becomes of documents longer than seq_len. `split`: windows of seq_len
+        tokens, each a segment of its own; `truncate`: the rest is dropped and the document counted;
+        `reject`: an unusable record. `auto` splits texts and truncates the others, whose later
+        windows would have lost the question.
+      chat_template: Jinja text in place of the tokenizer's own.
+
+    Returns:
+      A Dataset with used + quarantined == records.
+
+    Raises:
+      ConfigError: if a setting is not one of its choices.
+      DataError: if a source is missing or cannot be read, holds no usable record or records of
+        several kinds, does not suit `loss_on`, or has too many unusable records.
+      ModelError: if the tokenizer is not a fast one, or the template has a syntax error.
+      StorageError: if cache_dir or quarantine_path cannot be written.
+    """
+    settings = building.Settings(seq_len, packing, loss_on, long_documents, chat_template)
+    building.check_choice("on_bad_record", on_bad_record, building.ON_BAD_RECORD)
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ConfigError(f"data.max_bad_fraction: {max_bad_fraction}: must lie between 0 and 1")
+    opened = _open(sources, name)
+    codec = encode.prepare(tokenizer)
+    identity = building.fingerprint(opened, codec, settings)
+    folder = Path(cache_dir) / f"{name}-{identity[:20]}"
+    quarantine = None if quarantine_path is None else Path(quarantine_path)
+    notices = []
+    damage = store.problem(folder) if folder.exists() else "not built yet"
+    if damage:
+        if folder.exists():
+            notices.append(f"the cached data in {folder} is damaged ({damage}) and was built again")
+        building.build(
+            folder,
+            opened,
+            codec,
+            settings,
+            identity,
+            fail_fast=on_bad_record == "fail",
+            name=name,
+            quarantine_path=quarantine,
+        )
+    manifest = store.read_manifest(folder)
+    assert manifest is not None and manifest["fingerprint"] == identity
+    notices += manifest["notices"]
+    for notice in notices:
+        _log.warning("data.%s: %s", name, notice)
+    building.export_quarantine(folder, opened, quarantine)
+    allowed = 0.0 if on_bad_record == "fail" else max_bad_fraction
+    _judge(manifest["counts"], building.first_reasons(folder, opened), allowed, name, quarantine)
+    return open_dataset(folder, manifest, name, tuple(notices))
+
+
+def _open(sources: Sources, name: str) -> list[Source]:
+    several = [sources] if isinstance(sources, str | Path | Source) else list(sources)
+    if not several:
+        raise DataError(f"data.{name}: no files are given: name at least one")
+    return [item if isinstance(item, Source) else open_source(item) for item in several]
+
+
+def _judge(
+    counts: dict[str, int], reasons: list[str], allowed: float, name: str, quarantine: Path | None
+) -> None:
+    bad, total = counts["quarantined"], counts["records"]
+    if bad > allowed * total:
+        where = f"; all of them are listed in {quarantine}" if quarantine else ""
+        raise DataError(
+            f"data.{name}: {bad} of {total} records ({bad / total:.2%}) cannot be used, more than "
+            f"max_bad_fraction {allowed:g} allows: {'; '.join(reasons)}{where}"
+        )
+
+
+def batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    seed: int,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> Iterator[tuple[int, Batch]]:
+    """Batches by step number, epoch after epoch, each epoch in an order of its own.
+
+    The batch of step s depends on (dataset, seed, s) only: it holds rows s * batch_size to
+    (s + 1) * batch_size of the endless stream of epochs. To resume, start at the step that failed,
+    with any number of processes and threads.
+
+    Args:
+      dataset: from `build`.
+      batch_size: rows of the global batch.
+      start: the first step.
+      stop: the step to stop before; None never stops.
+      seed: decides the order of every epoch.
+      shuffle: False keeps the rows' own order in every epoch.
+      process_index: which of the processes this is.
+      process_count: process p gets rows p * b to (p + 1) * b of every global batch, where
+        b = batch_size / process_count.
+      threads: how many prepare batches ahead; 0 prepares each when it is asked for.
+
+    Returns:
+      An iterator of (step, Batch of NumPy arrays [batch_size / process_count, L]).
+
+    Raises:
+      ConfigError: if the batch does not divide among the processes, or a number is out of range.
+    """
+    rows_here = _share(batch_size, process_index, process_count)
+    if start < 0 or (stop is not None and stop < start):
+        raise ConfigError(f"data: steps from {start} to {stop}: must be 0 <= start <= stop")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed: {seed}: must lie between 0 and 2**32 - 1")
+    # Importing grain takes seconds, which building and inspecting data do not need.
+    import grain
+
+    rows = grain.MapDataset.source(dataset)
+    if shuffle:
+        rows = rows.seed(seed).shuffle()
+    rows = rows.repeat()
+    offset = process_index * rows_here
+
+    def batch_of(step: int) -> tuple[int, Batch]:
+        first = step * batch_size + offset
+        return step, _stack([rows[index] for index in range(first, first + rows_here)])
+
+    return _feed(batch_of, start, sys.maxsize if stop is None else stop, threads)
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> Iterator[tuple[int, Batch]]:
+    """Every row exactly once, in order; the last batch is filled up with empty rows.
+
+    Empty rows have segment 0 and a mask of False. All processes get the same number of batches.
+
+    Args:
+      dataset: from `build`.
+      batch_size: rows of the global batch.
+      process_index: which of the processes this is.
+      process_count: how many share each batch, as in `batches`.
+      threads: how many prepare batches ahead.
+
+    Returns:
+      An iterator of (number, Batch of NumPy arrays [batch_size / process_count, L]).
+
+    Raises:
+      ConfigError: if the batch does not divide among the processes.
+    """
+    rows_here = _share(batch_size, process_index, process_count)
+    offset = process_index * rows_here
+    padding = empty_row(dataset.seq_len, dataset.pad)
+
+    def batch_of(number: int) -> tuple[int, Batch]:
+        first = number * batch_size + offset
+        indices = range(first, first + rows_here)
+        return number, _stack([dataset[i] if i < len(dataset) else padding for i in indices])
+
+    return _feed(batch_of, 0, -(-len(dataset) // batch_size), threads)
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise ConfigError(
+            f"batch_size: {batch_size}: must be a positive multiple of the number of processes, "
+            f"{process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process_index: {process_index}: must be below {process_count}")
+    return batch_size // process_count
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    return Batch(**{field: np.stack([row[field] for row in rows]) for field in rows[0]})
+
+
+def _feed(batch_of: Any, start: int, stop: int, threads: int) -> Iterator[tuple[int, Batch]]:
+    """Runs batch_of over the steps, ahead of the reader, in threads; the order is kept."""
+    import grain
+
+    if start == stop:
+        return iter(())
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    # No worker processes: they outlive a killed trainer, and slicing mapped arrays needs none.
+    return iter(grain.MapDataset.range(start, stop).map(batch_of).to_iter_dataset(options))
