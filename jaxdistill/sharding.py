@@ -120,7 +120,15 @@ def constrain(
     array: jax.Array, logical: Sequence[str | None], rules: Mapping[str, MeshAxes] = RULES
 ) -> jax.Array:
     """Pins an activation to the table's layout; without a mesh in context it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty or set(AXES) - set(mesh.axis_names):
+    mesh = current_mesh()
+    if mesh is None:
         return array
     return jax.lax.with_sharding_constraint(array, spec(logical, array.shape, mesh, rules))
+
+
+def current_mesh() -> Any:
+    """The mesh in context if it is one of ours with more than one device, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.size == 1:
+        return None
+    return mesh

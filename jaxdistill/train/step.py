@@ -1,0 +1,162 @@
+"""The one compiled training step: teacher, student, loss, gradient and update in a single jit.
+
+    step(state, teacher_params, batch) -> (state, {name: Mean})
+
+The state is donated and comes back changed; the teacher's parameters go in and never come out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxdistill import optim
+from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.objectives import Objective
+from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
+from jaxdistill.teachers import Teacher
+from jaxdistill.train.state import TrainState
+from jaxdistill.types import Batch, Mean
+
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
+Loss = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
+
+
+def make_loss(
+    config: DecoderConfig,
+    objective: Objective,
+    teacher: Teacher,
+    *,
+    compute_dtype: DTypeLike = jnp.bfloat16,
+    remat: str = "none",
+    attention: str | None = None,
+    rules: Mapping[str, MeshAxes] = RULES,
+) -> Loss:
+    """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`."""
+
+    def loss(params, signal, batch, knobs):
+        outputs = decoder.apply(
+            config,
+            params["student"],
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            attention=attention,
+            rules=rules,
+        )
+        return objective.apply(params["objective"], outputs, signal, batch, knobs)
+
+    return loss
+
+
+def make(
+    loss: Loss,
+    teacher: Teacher,
+    tx: optax.GradientTransformationExtraArgs,
+    *,
+    micro_batches: int = 1,
+) -> Step:
+    """The step as a pure function; `compiled` makes it a program for a mesh.
+
+    The loss of a batch is the sum over its counted tokens divided once by their number, so that it
+    does not depend on how the batch is split. A step whose loss or gradient is not finite changes
+    neither parameters nor optimizer state; it is counted, and its batch is spent.
+
+    Args:
+      loss: from `make_loss`.
+      teacher: from `teachers`.
+      tx: the optimizer's chain; its extra argument `value` receives the loss.
+      micro_batches: parts a batch is computed in, one after the other; must divide its rows.
+    """
+
+    def sums(params, teacher_params, batch, knobs):
+        # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
+        signal = teacher(teacher_params, batch)
+
+        def total(params):
+            means = loss(params, signal, batch, knobs)
+            return means["loss"].total, means
+
+        (_, means), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return means, gradients
+
+    def step(state: TrainState, teacher_params: Any, batch: Batch):
+        knobs = optim.knobs(state.opt_state)
+        means, gradients = _over_micro_batches(
+            lambda part: sums(state.params, teacher_params, part, knobs), batch, micro_batches
+        )
+        tokens = jnp.maximum(means["loss"].count, 1)
+        gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
+        value = means["loss"].value
+        norm = optax.tree_utils.tree_norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        in_a_row, altogether = state.skipped
+        bad = jnp.where(finite, 0, 1)
+        skipped = jnp.stack([(in_a_row + 1) * bad, altogether + bad])
+        new = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            key=state.key,
+            skipped=skipped,
+        )
+        means["loss/total"] = means.pop("loss")
+        shown = {f"knobs/{name}": knob for name, knob in knobs.items()}
+        shown |= {
+            "optim/grad_norm": norm,
+            "guard/in_a_row": skipped[0],
+            "guard/skipped": skipped[1],
+        }
+        return new, means | {name: _single(value) for name, value in shown.items()}
+
+    return step
+
+
+def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh) -> Any:
+    """The step as a compiled program for these shapes: `jax.stages.Compiled`.
+
+    The state comes back exactly where it lay, which lets every buffer of it be reused.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return jitted.lower(state, teacher_params, batch).compile()
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
+    """The shapes and places of a global batch."""
+    place = batch_sharding(mesh)
+    make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)  # noqa: E731
+    return Batch(*(make(dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+
+
+def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[str, Mean], Any]:
+    """Adds sums, counts and gradients over the parts of a batch."""
+    if parts == 1:
+        return one(batch)
+
+    # Part m takes rows m, m + parts, ...: each device's rows stay on it, in every part.
+    def split(array):
+        return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+
+    def body(carry, part):
+        return jax.tree.map(jnp.add, carry, one(part)), None
+
+    split_batch = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], split_batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(body, zeros, split_batch)[0]
+
+
+def _single(value: Array) -> Mean:
+    return Mean(jnp.asarray(value, jnp.float32), jnp.float32(1))
