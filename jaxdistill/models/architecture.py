@@ -107,7 +107,7 @@ def weights(config: DecoderConfig) -> dict:
 
 
 def map_weights(function, table: dict) -> dict:
-    """The table with `function` of every row (`jax.tree.map` would enter the rows: they are tuples)."""
+    """The table with `function` of every row (`jax.tree.map` would enter rows: they are tuples)."""
     return {
         name: function(row) if isinstance(row, Weight) else map_weights(function, row)
         for name, row in table.items()

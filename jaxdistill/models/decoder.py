@@ -1,4 +1,4 @@
-"""One decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, gated MLP; layers scanned."""
+"""One decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, gated MLP; scanned."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -101,7 +101,7 @@ class Folder:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
                 raise ModelError(
-                    f"{path}: its header claims {length} bytes (allowed: {MAX_HEADER_BYTES}, and less "
+                    f"{path}: its header claims {length} bytes (limit {MAX_HEADER_BYTES}, and less "
                     "than the file); the file is damaged or not safetensors"
                 )
             return self._files.enter_context(safe_open(path, framework="numpy"))

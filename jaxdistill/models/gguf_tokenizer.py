@@ -1,0 +1,200 @@
+"""Builds a tokenizer from the metadata of a GGUF file."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxdistill.errors import ModelError
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"  # SentencePiece's visible space
+
+# How text is cut before byte-level BPE, by `tokenizer.ggml.pre`.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _plain(pre):
+    return pre.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digits(pre):
+    return pre.Sequence([pre.Digits(individual_digits=True), _plain(pre)])
+
+
+def _split(pattern: str) -> Callable:
+    def build(pre):
+        from tokenizers import Regex
+
+        return pre.Sequence(
+            [
+                pre.Split(Regex(pattern), behavior="isolated", invert=False),
+                pre.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    return build
+
+
+_PRE: Mapping[str, Callable] = {
+    "default": _plain,
+    "gpt-2": _plain,
+    "smollm": _digits,
+    "llama-bpe": _split(_LLAMA3),
+    "qwen2": _split(_QWEN2),
+}
+
+
+def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
+    """The transformers tokenizer that the metadata describes, chat template included.
+
+    Args:
+      metadata: values by GGUF key.
+      where: the file, for messages.
+
+    Returns:
+      A `PreTrainedTokenizerFast`, which `save_pretrained` writes as tokenizer.json.
+
+    Raises:
+      ModelError: for a tokenizer model or pre-tokenizer that is not known here, or missing lists.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    kind = metadata.get("tokenizer.ggml.model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise ModelError(
+            f"{where}: tokenizer.ggml.model: {kind!r} is not supported; supported: "
+            f"{', '.join(builders)}; load with tokenizer=False, or use the model's folder"
+        )
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if not tokens or not kinds or len(tokens) != len(kinds):
+        raise ModelError(
+            f"{where}: tokenizer.ggml.tokens and token_type must be lists of one length"
+        )
+    backend = builders[kind](metadata, tokens, kinds, where)
+    _add_special(backend, tokens, kinds)
+    _add_ends(backend, metadata, tokens, kind)
+    names = {
+        name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in {
+            "bos_token": "bos",
+            "eos_token": "eos",
+            "unk_token": "unknown",
+            "pad_token": "padding",
+        }.items()
+        if _valid(metadata.get(f"tokenizer.ggml.{key}_token_id"), tokens)
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+
+
+def _valid(token: Any, tokens: list[str]) -> bool:
+    return isinstance(token, int) and 0 <= token < len(tokens)
+
+
+def _byte_level(metadata, tokens, kinds, where):
+    """Byte-level BPE with the file's merges (GPT-2, SmolLM2, Llama 3, Qwen)."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE:
+        raise ModelError(
+            f"{where}: tokenizer.ggml.pre: {pre!r} is not known here; known: {', '.join(_PRE)}; "
+            "load with tokenizer=False, or use the model's folder"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    )
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _PRE[pre](pre_tokenizers)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(metadata, tokens, kinds, where):
+    """SentencePiece BPE with byte fallback (Llama 2, Mistral); scores say which merge is first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not scores or len(scores) != len(tokens):
+        raise ModelError(f"{where}: tokenizer.ggml.scores must be a list as long as the tokens")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_merges(tokens, kinds, scores, vocabulary),
+            unk_token=tokens[unknown] if _valid(unknown, tokens) else None,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    steps = [normalizers.Prepend(_SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    ends = [decoders.Strip(content=" ", left=1)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    return backend
+
+
+def _merges(tokens, kinds, scores, vocabulary) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, best result first, then the earliest parts."""
+    found = []
+    for token, kind, score in zip(tokens, kinds, scores, strict=True):
+        if kind in (_CONTROL, _BYTE, _UNKNOWN):
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                found.append((-score, vocabulary[left], vocabulary[right], left, right))
+    found.sort(key=lambda row: row[:3])
+    return [row[3:] for row in found]
+
+
+def _add_special(backend, tokens, kinds) -> None:
+    """Control tokens (dropped when decoding plain text) and user-defined ones match as a whole."""
+    from tokenizers import AddedToken
+
+    for control in (True, False):
+        wanted = _CONTROL if control else _USER_DEFINED
+        added = [
+            AddedToken(token, special=control, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == wanted
+        ]
+        (backend.add_special_tokens if control else backend.add_tokens)(added)
+
+
+def _add_ends(backend, metadata, tokens, kind) -> None:
+    """Puts bos before and eos after a text where the file asks for it, llama.cpp's defaults else."""
+    from tokenizers import processors
+
+    pre = metadata.get("tokenizer.ggml.pre")
+    defaults = {"bos": kind == "llama" or pre == "llama-bpe", "eos": False}
+    ends = {}
+    for end, default in defaults.items():
+        token = metadata.get(f"tokenizer.ggml.{end}_token_id")
+        if metadata.get(f"tokenizer.ggml.add_{end}_token", default) and _valid(token, tokens):
+            ends[end] = (tokens[token], token)
+    if not ends:
+        return
+    first = f"{ends['bos'][0]} " if "bos" in ends else ""
+    last = f" {ends['eos'][0]}" if "eos" in ends else ""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first}$A{last}",
+        pair=f"{first}$A{last} {first}$B{last}",
+        special_tokens=list(ends.values()),
+    )
