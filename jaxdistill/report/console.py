@@ -9,7 +9,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
@@ -100,7 +100,9 @@ class Progress:
         first = self._step is None
         training = {k: v for k, v in numbers.items() if k not in evaluation}
         if training or not evaluation:
-            if first or step > self._pace[-1][0]:
+            if self._pace and step < self._pace[-1][0]:
+                self._pace.clear()  # the run went back to a checkpoint
+            if not self._pace or step > self._pace[-1][0]:
                 self._pace.append((step, self._clock()))
             self._step, self._scalars = step, training
         if self._mode == "plain":
@@ -137,12 +139,13 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """The time to the last step at the pace of the last calls, or None before there is one."""
-        if len(self._pace) < 2:
+        pace = tuple(self._pace)  # the drawing thread reads while the run writes
+        if len(pace) < 2:
             return None
-        (first, began), (last, ended) = self._pace[0], self._pace[-1]
+        (first, began), (last, ended) = pace[0], pace[-1]
         return max(self._total - last, 0) * (ended - began) / (last - first)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[typing.Any]:
         """The live rows: bar and times, what is learned, what the machine does."""
         step = self._step or 0
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=24)
@@ -175,7 +178,10 @@ class Progress:
         return live
 
     def _record(self, step: int, numbers: Mapping[str, float]) -> str:
-        fields = [f"step={step}/{self._total}", f"done={wording.percent(step / self._total)}"]
+        fields = [
+            f"step={step}/{self._total}",
+            f"done={wording.percent(step / max(self._total, 1))}",
+        ]
         fields += [f"{_key(k)}={v:.5g}" for k, v in _ordered(numbers)]
         left = self.seconds_left()
         fields += [f"elapsed={wording.duration(self._clock() - self._began)}"]

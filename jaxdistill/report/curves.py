@@ -328,4 +328,6 @@ def _colour(index: int) -> str:
 
 def _words(metric: str) -> str:
     group, _, name = metric.partition("/")
-    return metric if group in ("teacher", "student") else name.replace("_", " ")
+    if group in ("teacher", "student", "knobs"):
+        return name if group == "knobs" else metric
+    return name.replace("_", " ")

@@ -26,7 +26,7 @@ class Column:
 
     field: str
     title: str
-    write: Callable[[float | None], str]
+    write: Callable[[int | float | None], str]
     better: str = ""
 
 
@@ -160,7 +160,9 @@ def _gap_sentence(teacher: float, before: float, after: float) -> str:
     return text
 
 
-def _control_sentence(teacher: float, before: float, after: float, control: float | None) -> str:
+def _control_sentence(
+    teacher: float, before: float, after: float, control: int | float | None
+) -> str:
     if control is None:
         return (
             "There is no SFT control, so how much of this plain fine-tuning on the same data "
@@ -193,7 +195,7 @@ def _share(share: float) -> str:
     return wording.percent(share)
 
 
-def _cell(row: Mapping[str, typing.Any], field: str) -> float | None:
+def _cell(row: Mapping[str, typing.Any], field: str) -> int | float | None:
     value = row.get(field)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 

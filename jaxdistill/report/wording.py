@@ -66,7 +66,7 @@ def is_number(value: typing.Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: int | float | None, digits: int = 4) -> str:
     """A number with that many significant digits, without exponents where they can be avoided.
 
     >>> number(1.84321), number(0.000091), number(12345.6), number(None), number(float("inf"))
@@ -82,7 +82,7 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(digits - 1 - max(size, 0), 0)}f}"
 
 
-def count(value: float | None) -> str:
+def count(value: int | float | None) -> str:
     """A large count with three significant digits and a decimal suffix.
 
     >>> count(1_235_814_400), count(41_234), count(999_999), count(12), count(None)
@@ -96,10 +96,10 @@ def count(value: float | None) -> str:
         # 999,999 rounds to 1000k, which is 1.00M.
         if abs(value) >= power * 0.9995:
             return number(value / power, 3) + suffix
-    return number(float(value), 3).removesuffix(".00")
+    return number(value, 3)
 
 
-def size(value: float | None) -> str:
+def size(value: int | float | None) -> str:
     """Bytes in binary units.
 
     >>> size(2_471_645_608), size(2048), size(None)
@@ -115,7 +115,7 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: int | float | None, digits: int = 1) -> str:
     """A share of 1 as a percentage.
 
     >>> percent(0.7123), percent(None)
@@ -128,7 +128,7 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: int | float | None) -> str:
     """A time span in its two largest units.
 
     >>> duration(8012), duration(59.4), duration(3 * 86400 + 7200), duration(0.25), duration(None)

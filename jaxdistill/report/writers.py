@@ -1,5 +1,6 @@
 """The files a run leaves behind: metrics.jsonl, events.jsonl, TensorBoard events, samples."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,12 +8,16 @@ import numbers
 import os
 import pathlib
 import re
+import socket
+import struct
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxdistill.errors import DataError, StorageError
 
+# A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _logger = logging.getLogger("jaxdistill.report")
 
 
@@ -68,7 +73,7 @@ class MetricsWriter:
         self._board = None
         if tensorboard:
             with self._guard("tensorboard"):
-                self._board = _Board(self.run_dir / "tensorboard", resume_step)
+                self._board = _Board(self.run_dir / "tensorboard", resume_step, self._clock())
 
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
         """Appends one record: metric names to numbers (Python, numpy or jax scalars)."""
@@ -79,19 +84,16 @@ class MetricsWriter:
         if nonfinite:
             record["nonfinite"] = nonfinite
         with self._guard("metrics.jsonl"):
-            self._metrics.append(record)
+            self._metrics.append(_json_line(record))
         if self._board is not None:
-            with self._guard("tensorboard") as guard:
+            with self._guard("tensorboard"):
                 self._board.write(int(step), values, record["time"])
-            if guard.failed:
-                # A half-written record spoils the rest of an event file: no more of it.
-                self._board = None
 
     def event(self, kind: str, **fields: typing.Any) -> None:
         """Appends one line to events.jsonl: `{"time", "kind", ...fields}`."""
         record = {"time": round(self._clock(), 3), "kind": kind, **fields}
         with self._guard("events.jsonl"):
-            self._events.append(_json_safe(record))
+            self._events.append(_json_line(_json_safe(record)))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Writes what teacher and student say at a step, for people (.md) and the report (.jsonl).
@@ -121,9 +123,7 @@ class MetricsWriter:
         self._metrics.close()
         self._events.close()
         if self._board is not None:
-            with self._guard("tensorboard"):
-                self._board.close()
-            self._board = None
+            self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -131,17 +131,19 @@ class MetricsWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _guard(self, output: str) -> "_Guard":
-        return _Guard(self, output)
-
-    def _lost(self, output: str, error: OSError) -> None:
-        self.dropped += 1
-        if output not in self._warned:
-            self._warned.add(output)
-            self._notice(
-                f"{output} cannot be written ({error}); training goes on, "
-                "records are dropped until it can"
-            )
+    @contextlib.contextmanager
+    def _guard(self, output: str) -> Iterator[None]:
+        """Turns a failed write into a count and one warning."""
+        try:
+            yield
+        except OSError as error:
+            self.dropped += 1
+            if output not in self._warned:
+                self._warned.add(output)
+                self._notice(
+                    f"{output} cannot be written ({error}); training goes on, "
+                    "records are dropped until it can"
+                )
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
@@ -200,35 +202,32 @@ def _parse(line: bytes) -> dict | None:
 
 def _cut(path: pathlib.Path, last_step: int | None) -> None:
     """Removes the torn last line of a file, and records after `last_step` when one is given."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     kept: list[bytes] = []
-    is_prefix, length = True, 0
-    with open(path, "rb") as file:
+    dropped, apart = False, False
+    with open(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
         for line in file:
             record = _parse(line)
-            keep = record is not None and (
-                last_step is None
-                or (isinstance(record.get("step"), int) and record["step"] <= last_step)
-            )
-            if not keep:
-                is_prefix = False
+            if record is None or (last_step is not None and not _until(record, last_step)):
+                dropped = True
                 continue
-            if not is_prefix:
-                length = -1  # something worth keeping follows something that goes
-            elif length >= 0:
-                length += len(line)
+            apart = apart or dropped  # something to keep follows something that goes
             kept.append(line)
-    if length >= 0:
-        # Cutting the end off needs no space and cannot be interrupted half-way.
-        os.truncate(path, length)
-        return
+        if not apart:
+            # Cutting the end off needs no space and cannot be interrupted half-way.
+            file.truncate(sum(map(len, kept)))
+            return
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _until(record: dict, last_step: int) -> bool:
+    return isinstance(record.get("step"), int) and record["step"] <= last_step
 
 
 def _refuse_records(path: pathlib.Path) -> None:
@@ -241,24 +240,22 @@ def _refuse_records(path: pathlib.Path) -> None:
 
 
 class _Appender:
-    """One JSON-lines file, written line by line without a buffer of its own."""
+    """A file that grows by whole records, written at once without a buffer of its own."""
 
     def __init__(self, path: pathlib.Path):
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        self._file = os.open(path, flags, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o644)
         self._end = os.fstat(self._file).st_size
 
-    def append(self, record: dict) -> None:
-        data = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
-        size = len(data)
+    def append(self, record: bytes) -> None:
+        rest = memoryview(record)
         try:
-            while data:
-                data = data[os.write(self._file, data) :]
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
         except OSError:
-            # Half a line would swallow the next one: take it back, which needs no space.
+            # Half a record would spoil the next one: take it back, which needs no space.
             os.ftruncate(self._file, self._end)
             raise
-        self._end += size
+        self._end += len(record)
 
     def sync(self) -> None:
         if self._file >= 0:
@@ -271,26 +268,27 @@ class _Appender:
 
 
 class _Board:
-    """TensorBoard event files, written at once by the calling thread.
+    """TensorBoard events, of tensorboardX's messages, written at once by the calling thread.
 
-    tensorboardX's SummaryWriter hands events to a thread through a bounded process queue: when
-    that thread dies of a full disk, the next call waits for ever. Its EventsWriter, the part that
-    knows the file format, raises instead.
+    tensorboardX's own writers either hand events to a thread through a bounded process queue, and
+    the next call waits for ever when that thread has died of a full disk, or keep a half-written
+    record in a buffer, which spoils the file.
     """
 
-    def __init__(self, folder: pathlib.Path, resume_step: int | None):
-        from tensorboardX import event_file_writer
+    def __init__(self, folder: pathlib.Path, resume_step: int | None, wall_time: float):
         from tensorboardX.proto import event_pb2
 
         self._event = event_pb2.Event
         folder.mkdir(parents=True, exist_ok=True)
-        # The name holds the second only; two attempts may begin within one.
-        suffix = f".{os.getpid()}.{len(list(folder.iterdir()))}"
-        self._file = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        # Viewers read all files of a folder in the order of their names.
+        name = f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}"
+        name += f".{len(list(folder.iterdir()))}.{os.getpid()}"
+        self._file = _Appender(folder / name)
+        self._append(file_version="brain.Event:2", wall_time=wall_time)
         if resume_step is not None:
             # TensorBoard then hides what an earlier attempt wrote from this step on.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._file.write_event(self._event(step=resume_step + 1, session_log=start))
+            self._append(step=resume_step + 1, session_log=start, wall_time=wall_time)
 
     def write(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -298,28 +296,23 @@ class _Board:
         summary = Summary(
             value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         )
-        self._file.write_event(self._event(step=step, wall_time=wall_time, summary=summary))
-        self._file.flush()
+        self._append(step=step, wall_time=wall_time, summary=summary)
+
+    def _append(self, **fields: typing.Any) -> None:
+        """One record: length, checksum of the length, message, checksum of the message."""
+        from tensorboardX.record_writer import masked_crc32c
+
+        message = self._event(**fields).SerializeToString()
+        length = struct.pack("<Q", len(message))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, message)]
+        self._file.append(length + sums[0] + message + sums[1])
 
     def close(self) -> None:
         self._file.close()
 
 
-class _Guard:
-    """Turns a failed write into a count and one warning."""
-
-    def __init__(self, writer: MetricsWriter, output: str):
-        self._writer, self._output, self.failed = writer, output, False
-
-    def __enter__(self) -> "_Guard":
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        if isinstance(error, OSError):
-            self.failed = True
-            self._writer._lost(self._output, error)
-            return True
-        return False
+def _json_line(record: dict) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _plain(name: str, value: typing.Any) -> int | float:
