@@ -104,10 +104,7 @@ def _recipes() -> dict[str, str]:
 def _methods() -> dict[str, str]:
     from jaxdistill.config import methods
 
-    sections = (methods.Kd, methods.Sft)
-    return {
-        section.model_fields["name"].annotation.__args__[0]: section.__doc__ for section in sections
-    }
+    return {name: str(section.__doc__) for name, section in methods.METHODS.items()}
 
 
 LISTS: dict[str, Callable[[], dict[str, str]]] = {

@@ -52,7 +52,7 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
     names = {name for node in nodes for name in node.get("properties", {})}
     best = nearest(key, names, given)
     if best is None:
-        homes = [path for path in _leaves([json_schema()]) if path[-1] == key]
+        homes = [path for path in all_keys() if path[-1] == key]
         best = ".".join(homes[0]) if len(homes) == 1 else None
     return f'did you mean "{best}"?' if best else ""
 
@@ -63,7 +63,7 @@ def nearest(word: str, names: Collection[str], taken: Collection[str] = ()) -> s
         return None
     similar = difflib.SequenceMatcher(b=word)
 
-    def rank(name: str) -> tuple[float, bool, float]:
+    def rank(name: str) -> tuple[int, bool, float]:
         similar.set_seq1(name)
         return _edits(word, name), name in taken, -similar.ratio()
 
@@ -126,15 +126,20 @@ def _named(node: Schema) -> str | None:
     return node.get("properties", {}).get("name", {}).get("const")
 
 
-def _leaves(nodes: Sequence[Schema], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every path to a key, sections included, each once."""
+@functools.cache
+def all_keys() -> tuple[tuple[str, ...], ...]:
+    """The path of every key, sections included, each once."""
+    return tuple(_below([json_schema()], ()))
+
+
+def _below(nodes: Sequence[Schema], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     seen: set[str] = set()
     for node in nodes:
         for name in node.get("properties", {}):
             if name not in seen:
                 seen.add(name)
                 yield (*path, name)
-                yield from _leaves(_step(nodes, name), (*path, name))
+                yield from _below(_step(nodes, name), (*path, name))
 
 
 def _describe(key: str, schema: Schema) -> str:
@@ -189,5 +194,5 @@ def _type(schema: Schema) -> str:
     return _TYPES.get(schema.get("type", ""), "value") + ",".join(bounds)
 
 
-def _brief(number: float) -> str:
+def _brief(number: int | float) -> str:
     return f"{int(number)}" if number == int(number) else f"{number:g}"

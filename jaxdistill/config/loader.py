@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jaxdistill.config import keys, syntax
+from jaxdistill.config.methods import METHODS
 from jaxdistill.config.schema import Config
 from jaxdistill.config.section import NAME_PATTERN
 from jaxdistill.config.syntax import Path, shown
@@ -149,13 +150,20 @@ def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
 
 def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> None:
     """One of pydantic's errors in our words, at its place."""
-    path = _path(item["loc"])
+    path = _path(item["loc"], item["type"])
     if item["type"] == "rules":
         for below, message in item["ctx"]["problems"]:
             report.about((*path, *below), f"{_key(raw, (*path, *below))}: {message}")
         return
+    if item["type"] == "default_factory_not_called":
+        return  # what the default is made from is wrong, and that is reported
     if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
         return  # its entries are wrong, and each of them is reported
+    if item["type"] == "union_tag_not_found":
+        names = {name for method in METHODS.values() for name in method.model_fields}
+        for key in [key for key in item["input"] if key not in names]:
+            unknown = {"type": "extra_forbidden", "loc": ("method", "", key)}
+            _translate(raw, unknown, report)
     key, message = _key(raw, path), _message(raw, path, item)
     if item["type"].startswith("union_tag"):
         path = (*path, "name")
@@ -163,18 +171,11 @@ def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> No
     report.about(path, f"{key}: {message}" if key else message)
 
 
-def _path(location: tuple[str | int, ...]) -> Path:
+def _path(location: tuple[str | int, ...], kind: str) -> Path:
     """Drops what pydantic adds to an error's location for the alternative it tried."""
     parts = [part for i, part in enumerate(location) if not (i == 1 and location[0] == "method")]
-    last = len(parts) - 1
-    return tuple(
-        part
-        for i, part in enumerate(parts)
-        if not (str(part).startswith("<") and (i < last or part in _TAGS))
-    )
-
-
-_TAGS = ("<number>", "<schedule>", "<auto>", "<tokens>", "<steps>", "<fraction>")
+    last = len(parts) - (kind == "extra_forbidden")
+    return tuple(p for i, p in enumerate(parts) if i >= last or not str(p).startswith("<"))
 
 
 def _at(raw: Any, path: Path) -> tuple[bool, Any]:
@@ -191,7 +192,7 @@ def _at(raw: Any, path: Path) -> tuple[bool, Any]:
 
 def _key(raw: dict[str, Any], path: Path) -> str:
     """`train.steps = 10`, or only `train.steps` where the file says nothing or a whole section."""
-    name = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in path)
+    name = ".".join(str(p) if re.fullmatch(r"[\w-]+", str(p)) else shown(p) for p in path)
     present, value = _at(raw, path)
     whole = isinstance(value, dict | list)
     return f"{name} = {shown(value)}" if present and not whole else name
@@ -212,7 +213,16 @@ _MESSAGES = {
     "too_long": "may have {max_length} entries at most",
     "string_too_short": "must not be empty",
     "string_too_long": "may have at most {max_length} characters",
+    "int_parsing_size": "is too large",
     "string_unicode": "holds characters that cannot be written as UTF-8",
+}
+
+
+# What else a value may be, by the alternative that was tried.
+_ALTERNATIVES = {
+    "<number>": " or {schedule: linear, start: a, end: b}",
+    "<auto>": " or a number of tokens",
+    "<steps>": " of steps, or a fraction below 1",
 }
 
 
@@ -227,19 +237,19 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any]) -> str:
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"must be a section of keys{' (or removed)' if value is None else ''}"
     if kind.startswith("union_tag"):
-        expected = [name.strip(" '") for name in context.get("expected_tags", "").split(",")]
-        return _choice(value.get("name") if isinstance(value, dict) else None, expected or ["kd"])
+        return _choice(value.get("name") if isinstance(value, dict) else None, list(METHODS))
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
-        return _choice(value, expected)
+        return _choice(value, expected) + _ALTERNATIVES.get(item["loc"][-1], "")
     if kind == "string_pattern_mismatch":
         named = context["pattern"] == NAME_PATTERN
         return "may hold only letters, digits, . _ and -" if named else "holds control characters"
     message = _MESSAGES.get(kind, item["msg"])
-    return message.format(**context) + _hint(kind, value)
+    other = _ALTERNATIVES.get(item["loc"][-1], "") if kind.endswith("_type") else ""
+    return message.format(**context) + other + _hint(kind, value)
 
 
-def _choice(value: Any, names: list[str]) -> str:
+def _choice(value: Any, names: Sequence[str]) -> str:
     best = keys.nearest(value, names) if isinstance(value, str) else None
     hint = f'; did you mean "{best}"?' if best and len(names) > 1 else ""
     return f"must be {'one of ' if len(names) > 1 else ''}{', '.join(names)}{hint}"

@@ -76,6 +76,7 @@ class Sft(Section):
 
 
 Method = Annotated[Kd | Sft, Field(discriminator="name")]
+METHODS = {"kd": Kd, "sft": Sft}
 
 Warmup = Annotated[
     Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]

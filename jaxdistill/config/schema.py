@@ -216,7 +216,7 @@ class Security(Section):
 class Config(Section):
     """A run, in full."""
 
-    version: Literal[1] = Field(1, description="Version of this format.")
+    version: int = Field(1, ge=1, le=1, description="Version of this format.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of everything random.")
     run: Run = Field(default_factory=Run, description="Where the run is kept.")
     teacher: Teacher | None = Field(None, description="The model that is learned from.")

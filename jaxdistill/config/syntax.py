@@ -185,7 +185,7 @@ class _Builder:
             return text == "true"
         if kind in ("int", "float") and len(text) > MAX_DIGITS:
             self.faults.append(Fault(*_position(node), "a number with too many digits"))
-            return 0
+            return None
         if kind == "int":
             return int(text)
         if kind == "float":

@@ -1,0 +1,129 @@
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdistill import config
+from jaxdistill.config import keys, syntax
+from jaxdistill.errors import ConfigError
+
+
+def test_every_key_is_documented():
+    assert len(keys.all_keys()) > 90
+    for path in keys.all_keys():
+        for text in config.explain(".".join(path)).split("\n\n"):
+            words = text.partition(":")[2].split()
+            assert len(words) >= 3, text
+
+
+def test_explain_tells_description_type_range_and_default():
+    text = config.explain("optimizer.lr")
+    assert text.startswith("optimizer.lr: number above 0, at most 10, default 0.0001")
+    assert "learning rate" in text
+    assert "forward_kl | reverse_kl" in config.explain("method.divergence")
+    assert "default 1000" not in config.explain("train.steps")
+    assert "at least 1" in config.explain("train.steps")
+
+
+def test_explain_of_sections_lists_their_keys():
+    for name in config.Config.model_fields:
+        assert f"  {name}: " in config.explain("")
+    method = config.explain("method")
+    assert "Knowledge distillation" in method
+    assert "Supervised fine-tuning" in method
+    assert "  steps: whole number at least 1, at most 1000000000 (required)" in config.explain(
+        "train"
+    )
+
+
+def test_explain_reaches_into_lists_and_alternatives():
+    assert config.explain("data.train.0.path") == config.explain("data.eval.path").replace(
+        "eval.path", "train.0.path"
+    )
+    assert "first step" in config.explain("method.alpha.start")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("trian", "train"), ("train.stesp", "steps"), ("method.tempreture", "temperature")],
+)
+def test_explain_of_an_unknown_key_suggests(key, meant):
+    with pytest.raises(ConfigError, match=f'did you mean "{meant}"'):
+        config.explain(key)
+
+
+def test_explain_of_nonsense_suggests_nothing():
+    with pytest.raises(ConfigError, match="no such key$"):
+        config.explain("qqqqqqqq")
+
+
+def test_a_key_of_another_section_is_found():
+    assert keys.suggest((), "clip_norm") == 'did you mean "optimizer.clip_norm"?'
+    assert keys.suggest(("train",), "lr") == 'did you mean "optimizer.lr"?'
+
+
+def test_a_key_of_the_other_method_is_not_suggested_for_this_one():
+    assert keys.suggest(("method",), "tempreture", {"name": "sft"}) == ""
+    assert "temperature" in keys.suggest(("method",), "tempreture", {"name": "kd"})
+
+
+def test_the_schema_is_json_and_closed():
+    schema = json.loads(json.dumps(config.json_schema()))
+    assert schema["additionalProperties"] is False
+    for definition in schema["$defs"].values():
+        if definition.get("type") == "object":
+            assert definition["additionalProperties"] is False
+
+
+def typos(word, rng):
+    """All deletions and swaps of neighbours, and some substitutions and insertions."""
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    result = {word[:i] + word[i + 1 :] for i in range(len(word))}
+    result |= {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    for i in range(len(word) + 1):
+        letter = rng.choice(letters)
+        result.add(word[:i] + letter + word[i:])
+        result.add(word[:i] + letter + word[i + 1 :])
+    return sorted(result - {word, ""})
+
+
+def test_one_edit_typos_of_every_key_are_understood():
+    rng = random.Random(0)
+    cases = [(path, typo) for path in keys.all_keys() for typo in typos(path[-1], rng)]
+    right, wrong = 0, []
+    for path, typo in rng.sample(cases, 1000):
+        hint = keys.suggest(path[:-1], typo, {"name": "kd"} if path[0] == "method" else {})
+        if hint == f'did you mean "{path[-1]}"?':
+            right += 1
+        else:
+            wrong.append((".".join(path), typo, hint))
+    assert right / 1000 >= 0.95, wrong
+
+
+def reference_distance(left, right):
+    """Optimal string alignment, by its recursive definition."""
+    if not left or not right:
+        return len(left) + len(right)
+    best = min(
+        reference_distance(left[1:], right) + 1,
+        reference_distance(left, right[1:]) + 1,
+        reference_distance(left[1:], right[1:]) + (left[0] != right[0]),
+    )
+    if len(left) > 1 and len(right) > 1 and left[:2] == right[1::-1]:
+        best = min(best, reference_distance(left[2:], right[2:]) + 1)
+    return best
+
+
+@given(st.text("abc", max_size=5), st.text("abc", max_size=5))
+def test_distance_is_that_of_its_definition(left, right):
+    assert keys._edits(left, right) == reference_distance(left, right)
+
+
+def test_the_schema_accepts_what_the_loader_accepts():
+    jsonschema = pytest.importorskip("jsonschema", reason="checks the schema against files")
+    import pathlib
+
+    for path in (pathlib.Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"):
+        jsonschema.validate(syntax.parse(path.read_text()).value, config.json_schema())
