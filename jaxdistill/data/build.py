@@ -258,7 +258,7 @@ class _Build:
         # The first token of a document, or of a window of one, is no position's target.
         counted = int(loss.sum() - loss[::seq_len].sum())
         if not counted:
-            cut = f" within the first {seq_len} tokens (seq_len)" if len(ids) < len(loss) else ""
+            cut = f" within the first {seq_len} tokens (seq_len)" if too_long else ""
             return f"no token counts in the loss{cut}"
         self._truncated += too_long and policy == "truncate"
         self._arrays["tokens"].append(ids)

@@ -1,0 +1,173 @@
+import gc
+import itertools
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from jaxdistill.data import pipeline
+from jaxdistill.errors import ConfigError
+from jaxdistill.types import Batch
+
+FIELDS = ("tokens", "targets", "mask", "positions", "segment_ids")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, byte_tokenizer):
+    """23 rows, each of one document that says its number."""
+    folder = tmp_path_factory.mktemp("rows")
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"row {n:02d}"}) for n in range(23)))
+    return pipeline.build(
+        path, byte_tokenizer, seq_len=10, packing="none", cache_dir=folder / "cache"
+    )
+
+
+def take(dataset, count, **options):
+    options = {"seed": 3, "batch_size": 4, **options}
+    return list(itertools.islice(pipeline.batches(dataset, **options), count))
+
+
+def same(one, other):
+    return all(np.array_equal(getattr(one, f), getattr(other, f)) for f in FIELDS)
+
+
+def numbers(dataset, batch):
+    """Which rows of the data set a batch holds."""
+    rows = {tuple(dataset[index]["tokens"].tolist()): index for index in range(len(dataset))}
+    return [rows[tuple(row.tolist())] for row in batch.tokens]
+
+
+def test_a_batch_is_rows_stacked(dataset):
+    steps = take(dataset, 5, shuffle=False)
+    assert [step for step, _ in steps] == [0, 1, 2, 3, 4]
+    for step, batch in steps:
+        assert isinstance(batch, Batch) and batch.tokens.shape == (4, 10)
+        for place in range(4):
+            row = dataset[(4 * step + place) % 23]
+            for field in FIELDS:
+                array = getattr(batch, field)
+                assert isinstance(array, np.ndarray) and array.dtype == row[field].dtype
+                np.testing.assert_array_equal(array[place], row[field])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_every_epoch_holds_every_row_once_in_its_own_order(dataset, threads):
+    steps = take(dataset, 23 * 3, threads=threads)
+    stream = [number for _, batch in steps for number in numbers(dataset, batch)]
+    epochs = [stream[start : start + 23] for start in range(0, len(stream), 23)]
+    assert len(epochs) == 12
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 12
+    assert list(range(23)) not in epochs
+
+
+def test_the_order_is_the_seeds(dataset):
+    first, again, other = (take(dataset, 6, seed=seed) for seed in (3, 3, 4))
+    assert all(same(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    assert not all(same(a[1], b[1]) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 40])
+def test_resuming_gives_the_tail(dataset, start):
+    whole = take(dataset, 46)
+    tail = take(dataset, 46 - start, start=start, threads=0)
+    assert [step for step, _ in tail] == list(range(start, 46))
+    assert all(same(a[1], b[1]) for a, b in zip(whole[start:], tail, strict=True))
+
+
+def test_a_far_step_is_reached_at_once(dataset):
+    begin = time.monotonic()
+    [(step, batch)] = take(dataset, 1, start=10**12)
+    assert step == 10**12 and batch.tokens.shape == (4, 10)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_tile_the_global_batch(dataset, count):
+    whole = take(dataset, 9)
+    parts = [take(dataset, 9, process_index=p, process_count=count) for p in range(count)]
+    for step in range(9):
+        for field in FIELDS:
+            tiles = [getattr(part[step][1], field) for part in parts]
+            assert all(len(tile) == 4 // count for tile in tiles)
+            np.testing.assert_array_equal(np.concatenate(tiles), getattr(whole[step][1], field))
+
+
+def test_fewer_rows_than_the_batch(dataset):
+    steps = take(dataset, 2, batch_size=50)
+    stream = [number for _, batch in steps for number in numbers(dataset, batch)]
+    assert sorted(stream[:92]) == sorted(list(range(23)) * 4)
+
+
+def test_stop_ends(dataset):
+    steps = list(pipeline.batches(dataset, batch_size=4, seed=0, start=2, stop=5))
+    assert [step for step, _ in steps] == [2, 3, 4]
+    assert list(pipeline.batches(dataset, batch_size=4, seed=0, start=5, stop=5)) == []
+
+
+def test_wrong_arguments(dataset):
+    for options, words in (
+        ({"batch_size": 5, "process_count": 2}, "batch_size: 5: must be a positive multiple"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"process_index": 1}, "process_index: 1: must be below 1"),
+        ({"seed": -1}, "seed: -1: must lie between"),
+        ({"seed": 2**32}, "seed: 4294967296"),
+        ({"start": -1}, "must be 0 <= start"),
+        ({"start": 3, "stop": 2}, "must be 0 <= start"),
+    ):
+        # At the call, not at the first batch.
+        with pytest.raises(ConfigError, match=words):
+            pipeline.batches(dataset, **{"batch_size": 4, "seed": 0, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 23, 40])
+def test_evaluation_sees_every_row_once(dataset, batch_size):
+    steps = list(pipeline.eval_batches(dataset, batch_size=batch_size))
+    assert [number for number, _ in steps] == list(range(-(-23 // batch_size)))
+    whole = {f: np.concatenate([getattr(batch, f) for _, batch in steps]) for f in FIELDS}
+    for field in FIELDS:
+        expected = np.stack([row[field] for row in dataset])
+        np.testing.assert_array_equal(whole[field][:23], expected)
+    assert len(whole["tokens"]) == len(steps) * batch_size
+    assert not whole["mask"][23:].any() and not whole["segment_ids"][23:].any()
+    assert (whole["tokens"][23:] == dataset.pad).all()
+
+
+def test_evaluation_tiles_too(dataset):
+    whole = [batch for _, batch in pipeline.eval_batches(dataset, batch_size=8)]
+    parts = [
+        [batch for _, batch in pipeline.eval_batches(
+            dataset, batch_size=8, process_index=p, process_count=4)]
+        for p in range(4)
+    ]  # fmt: skip
+    assert [len(part) for part in parts] == [3] * 4
+    for step, batch in enumerate(whole):
+        tiles = np.concatenate([part[step].tokens for part in parts])
+        np.testing.assert_array_equal(tiles, batch.tokens)
+
+
+def test_an_abandoned_iterator_leaves_no_threads(dataset):
+    before = threading.active_count()
+    for _ in range(3):
+        iterator = pipeline.batches(dataset, batch_size=4, seed=0, threads=3)
+        next(iterator)
+        del iterator
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+def test_the_quickstarts_text(tmp_path, bpe_tokenizer):
+    sets = [
+        pipeline.build(f"python:docs?split={split}", bpe_tokenizer, seq_len=256, cache_dir=tmp_path)
+        for split in ("train", "held_out")
+    ]
+    assert sets[0].fingerprint != sets[1].fingerprint
+    assert all(data.kind == "text" and data.quarantined == 0 for data in sets)
+    assert sets[0].num_tokens > 5 * sets[1].num_tokens > 100_000
+    assert all(data.fill() > 0.99 for data in sets)
