@@ -117,8 +117,6 @@ def generalized_jsd(beta: Parameter = 0.5) -> Row:
     _check_unit("beta", beta)
     if isinstance(beta, int | float):
         return FORWARD_KL if beta == 0 else REVERSE_KL if beta == 1 else _mixed_jsd(beta)
-    # A traced beta on an endpoint is moved inside, so that the branch not taken stays finite.
-    inside = _mixed_jsd(jnp.where((beta == 0) | (beta == 1), 0.5, beta))
 
     def select(forward: Elementwise, reverse: Elementwise, mixed: Elementwise) -> Elementwise:
         return lambda log_p, log_q: jnp.where(
@@ -127,7 +125,7 @@ def generalized_jsd(beta: Parameter = 0.5) -> Row:
             jnp.where(beta == 1, reverse(log_p, log_q), mixed(log_p, log_q)),
         )
 
-    return Row(*map(select, FORWARD_KL, REVERSE_KL, inside))
+    return Row(*map(select, FORWARD_KL, REVERSE_KL, _mixed_jsd(beta)))
 
 
 def _mixed_jsd(beta: Parameter) -> Row:

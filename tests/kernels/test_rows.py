@@ -60,6 +60,15 @@ def test_rows_keep_the_dtype(case):
     assert {function(half, half).dtype for function in row} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.parametrize("beta, end", [(0.0, rows.FORWARD_KL), (1.0, rows.REVERSE_KL)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_generalized_jsd_ends_in_the_plain_directions(beta, end, traced):
+    log_p, log_q = jnp.array([-1.0, -0.5, -jnp.inf]), jnp.array([-0.7, -3.0, -jnp.inf])
+    row = rows.make("generalized_jsd", jnp.float32(beta) if traced else beta)
+    for ours, wanted in zip(row, end, strict=True):
+        np.testing.assert_array_equal(ours(log_p, log_q), wanted(log_p, log_q))
+
+
 def test_every_kind_is_tested():
     assert {kind for kind, *_ in CASES} == set(rows.KINDS)
 

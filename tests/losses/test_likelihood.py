@@ -94,11 +94,11 @@ def test_masked_mean_adds_parts_of_unequal_size_exactly():
 
 
 def test_masked_mean_weighs_and_ignores_what_lies_under_a_zero():
-    values, weights = jnp.array([1.0, jnp.nan, 4.0]), jnp.array([0.5, 0.0, 1.5])
+    values, weights = jnp.array([1.0, jnp.nan, 4.0]), jnp.array([0.5, 0.0, 3.5])
     mean = losses.masked_mean(values, weights)
-    np.testing.assert_allclose(mean.value, (0.5 * 1 + 1.5 * 4) / 2.0)
+    np.testing.assert_allclose(mean.value, (0.5 * 1 + 3.5 * 4) / 4.0)
     gradient = jax.grad(lambda v: losses.masked_mean(v, weights).value)(values)
-    np.testing.assert_allclose(gradient, [0.25, 0.0, 0.75])
+    np.testing.assert_allclose(gradient, [0.125, 0.0, 0.875])
 
 
 def test_masked_mean_of_nothing_is_zero_with_no_gradient():
