@@ -68,7 +68,7 @@ def validate(arguments: argparse.Namespace) -> int:
         lines = [line for error in errors for line in str(error).splitlines()]
         print_json({"ok": not errors, "errors": lines})
         return preflight.combine(errors).exit_code if errors else 0
-    if errors:
+    if errors or loaded is None:
         raise preflight.combine(errors)
     print(config.dump(loaded).rstrip() if arguments.resolved else f"{arguments.config}: ok")
     return 0

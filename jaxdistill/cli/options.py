@@ -67,12 +67,16 @@ def _add_measure(commands: Any) -> None:
     evaluate.add_argument("--loss-on", choices=("all", "completion", "assistant"), default="all")
     evaluate.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
     evaluate.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     evaluate.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
     _add_json(evaluate)
     generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
     generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     generate.add_argument(
         "-p", "--prompt", metavar="TEXT", action="append", help="default: standard input"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is the user's turn of a chat"
     )
     generate.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
     generate.add_argument(
@@ -96,7 +100,10 @@ def _add_results(commands: Any) -> None:
     )
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
     report.add_argument(
-        "-o", "--output", metavar="FILE", help="default: report.html, in the run folder if one"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="default: report.html in the run folder, comparison.html for several",
     )
 
 

@@ -1,11 +1,12 @@
 """The commands that run models: train, resume, eval, generate, export and report."""
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, ModelError
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -48,6 +49,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             seq_len=arguments.seq_len,
             batch_size=arguments.batch_size,
             max_rows=arguments.max_rows,
+            dtype=arguments.dtype,
         )
     if arguments.json:
         return print_json(metrics)
@@ -59,27 +61,38 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Completes prompts, after loading has told on stderr what it has to tell."""
+    """Completes prompts, or answers them as the user's turn of a chat."""
     prompts = arguments.prompt or [sys.stdin.read()]
     if not all(prompts):
-        raise ConfigError("generate: the prompt is empty; give -p TEXT or text on standard input")
+        raise ConfigError("generate: the prompt is empty: give -p TEXT or text on standard input")
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    }
     with stdout_is_json(True):
-        from jaxdistill import models
+        from jaxdistill import engine
 
-        model = models.load(arguments.model)
-        texts = model.generate(
-            prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
+        model = engine.load(arguments.model)
+        if arguments.chat:
+            ids = model.generate(_chat_tokens(model, prompts), **settings)
+            texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        else:
+            texts = model.generate(prompts, **settings)
     if arguments.json:
         pairs = zip(prompts, texts, strict=True)
         return print_json([{"prompt": prompt, "text": text} for prompt, text in pairs])
-    print("\n\n".join(printable(text) for text in texts))
+    print("\n\n".join(printable(str(text)) for text in texts))
     return None
+
+
+def _chat_tokens(model: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt as the user's turn of a chat that the model is to go on with."""
+    if model.tokenizer is None or not model.tokenizer.chat_template:
+        raise ModelError(f"{model.source}: has no chat template: leave --chat out")
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return model.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -87,17 +100,12 @@ def export(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill import engine
 
-        engine.export(arguments.model, arguments.output, dtype=arguments.dtype)
-    print(f"wrote {arguments.output}")
+        path = engine.export(arguments.model, arguments.output, dtype=arguments.dtype)
+    print(f"wrote {path}")
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the page about one or several runs."""
     from jaxdistill.report import html
 
-    out = arguments.output
-    if out is None:
-        alone = len(arguments.run_dirs) == 1
-        out = os.path.join(arguments.run_dirs[0], "report.html") if alone else "report.html"
-    html.build(arguments.run_dirs, out)
-    print(f"wrote {out}")
+    print(f"wrote {html.build(arguments.run_dirs, arguments.output)}")

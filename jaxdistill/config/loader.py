@@ -41,13 +41,15 @@ def read(path: str | os.PathLike) -> str:
     try:
         with open(path, "rb") as file:
             data = file.read(syntax.MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{shown(name)}: cannot read this configuration: {reason}") from None
+    try:
+        # Too large a file is refused by its size later, and may end within a character here.
         return data.decode("utf-8-sig" if len(data) <= syntax.MAX_BYTES else "latin-1")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"{name}:{line}: not UTF-8 text: save the file as UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{shown(name)}: cannot read this configuration: {reason}") from None
 
 
 def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Config:
@@ -69,7 +71,7 @@ def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Con
             config = Config.model_validate(raw)
         except ValidationError as error:
             for item in error.errors(include_url=False):
-                _translate(raw, item, report)
+                _translate(raw, dict(item), report)
     if report.lines or config is None:
         raise ConfigError("\n".join(text for _, text in sorted(report.lines, key=lambda x: x[0])))
     return config

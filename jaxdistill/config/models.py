@@ -52,7 +52,8 @@ class Teacher(Section):
     source: Path | None = Field(
         None,
         description="A model folder (config.json and safetensors), a .gguf file, package:NAME/FILE "
-        "(a file inside an installed Python package), or RUN_DIR@best.",
+        "(a file inside an installed Python package), a Hub name such as hf:org/name, or a run: "
+        "RUN_DIR@best.",
     )
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")

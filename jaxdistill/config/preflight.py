@@ -1,6 +1,7 @@
 """What can be checked before a run without loading a model: paths, folders, sizes in JSON files."""
 
 import dataclasses
+import filecmp
 import importlib.util
 import json
 import os
@@ -9,12 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
-from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
+from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
 
-MAX_JSON_BYTES = 16 * 1024 * 1024
+MAX_JSON_BYTES = 64 * 1024 * 1024
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
 _DATA_ENDINGS = (".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -81,36 +81,90 @@ def _here() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What the small files of a model tell: its shape, if they do, and what is wrong."""
+    """What the small files of a model tell: its folder and shape, if it has them; what is wrong."""
 
+    folder: pathlib.Path | None = None
     shape: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: UserError | None = None
 
+    def number(self, name: str) -> int | None:
+        """A whole number of config.json, if it holds one."""
+        value = self.shape.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
 
 def _model_errors(config: Config) -> Iterator[UserError]:
-    """Every model is there, and kept layers exist."""
-    network = config.security.allow_network
-    teacher, student = config.teacher, config.student
-    found: dict[str, _Found] = {}
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model is None:
-            continue
-        if model.source:
-            found[name] = _look(f"{name}.source", model.source, network)
-        elif isinstance(model.random, RandomModel) and model.random.like not in (None, "teacher"):
-            found[name] = _look(f"{name}.random.like", model.random.like, network, weights=False)
-    chosen = config.tokenizer.from_
-    if chosen not in ("teacher", "student", "bytes"):
-        found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
+    """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
+    found = _models(config)
     yield from (model.error for model in found.values() if model.error)
-    layers = found.get("teacher", _Found()).shape.get("num_hidden_layers")
-    if teacher and teacher.random and teacher.random.layers:
-        layers = teacher.random.layers
-    if student.layers and isinstance(layers, int) and student.layers[-1] >= layers:
+    teacher, student = found.get("teacher", _Found()), config.student
+    layers = teacher.number("num_hidden_layers")
+    if config.teacher and config.teacher.random and config.teacher.random.layers:
+        layers = config.teacher.random.layers
+    if student.layers and layers is not None and student.layers[-1] >= layers:
         yield ConfigError(
             f"student.layers: {student.layers[-1]} is too high: the teacher has {layers} layers, "
             "counted from 0"
         )
+    for name in ("teacher", "student"):
+        longest = found.get(name, _Found()).number("max_position_embeddings")
+        if longest is not None and config.data.seq_len > longest:
+            yield ConfigError(
+                f"data.seq_len = {config.data.seq_len}: the {name} was made for {longest} "
+                "positions: use at most that"
+            )
+    if "student" in found:
+        yield from _vocabulary_errors(teacher.folder, found["student"].folder)
+
+
+def _models(config: Config) -> dict[str, _Found]:
+    """What can be told of the models and the tokenizer that are named by path."""
+    network = config.security.allow_network
+    found: dict[str, _Found] = {}
+    for name, model in (("teacher", config.teacher), ("student", config.student)):
+        if model and model.source:
+            found[name] = _look(f"{name}.source", model.source, network)
+        elif model and model.random and model.random.like not in (None, "teacher"):
+            found[name] = _look(f"{name}.random.like", model.random.like, network, weights=False)
+    chosen = config.tokenizer.from_
+    if chosen not in ("teacher", "student", "bytes"):
+        found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
+    return found
+
+
+def _vocabulary_errors(
+    teacher: pathlib.Path | None, student: pathlib.Path | None
+) -> Iterator[UserError]:
+    """Two folders whose tokenizers give one id to different tokens cannot be compared."""
+    files = [folder / "tokenizer.json" for folder in (teacher, student) if folder]
+    if len(files) < 2 or not all(file.is_file() for file in files):
+        return
+    if filecmp.cmp(*files, shallow=False):
+        return
+    theirs, ours = (_vocabulary(file) for file in files)
+    if theirs and ours and theirs != ours:
+        ids = sorted(i for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i))
+        first = f"{ids[0]}: teacher {shown(theirs.get(ids[0]))}, student {shown(ours.get(ids[0]))}"
+        yield MismatchError(
+            f"student.source: its tokenizer and the teacher's differ at {len(ids)} ids ({first}): "
+            "take a student of the teacher's family, or cut one out of it (student.from: teacher)"
+        )
+
+
+def _vocabulary(file: pathlib.Path) -> dict[int, str]:
+    """Id -> token of a tokenizer.json, or {} where it keeps them in another way."""
+    try:
+        content = _read_json(file)
+        words = {index: token for token, index in content["model"]["vocab"].items()}
+        return words | {token["id"]: token["content"] for token in content["added_tokens"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return {}  # other kinds are compared when the tokenizers are loaded
+
+
+def _read_json(file: pathlib.Path) -> Any:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
@@ -122,7 +176,8 @@ def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
             path = os.fspath(package_file(source))
         except ModelError as error:
             return _Found(error=ModelError(f"{key}: {error}"))
-    folder, at, _ = source.rpartition("@")
+    path = os.path.expanduser(path)
+    folder, at, _ = path.rpartition("@")
     if _is_run(path) or (at and not os.path.exists(path) and _is_run(folder)):
         return _Found()
     if os.path.isdir(path):
@@ -130,13 +185,21 @@ def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
     if os.path.exists(path):
         wrong = ModelError(f"{key}: is no model folder and no .gguf file")
         return _Found() if path.endswith(".gguf") else _Found(error=wrong)
-    if _HUB_NAME.match(source):
-        if network:
+    name = source.removeprefix("hf:")
+    if _HUB_NAME.match(name):
+        if network or os.path.isdir(_hub_folder(name)):
             return _Found()
         hint = "; if it is a name to download, set security.allow_network: true"
     else:
         hint = ""
     return _Found(error=ModelError(f"{key}: no such file or folder ({_here()}){hint}"))
+
+
+def _hub_folder(name: str) -> str:
+    """Where the Hub's client keeps a model it has downloaded before."""
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return os.path.join(cache, "models--" + name.replace("/", "--"))
 
 
 def _is_run(folder: str) -> bool:
@@ -147,7 +210,7 @@ def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
     """Reads config.json of a model folder and looks for safe weights."""
     names = sorted(entry.name for entry in folder.iterdir())
     if not weights and "config.json" not in names and "tokenizer.json" in names:
-        return _Found()
+        return _Found(folder)
     if "config.json" not in names:
         return _Found(error=ModelError(f"{key}: holds no config.json; is it a model folder?"))
     if weights and not any(name.endswith(_WEIGHTS) for name in names):
@@ -156,16 +219,13 @@ def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
             f" ({unsafe[0]} can run code when it is read: convert it elsewhere)" if unsafe else ""
         )
         return _Found(error=ModelError(f"{key}: holds no .safetensors file{hint}"))
-    file = folder / "config.json"
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError("too large")
-        shape = json.loads(file.read_text(encoding="utf-8"))
+        shape = _read_json(folder / "config.json")
     except (OSError, ValueError, RecursionError) as error:
         return _Found(error=ModelError(f"{key}: cannot read config.json: {error}"))
     if not isinstance(shape, dict):
         return _Found(error=ModelError(f"{key}: config.json holds no mapping"))
-    return _Found(shape)
+    return _Found(folder, shape)
 
 
 def package_file(source: str) -> pathlib.Path:

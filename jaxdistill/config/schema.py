@@ -46,6 +46,13 @@ class DataSource(Section):
 Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000, strict=False)]
 
 
+def _overlap(left: str, right: str) -> bool:
+    """Whether two paths surely share text: the same one, or a part of Python's and all of it."""
+    python = left.startswith("python:docs") and right.startswith("python:docs")
+    splits = [path.partition("split=")[2] or "all" for path in (left, right)]
+    return left == right or (python and "all" in splits)
+
+
 class Data(Section):
     """What the student reads."""
 
@@ -79,9 +86,8 @@ class Data(Section):
             yield ("loss_on",), "plain text has no completions to learn: use all"
         if self.on_bad_record == "fail" and self.max_bad_fraction not in (0.0, 0.001):
             yield ("max_bad_fraction",), "has no effect with on_bad_record: fail"
-        trained = {source.path for source in self.train}
         for i, source in enumerate(self.eval):
-            if source.path in trained:
+            if any(_overlap(source.path, trained.path) for trained in self.train):
                 rule = "is in data.train too: held-out data must not be trained on"
                 yield ("eval", i, "path"), rule
 

@@ -1,0 +1,163 @@
+import json
+
+import pytest
+
+from jaxdistill import config
+from jaxdistill.config import preflight
+from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError
+
+LLAMA = {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 64}
+
+
+def tokenizer(*words, added=("<end>",)):
+    return {
+        "model": {"vocab": {word: i for i, word in enumerate(words)}},
+        "added_tokens": [{"id": len(words) + i, "content": word} for i, word in enumerate(added)],
+    }
+
+
+def model_folder(path, shape=LLAMA, words=None, weights="model.safetensors"):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(shape))
+    if weights:
+        (path / weights).write_bytes(b"")
+    if words:
+        (path / "tokenizer.json").write_text(json.dumps(words))
+    return path
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A folder with everything a run needs, as the current directory."""
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "big", words=tokenizer("a", "b"))
+    longer = LLAMA | {"max_position_embeddings": 128}
+    model_folder(tmp_path / "small", longer, tokenizer("a", "b"))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    return tmp_path
+
+
+TEXT = """\
+teacher: {source: big}
+student: {source: small}
+data:
+  train: [{path: a.jsonl}]
+  eval: [{path: b.jsonl}]
+  seq_len: 64
+method: {name: kd}
+train: {steps: 100}
+"""
+
+
+def check(*overrides):
+    return preflight.check(config.loads(TEXT, overrides=overrides))
+
+
+def test_a_complete_run_has_no_errors(base):
+    assert check() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "words"),
+    [
+        ("data.train.0.path=c.jsonl", DataError, 'data.train.0.path = "c.jsonl": no such file'),
+        ("data.eval.0.path=big", DataError, "is a folder"),
+        ("data.eval.0.path=data.bin", DataError, "cannot be read: use .jsonl"),
+        ("data.eval.0.path=empty.txt", DataError, "the file is empty"),
+        ('data.eval.0.path="python:docs?split=test"', DataError, "python:docs?split=train"),
+        ("data.seq_len=65", ConfigError, "made for 64 positions"),
+        ("teacher.source=bigger", ModelError, "no such file or folder"),
+        ("teacher.source=org/name", ModelError, "security.allow_network: true"),
+        ("teacher.source=a.jsonl", ModelError, "no model folder and no .gguf"),
+        ("teacher.source=nothing", ModelError, "holds no config.json"),
+        ("teacher.source=pickled", ModelError, "can run code when it is read"),
+        ("teacher.source=broken", ModelError, "cannot read config.json"),
+        ("teacher.source=list", ModelError, "holds no mapping"),
+        ("teacher.source=other", MismatchError, 'differ at 1 ids (1: teacher "c", student "b")'),
+        ("teacher.source=package:no_such_package/x.gguf", ModelError, "is not installed"),
+        ("teacher.source=package:jaxdistill/../../x", ModelError, "has no file"),
+        ("teacher.source=package:jaxdistill", ModelError, "write it as package:NAME/FILE"),
+        ("student={from: teacher, layers: [0, 4]}", ConfigError, "4 is too high"),
+        ("student={random: {like: nowhere}}", ModelError, "student.random.like"),
+        ("tokenizer.from=nowhere", ModelError, "tokenizer.from"),
+        ("run.dir=held", ConfigError, "jaxdistill resume held"),
+        ("run.dir=big", ConfigError, "is not empty and holds no run"),
+        ("run.dir=a.jsonl", ConfigError, "is a file"),
+    ],
+)
+def test_what_is_found(base, override, kind, words):
+    (base / "nothing").mkdir()
+    (base / "held").mkdir()
+    (base / "held" / "RUN.json").write_text("{}")
+    (base / "data.bin").write_text("x")
+    (base / "empty.txt").write_text("")
+    model_folder(base / "pickled", weights="pytorch_model.bin")
+    model_folder(base / "list", shape=[])
+    model_folder(base / "other", words=tokenizer("a", "c"))
+    model_folder(base / "broken")
+    (base / "broken" / "config.json").write_text("{" * 100_000)
+    errors = check(override)
+    assert [type(error) for error in errors] == [kind], errors
+    assert words in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "teacher.source=weights.gguf",
+        "teacher.source=held",
+        "teacher.source=held@best",
+        "teacher.source=padded",
+        "teacher.source=sharded",
+        "teacher.source=package:jaxdistill/__init__.gguf",
+        "tokenizer.from=words",
+        "run.dir=fresh",
+        'data.train=[{path: "python:docs"}]',
+        "security.allow_network=true",
+    ],
+)
+def test_what_is_accepted(base, override, monkeypatch):
+    (base / "weights.gguf").write_bytes(b"")
+    (base / "held").mkdir()
+    (base / "held" / "RUN.json").write_text("{}")
+    (base / "words").mkdir()
+    (base / "words" / "tokenizer.json").write_text(json.dumps(tokenizer("a", "b")))
+    (base / "fresh").mkdir()
+    # Rows of padding change the shape and not the vocabulary.
+    model_folder(base / "padded", LLAMA | {"vocab_size": 128}, tokenizer("a", "b"))
+    model_folder(base / "sharded", weights="model.safetensors.index.json")
+    monkeypatch.setattr(
+        preflight, "package_file", lambda source: base / "weights.gguf", raising=True
+    )
+    assert check(override) == []
+
+
+def test_a_hub_name_passes_when_it_may_be_downloaded_or_is_in_the_cache(base, monkeypatch):
+    assert check("teacher.source=org/name", "security.allow_network=true") == []
+    assert len(check("teacher.source=hf:org/name")) == 1
+    (base / "cache" / "models--org--name").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(base / "cache"))
+    assert check("teacher.source=hf:org/name") == []
+
+
+def test_package_files_are_found_without_importing_the_package(base, monkeypatch):
+    package = base / "loud"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    (package / "model.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(str(base))
+    assert preflight.package_file("package:loud/model.gguf") == package / "model.gguf"
+    with pytest.raises(ModelError, match="has no file"):
+        preflight.package_file("package:loud/../a.jsonl")
+
+
+def test_a_long_path_is_an_error_and_no_crash(base):
+    assert [type(error) for error in check(f"teacher.source={'x' * 1000}")] == [ModelError]
+    assert [type(error) for error in check(f"data.train.0.path={'x' * 1000}")] == [DataError]
+
+
+def test_several_errors_become_one_with_the_smallest_exit_code():
+    error = preflight.combine([ModelError("m"), DataError("d"), ModelError("n")])
+    assert isinstance(error, DataError)
+    assert str(error) == "m\nd\nn"

@@ -1,0 +1,485 @@
+import io
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import jaxdistill
+from jaxdistill import cli, errors
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+HEAVY = ("jax", "flax", "transformers", "numpy", "optax", "orbax", "matplotlib")
+
+RUN = """\
+teacher: {random: {layers: 2, embed: 8, mlp: 8, heads: 2}}
+student: {random: {like: teacher, layers: 1}}
+tokenizer: {from: bytes}
+data:
+  train: [{path: "python:docs?split=train"}]
+  eval: [{path: "python:docs?split=held_out"}]
+method: {name: kd}
+train: {steps: 10}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """An engine that notes how it was called; tests give it what to answer or raise."""
+
+    class Model:
+        source = "fake"
+        tokenizer = None
+
+        def generate(self, prompts, **settings):
+            calls.append(("generate", list(prompts), settings))
+            return [f"{prompt}!\x1b[31m" for prompt in prompts]
+
+    calls = []
+    result = types.SimpleNamespace(
+        run_dir=pathlib.Path("runs/run"),
+        metrics={"eval/loss": 1.5, "eval/perplexity": math.inf},
+        table=[{"name": "teacher", "kl_t1": None}],
+    )
+
+    def answer(name, value):
+        def call(*arguments, **options):
+            calls.append((name, arguments, options))
+            print("progress")
+            if isinstance(fake.raises, BaseException):
+                raise fake.raises
+            return value
+
+        return call
+
+    fake = types.ModuleType("jaxdistill.engine")
+    fake.raises, fake.calls = None, calls
+    fake.train = answer("train", result)
+    fake.resume = answer("resume", result)
+    fake.evaluate = answer("evaluate", {"eval/ce": 2.25, "parameters": 100, "eval/x": math.nan})
+    fake.export = answer("export", pathlib.Path("out"))
+    fake.load = answer("load", Model())
+    monkeypatch.setitem(sys.modules, "jaxdistill.engine", fake)
+    monkeypatch.setattr(jaxdistill, "engine", fake, raising=False)
+    return fake
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error) of a command."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def python(code, *arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["ls"],
+        ["ls", "models", "--json"],
+        ["init", "tiny", "-o", "tiny.yaml"],
+        ["validate", "run.yaml", "train.steps=5"],
+        ["validate", "--schema"],
+        ["validate", "--explain", "method"],
+        ["validate", "run.yaml", "--resolved"],
+        ["validate", "absent.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_light_commands_import_nothing_heavy(folder, arguments):
+    code = (
+        "import sys\n"
+        "from jaxdistill.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    done = python(code, *arguments, cwd=folder)
+    assert done.stdout.splitlines()[-1] == "heavy: []", done
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    done = python("import sys, jaxdistill; print(*sys.modules)")
+    assert not set(done.stdout.split()) & {*HEAVY, "pydantic", "yaml"}
+
+
+def test_light_commands_are_quick(folder):
+    code = (
+        "import resource, sys\n"
+        "from jaxdistill.cli import main\n"
+        "main(['validate', 'run.yaml'])\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(usage.ru_utime + usage.ru_stime)\n"
+    )
+    # Processor time: wall time would measure what else the machine does.
+    seconds = min(float(python(code, cwd=folder).stdout.split()[-1]) for _ in range(3))
+    assert seconds < 1.0
+
+
+def test_python_dash_m_and_a_wrong_command(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdistill", "trian"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 2
+    assert "invalid choice: 'trian'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_is_no_traceback(folder):
+    command = f"{sys.executable} -m jaxdistill validate --schema | head -n 1"
+    done = subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"jaxdistill {jaxdistill.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["train", "run.yaml", "--fast"],
+        ["resume"],
+        ["resume", "a", "b"],
+        ["validate"],
+        ["eval", "model"],
+        ["eval", "model", "--data", "x", "--seq-len", "0"],
+        ["generate", "model", "--temperature", "-1"],
+        ["generate", "model", "--top-p", "nan"],
+        ["generate", "model", "--seed", "x"],
+        ["generate", "model", "-p", ""],
+        ["export", "run"],
+        ["ls", "kernels"],
+        ["init", "tny"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(capsys, folder, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert "error" in err
+    assert "Traceback" not in err
+
+
+def test_train(capsys, folder, engine):
+    code, out, _ = run(capsys, "train", "run.yaml", "train.steps=20", "seed=3")
+    assert code == 0
+    assert "runs/run" in out
+    [(name, (config,), options)] = engine.calls
+    assert name == "train"
+    assert (config.train.steps, config.seed) == (20, 3)
+    assert options == {"input_text": RUN, "overrides": ["train.steps=20", "seed=3"]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "run.yaml", "--json", "train.steps=20"],
+        ["train", "--json", "run.yaml", "train.steps=20"],
+        ["train", "run.yaml", "train.steps=20", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_stand_on_either_side_of_options(capsys, folder, engine, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert code == 0
+    assert engine.calls[0][1][0].train.steps == 20
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["run_dir"] == "runs/run"
+    assert result["metrics"] == {"eval/loss": 1.5, "eval/perplexity": None}
+    assert result["table"] == [{"name": "teacher", "kl_t1": None}]
+    assert err == "progress\n"
+
+
+def test_nothing_is_trained_when_the_check_finds_something(capsys, folder, engine):
+    code, out, err = run(capsys, "train", "run.yaml", "data.train.0.path=gone.jsonl")
+    assert (code, out, engine.calls) == (3, "", [])
+    assert err.startswith('error: data.train.0.path = "gone.jsonl": no such file')
+
+
+def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine):
+    (folder / "run.yaml").write_text(RUN.replace("steps: 10", "stesp: 10").replace("kd", "kdd"))
+    code, _, err = run(capsys, "train", "run.yaml")
+    assert code == 2
+    lines = err.splitlines()
+    assert lines[0] == "error: 3 problems"
+    assert all(line.startswith("run.yaml:") for line in lines[1:])
+    assert 'did you mean "steps"?' in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("x"), 2),
+        (errors.DataError("x"), 3),
+        (errors.ModelError("x"), 4),
+        (errors.MismatchError("x"), 4),
+        (errors.FitError("x"), 5),
+        (errors.CorruptCheckpointError("x"), 6),
+        (errors.DivergedError("x"), 7),
+        (errors.StorageError("x"), 9),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(75), 75),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "run.yaml"],
+        ["resume", "runs/run"],
+        ["eval", "model", "--data", "x.jsonl"],
+        ["export", "runs/run@best", "-o", "out"],
+        ["generate", "model", "-p", "hello"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_exit_codes(capsys, folder, engine, arguments, error, code):
+    engine.raises = error
+    got, _, err = run(capsys, *arguments)
+    assert got == code
+    assert "Traceback" not in err
+    if isinstance(error, errors.UserError):
+        assert err.endswith("error: x\n")
+
+
+def test_errors_of_our_own_are_not_hidden(folder, engine):
+    engine.raises = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", "run.yaml"])
+
+
+def test_messages_cannot_drive_the_terminal(capsys, folder, engine):
+    engine.raises = errors.DataError("bad \x1b]0;title\x07 name")
+    assert run(capsys, "train", "run.yaml")[2].endswith("error: bad ]0;title name\n")
+
+
+def test_resume(capsys, folder, engine):
+    code, out, _ = run(capsys, "resume", "runs/run", "--json")
+    assert code == 0
+    assert json.loads(out)["run_dir"] == "runs/run"
+    assert engine.calls == [("resume", ("runs/run",), {})]
+
+
+def test_eval(capsys, folder, engine):
+    arguments = ["eval", "run@best", "--data", "a", "--data", "b", "--teacher", "big"]
+    code, out, _ = run(capsys, *arguments, "--max-rows", "7", "--loss-on", "assistant")
+    assert code == 0
+    [(_, (model,), options)] = engine.calls
+    assert model == "run@best"
+    assert options == {
+        "teacher": "big",
+        "data": ["a", "b"],
+        "format": "auto",
+        "loss_on": "assistant",
+        "seq_len": 1024,
+        "batch_size": 8,
+        "max_rows": 7,
+        "dtype": "float32",
+    }
+    assert "eval/ce     2.25" in out
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert json.loads(out) == {"eval/ce": 2.25, "parameters": 100, "eval/x": None}
+
+
+def test_eval_calls_the_engine_as_it_is():
+    import inspect
+
+    from jaxdistill import engine
+
+    names = set(inspect.signature(engine.evaluate).parameters)
+    used = {"teacher", "data", "format", "loss_on", "seq_len", "batch_size", "max_rows", "dtype"}
+    assert used <= names
+    assert {"input_text", "overrides"} <= set(inspect.signature(engine.train).parameters)
+    assert "dtype" in inspect.signature(engine.export).parameters
+
+
+def test_generate(capsys, folder, engine):
+    code, out, err = run(capsys, "generate", "model", "-p", "one", "-p", "two", "--top-k", "3")
+    assert code == 0
+    assert out == "one![31m\n\ntwo![31m\n"
+    assert err == "progress\n"
+    assert engine.calls[1] == (
+        "generate",
+        ["one", "two"],
+        {"max_new_tokens": 128, "temperature": 0.0, "top_k": 3, "top_p": None, "seed": 0},
+    )
+
+
+def test_generate_reads_standard_input(capsys, folder, engine, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    code, out, _ = run(capsys, "generate", "model", "--json")
+    assert code == 0
+    assert json.loads(out) == [{"prompt": "from a pipe", "text": "from a pipe!\x1b[31m"}]
+
+
+def test_generate_as_a_chat(capsys, folder, engine):
+    class Tokenizer:
+        chat_template = "{{ messages }}"
+
+        def apply_chat_template(self, turns, **options):
+            assert options["add_generation_prompt"] and options["tokenize"]
+            return [[len(turn[0]["content"])] for turn in turns]
+
+        def batch_decode(self, rows, skip_special_tokens):
+            return [str(row) for row in rows]
+
+    code, _, err = run(capsys, "generate", "model", "-p", "hello", "--chat")
+    assert code == 4
+    assert "has no chat template" in err
+    engine.load().__class__.tokenizer = Tokenizer()
+    capsys.readouterr()
+    code, out, _ = run(capsys, "generate", "model", "-p", "hello", "--chat")
+    assert (code, out) == (0, "[5]![31m\n")
+    assert engine.calls[-1][1] == [[5]]
+
+
+def test_export(capsys, folder, engine):
+    code, out, _ = run(capsys, "export", "runs/run@20", "-o", "out", "--dtype", "bfloat16")
+    assert (code, out) == (0, "wrote out\n")
+    assert engine.calls == [("export", ("runs/run@20", "out"), {"dtype": "bfloat16"})]
+
+
+def test_report(capsys, folder, monkeypatch):
+    called = []
+    html = types.ModuleType("jaxdistill.report.html")
+    html.build = lambda run_dirs, out: called.append((run_dirs, out)) or pathlib.Path("page.html")
+    report = types.ModuleType("jaxdistill.report")
+    report.html = html
+    monkeypatch.setitem(sys.modules, "jaxdistill.report", report)
+    monkeypatch.setitem(sys.modules, "jaxdistill.report.html", html)
+    assert run(capsys, "report", "a", "b")[:2] == (0, "wrote page.html\n")
+    assert run(capsys, "report", "a", "-o", "x.html")[0] == 0
+    assert called == [(["a", "b"], None), (["a"], "x.html")]
+
+
+def test_ls(capsys):
+    code, out, _ = run(capsys, "ls", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert set(found) == {"recipes", "methods", "models"}
+    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == set(found["recipes"])
+    assert set(found["methods"]) == {"kd", "sft"}
+    assert all(len(line) > 20 for line in found["recipes"].values())
+    code, out, _ = run(capsys, "ls", "methods")
+    assert out.startswith("methods:\n  kd   ")
+
+
+def test_the_listed_models_are_those_that_can_be_read():
+    from jaxdistill.cli import files
+    from jaxdistill.models import families
+
+    assert set(files.MODELS) == set(families.FAMILIES)
+
+
+def test_init_copies_and_refuses_to_overwrite(capsys, folder):
+    source = (REPOSITORY / "configs" / "tiny.yaml").read_text()
+    assert run(capsys, "init", "tiny")[0] == 0
+    assert (folder / "tiny.yaml").read_text() == source
+    (folder / "tiny.yaml").write_text("mine")
+    code, _, err = run(capsys, "init", "tiny")
+    assert code == 2
+    assert "--force" in err
+    assert (folder / "tiny.yaml").read_text() == "mine"
+    assert run(capsys, "init", "tiny", "--force")[0] == 0
+    assert (folder / "tiny.yaml").read_text() == source
+    assert run(capsys, "init", "tiny", "-o", "-")[1] == source
+    assert run(capsys, "init", "tiny", "-o", "no/such/folder/x.yaml")[0] == 9
+    assert 'did you mean "tiny"?' in run(capsys, "init", "tinny")[2]
+
+
+@pytest.mark.parametrize("name", ["../configs/tiny", "/etc/passwd", "tiny.yaml"])
+def test_init_takes_names_and_no_paths(capsys, folder, name):
+    code, out, _ = run(capsys, "init", name)
+    assert (code, out) == (2, "")
+
+
+def test_validate(capsys, folder):
+    assert run(capsys, "validate", "run.yaml") == (0, "run.yaml: ok\n", "")
+    code, out, _ = run(capsys, "validate", "run.yaml", "--resolved", "train.steps=7")
+    assert code == 0
+    (folder / "resolved.yaml").write_text(out)
+    assert run(capsys, "validate", "resolved.yaml", "--resolved")[1] == out
+    assert "steps: 7\n" in out
+
+
+def test_validate_as_json(capsys, folder):
+    code, out, _ = run(capsys, "validate", "run.yaml", "--json")
+    assert (code, json.loads(out)) == (0, {"ok": True, "errors": []})
+    code, out, err = run(capsys, "validate", "run.yaml", "train.steps=x", "--json")
+    assert (code, err) == (2, "")
+    found = json.loads(out)
+    assert found["ok"] is False
+    assert found["errors"] == [
+        'override "train.steps=x": train.steps = "x": must be a whole number'
+    ]
+
+
+def test_validate_explains(capsys):
+    code, out, _ = run(capsys, "validate", "--explain", "method.alpha")
+    assert code == 0
+    assert "alpha * CE + (1 - alpha) * divergence" in out
+    assert run(capsys, "validate", "--explain", "method.alhpa")[0] == 2
+    assert json.loads(run(capsys, "validate", "--schema")[1])["additionalProperties"] is False
+
+
+def test_validate_refuses_a_folder_that_holds_a_run(capsys, folder):
+    (folder / "runs" / "run").mkdir(parents=True)
+    (folder / "runs" / "run" / "RUN.json").write_text("{}")
+    code, _, err = run(capsys, "validate", "run.yaml")
+    assert code == 2
+    assert "jaxdistill resume runs/run" in err
+
+
+def test_the_public_names_exist():
+    for name in jaxdistill.__all__:
+        assert getattr(jaxdistill, name) is not None
+        assert name in dir(jaxdistill)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jaxdistill.nothing
+
+
+def test_the_version_is_that_of_the_package():
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    assert f'version = "{jaxdistill.__version__}"' in text
