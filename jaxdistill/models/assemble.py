@@ -1,7 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, 
 from jaxdistill.models.families import TensorName, tensor_rows
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names."""
 

@@ -179,7 +179,7 @@ def _add_special(backend, tokens, kinds) -> None:
 
 
 def _add_ends(backend, metadata, tokens, kind) -> None:
-    """Puts bos before and eos after a text where the file asks for it, llama.cpp's defaults else."""
+    """Puts bos before and eos after a text where the file, or llama.cpp's default, asks for it."""
     from tokenizers import processors
 
     pre = metadata.get("tokenizer.ggml.pre")

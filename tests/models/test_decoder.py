@@ -1,0 +1,179 @@
+"""The decoder against transformers and a float64 numpy decoder; packing, remat, casting, meshes."""
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdistill import models, sharding
+from jaxdistill.errors import ModelError
+from jaxdistill.models import decoder
+from tests.models import oracle
+
+TOLERANCE = 2e-5
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="parity with transformers' models needs torch (make test TORCH=1)",
+)
+
+
+@pytest.fixture(params=oracle.CASES)
+def case(request, tmp_path):
+    raw = oracle.CASES[request.param]
+    return raw, oracle.write_folder(tmp_path / "model", raw)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    raw = oracle.CASES["qwen3_layer_types"]
+    return models.load(oracle.write_folder(tmp_path_factory.mktemp("small"), raw))
+
+
+def test_logits_equal_the_numpy_decoder(case):
+    raw, folder = case
+    tokens = oracle.tokens(raw)
+    expected = oracle.logits(raw, oracle.tensors(raw), tokens)
+    assert oracle.distance(models.load(folder).logits(tokens), expected) <= TOLERANCE
+
+
+@needs_torch
+def test_logits_equal_transformers(case, transformers_logits):
+    raw, folder = case
+    tokens = oracle.tokens(raw)
+    expected = transformers_logits(folder, tokens)
+    assert oracle.distance(models.load(folder).logits(tokens), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral_window", "qwen2_windows", "qwen3"])
+def test_packed_documents_equal_their_own_forwards(name, tmp_path):
+    raw = oracle.CASES[name]
+    model = models.load(oracle.write_folder(tmp_path / "model", raw))
+    named = oracle.tensors(raw)
+    row = oracle.tokens(raw, rows=1, length=24)
+    segments = np.asarray([[1] * 9 + [2] * 11 + [0] * 4])
+    packed = model.logits(row, segments)
+    for start, stop in ((0, 9), (9, 20)):
+        alone = oracle.logits(raw, named, row[:, start:stop])
+        assert oracle.distance(packed[:, start:stop], alone) <= TOLERANCE
+
+
+def test_padding_is_finite_in_value_and_gradient(small):
+    tokens = jnp.asarray(oracle.tokens(oracle.CASES["qwen3"]))
+    segments = jnp.zeros_like(tokens).at[0, :3].set(1)
+
+    def total(params):
+        outputs = decoder.apply(
+            small.config, params, tokens, segments * 0, segments, compute_dtype=jnp.float32
+        )
+        return decoder.logits(outputs).sum()
+
+    value, gradient = jax.value_and_grad(total)(small.params)
+    assert jnp.isfinite(value)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+def _loss(model, params, **options):
+    tokens = jnp.asarray(oracle.tokens(oracle.CASES["qwen3"]))
+    outputs = decoder.apply(model.config, params, tokens, **options)
+    return jnp.mean(jnp.square(decoder.logits(outputs)))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(small, remat):
+    def gradient(how):
+        return jax.grad(lambda p: _loss(small, p, compute_dtype="float32", remat=how))(small.params)
+
+    gradients = [gradient("none"), gradient(remat)]
+    for plain, again in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(again, plain, rtol=2e-4, atol=1e-4 * np.abs(plain).max())
+
+
+def test_remat_keeps_less(small):
+    def kept(remat):
+        loss = lambda p: _loss(small, p, compute_dtype=jnp.float32, remat=remat)
+        _, pullback = jax.vjp(loss, small.params)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+
+    assert kept("full") < kept("dots") < kept("none")
+
+
+def test_unknown_remat_is_named(small):
+    with pytest.raises(ModelError, match="remat: 'some' is not one of none, dots, full"):
+        _loss(small, small.params, remat="some")
+
+
+def test_bfloat16_casts_one_layer_at_a_time_and_keeps_the_masters(small):
+    tokens = jnp.asarray(oracle.tokens(oracle.CASES["qwen3"]))
+    run = lambda params: decoder.apply(small.config, params, tokens)
+    outputs = run(small.params)
+    assert outputs.hidden.dtype == jnp.bfloat16 and outputs.head.dtype == jnp.float32
+    exact = decoder.logits(decoder.apply(small.config, small.params, tokens, compute_dtype="float32"))
+    assert oracle.distance(decoder.logits(outputs), exact) < 0.05
+    up = small.params["layers"]["mlp"]["up"]["kernel"].shape
+    program = str(jax.make_jaxpr(run)(small.params))
+    stacked, one = (f"bf16[{','.join(map(str, shape))}]" for shape in (up, up[1:]))
+    assert one in program
+    assert stacked not in program
+
+
+def test_gradients_reach_the_masters_in_their_dtype(small):
+    gradient = jax.grad(lambda p: _loss(small, p))(small.params)
+    for leaf in jax.tree.leaves(gradient):
+        assert leaf.dtype == jnp.float32 and bool(jnp.any(leaf != 0))
+
+
+def test_a_mesh_changes_nothing(small, mesh8):
+    tokens = oracle.tokens(oracle.CASES["qwen3"], rows=4)
+    segments = np.asarray([[1] * 10 + [2] * 14] * 4)
+    places = sharding.shardings(
+        mesh8, decoder.logical_axes(small.config), decoder.shapes(small.config)
+    )
+    spread = models.Model(small.config, jax.device_put(small.params, places))
+    kernel = spread.params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert oracle.distance(spread.logits(tokens, segments), small.logits(tokens, segments)) < 1e-5
+
+
+def test_activations_follow_the_table(small, mesh8):
+    tokens = jnp.zeros((4, 8), jnp.int32)
+    run = jax.jit(lambda p: decoder.apply(small.config, p, tokens, compute_dtype="float32").hidden)
+    with jax.set_mesh(mesh8):
+        text = run.lower(small.params).as_text()
+        assert run(small.params).sharding.spec[0] == ("data", "fsdp")
+    assert re.search(r"sdy.sharding_constraint.*\"tensor\"", text)
+
+
+def test_the_structure_is_made_once_per_configuration(small):
+    assert decoder.graphdef(small.config) is decoder.graphdef(small.config)
+    module = nnx.merge(decoder.graphdef(small.config), small.params)
+    assert isinstance(module, decoder.Decoder)
+    pure = nnx.to_pure_dict(nnx.split(module)[1])
+    assert jax.tree.structure(pure) == jax.tree.structure(small.params)
+
+
+def test_shapes_axes_and_init_agree(small):
+    shapes = decoder.shapes(small.config, jnp.bfloat16)
+    made = decoder.init(small.config, jax.random.key(0), jnp.bfloat16)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+    jax.tree.map(lambda shape, axes: None, shapes, decoder.logical_axes(small.config))
+    for shape, axes in zip(
+        jax.tree.leaves(shapes),
+        jax.tree.leaves(decoder.logical_axes(small.config), is_leaf=lambda x: isinstance(x, tuple)),
+        strict=True,
+    ):
+        assert len(shape.shape) == len(axes)
+
+
+def test_random_weights_have_the_stated_spread(small):
+    wide = models.DecoderConfig("llama", 500, 64, 128, 2, 4, 2, 16, initializer_range=0.07)
+    params = decoder.init(wide, jax.random.key(3))
+    up = np.asarray(params["layers"]["mlp"]["up"]["kernel"])
+    assert abs(up.std() - 0.07) < 0.002 and abs(up.mean()) < 0.002
+    assert not np.array_equal(up, np.asarray(params["layers"]["mlp"]["gate"]["kernel"]))
+    assert np.all(np.asarray(params["final_norm"]["scale"]) == 1)
