@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.typing import ArrayLike
 
 from jaxdistill.kernels import rows
 from jaxdistill.sharding import BATCH_AXES
@@ -27,6 +28,9 @@ from jaxdistill.types import Mean
 # TPU reads the heads from memory few times (at V = 128,256 that is 2,048 tokens).
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**30
+
+
+AnyMesh = Mesh | AbstractMesh
 
 
 class _Operands(NamedTuple):
@@ -52,7 +56,7 @@ class _Plan:
     kind: str
     scale_by_t2: bool
     chunk: int
-    mesh: Mesh | None
+    mesh: AnyMesh | None
 
 
 class _Wanted(NamedTuple):
@@ -69,23 +73,23 @@ class _Wanted(NamedTuple):
 
 
 def linear_divergence(
-    student_hidden: Array,
-    student_head: Array,
-    teacher_hidden: Array | None = None,
-    teacher_head: Array | None = None,
+    student_hidden: ArrayLike,
+    student_head: ArrayLike,
+    teacher_hidden: ArrayLike | None = None,
+    teacher_head: ArrayLike | None = None,
     *,
-    labels: Array | None = None,
-    mask: Array | None = None,
+    labels: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
     kind: str = "forward_kl",
-    parameters: Sequence[Array | float] = (),
-    alpha: Array | float = 0.0,
-    temperature: Array | float = 1.0,
+    parameters: Sequence[ArrayLike] = (),
+    alpha: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
     scale_by_t2: bool = True,
-    student_bias: Array | None = None,
-    teacher_bias: Array | None = None,
+    student_bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
     reduction: str = "mean",
     chunk: int | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Array, dict[str, Mean]]:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) from hidden states and heads.
 
@@ -173,7 +177,9 @@ def chunk_size(tokens: int, vocab: int, platform: str | None = None) -> int:
     return min(tokens, -(-tokens // pieces // 8) * 8)
 
 
-def _checked(hidden: Array, head: Array, bias: Array | None, who: str) -> tuple:
+def _checked(hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str) -> tuple:
+    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+    bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
             f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] and [V, D]"
@@ -183,7 +189,7 @@ def _checked(hidden: Array, head: Array, bias: Array | None, who: str) -> tuple:
     return hidden, head, bias
 
 
-def _token_shards(mesh: Any) -> int:
+def _token_shards(mesh: AnyMesh) -> int:
     return mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
 
 
@@ -329,7 +335,7 @@ class _Softmax(NamedTuple):
 def _softmax(hidden: Array, head: Array, bias: Array | None, temperature: Array) -> _Softmax:
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
+        logits = logits + bias.astype(jnp.float32)[None, :]
     logits = logits - jnp.max(logits, axis=1, keepdims=True)
     log_sum = jnp.log(jnp.sum(jnp.exp(logits), axis=1, keepdims=True))
     log_sum_t = jnp.log(jnp.sum(jnp.exp(logits / temperature), axis=1, keepdims=True))

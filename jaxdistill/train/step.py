@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -30,7 +31,6 @@ Loss = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
 def make_loss(
     config: DecoderConfig,
     objective: Objective,
-    teacher: Teacher,
     *,
     compute_dtype: DTypeLike = jnp.bfloat16,
     remat: str = "none",
@@ -138,6 +138,13 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     place = batch_sharding(mesh)
     make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)  # noqa: E731
     return Batch(*(make(dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """A process's share of a batch, as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    make = lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows))  # noqa: E731
+    return jax.tree.map(make, batch)
 
 
 def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[str, Mean], Any]:

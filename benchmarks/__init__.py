@@ -1,0 +1,1 @@
+"""What we measure, each against a named baseline in the same run."""

@@ -1,0 +1,93 @@
+"""Times two worker processes in turn, A B A B ..., and keeps each one's peak memory apart."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+class Worker:
+    """A process of its own that makes one step each time it is asked.
+
+    Args:
+      command: starts a program that calls `serve`.
+    """
+
+    def __init__(self, command: list[str]):
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+
+    def read(self) -> dict:
+        """The worker's next answer."""
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"{self._process.args}: ended with {self._process.wait()}")
+
+    def ask(self, word: str) -> dict:
+        """Sends one word and waits for the answer."""
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        """Ends the worker."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def serve(step: Callable[[], float], facts: dict) -> None:
+    """The worker's side: answers `step` with seconds and value, `memory` with peak bytes."""
+    print(json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "step":
+            began = time.perf_counter()
+            value = step()
+            answer = {"seconds": time.perf_counter() - began, "value": value}
+        else:
+            answer = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        print(json.dumps(answer), flush=True)
+
+
+def duel(ours: Worker, theirs: Worker, rounds: int) -> dict:
+    """Steps in turn; medians of the seconds, the median ratio of neighbours, peak memory."""
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(rounds):
+        for name, worker in (("ours", ours), ("theirs", theirs)):
+            seconds[name].append(worker.ask("step")["seconds"])
+    pairs = [a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    peaks = {"ours": ours.ask("memory")["peak_bytes"], "theirs": theirs.ask("memory")["peak_bytes"]}
+    return {
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds_range": {name: [min(v), max(v)] for name, v in seconds.items()},
+        "time_ratio": statistics.median(pairs),
+        "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()},
+        "memory_ratio": peaks["ours"] / peaks["theirs"],
+    }
+
+
+def save(name: str, result: dict) -> pathlib.Path:
+    """Writes a result with date and machine to results/."""
+    machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": _cpu()}
+    stamp = {"date": datetime.date.today().isoformat(), **machine}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**stamp, **result}, indent=2) + "\n")
+    return path
+
+
+def _cpu() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")

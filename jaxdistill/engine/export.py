@@ -1,0 +1,32 @@
+"""A run's student as a folder that transformers opens."""
+
+import os
+import pathlib
+from typing import Any
+
+from jaxdistill import models
+from jaxdistill.engine.references import load_any
+
+
+def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> models.Model:
+    """A model by any name: a folder, a .gguf file, a Hub id, or RUN_DIR[@best|@latest|@STEP].
+
+    Raises:
+      ModelError, ConfigError: if there is nothing there, or it cannot be used.
+    """
+    return load_any(source, dtype=dtype, allow_network=allow_network)
+
+
+def export(source: str, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
+    """Writes a model folder: config.json, safetensors, tokenizer.
+
+    Args:
+      source: RUN_DIR, RUN_DIR@best, RUN_DIR@latest, RUN_DIR@STEP, or any model.
+      out: a folder that does not exist yet, or is empty.
+      dtype: of the written weights; None keeps them as trained.
+
+    Raises:
+      ModelError, ConfigError: if there is no such model.
+      StorageError: if the folder cannot be written.
+    """
+    return models.save(load(source), out, dtype=dtype)

@@ -1,0 +1,322 @@
+"""One run, from a configuration to its table and report; begun, or gone on with."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxdistill import config as configs
+from jaxdistill import models as model_room
+from jaxdistill import report
+from jaxdistill.config import Config, preflight
+from jaxdistill.config.methods import Sft
+from jaxdistill.data import pipeline
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.engine import compare, setup
+from jaxdistill.engine.held_out import HeldOut
+from jaxdistill.engine.references import STUDENT
+from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
+from jaxdistill.errors import ConfigError, UserError
+from jaxdistill.models import Model, forward_flops_per_token
+from jaxdistill.train import loop
+from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.meter import Meter
+from jaxdistill.train.state import TrainState
+from jaxdistill.train.step import place
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+      run_dir: its folder.
+      metrics: of the last evaluation.
+      table: rows of the comparison, as in table.json.
+    """
+
+    run_dir: pathlib.Path
+    metrics: Mapping[str, float]
+    table: Sequence[Mapping[str, Any]]
+
+
+def distill(config: str | os.PathLike | Config, overrides: Sequence[str] = ()) -> RunResult:
+    """Runs a configuration, given as a file or as an object.
+
+    Raises:
+      UserError: whatever is wrong, before anything is trained or written where possible.
+    """
+    if isinstance(config, Config):
+        if overrides:
+            raise ConfigError("overrides belong to a configuration file: change the object")
+        return train(config)
+    text = configs.read(config)
+    return train(configs.loads(text, str(config), overrides), input_text=text, overrides=overrides)
+
+
+def train(
+    config: Config, *, input_text: str | None = None, overrides: Sequence[str] = ()
+) -> RunResult:
+    """Runs a configuration from the start.
+
+    Args:
+      config: what to do.
+      input_text: the file it came from, kept in the run folder as it was.
+      overrides: what changed it, kept beside.
+
+    Raises:
+      UserError: whatever is wrong, before anything is trained or written where possible.
+    """
+    errors = preflight.check(config)
+    if errors:
+        raise preflight.combine(errors)
+    resolved = configs.dump(config)
+    mesh = setup.mesh_of(config)
+    # Everything that reading the small files can tell is told before the run folder exists.
+    words = setup.models_of(config, mesh, weights=False)
+    setup.data_of(config, words.tokenizer, None)
+    run = RunDir.create(
+        config.run.dir,
+        name=config.run.name,
+        input_text=resolved if input_text is None else input_text,
+        resolved=resolved,
+        overrides=overrides,
+    )
+    return _execute(config, run, mesh)
+
+
+def resume(run_dir: str | os.PathLike) -> RunResult:
+    """Goes on with a run from its last checkpoint, or finishes what a finished run still lacks.
+
+    Raises:
+      ConfigError: if there is no run, or its data, models or tokenizer have changed.
+      CorruptCheckpointError: if no checkpoint can be read.
+    """
+    run = RunDir.open(run_dir)
+    config = configs.load(run.path / "config.resolved.yaml")
+    return _execute(config, run, setup.mesh_of(config))
+
+
+def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
+    with run.held():
+        with _checkpoints(config, run.path) as checkpoints:
+            with run.attempt(checkpoints.latest() or 0):
+                return _Session(config, run, mesh).execute(checkpoints)
+
+
+def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
+    c = config.checkpoint
+    return Checkpoints(
+        folder / "checkpoints",
+        keep_latest=c.keep.latest,
+        keep_best=c.keep.best,
+        best_metric=c.best_metric,
+        mode=c.mode,
+    )
+
+
+class _Session:
+    """One process's work on a run: what is loaded once and used by training and table alike."""
+
+    def __init__(self, config: Config, run: RunDir, mesh: Mesh):
+        self.config, self.run, self.mesh = config, run, mesh
+        self.models = setup.models_of(config, mesh)
+        data = setup.data_of(config, self.models.tokenizer, run.path)
+        run.check_unchanged(_fingerprints(self.models, data))
+        run.update(**_describe(config, self.models, mesh))
+        _keep_words(run, self.models)
+        self.dataset = data["train"]
+        self.method = setup.method_of(config, self.models)
+        held_out = HeldOut(
+            data["eval"],
+            config.eval.batch_size,
+            config.eval.max_rows,
+            mesh,
+            ", ".join(source.path for source in config.data.eval),
+        )
+        self.table = compare.Comparison(config, run, self.models, self.method, held_out)
+
+    def execute(self, checkpoints: Checkpoints) -> RunResult:
+        """Trains what is not trained yet, measures what is not measured yet, reports."""
+        table, student = self.table, self.models.student
+        if checkpoints.latest() is None:
+            table.add_teacher()
+            table.add_student("student before", student.params)
+        state, metrics = self._train(
+            self.run.path, self.config, self.method, student, checkpoints, samples=True
+        )
+        table.add_student("student after", state.params["student"])
+        if self.config.eval.compare and not table.has("SFT control"):
+            del state  # the control takes its place in memory
+            self._control()
+        _show(table.rows)
+        self._report()
+        return RunResult(self.run.path, metrics, table.rows)
+
+    def _control(self) -> None:
+        """The same student, data, steps and optimizer on cross-entropy alone, kept in control/."""
+        config = self.config.model_copy(
+            update={
+                "method": Sft(name="sft", chunk=self.config.method.chunk),
+                "train": self.config.train.model_copy(update={"eval_every": None}),
+            }
+        )
+        folder = self.run.path / "control"
+        folder.mkdir(exist_ok=True)
+        fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
+        method = setup.method_of(config, self.models)
+        with _checkpoints(config, folder) as checkpoints:
+            state, _ = self._train(folder, config, method, fresh, checkpoints, samples=False)
+        self.table.add_student("SFT control", state.params["student"])
+
+    def _train(
+        self,
+        folder: pathlib.Path,
+        config: Config,
+        method: setup.Method,
+        student: Model,
+        checkpoints: Checkpoints,
+        samples: bool,
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Trains from the latest checkpoint, or the start, to the last step."""
+        state = self._state(config, method, student, checkpoints)
+        first = int(state.step)
+        if first >= config.train.steps:
+            return state, self.table.evaluate(state)
+        teacher_params = setup.teacher_params_of(self.models, method)
+        latest: dict[str, float] = {}
+        with contextlib.ExitStack() as stack:
+            resume_step = first if (folder / "metrics.jsonl").exists() else None
+            writer = report.MetricsWriter(folder, config.logging.tensorboard, resume_step)
+            stack.enter_context(writer)
+            progress = report.Progress(
+                config.train.steps,
+                mode=config.logging.progress,
+                log_every=config.train.log_every,
+            )
+            stack.enter_context(progress)
+            began = time.perf_counter()
+            step = setup.compile_step(config, method, state, teacher_params, self.mesh)
+            seconds = time.perf_counter() - began
+            writer.event("compiled", seconds=round(seconds, 3), from_step=first)
+            progress.event(f"compiled in {seconds:.1f} s")
+
+            def evaluate(number: int, state: TrainState) -> dict[str, float]:
+                latest.update(self.table.evaluate(state))
+                if samples:
+                    self.table.write_samples(number, state, writer)
+                return dict(latest)
+
+            parts = loop.Parts(
+                step=step,
+                teacher_params=teacher_params,
+                batches=lambda start: self._batches(config, start),
+                evaluate=evaluate,
+                learning_rate=method.learning_rate,
+                epoch=lambda number: number * config.train.batch_size / self.dataset.num_rows,
+                meta=lambda number: {"data_step": number, "seed": config.seed},
+                checkpoints=checkpoints,
+                writer=writer,
+                progress=progress,
+                meter=_meter(config, self.models, method, self.mesh),
+            )
+            state = loop.train(state, parts, _schedule(config))
+            if samples:
+                self.run.update(step=config.train.steps)
+        return state, latest
+
+    def _state(
+        self, config: Config, method: setup.Method, student: Model, checkpoints: Checkpoints
+    ) -> TrainState:
+        """The state of the latest checkpoint, or the one before the first step."""
+        begun = checkpoints.latest()
+        if begun is None:
+            models = dataclasses.replace(self.models, student=student)
+            return setup.state_of(config, models, method, self.mesh)
+        shape = setup.abstract_state_of(config, self.models, method, self.mesh)
+        return checkpoints.restore(begun, shape)[0]
+
+    def _batches(self, config: Config, start: int) -> Iterator[tuple[int, Any]]:
+        feed = pipeline.batches(
+            self.dataset,
+            batch_size=config.train.batch_size,
+            start=start,
+            stop=config.train.steps,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return ((step, place(batch, self.mesh)) for step, batch in feed)
+
+    def _report(self) -> None:
+        """The page, where the packages for it are there."""
+        try:
+            page = report.build([self.run.path], self.run.path / "report.html")
+        except UserError as error:
+            print(f"no report.html: {error}", file=sys.stderr)
+        else:
+            print(f"report: {page}")
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table and what it says, for people."""
+    print(report.comparison_table(rows, style="text"))
+    print(report.recovered(rows))
+
+
+def _schedule(config: Config) -> loop.Schedule:
+    return loop.Schedule(
+        steps=config.train.steps,
+        log_every=config.train.log_every,
+        eval_every=config.train.eval_every,
+        save_steps=config.checkpoint.every.steps,
+        save_minutes=config.checkpoint.every.minutes,
+        max_bad_in_a_row=config.guards.nonfinite.max_consecutive,
+    )
+
+
+def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mesh) -> Meter:
+    length, tokens = config.data.seq_len, config.train.batch_size * config.data.seq_len
+    student = 3 * forward_flops_per_token(models.student.config, length)
+    teacher = 0.0
+    if method.objective.needs_teacher:
+        teacher = forward_flops_per_token(models.teacher.config, length)
+    total = student + teacher
+    return Meter(tokens, tokens * total, teacher / total, list(mesh.devices.flat))
+
+
+def _fingerprints(models: setup.Models, data: Mapping[str, Dataset]) -> dict[str, str]:
+    """What must stay the same for a run to go on."""
+    prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
+    prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
+    for name, model in (("teacher", models.teacher), ("student", models.student)):
+        if model is not None:
+            prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
+    return prints
+
+
+def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any]:
+    """What RUN.json says of the run's parts."""
+    parts: dict[str, Any] = {"total_steps": config.train.steps, "method": config.method.name}
+    for name, model in (("teacher", models.teacher), ("student", models.student)):
+        if model is not None:
+            count = model_room.count_parameters(model.config)
+            parts[name] = {"source": model.source, "parameters": count}
+    return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
+
+
+def _keep_words(run: RunDir, models: setup.Models) -> None:
+    """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
+    folder = run.path / STUDENT
+    if folder.exists():
+        return
+    model_room.save_description(
+        Model(models.student.config, None, models.tokenizer, models.student.source), folder
+    )

@@ -1,0 +1,177 @@
+"""The folder of a run: who holds it, what it was asked, how it stands."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxdistill.errors import ConfigError, StorageError
+
+SCHEMA = 1
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+class RunDir:
+    """A run's folder; `RUN.json` tells its state to whoever looks.
+
+    Attributes:
+      path: the folder.
+      record: the content of RUN.json.
+    """
+
+    def __init__(self, path: str | os.PathLike, record: dict[str, Any]):
+        self.path = pathlib.Path(path).resolve()
+        self.record = record
+
+    @classmethod
+    def create(
+        cls, path: str, *, name: str, input_text: str, resolved: str, overrides: Sequence[str]
+    ) -> "RunDir":
+        """Makes a new run folder with the configuration as given and as understood.
+
+        Raises:
+          ConfigError: if the folder holds a run, or anything else, already.
+          StorageError: if it cannot be written.
+        """
+        folder = pathlib.Path(path)
+        if (folder / "RUN.json").exists():
+            raise ConfigError(
+                f"run.dir = {path!r}: holds a run already: `jaxdistill resume {path}` goes on with "
+                "it, another run.dir starts a new one"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"run.dir = {path!r}: is not an empty folder: give another one")
+        record = {"schema": SCHEMA, "name": name, "status": "new", "step": 0, "attempts": []}
+        record["command"] = sys.argv
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = cls(folder, record)
+            run.write_text("config.input.yaml", input_text)
+            run.write_text("config.resolved.yaml", resolved)
+            run.write_text("overrides.txt", "".join(f"{line}\n" for line in overrides))
+            run.update()
+        except OSError as error:
+            raise StorageError(f"run.dir = {path!r}: cannot be written: {error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "RunDir":
+        """An existing run.
+
+        Raises:
+          ConfigError: if there is none, or its RUN.json cannot be read.
+        """
+        file = pathlib.Path(path) / "RUN.json"
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: holds no run (no RUN.json): give a run folder") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: cannot be read: {error}") from error
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ConfigError(f"{file}: was written by another version of jaxdistill")
+        return cls(path, record)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the folder, so that no second process writes into it.
+
+        Raises:
+          ConfigError: naming the process that holds it.
+        """
+        with open(self.path / "LOCK", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise ConfigError(f"{self.path}: is being written by {holder}") from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            yield
+
+    @contextlib.contextmanager
+    def attempt(self, step: int) -> Iterator[None]:
+        """Notes when this process started and how it ended."""
+        this = {"started": round(time.time(), 3), "from_step": step, "pid": os.getpid()}
+        self.record["attempts"].append(this)
+        self.update(status="running")
+        try:
+            yield
+        except BaseException as error:
+            this["ended"] = round(time.time(), 3)
+            reason = str(error) or type(error).__name__
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.update(status="stopped" if stopped else "failed", exit_reason=reason)
+            raise
+        this["ended"] = round(time.time(), 3)
+        self.record.pop("exit_reason", None)
+        self.update(status="done")
+
+    def update(self, **fields: Any) -> None:
+        """Changes RUN.json in one move."""
+        self.record |= fields
+        self.write_json("RUN.json", self.record)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file that appears whole or not at all."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file of this folder, or None where there is none."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file that appears whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def check_unchanged(self, fingerprints: Mapping[str, str]) -> None:
+        """Stores the fingerprints of a new run; an old one must still have the same.
+
+        Raises:
+          ConfigError: naming what has changed.
+        """
+        stored = self.read_json("fingerprints.json")
+        if stored is None:
+            self.write_json("fingerprints.json", dict(fingerprints))
+            return
+        changed = [name for name in stored if stored[name] != fingerprints.get(name)]
+        if changed:
+            raise ConfigError(
+                f"{self.path}: changed since this run began: {', '.join(changed)}. Going on would "
+                "mix two runs: restore what was there, or start a new run"
+            )
+
+
+def describe_machine(devices: Sequence[Any], mesh_shape: Mapping[str, int]) -> dict[str, Any]:
+    """Versions, device and mesh, for RUN.json."""
+    from importlib import metadata
+
+    versions = {"python": platform.python_version()}
+    for package in ("jaxdistill", *PACKAGES):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    return {"versions": versions, "device": device, "mesh": dict(mesh_shape)}
+
+
+def fingerprint(values: Any) -> str:
+    """A digest of any JSON value."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

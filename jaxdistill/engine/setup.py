@@ -1,0 +1,359 @@
+"""Makes the parts of a run from its configuration: models, data, objective, optimizer, step."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxdistill import objectives, optim, teachers
+from jaxdistill.compress import prune
+from jaxdistill.config import Config
+from jaxdistill.config.methods import Kd
+from jaxdistill.config.models import RandomModel
+from jaxdistill.data import pipeline
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.sources import open_source
+from jaxdistill.engine.references import load_any, spec_any
+from jaxdistill.errors import ConfigError, MismatchError, ModelError
+from jaxdistill.models import DecoderConfig, Model, random
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.sharding import make_mesh
+from jaxdistill.train import step as steps
+from jaxdistill.train.state import TrainState, abstract, create
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Who takes part.
+
+    Attributes:
+      teacher: None where the method needs none.
+      student: float32 (or as configured) parameters on the mesh.
+      tokenizer: of both.
+      vocab: how many rows of the heads are tokens.
+    """
+
+    teacher: Model | None
+    student: Model
+    tokenizer: Any
+    vocab: int
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh of all devices, checked against the batch sizes.
+
+    Raises:
+      ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
+    """
+    mesh = make_mesh(**config.mesh.model_dump())
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.batch_size // config.train.micro_batches
+    for name, size in (
+        ("train.batch_size / train.micro_batches", rows),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        if size % parts:
+            raise ConfigError(
+                f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (this "
+                f"machine has {mesh.size} devices): change it or the mesh"
+            )
+    return mesh
+
+
+def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
+    """Loads or makes the models and checks that they can work together.
+
+    With `weights` False parameters are shapes only: nothing is read but the small files.
+
+    Raises:
+      ModelError, MismatchError, ConfigError: before any weight is read, where that is possible.
+    """
+    network = config.security.allow_network
+    shapes = _shapes(config, network)
+    tokenizer = _tokenizer(config, shapes)
+    vocab = vocabulary_size(tokenizer)
+    teacher, student = shapes["teacher"], shapes["student"]
+    for name in ("teacher", "student"):
+        if shapes[name] is None:
+            continue
+        own, arch = shapes[name].tokenizer, shapes[name].config
+        check_rows(name, arch.vocab_size, vocab)
+        if config.data.seq_len > arch.max_positions:
+            raise ConfigError(
+                f"data.seq_len = {config.data.seq_len}: the {name} was made for "
+                f"{arch.max_positions} positions: use at most that"
+            )
+        if own is not None and own is not tokenizer:
+            try:
+                check_same(tokenizer, own)
+            except MismatchError as error:
+                raise MismatchError(f"{name} ({shapes[name].source}): {error}") from None
+    if not weights:
+        return Models(teacher, student, tokenizer, vocab)
+    teacher = _load_teacher(config, teacher, mesh)
+    student = student_of(config, student, teacher, mesh)
+    return Models(
+        teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab
+    )
+
+
+def _shapes(config: Config, network: bool) -> dict[str, Model | None]:
+    """Configurations and tokenizers of both, without weights."""
+    found: dict[str, Model | None] = {"teacher": None, "student": None}
+    if config.teacher is not None:
+        source = config.teacher
+        found["teacher"] = (
+            _random_shape(source.random, None, config, network, "teacher.random")
+            if source.random
+            else _spec(source.source, network)
+        )
+    teacher, student = found["teacher"], config.student
+    if student.from_ == "teacher":
+        layers = _kept_layers(config, teacher.config.layers)
+        small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
+        found["student"] = Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
+    elif student.random:
+        found["student"] = _random_shape(student.random, teacher, config, network, "student.random")
+    else:
+        found["student"] = _spec(student.source, network)
+    return found
+
+
+def _spec(source: str, network: bool) -> Model:
+    config, tokenizer = spec_any(source, allow_network=network)
+    return Model(config, None, tokenizer, source)
+
+
+def _kept_layers(config: Config, count: int) -> list[int]:
+    student = config.student
+    if student.layers is not None:
+        return prune.check_layers(count, student.layers)
+    return list(range(0, count, student.every or 1))
+
+
+def _random_shape(
+    shape: RandomModel, teacher: Model | None, config: Config, network: bool, key: str
+) -> Model:
+    """The configuration of a random model: numbers given, the rest from the model it is like."""
+    like = None
+    if shape.like == "teacher":
+        like = teacher
+    elif shape.like is not None:
+        like = _spec(shape.like, network)
+    numbers = {
+        name: getattr(shape, name)
+        for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
+        if getattr(shape, name) is not None
+    }
+    if shape.tied_head is not None:
+        numbers["tied_head"] = shape.tied_head
+    if like is not None:
+        base = like.config
+        if "heads" in numbers and "kv_heads" not in numbers:
+            numbers["kv_heads"] = numbers["heads"] // max(1, base.heads // base.kv_heads)
+        if {"heads", "embed"} & numbers.keys() and "head_dim" not in numbers:
+            heads, embed = numbers.get("heads", base.heads), numbers.get("embed", base.embed)
+            numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
+        arch = dataclasses.replace(base, **numbers)
+        if arch.layers != base.layers:
+            arch = dataclasses.replace(arch, windows=_uniform_windows(base, arch.layers, key))
+        return Model(arch, None, like.tokenizer, f"random, like {like.source}")
+    numbers.setdefault("kv_heads", numbers["heads"])
+    numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
+    numbers.setdefault("tied_head", True)
+    numbers.setdefault("max_positions", max(2048, config.data.seq_len))
+    if "vocab_size" not in numbers:
+        numbers["vocab_size"] = vocabulary_size(_named_tokenizer(config, {}))
+    return Model(DecoderConfig("llama", **numbers), None, None, "random")
+
+
+def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
+    if base.windows is None:
+        return None
+    if len(set(base.windows)) > 1:
+        raise ConfigError(
+            f"{key}.layers: the model it is like gives each layer its own window, which does not "
+            "carry over to another number of layers: leave layers out"
+        )
+    return base.windows[:1] * layers
+
+
+def _tokenizer(config: Config, shapes: dict[str, Model | None]) -> Any:
+    return _named_tokenizer(config, shapes)
+
+
+def _named_tokenizer(config: Config, shapes: dict[str, Model | None]) -> Any:
+    """The tokenizer that `tokenizer.from` names."""
+    name = config.tokenizer.from_
+    if name == "bytes":
+        return byte_tokenizer()
+    if name in ("teacher", "student"):
+        model = shapes.get(name)
+        tokenizer = model.tokenizer if model else None
+    else:
+        tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+    if tokenizer is None:
+        raise ModelError(
+            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, or "
+            "use bytes"
+        )
+    return tokenizer
+
+
+def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
+    if shape is None:
+        return None
+    source, dtype = config.teacher, config.teacher.dtype
+    if source.random:
+        made = random(shape.config, config.seed + 1, dtype, mesh)
+        return dataclasses.replace(made, tokenizer=shape.tokenizer)
+    model = load_any(source.source, dtype=dtype, mesh=mesh, tokenizer=False,
+                     allow_network=config.security.allow_network)
+    return dataclasses.replace(model, tokenizer=shape.tokenizer)
+
+
+def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
+    """A student before its first step, with arrays of its own."""
+    student, dtype = config.student, config.student.param_dtype
+    if student.from_ == "teacher":
+        layers = _kept_layers(config, teacher.config.layers)
+        arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
+        return Model(arch, params, shape.tokenizer, shape.source)
+    if student.random:
+        return random(shape.config, config.seed, dtype, mesh)
+    return load_any(student.source, dtype=dtype, mesh=mesh, tokenizer=False,
+                    allow_network=config.security.allow_network)
+
+
+def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dict[str, Dataset]:
+    """The training and the held-out rows, built or taken from the cache."""
+    built = {}
+    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        built[name] = pipeline.build(
+            [open_source(source.path, format=source.format) for source in sources],
+            tokenizer,
+            seq_len=config.data.seq_len,
+            packing=config.data.packing,
+            loss_on=config.data.loss_on,
+            cache_dir=config.data.cache_dir,
+            on_bad_record=config.data.on_bad_record,
+            max_bad_fraction=config.data.max_bad_fraction,
+            quarantine_path=None if run_dir is None else run_dir / "quarantine" / f"{name}.jsonl",
+            name=name,
+        )
+    return built
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The method of a run as functions.
+
+    Attributes:
+      objective: what is minimised.
+      teacher: where its signal comes from.
+      tx: the optimizer's chain, knobs included.
+      learning_rate: update number -> learning rate.
+      loss: student and objective parameters to named means, for training and evaluation alike.
+    """
+
+    objective: objectives.Objective
+    teacher: teachers.Teacher
+    tx: optax.GradientTransformationExtraArgs
+    learning_rate: optax.Schedule
+    loss: steps.Loss
+
+
+def method_of(config: Config, models: Models) -> Method:
+    """Objective, teacher and optimizer as the configuration says."""
+    method, options = config.method, {"vocab": models.vocab}
+    options["chunk"] = None if method.chunk == "auto" else method.chunk
+    knobs: dict[str, Any] = {}
+    if isinstance(method, Kd):
+        options |= {"divergence": method.divergence, "scale_by_t2": method.scale_by_t2}
+        knobs = {name: _schedule(getattr(method, name), config) for name in ("alpha", "temperature")}
+    objective = objectives.OBJECTIVES[method.name](**options)
+    assert set(objective.knobs) == set(knobs), "every knob of the method is scheduled"
+    teacher = teachers.none
+    if objective.needs_teacher:
+        teacher = teachers.online(
+            models.teacher.config, compute_dtype=jnp.dtype(config.teacher.dtype)
+        )
+    o = config.optimizer
+    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
+    rate = optim.learning_rate(
+        o.schedule, o.lr, config.train.steps, warmup=warmup, end_ratio=o.end_lr_ratio
+    )
+    tx = optim.optimizer(
+        rate,
+        knobs=knobs,
+        clip_norm=o.clip_norm,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+    )
+    loss = steps.make_loss(
+        models.student.config,
+        objective,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+        remat=config.student.remat,
+    )
+    return Method(objective, teacher, tx, rate, loss)
+
+
+def _schedule(knob: Any, config: Config) -> Any:
+    """A knob of the configuration as a number or an Optax schedule over the whole run."""
+    if isinstance(knob, int | float):
+        return float(knob)
+    return optim.schedule(knob.schedule, knob.start, knob.end, config.train.steps)
+
+
+def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
+    """The state before the first step; takes the student's arrays over."""
+    own = method.objective.init(jax.random.key(config.seed))
+    return create(models.student.params, own, method.tx, config.seed, mesh)
+
+
+def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
+    """The shapes and places of the state, to restore a checkpoint into."""
+    own = jax.eval_shape(method.objective.init, jax.random.key(config.seed))
+    return abstract(models.student.config, config.student.param_dtype, own, method.tx, mesh)
+
+
+def compile_step(config: Config, method: Method, state: Any, teacher_params: Any, mesh: Mesh):
+    """The compiled training step of a run."""
+    step = steps.make(
+        method.loss, method.teacher, method.tx, micro_batches=config.train.micro_batches
+    )
+    batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
+    return steps.compiled(step, state, teacher_params, batch, mesh)
+
+
+def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, Any]:
+    """(compiled step, state, teacher parameters) of a configuration, for a loop of one's own.
+
+        state, means = step(state, teacher_params, batch)
+
+    `batch` is a `types.Batch` of arrays [train.batch_size, data.seq_len], placed by
+    `sharding.batch_sharding(mesh)`; `state` is donated.
+
+    Raises:
+      UserError: whatever is wrong with the configuration, the models or the mesh.
+    """
+    mesh = mesh_of(config) if mesh is None else mesh
+    models = models_of(config, mesh)
+    method = method_of(config, models)
+    state = state_of(config, models, method, mesh)
+    teacher_params = teacher_params_of(models, method)
+    return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
+
+
+def teacher_params_of(models: Models, method: Method) -> Any:
+    """The teacher's parameters as the step takes them: None where the method has no teacher."""
+    if models.teacher is None or not method.objective.needs_teacher:
+        return None
+    return models.teacher.params

@@ -1,0 +1,6 @@
+"""The optimizer's side: knobs as transforms with state, schedules, and the chain."""
+
+from jaxdistill.optim.optimizer import learning_rate, optimizer
+from jaxdistill.optim.schedules import knob, knobs, schedule
+
+__all__ = ["knob", "knobs", "learning_rate", "optimizer", "schedule"]

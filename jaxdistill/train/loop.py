@@ -1,0 +1,150 @@
+"""The training loop, top to bottom: batch, step, numbers of the step before, evaluate, save."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxdistill.errors import DivergedError
+from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.meter import Meter
+from jaxdistill.train.state import TrainState
+from jaxdistill.types import Batch, Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When the loop does what, in steps; None is never.
+
+    Attributes:
+      steps: the step to end with.
+      log_every: steps between records of metrics.jsonl.
+      eval_every: steps between evaluations; the last step is always evaluated.
+      save_steps, save_minutes: whichever comes first; the last step is always saved.
+      max_bad_in_a_row: steps with non-finite numbers, one after the other, that end the run.
+    """
+
+    steps: int
+    log_every: int
+    eval_every: int | None
+    save_steps: int | None
+    save_minutes: float | None
+    max_bad_in_a_row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the loop works with.
+
+    Attributes:
+      step: the compiled step, (state, teacher_params, batch) -> (state, means).
+      teacher_params: None where there is no teacher.
+      batches: first step index -> iterator of (step index, batch on the mesh).
+      evaluate: (step, state) -> held-out metrics.
+      learning_rate: step index -> learning rate, for the record.
+      epoch: step index -> epochs of the data begun so far, for the record.
+      meta: step -> what a checkpoint keeps besides arrays.
+      checkpoints, writer, progress, meter: where results go.
+    """
+
+    step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
+    teacher_params: Any
+    batches: Callable[[int], Iterator[tuple[int, Batch]]]
+    evaluate: Callable[[int, TrainState], dict[str, float]]
+    learning_rate: Callable[[int], Any]
+    epoch: Callable[[int], float]
+    meta: Callable[[int], dict[str, Any]]
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    progress: Progress
+    meter: Meter
+
+
+def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
+    """Trains from the state's step to `schedule.steps` and returns the last state.
+
+    Raises:
+      DivergedError: after `max_bad_in_a_row` steps with non-finite numbers; the message names the
+        step and the batch, and the last checkpoint stands.
+      StorageError: if a checkpoint cannot be written.
+    """
+    first = int(state.step)
+    feed = parts.batches(first)
+    waiting: tuple[int, dict[str, Mean]] | None = None
+    last_logged, last_saved = first, time.monotonic()
+    parts.meter.restart()
+
+    def show(number: int, means: Mapping[str, Mean]) -> None:
+        """Reads one step's numbers (this waits for the step), judges them, writes them down."""
+        nonlocal last_logged
+        numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
+        _judge(number, numbers, schedule.max_bad_in_a_row, parts)
+        if number % schedule.log_every and number not in (1, schedule.steps):
+            return
+        numbers["optim/lr"] = float(parts.learning_rate(number - 1))
+        numbers["data/epoch"] = parts.epoch(number)
+        numbers |= parts.meter.read(number - last_logged)
+        last_logged = number
+        numbers.pop("guard/in_a_row")
+        parts.writer.write(number, numbers)
+        parts.progress.step(number, numbers)
+
+    for number in range(first + 1, schedule.steps + 1):
+        with parts.meter.waiting("data"):
+            index, batch = next(feed)
+        assert index == number - 1, "the data position is the step, nothing else"
+        state, means = parts.step(state, parts.teacher_params, batch)
+        # The step above is only dispatched: while it runs, the numbers of the one before are read.
+        if waiting is not None:
+            show(*waiting)
+        waiting = (number, means)
+
+        last = number == schedule.steps
+        evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
+        minutes = (time.monotonic() - last_saved) / 60
+        save = last or _due(number, minutes, schedule)
+        if not (evaluate or save):
+            continue
+        # Nothing is evaluated or saved before the step that made it is known to be sound.
+        show(*waiting)
+        waiting = None
+        metrics = None
+        if evaluate:
+            with parts.meter.waiting("other"):
+                metrics = parts.evaluate(number, state)
+            parts.writer.write(number, metrics)
+            parts.progress.step(number, metrics)
+        if save:
+            with parts.meter.waiting("checkpoint"):
+                parts.writer.sync()
+                parts.checkpoints.save(number, state, parts.meta(number), metrics)
+            parts.writer.event("save", step=number)
+            last_saved = time.monotonic()
+    if waiting is not None:
+        show(*waiting)
+    return state
+
+
+def _due(number: int, minutes: float, schedule: Schedule) -> bool:
+    by_steps = bool(schedule.save_steps and number % schedule.save_steps == 0)
+    return by_steps or bool(schedule.save_minutes and minutes >= schedule.save_minutes)
+
+
+def _judge(number: int, numbers: Mapping[str, float], most: int, parts: Parts) -> None:
+    """Notes a step that changed nothing because its numbers were not finite; too many end the run."""
+    in_a_row = int(numbers["guard/in_a_row"])
+    if not in_a_row:
+        return
+    what = f"loss {numbers['loss/total']:g}, gradient norm {numbers['optim/grad_norm']:g}"
+    parts.writer.event("skipped", step=number, batch=number - 1, in_a_row=in_a_row, numbers=what)
+    parts.progress.event(f"step {number} skipped: {what}")
+    if in_a_row >= most:
+        parts.writer.sync()
+        raise DivergedError(
+            f"step {number} (batch {number - 1}): {what}; {in_a_row} steps in a row were not finite "
+            "(guards.nonfinite.max_consecutive) and changed nothing. The last checkpoint is sound. "
+            "Lower optimizer.lr, look at the data of that batch, or compute in float32"
+        )

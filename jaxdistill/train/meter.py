@@ -1,0 +1,108 @@
+"""What a run spends: tokens and FLOPs a second, shares of time, memory."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets. Devices that are not
+# listed (CPUs among them) have no utilisation, only a rate.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known."""
+    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def memory_gib(devices: list[jax.Device]) -> float:
+    """Highest use so far: of the fullest local device, or of the process where devices are CPUs."""
+    stats = [device.memory_stats() for device in devices]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat and "peak_bytes_in_use" in stat]
+    if peaks:
+        return max(peaks) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Meter:
+    """Wall time since the last reading, split by what the host waited for.
+
+    Args:
+      tokens_per_step: positions of the global batch.
+      flops_per_step: matrix FLOPs of the step, teacher included, by formula.
+      teacher_share: the teacher's share of those FLOPs. Inside one compiled program its time
+        cannot be told apart, so this estimate stands for it.
+      devices: of the mesh.
+    """
+
+    def __init__(
+        self,
+        tokens_per_step: int,
+        flops_per_step: float,
+        teacher_share: float,
+        devices: list[jax.Device],
+    ):
+        self._tokens = tokens_per_step
+        self._flops = flops_per_step
+        self._teacher_share = teacher_share
+        self._devices = devices
+        peak = peak_flops(devices[0])
+        self._peak = None if peak is None else peak * len(devices)
+        self._local = [d for d in devices if d.process_index == jax.process_index()]
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new reading."""
+        self._began = time.perf_counter()
+        self._waited = {"data": 0.0, "checkpoint": 0.0, "other": 0.0}
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Books the time inside as spent on `what`: data, checkpoint or other.
+
+        Time on `other` (evaluation, samples) is no part of a step's time.
+        """
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited[what] += time.perf_counter() - began
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Rates over the `steps` since the last reading, and begins a new one."""
+        seconds = time.perf_counter() - self._began - self._waited["other"]
+        waited = self._waited
+        self.restart()
+        if steps < 1 or seconds <= 0:
+            return {}
+        rate = self._flops * steps / seconds
+        result = {
+            "perf/step_seconds": seconds / steps,
+            "perf/tokens_per_second": self._tokens * steps / seconds,
+            "perf/tflops_per_second": rate / 1e12,
+            "perf/data_share": waited["data"] / seconds,
+            "perf/checkpoint_share": waited["checkpoint"] / seconds,
+            "perf/memory_gib": memory_gib(self._local),
+        }
+        if self._teacher_share:
+            result["perf/teacher_share"] = self._teacher_share
+        if self._peak is not None:
+            result["perf/mfu"] = rate / self._peak
+        return result
