@@ -99,9 +99,10 @@ class ChatTemplate:
             extensions=[_Generation, jinja2.ext.loopcontrols],
         )
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = DATE.strftime
-        environment.globals["namespace"] = _Namespace
+        provided: dict[str, Any] = environment.globals
+        provided["raise_exception"] = _refuse
+        provided["strftime_now"] = DATE.strftime
+        provided["namespace"] = _Namespace
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:

@@ -229,8 +229,9 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    return Batch(**{field: np.stack([row[field] for row in rows]) for field in rows[0]})
+def _stack(rows: Sequence[Any]) -> Batch:
+    fields: dict[str, Any] = {field: np.stack([row[field] for row in rows]) for field in rows[0]}
+    return Batch(**fields)
 
 
 def _feed(batch_of: Any, start: int, stop: int, threads: int) -> Iterator[tuple[int, Batch]]:

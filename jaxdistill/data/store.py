@@ -110,8 +110,8 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
         for name in FILES
     }
     with writing(folder):
-        sealed = {"content": {**content, "files": files}}
-        sealed["crc32"] = zlib.crc32(_canonical(sealed["content"]))
+        whole = {**content, "files": files}
+        sealed = {"content": whole, "crc32": zlib.crc32(_canonical(whole))}
         (folder / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 
