@@ -23,7 +23,7 @@ class Cell:
     """A value of the comparison: its words, the length of its bar in percent, if it is best."""
 
     text: str
-    bar: float | None = None
+    bar: int | float | None = None
     best: bool = False
 
 
@@ -160,7 +160,7 @@ def _row(run: RunFiles, name: str) -> dict[str, typing.Any]:
     return next((row for row in run.rows if row["name"] == name), {})
 
 
-def _parameters(run: RunFiles, role: str) -> float | None:
+def _parameters(run: RunFiles, role: str) -> int | float | None:
     """How many parameters a model has, from the comparison or from RUN.json."""
     row = _row(run, "teacher" if role == "teacher" else "student after")
     described = run.info.get(role)
@@ -210,7 +210,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _wall_time(run: RunFiles) -> tuple[float | None, str]:
+def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
     """The time of all attempts, or the time from the first record to the last."""
     attempts = [a for a in run.info.get("attempts") or [] if isinstance(a, dict)]
     spans = [

@@ -82,7 +82,7 @@ def draw(panel: Panel, name: str) -> str:
         canvas.print_svg(
             out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    return _for_page(out.getvalue(), name)
+    return _for_page(out.getvalue())
 
 
 def _draw_chart(axis: typing.Any, chart: Chart) -> None:
@@ -224,7 +224,7 @@ def _tick(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _for_page(svg: str, name: str) -> str:
+def _for_page(svg: str) -> str:
     """The element alone, its colours as variables, without ids that nothing refers to."""
     svg = svg[svg.index("<svg") :]
     for token, (light, _) in PALETTE.items():
@@ -232,7 +232,9 @@ def _for_page(svg: str, name: str) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]+)"', lambda m: m.group(0) if m.group(1) in used else "", svg)
     svg = re.sub(r"<!--.*?-->\n?", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    # Its style sheet would hold for the whole page; page.css says the same for pictures.
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1).strip()

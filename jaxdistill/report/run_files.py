@@ -15,9 +15,12 @@ _MAX_TEXT = 200_000
 _MAX_SAMPLES = 24
 _MAX_SAMPLE_TEXT = 6_000
 
-_SECRET_NAME = r"[\w.-]*(?:secret|passw(?:or)?d|api[_-]?key|(?:auth|access|hf)[_-]?token)"
+# Every part is bounded: text of a run must not be able to make the search take for ever.
+_SECRET_NAME = r"(?:secret|passw(?:or)?d|api[_-]?key|(?:auth|access|hf)[_-]?token)"
 _SECRET = re.compile(
-    rf"(?i)((?:--{_SECRET_NAME}\s+|{_SECRET_NAME}[\"']?\s*[:=]\s*[\"']?|\bbearer\s+))[^\s\"',}}]+"
+    rf"(?i)(--[\w-]{{0,40}}{_SECRET_NAME}\s{{1,9}}"
+    rf"|{_SECRET_NAME}[\"']?\s{{0,9}}[:=]\s{{0,9}}[\"']?"
+    r"|\bbearer\s{1,9})[^\s\"',}]+"
     r"|\b(?:hf_|sk-|ghp_|gho_|AKIA)[A-Za-z0-9_-]{16,}"
 )
 

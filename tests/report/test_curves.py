@@ -1,0 +1,125 @@
+import numpy as np
+import numpy.testing
+
+from jaxdistill.report import curves, run_files
+
+
+def run(records, *, events=(), rows=(), name="run"):
+    return run_files.RunFiles(
+        name=name,
+        info={},
+        records=list(records),
+        events=list(events),
+        rows=list(rows),
+        held_out="",
+        samples=[],
+        samples_step=None,
+        samples_page="",
+        quarantined=None,
+        texts={},
+        fingerprints={},
+        missing=[],
+    )
+
+
+def panel(runs, title):
+    return next((p for p in curves.panels(runs) if p.title == title), None)
+
+
+def test_series_sorts_takes_the_last_of_a_step_and_breaks_at_nonfinite():
+    records = [
+        {"step": 3, "a/b": 3.0},
+        {"step": 1, "a/b": 1.0},
+        {"step": 2, "a/b": None},
+        {"step": 3, "a/b": 4},
+        {"step": 4},
+    ]
+    steps, values = curves.series(records, "a/b")
+    numpy.testing.assert_array_equal(steps, [1, 2, 3])
+    numpy.testing.assert_array_equal(values, [1.0, np.nan, 4.0])
+
+
+def test_skipped_steps_from_flags_totals_and_events():
+    def flags(*values):
+        return [{"step": i, "guard/skipped": v} for i, v in enumerate(values, start=1)]
+
+    assert curves.skipped_steps(run(flags(0, 1, 1, 0))) == (2, 3)
+    assert curves.skipped_steps(run(flags(0, 1, 1, 3))) == (2, 4)
+    assert curves.skipped_steps(run(flags(0, 0))) == ()
+    events = [{"kind": "skip", "step": 7}, {"kind": "checkpoint", "step": 8}]
+    assert curves.skipped_steps(run(flags(0, 1, 0), events=events)) == (2, 7)
+
+
+def test_losses_and_their_held_out_companions():
+    records = [
+        {"step": s, "loss/total": s, "loss/ce": 2 * s, "loss/kl_t1": 9.0, "loss/feature": 1.0}
+        for s in (1, 2)
+    ]
+    records.append({"step": 2, "eval/loss": 5.0})
+    lines = panel([run(records)], "Loss").lines
+    assert [(line.label, line.number) for line in lines] == [
+        ("total", "2.000"),
+        ("cross-entropy", "4.000"),
+        ("feature", "1.000"),
+        ("loss, held-out", "5.000"),
+    ]
+    assert [line.label for line in panel([run(records)], "Distance to the teacher").lines] == [
+        "KL to the teacher"
+    ]
+
+
+def test_perplexity_stands_between_the_levels_of_the_comparison():
+    records = [{"step": s, "eval/perplexity": 10.0 - s} for s in (1, 2)]
+    rows = [{"name": "teacher", "perplexity": 5.0}, {"name": "SFT control", "perplexity": None}]
+    lines = panel([run(records, rows=rows)], "Perplexity on held-out text").lines
+    assert [(line.label, line.style) for line in lines] == [
+        ("perplexity, held-out", "dots"),
+        ("teacher", "level"),
+    ]
+
+
+def test_knobs_that_move_are_drawn_and_the_others_named():
+    records = [
+        {"step": s, "knobs/alpha": 0.3, "knobs/taid_t": s / 10, "knobs/temperature": 1.0 + s}
+        for s in range(5)
+    ]
+    knobs = panel([run(records)], "Knobs")
+    assert [[line.label for line in chart.lines] for chart in knobs.charts] == [
+        ["taid_t"],
+        ["temperature"],
+    ]
+    assert knobs.note == "Constant: alpha = 0.300."
+
+
+def test_time_shares_add_up_to_one():
+    records = [
+        {
+            "step": s,
+            "perf/teacher_share": 0.4,
+            "perf/data_share": 0.1,
+            "perf/checkpoint_share": 0.2 if s == 3 else 0.0,
+        }
+        for s in (1, 2, 3)
+    ]
+    chart = panel([run(records)], "Where the time goes").charts[0]
+    assert chart.stacked
+    numpy.testing.assert_allclose(sum(line.values for line in chart.lines), 1.0)
+    assert chart.lines[0].label == "student and the rest"
+    assert chart.lines[0].number == "43.3%"  # (0.5 + 0.5 + 0.3) / 3
+
+
+def test_what_was_not_recorded_gives_no_picture():
+    assert curves.panels([run([])]) == []
+    titles = [p.title for p in curves.panels([run([{"step": 1, "optim/lr": 0.1}])])]
+    assert titles == ["Optimizer"]
+    assert len(panel([run([{"step": 1, "optim/lr": 0.1}])], "Optimizer").charts) == 1
+    assert curves.panels([run([{"step": 1, "loss/total": None}])]) == []
+
+
+def test_several_runs_lie_over_each_other():
+    first = run([{"step": s, "loss/total": 1.0} for s in (1, 2)], name="a")
+    second = run([{"step": s, "loss/total": 2.0} for s in (1, 9)], name="b")
+    loss = panel([first, second], "Loss")
+    assert [(line.label, line.number) for line in loss.lines] == [("a", "1.000"), ("b", "2.000")]
+    assert loss.lines[0].colour != loss.lines[1].colour
+    assert loss.end == 9

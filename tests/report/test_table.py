@@ -1,0 +1,151 @@
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from jaxdistill.errors import DataError
+from jaxdistill.report.table import comparison_table, recovered
+
+
+def rows(before=60.0, after=24.0, teacher=20.0, control=30.0):
+    values = {"teacher": teacher, "student before": before, "SFT control": control}
+    values["student after"] = after
+    return [{"name": name, "perplexity": p} for name, p in values.items() if p is not None]
+
+
+FULL = [
+    {
+        "name": "student after",
+        "perplexity": 23.4,
+        "kl_t1": 0.31,
+        "agree_top1": 0.702,
+        "parameters": 361821120,
+        "parameters_non_embedding": 314635200,
+        "bytes": 723674912,
+        "tokens_per_second": 52200,
+    },
+    {
+        "name": "teacher",
+        "perplexity": 18.2,
+        "kl_t1": None,
+        "agree_top1": None,
+        "parameters": 1235814400,
+        "parameters_non_embedding": 973146112,
+        "bytes": 2471645608,
+        "tokens_per_second": 18200.5,
+    },
+]
+
+
+def test_plain_is_aligned_in_the_order_of_the_comparison():
+    assert comparison_table(FULL, "plain").splitlines() == [
+        "               perplexity  KL to teacher  top-1 agreement  parameters  non-embedding"
+        "      size  tokens/s",
+        "teacher             18.20              -                -       1.24B           973M"
+        "  2.30 GiB     18.2k",
+        "student after       23.40          0.310            70.2%        362M           315M"
+        "   690 MiB     52.2k",
+    ]
+
+
+def test_markdown():
+    assert comparison_table(rows()[:2] + [{"name": "a|b", "perplexity": 1.5}], "markdown") == (
+        "|  | perplexity |\n"
+        "| --- | ---: |\n"
+        "| teacher | 20.00 |\n"
+        "| student before | 60.00 |\n"
+        r"| a\|b | 1.500 |"
+    )
+
+
+def test_rich_shows_the_same_cells_and_no_markup_of_a_name():
+    out = io.StringIO()
+    console = Console(file=out, width=140)
+    console.print(comparison_table([*FULL, {"name": "[red]\x1b[2Jx[/red]", "perplexity": 9}]))
+    text = out.getvalue()
+    for cell in ("18.20", "23.40", "70.2%", "1.24B", "690 MiB", "52.2k", "[red]x[/red]"):
+        assert cell in text
+    assert text.index("teacher") < text.index("student after")
+
+
+def test_a_column_without_values_is_left_out():
+    assert "agreement" not in comparison_table(rows(), "plain")
+    assert "bits/byte" in comparison_table([{**FULL[0], "bits_per_byte": 1.0}], "plain")
+
+
+def test_rows_and_styles_are_checked():
+    with pytest.raises(DataError, match="must be a mapping with a name"):
+        comparison_table([{"perplexity": 1.0}])
+    with pytest.raises(DataError, match="style = 'html'"):
+        comparison_table(rows(), "html")
+
+
+def test_the_share_of_the_gap_and_that_of_the_control():
+    assert recovered(rows()) == (
+        "The student recovered 90.0% of the perplexity gap to the teacher: from 60.00 to 24.00 "
+        "(teacher: 20.00). Its perplexity is 20.0% below that of the SFT control (30.00), which "
+        "recovered 75.0% of the gap."
+    )
+
+
+def test_a_control_that_did_better_or_the_same_is_told():
+    assert "20.0% above that of the SFT control (20.00), which recovered 100.0%" in recovered(
+        rows(control=20.0)
+    )
+    assert "equals that of the SFT control (24.00), which recovered 90.0%" in recovered(
+        rows(control=24.0)
+    )
+    assert "SFT control (64.00), which lost 10.0% of the gap" in recovered(rows(control=64.0))
+
+
+def test_a_student_that_got_worse_is_not_called_recovered():
+    words = recovered(rows(after=70.0))
+    assert words.startswith("The student got worse: perplexity from 60.00 to 70.00")
+    assert "widens the gap to the teacher by 25.0%" in words
+    assert "student recovered" not in words
+
+
+def test_a_student_that_passes_the_teacher_claims_no_share():
+    assert recovered(rows(after=19.0)).startswith(
+        "The student passes the teacher: perplexity from 60.00 to 19.00 (teacher: 20.00)."
+    )
+
+
+def test_no_gap_means_no_share():
+    for teacher in (60.0, 61.0):
+        words = recovered(rows(teacher=teacher))
+        assert "no gap to close; the student went from 60.00 to 24.00" in words
+        assert "of the gap" not in words
+
+
+def test_a_gap_too_small_to_mean_much_is_said_to_be_so():
+    words = recovered(rows(before=20.1, after=20.05, control=None))
+    assert "The gap itself is only 0.5% of the perplexity" in words
+    assert "only" not in recovered(rows(before=20.3, after=20.05, control=None))
+
+
+def test_missing_rows_are_named():
+    assert recovered([]) == (
+        "Not comparable yet: no perplexity of teacher and student before and student after."
+    )
+    assert "There is no SFT control" in recovered(rows(control=None))
+    assert recovered(rows(before=None)) == "Not comparable yet: no perplexity of student before."
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_nonfinite_numbers_give_no_share(bad):
+    words = recovered(rows(before=bad))
+    assert words == (
+        f"No share of the gap can be given: the perplexity of student before ({bad}) is not finite."
+    )
+    assert recovered(rows(control=bad)).endswith(
+        f"The perplexity of the SFT control ({bad}) is not finite."
+    )
+
+
+def test_almost_all_is_not_called_all_nor_almost_nothing_nothing():
+    assert "recovered 99.9% of" in recovered(rows(after=20.001))
+    assert "recovered 100.0% of" in recovered(rows(after=20.0))
+    assert "recovered less than 0.1% of" in recovered(rows(after=59.999))
+    assert "recovered 0.0% of" in recovered(rows(after=60.0))
