@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxdistill import evaluate as measure
+from jaxdistill import evaluate
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.train.step import place
@@ -44,14 +44,14 @@ class HeldOut:
             yield place(batch, self.mesh)
 
     def measure(
-        self, step: measure.EvalStep, params: Any, teacher_params: Any, knobs: Any
+        self, step: evaluate.EvalStep, params: Any, teacher_params: Any, knobs: Any
     ) -> dict[str, float]:
         """The metrics of one model by one program."""
-        return measure.run(step, params, teacher_params, self.batches(), knobs, self.mesh)
+        return evaluate.run(step, params, teacher_params, self.batches(), knobs, self.mesh)
 
-    def speed(self, step: measure.EvalStep, params: Any) -> float:
+    def speed(self, step: evaluate.EvalStep, params: Any) -> float:
         """Tokens a second of scoring one batch by a model alone."""
-        return measure.tokens_per_second(step, params, next(self.batches()), self.mesh)
+        return evaluate.tokens_per_second(step, params, next(self.batches()), self.mesh)
 
     def beginnings(self, count: int, tokens: int) -> list[list[int]]:
         """The first tokens of the first document of `count` rows, spread over the set."""

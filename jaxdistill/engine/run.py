@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 
 from jaxdistill import config as configs
-from jaxdistill import models as model_room
 from jaxdistill import report
 from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
@@ -24,7 +23,8 @@ from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, UserError
-from jaxdistill.models import Model, forward_flops_per_token
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token
+from jaxdistill.models.config_json import write_config
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
@@ -236,12 +236,11 @@ class _Session:
         self, config: Config, method: setup.Method, student: Model, checkpoints: Checkpoints
     ) -> TrainState:
         """The state of the latest checkpoint, or the one before the first step."""
-        begun = checkpoints.latest()
-        if begun is None:
+        if checkpoints.latest() is None:
             models = dataclasses.replace(self.models, student=student)
             return setup.state_of(config, models, method, self.mesh)
         shape = setup.abstract_state_of(config, self.models, method, self.mesh)
-        return checkpoints.restore(begun, shape)[0]
+        return checkpoints.restore_latest(shape)[1]
 
     def _batches(self, config: Config, start: int) -> Iterator[tuple[int, Any]]:
         feed = pipeline.batches(
@@ -267,7 +266,7 @@ class _Session:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows, style="text"))
+    print(report.comparison_table(rows, style="plain"))
     print(report.recovered(rows))
 
 
@@ -307,7 +306,7 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
     parts: dict[str, Any] = {"total_steps": config.train.steps, "method": config.method.name}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
-            count = model_room.count_parameters(model.config)
+            count = count_parameters(model.config)
             parts[name] = {"source": model.source, "parameters": count}
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
@@ -315,8 +314,7 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
 def _keep_words(run: RunDir, models: setup.Models) -> None:
     """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
     folder = run.path / STUDENT
-    if folder.exists():
-        return
-    model_room.save_description(
-        Model(models.student.config, None, models.tokenizer, models.student.source), folder
-    )
+    folder.mkdir(exist_ok=True)
+    described = write_config(models.student.config, "float32")
+    run.write_json(f"{STUDENT}/config.json", described)
+    models.tokenizer.save_pretrained(str(folder))

@@ -134,7 +134,7 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file that appears whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
+        temporary = self.path / f"{name}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

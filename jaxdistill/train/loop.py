@@ -84,7 +84,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         _judge(number, numbers, schedule.max_bad_in_a_row, parts)
         if number % schedule.log_every and number not in (1, schedule.steps):
             return
-        numbers["optim/lr"] = float(parts.learning_rate(number - 1))
+        numbers["optim/lr"] = float(parts.learning_rate(number - 1 - int(numbers["guard/skipped"])))
         numbers["data/epoch"] = parts.epoch(number)
         numbers |= parts.meter.read(number - last_logged)
         last_logged = number
