@@ -59,6 +59,11 @@ def test_explain_of_nonsense_suggests_nothing():
         config.explain("qqqqqqqq")
 
 
+def test_of_two_equally_near_names_the_one_not_yet_given_is_meant():
+    assert keys.nearest("ab", ("aa", "bb"), {"aa": 1}) == "bb"
+    assert keys.nearest("ab", ("aa", "bb"), {"bb": 1}) == "aa"
+
+
 def test_a_key_of_another_section_is_found():
     assert keys.suggest((), "clip_norm") == 'did you mean "optimizer.clip_norm"?'
     assert keys.suggest(("train",), "lr") == 'did you mean "optimizer.lr"?'

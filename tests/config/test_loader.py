@@ -116,6 +116,11 @@ logging: {tensorboard: yes}
         ("data.train=[]", "needs 1 or more entries"),
         ("data.train={path: x}", "must be a list"),
         ("data.eval=[{path: a.jsonl}]", "must not be trained on"),
+        (
+            'data={train: [{path: "python:docs"}], eval: [{path: "python:docs?split=held_out"}]}',
+            "must not be trained on",
+        ),
+        ("method={nam: kd, alpha: 0.5}", 'method.nam = "kd": unknown key; did you mean "name"?'),
         ("data={train: [{path: a.txt}], eval: [{path: b}], loss_on: assistant}", "use all"),
         ("method=kd", "must be a section"),
         ("method={}", "must be one of kd, sft"),

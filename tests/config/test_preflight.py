@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -95,6 +96,8 @@ def test_what_is_found(base, override, kind, words):
     model_folder(base / "pickled", weights="pytorch_model.bin")
     model_folder(base / "list", shape=[])
     model_folder(base / "other", words=tokenizer("a", "c"))
+    for name in ("other", "small"):  # nothing but their content tells the two apart
+        os.utime(base / name / "tokenizer.json", (1, 1))
     model_folder(base / "broken")
     (base / "broken" / "config.json").write_text("{" * 100_000)
     errors = check(override)
