@@ -150,70 +150,65 @@ def _has_points(chart: Chart) -> bool:
 
 def _of_one(run: RunFiles) -> list[Panel]:
     """All that one run has to show."""
-    marks = skipped_steps(run)
-    names = sorted({key for record in run.records for key in record if "/" in key})
-    losses = ["loss/total", "loss/ce", "loss/divergence"]
-    losses += [n for n in names if n.startswith("loss/") and n not in (*losses, "loss/kl_t1")]
-    agreements = ["agree/top1", *(n for n in names if n.startswith("agree/") and n != "agree/top1")]
-    note = f"Red ticks on the axis: {len(marks)} skipped step(s)." if marks else ""
     return [
-        Panel(
-            "Loss",
-            (
-                Chart(
-                    (*_lines(run, losses, "noisy"), *_held_out(run, ["eval/loss"], 3)), marks=marks
-                ),
-            ),
-            note,
-        ),
-        Panel(
-            "Distance to the teacher",
-            (
-                Chart(
-                    (*_lines(run, ["loss/kl_t1"], "noisy"), *_held_out(run, ["eval/kl_t1"], 1)),
-                    "KL(teacher || student), nats per token",
-                ),
-            ),
-        ),
-        Panel(
-            "Agreement with the teacher",
-            (
-                Chart(
-                    (
-                        *_lines(run, agreements, "noisy", percent=True),
-                        *_held_out(run, ["eval/agree_top1"], 1, percent=True),
-                    ),
-                    "same most likely token",
-                    percent=True,
-                ),
-            ),
-        ),
+        _loss(run),
+        _distance(run),
+        _agreement(run),
         _perplexity(run),
-        _knobs(run, [n for n in names if n.startswith("knobs/")]),
-        Panel(
-            "Optimizer",
-            tuple(
-                Chart(tuple(_lines(run, [metric], style, first=index)), _NAMES[metric])
-                for index, (metric, style) in enumerate(
-                    [("optim/lr", "solid"), ("optim/grad_norm", "noisy")]
-                )
-            ),
-        ),
-        Panel(
-            "Entropy of the next token",
-            (
-                Chart(
-                    tuple(
-                        dataclasses.replace(line, label=line.label.split("/")[0])
-                        for line in _lines(run, ["teacher/entropy", "student/entropy"], "noisy")
-                    ),
-                    "nats per token",
-                ),
-            ),
-        ),
+        _knobs(run),
+        _optimizer(run),
+        _entropy(run),
         _time_shares(run),
         _throughput(run),
     ]
+
+
+def _recorded(run: RunFiles, group: str) -> list[str]:
+    """The metrics of a group that a run recorded, in alphabetical order."""
+    return sorted({n for record in run.records for n in record if n.startswith(f"{group}/")})
+
+
+def _loss(run: RunFiles) -> Panel:
+    marks = skipped_steps(run)
+    first = ("loss/total", "loss/ce", "loss/divergence")
+    metrics = [*first, *(n for n in _recorded(run, "loss") if n not in (*first, "loss/kl_t1"))]
+    lines = (*_lines(run, metrics, "noisy"), *_held_out(run, "eval/loss", len(metrics)))
+    note = f"Red ticks on the axis: {len(marks)} skipped step(s)." if marks else ""
+    return Panel("Loss", (Chart(lines, marks=marks),), note)
+
+
+def _distance(run: RunFiles) -> Panel:
+    lines = (*_lines(run, ["loss/kl_t1"], "noisy"), *_held_out(run, "eval/kl_t1", 1))
+    return Panel(
+        "Distance to the teacher", (Chart(lines, "KL(teacher || student), nats per token"),)
+    )
+
+
+def _agreement(run: RunFiles) -> Panel:
+    metrics = sorted(_recorded(run, "agree"), key=lambda name: name != "agree/top1")
+    lines = (
+        *_lines(run, metrics, "noisy", percent=True),
+        *_held_out(run, "eval/agree_top1", max(len(metrics), 1), percent=True),
+    )
+    chart = Chart(lines, "same most likely token", percent=True)
+    return Panel("Agreement with the teacher", (chart,))
+
+
+def _optimizer(run: RunFiles) -> Panel:
+    kinds = (("optim/lr", "solid"), ("optim/grad_norm", "noisy"))
+    return Panel(
+        "Optimizer",
+        tuple(
+            Chart(tuple(_lines(run, [metric], style, first=index)), _NAMES[metric])
+            for index, (metric, style) in enumerate(kinds)
+        ),
+    )
+
+
+def _entropy(run: RunFiles) -> Panel:
+    lines = _lines(run, ["teacher/entropy", "student/entropy"], "noisy")
+    lines = [dataclasses.replace(line, label=line.label.split("/")[0]) for line in lines]
+    return Panel("Entropy of the next token", (Chart(tuple(lines), "nats per token"),))
 
 
 def _of_several(runs: Sequence[RunFiles]) -> list[Panel]:
@@ -252,18 +247,17 @@ def _lines(
     return lines
 
 
-def _held_out(
-    run: RunFiles, metrics: Sequence[str], first: int, *, percent: bool = False
-) -> list[Line]:
+def _held_out(run: RunFiles, metric: str, first: int, *, percent: bool = False) -> list[Line]:
+    """The line of an evaluation metric, or nothing."""
     return [
         dataclasses.replace(line, label=f"{line.label}, held-out")
-        for line in _lines(run, metrics, "dots", first=first, percent=percent)
+        for line in _lines(run, [metric], "dots", first=first, percent=percent)
     ]
 
 
 def _perplexity(run: RunFiles) -> Panel:
     """Held-out perplexity over the steps between the levels of the comparison."""
-    lines = _held_out(run, ["eval/perplexity"], 0)
+    lines = _held_out(run, "eval/perplexity", 0)
     levels = {"teacher": "green", "student before": "grey", "SFT control": "orange"}
     for row in run.rows:
         value = row.get("perplexity")
@@ -274,11 +268,11 @@ def _perplexity(run: RunFiles) -> Panel:
     return Panel("Perplexity on held-out text", (Chart(tuple(lines)),))
 
 
-def _knobs(run: RunFiles, metrics: Sequence[str]) -> Panel:
+def _knobs(run: RunFiles) -> Panel:
     """The knobs that move, those within [0, 1] apart from the others; the rest are named."""
     moving: dict[bool, list[Line]] = {True: [], False: []}
     constant = []
-    for line in _lines(run, metrics, "solid"):
+    for line in _lines(run, _recorded(run, "knobs"), "solid"):
         finite = line.values[np.isfinite(line.values)]
         if len(finite) and (finite == finite[0]).all():
             constant.append(f"{line.label} = {wording.number(float(finite[0]))}")

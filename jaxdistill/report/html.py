@@ -6,7 +6,7 @@ import importlib.resources
 import os
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jinja2
 import markupsafe
@@ -252,7 +252,9 @@ def _comparison(
     return made
 
 
-def _cell(column: table.Column, row: dict, rows: Sequence[dict], own: Sequence[dict]) -> Cell:
+def _cell(
+    column: table.Column, row: Mapping, rows: Sequence[Mapping], own: Sequence[Mapping]
+) -> Cell:
     """A cell; best is the better one of the two ways to train this student, when both are known."""
     value = row.get(column.field)
     if not isinstance(value, int | float) or isinstance(value, bool):

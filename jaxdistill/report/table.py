@@ -119,11 +119,12 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     absent = [name for name in needed if perplexity.get(name) is None]
     if absent:
         return f"Not comparable yet: no perplexity of {' and '.join(absent)}."
-    bad = [name for name in needed if not wording.is_number(perplexity[name])]
+    finite = {name: float(p) for name, p in perplexity.items() if wording.is_number(p)}
+    bad = [name for name in needed if name not in finite]
     if bad:
         words = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
         return f"No share of the gap can be given: the perplexity of {words} is not finite."
-    teacher, before, after = (float(perplexity[name]) for name in needed)
+    teacher, before, after = (finite[name] for name in needed)
     sentences = [_gap_sentence(teacher, before, after)]
     sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
     return " ".join(sentences)

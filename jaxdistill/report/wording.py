@@ -61,7 +61,7 @@ def visible(text: typing.Any) -> str:
     return "".join(out)
 
 
-def is_number(value: typing.Any) -> bool:
+def is_number(value: typing.Any) -> typing.TypeGuard[int | float]:
     """True for a finite number that is not a bool: what can be drawn, compared or divided."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -276,9 +276,12 @@ class _Board:
     """
 
     def __init__(self, folder: pathlib.Path, resume_step: int | None, wall_time: float):
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._event = event_pb2.Event
+        # Any, because protobuf makes these modules' classes when they are imported.
+        messages: typing.Any = event_pb2
+        summaries: typing.Any = summary_pb2
+        self._event, self._summary = messages.Event, summaries.Summary
         folder.mkdir(parents=True, exist_ok=True)
         # Viewers read all files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}"
@@ -287,16 +290,14 @@ class _Board:
         self._append(file_version="brain.Event:2", wall_time=wall_time)
         if resume_step is not None:
             # TensorBoard then hides what an earlier attempt wrote from this step on.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            start = messages.SessionLog(status=messages.SessionLog.START)
             self._append(step=resume_step + 1, session_log=start, wall_time=wall_time)
 
     def write(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        summary = Summary(
-            value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        )
-        self._append(step=step, wall_time=wall_time, summary=summary)
+        entries = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
+        ]
+        self._append(step=step, wall_time=wall_time, summary=self._summary(value=entries))
 
     def _append(self, **fields: typing.Any) -> None:
         """One record: length, checksum of the length, message, checksum of the message."""
