@@ -20,63 +20,98 @@ def optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    """Knobs, then clipping by the global norm, then AdamW.
+    """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        p = p - lr (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p)
+
+    Moments in bfloat16 would stand still: with b2 = 0.95 an update of v below 1/256 of it is lost.
 
     Args:
-      learning_rate: a number, or update number -> number.
+      learning_rate: a number, or update number (from 0) -> number.
       knobs: name -> number or schedule, see `schedules.knob`.
       clip_norm: largest global gradient norm; None does not clip.
       betas: decay of the first and second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled; only kernels and embeddings decay, never biases or norm scales.
+      weight_decay: decoupled; for the leaves that `decays` names.
+
+    Returns:
+      A transformation of the parameters' whole tree; it takes the loss as the extra argument
+      `value`, for knobs that adapt to it.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """
-    chain = [knob(name, value) for name, value in (knobs or {}).items()]
+    chain: list[optax.GradientTransformation] = [
+        knob(name, value) for name, value in (knobs or {}).items()
+    ]
     if clip_norm is not None:
         chain.append(optax.clip_by_global_norm(clip_norm))
-    chain.append(
-        optax.adamw(
-            learning_rate,
-            b1=betas[0],
-            b2=betas[1],
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=decays,
-            mu_dtype=jnp.float32,
-        )
+    adamw = optax.adamw(
+        learning_rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decays
     )
-    return optax.chain(*chain)
+    return _in_float32(optax.chain(*chain, adamw))
 
 
 def decays(params: Any) -> Any:
-    """Which leaves decay: those not called bias or scale."""
+    """Which leaves decay: matrices and embeddings, never biases, norm scales or single numbers.
 
-    def one(path, leaf):
-        return getattr(path[-1], "key", None) not in ("bias", "scale")
+    Layers are stacked on a first dim, so a bias may have two: names tell, not the number of dims.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        return getattr(path[-1], "key", None) not in ("bias", "scale") and leaf.ndim >= 2
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _in_float32(
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation on float32 copies, so that its state and its sums are float32."""
+
+    def raised(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return inner.update(raised(updates), state, raised(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(raised(params)), update)
 
 
 def learning_rate(
     shape: str, peak: float, steps: int, *, warmup: int = 0, end_ratio: float = 0.1
 ) -> optax.Schedule:
-    """Linear rise over `warmup` steps to `peak`, then constant, or down to end_ratio * peak.
+    """Linear rise over `warmup` updates to `peak`, then constant, or down to end_ratio * peak.
+
+    With n the number of an update, from 0, and x = (n - warmup) / (steps - 1 - warmup):
+
+        n < warmup:  peak (n + 1) / warmup
+        linear:      peak (1 - (1 - end_ratio) x)
+        cosine:      peak (end_ratio + (1 - end_ratio) (1 + cos(pi x)) / 2)
+
+    The first update moves already, and the last one, n = steps - 1, is made with end_ratio * peak.
+
+    Args:
+      shape: "constant", "linear" or "cosine".
+      peak: the highest rate.
+      steps: updates in the run.
+      warmup: updates of the rise, below `steps`.
+      end_ratio: last rate over peak; constant ignores it.
 
     Raises:
-      ConfigError: for a shape other than constant, linear or cosine, or a warmup that leaves no step.
+      ConfigError: for another shape, or a warmup that leaves no update.
     """
-    if warmup >= steps:
-        raise ConfigError(f"optimizer.warmup = {warmup}: must be below train.steps ({steps})")
+    if not 0 <= warmup < steps:
+        raise ConfigError(f"optimizer.warmup = {warmup}: must be in [0, train.steps = {steps})")
+    fall = max(steps - 1 - warmup, 1)
     falls = {
         "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, end_ratio * peak, steps - warmup),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, steps - warmup, alpha=end_ratio),
+        "linear": lambda: optax.linear_schedule(peak, end_ratio * peak, fall),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, fall, alpha=end_ratio),
     }
     if shape not in falls:
         raise ConfigError(f"optimizer.schedule = {shape!r}: must be one of {', '.join(falls)}")
     if not warmup:
         return falls[shape]()
-    # The first update moves already: (step + 1) / warmup of the peak.
     rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, falls[shape]()], [warmup])

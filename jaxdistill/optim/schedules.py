@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
 
@@ -37,8 +38,13 @@ def knob(name: str, value: float | optax.Schedule) -> optax.GradientTransformati
     Args:
       name: how the objective asks for it.
       value: a number, or step -> number.
+
+    Returns:
+      A transformation to put anywhere into a chain; its state is found at any depth.
     """
-    at = value if callable(value) else lambda step: value
+
+    def at(step: Array) -> Any:
+        return value(step) if callable(value) else value
 
     def state(step: Array) -> NamedKnobState:
         return NamedKnobState({name: KnobState(step, jnp.asarray(at(step), jnp.float32))})
@@ -46,15 +52,20 @@ def knob(name: str, value: float | optax.Schedule) -> optax.GradientTransformati
     def init(params: Any) -> NamedKnobState:
         return state(jnp.int32(0))
 
-    def update(updates, old: NamedKnobState, params=None, **extra):
+    def update(
+        updates: Any, old: NamedKnobState, params: Any = None, **extra: Any
+    ) -> tuple[Any, NamedKnobState]:
         return updates, state(optax.safe_increment(old.knobs[name].step))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def knobs(opt_state: Any) -> dict[str, Array]:
-    """name -> the value that the next step uses, of every knob anywhere in the state."""
-    is_knob = lambda leaf: isinstance(leaf, NamedKnobState)
+    """Name -> the value that the next step uses, of every knob in the optimizer's state."""
+
+    def is_knob(leaf: Any) -> bool:
+        return isinstance(leaf, NamedKnobState)
+
     found: dict[str, Array] = {}
     for leaf in jax.tree.leaves(opt_state, is_leaf=is_knob):
         if is_knob(leaf):
@@ -68,13 +79,19 @@ def schedule(shape: str, start: float, end: float, steps: int) -> optax.Schedule
         linear:  start + (end - start) * x             x = min(step / (steps - 1), 1)
         cosine:  start + (end - start) * (1 - cos(pi x)) / 2
 
+    Args:
+      shape: "linear" or "cosine".
+      start: value at step 0.
+      end: value at step steps - 1 and after.
+      steps: steps in the run.
+
     Raises:
       ConfigError: for another shape.
     """
     if shape not in ("linear", "cosine"):
         raise ConfigError(f"schedule = {shape!r}: must be linear or cosine")
 
-    def at(step: Array) -> Array:
+    def at(step: ArrayLike) -> Array:
         x = jnp.clip(step / max(steps - 1, 1), 0.0, 1.0)
         if shape == "cosine":
             x = (1.0 - jnp.cos(jnp.pi * x)) / 2.0

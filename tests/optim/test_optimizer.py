@@ -1,0 +1,167 @@
+"""The chain against AdamW written out in float64 numpy; decay, dtypes and learning rates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import optim
+from jaxdistill.errors import ConfigError
+from jaxdistill.optim.optimizer import decays
+
+
+def _params(dtype=jnp.float32):
+    generator = np.random.default_rng(0)
+
+    def make(*shape):
+        return jnp.asarray(generator.normal(size=shape), dtype)
+
+    layers = {"mlp": {"kernel": make(2, 3, 4), "bias": make(2, 4)}, "norm": {"scale": make(2, 3)}}
+    return {
+        "student": {"embedding": make(5, 3), "layers": layers},
+        "objective": {"temperature": make()},
+    }
+
+
+def _gradients(step, like, scale=1.0):
+    leaves, tree = jax.tree.flatten(like)
+    generator = np.random.default_rng(100 + step)
+    return tree.unflatten(
+        [jnp.asarray(scale * generator.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    )
+
+
+def _oracle(params, gradients, rate, clip, b1, b2, eps, decay):
+    """AdamW, leaf by leaf, with the global norm clipped first."""
+    names = [str(path[-1].key) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    p = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    m, v = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
+    for n, gradient in enumerate(gradients):
+        g = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradient)]
+        norm = np.sqrt(sum((x**2).sum() for x in g))
+        g = [x * min(1.0, clip / norm) for x in g]
+        for i, name in enumerate(names):
+            m[i] = b1 * m[i] + (1 - b1) * g[i]
+            v[i] = b2 * v[i] + (1 - b2) * g[i] ** 2
+            step = m[i] / (1 - b1 ** (n + 1)) / (np.sqrt(v[i] / (1 - b2 ** (n + 1))) + eps)
+            if name in ("kernel", "embedding"):
+                step = step + decay * p[i]
+            p[i] = p[i] - rate(n) * step
+    return p
+
+
+def test_the_chain_is_adamw_with_clipping_and_decay_on_matrices_alone():
+    params = _params()
+    gradients = [_gradients(n, params, scale=10.0 if n % 2 else 0.01) for n in range(6)]
+
+    def rate(n):
+        return 0.01 * (n + 1)
+
+    tx = optim.optimizer(
+        rate, knobs={"alpha": 0.5}, clip_norm=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3
+    )
+    state, ours = tx.init(params), params
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = tx.update(gradient, state, params, value=jnp.float32(1.0))
+        return optax.apply_updates(params, updates), state
+
+    for gradient in gradients:
+        ours, state = step(ours, state, gradient)
+    wanted = _oracle(params, gradients, rate, 1.0, 0.8, 0.9, 1e-6, 0.3)
+    for one, other in zip(jax.tree.leaves(ours), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+    assert optim.knobs(state)["alpha"] == 0.5
+
+
+def test_decay_leaves_biases_scales_and_single_numbers_alone():
+    params = _params()
+    wanted = {
+        "student": {
+            "embedding": True,
+            "layers": {"mlp": {"kernel": True, "bias": False}, "norm": {"scale": False}},
+        },
+        "objective": {"temperature": False},
+    }
+    assert decays(params) == wanted
+    tx = optim.optimizer(0.1, weight_decay=0.5)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    moved = jax.tree.map(lambda update: bool((update != 0).any()), updates)
+    assert moved == wanted
+
+
+def test_without_a_norm_nothing_is_clipped():
+    params = {"kernel": jnp.ones((1, 1))}
+    tx = optim.optimizer(1.0, clip_norm=None, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    updates, _ = tx.update({"kernel": jnp.full((1, 1), 9.0)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -9.0 / (9.0 + 1.0), rtol=1e-6)
+
+
+def test_moments_of_bfloat16_parameters_are_float32_and_do_not_stand_still():
+    params = _params(jnp.bfloat16)
+    tx = optim.optimizer(1e-3, clip_norm=None, betas=(0.9, 0.999))
+    state = tx.init(params)
+    moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+    assert {leaf.dtype for leaf in jax.tree.leaves(moments)} == {jnp.dtype(jnp.float32)}
+
+    one = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1.0), params)
+    update = jax.jit(tx.update)
+    for _ in range(20):
+        updates, state = update(one, state, params)
+    # 1 - 0.999^20: in bfloat16 the sum stops when 0.001 falls below half a unit of its last place.
+    for leaf in jax.tree.leaves(optax.tree.get(state, "nu")):
+        np.testing.assert_allclose(leaf, 1 - 0.999**20, rtol=1e-5)
+    applied = optax.apply_updates(params, updates)
+    assert {leaf.dtype for leaf in jax.tree.leaves(applied)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_moments_can_be_told_from_counters():
+    # Training lays every moment out like its parameter, which needs this.
+    params = _params()
+    tx = optim.optimizer(1e-3, knobs={"alpha": 0.5})
+    marked = optax.tree_utils.tree_map_params(
+        tx, lambda _: "moment", tx.init(params), transform_non_params=lambda _: "number"
+    )
+    assert sorted(jax.tree.leaves(marked)) == ["moment"] * 10 + ["number"] * 3
+
+
+def test_learning_rates_are_their_closed_forms():
+    peak, steps, warmup, end = 3e-4, 50, 8, 0.1
+    n = np.arange(steps)
+    x = (n - warmup) / (steps - 1 - warmup)
+    falls = {
+        "constant": np.full(steps, peak),
+        "linear": peak * (1 - (1 - end) * x),
+        "cosine": peak * (end + (1 - end) * (1 + np.cos(np.pi * x)) / 2),
+    }
+    for shape, fall in falls.items():
+        rate = optim.learning_rate(shape, peak, steps, warmup=warmup, end_ratio=end)
+        wanted = np.where(n < warmup, peak * (n + 1) / warmup, fall)
+        np.testing.assert_allclose([float(rate(i)) for i in n], wanted, rtol=1e-5, err_msg=shape)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 9])
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_a_rate_starts_above_zero_reaches_the_peak_and_ends_as_asked(shape, warmup):
+    rate = optim.learning_rate(shape, 2.0, 10, warmup=warmup, end_ratio=0.25)
+    values = [float(rate(n)) for n in range(10)]
+    assert values[0] == pytest.approx(2.0 / max(warmup, 1))
+    assert max(values) == pytest.approx(2.0)
+    if shape != "constant" and warmup < 9:
+        assert values[-1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("cosine", 1.0, 10, 10), r"optimizer.warmup = 10: must be in \[0, train.steps = 10\)"),
+        (("cosine", 1.0, 10, -1), "optimizer.warmup = -1"),
+        (("step", 1.0, 10, 0), "optimizer.schedule = 'step': must be one of constant, linear"),
+    ],
+)
+def test_rates_that_cannot_be_meant_raise(arguments, message):
+    shape, peak, steps, warmup = arguments
+    with pytest.raises(ConfigError, match=message):
+        optim.learning_rate(shape, peak, steps, warmup=warmup)
