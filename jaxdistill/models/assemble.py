@@ -1,7 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -63,7 +63,7 @@ def assemble(
     return nest(flat)
 
 
-def nest(flat: Mapping[str, jax.Array]) -> dict:
+def nest(flat: Mapping[str, Any]) -> dict:
     """{"a.b": x} as {"a": {"b": x}}."""
     tree: dict = {}
     for name, leaf in flat.items():

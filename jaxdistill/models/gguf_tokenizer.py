@@ -75,7 +75,15 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
         raise ModelError(
             f"{where}: tokenizer.ggml.tokens and token_type must be lists of one length"
         )
-    backend = builders[kind](metadata, tokens, kinds, where)
+    try:
+        backend = builders[kind](metadata, tokens, kinds, where)
+    except ModelError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ModelError(
+            f"{where}: its tokenizer metadata cannot be used ({error}); load with tokenizer=False, "
+            "or use the model's folder"
+        ) from error
     _add_special(backend, tokens, kinds)
     _add_ends(backend, metadata, tokens, kind)
     names = {

@@ -59,9 +59,7 @@ CASES = {
     "mistral": _case("mistral", sliding_window=None, head_dim=16),
     "mistral_window": _case("mistral", sliding_window=5),
     "qwen2": _case("qwen2", use_sliding_window=False, sliding_window=4, tie_word_embeddings=True),
-    "qwen2_windows": _case(
-        "qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1
-    ),
+    "qwen2_windows": _case("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen2_yarn": _case("qwen2", rope_theta=1e6, rope_scaling=_YARN),
     "qwen3": _case("qwen3", head_dim=16, rope_theta=1e6, tie_word_embeddings=True),
     "qwen3_biases": _case("qwen3", head_dim=8, attention_bias=True),
@@ -226,7 +224,9 @@ def _row_logits(raw, named, row):
         x = x + linear(mixed, at + "self_attn.o_proj")
         y = norm(x, at + "post_attention_layernorm.weight")
         gate = linear(y, at + "mlp.gate_proj")
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, at + "mlp.up_proj"), at + "mlp.down_proj")
+        x = x + linear(
+            gate / (1 + np.exp(-gate)) * linear(y, at + "mlp.up_proj"), at + "mlp.down_proj"
+        )
     head = "model.embed_tokens" if raw["tie_word_embeddings"] else "lm_head"
     return norm(x, "model.norm.weight") @ named[head + ".weight"].T
 

@@ -111,7 +111,9 @@ def test_bfloat16_casts_one_layer_at_a_time_and_keeps_the_masters(small):
     run = lambda params: decoder.apply(small.config, params, tokens)
     outputs = run(small.params)
     assert outputs.hidden.dtype == jnp.bfloat16 and outputs.head.dtype == jnp.float32
-    exact = decoder.logits(decoder.apply(small.config, small.params, tokens, compute_dtype="float32"))
+    exact = decoder.logits(
+        decoder.apply(small.config, small.params, tokens, compute_dtype="float32")
+    )
     assert oracle.distance(decoder.logits(outputs), exact) < 0.05
     up = small.params["layers"]["mlp"]["up"]["kernel"].shape
     program = str(jax.make_jaxpr(run)(small.params))
@@ -126,25 +128,35 @@ def test_gradients_reach_the_masters_in_their_dtype(small):
         assert leaf.dtype == jnp.float32 and bool(jnp.any(leaf != 0))
 
 
-def test_a_mesh_changes_nothing(small, mesh8):
-    tokens = oracle.tokens(oracle.CASES["qwen3"], rows=4)
-    segments = np.asarray([[1] * 10 + [2] * 14] * 4)
+@pytest.fixture
+def spread(small, mesh8):
+    """The small model with its parameters laid out on eight devices."""
     places = sharding.shardings(
         mesh8, decoder.logical_axes(small.config), decoder.shapes(small.config)
     )
-    spread = models.Model(small.config, jax.device_put(small.params, places))
+    return models.Model(small.config, jax.device_put(small.params, places))
+
+
+def test_a_mesh_changes_nothing(small, spread):
+    tokens = oracle.tokens(oracle.CASES["qwen3"], rows=4)
+    segments = np.asarray([[1] * 10 + [2] * 14] * 4)
     kernel = spread.params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     assert oracle.distance(spread.logits(tokens, segments), small.logits(tokens, segments)) < 1e-5
 
 
-def test_activations_follow_the_table(small, mesh8):
+def test_activations_follow_the_table(spread, mesh8):
     tokens = jnp.zeros((4, 8), jnp.int32)
-    run = jax.jit(lambda p: decoder.apply(small.config, p, tokens, compute_dtype="float32").hidden)
+    run = jax.jit(lambda p: decoder.apply(spread.config, p, tokens, compute_dtype="float32").hidden)
     with jax.set_mesh(mesh8):
-        text = run.lower(small.params).as_text()
-        assert run(small.params).sharding.spec[0] == ("data", "fsdp")
-    assert re.search(r"sdy.sharding_constraint.*\"tensor\"", text)
+        program = run.lower(spread.params).as_text()
+    for shape, axes in {
+        "4x8x40": '[{"data", "fsdp"}, {"context"}, {"tensor"}]',
+        "4x8x4x8": '[{"data", "fsdp"}, {"context"}, {"tensor"}, {}]',
+        "4x8x32": '[{"data", "fsdp"}, {"context"}, {}]',
+    }.items():
+        pattern = f"sharding_constraint .*<@mesh, {re.escape(axes)}> : tensor<{shape}xf32>"
+        assert re.search(pattern, program), shape
 
 
 def test_the_structure_is_made_once_per_configuration(small):
