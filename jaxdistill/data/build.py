@@ -1,5 +1,6 @@
 """Builds the tokenised data of a set of sources: stream, check, encode, quarantine, pack, seal."""
 
+import array
 import dataclasses
 import hashlib
 import json
@@ -145,12 +146,12 @@ class _Build:
         self._chat: chat.ChatEncoder | None = None
         self._kind_from = ""
         self._records = self._quarantined = self._truncated = self._tokens = self._counted = 0
-        self._offsets = [0]
+        self._offsets = array.array("q", [0])
         self._arrays = {
-            array: store.ArrayWriter(
-                folder / f"{array}.npy", dtype, (2,) if array == "segments" else ()
+            part: store.ArrayWriter(
+                folder / f"{part}.npy", dtype, (2,) if part == "segments" else ()
             )
-            for array, dtype in store.ARRAYS.items()
+            for part, dtype in store.ARRAYS.items()
         }
         with store.writing(folder):
             self._quarantine: TextIO = (folder / store.QUARANTINE).open("w", encoding="utf-8")
@@ -176,8 +177,8 @@ class _Build:
         self._arrays["documents"].append(offsets)
         self._arrays["segments"].append(segments.astype(np.int64))
         self._arrays["rows"].append(rows.astype(np.int64))
-        for array in self._arrays.values():
-            array.finish()
+        for writer in self._arrays.values():
+            writer.finish()
         with store.writing(self._folder):
             self._quarantine.close()
         return {
@@ -193,8 +194,8 @@ class _Build:
 
     def close(self) -> None:
         """Closes the files, finished or not."""
-        for array in self._arrays.values():
-            array.close()
+        for writer in self._arrays.values():
+            writer.close()
         self._quarantine.close()
 
     def notices(self) -> list[str]:

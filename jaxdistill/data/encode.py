@@ -110,12 +110,7 @@ def fingerprint(tokenizer: Any) -> str:
     # Both are set and unset by mere use of the tokenizer.
     state.pop("truncation", None)
     state.pop("padding", None)
-    names = {
-        "special": tokenizer.special_tokens_map,
-        "end": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
-    text = json.dumps([state, names], sort_keys=True, default=str)
+    text = json.dumps([state, tokenizer.special_tokens_map], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -28,6 +28,7 @@ ENGLISH = [
     "the cat sat on the mat and the dog sat on the log",
     "assistant user system hello there, how are you today?",
     "a model that learns from another model is called a student",
+    "<|x|> <|y|>",
 ] * 4
 
 

@@ -60,6 +60,7 @@ def test_text_never_becomes_a_special_token(name, request):
     tokenizer = request.getfixturevalue(name)
     codec = prepare(tokenizer)
     [ids] = encode_text(codec, [INJECTION])
+    assert isinstance(ids, list)
     unknown = tokenizer.unk_token_id
     assert not {token for token in ids if token != unknown} & set(tokenizer.all_special_ids)
     # The oracle: this is what an unguarded call does.
@@ -74,6 +75,8 @@ def test_guarded_text_is_still_the_same_text(byte_tokenizer, bpe_tokenizer):
     assert len(ids) == len(INJECTION.encode())
     [ids] = encode_text(prepare(bpe_tokenizer), [INJECTION])
     assert bpe_tokenizer.decode(ids) == INJECTION
+    # Its brackets merge as they do in any other text.
+    assert bpe_tokenizer.convert_ids_to_tokens(ids)[2:5:2] == ["Ġ<|", "m"]
 
 
 def test_clean_text_is_tokenised_as_the_tokenizer_does(bpe_tokenizer):

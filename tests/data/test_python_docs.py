@@ -44,8 +44,10 @@ def test_modules_are_parsed_and_never_imported(tmp_path, monkeypatch):
     [document] = python_docs.documents()
     first = python_docs.digest()
     assert first != python_docs.digest("train")
-    (tmp_path / "evil.py").write_text('"""x"""')
+    text = (tmp_path / "evil.py").read_text()
+    (tmp_path / "evil.py").write_text(text.replace("Sings", "Swims"))
     assert first != python_docs.digest()
+    (tmp_path / "evil.py").write_text('"""x"""')
     with pytest.raises(DataError, match="ships without its library's source"):
         list(python_docs.documents())
     assert document.startswith("Opens the canary") and "Sings in the morning" in document

@@ -150,6 +150,11 @@ def test_parquet_rows_are_records(tmp_path):
     [record] = [item for item in source if isinstance(item, Record)]
     assert (record.texts, record.roles) == (("hi", "x"), ("user", "assistant"))
     assert [line for line, _ in rejected(source)] == [2, 3]
+    # A null is a field that is not there.
+    columns = {"messages": [turn, None], "text": [None, "b"]}
+    write(pyarrow.table(columns), path)
+    with pytest.raises(DataError, match="mixed kinds"):
+        list(open_source(path))
     bad = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary()).view(pyarrow.string())
     write(pyarrow.table({"text": bad}), path)
     assert texts(open_source(path)) == ["a", "c"]
