@@ -6,7 +6,10 @@ from jax import Array
 
 
 def filter_logits(
-    logits_BV: Array, temperature: Array, top_k: Array | None, top_p: Array | None
+    logits_BV: Array,
+    temperature: Array | float,
+    top_k: Array | int | None,
+    top_p: Array | float | None,
 ) -> Array:
     """Logits / temperature with every token outside top-k and top-p at -inf.
 
@@ -39,7 +42,8 @@ def filter_logits(
     if top_p is not None:
         probability_BV = jax.nn.softmax(falling_BV, axis=-1)
         before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        kept_BV = (before_BV < top_p).at[:, 0].set(True)
+        # At p = 1 rounding of the running sum must not drop the last token.
+        kept_BV = ((before_BV < top_p) | (top_p >= 1)).at[:, 0].set(True)
         lowest_B1 = jnp.min(jnp.where(kept_BV, falling_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < lowest_B1, -jnp.inf, logits_BV)
     return logits_BV
