@@ -33,10 +33,13 @@ def test_series_sorts_takes_the_last_of_a_step_and_breaks_at_nonfinite():
         {"step": 2, "a/b": None},
         {"step": 3, "a/b": 4},
         {"step": 4},
+        {"step": 5, "a/b": 0},
+        {"step": 6, "a/b": float("inf")},
+        {"step": 7, "a/b": "text"},
     ]
     steps, values = curves.series(records, "a/b")
-    numpy.testing.assert_array_equal(steps, [1, 2, 3])
-    numpy.testing.assert_array_equal(values, [1.0, np.nan, 4.0])
+    numpy.testing.assert_array_equal(steps, [1, 2, 3, 5, 6, 7])
+    numpy.testing.assert_array_equal(values, [1.0, np.nan, 4.0, 0.0, np.nan, np.nan])
 
 
 def test_skipped_steps_from_flags_totals_and_events():

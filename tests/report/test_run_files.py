@@ -58,6 +58,8 @@ def test_a_page_of_samples_stands_in_where_there_is_nothing_else(tmp_path):
     write(tmp_path, "samples/step_000100.md", "# text")
     run = run_files.load(tmp_path)
     assert (run.samples, run.samples_step, run.samples_page) == ([], 100, "# text")
+    write(tmp_path, "samples/step_000100.jsonl", '{"step": 100, "student": "s"}\n')
+    assert run_files.load(tmp_path).samples_page == ""
 
 
 def test_long_texts_are_cut_and_say_so(tmp_path):
