@@ -1,7 +1,7 @@
 """Reads GGUF files: configuration from metadata, weights dequantised row by row, tokenizer."""
 
+import math
 import pathlib
-import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.assemble import assemble
 from jaxdistill.models.config_json import read_config
 from jaxdistill.models.families import TENSORS, expected_tensors
+from jaxdistill.models.gguf_header import read_header
 from jaxdistill.models.gguf_tokenizer import build_tokenizer
 from jaxdistill.models.model import Model
 from jaxdistill.sharding import RULES
@@ -23,7 +24,6 @@ from jaxdistill.sharding import RULES
 # Quantisation types whose dequantisation the tests compare with a second implementation.
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-MAX_ENTRIES = 1_000_000
 
 # Name in a Hugging Face folder -> name in a GGUF file, without ".weight" and ".bias".
 _STEMS: Mapping[str, str] = {
@@ -86,9 +86,7 @@ class _File:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.reader = _open(path)
-        self.metadata = _Metadata(self.reader.fields)
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.metadata, self.tensors = read_header(path)
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
@@ -119,7 +117,7 @@ class _File:
         family = "mistral" if self.architecture == "llama" and window else self.architecture
         raw = {
             "model_type": family,
-            "vocab_size": None if table is None else int(table.shape[1]),
+            "vocab_size": None if table is None else table.shape[0],
             "hidden_size": embed,
             "intermediate_size": self.setting("feed_forward_length"),
             "num_hidden_layers": self.setting("block_count"),
@@ -183,7 +181,7 @@ class _File:
         return {"rope_theta": theta, "rope_scaling": table}
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
-        given = np.asarray(self.tensors[_ROPE_FACTORS].data, np.float64)
+        given = self._rows(_ROPE_FACTORS, slice(None)).reshape(-1).astype(np.float64)
         factor = float(given.max())
         band = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
         plain, _ = rope.frequencies(rope.Rope(theta=theta), head_dim)
@@ -215,16 +213,15 @@ class _File:
                     f"{config.layers} layers, such as {', '.join(names[:5])}"
                 )
         for name, shape in expected.items():
-            tensor = self.tensors[name]
-            if tensor.tensor_type.name not in KINDS:
+            place = self.tensors[name]
+            if place.kind not in KINDS:
                 raise ModelError(
-                    f"{self.path}: {name} is of type {tensor.tensor_type.name}; supported: "
-                    f"{', '.join(KINDS)}; requantise the model, or use its safetensors folder"
+                    f"{self.path}: {name} is of type {place.kind}; supported: {', '.join(KINDS)}; "
+                    "requantise the model, or use its safetensors folder"
                 )
-            found = tuple(int(size) for size in tensor.shape[::-1])
-            if found != shape:
+            if place.shape != shape:
                 raise ModelError(
-                    f"{self.path}: {name} has shape {list(found)}, expected {list(shape)}"
+                    f"{self.path}: {name} has shape {list(place.shape)}, expected {list(shape)}"
                 )
 
     def dtype(self, name: str) -> np.dtype:
@@ -233,16 +230,24 @@ class _File:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The slice `index` of the tensor with this Hugging Face name, in that layout."""
-        from gguf import quants
-
-        tensor = self.tensors[_gguf_name(name)]
-        rows = np.arange(int(tensor.shape[-1]))[index[0]]
-        stem = _gguf_name(name).split(".")[-2]
+        name = _gguf_name(name)
+        size = self.tensors[name].shape[0]
+        rows = np.arange(size)[index[0]]
+        stem = name.split(".")[-2]
         if self.architecture == "llama" and stem in self.heads:
-            rows = _interleaved(rows, int(tensor.shape[-1]) // self.heads[stem])
-        if len(index) == 1:  # vectors are one row of a whole number of blocks
-            return quants.dequantize(tensor.data, tensor.tensor_type).reshape(-1)[rows]
-        return quants.dequantize(tensor.data[rows], tensor.tensor_type)[:, index[1]]
+            rows = _interleaved(rows, size // self.heads[stem])
+        if len(index) == 1:  # a vector is one row in the file
+            return self._rows(name, slice(None)).reshape(-1)[rows]
+        return self._rows(name, rows)[:, index[1]]
+
+    def _rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows of a tensor as the file has them, dequantised to float32."""
+        from gguf import GGMLQuantizationType, quants
+
+        place = self.tensors[name]
+        count = math.prod(place.shape[:-1])
+        packed = np.memmap(self.path, np.uint8, "r", place.start, (count, place.row_bytes))
+        return quants.dequantize(packed[rows], GGMLQuantizationType[place.kind])
 
 
 def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -269,43 +274,3 @@ def _gguf_name(name: str) -> str:
     layer = next((part for part in parts if part.isdigit()), "")
     pattern = ".".join("{}" if part.isdigit() else part for part in parts)
     return _PATTERNS[pattern].format(layer)
-
-
-class _Metadata(dict):
-    """Metadata values by key, turned into Python values when first asked for."""
-
-    def __init__(self, fields):
-        super().__init__()
-        self._fields = fields
-
-    def __missing__(self, key: str) -> Any:
-        self[key] = self._fields[key].contents()
-        return self[key]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self or key in self._fields else default
-
-
-def _open(path: pathlib.Path):
-    """The gguf package's reader, after the counts in the header are known to be sane."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"{path}: reading GGUF needs the package gguf: pip install 'jaxdistill[quickstart]'"
-        ) from error
-    with path.open("rb") as stream:
-        start = stream.read(24)
-    magic, version, tensors, entries = struct.unpack("<4sIQQ", start.ljust(24, b"\0"))
-    if magic != b"GGUF" or version not in (2, 3) or max(tensors, entries) > MAX_ENTRIES:
-        raise ModelError(
-            f"{path}: is no GGUF file of version 2 or 3 (starts with {start[:4]!r}, version "
-            f"{version}, {tensors} tensors, {entries} entries); download it again"
-        )
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises what numpy raises on lying lengths
-        raise ModelError(
-            f"{path}: cannot be read as GGUF ({type(error).__name__}: {str(error)[:200]}); it "
-            "is damaged or cut short: download it again"
-        ) from error
