@@ -116,21 +116,19 @@ def series(records: Sequence[Mapping], metric: str) -> tuple[np.ndarray, np.ndar
 
 
 def skipped_steps(run: RunFiles) -> tuple[int, ...]:
-    """The steps whose update was skipped, from the events and from guard/skipped.
+    """The steps whose update was skipped: from the events, or where the total guard/skipped grows.
 
-    guard/skipped may be the step's own flag or a running total: a series that never falls is read
-    as a total, which marks the steps where it grows.
+    Events name each step; the total is recorded at some steps only, so it stands in where there
+    are no events.
     """
-    marks = {
+    named = {
         event["step"]
         for event in run.events
         if "skip" in str(event.get("kind")) and isinstance(event.get("step"), int)
     }
-    steps, values = series(run.records, "guard/skipped")
-    values = np.nan_to_num(values)
-    growth = np.diff(values, prepend=0.0)
-    hit = growth > 0 if (growth >= 0).all() else values > 0
-    return tuple(sorted(marks | {int(step) for step in steps[hit]}))
+    steps, totals = series(run.records, "guard/skipped")
+    grown = np.diff(np.nan_to_num(totals), prepend=0.0) > 0
+    return tuple(sorted(named or {int(step) for step in steps[grown]}))
 
 
 def panels(runs: Sequence[RunFiles]) -> list[Panel]:
@@ -296,24 +294,26 @@ def _throughput(run: RunFiles) -> Panel:
 
 def _time_shares(run: RunFiles) -> Panel:
     """Where the time of a step goes; what is in no share is the student's own work."""
-    shares = {}
-    for name in ("teacher", "data", "checkpoint"):
-        at, values = series(run.records, f"perf/{name}_share")
-        if len(at):
-            shares[name] = (at, np.clip(np.nan_to_num(values), 0, 1))
-    if not shares:
-        return Panel("Where the time goes", ())
-    steps = np.unique(np.concatenate([at for at, _ in shares.values()]))
+    title, kinds = "Where the time goes", {"data": "orange", "checkpoint": "teal"}
+    kinds["teacher"] = "purple"
+    recorded = {name: series(run.records, f"perf/{name}_share") for name in kinds}
+    recorded = {name: points for name, points in recorded.items() if len(points[0])}
+    if not recorded:
+        return Panel(title, ())
+    steps = np.unique(np.concatenate([at for at, _ in recorded.values()]))
     lines, rest = [], np.ones(len(steps))
-    for name, colour in (("teacher", "purple"), ("data", "orange"), ("checkpoint", "teal")):
-        if name in shares:
-            values = np.interp(steps, *shares[name])
-            rest = rest - values
-            lines.append(Line(name, steps, values, colour, percent=True, digest="mean"))
-    rest = np.maximum(rest, 0)
+    for name, (at, values) in recorded.items():
+        # What the host waited for is measured, the teacher's share is not: it takes what is left.
+        share = np.clip(np.interp(steps, at, np.nan_to_num(values)), 0, rest)
+        rest = rest - share
+        lines.append(Line(name, steps, share, kinds[name], percent=True, digest="mean"))
     other = Line("student and the rest", steps, rest, "blue", percent=True, digest="mean")
-    chart = Chart((other, *lines), "share of the time of a step", stacked=True, percent=True)
-    return Panel("Where the time goes", (chart,), "Numbers in the legend: mean over the run.")
+    lines = [other, *reversed(lines)]
+    chart = Chart(tuple(lines), "share of the time of a step", stacked=True, percent=True)
+    note = "Numbers in the legend: mean over the run."
+    if "teacher" in recorded:
+        note += " Teacher: estimated by its share of the arithmetic."
+    return Panel(title, (chart,), note)
 
 
 def _colour(index: int) -> str:

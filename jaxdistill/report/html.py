@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib.resources
+import math
 import os
 import pathlib
 import typing
@@ -211,20 +212,26 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
-    """The time of all attempts, or the time from the first record to the last."""
-    attempts = [a for a in run.info.get("attempts") or [] if isinstance(a, dict)]
-    spans = [
-        end - start
-        for a in attempts
-        for start, end in [(a.get("started", a.get("start")), a.get("ended", a.get("end")))]
-        if wording.is_number(start) and wording.is_number(end)
-    ]
-    if spans and len(spans) == len(attempts):
-        return sum(spans), f"{len(spans)} attempts" if len(spans) > 1 else ""
-    times = [r["time"] for r in run.records if wording.is_number(r.get("time"))]
+    """The time of all attempts; one that was killed, or goes on, counts to its last record."""
+    times = sorted(r["time"] for r in run.records if wording.is_number(r.get("time")))
+    attempts = [a for a in _list(run.info.get("attempts")) if isinstance(a, dict)]
+    starts = [a.get("started") for a in attempts]
+    if attempts and all(map(wording.is_number, starts)):
+        total = 0.0
+        for attempt, start, after in zip(attempts, starts, [*starts[1:], math.inf], strict=True):
+            recorded = [time for time in times if start <= time <= after]
+            end = attempt.get("ended")
+            total += max(
+                (end if wording.is_number(end) else max(recorded, default=start)) - start, 0
+            )
+        return total, f"{len(attempts)} attempts" if len(attempts) > 1 else ""
     if len(times) > 1:
-        return max(times) - min(times), "first record to last"
+        return times[-1] - times[0], "first record to last"
     return None, ""
+
+
+def _list(value: typing.Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _phrase(value: typing.Any) -> str:
@@ -305,8 +312,8 @@ def _troubles(run: RunFiles) -> list[str]:
     nonfinite = sum(1 for record in run.records if record.get("nonfinite"))
     if nonfinite:
         words.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")
-    attempts = run.info.get("attempts")
-    if isinstance(attempts, list) and len(attempts) > 1:
+    attempts = _list(run.info.get("attempts"))
+    if len(attempts) > 1:
         words.append(f"The run was resumed {len(attempts) - 1} time(s).")
     reason = run.info.get("exit_reason")
     if reason and _status(run) not in ("done", "running"):

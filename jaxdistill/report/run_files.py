@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import typing
 
 from jaxdistill.errors import DataError
@@ -199,7 +200,11 @@ def _count_lines(path: pathlib.Path) -> int | None:
 def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:
     command = _text(folder / "command.txt") or info.get("command") or ""
     if isinstance(command, list):
-        command = " ".join(str(word) for word in command)
+        words = [str(word) for word in command]
+        # Where the program was installed is of no use to another reader.
+        names = [pathlib.PurePath(word).name for word in words[:1]]
+        names = ["jaxdistill" if name == "__main__.py" else name for name in names]
+        command = shlex.join([*names, *words[1:]])
     texts = {
         "Command": str(command),
         "Overrides": _text(folder / "overrides.txt"),

@@ -42,15 +42,13 @@ def test_series_sorts_takes_the_last_of_a_step_and_breaks_at_nonfinite():
     numpy.testing.assert_array_equal(values, [1.0, np.nan, 4.0, 0.0, np.nan, np.nan])
 
 
-def test_skipped_steps_from_flags_totals_and_events():
-    def flags(*values):
-        return [{"step": i, "guard/skipped": v} for i, v in enumerate(values, start=1)]
-
-    assert curves.skipped_steps(run(flags(0, 1, 1, 0))) == (2, 3)
-    assert curves.skipped_steps(run(flags(0, 1, 1, 3))) == (2, 4)
-    assert curves.skipped_steps(run(flags(0, 0))) == ()
-    events = [{"kind": "skip", "step": 7}, {"kind": "checkpoint", "step": 8}]
-    assert curves.skipped_steps(run(flags(0, 1, 0), events=events)) == (2, 7)
+def test_skipped_steps_from_events_or_else_from_the_total():
+    totals = [{"step": i, "guard/skipped": v} for i, v in ((10, 0), (20, 1), (30, 1), (40, 3))]
+    assert curves.skipped_steps(run(totals)) == (20, 40)
+    assert curves.skipped_steps(run(totals[:1])) == ()
+    events = [{"kind": "skipped", "step": s} for s in (17, 33, 35, 33)]
+    events += [{"kind": "save", "step": 8}, {"kind": "skipped"}]
+    assert curves.skipped_steps(run(totals, events=events)) == (17, 33, 35)
 
 
 def test_losses_and_their_held_out_companions():
@@ -109,6 +107,16 @@ def test_time_shares_add_up_to_one():
     numpy.testing.assert_allclose(sum(line.values for line in chart.lines), 1.0)
     assert chart.lines[0].label == "student and the rest"
     assert chart.lines[0].number == "43.3%"  # (0.5 + 0.5 + 0.3) / 3
+
+
+def test_an_estimate_of_the_teacher_takes_no_more_than_is_left():
+    records = [{"step": 1, "perf/teacher_share": 0.9, "perf/data_share": 0.4}]
+    lines = panel([run(records)], "Where the time goes").charts[0].lines
+    assert [(line.label, line.number) for line in lines] == [
+        ("student and the rest", "0.0%"),
+        ("teacher", "60.0%"),
+        ("data", "40.0%"),
+    ]
 
 
 def test_what_was_not_recorded_gives_no_picture():

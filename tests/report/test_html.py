@@ -260,6 +260,17 @@ def test_a_run_that_is_going_on_says_what_is_missing(run_dir):
     assert "No comparison with the teacher and the student before" in text
 
 
+def test_the_time_of_an_attempt_that_was_killed_ends_with_its_last_record(run_dir):
+    began = 1_780_000_000.0  # records follow every 2 seconds, the last 200 seconds later
+    attempts = [{"started": began}, {"started": began + 100.5, "ended": began + 160.5}]
+    put(run_dir, "RUN.json", {"attempts": attempts})
+    assert "Time 2m40s 2 attempts" in page_of(run_dir).text  # 100 s and 60 s
+    put(run_dir, "RUN.json", {"attempts": attempts[:1]})
+    assert "Time 3m20s Training" in page_of(run_dir).text.replace("Result", "Training")
+    put(run_dir, "RUN.json", {})
+    assert "Time 3m18s first record to last" in page_of(run_dir).text
+
+
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     put(tmp_path, "RUN.json", {"status": "new"})
     text = page_of(tmp_path).text

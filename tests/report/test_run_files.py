@@ -75,14 +75,18 @@ def test_long_texts_are_cut_and_say_so(tmp_path):
 
 
 def test_quarantine_fingerprints_and_command(tmp_path):
-    write(tmp_path, "RUN.json", {"command": ["jaxdistill", "train", "a.yaml"]})
+    write(tmp_path, "RUN.json", {"command": ["/usr/bin/jaxdistill", "train", "a b.yaml"]})
     assert run_files.load(tmp_path).quarantined is None
     write(tmp_path, "quarantine/bad.jsonl", "{}\n{}\n\n")
     write(tmp_path, "fingerprints.json", {"data": "a", "weights": {"teacher": "b"}})
     run = run_files.load(tmp_path)
     assert run.quarantined == 2
     assert run.fingerprints == {"data": "a", "weights.teacher": "b"}
-    assert run.texts["Command"] == "jaxdistill train a.yaml"
+    assert run.texts["Command"] == "jaxdistill train 'a b.yaml'"
+    write(tmp_path, "RUN.json", {"command": ["/src/jaxdistill/__main__.py", "ls"]})
+    assert run_files.load(tmp_path).texts["Command"] == "jaxdistill ls"
+    write(tmp_path, "RUN.json", {"command": []})
+    assert "Command" not in run_files.load(tmp_path).texts
 
 
 @pytest.mark.parametrize(
