@@ -215,15 +215,14 @@ def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
     """The time of all attempts; one that was killed, or goes on, counts to its last record."""
     times = sorted(r["time"] for r in run.records if wording.is_number(r.get("time")))
     attempts = [a for a in _list(run.info.get("attempts")) if isinstance(a, dict)]
-    starts = [a.get("started") for a in attempts]
-    if attempts and all(map(wording.is_number, starts)):
+    starts = [start for a in attempts if wording.is_number(start := a.get("started"))]
+    if attempts and len(starts) == len(attempts):
         total = 0.0
         for attempt, start, after in zip(attempts, starts, [*starts[1:], math.inf], strict=True):
-            recorded = [time for time in times if start <= time <= after]
             end = attempt.get("ended")
-            total += max(
-                (end if wording.is_number(end) else max(recorded, default=start)) - start, 0
-            )
+            if not wording.is_number(end):
+                end = max((time for time in times if start <= time <= after), default=start)
+            total += max(end - start, 0)
         return total, f"{len(attempts)} attempts" if len(attempts) > 1 else ""
     if len(times) > 1:
         return times[-1] - times[0], "first record to last"
