@@ -46,16 +46,16 @@ def knob(name: str, value: float | optax.Schedule) -> optax.GradientTransformati
     def at(step: Array) -> Any:
         return value(step) if callable(value) else value
 
-    def state(step: Array) -> NamedKnobState:
+    def before(step: Array) -> NamedKnobState:
         return NamedKnobState({name: KnobState(step, jnp.asarray(at(step), jnp.float32))})
 
     def init(params: Any) -> NamedKnobState:
-        return state(jnp.int32(0))
+        return before(jnp.int32(0))
 
     def update(
-        updates: Any, old: NamedKnobState, params: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, NamedKnobState]:
-        return updates, state(optax.safe_increment(old.knobs[name].step))
+        return updates, before(jnp.asarray(optax.safe_increment(state.knobs[name].step)))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

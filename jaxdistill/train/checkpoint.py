@@ -7,6 +7,7 @@ loads a flipped bit in an array's file as another number.
 """
 
 import concurrent.futures
+import contextlib
 import logging
 import math
 import os
@@ -75,24 +76,16 @@ class Checkpoints:
         self._metric, self._mode = best_metric, mode
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._orbax: ocp.training.Checkpointer | None = None
-        self._orbax = self._open()
+        self._orbax: ocp.training.Checkpointer | None = self._open()
 
     def _open(self) -> ocp.training.Checkpointer | None:
-        policies = ocp.training.preservation_policies
-        if self._keep_latest is None:
-            if not self.directory.is_dir():
-                return None
-            keep = policies.PreserveAll()
-        else:
-            best = policies.BestN(
-                get_metric_fn=_rank, n=self._keep_best, keep_checkpoints_without_metrics=False
-            )
-            keep = policies.AnyPreservationPolicy([policies.LatestN(self._keep_latest), best])
+        if self._keep_latest is None and not self.directory.is_dir():
+            return None
+        every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         make = lambda: ocp.training.Checkpointer(  # noqa: E731
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=keep,
+            str(self.directory),
+            save_decision_policy=every,
+            preservation_policy=_preservation(self._keep_latest, self._keep_best),
             cleanup_tmp_directories=self._keep_latest is not None,
         )
         try:
@@ -172,8 +165,7 @@ class Checkpoints:
         needed = sum(array.nbytes for array in arrays.values())
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            need = f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
-            raise self._failure(step, need)
+            raise self._failure(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
         try:
             response = self._orbax.save_checkpointables_async(
                 step, {_STATE: arrays}, metrics=ranked, custom_metadata=dict(meta)
@@ -185,11 +177,11 @@ class Checkpoints:
         self._pending = step, self._thread.submit(_finish, response, folder)
         return time.perf_counter() - began
 
-    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, float | None] | None:
+    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, Any] | None:
         """The metrics with their rank beside them, so that a reader needs no configuration."""
         if metrics is None:
             return None
-        ranked: dict[str, float | None] = {name: float(value) for name, value in metrics.items()}
+        ranked: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
         if self._metric is not None:
             if self._metric not in metrics:
                 raise ConfigError(
@@ -290,9 +282,7 @@ class Checkpoints:
           dtype: what the arrays become; None keeps the dtype they were saved in.
 
         Raises:
-          ModelError: if names or shapes differ; the message lists the first ten.
-          CorruptCheckpointError: if its files are damaged.
-          ConfigError: if there is no such step.
+          As `restore`, but dtypes may differ.
         """
         prefix = "/".join(path) + "/"
         stored, _ = self._contents(step)
@@ -323,10 +313,8 @@ class Checkpoints:
     def _let_go(self) -> None:
         orbax, self._orbax = self._orbax, None
         if orbax is not None:
-            try:
+            with contextlib.suppress(OSError, ValueError):  # a save that failed, told once more
                 orbax.close()
-            except (OSError, ValueError):
-                pass  # a save that failed, told once more
 
     def _contents(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint says it holds, once its files are known to be sound."""
@@ -336,12 +324,11 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         checksums.verify(self.directory / str(step))
         found = self._read(step, lambda: orbax.checkpointables_metadata(step))
-        stored = found.metadata.get(_STATE)
-        if stored is None or found.custom_metadata is None:
-            raise CorruptCheckpointError(
-                f"{self.directory / str(step)}: damaged: its list of arrays cannot be read"
-            )
-        return dict(stored), dict(found.custom_metadata)
+        stored, meta = found.metadata.get(_STATE), found.custom_metadata
+        if stored is None or meta is None:
+            folder = self.directory / str(step)
+            raise CorruptCheckpointError(f"{folder}: damaged: its list of arrays cannot be read")
+        return dict(stored), dict(meta)
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool = False) -> dict[str, Array]:
         orbax = self._orbax
@@ -371,14 +358,23 @@ class Checkpoints:
     def _put_aside_damaged(self) -> int:
         """Puts every checkpoint aside whose files are not as they were written; how many."""
         damaged = 0
-        for folder in list(self.directory.iterdir()):
-            if folder.name.isdecimal():
-                try:
-                    checksums.verify(folder)
-                except CorruptCheckpointError:
-                    self._put_aside(int(folder.name))
-                    damaged += 1
+        for folder in [one for one in self.directory.iterdir() if one.name.isdecimal()]:
+            try:
+                checksums.verify(folder)
+            except CorruptCheckpointError:
+                self._put_aside(int(folder.name))
+                damaged += 1
         return damaged
+
+
+def _preservation(keep_latest: int | None, keep_best: int) -> Any:
+    """What stays after a save: the newest and the best; a reader removes nothing."""
+    policies = ocp.training.preservation_policies
+    if keep_latest is None:
+        return policies.PreserveAll()
+    # Orbax by itself would rank a NaN above all, and keep what has no metrics for ever.
+    best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
+    return policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best])
 
 
 def _finish(response: Any, folder: pathlib.Path) -> None:

@@ -117,6 +117,14 @@ def test_moments_of_bfloat16_parameters_are_float32_and_do_not_stand_still():
     assert {leaf.dtype for leaf in jax.tree.leaves(applied)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_decay_of_bfloat16_parameters_is_reckoned_in_float32():
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.bfloat16)}
+    tx = optim.optimizer(0.1, weight_decay=0.3)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    wanted = -0.1 * 0.3 * np.asarray(params["kernel"], np.float32)
+    np.testing.assert_allclose(updates["kernel"], wanted, rtol=1e-6)
+
+
 def test_moments_can_be_told_from_counters():
     # Training lays every moment out like its parameter, which needs this.
     params = _params()

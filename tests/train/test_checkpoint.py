@@ -277,7 +277,7 @@ def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypat
     with Checkpoints(tmp_path, keep_latest=1) as checkpoints:
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(StorageError, match="0.00105 GB are needed, 1e-06 GB are free"):
+        with pytest.raises(StorageError, match="needs 0.00105 GB, 1e-06 GB are free"):
             checkpoints.save(1, _big(), {})
     assert not os.listdir(tmp_path)
 
