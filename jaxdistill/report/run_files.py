@@ -31,7 +31,7 @@ class RunFiles:
     """One run as its files tell it.
 
     Attributes:
-      name: the name of the folder.
+      name: the name the run was given, or that of its folder.
       info: RUN.json, or {}.
       records: the records of metrics.jsonl.
       events: the lines of events.jsonl.
@@ -88,7 +88,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
     samples, samples_step, samples_page = _samples(folder, missing)
     _name_missing(folder, records, rows, missing)
     return RunFiles(
-        name=folder.resolve().name,
+        name=str(info.get("name") or folder.resolve().name),
         info=info,
         records=[r for r in records if isinstance(r.get("step"), int)],
         events=_lines(folder / "events.jsonl", missing),

@@ -112,9 +112,10 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
       rows: the rows of table.json.
 
     Returns:
-      One to three sentences; what is missing is named instead of assumed.
+      One to four sentences; what is missing is named instead of assumed.
     """
     perplexity = {row["name"]: _cell(row, "perplexity") for row in ordered(rows)}
+    distance = {row["name"]: _cell(row, "kl_t1") for row in ordered(rows)}
     needed = ("teacher", "student before", "student after")
     absent = [name for name in needed if perplexity.get(name) is None]
     if absent:
@@ -127,7 +128,8 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     teacher, before, after = (finite[name] for name in needed)
     sentences = [_gap_sentence(teacher, before, after)]
     sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
-    return " ".join(sentences)
+    sentences.append(_distance_sentence(distance["student before"], distance["student after"]))
+    return " ".join(filter(None, sentences))
 
 
 def _gap_sentence(teacher: float, before: float, after: float) -> str:
@@ -185,6 +187,14 @@ def _control_sentence(
         verb = "recovered" if share >= 0 else "lost"
         text += f", which {verb} {_share(abs(share))} of the gap"
     return text + "."
+
+
+def _distance_sentence(before: int | float | None, after: int | float | None) -> str:
+    """Whether the student came nearer to the teacher, which perplexity alone does not tell."""
+    if not (wording.is_number(before) and wording.is_number(after)):
+        return ""
+    verb = "fell" if after < before else "rose" if after > before else "stayed the same,"
+    return f"Its KL to the teacher {verb} from {wording.number(before)} to {wording.number(after)}."
 
 
 def _share(share: float) -> str:

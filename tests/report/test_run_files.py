@@ -111,3 +111,10 @@ def test_redaction_takes_time_in_proportion_to_the_text():
     """A search that backtracks over the whole text for every place in it would need minutes."""
     for text in ("x" * 200_000, "secret" * 30_000, "--" * 100_000, "secret" + " " * 200_000):
         assert run_files.redact(text) == text
+
+
+def test_a_run_is_called_by_its_name_or_its_folder(tmp_path):
+    write(tmp_path, "RUN.json", {})
+    assert run_files.load(tmp_path).name == tmp_path.name
+    write(tmp_path, "RUN.json", {"name": "given"})
+    assert run_files.load(tmp_path).name == "given"

@@ -149,3 +149,14 @@ def test_almost_all_is_not_called_all_nor_almost_nothing_nothing():
     assert "recovered 100.0% of" in recovered(rows(after=20.0))
     assert "recovered less than 0.1% of" in recovered(rows(after=59.999))
     assert "recovered 0.0% of" in recovered(rows(after=60.0))
+
+
+def test_a_student_that_left_the_teacher_behind_is_told_by_its_distance():
+    near = [{**row, "kl_t1": 0.5} for row in rows()]
+    assert recovered(near).endswith("Its KL to the teacher stayed the same, from 0.500 to 0.500.")
+    near[1]["kl_t1"] = 1.5
+    assert recovered(near).endswith("Its KL to the teacher fell from 1.500 to 0.500.")
+    near[1]["kl_t1"] = 0.25
+    assert recovered(near).endswith("Its KL to the teacher rose from 0.250 to 0.500.")
+    near[1]["kl_t1"] = math.nan
+    assert "KL" not in recovered(near)
