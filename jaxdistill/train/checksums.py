@@ -12,7 +12,7 @@ _BLOCK = 1 << 20
 
 
 def write(folder: pathlib.Path) -> None:
-    """Writes [bytes, CRC-32] of every file below a folder to its digests.json, whole or not."""
+    """Writes the CRC-32 of every file below a folder to its digests.json, whole or not at all."""
     temporary = folder / (NAME + ".tmp")
     with open(temporary, "w") as file:
         json.dump(_digests(folder), file, indent=0)
@@ -45,13 +45,13 @@ def verify(folder: pathlib.Path) -> bool:
     return True
 
 
-def _digests(folder: pathlib.Path) -> dict[str, list[int]]:
+def _digests(folder: pathlib.Path) -> dict[str, int]:
     digests = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in (NAME, NAME + ".tmp"):
-            size = crc = 0
+            crc = 0
             with open(path, "rb") as file:
                 while block := file.read(_BLOCK):
-                    size, crc = size + len(block), zlib.crc32(block, crc)
-            digests[path.relative_to(folder).as_posix()] = [size, crc]
+                    crc = zlib.crc32(block, crc)
+            digests[path.relative_to(folder).as_posix()] = crc
     return digests
