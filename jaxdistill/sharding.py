@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill.errors import ConfigError
 
@@ -14,6 +14,7 @@ AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
+AnyMesh = Mesh | AbstractMesh  # real devices, or the mesh in context while a function is traced
 
 # Parameters name the first block, activations the second. Two dims of one array never land on the
 # same mesh axis, because no array has two of "embed", or two of "heads, kv_heads, mlp, vocab".
@@ -78,7 +79,7 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
 def spec(
     logical: Sequence[str | None],
     shape: Sequence[int] | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
 ) -> PartitionSpec:
     """The PartitionSpec of one array; with shape and mesh, dims that do not divide stay whole."""
@@ -126,7 +127,7 @@ def constrain(
     return jax.lax.with_sharding_constraint(array, spec(logical, array.shape, mesh, rules))
 
 
-def current_mesh() -> Any:
+def current_mesh() -> AnyMesh | None:
     """The mesh in context if it is one of ours with more than one device, else None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.size == 1:

@@ -15,6 +15,8 @@ from jaxdistill.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         code = arguments.run(arguments) or 0

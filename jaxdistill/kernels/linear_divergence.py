@@ -17,20 +17,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxdistill.kernels import rows
-from jaxdistill.sharding import BATCH_AXES
+from jaxdistill.sharding import BATCH_AXES, AnyMesh
 from jaxdistill.types import Mean
 
 # float32 logits of one chunk: small enough for a CPU's last-level cache, large enough that a GPU or
 # TPU reads the heads from memory few times (at V = 128,256 that is 2,048 tokens).
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**30
-
-
-AnyMesh = Mesh | AbstractMesh
 
 
 class _Operands(NamedTuple):

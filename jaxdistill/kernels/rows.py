@@ -51,8 +51,8 @@ def _log(x: Parameter) -> Parameter:
 
 
 def _times(probability: Array, factor: Array) -> Array:
-    """probability * factor with 0 * anything = 0, also 0 * inf and 0 * NaN."""
-    return jnp.where(probability > 0, probability * factor, 0.0)
+    """probability * factor with 0 * anything = 0, also 0 * inf; a NaN probability stays NaN."""
+    return jnp.where(probability == 0, 0.0, probability * factor)
 
 
 def _weighted(weight: Parameter, array: Array) -> Array:
