@@ -66,5 +66,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks $(ARGS)
+# Measured against PyTorch in the same run, so it needs torch.
+bench:
+	@$(MAKE) --no-print-directory environment TORCH=1
+	$(BIN)/python -m benchmarks.train_step $(ARGS)
