@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from jaxdistill.data import chat, encode, packing, store
-from jaxdistill.data.records import Record, Rejected
+from jaxdistill.data.records import Record, Rejected, printable
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
 
@@ -24,7 +24,7 @@ LONG_DOCUMENTS = ("auto", "split", "truncate", "reject")
 # Part of every fingerprint: raise it when the same input would give other tokens, masks or rows.
 _VERSION = 1
 _BATCH_RECORDS = 512
-_BATCH_CHARACTERS = 2_000_000
+_BATCH_CHARACTERS = 1_000_000
 _SHOWN_REASONS = 3
 
 Encoder = Callable[[Sequence[Record]], list[encode.Document | str]]
@@ -270,6 +270,8 @@ class _Build:
         return None
 
     def _reject(self, source: int, line: int, reason: str) -> None:
+        # Reasons quote the data, which must not steer the terminal that shows them.
+        reason = printable(reason).replace("\n", "\\n")
         if self._fail_fast:
             raise DataError(
                 f"{self._sources[source].name}:{line}: {reason} (data.on_bad_record is 'fail': "

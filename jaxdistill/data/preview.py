@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.records import printable
 
 # Around what counts in the loss.
 OPEN, CLOSE = "⟦", "⟧"
@@ -37,13 +38,3 @@ def render_row(dataset: Dataset, index: int, tokenizer: Any) -> str:
         head = f"[row {index}, segment {number}: {len(place)} tokens, {sum(counted)} count]"
         blocks.append(f"{head}\n{shown}")
     return "\n".join(blocks)
-
-
-def printable(text: str) -> str:
-    r"""The text with every control character but the line end written as an escape, `\x1b`."""
-    return "".join(
-        character
-        if character == "\n" or character.isprintable()
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )

@@ -51,6 +51,21 @@ class Rejected:
     reason: str
 
 
+def printable(text: str) -> str:
+    r"""The text with every control character but the line end written as an escape, `\x1b`."""
+    return "".join(
+        character
+        if character == "\n" or character.isprintable()
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def names_of(value: Mapping[str, Any]) -> str:
+    """The first few field names of an object, for a message."""
+    return ", ".join(f"`{name[:40]}`" for name in list(value)[:8]) or "no fields"
+
+
 class _Unusable(Exception):
     """Carries the reason from the rule that failed to `parse`."""
 
@@ -76,8 +91,7 @@ def parse(value: Any, kind: str, line: int) -> Record | Rejected:
             raise _Unusable(f"not an object: got {type(value).__name__}")
         for field in KINDS[kind]:
             if field not in value:
-                found = ", ".join(f"`{name}`" for name in list(value)[:8]) or "no fields"
-                raise _Unusable(f"missing field `{field}`: found {found}")
+                raise _Unusable(f"missing field `{field}`: found {names_of(value)}")
         if kind == "messages":
             return _messages(value, line)
         texts = tuple(_text(value[field], f"field `{field}`") for field in KINDS[kind])

@@ -14,6 +14,7 @@ from jaxdistill.data.records import (
     Record,
     Rejected,
     kinds_of,
+    names_of,
     parse,
     text_problem,
 )
@@ -28,7 +29,7 @@ PARQUET_ENDINGS = (".parquet",)
 PYTHON_DOCS = "python:docs"
 
 # A long text is tokenised in pieces of about this size, so that memory does not grow with the file.
-PIECE_BYTES = 1_000_000
+PIECE_BYTES = 250_000
 _BOM = b"\xef\xbb\xbf"
 _NOT_UTF8 = object()
 
@@ -156,9 +157,8 @@ def _typed(objects: Iterable[tuple[int, Any] | Rejected], format: str, name: str
 def _no_kind(value: Any, line: int) -> Rejected:
     if not isinstance(value, dict):
         return Rejected(line, f"not an object: got {type(value).__name__}")
-    found = ", ".join(f"`{name}`" for name in list(value)[:8]) or "no fields"
     need = "`text`, `messages`, or `prompt` and `completion`"
-    return Rejected(line, f"missing field: expected {need}; found {found}")
+    return Rejected(line, f"missing field: expected {need}; found {names_of(value)}")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:

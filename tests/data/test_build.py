@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import random
@@ -125,6 +126,14 @@ def test_too_many_bad_records_are_an_error_with_reasons(build, jsonl, tmp_path):
         assert build(path, max_bad_fraction=0.04).used == 96
 
 
+def test_reasons_cannot_steer_the_terminal(build, jsonl, tmp_path):
+    path = jsonl([{"\x1b[2J\ud800\n" + "x" * 99: 1}])
+    with pytest.raises(DataError) as caught:
+        build(path, quarantine_path=tmp_path / "bad.jsonl")
+    assert str(caught.value).isprintable() and "`\\x1b[2J\\ud800\\nxxx" in str(caught.value)
+    assert "x" * 60 not in str(caught.value)
+
+
 def test_fail_stops_at_the_first_bad_record(build, jsonl):
     path = jsonl([{"text": "a"}] * 9 + [b"{"])
     with pytest.raises(DataError, match=r"data.jsonl:10: bad JSON.*on_bad_record is 'fail'"):
@@ -149,6 +158,9 @@ def test_nothing_to_learn_from(build, jsonl, tmp_path):
     long = talk(("user", "x" * 100), ("assistant", "y"))
     with pytest.raises(DataError, match=r"within the first 64 tokens \(seq_len\)"):
         build(jsonl([long]), loss_on="assistant", max_bad_fraction=1.0, seq_len=64)
+    with pytest.raises(DataError, match="none of the 2 records"):
+        build(jsonl([b"{", b"["]), quarantine_path=tmp_path / "quarantine" / "bad.jsonl")
+    assert len((tmp_path / "quarantine" / "bad.jsonl").read_text().splitlines()) == 2
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -206,14 +218,17 @@ def fingerprints(jsonl, tmp_path, byte_tokenizer):
     return of
 
 
-def test_the_fingerprint_sees_every_byte_and_setting(fingerprints, bpe_tokenizer):
+def test_the_fingerprint_sees_every_byte_and_setting(fingerprints, byte_tokenizer, bpe_tokenizer):
     base = fingerprints()
+    retold = copy.deepcopy(byte_tokenizer)
+    retold.chat_template += "."
     assert base == fingerprints()
     others = [
         fingerprints(b'{"text": "abd"}\n{"text": "d"}\n'),
         fingerprints(b'{"text": "abc"}\n{"text": "d"} \n'),
         fingerprints(b'{"text": "d"}\n{"text": "abc"}\n'),
         fingerprints(tokenizer=bpe_tokenizer),
+        fingerprints(tokenizer=retold),
         fingerprints(seq_len=17),
         fingerprints(packing="none"),
         fingerprints(long_documents="truncate"),

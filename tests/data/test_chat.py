@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+from tokenizers import processors
 
 from jaxdistill.data.chat import ChatEncoder, template_of
 from jaxdistill.data.encode import prepare
@@ -84,6 +85,22 @@ def test_the_mask_is_that_of_transformers_where_the_template_marks(name, request
     assert document.loss.tolist() == [bool(bit) for bit in expected["assistant_masks"]]
     # Both ways to find the assistant agree.
     assert document.loss.tolist() == encode(tokenizer, record).loss.tolist()
+
+
+def test_spaces_count_though_a_tokenizer_leaves_them_out_of_a_tokens_place(bpe_tokenizer):
+    trimming = copy.deepcopy(bpe_tokenizer)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spaced = bpe_tokenizer.chat_template.replace("assistant\n", "assistant: ").replace(
+        "{{ message.role }}\n", "{{ message.role }}: "
+    )
+    record = talk(("user", " a  b "), ("assistant", " c  d  "), ("user", "  "))
+    for template in (spaced, GENERATION):
+        plain = encode(bpe_tokenizer, record, template=template)
+        trimmed = encode(trimming, record, template=template)
+        assert trimmed.loss.tolist() == plain.loss.tolist()
+        assert counted(trimming, trimmed) == [" c  d  <|im_end|>"]
+    offsets = trimming(" a  b", return_offsets_mapping=True)["offset_mapping"]
+    assert any(start == end for start, end in offsets)
 
 
 @pytest.mark.parametrize("template", [None, GENERATION])

@@ -1,4 +1,6 @@
 import datetime
+import re
+import time
 
 import pytest
 
@@ -9,7 +11,7 @@ from jaxdistill.errors import ModelError
 TALK = [
     {"role": "system", "content": " be kind "},
     {"role": "user", "content": "hi\n"},
-    {"role": "assistant", "content": "<b>'hello'</b>"},
+    {"role": "assistant", "content": "<b>'héllo'</b>"},
     {"role": "user", "content": "bye"},
 ]
 # What published templates do, in small: trimming, control of white space, loops with break,
@@ -102,10 +104,15 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
     endless = (
         "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}"
     )
-    monkeypatch.setattr(chat_template, "MAX_RENDERED", 100_000)
-    with pytest.raises(RenderError, match="did not end"):
-        ChatTemplate(endless, {}).render([])
-    monkeypatch.setattr(chat_template, "MAX_RENDERED", 100_000_000)
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
-    with pytest.raises(RenderError, match="did not end"):
-        ChatTemplate(endless, {}).render([])
+    for characters, seconds in ((100_000, 60.0), (100_000_000, 0.2)):
+        monkeypatch.setattr(chat_template, "MAX_RENDERED", characters)
+        monkeypatch.setattr(chat_template, "MAX_SECONDS", seconds)
+        begin = time.monotonic()
+        with pytest.raises(RenderError, match="did not end") as caught:
+            ChatTemplate(endless, {}).render([])
+        printed = int(re.search(r"printed (\d+)", str(caught.value))[1])
+        # Each limit stops it by itself.
+        if characters == 100_000:
+            assert 100_000 < printed < 101_000
+        else:
+            assert printed < 100_000_000 and time.monotonic() - begin < 10

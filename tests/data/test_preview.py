@@ -1,5 +1,5 @@
 from jaxdistill.data import pipeline
-from jaxdistill.data.preview import printable, render_row
+from jaxdistill.data.preview import render_row
 
 
 def test_a_row_as_text(jsonl, tmp_path, byte_tokenizer):
@@ -15,7 +15,3 @@ def test_a_row_as_text(jsonl, tmp_path, byte_tokenizer):
         "[row 0, segment 2: 2 tokens, 1 count]\n"
         "n⟦<|end|>⟧"
     )
-
-
-def test_nothing_unprintable_is_left():
-    assert printable("a\tb\nc\u202e😀\x9b") == "a\\tb\nc\\u202e😀\\x9b"

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
+from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse, printable
 
 
 def turns(*pairs):
@@ -66,3 +66,7 @@ def test_kinds_need_all_their_fields():
     assert kinds_of({"prompt": 1}) == []
     assert kinds_of({"prompt": 1, "completion": 2, "text": 3}) == ["text", "completion"]
     assert list(KINDS) == ["text", "messages", "completion"]
+
+
+def test_nothing_unprintable_is_left():
+    assert printable("a\tb\nc\u202e😀\x9b\ud800") == "a\\tb\nc\\u202e😀\\x9b\\ud800"
