@@ -46,6 +46,7 @@ def test_skipped_steps_from_events_or_else_from_the_total():
     totals = [{"step": i, "guard/skipped": v} for i, v in ((10, 0), (20, 1), (30, 1), (40, 3))]
     assert curves.skipped_steps(run(totals)) == (20, 40)
     assert curves.skipped_steps(run(totals[:1])) == ()
+    assert curves.skipped_steps(run(totals[1:2])) == (20,), "skipped before the first record"
     events = [{"kind": "skipped", "step": s} for s in (17, 33, 35, 33)]
     events += [{"kind": "save", "step": 8}, {"kind": "skipped"}]
     assert curves.skipped_steps(run(totals, events=events)) == (17, 33, 35)

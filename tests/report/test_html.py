@@ -220,6 +220,7 @@ def plant(run_dir):
     put(run_dir, "fingerprints.json", {text: text})
     put(run_dir, "events.jsonl", json.dumps({"kind": text, text: text}) + "\n")
     extra = {"step": 100, "time": 1.78e9, f"knobs/{text}": 0.5, f"loss/{text}": 1.0}
+    extra[f"knobs/still {text}"] = 2.0
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(extra) + "\n")
         file.write(json.dumps({**extra, "step": 99, f"knobs/{text}": 0.6}) + "\n")
@@ -239,6 +240,13 @@ def test_hostile_text_stays_text(run_dir):
     assert "\u241b[31mred" in page.text
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_a_hostile_page_of_samples_stays_text(run_dir):
+    put(run_dir, "samples/step_000001.md", " ".join(HOSTILE))
+    source = build(run_dir).read_text(encoding="utf-8")
+    assert HOSTILE[0] in Page(source).text
+    assert "<script" not in source and "\x1b" not in source
 
 
 def test_hostile_names_of_runs_stay_text(run_dir, tmp_path):
