@@ -13,6 +13,7 @@ GENERATION = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
 )
+MUTE = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 
 
 def talk(*turns):
@@ -94,11 +95,15 @@ def test_spaces_count_though_a_tokenizer_leaves_them_out_of_a_tokens_place(bpe_t
         "{{ message.role }}\n", "{{ message.role }}: "
     )
     record = talk(("user", " a  b "), ("assistant", " c  d  "), ("user", "  "))
-    for template in (spaced, GENERATION):
+    for template, expected in (
+        (spaced, " c  d  <|im_end|>"),
+        (GENERATION, " c  d  <|im_end|>"),
+        (MUTE, " c  d  "),
+    ):
         plain = encode(bpe_tokenizer, record, template=template)
         trimmed = encode(trimming, record, template=template)
         assert trimmed.loss.tolist() == plain.loss.tolist()
-        assert counted(trimming, trimmed) == [" c  d  <|im_end|>"]
+        assert counted(trimming, trimmed) == [expected]
     offsets = trimming(" a  b", return_offsets_mapping=True)["offset_mapping"]
     assert any(start == end for start, end in offsets)
 
@@ -200,8 +205,7 @@ def test_an_end_token_is_added_only_where_the_template_gives_none(byte_tokenizer
 def test_it_notices_when_the_end_of_a_turn_is_not_taught(byte_tokenizer):
     record = talk(("user", "a"), ("assistant", "b"))
     codec = prepare(byte_tokenizer)
-    mute = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-    for source, taught in ((GENERATION, True), (mute, False)):
+    for source, taught in ((GENERATION, True), (MUTE, False)):
         encoder = ChatEncoder(codec, source, "assistant")
         encoder.encode([record])
         assert encoder.ends_turns is taught
