@@ -238,8 +238,6 @@ def _feed(batch_of: Any, start: int, stop: int, threads: int) -> Iterator[tuple[
     """Runs batch_of over the steps, ahead of the reader, in threads; the order is kept."""
     import grain
 
-    if start == stop:
-        return iter(())
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     # No worker processes: they outlive a killed trainer, and slicing mapped arrays needs none.
     return iter(grain.MapDataset.range(start, stop).map(batch_of).to_iter_dataset(options))
