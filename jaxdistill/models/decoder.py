@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
-from jaxdistill.sharding import RULES, MeshAxes, constrain
+from jaxdistill.sharding import RULES, MeshAxes, constrain, current_mesh
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
@@ -27,6 +27,26 @@ Attend = Callable[[Any, Array, Array, Array, Array], tuple[Any, Array]]
 def _last(vector: Array, like: Array) -> Array:
     """A vector shaped to meet the last dim of `like` without implicit rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _rows(x_BLD: Array) -> Array:
+    """[B * L, D], which spares XLA a transposed copy per weight gradient on CPU.
+
+    Where the length is spread over the mesh, merging it with the batch would gather it: [B, L, D].
+    """
+    mesh = current_mesh()
+    if mesh is not None and mesh.shape["context"] > 1:
+        return x_BLD
+    return x_BLD.reshape(-1, x_BLD.shape[-1])
+
+
+def _light(function: Callable) -> Callable:
+    """The function with its element-wise values made again in the backward pass, not kept.
+
+    They cost less to compute than to store, on every device; the scan around them separates the
+    passes, so nothing needs to stop XLA from merging the two computations.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 class Linear(nnx.Module):
@@ -49,10 +69,13 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = _last(self.scale[...].astype(jnp.float32), wide)
-        return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+        def norm(x, scale):
+            wide = x.astype(jnp.float32)
+            mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+            scale = _last(scale.astype(jnp.float32), wide)
+            return (wide * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+        return _light(norm)(x, self.scale[...])
 
 
 class Attention(nnx.Module):
@@ -71,18 +94,20 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD, turn, attend, state, index, rules):
         batch, length, _ = x_BLD.shape
         split = (batch, length, -1, self.config.head_dim)
+        x_ND = _rows(x_BLD)
         heads = functools.partial(
             constrain, logical=("batch", "length", "act_heads", None), rules=rules
         )
-        query_BLHE = self.query(x_BLD).reshape(split)
-        key_BLGE = self.key(x_BLD).reshape(split)
-        value_BLGE = heads(self.value(x_BLD).reshape(split))
+        query_BLHE = self.query(x_ND).reshape(split)
+        key_BLGE = self.key(x_ND).reshape(split)
+        value_BLGE = heads(self.value(x_ND).reshape(split))
         if self.query_norm is not None:
             query_BLHE, key_BLGE = self.query_norm(query_BLHE), self.key_norm(key_BLGE)
         query_BLHE = heads(rope.rotate(query_BLHE, *turn))
         key_BLGE = heads(rope.rotate(key_BLGE, *turn))
         state, mixed_BLHE = attend(state, index, query_BLHE, key_BLGE, value_BLGE)
-        return state, self.out(heads(mixed_BLHE).reshape(batch, length, -1))
+        mixed_ND = _rows(heads(mixed_BLHE).reshape(batch, length, -1))
+        return state, self.out(mixed_ND).reshape(x_BLD.shape)
 
 
 class GatedMLP(nnx.Module):
@@ -94,8 +119,15 @@ class GatedMLP(nnx.Module):
         self.down = Linear(params["down"])
 
     def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
-        hidden_BLF = jax.nn.silu(self.gate(x_BLD)) * self.up(x_BLD)
-        return self.down(constrain(hidden_BLF, ("batch", "length", "act_mlp"), rules))
+        x_ND = _rows(x_BLD)
+        shape = (*x_BLD.shape[:2], -1)
+
+        def close(gate_NF, up_NF):
+            hidden_BLF = (jax.nn.silu(gate_NF) * up_NF).reshape(shape)
+            hidden_BLF = constrain(hidden_BLF, ("batch", "length", "act_mlp"), rules)
+            return self.down(_rows(hidden_BLF)).reshape(x_BLD.shape)
+
+        return _light(close)(self.gate(x_ND), self.up(x_ND))
 
 
 class Layer(nnx.Module):
@@ -238,8 +270,8 @@ def apply(
       segment_ids: int32 [B, L]; a token sees earlier tokens of its own segment only. None makes
         every row one document. Padding (segment 0) sees padding, so its values are finite.
       compute_dtype: dtype of activations; softmax, norms and rotations are float32 in any case.
-      remat: what the backward pass keeps of each layer: "none" recomputes nothing, "dots" keeps
-        matrix products, "full" keeps a layer's input.
+      remat: what the backward pass keeps of each layer: "none" all but cheap element-wise values,
+        "dots" the outputs of its projections, "full" its input.
       attention: `implementation` of `jax.nn.dot_product_attention` ("xla", "cudnn"); None chooses.
       rules: table from logical axes to mesh axes; used where a mesh is in context.
 
