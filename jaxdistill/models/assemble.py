@@ -78,10 +78,13 @@ def nest(flat: Mapping[str, Any]) -> dict:
 def _array(ours, name: TensorName, row: Weight, tensors, dtype, place) -> jax.Array:
     stacked = ours.startswith("layers.")
     layers = range(row.shape[0] if stacked else 1)
-    own = np.result_type(*(tensors.dtype(name.pattern.format(layer)) for layer in layers))
+    found = {tensors.dtype(name.pattern.format(layer)) for layer in layers}
+    # Layers of several dtypes, and float64, meet in float32.
+    own = found.pop() if len(found) == 1 and np.dtype(np.float64) not in found else np.float32
     kept: dict = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
         key = str(spans)
         if key not in kept:  # replicas of a slice come one after another and are read once

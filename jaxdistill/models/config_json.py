@@ -74,6 +74,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
     if filled.get("head_dim") is None:
         filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
     _check_ranges(filled, where)
+    for field in ("rms_norm_eps", "initializer_range"):
+        filled[field] = float(filled[field])
     eos = filled["eos_token_id"]
     return DecoderConfig(
         family=family,
@@ -134,7 +136,7 @@ def _family(raw: Mapping[str, Any], where: str) -> str:
         )
     wanted = FAMILIES[family].architecture
     architectures = raw.get("architectures") or [wanted]
-    if wanted not in architectures:
+    if not isinstance(architectures, list) or wanted not in architectures:
         raise ModelError(
             f"{where}: architectures: {shown(architectures)} is not a language model with a head; "
             f"{family} needs {wanted}"
@@ -176,7 +178,8 @@ def _check_ranges(filled: Mapping[str, Any], where: str) -> None:
     ids = {field: filled[field] for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for field, value in ids.items():
         several = value if field == "eos_token_id" and isinstance(value, list) else [value]
-        if any(isinstance(one, bool) or not isinstance(one, int | None) for one in several):
+        allowed = int if several is value else int | None
+        if any(isinstance(one, bool) or not isinstance(one, allowed) for one in several):
             raise ModelError(f"{where}: {field}: {shown(value)} must be a token id or null")
 
 

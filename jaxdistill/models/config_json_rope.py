@@ -58,6 +58,9 @@ def read_rope(raw: Mapping[str, Any], where: str) -> Rope:
         if kind == "yarn" and "factor" not in values:
             values["factor"] = raw["max_position_embeddings"] / values["original_max_positions"]
     _check(kind, values, f"{where}: {field}")
+    for ours in values:
+        whole = ours in ("original_max_positions", "truncate")
+        values[ours] = values[ours] if whole else float(values[ours])
     return Rope(kind=kind, **values)
 
 
@@ -82,6 +85,8 @@ def _check(kind: str, values: Mapping[str, Any], where: str) -> None:
         if ours == "truncate":
             if not isinstance(value, bool):
                 raise ModelError(f"{where}.{theirs}: {shown(value)} must be true or false")
+        elif ours == "original_max_positions" and not isinstance(value, int):
+            raise ModelError(f"{where}.{theirs}: {shown(value)} must be a whole number of tokens")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
             raise ModelError(f"{where}.{theirs}: {shown(value)} must be a number above 0")
     if kind == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:

@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         query_BLHE = self.query(x_ND).reshape(split)
         key_BLGE = self.key(x_ND).reshape(split)
         value_BLGE = heads(self.value(x_ND).reshape(split))
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             query_BLHE, key_BLGE = self.query_norm(query_BLHE), self.key_norm(key_BLGE)
         query_BLHE = heads(rope.rotate(query_BLHE, *turn))
         key_BLGE = heads(rope.rotate(key_BLGE, *turn))

@@ -59,7 +59,7 @@ def generate(
         raise ModelError(
             f"generate: {model.source or 'the model'} has no tokenizer: give prompts as token ids"
         )
-    rows = model.tokenizer(list(prompts))["input_ids"] if texts else prompts
+    rows: Any = model.tokenizer(list(prompts))["input_ids"] if texts else prompts
     new = generate_tokens(
         model.config,
         model.params,
@@ -116,16 +116,16 @@ def generate_tokens(
     width = bucket(longest)
     tokens = np.zeros((len(prompts), width), np.int32)
     for number, row in enumerate(prompts):
-        values = np.asarray(row, np.int64)
-        if not len(row) or values.min() < 0 or values.max() >= config.vocab_size:
+        ids = np.asarray(row, np.int64)
+        if not len(row) or ids.min() < 0 or ids.max() >= config.vocab_size:
             raise ModelError(
                 f"generate: prompt {number} must have tokens, each from 0 to "
                 f"{config.vocab_size - 1}; for an empty text give the beginning-of-text token"
             )
-        tokens[number, width - len(row) :] = values
+        tokens[number, width - len(row) :] = ids
     starts = np.asarray([width - len(row) for row in prompts], np.int32)
     dtype = params["embedding"].dtype if compute_dtype is None else compute_dtype
-    settings = {
+    values = {
         name: np.asarray(value, np.int32 if name == "top_k" else np.float32)
         for name, value in (settings or {}).items()
     }
@@ -139,7 +139,7 @@ def generate_tokens(
             starts,
             np.asarray(max_new_tokens, np.int32),
             np.asarray(seed, np.uint32),
-            settings,
+            values,
         )
     new, counts = np.asarray(new), np.asarray(counts)
     return [row[:count].tolist() for row, count in zip(new, counts, strict=True)]

@@ -111,11 +111,15 @@ class _Cursor:
             if inner == _STRING:
                 self._room(count, 8)
                 return [self.string() for _ in range(count)]
-            if _SCALARS[inner] is None:
-                raise ValueError(f"arrays of arrays at {self.place}")
-            form = np.dtype(_SCALARS[inner])
+            form = np.dtype(self._form(inner))
             return np.frombuffer(self.take(self._room(count, form.itemsize)), form).tolist()
-        return self.scalar(_SCALARS[kind])
+        return self.scalar(self._form(kind))
+
+    def _form(self, kind: int) -> str:
+        form = _SCALARS[kind]
+        if form is None:  # an array inside an array
+            raise ValueError(f"value type {kind} at {self.place} is not supported")
+        return form
 
     def _room(self, count: int, size: int) -> int:
         """The bytes of `count` values, after checking that the file can hold them."""

@@ -64,17 +64,20 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """Long waves are stretched by `factor`, short ones kept, those between interpolated."""
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    turns = rope.original_max_positions * plain / (2 * math.pi)
+    low, high, length = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_positions
+    assert low is not None and high is not None and length is not None, "llama3 needs its band"
+    turns = length * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 - keep) * plain / rope.factor + keep * plain
 
 
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
     """Stretched and plain frequencies blended by a ramp over the dims between two turn counts."""
+    length = rope.original_max_positions
+    assert length is not None, "yarn needs the original context length"
 
     def dim_of(turns: float) -> float:
-        span = rope.original_max_positions / (turns * 2 * math.pi)
+        span = length / (turns * 2 * math.pi)
         return head_dim * math.log(span) / (2 * math.log(rope.theta))
 
     low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)

@@ -56,3 +56,12 @@ def test_random_takes_a_dtype():
     params = models.random(read_config(RAW), dtype="bfloat16").params
     shapes = decoder.shapes(read_config(RAW), "bfloat16")
     assert jax.tree.map(lambda x: x.dtype, params) == jax.tree.map(lambda x: x.dtype, shapes)
+
+
+def test_layers_of_two_dtypes_and_float64_meet_in_float32():
+    source = _Memory()
+    for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        dtype = np.float64 if name == "model.norm.weight" else np.float16
+        source.named[name] = source.named[name].astype(dtype)
+    params = assemble.assemble(read_config(RAW), source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}

@@ -108,6 +108,9 @@ REFUSED = {
     'rope_scaling.factor: "4" must be a number': {
         "rope_scaling": {"type": "linear", "factor": "4"}
     },
+    "rope_scaling.original_max_position_embeddings: 8192.5 must be a whole number of tokens": {
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 8192.5}
+    },
     "rope_scaling.low_freq_factor: missing": {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
     "rope_parameters.partial_rotary_factor: 0.5": {
         "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}
@@ -155,3 +158,23 @@ def test_a_family_that_lacks_a_feature_says_so():
     config = dataclasses.replace(read_config(LLAMA), family="gemma")
     with pytest.raises(ModelError, match="family: 'gemma' is not one of llama, mistral"):
         write_config(config, "float32")
+
+
+JUNK = [None, -1, 0, 3, 1e308, float("nan"), float("inf"), "x", "", [], [None], {}, {"a": 1}, True]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama_new_spelling", "qwen3_layer_types", "qwen2_yarn"]
+)
+def test_junk_in_any_field_is_a_model_error_or_read(name):
+    """Every field, and every field of the position table, replaced by every kind of junk."""
+    raw = CASES[name]
+    tables = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    for junk in JUNK:
+        changed = [raw | {field: junk} for field in raw]
+        changed += [raw | {key: raw[key] | {field: junk}} for key in tables for field in raw[key]]
+        for one in changed:
+            try:
+                read_config(one)
+            except ModelError:
+                pass
