@@ -70,7 +70,7 @@ class Data(Section):
     on_bad_record: Literal["fail", "quarantine"] = Field(
         "quarantine",
         description="What happens to a record that cannot be used: stop, or leave it out and note "
-        "file, line and reason in quarantine/bad.jsonl.",
+        "file, line and reason in quarantine/.",
     )
     max_bad_fraction: float = Field(
         0.001, ge=0, le=1, description="Stop when more than this fraction of records is left out."

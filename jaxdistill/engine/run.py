@@ -108,7 +108,9 @@ def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
     with run.held():
         with _checkpoints(config, run.path) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
-                return _Session(config, run, mesh).execute(checkpoints)
+                result = _Session(config, run, mesh).execute(checkpoints)
+        _report(run.path)  # after the attempt, which the page tells about
+        return result
 
 
 def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
@@ -157,7 +159,6 @@ class _Session:
             del state  # the control takes its place in memory
             self._control()
         _show(table.rows)
-        self._report()
         return RunResult(self.run.path, metrics, table.rows)
 
     def _control(self) -> None:
@@ -193,15 +194,17 @@ class _Session:
         teacher_params = setup.teacher_params_of(self.models, method)
         latest: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
-            resume_step = first if (folder / "metrics.jsonl").exists() else None
-            writer = report.MetricsWriter(folder, config.logging.tensorboard, resume_step)
-            stack.enter_context(writer)
             progress = report.Progress(
                 config.train.steps,
                 mode=config.logging.progress,
                 log_every=config.train.log_every,
             )
             stack.enter_context(progress)
+            resume_step = first if (folder / "metrics.jsonl").exists() else None
+            writer = report.MetricsWriter(
+                folder, config.logging.tensorboard, resume_step, notice=progress.event
+            )
+            stack.enter_context(writer)
             began = time.perf_counter()
             step = setup.compile_step(config, method, state, teacher_params, self.mesh)
             seconds = time.perf_counter() - began
@@ -254,14 +257,15 @@ class _Session:
         )
         return ((step, place(batch, self.mesh)) for step, batch in feed)
 
-    def _report(self) -> None:
-        """The page, where the packages for it are there."""
-        try:
-            page = report.build([self.run.path], self.run.path / "report.html")
-        except UserError as error:
-            print(f"no report.html: {error}", file=sys.stderr)
-        else:
-            print(f"report: {page}")
+
+def _report(folder: pathlib.Path) -> None:
+    """The page, where the packages for it are there."""
+    try:
+        page = report.build([folder], folder / "report.html")
+    except UserError as error:
+        print(f"no report.html: {error}", file=sys.stderr)
+    else:
+        print(f"report: {page}")
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:

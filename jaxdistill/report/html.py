@@ -307,7 +307,7 @@ def _troubles(run: RunFiles) -> list[str]:
         more = f" and {len(skipped) - 12} more" if len(skipped) > 12 else ""
         words.append(f"{len(skipped)} step(s) skipped: {some}{more}.")
     if run.quarantined:
-        words.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/bad.jsonl).")
+        words.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/).")
     nonfinite = sum(1 for record in run.records if record.get("nonfinite"))
     if nonfinite:
         words.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")

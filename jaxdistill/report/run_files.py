@@ -97,7 +97,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         samples=samples,
         samples_step=samples_step,
         samples_page=samples_page,
-        quarantined=_count_lines(folder / "quarantine" / "bad.jsonl"),
+        quarantined=_count_lines(folder / "quarantine"),
         texts=_texts(folder, info),
         fingerprints=_flat(_json(folder / "fingerprints.json", missing)),
         missing=missing,
@@ -190,11 +190,16 @@ def _has_text(row: dict) -> bool:
     return any(isinstance(value, str) for value in row.values())
 
 
-def _count_lines(path: pathlib.Path) -> int | None:
-    if not path.is_file():
+def _count_lines(folder: pathlib.Path) -> int | None:
+    """Records in the files of a folder, one for each data set; None where there is none."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
         return None
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
+    total = 0
+    for path in files:
+        with open(path, "rb") as lines:
+            total += sum(1 for line in lines if line.strip())
+    return total
 
 
 def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:

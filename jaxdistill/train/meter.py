@@ -48,7 +48,7 @@ class Meter:
       tokens_per_step: positions of the global batch.
       flops_per_step: matrix FLOPs of the step, teacher included, by formula.
       teacher_share: the teacher's share of those FLOPs. Inside one compiled program its time
-        cannot be told apart, so this estimate stands for it.
+        cannot be told apart, so this share of the time that is no waiting stands for it.
       devices: of the mesh.
     """
 
@@ -102,7 +102,8 @@ class Meter:
             "perf/memory_gib": memory_gib(self._local),
         }
         if self._teacher_share:
-            result["perf/teacher_share"] = self._teacher_share
+            computing = 1 - (waited["data"] + waited["checkpoint"]) / seconds
+            result["perf/teacher_share"] = self._teacher_share * max(computing, 0.0)
         if self._peak is not None:
             result["perf/mfu"] = rate / self._peak
         return result

@@ -108,7 +108,7 @@ def run_dir(tmp_path):
     put(folder, "command.txt", "jaxdistill train configs/taid.yaml api_key=sk-shouldnotbeseen0000")
     put(folder, "config.resolved.yaml", "method:\n  name: taid\n")
     put(folder, "fingerprints.json", {"data": "sha256:9f86d081"})
-    put(folder, "quarantine/bad.jsonl", "{}\n" * 3)
+    put(folder, "quarantine/train.jsonl", "{}\n" * 3)
     put(folder, "events.jsonl", '{"time": 1780000000, "kind": "checkpoint", "step": 50}\n')
     return folder
 

@@ -77,7 +77,8 @@ def test_long_texts_are_cut_and_say_so(tmp_path):
 def test_quarantine_fingerprints_and_command(tmp_path):
     write(tmp_path, "RUN.json", {"command": ["/usr/bin/jaxdistill", "train", "a b.yaml"]})
     assert run_files.load(tmp_path).quarantined is None
-    write(tmp_path, "quarantine/bad.jsonl", "{}\n{}\n\n")
+    write(tmp_path, "quarantine/train.jsonl", "{}\n\n")
+    write(tmp_path, "quarantine/eval.jsonl", "{}\n")
     write(tmp_path, "fingerprints.json", {"data": "a", "weights": {"teacher": "b"}})
     run = run_files.load(tmp_path)
     assert run.quarantined == 2
