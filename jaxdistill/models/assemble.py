@@ -87,8 +87,7 @@ def _array(ours, name: TensorName, row: Weight, tensors, dtype, place) -> jax.Ar
         assert index is not None
         spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
         key = str(spans)
-        if key not in kept:  # replicas of a slice come one after another and are read once
-            kept.clear()
+        if key not in kept:  # replicas on this host's devices share one reading
             kept[key] = _read(name, spans, stacked, tensors, np.dtype(dtype or own))
         return kept[key]
 

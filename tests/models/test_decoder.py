@@ -159,6 +159,19 @@ def test_activations_follow_the_table(spread, mesh8):
         assert re.search(pattern, program), shape
 
 
+def test_weights_are_cast_before_they_are_gathered(spread, mesh8):
+    tokens = jnp.zeros((4, 8), jnp.int32)
+    run = jax.jit(lambda p: decoder.apply(spread.config, p, tokens).hidden)
+    with jax.set_mesh(mesh8):
+        program = run.lower(spread.params).as_text()
+    for shape, axes in {
+        "32x40": '[{"fsdp"}, {"tensor"}]',
+        "40x32": '[{"tensor"}, {"fsdp"}]',
+    }.items():
+        pattern = f"sharding_constraint .*<@mesh, {re.escape(axes)}> : tensor<{shape}xbf16>"
+        assert re.search(pattern, program), shape
+
+
 def test_the_structure_is_made_once_per_configuration(small):
     assert decoder.graphdef(small.config) is decoder.graphdef(small.config)
     module = nnx.merge(decoder.graphdef(small.config), small.params)

@@ -8,6 +8,7 @@ import pytest
 
 from jaxdistill.models import rope
 from jaxdistill.models.rope import Rope
+from tests.models import oracle
 
 KINDS = {
     "default": Rope(theta=50_000.0),
@@ -53,6 +54,16 @@ def test_frequencies_equal_transformers(name):
     ours, our_multiplier = rope.frequencies(settings, 64)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
     assert our_multiplier == pytest.approx(multiplier, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "llama3_narrow", "yarn"])
+def test_frequencies_equal_the_published_cases(kind):
+    settings = KINDS[kind]
+    raw = {"rope_scaling": _their_settings(settings), "max_position_embeddings": 1 << 17}
+    expected, multiplier = oracle._frequencies(raw, 64)
+    ours, our_multiplier = rope.frequencies(settings, 64)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    assert our_multiplier == pytest.approx(multiplier)
 
 
 def test_default_frequencies_are_a_geometric_series():
