@@ -101,6 +101,14 @@ def test_remat_keeps_less(small):
     assert kept("full") < kept("dots") < kept("none")
 
 
+def test_element_wise_values_of_the_mlp_are_not_kept(small):
+    loss = lambda params: _loss(small, params, compute_dtype="float32")
+    _, pullback = jax.vjp(loss, small.params)
+    wide = small.config.layers * 2 * 24 * small.config.mlp
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size == wide]
+    assert len(kept) == 2  # gate and up; not their silu, its derivative, or the product
+
+
 def test_unknown_remat_is_named(small):
     with pytest.raises(ModelError, match="remat: 'some' is not one of none, dots, full"):
         _loss(small, small.params, remat="some")
