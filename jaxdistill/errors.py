@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work: the message names the field, the value, the rule and the remedy."""
+    """What the user gave cannot work; the message names field, value, rule and remedy."""
 
     exit_code = 2
 
@@ -14,7 +14,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data set is missing, empty, damaged beyond the stated fraction, or has nothing to learn from."""
+    """A data set is missing, empty, damaged beyond what is allowed, or has nothing to learn."""
 
     exit_code = 3
 

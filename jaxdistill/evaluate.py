@@ -13,12 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxdistill.models import (
-    DecoderConfig,
-    count_non_embedding_parameters,
-    count_parameters,
-    decoder,
-)
+from jaxdistill.models import DecoderConfig, count_non_embedding_parameters, count_parameters
 from jaxdistill.objectives import sft
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.step import Loss, make_loss

@@ -92,8 +92,8 @@ def _from_heads(
     student: Outputs, teacher: Outputs | None, batch: Batch, vocab: int, **options: Any
 ) -> dict[str, Mean]:
     """The fused head loss over a batch of rows."""
-    flat = lambda array: array.reshape(-1, *array.shape[2:])  # noqa: E731
-    bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]  # noqa: E731
+    flat = lambda array: array.reshape(-1, *array.shape[2:])
+    bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
     mask = flat(batch.mask)
     if teacher is not None:
         options |= {

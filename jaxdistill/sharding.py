@@ -40,7 +40,7 @@ def make_mesh(
     context: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The device mesh with axes data, fsdp, tensor and context; one size may be -1: all that is left.
+    """The mesh with axes data, fsdp, tensor and context; one size may be -1: all that is left.
 
     Raises:
       ConfigError: if the sizes do not multiply to the number of devices.
@@ -52,16 +52,16 @@ def make_mesh(
     wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
     if wrong or len(open_axes) > 1:
         raise ConfigError(
-            f"mesh: {{{shown}}}: every size must be at least 1, and at most one may be -1 (the rest "
-            "of the devices)"
+            f"mesh: {{{shown}}}: every size must be at least 1, and at most one may be -1 (the "
+            "rest of the devices)"
         )
     known = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
-            f"mesh: {{{shown}}} does not divide the {len(devices)} devices: the sizes must multiply "
-            "to the number of devices; set one of them to -1 to let it follow"
+            f"mesh: {{{shown}}} does not divide the {len(devices)} devices: the sizes must "
+            "multiply to the number of devices; set one of them to -1 to let it follow"
         )
     shape = tuple(sizes.values())
     return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -84,16 +84,24 @@ def spec(
 ) -> PartitionSpec:
     """The PartitionSpec of one array; with shape and mesh, dims that do not divide stay whole."""
     entries: list[MeshAxes] = []
+    used: list[str] = []
     for dim, name in enumerate(logical):
         axes = None if name is None else rules[name]
         if axes is not None and shape is not None and mesh is not None:
-            names = (axes,) if isinstance(axes, str) else axes
-            if shape[dim] % math.prod(mesh.shape[axis] for axis in names):
+            if shape[dim] % math.prod(mesh.shape[axis] for axis in _names(axes)):
                 axes = None
         entries.append(axes)
-    used = [axis for entry in entries if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
-    assert len(used) == len(set(used)), f"{tuple(logical)} puts two dims on one mesh axis: {entries}"
+        used += _names(axes)
+    assert len(used) == len(set(used)), (
+        f"{tuple(logical)} puts two dims on one mesh axis: {entries}"
+    )
     return PartitionSpec(*entries)
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else axes
 
 
 def shardings(

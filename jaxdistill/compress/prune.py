@@ -57,7 +57,7 @@ def check_layers(count: int, layers: Sequence[int]) -> list[int]:
     missing = [layer for layer in kept if not 0 <= layer < count]
     if missing or not kept or kept != sorted(set(kept)):
         raise ConfigError(
-            f"student.layers = {kept}: the teacher's layers are 0 to {count - 1}; name at least one, "
-            "each once, in rising order"
+            f"student.layers = {kept}: the teacher's layers are 0 to {count - 1}; name at least "
+            "one, each once, in rising order"
         )
     return kept

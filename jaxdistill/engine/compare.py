@@ -57,9 +57,7 @@ class Comparison:
             objectives.kd(vocab=self._models.vocab),
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
         )
-        signal = signals.online(
-            teacher.config, compute_dtype=jnp.dtype(self._config.teacher.dtype)
-        )
+        signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
         return measure.make_step(loss, signal)
 
     def has(self, name: str) -> bool:
@@ -81,7 +79,7 @@ class Comparison:
         if teacher is None or self.has("teacher"):
             return
         scoring = measure.scoring_step(
-            teacher.config, self._models.vocab, compute_dtype=jnp.dtype(self._config.teacher.dtype)
+            teacher.config, self._models.vocab, compute_dtype=setup.teacher_dtype(self._config)
         )
         metrics = self._held_out.measure(scoring, teacher.params, None, {})
         speed = self._held_out.speed(scoring, teacher.params)

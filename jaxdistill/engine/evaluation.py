@@ -78,9 +78,7 @@ def evaluate(
     if teacher is None:
         metrics = held_out.measure(scoring, student.params, None, {})
     else:
-        loss = make_loss(
-            student.config, objectives.kd(vocab=vocab), compute_dtype=jnp.dtype(dtype)
-        )
+        loss = make_loss(student.config, objectives.kd(vocab=vocab), compute_dtype=jnp.dtype(dtype))
         step = measure.make_step(
             loss, teachers.online(teacher.config, compute_dtype=jnp.dtype(dtype))
         )

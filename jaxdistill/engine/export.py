@@ -29,4 +29,4 @@ def export(source: str, out: str | os.PathLike, dtype: str | None = None) -> pat
       ModelError, ConfigError: if there is no such model.
       StorageError: if the folder cannot be written.
     """
-    return models.save(load(source), out, dtype=dtype)
+    return models.save(load(source), pathlib.Path(out), dtype=dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxdistill import objectives, optim, teachers
 from jaxdistill.compress import prune
 from jaxdistill.config import Config
 from jaxdistill.config.methods import Kd
-from jaxdistill.config.models import RandomModel
+from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
@@ -74,14 +75,14 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
       ModelError, MismatchError, ConfigError: before any weight is read, where that is possible.
     """
     network = config.security.allow_network
-    shapes = _shapes(config, network)
-    tokenizer = _tokenizer(config, shapes)
+    teacher, student = _shapes(config, network)
+    shapes = {"teacher": teacher, "student": student}
+    tokenizer = _named_tokenizer(config, shapes)
     vocab = vocabulary_size(tokenizer)
-    teacher, student = shapes["teacher"], shapes["student"]
-    for name in ("teacher", "student"):
-        if shapes[name] is None:
+    for name, shape in shapes.items():
+        if shape is None:
             continue
-        own, arch = shapes[name].tokenizer, shapes[name].config
+        own, arch = shape.tokenizer, shape.config
         check_rows(name, arch.vocab_size, vocab)
         if config.data.seq_len > arch.max_positions:
             raise ConfigError(
@@ -92,36 +93,37 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
             try:
                 check_same(tokenizer, own)
             except MismatchError as error:
-                raise MismatchError(f"{name} ({shapes[name].source}): {error}") from None
+                raise MismatchError(f"{name} ({shape.source}): {error}") from None
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
     teacher = _load_teacher(config, teacher, mesh)
     student = student_of(config, student, teacher, mesh)
-    return Models(
-        teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab
-    )
+    return Models(teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab)
 
 
-def _shapes(config: Config, network: bool) -> dict[str, Model | None]:
-    """Configurations and tokenizers of both, without weights."""
-    found: dict[str, Model | None] = {"teacher": None, "student": None}
-    if config.teacher is not None:
-        source = config.teacher
-        found["teacher"] = (
+def _shapes(config: Config, network: bool) -> tuple[Model | None, Model]:
+    """Configurations and tokenizers of teacher and student, without weights."""
+    teacher, source, student = None, config.teacher, config.student
+    if source is not None:
+        teacher = (
             _random_shape(source.random, None, config, network, "teacher.random")
             if source.random
-            else _spec(source.source, network)
+            else _spec(_source(source), network)
         )
-    teacher, student = found["teacher"], config.student
     if student.from_ == "teacher":
+        assert teacher is not None, "the configuration has a teacher to cut the student out of"
         layers = _kept_layers(config, teacher.config.layers)
         small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
-        found["student"] = Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
-    elif student.random:
-        found["student"] = _random_shape(student.random, teacher, config, network, "student.random")
-    else:
-        found["student"] = _spec(student.source, network)
-    return found
+        return teacher, Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
+    if student.random:
+        return teacher, _random_shape(student.random, teacher, config, network, "student.random")
+    return teacher, _spec(_source(student), network)
+
+
+def _source(model: Teacher | Student) -> str:
+    """Where a model is loaded from that is neither random nor cut out of another."""
+    assert model.source is not None, "the configuration gives every model one origin"
+    return model.source
 
 
 def _spec(source: str, network: bool) -> Model:
@@ -183,11 +185,7 @@ def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | 
     return base.windows[:1] * layers
 
 
-def _tokenizer(config: Config, shapes: dict[str, Model | None]) -> Any:
-    return _named_tokenizer(config, shapes)
-
-
-def _named_tokenizer(config: Config, shapes: dict[str, Model | None]) -> Any:
+def _named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
     """The tokenizer that `tokenizer.from` names."""
     name = config.tokenizer.from_
     if name == "bytes":
@@ -199,21 +197,26 @@ def _named_tokenizer(config: Config, shapes: dict[str, Model | None]) -> Any:
         tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
     if tokenizer is None:
         raise ModelError(
-            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, or "
-            "use bytes"
+            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, "
+            "or use bytes"
         )
     return tokenizer
 
 
 def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
-    if shape is None:
+    if shape is None or config.teacher is None:
         return None
     source, dtype = config.teacher, config.teacher.dtype
     if source.random:
         made = random(shape.config, config.seed + 1, dtype, mesh)
         return dataclasses.replace(made, tokenizer=shape.tokenizer)
-    model = load_any(source.source, dtype=dtype, mesh=mesh, tokenizer=False,
-                     allow_network=config.security.allow_network)
+    model = load_any(
+        _source(source),
+        dtype=dtype,
+        mesh=mesh,
+        tokenizer=False,
+        allow_network=config.security.allow_network,
+    )
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
@@ -221,13 +224,19 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
     """A student before its first step, with arrays of its own."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
+        assert teacher is not None, "the configuration has a teacher to cut the student out of"
         layers = _kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
         return Model(arch, params, shape.tokenizer, shape.source)
     if student.random:
         return random(shape.config, config.seed, dtype, mesh)
-    return load_any(student.source, dtype=dtype, mesh=mesh, tokenizer=False,
-                    allow_network=config.security.allow_network)
+    return load_any(
+        _source(student),
+        dtype=dtype,
+        mesh=mesh,
+        tokenizer=False,
+        allow_network=config.security.allow_network,
+    )
 
 
 def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dict[str, Dataset]:
@@ -270,19 +279,22 @@ class Method:
 
 def method_of(config: Config, models: Models) -> Method:
     """Objective, teacher and optimizer as the configuration says."""
-    method, options = config.method, {"vocab": models.vocab}
-    options["chunk"] = None if method.chunk == "auto" else method.chunk
+    method = config.method
+    chunk = None if method.chunk == "auto" else method.chunk
+    options: dict[str, Any] = {"vocab": models.vocab, "chunk": chunk}
     knobs: dict[str, Any] = {}
     if isinstance(method, Kd):
         options |= {"divergence": method.divergence, "scale_by_t2": method.scale_by_t2}
-        knobs = {name: _schedule(getattr(method, name), config) for name in ("alpha", "temperature")}
+        knobs = {
+            "alpha": _schedule(method.alpha, config),
+            "temperature": _schedule(method.temperature, config),
+        }
     objective = objectives.OBJECTIVES[method.name](**options)
     assert set(objective.knobs) == set(knobs), "every knob of the method is scheduled"
     teacher = teachers.none
     if objective.needs_teacher:
-        teacher = teachers.online(
-            models.teacher.config, compute_dtype=jnp.dtype(config.teacher.dtype)
-        )
+        assert models.teacher is not None, "the configuration has a teacher where one is needed"
+        teacher = teachers.online(models.teacher.config, compute_dtype=teacher_dtype(config))
     o = config.optimizer
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
     rate = optim.learning_rate(
@@ -303,6 +315,12 @@ def method_of(config: Config, models: Models) -> Method:
         remat=config.student.remat,
     )
     return Method(objective, teacher, tx, rate, loss)
+
+
+def teacher_dtype(config: Config) -> jnp.dtype:
+    """The type that the teacher computes in."""
+    assert config.teacher is not None, "only asked for where there is a teacher"
+    return jnp.dtype(config.teacher.dtype)
 
 
 def _schedule(knob: Any, config: Config) -> Any:

@@ -1,4 +1,4 @@
-"""Whether teacher and student mean the same token by the same number, and how many numbers count."""
+"""Whether teacher and student mean the same token by the same id, and how many ids count."""
 
 from typing import Any
 
@@ -42,6 +42,6 @@ def check_rows(who: str, rows: int, vocab: int) -> None:
     """
     if rows < vocab:
         raise ModelError(
-            f"{who}: its embedding has {rows} rows, but the tokenizer's ids reach {vocab - 1}; this "
-            "tokenizer does not belong to this model: set tokenizer.from to the model's own"
+            f"{who}: its embedding has {rows} rows, but the tokenizer's ids reach {vocab - 1}; "
+            "this tokenizer does not belong to this model: set tokenizer.from to the model's own"
         )

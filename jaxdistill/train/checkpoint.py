@@ -82,7 +82,7 @@ class Checkpoints:
         if self._keep_latest is None and not self.directory.is_dir():
             return None
         every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        make = lambda: ocp.training.Checkpointer(  # noqa: E731
+        make = lambda: ocp.training.Checkpointer(
             str(self.directory),
             save_decision_policy=every,
             preservation_policy=_preservation(self._keep_latest, self._keep_best),
@@ -336,7 +336,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree_options.loading.partial_load = partial
         with context:
-            read = lambda: orbax.load_checkpointables(step, {_STATE: wanted})  # noqa: E731
+            read = lambda: orbax.load_checkpointables(step, {_STATE: wanted})
             return self._read(step, read)[_STATE]
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:

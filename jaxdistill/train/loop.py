@@ -134,7 +134,7 @@ def _due(number: int, minutes: float, schedule: Schedule) -> bool:
 
 
 def _judge(number: int, numbers: Mapping[str, float], most: int, parts: Parts) -> None:
-    """Notes a step that changed nothing because its numbers were not finite; too many end the run."""
+    """Notes a step that changed nothing, its numbers not finite; too many end the run."""
     in_a_row = int(numbers["guard/in_a_row"])
     if not in_a_row:
         return
@@ -144,7 +144,7 @@ def _judge(number: int, numbers: Mapping[str, float], most: int, parts: Parts) -
     if in_a_row >= most:
         parts.writer.sync()
         raise DivergedError(
-            f"step {number} (batch {number - 1}): {what}; {in_a_row} steps in a row were not finite "
-            "(guards.nonfinite.max_consecutive) and changed nothing. The last checkpoint is sound. "
-            "Lower optimizer.lr, look at the data of that batch, or compute in float32"
+            f"step {number} (batch {number - 1}): {what}; {in_a_row} steps in a row were not "
+            "finite (guards.nonfinite.max_consecutive) and changed nothing. The last checkpoint is "
+            "sound. Lower optimizer.lr, look at the data of that batch, or compute in float32"
         )

@@ -85,7 +85,7 @@ def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) ->
     whole = replicated(mesh)
     state = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
-        tx,
+        tx.init,
         lambda _, param: param.sharding,
         state,
         params,
@@ -98,7 +98,5 @@ def _placed(tree: Any, places: Any) -> Any:
     if isinstance(places, jax.sharding.Sharding):
         one = places
         places = jax.tree.map(lambda _: one, tree)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(  # noqa: E731
-        leaf.shape, leaf.dtype, sharding=sharding
-    )
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.tree.map(place, tree, places)

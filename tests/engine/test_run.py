@@ -126,7 +126,9 @@ def test_the_student_begins_as_the_layers_it_keeps(load_config, tmp_path):
     )
     for ours, theirs in pairs:
         np.testing.assert_array_equal(ours, theirs[np.array([0, 2])])
-    np.testing.assert_array_equal(made.student.params["embedding"], made.teacher.params["embedding"])
+    np.testing.assert_array_equal(
+        made.student.params["embedding"], made.teacher.params["embedding"]
+    )
     assert (
         made.student.params["embedding"].unsafe_buffer_pointer
         != made.teacher.params["embedding"].unsafe_buffer_pointer

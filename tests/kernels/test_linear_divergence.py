@@ -40,8 +40,10 @@ def loss64(x, kind, alpha, temperature, scale_by_t2=True):
         "forward_kl": lambda: (p * (lp - lq)).sum(1),
         "reverse_kl": lambda: (q * (lq - lp)).sum(1),
         "total_variation": lambda: 0.5 * np.abs(p - q).sum(1),
-        "generalized_jsd": lambda: 0.3 * (p * (lp - np.log(0.3 * p + 0.7 * q))).sum(1)
-        + 0.7 * (q * (lq - np.log(0.3 * p + 0.7 * q))).sum(1),
+        "generalized_jsd": lambda: (
+            0.3 * (p * (lp - np.log(0.3 * p + 0.7 * q))).sum(1)
+            + 0.7 * (q * (lq - np.log(0.3 * p + 0.7 * q))).sum(1)
+        ),
     }[kind]()
     if scale_by_t2:
         divergence = divergence * temperature**2
@@ -144,9 +146,7 @@ def test_a_mesh_changes_nothing(mesh8):
 def test_the_mean_is_the_sum_over_the_weights():
     x = make()
     total = ours(x, "forward_kl", 0.4, 2.0, reduction="sum")[0]
-    np.testing.assert_allclose(
-        total, loss64(x, "forward_kl", 0.4, 2.0) * x["m"].sum(), rtol=2e-6
-    )
+    np.testing.assert_allclose(total, loss64(x, "forward_kl", 0.4, 2.0) * x["m"].sum(), rtol=2e-6)
 
 
 def test_means_for_monitoring_equal_float64():

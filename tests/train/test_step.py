@@ -185,9 +185,7 @@ def test_padding_and_packing_change_nothing():
     value, gradient = run(on_device(packed))
     other, other_gradient = run(on_device(Batch(**apart)))
     np.testing.assert_allclose(value, other, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other_gradient
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other_gradient)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
