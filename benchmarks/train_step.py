@@ -38,7 +38,14 @@ def main() -> None:
         worker = {"ours": _our_worker, "theirs": _their_worker}[options.worker]
         return worker(options.folder, options.length)
     with tempfile.TemporaryDirectory() as folder:
-        common = ["-m", "benchmarks.train_step", "--folder", folder, "--length", str(options.length)]
+        common = [
+            "-m",
+            "benchmarks.train_step",
+            "--folder",
+            folder,
+            "--length",
+            str(options.length),
+        ]
         theirs = duel.Worker([options.torch_python, *common, "--worker", "theirs"])
         their_facts = theirs.read()
         ours = duel.Worker([sys.executable, *common, "--worker", "ours"])

@@ -137,7 +137,9 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     """The shapes and places of a global batch."""
     place = batch_sharding(mesh)
     make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)  # noqa: E731
-    return Batch(*(make(dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.int32)))
+    return Batch(
+        *(make(dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.int32))
+    )
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
