@@ -4,7 +4,7 @@
 
 Both train the same student from the same teacher (Llama shapes, random float32 weights that PyTorch
 makes and saves and we load): loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), AdamW.
-Compilation and two steps come before the clock; peak memory is each process's own, from its start.
+Compilation and two steps come before the clock and before the high-water mark of memory.
 """
 
 import argparse
@@ -138,9 +138,7 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
     from jaxdistill.types import Batch
 
     mesh = make_mesh()
-    load = lambda name: models.load(  # noqa: E731
-        folder / name, dtype="float32", mesh=mesh, tokenizer=False
-    )
+    load = lambda name: models.load(folder / name, dtype="float32", mesh=mesh, tokenizer=False)
     teacher, student = load("teacher"), load("student")
     objective = objectives.kd(vocab=VOCAB)
     signal = teachers.online(teacher.config, compute_dtype="float32")

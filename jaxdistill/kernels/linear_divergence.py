@@ -4,9 +4,10 @@ For every token i with student logits s = h_S W_S^T and teacher logits t = h_T W
 
     loss_i = alpha * CE(s, y_i) + (1 - alpha) * T^2 * D(softmax(t / T), softmax(s / T)).
 
-A `lax.scan` walks over chunks of tokens. Where a gradient is asked for, it is made in the same walk,
-while the chunk's logits exist, so that no logits are kept and none are computed twice: the teacher's
-head is read once. On a mesh every device walks over its own tokens and the sums are added at the end.
+A `lax.scan` walks over chunks of tokens. Where a gradient is asked for, it is made in the same
+walk, while the chunk's logits exist, so that no logits are kept and none are computed twice: the
+teacher's head is read once. On a mesh every device walks over its own tokens and the sums are added
+at the end.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ from jaxdistill.kernels import rows
 from jaxdistill.sharding import BATCH_AXES, AnyMesh
 from jaxdistill.types import Mean
 
-# float32 logits of one chunk: small enough for a CPU's last-level cache, large enough that a GPU or
+# float32 logits of one chunk: small enough to stay near a CPU's caches, large enough that a GPU or
 # TPU reads the heads from memory few times (at V = 128,256 that is 2,048 tokens).
-_CHUNK_BYTES = {"cpu": 32 * 2**20}
+_CHUNK_BYTES = {"cpu": 16 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**30
 
 
@@ -44,6 +45,9 @@ class _Operands(NamedTuple):
     alpha: Array
     temperature: Array
     parameters: tuple[Array, ...]
+
+
+_PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,8 @@ def linear_divergence(
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
       `loss/ce`, `loss/divergence` (with its T^2), `loss/kl_t1` (KL(teacher || student) at T = 1),
-      `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`, nats.
+      `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`;
+      nats.
 
     Raises:
       ValueError: for an unknown kind or reduction, shapes that do not fit, or alpha without labels.
@@ -127,14 +132,14 @@ def linear_divergence(
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
     """
     arrays = _checked(student_hidden, student_head, student_bias, "student")
-    teacher = (None, None, None)
+    teacher: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if teacher_hidden is not None and teacher_head is not None:
         teacher = _checked(teacher_hidden, teacher_head, teacher_bias, "teacher")
         if teacher[1].shape[0] != arrays[1].shape[0] or teacher[0].shape[0] != arrays[0].shape[0]:
             raise ValueError(
-                f"student logits would be [{arrays[0].shape[0]}, {arrays[1].shape[0]}], the teacher's "
-                f"[{teacher[0].shape[0]}, {teacher[1].shape[0]}]: tokens and vocabulary must agree; "
-                "slice padded head rows off first"
+                f"student logits would be [{arrays[0].shape[0]}, {arrays[1].shape[0]}], the "
+                f"teacher's [{teacher[0].shape[0]}, {teacher[1].shape[0]}]: tokens and vocabulary "
+                "must agree; slice padded head rows off first"
             )
     elif teacher_hidden is not None or teacher_head is not None:
         raise ValueError("teacher_hidden and teacher_head go together: give both or neither")
@@ -174,7 +179,9 @@ def chunk_size(tokens: int, vocab: int, platform: str | None = None) -> int:
     return min(tokens, -(-tokens // pieces // 8) * 8)
 
 
-def _checked(hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str) -> tuple:
+def _checked(
+    hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str
+) -> tuple[Array, Array, Array | None]:
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
@@ -198,7 +205,7 @@ def _loss_sums(plan: _Plan, operands: _Operands) -> dict[str, Array]:
     return _on_mesh(plan, _Wanted(), operands)[0]
 
 
-def _loss_sums_fwd(plan: _Plan, primals: _Operands):
+def _loss_sums_fwd(plan: _Plan, primals: Any):  # operands with a CustomVJPPrimal for each leaf
     operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     wanted = _Wanted(
         hidden=primals.student_hidden.perturbed,
@@ -223,7 +230,7 @@ def _loss_sums_bwd(plan: _Plan, residuals, cotangents):
     scaled = {
         name: (cotangent * gradient).astype(gradient.dtype) for name, gradient in gradients.items()
     }
-    return (_Operands(**{name: scaled.get(name) for name in _Operands._fields}),)
+    return (_Operands._make(scaled.get(name) for name in _Operands._fields),)
 
 
 _loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
@@ -237,9 +244,9 @@ def _on_mesh(plan: _Plan, wanted: _Wanted, operands: _Operands):
     if plan.mesh is None:
         return _walk(plan, wanted, operands)
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    layout = _Operands(split, whole, whole, split, whole, whole, split, split, whole, whole, whole)
-    specs = _Operands(
-        *(None if leaf is None else spec for leaf, spec in zip(operands, layout, strict=True))
+    specs = _Operands._make(
+        None if leaf is None else split if name in _PER_TOKEN else whole
+        for name, leaf in zip(_Operands._fields, operands, strict=True)
     )
     shards = plan.mesh.shape["fsdp"]
     split_head = wanted.head and operands.student_head.shape[1] % shards == 0
@@ -291,20 +298,20 @@ def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
         padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
         return padded.reshape(pieces, plan.chunk, *array.shape[1:])
 
-    per_token = ("student_hidden", "teacher_hidden", "labels", "weights")
-    split = {name: getattr(operands, name) for name in per_token}
+    split = {name: getattr(operands, name) for name in _PER_TOKEN}
     split = {name: in_chunks(array) for name, array in split.items() if array is not None}
     # One cast for all chunks; without it every chunk would read the float32 master copy.
     heads = operands._replace(
         student_head=operands.student_head.astype(operands.student_hidden.dtype),
         teacher_head=None
-        if operands.teacher_head is None
+        if operands.teacher_head is None or operands.teacher_hidden is None
         else operands.teacher_head.astype(operands.teacher_hidden.dtype),
     )
     totals = {}
     if wanted.head:
         totals["student_head"] = jnp.zeros(operands.student_head.shape, jnp.float32)
     if wanted.bias:
+        assert operands.student_bias is not None, "its gradient is wanted"
         totals["student_bias"] = jnp.zeros(operands.student_bias.shape, jnp.float32)
     if wanted.temperature:
         totals["temperature"] = jnp.float32(0)
@@ -316,51 +323,69 @@ def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
 
     totals, (sums, hidden) = jax.lax.scan(body, totals, split)
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    if wanted.hidden:
+    if hidden is not None:
         totals["student_hidden"] = hidden.reshape(-1, hidden.shape[-1])[:tokens]
     return sums, totals
 
 
 class _Softmax(NamedTuple):
-    """Logits of one model, shifted so that each row's maximum is 0, and their normalisers."""
+    """Logits of one model and what turns them into log-probabilities.
 
-    logits: Array  # [n, V] float32
-    log_sum: Array  # [n, 1] logsumexp of logits
-    log_sum_t: Array  # [n, 1] logsumexp of logits / T
+    Maximum and log-sum stay two numbers: added into one, logits of 300 would cost the
+    log-probabilities their last five bits. Only the logits are kept at [n, V]: each sum reads them
+    once and makes its exponentials anew, which costs less than memory does.
+    """
+
+    logits: Array  # [n, V] float32, as the product gives them
+    top: Array  # [n, 1] their maximum
+    log_sum: Array  # [n, 1] logsumexp of logits - top
+    log_sum_t: Array  # [n, 1] logsumexp of (logits - top) / T
+    cold: Array  # [] 1 / T
+
+    @property
+    def log_probs(self) -> Array:
+        """log softmax(logits), [n, V]."""
+        return (self.logits - self.top) - self.log_sum
+
+    @property
+    def log_probs_t(self) -> Array:
+        """log softmax(logits / T), [n, V]."""
+        return (self.logits - self.top) * self.cold - self.log_sum_t
 
 
 def _softmax(hidden: Array, head: Array, bias: Array | None, temperature: Array) -> _Softmax:
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
-    logits = logits - jnp.max(logits, axis=1, keepdims=True)
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits), axis=1, keepdims=True))
-    log_sum_t = jnp.log(jnp.sum(jnp.exp(logits / temperature), axis=1, keepdims=True))
-    return _Softmax(logits, log_sum, log_sum_t)
+    cold = 1 / temperature
+    top = jnp.max(logits, axis=1, keepdims=True)
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=1, keepdims=True))
+    log_sum_t = jnp.log(jnp.sum(jnp.exp((logits - top) * cold), axis=1, keepdims=True))
+    return _Softmax(logits, top, log_sum, log_sum_t, cold)
 
 
 def _chunk(plan: _Plan, wanted: _Wanted, x: _Operands):
     """Sums and gradients of one chunk of tokens."""
     # A token of weight 0 may hold anything, NaN included: give it harmless hidden states.
     counted = x.weights != 0
-    quiet = lambda hidden: jnp.where(counted[:, None], hidden, 0)  # noqa: E731
+    quiet = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = quiet(x.student_hidden)
-    total = lambda per_token: jnp.sum(per_token * x.weights)  # noqa: E731
+    total = lambda per_token: jnp.sum(per_token * x.weights)
     student = _softmax(hidden, x.student_head, x.student_bias, x.temperature)
-    sums = {"count": jnp.sum(x.weights)}
+    sums = {"count": jnp.sum(x.weights), "student/entropy": total(_entropy(student))}
     loss = jnp.float32(0)
-    log_q1 = student.logits - student.log_sum
-    sums["student/entropy"] = total(-jnp.sum(jnp.exp(log_q1) * log_q1, axis=1))
     slopes = []  # d loss_i / d logits, [n, V], one term per part of the loss
     gradients: dict[str, Array] = {}
     if x.labels is not None:
-        is_label = jax.lax.broadcasted_iota(jnp.int32, log_q1.shape, 1) == x.labels[:, None]
-        sums["loss/ce"] = total(-jnp.sum(jnp.where(is_label, log_q1, 0), axis=1))
+        at_label = jnp.take_along_axis(student.logits, x.labels[:, None], axis=1, mode="clip")
+        cross_entropy = student.log_sum - (at_label - student.top)
+        sums["loss/ce"] = total(cross_entropy[:, 0])
         loss += x.alpha * sums["loss/ce"]
-        slopes.append(x.alpha * (jnp.exp(log_q1) - is_label))
-    if x.teacher_hidden is not None:
+        is_label = jax.lax.broadcasted_iota(jnp.int32, student.logits.shape, 1) == x.labels[:, None]
+        slopes.append(x.alpha * (jnp.exp(student.log_probs) - is_label))
+    if x.teacher_hidden is not None and x.teacher_head is not None:
         teacher = _softmax(quiet(x.teacher_hidden), x.teacher_head, x.teacher_bias, x.temperature)
-        sums |= _agreement(student, teacher, log_q1, total)
+        sums |= _agreement(student, teacher, total)
         value, slope, slope_t = _divergence(
             plan, rows.make(plan.kind, *x.parameters), x.temperature, student, teacher
         )
@@ -375,30 +400,35 @@ def _chunk(plan: _Plan, wanted: _Wanted, x: _Operands):
     return sums, gradients
 
 
-def _agreement(student: _Softmax, teacher: _Softmax, log_q1: Array, total) -> dict[str, Array]:
+def _entropy(model: _Softmax) -> Array:
+    """-sum p log p at T = 1, [n]."""
+    return -jnp.sum(jnp.exp(model.log_probs) * model.log_probs, axis=1)
+
+
+def _agreement(student: _Softmax, teacher: _Softmax, total) -> dict[str, Array]:
     """What is worth knowing at T = 1, from logits that exist anyway."""
-    log_p1 = teacher.logits - teacher.log_sum
-    p1 = jnp.exp(log_p1)
-    # Row maxima are exactly 0; comparing beats two argmax passes, and a tie counts as agreement.
-    same_top = jnp.any((student.logits == 0) & (teacher.logits == 0), axis=1)
+    # Comparing with the maxima beats two argmax passes; a tie counts as agreement.
+    same_top = jnp.any((student.logits == student.top) & (teacher.logits == teacher.top), axis=1)
+    gap = teacher.log_probs - student.log_probs
     return {
-        "loss/kl_t1": total(jnp.sum(p1 * (log_p1 - log_q1), axis=1)),
+        "loss/kl_t1": total(jnp.sum(jnp.exp(teacher.log_probs) * gap, axis=1)),
         "agree/top1": total(same_top),
-        "teacher/entropy": total(-jnp.sum(p1 * log_p1, axis=1)),
+        "teacher/entropy": total(_entropy(teacher)),
     }
 
 
-def _divergence(plan: _Plan, row: rows.Row, temperature: Array, student: _Softmax, teacher: _Softmax):
+def _divergence(
+    plan: _Plan, row: rows.Row, temperature: Array, student: _Softmax, teacher: _Softmax
+):
     """Per token: T^2 D, d(T^2 D) / d student logits [n, V], and d(T^2 D) / d T."""
-    log_q = student.logits / temperature - student.log_sum_t
-    log_p = teacher.logits / temperature - teacher.log_sum_t
+    log_q, log_p = student.log_probs_t, teacher.log_probs_t
     scale = temperature**2 if plan.scale_by_t2 else jnp.float32(1)
     value = jnp.sum(row.value(log_p, log_q), axis=1)
     toward = _through_softmax(row.dlogq(log_p, log_q), log_q)
     from_teacher = _through_softmax(row.dlogp(log_p, log_q), log_p)
     # u = z / T, so du/dT = -z / T^2; rows of either slope sum to 0, so shifted logits serve.
-    moved = jnp.sum(toward * student.logits + from_teacher * teacher.logits, axis=1)
-    slope_t = -scale * moved / temperature**2
+    moved = toward * (student.logits - student.top) + from_teacher * (teacher.logits - teacher.top)
+    slope_t = -scale * jnp.sum(moved, axis=1) / temperature**2
     if plan.scale_by_t2:
         slope_t = slope_t + 2 * temperature * value
     return scale * value, scale / temperature * toward, slope_t

@@ -99,7 +99,7 @@ def make(
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         in_a_row, altogether = state.skipped
         bad = jnp.where(finite, 0, 1)
         skipped = jnp.stack([(in_a_row + 1) * bad, altogether + bad])
@@ -136,16 +136,23 @@ def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     """The shapes and places of a global batch."""
     place = batch_sharding(mesh)
-    make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)  # noqa: E731
+    make: Callable[[Any], Any] = lambda dtype: jax.ShapeDtypeStruct(
+        (rows, length), dtype, sharding=place
+    )
+    numbers = make(jnp.int32)
     return Batch(
-        *(make(dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_, jnp.int32, jnp.int32))
+        tokens=numbers,
+        targets=numbers,
+        mask=make(jnp.bool_),
+        positions=numbers,
+        segment_ids=numbers,
     )
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
     """A process's share of a batch, as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
-    make = lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows))  # noqa: E731
+    make = lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
     return jax.tree.map(make, batch)
 
 
