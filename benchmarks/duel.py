@@ -88,6 +88,7 @@ def duel(ours: Worker, theirs: Worker, rounds: int) -> dict:
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(rounds):
         for name, worker in (("ours", ours), ("theirs", theirs)):
+            time.sleep(0.3)  # a thread pool may spin for a while after its step
             seconds[name].append(worker.ask("step")["seconds"])
     pairs = [a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
     peaks = {"ours": ours.ask("memory")["peak_bytes"], "theirs": theirs.ask("memory")["peak_bytes"]}

@@ -10,10 +10,9 @@ teacher's head is read once. On a mesh every device walks over its own tokens an
 at the end.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,56 +20,15 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxdistill.kernels import rows
+from jaxdistill.kernels import head_chunk, rows
+from jaxdistill.kernels.head_chunk import PER_TOKEN, Operands, Plan, Wanted
 from jaxdistill.sharding import BATCH_AXES, AnyMesh
 from jaxdistill.types import Mean
 
 # float32 logits of one chunk: small enough to stay near a CPU's caches, large enough that a GPU or
 # TPU reads the heads from memory few times (at V = 128,256 that is 2,048 tokens).
-_CHUNK_BYTES = {"cpu": 16 * 2**20}
+_CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**30
-
-
-class _Operands(NamedTuple):
-    """Everything the loss reads; a leaf that is absent is None."""
-
-    student_hidden: Array
-    student_head: Array
-    student_bias: Array | None
-    teacher_hidden: Array | None
-    teacher_head: Array | None
-    teacher_bias: Array | None
-    labels: Array | None
-    weights: Array
-    alpha: Array
-    temperature: Array
-    parameters: tuple[Array, ...]
-
-
-_PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The static half of a call."""
-
-    kind: str
-    scale_by_t2: bool
-    chunk: int
-    mesh: AnyMesh | None
-
-
-class _Wanted(NamedTuple):
-    """Which gradients a forward pass has to make on its way."""
-
-    hidden: bool = False
-    head: bool = False
-    bias: bool = False
-    temperature: bool = False
-
-    @property
-    def any(self) -> bool:
-        return any(self)
 
 
 def linear_divergence(
@@ -153,7 +111,7 @@ def linear_divergence(
     devices = 1 if mesh is None else _token_shards(mesh)
     if tokens % devices:
         raise ValueError(f"{tokens} tokens do not divide over the mesh's {devices} token shards")
-    operands = _Operands(
+    operands = Operands(
         *arrays,
         *teacher,
         None if labels is None else jnp.asarray(labels),
@@ -162,7 +120,9 @@ def linear_divergence(
         jnp.asarray(temperature, jnp.float32),
         tuple(jnp.asarray(parameter, jnp.float32) for parameter in parameters),
     )
-    plan = _Plan(kind, scale_by_t2, chunk or chunk_size(tokens // devices, vocab), mesh)
+    chunk = chunk or chunk_size(tokens // devices, vocab)
+    group = head_chunk.group_size(chunk, vocab)
+    plan = Plan(kind, scale_by_t2, chunk, group, mesh)
     sums = _loss_sums(plan, operands)
     loss = sums.pop("loss")
     count = sums.pop("count")
@@ -201,13 +161,13 @@ def _token_shards(mesh: AnyMesh) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sums(plan: _Plan, operands: _Operands) -> dict[str, Array]:
-    return _on_mesh(plan, _Wanted(), operands)[0]
+def _loss_sums(plan: Plan, operands: Operands) -> dict[str, Array]:
+    return _on_mesh(plan, Wanted(), operands)[0]
 
 
-def _loss_sums_fwd(plan: _Plan, primals: Any):  # operands with a CustomVJPPrimal for each leaf
+def _loss_sums_fwd(plan: Plan, primals: Any):  # operands with a CustomVJPPrimal for each leaf
     operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    wanted = _Wanted(
+    wanted = Wanted(
         hidden=primals.student_hidden.perturbed,
         head=primals.student_head.perturbed,
         bias=primals.student_bias is not None and primals.student_bias.perturbed,
@@ -222,7 +182,7 @@ def _loss_sums_fwd(plan: _Plan, primals: Any):  # operands with a CustomVJPPrima
     return sums, (gradients, operands)
 
 
-def _loss_sums_bwd(plan: _Plan, residuals, cotangents):
+def _loss_sums_bwd(plan: Plan, residuals, cotangents):
     gradients, operands = residuals
     cotangent = cotangents["loss"]
     if not isinstance(cotangent, jax.Array):  # symbolic zero: nothing depends on the loss
@@ -230,7 +190,7 @@ def _loss_sums_bwd(plan: _Plan, residuals, cotangents):
     scaled = {
         name: (cotangent * gradient).astype(gradient.dtype) for name, gradient in gradients.items()
     }
-    return (_Operands._make(scaled.get(name) for name in _Operands._fields),)
+    return (Operands._make(scaled.get(name) for name in Operands._fields),)
 
 
 _loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
@@ -239,14 +199,14 @@ _loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
 # ------------------------------------------------------------------------------------- the walk
 
 
-def _on_mesh(plan: _Plan, wanted: _Wanted, operands: _Operands):
+def _on_mesh(plan: Plan, wanted: Wanted, operands: Operands):
     """The walk on one device, or on every device over its own tokens."""
     if plan.mesh is None:
         return _walk(plan, wanted, operands)
     split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    specs = _Operands._make(
-        None if leaf is None else split if name in _PER_TOKEN else whole
-        for name, leaf in zip(_Operands._fields, operands, strict=True)
+    specs = Operands._make(
+        None if leaf is None else split if name in PER_TOKEN else whole
+        for name, leaf in zip(Operands._fields, operands, strict=True)
     )
     shards = plan.mesh.shape["fsdp"]
     split_head = wanted.head and operands.student_head.shape[1] % shards == 0
@@ -278,7 +238,7 @@ def _sum_head(gradient: Array, split: bool) -> Array:
     return jax.lax.psum(gradient, "data")
 
 
-def _gradient_names(wanted: _Wanted) -> list[str]:
+def _gradient_names(wanted: Wanted) -> list[str]:
     names = {
         "student_hidden": wanted.hidden,
         "student_head": wanted.head,
@@ -288,7 +248,7 @@ def _gradient_names(wanted: _Wanted) -> list[str]:
     return [name for name, asked in names.items() if asked]
 
 
-def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
+def _walk(plan: Plan, wanted: Wanted, operands: Operands):
     """Scans over chunks of tokens: sums, and the gradients of the summed loss that are wanted."""
     tokens = operands.student_hidden.shape[0]
     pieces = -(-tokens // plan.chunk)
@@ -298,7 +258,7 @@ def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
         padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
         return padded.reshape(pieces, plan.chunk, *array.shape[1:])
 
-    split = {name: getattr(operands, name) for name in _PER_TOKEN}
+    split = {name: getattr(operands, name) for name in PER_TOKEN}
     split = {name: in_chunks(array) for name, array in split.items() if array is not None}
     # One cast for all chunks; without it every chunk would read the float32 master copy.
     heads = operands._replace(
@@ -317,7 +277,7 @@ def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
         totals["temperature"] = jnp.float32(0)
 
     def body(totals, chunk_rows):
-        sums, gradients = _chunk(plan, wanted, heads._replace(**chunk_rows))
+        sums, gradients = head_chunk.run(plan, wanted, heads._replace(**chunk_rows))
         hidden = gradients.pop("student_hidden", None)
         return {k: totals[k] + gradients[k] for k in totals}, (sums, hidden)
 
@@ -326,131 +286,3 @@ def _walk(plan: _Plan, wanted: _Wanted, operands: _Operands):
     if hidden is not None:
         totals["student_hidden"] = hidden.reshape(-1, hidden.shape[-1])[:tokens]
     return sums, totals
-
-
-class _Softmax(NamedTuple):
-    """Logits of one model and what turns them into log-probabilities.
-
-    Maximum and log-sum stay two numbers: added into one, logits of 300 would cost the
-    log-probabilities their last five bits. Only the logits are kept at [n, V]: each sum reads them
-    once and makes its exponentials anew, which costs less than memory does.
-    """
-
-    logits: Array  # [n, V] float32, as the product gives them
-    top: Array  # [n, 1] their maximum
-    log_sum: Array  # [n, 1] logsumexp of logits - top
-    log_sum_t: Array  # [n, 1] logsumexp of (logits - top) / T
-    cold: Array  # [] 1 / T
-
-    @property
-    def log_probs(self) -> Array:
-        """log softmax(logits), [n, V]."""
-        return (self.logits - self.top) - self.log_sum
-
-    @property
-    def log_probs_t(self) -> Array:
-        """log softmax(logits / T), [n, V]."""
-        return (self.logits - self.top) * self.cold - self.log_sum_t
-
-
-def _softmax(hidden: Array, head: Array, bias: Array | None, temperature: Array) -> _Softmax:
-    logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)[None, :]
-    cold = 1 / temperature
-    top = jnp.max(logits, axis=1, keepdims=True)
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=1, keepdims=True))
-    log_sum_t = jnp.log(jnp.sum(jnp.exp((logits - top) * cold), axis=1, keepdims=True))
-    return _Softmax(logits, top, log_sum, log_sum_t, cold)
-
-
-def _chunk(plan: _Plan, wanted: _Wanted, x: _Operands):
-    """Sums and gradients of one chunk of tokens."""
-    # A token of weight 0 may hold anything, NaN included: give it harmless hidden states.
-    counted = x.weights != 0
-    quiet = lambda hidden: jnp.where(counted[:, None], hidden, 0)
-    hidden = quiet(x.student_hidden)
-    total = lambda per_token: jnp.sum(per_token * x.weights)
-    student = _softmax(hidden, x.student_head, x.student_bias, x.temperature)
-    sums = {"count": jnp.sum(x.weights), "student/entropy": total(_entropy(student))}
-    loss = jnp.float32(0)
-    slopes = []  # d loss_i / d logits, [n, V], one term per part of the loss
-    gradients: dict[str, Array] = {}
-    if x.labels is not None:
-        at_label = jnp.take_along_axis(student.logits, x.labels[:, None], axis=1, mode="clip")
-        cross_entropy = student.log_sum - (at_label - student.top)
-        sums["loss/ce"] = total(cross_entropy[:, 0])
-        loss += x.alpha * sums["loss/ce"]
-        is_label = jax.lax.broadcasted_iota(jnp.int32, student.logits.shape, 1) == x.labels[:, None]
-        slopes.append(x.alpha * (jnp.exp(student.log_probs) - is_label))
-    if x.teacher_hidden is not None and x.teacher_head is not None:
-        teacher = _softmax(quiet(x.teacher_hidden), x.teacher_head, x.teacher_bias, x.temperature)
-        sums |= _agreement(student, teacher, total)
-        value, slope, slope_t = _divergence(
-            plan, rows.make(plan.kind, *x.parameters), x.temperature, student, teacher
-        )
-        sums["loss/divergence"] = total(value)
-        loss += (1 - x.alpha) * sums["loss/divergence"]
-        slopes.append((1 - x.alpha) * slope)
-        if wanted.temperature:
-            gradients["temperature"] = (1 - x.alpha) * total(slope_t)
-    sums["loss"] = loss
-    if wanted.hidden or wanted.head or wanted.bias:
-        gradients |= _pull_back(wanted, sum(slopes) * x.weights[:, None], hidden, x.student_head)
-    return sums, gradients
-
-
-def _entropy(model: _Softmax) -> Array:
-    """-sum p log p at T = 1, [n]."""
-    return -jnp.sum(jnp.exp(model.log_probs) * model.log_probs, axis=1)
-
-
-def _agreement(student: _Softmax, teacher: _Softmax, total) -> dict[str, Array]:
-    """What is worth knowing at T = 1, from logits that exist anyway."""
-    # Comparing with the maxima beats two argmax passes; a tie counts as agreement.
-    same_top = jnp.any((student.logits == student.top) & (teacher.logits == teacher.top), axis=1)
-    gap = teacher.log_probs - student.log_probs
-    return {
-        "loss/kl_t1": total(jnp.sum(jnp.exp(teacher.log_probs) * gap, axis=1)),
-        "agree/top1": total(same_top),
-        "teacher/entropy": total(_entropy(teacher)),
-    }
-
-
-def _divergence(
-    plan: _Plan, row: rows.Row, temperature: Array, student: _Softmax, teacher: _Softmax
-):
-    """Per token: T^2 D, d(T^2 D) / d student logits [n, V], and d(T^2 D) / d T."""
-    log_q, log_p = student.log_probs_t, teacher.log_probs_t
-    scale = temperature**2 if plan.scale_by_t2 else jnp.float32(1)
-    value = jnp.sum(row.value(log_p, log_q), axis=1)
-    toward = _through_softmax(row.dlogq(log_p, log_q), log_q)
-    from_teacher = _through_softmax(row.dlogp(log_p, log_q), log_p)
-    # u = z / T, so du/dT = -z / T^2; rows of either slope sum to 0, so shifted logits serve.
-    moved = toward * (student.logits - student.top) + from_teacher * (teacher.logits - teacher.top)
-    slope_t = -scale * jnp.sum(moved, axis=1) / temperature**2
-    if plan.scale_by_t2:
-        slope_t = slope_t + 2 * temperature * value
-    return scale * value, scale / temperature * toward, slope_t
-
-
-def _through_softmax(slope: Array, log_probs: Array) -> Array:
-    """From d/d log-probabilities to d/d logits: g - q * sum(g)."""
-    return slope - jnp.exp(log_probs) * jnp.sum(slope, axis=1, keepdims=True)
-
-
-def _pull_back(wanted: _Wanted, slope: Array, hidden: Array, head: Array) -> dict[str, Array]:
-    """From d/d logits to hidden states, head and bias."""
-    gradients = {}
-    narrow = slope.astype(hidden.dtype)
-    if wanted.hidden:
-        gradients["student_hidden"] = jnp.einsum(
-            "nv,vd->nd", narrow, head, preferred_element_type=jnp.float32
-        ).astype(hidden.dtype)
-    if wanted.head:
-        gradients["student_head"] = jnp.einsum(
-            "nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32
-        )
-    if wanted.bias:
-        gradients["student_bias"] = jnp.sum(slope, axis=0)
-    return gradients
