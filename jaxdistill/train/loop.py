@@ -101,6 +101,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         if waiting is not None:
             show(*waiting)
         waiting = (number, means)
+        if not parts.meter.overlaps:
+            show(*waiting)
+            waiting = None
 
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
@@ -109,8 +112,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         if not (evaluate or save):
             continue
         # Nothing is evaluated or saved before the step that made it is known to be sound.
-        show(*waiting)
-        waiting = None
+        if waiting is not None:
+            show(*waiting)
+            waiting = None
         metrics = None
         if evaluate:
             with parts.meter.waiting("other"):

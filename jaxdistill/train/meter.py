@@ -50,6 +50,9 @@ class Meter:
       teacher_share: the teacher's share of those FLOPs. Inside one compiled program its time
         cannot be told apart, so this share of the time that is no waiting stands for it.
       devices: of the mesh.
+
+    Attributes:
+      overlaps: whether the host should read a step's numbers while the next one runs.
     """
 
     def __init__(
@@ -65,6 +68,9 @@ class Meter:
         self._devices = devices
         peak = peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
+        # A CPU has no queue worth filling: a step runs when it is called, and reading the numbers of
+        # the one before would book its time on the wrong step.
+        self.overlaps = devices[0].platform != "cpu"
         self._local = [d for d in devices if d.process_index == jax.process_index()]
         self.restart()
 
