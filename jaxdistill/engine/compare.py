@@ -85,10 +85,13 @@ class Comparison:
         speed = self._held_out.speed(scoring, teacher.params)
         self._add("teacher", metrics, teacher.config, teacher.params, speed)
 
-    def add_student(self, name: str, params: Any) -> None:
-        """A student's row, measured anew where it is there already."""
+    def add_student(
+        self, name: str, params: Any, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """A student's row, from the metrics of its last evaluation where there was one."""
         model = self._models.student
-        metrics = self._measure({"student": params, "objective": self._own}, _ROW_KNOBS)
+        if metrics is None:
+            metrics = self._measure({"student": params, "objective": self._own}, _ROW_KNOBS)
         if self._student_speed is None:
             # Every student row has this shape and runs this program: one timing serves them all.
             scoring = measure.scoring_step(

@@ -154,7 +154,7 @@ class _Session:
         state, metrics = self._train(
             self.run.path, self.config, self.method, student, checkpoints, samples=True
         )
-        table.add_student("student after", state.params["student"])
+        table.add_student("student after", state.params["student"], metrics)
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
@@ -174,8 +174,8 @@ class _Session:
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
         with _checkpoints(config, folder) as checkpoints:
-            state, _ = self._train(folder, config, method, fresh, checkpoints, samples=False)
-        self.table.add_student("SFT control", state.params["student"])
+            state, metrics = self._train(folder, config, method, fresh, checkpoints, samples=False)
+        self.table.add_student("SFT control", state.params["student"], metrics)
 
     def _train(
         self,

@@ -68,8 +68,8 @@ class Meter:
         self._devices = devices
         peak = peak_flops(devices[0])
         self._peak = None if peak is None else peak * len(devices)
-        # A CPU has no queue worth filling: a step runs when it is called, and reading the numbers of
-        # the one before would book its time on the wrong step.
+        # A CPU has no queue worth filling: a step runs when it is called, and reading the numbers
+        # of the one before would book its time on the wrong step.
         self.overlaps = devices[0].platform != "cpu"
         self._local = [d for d in devices if d.process_index == jax.process_index()]
         self.restart()
