@@ -20,6 +20,8 @@ from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
+# A bool among the knobs: whether the metrics at T = 1 are wanted; absent, they are.
+MONITOR = "monitor"
 Apply = Callable[[Any, Outputs, TeacherSignal, Batch, Mapping[str, Array]], dict[str, Mean]]
 
 
@@ -70,6 +72,7 @@ def kd(
             temperature=knobs["temperature"],
             scale_by_t2=scale_by_t2,
             chunk=chunk,
+            monitor=knobs.get(MONITOR),
         )
 
     return Objective(_no_parameters, apply, ("alpha", "temperature"))
@@ -79,7 +82,8 @@ def sft(*, vocab: int, chunk: int | None = None) -> Objective:
     """Supervised fine-tuning: cross-entropy of the data, no teacher."""
 
     def apply(params, student, signal, batch, knobs):
-        return _from_heads(student, None, batch, vocab, alpha=1.0, chunk=chunk)
+        monitor = knobs.get(MONITOR)
+        return _from_heads(student, None, batch, vocab, alpha=1.0, chunk=chunk, monitor=monitor)
 
     return Objective(_no_parameters, apply, needs_teacher=False)
 
@@ -92,21 +96,19 @@ def _from_heads(
     student: Outputs, teacher: Outputs | None, batch: Batch, vocab: int, **options: Any
 ) -> dict[str, Mean]:
     """The fused head loss over a batch of rows."""
-    flat = lambda array: array.reshape(-1, *array.shape[2:])
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
-    mask = flat(batch.mask)
     if teacher is not None:
         options |= {
-            "teacher_hidden": flat(teacher.hidden),
+            "teacher_hidden": teacher.hidden,
             "teacher_head": teacher.head[:vocab],
             "teacher_bias": bias(teacher),
         }
     total, means = linear_divergence(
-        flat(student.hidden),
+        student.hidden,
         student.head[:vocab],
         student_bias=bias(student),
-        labels=flat(batch.targets),
-        mask=mask,
+        labels=batch.targets,
+        mask=batch.mask,
         reduction="sum",
         mesh=current_mesh(),
         **options,

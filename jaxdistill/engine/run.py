@@ -29,7 +29,7 @@ from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.state import TrainState
-from jaxdistill.train.step import place
+from jaxdistill.train.step import place, recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,8 @@ class _Session:
             )
             stack.enter_context(writer)
             began = time.perf_counter()
-            step = setup.compile_step(config, method, state, teacher_params, self.mesh)
+            monitor = recorded(config.train.log_every, config.train.steps)
+            step = setup.compile_step(config, method, state, teacher_params, self.mesh, monitor)
             seconds = time.perf_counter() - began
             writer.event("compiled", seconds=round(seconds, 3), from_step=first)
             progress.event(f"compiled in {seconds:.1f} s")

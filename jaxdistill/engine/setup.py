@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -342,10 +342,21 @@ def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh
     return abstract(models.student.config, config.student.param_dtype, own, method.tx, mesh)
 
 
-def compile_step(config: Config, method: Method, state: Any, teacher_params: Any, mesh: Mesh):
-    """The compiled training step of a run."""
+def compile_step(
+    config: Config,
+    method: Method,
+    state: Any,
+    teacher_params: Any,
+    mesh: Mesh,
+    monitor: Callable[[Any], Any] | None = None,
+):
+    """The compiled training step of a run; `monitor` as in `steps.make`."""
     step = steps.make(
-        method.loss, method.teacher, method.tx, micro_batches=config.train.micro_batches
+        method.loss,
+        method.teacher,
+        method.tx,
+        micro_batches=config.train.micro_batches,
+        monitor=monitor,
     )
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
     return steps.compiled(step, state, teacher_params, batch, mesh)

@@ -6,15 +6,16 @@ group find it in the cache. An accelerator fuses the passes: there a group is th
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from jaxdistill.kernels import rows
-from jaxdistill.sharding import AnyMesh
+from jaxdistill.kernels import choice, row_loss
+from jaxdistill.kernels.row_loss import Numbers, Terms, Vocabulary
+from jaxdistill.kernels.statistics import Rows
 
 # float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
 _GROUP_BYTES_CPU = 2**19
@@ -32,11 +33,11 @@ class Operands(NamedTuple):
     labels: Array | None
     weights: Array
     alpha: Array
-    temperature: Array
+    temperature: Array  # [] or [N]
     parameters: tuple[Array, ...]
-
-
-PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights")
+    taid_t: Array | None
+    smoothing: Array | None
+    monitor: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +45,18 @@ class Plan:
     """The static half of a call.
 
     Attributes:
-      kind: of the divergence.
-      scale_by_t2: whether it is multiplied by T^2.
+      terms: of the loss.
       chunk: tokens whose logits exist at one time on a device.
       group: rows of a chunk that the elementwise part takes at one time; divides chunk.
-      mesh: whose devices share the tokens, or None.
+      statistics: the implementation of the row statistics, see `choice`.
+      logits_dtype: of the products' results.
     """
 
-    kind: str
-    scale_by_t2: bool
+    terms: Terms
     chunk: int
     group: int
-    mesh: AnyMesh | None
+    statistics: str
+    logits_dtype: DTypeLike
 
 
 class Wanted(NamedTuple):
@@ -72,165 +73,192 @@ class Wanted(NamedTuple):
         return self.hidden or self.head or self.bias
 
 
-def group_size(chunk: int, vocab: int, platform: str | None = None) -> int:
+def group_size(chunk: int, vocab: int, platform: str) -> int:
     """Rows per group: the largest divisor of `chunk` within the cache's share on a CPU."""
-    if (platform or jax.default_backend()) != "cpu":
+    if platform != "cpu":
         return chunk
     most = max(1, _GROUP_BYTES_CPU // (4 * vocab))
     return max(size for size in range(1, min(most, chunk) + 1) if chunk % size == 0)
 
 
-def run(plan: Plan, wanted: Wanted, x: Operands) -> tuple[dict[str, Array], dict[str, Array]]:
+def run(
+    plan: Plan, wanted: Wanted, x: Operands, vocabulary: Vocabulary
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """Sums over the chunk's tokens, and the gradients of the summed loss that are wanted."""
     # A token of weight 0 may hold anything, NaN included: give it harmless hidden states.
     counted = x.weights != 0
     quiet = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = quiet(x.student_hidden)
-    student_logits = _logits(hidden, x.student_head, x.student_bias)
-    teacher_logits = None
+    student = _logits(plan, hidden, x.student_head, x.student_bias)
+    teacher = None
     if x.teacher_hidden is not None and x.teacher_head is not None:
-        teacher_logits = _logits(quiet(x.teacher_hidden), x.teacher_head, x.teacher_bias)
-    per_row = (student_logits, teacher_logits, x.labels, x.weights)
+        teacher = _logits(plan, quiet(x.teacher_hidden), x.teacher_head, x.teacher_bias)
+    per_row = (student, teacher, x.labels, x.weights, x.temperature if x.temperature.ndim else None)
 
     def one(group):
-        return _group(plan, wanted, x, *group)
+        return _group(plan, wanted, x, vocabulary, *group)
 
     if plan.group == plan.chunk:
-        sums, slope = one(per_row)
+        sums, slope, per_temperature = one(per_row)
     else:
         split = lambda array: array.reshape(-1, plan.group, *array.shape[1:])
-        sums, slope = jax.lax.map(one, jax.tree.map(split, per_row))
+        sums, slope, per_temperature = jax.lax.map(one, jax.tree.map(split, per_row))
         sums = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
-        slope = None if slope is None else slope.reshape(student_logits.shape)
-    gradients = {"temperature": sums.pop("temperature")} if wanted.temperature else {}
+        slope = None if slope is None else slope.reshape(student.shape)
+        if per_temperature is not None:
+            per_temperature = per_temperature.reshape(-1)
+    gradients = {}
+    if per_temperature is not None:
+        whole = x.temperature.ndim == 0
+        gradients["temperature"] = jnp.sum(per_temperature) if whole else per_temperature
     if slope is not None:
-        gradients |= _pull_back(wanted, slope, hidden, x.student_head)
+        gradients |= _pull_back(plan, wanted, slope, hidden, x.student_head)
     return sums, gradients
 
 
-def _logits(hidden: Array, head: Array, bias: Array | None) -> Array:
+def _logits(plan: Plan, hidden: Array, head: Array, bias: Array | None) -> Array:
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
-    return logits if bias is None else logits + bias.astype(jnp.float32)[None, :]
-
-
-class _Softmax(NamedTuple):
-    """Logits of one model and what turns them into log-probabilities.
-
-    Maximum and log-sum stay two numbers: added into one, logits of 300 would cost the
-    log-probabilities their last five bits.
-    """
-
-    logits: Array  # [n, V] float32
-    top: Array  # [n, 1] their maximum
-    log_sum: Array  # [n, 1] logsumexp of logits - top
-    log_sum_t: Array  # [n, 1] logsumexp of (logits - top) / T
-    cold: Array  # [] 1 / T
-
-    @property
-    def log_probs(self) -> Array:
-        """log softmax(logits), [n, V]."""
-        return (self.logits - self.top) - self.log_sum
-
-    @property
-    def log_probs_t(self) -> Array:
-        """log softmax(logits / T), [n, V]."""
-        return (self.logits - self.top) * self.cold - self.log_sum_t
-
-
-def _softmax(logits: Array, temperature: Array) -> _Softmax:
-    cold = 1 / temperature
-    top = jnp.max(logits, axis=1, keepdims=True)
-    log_sum = jnp.log(jnp.sum(jnp.exp(logits - top), axis=1, keepdims=True))
-    log_sum_t = jnp.log(jnp.sum(jnp.exp((logits - top) * cold), axis=1, keepdims=True))
-    return _Softmax(logits, top, log_sum, log_sum_t, cold)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[None, :]
+    return logits.astype(plan.logits_dtype)
 
 
 def _group(
     plan: Plan,
     wanted: Wanted,
     x: Operands,
-    student_logits: Array,
-    teacher_logits: Array | None,
+    vocabulary: Vocabulary,
+    student: Array,
+    teacher: Array | None,
     labels: Array | None,
     weights: Array,
-) -> tuple[dict[str, Array], Array | None]:
-    """Sums over a group of rows, and d loss / d student logits [n, V] where it is wanted."""
-    total = lambda per_token: jnp.sum(per_token * weights)
-    student = _softmax(student_logits, x.temperature)
-    sums = {"count": jnp.sum(weights), "student/entropy": total(_entropy(student))}
-    loss = jnp.float32(0)
-    slopes = []  # one term per part of the loss
+    temperature: Array | None,
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+    """Sums over a group's rows; d loss / d logits [n, V] and d loss / d T [n] where wanted."""
+    terms = plan.terms
+    numbers = Numbers(
+        x.alpha,
+        x.temperature if temperature is None else temperature,
+        x.parameters,
+        x.taid_t,
+        x.smoothing,
+    )
+    total = lambda per_token: jnp.sum(jnp.where(weights == 0, 0.0, per_token) * weights)
+    row = terms.row(numbers)
+    logits = row_loss.logits_of(terms, numbers, student, teacher)
+    found, shown = _statistics(plan, row, numbers, logits, student, teacher, vocabulary, x.monitor)
+    sums = {"count": jnp.sum(weights), "monitored": jnp.sum(weights) * shown.pop("monitored")}
+    sums |= {name: total(value) for name, value in shown.items()}
+    loss, slopes, by_temperature = jnp.zeros_like(weights), [], None
     if labels is not None:
-        at_label = jnp.take_along_axis(student_logits, labels[:, None], axis=1, mode="clip")
-        sums["loss/ce"] = total((student.log_sum - (at_label - student.top))[:, 0])
-        loss += x.alpha * sums["loss/ce"]
-        is_label = jax.lax.broadcasted_iota(jnp.int32, student_logits.shape, 1) == labels[:, None]
-        slopes.append(x.alpha * (jnp.exp(student.log_probs) - is_label))
-    if teacher_logits is not None:
-        teacher = _softmax(teacher_logits, x.temperature)
-        sums |= _agreement(student, teacher, total)
-        row = rows.make(plan.kind, *x.parameters)
-        value, slope, slope_t = _divergence(plan, row, x.temperature, student, teacher)
+        ce = row_loss.cross_entropy(numbers, logits, found, labels, vocabulary)
+        sums["loss/ce"] = total(ce)
+        loss += x.alpha * ce
+        if wanted.slope:
+            ce_slope = row_loss.cross_entropy_slope(numbers, logits, found, labels, vocabulary)
+            slopes.append(x.alpha * ce_slope)
+    if teacher is not None:
+        read = None
+        if row is not None and row.closed is None:
+            read = choice.second_read(plan.statistics, terms.kind, numbers, student, teacher, found)
+        value, slope, by_temperature = _pull(
+            terms, wanted, row, numbers, logits, found, labels, vocabulary, read
+        )
         sums["loss/divergence"] = total(value)
-        loss += (1 - x.alpha) * sums["loss/divergence"]
-        slopes.append((1 - x.alpha) * slope)
-        if wanted.temperature:
-            sums["temperature"] = (1 - x.alpha) * total(slope_t)
+        loss += (1 - x.alpha) * value
+        if slope is not None:
+            slopes.append((1 - x.alpha) * slope)
+        if by_temperature is not None:
+            by_temperature = (1 - x.alpha) * by_temperature * weights
     elif wanted.temperature:
-        sums["temperature"] = jnp.float32(0)
-    sums["loss"] = loss
-    return sums, sum(slopes) * weights[:, None] if wanted.slope else None
+        by_temperature = jnp.zeros_like(weights)
+    sums["loss"] = total(loss)
+    return sums, sum(slopes) * weights[:, None] if wanted.slope else None, by_temperature
 
 
-def _entropy(model: _Softmax) -> Array:
-    """-sum p log p at T = 1, [n]."""
-    return -jnp.sum(jnp.exp(model.log_probs) * model.log_probs, axis=1)
+def _statistics(
+    plan: Plan, row, numbers: Numbers, logits: Rows, student, teacher, vocabulary, monitor
+) -> tuple[Rows, Rows]:
+    """The statistics that the loss needs, and per token the metrics ("monitored" is 1 or 0)."""
+    terms = plan.terms
+    loss_names, metric_names = row_loss.needed(terms, row), row_loss.monitored(terms)
+
+    def measure(names):
+        return choice.statistics(
+            plan.statistics, names, numbers, logits, student, teacher, vocabulary
+        )
+
+    one = jnp.float32(1)
+    passes = plan.statistics == "xla" and choice.reads_in_passes(choice.target())
+    if monitor is None or not passes:
+        # A fused pass makes the metrics on its way; leaving them out would save nothing.
+        found = measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
+        return found, row_loss.metrics(terms, found) | {"monitored": one}
+    metrics = lambda: row_loss.metrics(terms, measure(metric_names)) | {"monitored": one}
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(metrics))
+    return measure(loss_names), jax.lax.cond(monitor, metrics, lambda: nothing)
 
 
-def _agreement(
-    student: _Softmax, teacher: _Softmax, total: Callable[[Array], Array]
-) -> dict[str, Array]:
-    """What is worth knowing at T = 1, from logits that exist anyway."""
-    # Comparing with the maxima beats two argmax passes; a tie counts as agreement.
-    same_top = jnp.any((student.logits == student.top) & (teacher.logits == teacher.top), axis=1)
-    gap = teacher.log_probs - student.log_probs
-    return {
-        "loss/kl_t1": total(jnp.sum(jnp.exp(teacher.log_probs) * gap, axis=1)),
-        "agree/top1": total(same_top),
-        "teacher/entropy": total(_entropy(teacher)),
-    }
+def _pull(
+    terms: Terms,
+    wanted: Wanted,
+    row,
+    numbers: Numbers,
+    logits: Rows,
+    found: Rows,
+    labels,
+    vocabulary,
+    read,
+) -> tuple[Array, Array | None, Array | None]:
+    """Per token T^2 D; its slope by the student's logits [n, V] and by T [n] where wanted."""
+    temperature = numbers.temperature
+    scale = temperature**2 if terms.scale_by_t2 else jnp.float32(1)
+    column = lambda x: x[:, None] if x.ndim else x
+    if row is None:
+        value, slope, by_temperature = _function(terms, numbers, logits, labels)
+    else:
+        value, slope_sum = row_loss.divergence(row, numbers, logits, found, vocabulary, read)
+        slope = by_temperature = None
+        if wanted.slope or wanted.temperature:
+            slope = row_loss.divergence_slope(row, numbers, logits, found, slope_sum)
+        if wanted.temperature:
+            by_temperature = row_loss.temperature_slope(
+                row, numbers, logits, found, slope, vocabulary
+            )
+    if wanted.temperature:
+        by_temperature = scale * by_temperature
+        if terms.scale_by_t2:
+            by_temperature += 2 * temperature * value
+    slope = column(scale / temperature) * slope if wanted.slope else None
+    return scale * value, slope, by_temperature if wanted.temperature else None
 
 
-def _divergence(
-    plan: Plan, row: rows.Row, temperature: Array, student: _Softmax, teacher: _Softmax
+def _function(
+    terms: Terms, numbers: Numbers, logits: Rows, labels: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Per token: T^2 D, d(T^2 D) / d student logits [n, V], and d(T^2 D) / d T."""
-    log_q, log_p = student.log_probs_t, teacher.log_probs_t
-    scale = temperature**2 if plan.scale_by_t2 else jnp.float32(1)
-    value = jnp.sum(row.value(log_p, log_q), axis=1)
-    toward = _through_softmax(row.dlogq(log_p, log_q), log_q)
-    from_teacher = _through_softmax(row.dlogp(log_p, log_q), log_p)
-    # u = z / T, so du/dT = -z / T^2; rows of either slope sum to 0, so shifted logits serve.
-    moved = toward * (student.logits - student.top) + from_teacher * (teacher.logits - teacher.top)
-    slope_t = -scale * jnp.sum(moved, axis=1) / temperature**2
-    if plan.scale_by_t2:
-        slope_t = slope_t + 2 * temperature * value
-    return scale * value, scale / temperature * toward, slope_t
+    """A divergence that is a function of whole rows, and its slopes by u = s / T and by T."""
+    k = 1 / numbers.temperature
+    column = k[:, None] if k.ndim else k
+    drawn_to = logits["z" if "z" in logits else "t"]
+    evaluate = lambda s, z: terms.kind(s, z, labels)
+    value, pull = jax.vjp(evaluate, logits["s"] * column, drawn_to * column)
+    by_student, by_teacher = pull(jnp.ones_like(value))
+    moved = jnp.sum(by_student * logits["s"] + by_teacher * drawn_to, axis=1)
+    return value, by_student, -moved * k**2
 
 
-def _through_softmax(slope: Array, log_probs: Array) -> Array:
-    """From d/d log-probabilities to d/d logits: g - q * sum(g)."""
-    return slope - jnp.exp(log_probs) * jnp.sum(slope, axis=1, keepdims=True)
-
-
-def _pull_back(wanted: Wanted, slope: Array, hidden: Array, head: Array) -> dict[str, Array]:
+def _pull_back(
+    plan: Plan, wanted: Wanted, slope: Array, hidden: Array, head: Array
+) -> dict[str, Array]:
     """From d/d logits to hidden states, head and bias."""
     gradients = {}
     narrow = slope.astype(hidden.dtype)
     if wanted.hidden:
-        gradients["student_hidden"] = jnp.einsum(
-            "nv,vd->nd", narrow, head, preferred_element_type=jnp.float32
-        ).astype(hidden.dtype)
+        by_hidden = jnp.einsum("nv,vd->nd", narrow, head, preferred_element_type=jnp.float32)
+        # Devices that share the vocabulary add their parts before rounding.
+        gradients["student_hidden"] = (
+            by_hidden if plan.terms.axes else by_hidden.astype(hidden.dtype)
+        )
     if wanted.head:
         gradients["student_head"] = jnp.einsum(
             "nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32

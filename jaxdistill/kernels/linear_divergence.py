@@ -11,24 +11,27 @@ at the end.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxdistill.kernels import head_chunk, rows
-from jaxdistill.kernels.head_chunk import PER_TOKEN, Operands, Plan, Wanted
-from jaxdistill.sharding import BATCH_AXES, AnyMesh
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice, head_chunk, head_walk, rows
+from jaxdistill.kernels.head_chunk import Operands, Plan, Wanted
+from jaxdistill.kernels.head_walk import Layout
+from jaxdistill.kernels.row_loss import Function, Terms
+from jaxdistill.sharding import AnyMesh
 from jaxdistill.types import Mean
 
-# float32 logits of one chunk: small enough to stay near a CPU's caches, large enough that a GPU or
-# TPU reads the heads from memory few times (at V = 128,256 that is 2,048 tokens).
+# Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
+# or TPU reads heads and head gradient seldom (V = 128,256 in float32: 512 tokens).
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
-_CHUNK_BYTES_ACCELERATOR = 2**30
+_CHUNK_BYTES_ACCELERATOR = 2**28
 
 
 def linear_divergence(
@@ -39,15 +42,20 @@ def linear_divergence(
     *,
     labels: ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    kind: str = "forward_kl",
+    kind: str | Function = "forward_kl",
     parameters: Sequence[ArrayLike] = (),
     alpha: ArrayLike = 0.0,
     temperature: ArrayLike = 1.0,
     scale_by_t2: bool = True,
+    taid_t: ArrayLike | None = None,
+    label_smoothing: ArrayLike | None = None,
     student_bias: ArrayLike | None = None,
     teacher_bias: ArrayLike | None = None,
     reduction: str = "mean",
     chunk: int | None = None,
+    logits_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    monitor: ArrayLike | None = None,
     mesh: AnyMesh | None = None,
 ) -> tuple[Array, dict[str, Mean]]:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) from hidden states and heads.
@@ -57,26 +65,38 @@ def linear_divergence(
     constants. Matrix products take the dtype of the hidden states, everything else is float32.
 
     Args:
-      student_hidden: [N, D_S], after the final norm.
+      student_hidden: [N, D_S] or [B, L, D_S], after the final norm; so are all that is per token.
       student_head: [V, D_S]; cast to the dtype of the hidden states for the products, its gradient
         is accumulated in float32.
-      teacher_hidden: [N, D_T], or None for cross-entropy alone.
+      teacher_hidden: [..., D_T], or None for cross-entropy alone.
       teacher_head: [V, D_T]; the same V, row by row the same token.
       labels: int [N], the token each position predicts; None leaves cross-entropy out (alpha must
-        then be 0).
+        then be 0). A counted token whose label is no row of the heads makes the loss NaN.
       mask: bool or float [N], weight of each token in the loss; default 1. A token of weight 0
         contributes exactly 0 to value and gradient, whatever its hidden states hold.
-      kind: the divergence, a key of `kernels.rows.KINDS`; `forward_kl` is KL(teacher || student).
+      kind: the divergence: a key of `kernels.rows.KINDS` (`forward_kl` is KL(teacher || student)),
+        or a function (student_logits / T, teacher_logits / T, labels) -> [n] of whole rows, float32
+        [n, V], differentiated chunk by chunk; it must be hashable and stay the same object.
       parameters: the kind's own numbers, such as (beta,) of generalized_jsd; may be traced, are
         constants to the gradient.
       alpha: weight of the hard labels, 0 to 1.
-      temperature: T > 0, of the divergence alone; cross-entropy is always at T = 1.
+      temperature: T > 0, of the divergence alone, one number or [N]; cross-entropy is at T = 1.
       scale_by_t2: multiply the divergence by T^2.
+      taid_t: TAID's t: the target is softmax of the logits (1 - t) student + t teacher, a constant;
+        the metrics stay with the teacher itself.
+      label_smoothing: eps in [0, 1], CE = -(1 - eps) log q_y - eps mean_v log q_v.
       student_bias: [V] added to the student's logits, or None.
       teacher_bias: [V] added to the teacher's logits, or None.
       reduction: "mean" over the weights, or "sum" (to add micro-batches before dividing).
       chunk: tokens per chunk and device; default from V and the device.
-      mesh: walk over the tokens of each device of this mesh's data and fsdp axes apart.
+      logits_dtype: in which a chunk's logits are kept; default that of the hidden states. Products
+        accumulate in float32 and the arithmetic on logits is float32 in any case; float32 keeps
+        bfloat16 models' logits unrounded at twice the traffic.
+      implementation: of the row statistics, see `kernels.support`; None takes the best that runs.
+      monitor: traced bool: whether the metrics at T = 1 are made, where leaving them out saves time
+        (on a CPU); their means count 0 tokens where not. None makes them.
+      mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
+        the heads where that moves less; a function as `kind` always sees whole rows.
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
@@ -85,7 +105,8 @@ def linear_divergence(
       nats.
 
     Raises:
-      ValueError: for an unknown kind or reduction, shapes that do not fit, or alpha without labels.
+      ConfigError: for an unknown kind or reduction, shapes that do not fit, alpha without labels,
+        or an implementation that cannot run.
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
     """
@@ -93,50 +114,80 @@ def linear_divergence(
     teacher: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if teacher_hidden is not None and teacher_head is not None:
         teacher = _checked(teacher_hidden, teacher_head, teacher_bias, "teacher")
-        if teacher[1].shape[0] != arrays[1].shape[0] or teacher[0].shape[0] != arrays[0].shape[0]:
-            raise ValueError(
-                f"student logits would be [{arrays[0].shape[0]}, {arrays[1].shape[0]}], the "
-                f"teacher's [{teacher[0].shape[0]}, {teacher[1].shape[0]}]: tokens and vocabulary "
-                "must agree; slice padded head rows off first"
-            )
     elif teacher_hidden is not None or teacher_head is not None:
-        raise ValueError("teacher_hidden and teacher_head go together: give both or neither")
-    rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
-    if labels is None and not (isinstance(alpha, (int, float)) and alpha == 0):
-        raise ValueError(f"alpha={alpha} weighs cross-entropy, which needs labels; labels is None")
-    tokens, vocab = arrays[0].shape[0], arrays[1].shape[0]
-    weights = jnp.ones(tokens) if mask is None else jnp.asarray(mask)
-    devices = 1 if mesh is None else _token_shards(mesh)
-    if tokens % devices:
-        raise ValueError(f"{tokens} tokens do not divide over the mesh's {devices} token shards")
+        raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
+    dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
+    _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher)
+    optional = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
     operands = Operands(
         *arrays,
         *teacher,
-        None if labels is None else jnp.asarray(labels),
-        weights.astype(jnp.float32),
-        jnp.asarray(alpha, jnp.float32),
-        jnp.asarray(temperature, jnp.float32),
-        tuple(jnp.asarray(parameter, jnp.float32) for parameter in parameters),
+        labels=None if labels is None else jnp.asarray(labels),
+        weights=jnp.ones(dims) if mask is None else jnp.asarray(mask).astype(jnp.float32),
+        alpha=jnp.asarray(alpha, jnp.float32),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        parameters=tuple(jnp.asarray(parameter, jnp.float32) for parameter in parameters),
+        taid_t=optional(taid_t),
+        smoothing=optional(label_smoothing),
+        monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )
-    chunk = chunk or chunk_size(tokens // devices, vocab)
-    group = head_chunk.group_size(chunk, vocab)
-    plan = Plan(kind, scale_by_t2, chunk, group, mesh)
-    sums = _loss_sums(plan, operands)
-    loss = sums.pop("loss")
-    count = sums.pop("count")
+    plan, place = _plan(operands, kind, scale_by_t2, chunk, logits_dtype, implementation, mesh)
+    sums = _loss_sums((plan, place), operands)
+    loss, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
         loss = Mean(loss, count).value
-    return loss, {name: Mean(jax.lax.stop_gradient(total), count) for name, total in sums.items()}
+    counts = {name: count for name in ("loss/ce", "loss/divergence")}
+    return loss, {
+        name: Mean(jax.lax.stop_gradient(total), counts.get(name, monitored))
+        for name, total in sums.items()
+    }
 
 
-def chunk_size(tokens: int, vocab: int, platform: str | None = None) -> int:
+def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
     """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
-    budget = _CHUNK_BYTES.get(platform or jax.default_backend(), _CHUNK_BYTES_ACCELERATOR)
-    most = max(8, budget // (4 * vocab))
+    budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
+    most = max(8, budget // (itemsize * vocab))
     pieces = -(-tokens // most)
     return min(tokens, -(-tokens // pieces // 8) * 8)
+
+
+def _plan(
+    operands: Operands,
+    kind: str | Function,
+    scale_by_t2: bool,
+    chunk: int | None,
+    logits_dtype: DTypeLike | None,
+    implementation: str | None,
+    mesh: AnyMesh | None,
+) -> tuple[Plan, Layout]:
+    """The static half of a call: what is summed, where, and in which pieces."""
+    logits_dtype = jnp.dtype(logits_dtype or operands.student_hidden.dtype)
+    dims, vocab = operands.student_hidden.shape[:-1], operands.student_head.shape[0]
+    device = choice.target()
+    has_teacher = operands.teacher_head is not None
+    place = head_walk.layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str))
+    local_vocab = _padded_vocab(vocab, place) // place.size(place.vocab)
+    tokens = math.prod(dims) // place.size(place.token_axes)
+    scalar = operands.temperature.ndim == 0
+    chosen = choice.choose(
+        implementation, local_vocab, logits_dtype, device=device, scalar_temperature=scalar
+    )
+    most = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
+    chunk = min(chunk or most, tokens)
+    terms = Terms(
+        kind=kind if has_teacher else None,
+        labels=operands.labels is not None,
+        scale_by_t2=scale_by_t2,
+        axes=place.vocab,
+    )
+    group = head_chunk.group_size(chunk, local_vocab, device.platform)
+    return Plan(terms, chunk, group, chosen, logits_dtype), place
+
+
+def _padded_vocab(vocab: int, place: Layout) -> int:
+    """Rows of the heads that every device can take an equal, tileable part of."""
+    tile = 64 if choice.target().platform == "gpu" else 1
+    return -(-vocab // (tile * place.size(place.vocab))) * tile * place.size(place.vocab)
 
 
 def _checked(
@@ -144,28 +195,55 @@ def _checked(
 ) -> tuple[Array, Array, Array | None]:
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     bias = None if bias is None else jnp.asarray(bias)
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(
-            f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] and [V, D]"
+    if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
+        raise ConfigError(
+            f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] or [B, L, D], "
+            "and [V, D]"
         )
     if bias is not None and bias.shape != (head.shape[0],):
-        raise ValueError(f"{who}_bias {bias.shape} must be [V] = [{head.shape[0]}]")
+        raise ConfigError(f"{who}_bias {bias.shape} must be [V] = [{head.shape[0]}]")
     return hidden, head, bias
 
 
-def _token_shards(mesh: AnyMesh) -> int:
-    return mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+def _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher) -> None:
+    """Raises for what does not fit together."""
+    if isinstance(kind, str):
+        rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
+    elif parameters:
+        raise ConfigError("parameters belong to named kinds; bind them to the function")
+    if teacher[0] is not None and (teacher[1].shape[0] != vocab or teacher[0].shape[:-1] != dims):
+        raise ConfigError(
+            f"student logits would be {[*dims, vocab]}, the teacher's "
+            f"{[*teacher[0].shape[:-1], teacher[1].shape[0]]}: tokens and vocabulary must agree; "
+            "slice padded head rows off first"
+        )
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+    if labels is None and not (isinstance(alpha, (int, float)) and alpha == 0):
+        raise ConfigError(f"alpha={alpha} weighs cross-entropy, which needs labels; labels is None")
 
 
 # ------------------------------------------------------------------------------- custom gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sums(plan: Plan, operands: Operands) -> dict[str, Array]:
-    return _on_mesh(plan, Wanted(), operands)[0]
+def _loss_sums(static: tuple[Plan, Layout], operands: Operands) -> dict[str, Array]:
+    return _run(static, Wanted(), operands)[0]
 
 
-def _loss_sums_fwd(plan: Plan, primals: Any):  # operands with a CustomVJPPrimal for each leaf
+def _run(static: tuple[Plan, Layout], wanted: Wanted, operands: Operands):
+    """The walk on heads that the layout divides; gradients without the padding."""
+    plan, place = static
+    vocab = operands.student_head.shape[0]
+    padded = head_walk.pad_vocabulary(operands, _padded_vocab(vocab, place))
+    sums, gradients = head_walk.on_mesh(plan, place, wanted, padded)
+    for name in ("student_head", "student_bias"):
+        if name in gradients:
+            gradients[name] = gradients[name][:vocab]
+    return sums, gradients
+
+
+def _loss_sums_fwd(static, primals: Any):  # operands with a CustomVJPPrimal for each leaf
     operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
     wanted = Wanted(
         hidden=primals.student_hidden.perturbed,
@@ -173,7 +251,7 @@ def _loss_sums_fwd(plan: Plan, primals: Any):  # operands with a CustomVJPPrimal
         bias=primals.student_bias is not None and primals.student_bias.perturbed,
         temperature=primals.temperature.perturbed,
     )
-    sums, gradients = _on_mesh(plan, wanted, operands)
+    sums, gradients = _run(static, wanted, operands)
     gradients = {
         name: gradient.astype(getattr(operands, name).dtype) for name, gradient in gradients.items()
     }
@@ -182,7 +260,7 @@ def _loss_sums_fwd(plan: Plan, primals: Any):  # operands with a CustomVJPPrimal
     return sums, (gradients, operands)
 
 
-def _loss_sums_bwd(plan: Plan, residuals, cotangents):
+def _loss_sums_bwd(static, residuals, cotangents):
     gradients, operands = residuals
     cotangent = cotangents["loss"]
     if not isinstance(cotangent, jax.Array):  # symbolic zero: nothing depends on the loss
@@ -194,95 +272,3 @@ def _loss_sums_bwd(plan: Plan, residuals, cotangents):
 
 
 _loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)
-
-
-# ------------------------------------------------------------------------------------- the walk
-
-
-def _on_mesh(plan: Plan, wanted: Wanted, operands: Operands):
-    """The walk on one device, or on every device over its own tokens."""
-    if plan.mesh is None:
-        return _walk(plan, wanted, operands)
-    split, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    specs = Operands._make(
-        None if leaf is None else split if name in PER_TOKEN else whole
-        for name, leaf in zip(Operands._fields, operands, strict=True)
-    )
-    shards = plan.mesh.shape["fsdp"]
-    split_head = wanted.head and operands.student_head.shape[1] % shards == 0
-
-    def local(operands):
-        sums, gradients = _walk(plan, wanted, operands)
-        sums = jax.lax.psum(sums, BATCH_AXES)
-        if "student_head" in gradients:
-            gradients["student_head"] = _sum_head(gradients["student_head"], split_head)
-        for name in ("student_bias", "temperature"):
-            if name in gradients:
-                gradients[name] = jax.lax.psum(gradients[name], BATCH_AXES)
-        return sums, gradients
-
-    head_spec = PartitionSpec(None, "fsdp") if split_head else whole
-    out = {"student_hidden": split, "student_head": head_spec, "student_bias": whole}
-    out["temperature"] = whole
-    asked = {name: out[name] for name in _gradient_names(wanted)}
-    return jax.shard_map(
-        local, mesh=plan.mesh, in_specs=(specs,), out_specs=(whole, asked), check_vma=False
-    )(operands)
-
-
-def _sum_head(gradient: Array, split: bool) -> Array:
-    """Adds the devices' head gradients, leaving each with its slice of D where that divides."""
-    if not split:
-        return jax.lax.psum(gradient, BATCH_AXES)
-    gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(gradient, "data")
-
-
-def _gradient_names(wanted: Wanted) -> list[str]:
-    names = {
-        "student_hidden": wanted.hidden,
-        "student_head": wanted.head,
-        "student_bias": wanted.bias,
-        "temperature": wanted.temperature,
-    }
-    return [name for name, asked in names.items() if asked]
-
-
-def _walk(plan: Plan, wanted: Wanted, operands: Operands):
-    """Scans over chunks of tokens: sums, and the gradients of the summed loss that are wanted."""
-    tokens = operands.student_hidden.shape[0]
-    pieces = -(-tokens // plan.chunk)
-    padding = pieces * plan.chunk - tokens
-
-    def in_chunks(array):
-        padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
-        return padded.reshape(pieces, plan.chunk, *array.shape[1:])
-
-    split = {name: getattr(operands, name) for name in PER_TOKEN}
-    split = {name: in_chunks(array) for name, array in split.items() if array is not None}
-    # One cast for all chunks; without it every chunk would read the float32 master copy.
-    heads = operands._replace(
-        student_head=operands.student_head.astype(operands.student_hidden.dtype),
-        teacher_head=None
-        if operands.teacher_head is None or operands.teacher_hidden is None
-        else operands.teacher_head.astype(operands.teacher_hidden.dtype),
-    )
-    totals = {}
-    if wanted.head:
-        totals["student_head"] = jnp.zeros(operands.student_head.shape, jnp.float32)
-    if wanted.bias:
-        assert operands.student_bias is not None, "its gradient is wanted"
-        totals["student_bias"] = jnp.zeros(operands.student_bias.shape, jnp.float32)
-    if wanted.temperature:
-        totals["temperature"] = jnp.float32(0)
-
-    def body(totals, chunk_rows):
-        sums, gradients = head_chunk.run(plan, wanted, heads._replace(**chunk_rows))
-        hidden = gradients.pop("student_hidden", None)
-        return {k: totals[k] + gradients[k] for k in totals}, (sums, hidden)
-
-    totals, (sums, hidden) = jax.lax.scan(body, totals, split)
-    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    if hidden is not None:
-        totals["student_hidden"] = hidden.reshape(-1, hidden.shape[-1])[:tokens]
-    return sums, totals

@@ -23,6 +23,20 @@ Elementwise = Callable[[Array, Array], Array]
 Parameter = Any  # a Python float, or a traced scalar
 
 
+class Closed(NamedTuple):
+    """Sums over the vocabulary that follow from the two Kullback-Leibler divergences alone.
+
+    Attributes:
+      reads: "forward" for KL(p || q), "reverse" for KL(q || p).
+      value: by name in `reads` -> the divergence.
+      slope_sum: by name in `reads` -> sum_v dlogq.
+    """
+
+    reads: tuple[str, ...]
+    value: Callable[[Mapping[str, Array]], Array]
+    slope_sum: Callable[[Mapping[str, Array]], Array]
+
+
 class Row(NamedTuple):
     """One divergence, entry by entry; every function takes (log_p, log_q): teacher, then student.
 
@@ -30,11 +44,13 @@ class Row(NamedTuple):
       value: the entry's share of the divergence.
       dlogq: its derivative by the student's log-probability.
       dlogp: its derivative by the teacher's log-probability.
+      closed: the sums over the vocabulary without a pass over it, where they have such a form.
     """
 
     value: Elementwise
     dlogq: Elementwise
     dlogp: Elementwise
+    closed: Closed | None = None
 
 
 def _check_unit(name: str, value: Parameter) -> None:
@@ -65,7 +81,8 @@ def _log_mix(log_weight_p: Parameter, log_p: Array, log_weight_q: Parameter, log
     a, b = log_weight_p + log_p, log_weight_q + log_q
     top = jnp.maximum(a, b)
     gap = jnp.where(top == -jnp.inf, 0.0, a - b)
-    return top + jnp.log1p(jnp.exp(-jnp.abs(gap)))
+    # Not log1p, which Pallas lacks: beside `top` it would save digits only where top is nearly 0.
+    return top + jnp.log(1.0 + jnp.exp(-jnp.abs(gap)))
 
 
 def _share(log_part: Array, log_mix: Array) -> Array:
@@ -78,6 +95,11 @@ FORWARD_KL = Row(
     value=lambda log_p, log_q: _times(jnp.exp(log_p), log_p - log_q),
     dlogq=lambda log_p, log_q: -jnp.exp(log_p),
     dlogp=lambda log_p, log_q: _times(jnp.exp(log_p), log_p - log_q + 1.0),
+    closed=Closed(
+        ("forward",),
+        value=lambda kl: kl["forward"],
+        slope_sum=lambda kl: jnp.full_like(kl["forward"], -1.0),
+    ),
 )
 
 # KL(q || p): the forward row with the roles exchanged.
@@ -85,6 +107,9 @@ REVERSE_KL = Row(
     value=lambda log_p, log_q: FORWARD_KL.value(log_q, log_p),
     dlogq=lambda log_p, log_q: FORWARD_KL.dlogp(log_q, log_p),
     dlogp=lambda log_p, log_q: FORWARD_KL.dlogq(log_q, log_p),
+    closed=Closed(
+        ("reverse",), value=lambda kl: kl["reverse"], slope_sum=lambda kl: kl["reverse"] + 1.0
+    ),
 )
 
 # 1/2 |p - q|.
@@ -105,7 +130,11 @@ def symmetric_kl(weight: Parameter = 0.5) -> Row:
             + _weighted(weight, reverse(log_p, log_q))
         )
 
-    return Row(*(blend(f, r) for f, r in zip(FORWARD_KL, REVERSE_KL, strict=True)))
+    functions = (blend(f, r) for f, r in zip(FORWARD_KL[:3], REVERSE_KL[:3], strict=True))
+    value = lambda kl: _weighted(1.0 - weight, kl["forward"]) + _weighted(weight, kl["reverse"])
+    # (1 - weight) * -1 + weight * (reverse + 1)
+    slope_sum = lambda kl: _weighted(weight, kl["reverse"]) + (2.0 * weight - 1.0)
+    return Row(*functions, Closed(("forward", "reverse"), value, slope_sum))
 
 
 def generalized_jsd(beta: Parameter = 0.5) -> Row:
@@ -119,13 +148,14 @@ def generalized_jsd(beta: Parameter = 0.5) -> Row:
         return FORWARD_KL if beta == 0 else REVERSE_KL if beta == 1 else _mixed_jsd(beta)
 
     def select(forward: Elementwise, reverse: Elementwise, mixed: Elementwise) -> Elementwise:
-        return lambda log_p, log_q: jnp.where(
-            beta == 0,
-            forward(log_p, log_q),
-            jnp.where(beta == 1, reverse(log_p, log_q), mixed(log_p, log_q)),
-        )
+        def chosen(log_p: Array, log_q: Array) -> Array:
+            b = jnp.full(log_p.shape, beta)  # Pallas selects with arrays of one shape only
+            inside = jnp.where(b == 1, reverse(log_p, log_q), mixed(log_p, log_q))
+            return jnp.where(b == 0, forward(log_p, log_q), inside)
 
-    return Row(*map(select, FORWARD_KL, REVERSE_KL, _mixed_jsd(beta)))
+        return chosen
+
+    return Row(*map(select, FORWARD_KL[:3], REVERSE_KL[:3], _mixed_jsd(beta)[:3]))
 
 
 def _mixed_jsd(beta: Parameter) -> Row:

@@ -12,6 +12,7 @@ from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.state import TrainState
+from jaxdistill.train.step import recorded
 from jaxdistill.types import Batch, Mean
 
 
@@ -82,7 +83,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         nonlocal last_logged
         numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
         _judge(number, numbers, schedule.max_bad_in_a_row, parts)
-        if number % schedule.log_every and number not in (1, schedule.steps):
+        if not recorded(schedule.log_every, schedule.steps)(number):
             return
         numbers["optim/lr"] = float(parts.learning_rate(number - 1 - int(numbers["guard/skipped"])))
         numbers["data/epoch"] = parts.epoch(number)

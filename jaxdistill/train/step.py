@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill import optim
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.objectives import Objective
+from jaxdistill.objectives import MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState
@@ -62,6 +62,7 @@ def make(
     tx: optax.GradientTransformationExtraArgs,
     *,
     micro_batches: int = 1,
+    monitor: Callable[[Array], Array] | None = None,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -74,6 +75,8 @@ def make(
       teacher: from `teachers`.
       tx: the optimizer's chain; its extra argument `value` receives the loss.
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.
+      monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
+        `recorded`; the others count no tokens. None makes them in every step.
     """
 
     def sums(params, teacher_params, batch, knobs):
@@ -89,8 +92,9 @@ def make(
 
     def step(state: TrainState, teacher_params: Any, batch: Batch):
         knobs = optim.knobs(state.opt_state)
+        told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
         means, gradients = _over_micro_batches(
-            lambda part: sums(state.params, teacher_params, part, knobs), batch, micro_batches
+            lambda part: sums(state.params, teacher_params, part, told), batch, micro_batches
         )
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
@@ -120,6 +124,11 @@ def make(
         return new, means | {name: _single(value) for name, value in shown.items()}
 
     return step
+
+
+def recorded(every: int, last: int) -> Callable[[Any], Any]:
+    """Which steps a run records: the first, every `every`-th and the last; for ints and arrays."""
+    return lambda number: (number % every == 0) | (number == 1) | (number == last)
 
 
 def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,281 @@
+"""Statistics of two models' rows of logits: one pass over any part of the vocabulary, and a merge.
+
+The logits of a row are s (student), t (teacher) and z (what the student is drawn to: t, or TAID's
+mixture of s and t). For each, m is the largest; x = k (logit - m) with k = 1/T ("tempered") or 1
+("plain", the names that end in 1). A statistic is a maximum, or a moment
+
+    sum   sum_v e^x          self   sum_v e^x x          gap   sum_v e^x (x - x of the other model)
+
+weighted by the model of its name. Shifting by the maxima keeps gaps small where logits are large,
+and makes merging exact: when a maximum grows, x moves by a constant d and
+
+    sum -> e^d sum        self -> e^d (self + d sum)       gap -> e^d (gap + (d - d_other) sum)
+
+Tiles of a kernel, blocks of the vocabulary and devices merge by this one rule.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Impossible entries (-inf, padded columns) are clamped here: they add an exact 0, never 0 * inf.
+LOWEST = -1e30
+NOTHING = 4 * LOWEST  # the maximum of no entries: below any clamped one, finite when divided by T
+
+Exp = Callable[[Array], Array]
+Rows = dict[str, Array]  # statistics by name, or logits by model
+
+
+class Moment(NamedTuple):
+    """A sum over the vocabulary.
+
+    Attributes:
+      model: whose exponentials weigh: "s", "t" or "z".
+      tempered: at temperature T, or at 1.
+      of: what is summed: "one", "self" or "gap".
+    """
+
+    model: str
+    tempered: bool
+    of: str
+
+    @property
+    def other(self) -> str:
+        """The model that a gap is measured to."""
+        return ("z" if self.tempered else "t") if self.model == "s" else "s"
+
+    @property
+    def sum(self) -> str:
+        """The name of the sum that rescaling this moment needs."""
+        return f"sum_{self.model}{'' if self.tempered else '1'}"
+
+
+MOMENTS: Mapping[str, Moment] = {
+    "sum_s": Moment("s", True, "one"),
+    "sum_z": Moment("z", True, "one"),
+    "gap_s": Moment("s", True, "gap"),
+    "gap_z": Moment("z", True, "gap"),
+    "sum_s1": Moment("s", False, "one"),
+    "sum_t1": Moment("t", False, "one"),
+    "self_s1": Moment("s", False, "self"),
+    "self_t1": Moment("t", False, "self"),
+    "gap_t1": Moment("t", False, "gap"),
+}
+# And "echo": the largest teacher logit where the student's is largest; it equals the teacher's
+# maximum exactly where both models have a common most likely token.
+ECHO = "echo"
+
+
+class Scales(NamedTuple):
+    """k of the tempered and of the plain moments: a number for all rows, or one for each."""
+
+    tempered: Array
+    plain: Array | float
+
+    def of(self, moment: Moment) -> Array | float:
+        """The moment's k."""
+        return self.tempered if moment.tempered else self.plain
+
+
+class Arithmetic(NamedTuple):
+    """How a backend does what the definition asks for; the default is plain jnp on [n, V].
+
+    Attributes:
+      exp: of base e, or of base 2 with scales multiplied by log2(e).
+      spread: [n] or scalar to the shape of a tile.
+      shift: (logits, top, scale) -> scale (logits - top).
+      largest: over the vocabulary of a tile.
+      total: over the vocabulary of a tile.
+    """
+
+    exp: Exp = jnp.exp
+    spread: Callable[[Array], Array] = lambda x: x[:, None] if x.ndim else x
+    shift: Callable[..., Array] = lambda x, top, k, spread: (x - spread(top)) * spread(k)
+    largest: Callable[[Array], Array] = lambda x: jnp.max(x, axis=1)
+    total: Callable[[Array], Array] = lambda x: jnp.sum(x, axis=1)
+
+
+PLAIN = Arithmetic()
+
+
+def models(names: Sequence[str], mixed: bool) -> list[str]:
+    """The models whose maxima these statistics need; z is t where there is no mixture."""
+    found = set()
+    for name in names:
+        if name == ECHO:
+            found |= {"s", "t"}
+        else:
+            found.add(MOMENTS[name].model)
+            if MOMENTS[name].of == "gap":
+                found.add(MOMENTS[name].other)
+    if not mixed and "z" in found:
+        found = found - {"z"} | {"t"}
+    return [model for model in "stz" if model in found]
+
+
+def top_of(statistics: Rows, model: str) -> Array:
+    """A model's maximum; z has one of its own only where it is a mixture."""
+    own = f"max_{model}"
+    return statistics[own if own in statistics else "max_t"]
+
+
+def measure(
+    names: Sequence[str], logits: Rows, tops: Rows, scales: Scales, by: Arithmetic = PLAIN
+) -> Rows:
+    """The moments of a tile relative to given maxima, its own or those of more entries.
+
+    Args:
+      names: of the moments.
+      logits: by model; "z" may be left out where it is the teacher.
+      tops: holds the maxima, as `statistics` do.
+      scales: of the moments.
+      by: the backend's arithmetic.
+    """
+    shifted: dict[tuple[str, bool], Array] = {}
+    weights: dict[tuple[str, bool], Array] = {}
+
+    def x(model: str, moment: Moment) -> Array:
+        key = (model, moment.tempered)
+        if key not in shifted:
+            scale = jnp.asarray(scales.of(moment), jnp.float32)
+            entries = logits[model if model in logits else "t"]
+            shifted[key] = by.shift(entries, top_of(tops, model), scale, by.spread)
+        return shifted[key]
+
+    def weight(moment: Moment) -> Array:
+        key = (moment.model, moment.tempered)
+        if key not in weights:
+            weights[key] = by.exp(x(moment.model, moment))
+        return weights[key]
+
+    found = {}
+    for name in names:
+        if name == ECHO:
+            at_top = logits["s"] == by.spread(top_of(tops, "s"))
+            found[ECHO] = by.largest(jnp.where(at_top, logits["t"], LOWEST))
+            continue
+        moment = MOMENTS[name]
+        if moment.of == "one":
+            found[name] = by.total(weight(moment))
+        elif moment.of == "self":
+            found[name] = by.total(weight(moment) * x(moment.model, moment))
+        else:
+            gap = x(moment.model, moment) - x(moment.other, moment)
+            found[name] = by.total(weight(moment) * gap)
+    return found
+
+
+def rescale(statistics: Rows, tops: Rows, scales: Scales, exp: Exp = jnp.exp) -> Rows:
+    """The same statistics relative to other maxima."""
+
+    def moved(model: str, moment: Moment) -> Array:
+        return (top_of(statistics, model) - top_of(tops, model)) * scales.of(moment)
+
+    result = {}
+    for name, value in statistics.items():
+        if name.startswith("max_"):
+            result[name] = tops[name]
+            continue
+        if name == ECHO:
+            kept = top_of(statistics, "s") == top_of(tops, "s")
+            result[name] = jnp.where(kept, value, LOWEST)
+            continue
+        moment = MOMENTS[name]
+        d = moved(moment.model, moment)
+        if moment.of == "self":
+            value = value + d * statistics[moment.sum]
+        elif moment.of == "gap":
+            value = value + (d - moved(moment.other, moment)) * statistics[moment.sum]
+        result[name] = exp(d) * value
+    return result
+
+
+def is_maximum(name: str) -> bool:
+    """Whether parts of this statistic merge by their maximum; the others add."""
+    return name == ECHO or name.startswith("max_")
+
+
+def combine(
+    statistics: Rows,
+    scales: Scales,
+    largest: Callable[[Array], Array],
+    total: Callable[[Array], Array],
+    exp: Exp = jnp.exp,
+) -> Rows:
+    """Merges the statistics of many parts at once: over an array axis, or over devices.
+
+    Args:
+      statistics: of parts of the vocabulary.
+      scales: that they were measured with.
+      largest: the maximum over the parts.
+      total: the sum over the parts.
+      exp: of the base that they were measured in.
+    """
+    tops = {name: largest(x) for name, x in statistics.items() if name.startswith("max_")}
+    parts = rescale(statistics, tops, scales, exp)
+    merge_parts = lambda name: largest if is_maximum(name) else total
+    return tops | {name: merge_parts(name)(x) for name, x in parts.items() if name not in tops}
+
+
+def merge(a: Rows, b: Rows, scales: Scales) -> Rows:
+    """The statistics of two parts of the vocabulary together."""
+    tops = {name: jnp.maximum(x, b[name]) for name, x in a.items() if name.startswith("max_")}
+    left, right = rescale(a, tops, scales), rescale(b, tops, scales)
+    return {
+        name: (jnp.maximum if is_maximum(name) else jnp.add)(x, right[name])
+        for name, x in left.items()
+    }
+
+
+def in_passes(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
+    """The statistics of whole rows, one reduction after the other: a CPU's form, from its cache."""
+    found = models(names, "z" in logits)
+    tops = {f"max_{model}": PLAIN.largest(logits[model]) for model in found}
+    return tops | measure(names, logits, tops, scales)
+
+
+def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
+    """The same in one reduction that reads every logit once: an accelerator's form.
+
+    A single entry is its own maximum: its sum is 1, its self and gap are 0, and merging does the
+    rest.
+    """
+    shape = logits["s"].shape
+    entries = {f"max_{model}": logits[model] for model in models(names, "z" in logits)}
+    none = dict.fromkeys(entries, jnp.float32(NOTHING))
+    for name in names:
+        one = 1.0 if name != ECHO and MOMENTS[name].of == "one" else 0.0
+        entries[name] = logits["t"] if name == ECHO else jnp.full(shape, one, jnp.float32)
+        none[name] = jnp.float32(LOWEST if name == ECHO else 0.0)
+    # A reduction cannot close over a traced number: the scale travels beside the entries.
+    tempered = scales.tempered
+    entries["k"] = jnp.broadcast_to(tempered[:, None] if tempered.ndim else tempered, shape)
+    none["k"] = jnp.float32(0)
+
+    def both(a: Rows, b: Rows) -> Rows:
+        k = jnp.maximum(a["k"], b["k"])
+        left, right = ({n: v for n, v in part.items() if n != "k"} for part in (a, b))
+        return merge(left, right, Scales(k, scales.plain)) | {"k": k}
+
+    merged = jax.lax.reduce(entries, none, both, (1,))
+    return {name: value for name, value in merged.items() if name != "k"}
+
+
+def clamp(logits: Array) -> Array:
+    """Float32 logits in which an impossible entry is a finite one of probability 0."""
+    return jnp.maximum(logits.astype(jnp.float32), LOWEST)
+
+
+def product_error(a: Array, b: Array, product: Array) -> Array:
+    """a b - product, exactly (Dekker): what rounding took from the float32 product of a and b."""
+
+    def halves(x: Array) -> tuple[Array, Array]:
+        grown = x * 4097.0  # 2^12 + 1
+        high = grown - (grown - x)
+        return high, x - high
+
+    (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low

@@ -1,0 +1,116 @@
+"""Block sizes of the kernels: a heuristic by device, and a table that an autotuner writes."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+from jaxdistill.errors import ConfigError
+
+ROWS = 64
+TABLE_VARIABLE = "JAXDISTILL_TILING"  # the path of a table, read at the first call
+
+
+class Device(NamedTuple):
+    """What the heuristic knows of a GPU: multiprocessors, and shared memory of each in bytes."""
+
+    multiprocessors: int
+    shared_memory: int
+
+
+# NVIDIA's data sheets; the first name that a device's own contains.
+DEVICES = {
+    "A100": Device(108, 167_936),
+    "H100": Device(132, 233_472),
+    "H200": Device(132, 233_472),
+    "B200": Device(148, 233_472),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the statistics kernel cuts [N, V].
+
+    Attributes:
+      columns: of a tile, a multiple of 64.
+      stages: tiles in flight.
+      split: blocks that share a row.
+    """
+
+    columns: int = 64
+    stages: int = 4
+    split: int = 1
+
+    def __post_init__(self):
+        if self.columns % 64 or not 64 <= self.columns <= 256:
+            raise ConfigError(f"columns = {self.columns}: must be 64, 128, 192 or 256")
+        if not 1 <= self.stages <= 8:
+            raise ConfigError(f"stages = {self.stages}: must be 1 to 8")
+        if self.split < 1:
+            raise ConfigError(f"split = {self.split}: must be at least 1")
+
+
+def tiling(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
+    """The table's entry for these shapes, or else the heuristic's."""
+    entry = _table().get(key(tokens, vocab, dtype, device_kind))
+    if entry is not None:
+        return Tiling(**entry)
+    return heuristic(tokens, vocab, dtype, device_kind, values)
+
+
+def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
+    """Tiles of 64 x 64, four in flight, and as many blocks to a row as run at one time.
+
+    A second wave that is partly empty costs more than a smaller split: 128 row blocks on 132
+    multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. A kernel that
+    carries many values per row needs registers that leave room for 2 blocks.
+    """
+    device = next((d for name, d in DEVICES.items() if name in device_kind), DEVICES["H100"])
+    stages = 4
+    tile = ROWS * 64 * (4 if dtype == "float32" else 2)
+    resident = max(
+        1, min(3 if values <= 6 else 2, device.shared_memory // (2 * stages * tile + 2048))
+    )
+    row_blocks = -(-tokens // ROWS)
+    split = max(1, device.multiprocessors * resident // row_blocks)
+    return Tiling(64, stages, min(split, max(1, vocab // 64 // 4)))
+
+
+def key(tokens: int, vocab: int, dtype: str, device_kind: str) -> str:
+    """How a table names a problem; tokens by the power of two below them."""
+    return f"{device_kind}|{1 << (tokens.bit_length() - 1)}|{vocab}|{dtype}"
+
+
+def load(path: str | os.PathLike) -> dict[str, dict[str, int]]:
+    """Reads a table and checks it.
+
+    Raises:
+      ConfigError: if the file is not a table; the message says where.
+    """
+    try:
+        table = json.loads(pathlib.Path(path).read_text())
+        for entry in table.values():
+            Tiling(**entry)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{TABLE_VARIABLE} = {path}: not a table of tilings ({error}); write one with "
+            "`jaxdistill bench kernels --tune FILE`, or unset the variable"
+        ) from error
+    return table
+
+
+def save(path: str | os.PathLike, entries: dict[str, Tiling]) -> None:
+    """Adds entries to a table, which need not exist."""
+    path = pathlib.Path(path)
+    table = load(path) if path.exists() else {}
+    table |= {name: dataclasses.asdict(entry) for name, entry in entries.items()}
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    _table.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> dict[str, dict[str, int]]:
+    path = os.environ.get(TABLE_VARIABLE)
+    return load(path) if path else {}
