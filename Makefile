@@ -3,12 +3,14 @@
 #   make test PYTHON=/path/to/python3.12     another interpreter
 #   make test VENV=.venv-3.11 PYTHONS=3.11   another environment, the newest 3.11 found
 #   make test TORCH=1                        with torch, for the parity tests against its models
+#   make test AOT=1                          with the compilers of GPUs and TPUs, no device needed
 #   make test ARGS="tests/losses -k jsd"     part of the suite
 
 VENV ?= .venv
 PYTHONS ?= 3.13 3.12 3.11
 PYTHON ?=
 TORCH ?=
+AOT ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
 TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0)
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help environment quickstart test lint format bench
+.PHONY: help environment aot quickstart test lint format bench
 
 help:
 	@echo "make quickstart | test | lint | format | bench | environment"
@@ -53,7 +55,14 @@ quickstart: $(STAMP)
 	$(BIN)/jaxdistill train configs/quickstart.yaml run.dir=$(RUN_DIR)
 	@echo "The report: $(CURDIR)/$(RUN_DIR)/report.html"
 
-test: $(STAMP)
+# Of JAX's own version, and nothing of what they depend on: compiling needs neither CUDA nor a driver.
+aot: $(STAMP)
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm libtpu
+
+test: $(STAMP) $(if $(AOT),aot)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)

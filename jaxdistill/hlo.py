@@ -45,9 +45,12 @@ class Kernel(NamedTuple):
 
 def nbytes(shape: str) -> float:
     """Bytes of a shape's text, tuples included: "f32[8,16]{1,0}" -> 512."""
-    return sum(
-        _BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
-        for dtype, dims in _SHAPE.findall(shape)
+    return (
+        sum(
+            float(_BYTES.get(dtype, 0)) * math.prod(int(d) for d in dims.split(",") if d)
+            for dtype, dims in _SHAPE.findall(shape)
+        )
+        or 0.0
     )
 
 

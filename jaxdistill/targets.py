@@ -164,7 +164,8 @@ def assume_capability(target: Target) -> None:
     import jax.experimental.mosaic.gpu.utils as utils
 
     capability = GPUS[target.kind].capability
-    core._infer_arch = utils._infer_arch = lambda: capability
+    for module in (core, utils):
+        setattr(module, "_infer_arch", lambda: capability)  # noqa: B010
 
 
 def _gpu_config(gpu: Gpu) -> str:

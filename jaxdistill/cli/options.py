@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import files, runs
+from jaxdistill.cli import bench, files, runs
 
 EXIT_CODES = """exit codes:
   0 done              4 model or tokenizer     7 diverged
@@ -86,6 +86,12 @@ def _add_measure(commands: Any) -> None:
     generate.add_argument("--top-p", metavar="P", type=_fraction)
     generate.add_argument("--seed", type=_natural, default=0)
     _add_json(generate)
+
+    measured = _command(
+        commands, "bench", bench.run, "Measure the losses on this device, beside other forms."
+    )
+    bench.add(measured, _positive)
+    _add_json(measured)
 
 
 def _add_results(commands: Any) -> None:

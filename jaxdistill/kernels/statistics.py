@@ -215,7 +215,8 @@ def combine(
       exp: of the base that they were measured in.
     """
     tops = {name: largest(x) for name, x in statistics.items() if name.startswith("max_")}
-    parts = rescale(statistics, tops, scales, exp)
+    spread = {name: jnp.broadcast_to(top, statistics[name].shape) for name, top in tops.items()}
+    parts = rescale(statistics, spread, scales, exp)
     merge_parts = lambda name: largest if is_maximum(name) else total
     return tops | {name: merge_parts(name)(x) for name, x in parts.items() if name not in tops}
 

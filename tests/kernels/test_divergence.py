@@ -260,3 +260,14 @@ def test_support_says_why():
         state = choice.support(128_256, dtype, device=device)["mosaic_gpu"]
         assert not state.runs
         assert state.reason
+
+
+def test_the_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
+    from jaxdistill.kernels import row_loss
+    from jaxdistill.kernels.self_check import self_check
+
+    assert self_check() == self_check("float32") == "xla"
+    right = row_loss.divergence_slope
+    monkeypatch.setattr(row_loss, "divergence_slope", lambda *x: right(*x) * 1.05)
+    with pytest.raises(ValueError, match="off by"):
+        self_check("float32")

@@ -1,0 +1,97 @@
+"""Runs a benchmark over its shapes and returns rows: time, bandwidth, products, memory, error."""
+
+import datetime
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxdistill.bench import cases, timing
+from jaxdistill.bench.shapes import Shape
+from jaxdistill.kernels import choice
+
+COLUMNS = (
+    "shape", "function", "ms", "ms_p10", "ms_p90", "ratio", "gb_per_second", "percent_of_peak",
+    "tflop_per_second", "temporary_mib", "error", "clock",
+)  # fmt: skip
+KINDS = {"kernels": cases.dense, "loss": cases.head}
+
+
+def run(
+    kind: str, shapes: tuple[Shape, ...], rounds: int, notice: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measures every function on every shape.
+
+    Args:
+      kind: "kernels" (logits in) or "loss" (hidden states and heads in).
+      shapes: of the problems; one that does not fit in memory is noticed and left out.
+      rounds: of timing.
+      notice: receives one line for each shape.
+
+    Returns:
+      {"device", "jax", "date", "rows"}; a row's `ratio` is its time over naive log_softmax's.
+    """
+    device = choice.target()
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        try:
+            rows += _measure(kind, shape, rounds, device)
+            notice(f"{label(shape)}: measured")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            notice(f"{label(shape)}: does not fit in this device's memory, left out")
+    return {
+        "kind": kind,
+        "device": device.kind,
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def label(shape: Shape) -> str:
+    """A shape in one word."""
+    return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
+
+
+def _measure(
+    kind: str, shape: Shape, rounds: int, device: choice.Target
+) -> Iterator[dict[str, Any]]:
+    case = KINDS[kind](shape)
+    compiled = {
+        name: jax.jit(function).lower(*case.arguments).compile()
+        for name, function in case.functions.items()
+    }
+    truth, small = cases.exact(kind, case)
+    errors = {
+        name: abs(float(jax.jit(function)(*small.arguments)[0]) / truth - 1)
+        for name, function in small.functions.items()
+    }
+    calls = {
+        name: lambda program=program: program(*case.arguments) for name, program in compiled.items()
+    }
+    times = timing.in_turn(calls, rounds, device.platform)
+    base = times["naive log_softmax"].median
+    peak = timing.peak_bandwidth(device)
+    for name, taken in times.items():
+        rate = case.algorithm_bytes / taken.median
+        memory = compiled[name].memory_analysis()
+        yield {
+            "shape": label(shape),
+            "function": name,
+            "ms": taken.median * 1e3,
+            "ms_p10": taken.low * 1e3,
+            "ms_p90": taken.high * 1e3,
+            "ratio": taken.median / base,
+            "gb_per_second": rate / 1e9 if kind == "kernels" else None,
+            "percent_of_peak": 100 * rate / peak if peak and kind == "kernels" else None,
+            "tflop_per_second": case.flops / taken.median / 1e12 if case.flops else None,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20 if memory else None,
+            "error": errors[name],
+            "clock": taken.clock,
+        }

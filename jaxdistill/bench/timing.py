@@ -1,0 +1,81 @@
+"""Times compiled functions in turn: the device's own clock where it has one, else the wall's."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxdistill.kernels.choice import Target
+from jaxdistill.targets import GPUS
+
+# Memory bandwidth of TPU chips in bytes per second, Google Cloud's documentation of each version.
+_TPU_BANDWIDTH = {"TPU v5 lite": 819e9, "TPU v5p": 2765e9, "TPU v6 lite": 1640e9, "TPU v4": 1228e9}
+
+
+class Timing(NamedTuple):
+    """Seconds of one call.
+
+    Attributes:
+      median: of all rounds.
+      low: the 10th percentile.
+      high: the 90th.
+      clock: "cupti" or "wall".
+    """
+
+    median: float
+    low: float
+    high: float
+    clock: str
+
+
+def peak_bandwidth(device: Target) -> float | None:
+    """Bytes per second of the device's memory, None where no data sheet is known."""
+    known = {gpu.name: float(gpu.bandwidth) for gpu in GPUS.values()} | _TPU_BANDWIDTH
+    return next((rate for name, rate in known.items() if name in device.kind), None)
+
+
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, platform: str
+) -> dict[str, Timing]:
+    """Every function once a round, so that what slows the machine slows them all."""
+    measure, clock = (_cupti(), "cupti") if platform == "gpu" else (None, "wall")
+    measure, clock = (measure, clock) if measure else (_wall, "wall")
+    for function in functions.values():
+        jax.block_until_ready(function())  # compiled already; this warms caches and pools
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(measure(function))
+    return {name: _summary(values, clock) for name, values in seconds.items()}
+
+
+def _summary(values: list[float], clock: str) -> Timing:
+    ordered = sorted(values)
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return Timing(statistics.median(ordered), at(0.1), at(0.9), clock)
+
+
+def _wall(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - began
+
+
+def _cupti() -> Callable[[Callable[[], Any]], float] | None:
+    """Kernel times by CUPTI, None where JAX or the driver does not offer it."""
+    try:
+        from jax.experimental.mosaic.gpu import profiler
+
+        probe = profiler.Cupti(finalize=False)
+    except Exception:  # an optional part of JAX, without a class of its own for its errors
+        return None
+
+    def measure(function: Callable[[], Any]) -> float:
+        _, milliseconds = probe.measure(function)()
+        return float(milliseconds) / 1e3
+
+    return measure

@@ -1,0 +1,131 @@
+"""The kernels compiled for GPUs and TPUs that are only described: registers, copies, bytes, memory.
+
+Each case runs in a process of its own (tests/kernels/aot/compile_case.py) and is skipped, with the
+packages it lacks, where a compiler is not installed.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jaxdistill import hlo, targets
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
+# Instructions for each pair of logits, as found by compiling; registers; bytes of the whole
+# forward read beside the logits are per row, and so nothing.
+LIMITS = {"gpu:h100": (19.5, 168), "gpu:b200": (15.6, 168), "gpu:a100": (19.4, 255)}
+
+
+@functools.cache
+def compiled(target: str, case: str) -> dict:
+    described = targets.parse(target)
+    lacking = targets.missing(described)
+    if lacking:
+        pytest.skip(f"compiling for {target} needs {lacking}")
+    if described.platform == "gpu" and JAX < (0, 11):
+        pytest.skip(f"Pallas kernels for GPUs need jax 0.11, this is {JAX[0]}.{JAX[1]}")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot.compile_case", target, case],
+        cwd=ROOT,
+        env=environment | targets.environment(described),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", LIMITS)
+def test_the_statistics_kernel_stays_within_its_budget(target):
+    found = compiled(target, "value-kl")
+    instructions, registers = LIMITS[target]
+    (kernel,) = found["kernels"]
+    assert kernel["spills"] == 0
+    assert kernel["registers"] <= registers
+    assert kernel["shared"] <= 227 * 1024
+    assert kernel["loop"] / 32 <= instructions  # a thread has 32 pairs of a 64 x 64 tile
+    assert kernel["exponentials"] == 68  # 2 for each pair, 4 to move the carried sums
+    if target == "gpu:a100":
+        assert kernel["async_copies"] > 0
+    else:
+        assert kernel["bulk_copies"] == 2  # one tile of each model
+    assert found["temporary_gib"] < 0.01
+    assert found["per_pair"] <= 4.1  # both models' bf16 logits are read once
+
+
+@pytest.mark.parametrize(
+    ("target", "case", "most"),
+    [
+        ("gpu:h100", "gradient-kl", 10.1),
+        ("gpu:b200", "gradient-kl", 10.1),
+        ("gpu:a100", "gradient-kl", 10.1),
+        ("gpu:h100", "gradient-taid", 10.1),
+        ("gpu:h100", "gradient-jsd", 14.1),  # no closed form: a second read
+        ("gpu:b200", "gradient-xla", 10.4),  # one reduction, where XLA would keep [N, V] float32
+        ("gpu:h100", "gradient-float32", 20.1),
+    ],
+)
+def test_value_and_gradient_move_no_more_bytes_than_they_must(target, case, most):
+    found = compiled(target, case)
+    assert found["per_pair"] <= most
+    assert found["temporary_gib"] < 0.2
+    assert all(kernel["spills"] == 0 for kernel in found["kernels"])
+    assert ("mosaic_gpu_v2" in found["custom_calls"]) == (not case.endswith("xla"))
+
+
+def test_the_fused_head_loss_fits_a_quarter_of_the_materialised_one():
+    found = compiled("gpu:h100", "linear")
+    assert found["temporary_gib"] <= 1.25  # 3.9 materialised
+    # Two heads forward, the student's twice backward, nothing again.
+    assert found["flops"] <= 1.01 * 2 * 8192 * 128_256 * (4096 + 3 * 2048)
+    assert all(kernel["spills"] == 0 for kernel in found["kernels"])
+
+
+def test_on_eight_gpus_no_head_and_no_logits_are_gathered():
+    found = compiled("gpu:h100:8", "linear-mesh")
+    assert found["temporary_gib"] <= 0.75
+    gathered = [s for name, s in found["collectives"].items() if name.startswith("all-gather")]
+    assert gathered, "tokens are brought together"
+    assert all("128256" not in shape and "16032" not in shape for shape in gathered)
+
+
+@pytest.mark.parametrize("target", ["tpu:v5e:2x2", "tpu:v5p:2x2x1"])
+def test_xla_is_at_the_byte_floor_of_a_tpu(target):
+    assert compiled(target, "value-kl")["per_pair"] <= 4.1
+    assert compiled(target, "gradient-kl")["per_pair"] <= 10.1
+    found = compiled(target, "linear")
+    assert found["flops"] <= 1.01 * 2 * 8192 * 128_256 * (4096 + 3 * 2048)
+
+
+def test_targets_have_names():
+    assert targets.parse("gpu:h100:8") == targets.Target("gpu", "h100", (8,))
+    assert targets.parse("tpu:v5p:2x2x4").size == 16
+    assert targets.parse("cpu:8").size == 8
+    for wrong in ("h100", "gpu:h9000:8", "tpu:v5e", "cpu:x"):
+        with pytest.raises(ValueError, match="target = "):
+            targets.parse(wrong)
+
+
+def test_bytes_and_products_of_a_program_are_counted():
+    """A loop of three products: closed forms of bytes and operations."""
+    import jax
+    import jax.numpy as jnp
+
+    def chain(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 32), (3, 32, 32)))
+    text = jax.jit(chain).lower(*shapes).compile().as_text()
+    assert hlo.product_flops(text) == 3 * 2 * 64 * 32 * 32
+    assert hlo.nbytes("(f32[8,16]{1,0}, bf16[4])") == 8 * 16 * 4 + 8
+    assert hlo.bytes_moved(text) >= 3 * 4 * (2 * 64 * 32 + 32 * 32)
+    assert hlo.collectives(text) == {}

@@ -1,0 +1,201 @@
+"""Row statistics against float64 NumPy, in every form, and their merge for any split of a row."""
+
+import importlib.metadata
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.kernels import choice, divergence, rows
+from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.row_loss import Numbers
+from jaxdistill.kernels.tiling import Tiling
+from jaxdistill.losses import divergences
+
+NAMES = (*stats.MOMENTS, stats.ECHO)
+JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
+mosaic = pytest.mark.skipif(
+    JAX < (0, 11), reason=f"Pallas kernels for GPUs need jax 0.11, this is {JAX[0]}.{JAX[1]}"
+)
+
+
+def clamped(student, teacher, taid_t=None):
+    logits = {"s": stats.clamp(student), "t": stats.clamp(teacher)}
+    if taid_t is not None:
+        logits["z"] = logits["s"] + taid_t * (logits["t"] - logits["s"])
+    return logits
+
+
+def exact(logits, temperature):
+    """The definitions, in float64."""
+    logits = {m: np.asarray(x, np.float64) for m, x in logits.items()}
+    logits.setdefault("z", logits["t"])
+    s, t = logits["s"], logits["t"]
+    found = {stats.ECHO: np.where(s == s.max(1, keepdims=True), t, stats.LOWEST).max(1)}
+    for name, moment in stats.MOMENTS.items():
+        k = 1 / temperature if moment.tempered else 1.0
+        x = {m: (v - v.max(1, keepdims=True)) * k for m, v in logits.items()}
+        weight, own = np.exp(x[moment.model]), x[moment.model]
+        of = {"one": 1.0, "self": own, "gap": own - x[moment.other]}[moment.of]
+        found[name] = (weight * of).sum(1)
+    return found
+
+
+def check(found, want, tolerance):
+    for name in NAMES:
+        error = np.abs(np.asarray(found[name], np.float64) - want[name]) / (1 + np.abs(want[name]))
+        assert error.max() < tolerance, (name, error.max())
+
+
+def make(tokens, vocab, dtype=jnp.float32, scale=3.0, seed=0):
+    rng = np.random.default_rng(seed)
+    student, teacher = (rng.normal(size=(tokens, vocab)) * scale for _ in range(2))
+    return jnp.asarray(student, dtype), jnp.asarray(teacher, dtype)
+
+
+@pytest.mark.parametrize("form", [stats.in_passes, stats.in_one_pass])
+@pytest.mark.parametrize("taid_t", [None, 0.4])
+def test_xla_forms_equal_the_definitions(form, taid_t):
+    logits = clamped(*make(20, 331), taid_t)
+    found = form(NAMES, logits, stats.Scales(jnp.float32(1 / 1.7), 1.0))
+    check(found, exact(logits, 1.7), 4e-6)
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 1000), st.booleans()
+)
+@hypothesis.settings(max_examples=30)
+def test_parts_of_any_size_merge_to_the_whole(sizes, seed, at_once):
+    logits = clamped(*make(4, sum(sizes), scale=20.0, seed=seed))
+    scales = stats.Scales(jnp.float32(0.6), 1.0)
+    ends = np.cumsum(sizes)
+    parts = [
+        stats.in_passes(NAMES, {m: x[:, end - size : end] for m, x in logits.items()}, scales)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    if at_once:
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+        axis0 = (lambda x: jnp.max(x, 0), lambda x: jnp.sum(x, 0))
+        merged = stats.combine(stacked, scales, *axis0)
+    else:
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = stats.merge(merged, part, scales)
+    check(merged, exact(logits, 1 / 0.6), 5e-6)
+
+
+def test_merging_with_nothing_changes_nothing():
+    logits = clamped(*make(4, 9))
+    scales = stats.Scales(jnp.float32(1.0), 1.0)
+    found = stats.in_passes(NAMES, logits, scales)
+    start = lambda name: stats.NOTHING if name.startswith("max_") else 0.0
+    nothing = {name: jnp.full(4, start(name)) for name in found} | {
+        stats.ECHO: jnp.full(4, stats.LOWEST)
+    }
+    for merged in (stats.merge(found, nothing, scales), stats.merge(nothing, found, scales)):
+        for name, value in found.items():
+            np.testing.assert_array_equal(merged[name], value)
+
+
+def test_the_rounding_of_a_product_is_known_exactly():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=1000) * 300, jnp.float32) for _ in range(2))
+    error = stats.product_error(a, b, a * b)
+    with jax.enable_x64(True):
+        want = np.float64(a) * np.float64(b) - np.float64(a * b)
+    np.testing.assert_allclose(np.float64(error), want, rtol=1e-5, atol=1e-12)
+
+
+# --------------------------------------------------------------------- the GPU's kernel on a CPU
+
+
+def interpreted():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams()
+
+
+@mosaic
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dtype", "split", "taid_t", "temperature"),
+    [
+        (64, 512, "float32", 1, None, 0.7),
+        (64, 512, "bfloat16", 2, None, 2.0),
+        (100, 250, "bfloat16", 2, None, 0.7),
+        (100, 640, "float32", 3, 0.4, 2.0),
+        (64, 192, "float16", 1, None, 2.0),
+    ],
+)
+def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid_t, temperature):
+    from jaxdistill.kernels import pallas_gpu
+
+    student, teacher = make(tokens, vocab, dtype)
+    student, teacher = (x.at[2, -3:].set(-jnp.inf) for x in (student, teacher))
+    if taid_t is None:  # a mixture of logits of 300 is rounded before any statistic is measured
+        student = student.at[3, 0].set(300.0).at[4, 0].set(-300.0)
+    else:
+        taid_t = jnp.float32(taid_t)
+    numbers = Numbers(jnp.float32(0), jnp.float32(temperature), (), taid_t)
+    found = pallas_gpu.statistics(
+        NAMES, student, teacher, numbers, Tiling(64, 2, split), interpreted()
+    )
+    check(found, exact(clamped(student, teacher, taid_t), temperature), 2e-6)
+
+
+@mosaic
+@pytest.mark.parametrize(
+    ("kind", "parameters", "named"),
+    [
+        ("generalized_jsd", (0.3,), {"beta": 0.3}),
+        ("generalized_jsd", (1.0,), {"beta": 1.0}),
+        ("skew_forward_kl", (0.1,), {"skew": 0.1}),
+        ("skew_reverse_kl", (0.1,), {"skew": 0.1}),
+        ("total_variation", (), {}),
+    ],
+)
+def test_the_second_read_sums_a_divergence(kind, parameters, named):
+    from jaxdistill.kernels import pallas_gpu
+
+    student, teacher = make(100, 250, "bfloat16")
+    numbers = Numbers(jnp.float32(0), jnp.float32(1.5), tuple(map(jnp.float32, parameters)))
+    found = stats.in_passes(("sum_s", "sum_z"), clamped(student, teacher), numbers.scales)
+    value, slope_sum = pallas_gpu.row_sums(
+        rows.KINDS[kind], student, teacher, numbers, found, Tiling(64, 2, 2), interpreted()
+    )
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.float64(x)) for x in (student, teacher))
+        want = getattr(divergences, kind)(*wide, temperature=1.5, scale_by_t2=False, **named)
+    np.testing.assert_allclose(value, want, rtol=2e-6, atol=1e-6)
+    log_q, log_p = (jax.nn.log_softmax(x.astype(jnp.float32) / 1.5) for x in (student, teacher))
+    slope = rows.make(kind, *parameters).dlogq(log_p, log_q).sum(1)
+    np.testing.assert_allclose(slope_sum, slope, rtol=1e-5, atol=1e-5)
+
+
+@mosaic
+@pytest.mark.parametrize("kind", ["forward_kl", "symmetric_kl", "generalized_jsd"])
+def test_divergence_on_the_gpu_kernel_equals_xla(kind, monkeypatch):
+    """The whole way, value and gradient: what a GPU would be given, run on a CPU."""
+    student, teacher = make(70, 256, "bfloat16")
+    labels, mask = jnp.arange(70) % 256, jnp.arange(70) % 3 > 0
+    spoiled = student.at[0].set(jnp.nan)
+    parameters = {"symmetric_kl": (0.3,), "generalized_jsd": (0.3,)}.get(kind, ())
+
+    def loss(student, temperature):
+        return divergence(
+            student, teacher, kind=kind, parameters=parameters, temperature=temperature,
+            labels=labels, alpha=0.3, mask=mask,
+        ).sum()  # fmt: skip
+
+    # New functions each time, or JAX would hand back the first trace.
+    run = lambda: jax.value_and_grad(lambda *x: loss(*x), argnums=(0, 1))(spoiled, 1.7)
+    want = run()
+    monkeypatch.setattr(choice, "target", lambda: choice.Target("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(choice, "_INTERPRET", interpreted())
+    assert choice.choose(None, 256, jnp.bfloat16) == "mosaic_gpu"
+    got = run()
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
+    np.testing.assert_allclose(np.float32(got[1][0]), np.float32(want[1][0]), rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(got[1][1], want[1][1], rtol=2e-5)
