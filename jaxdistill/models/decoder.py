@@ -284,7 +284,7 @@ def apply(
     length = tokens.shape[1]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
-    attend = _causal(config, length, segment_ids, attention)
+    attend = causal(config, length, segment_ids, attention)
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
         tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules
@@ -292,7 +292,7 @@ def apply(
     return outputs
 
 
-def _causal(config, length, segment_ids, implementation) -> Attend:
+def causal(config, length, segment_ids, implementation) -> Attend:
     """Attention within a row: causal, within segments, within each layer's window."""
     mask_B1LL = None
     if segment_ids is not None:
