@@ -190,7 +190,7 @@ def statistics(
 
 
 def second_read(
-    implementation: str, kind: str, numbers: Numbers, student: Array, teacher: Array, found: Rows
+    implementation: str, kind: Any, numbers: Numbers, student: Array, teacher: Array, found: Rows
 ) -> Callable[[], tuple[Array, Array]] | None:
     """The kernel that sums a divergence without a closed form, None where XLA does."""
     if implementation != "mosaic_gpu":
@@ -204,7 +204,8 @@ def second_read(
 
 
 def _tiling(logits: Array, values: int) -> Tiling:
-    return tiling(*logits.shape, logits.dtype.name, target().kind, values)
+    tokens, vocab = logits.shape
+    return tiling(tokens, vocab, logits.dtype.name, target().kind, values)
 
 
 def reads_in_passes(device: Target) -> bool:

@@ -221,16 +221,20 @@ def _pull(
         slope = by_temperature = None
         if wanted.slope or wanted.temperature:
             slope = row_loss.divergence_slope(row, numbers, logits, found, slope_sum)
-        if wanted.temperature:
+        if wanted.temperature and slope is not None:
             by_temperature = row_loss.temperature_slope(
                 row, numbers, logits, found, slope, vocabulary
             )
-    if wanted.temperature:
+    if by_temperature is not None:
         by_temperature = scale * by_temperature
         if terms.scale_by_t2:
             by_temperature += 2 * temperature * value
-    slope = column(scale / temperature) * slope if wanted.slope else None
-    return scale * value, slope, by_temperature if wanted.temperature else None
+    slope = None if slope is None else column(scale / temperature) * slope
+    return (
+        scale * value,
+        slope if wanted.slope else None,
+        by_temperature if wanted.temperature else None,
+    )
 
 
 def _function(
@@ -240,7 +244,9 @@ def _function(
     k = 1 / numbers.temperature
     column = k[:, None] if k.ndim else k
     drawn_to = logits["z" if "z" in logits else "t"]
-    evaluate = lambda s, z: terms.kind(s, z, labels)
+    kind = terms.kind
+    assert callable(kind), "a named kind has a row"
+    evaluate = lambda s, z: kind(s, z, labels)
     value, pull = jax.vjp(evaluate, logits["s"] * column, drawn_to * column)
     by_student, by_teacher = pull(jnp.ones_like(value))
     moved = jnp.sum(by_student * logits["s"] + by_teacher * drawn_to, axis=1)

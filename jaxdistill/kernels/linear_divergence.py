@@ -256,7 +256,8 @@ def _loss_sums_fwd(static, primals: Any):  # operands with a CustomVJPPrimal for
         name: gradient.astype(getattr(operands, name).dtype) for name, gradient in gradients.items()
     }
     # d/d alpha = CE - T^2 D, both already summed.
-    gradients["alpha"] = sums.get("loss/ce", 0.0) - sums.get("loss/divergence", 0.0)
+    zero = jnp.float32(0)
+    gradients["alpha"] = sums.get("loss/ce", zero) - sums.get("loss/divergence", zero)
     return sums, (gradients, operands)
 
 

@@ -130,11 +130,11 @@ def symmetric_kl(weight: Parameter = 0.5) -> Row:
             + _weighted(weight, reverse(log_p, log_q))
         )
 
-    functions = (blend(f, r) for f, r in zip(FORWARD_KL[:3], REVERSE_KL[:3], strict=True))
-    value = lambda kl: _weighted(1.0 - weight, kl["forward"]) + _weighted(weight, kl["reverse"])
+    value, dlogq, dlogp = map(blend, FORWARD_KL[:3], REVERSE_KL[:3])
+    total = lambda kl: _weighted(1.0 - weight, kl["forward"]) + _weighted(weight, kl["reverse"])
     # (1 - weight) * -1 + weight * (reverse + 1)
     slope_sum = lambda kl: _weighted(weight, kl["reverse"]) + (2.0 * weight - 1.0)
-    return Row(*functions, Closed(("forward", "reverse"), value, slope_sum))
+    return Row(value, dlogq, dlogp, Closed(("forward", "reverse"), total, slope_sum))
 
 
 def generalized_jsd(beta: Parameter = 0.5) -> Row:
@@ -155,7 +155,8 @@ def generalized_jsd(beta: Parameter = 0.5) -> Row:
 
         return chosen
 
-    return Row(*map(select, FORWARD_KL[:3], REVERSE_KL[:3], _mixed_jsd(beta)[:3]))
+    value, dlogq, dlogp = map(select, FORWARD_KL[:3], REVERSE_KL[:3], _mixed_jsd(beta)[:3])
+    return Row(value, dlogq, dlogp)
 
 
 def _mixed_jsd(beta: Parameter) -> Row:

@@ -72,7 +72,7 @@ ECHO = "echo"
 class Scales(NamedTuple):
     """k of the tempered and of the plain moments: a number for all rows, or one for each."""
 
-    tempered: Array
+    tempered: Array | float
     plain: Array | float
 
     def of(self, moment: Moment) -> Array | float:
@@ -251,7 +251,7 @@ def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
         entries[name] = logits["t"] if name == ECHO else jnp.full(shape, one, jnp.float32)
         none[name] = jnp.float32(LOWEST if name == ECHO else 0.0)
     # A reduction cannot close over a traced number: the scale travels beside the entries.
-    tempered = scales.tempered
+    tempered = jnp.asarray(scales.tempered, jnp.float32)
     entries["k"] = jnp.broadcast_to(tempered[:, None] if tempered.ndim else tempered, shape)
     none["k"] = jnp.float32(0)
 
