@@ -2,7 +2,22 @@
 
 from jaxdistill.engine.evaluation import evaluate
 from jaxdistill.engine.export import export, load
+from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
 
-__all__ = ["RunResult", "build", "distill", "evaluate", "export", "load", "resume", "train"]
+__all__ = [
+    "Calibration",
+    "RunResult",
+    "Target",
+    "build",
+    "distill",
+    "evaluate",
+    "export",
+    "importance",
+    "load",
+    "prune",
+    "pruning_note",
+    "resume",
+    "train",
+]
