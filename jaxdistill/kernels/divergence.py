@@ -40,6 +40,7 @@ def divergence(
     implementation: str | None = None,
     mesh: AnyMesh | None = None,
     spec: PartitionSpec | None = None,
+    vocab_axes: str | Sequence[str] = (),
 ) -> Array:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) of each position, from logits.
 
@@ -63,6 +64,8 @@ def divergence(
       implementation: "mosaic_gpu" or "xla", see `support`; None takes the best that runs.
       mesh: compute where the logits lie: a Pallas kernel on sharded arrays would gather them.
       spec: how logits lie on the mesh; default rows over data and fsdp, V over tensor.
+      vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that
+        share V.
 
     Returns:
       [...], float32, nats, unreduced: average with `losses.masked_mean`.
@@ -95,7 +98,8 @@ def divergence(
             None if label_smoothing is None else number(label_smoothing),
         ),
     )
-    plan = _plan(operands, kind, scale_by_t2, implementation, mesh, spec)
+    row_loss.check_unchecked(operands)
+    plan = _plan(operands, kind, scale_by_t2, implementation, mesh, spec, vocab_axes)
     return _values(plan, operands)
 
 
@@ -130,7 +134,7 @@ class _Plan:
     def vocabulary(self, width: int) -> Vocabulary:
         """The part of the vocabulary that this device sees."""
         axes = self.terms.axes
-        return Vocabulary(axes, jax.lax.axis_index(axes) * width if axes else 0)
+        return Vocabulary(axes, jax.lax.axis_index(axes) * width if axes else 0, width)
 
 
 def _check(kind, parameters, student, teacher, labels, alpha) -> None:
@@ -146,10 +150,11 @@ def _check(kind, parameters, student, teacher, labels, alpha) -> None:
         raise ConfigError(f"labels {list(jnp.shape(labels))} must be {list(student.shape[:-1])}")
 
 
-def _plan(operands, kind, scale_by_t2, implementation, mesh, spec) -> _Plan:
+def _plan(operands, kind, scale_by_t2, implementation, mesh, spec, vocab_axes) -> _Plan:
     ndim = operands.student.ndim
     if mesh is None:
-        spec = PartitionSpec(*(None,) * ndim)
+        vocab = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+        spec = PartitionSpec(*(None,) * (ndim - 1), vocab or None)
     elif spec is None:
         vocab = "tensor" if mesh.shape["tensor"] > 1 else None
         spec = PartitionSpec(*(BATCH_AXES,) * (ndim > 1), *(None,) * (ndim - 2), vocab)

@@ -48,6 +48,7 @@ class Plan:
       terms: of the loss.
       chunk: tokens whose logits exist at one time on a device.
       group: rows of a chunk that the elementwise part takes at one time; divides chunk.
+      tile: what a device's part of the vocabulary is padded to a multiple of.
       statistics: the implementation of the row statistics, see `choice`.
       logits_dtype: of the products' results.
     """
@@ -55,6 +56,7 @@ class Plan:
     terms: Terms
     chunk: int
     group: int
+    tile: int
     statistics: str
     logits_dtype: DTypeLike
 

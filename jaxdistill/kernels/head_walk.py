@@ -6,6 +6,7 @@ rows of the heads, the devices exchange a few numbers per token, and no head cro
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -40,12 +41,10 @@ class Layout:
     vocab: tuple[str, ...] = ()
 
     def size(self, axes: tuple[str, ...]) -> int:
-        """Devices along these axes."""
-        size = 1
-        for axis in axes:
-            assert self.mesh is not None, "axes of no mesh"
-            size *= self.mesh.shape[axis]
-        return size
+        """Devices along these axes; 1 without a mesh, for there each call is one device's."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -53,7 +52,13 @@ class Layout:
         return tuple(axis for axes in self.tokens for axis in axes)
 
 
-def layout(mesh: AnyMesh | None, dims: tuple[int, ...], vocab: int, whole_rows: bool) -> Layout:
+def layout(
+    mesh: AnyMesh | None,
+    dims: tuple[int, ...],
+    vocab: int,
+    whole_rows: bool,
+    vocab_axes: tuple[str, ...] = (),
+) -> Layout:
     """The cheapest layout for tokens of these leading dims.
 
     Args:
@@ -61,12 +66,18 @@ def layout(mesh: AnyMesh | None, dims: tuple[int, ...], vocab: int, whole_rows: 
       dims: (N,) or (B, L).
       vocab: rows of the heads.
       whole_rows: whether the divergence needs every logit of a row on one device.
+      vocab_axes: without a mesh, axes of a shard_map around the call that share the heads' rows.
 
     Raises:
-      ConfigError: if the mesh does not divide the tokens.
+      ConfigError: if the mesh does not divide the tokens, or whole rows are asked of shared ones.
     """
+    if vocab_axes and (mesh is not None or whole_rows):
+        raise ConfigError(
+            f"vocab_axes = {vocab_axes}: for calls inside a shard_map, so without mesh, and for "
+            "named kinds alone: a function needs whole rows"
+        )
     if mesh is None:
-        return Layout(tokens=((),) * len(dims))
+        return Layout(tokens=((),) * len(dims), vocab=vocab_axes)
     shape = mesh.shape
     batch, length = BATCH_AXES, ("context",)
     shared: tuple[str, ...] = ()
@@ -81,10 +92,7 @@ def layout(mesh: AnyMesh | None, dims: tuple[int, ...], vocab: int, whole_rows: 
             batch = (*batch, "tensor")
     else:
         shared = tuple(axis for axis in ("tensor",) if shape[axis] > 1)
-        tokens = 1
-        for dim in dims:
-            tokens *= dim
-        in_a_group = tokens // (shape["data"] * shape["context"])
+        in_a_group = math.prod(dims) // (shape["data"] * shape["context"])
         if shape["fsdp"] > 1 and in_a_group <= vocab // shape["tensor"]:
             batch, shared = ("data",), ("fsdp", *shared)
     found = Layout(mesh, (batch, length)[: len(dims)], shared)
@@ -104,7 +112,11 @@ def on_mesh(
 ) -> tuple[dict[str, Array], Gradients]:
     """Sums over all tokens, and the gradients of the summed loss that are wanted."""
     if place.mesh is None:
-        return _walk(plan, wanted, operands, Vocabulary())
+        sums, gradients = _walk(plan, wanted, operands, place.vocab)
+        if "student_hidden" in gradients and place.vocab:
+            summed = jax.lax.psum(gradients["student_hidden"], place.vocab)
+            gradients["student_hidden"] = summed.astype(operands.student_hidden.dtype)
+        return sums, gradients
     tokens = PartitionSpec(*(axes or None for axes in place.tokens))
     heads, whole = PartitionSpec(place.vocab or None), PartitionSpec()
     per_token_t = operands.temperature.ndim > 0
@@ -123,9 +135,7 @@ def on_mesh(
     split_head = fsdp_tokens and operands.student_head.shape[1] % place.mesh.shape["fsdp"] == 0
 
     def local(operands: Operands):
-        rows = operands.student_head.shape[0]
-        offset = jax.lax.axis_index(place.vocab) * rows if place.vocab else 0
-        sums, gradients = _walk(plan, wanted, operands, Vocabulary(place.vocab, offset))
+        sums, gradients = _walk(plan, wanted, operands, place.vocab)
         sums = jax.lax.psum(sums, place.token_axes)
         if "student_head" in gradients:
             gradients["student_head"] = _sum_head(gradients["student_head"], place, split_head)
@@ -191,9 +201,13 @@ def pad_vocabulary(operands: Operands, multiple: int) -> Operands:
 
 
 def _walk(
-    plan: Plan, wanted: Wanted, operands: Operands, vocabulary: Vocabulary
+    plan: Plan, wanted: Wanted, operands: Operands, vocab_axes: tuple[str, ...]
 ) -> tuple[dict[str, Array], Gradients]:
-    """Scans over chunks of a device's tokens."""
+    """Scans over chunks of a device's tokens, on its rows of the heads."""
+    rows = operands.student_head.shape[0]
+    offset = jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0
+    vocabulary = Vocabulary(vocab_axes, offset, rows)
+    operands = pad_vocabulary(operands, plan.tile)
     dims = operands.student_hidden.shape[:-1]
     per_token_t = operands.temperature.ndim > 0
     split = {name: getattr(operands, name) for name in PER_TOKEN}
@@ -242,4 +256,7 @@ def _walk(
     for name, array in kept.items():
         flat = array.reshape(-1, *array.shape[2:])[:tokens]
         totals[name] = flat.reshape(*dims, *flat.shape[1:])
+    for name in ("student_head", "student_bias"):
+        if name in totals:
+            totals[name] = totals[name][:rows]
     return sums, totals

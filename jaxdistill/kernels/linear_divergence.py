@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import choice, head_chunk, head_walk, rows
+from jaxdistill.kernels import choice, head_chunk, head_walk, row_loss, rows
 from jaxdistill.kernels.head_chunk import Operands, Plan, Wanted
 from jaxdistill.kernels.head_walk import Layout
 from jaxdistill.kernels.row_loss import Function, Terms
@@ -32,6 +32,7 @@ from jaxdistill.types import Mean
 # or TPU reads heads and head gradient seldom (V = 128,256 in float32: 512 tokens).
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**28
+_CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
 
 
 def linear_divergence(
@@ -57,6 +58,7 @@ def linear_divergence(
     implementation: str | None = None,
     monitor: ArrayLike | None = None,
     mesh: AnyMesh | None = None,
+    vocab_axes: str | Sequence[str] = (),
 ) -> tuple[Array, dict[str, Mean]]:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) from hidden states and heads.
 
@@ -97,6 +99,11 @@ def linear_divergence(
         (on a CPU); their means count 0 tokens where not. None makes them.
       mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
         the heads where that moves less; a function as `kind` always sees whole rows.
+      vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that
+        share the heads' rows. The call then sees this device's tokens and rows; `labels` count over
+        all rows, sums are over this device's tokens, and the hidden states' gradient is summed over
+        these axes. What several devices have in common, such as a head that all tokens share, gets
+        each device's own part: psum it.
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
@@ -131,7 +138,11 @@ def linear_divergence(
         smoothing=optional(label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )
-    plan, place = _plan(operands, kind, scale_by_t2, chunk, logits_dtype, implementation, mesh)
+    row_loss.check_unchecked(operands)
+    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+    whole_rows = operands.teacher_head is not None and not isinstance(kind, str)
+    place = head_walk.layout(mesh, dims, vocab, whole_rows, axes)
+    plan = _plan(operands, place, kind, scale_by_t2, chunk, logits_dtype, implementation)
     sums = _loss_sums((plan, place), operands)
     loss, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
@@ -147,26 +158,30 @@ def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int
     """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
     budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
     most = max(8, budget // (itemsize * vocab))
+    if platform != "cpu":
+        most = min(most, _CHUNK_TOKENS)
     pieces = -(-tokens // most)
     return min(tokens, -(-tokens // pieces // 8) * 8)
 
 
 def _plan(
     operands: Operands,
+    place: Layout,
     kind: str | Function,
     scale_by_t2: bool,
     chunk: int | None,
     logits_dtype: DTypeLike | None,
     implementation: str | None,
-    mesh: AnyMesh | None,
-) -> tuple[Plan, Layout]:
+) -> Plan:
     """The static half of a call: what is summed, where, and in which pieces."""
     logits_dtype = jnp.dtype(logits_dtype or operands.student_hidden.dtype)
     dims, vocab = operands.student_hidden.shape[:-1], operands.student_head.shape[0]
     device = choice.target()
     has_teacher = operands.teacher_head is not None
-    place = head_walk.layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str))
-    local_vocab = _padded_vocab(vocab, place) // place.size(place.vocab)
+    shards = place.size(place.vocab)
+    # The kernels' tiles are 64 columns wide; a device pads its own rows of the heads.
+    tile = 64 if device.platform == "gpu" else 1
+    local_vocab = -(-vocab // (shards * tile)) * tile
     tokens = math.prod(dims) // place.size(place.token_axes)
     scalar = operands.temperature.ndim == 0
     chosen = choice.choose(
@@ -181,13 +196,7 @@ def _plan(
         axes=place.vocab,
     )
     group = head_chunk.group_size(chunk, local_vocab, device.platform)
-    return Plan(terms, chunk, group, chosen, logits_dtype), place
-
-
-def _padded_vocab(vocab: int, place: Layout) -> int:
-    """Rows of the heads that every device can take an equal, tileable part of."""
-    tile = 64 if choice.target().platform == "gpu" else 1
-    return -(-vocab // (tile * place.size(place.vocab))) * tile * place.size(place.vocab)
+    return Plan(terms, chunk, group, tile, chosen, logits_dtype)
 
 
 def _checked(
@@ -235,7 +244,7 @@ def _run(static: tuple[Plan, Layout], wanted: Wanted, operands: Operands):
     """The walk on heads that the layout divides; gradients without the padding."""
     plan, place = static
     vocab = operands.student_head.shape[0]
-    padded = head_walk.pad_vocabulary(operands, _padded_vocab(vocab, place))
+    padded = head_walk.pad_vocabulary(operands, place.size(place.vocab))
     sums, gradients = head_walk.on_mesh(plan, place, wanted, padded)
     for name in ("student_head", "student_bias"):
         if name in gradients:

@@ -8,12 +8,13 @@ With s, t [n, V] the logits of student and teacher, y the labels and z what the 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import rows
 from jaxdistill.kernels.statistics import (
     ECHO,
@@ -66,10 +67,22 @@ class Numbers(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """The part of the vocabulary that this device sees, and how parts are put together."""
+    """The part of the vocabulary that this device sees, and how parts are put together.
 
-    axes: tuple[str, ...] = ()
-    offset: Array | int = 0
+    Attributes:
+      axes: of the mesh, that share the vocabulary.
+      offset: the first token here.
+      rows: how many tokens are here; columns behind them are padding.
+    """
+
+    axes: tuple[str, ...]
+    offset: Array | int
+    rows: int
+
+    def column(self, labels: Array) -> Array:
+        """The labels' columns here, -1 where another device has them."""
+        index = labels - self.offset
+        return jnp.where((index >= 0) & (index < self.rows), index, -1)
 
     def total(self, part: Array) -> Array:
         """The sum over all parts."""
@@ -78,6 +91,20 @@ class Vocabulary(NamedTuple):
     def largest(self, part: Array) -> Array:
         """The maximum over all parts."""
         return jax.lax.pmax(part, self.axes) if self.axes else part
+
+
+def check_unchecked(operands: Any) -> None:
+    """Raises inside a shard_map that checks what varies: whose gradients are sums is said by hand.
+
+    Raises:
+      ConfigError: with the remedy.
+    """
+    kinds = (getattr(jax.typeof(x), "manual_axis_type", None) for x in jax.tree.leaves(operands))
+    if any(getattr(kind, "varying", None) for kind in kinds):
+        raise ConfigError(
+            "called inside a shard_map with check_vma=True: pass check_vma=False to the shard_map, "
+            "and add up the gradients of arrays that are the same on several devices (psum)"
+        )
 
 
 def needed(terms: Terms, row: rows.Row | None) -> tuple[str, ...]:
@@ -133,9 +160,9 @@ def cross_entropy(
 ) -> Array:
     """-(1 - eps) log q_y - eps mean_v log q_v at T = 1, [n]; a label outside the rows gives NaN."""
     s, top = logits["s"], statistics["max_s"]
-    index = labels - vocabulary.offset
-    here = (index >= 0) & (index < s.shape[1])
-    picked = jnp.take_along_axis(s, jnp.where(here, index, 0)[:, None], axis=1)[:, 0]
+    column = vocabulary.column(labels)
+    here = column >= 0
+    picked = jnp.take_along_axis(s, jnp.maximum(column, 0)[:, None], axis=1)[:, 0]
     at_label = vocabulary.total(jnp.where(here, picked, 0.0))
     known = vocabulary.largest(here.astype(jnp.float32)) > 0
     log_sum = jnp.log(statistics["sum_s1"])
@@ -153,8 +180,8 @@ def cross_entropy_slope(
 ) -> Array:
     """d CE / d student logits, [n, V]: q - (1 - eps) onehot - eps / V."""
     s = logits["s"]
-    index = labels - vocabulary.offset
-    onehot = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) == index[:, None]
+    column = vocabulary.column(labels)
+    onehot = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) == column[:, None]
     q = jnp.exp(log_probs(logits, statistics, numbers.scales, "sum_s1"))
     if numbers.smoothing is None:
         return q - onehot

@@ -15,7 +15,7 @@ Tiles of a kernel, blocks of the vocabulary and devices merge by this one rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +72,10 @@ ECHO = "echo"
 class Scales(NamedTuple):
     """k of the tempered and of the plain moments: a number for all rows, or one for each."""
 
-    tempered: Array | float
-    plain: Array | float
+    tempered: Any
+    plain: Any
 
-    def of(self, moment: Moment) -> Array | float:
+    def of(self, moment: Moment) -> Any:
         """The moment's k."""
         return self.tempered if moment.tempered else self.plain
 

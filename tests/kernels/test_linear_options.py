@@ -248,3 +248,36 @@ def test_a_bound_function_compiles_once(x):
     before = len(traces)
     step(x["hs"] + 1)
     assert len(traces) == before
+
+
+def test_inside_a_shard_map_of_ones_own(x):
+    """Rows of the heads on one axis, tokens on another; every device calls for its own part."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    mesh = jax.make_mesh((2, 4), ("rows", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    even = x | {"ws": x["ws"][:52], "wt": x["wt"][:52], "y": jnp.minimum(x["y"], 51)}
+    tokens, vocab = jax.P("rows"), jax.P("model")
+
+    def local(hs, ws, ht, wt, y, m):
+        def loss(hs, ws):
+            total, _ = linear_divergence(
+                hs, ws, ht, wt, labels=y, mask=m, alpha=0.3, temperature=2.0, reduction="sum",
+                chunk=8, vocab_axes="model",
+            )  # fmt: skip
+            return total
+
+        total, (by_hidden, by_head) = jax.value_and_grad(loss, argnums=(0, 1))(hs, ws)
+        return jax.lax.psum(total, "rows"), by_hidden, jax.lax.psum(by_head, "rows")
+
+    run_sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(tokens, vocab, tokens, vocab, tokens, tokens),
+        out_specs=(jax.P(), tokens, vocab),
+        check_vma=False,
+    )
+    got = jax.jit(run_sharded)(*(even[name] for name in ("hs", "ws", "ht", "wt", "y", "m")))
+    (value, _), slopes = run(even, alpha=0.3, temperature=2.0, reduction="sum")
+    np.testing.assert_allclose(got[0], value, rtol=2e-6)
+    for ours, want in zip(got[1:], slopes[:2], strict=True):
+        np.testing.assert_allclose(ours, want, atol=3e-6 * float(jnp.abs(want).max()))

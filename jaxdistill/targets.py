@@ -1,0 +1,192 @@
+"""Devices that are only described: GPUs and TPU slices to compile for without owning one.
+
+XLA and Mosaic compile end to end for a described GPU with the packages jax-cuda13-plugin,
+jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm, and for a TPU slice with libtpu; no driver and no
+device is needed, and nothing runs. What they read from the environment must be set before JAX is
+imported: start such a process with `environment`.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxdistill.errors import ConfigError
+
+
+class Gpu(NamedTuple):
+    """A GPU as XLA's cost model sees it; NVIDIA's data sheets, as openxla/xla describes them.
+
+    Attributes:
+      name: of the device.
+      capability: compute capability.
+      cores: multiprocessors.
+      fpus: float32 lanes of each.
+      bandwidth: of memory, bytes per second.
+      memory: bytes.
+      l2: bytes.
+      clock: GHz.
+      shared: shared memory of a multiprocessor, bytes.
+      shared_optin: the most a block can have, bytes.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    fpus: int
+    bandwidth: int
+    memory: int
+    l2: int
+    clock: float
+    shared: int
+    shared_optin: int
+
+
+GPUS: Mapping[str, Gpu] = {
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64,
+        2_039_040_000_000, 85_100_068_864, 41_943_040, 1.41, 167_936, 166_912,
+    ),
+    "h100": Gpu(
+        "NVIDIA H100 80GB HBM3", (9, 0), 132, 128,
+        3_352_320_000_000, 84_942_979_072, 52_428_800, 1.98, 233_472, 232_448,
+    ),
+    "b200": Gpu(
+        "NVIDIA B200", (10, 0), 148, 128,
+        7_672_320_000_000, 191_514_411_008, 132_644_864, 1.965, 233_472, 232_448,
+    ),
+}  # fmt: skip
+_TARGET = re.compile(r"(gpu):(\w+)(?::(\d+))?|(tpu):(\w+):(\d+(?:x\d+)*)|(cpu):(\d+)")
+_PACKAGES = {
+    "gpu": ("jax_plugins.xla_cuda13", "jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and "
+            "nvidia-nvvm of JAX's own version (pip install --no-deps)"),
+    "tpu": ("libtpu", "libtpu (the extra `tpu`)"),
+}  # fmt: skip
+
+
+class Target(NamedTuple):
+    """What to compile for: "gpu:h100:8", "tpu:v5e:4x4" or "cpu:8"."""
+
+    platform: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return math.prod(self.shape)
+
+
+def parse(text: str) -> Target:
+    """A target from its name.
+
+    Raises:
+      ConfigError: for a name that is none; the message shows some that are.
+    """
+    found = _TARGET.fullmatch(text)
+    if not found:
+        raise ConfigError(
+            f"target = {text!r}: must look like gpu:h100:8, tpu:v5e:4x4 (chips) or cpu:8"
+        )
+    if found[1]:
+        if found[2] not in GPUS:
+            raise ConfigError(f"target = {text!r}: GPUs are {', '.join(GPUS)}")
+        return Target("gpu", found[2], (int(found[3] or 1),))
+    if found[4]:
+        return Target("tpu", found[5], tuple(map(int, found[6].split("x"))))
+    return Target("cpu", "cpu", (int(found[8]),))
+
+
+def environment(target: Target) -> dict[str, str]:
+    """What a process that compiles for the target must find in its environment at its start."""
+    own = {"JAX_PLATFORMS": "cpu"}
+    if target.platform == "gpu":
+        return own | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    if target.platform == "tpu":
+        # No question to a cloud's metadata server which TPU this is, and no log of its absence.
+        quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+        return own | {"TPU_SKIP_MDS_QUERY": "1"} | quiet
+    flags = os.environ.get("XLA_FLAGS", "")
+    count = f"--xla_force_host_platform_device_count={target.size}"
+    return own | {"XLA_FLAGS": f"{flags} {count}".strip()}
+
+
+def missing(target: Target) -> str | None:
+    """The packages that compiling for the target lacks, None if it lacks none."""
+    if target.platform not in _PACKAGES:
+        return None
+    module, names = _PACKAGES[target.platform]
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    return None if found else names
+
+
+def devices(target: Target) -> list[Any]:
+    """The described devices, or the CPU's own.
+
+    Raises:
+      ConfigError: if a package is missing, or the slice is none that exists.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    lacking = missing(target)
+    if lacking:
+        raise ConfigError(f"compiling for {target.platform}:{target.kind} needs {lacking}")
+    if target.platform == "cpu":
+        return jax.devices("cpu")[: target.size]
+    if target.platform == "gpu":
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=_gpu_config(GPUS[target.kind]),
+            topology=f"1x1x{target.size}",  # slices x hosts x GPUs of a host
+        )
+        return list(topology.devices)
+    name = f"{target.kind}:{'x'.join(map(str, target.shape))}"
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # libtpu's errors have no class of their own
+        raise ConfigError(
+            f"target = tpu:{name}: no TPU slice that libtpu knows ({error})"
+        ) from None
+
+
+def assume_capability(target: Target) -> None:
+    """Tells Mosaic GPU which GPU it compiles for: with no device to ask it takes any for an H100.
+
+    It replaces a private function of JAX; only processes that merely compile may do so.
+    """
+    import jax.experimental.mosaic.gpu.core as core
+    import jax.experimental.mosaic.gpu.utils as utils
+
+    capability = GPUS[target.kind].capability
+    core._infer_arch = utils._infer_arch = lambda: capability
+
+
+def _gpu_config(gpu: Gpu) -> str:
+    """The text of XLA's GpuTargetConfigProto."""
+    major, minor = gpu.capability
+    # The accelerated feature set holds TMA, wgmma and tcgen05.
+    feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared}
+      shared_memory_per_block_optin: {gpu.shared_optin}
+      core_count: {gpu.cores} fpus_per_core: {gpu.fpus} clock_rate_ghz: {gpu.clock}
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} device_memory_size: {gpu.memory}
+      cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+      name: "{gpu.name}" device_vendor: "NVIDIA Corporation" device_address_bits: 64
+      driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+      dnn_version: "9.12.0"
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
+    device_description_str: "{gpu.name}"
+    """

@@ -1,0 +1,131 @@
+"""Compiles one case for a described device and prints what is known of it as JSON.
+
+    python -m tests.kernels.aot.compile_case gpu:h100 statistics-kl
+
+A failure below JAX ends the process, so every case has one of its own.
+"""
+
+import glob
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import warnings
+
+from jaxdistill import targets
+from tests.kernels.aot import sass
+
+N, V, DS, DT = 8192, 128_256, 2048, 4096
+
+
+def main() -> None:
+    target, case = targets.parse(sys.argv[1]), sys.argv[2]
+    dump = tempfile.mkdtemp(prefix="aot_")
+    os.environ.update(targets.environment(target))
+    if target.platform == "gpu":
+        wanted = ("PTXAS", "SASS_CTRL", "RESOURCES")
+        os.environ |= {f"MOSAIC_GPU_DUMP_{name}": "1" for name in wanted}
+        os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+    import jax
+
+    warnings.simplefilter("ignore")
+    if target.platform == "gpu":
+        targets.assume_capability(target)
+    print(json.dumps({"jax": jax.__version__} | compile_case(target, case) | kernel_facts(dump)))
+
+
+def compile_case(target: targets.Target, case: str) -> dict:
+    import jax
+
+    from jaxdistill import hlo
+
+    mesh, function, arguments = make(target, case)
+    # The abstract mesh tells Pallas, and `kernels.support`, which device this is for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(function).lower(*arguments).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    large = [k for kind in hlo.collectives(text).values() for k in kind]
+    return {
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "output_gib": memory.output_size_in_bytes / 2**30,
+        "gigabytes": hlo.bytes_moved(text) / 1e9,
+        "per_pair": hlo.bytes_moved(text) / (N * V),
+        "collectives": {k.name: k.shape for k in large},
+        "custom_calls": re.findall(r'custom_call_target="([^"]+)"', text),
+        "flops": hlo.product_flops(text),
+    }
+
+
+def make(target: targets.Target, case: str):
+    """(mesh, function, abstract arguments) of a case."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdistill import kernels, sharding
+
+    found = targets.devices(target)
+    name, _, option = case.partition("-")
+    eight = option == "mesh"
+    mesh = sharding.make_mesh(devices=found if eight else found[:1])
+    array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(*axes))
+    )
+    logits = array((N, V), jnp.float32 if option == "float32" else jnp.bfloat16)
+    scalar, per_token = array((), jnp.float32), array((N,), jnp.float32)
+    kinds = {"jsd": ("generalized_jsd", (0.5,)), "taid": ("forward_kl", ())}
+    kind, parameters = kinds.get(option, ("forward_kl", ()))
+
+    def dense(student, teacher, weights, temperature):
+        taid_t = 0.4 if option == "taid" else None
+        values = kernels.divergence(
+            student, teacher, kind=kind, parameters=parameters, temperature=temperature,
+            taid_t=taid_t, implementation="xla" if option == "xla" else None,
+        )  # fmt: skip
+        return jnp.sum(values * weights)
+
+    if name == "value":
+        return mesh, dense, (logits, logits, per_token, scalar)
+    if name == "gradient":
+        return mesh, jax.value_and_grad(dense), (logits, logits, per_token, scalar)
+    assert name == "linear", case
+    batch, head = ("fsdp", None) if eight else (), ("tensor", "fsdp") if eight else ()
+    hidden = lambda width: array((N, width), jnp.bfloat16, *batch)
+    heads = lambda width: array((V, width), jnp.bfloat16, *head)
+    labels = array((N,), jnp.int32, *batch[:1])
+
+    def linear(hs, ws, ht, wt, labels, temperature):
+        return kernels.linear_divergence(
+            hs, ws, ht, wt, labels=labels, alpha=0.5, temperature=temperature,
+            mesh=mesh.abstract_mesh if eight else None,
+        )  # fmt: skip
+
+    arguments = (hidden(DS), heads(DS), hidden(DT), heads(DT), labels, scalar)
+    return mesh, jax.value_and_grad(linear, (0, 1), has_aux=True), arguments
+
+
+def kernel_facts(dump: str) -> dict:
+    """Registers, spills, shared memory and main loop of each Mosaic kernel."""
+    found = []
+    for path in sorted(glob.glob(f"{dump}/*.ptxas")):
+        text, stem = pathlib.Path(path).read_text(), path.removesuffix(".ptxas")
+        resources = "".join(pathlib.Path(p).read_text() for p in glob.glob(f"{stem}*resources*"))
+        shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+        loop = sass.main_loop(pathlib.Path(f"{stem}.sass_ctrl").read_text())
+        found.append(
+            {
+                "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+                "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+                "shared": int(shared[1]) if shared else None,
+                "loop": sum(loop.values()),
+                "bulk_copies": sum(n for op, n in loop.items() if op.startswith("UTMALDG")),
+                "async_copies": sum(n for op, n in loop.items() if op.startswith("LDGSTS")),
+                "exponentials": loop["MUFU.EX2"],
+            }
+        )
+    return {"kernels": found}
+
+
+if __name__ == "__main__":
+    main()
