@@ -61,3 +61,15 @@ def _calibration(arguments: argparse.Namespace) -> Any:
         seq_len=arguments.seq_len,
         batch_size=arguments.batch_size,
     )
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Writes a quantised model as a folder."""
+    with stdout_is_json(True):
+        from jaxdistill import engine
+
+        path = engine.quantize(
+            arguments.model, arguments.output, arguments.scheme, dtype=arguments.dtype
+        )
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_compress, _add_measure, _add_results, _add_start):
+    for add in (_add_train, _add_compress, _add_quantize, _add_measure, _add_results, _add_start):
         add(commands)
     return parser
 
@@ -81,6 +81,23 @@ def _add_compress(commands: Any) -> None:
     prune.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's")
     _add_calibration(prune, required=False)
     _add_json(prune)
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = _command(
+        commands, "quantize", compress.quantize, "Write a model folder in 8-bit or 4-bit numbers."
+    )
+    quantize.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    quantize.add_argument("-o", "--output", metavar="DIR", required=True)
+    quantize.add_argument(
+        "--scheme",
+        choices=("int8", "int4", "int8_dynamic"),
+        default="int8",
+        help="int8 and int4 round the weights of the layers, int8_dynamic their inputs too",
+    )
+    quantize.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of everything else; default: as trained"
+    )
 
 
 def _add_calibration(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -144,6 +144,11 @@ class Student(Section):
         "float32", description="Type its weights and optimizer state are held in."
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+        None,
+        description="Quantisation-aware: the student computes as it will after `jaxdistill "
+        "quantize` by this scheme; int8_dynamic rounds activations too.",
+    )
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "

@@ -321,6 +321,7 @@ def method_of(config: Config, models: Models) -> Method:
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
+        quantization=config.student.quantize,
     )
     return Method(objective, teacher, tx, rate, loss)
 

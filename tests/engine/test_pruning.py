@@ -168,3 +168,26 @@ def test_a_missing_file_is_told_by_validate(load_config, tmp_path):
     student = f"{{from: teacher, prune: {{importance: {tmp_path}/none, mlp: 8}}}}"
     found = preflight.check(load_config(tmp_path, f"student={student}"))
     assert any("no such file" in str(error) for error in found)
+
+
+def test_distillation_that_knows_of_int8_and_the_folder_it_ends_as(
+    load_config, teacher, tmp_path, capsys
+):
+    pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
+    loaded = pruned_config(load_config, teacher, tmp_path, "student.quantize=int8")
+    result = engine.train(loaded)
+    plain = pruned_config(load_config, teacher, tmp_path / "plain")
+    other = engine.train(plain)
+    rows = {row["name"]: row for row in result.table}
+    theirs = {row["name"]: row for row in other.table}
+    before = [table["student before"]["kl_t1"] for table in (rows, theirs)]
+    assert before[0] != before[1]  # measured as it will be, not as it is held
+    out = tmp_path / "int8"
+    assert cli.main(["quantize", str(result.run_dir), "-o", str(out), "--scheme", "int8"]) == 0
+    assert "int8" in capsys.readouterr().out
+    small = models.load(out)
+    assert small.params["layers"]["mlp"]["up"]["kernel"].values.dtype == np.int8
+    words = ["--data", loaded.data.eval[0].path, "--seq-len", "32", "--max-rows", "8", "--json"]
+    assert cli.main(["eval", str(out), *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["eval/perplexity"] > 1 and found["bytes"] < 4 * found["parameters"]
