@@ -40,7 +40,7 @@ def dense(shape: Shape) -> Case:
         3 * jax.random.normal(key, (shape.tokens, shape.vocab), jnp.dtype(shape.dtype))
         for key in keys
     )
-    per_row = {
+    per_row: dict[str, Callable[[Array, Array], Array]] = {
         "naive log_softmax": _naive,
         "hand-written VJP": _by_hand,
         "optax": _optax,

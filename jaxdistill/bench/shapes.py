@@ -1,6 +1,6 @@
 """The shapes that are measured: vocabularies and widths of models that people distil."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxdistill.errors import ConfigError
 
@@ -62,7 +62,8 @@ def parse(text: str, platform: str) -> tuple[Shape, ...]:
                 f"shapes = {text!r}: must be auto, {', '.join(LISTS)}, or like "
                 "N=8192,V=128256,S=2048,T=4096,dtype=bfloat16 (S and T: widths of the models)"
             )
-        base = base._replace(**{_FIELDS[key]: value if key == "dtype" else int(value)})
+        changed: Any = {_FIELDS[key]: value if key == "dtype" else int(value)}
+        base = base._replace(**changed)
     if base.dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype = {base.dtype!r}: must be float32, bfloat16 or float16")
     return (base,)

@@ -76,6 +76,7 @@ def _cupti() -> Callable[[Callable[[], Any]], float] | None:
 
     def measure(function: Callable[[], Any]) -> float:
         _, milliseconds = probe.measure(function)()
+        assert milliseconds is not None, "a measured call has a time"
         return float(milliseconds) / 1e3
 
     return measure

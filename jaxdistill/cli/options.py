@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import bench, files, runs
+from jaxdistill.cli import bench, compress, files, runs
 
 EXIT_CODES = """exit codes:
   0 done              4 model or tokenizer     7 diverged
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_measure, _add_results, _add_start):
+    for add in (_add_train, _add_compress, _add_quantize, _add_measure, _add_results, _add_start):
         add(commands)
     return parser
 
@@ -52,6 +52,74 @@ def _add_train(commands: Any) -> None:
     resume = _command(commands, "resume", runs.resume, "Go on with a run that was stopped.")
     resume.add_argument("run_dir", metavar="RUN_DIR")
     _add_json(resume)
+
+
+def _add_compress(commands: Any) -> None:
+    score = _command(
+        commands, "importance", compress.importance, "Measure what a model's units are worth."
+    )
+    score.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    _add_calibration(score, required=True)
+    score.add_argument("-o", "--output", metavar="FILE", required=True)
+    prune = _command(commands, "prune", compress.prune, "Cut a smaller model out of a model.")
+    prune.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    prune.add_argument("-o", "--output", metavar="DIR", required=True)
+    for name in ("layers", "embed", "mlp", "heads", "kv-heads"):
+        prune.add_argument(f"--{name}", metavar="N", type=_positive, help="how many stay")
+    prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
+    prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
+    prune.add_argument(
+        "--axes", metavar="AXIS", nargs="+", default=("embed", "mlp"), help="shrink for a budget"
+    )
+    prune.add_argument(
+        "--by",
+        choices=("influence", "loss", "range", "range_loss"),
+        default="range",
+        help="how layers are chosen; default: those in a row that change the hidden states least",
+    )
+    prune.add_argument("--importance", metavar="FILE", help="measured before, for any size")
+    prune.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's")
+    _add_calibration(prune, required=False)
+    _add_json(prune)
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = _command(
+        commands, "quantize", compress.quantize, "Write a model folder in 8-bit or 4-bit numbers."
+    )
+    quantize.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    quantize.add_argument("-o", "--output", metavar="DIR", required=True)
+    quantize.add_argument(
+        "--scheme",
+        choices=("int8", "int4", "int8_dynamic"),
+        default="int8",
+        help="int8 and int4 round the weights of the layers, int8_dynamic their inputs too",
+    )
+    quantize.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of everything else; default: as trained"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        action="append",
+        default=None,
+        required=required,
+        help="calibration text; may be given several times",
+    )
+    parser.add_argument("--rows", metavar="ROWS", type=_positive, default=1024)
+    parser.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
+    parser.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    parser.add_argument(
+        "--without",
+        metavar="N",
+        type=_positive,
+        nargs="+",
+        default=(),
+        help="also measure the loss without N layers in a row, wherever they are",
+    )
 
 
 def _add_measure(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""A student out of a teacher: keep some of its layers."""
+"""A student out of a teacher: keep some of its layers, neurons, heads and channels."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,10 +6,133 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jaxdistill.errors import ConfigError
-from jaxdistill.models import DecoderConfig
+from jaxdistill import sharding
+from jaxdistill.compress.importance import Importance, best, check_belongs
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models.architecture import flat_weights, weights
+from jaxdistill.models.assemble import nest
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Which units of the large model stay; every index list rises.
+
+    Attributes:
+      layers: [layers'], of the large model.
+      neurons: [layers', F'], of the MLP of each kept layer.
+      groups: [layers', G'], key and value heads of each kept layer.
+      heads: [layers', H'], query heads of each kept layer, those of one group side by side.
+      channels: [D'], of the hidden states: the same in every layer.
+    """
+
+    layers: np.ndarray
+    neurons: np.ndarray
+    groups: np.ndarray
+    heads: np.ndarray
+    channels: np.ndarray
+
+
+def choose(
+    config: DecoderConfig,
+    small: DecoderConfig,
+    importance: Importance,
+    *,
+    by: str = "range",
+    layers: Sequence[int] | None = None,
+) -> Kept:
+    """The most important units, as many as the small model has.
+
+    Query heads compete only with those that share their keys, so that groups stay whole; a group's
+    score is the L2 norm over its heads.
+
+    Args:
+      config: of the large model.
+      small: the sizes, from `targets`.
+      importance: of the large model.
+      by: how layers are chosen, see `Importance.kept_layers`.
+      layers: these layers instead.
+
+    Raises:
+      ConfigError: if the scores belong to another model, or layers cannot be chosen by `by`.
+    """
+    check_belongs(importance, config)
+    kept = importance.kept_layers(small.layers, by) if layers is None else list(layers)
+    kept = check_layers(config.layers, kept)
+    if len(kept) != small.layers:
+        raise ConfigError(f"layers = {kept}: must be {small.layers} of them")
+    per_group = config.heads // config.kv_heads
+    neurons, groups, heads = [], [], []
+    for layer in kept:
+        neurons.append(best(importance.neurons[layer], small.mlp))
+        scores = importance.heads[layer].reshape(config.kv_heads, per_group)
+        own = best(np.sqrt((scores**2).sum(1)), small.kv_heads)
+        groups.append(own)
+        share = small.heads // small.kv_heads
+        heads.append([g * per_group + h for g in own for h in best(scores[g], share)])
+    channels = best(importance.channels, small.embed)
+    return Kept(*(np.asarray(each, np.int32) for each in (kept, neurons, groups, heads, channels)))
+
+
+def cut(
+    config: DecoderConfig,
+    params: Any,
+    kept: Kept,
+    *,
+    shares: np.ndarray | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[DecoderConfig, Any]:
+    """The model of these units alone, as new arrays on the same devices.
+
+    Which dim of which weight is cut follows from the logical axes in the table of weights. With
+    fewer channels a norm divides by another root mean square; its scale takes up the change:
+
+        scale * sqrt(sum over kept channels of share_c / D')
+
+    which is exact (up to norm_eps) where the channels left out are zero.
+
+    Args:
+      config: of the large model.
+      params: its parameters, which stay as they are.
+      kept: from `choose`.
+      shares: [2 layers + 1, D] of `Importance`; None leaves the scales as they are.
+      dtype: of the new parameters; None keeps each one's.
+
+    Raises:
+      ModelError: if a weight has an axis that pruning does not understand.
+    """
+    windows = config.windows and tuple(config.windows[layer] for layer in kept.layers)
+    small = dataclasses.replace(
+        config,
+        layers=len(kept.layers),
+        mlp=kept.neurons.shape[1],
+        heads=kept.heads.shape[1],
+        kv_heads=kept.groups.shape[1],
+        embed=len(kept.channels),
+        windows=windows,
+    )
+    table = flat_weights(weights(config))
+    indices = _indices(config, kept)
+    gains = _gains(config, kept, shares)
+    _check_understood(config, table, indices)
+
+    def make(params):
+        flat = _flat(params)
+        new = {}
+        for name, row in table.items():
+            leaf = _cut_weight(flat[name], row.axes, indices)
+            if name in gains:
+                leaf = leaf * jnp.asarray(gains[name], jnp.float32).astype(leaf.dtype)
+            # An explicit copy: a result that shared its buffer with the large model would take
+            # the buffer along when training donates it.
+            new[name] = jnp.copy(leaf.astype(dtype or flat[name].dtype))
+        return nest(new)
+
+    return small, jax.jit(make, out_shardings=_places(small, params))(params)
 
 
 def keep_layers(
@@ -30,21 +153,15 @@ def keep_layers(
       ConfigError: for a layer that does not exist, or layers that are not in rising order.
     """
     kept = check_layers(config.layers, layers)
-    windows = config.windows and tuple(config.windows[layer] for layer in kept)
-    small = dataclasses.replace(config, layers=len(kept), windows=windows)
-
-    def copy(path, leaf):
-        if path[0].key == "layers":
-            leaf = leaf[jnp.asarray(kept)]
-        # An explicit copy: a result that shared its buffer with the large model would take the
-        # buffer along when training donates it.
-        return jnp.copy(leaf.astype(dtype or leaf.dtype))
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, params)
-    copied = jax.jit(
-        lambda params: jax.tree_util.tree_map_with_path(copy, params), out_shardings=places
+    every = lambda size: np.tile(np.arange(size), (len(kept), 1))
+    whole = Kept(
+        layers=np.asarray(kept),
+        neurons=every(config.mlp),
+        groups=every(config.kv_heads),
+        heads=every(config.heads),
+        channels=np.arange(config.embed),
     )
-    return small, copied(params)
+    return cut(config, params, whole, dtype=dtype)
 
 
 def check_layers(count: int, layers: Sequence[int]) -> list[int]:
@@ -61,3 +178,81 @@ def check_layers(count: int, layers: Sequence[int]) -> list[int]:
             "one, each once, in rising order"
         )
     return kept
+
+
+def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:
+    """Per logical axis what stays of it; None where all does.
+
+    Heads are blocks of head_dim numbers.
+    """
+
+    def blocks(index: np.ndarray) -> np.ndarray:
+        inside = np.arange(config.head_dim)
+        return (index[:, :, None] * config.head_dim + inside).reshape(len(index), -1)
+
+    found = {
+        "layers": (kept.layers, config.layers),
+        "mlp": (kept.neurons, config.mlp),
+        "heads": (blocks(kept.heads), config.heads * config.head_dim),
+        "kv_heads": (blocks(kept.groups), config.kv_heads * config.head_dim),
+        "embed": (kept.channels, config.embed),
+    }
+    whole = {name: index.shape[-1] == size for name, (index, size) in found.items()}
+    return {"vocab": None} | {
+        name: None if whole[name] else index for name, (index, _) in found.items()
+    }
+
+
+def _cut_weight(leaf: jax.Array, axes: Sequence[str | None], indices: dict) -> jax.Array:
+    """The part of one weight that stays; layers first, which the indices per layer belong to."""
+    for dim, axis in enumerate(axes):
+        index = None if axis is None else indices[axis]
+        if index is None:
+            continue
+        if index.ndim == 1:
+            leaf = jnp.take(leaf, jnp.asarray(index), axis=dim)
+        else:
+            take = lambda layer, own, at=dim - 1: jnp.take(layer, own, axis=at)
+            leaf = jax.vmap(take)(leaf, jnp.asarray(index))
+    return leaf
+
+
+def _gains(config: DecoderConfig, kept: Kept, shares: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Per norm over channels what its scale is multiplied with: [layers', 1], or [1]."""
+    if shares is None or len(kept.channels) == config.embed:
+        return {}
+    mean = np.sqrt(np.maximum(shares[:, kept.channels].mean(1), 1e-12))
+    attention, mlp = mean[:-1].reshape(-1, 2)[kept.layers].T
+    return {
+        "layers.attention_norm.scale": attention[:, None],
+        "layers.mlp_norm.scale": mlp[:, None],
+        "final_norm.scale": mean[-1:],
+    }
+
+
+def _check_understood(config: DecoderConfig, table: dict, indices: dict) -> None:
+    """Every axis that a weight has is one that pruning knows, or its own business."""
+    for name, row in table.items():
+        unknown = [axis for axis in row.axes if axis is not None and axis not in indices]
+        if unknown:
+            raise ModelError(
+                f"pruning: does not understand the axis {unknown[0]!r} of {name} in a "
+                f"{config.family} model: keep layers only by hand, or choose another model"
+            )
+
+
+def _places(small: DecoderConfig, params: Any) -> Any:
+    """Where the new parameters lie: by the table on the old ones' mesh, or on their device."""
+    old = params["embedding"].sharding
+    if not isinstance(old, NamedSharding) or not isinstance(old.mesh, jax.sharding.Mesh):
+        return jax.tree.map(lambda _: old, decoder.shapes(small))
+    return sharding.shardings(old.mesh, decoder.logical_axes(small), decoder.shapes(small))
+
+
+def _flat(params: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.config.section import Dtype, Path, Problem, Section, Size
+from jaxdistill.config.section import Budget, Dtype, Path, Problem, Section, Size
 
 
 class RandomModel(Section):
@@ -65,6 +65,56 @@ class Teacher(Section):
             yield ("random", "like"), "a teacher cannot be shaped like itself: give a path"
 
 
+PruneBy = Literal["influence", "loss", "range", "range_loss"]
+PruneAxes = tuple[Literal["layers", "embed", "mlp", "heads", "kv_heads"], ...]
+
+
+class Prune(Section):
+    """Sizes or a budget that the teacher is pruned to, by the importance of its units."""
+
+    importance: Path = Field(
+        description="File with the scores of the teacher's units; `jaxdistill importance` measures "
+        "them once for any size."
+    )
+    layers: Size | None = Field(None, description="Layers that stay.")
+    embed: Size | None = Field(None, description="Channels of the hidden states that stay.")
+    mlp: Size | None = Field(None, description="Neurons of every MLP that stay.")
+    heads: Size | None = Field(
+        None, description="Query heads that stay; the same number for every group of keys."
+    )
+    kv_heads: Size | None = Field(None, description="Key and value heads (groups) that stay.")
+    parameters: Budget | None = Field(
+        None, description="Budget instead of sizes: a share such as 60%, or 80M, 1.5B."
+    )
+    memory: Budget | None = Field(
+        None, description="Budget instead of sizes: bytes of the weights in bfloat16, 4GiB or 50%."
+    )
+    axes: PruneAxes = Field(
+        ("embed", "mlp"), min_length=1, strict=False, description="What shrinks for a budget."
+    )
+    by: PruneBy = Field(
+        "range",
+        description="How layers are chosen: lowest block influence, lowest rise of the loss, or "
+        "the layers in a row that change the hidden states (range) or the loss (range_loss) least.",
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given."""
+        names = ("layers", "embed", "mlp", "heads", "kv_heads")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: sizes or one budget."""
+        budgets = [name for name in ("parameters", "memory") if getattr(self, name) is not None]
+        if len(budgets) + bool(self.sizes()) != 1:
+            yield (
+                (),
+                "give sizes (layers, embed, mlp, heads, kv_heads), or one of parameters, memory",
+            )
+        if not budgets and self.axes != ("embed", "mlp"):
+            yield ("axes",), "has no effect without a budget: remove it"
+
+
 class Student(Section):
     """The model that is trained: from a folder, cut out of the teacher, or random."""
 
@@ -74,8 +124,8 @@ class Student(Section):
     from_: Literal["teacher"] | None = Field(
         None,
         alias="from",
-        description="teacher: a copy of the teacher, with all its layers or those that `layers` or "
-        "`every` keeps.",
+        description="teacher: a copy of the teacher, with all its layers, those that `layers` or "
+        "`every` keeps, or what `prune` leaves.",
     )
     layers: tuple[Annotated[int, Field(ge=0, le=999)], ...] | None = Field(
         None,
@@ -86,11 +136,19 @@ class Student(Section):
     every: Annotated[int, Field(ge=2, le=999)] | None = Field(
         None, description="Keep the teacher layers 0, n, 2n, ... (layers)."
     )
+    prune: Prune | None = Field(
+        None, description="Prune the teacher in width and depth by measured importance."
+    )
     random: RandomModel | None = Field(None, description="Random weights.")
     param_dtype: Dtype = Field(
         "float32", description="Type its weights and optimizer state are held in."
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+        None,
+        description="Quantisation-aware: the student computes as it will after `jaxdistill "
+        "quantize` by this scheme; int8_dynamic rounds activations too.",
+    )
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "
@@ -100,9 +158,11 @@ class Student(Section):
     def problems(self) -> Iterator[Problem]:
         """Rules: one origin; kept layers rise; no setting without effect."""
         yield from _one_of(self, ("source", "from", "random"))
-        for name in ("layers", "every"):
+        for name in ("layers", "every", "prune"):
             if getattr(self, name) is not None and self.from_ is None:
                 yield (name,), "has no effect without `from: teacher`: add it or remove this"
+        if self.prune is not None and (self.layers is not None or self.every is not None):
+            yield ("prune",), "give layers, every or prune, not several of them"
         if self.layers is not None:
             if self.every is not None:
                 yield ("every",), "give either layers or every, not both"

@@ -106,6 +106,11 @@ def _model_errors(config: Config) -> Iterator[UserError]:
             f"student.layers: {student.layers[-1]} is too high: the teacher has {layers} layers, "
             "counted from 0"
         )
+    if student.prune and not os.path.isfile(student.prune.importance):
+        yield ConfigError(
+            f"student.prune.importance = {shown(student.prune.importance)}: no such file "
+            f"({_here()}): `jaxdistill importance` measures it"
+        )
     for name in ("teacher", "student"):
         longest = found.get(name, _Found()).number("max_position_embeddings")
         if longest is not None and config.data.seq_len > longest:

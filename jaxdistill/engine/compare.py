@@ -56,6 +56,7 @@ class Comparison:
             self._models.student.config,
             objectives.kd(vocab=self._models.vocab),
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
+            quantization=self._config.student.quantize,
         )
         signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
         return measure.make_step(loss, signal)

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from jaxdistill import models
+from jaxdistill.compress import quantize as quantizing
 from jaxdistill.engine.references import load_any
 
 
@@ -15,6 +16,29 @@ def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> model
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
     """
     return load_any(source, dtype=dtype, allow_network=allow_network)
+
+
+def quantize(
+    source: str, out: str | os.PathLike, scheme: str, dtype: str | None = None
+) -> pathlib.Path:
+    """Writes a quantised model folder in the compressed-tensors format.
+
+    vLLM reads it, and transformers where the package compressed-tensors is installed; so do we.
+    No public format holds what quantisation-aware training knows besides: its float weights stay
+    in the run.
+
+    Args:
+      source: as in `export`.
+      out: a folder that does not exist yet, or is empty.
+      scheme: int8 or int4 (weights), int8_dynamic (weights, and inputs as they come).
+      dtype: of everything that is not quantised, scales included; None keeps it as trained.
+
+    Raises:
+      ModelError, ConfigError: if there is no such model, or it cannot be quantised here.
+      StorageError: if the folder cannot be written.
+    """
+    quantizing.check_backend(scheme)
+    return models.save(quantizing.quantized(load(source), scheme, dtype), pathlib.Path(out))
 
 
 def export(source: str, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import sys
@@ -131,7 +132,7 @@ class _Session:
         self.config, self.run, self.mesh = config, run, mesh
         self.models = setup.models_of(config, mesh)
         data = setup.data_of(config, self.models.tokenizer, run.path)
-        run.check_unchanged(_fingerprints(self.models, data))
+        run.check_unchanged(_fingerprints(config, self.models, data))
         run.update(**_describe(config, self.models, mesh))
         _keep_words(run, self.models)
         self.dataset = data["train"]
@@ -297,13 +298,18 @@ def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mes
     return Meter(tokens, tokens * total, teacher / total, list(mesh.devices.flat))
 
 
-def _fingerprints(models: setup.Models, data: Mapping[str, Dataset]) -> dict[str, str]:
+def _fingerprints(
+    config: Config, models: setup.Models, data: Mapping[str, Dataset]
+) -> dict[str, str]:
     """What must stay the same for a run to go on."""
     prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
+    if config.student.prune:
+        file = pathlib.Path(config.student.prune.importance)
+        prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return prints
 
 

@@ -11,13 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdistill import objectives, optim, teachers
-from jaxdistill.compress import prune
+from jaxdistill.compress import importance, prune
 from jaxdistill.config import Config
 from jaxdistill.config.methods import Kd
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
+from jaxdistill.engine import pruning
 from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
 from jaxdistill.models import DecoderConfig, Model, random
@@ -112,6 +113,9 @@ def _shapes(config: Config, network: bool) -> tuple[Model | None, Model]:
         )
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
+        if student.prune:
+            small = pruning.target_of(student.prune).shape(teacher.config)
+            return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
         layers = _kept_layers(config, teacher.config.layers)
         small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
         return teacher, Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
@@ -225,6 +229,10 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
+        if student.prune:
+            found = importance.load(student.prune.importance)
+            made, _ = pruning.cut(teacher, pruning.target_of(student.prune), found, dtype)
+            return dataclasses.replace(made, tokenizer=shape.tokenizer)
         layers = _kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
         return Model(arch, params, shape.tokenizer, shape.source)
@@ -313,6 +321,7 @@ def method_of(config: Config, models: Models) -> Method:
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
+        quantization=config.student.quantize,
     )
     return Method(objective, teacher, tx, rate, loss)
 

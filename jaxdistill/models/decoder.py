@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
+from jaxdistill.models.quantized import is_kernel
 from jaxdistill.sharding import RULES, MeshAxes, constrain, current_mesh
 from jaxdistill.types import Outputs
 
@@ -57,7 +58,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...]
+        kernel = self.kernel.get_value()
+        y = kernel.dot(x) if is_kernel(kernel) else x @ kernel
         return y if self.bias is None else y + _last(self.bias[...], y)
 
 
@@ -212,9 +214,11 @@ def _computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, M
     def cast(path, weight, logical):
         if path[-1].key == "scale":
             return weight
+        if is_kernel(weight):
+            return weight.astype(dtype)
         return constrain(weight.astype(dtype), logical[1:], rules)
 
-    return jax.tree_util.tree_map_with_path(cast, params, axes)
+    return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
 
 
 @functools.lru_cache(maxsize=256)
@@ -284,7 +288,7 @@ def apply(
     length = tokens.shape[1]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
-    attend = _causal(config, length, segment_ids, attention)
+    attend = causal(config, length, segment_ids, attention)
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
         tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules
@@ -292,7 +296,7 @@ def apply(
     return outputs
 
 
-def _causal(config, length, segment_ids, implementation) -> Attend:
+def causal(config, length, segment_ids, implementation) -> Attend:
     """Attention within a row: causal, within segments, within each layer's window."""
     mask_B1LL = None
     if segment_ids is not None:

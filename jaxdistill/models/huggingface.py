@@ -14,12 +14,13 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
 from jaxdistill.errors import ModelError, StorageError
-from jaxdistill.models import shards
+from jaxdistill.models import compressed, shards
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.assemble import assemble
 from jaxdistill.models.config_json import read_config, write_config
 from jaxdistill.models.families import HARMLESS_TENSORS, expected_tensors, tensor_rows
 from jaxdistill.models.model import Model
+from jaxdistill.models.quantized import QuantizedKernel, Scheme
 from jaxdistill.sharding import RULES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -41,11 +42,16 @@ def load_folder(
       ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
         weights, or a feature that this decoder does not build.
     """
-    config = folder_config(folder)
-    with shards.Folder(folder) as files:
-        _check_tensors(config, files)
-        params = assemble(config, files, dtype=dtype, mesh=mesh, rules=rules)
-        jax.block_until_ready(params)
+    config, scheme = folder_config(folder), folder_scheme(folder)
+    options = {"dtype": dtype, "mesh": mesh, "rules": rules}
+    if scheme is None:
+        with shards.Folder(folder) as files:
+            _check_tensors(config, files)
+            params = assemble(config, files, **options)
+    else:
+        with compressed.open_folder(folder) as files:
+            params = compressed.load_params(config, files, scheme, **options)
+    jax.block_until_ready(params)
     words = folder_tokenizer(folder) if tokenizer else None
     return Model(config=config, params=params, tokenizer=words, source=str(folder))
 
@@ -56,12 +62,20 @@ def folder_config(folder: pathlib.Path) -> DecoderConfig:
     if not path.is_file():
         raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
     raw = shards.read_json(path)
+    if compressed.read_settings(raw.get("quantization_config"), str(path)):
+        raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
     generation = folder / "generation_config.json"
     if generation.is_file():
         extra = shards.read_json(generation)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         raw |= {key: extra[key] for key in ids if extra.get(key) is not None}
     return read_config(raw, str(path))
+
+
+def folder_scheme(folder: pathlib.Path) -> Scheme | None:
+    """How the kernels of a local folder are quantised; None where they are not."""
+    raw = shards.read_json(folder / "config.json")
+    return compressed.read_settings(raw.get("quantization_config"), str(folder / "config.json"))
 
 
 def folder_tokenizer(folder: pathlib.Path) -> Any:
@@ -156,13 +170,23 @@ def save(
     if out.name not in _DTYPE_NAMES:
         raise ModelError(f"dtype: {out.name} is not one of {', '.join(_DTYPE_NAMES)}")
     config = write_config(model.config, out.name)
+    flat = _flat(model.params)
+    quantized = any(isinstance(leaf, QuantizedKernel) for leaf in flat.values())
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder}: exists and is not empty; name a new folder")
-    sizes = {
-        name: int(np.prod(shape)) * out.itemsize
-        for name, shape in expected_tensors(model.config).items()
-    }
-    tensors = _file_tensors(model, out)
+    if quantized:
+        config["quantization_config"] = compressed.write_settings(
+            compressed.scheme_of(model.params)
+        )
+        named = dict(compressed.file_tensors(model.config, flat, out))
+        sizes = {name: value.nbytes for name, value in named.items()}
+        tensors = iter(named.values())
+    else:
+        sizes = {
+            name: int(np.prod(shape)) * out.itemsize
+            for name, shape in expected_tensors(model.config).items()
+        }
+        tensors = _file_tensors(model, out)
     if jax.process_index() != 0:  # the others only take part in gathering
         for _ in tensors:
             pass

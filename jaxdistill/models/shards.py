@@ -26,6 +26,13 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 
 
+WHOLE: Mapping[str, np.dtype] = {
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+
+
 class Entry(NamedTuple):
     """Where one tensor lies."""
 
@@ -35,10 +42,14 @@ class Entry(NamedTuple):
 
 
 class Folder:
-    """Tensors of a model folder; nothing is read before `read`, and only the slice asked for."""
+    """Tensors of a model folder; nothing is read before `read`, and only the slice asked for.
 
-    def __init__(self, folder: pathlib.Path):
+    Whole numbers are no weights, except where the caller knows that the folder is quantised.
+    """
+
+    def __init__(self, folder: pathlib.Path, whole_numbers: bool = False):
         self.folder = folder
+        self._dtypes = {**DTYPES, **(WHOLE if whole_numbers else {})}
         self.entries: dict[str, Entry] = {}
         self._files = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
@@ -75,8 +86,8 @@ class Folder:
             for name in self._open[file].keys():
                 tensor = self._open[file].get_slice(name)
                 kind = tensor.get_dtype()
-                if kind in DTYPES:
-                    entry = Entry(file, tuple(tensor.get_shape()), DTYPES[kind])
+                if kind in self._dtypes:
+                    entry = Entry(file, tuple(tensor.get_shape()), self._dtypes[kind])
                 else:
                     raise ModelError(
                         f"{path}: tensor {name} has dtype {kind}; supported: {', '.join(DTYPES)}; "

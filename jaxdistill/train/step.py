@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill import optim
+from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.objectives import MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
@@ -36,13 +37,18 @@ def make_loss(
     remat: str = "none",
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
+    quantization: str | None = None,
 ) -> Loss:
-    """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`."""
+    """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`.
+
+    With `quantization` the student computes as it will once it is quantised by that scheme.
+    """
 
     def loss(params, signal, batch, knobs):
+        student = params["student"]
         outputs = decoder.apply(
             config,
-            params["student"],
+            student if quantization is None else quantize.aware(student, quantization),
             batch.tokens,
             batch.positions,
             batch.segment_ids,

@@ -1,0 +1,75 @@
+"""The commands that make models smaller: importance and prune."""
+
+import argparse
+from typing import Any
+
+from jaxdistill.cli.output import print_json, stdout_is_json
+
+
+def importance(arguments: argparse.Namespace) -> None:
+    """Measures importance and writes it to a file."""
+    with stdout_is_json(True):
+        from jaxdistill import engine
+        from jaxdistill.compress import importance as scores
+
+        found = engine.importance(
+            arguments.model, _calibration(arguments), without=arguments.without
+        )
+        path = scores.save(found, arguments.output)
+    print(f"wrote {path}: {found.facts['rows']} rows, {found.facts['tokens']} tokens")
+    influence = ", ".join(f"{value:.3f}" for value in found.influence)
+    print(f"block influence by layer: {influence}")
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """Writes a pruned model as a folder."""
+    names = ("layers", "embed", "mlp", "heads", "kv_heads")
+    with stdout_is_json(True):
+        from jaxdistill import engine
+
+        target = engine.Target(
+            sizes={name: size for name in names if (size := getattr(arguments, name))},
+            parameters=arguments.parameters,
+            memory=arguments.memory,
+            axes=arguments.axes,
+            by=arguments.by,
+        )
+        folder = engine.prune(
+            arguments.model,
+            arguments.output,
+            target,
+            importance_file=arguments.importance,
+            calibration=_calibration(arguments) if arguments.data else None,
+            without=arguments.without,
+            dtype=arguments.dtype,
+        )
+        note = engine.pruning_note(folder)
+    if arguments.json:
+        return print_json({"folder": folder, **note})
+    before, after = note["parameters"]
+    print(f"wrote {folder}: {after:,} of {before:,} parameters ({after / before:.1%})")
+    print(f"layers kept: {', '.join(map(str, note['layers']))}")
+    return None
+
+
+def _calibration(arguments: argparse.Namespace) -> Any:
+    from jaxdistill import engine
+
+    return engine.Calibration(
+        data=arguments.data,
+        rows=arguments.rows,
+        seq_len=arguments.seq_len,
+        batch_size=arguments.batch_size,
+    )
+
+
+def quantize(arguments: argparse.Namespace) -> None:
+    """Writes a quantised model as a folder."""
+    with stdout_is_json(True):
+        from jaxdistill import engine
+
+        path = engine.quantize(
+            arguments.model, arguments.output, arguments.scheme, dtype=arguments.dtype
+        )
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")

@@ -1,0 +1,106 @@
+"""Models in whole numbers: int8 and int4 after training, and training that knows of it.
+
+Qwix' own way in, `quantize_model`, replaces operations of a module while it is called, which needs
+modules that keep their place between calls; our layers are made anew from arrays inside a scan. So
+its numbers and its products are used (`qwix.quantize`, `qwix.QArray`, `qwix.dot_general`), and the
+kernels carry them: see `models.quantized`. Embedding, head, norms and biases stay as they are.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import Model
+from jaxdistill.models.quantized import SCHEMES, AwareKernel, Scheme, is_kernel, quantize
+
+
+def scheme_of(name: str) -> Scheme:
+    """The scheme of a name: int8 and int4 round weights, int8_dynamic inputs too.
+
+    Raises:
+      ConfigError: for another name.
+    """
+    if name not in SCHEMES:
+        raise ConfigError(f"quantisation = {name!r}: must be one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def quantized(model: Model, name: str, dtype: DTypeLike | None = None) -> Model:
+    """The model with its layers' kernels in whole numbers.
+
+    Args:
+      model: in floating point.
+      name: a scheme: int8, int4 or int8_dynamic.
+      dtype: of everything else, scales included; None keeps the model's.
+
+    Raises:
+      ConfigError: for an unknown scheme, groups that do not divide, a model that is quantised
+        already, or a backend that cannot run the products.
+    """
+    scheme = scheme_of(name)
+    if any(map(is_kernel, jax.tree.leaves(model.params, is_leaf=is_kernel))):
+        raise ConfigError(
+            f"quantisation: {model.source} is quantised already: use the model it was"
+        )
+    check_backend(name)
+
+    def turn(path, leaf):
+        leaf = leaf if dtype is None else leaf.astype(dtype)
+        return quantize(leaf, scheme) if _is_projection(path) else leaf
+
+    make = jax.jit(lambda params: jax.tree_util.tree_map_with_path(turn, params))
+    return dataclasses.replace(model, params=make(model.params), source=f"{name} of {model.source}")
+
+
+def aware(params: Any, name: str) -> Any:
+    """Parameters whose kernels compute as if quantised, with gradients to themselves.
+
+    For quantisation-aware distillation: applied to the student inside the loss, it costs no memory
+    beyond one layer's rounded kernels at a time.
+    """
+    scheme = scheme_of(name)
+
+    def turn(path, leaf):
+        return AwareKernel(leaf, scheme) if _is_projection(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def dequantized(model: Model) -> Model:
+    """The model in floating point again, with the rounded values; inputs are not rounded."""
+
+    def turn(leaf):
+        return leaf.dequantized() if is_kernel(leaf) else leaf
+
+    params = jax.tree.map(turn, model.params, is_leaf=is_kernel)
+    return dataclasses.replace(model, params=params)
+
+
+def check_backend(name: str) -> None:
+    """The products of a scheme compile and run on this backend.
+
+    Raises:
+      ConfigError: naming scheme, backend and what the compiler said.
+    """
+    scheme = scheme_of(name)
+    kernel = quantize(jnp.ones((scheme.group or 32, 32)), scheme)
+    try:
+        jax.block_until_ready(
+            jax.jit(lambda x: kernel.dot(x))(jnp.ones((8, kernel.values.shape[0])))
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # compilers raise many kinds; each means that it cannot run here
+        raise ConfigError(
+            f"quantisation = {name!r}: {jax.default_backend()} cannot run it "
+            f"({str(error).splitlines()[0][:200]}): choose another of {', '.join(SCHEMES)}"
+        ) from error
+
+
+def _is_projection(path: tuple) -> bool:
+    """Whether a leaf is the kernel of one of the layers' projections."""
+    return path[0].key == "layers" and path[-1].key == "kernel"

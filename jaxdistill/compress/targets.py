@@ -1,0 +1,161 @@
+"""How small a pruned model gets: explicit sizes, or a budget of parameters or memory."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import DecoderConfig, count_parameters
+
+AXES = ("layers", "embed", "mlp", "heads", "kv_heads")
+# Sizes that matrix units like; Minitron's manual targets are multiples of 64 too.
+MULTIPLES: Mapping[str, int] = {"layers": 1, "embed": 64, "mlp": 64, "heads": 1, "kv_heads": 1}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
+    """The configuration with these sizes, as far as they can be cut out of the model.
+
+    Args:
+      config: of the large model.
+      sizes: of the axes `AXES`; those that are not named stay, but heads follow kv_heads.
+
+    Raises:
+      ConfigError: for a size above the model's, below 1, or heads that do not divide into groups.
+    """
+    for name, size in sizes.items():
+        have = _size(config, name)
+        if not 1 <= size <= have:
+            raise ConfigError(
+                f"prune.{name} = {size}: the model has {have}: give 1 to {have} (pruning cannot "
+                "enlarge it)"
+            )
+    per_group = config.heads // config.kv_heads
+    groups = sizes.get("kv_heads", config.kv_heads)
+    heads = sizes.get("heads", groups * per_group)
+    if heads % groups or heads // groups > per_group:
+        raise ConfigError(
+            f"prune.heads = {heads}: must be a multiple of kv_heads ({groups}) and at most "
+            f"{groups * per_group} ({per_group} a group): heads that share keys stay together"
+        )
+    windows = config.windows
+    if windows is not None and "layers" in sizes:
+        windows = windows[: sizes["layers"]]  # which ones is known when the layers are chosen
+    return dataclasses.replace(
+        config,
+        layers=sizes.get("layers", config.layers),
+        embed=sizes.get("embed", config.embed),
+        mlp=sizes.get("mlp", config.mlp),
+        heads=heads,
+        kv_heads=groups,
+        windows=windows,
+    )
+
+
+def _size(config: DecoderConfig, axis: str) -> int:
+    """One of the sizes that pruning knows."""
+    if axis not in AXES:
+        raise ConfigError(f"prune.{axis}: is no size to prune: use {', '.join(AXES)}")
+    return getattr(config, axis)
+
+
+def amount(text: str | int | float, whole: int, *, memory: bool = False) -> int:
+    """A budget in words as a number: "60%" of `whole`, 80M, 1.5B, or bytes such as 4GiB.
+
+    Raises:
+      ConfigError: for anything else, or a share outside of 0% to 100%.
+
+    >>> amount("60%", 1000), amount("80M", 0), amount("4GiB", 0, memory=True)
+    (600, 80000000, 4294967296)
+    """
+    name, units = ("memory", _BYTES) if memory else ("parameters", _UNITS)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", str(text))
+    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
+    if match and unit == "%" and 0 < number <= 100:
+        return int(whole * number / 100)
+    if not match or unit not in units or number * units[unit] < 1:
+        example = "4GiB, 300MiB or 50%" if memory else "60%, 80M or 1.5B"
+        raise ConfigError(f"prune.{name} = {text!r}: write {example}")
+    return int(number * units[unit])
+
+
+def fit(
+    config: DecoderConfig,
+    *,
+    parameters: str | int | None = None,
+    memory: str | None = None,
+    axes: Sequence[str] = ("embed", "mlp"),
+    dtype: DTypeLike = "bfloat16",
+    multiples: Mapping[str, int] = MULTIPLES,
+) -> DecoderConfig:
+    """The largest model within a budget whose `axes` all shrink by the same share.
+
+    Each size is the share r of the model's, rounded down to its multiple; the largest r that meets
+    the budget is taken, and then the MLP, which tolerates pruning best, gives way last: it grows
+    back as far as the budget allows.
+
+    Args:
+      config: of the large model.
+      parameters: "60%" or "80M".
+      memory: "4GiB" or "50%" of the weights held in `dtype`.
+      axes: which sizes shrink.
+      dtype: of the weights, for `memory`.
+      multiples: the step of each size.
+
+    Raises:
+      ConfigError: unless one budget is given, or if it cannot be met; the message has the nearest.
+    """
+    if (parameters is None) == (memory is None):
+        raise ConfigError("prune: give one budget: parameters or memory")
+    wrong = [axis for axis in axes if axis not in AXES]
+    if wrong or not axes:
+        raise ConfigError(f"prune.axes = {list(axes)}: must be some of {', '.join(AXES)}")
+    whole, width = count_parameters(config), np.dtype(dtype).itemsize
+    if parameters is not None:
+        budget, words = amount(parameters, whole), f"parameters = {parameters}"
+    else:
+        budget = amount(str(memory), whole * width, memory=True) // width
+        words = f"memory = {memory}"
+    tried = [
+        resized for resized in (_shrunk(config, axes, multiples, r / 1000) for r in range(1, 1001))
+    ]
+    fitting = [one for one in tried if count_parameters(one) <= budget]
+    if not fitting:
+        nearest = min(map(count_parameters, tried))
+        raise ConfigError(
+            f"prune.{words}: cannot be met by shrinking {', '.join(axes)}: the smallest such model "
+            f"has {nearest:,} parameters, the budget is {budget:,}: raise it or add axes"
+        )
+    chosen = max(fitting, key=count_parameters)
+    if "mlp" in axes:
+        chosen = _grown(chosen, config.mlp, multiples["mlp"], budget)
+    return chosen
+
+
+def _shrunk(
+    config: DecoderConfig, axes: Sequence[str], multiples: Mapping[str, int], share: float
+) -> DecoderConfig:
+    """Every axis at a share of its size, rounded down to its multiple, at least one of it."""
+    sizes = {}
+    for axis in axes:
+        have, step = _size(config, axis), multiples[axis]
+        sizes[axis] = have if share == 1 else min(have, max(int(have * share) // step, 1) * step)
+    if "heads" in sizes:  # whole groups: the same number of query heads for each
+        groups = sizes.get("kv_heads", config.kv_heads)
+        sizes["heads"] = max(sizes["heads"] // groups, 1) * groups
+        sizes["heads"] = min(sizes["heads"], groups * (config.heads // config.kv_heads))
+    return resize(config, sizes)
+
+
+def _grown(config: DecoderConfig, most: int, step: int, budget: int) -> DecoderConfig:
+    """The widest MLP, in steps, that the budget still allows."""
+    while config.mlp + step <= most:
+        wider = dataclasses.replace(config, mlp=config.mlp + step)
+        if count_parameters(wider) > budget:
+            break
+        config = wider
+    return config

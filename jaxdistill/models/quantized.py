@@ -1,0 +1,151 @@
+"""Kernels in whole numbers, and kernels that are trained to become such: leaves of the parameters.
+
+Either stands where a projection's kernel array stands, goes through `lax.scan` like one, and says
+itself how a vector is multiplied by it; the decoder asks nothing else of it.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ConfigError
+
+
+class Scheme(NamedTuple):
+    """How numbers become whole.
+
+    Attributes:
+      bits: of a weight, 4 or 8; symmetric around 0.
+      group: inputs that share a scale, per output; None: all of them.
+      dynamic: inputs are rounded to 8 bits too, with a scale per token measured as they come.
+    """
+
+    bits: int
+    group: int | None = None
+    dynamic: bool = False
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "int8": Scheme(8),
+    "int4": Scheme(4, group=64),
+    "int8_dynamic": Scheme(8, dynamic=True),
+}
+
+
+def qwix() -> Any:
+    """The library that quantises.
+
+    Raises:
+      ConfigError: if it is not installed.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ConfigError(
+            "quantisation: needs qwix, which is not installed: pip install 'jaxdistill[quant]'"
+        ) from error
+    return qwix
+
+
+# `no_type_check`: scan and nnx rebuild leaves with stacked arrays or shapes in place of arrays.
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedKernel:
+    """values * scale, with int8 or int4 values [..., in, out] and scales [..., groups, out]."""
+
+    values: Array
+    scale: Array
+    scheme: Scheme = dataclasses.field(default=Scheme(8), metadata={"static": True})
+
+    def dot(self, x: Array) -> Array:
+        """x @ (values * scale), for x [..., in]; in the dtype of x."""
+        product = qwix().dot_general(
+            _rounded(x) if self.scheme.dynamic else x, self._array(), _last(x)
+        )
+        return product.astype(x.dtype)
+
+    def astype(self, dtype: DTypeLike) -> "QuantizedKernel":
+        """The same kernel: whole numbers have no other dtype, and scales stay as they are."""
+        return self
+
+    def dequantized(self) -> Array:
+        """The kernel as an array."""
+        return qwix().dequantize(self._array())
+
+    def _array(self) -> Any:
+        return qwix().QArray(qvalue=self.values, scale=self.scale)
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AwareKernel:
+    """A float kernel that computes as its quantised form would, and learns as if it did not.
+
+        y = x @ (w + stop_gradient(dequantize(quantize(w)) - w))
+
+    Reference: the straight-through estimator, Bengio, Leonard, Courville 2013, arXiv 1308.3432.
+    """
+
+    kernel: Array
+    scheme: Scheme = dataclasses.field(default=Scheme(8), metadata={"static": True})
+
+    def dot(self, x: Array) -> Array:
+        """x @ kernel with rounded numbers, for x [..., in]."""
+        kernel = _through(self.kernel, quantize(self.kernel, self.scheme).dequantized())
+        if self.scheme.dynamic:
+            x = _through(x, qwix().dequantize(_rounded(x)))
+        return x @ kernel
+
+    def astype(self, dtype: DTypeLike) -> "AwareKernel":
+        """The kernel in another dtype."""
+        return dataclasses.replace(self, kernel=self.kernel.astype(dtype))
+
+
+def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
+    """A kernel [..., in, out] in whole numbers; the scales have its dtype.
+
+    Raises:
+      ConfigError: if groups do not divide the inputs.
+    """
+    inputs = kernel.shape[-2]
+    if scheme.group and inputs % scheme.group:
+        raise ConfigError(
+            f"quantisation: groups of {scheme.group} do not divide a projection of {inputs} "
+            "inputs: use int8, or prune to multiples of the group"
+        )
+    others = tuple(dim for dim in range(kernel.ndim) if dim != kernel.ndim - 2)
+    found = qwix().quantize(
+        kernel,
+        jnp.int4 if scheme.bits == 4 else jnp.int8,
+        channelwise_axes=others,
+        tiled_axes={kernel.ndim - 2: scheme.group} if scheme.group else {},
+    )
+    return QuantizedKernel(found.qvalue, found.scale, scheme)
+
+
+def is_kernel(leaf: Any) -> bool:
+    """Whether a leaf of the parameters is one of the two."""
+    return isinstance(leaf, QuantizedKernel | AwareKernel)
+
+
+def _rounded(x: Array) -> Any:
+    """Inputs as 8-bit numbers with a scale per token."""
+    return qwix().quantize(x, jnp.int8, channelwise_axes=tuple(range(x.ndim - 1)))
+
+
+def _last(x: Array) -> Any:
+    """Dimension numbers of x [..., in] times a kernel [in, out]."""
+    return (((x.ndim - 1,), (0,)), ((), ()))
+
+
+def _through(value: Array, rounded: Array) -> Array:
+    """`rounded`, whose gradient is that of `value`."""
+    return value + jax.lax.stop_gradient(rounded.astype(value.dtype) - value)

@@ -1,0 +1,226 @@
+"""Quantised models against whole-number NumPy, compressed-tensors and transformers."""
+
+import functools
+import json
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import models
+from jaxdistill.compress import quantize
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.models import compressed, decoder, quantized
+from jaxdistill.models.families import tensor_rows
+from jaxdistill.sharding import make_mesh
+from tests.models import oracle
+
+pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
+
+SCHEMES = tuple(quantized.SCHEMES)
+RAW = oracle._case(
+    "llama", hidden_size=128, intermediate_size=192, num_attention_heads=4, head_dim=32
+)
+TOKENS = oracle.tokens(RAW)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, one_device):
+    folder = oracle.write_folder(tmp_path_factory.mktemp("q"), RAW)
+    return models.load(folder, mesh=one_device, dtype="float32", tokenizer=False)
+
+
+def numpy_rounding(kernel, bits, group):
+    """Symmetric rounding of [in, out] by the largest magnitude of a group, in float64.
+
+    Also where a value lies halfway between two whole numbers, as the largest of a group does.
+    """
+    inputs, outputs = kernel.shape
+    grouped = kernel.astype(np.float64).reshape(-1, group or inputs, outputs)
+    largest = np.abs(grouped).max(1, keepdims=True)
+    scale = largest / (2 ** (bits - 1) - 0.5)
+    values = np.clip(np.round(grouped / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    halfway = np.abs(np.abs(grouped / scale) % 1 - 0.5) < 1e-4
+    return (values * scale).reshape(inputs, outputs), halfway.reshape(inputs, outputs)
+
+
+@pytest.mark.parametrize(("name", "bits", "group"), [("int8", 8, None), ("int4", 4, 64)])
+def test_weights_are_rounded_as_numpy_rounds_them(model, name, bits, group):
+    found = quantize.quantized(model, name).params["layers"]["mlp"]["down"]["kernel"]
+    assert found.values.dtype == (jnp.int4 if bits == 4 else jnp.int8)
+    for layer in range(3):
+        kernel = np.asarray(model.params["layers"]["mlp"]["down"]["kernel"][layer])
+        want, halfway = numpy_rounding(kernel, bits, group)
+        got = np.asarray(found.dequantized()[layer])
+        step = np.abs(kernel).max() / (2 ** (bits - 1) - 0.5)
+        assert np.abs(got - want).max() <= 1.01 * step and halfway.mean() < 0.02
+        np.testing.assert_allclose(got[~halfway], want[~halfway], atol=1e-5 * step)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_logits_are_those_of_the_rounded_weights(model, name):
+    """The oracle runs in float64 on whole numbers times scales, multiplied out in NumPy."""
+    small = quantize.quantized(model, name)
+    named = oracle.tensors(RAW)
+    for ours, (theirs, _) in tensor_rows(model.config).items():
+        leaf = functools.reduce(lambda node, key: node[key], ours.split("."), small.params)
+        for layer in range(3) if quantized.is_kernel(leaf) else ():
+            values, scale = np.asarray(leaf.values[layer], float), np.asarray(leaf.scale[layer])
+            scale = np.repeat(scale, len(values) // len(scale), axis=0)
+            named[theirs.pattern.format(layer)] = (values * scale).T
+    got = small.logits(TOKENS)
+    assert oracle.distance(got, oracle.logits(RAW, named, TOKENS)) < 3e-5
+    plain = oracle.logits(RAW, oracle.tensors(RAW), TOKENS)
+    assert oracle.distance(got, plain) > 1e-3  # and they are rounded at all
+
+
+def test_dynamic_int8_adds_up_whole_numbers():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 64)).astype(np.float32), rng.normal(size=(64, 48)).astype(np.float32)
+    kernel = quantized.quantize(jnp.asarray(w), quantized.SCHEMES["int8_dynamic"])
+    # The largest of a row lies halfway to a number past the end; positive, it is 127 either way.
+    x *= np.sign(np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1))
+    step = np.abs(x).max(1, keepdims=True) / np.float32(127.5)
+    rounded = np.clip(np.round(x / step), -128, 127).astype(np.int64)
+    whole = rounded @ np.asarray(kernel.values).astype(np.int64)
+    want = whole * step * np.asarray(kernel.scale)
+    np.testing.assert_allclose(kernel.dot(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
+    program = jax.jit(kernel.dot).lower(jnp.asarray(x)).as_text()
+    assert "tensor<5x48xi32>" in program  # a product of whole numbers, not of rounded floats
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_folder_keeps_every_number(model, name, tmp_path, one_device):
+    small = quantize.quantized(model, name)
+    folder = models.save(small, tmp_path / "q")
+    again = models.load(folder, tokenizer=False, mesh=one_device)
+    np.testing.assert_array_equal(again.logits(TOKENS), small.logits(TOKENS))
+    assert again.generate([[1, 2, 3]], max_new_tokens=4) == small.generate(
+        [[1, 2, 3]], max_new_tokens=4
+    )
+    mesh = make_mesh(data=2, fsdp=4)
+    spread = models.load(folder, tokenizer=False, mesh=mesh)
+    # Sums in another order move some inputs to the other side of a half.
+    limit = 0.1 if name == "int8_dynamic" else 1e-5
+    assert oracle.distance(spread.logits(TOKENS), small.logits(TOKENS)) < limit
+    assert not spread.params["layers"]["mlp"]["up"]["kernel"].values.is_fully_replicated
+
+
+def test_a_quantised_folder_is_small(model, tmp_path):
+    size = lambda folder: (folder / "model.safetensors").stat().st_size
+    whole = size(models.save(model, tmp_path / "f", dtype="bfloat16"))
+    int8 = size(models.save(quantize.quantized(model, "int8", "bfloat16"), tmp_path / "8"))
+    int4 = size(models.save(quantize.quantized(model, "int4", "bfloat16"), tmp_path / "4"))
+    kernels = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 192)
+    assert abs((whole - int8) - kernels) < 0.05 * kernels
+    assert abs((whole - int4) - 1.5 * kernels) < 0.08 * kernels
+
+
+def test_packing_equals_compressed_tensors():
+    torch = pytest.importorskip("torch", reason="needs torch")
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers",
+        reason="needs compressed-tensors",
+    )
+    rng = np.random.default_rng(1)
+    for bits in (4, 8):
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+        values = rng.integers(low, high, (6, 72)).astype(np.int8)
+        theirs = helpers.pack_to_int32(torch.from_numpy(values), bits).numpy()
+        np.testing.assert_array_equal(compressed.pack(values, bits), theirs)
+        np.testing.assert_array_equal(compressed.unpack(theirs, bits, 72), values)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_transformers_reads_the_folder(model, name, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    small = quantize.quantized(model, name)
+    folder = models.save(small, tmp_path / "q")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="float32", local_files_only=True
+        ).eval()
+        with torch.no_grad():
+            want = theirs(torch.tensor(TOKENS)).logits.numpy()
+    # Rounding of inputs may fall to the other side of a half here and there.
+    limit = 0.1 if name == "int8_dynamic" else 3e-5
+    assert oracle.distance(small.logits(TOKENS), want) < limit
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_training_that_knows_multiplies_as_the_quantised_model(name):
+    key, other = jax.random.split(jax.random.key(0))
+    kernel, x = jax.random.normal(key, (128, 48)), jax.random.normal(other, (7, 128))
+    scheme = quantized.SCHEMES[name]
+    want = quantized.quantize(kernel, scheme).dot(x)
+    got = quantized.AwareKernel(kernel, scheme).dot(x)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    assert float(jnp.abs(got - x @ kernel).max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_training_that_knows_computes_the_quantised_model(model, name):
+    apply = lambda params: decoder.logits(
+        decoder.apply(model.config, params, jnp.asarray(TOKENS), compute_dtype="float32")
+    )
+    aware = apply(quantize.aware(model.params, name))
+    want = quantize.quantized(model, name).logits(TOKENS)
+    assert oracle.distance(aware, want) < 1e-4
+
+
+def test_gradients_go_straight_through(model):
+    """Where weights alone are rounded, they are those of the rounded model, at its weights."""
+    apply = lambda params: jnp.sum(
+        jnp.sin(
+            decoder.apply(model.config, params, jnp.asarray(TOKENS), compute_dtype="float32").hidden
+        )
+    )
+    ours = jax.grad(lambda params: apply(quantize.aware(params, "int8")))(model.params)
+    rounded = quantize.dequantized(quantize.quantized(model, "int8")).params
+    want = jax.grad(apply)(rounded)
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+        limit = 2e-4 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, atol=limit)
+
+
+def test_bad_input_is_told(model, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="must be one of int8, int4, int8_dynamic"):
+        quantize.quantized(model, "int3")
+    small = quantize.quantized(model, "int8")
+    with pytest.raises(ConfigError, match="quantised already"):
+        quantize.quantized(small, "int4")
+    odd = models.random(models.DecoderConfig("llama", 61, 48, 40, 1, 2, 2, 24))
+    with pytest.raises(ConfigError, match="groups of 64 do not divide a projection of 48"):
+        quantize.quantized(odd, "int4")
+
+    def refuse(self, x):
+        raise NotImplementedError("no such unit")
+
+    monkeypatch.setattr(quantized.QuantizedKernel, "dot", refuse)
+    with pytest.raises(ConfigError, match="cpu cannot run it .no such unit"):
+        quantize.check_backend("int8_dynamic")
+    monkeypatch.undo()
+    folder = models.save(small, tmp_path / "q")
+    raw = json.loads((folder / "config.json").read_text())
+    for key, value in (("quant_method", "gptq"), ("format", "marlin-24"), ("config_groups", {})):
+        changed = raw | {"quantization_config": raw["quantization_config"] | {key: value}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelError, match="only compressed-tensors with symmetric"):
+            models.load(folder)
+    del raw["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match="use the unquantised model"):
+        models.load(folder)
+
+
+def test_without_qwix_it_says_how_to_get_it(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ConfigError, match=r"pip install 'jaxdistill\[quant\]'"):
+        quantize.quantized(model, "int8")

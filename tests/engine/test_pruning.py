@@ -1,0 +1,193 @@
+"""Importance, pruning and a run that starts from a pruned teacher, as commands."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import cli, engine, models
+from jaxdistill.compress import importance
+from jaxdistill.config import preflight
+from jaxdistill.errors import ConfigError, DataError
+
+CALIBRATION = ["--rows", "8", "--seq-len", "32", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def scores(finished, data, tmp_path_factory):
+    """The file that `jaxdistill importance` writes for the student of a run."""
+    file = tmp_path_factory.mktemp("scores") / "scores.safetensors"
+    text = str(data / "train.txt")
+    words = ["importance", str(finished.run_dir), "--data", text, *CALIBRATION, "-o", str(file)]
+    assert cli.main([*words, "--without", "1"]) == 0
+    return file
+
+
+def test_one_file_serves_any_size(finished, scores, tmp_path, capsys):
+    for name, words in {
+        "width": ["--mlp", "24", "--embed", "20"],
+        "depth": ["--layers", "1", "--by", "loss"],
+        "budget": ["--parameters", "80%", "--axes", "layers", "mlp"],
+    }.items():
+        out = tmp_path / name
+        code = cli.main(
+            ["prune", str(finished.run_dir), "-o", str(out), "--importance", str(scores), *words]
+        )
+        printed = capsys.readouterr()
+        assert (code, "parameters" in printed.out) == (0, True) or name == "budget", printed.err
+    width = models.load(tmp_path / "width")
+    assert (width.config.mlp, width.config.embed, width.config.head_dim) == (24, 20, 8)
+    assert width.tokenizer is not None
+    note = engine.pruning_note(tmp_path / "depth")
+    kept = importance.load(scores).kept_layers(1, "loss")
+    assert note["layers"] == kept and models.load(tmp_path / "depth").config.layers == 1
+
+
+def test_a_budget_that_is_met_says_so(finished, scores, tmp_path, capsys):
+    words = ["--parameters", "80%", "--axes", "layers", "--importance", str(scores), "--json"]
+    assert cli.main(["prune", str(finished.run_dir), "-o", str(tmp_path / "s"), *words]) == 0
+    note = json.loads(capsys.readouterr().out)
+    assert note["parameters"][1] <= 0.8 * note["parameters"][0]
+
+
+def test_scores_are_measured_on_the_way(finished, data, tmp_path):
+    text = str(data / "train.txt")
+    words = ["prune", str(finished.run_dir), "-o", str(tmp_path / "s"), "--layers", "1"]
+    assert cli.main([*words, "--by", "range_loss", "--data", text, *CALIBRATION]) == 0
+    found = importance.load(tmp_path / "s.importance.safetensors")
+    assert set(found.range_loss) == {1} and found.facts["rows"] == 8
+
+
+def test_bad_input_is_told_before_anything_is_measured(finished, data, tmp_path, capsys):
+    run, text = str(finished.run_dir), str(data / "train.txt")
+    for words, code, message in (
+        ([], 2, "give a size"),
+        (["--mlp", "4000"], 2, "the model has 48"),
+        (["--mlp", "8", "--parameters", "50%"], 2, "not both"),
+        (["--mlp", "8"], 2, "give an importance file, or text"),
+        (["--mlp", "8", "--data", text, "--rows", "100000", "--seq-len", "32"], 3, "100000 are"),
+        (["--mlp", "8", "--importance", text], 2, "is damaged or no importance file"),
+    ):
+        assert cli.main(["prune", run, "-o", str(tmp_path / "s"), *words]) == code
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "s").exists()
+    with pytest.raises(ConfigError, match="calibration: give text"):
+        engine.importance(run, engine.Calibration(data=[]))
+    with pytest.raises(DataError, match="100000 are wanted"):
+        engine.importance(run, engine.Calibration([text], rows=100000, seq_len=32))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A folder of a random teacher, and its scores, whatever they are."""
+    folder = tmp_path_factory.mktemp("teacher")
+    shape = models.DecoderConfig(
+        "llama", vocab_size=259, embed=32, mlp=128, layers=3, heads=4, kv_heads=2, head_dim=8
+    )
+    from jaxdistill.models.byte_tokenizer import byte_tokenizer
+
+    models.save(models.random(shape, tokenizer=byte_tokenizer()), folder / "model")
+    rng = np.random.default_rng(0)
+    draw = lambda *size: rng.uniform(0.5, 1.5, size)
+    made = importance.Importance(
+        neurons=draw(3, 128),
+        heads=draw(3, 4),
+        channels=draw(32),
+        shares=draw(7, 32),
+        cosines=np.eye(4),
+        facts={"shape": importance.shape_of(shape)},
+    )
+    importance.save(made, folder / "scores")
+    return folder
+
+
+def pruned_config(load_config, teacher, folder, *overrides):
+    return load_config(
+        folder,
+        f"teacher={{source: {teacher}/model, dtype: float32}}",
+        f"student={{from: teacher, prune: {{importance: {teacher}/scores, mlp: 64, layers: 2}}, "
+        "compute_dtype: float32}",
+        "method={name: kd, alpha: 0.0}",
+        "train.steps=2",
+        "optimizer.warmup=1",
+        "train.eval_every=null",
+        "checkpoint.every.steps=2",
+        *overrides,
+    )
+
+
+def test_a_run_trains_a_pruned_teacher_and_resumes(load_config, teacher, tmp_path):
+    loaded = pruned_config(load_config, teacher, tmp_path)
+    assert preflight.check(loaded) == []
+    result = engine.train(loaded)
+    student = engine.load(str(result.run_dir))
+    assert (student.config.layers, student.config.mlp) == (2, 64)
+    rows = {row["name"]: row for row in result.table}
+    assert rows["student before"]["parameters"] == models.count_parameters(student.config)
+    engine.resume(result.run_dir)
+    scores = importance.load(teacher / "scores")
+    changed = scores.__class__(**{**vars(scores), "channels": scores.channels[::-1].copy()})
+    kept = (teacher / "scores").read_bytes()
+    importance.save(changed, teacher / "scores")
+    with pytest.raises(ConfigError, match="student.prune.importance"):
+        engine.resume(result.run_dir)
+    (teacher / "scores").write_bytes(kept)
+
+
+def test_before_the_first_step_it_is_the_pruned_model(load_config, teacher, tmp_path):
+    from jaxdistill.engine import setup
+
+    loaded = pruned_config(load_config, teacher, tmp_path)
+    student = setup.models_of(loaded, setup.mesh_of(loaded)).student
+    target = engine.Target(sizes={"mlp": 64, "layers": 2})
+    engine.prune(str(teacher / "model"), tmp_path / "s", target, importance_file=teacher / "scores")
+    want = models.load(tmp_path / "s", dtype="float32").params
+    for ours, theirs in zip(jax.tree.leaves(student.params), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ("{from: teacher, prune: {importance: x}}", "give sizes"),
+        ("{from: teacher, prune: {importance: x, mlp: 8, parameters: 50%}}", "give sizes"),
+        ("{from: teacher, layers: [0], prune: {importance: x, mlp: 8}}", "give layers, every or"),
+        ("{source: a, prune: {importance: x, mlp: 8}}", "no effect without `from: teacher`"),
+        ("{from: teacher, prune: {importance: x, mlp: 8, axes: [mlp]}}", "without a budget"),
+        ("{from: teacher, prune: {importance: x, memory: 4GB}}", "60%, 80M or 4GiB"),
+        ("{from: teacher, prune: {mlp: 8}}", "student.prune.importance: required"),
+    ],
+)
+def test_configurations_that_cannot_be_meant(load_config, tmp_path, student, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path, f"student={student}")
+
+
+def test_a_missing_file_is_told_by_validate(load_config, tmp_path):
+    student = f"{{from: teacher, prune: {{importance: {tmp_path}/none, mlp: 8}}}}"
+    found = preflight.check(load_config(tmp_path, f"student={student}"))
+    assert any("no such file" in str(error) for error in found)
+
+
+def test_distillation_that_knows_of_int8_and_the_folder_it_ends_as(
+    load_config, teacher, tmp_path, capsys
+):
+    pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
+    loaded = pruned_config(load_config, teacher, tmp_path, "student.quantize=int8")
+    result = engine.train(loaded)
+    plain = pruned_config(load_config, teacher, tmp_path / "plain")
+    other = engine.train(plain)
+    rows = {row["name"]: row for row in result.table}
+    theirs = {row["name"]: row for row in other.table}
+    before = [table["student before"]["kl_t1"] for table in (rows, theirs)]
+    assert before[0] != before[1]  # measured as it will be, not as it is held
+    out = tmp_path / "int8"
+    assert cli.main(["quantize", str(result.run_dir), "-o", str(out), "--scheme", "int8"]) == 0
+    assert "int8" in capsys.readouterr().out
+    small = models.load(out)
+    assert small.params["layers"]["mlp"]["up"]["kernel"].values.dtype == np.int8
+    words = ["--data", loaded.data.eval[0].path, "--seq-len", "32", "--max-rows", "8", "--json"]
+    assert cli.main(["eval", str(out), *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["eval/perplexity"] > 1 and found["bytes"] < 4 * found["parameters"]
