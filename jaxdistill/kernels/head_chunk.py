@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.kernels import choice, row_loss
 from jaxdistill.kernels.row_loss import Numbers, Terms, Vocabulary
-from jaxdistill.kernels.statistics import Rows
+from jaxdistill.kernels.statistics import LOWEST, Rows
 
 # float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
 _GROUP_BYTES_CPU = 2**19
@@ -49,6 +49,8 @@ class Plan:
       chunk: tokens whose logits exist at one time on a device.
       group: rows of a chunk that the elementwise part takes at one time; divides chunk.
       tile: what a device's part of the vocabulary is padded to a multiple of.
+      vocab: V, of all devices together and without padding.
+      softcaps: of the student's and the teacher's logits, None for none.
       statistics: the implementation of the row statistics, see `choice`.
       logits_dtype: of the products' results.
     """
@@ -57,6 +59,8 @@ class Plan:
     chunk: int
     group: int
     tile: int
+    vocab: int
+    softcaps: tuple[float | None, float | None]
     statistics: str
     logits_dtype: DTypeLike
 
@@ -91,10 +95,17 @@ def run(
     counted = x.weights != 0
     quiet = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = quiet(x.student_hidden)
-    student = _logits(plan, hidden, x.student_head, x.student_bias)
+    student = _logits(plan, hidden, x.student_head, x.student_bias, plan.softcaps[0], vocabulary)
     teacher = None
     if x.teacher_hidden is not None and x.teacher_head is not None:
-        teacher = _logits(plan, quiet(x.teacher_hidden), x.teacher_head, x.teacher_bias)
+        teacher = _logits(
+            plan,
+            quiet(x.teacher_hidden),
+            x.teacher_head,
+            x.teacher_bias,
+            plan.softcaps[1],
+            vocabulary,
+        )
     per_row = (student, teacher, x.labels, x.weights, x.temperature if x.temperature.ndim else None)
 
     def one(group):
@@ -118,10 +129,22 @@ def run(
     return sums, gradients
 
 
-def _logits(plan: Plan, hidden: Array, head: Array, bias: Array | None) -> Array:
+def _logits(
+    plan: Plan,
+    hidden: Array,
+    head: Array,
+    bias: Array | None,
+    softcap: float | None,
+    vocabulary: Vocabulary,
+) -> Array:
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if vocabulary.padded:
+        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        logits = jnp.where(column < vocabulary.rows, logits, LOWEST)
     return logits.astype(plan.logits_dtype)
 
 
@@ -175,7 +198,13 @@ def _group(
     elif wanted.temperature:
         by_temperature = jnp.zeros_like(weights)
     sums["loss"] = total(loss)
-    return sums, sum(slopes) * weights[:, None] if wanted.slope else None, by_temperature
+    slope = sum(slopes) * weights[:, None] if wanted.slope else None
+    softcap = plan.softcaps[0]
+    if slope is not None and softcap is not None:
+        # d (c tanh(x / c)) / dx = 1 - tanh^2; an impossible entry passes nothing.
+        capped = jnp.maximum(logits["s"], -softcap) / softcap
+        slope = slope * (1 - capped**2)
+    return sums, slope, by_temperature
 
 
 def _statistics(

@@ -7,7 +7,6 @@ rows of the heads, the devices exchange a few numbers per token, and no head cro
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import head_chunk
 from jaxdistill.kernels.head_chunk import Operands, Plan, Wanted
 from jaxdistill.kernels.row_loss import Vocabulary
-from jaxdistill.kernels.statistics import LOWEST
 from jaxdistill.sharding import BATCH_AXES, AnyMesh
 
 PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights", "temperature")
@@ -180,23 +178,15 @@ def _sum_hidden(gradient: Array, place: Layout) -> Array:
 
 
 def pad_vocabulary(operands: Operands, multiple: int) -> Operands:
-    """Heads whose rows are a multiple of something; the new rows' logits are impossible."""
-    vocab = operands.student_head.shape[0]
-    extra = -vocab % multiple
+    """Heads whose rows are a multiple of something; `Vocabulary.rows` says which are real."""
+    extra = -operands.student_head.shape[0] % multiple
     if not extra:
         return operands
-
-    def bias(given: Array | None) -> Array:
-        given = jnp.zeros(vocab, jnp.float32) if given is None else given.astype(jnp.float32)
-        return jnp.pad(given, (0, extra), constant_values=LOWEST)
-
-    padded: dict[str, Any] = {
-        "student_head": jnp.pad(operands.student_head, ((0, extra), (0, 0))),
-        "student_bias": bias(operands.student_bias),
+    padded = {
+        name: jnp.pad(array, ((0, extra), (0, 0))[: array.ndim])
+        for name in _HEADS
+        if (array := getattr(operands, name)) is not None
     }
-    if operands.teacher_head is not None:
-        padded["teacher_head"] = jnp.pad(operands.teacher_head, ((0, extra), (0, 0)))
-        padded["teacher_bias"] = bias(operands.teacher_bias)
     return operands._replace(**padded)
 
 
@@ -206,8 +196,11 @@ def _walk(
     """Scans over chunks of a device's tokens, on its rows of the heads."""
     rows = operands.student_head.shape[0]
     offset = jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0
-    vocabulary = Vocabulary(vocab_axes, offset, rows)
     operands = pad_vocabulary(operands, plan.tile)
+    uneven = bool(vocab_axes) and plan.vocab < rows * jax.lax.axis_size(vocab_axes)
+    here = jnp.clip(plan.vocab - offset, 0, rows) if uneven else rows
+    padded = uneven or operands.student_head.shape[0] > rows
+    vocabulary = Vocabulary(vocab_axes, offset, here, padded)
     dims = operands.student_hidden.shape[:-1]
     per_token_t = operands.temperature.ndim > 0
     split = {name: getattr(operands, name) for name in PER_TOKEN}

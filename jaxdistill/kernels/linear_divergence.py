@@ -52,6 +52,8 @@ def linear_divergence(
     label_smoothing: ArrayLike | None = None,
     student_bias: ArrayLike | None = None,
     teacher_bias: ArrayLike | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     reduction: str = "mean",
     chunk: int | None = None,
     logits_dtype: DTypeLike | None = None,
@@ -89,6 +91,8 @@ def linear_divergence(
       label_smoothing: eps in [0, 1], CE = -(1 - eps) log q_y - eps mean_v log q_v.
       student_bias: [V] added to the student's logits, or None.
       teacher_bias: [V] added to the teacher's logits, or None.
+      student_softcap: c, of logits c tanh(x / c), as Gemma has them; None for none.
+      teacher_softcap: the same of the teacher.
       reduction: "mean" over the weights, or "sum" (to add micro-batches before dividing).
       chunk: tokens per chunk and device; default from V and the device.
       logits_dtype: in which a chunk's logits are kept; default that of the hidden states. Products
@@ -124,7 +128,8 @@ def linear_divergence(
     elif teacher_hidden is not None or teacher_head is not None:
         raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
-    _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher)
+    softcaps = (student_softcap, teacher_softcap)
+    _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher, softcaps)
     optional = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
     operands = Operands(
         *arrays,
@@ -142,7 +147,7 @@ def linear_divergence(
     axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
     whole_rows = operands.teacher_head is not None and not isinstance(kind, str)
     place = head_walk.layout(mesh, dims, vocab, whole_rows, axes)
-    plan = _plan(operands, place, kind, scale_by_t2, chunk, logits_dtype, implementation)
+    plan = _plan(operands, place, kind, scale_by_t2, softcaps, chunk, logits_dtype, implementation)
     sums = _loss_sums((plan, place), operands)
     loss, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
@@ -169,6 +174,7 @@ def _plan(
     place: Layout,
     kind: str | Function,
     scale_by_t2: bool,
+    softcaps: tuple[float | None, float | None],
     chunk: int | None,
     logits_dtype: DTypeLike | None,
     implementation: str | None,
@@ -196,7 +202,9 @@ def _plan(
         axes=place.vocab,
     )
     group = head_chunk.group_size(chunk, local_vocab, device.platform)
-    return Plan(terms, chunk, group, tile, chosen, logits_dtype)
+    # Inside a shard_map of one's own each device brings its rows, all of them real.
+    total = vocab * (jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1)
+    return Plan(terms, chunk, group, tile, total, softcaps, chosen, logits_dtype)
 
 
 def _checked(
@@ -214,7 +222,9 @@ def _checked(
     return hidden, head, bias
 
 
-def _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher) -> None:
+def _check_choices(
+    kind, parameters, reduction, labels, alpha, dims, vocab, teacher, softcaps
+) -> None:
     """Raises for what does not fit together."""
     if isinstance(kind, str):
         rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
@@ -226,6 +236,9 @@ def _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teac
             f"{[*teacher[0].shape[:-1], teacher[1].shape[0]]}: tokens and vocabulary must agree; "
             "slice padded head rows off first"
         )
+    for name, softcap in zip(("student", "teacher"), softcaps, strict=True):
+        if softcap is not None and not softcap > 0:
+            raise ConfigError(f"{name}_softcap = {softcap}: must be positive, or None for none")
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction={reduction!r} must be 'mean' or 'sum'")
     if labels is None and not (isinstance(alpha, (int, float)) and alpha == 0):

@@ -72,12 +72,14 @@ class Vocabulary(NamedTuple):
     Attributes:
       axes: of the mesh, that share the vocabulary.
       offset: the first token here.
-      rows: how many tokens are here; columns behind them are padding.
+      rows: how many tokens are here.
+      padded: whether there may be columns behind them, of no token.
     """
 
     axes: tuple[str, ...]
-    offset: Array | int
-    rows: int
+    offset: Any
+    rows: Any
+    padded: bool = False
 
     def column(self, labels: Array) -> Array:
         """The labels' columns here, -1 where another device has them."""

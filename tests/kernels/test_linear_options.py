@@ -44,7 +44,7 @@ def run(x, *, mesh=None, shape=None, temperature=1.0, **options):
     return compiled(x["hs"], x["ws"], jnp.asarray(temperature, jnp.float32))
 
 
-def direct(x, per_token, alpha=0.0, smoothing=0.0):
+def direct(x, per_token, alpha=0.0, smoothing=0.0, softcaps=(None, None)):
     """The same from [N, V] logits and autodiff, in float64: (loss, d hs, d ws)."""
     with jax.enable_x64(True):
         a = {k: jnp.asarray(np.asarray(v), jnp.float64) for k, v in x.items() if k != "y"}
@@ -52,6 +52,8 @@ def direct(x, per_token, alpha=0.0, smoothing=0.0):
 
         def loss(hs, ws):
             s, t = hs @ ws.T, a["ht"] @ a["wt"].T
+            cap = lambda x, c: x if c is None else c * jnp.tanh(x / c)
+            s, t = map(cap, (s, t), softcaps)
             log_q = jax.nn.log_softmax(s)
             ce = -(1 - smoothing) * log_q[np.arange(N), labels] - smoothing * log_q.mean(1)
             values = alpha * ce + (1 - alpha) * per_token(s, t)
@@ -90,6 +92,11 @@ def test_taid_is_the_divergence_from_a_detached_mixture_of_logits(x, taid_t):
 def test_label_smoothing_equals_float64(x):
     got = run(x, alpha=0.3, label_smoothing=0.1)
     compare(got, direct(x, kl64, alpha=0.3, smoothing=0.1))
+
+
+def test_soft_caps_equal_float64(x):
+    got = run(x, alpha=0.3, student_softcap=2.5, teacher_softcap=4.0)
+    compare(got, direct(x, kl64, alpha=0.3, softcaps=(2.5, 4.0)))
 
 
 def cubed_gap(s, t, labels):
@@ -172,7 +179,7 @@ MESHES = [(1, 8, 1, 1), (8, 1, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2), 
     [
         {"kind": "forward_kl", "alpha": 0.3, "temperature": 2.0, "label_smoothing": 0.1},
         {"kind": "generalized_jsd", "parameters": (0.3,), "alpha": 0.3},
-        {"taid_t": 0.4, "alpha": 0.1},
+        {"taid_t": 0.4, "alpha": 0.1, "student_softcap": 2.5, "teacher_softcap": 4.0},
         {"kind": cubed_gap, "alpha": 0.2},
     ],
     ids=["kl", "jsd", "taid", "function"],
@@ -221,6 +228,7 @@ def test_vocabulary_parallel_moves_no_head_and_no_logits():
     ("change", "words"),
     [
         ({"kind": cubed_gap, "parameters": (0.1,)}, "bind them"),
+        ({"student_softcap": 0.0}, "softcap"),
         ({"implementation": "triton"}, "must be one of"),
         ({"implementation": "mosaic_gpu"}, "cannot run"),
     ],

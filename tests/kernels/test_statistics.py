@@ -142,7 +142,9 @@ def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid
     found = pallas_gpu.statistics(
         NAMES, student, teacher, numbers, Tiling(64, 2, split), interpreted()
     )
-    check(found, exact(clamped(student, teacher, taid_t), temperature), 2e-6)
+    # The mixture itself is float32, fused here and not there: a last digit before any statistic.
+    tolerance = 2e-6 if taid_t is None else 1e-5
+    check(found, exact(clamped(student, teacher, taid_t), temperature), tolerance)
 
 
 @mosaic
