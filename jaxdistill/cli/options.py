@@ -138,6 +138,21 @@ def _add_measure(commands: Any) -> None:
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     evaluate.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
     _add_json(evaluate)
+    compare = _command(commands, "compare", compress.compare, "Measure several models together.")
+    compare.add_argument("models", metavar="NAME=MODEL", nargs="+", help="one name twice: seeds")
+    compare.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
+    compare.add_argument("--data", metavar="PATH", action="append", required=True)
+    compare.add_argument(
+        "--questions", metavar="FILE", help="multiple choice; `texts` makes it out of the data"
+    )
+    compare.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[])
+    compare.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
+    compare.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    compare.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
+    compare.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    compare.add_argument("--no-speed", action="store_true", help="leave latencies out")
+    compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.json there")
+    _add_json(compare)
     generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
     generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     generate.add_argument(

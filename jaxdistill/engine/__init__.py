@@ -5,12 +5,15 @@ from jaxdistill.engine.export import export, load, quantize
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
+from jaxdistill.engine.side_by_side import Settings, compare
 
 __all__ = [
     "Calibration",
     "RunResult",
+    "Settings",
     "Target",
     "build",
+    "compare",
     "distill",
     "evaluate",
     "export",
