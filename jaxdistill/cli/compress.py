@@ -1,4 +1,4 @@
-"""The commands that make models smaller and compare them: importance, prune, quantize, compare."""
+"""The commands that make models smaller and compare them: prune, quantize, compare and their like."""
 
 import argparse
 from typing import Any
@@ -87,7 +87,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill import engine, report
 
-        result = engine.compare(
+        result = engine.compare_models(
             named,
             engine.Settings(
                 data=arguments.data,
@@ -106,4 +106,25 @@ def compare(arguments: argparse.Namespace) -> None:
         return print_json(result)
     print(f"on {result['held_out']}")
     print(report.comparison_table(result["rows"], style="plain"))
+    return None
+
+
+def harness(arguments: argparse.Namespace) -> None:
+    """Runs tasks of lm-eval and prints their metrics."""
+    with stdout_is_json(True):
+        from jaxdistill import engine
+
+        results = engine.harness(
+            arguments.model,
+            arguments.tasks,
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+        )
+    if arguments.json:
+        return print_json(results)
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                print(f"{task:24} {name:32} {value:.4f}")
     return None

@@ -153,6 +153,13 @@ def _add_measure(commands: Any) -> None:
     compare.add_argument("--no-speed", action="store_true", help="leave latencies out")
     compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.json there")
     _add_json(compare)
+    harness = _command(commands, "harness", compress.harness, "Run lm-eval's tasks on a model.")
+    harness.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    harness.add_argument("--tasks", metavar="TASK", nargs="+", required=True)
+    harness.add_argument("--limit", metavar="N", type=_positive, help="documents of each task")
+    harness.add_argument("--num-fewshot", metavar="N", type=_natural)
+    harness.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    _add_json(harness)
     generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
     generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     generate.add_argument(

@@ -75,7 +75,7 @@ class Settings:
     cache_dir: str = "runs/.cache"
 
 
-def compare(
+def compare_models(
     models: Sequence[tuple[str, str | Model]],
     settings: Settings,
     *,

@@ -22,7 +22,7 @@ def result(finished, load_config, data, tmp_path_factory):
     )
     out = tmp_path_factory.mktemp("compared")
     pair = [("both", f"{run}@3"), ("both", f"{run}@6"), ("last", f"{run}@6")]
-    return engine.compare(pair, settings, teacher=f"{run}@3", out=out), out
+    return engine.compare_models(pair, settings, teacher=f"{run}@3", out=out), out
 
 
 def test_every_column_is_measured(result, finished):
@@ -88,18 +88,20 @@ def test_questions_are_made_of_the_held_out_text(finished, tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     run = str(finished.run_dir)
-    (row,) = engine.compare([("s", run)], settings)["rows"]
+    (row,) = engine.compare_models([("s", run)], settings)["rows"]
     assert row["questions"] == 6 and 0 <= row["accuracy"] <= 1
 
 
 def test_what_cannot_be_compared_is_told(finished, data, tmp_path):
     run, text = str(finished.run_dir), str(data / "eval.txt")
     with pytest.raises(ConfigError, match="at least one model"):
-        engine.compare([], engine.Settings(data=[text]))
+        engine.compare_models([], engine.Settings(data=[text]))
     with pytest.raises(ConfigError, match="give held-out text"):
-        engine.compare([("s", run)], engine.Settings(data=[]))
+        engine.compare_models([("s", run)], engine.Settings(data=[]))
     with pytest.raises(DataError, match="texts of 60 words"):
-        engine.compare([("s", run)], engine.Settings(data=[text], seq_len=32, questions="texts"))
+        engine.compare_models(
+            [("s", run)], engine.Settings(data=[text], seq_len=32, questions="texts")
+        )
     with pytest.raises(DataError, match="cannot be read"):
         settings = engine.Settings(data=[text], seq_len=32, questions=str(tmp_path / "no"))
-        engine.compare([("s", run)], settings)
+        engine.compare_models([("s", run)], settings)
