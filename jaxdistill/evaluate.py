@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxdistill.measure.speed import leaf_bytes
 from jaxdistill.models import DecoderConfig, count_non_embedding_parameters, count_parameters
 from jaxdistill.objectives import sft
 from jaxdistill.teachers import Teacher
@@ -123,5 +124,5 @@ def size(config: DecoderConfig, params: Any) -> dict[str, int]:
     return {
         "parameters": count_parameters(config),
         "parameters_non_embedding": count_non_embedding_parameters(config),
-        "bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+        "bytes": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params)),
     }

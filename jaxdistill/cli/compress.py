@@ -1,9 +1,10 @@
-"""The commands that make models smaller: importance and prune."""
+"""The commands that make models smaller and compare them: prune, quantize, compare and their like."""
 
 import argparse
 from typing import Any
 
 from jaxdistill.cli.output import print_json, stdout_is_json
+from jaxdistill.errors import ConfigError
 
 
 def importance(arguments: argparse.Namespace) -> None:
@@ -73,3 +74,57 @@ def quantize(arguments: argparse.Namespace) -> None:
         )
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measures models and prints their table."""
+    named = []
+    for word in arguments.models:
+        name, equals, source = word.partition("=")
+        if not (name and equals and source):
+            raise ConfigError(f"{word!r}: write NAME=MODEL, such as student=runs/tiny@best")
+        named.append((name, source))
+    with stdout_is_json(True):
+        from jaxdistill import engine, report
+
+        result = engine.compare_models(
+            named,
+            engine.Settings(
+                data=arguments.data,
+                questions=arguments.questions,
+                prompts=arguments.prompt,
+                seq_len=arguments.seq_len,
+                batch_size=arguments.batch_size,
+                max_rows=arguments.max_rows,
+                dtype=arguments.dtype,
+                speed=not arguments.no_speed,
+            ),
+            teacher=arguments.teacher,
+            out=arguments.output,
+        )
+    if arguments.json:
+        return print_json(result)
+    print(f"on {result['held_out']}")
+    print(report.comparison_table(result["rows"], style="plain"))
+    return None
+
+
+def harness(arguments: argparse.Namespace) -> None:
+    """Runs tasks of lm-eval and prints their metrics."""
+    with stdout_is_json(True):
+        from jaxdistill import engine
+
+        results = engine.harness(
+            arguments.model,
+            arguments.tasks,
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+        )
+    if arguments.json:
+        return print_json(results)
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                print(f"{task:24} {name:32} {value:.4f}")
+    return None

@@ -2,18 +2,24 @@
 
 from jaxdistill.engine.evaluation import evaluate
 from jaxdistill.engine.export import export, load, quantize
+from jaxdistill.engine.harness import adapter, harness
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
+from jaxdistill.engine.side_by_side import Settings, compare_models
 
 __all__ = [
     "Calibration",
     "RunResult",
+    "Settings",
     "Target",
+    "adapter",
     "build",
+    "compare_models",
     "distill",
     "evaluate",
     "export",
+    "harness",
     "importance",
     "load",
     "prune",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill import evaluate
@@ -42,6 +43,37 @@ class HeldOut:
             if index * self._batch_size >= self._rows:
                 return
             yield place(batch, self.mesh)
+
+    def text_bytes(self, tokenizer: Any) -> int:
+        """Bytes of UTF-8 that the counted tokens of all measured rows stand for.
+
+        Special tokens stand for none. A window that cuts a character in two counts its halves as
+        the tokenizer shows them.
+        """
+        total = 0
+        for row in self._measured():
+            for number in np.unique(row["segment_ids"][row["mask"]]):
+                own = row["targets"][row["mask"] & (row["segment_ids"] == number)]
+                text = tokenizer.decode(own.tolist(), skip_special_tokens=True)
+                total += len(text.encode("utf-8", "replace"))
+        return total
+
+    def documents(self, tokenizer: Any) -> list[str]:
+        """The texts of all measured rows, windows of long ones apart."""
+        return [
+            tokenizer.decode(
+                row["tokens"][row["segment_ids"] == number].tolist(), skip_special_tokens=True
+            )
+            for row in self._measured()
+            for number in np.unique(row["segment_ids"])
+            if number
+        ]
+
+    def _measured(self) -> Iterator[dict[str, np.ndarray]]:
+        """The rows that `batches` has, padding left out."""
+        batches = -(-self._rows // self._batch_size)
+        for index in range(min(batches * self._batch_size, len(self._dataset))):
+            yield self._dataset[index]
 
     def measure(
         self, step: evaluate.EvalStep, params: Any, teacher_params: Any, knobs: Any

@@ -34,11 +34,24 @@ COLUMNS = (
     Column("perplexity", "perplexity", wording.number, "low"),
     Column("bits_per_byte", "bits/byte", wording.number, "low"),
     Column("kl_t1", "KL to teacher", wording.number, "low"),
+    Column("reverse_kl", "reverse KL", wording.number, "low"),
     Column("agree_top1", "top-1 agreement", wording.percent, "high"),
+    Column("agree_top5", "top-5 overlap", wording.percent, "high"),
+    Column("acceptance", "accepted as draft", wording.percent, "high"),
+    Column("ece", "calibration error", wording.percent, "low"),
+    Column("accuracy", "choices right", wording.percent, "high"),
+    Column("accuracy_per_byte", "choices right, per byte", wording.percent, "high"),
     Column("parameters", "parameters", wording.count),
     Column("parameters_non_embedding", "non-embedding", wording.count),
     Column("bytes", "size", wording.size),
+    Column("disk_bytes", "on disk", wording.size, "low"),
+    Column("peak_bytes", "memory", wording.size, "low"),
     Column("tokens_per_second", "tokens/s", wording.count, "high"),
+    Column("prefill_ms_p50", "prefill ms", wording.number, "low"),
+    Column("prefill_ms_p95", "p95", wording.number, "low"),
+    Column("decode_ms_p50", "decode ms/token", wording.number, "low"),
+    Column("decode_ms_p95", "p95", wording.number, "low"),
+    Column("decode_tokens_per_second", "decoded tokens/s", wording.number, "high"),
 )
 
 
@@ -79,9 +92,7 @@ def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "ric
     rows = ordered(rows)
     shown = columns(rows)
     head = ["", *(c.title for c in shown)]
-    body = [
-        [wording.clean(row["name"]), *(c.write(_cell(row, c.field)) for c in shown)] for row in rows
-    ]
+    body = [[wording.clean(row["name"]), *(written(row, c) for c in shown)] for row in rows]
     if style == "rich":
         table = Table(box=None, pad_edge=False, header_style="dim")
         for index, title in enumerate(head):
@@ -98,6 +109,14 @@ def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "ric
     body = [[cell.replace("|", r"\|") for cell in line] for line in body]
     rule = ["---", *("---:" for _ in shown)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+
+
+def written(row: Mapping[str, typing.Any], column: Column) -> str:
+    """A value as its column writes it, with the spread over seeds where there is one."""
+    text = column.write(_cell(row, column.field))
+    spread = row.get("spread")
+    deviation = spread.get(column.field) if isinstance(spread, Mapping) else None
+    return f"{text} ± {column.write(deviation)}" if wording.is_number(deviation) else text
 
 
 def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:

@@ -1,0 +1,1 @@
+"""What a model is worth in use: agreement, calibration, choices, latency and memory."""
