@@ -7,6 +7,7 @@ rows of the heads, the devices exchange a few numbers per token, and no head cro
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +183,7 @@ def pad_vocabulary(operands: Operands, multiple: int) -> Operands:
     extra = -operands.student_head.shape[0] % multiple
     if not extra:
         return operands
-    padded = {
+    padded: dict[str, Any] = {
         name: jnp.pad(array, ((0, extra), (0, 0))[: array.ndim])
         for name in _HEADS
         if (array := getattr(operands, name)) is not None
