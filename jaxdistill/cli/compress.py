@@ -1,4 +1,4 @@
-"""The commands that make models smaller and compare them: prune, quantize, compare and their like."""
+"""The commands that make models smaller and compare them: prune, quantize, compare, workflow."""
 
 import argparse
 from typing import Any
@@ -128,3 +128,14 @@ def harness(arguments: argparse.Namespace) -> None:
             if isinstance(value, float):
                 print(f"{task:24} {name:32} {value:.4f}")
     return None
+
+
+def workflow(arguments: argparse.Namespace) -> None:
+    """Runs a workflow, or says what it would do."""
+    from jaxdistill import engine
+
+    if not arguments.dry_run:
+        engine.run_workflow(arguments.file, start=arguments.start)
+        return
+    for one in engine.workflow_plan(arguments.file, arguments.start):
+        print(f"{one.action:6}  {one.step.name} ({one.step.kind}): {one.why}")

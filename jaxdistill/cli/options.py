@@ -28,7 +28,15 @@ def parser() -> argparse.ArgumentParser:
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_compress, _add_quantize, _add_measure, _add_results, _add_start):
+    for add in (
+        _add_train,
+        _add_compress,
+        _add_quantize,
+        _add_workflow,
+        _add_measure,
+        _add_results,
+        _add_start,
+    ):
         add(commands)
     return parser
 
@@ -98,6 +106,15 @@ def _add_quantize(commands: Any) -> None:
     quantize.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of everything else; default: as trained"
     )
+
+
+def _add_workflow(commands: Any) -> None:
+    flow = _command(
+        commands, "workflow", compress.workflow, "Run the steps of a workflow file that are due."
+    )
+    flow.add_argument("file", metavar="FILE", help="YAML; see configs/compress_smollm2.yaml")
+    flow.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it")
+    flow.add_argument("--dry-run", action="store_true", help="only say what would be done")
 
 
 def _add_calibration(parser: argparse.ArgumentParser, required: bool) -> None:

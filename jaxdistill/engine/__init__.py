@@ -7,6 +7,8 @@ from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pr
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
 from jaxdistill.engine.side_by_side import Settings, compare_models
+from jaxdistill.engine.workflow import plan as workflow_plan
+from jaxdistill.engine.workflow import workflow as run_workflow
 
 __all__ = [
     "Calibration",
@@ -26,5 +28,7 @@ __all__ = [
     "pruning_note",
     "quantize",
     "resume",
+    "run_workflow",
     "train",
+    "workflow_plan",
 ]

@@ -83,7 +83,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     ]
     rows = [row for run in runs for row in run.rows]
     return template.render(
-        style=markupsafe.Markup(_palette() + files.joinpath("page.css").read_text("utf-8")),
+        style=markupsafe.Markup(palette() + files.joinpath("page.css").read_text("utf-8")),
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         runs=runs,
         ledes=[(run, _lede(run)) for run in runs],
@@ -101,7 +101,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _palette() -> str:
+def palette() -> str:
     """The colours of page and pictures as CSS variables, light first; paper is always light."""
     light = "".join(f"--{name}:{pair[0]};" for name, pair in pictures.PALETTE.items())
     dark = "".join(f"--{name}:{pair[1]};" for name, pair in pictures.PALETTE.items())

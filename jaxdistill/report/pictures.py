@@ -3,6 +3,7 @@
 import io
 import re
 import typing
+from collections.abc import Callable
 
 import numpy as np
 
@@ -56,6 +57,30 @@ def draw(panel: Panel, name: str) -> str:
     Raises:
       UserError: matplotlib is not installed.
     """
+
+    def paint(figure: typing.Any) -> None:
+        axes = figure.subplots(len(panel.charts), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, chart in zip(axes, panel.charts, strict=True):
+            _draw_chart(axis, chart)
+        axes[-1].set_xlim(-0.015 * max(panel.end, 1), 1.015 * max(panel.end, 1))
+        axes[-1].set_xlabel("step", color=PALETTE["muted"][0])
+
+    return render(paint, name)
+
+
+def render(
+    paint: Callable[[typing.Any], None], name: str, size: tuple[float, float] = (5.4, 2.55)
+) -> str:
+    """What `paint` draws on a Matplotlib figure, as an SVG element in the page's manner.
+
+    Args:
+      paint: draws with the light colours of `PALETTE`.
+      name: see `draw`.
+      size: width and height in inches, which fix only their ratio and the size of the letters.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
     require()
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -71,13 +96,9 @@ def draw(panel: Panel, name: str) -> str:
         "path.simplify": True,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.4, 2.55), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         canvas = FigureCanvasSVG(figure)
-        axes = figure.subplots(len(panel.charts), 1, sharex=True, squeeze=False)[:, 0]
-        for axis, chart in zip(axes, panel.charts, strict=True):
-            _draw_chart(axis, chart)
-        axes[-1].set_xlim(-0.015 * max(panel.end, 1), 1.015 * max(panel.end, 1))
-        axes[-1].set_xlabel("step", color=PALETTE["muted"][0])
+        paint(figure)
         out = io.StringIO()
         canvas.print_svg(
             out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -88,7 +109,7 @@ def draw(panel: Panel, name: str) -> str:
 def _draw_chart(axis: typing.Any, chart: Chart) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    muted, rule = PALETTE["muted"][0], PALETTE["rule"][0]
+    muted = PALETTE["muted"][0]
     if chart.stacked:
         _draw_stack(axis, chart)
     else:
@@ -106,13 +127,7 @@ def _draw_chart(axis: typing.Any, chart: Chart) -> None:
             transform=axis.get_xaxis_transform(),
             clip_on=False,
         )
-    axis.patch.set_visible(False)
-    axis.figure.patch.set_visible(False)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(rule)
-    axis.grid(axis="y", color=rule, linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0, labelcolor=muted, color=rule)
+    dress(axis)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -122,6 +137,18 @@ def _draw_chart(axis: typing.Any, chart: Chart) -> None:
         axis.yaxis.set_major_formatter(lambda value, _: _tick(value))
     if chart.label:
         axis.set_title(chart.label, loc="left", fontsize=8.5, color=muted, pad=4)
+
+
+def dress(axis: typing.Any, grid: str = "y") -> None:
+    """Axes in the page's manner: no box, a light grid, no ticks, a transparent background."""
+    muted, rule = PALETTE["muted"][0], PALETTE["rule"][0]
+    axis.patch.set_visible(False)
+    axis.figure.patch.set_visible(False)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(rule)
+    axis.grid(axis=grid, color=rule, linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(length=0, labelcolor=muted, color=rule)
 
 
 def _draw_line(axis: typing.Any, line: Line) -> None:
