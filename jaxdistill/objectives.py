@@ -11,17 +11,21 @@ and counts over the batch's counted tokens; the mean named "loss" is optimised, 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.linear_divergence import linear_divergence
+from jaxdistill.kernels.row_loss import Function
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
 # A bool among the knobs: whether the metrics at T = 1 are wanted; absent, they are.
 MONITOR = "monitor"
+# A mean among an objective's own: what adaptive knobs read instead of the loss.
+CONTROL = "control"
 Apply = Callable[[Any, Outputs, TeacherSignal, Batch, Mapping[str, Array]], dict[str, Mean]]
 
 
@@ -33,59 +37,144 @@ class Objective(NamedTuple):
       apply: (params, student, signal, batch, knobs) -> named means, "loss" among them.
       knobs: names that `apply` reads from `knobs`.
       needs_teacher: whether `signal` must hold a teacher.
+      student_taps: layers of the student whose outputs `apply` reads.
+      teacher_taps: layers of the teacher.
     """
 
     init: Callable[[Array], Any]
     apply: Apply
     knobs: tuple[str, ...] = ()
     needs_teacher: bool = True
+    student_taps: tuple[int, ...] = ()
+    teacher_taps: tuple[int, ...] = ()
+
+
+class Head(TypedDict, total=False):
+    """How the fused head loss is computed; but for rounding the same numbers come out in any case.
+
+    Attributes:
+      vocab: how many rows of both heads are real tokens; padded rows behind them are left out.
+      chunk: tokens whose logits exist at one time on a device; None chooses.
+      implementation: of the row statistics, see `kernels.support`; None chooses.
+      logits_dtype: in which logits are kept; None: that of the hidden states.
+    """
+
+    vocab: Required[int]
+    chunk: int | None
+    implementation: str | None
+    logits_dtype: str | None
+
+
+def sft(**head: Unpack[Head]) -> Objective:
+    """Supervised fine-tuning: cross-entropy of the data, no teacher."""
+
+    def apply(params, student, signal, batch, knobs):
+        return _from_heads(head, student, None, batch, knobs, alpha=1.0)
+
+    return Objective(_no_parameters, apply, needs_teacher=False)
 
 
 def kd(
     *,
-    vocab: int,
-    divergence: str = "forward_kl",
+    divergence: str | Function = "forward_kl",
+    parameters: tuple[float, ...] = (),
     scale_by_t2: bool = True,
-    chunk: int | None = None,
+    label_smoothing: float | None = None,
+    **head: Unpack[Head],
 ) -> Objective:
     """Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * D(teacher, student).
 
     Knobs: alpha, temperature.
 
     Args:
-      vocab: how many rows of both heads are real tokens; padded rows behind them are left out.
-      divergence: a kind of `kernels.rows.KINDS`; `forward_kl` is KL(teacher || student).
+      divergence: a kind of `kernels.rows.KINDS`, `forward_kl` is KL(teacher || student); or a
+        function of whole rows, such as `losses.whole_rows` makes.
+      parameters: the kind's own numbers.
       scale_by_t2: multiply the divergence by T^2.
-      chunk: tokens whose logits exist at one time on a device; None chooses.
+      label_smoothing: eps of the cross-entropy.
+      head: see `Head`.
 
-    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531.
+    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
     """
 
     def apply(params, student, signal, batch, knobs):
         return _from_heads(
+            head,
             student,
             signal.outputs,
             batch,
-            vocab,
+            knobs,
             kind=divergence,
+            parameters=parameters,
             alpha=knobs["alpha"],
             temperature=knobs["temperature"],
             scale_by_t2=scale_by_t2,
-            chunk=chunk,
-            monitor=knobs.get(MONITOR),
+            label_smoothing=label_smoothing,
         )
 
     return Objective(_no_parameters, apply, ("alpha", "temperature"))
 
 
-def sft(*, vocab: int, chunk: int | None = None) -> Objective:
-    """Supervised fine-tuning: cross-entropy of the data, no teacher."""
+def taid(**head: Unpack[Head]) -> Objective:
+    """TAID: alpha * CE + (1 - alpha) * KL(softmax((1 - t) sg(student) + t teacher) || student).
+
+    The target mixes logits, the student in it is a constant, there is no temperature; t is the
+    adaptive knob `optim.taid`, which reads the cross-entropy form of the loss, KL + H(target).
+    Knobs: alpha, taid_t.
+
+    Reference: Shing et al. 2025, arXiv 2501.16937, equations 2 to 5.
+    """
 
     def apply(params, student, signal, batch, knobs):
-        monitor = knobs.get(MONITOR)
-        return _from_heads(student, None, batch, vocab, alpha=1.0, chunk=chunk, monitor=monitor)
+        means = _from_heads(
+            head, student, signal.outputs, batch, knobs,
+            alpha=knobs["alpha"], taid_t=knobs["taid_t"],
+        )  # fmt: skip
+        divergence, entropy = means["loss/divergence"], means["loss/target_entropy"]
+        return means | {CONTROL: Mean(divergence.total + entropy.total, divergence.count)}
 
-    return Objective(_no_parameters, apply, needs_teacher=False)
+    return Objective(_no_parameters, apply, ("alpha", "taid_t"))
+
+
+def ctkd(
+    *,
+    t_start: float = 1.0,
+    t_range: float = 20.0,
+    width: int | None = None,
+    **head: Unpack[Head],
+) -> Objective:
+    """CTKD: the temperature is learned against the student, T = t_start + t_range sigmoid(w).
+
+        alpha * CE + (1 - alpha) * T^2 * KL(teacher || student),    dw = reversal * d loss / dw
+
+    `reversal` <= 0 grows from 0 to -1 on a cosine: w ascends the loss, softly at first. With
+    `width` (of the student's hidden states) every token has its own T, from w . hidden + b.
+    Knobs: alpha, reversal.
+
+    Reference: Li et al. 2022, arXiv 2211.16231, equations 5 to 9.
+    """
+
+    def init(key):
+        own = {} if width is None else {"kernel": jnp.zeros(width)}
+        return {"temperature": own | {"bias": jnp.ones(())}}
+
+    def apply(params, student, signal, batch, knobs):
+        own, factor = params["temperature"], knobs["reversal"]
+        w = own["bias"]
+        if width is not None:
+            hidden = jax.lax.stop_gradient(student.hidden).astype(jnp.float32)
+            w = hidden @ own["kernel"] + w
+        w = factor * w + jax.lax.stop_gradient(w - factor * w)  # w, with factor times its slope
+        temperature = t_start + t_range * jax.nn.sigmoid(w)
+        means = _from_heads(
+            head, student, signal.outputs, batch, knobs,
+            alpha=knobs["alpha"], temperature=temperature,
+        )  # fmt: skip
+        counted = batch.mask.astype(jnp.float32)
+        shown = jax.lax.stop_gradient(jnp.sum(temperature * counted))
+        return means | {"loss/temperature": Mean(shown, jnp.sum(counted))}
+
+    return Objective(init, apply, ("alpha", "reversal"))
 
 
 def _no_parameters(key: Array) -> dict:
@@ -93,9 +182,16 @@ def _no_parameters(key: Array) -> dict:
 
 
 def _from_heads(
-    student: Outputs, teacher: Outputs | None, batch: Batch, vocab: int, **options: Any
+    head: Any,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    knobs: Mapping[str, Array],
+    **options: Any,
 ) -> dict[str, Mean]:
     """The fused head loss over a batch of rows."""
+    head = dict(head)
+    vocab = head.pop("vocab")
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
     if teacher is not None:
         options |= {
@@ -110,11 +206,18 @@ def _from_heads(
         labels=batch.targets,
         mask=batch.mask,
         reduction="sum",
+        monitor=knobs.get(MONITOR),
         mesh=current_mesh(),
+        **head,
         **options,
     )
     count = jax.lax.stop_gradient(means["loss/ce"].count)
     return {"loss": Mean(total, count), **means}
 
 
-OBJECTIVES: Mapping[str, Callable[..., Objective]] = {"kd": kd, "sft": sft}
+OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
+    "kd": kd,
+    "sft": sft,
+    "taid": taid,
+    "ctkd": ctkd,
+}

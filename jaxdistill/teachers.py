@@ -21,8 +21,9 @@ def online(
     compute_dtype: DTypeLike = jnp.bfloat16,
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
+    taps: tuple[int, ...] = (),
 ) -> Teacher:
-    """A teacher that reads the batch in the step; its hidden states and head are constants."""
+    """A teacher that reads the batch in the step; all that it says is a constant."""
 
     def teacher(params: Any, batch: Batch) -> TeacherSignal:
         outputs = decoder.apply(
@@ -34,6 +35,7 @@ def online(
             compute_dtype=compute_dtype,
             attention=attention,
             rules=rules,
+            taps=taps,
         )
         return jax.lax.stop_gradient(TeacherSignal(outputs))
 

@@ -49,7 +49,7 @@ class Outputs:
       hidden: [B, L, D], after the final norm.
       head: [V, D], the rows that turn hidden states into logits.
       head_bias: [V] or None.
-      taps: hidden states of chosen layers by name, or None.
+      taps: [K, B, L, D], outputs of chosen layers, or None.
     """
 
     hidden: Array

@@ -48,9 +48,12 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
     nodes = [json_schema()]
     for part in section:
         nodes = _step(nodes, part)
-    nodes = [node for node in nodes if _named(node) in (None, given.get("name"))] or nodes
-    names = {name for node in nodes for name in node.get("properties", {})}
-    best = nearest(key, names, given)
+    names = lambda nodes: {name for node in nodes for name in node.get("properties", {})}
+    own = [node for node in nodes if _named(node) in (None, given.get("name"))] or nodes
+    best = nearest(key, names(own), given)
+    if best is None and own != nodes and (best := nearest(key, names(nodes), given)):
+        owners = [_named(node) for node in nodes if best in node.get("properties", {})]
+        return f'did you mean "{best}" of {", ".join(map(str, owners))}?'
     if best is None:
         homes = [path for path in all_keys() if path[-1] == key]
         best = ".".join(homes[0]) if len(homes) == 1 else None

@@ -47,12 +47,50 @@ Chunk = Annotated[
 CHUNK = "Tokens whose logits exist at one time; auto chooses by vocabulary. Only memory changes."
 
 
-class Kd(Section):
+class Head(Section):
+    """How the fused head loss is computed; but for rounding the numbers are the same."""
+
+    chunk: Chunk = Field("auto", description=CHUNK)
+    implementation: Literal["auto", "xla", "mosaic_gpu"] = Field(
+        "auto", description="Of the row statistics: a Pallas kernel where one runs, or XLA's form."
+    )
+    logits_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="In which a chunk's logits are kept; auto: that of the hidden states. float32 "
+        "leaves bfloat16 models' logits unrounded at twice the traffic.",
+    )
+
+
+# Divergence -> its parameters with their defaults and ranges (least, most).
+DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "symmetric_kl": {"weight": (0.5, 0, 1)},
+    "generalized_jsd": {"beta": (0.5, 0, 1)},
+    "skew_forward_kl": {"skew": (0.1, 0, 1)},
+    "skew_reverse_kl": {"skew": (0.1, 0, 1)},
+    "total_variation": {},
+}
+Divergence = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "generalized_jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]
+
+
+class Kd(Head):
     """Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * divergence(teacher, student)."""
 
     name: Literal["kd"] = Field(description="The method.")
-    divergence: Literal["forward_kl", "reverse_kl"] = Field(
+    divergence: Divergence = Field(
         "forward_kl", description="forward_kl is KL(teacher || student), reverse_kl the other way."
+    )
+    parameters: dict[str, float] = Field(
+        {}, description="Of the divergence, such as {beta: 0.1} of generalized_jsd."
     )
     alpha: Alpha = Field(
         0.5,
@@ -65,18 +103,103 @@ class Kd(Section):
     scale_by_t2: bool = Field(
         True, description="Multiply the divergence by T^2, so that T does not change its weight."
     )
-    chunk: Chunk = Field("auto", description=CHUNK)
+    label_smoothing: float = Field(
+        0.0, ge=0, le=1, description="Share of the hard labels spread evenly over the vocabulary."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: parameters belong to the divergence and lie in their range."""
+        known = DIVERGENCES[self.divergence]
+        for name, value in self.parameters.items():
+            if name not in known:
+                has = ", ".join(known) or "none"
+                yield ("parameters", name), f"no parameter of {self.divergence}; it has: {has}"
+            elif not known[name][1] <= value <= known[name][2]:
+                _, least, most = known[name]
+                yield ("parameters", name), f"{value}: must be in [{least}, {most}]"
+
+    def parameter_values(self) -> dict[str, float]:
+        """The divergence's parameters, defaults where nothing is given."""
+        defaults = {name: entry[0] for name, entry in DIVERGENCES[self.divergence].items()}
+        return defaults | self.parameters
 
 
-class Sft(Section):
+class SmoothedKd(Kd):
+    """Smoothed KD: mostly the labels, and a little of the teacher's soft ones, at T = 1."""
+
+    name: Literal["smoothed_kd"] = Field(description="The method.")  # pyrefly: ignore
+    alpha: Alpha = Field(0.9, description="Weight of the hard labels; the teacher's is 1 - alpha.")
+
+
+class Distillm(Kd):
+    """DistiLLM's loss: the skew KL to a mixture with the teacher, without hard labels."""
+
+    name: Literal["distillm"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["skew_forward_kl", "skew_reverse_kl"] = Field(
+        "skew_forward_kl", description="Which of the two directions."
+    )
+    alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
+
+
+class Taid(Head):
+    """TAID: the target moves from the student to the teacher; its t adapts to the loss."""
+
+    name: Literal["taid"] = Field(description="The method.")
+    alpha: Alpha = Field(0.0, description="Weight of the hard labels; not TAID's own alpha.")
+    mode: Literal["paper", "scaled", "linear"] = Field(
+        "paper",
+        description="How t moves: the paper's step size, which adapts in runs of more than 4,000 "
+        "steps; one scaled to the run, which adapts in any; or the straight line alone.",
+    )
+    t_start: float = Field(0.4, ge=0, le=1, description="t of the first step.")
+    t_end: float = Field(1.0, ge=0, le=1, description="The largest t; 1 is the teacher itself.")
+    step_size: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="The paper's alpha; null: 5e-4, or 15 / train.steps where mode is scaled."
+    )
+    beta: float = Field(0.99, ge=0, lt=1, description="Momentum of the loss's relative change.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: the way goes forward; no setting without effect."""
+        if self.t_start > self.t_end:
+            yield ("t_start",), f"{self.t_start}: must not be above t_end = {self.t_end}"
+        if self.mode == "linear" and self.step_size is not None:
+            yield ("step_size",), "has no effect with mode: linear: remove it"
+
+
+class Ctkd(Head):
+    """CTKD: the temperature is learned against the student, at first softly."""
+
+    name: Literal["ctkd"] = Field(description="The method.")
+    alpha: Alpha = Field(0.1, description="Weight of the hard labels.")
+    t_start: float = Field(1.0, ge=0.1, le=100, description="The least temperature.")
+    t_range: float = Field(20.0, gt=0, le=100, description="Its width: T < t_start + t_range.")
+    ramp: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the run in which the reversal grows to its full size.",
+    )
+    per_token: bool = Field(False, description="A temperature for every token, from its state.")
+    temperature_lr: float = Field(
+        0.01, gt=0, le=10, description="Highest learning rate of the temperature."
+    )
+
+
+class Sft(Head):
     """Supervised fine-tuning: cross-entropy only, the control every distillation is measured by."""
 
     name: Literal["sft"] = Field(description="The method.")
-    chunk: Chunk = Field("auto", description=CHUNK)
 
 
-Method = Annotated[Kd | Sft, Field(discriminator="name")]
-METHODS = {"kd": Kd, "sft": Sft}
+Method = Annotated[Kd | SmoothedKd | Distillm | Taid | Ctkd | Sft, Field(discriminator="name")]
+METHODS = {
+    "kd": Kd,
+    "smoothed_kd": SmoothedKd,
+    "distillm": Distillm,
+    "taid": Taid,
+    "ctkd": Ctkd,
+    "sft": Sft,
+}
 
 Warmup = Annotated[
     Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]

@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 from jaxdistill import objectives, optim, teachers
 from jaxdistill.compress import importance, prune
 from jaxdistill.config import Config
-from jaxdistill.config.methods import Kd
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import pruning
+from jaxdistill.engine import methods, pruning
 from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
 from jaxdistill.models import DecoderConfig, Model, random
@@ -287,22 +286,16 @@ class Method:
 
 def method_of(config: Config, models: Models) -> Method:
     """Objective, teacher and optimizer as the configuration says."""
-    method = config.method
-    chunk = None if method.chunk == "auto" else method.chunk
-    options: dict[str, Any] = {"vocab": models.vocab, "chunk": chunk}
-    knobs: dict[str, Any] = {}
-    if isinstance(method, Kd):
-        options |= {"divergence": method.divergence, "scale_by_t2": method.scale_by_t2}
-        knobs = {
-            "alpha": _schedule(method.alpha, config),
-            "temperature": _schedule(method.temperature, config),
-        }
-    objective = objectives.OBJECTIVES[method.name](**options)
+    objective, knobs = methods.objective_of(config, models)
     assert set(objective.knobs) == set(knobs), "every knob of the method is scheduled"
     teacher = teachers.none
     if objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
-        teacher = teachers.online(models.teacher.config, compute_dtype=teacher_dtype(config))
+        teacher = teachers.online(
+            models.teacher.config,
+            compute_dtype=teacher_dtype(config),
+            taps=objective.teacher_taps,
+        )
     o = config.optimizer
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
     rate = optim.learning_rate(
@@ -315,6 +308,7 @@ def method_of(config: Config, models: Models) -> Method:
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
+        objective_lr_ratio=methods.objective_lr_ratio(config),
     )
     loss = steps.make_loss(
         models.student.config,
@@ -330,13 +324,6 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     """The type that the teacher computes in."""
     assert config.teacher is not None, "only asked for where there is a teacher"
     return jnp.dtype(config.teacher.dtype)
-
-
-def _schedule(knob: Any, config: Config) -> Any:
-    """A knob of the configuration as a number or an Optax schedule over the whole run."""
-    if isinstance(knob, int | float):
-        return float(knob)
-    return optim.schedule(knob.schedule, knob.start, knob.end, config.train.steps)
 
 
 def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:

@@ -190,6 +190,8 @@ def _group(
             terms, wanted, row, numbers, logits, found, labels, vocabulary, read
         )
         sums["loss/divergence"] = total(value)
+        if "self_z" in found:
+            sums["loss/target_entropy"] = total(row_loss.target_entropy(found))
         loss += (1 - x.alpha) * value
         if slope is not None:
             slopes.append((1 - x.alpha) * slope)
@@ -212,7 +214,8 @@ def _statistics(
 ) -> tuple[Rows, Rows]:
     """The statistics that the loss needs, and per token the metrics ("monitored" is 1 or 0)."""
     terms = plan.terms
-    loss_names, metric_names = row_loss.needed(terms, row), row_loss.monitored(terms)
+    loss_names = row_loss.needed(terms, row, numbers.taid_t is not None)
+    metric_names = row_loss.monitored(terms)
 
     def measure(names):
         return choice.statistics(

@@ -111,7 +111,8 @@ def linear_divergence(
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
-      `loss/ce`, `loss/divergence` (with its T^2), `loss/kl_t1` (KL(teacher || student) at T = 1),
+      `loss/ce`, `loss/divergence` (with its T^2), with TAID `loss/target_entropy` (of its target),
+      `loss/kl_t1` (KL(teacher || student) at T = 1),
       `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`;
       nats.
 
@@ -152,7 +153,7 @@ def linear_divergence(
     loss, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
         loss = Mean(loss, count).value
-    counts = {name: count for name in ("loss/ce", "loss/divergence")}
+    counts = {name: count for name in ("loss/ce", "loss/divergence", "loss/target_entropy")}
     return loss, {
         name: Mean(jax.lax.stop_gradient(total), counts.get(name, monitored))
         for name, total in sums.items()

@@ -109,13 +109,14 @@ def check_unchecked(operands: Any) -> None:
         )
 
 
-def needed(terms: Terms, row: rows.Row | None) -> tuple[str, ...]:
-    """The statistics that the loss and its slope are made from."""
+def needed(terms: Terms, row: rows.Row | None, mixed: bool = False) -> tuple[str, ...]:
+    """The statistics that the loss and its slope are made from, and TAID's control."""
     names = ["sum_s1"] if terms.labels else []
     if row is not None:
         names += ["sum_s", "sum_z"]
         reads = row.closed.reads if row.closed else ()
         names += [{"forward": "gap_z", "reverse": "gap_s"}[direction] for direction in reads]
+        names += ["self_z"] if mixed else []
     return tuple(names)
 
 
@@ -256,6 +257,12 @@ def temperature_slope(
     drawn_to = shifted("z" if "z" in logits else "t", "z")
     moved = vocabulary.total(jnp.sum(slope * shifted("s", "s") + back * drawn_to, axis=1))
     return -moved / numbers.temperature**2
+
+
+def target_entropy(statistics: Rows) -> Array:
+    """Entropy of softmax(z / T), [n]: what TAID's cross-entropy has above its divergence."""
+    total = statistics["sum_z"]
+    return jnp.log(total) - statistics["self_z"] / total
 
 
 def metrics(terms: Terms, statistics: Rows) -> Rows:

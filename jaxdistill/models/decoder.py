@@ -170,6 +170,7 @@ class Decoder(nnx.Module):
         compute_dtype: DTypeLike = jnp.bfloat16,
         remat: str = "none",
         rules: Mapping[str, MeshAxes] = RULES,
+        taps: tuple[int, ...] = (),
     ) -> tuple[Outputs, Any]:
         """Outputs and the final state of `attend` for tokens [B, L] at positions [B, L]."""
         config = self.config
@@ -177,20 +178,34 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
         axes = logical_axes(config)["layers"]
 
-        def body(carry, one):
+        def run(carry, one):
             x_BLD, state = carry
             params, index = one
             layer = nnx.merge(graphdef, _computing(params, axes, compute_dtype, rules))
             return layer(x_BLD, turn, attend, state, index, rules), None
 
+        run = _remat(run, remat)
+
+        def body(carry, one):
+            *xs, slot = one
+            through, tapped = carry
+            through, _ = run(through, xs)
+            # Outside of what is made again: a tap is kept once, not with every layer.
+            if taps:
+                tapped = tapped.at[slot].set(through[0], mode="drop")
+            return (through, tapped), None
+
         # Gathered in the master's dtype and then cast: the gradient of the table adds up in it.
         table_VD = constrain(self.embedding[...], ("vocab", None), rules)
         x_BLD = jnp.take(table_VD, tokens, axis=0).astype(compute_dtype)
         x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), rules)
-        xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers))
-        (x_BLD, state), _ = jax.lax.scan(_remat(body, remat), (x_BLD, state), xs)
+        slots = np.full(config.layers, len(taps), np.int32)  # of no tap: behind the last one
+        slots[list(taps)] = np.arange(len(taps))
+        tapped = jnp.zeros((len(taps), *x_BLD.shape), compute_dtype) if taps else None
+        xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers), jnp.asarray(slots))
+        ((x_BLD, state), tapped), _ = jax.lax.scan(body, ((x_BLD, state), tapped), xs)
         head = self.embedding if self.head is None else self.head
-        return Outputs(hidden=self.final_norm(x_BLD), head=head[...]), state
+        return Outputs(hidden=self.final_norm(x_BLD), head=head[...], taps=tapped), state
 
 
 def _remat(body: Callable, remat: str) -> Callable:
@@ -263,6 +278,7 @@ def apply(
     remat: str = "none",
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
+    taps: tuple[int, ...] = (),
 ) -> Outputs:
     """Hidden states after the final norm, and the head, of tokens [B, L].
 
@@ -278,20 +294,24 @@ def apply(
         "dots" the outputs of its projections, "full" its input.
       attention: `implementation` of `jax.nn.dot_product_attention` ("xla", "cudnn"); None chooses.
       rules: table from logical axes to mesh axes; used where a mesh is in context.
+      taps: layers, from 0, whose outputs are wanted as well, in this order.
 
     Returns:
-      Outputs: hidden [B, L, D] in compute_dtype, head [V, D] uncast (the embedding where tied).
+      Outputs: hidden [B, L, D] in compute_dtype, head [V, D] uncast (the embedding where tied),
+      taps [len(taps), B, L, D] before the final norm.
 
     Raises:
-      ModelError: for an unknown `remat`.
+      ModelError: for an unknown `remat`, or a tap that is no layer.
     """
+    if len(set(taps)) != len(taps) or not all(0 <= tap < config.layers for tap in taps):
+        raise ModelError(f"taps = {taps}: must be different layers from 0 to {config.layers - 1}")
     length = tokens.shape[1]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
     attend = causal(config, length, segment_ids, attention)
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
-        tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules
+        tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps
     )
     return outputs
 

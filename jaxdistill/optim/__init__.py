@@ -2,5 +2,6 @@
 
 from jaxdistill.optim.optimizer import learning_rate, optimizer
 from jaxdistill.optim.schedules import knob, knobs, schedule
+from jaxdistill.optim.taid import taid
 
-__all__ = ["knob", "knobs", "learning_rate", "optimizer", "schedule"]
+__all__ = ["knob", "knobs", "learning_rate", "optimizer", "schedule", "taid"]

@@ -10,15 +10,18 @@ import optax
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim.schedules import knob
 
+Knob = float | optax.Schedule | optax.GradientTransformation
+
 
 def optimizer(
     learning_rate: float | optax.Schedule,
     *,
-    knobs: Mapping[str, float | optax.Schedule] | None = None,
+    knobs: Mapping[str, Knob] | None = None,
     clip_norm: float | None = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    objective_lr_ratio: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
 
@@ -29,11 +32,14 @@ def optimizer(
 
     Args:
       learning_rate: a number, or update number (from 0) -> number.
-      knobs: name -> number or schedule, see `schedules.knob`.
-      clip_norm: largest global gradient norm; None does not clip.
+      knobs: name -> number or schedule, see `schedules.knob`, or a transformation of its own that
+        keeps the knob's state, such as `taid`.
+      clip_norm: largest global norm of the gradient; None does not clip. Under "objective" nothing
+        is clipped or counted: a learned temperature must not throttle the student.
       betas: decay of the first and second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled; for the leaves that `decays` names.
+      objective_lr_ratio: learning rate under "objective" over that of the rest.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -42,23 +48,42 @@ def optimizer(
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """
     chain: list[optax.GradientTransformation] = [
-        knob(name, value) for name, value in (knobs or {}).items()
+        value if isinstance(value, optax.GradientTransformation) else knob(name, value)
+        for name, value in (knobs or {}).items()
     ]
     if clip_norm is not None:
-        chain.append(optax.clip_by_global_norm(clip_norm))
+        clip = optax.clip_by_global_norm(clip_norm)
+        chain.append(optax.masked(clip, lambda params: _under_objective(params, False)))
     adamw = optax.adamw(
         learning_rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decays
     )
-    return _in_float32(optax.chain(*chain, adamw))
+    chain.append(adamw)
+    if objective_lr_ratio != 1.0:
+        scale = optax.scale(objective_lr_ratio)
+        chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
+    return _in_float32(optax.chain(*chain))
+
+
+def _under_objective(params: Any, wanted: bool) -> Any:
+    """A mask: the leaves that are the objective's own, or those that are not."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        return (bool(path) and getattr(path[0], "key", None) == "objective") == wanted
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def decays(params: Any) -> Any:
     """Which leaves decay: matrices and embeddings, never biases, norm scales or single numbers.
 
+    Nothing of the objective's own decays: a decayed temperature would drift to its middle.
+
     Layers are stacked on a first dim, so a bias may have two: names tell, not the number of dims.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        if getattr(path[0], "key", None) == "objective":
+            return False
         return getattr(path[-1], "key", None) not in ("bias", "scale") and leaf.ndim >= 2
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -24,9 +24,9 @@ class KnobState(NamedTuple):
 
 
 class NamedKnobState(NamedTuple):
-    """The states of the knobs of one chain, by name."""
+    """The states of the knobs of one chain, by name; each holds its next `value`."""
 
-    knobs: dict[str, KnobState]
+    knobs: dict[str, Any]
 
 
 def knob(name: str, value: float | optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.objectives import MONITOR, Objective
+from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState
@@ -56,6 +56,7 @@ def make_loss(
             remat=remat,
             attention=attention,
             rules=rules,
+            taps=objective.student_taps,
         )
         return objective.apply(params["objective"], outputs, signal, batch, knobs)
 
@@ -105,9 +106,11 @@ def make(
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
         value = means["loss"].value
+        # What adaptive knobs read: of the whole batch, all devices and micro-batches.
+        control = means.pop(CONTROL, means["loss"]).value
         norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=value)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=control)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)
         in_a_row, altogether = state.skipped

@@ -85,6 +85,12 @@ def test_taid_is_the_divergence_from_a_detached_mixture_of_logits(x, taid_t):
         assert max(np.abs(slope).max() for slope in slopes[:2]) < 1e-7
     else:
         compare(((value, means), slopes), want)
+    with jax.enable_x64(True):
+        wide = {k: jnp.asarray(np.asarray(v), jnp.float64) for k, v in x.items()}
+        s, t = wide["hs"] @ wide["ws"].T, wide["ht"] @ wide["wt"].T
+        log_z = jax.nn.log_softmax((1 - taid_t) * s + taid_t * t)
+        entropy = -((jnp.exp(log_z) * log_z).sum(1) * wide["m"]).sum() / wide["m"].sum()
+    np.testing.assert_allclose(means["loss/target_entropy"].value, entropy, rtol=1e-5)
     # Metrics stay with the teacher.
     np.testing.assert_allclose(means["loss/kl_t1"].value, direct(x, kl64)[0], rtol=1e-5)
 

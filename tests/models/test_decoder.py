@@ -1,5 +1,7 @@
 """The decoder against transformers and a float64 numpy decoder; packing, remat, casting, meshes."""
 
+import dataclasses
+import functools
 import importlib.util
 import re
 
@@ -11,7 +13,7 @@ from flax import nnx
 
 from jaxdistill import models, sharding
 from jaxdistill.errors import ModelError
-from jaxdistill.models import decoder
+from jaxdistill.models import DecoderConfig, decoder
 from tests.models import oracle
 
 TOLERANCE = 2e-5
@@ -210,3 +212,48 @@ def test_random_weights_have_the_stated_spread(small):
     assert abs(up.std() - 0.07) < 0.002 and abs(up.mean()) < 0.002
     assert not np.array_equal(up, np.asarray(params["layers"]["mlp"]["gate"]["kernel"]))
     assert np.all(np.asarray(params["final_norm"]["scale"]) == 1)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_taps_are_the_outputs_of_their_layers(remat):
+    """A tap of layer i equals the last hidden state of a model that ends there, before its norm."""
+    config = DecoderConfig(
+        family="llama", vocab_size=31, embed=16, mlp=24, layers=4, heads=2, kv_heads=2, head_dim=8
+    )
+    params = decoder.init(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 31)
+    run = functools.partial(decoder.apply, tokens=tokens, compute_dtype="float32", remat=remat)
+    outputs = run(config, params, taps=(3, 1))
+    assert outputs.taps.shape == (2, 2, 6, 16)
+    for tap, layers in zip(outputs.taps, (4, 2), strict=True):
+        short = params | {"layers": jax.tree.map(lambda x, n=layers: x[:n], params["layers"])}
+        ends = run(dataclasses.replace(config, layers=layers), short)
+        normed = tap / jnp.sqrt(jnp.mean(tap**2, -1, keepdims=True) + config.norm_eps)
+        np.testing.assert_allclose(
+            normed * params["final_norm"]["scale"][None, None], ends.hidden, atol=1e-5
+        )
+    with pytest.raises(ModelError, match="taps"):
+        run(config, params, taps=(4,))
+
+
+def test_memory_grows_with_taps_and_not_with_depth():
+    def temporary(layers, taps):
+        config = DecoderConfig(
+            family="llama", vocab_size=64, embed=64, mlp=64, layers=layers, heads=2, kv_heads=2,
+            head_dim=8,
+        )  # fmt: skip
+        params = decoder.shapes(config)
+        tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+
+        def loss(params, tokens):
+            outputs = decoder.apply(
+                config, params, tokens, compute_dtype="float32", remat="full", taps=taps
+            )
+            return outputs.hidden.sum() + (0 if outputs.taps is None else (outputs.taps**2).sum())
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = 4 * 64 * 64 * 4
+    extra = temporary(16, (3, 9)) - temporary(16, ())
+    assert extra < 8 * one, extra / one  # two taps, their gradients and little else; not 16 layers

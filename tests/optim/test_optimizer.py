@@ -32,21 +32,25 @@ def _gradients(step, like, scale=1.0):
     )
 
 
-def _oracle(params, gradients, rate, clip, b1, b2, eps, decay):
-    """AdamW, leaf by leaf, with the global norm clipped first."""
-    names = [str(path[-1].key) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+def _oracle(params, gradients, rate, clip, b1, b2, eps, decay, ratio=1.0):
+    """AdamW, leaf by leaf, with the global norm of the student's gradient clipped first."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    names = [str(path[-1].key) for path in paths]
+    own = [path[0].key == "objective" for path in paths]
     p = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
     m, v = [np.zeros_like(x) for x in p], [np.zeros_like(x) for x in p]
     for n, gradient in enumerate(gradients):
         g = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradient)]
-        norm = np.sqrt(sum((x**2).sum() for x in g))
-        g = [x * min(1.0, clip / norm) for x in g]
+        norm = np.sqrt(sum((x**2).sum() for x, o in zip(g, own, strict=True) if not o))
+        g = [x if o else x * min(1.0, clip / norm) for x, o in zip(g, own, strict=True)]
         for i, name in enumerate(names):
             m[i] = b1 * m[i] + (1 - b1) * g[i]
             v[i] = b2 * v[i] + (1 - b2) * g[i] ** 2
             step = m[i] / (1 - b1 ** (n + 1)) / (np.sqrt(v[i] / (1 - b2 ** (n + 1))) + eps)
-            if name in ("kernel", "embedding"):
+            if name in ("kernel", "embedding") and not own[i]:
                 step = step + decay * p[i]
+            if own[i]:
+                step = ratio * step
             p[i] = p[i] - rate(n) * step
     return p
 
@@ -74,6 +78,19 @@ def test_the_chain_is_adamw_with_clipping_and_decay_on_matrices_alone():
     for one, other in zip(jax.tree.leaves(ours), wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
     assert optim.knobs(state)["alpha"] == 0.5
+
+
+def test_the_objectives_own_parameters_have_their_rate_and_no_decay():
+    params = {"student": {"kernel": jnp.ones((2, 3))}, "objective": {"kernel": jnp.ones((4, 2))}}
+    gradients = [_gradients(n, params) for n in range(4)]
+    tx = optim.optimizer(0.01, weight_decay=0.3, objective_lr_ratio=20.0, betas=(0.8, 0.9))
+    state, ours = tx.init(params), params
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state, ours, value=jnp.float32(1.0))
+        ours = optax.apply_updates(ours, updates)
+    wanted = _oracle(params, gradients, lambda n: 0.01, 1.0, 0.8, 0.9, 1e-8, 0.3, ratio=20.0)
+    for one, other in zip(jax.tree.leaves(ours), wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
 
 
 def test_decay_leaves_biases_scales_and_single_numbers_alone():

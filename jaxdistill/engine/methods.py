@@ -1,0 +1,77 @@
+"""From a method's configuration to its objective and its knobs."""
+
+from typing import Any
+
+import optax
+
+from jaxdistill import objectives, optim
+from jaxdistill.config import Config
+from jaxdistill.config import methods as configured
+from jaxdistill.kernels import rows
+from jaxdistill.objectives import Objective
+
+
+def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]]:
+    """The objective, and name -> number, schedule or transformation of each of its knobs.
+
+    Args:
+      config: of the run.
+      models: `setup.Models`; the real vocabulary and the student's width are read.
+    """
+    method = config.method
+    head: dict[str, Any] = {"vocab": models.vocab}
+    for name in ("chunk", "implementation", "logits_dtype"):
+        value = getattr(method, name)
+        head[name] = None if value == "auto" else value
+    if isinstance(method, configured.Sft):
+        return objectives.sft(**head), {}
+    knobs: dict[str, Any] = {"alpha": _schedule(method.alpha, config)}
+    if isinstance(method, configured.Taid):
+        knobs["taid_t"] = optim.taid(
+            config.train.steps,
+            method.t_start,
+            method.t_end,
+            alpha=method.step_size,
+            beta=method.beta,
+            mode=method.mode,
+        )
+        return objectives.taid(**head), knobs
+    if isinstance(method, configured.Ctkd):
+        ramp = max(2, round(method.ramp * config.train.steps))
+        knobs["reversal"] = optim.schedule("cosine", 0.0, -1.0, ramp)
+        width = models.student.config.embed if method.per_token else None
+        own = {"t_start": method.t_start, "t_range": method.t_range, "width": width}
+        return objectives.ctkd(**own, **head), knobs
+    assert isinstance(method, configured.Kd), method
+    knobs["temperature"] = _schedule(method.temperature, config)
+    divergence, parameters = _divergence(method)
+    objective = objectives.kd(
+        divergence=divergence,
+        parameters=parameters,
+        scale_by_t2=method.scale_by_t2,
+        label_smoothing=method.label_smoothing or None,
+        **head,
+    )
+    return objective, knobs
+
+
+def objective_lr_ratio(config: Config) -> float:
+    """Learning rate of the objective's own parameters over the student's."""
+    method = config.method
+    if isinstance(method, configured.Ctkd):
+        return method.temperature_lr / config.optimizer.lr
+    return 1.0
+
+
+def _divergence(method: configured.Kd) -> tuple[Any, tuple[float, ...]]:
+    """A kind of the table with its parameters, or a function of whole rows."""
+    values = method.parameter_values()
+    assert method.divergence in rows.KINDS, "the configuration offers what exists"
+    return method.divergence, tuple(values.values())
+
+
+def _schedule(knob: Any, config: Config) -> float | optax.Schedule:
+    """A knob of the configuration as a number or an Optax schedule over the whole run."""
+    if isinstance(knob, int | float):
+        return float(knob)
+    return optim.schedule(knob.schedule, knob.start, knob.end, config.train.steps)
