@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from jaxdistill import cli
 from jaxdistill.compress import importance
+from jaxdistill.errors import DataError
 from jaxdistill.report import diagrams, story
 from tests.report import test_html
 
@@ -100,6 +102,16 @@ def test_an_unfinished_workflow_has_a_page(folder):
     (folder / "scores" / importance.FILE).write_text("damaged")
     page = story.write_story(folder).read_text()
     assert "<svg" not in page and "importance" in page
+
+
+def test_a_comparison_alone_has_a_page_too(folder, capsys):
+    page = story.write_story(folder / "table").read_text()
+    assert "side by side" in page and page.count("<svg") == 2 and "<h2>Steps" not in page
+    assert cli.main(["report", str(folder / "table")]) == 0
+    assert cli.main(["report", str(folder), "-o", str(folder / "other.html")]) == 0
+    assert (folder / "other.html").is_file()
+    with pytest.raises(DataError, match="no workflow and no comparison"):
+        story.write_story(folder / "scores")
 
 
 @test_html.needs_chromium
