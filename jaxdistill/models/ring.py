@@ -7,7 +7,6 @@ how old a place is, not where it lies, decides who sees it.
 
 import dataclasses
 import typing
-from typing import Any
 
 import jax
 import jax.numpy as jnp
