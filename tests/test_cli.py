@@ -485,3 +485,13 @@ def test_the_public_names_exist():
 def test_the_version_is_that_of_the_package():
     text = (REPOSITORY / "pyproject.toml").read_text()
     assert f'version = "{jaxdistill.__version__}"' in text
+
+
+def test_validate_reads_workflows_too(capsys, folder):
+    recipe = str(REPOSITORY / "configs" / "compress_smollm2.yaml")
+    code, out, _ = run(capsys, "validate", recipe)
+    assert code == 0 and out.endswith(": ok\n")
+    bad = folder / "flow.yaml"
+    bad.write_text("steps:\n  - {name: a, kind: export, model: '${b}'}\n")
+    code, _, err = run(capsys, "validate", str(bad))
+    assert code == 2 and "flow.yaml:2:5" in err and "no earlier step" in err

@@ -102,10 +102,13 @@ def compare(arguments: argparse.Namespace) -> None:
             teacher=arguments.teacher,
             out=arguments.output,
         )
+        page = report.write_story(arguments.output) if arguments.output else None
     if arguments.json:
         return print_json(result)
     print(f"on {result['held_out']}")
     print(report.comparison_table(result["rows"], style="plain"))
+    if page is not None:
+        print(f"wrote {page}")
     return None
 
 

@@ -40,14 +40,17 @@ def init(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{out}: exists already; --force overwrites it") from None
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error.strerror}") from None
-    print(f"wrote {out}; next: jaxdistill train {out}")
+    from jaxdistill.config import workflow
+
+    command = "workflow" if workflow.is_workflow(text) else "train"
+    print(f"wrote {out}; next: jaxdistill {command} {out}")
     return None
 
 
 def validate(arguments: argparse.Namespace) -> int:
     """Checks a configuration, or tells about keys."""
     from jaxdistill import config
-    from jaxdistill.config import preflight
+    from jaxdistill.config import preflight, syntax, workflow
 
     if arguments.schema:
         print_json(config.json_schema())
@@ -58,19 +61,23 @@ def validate(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
     errors: list[UserError] = []
-    loaded = None
+    text = ""
     try:
-        loaded = config.load(arguments.config, arguments.overrides)
-        errors = preflight.check(loaded)
+        if workflow.is_workflow(config.read(arguments.config)):
+            text = syntax.dump(workflow.load(arguments.config).model_dump(mode="json"))
+        else:
+            loaded = config.load(arguments.config, arguments.overrides)
+            errors = preflight.check(loaded)
+            text = config.dump(loaded)
     except ConfigError as error:
         errors = [error]
     if arguments.json:
         lines = [line for error in errors for line in str(error).splitlines()]
         print_json({"ok": not errors, "errors": lines})
         return preflight.combine(errors).exit_code if errors else 0
-    if errors or loaded is None:
+    if errors:
         raise preflight.combine(errors)
-    print(config.dump(loaded).rstrip() if arguments.resolved else f"{arguments.config}: ok")
+    print(text.rstrip() if arguments.resolved else f"{arguments.config}: ok")
     return 0
 
 

@@ -168,7 +168,9 @@ def _add_measure(commands: Any) -> None:
     compare.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
     compare.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     compare.add_argument("--no-speed", action="store_true", help="leave latencies out")
-    compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.json there")
+    compare.add_argument(
+        "-o", "--output", metavar="DIR", help="also write its numbers and a page there"
+    )
     _add_json(compare)
     harness = _command(commands, "harness", compress.harness, "Run lm-eval's tasks on a model.")
     harness.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
@@ -209,7 +211,7 @@ def _add_results(commands: Any) -> None:
     export.add_argument("-o", "--output", metavar="DIR", required=True)
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
     report = _command(
-        commands, "report", runs.report, "Write one HTML page about one or more runs."
+        commands, "report", runs.report, "Write one HTML page about runs, or about a workflow."
     )
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
     report.add_argument(

@@ -105,7 +105,10 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Writes the page about one or several runs."""
-    from jaxdistill.report import html
+    """Writes the page about one or several runs, or about a workflow or a comparison."""
+    from jaxdistill.report import html, story
 
+    if len(arguments.run_dirs) == 1 and story.is_story(arguments.run_dirs[0]):
+        print(f"wrote {story.write_story(arguments.run_dirs[0], arguments.output)}")
+        return
     print(f"wrote {html.build(arguments.run_dirs, arguments.output)}")

@@ -215,6 +215,11 @@ def train_config(
         raise ConfigError("\n".join(lines)) from None
 
 
+def is_workflow(text: str) -> bool:
+    """Whether a YAML text is a workflow rather than a configuration: it has steps."""
+    return re.search(r"^steps:", text, re.MULTILINE) is not None
+
+
 def load(path: str | os.PathLike) -> Workflow:
     """The workflow in a YAML file, checked; configurations of train steps too.
 

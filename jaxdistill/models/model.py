@@ -54,7 +54,9 @@ class Model:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
+        stop: Sequence[str] = (),
     ) -> list[str] | list[list[int]]:
         """Continues each prompt; see `generate.generate`."""
         from jaxdistill.models.generate import generate
@@ -66,7 +68,9 @@ class Model:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
+            stop=stop,
         )
 
 

@@ -52,23 +52,28 @@ class Part:
 
 
 def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> pathlib.Path:
-    """Writes the page about a workflow, finished or not, as one offline HTML file.
+    """Writes the page about a workflow, finished or not, or a comparison, as one HTML file.
 
     The page loads nothing and runs no script; text that comes from models or files is escaped.
 
     Args:
-      folder: of the workflow.
+      folder: of the workflow, or one that holds comparison.json.
       out: the file; default report.html in the folder.
 
     Raises:
-      DataError: if the folder holds no workflow.
+      DataError: if the folder holds neither.
       UserError: if matplotlib is not installed.
       StorageError: if the file cannot be written.
     """
     place = pathlib.Path(folder)
     state = _json(place / "workflow.json")
+    if not state and (place / "comparison.json").is_file():
+        state = {"name": place.resolve().name, "steps": {".": {"kind": "compare"}}}
     if not isinstance(state.get("steps"), dict):
-        raise DataError(f"{place}: holds no workflow; `jaxdistill workflow FILE` makes one")
+        raise DataError(
+            f"{place}: holds no workflow and no comparison; `jaxdistill workflow FILE` or "
+            "`jaxdistill compare ... -o DIR` makes one"
+        )
     pictures.require()
     path = place / PAGE if out is None else pathlib.Path(out)
     beside = path.with_name(path.name + ".tmp")
@@ -78,6 +83,12 @@ def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None)
     except OSError as error:
         raise StorageError(f"{path}: the page cannot be written: {error}") from error
     return path
+
+
+def is_story(folder: str | os.PathLike) -> bool:
+    """Whether a folder is that of a workflow or of a comparison, and not of a run."""
+    names = ("workflow.json", "comparison.json")
+    return any((pathlib.Path(folder) / name).is_file() for name in names)
 
 
 def render(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> str:
@@ -155,7 +166,7 @@ def _part(folder: pathlib.Path, name: str, step: Mapping[str, typing.Any]) -> Pa
     ]
     contrast = (step.get("options") or {}).get("contrast")
     return Part(
-        name=name,
+        name="side by side" if name == "." else name,
         held_out=str(found.get("held_out", "")),
         sentences=contrasted(rows, *contrast) if contrast else [],
         head=head,

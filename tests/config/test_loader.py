@@ -5,11 +5,12 @@ import pydantic
 import pytest
 
 from jaxdistill import config
-from jaxdistill.config import syntax
+from jaxdistill.config import syntax, workflow
 from jaxdistill.errors import ConfigError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+FILES = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = [path for path in FILES if not workflow.is_workflow(path.read_text())]
 
 BASE = """\
 teacher: {source: big}
@@ -41,12 +42,17 @@ def test_every_recipe_loads_and_its_resolved_form_is_the_same(path):
     assert config.dump(config.loads(text)) == text
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_recipe_says_what_it_is_at_its_head(path):
     head = re.match(r"(#.*\n)+", path.read_text()).group()
     for word in ("Source:", "Command:", "Device:", "Time:", "Expected:"):
         assert f"# {word}" in head
     assert len(head.splitlines()[0]) > 20
+
+
+def test_every_workflow_loads():
+    flows = [workflow.load(path) for path in FILES if path not in RECIPES]
+    assert any(flow.name == "compress_smollm2" for flow in flows)
 
 
 def test_resolved_form_holds_every_default():

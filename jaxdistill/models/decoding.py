@@ -1,0 +1,156 @@
+"""The compiled parts of generation: read prompts, put them into slots, make tokens in a loop."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdistill.models import decoder, ring, sampling, unrolled
+from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.sharding import constrain
+from jaxdistill.types import Outputs
+
+empty = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))(ring.empty)
+insert = functools.partial(jax.jit, donate_argnums=0)(ring.insert)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: DecoderConfig, dtype: Any, params: Any, tokens_PW: Array, count_P: Array
+) -> tuple[Array, Array, Array]:
+    """Keys and values [layers, P, G, W, E] of prompts [P, W], and the logits [P, V] after them.
+
+    Prompts stand at the left; what is behind one's `count` tokens is padding, which no token of the
+    prompt sees, because attention is causal.
+    """
+    rows, width = tokens_PW.shape
+    within = decoder.causal(config, width, None, None)
+
+    def attend(state, layer, query_BLHE, key_BLGE, value_BLGE):
+        _, mixed = within(None, layer, query_BLHE, key_BLGE, value_BLGE)
+        kept = tuple(
+            jax.lax.dynamic_update_slice(all_, new.swapaxes(1, 2)[None], (layer, 0, 0, 0, 0))
+            for all_, new in zip(state, (key_BLGE, value_BLGE), strict=True)
+        )
+        return kept, mixed
+
+    shape = (config.layers, rows, config.kv_heads, width, config.head_dim)
+    state = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    positions_PW = jnp.broadcast_to(jnp.arange(width)[None, :], tokens_PW.shape)
+    model = nnx.merge(decoder.graphdef(config), params)
+    outputs, (keys, values) = model(tokens_PW, positions_PW, attend, state, compute_dtype=dtype)
+    last_P1D = jnp.take_along_axis(outputs.hidden, (count_P - 1)[:, None, None], axis=1)
+    return keys, values, _logits(outputs, last_P1D)
+
+
+def _logits(outputs: Outputs, hidden_B1D: Array) -> Array:
+    """Float32 [B, V] of one position per row."""
+    outputs = Outputs(hidden=hidden_B1D, head=outputs.head, head_bias=outputs.head_bias)
+    return decoder.logits(outputs)[:, 0]
+
+
+@jax.jit
+def row_keys(names_B3: Array) -> Array:
+    """uint32 [B, 2]: the random stream that seed, stream and sample name, and nothing else does."""
+
+    def one(name):
+        key = jax.random.fold_in(jax.random.key(name[0]), name[1])
+        return jax.random.key_data(jax.random.fold_in(key, name[2]))
+
+    return jax.vmap(one)(names_B3)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def first(
+    logits_PV: Array, source_B: Array, keys_B2: Array, settings: dict, scored: bool
+) -> tuple[Array, Array]:
+    """Tokens and log-probabilities [B] that follow the prompts that were put into slots."""
+    logits_BV = logits_PV[jnp.maximum(source_B, 0)]
+    return _choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, scored)
+
+
+def _choose(logits_BV, keys_B2, made_B, settings, scored) -> tuple[Array, Array]:
+    """The next token of each row, and log softmax(logits) at it."""
+    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), made_B)
+    token_B = sampling.pick(logits_BV, keys_B, settings)
+    if not scored:
+        return token_B, jnp.zeros(token_B.shape, jnp.float32)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def advance(
+    config: DecoderConfig,
+    steps: int,
+    scored: bool,
+    weights: dict,
+    cache: ring.Ring,
+    rows: dict[str, Array],
+    ends_BK: Array,
+    keys_B2: Array,
+    enough: Array,
+    settings: dict[str, Array],
+) -> tuple[ring.Ring, Array, Array]:
+    """Up to `steps` tokens for every living row, in one loop on the device.
+
+    Args:
+      config: the model's configuration.
+      steps: tokens per row at most.
+      scored: whether log-probabilities are computed.
+      weights: from `unrolled.weights`.
+      cache: the ring; donated.
+      rows: int32 [B] each: token, the last one chosen; length, how many are in the cache; made, how
+        many were chosen; limit, how many may be; and bool live.
+      ends_BK: tokens that end a row; -1 fills up.
+      keys_B2: from `row_keys`.
+      enough: the loop ends early once so many rows do not live.
+      settings: as `sampling.pick` takes them.
+
+    Returns:
+      The ring, and tokens and log-probabilities [B, steps]; token -1 where a row did not live.
+    """
+    batch = ends_BK.shape[0]
+
+    def running(carry):
+        step, _, rows, _, _ = carry
+        return (step < steps) & (jnp.sum(~rows["live"]) < enough)
+
+    def body(carry):
+        step, cache, rows, tokens_BS, scores_BS = carry
+        token_B, length_B, live_B = rows["token"], rows["length"], rows["live"]
+        attend = ring.attention(config, cache, length_B)
+        outputs, layers = unrolled.apply(
+            config, weights, token_B[:, None], length_B[:, None], attend, cache.layers
+        )
+        new_B, score_B = _choose(
+            _logits(outputs, outputs.hidden), keys_B2, rows["made"], settings, scored
+        )
+        shown_B = jnp.where(live_B, new_B, -1)
+        tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, shown_B[:, None], (0, step))
+        scores_BS = jax.lax.dynamic_update_slice(scores_BS, score_B[:, None], (0, step))
+        one_B = live_B.astype(jnp.int32)
+        made_B = rows["made"] + one_B
+        ended_B = jnp.any(new_B[:, None] == ends_BK, axis=-1)
+        rows = rows | {
+            "token": jnp.where(live_B, new_B, token_B),
+            "length": length_B + one_B,
+            "made": made_B,
+            "live": live_B & ~ended_B & (made_B < rows["limit"]),
+        }
+        rows = {name: constrain(value, (None,)) for name, value in rows.items()}
+        cache = ring.Ring(layers, (cache.place + 1) % cache.size)
+        return step + 1, cache, rows, tokens_BS, scores_BS
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        cache,
+        rows,
+        jnp.full((batch, steps), -1, jnp.int32),
+        jnp.zeros((batch, steps), jnp.float32),
+    )
+    _, cache, _, tokens_BS, scores_BS = jax.lax.while_loop(running, body, start)
+    return cache, tokens_BS, scores_BS

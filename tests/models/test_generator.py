@@ -1,0 +1,244 @@
+"""The generation engine: as a reference without cache, for any slots, order and batch."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import models
+from jaxdistill.errors import ModelError
+from jaxdistill.models import decoding, generator
+from jaxdistill.models.generate import complete
+from jaxdistill.models.generator import Generator, Request
+from tests.models import oracle
+
+PROMPTS = [
+    [5, 9, 11, 30, 2, 8, 17],
+    [40],
+    [3, 3, 3, 3, 21, 22, 23, 24, 25, 7, 8, 9, 10, 11, 12, 13, 14],
+    [12, 50, 33],
+    [7, 6, 5, 4, 3],
+]
+DRAWN = {"temperature": 1.3, "max_new_tokens": 14, "seed": 7}
+
+
+def _model(folder, name):
+    model = models.load(oracle.write_folder(folder / "model", oracle.CASES[name]))
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return _model(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    return _model(tmp_path_factory.mktemp("window"), "qwen3_layer_types")
+
+
+class Letters:
+    """A tokenizer: token t is the letter with code t + 60."""
+
+    def __call__(self, texts):
+        return {"input_ids": [[ord(letter) - 60 for letter in text] for text in texts]}
+
+    def decode(self, row, skip_special_tokens):
+        return "".join(chr(token + 60) for token in row)
+
+
+def _filtered(row, temperature, top_k=None, top_p=None, min_p=None):
+    """Probabilities by the definitions, in float64, token by token."""
+    scaled = np.asarray(row, np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())
+    order = np.argsort(-scaled, kind="stable")
+    if top_k is not None:
+        weights[order[top_k:]] = 0
+    if top_p is not None:
+        share = weights[order] / weights.sum()
+        weights[order[np.cumsum(share) - share >= top_p]] = 0
+    if min_p is not None:
+        weights[weights < min_p * weights.max()] = 0
+    return weights / weights.sum()
+
+
+def _reference(raw, prompt, stream, sample, count, seed, **settings):
+    """Draws by running the numpy decoder on everything so far, again and again."""
+    named, row = oracle.tensors(raw), list(prompt)
+    key = jax.random.key(seed)
+    for name in (stream, sample):
+        key = jax.random.fold_in(key, name)
+    for number in range(count):
+        share = _filtered(oracle.logits(raw, named, np.asarray([row]))[0, -1], **settings)
+        uniform = float(jax.random.uniform(jax.random.fold_in(key, number)))
+        row.append(int(np.argmax(np.cumsum(share) > uniform)))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}],
+    ids=str,
+)
+def test_draws_equal_a_loop_without_a_cache(model, filters):
+    raw, settings = oracle.CASES["qwen3"], {"temperature": 1.3, **filters}
+    found = complete(model, PROMPTS[:3], samples=2, max_new_tokens=10, seed=7, **settings)
+    for number, (prompt, rows) in enumerate(zip(PROMPTS, found, strict=False)):
+        for sample, done in enumerate(rows):
+            expected = _reference(raw, prompt, number, sample, 10, 7, **settings)
+            assert done.tokens == expected
+
+
+def test_logprobs_are_those_of_a_training_forward(model):
+    for settings in ({"temperature": 1.3, "top_p": 0.9}, {}):
+        for row in complete(model, PROMPTS, samples=2, max_new_tokens=12, **settings):
+            for done in row:
+                whole = [*done.request.tokens, *done.tokens]
+                scores = jax.nn.log_softmax(model.logits(np.asarray([whole]))[0])
+                places = np.arange(len(done.request.tokens) - 1, len(whole) - 1)
+                np.testing.assert_allclose(
+                    done.logprobs, np.asarray(scores)[places, done.tokens], rtol=0, atol=1e-5
+                )
+
+
+def _by_stream(found):
+    return {(d.request.stream, d.sample): d.tokens for row in found for d in row}
+
+
+def test_samples_do_not_depend_on_batch_order_or_slots(model):
+    together = _by_stream(complete(model, PROMPTS, samples=3, **DRAWN))
+    assert len({tuple(tokens) for tokens in together.values()}) == 15
+    order = [3, 0, 4, 2, 1]
+    turned = complete(
+        model, [PROMPTS[i] for i in order], streams=order, samples=3, slots=4, **DRAWN
+    )
+    assert _by_stream(turned) == together
+    for number, prompt in enumerate(PROMPTS):  # each alone, each sample from a prefill of its own
+        for sample in range(3):
+            alone = complete(
+                model, [prompt], streams=[number], samples=sample + 1, slots=1, **DRAWN
+            )
+            assert alone[0][sample].tokens == together[number, sample]
+
+
+def test_free_slots_are_refilled_and_the_ring_wraps(windowed):
+    # Rows of unequal length in 2 slots of 32 places: the common place goes round several times.
+    expected = [
+        complete(windowed, [prompt], max_new_tokens=8 + 3 * number)[0][0].tokens
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    engine = Generator(windowed, slots=2, length=32)
+    for number, prompt in enumerate(PROMPTS[:4]):
+        engine.submit(Request(prompt, max_new_tokens=8 + 3 * number, tag=number))
+    found = {done.request.tag: done.tokens for done in engine.run()}
+    assert [found[number] for number in range(4)] == expected[:4]
+    for again in range(3):  # the same generator goes on: nothing of earlier rows is left
+        engine.submit(Request(PROMPTS[1], max_new_tokens=11, tag=again))
+    assert [done.tokens for done in engine.run()] == [expected[1]] * 3
+
+
+def test_many_samples_come_from_one_prefill(model, monkeypatch):
+    read = []
+    prefill = decoding.prefill
+    monkeypatch.setattr(
+        decoding, "prefill", lambda *given: read.append(given[3].shape) or prefill(*given)
+    )
+    engine = Generator(model, slots=4, length=32)
+    engine.submit(Request(PROMPTS[0], samples=10, **DRAWN))
+    found = sorted(engine.run(), key=lambda done: done.sample)
+    assert [done.sample for done in found] == list(range(10)) and read == [(1, 16)]
+    separate = [
+        complete(model, [PROMPTS[0]], samples=number + 1, streams=[0], **DRAWN)[0][number]
+        for number in range(10)
+    ]
+    assert [done.tokens for done in found] == [done.tokens for done in separate]
+    assert not engine._prefilled and not engine.busy
+
+
+def test_stop_tokens_end_a_row_and_count(model):
+    free = complete(model, PROMPTS, max_new_tokens=20)
+    end = free[0][0].tokens[5]
+    ended = complete(model, PROMPTS, max_new_tokens=20, stop_tokens=(end,))
+    for (before,), (now,) in zip(free, ended, strict=True):
+        if end not in before.tokens:
+            assert (now.tokens, now.reason) == (before.tokens, "length")
+            continue
+        size = before.tokens.index(end) + 1
+        assert (now.tokens, now.reason) == (before.tokens[:size], "stop")
+        assert now.content == before.tokens[: size - 1] and len(now.logprobs) == size
+
+
+def test_stop_strings_cut_the_text(model):
+    spoken = dataclasses.replace(model, tokenizer=Letters())
+    whole = complete(spoken, ["ABC"], max_new_tokens=40)[0][0]
+    stop = whole.text[21:23]
+    place = whole.text.index(stop)
+    done = complete(spoken, ["ABC"], max_new_tokens=40, stop=("never so", stop))[0][0]
+    assert (done.text, done.reason) == (whole.text[:place], "stop")
+    assert done.tokens == done.content == whole.tokens[: place + 2]
+    assert len(done.logprobs) == place + 2
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("int8", 0.05)])
+def test_small_caches_stay_close(model, dtype, bound):
+    exact = complete(model, PROMPTS, max_new_tokens=8)
+    rough = complete(model, PROMPTS, max_new_tokens=8, cache_dtype=dtype)
+    first = [abs(a[0].logprobs[1] - b[0].logprobs[1]) for a, b in zip(exact, rough, strict=True)]
+    assert 0 < max(first) < bound
+
+
+def test_a_mesh_draws_the_same(model, mesh8, tmp_path):
+    models.save(model, tmp_path / "model")
+    spread = models.load(tmp_path / "model", mesh=mesh8)
+    spread = dataclasses.replace(spread, config=model.config)
+    expected = _by_stream(complete(model, PROMPTS, samples=2, slots=8, **DRAWN))
+    assert _by_stream(complete(spread, PROMPTS, samples=2, slots=8, **DRAWN)) == expected
+
+
+def test_a_cancelled_request_is_forgotten(model):
+    engine = Generator(model, slots=2, length=64)
+    engine.submit(Request(PROMPTS[0], max_new_tokens=40, samples=4, tag="gone"))
+    engine.submit(Request(PROMPTS[1], max_new_tokens=4, tag="kept"))
+    engine.step()
+    engine.cancel("gone")
+    assert [done.request.tag for done in engine.run()] == ["kept"]
+    assert not engine._prefilled
+
+
+def test_what_does_not_fit_is_refused(model):
+    most = model.config.max_positions
+    message = (
+        "prompt 1 has 120 tokens, which with max_new_tokens = 10 do not fit the model's context of "
+        f"{most}"
+    )
+    with pytest.raises(ModelError, match=re.escape(message)):
+        complete(model, [[1], [1] * 120], max_new_tokens=10)
+    engine = Generator(model, slots=1, length=20)
+    with pytest.raises(ModelError, match="do not fit the generator's rows of 20"):
+        engine.submit(Request([1] * 11, max_new_tokens=10))
+    assert not engine.busy
+    for settings, rule in (
+        ({"min_p": 2.0, "temperature": 1.0}, "min_p: 2.0 must be from 0 to 1"),
+        ({"samples": 0}, "samples: 0 must be at least 1"),
+        ({"seed": -1}, "seed: -1 must be from 0"),
+        ({"stop": ("",)}, "strings that are not empty"),
+        ({"stop": ("x",)}, "needs a tokenizer"),
+    ):
+        with pytest.raises(ModelError, match=re.escape(rule)):
+            engine.submit(Request([1], max_new_tokens=2, **settings))
+    with pytest.raises(ModelError, match="cache dtype: 'int3' is not one of"):
+        Generator(model, slots=1, length=20, cache_dtype="int3")
+
+
+def test_the_split_weights_go_with_their_model(tmp_path):
+    from jaxdistill.models import unrolled
+
+    model = _model(tmp_path, "llama2")
+    model.generate([[1]], max_new_tokens=1)
+    first = unrolled.weights(model.config, model.params, "float32")
+    assert unrolled.weights(model.config, model.params, np.float32) is first
+    del model
+    assert not unrolled._kept
+    assert generator.bucket(17) == 24
