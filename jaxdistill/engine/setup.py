@@ -20,6 +20,8 @@ from jaxdistill.data.sources import open_source
 from jaxdistill.engine import methods, pruning
 from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
+from jaxdistill.kernels import choice
+from jaxdistill.kernels.self_check import self_check
 from jaxdistill.models import DecoderConfig, Model, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
@@ -346,7 +348,12 @@ def compile_step(
     mesh: Mesh,
     monitor: Callable[[Any], Any] | None = None,
 ):
-    """The compiled training step of a run; `monitor` as in `steps.make`."""
+    """The compiled training step of a run; `monitor` as in `steps.make`.
+
+    Raises:
+      ConfigError: if a kernel of the loss computes something else than its reference here.
+    """
+    _check_kernels(config)
     step = steps.make(
         method.loss,
         method.teacher,
@@ -356,6 +363,16 @@ def compile_step(
     )
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
     return steps.compiled(step, state, teacher_params, batch, mesh)
+
+
+def _check_kernels(config: Config) -> None:
+    """Runs the self-check where a kernel of our own makes the loss; XLA is its reference."""
+    wanted = config.method.implementation
+    dtype = config.method.logits_dtype
+    dtype = config.student.compute_dtype if dtype == "auto" else dtype
+    implementation = None if wanted == "auto" else wanted
+    if choice.choose(implementation, 512, dtype) != "xla":
+        self_check(dtype, implementation)
 
 
 def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, Any]:

@@ -91,7 +91,9 @@ def pareto(rows: Sequence[Row], name: str) -> str | None:
             front = frontier([(x, y) for _, x, y in points])
             axis.plot(*zip(*front, strict=True), color=PALETTE["rule"][0], linewidth=1.5, zorder=1)
             for index, x, y in points:
-                axis.scatter([x], [y], s=34, color=PALETTE[colour(index)][0], linewidths=0, zorder=2)
+                axis.scatter(
+                    [x], [y], s=34, color=PALETTE[colour(index)][0], linewidths=0, zorder=2
+                )
             dress(axis, "both")
             axis.margins(0.12)
             axis.set_xlabel(label, color=PALETTE["muted"][0])
