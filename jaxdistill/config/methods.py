@@ -70,6 +70,12 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "skew_forward_kl": {"skew": (0.1, 0, 1)},
     "skew_reverse_kl": {"skew": (0.1, 0, 1)},
     "total_variation": {},
+    "alpha_divergence": {"alpha": (0.5, 0, 1)},
+    "alpha_beta_divergence": {"alpha": (0.2, 0, 10), "beta": (0.7, 0, 10)},
+    "adaptive_kl": {"mu": (0.5, 0, 1)},
+    "alphanet": {"clip": (5.0, 0.01, 1e6)},
+    "decoupled_kl": {"target_weight": (1.0, 0, 1e6), "rest_weight": (0.5, 0, 1e6)},
+    "smoothed_forward_kl": {"target_smoothing": (0.1, 0, 1)},
 }
 Divergence = Literal[
     "forward_kl",
@@ -79,6 +85,12 @@ Divergence = Literal[
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
+    "alpha_divergence",
+    "alpha_beta_divergence",
+    "adaptive_kl",
+    "alphanet",
+    "decoupled_kl",
+    "smoothed_forward_kl",
 ]
 
 

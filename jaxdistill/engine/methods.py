@@ -8,6 +8,7 @@ from jaxdistill import objectives, optim
 from jaxdistill.config import Config
 from jaxdistill.config import methods as configured
 from jaxdistill.kernels import rows
+from jaxdistill.losses import whole_rows
 from jaxdistill.objectives import Objective
 
 
@@ -66,8 +67,9 @@ def objective_lr_ratio(config: Config) -> float:
 def _divergence(method: configured.Kd) -> tuple[Any, tuple[float, ...]]:
     """A kind of the table with its parameters, or a function of whole rows."""
     values = method.parameter_values()
-    assert method.divergence in rows.KINDS, "the configuration offers what exists"
-    return method.divergence, tuple(values.values())
+    if method.divergence in rows.KINDS:
+        return method.divergence, tuple(values.values())
+    return whole_rows.bound(method.divergence, **values), ()
 
 
 def _schedule(knob: Any, config: Config) -> float | optax.Schedule:

@@ -210,6 +210,66 @@ def skew_reverse_kl(skew: Parameter = 0.1) -> Row:
     )
 
 
+def alpha_beta_divergence(alpha: Parameter = 0.2, beta: Parameter = 0.7) -> Row:
+    """-1/(a b) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a = alpha, b = beta.
+
+    Its limits are (1, 0): KL(p || q), and (0, 1): KL(q || p); they hold at the ends themselves.
+    """
+    _check_orders(alpha, beta)
+
+    def numbers(like: Array) -> tuple[Array, Array, Array, Array]:
+        # Pallas selects with arrays of one shape only; a divisor is never 0.
+        a, b = jnp.full(like.shape, alpha, like.dtype), jnp.full(like.shape, beta, like.dtype)
+        return a, b, jnp.where(a == 0, 1.0, a), jnp.where(b == 0, 1.0, b)
+
+    def powers(log_p: Array, log_q: Array) -> tuple[Array, Array, Array]:
+        """p^(a+b), q^(a+b) and p^a q^b from one anchor: exactly equal where p = q."""
+        a, b, _, _ = numbers(log_p)
+        top = jnp.maximum(log_p, log_q)
+        none = top == -jnp.inf
+        whole = jnp.exp((a + b) * top)
+        p, q = (jnp.where(none, 0.0, x - top) for x in (log_p, log_q))
+        scaled = lambda k, x: jnp.where(k == 0, 0.0, k * x)
+        both = scaled(a, p) + scaled(b, q)
+        return whole * jnp.exp((a + b) * p), whole * jnp.exp((a + b) * q), whole * jnp.exp(both)
+
+    def dlogq(log_p: Array, log_q: Array) -> Array:
+        a, _, safe_a, _ = numbers(log_p)
+        _, both_q, mixed = powers(log_p, log_q)
+        return jnp.where(a == 0, _times(both_q, log_q - log_p), (both_q - mixed) / safe_a)
+
+    def dlogp(log_p: Array, log_q: Array) -> Array:
+        _, b, _, safe_b = numbers(log_p)
+        both_p, _, mixed = powers(log_p, log_q)
+        return jnp.where(b == 0, _times(both_p, log_p - log_q), (both_p - mixed) / safe_b)
+
+    def value(log_p: Array, log_q: Array) -> Array:
+        a, b, safe_a, safe_b = numbers(log_p)
+        both_p, both_q, mixed = powers(log_p, log_q)
+        inside = (a * (both_p - mixed) + b * (both_q - mixed)) / ((a + b) * safe_a * safe_b)
+        forward = (_times(both_p, log_p - log_q) + (both_q - both_p) / safe_a) / safe_a
+        reverse = (_times(both_q, log_q - log_p) + (both_p - both_q) / safe_b) / safe_b
+        return jnp.where(b == 0, forward, jnp.where(a == 0, reverse, inside))
+
+    return Row(value, dlogq, dlogp)
+
+
+def alpha_divergence(alpha: Parameter = 0.5) -> Row:
+    """(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)); 1: KL(p || q), 0: KL(q || p)."""
+    _check_unit("alpha", alpha)
+    return alpha_beta_divergence(alpha, 1.0 - alpha)
+
+
+def _check_orders(alpha: Parameter, beta: Parameter) -> None:
+    """Python numbers must not be negative, and not both 0."""
+    known = [x for x in (alpha, beta) if isinstance(x, int | float)]
+    if any(x < 0 for x in known) or (len(known) == 2 and sum(known) == 0):
+        raise ConfigError(
+            f"alpha = {alpha}, beta = {beta}: must not be negative, and not both 0: a power of an "
+            "impossible entry would be infinite"
+        )
+
+
 # kind -> the function that makes its row from the kind's parameters.
 KINDS: Mapping[str, Callable[..., Row]] = {
     "forward_kl": lambda: FORWARD_KL,
@@ -219,6 +279,8 @@ KINDS: Mapping[str, Callable[..., Row]] = {
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": lambda: TOTAL_VARIATION,
+    "alpha_divergence": alpha_divergence,
+    "alpha_beta_divergence": alpha_beta_divergence,
 }
 
 

@@ -204,6 +204,67 @@ def total_variation(
     return _apply("total_variation", (), student_logits, teacher_logits, temperature, scale_by_t2)
 
 
+def alpha_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """(sum_v p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      alpha: 0 to 1; 1 is `forward_kl`, 0 `reverse_kl`, 1/2 four times the squared Hellinger
+        distance.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Amari 1985; Wang et al. 2021 (AlphaNet), arXiv 2102.07954, section 3.
+    """
+    return _apply(
+        "alpha_divergence", (alpha,), student_logits, teacher_logits, temperature, scale_by_t2
+    )
+
+
+def alpha_beta_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    alpha: ArrayLike = 0.2,
+    beta: ArrayLike = 0.7,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """-1/(a b) sum_v (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a = alpha, b = beta.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      alpha: at least 0; (1, 0) is `forward_kl`.
+      beta: at least 0; (0, 1) is `reverse_kl`.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Returns and Raises as `forward_kl`.
+
+    Reference: Wang et al. 2025 (ABKD), arXiv 2505.04560.
+    """
+    parameters = (alpha, beta)
+    return _apply(
+        "alpha_beta_divergence",
+        parameters,
+        student_logits,
+        teacher_logits,
+        temperature,
+        scale_by_t2,
+    )
+
+
 def _apply(
     kind: str,
     parameters: tuple[ArrayLike, ...],

@@ -304,3 +304,20 @@ def test_rules_hold_for_configs_made_in_python_too():
     loaded = config.loads(BASE)
     with pytest.raises(ValueError, match="micro_batches: must divide"):
         type(loaded.train)(steps=10, batch_size=8, micro_batches=3)
+
+
+def test_every_divergence_of_a_configuration_exists():
+    from typing import get_args
+
+    from jaxdistill.config import methods
+    from jaxdistill.kernels import rows
+    from jaxdistill.losses import whole_rows
+
+    offered = set(get_args(methods.Divergence))
+    assert offered == set(methods.DIVERGENCES) == set(rows.KINDS) | set(whole_rows.FUNCTIONS)
+    for name, parameters in methods.DIVERGENCES.items():
+        defaults = {key: entry[0] for key, entry in parameters.items()}
+        if name in rows.KINDS:
+            rows.make(name, *defaults.values())
+        else:
+            whole_rows.bound(name, **defaults)

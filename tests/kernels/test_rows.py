@@ -20,6 +20,13 @@ CASES = [
     ("skew_forward_kl", 1.0),
     ("skew_reverse_kl", 0.1),
     ("total_variation",),
+    ("alpha_divergence", 0.3),
+    ("alpha_divergence", 0.0),
+    ("alpha_divergence", 1.0),
+    ("alpha_beta_divergence", 0.2, 0.7),
+    ("alpha_beta_divergence", 0.6, 0.9),
+    ("alpha_beta_divergence", 0.0, 0.7),
+    ("alpha_beta_divergence", 0.5, 0.0),
 ]
 
 

@@ -24,6 +24,8 @@ FAMILY = {
     "skew_forward_kl": {"skew": 0.1},
     "skew_reverse_kl": {"skew": 0.1},
     "total_variation": {},
+    "alpha_divergence": {"alpha": 0.4},
+    "alpha_beta_divergence": {"alpha": 0.2, "beta": 0.7},
 }
 
 
@@ -34,7 +36,7 @@ def _kl(a, b):
     return terms.sum(-1)
 
 
-def _oracle(name, q, p, parameter=None):
+def _oracle(name, q, p, parameter=None, second=None):
     """The definition of each divergence, written with probabilities."""
     if name == "forward_kl":
         return _kl(p, q)
@@ -49,6 +51,12 @@ def _oracle(name, q, p, parameter=None):
         return _kl(p, parameter * p + (1 - parameter) * q)
     if name == "skew_reverse_kl":
         return _kl(q, (1 - parameter) * p + parameter * q)
+    if name == "alpha_divergence":
+        return ((p**parameter * q ** (1 - parameter)).sum(-1) - 1) / (parameter * (parameter - 1))
+    if name == "alpha_beta_divergence":
+        a, b = parameter, second
+        terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+        return -terms.sum(-1) / (a * b)
     assert name == "total_variation"
     return 0.5 * np.abs(p - q).sum(-1)
 
@@ -103,6 +111,33 @@ def _golden_inputs():
         ("distillm.skewed_forward_kl lam=0.1 (CE form)", "skew_forward_kl", {"skew": 0.1}, 1.0),
         ("distillm.skewed_reverse_kl lam=0.1", "skew_reverse_kl", {"skew": 0.1}, 0.0),
         ("distillm.tv_distance", "total_variation", {}, 0.0),
+        (
+            "ABKD ab_div alpha=0.5 beta=0.5",
+            "alpha_beta_divergence",
+            {"alpha": 0.5, "beta": 0.5},
+            0.0,
+        ),
+        (
+            "ABKD ab_div alpha=1.0 beta=0.0",
+            "alpha_beta_divergence",
+            {"alpha": 1.0, "beta": 0.0},
+            0.0,
+        ),
+        (
+            "ABKD ab_div alpha=0.0 beta=1.0",
+            "alpha_beta_divergence",
+            {"alpha": 0.0, "beta": 1.0},
+            0.0,
+        ),
+        ("TAID true-KL form t=0.4", "taid", {"taid_t": 0.4}, 0.0),
+        ("TAID true-KL form t=1.0", "taid", {"taid_t": 1.0}, 0.0),
+        (
+            "AlphaNet adaptive alpha in {-1,1} clip 5 "
+            "(surrogate loss value not meaningful; grad is)",
+            "alphanet",
+            {},
+            0.0,
+        ),
     ],
 )
 def test_reference_code_gives_the_same_loss_and_gradient(row, name, arguments, entropy_weight):

@@ -1,0 +1,307 @@
+"""Divergences that need whole rows of logits: sorted, chosen per token, or split at the label.
+
+Each takes (student_logits, teacher_logits), [..., V] of any float dtype, and returns [...] in
+float32, unreduced, times T^2 where `scale_by_t2`. The fused head loss runs them on chunks of rows:
+
+    linear_divergence(..., kind=whole_rows.bound("adaptive_kl", mu=0.5))
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.losses import divergences
+from jaxdistill.losses.likelihood import cross_entropy
+
+# Logits are clamped here: what is impossible for both counts nothing, and nothing is infinite.
+_LOWEST = -1e30
+
+
+def adaptive_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    mu: float = 0.5,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """AKL: w_h KL(p || q) + w_t KL(q || p), weighed by where student and teacher are apart.
+
+    The head holds the teacher's most likely tokens up to a mass of `mu` (always the first), the
+    tail the rest; w_h is the head's share of sum_v |p_v - q_v|, w_t the tail's. The weights are
+    constants to the gradient; where p = q they are 1/2.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      mu: mass of the head, 0 to 1.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: for another mu, or shapes that differ.
+
+    Reference: Wu et al. 2024, arXiv 2404.02657, section 4.2.
+    """
+    if not 0 <= mu <= 1:
+        raise ConfigError(f"mu = {mu}: must be in [0, 1], the mass of the head")
+    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    p, q = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (teacher, student))
+    order = jnp.argsort(-p, axis=-1)
+    p_sorted, q_sorted = (jnp.take_along_axis(x, order, axis=-1) for x in (p, q))
+    mass = jnp.minimum(jnp.cumsum(p_sorted, axis=-1), 1.0)  # rounding may add up to more
+    tail = (mass > mu).at[..., 0].set(False)
+    gap = jnp.abs(p_sorted - q_sorted)
+    in_tail, whole = jnp.sum(gap * tail, axis=-1), jnp.sum(gap, axis=-1)
+    weight = jnp.where(whole == 0, 0.5, in_tail / jnp.where(whole == 0, 1.0, whole))
+    forward = divergences.forward_kl(student, teacher)
+    reverse = divergences.reverse_kl(student, teacher)
+    return _scaled((1 - weight) * forward + weight * reverse, temperature, scale_by_t2)
+
+
+def alphanet(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    alphas: tuple[float, float] = (-1.0, 1.0),
+    clip: float = 5.0,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """AlphaNet's surrogate: per token the alpha-divergence that is larger, its ratios clipped.
+
+    With r = p / q and rho = r at alpha = 1, log r - 1 at 0, else min(r^alpha, clip) / alpha
+    + 1 / (alpha (alpha - 1)), it is -sum_v sg(q_v rho_v) log q_v of the alpha whose divergence
+    (`alphanet_value`) is larger: right in its gradient, not a divergence in its value.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      alphas: the two orders.
+      clip: largest r^alpha.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: if clip is not positive, or shapes differ.
+
+    Reference: Wang et al. 2021, arXiv 2102.07954, equations 5 to 8.
+    """
+    first, second = (
+        _alpha(student_logits, teacher_logits, alpha, clip, temperature) for alpha in alphas
+    )
+    chosen = jnp.where(first[0] > second[0], first[1], second[1])
+    return _scaled(chosen, temperature, scale_by_t2)
+
+
+def alphanet_value(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    alphas: tuple[float, float] = (-1.0, 1.0),
+    clip: float = 5.0,
+    temperature: ArrayLike = 1.0,
+) -> Array:
+    """The larger of AlphaNet's two clipped divergences, for watching; it carries no gradient.
+
+    max over alpha of sum_v q (min(r^alpha, clip) - 1) / (alpha (alpha - 1)),    r = p / q
+
+    Args and Raises as `alphanet`.
+    """
+    values = [_alpha(student_logits, teacher_logits, a, clip, temperature)[0] for a in alphas]
+    return jnp.maximum(*values)
+
+
+def _alpha(student_logits, teacher_logits, alpha, clip, temperature) -> tuple[Array, Array]:
+    """(divergence, surrogate) of one order."""
+    if not clip > 0:
+        raise ConfigError(f"clip = {clip}: must be positive")
+    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    q = jax.lax.stop_gradient(jnp.exp(log_q))
+    log_r = jax.lax.stop_gradient(log_p - log_q)
+    none = q == 0
+    if abs(alpha) < 1e-3:
+        f, base, rho = (
+            -jnp.minimum(log_r, jnp.log(clip)),
+            0.0,
+            jnp.minimum(log_r, jnp.log(clip)) - 1,
+        )
+    elif abs(alpha - 1) < 1e-3:
+        r = jnp.exp(jnp.minimum(log_r, 80.0))
+        f, base, rho = r * log_r, 0.0, r
+    else:
+        powered = jnp.exp(jnp.minimum(alpha * log_r, jnp.log(clip)))
+        base = 1 / (alpha * (alpha - 1))
+        f, rho = powered * base, powered / alpha + base
+    total = lambda weight, x: jnp.sum(jnp.where(none, 0.0, weight * x), axis=-1)
+    return total(q, f - base), -total(q * rho, log_q)
+
+
+def decoupled_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    target_weight: float = 1.0,
+    rest_weight: float = 0.5,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """DKD: target_weight TCKD + rest_weight NCKD, the parts of KL(p || q) at a label apart.
+
+    TCKD = KL((p_y, 1 - p_y) || (q_y, 1 - q_y)), NCKD = KL(p without y || q without y), each
+    normalised; KL(p || q) = TCKD + (1 - p_y) NCKD.
+
+    Args:
+      student_logits: [..., V], V at least 2.
+      teacher_logits: [..., V].
+      labels: int [...]; a negative one is no label and gives 0.
+      target_weight: of TCKD.
+      rest_weight: of NCKD.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: if shapes do not fit.
+
+    Reference: Zhao et al. 2022, arXiv 2203.08679, equation 7.
+    """
+    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    labels = jnp.asarray(labels)
+    target = jnp.maximum(labels, 0)
+    log_q, log_p = (-cross_entropy(x, target) for x in (student, teacher))
+    is_target = jax.nn.one_hot(target, student.shape[-1], dtype=jnp.bool_)
+    without = lambda x: jnp.where(is_target, _LOWEST, x)
+    # log(1 - p_y) from the other logits: exact where p_y is nearly 1.
+    rest = lambda x: jax.nn.logsumexp(without(x), axis=-1) - jax.nn.logsumexp(x, axis=-1)
+    rest_q, rest_p = rest(student), rest(teacher)
+    tckd = jnp.exp(log_p) * (log_p - log_q) + jnp.exp(rest_p) * (rest_p - rest_q)
+    nckd = divergences.forward_kl(without(student), without(teacher))
+    value = jnp.where(labels < 0, 0.0, target_weight * tckd + rest_weight * nckd)
+    return _scaled(value, temperature, scale_by_t2)
+
+
+def smoothed_forward_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    target_smoothing: float = 0.1,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL((1 - eps) p + eps / V || q): the teacher's distribution smoothed, eps = target_smoothing.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      target_smoothing: eps, 0 to 1; spread over the tokens that are possible.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: for another eps, or shapes that differ.
+    """
+    if not 0 <= target_smoothing <= 1:
+        raise ConfigError(f"target_smoothing = {target_smoothing}: must be in [0, 1]")
+    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    possible = (teacher > _LOWEST / 2) | (student > _LOWEST / 2)
+    share = target_smoothing / jnp.sum(possible, axis=-1, keepdims=True)
+    p = (1 - target_smoothing) * jax.nn.softmax(teacher) + jnp.where(possible, share, 0.0)
+    log_p = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), _LOWEST)
+    return _scaled(divergences.forward_kl(student, log_p), temperature, scale_by_t2)
+
+
+def taid(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    taid_t: ArrayLike,
+) -> Array:
+    """TAID's loss: KL(softmax((1 - t) sg(student) + t teacher) || softmax(student)).
+
+    The target mixes logits, not probabilities, the student in it is a constant, and there is no
+    temperature. At t = 1 it is `forward_kl`; at 0 value and gradient are 0.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      taid_t: t in [0, 1], may be traced; `optim.taid` adapts it.
+
+    Raises:
+      ConfigError: for a Python number outside [0, 1], or shapes that differ.
+
+    Reference: Shing et al. 2025, arXiv 2501.16937, equations 2 and 3.
+    """
+    if isinstance(taid_t, int | float) and not 0 <= taid_t <= 1:
+        raise ConfigError(f"taid_t = {taid_t}: must be in [0, 1]")
+    student, teacher = _tempered(student_logits, teacher_logits, 1.0)
+    t = jnp.asarray(taid_t, student.dtype)
+    target = jax.lax.stop_gradient(student + t * (teacher - student))
+    return divergences.forward_kl(student, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A divergence with its options, as `linear_divergence(kind=...)` takes it; equal if they are.
+
+    Attributes:
+      name: of a function of this module.
+      options: (name, value) of each.
+    """
+
+    name: str
+    options: tuple[tuple[str, float], ...]
+
+    def __call__(self, student: Array, teacher: Array, labels: Array | None) -> Array:
+        """The divergence of logits that are divided by T already, [n]."""
+        function, options = FUNCTIONS[self.name], dict(self.options)
+        if self.name == "decoupled_kl":
+            if labels is None:
+                raise ConfigError("decoupled_kl splits the distribution at its label: give labels")
+            return function(student, teacher, labels, **options)
+        return function(student, teacher, **options)
+
+
+FUNCTIONS: Mapping[str, Callable[..., Array]] = {
+    "adaptive_kl": adaptive_kl,
+    "alphanet": alphanet,
+    "decoupled_kl": decoupled_kl,
+    "smoothed_forward_kl": smoothed_forward_kl,
+}
+
+
+def bound(name: str, **options: float) -> Bound:
+    """A function of this module with its options, for the fused head loss.
+
+    Raises:
+      ConfigError: for a name that is none of them.
+    """
+    if name not in FUNCTIONS:
+        raise ConfigError(f"{name!r}: must be one of {', '.join(FUNCTIONS)}")
+    return Bound(name, tuple(sorted(options.items())))
+
+
+def _tempered(
+    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
+) -> tuple[Array, Array]:
+    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
+    if student.shape != teacher.shape or student.ndim == 0:
+        raise ConfigError(
+            f"student_logits {list(student.shape)} and teacher_logits {list(teacher.shape)} must "
+            "have one shape [..., V]; slice padded vocabulary off first"
+        )
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be positive")
+    wide = jnp.promote_types(student.dtype, jnp.float32)
+    clamped = (jnp.maximum(x.astype(wide), _LOWEST) for x in (student, teacher))
+    student, teacher = (x / jnp.asarray(temperature, wide) for x in clamped)
+    return student, teacher
+
+
+def _scaled(values: Array, temperature: ArrayLike, scale_by_t2: bool) -> Array:
+    return values * jnp.square(temperature).astype(values.dtype) if scale_by_t2 else values
