@@ -4,16 +4,18 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from jaxdistill.config import keys, syntax
 from jaxdistill.config.methods import METHODS
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import BUDGET_PATTERN, NAME_PATTERN
+from jaxdistill.config.section import BUDGET_PATTERN, NAME_PATTERN, Section
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.errors import ConfigError
+
+Tree = TypeVar("Tree", bound=Section)
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
@@ -54,8 +56,13 @@ def read(path: str | os.PathLike) -> str:
 
 def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML text; `name` stands for the file in messages."""
+    return loads_as(Config, text, name, overrides)
+
+
+def loads_as(schema: type[Tree], text: str, name: str, overrides: Sequence[str] = ()) -> Tree:
+    """As `loads`, for a file of another kind: `schema` is the section it holds."""
     document = syntax.parse(text)
-    report = _Report(name, document.marks)
+    report = _Report(name, document.marks, schema)
     for fault in document.faults:
         report.at(fault.line, fault.column, fault.message)
     raw = document.value
@@ -68,7 +75,7 @@ def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Con
         for override in overrides:
             _override(raw, override, report)
         try:
-            config = Config.model_validate(raw)
+            config = schema.model_validate(raw)
         except ValidationError as error:
             for item in error.errors(include_url=False):
                 _translate(raw, dict(item), report)
@@ -88,6 +95,7 @@ class _Report:
 
     name: str
     marks: dict[Path, tuple[int, int]]
+    schema: type[Section]
     sources: dict[Path, str] = dataclasses.field(default_factory=dict)
     lines: list[tuple[tuple, str]] = dataclasses.field(default_factory=list)
 
@@ -166,7 +174,7 @@ def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> No
         for key in [key for key in item["input"] if key not in names]:
             unknown = {"type": "extra_forbidden", "loc": ("method", "", key)}
             _translate(raw, unknown, report)
-    key, message = _key(raw, path), _message(raw, path, item)
+    key, message = _key(raw, path), _message(raw, path, item, report.schema)
     if item["type"].startswith("union_tag"):
         path = (*path, "name")
         key = _key(raw, path)
@@ -228,11 +236,22 @@ _ALTERNATIVES = {
 }
 
 
-def _message(raw: dict[str, Any], path: Path, item: dict[str, Any]) -> str:
+def _suggest(raw: dict[str, Any], path: Path, schema: type[Section]) -> str:
+    """What an unknown key probably was."""
+    key, given = str(path[-1]), _at(raw, path[:-1])[1]
+    if schema is Config:
+        return keys.suggest(path[:-1], key, given)
+    tree = schema.model_json_schema()
+    sections = [tree, *tree.get("$defs", {}).values()]
+    best = keys.nearest(key, {name for part in sections for name in part.get("properties", {})})
+    return f'did you mean "{best}"?' if best else ""
+
+
+def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type[Section]) -> str:
     """What is wrong and, where it can be guessed, what was meant."""
     kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
     if kind == "extra_forbidden":
-        hint = keys.suggest(path[:-1], str(path[-1]), _at(raw, path[:-1])[1])
+        hint = _suggest(raw, path, schema)
         return f"unknown key; {hint}" if hint else "unknown key"
     if kind == "missing":
         return "required, but missing"

@@ -124,7 +124,8 @@ def answer(text: str, kind: str, *, choices: str = "ABCDE") -> str | None:
     r"""The final answer of a free-form solution, or None.
 
     Looked for in this order: the last \boxed{...}, what follows "####" (GSM8K), the few-shot rule
-    of `cleanse` on the text behind any thinking. Choices are letters, alone or in parentheses.
+    of `cleanse` on the text behind any thinking. Choices are letters, alone or in parentheses;
+    an expression without parentheses is a number.
     """
     text = without_thinking(text)[-LONGEST:]
     boxed = last_boxed(text)
@@ -136,7 +137,8 @@ def answer(text: str, kind: str, *, choices: str = "ABCDE") -> str | None:
         # A model that goes on with a question of its own has answered before it.
         text = re.split(r"\n(?:Q|Question):", text)[0]
     if kind == "expression":
-        return _parenthesised(text.rsplit(TRIGGER, 1)[-1])
+        text = re.split("(?i)the answer is", text)[-1]
+        return _parenthesised(text) or cleanse(text, "number")
     if kind == "choice":
         return _choice(text, choices)
     if kind == "text":

@@ -71,9 +71,7 @@ def test_a_preamble_stands_behind_the_dashes(tmp_path, reference_data):
     preamble = prompts.load_preamble(path)
     assert preamble.startswith("Given a series of navigation instructions")
     asked = prompts.with_preamble(preamble, "Turn left?")
-    assert asked.endswith(
-        "is No.\n\nQ: Turn left?\nA: Let's think step by step.\n"
-    ) or asked.endswith("\n\nQ: Turn left?\nA: Let's think step by step.\n")
+    assert asked.endswith("\n\nQ: Turn left?\nA: Let's think step by step.\n")
     (tmp_path / "e.txt").write_text("canary\n-----\n")
     with pytest.raises(ConfigError, match="is empty"):
         prompts.load_preamble(tmp_path / "e.txt")

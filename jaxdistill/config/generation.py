@@ -1,0 +1,150 @@
+"""The file of `jaxdistill teacher generate`: who is asked what, how often, and what is kept."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxdistill.config.loader import loads_as, read
+from jaxdistill.config.section import Count, Dtype, Path, Problem, Section, Size
+
+
+class Api(Section):
+    """A server that speaks OpenAI's protocol, such as vLLM or `jaxdistill serve`."""
+
+    base_url: Path = Field(description="Such as http://localhost:8000/v1.")
+    model: Path = Field(description="Its name for the model.")
+    key_env: Path = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; may be unset."
+    )
+    chat: bool = Field(
+        False, description="Ask as the user's turn of a chat; else continue the prompt as text."
+    )
+    concurrency: int = Field(8, ge=1, le=512, description="Requests at the same time.")
+    timeout_s: float = Field(120.0, gt=0, le=1e5, description="Seconds until a request failed.")
+    retries: int = Field(
+        5, ge=0, le=100, description="Further tries after an error that may pass, ever later."
+    )
+    max_failures: int = Field(
+        20, ge=1, le=10**6, description="Give up after so many failed requests in a row."
+    )
+    price_in: float = Field(0.0, ge=0, le=1e6, description="Cost of a million tokens read.")
+    price_out: float = Field(0.0, ge=0, le=1e6, description="Cost of a million tokens written.")
+
+
+class AskedTeacher(Section):
+    """Who explains: a model on this machine, or a server."""
+
+    source: Path | None = Field(None, description="A model, as teacher.source in a run.")
+    dtype: Dtype = Field("bfloat16", description="Type of its weights, computing and cache.")
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = Field(
+        None, description="Type of its keys and values; null: as dtype."
+    )
+    slots: int = Field(32, ge=1, le=4096, description="Answers that are written at a time.")
+    chat: bool = Field(False, description="Ask as the user's turn of its chat template.")
+    api: Api | None = Field(None, description="A server instead.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: one of the two."""
+        if (self.source is None) == (self.api is None):
+            yield (), "needs one of source, api"
+        if self.api is not None and self.chat:
+            yield ("chat",), "has no effect with a server: use api.chat"
+
+
+class Prompt(Section):
+    """How a question is put."""
+
+    style: Literal["zero_shot", "few_shot", "auto_cot", "preamble", "plain"] = Field(
+        "zero_shot",
+        description="zero_shot: one of the published triggers; few_shot: worked examples; "
+        "auto_cot: worked examples that the teacher makes itself; preamble: a text in front; "
+        "plain: the question alone.",
+    )
+    trigger: int = Field(1, ge=1, le=14, description="Number of the zero-shot trigger.")
+    exemplars: Path | None = Field(None, description="File of worked examples, for few_shot.")
+    preamble: Path | None = Field(None, description="Text file, for preamble.")
+    symbolic: bool = Field(False, description="Ask for an arithmetic expression as the answer.")
+    clusters: int = Field(8, ge=1, le=1000, description="Worked examples of auto_cot.")
+    pool: Count = Field(100, description="Questions that auto_cot chooses among.")
+    embed: Literal["tfidf", "hidden"] = Field(
+        "tfidf", description="What auto_cot clusters: word weights, or mean hidden states."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: files where they are needed, and only there."""
+        for name, style in (("exemplars", "few_shot"), ("preamble", "preamble")):
+            given = getattr(self, name) is not None
+            if given != (self.style == style):
+                yield (name,), f"belongs to style: {style}" if given else f"needed by {style}"
+        if self.symbolic and self.style != "few_shot":
+            yield ("symbolic",), "has no effect without style: few_shot"
+
+
+class Sampling(Section):
+    """How answers are drawn."""
+
+    samples: int = Field(30, ge=1, le=10000, description="Answers per question, N.")
+    temperature: float = Field(1.0, ge=0, le=1000, description="0 is greedy.")
+    top_k: Size | None = Field(None, description="Draw among the k most probable tokens.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Draw among the fewest tokens whose probability reaches p."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Draw among tokens this fraction as probable as the best."
+    )
+    max_new_tokens: int = Field(128, ge=1, le=10**6, description="Longest answer (tokens).")
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = Field(
+        ("\nQ:",), max_length=16, strict=False, description="Strings that end an answer."
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="With question and sample, decides.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: no setting without effect."""
+        if self.temperature == 0:
+            if self.samples > 1:
+                yield ("samples",), "must be 1 at temperature 0: all answers would be equal"
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    yield (name,), "has no effect at temperature 0"
+
+
+class Filter(Section):
+    """What is kept."""
+
+    correct_only: bool = Field(True, description="Drop answers that are wrong.")
+    dedupe: bool = Field(True, description="Drop repetitions within a question.")
+    budget: Count | None = Field(None, description="Samples per question; null: all.")
+    by: Literal["random", "diversity", "likelihood", "open_endedness"] = Field(
+        "random", description="How a budget chooses."
+    )
+
+
+class Generation(Section):
+    """The whole file."""
+
+    version: int = Field(1, ge=1, le=1, description="Version of this format.")
+    teacher: AskedTeacher = Field(description="Who explains.")
+    task: Path = Field(description="Questions, such as svamp_train or FILE.jsonl?kind=number.")
+    limit: Count | None = Field(None, description="Only so many questions.")
+    prompt: Prompt = Field(default_factory=Prompt, description="How a question is put.")
+    sampling: Sampling = Field(default_factory=Sampling, description="How answers are drawn.")
+    filter: Filter = Field(default_factory=Filter, description="What is kept.")
+    forms: tuple[Literal["scotd", "label", "step_by_step", "sequence_kd", "think"], ...] = Field(
+        ("scotd",), min_length=1, strict=False, description="Training files to write."
+    )
+    output: Path = Field("runs/rationales", description="Folder for samples and training files.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: hidden states only from a model that is here."""
+        if self.teacher.api is not None and self.prompt.embed == "hidden":
+            yield ("prompt", "embed"), "a server shows no hidden states: use tfidf"
+
+
+def load(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Generation:
+    """The file, with `key=value` overrides applied, checked.
+
+    Raises:
+      ConfigError: with one line for each thing wrong.
+    """
+    return loads_as(Generation, read(path), path, overrides)

@@ -1,0 +1,98 @@
+"""Tasks: published files read as they are, generated ones right, damage named."""
+
+import json
+import re
+
+import pytest
+
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.reasoning import tasks
+from jaxdistill.reasoning.extract import canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind"),
+    [
+        ("svamp", 200, "expression"),
+        ("svamp_train", 800, "expression"),
+        ("gsm8k", 1319, "number"),
+        ("aqua", 254, "choice"),
+        ("aqua_dev", 254, "choice"),
+        ("bbh_navigate", 250, "yes_no"),
+        ("bbh_word_sorting", 250, "text"),
+        ("bbh_date_understanding", 250, "choice"),
+        ("bbh_object_counting", 250, "number"),
+        ("bbh_multistep_arithmetic_two", 250, "number"),
+        ("bbh_boolean_expressions", 250, "text"),
+    ],
+)
+def test_published_tasks_are_read(reference_data, name, count, kind):
+    task = tasks.load(name, folder=reference_data)
+    assert (len(task.items), task.kind) == (count, kind)
+    assert len({item.id for item in task.items}) == count
+    verify = task.verifier()
+    for item in task.items:  # the gold answer, said in words, is right; something else is not
+        assert canonical(item.gold, kind) is not None
+        assert verify(f"So the answer is {item.gold}.", item.gold).correct
+    assert not verify("hm", task.items[0].gold).correct
+
+
+def test_aqua_lists_its_options(reference_data):
+    question = tasks.load("aqua", folder=reference_data, limit=1).items[0].question
+    assert " Answer Choices: (A) 5(√3 + 1) (B) 6(√3 + √2) (C) " in question
+
+
+def test_generated_arithmetic_is_right_and_repeatable():
+    task = tasks.load("arithmetic?count=50&terms=4&digits=2&seed=3")
+    assert task == tasks.load("arithmetic?count=50&terms=4&digits=2&seed=3")
+    assert task.items != tasks.load("arithmetic?count=50&terms=4&digits=2").items
+    for item in task.items:
+        words = item.question.removeprefix("Work from left to right: ").split()
+        value = int(words[0])
+        for sign, term in zip(words[1::2], words[2::2], strict=True):
+            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[sign](int(term))
+        assert item.gold == str(value) and item.rationale.endswith(f"= {value}.")
+
+
+def test_own_files(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"question": "1 + 1?", "answer": 2}, {"question": "x?", "answer": "7", "id": "b"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load(f"{path}?kind=number")
+    assert [(item.id, item.gold) for item in task.items] == [("1", "2"), ("b", "7")]
+    path.write_text('{"question": "x"}')
+    with pytest.raises(DataError, match="mine.jsonl:1: field `answer` must be"):
+        tasks.load(str(path))
+    path.write_text("{")
+    with pytest.raises(DataError, match="mine.jsonl:1: bad JSON"):
+        tasks.load(str(path))
+    path.write_text("")
+    with pytest.raises(DataError, match="has no questions"):
+        tasks.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("poems", ConfigError, "task 'poems': unknown; use one of svamp"),
+        ("svamp?count=3", ConfigError, "takes no options"),
+        ("arithmetic?terms=1", ConfigError, "terms must be 2 to 12"),
+        ("arithmetic?words=1", ConfigError, "option words='1'"),
+        ("arithmetic?count=-1", ConfigError, "option count='-1'"),
+        ("x.jsonl?kind=poem", ConfigError, "takes kind, one of number"),
+        ("gsm8k", DataError, "put the file of openai/grade-school-math there"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        tasks.load(name, folder=tmp_path)
+
+
+def test_reasoning_gym_is_an_extra():
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="pip install 'jaxdistill\\[gym\\]'"):
+            tasks.load("gym:leg_counting")
+        return
+    assert len(tasks.load("gym:leg_counting?count=5").items) == 5
