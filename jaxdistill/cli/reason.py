@@ -1,0 +1,48 @@
+"""The commands of reasoning: teacher generate, serve, and eval on tasks."""
+
+import argparse
+import os
+
+from jaxdistill.cli.output import print_json, stdout_is_json
+
+
+def teacher_generate(arguments: argparse.Namespace) -> None:
+    """Asks a teacher for rationales."""
+    from jaxdistill.config import generation
+
+    config = generation.load(
+        arguments.config,
+        [
+            *arguments.overrides,
+            *([f"sampling.samples={arguments.samples}"] if arguments.samples else []),
+        ],
+    )
+    with stdout_is_json(True):
+        from jaxdistill.engine import rationales
+
+        found = rationales.generate(config)
+    if arguments.json:
+        return print_json(found)
+    print(
+        f"{found['samples']} samples of {found['questions']} questions: {found['parsed']} parsed, "
+        f"{found['correct']} correct, {sum(found['failed'].values())} failed"
+    )
+    for form, file in found["files"].items():
+        dropped = ", ".join(f"{count} {why}" for why, count in file["dropped"].items())
+        print(f"wrote {file['path']}: {file['samples']} samples ({form}); dropped: {dropped or 0}")
+    return None
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves a model."""
+    from jaxdistill.engine import serving
+
+    serving.serve(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        slots=arguments.slots,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        key=os.environ.get(arguments.key_env) if arguments.key_env else None,
+    )
