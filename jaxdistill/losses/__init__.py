@@ -11,6 +11,7 @@ from jaxdistill.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from jaxdistill.losses.features import hidden_cosine, hidden_mse, layer_map, relation_kl
 from jaxdistill.losses.likelihood import cross_entropy, masked_mean, token_log_probability
 from jaxdistill.losses.pairs import (
     Response,
@@ -57,8 +58,12 @@ __all__ = [
     "distillm2_skew",
     "forward_kl",
     "generalized_jsd",
+    "hidden_cosine",
+    "hidden_mse",
     "init_temperature_head",
+    "layer_map",
     "masked_mean",
+    "relation_kl",
     "reverse_gradient",
     "reverse_kl",
     "sequence_weights",

@@ -1,0 +1,45 @@
+"""Every method of a configuration trains, is evaluated, resumes and is exported."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from jaxdistill import engine, models
+
+METHODS = {
+    "taid": "{name: taid, mode: scaled}",
+    "ctkd": "{name: ctkd, t_range: 4.0, temperature_lr: 0.05}",
+    "ctkd_per_token": "{name: ctkd, per_token: true}",
+    "smoothed_kd": "{name: smoothed_kd, label_smoothing: 0.1}",
+    "distillm": "{name: distillm, parameters: {skew: 0.2}}",
+    "adaptive_kl": "{name: kd, divergence: adaptive_kl, parameters: {mu: 0.6}}",
+    "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
+    "hidden": "{name: hidden, balance: true}",
+    "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
+    "alpha_beta": "{name: kd, divergence: alpha_beta_divergence}",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_of_one_word_runs_end_to_end(name, load_config, tmp_path):
+    config = load_config(tmp_path, f"method={METHODS[name]}", "train.steps=4", "train.eval_every=2")
+    result = engine.train(config)
+    lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "loss/total" in line]
+    assert len(steps) == 4
+    assert all(math.isfinite(line["loss/total"]) for line in steps)
+    assert math.isfinite(result.metrics["eval/kl_t1"])
+    if name == "taid":
+        ts = [line["knobs/taid_t"] for line in steps]
+        assert ts == sorted(ts)
+        assert ts[0] == pytest.approx(0.4)
+        assert ts[-1] > 0.4
+    if name.startswith("ctkd"):
+        assert steps[0]["loss/temperature"] > 1
+        assert steps[-1]["knobs/reversal"] == pytest.approx(-1)
+    longer = engine.resume(result.run_dir)  # finished: nothing to do, and it opens
+    assert longer.metrics["eval/kl_t1"] == pytest.approx(result.metrics["eval/kl_t1"], rel=1e-5)
+    folder = engine.export(f"{result.run_dir}@latest", tmp_path / "student")
+    assert models.load(folder or tmp_path / "student", tokenizer=False).config.layers == 2
