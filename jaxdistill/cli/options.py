@@ -145,8 +145,9 @@ def _add_measure(commands: Any) -> None:
     evaluate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     evaluate.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
     evaluate.add_argument(
-        "--data", metavar="PATH", action="append", required=True, help="may be given several times"
+        "--data", metavar="PATH", action="append", help="may be given several times"
     )
+    _add_tasks(evaluate)
     evaluate.add_argument(
         "--format", choices=("auto", "text", "messages", "completion"), default="auto"
     )
@@ -202,6 +203,29 @@ def _add_measure(commands: Any) -> None:
     )
     bench.add(measured, _positive)
     _add_json(measured)
+
+
+def _add_tasks(evaluate: argparse.ArgumentParser) -> None:
+    """Options of `eval --tasks`."""
+    about = evaluate.add_argument_group("tasks with a right answer, in place of --data")
+    about.add_argument(
+        "--tasks", metavar="TASK", nargs="+", help="such as svamp gsm8k aqua bbh_navigate"
+    )
+    about.add_argument(
+        "--task-data", metavar="DIR", help="published files; default: as $JAXDISTILL_DATA"
+    )
+    about.add_argument(
+        "--style", default="plain", help="plain, zero_shot, few_shot, predict, chat ..."
+    )
+    about.add_argument("--exemplars", metavar="FILE", help="worked examples, or the preamble")
+    about.add_argument("--self-consistency", metavar="K", type=_natural, default=0, help="votes")
+    about.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=0.7, help="of votes"
+    )
+    about.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
+    about.add_argument("--limit", metavar="N", type=_positive, help="questions of each task")
+    about.add_argument("--seed", type=_natural, default=0)
+    about.add_argument("-o", "--output", metavar="DIR", help="write every answer there")
 
 
 def _add_reason(commands: Any) -> None:

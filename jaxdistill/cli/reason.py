@@ -46,3 +46,41 @@ def serve(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         key=os.environ.get(arguments.key_env) if arguments.key_env else None,
     )
+
+
+def evaluate_tasks(arguments: argparse.Namespace) -> None:
+    """Measures accuracy on tasks."""
+    with stdout_is_json(True):
+        from jaxdistill.engine import tasks
+
+        found = tasks.evaluate(
+            arguments.model,
+            arguments.tasks,
+            tasks.Ask(
+                style=arguments.style,
+                file=arguments.exemplars,
+                samples=arguments.self_consistency,
+                temperature=arguments.temperature,
+                max_new_tokens=arguments.max_new_tokens,
+                seed=arguments.seed,
+                limit=arguments.limit,
+            ),
+            folder=arguments.task_data,
+            slots=max(arguments.batch_size, 1),
+            dtype=arguments.dtype,
+            output=arguments.output,
+        )
+    if arguments.json:
+        return print_json(found)
+    for name, row in found.items():
+        print(f"{name}: {row['questions']} questions, {row['tokens']} tokens")
+        _print_share("greedy", row["greedy"])
+        _print_share("unparsable", row["unparsable"])
+        for label in ("maj_at", "pass_at"):
+            for k, share in row.get(label, {}).items():
+                _print_share(f"{label.replace('_at', '@')}{k}", share)
+    return None
+
+
+def _print_share(name: str, share: dict[str, float]) -> None:
+    print(f"  {name:12} {share['value']:6.1%}  [{share['low']:.1%}, {share['high']:.1%}]")

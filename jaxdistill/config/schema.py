@@ -252,7 +252,7 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     """What needs a teacher has one, and its tokenizer exists."""
     student, teacher = config.student, config.teacher
     if teacher is None:
-        if config.method.name != "sft":
+        if config.method.name != "sft" and getattr(config.method, "with_teacher", True):
             yield ("teacher",), f"method {config.method.name} needs a teacher"
         if student.from_ == "teacher":
             yield ("student", "from"), "there is no teacher: add one, or give student.source"

@@ -386,6 +386,7 @@ def compile_step(
         method.tx,
         micro_batches=config.train.micro_batches,
         monitor=monitor,
+        prepare=method.objective.prepare,
     )
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
     return steps.compiled(step, state, teacher_params, batch, mesh)
