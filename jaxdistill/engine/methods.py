@@ -7,9 +7,12 @@ import optax
 from jaxdistill import objectives, optim
 from jaxdistill.config import Config
 from jaxdistill.config import methods as configured
+from jaxdistill.data import encode
+from jaxdistill.errors import MismatchError
 from jaxdistill.kernels import rows
 from jaxdistill.losses import features, whole_rows
 from jaxdistill.objectives import Objective
+from jaxdistill.reasoning import rationales
 
 
 def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]]:
@@ -27,6 +30,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
     if isinstance(method, configured.Sft):
         return objectives.sft(**head), {}
     knobs: dict[str, Any] = {"alpha": _schedule(method.alpha, config)}
+    if isinstance(method, configured.StepByStep):
+        return _step_by_step(method, config, models, head, knobs)
     if isinstance(method, configured.Taid):
         knobs["taid_t"] = optim.taid(
             config.train.steps,
@@ -74,6 +79,32 @@ def _hidden(method, config: Config, models: Any, head, knobs) -> tuple[Objective
         **head,
     )
     return objective, knobs
+
+
+def _step_by_step(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict]:
+    knobs["temperature"] = _schedule(method.temperature, config)
+    objective = objectives.step_by_step(
+        explains=explains(models.tokenizer),
+        label_weight=method.label_weight,
+        with_teacher=method.with_teacher,
+        **head,
+    )
+    return objective, knobs if method.with_teacher else {}
+
+
+def explains(tokenizer: Any) -> tuple[int, int]:
+    """(place, token) by which an "explain: " prompt differs from a "predict: " one.
+
+    Raises:
+      MismatchError: if this tokenizer does not tell the two apart.
+    """
+    codec = encode.prepare(tokenizer)
+    found = encode.encode_text(codec, [rationales.EXPLAIN + "x", rationales.PREDICT + "x"])
+    pairs = zip(*[row for row in found if not isinstance(row, str)], strict=False)
+    for place, (explain, predict) in enumerate(pairs):
+        if explain != predict:
+            return len(codec.prefix) + place, int(explain)
+    raise MismatchError("step_by_step: the tokenizer writes 'explain' and 'predict' alike")
 
 
 def objective_lr_ratio(config: Config) -> float:
