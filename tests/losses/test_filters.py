@@ -24,12 +24,9 @@ def _filters(width=D, out=4, seed=0):
 
 def test_each_layer_goes_through_its_own_kernel():
     filters, taps = _filters(), _array(K, B, L, D)
-    wanted = np.stack(
-        [
-            np.asarray(taps[k]) @ filters["kernel"][k] + np.asarray(filters["bias"])[k]
-            for k in range(K)
-        ]
-    )
+    kernels, biases = np.asarray(filters["kernel"]), np.asarray(filters["bias"])
+    layers = zip(np.asarray(taps), kernels, biases, strict=True)
+    wanted = np.stack([states @ kernel + bias for states, kernel, bias in layers])
     np.testing.assert_allclose(losses.project(filters, taps), wanted, rtol=1e-5, atol=1e-5)
     shared = losses.init_projectors(jax.random.key(0), D, 9)
     np.testing.assert_allclose(
