@@ -159,17 +159,12 @@ def ctkd(
     """
 
     def init(key):
-        own = {} if width is None else {"kernel": jnp.zeros(width)}
-        return {"temperature": own | {"bias": jnp.ones(())}}
+        return {"temperature": losses.init_temperature_head(width)}
 
     def apply(params, student, signal, batch, knobs):
-        own, factor = params["temperature"], knobs["reversal"]
-        w = own["bias"]
-        if width is not None:
-            hidden = jax.lax.stop_gradient(student.hidden).astype(jnp.float32)
-            w = hidden @ own["kernel"] + w
-        w = factor * w + jax.lax.stop_gradient(w - factor * w)  # w, with factor times its slope
-        temperature = t_start + t_range * jax.nn.sigmoid(w)
+        w = losses.temperature_head(params["temperature"], student.hidden)
+        w = losses.reverse_gradient(w, knobs["reversal"])
+        temperature = losses.ctkd_temperature(w, t_start=t_start, t_range=t_range)
         means = _from_heads(
             head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=temperature,
