@@ -112,9 +112,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Writes the page about one or several runs, or about a workflow or a comparison."""
-    from jaxdistill.report import html, story
+    """Writes the page about runs, about a workflow or a comparison, or about answers to tasks."""
+    from jaxdistill.report import answers, html, story
 
+    if all(map(answers.is_answers, arguments.run_dirs)):
+        print(f"wrote {answers.write_answers(arguments.run_dirs, arguments.output)}")
+        return
     if len(arguments.run_dirs) == 1 and story.is_story(arguments.run_dirs[0]):
         print(f"wrote {story.write_story(arguments.run_dirs[0], arguments.output)}")
         return

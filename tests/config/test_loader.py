@@ -129,7 +129,7 @@ logging: {tensorboard: yes}
         ("method={nam: kd, alpha: 0.5}", 'method.nam = "kd": unknown key; did you mean "name"?'),
         ("data={train: [{path: a.txt}], eval: [{path: b}], loss_on: assistant}", "use all"),
         ("method=kd", "must be a section"),
-        ("method={}", "must be one of kd, smoothed_kd, distillm, hidden, taid, ctkd, step_by_step, sft"),
+        ("method={}", "must be one of kd, smoothed_kd, distillm, hidden"),
         ("method.name=kdd", 'did you mean "kd"?'),
         (
             "method.name=os.system",
