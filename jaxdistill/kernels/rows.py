@@ -217,41 +217,47 @@ def alpha_beta_divergence(alpha: Parameter = 0.2, beta: Parameter = 0.7) -> Row:
     """
     _check_orders(alpha, beta)
 
-    def numbers(like: Array) -> tuple[Array, Array, Array, Array]:
-        # Pallas selects with arrays of one shape only; a divisor is never 0.
-        a, b = jnp.full(like.shape, alpha, like.dtype), jnp.full(like.shape, beta, like.dtype)
-        return a, b, jnp.where(a == 0, 1.0, a), jnp.where(b == 0, 1.0, b)
+    def orders(like: Array) -> tuple[Array, Array]:
+        # Pallas selects with arrays of one shape only.
+        return jnp.full(like.shape, alpha, like.dtype), jnp.full(like.shape, beta, like.dtype)
 
-    def powers(log_p: Array, log_q: Array) -> tuple[Array, Array, Array]:
-        """p^(a+b), q^(a+b) and p^a q^b from one anchor: exactly equal where p = q."""
-        a, b, _, _ = numbers(log_p)
+    def parts(log_p: Array, log_q: Array) -> tuple[Array, Array, Array, Array]:
+        """p^(a+b), q^(a+b), p^a q^b from one anchor, exactly equal where p = q, and log p / q."""
+        a, b = orders(log_p)
         top = jnp.maximum(log_p, log_q)
         none = top == -jnp.inf
-        whole = jnp.exp((a + b) * top)
         p, q = (jnp.where(none, 0.0, x - top) for x in (log_p, log_q))
-        scaled = lambda k, x: jnp.where(k == 0, 0.0, k * x)
-        both = scaled(a, p) + scaled(b, q)
-        return whole * jnp.exp((a + b) * p), whole * jnp.exp((a + b) * q), whole * jnp.exp(both)
+        whole = jnp.exp((a + b) * top)
+        mixed = whole * jnp.exp(_weighted(a, p) + _weighted(b, q))
+        return whole * jnp.exp((a + b) * p), whole * jnp.exp((a + b) * q), mixed, p - q
 
     def dlogq(log_p: Array, log_q: Array) -> Array:
-        a, _, safe_a, _ = numbers(log_p)
-        _, both_q, mixed = powers(log_p, log_q)
-        return jnp.where(a == 0, _times(both_q, log_q - log_p), (both_q - mixed) / safe_a)
+        _, both_q, mixed, gap = parts(log_p, log_q)
+        return -_quotient(both_q, mixed, orders(log_p)[0], gap)
 
     def dlogp(log_p: Array, log_q: Array) -> Array:
-        _, b, _, safe_b = numbers(log_p)
-        both_p, _, mixed = powers(log_p, log_q)
-        return jnp.where(b == 0, _times(both_p, log_p - log_q), (both_p - mixed) / safe_b)
+        both_p, _, mixed, gap = parts(log_p, log_q)
+        return -_quotient(both_p, mixed, orders(log_p)[1], -gap)
 
     def value(log_p: Array, log_q: Array) -> Array:
-        a, b, safe_a, safe_b = numbers(log_p)
-        both_p, both_q, mixed = powers(log_p, log_q)
-        inside = (a * (both_p - mixed) + b * (both_q - mixed)) / ((a + b) * safe_a * safe_b)
-        forward = (_times(both_p, log_p - log_q) + (both_q - both_p) / safe_a) / safe_a
-        reverse = (_times(both_q, log_q - log_p) + (both_p - both_q) / safe_b) / safe_b
-        return jnp.where(b == 0, forward, jnp.where(a == 0, reverse, inside))
+        # Homogeneous of degree a + b in (p, q): Euler's theorem gives it from its derivatives.
+        a, b = orders(log_p)
+        return (dlogp(log_p, log_q) + dlogq(log_p, log_q)) / (a + b)
 
     return Row(value, dlogq, dlogp)
+
+
+def _quotient(base: Array, moved: Array, order: Array, gap: Array) -> Array:
+    """(moved - base) / order with moved = base exp(order gap), also where order is nearly 0."""
+    x = _weighted(order, gap)
+    near = jnp.abs(x) < 0.1
+    small = jnp.where(near, x, 0.0)
+    # Not expm1, which Pallas lacks: (exp(x) - 1) / x to 2e-10.
+    series = 1.0 + small / 2 * (
+        1.0 + small / 3 * (1.0 + small / 4 * (1.0 + small / 5 * (1.0 + small / 6)))
+    )
+    far = (moved - base) / jnp.where(order == 0, 1.0, order)
+    return jnp.where(near, _times(base, gap * series), far)
 
 
 def alpha_divergence(alpha: Parameter = 0.5) -> Row:

@@ -70,6 +70,7 @@ def test_the_statistics_kernel_stays_within_its_budget(target):
         ("gpu:a100", "gradient-kl", 10.1),
         ("gpu:h100", "gradient-taid", 10.1),
         ("gpu:h100", "gradient-jsd", 14.1),  # no closed form: a second read
+        ("gpu:h100", "gradient-ab", 14.1),
         ("gpu:b200", "gradient-xla", 10.4),  # one reduction, where XLA would keep [N, V] float32
         ("gpu:h100", "gradient-float32", 20.1),
     ],

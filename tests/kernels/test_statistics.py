@@ -156,6 +156,9 @@ def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid
         ("skew_forward_kl", (0.1,), {"skew": 0.1}),
         ("skew_reverse_kl", (0.1,), {"skew": 0.1}),
         ("total_variation", (), {}),
+        ("alpha_divergence", (0.4,), {"alpha": 0.4}),
+        ("alpha_beta_divergence", (0.2, 0.7), {"alpha": 0.2, "beta": 0.7}),
+        ("alpha_beta_divergence", (0.0, 1.0), {"alpha": 0.0, "beta": 1.0}),
     ],
 )
 def test_the_second_read_sums_a_divergence(kind, parameters, named):

@@ -335,6 +335,23 @@ def test_parameters_at_their_ends_give_the_plain_directions(name, parameter, sam
     )
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 1e-6, 1e-4, 1e-2, 0.999, 1.0])
+def test_alpha_beta_keeps_its_digits_on_the_way_to_its_limits(alpha, traced):
+    """1 / (a b) of a difference: naively float32 has 3 digits left at 1e-4."""
+    student, teacher = _logits(8, 101), _logits(8, 101, seed=1)
+    q, p = _softmax(student), _softmax(teacher)
+    wanted = _kl(q, p) if alpha == 0 else _kl(p, q) if alpha == 1 else None
+    if wanted is None:
+        long = [np.longdouble(x) for x in (q, p)]
+        wanted = _oracle("alpha_beta_divergence", *long, np.longdouble(alpha), 1 - alpha)
+    loss = lambda alpha, beta: losses.alpha_beta_divergence(
+        student.astype(np.float32), teacher.astype(np.float32), alpha=alpha, beta=beta
+    )
+    value = (jax.jit(loss) if traced else loss)(alpha, 1 - alpha)
+    np.testing.assert_allclose(value, np.float64(wanted), rtol=3e-6)
+
+
 def test_a_weight_of_zero_switches_off_an_infinite_direction():
     student, teacher = jnp.zeros(2), jnp.array([0.0, -jnp.inf])
     np.testing.assert_allclose(

@@ -74,7 +74,11 @@ def make(target: targets.Target, case: str):
     )
     logits = array((N, V), jnp.float32 if option == "float32" else jnp.bfloat16)
     scalar, per_token = array((), jnp.float32), array((N,), jnp.float32)
-    kinds = {"jsd": ("generalized_jsd", (0.5,)), "taid": ("forward_kl", ())}
+    kinds = {
+        "jsd": ("generalized_jsd", (0.5,)),
+        "ab": ("alpha_beta_divergence", (0.2, 0.7)),
+        "taid": ("forward_kl", ()),
+    }
     kind, parameters = kinds.get(option, ("forward_kl", ()))
 
     def dense(student, teacher, weights, temperature):
