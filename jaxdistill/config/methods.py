@@ -1,4 +1,4 @@
-"""The options of the methods, their scheduled knobs, and the optimizer."""
+"""The options of the methods and of their scheduled knobs, and how far each method has come."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -153,6 +153,57 @@ class Distillm(Kd):
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
 
 
+class ReverseKd(Kd):
+    """Reverse KL, MiniLLM's direction, on given text: the student says what the teacher would."""
+
+    name: Literal["reverse_kd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["reverse_kl"] = Field("reverse_kl", description="Its only one.")
+
+
+class Jsd(Kd):
+    """Generalised Jensen-Shannon divergence, GKD's loss, on given text; parameters: beta."""
+
+    name: Literal["jsd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["generalized_jsd"] = Field("generalized_jsd", description="Its only one.")
+
+
+class TotalVariation(Kd):
+    """Total variation: the rate at which the teacher would reject what the student drafts."""
+
+    name: Literal["total_variation"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["total_variation"] = Field("total_variation", description="Its only one.")
+
+
+class Akl(Kd):
+    """Adaptive KL: forward and reverse, weighed by where the models differ; parameters: mu."""
+
+    name: Literal["akl"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["adaptive_kl"] = Field("adaptive_kl", description="Its only one.")
+
+
+class Alphanet(Kd):
+    """AlphaNet: per token the larger of two clipped alpha-divergences; parameters: clip."""
+
+    name: Literal["alphanet"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["alphanet"] = Field("alphanet", description="Its only one.")
+
+
+class Dkd(Kd):
+    """Decoupled KD: the label's part of the KL and the rest, each with a weight of its own."""
+
+    name: Literal["dkd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["decoupled_kl"] = Field("decoupled_kl", description="Its only one.")
+
+
+class Abkd(Kd):
+    """ABKD: the alpha-beta divergence between forward and reverse KL; parameters: alpha, beta."""
+
+    name: Literal["abkd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["alpha_beta_divergence"] = Field(
+        "alpha_beta_divergence", description="Its only one."
+    )
+
+
 class Taid(Head):
     """TAID: the target moves from the student to the teacher; its t adapts to the loss."""
 
@@ -203,52 +254,37 @@ class Sft(Head):
     name: Literal["sft"] = Field(description="The method.")
 
 
-Method = Annotated[Kd | SmoothedKd | Distillm | Taid | Ctkd | Sft, Field(discriminator="name")]
+Method = Annotated[
+    Kd
+    | ReverseKd
+    | Jsd
+    | TotalVariation
+    | SmoothedKd
+    | Distillm
+    | Akl
+    | Alphanet
+    | Dkd
+    | Abkd
+    | Taid
+    | Ctkd
+    | Sft,
+    Field(discriminator="name"),
+]
 METHODS = {
     "kd": Kd,
+    "reverse_kd": ReverseKd,
+    "jsd": Jsd,
+    "total_variation": TotalVariation,
     "smoothed_kd": SmoothedKd,
     "distillm": Distillm,
+    "akl": Akl,
+    "alphanet": Alphanet,
+    "dkd": Dkd,
+    "abkd": Abkd,
     "taid": Taid,
     "ctkd": Ctkd,
     "sft": Sft,
 }
-
-Warmup = Annotated[
-    Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
-    | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
-    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),
-]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimizer(Section):
-    """AdamW and its learning rate."""
-
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    lr: float = Field(1e-4, gt=0, le=10, description="Highest learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warmup."
-    )
-    warmup: Warmup = Field(
-        0.03,
-        description="Rise of the learning rate from 0: a whole number of steps, or a fraction of "
-        "train.steps below 1.",
-    )
-    end_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the last step, as a fraction of lr."
-    )
-    weight_decay: float = Field(
-        0.1, ge=0, le=10, description="Decoupled weight decay; matrices only."
-    )
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), strict=False, description="Decay of the first and second moment."
-    )
-    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        1.0, description="Largest global gradient norm; null: no clipping."
-    )
-
-    def problems(self) -> Iterator[Problem]:
-        """Rules: no setting without effect."""
-        if self.schedule == "constant" and self.end_lr_ratio != 0.1:
-            yield ("end_lr_ratio",), "has no effect with schedule: constant: remove it"
+# measured: its numbers on a real model are in the README or benchmarks/results.
+# exact: loss and gradient equal the authors' code or the paper's formula; no such numbers yet.
+MATURITY = {name: "exact" for name in METHODS} | {"kd": "measured", "sft": "measured"}
