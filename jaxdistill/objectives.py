@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill import losses
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.kernels.row_loss import Function
 from jaxdistill.sharding import current_mesh
@@ -177,6 +178,57 @@ def ctkd(
     return Objective(init, apply, ("alpha", "reversal"))
 
 
+def hidden(
+    *,
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+    widths: tuple[int, int],
+    distance: str = "cosine",
+    balanced: bool = False,
+    **head: Unpack[Head],
+) -> Objective:
+    """Hidden states beside logits: alpha CE + (1 - alpha) T^2 KL + weight mean_k distance_k.
+
+    distance_k compares the k-th pair of layers, the student's projected where widths differ, over
+    the tokens that the loss counts. `balanced` multiplies it by the knob feature_balance.
+    Knobs: alpha, temperature, feature_weight and feature_balance.
+
+    Args:
+      layers: of student and teacher, from `losses.layer_map`.
+      widths: of the student's and the teacher's hidden states.
+      distance: "cosine" or "mse" (of normalised states).
+      balanced: whether there is a knob feature_balance.
+      head: see `Head`.
+
+    Reference: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351; Sanh et al. 2019, arXiv 1910.01108.
+    """
+    measure = {"cosine": losses.hidden_cosine, "mse": losses.hidden_mse}[distance]
+    pairs, (narrow, wide) = len(layers[0]), widths
+
+    def init(key):
+        if narrow == wide:
+            return {}
+        scale = narrow**-0.5
+        return {"projectors": {"kernel": scale * jax.random.normal(key, (pairs, narrow, wide))}}
+
+    def apply(params, student, signal, batch, knobs):
+        means = _from_heads(
+            head, student, signal.outputs, batch, knobs,
+            alpha=knobs["alpha"], temperature=knobs["temperature"],
+        )  # fmt: skip
+        ours = student.taps.astype(jnp.float32)
+        if params:
+            ours = jnp.einsum("kbld,kde->kble", ours, params["projectors"]["kernel"])
+        distances = jnp.mean(measure(ours, signal.outputs.taps), axis=0)
+        features = losses.masked_mean(distances, batch.mask)
+        weight = knobs["feature_weight"] * knobs.get("feature_balance", 1.0)
+        total = means["loss"].total + weight * features.total
+        shown = Mean(jax.lax.stop_gradient(features.total), features.count)
+        return means | {"loss": Mean(total, means["loss"].count), "loss/features": shown}
+
+    knobs = ("alpha", "temperature", "feature_weight") + ("feature_balance",) * balanced
+    return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
+
+
 def _no_parameters(key: Array) -> dict:
     return {}
 
@@ -220,4 +272,5 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "sft": sft,
     "taid": taid,
     "ctkd": ctkd,
+    "hidden": hidden,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import bench, compress, files, runs
+from jaxdistill.cli import bench, compress, files, reason, runs
 
 EXIT_CODES = """exit codes:
   0 done              4 model or tokenizer     7 diverged
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         _add_quantize,
         _add_workflow,
         _add_measure,
+        _add_reason,
         _add_results,
         _add_start,
     ):
@@ -144,8 +145,9 @@ def _add_measure(commands: Any) -> None:
     evaluate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     evaluate.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
     evaluate.add_argument(
-        "--data", metavar="PATH", action="append", required=True, help="may be given several times"
+        "--data", metavar="PATH", action="append", help="may be given several times"
     )
+    _add_tasks(evaluate)
     evaluate.add_argument(
         "--format", choices=("auto", "text", "messages", "completion"), default="auto"
     )
@@ -201,6 +203,50 @@ def _add_measure(commands: Any) -> None:
     )
     bench.add(measured, _positive)
     _add_json(measured)
+
+
+def _add_tasks(evaluate: argparse.ArgumentParser) -> None:
+    """Options of `eval --tasks`."""
+    about = evaluate.add_argument_group("tasks with a right answer, in place of --data")
+    about.add_argument(
+        "--tasks", metavar="TASK", nargs="+", help="such as svamp gsm8k aqua bbh_navigate"
+    )
+    about.add_argument(
+        "--task-data", metavar="DIR", help="published files; default: as $JAXDISTILL_DATA"
+    )
+    about.add_argument(
+        "--style", default="plain", help="plain, zero_shot, few_shot, predict, chat ..."
+    )
+    about.add_argument("--exemplars", metavar="FILE", help="worked examples, or the preamble")
+    about.add_argument("--self-consistency", metavar="K", type=_natural, default=0, help="votes")
+    about.add_argument(
+        "--temperature", metavar="T", type=_temperature, default=0.7, help="of votes"
+    )
+    about.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
+    about.add_argument("--limit", metavar="N", type=_positive, help="questions of each task")
+    about.add_argument("--seed", type=_natural, default=0)
+    about.add_argument("-o", "--output", metavar="DIR", help="write every answer there")
+
+
+def _add_reason(commands: Any) -> None:
+    text = "Let a teacher explain: rationales, filtered, as training data."
+    teacher = commands.add_parser("teacher", help=text, description=text)
+    below = teacher.add_subparsers(dest="action", metavar="ACTION", required=True)
+    ask = _command(below, "generate", reason.teacher_generate, text)
+    ask.add_argument("config", metavar="CONFIG", help="YAML file: teacher, task, prompt, sampling")
+    ask.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as limit=100")
+    ask.add_argument(
+        "-n", "--samples", metavar="N", type=_positive, help="answers per question; default: as set"
+    )
+    _add_json(ask)
+    serve = _command(commands, "serve", reason.serve, "Serve a model by OpenAI's protocol.")
+    serve.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
+    serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    serve.add_argument("--port", type=_natural, default=8000, help="0 takes a free one")
+    serve.add_argument("--slots", metavar="ROWS", type=_positive, default=32, help="at a time")
+    serve.add_argument("--length", metavar="TOKENS", type=_positive, help="prompt and answer")
+    serve.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    serve.add_argument("--key-env", metavar="NAME", help="variable with the key clients must send")
 
 
 def _add_results(commands: Any) -> None:

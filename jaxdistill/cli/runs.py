@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxdistill.cli import reason
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
 from jaxdistill.errors import ConfigError, ModelError
 
@@ -36,7 +37,13 @@ def resume(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measures a model on data."""
+    """Measures a model on data, or on tasks with a right answer."""
+    if (arguments.tasks is None) == (arguments.data is None):
+        raise ConfigError(
+            "eval: give --data, for perplexity, or --tasks, for accuracy; one of them"
+        )
+    if arguments.tasks is not None:
+        return reason.evaluate_tasks(arguments)
     with stdout_is_json(arguments.json):
         from jaxdistill import engine
 

@@ -28,6 +28,7 @@ class Api(Section):
     max_failures: int = Field(
         20, ge=1, le=10**6, description="Give up after so many failed requests in a row."
     )
+    logprobs: bool = Field(True, description="Ask for log-probabilities; not all servers can.")
     price_in: float = Field(0.0, ge=0, le=1e6, description="Cost of a million tokens read.")
     price_out: float = Field(0.0, ge=0, le=1e6, description="Cost of a million tokens written.")
 

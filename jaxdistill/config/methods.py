@@ -39,6 +39,22 @@ Temperature = Annotated[
     | Annotated[TemperatureSchedule, Tag("<schedule>")],
     Discriminator(_knob_kind),
 ]
+
+
+class WeightSchedule(Section):
+    """A weight that moves from start to end over train.steps."""
+
+    schedule: Literal["linear", "cosine"] = Field(description="Shape of the way.")
+    start: float = Field(ge=0, le=1e6, description="Value at the first step.")
+    end: float = Field(ge=0, le=1e6, description="Value at the last step.")
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0, le=1e6), Tag("<number>")]
+    | Annotated[WeightSchedule, Tag("<schedule>")],
+    Discriminator(_knob_kind),
+]
+LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Chunk = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
     | Annotated[int, Field(ge=1, le=2**24), Tag("<tokens>")],
@@ -204,6 +220,33 @@ class Abkd(Kd):
     )
 
 
+class Hidden(Head):
+    """Hidden states beside logits: a distance of chosen layers joins the KL."""
+
+    name: Literal["hidden"] = Field(description="The method.")
+    alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
+    temperature: Temperature = Field(1.0, description="T of the KL.")
+    layers: Annotated[
+        Annotated[Literal["even", "last"], Tag("<rule>")]
+        | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
+        Discriminator(lambda value: "<rule>" if isinstance(value, str) else "<pairs>"),
+    ] = Field(
+        "even",
+        description="Which are compared: even (ends of equal blocks), last, or pairs [student, "
+        "teacher] of layers from 0.",
+    )
+    distance: Literal["cosine", "mse"] = Field("cosine", description="Of two hidden states.")
+    feature_weight: Weight = Field(
+        1.0, description="Weight of the distance; a number or {schedule, start, end}."
+    )
+    balance: bool = Field(
+        False, description="Keep the distance as large as the divergence, times feature_weight."
+    )
+    projector_lr: float = Field(
+        1e-3, gt=0, le=10, description="Highest learning rate of the projectors between widths."
+    )
+
+
 class Taid(Head):
     """TAID: the target moves from the student to the teacher; its t adapts to the loss."""
 
@@ -265,6 +308,7 @@ Method = Annotated[
     | Alphanet
     | Dkd
     | Abkd
+    | Hidden
     | Taid
     | Ctkd
     | Sft,
@@ -281,6 +325,7 @@ METHODS = {
     "alphanet": Alphanet,
     "dkd": Dkd,
     "abkd": Abkd,
+    "hidden": Hidden,
     "taid": Taid,
     "ctkd": Ctkd,
     "sft": Sft,

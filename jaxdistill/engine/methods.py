@@ -8,7 +8,7 @@ from jaxdistill import objectives, optim
 from jaxdistill.config import Config
 from jaxdistill.config import methods as configured
 from jaxdistill.kernels import rows
-from jaxdistill.losses import whole_rows
+from jaxdistill.losses import features, whole_rows
 from jaxdistill.objectives import Objective
 
 
@@ -43,6 +43,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         width = models.student.config.embed if method.per_token else None
         own = {"t_start": method.t_start, "t_range": method.t_range, "width": width}
         return objectives.ctkd(**own, **head), knobs
+    if isinstance(method, configured.Hidden):
+        return _hidden(method, config, models, head, knobs)
     assert isinstance(method, configured.Kd), method
     knobs["temperature"] = _schedule(method.temperature, config)
     divergence, parameters = _divergence(method)
@@ -56,11 +58,31 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
     return objective, knobs
 
 
+def _hidden(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict[str, Any]]:
+    student, teacher = models.student.config, models.teacher.config
+    knobs["temperature"] = _schedule(method.temperature, config)
+    knobs["feature_weight"] = _schedule(method.feature_weight, config)
+    if method.balance:
+        knobs["feature_balance"] = optim.balance(
+            "feature_balance", "loss/divergence", "loss/features"
+        )
+    objective = objectives.hidden(
+        layers=features.layer_map(student.layers, teacher.layers, method.layers),
+        widths=(student.embed, teacher.embed),
+        distance=method.distance,
+        balanced=method.balance,
+        **head,
+    )
+    return objective, knobs
+
+
 def objective_lr_ratio(config: Config) -> float:
     """Learning rate of the objective's own parameters over the student's."""
     method = config.method
     if isinstance(method, configured.Ctkd):
         return method.temperature_lr / config.optimizer.lr
+    if isinstance(method, configured.Hidden):
+        return method.projector_lr / config.optimizer.lr
     return 1.0
 
 

@@ -11,6 +11,7 @@ from jaxdistill.losses.divergences import (
     symmetric_kl,
     total_variation,
 )
+from jaxdistill.losses.features import hidden_cosine, hidden_mse, layer_map, relation_kl
 from jaxdistill.losses.likelihood import cross_entropy, masked_mean, token_log_probability
 from jaxdistill.losses.whole_rows import (
     adaptive_kl,
@@ -33,7 +34,11 @@ __all__ = [
     "decoupled_kl",
     "forward_kl",
     "generalized_jsd",
+    "hidden_cosine",
+    "hidden_mse",
+    "layer_map",
     "masked_mean",
+    "relation_kl",
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",

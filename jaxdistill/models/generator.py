@@ -41,6 +41,7 @@ class Request:
       tokens: the prompt.
       max_new_tokens: at most so many, the end token included.
       samples: continuations; sample s draws from a random stream of its own.
+      first: number of the first sample.
       temperature: 0 takes the most probable token; above 0 draws.
       top_k, top_p, min_p: as in `sampling.filter_logits`; None keeps all.
       seed, stream: name the random streams, with the number of the sample; nothing else does.
@@ -52,6 +53,7 @@ class Request:
     tokens: Sequence[int]
     max_new_tokens: int
     samples: int = 1
+    first: int = 0
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -149,7 +151,13 @@ class Generator:
           ModelError: if its prompt or its settings cannot be used; nothing is queued then.
         """
         check(self.model, request, self.length)
-        self._queue.extend((request, sample) for sample in range(request.samples))
+        numbers = range(request.first, request.first + request.samples)
+        self._queue.extend((request, sample) for sample in numbers)
+
+    @property
+    def waiting(self) -> int:
+        """How many continuations are queued and have no slot yet."""
+        return len(self._queue)
 
     @property
     def busy(self) -> bool:
@@ -195,7 +203,7 @@ class Generator:
                 source[slot], count[slot] = found[1], len(request.tokens)
                 self._rows[slot] = _Row(request, sample, [], [])
                 taken.append(slot)
-                if sample == request.samples - 1:
+                if sample == request.first + request.samples - 1:
                     del self._prefilled[id(request)]
             finished += self._begin(prefill, source, count, taken)
             free += [slot for slot in taken if slot not in self._rows]
@@ -366,6 +374,7 @@ def check_settings(request: Request) -> None:
     wrong = {
         "max_new_tokens": (request.max_new_tokens < 1, "at least 1"),
         "samples": (request.samples < 1, "at least 1"),
+        "first": (not 0 <= request.first < 2**31, "0 or more"),
         "temperature": (not 0 <= heat < np.inf, "0 or more"),
         "top_k": (top_k is not None and not 1 <= top_k < 2**31, "at least 1"),
         "top_p": (top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),

@@ -80,7 +80,8 @@ def make(
     Args:
       loss: from `make_loss`.
       teacher: from `teachers`.
-      tx: the optimizer's chain; its extra argument `value` receives the loss.
+      tx: the optimizer's chain; its extra argument `value` receives what the objective calls its
+        control, else the loss, and `metrics` all means.
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.
       monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
         `recorded`; the others count no tokens. None makes them in every step.
@@ -110,7 +111,10 @@ def make(
         control = means.pop(CONTROL, means["loss"]).value
         norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params, value=control)
+        told = {name: mean.value for name, mean in means.items()}
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, state.params, value=control, metrics=told
+        )
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)
         in_a_row, altogether = state.skipped

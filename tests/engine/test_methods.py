@@ -16,6 +16,8 @@ METHODS = {
     "distillm": "{name: distillm, parameters: {skew: 0.2}}",
     "adaptive_kl": "{name: kd, divergence: adaptive_kl, parameters: {mu: 0.6}}",
     "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
+    "hidden": "{name: hidden, balance: true}",
+    "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
     "alpha_beta": "{name: kd, divergence: alpha_beta_divergence}",
 }
 

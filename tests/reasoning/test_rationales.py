@@ -13,8 +13,8 @@ from jaxdistill.reasoning.rationales import Sample, keep, records, split
 def _sample(number, rationale="Two and two.", answer="4", correct=True, **changes):
     made = Sample(
         id="q1", sample=number, question="2 + 2?", gold="4", completion=f"{rationale} The "
-        f"answer is {answer}.", rationale=rationale, answer=answer, correct=correct, logprob=-float(number),
-        tokens=10, reason="stop",
+        f"answer is {answer}.", rationale=rationale, answer=answer, correct=correct,
+        logprob=-float(number), tokens=10, reason="stop",
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 

@@ -1,0 +1,86 @@
+"""The commands of reasoning: teacher generate, serve, and eval on tasks."""
+
+import argparse
+import os
+
+from jaxdistill.cli.output import print_json, stdout_is_json
+
+
+def teacher_generate(arguments: argparse.Namespace) -> None:
+    """Asks a teacher for rationales."""
+    from jaxdistill.config import generation
+
+    config = generation.load(
+        arguments.config,
+        [
+            *arguments.overrides,
+            *([f"sampling.samples={arguments.samples}"] if arguments.samples else []),
+        ],
+    )
+    with stdout_is_json(True):
+        from jaxdistill.engine import rationales
+
+        found = rationales.generate(config)
+    if arguments.json:
+        return print_json(found)
+    print(
+        f"{found['samples']} samples of {found['questions']} questions: {found['parsed']} parsed, "
+        f"{found['correct']} correct, {sum(found['failed'].values())} failed"
+    )
+    for form, file in found["files"].items():
+        dropped = ", ".join(f"{count} {why}" for why, count in file["dropped"].items())
+        print(f"wrote {file['path']}: {file['samples']} samples ({form}); dropped: {dropped or 0}")
+    return None
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves a model."""
+    from jaxdistill.engine import serving
+
+    serving.serve(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        slots=arguments.slots,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        key=os.environ.get(arguments.key_env) if arguments.key_env else None,
+    )
+
+
+def evaluate_tasks(arguments: argparse.Namespace) -> None:
+    """Measures accuracy on tasks."""
+    with stdout_is_json(True):
+        from jaxdistill.engine import tasks
+
+        found = tasks.evaluate(
+            arguments.model,
+            arguments.tasks,
+            tasks.Ask(
+                style=arguments.style,
+                file=arguments.exemplars,
+                samples=arguments.self_consistency,
+                temperature=arguments.temperature,
+                max_new_tokens=arguments.max_new_tokens,
+                seed=arguments.seed,
+                limit=arguments.limit,
+            ),
+            folder=arguments.task_data,
+            slots=max(arguments.batch_size, 1),
+            dtype=arguments.dtype,
+            output=arguments.output,
+        )
+    if arguments.json:
+        return print_json(found)
+    for name, row in found.items():
+        print(f"{name}: {row['questions']} questions, {row['tokens']} tokens")
+        _print_share("greedy", row["greedy"])
+        _print_share("unparsable", row["unparsable"])
+        for label in ("maj_at", "pass_at"):
+            for k, share in row.get(label, {}).items():
+                _print_share(f"{label.replace('_at', '@')}{k}", share)
+    return None
+
+
+def _print_share(name: str, share: dict[str, float]) -> None:
+    print(f"  {name:12} {share['value']:6.1%}  [{share['low']:.1%}, {share['high']:.1%}]")

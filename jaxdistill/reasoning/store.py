@@ -1,0 +1,127 @@
+"""Samples on disk, one line each, added as they come; a killed run goes on where it was."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.reasoning.rationales import Sample
+
+_FIELDS = set(Sample.__dataclass_fields__)
+
+
+class Store:
+    """The samples of one configuration: `samples.jsonl`, and `asked.json`, what they answer.
+
+    Args:
+      folder: made where it is missing.
+      asked: what decides the samples; a folder made for another is refused.
+
+    Raises:
+      ConfigError: if the folder holds samples of another configuration, or the file is damaged in
+        its middle. A torn last line, left by a kill, is dropped.
+      StorageError: if it cannot be written.
+    """
+
+    def __init__(self, folder: str | pathlib.Path, asked: Mapping[str, Any]):
+        self.folder = pathlib.Path(folder)
+        self.path = self.folder / "samples.jsonl"
+        self.samples: dict[tuple[str, int], Sample] = {}
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._check(dict(asked))
+            self._read()
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def _check(self, asked: dict[str, Any]) -> None:
+        note = self.folder / "asked.json"
+        if note.exists():
+            before = json.loads(note.read_text(encoding="utf-8"))
+            changed = [name for name in asked if before.get(name) != asked[name]]
+            if changed:
+                raise ConfigError(
+                    f"{self.folder}: holds answers to another configuration ({', '.join(changed)} "
+                    "changed): give another `output`, or remove the folder"
+                )
+        write(note, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(self.path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                sample = Sample(**{name: row[name] for name in _FIELDS})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{self.path}:{number}: is no sample ({type(error).__name__}): remove the line"
+                ) from error
+            self.samples.setdefault((sample.id, sample.sample), sample)
+
+    def add(self, sample: Sample) -> bool:
+        """Keeps a sample; False where it is there already."""
+        key = (sample.id, sample.sample)
+        if key in self.samples:
+            return False
+        with _writing(self.path):
+            self._file.write(json.dumps(sample.json(), ensure_ascii=False) + "\n")
+            self._file.flush()
+        self.samples[key] = sample
+        return True
+
+    def missing(self, name: str, count: int) -> list[tuple[int, int]]:
+        """(first, how many) of each run of samples that a question still lacks.
+
+        Only samples below `count` are wanted.
+        """
+        runs: list[tuple[int, int]] = []
+        for number in range(count):
+            if (name, number) in self.samples:
+                continue
+            if runs and sum(runs[-1]) == number:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((number, 1))
+        return runs
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._file.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _writing(place: pathlib.Path):
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be written: {error.strerror or error}") from error
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_records(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines, whole or not at all.
+
+    Raises:
+      StorageError: if it cannot be written.
+    """
+    with _writing(path):
+        write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,127 @@
+"""eval --tasks: greedy and voted accuracy of a model whose answers are known."""
+
+import json
+
+import pytest
+
+from jaxdistill import cli
+from jaxdistill.engine import tasks
+from jaxdistill.engine.tasks import Ask
+from jaxdistill.errors import ConfigError
+from jaxdistill.reasoning.asking import Answer
+from tests.reasoning import teachers
+
+talker = teachers.talker
+
+
+class Scripted:
+    """Answers questions by a table: (question number, sample or "greedy") -> words."""
+
+    def __init__(self, words):
+        self.words, self.asked = words, []
+
+    def __call__(self, model, **options):
+        self.options = options
+        return self
+
+    def spent(self):
+        return {}
+
+    def ask(self, jobs):
+        while jobs:
+            job = jobs.popleft()
+            for sample in range(job.first, job.first + job.count):
+                self.asked.append(job.prompt)
+                drawn = job.settings.temperature > 0
+                words = self.words(job, sample if drawn else "greedy")
+                failed = words is None
+                yield Answer(job, sample, words or "", 3, -1.0, "stop", failed=failed)
+
+
+def _questions(tmp_path, count=4):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_accuracies_are_those_of_the_answers(tmp_path, talker, monkeypatch):
+    def words(job, sample):
+        gold = int(job.id)  # ids count from 1, as do the answers
+        if sample == "greedy":
+            return [" so it is 1", "The answer is 2.", "hm", None][gold - 1]
+        if gold == 1:  # 1 1 1 9 9: the majority of 5 is right, of the first 3 too
+            return f"The answer is {1 if sample < 3 else 9}."
+        if gold == 2:  # 9 2 2 9 9: wrong by majority of 5
+            return f"The answer is {2 if sample in (1, 2) else 9}."
+        return "hm"
+
+    script = Scripted(words)
+    monkeypatch.setattr(tasks, "Local", script)
+    name = _questions(tmp_path)
+    found = tasks.evaluate(talker, [name], Ask(samples=5), output=tmp_path / "out")[name]
+    assert found["greedy"]["value"] == 0.5 and found["unparsable"]["value"] == 0.5
+    assert found["greedy"]["low"] < 0.5 < found["greedy"]["high"]
+    assert found["unparsable_drawn"] == 0.5
+    assert found["maj_at"][5]["value"] == 0.25 and found["maj_at"][3]["value"] == 0.5
+    assert found["maj_at"][1]["value"] == pytest.approx(0.25)
+    assert found["pass_at"][5]["value"] == 0.5
+    assert found["pass_at"][1]["value"] == pytest.approx(0.25)
+    text = next((tmp_path / "out").glob("answers_*")).read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["correct"] for row in rows] == [True, True, False, False]
+    assert rows[0]["votes"] == ["1", "1", "1", "9", "9"] and len(rows[0]["texts"]) == 5
+
+
+def test_zero_shot_asks_a_second_time(tmp_path, talker, monkeypatch):
+    script = Scripted(lambda job, sample: " 1" if "Therefore" in job.prompt else " It is 5.")
+    monkeypatch.setattr(tasks, "Local", script)
+    name = _questions(tmp_path, 1)
+    found = tasks.evaluate(talker, [name], Ask(style="zero_shot"))[name]
+    assert found["greedy"]["value"] == 1.0 and "maj_at" not in found
+    assert script.asked == [
+        "Q: 0 + 1?\nA: Let's think step by step.",
+        "Q: 0 + 1?\nA: Let's think step by step. It is 5. \n"
+        "Therefore, the answer (arabic numerals) is",
+    ]
+
+
+def test_a_real_model_through_the_command(tmp_path, talker, capsys, monkeypatch):
+    monkeypatch.setattr(tasks, "load_any", lambda source, **_: talker)
+    command = ["eval", "absent", "--tasks", "arithmetic?count=3", "--self-consistency", "4",
+               "--max-new-tokens", "6", "--json"]  # fmt: skip
+    assert cli.main(command) == 0
+    first = json.loads(capsys.readouterr().out)["arithmetic?count=3"]
+    assert first["questions"] == 3 and set(first["maj_at"]) == {"1", "2", "3", "4"}
+    assert cli.main([*command, "--batch-size", "2"]) == 0  # other slots, the same answers
+    second = json.loads(capsys.readouterr().out)["arithmetic?count=3"]
+    drop = lambda row: {key: value for key, value in row.items() if key != "seconds"}
+    assert drop(first) == drop(second)
+    assert cli.main(command[:-1]) == 0 and "maj@4" in capsys.readouterr().out
+
+
+def test_a_prompt_longer_than_the_context_is_unparsable(tmp_path, talker):
+    path = tmp_path / "long.jsonl"
+    rows = [{"question": "x" * 600, "answer": "1"}, {"question": "y", "answer": "1"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = tasks.evaluate(talker, [str(path)], Ask(max_new_tokens=2))[str(path)]
+    assert found["questions"] == 2 and found["unparsable"]["value"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (Ask(style="poem"), "style 'poem': is not one of plain"),
+        (Ask(style="few_shot"), "a file belongs to few_shot"),
+        (Ask(file="x"), "a file belongs to few_shot"),
+        (Ask(samples=3, temperature=0.0), "3 samples at temperature 0.0"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, talker, ask, message):
+    with pytest.raises(ConfigError, match=message):
+        tasks.evaluate(talker, [_questions(tmp_path)], ask)
+
+
+def test_eval_wants_data_or_tasks(capsys):
+    assert cli.main(["eval", "absent"]) == 2
+    assert "give --data, for perplexity, or --tasks" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""Samples on disk: a torn line is dropped, what was added stays, nothing is doubled."""
+
+import json
+
+import pytest
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.reasoning.rationales import Sample
+from jaxdistill.reasoning.store import Store
+
+
+def _sample(name, number):
+    return Sample(name, number, "q", "1", "text", "why", "1", True, -1.0, 2, "stop")
+
+
+def test_a_store_goes_on_where_it_was(tmp_path):
+    with Store(tmp_path / "a", {"task": "x"}) as store:
+        assert store.missing("q", 5) == [(0, 5)]
+        for number in (0, 1, 3):
+            assert store.add(_sample("q", number))
+        assert not store.add(_sample("q", 1))
+    with (tmp_path / "a" / "samples.jsonl").open("a") as file:
+        file.write('{"id": "q", "sam')  # a kill in the middle of a line
+    with Store(tmp_path / "a", {"task": "x"}) as store:
+        assert sorted(number for _, number in store.samples) == [0, 1, 3]
+        assert store.missing("q", 6) == [(2, 1), (4, 2)] and store.missing("q", 2) == []
+        assert store.missing("other", 1) == [(0, 1)]
+        store.add(_sample("q", 2))
+    lines = (tmp_path / "a" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [0, 1, 3, 2]
+
+
+def test_another_configuration_or_damage_is_refused(tmp_path):
+    Store(tmp_path, {"task": "x", "n": 1}).close()
+    with pytest.raises(ConfigError, match=r"another configuration \(task changed\)"):
+        Store(tmp_path, {"task": "y", "n": 1})
+    (tmp_path / "samples.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(ConfigError, match="samples.jsonl:1: is no sample"):
+        Store(tmp_path, {"task": "x", "n": 1})
