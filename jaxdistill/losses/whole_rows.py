@@ -217,6 +217,39 @@ def smoothed_forward_kl(
     return _scaled(divergences.forward_kl(student, log_p), temperature, scale_by_t2)
 
 
+def detached_skew_reverse_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    skew: ArrayLike = 0.1,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """KL(q || (1 - skew) p + skew sg(q)): as `skew_reverse_kl`, the mixture a constant.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      skew: weight of the student in the mixture, 0 to 1; may be [..., 1], one per row.
+      temperature: T > 0, divides both logits.
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: for another skew, or shapes that differ.
+
+    Reference: Ko et al. 2025 (DistiLLM-2), arXiv 2503.07067; the constant is its code's.
+    """
+    if isinstance(skew, int | float) and not 0 <= skew <= 1:
+        raise ConfigError(f"skew = {skew}: must be in [0, 1], for it weighs two distributions")
+    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    weight = jnp.asarray(skew, student.dtype)
+    log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    # Clamped: a skew of 0 or 1 must leave the entry that only the other side has infinite for none.
+    parts = jnp.log1p(-weight) + log_p, jnp.log(weight) + log_q
+    mixture = jax.lax.stop_gradient(jnp.maximum(jnp.logaddexp(*parts), _LOWEST))
+    return _scaled(divergences.reverse_kl(student, mixture), temperature, scale_by_t2)
+
+
 def taid(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -271,6 +304,7 @@ FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "adaptive_kl": adaptive_kl,
     "alphanet": alphanet,
     "decoupled_kl": decoupled_kl,
+    "detached_skew_reverse_kl": detached_skew_reverse_kl,
     "smoothed_forward_kl": smoothed_forward_kl,
 }
 

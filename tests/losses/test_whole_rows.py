@@ -104,6 +104,7 @@ CASES = {
     "adaptive_kl": lambda s, t, y, **o: losses.adaptive_kl(s, t, **o),
     "alphanet": lambda s, t, y, **o: losses.alphanet(s, t, **o),
     "decoupled_kl": lambda s, t, y, **o: losses.decoupled_kl(s, t, y, **o),
+    "detached_skew_reverse_kl": lambda s, t, y, **o: losses.detached_skew_reverse_kl(s, t, **o),
     "smoothed_forward_kl": lambda s, t, y, **o: losses.smoothed_forward_kl(s, t, **o),
 }
 

@@ -1,0 +1,204 @@
+"""DistiLLM and DistiLLM-2 on given responses: skewed KL per token, per response, or over pairs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.losses import divergences
+from jaxdistill.losses.likelihood import masked_mean
+from jaxdistill.losses.whole_rows import detached_skew_reverse_kl
+from jaxdistill.types import Mean
+
+DIRECTIONS = ("forward", "reverse")
+
+
+class Response(NamedTuple):
+    """What both models say about responses, one per row.
+
+    Attributes:
+      student_logits: [B, L, V].
+      teacher_logits: [B, L, V].
+      mask: bool [B, L], the tokens of the response; prompt and padding count nothing.
+    """
+
+    student_logits: ArrayLike
+    teacher_logits: ArrayLike
+    mask: ArrayLike
+
+
+def distillm(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    mask: ArrayLike,
+    *,
+    direction: str = "forward",
+    skew: ArrayLike = 0.1,
+) -> Mean:
+    """DistiLLM: the skewed KL of one direction, over all tokens of the batch.
+
+        forward:  KL(p || skew p + (1 - skew) q)        reverse:  KL(q || (1 - skew) p + skew q)
+
+    The published loss has no cross-entropy and no temperature; the responses come from data and,
+    ever more often, from the student itself.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      mask: bool [...], the tokens that count.
+      direction: "forward" or "reverse".
+      skew: weight of the first distribution in the mixture, 0 to 1.
+
+    Returns:
+      Mean over the tokens.
+
+    Raises:
+      ConfigError: for another direction, a skew out of range, or shapes that do not fit.
+
+    Reference: Ko, Kim, Chen, Yun 2024, arXiv 2402.03898, equations 3 to 5.
+    """
+    if direction not in DIRECTIONS:
+        raise ConfigError(f"direction = {direction!r}: must be one of {', '.join(DIRECTIONS)}")
+    forward = direction == "forward"
+    loss = divergences.skew_forward_kl if forward else divergences.skew_reverse_kl
+    return masked_mean(loss(student_logits, teacher_logits, skew=skew), mask)
+
+
+def distillm2(
+    chosen: Response,
+    rejected: Response,
+    *,
+    skew_chosen: ArrayLike = 0.1,
+    skew_rejected: ArrayLike = 0.1,
+    balance: ArrayLike = 1.0,
+) -> dict[str, Mean]:
+    """DistiLLM-2: the teacher's responses pull the student up, its own are pushed down.
+
+        (2 - balance) mean_t KL(p || a p + (1 - a) q)  on the teacher's response (chosen)
+          +   balance mean_t KL(q || (1 - b) p + b sg(q))  on the student's (rejected)
+
+    Each response is a mean over its tokens, then the batch a mean over its pairs: a long response
+    weighs as much as a short one. The q within the second mixture is a constant.
+
+    Args:
+      chosen: the teacher's responses.
+      rejected: the student's responses to the same prompts, row by row; another length is fine.
+      skew_chosen: a, a scalar or [B], such as `distillm2_skew` gives.
+      skew_rejected: b, the same.
+      balance: weight of the rejected side, 1 to 1.5: see `distillm2_balance`.
+
+    Returns:
+      "loss", a Mean over the pairs in which either response has a token, and each side's own mean,
+      "loss/chosen" and "loss/rejected", over the responses that have one.
+
+    Raises:
+      ConfigError: if shapes do not fit or a skew lies outside [0, 1].
+
+    Reference: Ko et al. 2025, arXiv 2503.07067, section 3; the constant q is its code's.
+    """
+    means, rows = [], []
+    sides = (
+        (chosen, divergences.skew_forward_kl, skew_chosen),
+        (rejected, detached_skew_reverse_kl, skew_rejected),
+    )
+    for response, loss, skew in sides:
+        weights = sequence_weights(response.mask)
+        if jnp.ndim(skew):
+            skew = jnp.reshape(jnp.asarray(skew), (-1, 1, 1))
+        values = loss(response.student_logits, response.teacher_logits, skew=skew)
+        rows.append((weights > 0).any(-1))
+        total = masked_mean(values, weights).total
+        means.append(Mean(total, rows[-1].sum().astype(jnp.float32)))
+    if rows[0].shape != rows[1].shape:
+        raise ConfigError(
+            f"distillm2: {rows[0].size} chosen and {rows[1].size} rejected responses: must be as "
+            "many, one of each per prompt"
+        )
+    pairs = (rows[0] | rows[1]).sum().astype(jnp.float32)
+    total = (2.0 - balance) * means[0].total + balance * means[1].total
+    return {"loss": Mean(total, pairs), "loss/chosen": means[0], "loss/rejected": means[1]}
+
+
+def sequence_weights(mask: ArrayLike) -> Array:
+    """Weights that make a mean over tokens the mean of the rows' means: mask / (tokens of the row).
+
+    As `mask` of `kernels.linear_divergence` they give each response the same weight.
+
+    Args:
+      mask: bool or float [..., L], the tokens that count.
+
+    Returns:
+      float32 [..., L]; each row sums to 1, and to 0 where it has no token.
+
+    >>> import jax.numpy as jnp
+    >>> print(sequence_weights(jnp.array([[True, True], [False, True], [False, False]])))
+    [[0.5 0.5]
+     [0.  1. ]
+     [0.  0. ]]
+    """
+    weights = jnp.asarray(mask).astype(jnp.float32)
+    count = weights.sum(-1, keepdims=True)
+    return weights / jnp.where(count == 0, 1.0, count)
+
+
+def distillm2_skew(
+    teacher_log_probability: ArrayLike,
+    student_log_probability: ArrayLike,
+    first_gap: ArrayLike,
+    *,
+    skew: float = 0.1,
+    smallest: float = 0.01,
+) -> Array:
+    """DistiLLM-2's curriculum: the closer the student is to the teacher, the smaller the skew.
+
+    clip(1 - (1 - skew) first_gap / (exp(log p) - exp(log q) + 1e-5), smallest, skew)
+
+    Args:
+      teacher_log_probability: [...], log p, the mean log-probability of a response's tokens.
+      student_log_probability: [...], log q, the same under the student.
+      first_gap: the mean of exp(log p) - exp(log q) over the first batch, which all later ones are
+        measured against.
+      skew: the largest value, that of the start.
+      smallest: the smallest value.
+
+    Returns:
+      [...], constants to the gradient, float32.
+
+    Raises:
+      ConfigError: unless 0 <= smallest <= skew <= 1, or for shapes that differ.
+
+    Reference: Ko et al. 2025, arXiv 2503.07067, section 3.3, as in its code, where it is off.
+    """
+    if not 0 <= smallest <= skew <= 1:
+        raise ConfigError(
+            f"smallest = {smallest}, skew = {skew}: must be 0 <= smallest <= skew <= 1"
+        )
+    p, q = (
+        jnp.exp(jnp.asarray(x, jnp.float32))
+        for x in (teacher_log_probability, student_log_probability)
+    )
+    if p.shape != q.shape:
+        raise ConfigError(
+            f"teacher_log_probability {list(p.shape)} and student_log_probability {list(q.shape)} "
+            "must have one shape, a number per response"
+        )
+    gap = p - q + 1e-5
+    # A gap of exactly 0 would make 0 / 0 at a first gap of 0; a student that is ahead has a
+    # negative gap, and so the largest skew.
+    ratio = (1.0 - skew) * first_gap / jnp.where(gap == 0, 1e-5, gap)
+    return jax.lax.stop_gradient(jnp.clip(1.0 - ratio, smallest, skew))
+
+
+def distillm2_balance(progress: ArrayLike) -> Array:
+    """Weight of the rejected side over a run, 1 + min(1, 2 x) / 2: from 1 to 1.5 at its middle.
+
+    Args:
+      progress: x, steps made over steps of the run, held within [0, 1].
+
+    Reference: Ko et al. 2025, arXiv 2503.07067; an option of its code, off by default.
+    """
+    x = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+    return 1.0 + 0.5 * jnp.minimum(1.0, 2.0 * x)
