@@ -229,6 +229,64 @@ def hidden(
     return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
 
 
+def ted(
+    *,
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+    widths: tuple[int, int],
+    **head: Unpack[Head],
+) -> Objective:
+    """TED: filters of both models learn the task (stage 1), then the student matches the teacher's.
+
+        stage 1: mean_k CE(head_T f_k(h_k)), of each model's filters alone
+        stage 2: alpha * CE + (1 - alpha) * T^2 * KL + feature_weight * mean_k MSE(f_S,k, f_T,k)
+
+    In stage 1 nothing flows to the student, and the optimizer's `student_starts` holds it still; in
+    stage 2 the teacher's filters are constants. Knobs: alpha, temperature, feature_weight, stage.
+
+    Args:
+      layers: of student and teacher, from `losses.layer_map`.
+      widths: of the student's and the teacher's hidden states.
+      head: see `Head`.
+
+    Reference: Liang et al. 2023, arXiv 2210.01351, equations 4 to 6.
+    """
+
+    def init(key):
+        make = lambda which, width: losses.init_filters(
+            jax.random.fold_in(key, which), len(layers[0]), width, widths[1]
+        )
+        return {"student_filters": make(0, widths[0]), "teacher_filters": make(1, widths[1])}
+
+    def apply(params, student, signal, batch, knobs):
+        ours, theirs, teacher = params["student_filters"], params["teacher_filters"], signal.outputs
+        means = _from_heads(
+            head, student, teacher, batch, knobs,
+            alpha=knobs["alpha"], temperature=knobs["temperature"],
+        )  # fmt: skip
+
+        def task(filters, taps):
+            return losses.ted_stage1_loss(
+                filters, taps, teacher.head[: head["vocab"]], batch.targets, batch.mask,
+                chunk=head.get("chunk"), mesh=current_mesh(),
+            ).total  # fmt: skip
+
+        first = lambda: (task(ours, student.taps), task(theirs, teacher.taps))
+        second = lambda: (
+            losses.ted_stage2_loss(ours, student.taps, theirs, teacher.taps, batch.mask).total,
+            jnp.float32(0),
+        )
+        learning = knobs["stage"] < 2
+        a, b = jax.lax.cond(learning, first, second)
+        total = jnp.where(learning, a + b, means["loss"].total + knobs["feature_weight"] * a)
+        count, shown = means["loss"].count, jax.lax.stop_gradient(a + b)
+        names = {"loss/filters": learning, "loss/features": ~learning}
+        own = {name: Mean(shown * on, count * on) for name, on in names.items()}
+        return means | own | {"loss": Mean(total, count)}
+
+    knobs = ("alpha", "temperature", "feature_weight", "stage")
+    return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
+
+
 def _no_parameters(key: Array) -> dict:
     return {}
 
@@ -273,4 +331,5 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "taid": taid,
     "ctkd": ctkd,
     "hidden": hidden,
+    "ted": ted,
 }

@@ -55,6 +55,17 @@ Weight = Annotated[
     Discriminator(_knob_kind),
 ]
 LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+_LAYER_KINDS = {str: "<rule>", int: "<count>"}
+Layers = Annotated[
+    Annotated[Literal["even", "last"], Tag("<rule>")]
+    | Annotated[int, Field(ge=1, le=10**4), Tag("<count>")]
+    | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
+    Discriminator(lambda value: _LAYER_KINDS.get(type(value), "<pairs>")),
+]
+LAYERS = (
+    "Which are compared: even (every layer of the student, with the ends of equal blocks), last, a "
+    "number of pairs at the ends of equal blocks, or pairs [student, teacher] of layers from 0."
+)
 Chunk = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
     | Annotated[int, Field(ge=1, le=2**24), Tag("<tokens>")],
@@ -226,15 +237,7 @@ class Hidden(Head):
     name: Literal["hidden"] = Field(description="The method.")
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
     temperature: Temperature = Field(1.0, description="T of the KL.")
-    layers: Annotated[
-        Annotated[Literal["even", "last"], Tag("<rule>")]
-        | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
-        Discriminator(lambda value: "<rule>" if isinstance(value, str) else "<pairs>"),
-    ] = Field(
-        "even",
-        description="Which are compared: even (ends of equal blocks), last, or pairs [student, "
-        "teacher] of layers from 0.",
-    )
+    layers: Layers = Field("even", description=LAYERS)
     distance: Literal["cosine", "mse"] = Field("cosine", description="Of two hidden states.")
     feature_weight: Weight = Field(
         1.0, description="Weight of the distance; a number or {schedule, start, end}."
@@ -245,6 +248,22 @@ class Hidden(Head):
     projector_lr: float = Field(
         1e-3, gt=0, le=10, description="Highest learning rate of the projectors between widths."
     )
+
+
+class Ted(Head):
+    """TED: filters on chosen layers first learn the task, then the student matches the teacher's."""
+
+    name: Literal["ted"] = Field(description="The method.")
+    alpha: Alpha = Field(0.5, description="Weight of the hard labels.")
+    temperature: Temperature = Field(2.0, description="T of the KL; the paper's is 2.")
+    layers: Layers = Field(4, description=LAYERS)
+    feature_weight: Weight = Field(
+        1.0, description="Weight of the filters' distance; a number or {schedule, start, end}."
+    )
+    filter_steps: float = Field(
+        0.3, gt=0, lt=1, description="Share of the run in which the filters alone learn."
+    )
+    filter_lr: float = Field(1e-3, gt=0, le=10, description="Highest learning rate of the filters.")
 
 
 class Taid(Head):
@@ -309,6 +328,7 @@ Method = Annotated[
     | Dkd
     | Abkd
     | Hidden
+    | Ted
     | Taid
     | Ctkd
     | Sft,
@@ -326,6 +346,7 @@ METHODS = {
     "dkd": Dkd,
     "abkd": Abkd,
     "hidden": Hidden,
+    "ted": Ted,
     "taid": Taid,
     "ctkd": Ctkd,
     "sft": Sft,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jaxdistill import objectives, optim
@@ -45,6 +46,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         return objectives.ctkd(**own, **head), knobs
     if isinstance(method, configured.Hidden):
         return _hidden(method, config, models, head, knobs)
+    if isinstance(method, configured.Ted):
+        return _ted(method, config, models, head, knobs)
     assert isinstance(method, configured.Kd), method
     knobs["temperature"] = _schedule(method.temperature, config)
     divergence, parameters = _divergence(method)
@@ -76,6 +79,28 @@ def _hidden(method, config: Config, models: Any, head, knobs) -> tuple[Objective
     return objective, knobs
 
 
+def _ted(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict[str, Any]]:
+    student, teacher = models.student.config, models.teacher.config
+    knobs["temperature"] = _schedule(method.temperature, config)
+    knobs["feature_weight"] = _schedule(method.feature_weight, config)
+    first = student_starts(config)
+    knobs["stage"] = lambda step: jnp.where(step < first, 1.0, 2.0)
+    objective = objectives.ted(
+        layers=features.layer_map(student.layers, teacher.layers, method.layers),
+        widths=(student.embed, teacher.embed),
+        **head,
+    )
+    return objective, knobs
+
+
+def student_starts(config: Config) -> int:
+    """Steps before the student itself is trained: TED's first stage."""
+    method = config.method
+    if isinstance(method, configured.Ted):
+        return max(1, round(method.filter_steps * config.train.steps))
+    return 0
+
+
 def objective_lr_ratio(config: Config) -> float:
     """Learning rate of the objective's own parameters over the student's."""
     method = config.method
@@ -83,6 +108,8 @@ def objective_lr_ratio(config: Config) -> float:
         return method.temperature_lr / config.optimizer.lr
     if isinstance(method, configured.Hidden):
         return method.projector_lr / config.optimizer.lr
+    if isinstance(method, configured.Ted):
+        return method.filter_lr / config.optimizer.lr
     return 1.0
 
 

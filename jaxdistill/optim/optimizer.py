@@ -22,6 +22,7 @@ def optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     objective_lr_ratio: float = 1.0,
+    student_starts: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
 
@@ -40,6 +41,7 @@ def optimizer(
       eps: added to the root of the second moment.
       weight_decay: decoupled; for the leaves that `decays` names.
       objective_lr_ratio: learning rate under "objective" over that of the rest.
+      student_starts: updates in which all but "objective" stands still, decay included.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -61,6 +63,10 @@ def optimizer(
     if objective_lr_ratio != 1.0:
         scale = optax.scale(objective_lr_ratio)
         chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
+    if student_starts:
+        start = lambda count: jnp.where(count < student_starts, 0.0, 1.0)
+        hold = optax.scale_by_schedule(start)
+        chain.append(optax.masked(hold, lambda params: _under_objective(params, False)))
     return _in_float32(optax.chain(*chain))
 
 
