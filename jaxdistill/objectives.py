@@ -10,6 +10,7 @@ and counts over the batch's counted tokens; the mean named "loss" is optimised, 
 `knobs` holds the numbers that may move during a run, by name.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
@@ -40,6 +41,7 @@ class Objective(NamedTuple):
       needs_teacher: whether `signal` must hold a teacher.
       student_taps: layers of the student whose outputs `apply` reads.
       teacher_taps: layers of the teacher.
+      prepare: whole batch -> more knobs, made before it is split into micro-batches; or None.
     """
 
     init: Callable[[Array], Any]
@@ -48,6 +50,7 @@ class Objective(NamedTuple):
     needs_teacher: bool = True
     student_taps: tuple[int, ...] = ()
     teacher_taps: tuple[int, ...] = ()
+    prepare: Callable[[Batch], Mapping[str, Array]] | None = None
 
 
 class Head(TypedDict, total=False):
@@ -156,17 +159,12 @@ def ctkd(
     """
 
     def init(key):
-        own = {} if width is None else {"kernel": jnp.zeros(width)}
-        return {"temperature": own | {"bias": jnp.ones(())}}
+        return {"temperature": losses.init_temperature_head(width)}
 
     def apply(params, student, signal, batch, knobs):
-        own, factor = params["temperature"], knobs["reversal"]
-        w = own["bias"]
-        if width is not None:
-            hidden = jax.lax.stop_gradient(student.hidden).astype(jnp.float32)
-            w = hidden @ own["kernel"] + w
-        w = factor * w + jax.lax.stop_gradient(w - factor * w)  # w, with factor times its slope
-        temperature = t_start + t_range * jax.nn.sigmoid(w)
+        w = losses.temperature_head(params["temperature"], student.hidden)
+        w = losses.reverse_gradient(w, knobs["reversal"])
+        temperature = losses.ctkd_temperature(w, t_start=t_start, t_range=t_range)
         means = _from_heads(
             head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=temperature,
@@ -235,56 +233,109 @@ def ted(
     widths: tuple[int, int],
     **head: Unpack[Head],
 ) -> Objective:
-    """TED: filters of both models learn the task (stage 1), then the student matches the teacher's.
+    """TED: filters of both models learn the task, then the student matches the teacher's.
 
-        stage 1: mean_k CE(head_T f_k(h_k)), of each model's filters alone
+        stage 1: mean_k CE(head_T(f_k(h_k))), of each model's filters, f_k(h_k) of unit size
         stage 2: alpha * CE + (1 - alpha) * T^2 * KL + feature_weight * mean_k MSE(f_S,k, f_T,k)
 
-    In stage 1 nothing flows to the student, and the optimizer's `student_starts` holds it still; in
-    stage 2 the teacher's filters are constants. Knobs: alpha, temperature, feature_weight, stage.
+    In stage 1 nothing flows to the student, in stage 2 nothing to the teacher's filters; that decay
+    and momentum do not move them either is the optimizer's `trained`.
+    Knobs: alpha, temperature, feature_weight, stage.
 
     Args:
       layers: of student and teacher, from `losses.layer_map`.
       widths: of the student's and the teacher's hidden states.
       head: see `Head`.
 
-    Reference: Liang et al. 2023, arXiv 2210.01351, equations 4 to 6.
+    Reference: Liang et al. 2023, arXiv 2210.01351, section 3; one head for all filters is ours.
     """
+    pairs, (narrow, wide) = len(layers[0]), widths
+    unit = lambda x: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
 
     def init(key):
-        make = lambda which, width: losses.init_filters(
-            jax.random.fold_in(key, which), len(layers[0]), width, widths[1]
-        )
-        return {"student_filters": make(0, widths[0]), "teacher_filters": make(1, widths[1])}
+        return {
+            "student_filters": losses.init_filters(key, pairs, narrow, wide),
+            "teacher_filters": losses.init_filters(key, pairs, wide),
+        }
 
     def apply(params, student, signal, batch, knobs):
-        ours, theirs, teacher = params["student_filters"], params["teacher_filters"], signal.outputs
+        ours, theirs = params["student_filters"], params["teacher_filters"]
+        taps, wanted, mask = student.taps, signal.outputs.taps, batch.mask
         means = _from_heads(
-            head, student, teacher, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
-
-        def task(filters, taps):
-            return losses.ted_stage1_loss(
-                filters, taps, teacher.head[: head["vocab"]], batch.targets, batch.mask,
-                chunk=head.get("chunk"), mesh=current_mesh(),
-            ).total  # fmt: skip
-
-        first = lambda: (task(ours, student.taps), task(theirs, teacher.taps))
-        second = lambda: (
-            losses.ted_stage2_loss(ours, student.taps, theirs, teacher.taps, batch.mask).total,
-            jnp.float32(0),
-        )
+        rows = signal.outputs.head[: head["vocab"]]
+        fused = {"norm": unit, "chunk": head.get("chunk"), "mesh": current_mesh()}
+        task = lambda own, taps: losses.ted_stage1(own, taps, rows, batch.targets, mask, **fused)
+        first = lambda: task(ours, taps).total + task(theirs, wanted).total
+        second = lambda: losses.ted_stage2(ours, theirs, taps, wanted, mask, normalise=True).total
         learning = knobs["stage"] < 2
-        a, b = jax.lax.cond(learning, first, second)
-        total = jnp.where(learning, a + b, means["loss"].total + knobs["feature_weight"] * a)
-        count, shown = means["loss"].count, jax.lax.stop_gradient(a + b)
-        names = {"loss/filters": learning, "loss/features": ~learning}
-        own = {name: Mean(shown * on, count * on) for name, on in names.items()}
-        return means | own | {"loss": Mean(total, count)}
+        own = jax.lax.cond(learning, first, second)
+        total = jnp.where(learning, own, means["loss"].total + knobs["feature_weight"] * own)
+        count, shown = means["loss"].count, jax.lax.stop_gradient(own)
+        on = {"loss/filters": learning, "loss/features": ~learning}
+        means |= {name: Mean(shown * active, count) for name, active in on.items()}
+        return means | {"loss": Mean(total, count)}
 
     knobs = ("alpha", "temperature", "feature_weight", "stage")
     return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
+
+
+def step_by_step(
+    *,
+    explains: tuple[int, int],
+    label_weight: float = 0.5,
+    with_teacher: bool = False,
+    **head: Unpack[Head],
+) -> Objective:
+    """Distilling Step-by-Step: a * L_label + (1 - a) * L_rationale, each the mean of its tokens.
+
+    Own means, over the whole batch, keep long rationales from drowning short labels; the paper's
+    L_label + lambda * L_rationale is a = 1 / (1 + lambda). Both tasks are documents of one batch,
+    told apart by one token of their prompts. Each token's loss is cross-entropy, or with a teacher
+    that of `kd`; knobs are then alpha and temperature.
+
+    Args:
+      explains: (place, token): a document with this token there is a rationale, any other a label.
+      label_weight: a, 0 to 1.
+      with_teacher: add KL(teacher || student) on the same tokens.
+      head: see `Head`.
+
+    Reference: Hsieh et al. 2023, arXiv 2305.02301, equation 3, and its code's alpha.
+    """
+    place, token = explains
+
+    def is_rationale(batch: Batch) -> Array:
+        index = jnp.arange(batch.tokens.shape[1])[None, :] - batch.positions + place
+        index = jnp.clip(index, 0, batch.tokens.shape[1] - 1)
+        return jnp.take_along_axis(batch.tokens, index, axis=1) == token
+
+    def prepare(batch: Batch) -> dict[str, Array]:
+        counted, rationale = batch.mask.astype(jnp.float32), is_rationale(batch)
+        return {
+            "label_tokens": jnp.sum(jnp.where(rationale, 0.0, counted)),
+            "rationale_tokens": jnp.sum(jnp.where(rationale, counted, 0.0)),
+        }
+
+    def apply(params, student, signal, batch, knobs):
+        told = knobs if "label_tokens" in knobs else {**knobs, **prepare(batch)}
+        labels, rationales = told["label_tokens"], told["rationale_tokens"]
+        each = lambda share, count: share * (labels + rationales) / jnp.maximum(count, 1.0)
+        weight = jnp.where(
+            is_rationale(batch), each(1 - label_weight, rationales), each(label_weight, labels)
+        )
+        counted = batch.mask.astype(jnp.float32)
+        weighed = dataclasses.replace(batch, mask=counted * weight)
+        soft = {name: knobs[name] for name in ("alpha", "temperature") if with_teacher}
+        means = _from_heads(
+            head, student, signal.outputs if with_teacher else None, weighed, knobs,
+            **(soft or {"alpha": 1.0}),
+        )  # fmt: skip
+        return means | {"loss": Mean(means["loss"].total, jnp.sum(counted))}
+
+    knobs = ("alpha", "temperature") * with_teacher
+    return Objective(_no_parameters, apply, knobs, needs_teacher=with_teacher, prepare=prepare)
 
 
 def _no_parameters(key: Array) -> dict:
@@ -332,4 +383,5 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "ctkd": ctkd,
     "hidden": hidden,
     "ted": ted,
+    "step_by_step": step_by_step,
 }

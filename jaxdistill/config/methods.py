@@ -251,7 +251,7 @@ class Hidden(Head):
 
 
 class Ted(Head):
-    """TED: filters on chosen layers first learn the task, then the student matches the teacher's."""
+    """TED: filters on chosen layers learn the task, then the student matches the teacher's."""
 
     name: Literal["ted"] = Field(description="The method.")
     alpha: Alpha = Field(0.5, description="Weight of the hard labels.")
@@ -316,6 +316,32 @@ class Sft(Head):
     name: Literal["sft"] = Field(description="The method.")
 
 
+class StepByStep(Head):
+    """Distilling Step-by-Step: labels and rationales as two tasks, each with a mean of its own."""
+
+    name: Literal["step_by_step"] = Field(description="The method.")
+    label_weight: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="a of a * L_label + (1 - a) * L_rationale; the paper's lambda is (1 - a) / a.",
+    )
+    alpha: Alpha = Field(
+        1.0, description="Weight of the hard labels within each task; below 1 a teacher adds a KL."
+    )
+    temperature: Temperature = Field(1.0, description="T of the teacher's KL.")
+
+    @property
+    def with_teacher(self) -> bool:
+        """Whether a teacher takes part."""
+        return self.alpha != 1.0
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: no setting without effect."""
+        if not self.with_teacher and self.temperature != 1.0:
+            yield ("temperature",), "has no effect with alpha: 1, where there is no teacher"
+
+
 Method = Annotated[
     Kd
     | ReverseKd
@@ -331,6 +357,7 @@ Method = Annotated[
     | Ted
     | Taid
     | Ctkd
+    | StepByStep
     | Sft,
     Field(discriminator="name"),
 ]
@@ -349,6 +376,7 @@ METHODS = {
     "ted": Ted,
     "taid": Taid,
     "ctkd": Ctkd,
+    "step_by_step": StepByStep,
     "sft": Sft,
 }
 # measured: its numbers on a real model are in the README or benchmarks/results.

@@ -117,19 +117,20 @@ class Mesh(Section):
 
     data: int = Field(1, ge=-1, le=10**6, description="Copies of the parameters (devices).")
     fsdp: int = Field(-1, ge=-1, le=10**6, description="Parts of parameters and batch (devices).")
-    tensor: int = Field(1, description="Parts of every matrix (devices); only 1 works so far.")
-    context: int = Field(1, description="Parts of every row (devices); only 1 works so far.")
+    tensor: int = Field(
+        1, ge=-1, le=10**6, description="Parts of heads, MLP and vocabulary (devices)."
+    )
+    context: int = Field(1, ge=-1, le=10**6, description="Parts of every row's length (devices).")
 
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes that exist."""
-        for axis in ("data", "fsdp"):
+        axes = ("data", "fsdp", "tensor", "context")
+        for axis in axes:
             if getattr(self, axis) == 0:
                 yield (axis,), "must be at least 1, or -1: all devices that are left"
-        for axis in ("tensor", "context"):
-            if getattr(self, axis) != 1:
-                yield (axis,), "must be 1: this version has no parallelism along this axis yet"
-        if self.data == self.fsdp == -1:
-            yield ("fsdp",), "only one size may be -1, and data is -1 too"
+        left = [axis for axis in axes if getattr(self, axis) == -1]
+        for axis in left[1:]:
+            yield (axis,), f"only one size may be -1, and {left[0]} is -1 too"
 
 
 class Every(Section):
@@ -252,7 +253,7 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     """What needs a teacher has one, and its tokenizer exists."""
     student, teacher = config.student, config.teacher
     if teacher is None:
-        if config.method.name != "sft":
+        if config.method.name != "sft" and getattr(config.method, "with_teacher", True):
             yield ("teacher",), f"method {config.method.name} needs a teacher"
         if student.from_ == "teacher":
             yield ("student", "from"), "there is no teacher: add one, or give student.source"

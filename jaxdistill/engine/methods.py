@@ -8,9 +8,12 @@ import optax
 from jaxdistill import objectives, optim
 from jaxdistill.config import Config
 from jaxdistill.config import methods as configured
+from jaxdistill.data import encode
+from jaxdistill.errors import MismatchError
 from jaxdistill.kernels import rows
 from jaxdistill.losses import features, whole_rows
 from jaxdistill.objectives import Objective
+from jaxdistill.reasoning import rationales
 
 
 def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]]:
@@ -28,6 +31,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
     if isinstance(method, configured.Sft):
         return objectives.sft(**head), {}
     knobs: dict[str, Any] = {"alpha": _schedule(method.alpha, config)}
+    if isinstance(method, configured.StepByStep):
+        return _step_by_step(method, config, models, head, knobs)
     if isinstance(method, configured.Taid):
         knobs["taid_t"] = optim.taid(
             config.train.steps,
@@ -83,7 +88,7 @@ def _ted(method, config: Config, models: Any, head, knobs) -> tuple[Objective, d
     student, teacher = models.student.config, models.teacher.config
     knobs["temperature"] = _schedule(method.temperature, config)
     knobs["feature_weight"] = _schedule(method.feature_weight, config)
-    first = student_starts(config)
+    first = _first_stage(method, config)
     knobs["stage"] = lambda step: jnp.where(step < first, 1.0, 2.0)
     objective = objectives.ted(
         layers=features.layer_map(student.layers, teacher.layers, method.layers),
@@ -93,12 +98,43 @@ def _ted(method, config: Config, models: Any, head, knobs) -> tuple[Objective, d
     return objective, knobs
 
 
-def student_starts(config: Config) -> int:
-    """Steps before the student itself is trained: TED's first stage."""
-    method = config.method
-    if isinstance(method, configured.Ted):
-        return max(1, round(method.filter_steps * config.train.steps))
-    return 0
+def _first_stage(method: configured.Ted, config: Config) -> int:
+    """Steps in which TED's filters alone are trained."""
+    return min(max(1, round(method.filter_steps * config.train.steps)), config.train.steps)
+
+
+def trained(config: Config) -> dict[str, tuple[int, int | None]]:
+    """Which parameters are trained when, as `optim.optimizer` takes it."""
+    if isinstance(config.method, configured.Ted):
+        first = _first_stage(config.method, config)
+        return {"student": (first, None), "objective/teacher_filters": (0, first)}
+    return {}
+
+
+def _step_by_step(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict]:
+    knobs["temperature"] = _schedule(method.temperature, config)
+    objective = objectives.step_by_step(
+        explains=explains(models.tokenizer),
+        label_weight=method.label_weight,
+        with_teacher=method.with_teacher,
+        **head,
+    )
+    return objective, knobs if method.with_teacher else {}
+
+
+def explains(tokenizer: Any) -> tuple[int, int]:
+    """(place, token) by which an "explain: " prompt differs from a "predict: " one.
+
+    Raises:
+      MismatchError: if this tokenizer does not tell the two apart.
+    """
+    codec = encode.prepare(tokenizer)
+    found = encode.encode_text(codec, [rationales.EXPLAIN + "x", rationales.PREDICT + "x"])
+    pairs = zip(*[row for row in found if not isinstance(row, str)], strict=False)
+    for place, (explain, predict) in enumerate(pairs):
+        if explain != predict:
+            return len(codec.prefix) + place, int(explain)
+    raise MismatchError("step_by_step: the tokenizer writes 'explain' and 'predict' alike")
 
 
 def objective_lr_ratio(config: Config) -> float:

@@ -1,6 +1,7 @@
 """Makes the parts of a run from its configuration: models, data, objective, optimizer, step."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,7 +66,31 @@ def mesh_of(config: Config) -> Mesh:
                 f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (this "
                 f"machine has {mesh.size} devices): change it or the mesh"
             )
+    if config.data.seq_len % mesh.shape["context"]:
+        raise ConfigError(
+            f"data.seq_len = {config.data.seq_len}: must be a multiple of mesh.context = "
+            f"{mesh.shape['context']}: change one of them"
+        )
     return mesh
+
+
+def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
+    """Raises where the tensor axis does not divide a model; the vocabulary may be any size.
+
+    Raises:
+      ConfigError: with the numbers and the sizes that would do.
+    """
+    parts = mesh.shape["tensor"]
+    for who, config in named.items():
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp}
+        wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
+        if wrong:
+            common = math.gcd(*sizes.values())
+            fits = [n for n in range(1, common + 1) if common % n == 0]
+            raise ConfigError(
+                f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one "
+                f"of {', '.join(map(str, fits[-6:]))}"
+            )
 
 
 def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
@@ -96,6 +121,7 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
                 check_same(tokenizer, own)
             except MismatchError as error:
                 raise MismatchError(f"{name} ({shape.source}): {error}") from None
+    check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
     teacher = _load_teacher(config, teacher, mesh)
@@ -311,7 +337,7 @@ def method_of(config: Config, models: Models) -> Method:
         eps=o.eps,
         weight_decay=o.weight_decay,
         objective_lr_ratio=methods.objective_lr_ratio(config),
-        student_starts=methods.student_starts(config),
+        trained=methods.trained(config),
     )
     loss = steps.make_loss(
         models.student.config,
@@ -361,6 +387,7 @@ def compile_step(
         method.tx,
         micro_batches=config.train.micro_batches,
         monitor=monitor,
+        prepare=method.objective.prepare,
     )
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
     return steps.compiled(step, state, teacher_params, batch, mesh)

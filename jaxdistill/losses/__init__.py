@@ -12,6 +12,13 @@ from jaxdistill.losses.divergences import (
     total_variation,
 )
 from jaxdistill.losses.features import hidden_cosine, hidden_mse, layer_map, relation_kl
+from jaxdistill.losses.filters import (
+    init_filters,
+    init_projectors,
+    project,
+    ted_stage1,
+    ted_stage2,
+)
 from jaxdistill.losses.likelihood import cross_entropy, masked_mean, token_log_probability
 from jaxdistill.losses.pairs import (
     Response,
@@ -60,9 +67,12 @@ __all__ = [
     "generalized_jsd",
     "hidden_cosine",
     "hidden_mse",
+    "init_filters",
+    "init_projectors",
     "init_temperature_head",
     "layer_map",
     "masked_mean",
+    "project",
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
@@ -72,6 +82,8 @@ __all__ = [
     "smoothed_forward_kl",
     "symmetric_kl",
     "taid",
+    "ted_stage1",
+    "ted_stage2",
     "temperature_head",
     "token_log_probability",
     "total_variation",

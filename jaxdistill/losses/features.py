@@ -131,7 +131,7 @@ def relation_kl(
                 f"{who} {list(x.shape)}: must be [B, L, D] with D a multiple of heads = {heads}, "
                 f"and [B, L] = {list(segment_ids.shape)}"
             )
-        split = x.astype(jnp.float32).reshape(*x.shape[:2], heads, -1)
+        split = _wide(x).reshape(*x.shape[:2], heads, -1)
         scores = jnp.einsum("bqhd,bkhd->bhqk", split, split) / jnp.sqrt(float(split.shape[-1]))
         return jax.nn.log_softmax(jnp.where(seen[:, None], scores, _LOWEST))
 
@@ -142,14 +142,18 @@ def relation_kl(
 
 
 def _states(student: ArrayLike, teacher: ArrayLike) -> tuple[Array, Array]:
-    student = jnp.asarray(student).astype(jnp.float32)
-    teacher = jax.lax.stop_gradient(jnp.asarray(teacher).astype(jnp.float32))
+    student, teacher = _wide(student), jax.lax.stop_gradient(_wide(teacher))
     if student.shape != teacher.shape or student.ndim == 0:
         raise ConfigError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must have one shape "
             "[..., D]; project the student to the teacher's width first"
         )
     return student, teacher
+
+
+def _wide(x: ArrayLike) -> Array:
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _unit(x: Array) -> Array:

@@ -58,7 +58,7 @@ def distillm(
     Raises:
       ConfigError: for another direction, a skew out of range, or shapes that do not fit.
 
-    Reference: Ko, Kim, Chen, Yun 2024, arXiv 2402.03898, equations 3 to 5.
+    Reference: Ko, Kim, Chen, Yun 2024, arXiv 2402.03898.
     """
     if direction not in DIRECTIONS:
         raise ConfigError(f"direction = {direction!r}: must be one of {', '.join(DIRECTIONS)}")
@@ -97,7 +97,7 @@ def distillm2(
     Raises:
       ConfigError: if shapes do not fit or a skew lies outside [0, 1].
 
-    Reference: Ko et al. 2025, arXiv 2503.07067, section 3; the constant q is its code's.
+    Reference: Ko et al. 2025, arXiv 2503.07067; the constant q is its code's.
     """
     means, rows = [], []
     sides = (
@@ -170,7 +170,7 @@ def distillm2_skew(
     Raises:
       ConfigError: unless 0 <= smallest <= skew <= 1, or for shapes that differ.
 
-    Reference: Ko et al. 2025, arXiv 2503.07067, section 3.3, as in its code, where it is off.
+    Reference: Ko et al. 2025, arXiv 2503.07067; an option of its code, off by default.
     """
     if not 0 <= smallest <= skew <= 1:
         raise ConfigError(

@@ -28,7 +28,7 @@ def ctkd_temperature(w: ArrayLike, *, t_start: ArrayLike = 1.0, t_range: ArrayLi
     >>> print(round(float(ctkd_temperature(1.0)), 2))
     15.62
 
-    Reference: Li et al. 2022 (CTKD), arXiv 2211.16231, section 3.1, and its code for the range.
+    Reference: Li et al. 2022 (CTKD), arXiv 2211.16231, and its code for the range.
     """
     if isinstance(t_start, int | float) and not t_start > 0:
         raise ConfigError(f"t_start = {t_start}: must be positive, the smallest temperature")
@@ -97,7 +97,7 @@ def reverse_gradient(x: ArrayLike, factor: ArrayLike) -> Array:
     >>> print(float(value), float(slope))
     3.0 -0.5
 
-    Reference: Ganin, Lempitsky 2014, arXiv 1409.7495, section 3.2.
+    Reference: Ganin, Lempitsky 2014, arXiv 1409.7495.
     """
     return jnp.asarray(x)
 
@@ -128,7 +128,7 @@ def cosine_lambda(
     >>> print([round(float(cosine_lambda(epoch / 10)), 3) for epoch in (0, 1, 5, 10)])
     [0.0, -0.024, -0.5, -1.0]
 
-    Reference: Li et al. 2022 (CTKD), arXiv 2211.16231, equation 9.
+    Reference: Li et al. 2022 (CTKD), arXiv 2211.16231.
     """
     if lambda_min > lambda_max:
         raise ConfigError(

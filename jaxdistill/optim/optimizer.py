@@ -1,5 +1,6 @@
 """The chain: knobs, clipping, AdamW with decay on matrices alone, learning-rate schedule."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     objective_lr_ratio: float = 1.0,
-    student_starts: int = 0,
+    trained: Mapping[str, tuple[int, int | None]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
 
@@ -41,7 +42,12 @@ def optimizer(
       eps: added to the root of the second moment.
       weight_decay: decoupled; for the leaves that `decays` names.
       objective_lr_ratio: learning rate under "objective" over that of the rest.
-      student_starts: updates in which all but "objective" stands still, decay included.
+      trained: path into the parameters, such as "student" -> (first, end): the updates, from 0, in
+        which it moves; outside of them it stands still, whatever decay and momentum say. An end of
+        None is never. What no path names is trained throughout.
+
+    Raises:
+      ConfigError: if a path names no parameter.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -63,10 +69,9 @@ def optimizer(
     if objective_lr_ratio != 1.0:
         scale = optax.scale(objective_lr_ratio)
         chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
-    if student_starts:
-        start = lambda count: jnp.where(count < student_starts, 0.0, 1.0)
-        hold = optax.scale_by_schedule(start)
-        chain.append(optax.masked(hold, lambda params: _under_objective(params, False)))
+    for path, (first, end) in (trained or {}).items():
+        moves = optax.scale_by_schedule(_within(first, end))
+        chain.append(optax.masked(moves, functools.partial(_below, path)))
     return _in_float32(optax.chain(*chain))
 
 
@@ -77,6 +82,24 @@ def _under_objective(params: Any, wanted: bool) -> Any:
         return (bool(path) and getattr(path[0], "key", None) == "objective") == wanted
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _within(first: int, end: int | None) -> optax.Schedule:
+    """1 for the updates from `first` to before `end`, else 0."""
+    return lambda n: jnp.where((n >= first) & (n < (n + 1 if end is None else end)), 1.0, 0.0)
+
+
+def _below(path: str, params: Any) -> Any:
+    """A mask: the leaves whose path begins with the given one."""
+    wanted = path.split("/")
+
+    def one(keys: tuple[Any, ...], leaf: Any) -> bool:
+        return [getattr(key, "key", None) for key in keys[: len(wanted)]] == wanted
+
+    mask = jax.tree_util.tree_map_with_path(one, params)
+    if not any(jax.tree.leaves(mask)):
+        raise ConfigError(f"trained: there is no parameter {path!r}")
+    return mask
 
 
 def decays(params: Any) -> Any:

@@ -70,6 +70,7 @@ def make(
     *,
     micro_batches: int = 1,
     monitor: Callable[[Array], Array] | None = None,
+    prepare: Callable[[Batch], Mapping[str, Array]] | None = None,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -85,6 +86,7 @@ def make(
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.
       monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
         `recorded`; the others count no tokens. None makes them in every step.
+      prepare: of the objective: whole batch -> more knobs; or None.
     """
 
     def sums(params, teacher_params, batch, knobs):
@@ -101,6 +103,8 @@ def make(
     def step(state: TrainState, teacher_params: Any, batch: Batch):
         knobs = optim.knobs(state.opt_state)
         told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
+        if prepare is not None:
+            told = {**told, **prepare(batch)}
         means, gradients = _over_micro_batches(
             lambda part: sums(state.params, teacher_params, part, told), batch, micro_batches
         )

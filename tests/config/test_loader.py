@@ -137,7 +137,7 @@ logging: {tensorboard: yes}
         ("method.alpha={schedule: linear, start: 0, end: 2}", "must be at most 1"),
         ("method.temperature=0", "must be at least 0.01"),
         ("method.chunk=automatic", "must be auto or a number of tokens"),
-        ("mesh.tensor=2", "must be 1: this version has no parallelism along this axis yet"),
+        ("mesh.tensor=-1", "only one size may be -1, and fsdp is -1 too"),
         ("mesh={data: -1}", "only one size may be -1"),
         ("train.micro_batches=5", "must divide train.batch_size (32)"),
         ("student={from: teacher, layers: [2, 1]}", "must rise"),

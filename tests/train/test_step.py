@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,9 @@ def rows(seed, count=ROWS, length=LENGTH):
 
 
 @functools.cache
-def mesh_of(data, fsdp, tensor=1):
-    return make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+def mesh_of(data, fsdp, tensor=1, context=1):
+    sizes = (data, fsdp, tensor, context)
+    return make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
 
 
 class Training:
@@ -148,7 +150,17 @@ def plain():
 
 @pytest.mark.parametrize(
     ("axes", "micro_batches"),
-    [((1, 1), 2), ((1, 1), 4), ((1, 8), 1), ((8, 1), 1), ((2, 4), 2), ((2, 2, 2), 1)],
+    [
+        ((1, 1), 2),
+        ((1, 1), 4),
+        ((1, 8), 1),
+        ((8, 1), 1),
+        ((2, 4), 2),
+        ((2, 2, 2), 1),
+        ((1, 1, 8), 1),
+        ((1, 1, 1, 4), 1),
+        ((1, 2, 2, 2), 2),
+    ],
 )
 def test_meshes_and_micro_batches_give_the_same_curve(plain, axes, micro_batches):
     losses, params = curve(mesh=mesh_of(*axes), micro_batches=micro_batches)
