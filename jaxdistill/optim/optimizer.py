@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim.schedules import knob
@@ -46,12 +47,12 @@ def optimizer(
         which it moves; outside of them it stands still, whatever decay and momentum say. An end of
         None is never. What no path names is trained throughout.
 
-    Raises:
-      ConfigError: if a path names no parameter.
-
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
       `value`, for knobs that adapt to it.
+
+    Raises:
+      ConfigError: when it is initialised, if a path of `trained` names no parameter.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """
@@ -86,7 +87,12 @@ def _under_objective(params: Any, wanted: bool) -> Any:
 
 def _within(first: int, end: int | None) -> optax.Schedule:
     """1 for the updates from `first` to before `end`, else 0."""
-    return lambda n: jnp.where((n >= first) & (n < (n + 1 if end is None else end)), 1.0, 0.0)
+
+    def factor(n: Any) -> Array:
+        within = n >= first if end is None else (n >= first) & (n < end)
+        return jnp.where(within, 1.0, 0.0)
+
+    return factor
 
 
 def _below(path: str, params: Any) -> Any:
