@@ -1,7 +1,4 @@
-"""The family of divergences against reference outputs, float64 closed forms and identities."""
-
-import json
-import pathlib
+"""The family of divergences against float64 closed forms, limits and identities."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,8 +9,6 @@ import pytest
 
 from jaxdistill import losses
 from jaxdistill.errors import ConfigError
-
-GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "divergences.json"
 
 # Every divergence with its parameters, and its closed form of the probabilities in float64 numpy.
 FAMILY = {
@@ -71,89 +66,68 @@ def _logits(*shape, scale=3.0, seed=0):
     return scale * np.random.default_rng(seed).normal(size=shape)
 
 
-def _golden_inputs():
-    b, t, v = np.meshgrid(np.arange(2), np.arange(5), np.arange(7), indexing="ij")
-    student = 2.5 * np.sin(0.9 * v + 0.5 * t + 1.1 * b)
-    teacher = 3 * np.cos(0.7 * v - 0.4 * t + 0.6 * b) + 0.5 * np.sin(2 * v)
-    labels = np.array([[-100, -100, 3, 1, 6], [-100, 2, 5, 0, -100]])
-    return student.astype(np.float32), teacher.astype(np.float32), labels != -100
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_order_of_the_vocabulary_does_not_matter(name):
+    student, teacher = _logits(4, 23).astype(np.float32), _logits(4, 23, seed=1).astype(np.float32)
+    order = np.random.default_rng(2).permutation(23)
+    loss = lambda s, t: getattr(losses, name)(s, t, **FAMILY[name])
+    slope = jax.grad(lambda s, t: loss(s, t).sum())
+    np.testing.assert_allclose(
+        loss(student[:, order], teacher[:, order]), loss(student, teacher), rtol=2e-6
+    )
+    np.testing.assert_allclose(
+        slope(student[:, order], teacher[:, order]), slope(student, teacher)[:, order], atol=1e-6
+    )
 
 
-# Published code returns some losses in the cross-entropy form: ours plus this much of the teacher's
-# entropy, which has the same gradient.
-@pytest.mark.parametrize(
-    "row, name, arguments, entropy_weight",
-    [
-        ("true forward KL T=1", "forward_kl", {}, 0.0),
-        ("true forward KL T=2 times T^2", "forward_kl", {"temperature": 2.0}, 0.0),
-        ("distillm.forward_kl(CE form)", "forward_kl", {}, 1.0),
-        ("distillm.reverse_kl", "reverse_kl", {}, 0.0),
-        (
-            "distillm.symmetric_kl lam=0.9 (FKL part in CE form)",
-            "symmetric_kl",
-            {"weight": 0.9},
-            0.1,
-        ),
-        ("distillm.js_distance lam=0.9", "generalized_jsd", {"beta": 1 - 0.9}, 0.0),
-        ("distillm.js_distance lam=0.5", "generalized_jsd", {"beta": 0.5}, 0.0),
-        (
-            "TRL generalized_jsd beta=0.1 (beta multiplies teacher)",
-            "generalized_jsd",
-            {"beta": 0.1},
-            0.0,
-        ),
-        (
-            "TRL generalized_jsd beta=0.5 (beta multiplies teacher)",
-            "generalized_jsd",
-            {"beta": 0.5},
-            0.0,
-        ),
-        ("distillm.skewed_forward_kl lam=0.1 (CE form)", "skew_forward_kl", {"skew": 0.1}, 1.0),
-        ("distillm.skewed_reverse_kl lam=0.1", "skew_reverse_kl", {"skew": 0.1}, 0.0),
-        ("distillm.tv_distance", "total_variation", {}, 0.0),
-        (
-            "ABKD ab_div alpha=0.5 beta=0.5",
-            "alpha_beta_divergence",
-            {"alpha": 0.5, "beta": 0.5},
-            0.0,
-        ),
-        (
-            "ABKD ab_div alpha=1.0 beta=0.0",
-            "alpha_beta_divergence",
-            {"alpha": 1.0, "beta": 0.0},
-            0.0,
-        ),
-        (
-            "ABKD ab_div alpha=0.0 beta=1.0",
-            "alpha_beta_divergence",
-            {"alpha": 0.0, "beta": 1.0},
-            0.0,
-        ),
-        ("TAID true-KL form t=0.4", "taid", {"taid_t": 0.4}, 0.0),
-        ("TAID true-KL form t=1.0", "taid", {"taid_t": 1.0}, 0.0),
-        (
-            "AlphaNet adaptive alpha in {-1,1} clip 5 "
-            "(surrogate loss value not meaningful; grad is)",
-            "alphanet",
-            {},
-            0.0,
-        ),
-    ],
-)
-def test_reference_code_gives_the_same_loss_and_gradient(row, name, arguments, entropy_weight):
-    student, teacher, mask = _golden_inputs()
-    p = _softmax(teacher)
-    entropy = (-(p * np.log(p)).sum(-1))[mask].mean()
+@pytest.mark.parametrize("name", FAMILY)
+def test_at_high_temperature_every_divergence_is_a_squared_distance_of_logits(name):
+    """T^2 D tends to c / (2 V) sum_v d_v^2 with d the centred difference; total variation to T."""
+    vocab, temperature = 23, 1e4
+    factor = {
+        "generalized_jsd": 0.1 * 0.9,
+        "skew_forward_kl": 0.9**2,
+        "skew_reverse_kl": 0.9**2,
+        "alpha_beta_divergence": vocab ** (1 - 0.9),
+    }.get(name, 1.0)
+    with jax.enable_x64(True):
+        student, teacher = jnp.asarray(_logits(4, vocab)), jnp.asarray(_logits(4, vocab, seed=1))
+        loss = lambda s: getattr(losses, name)(s, teacher, temperature=temperature, **FAMILY[name])
+        value, slope = (
+            np.asarray(loss(student)),
+            np.asarray(jax.grad(lambda s: loss(s).sum())(student)),
+        )
+    difference = np.asarray(student) - np.asarray(teacher)
+    difference -= difference.mean(-1, keepdims=True)
+    if name == "total_variation":
+        wanted = np.abs(difference).sum(-1) / (2 * vocab)
+        np.testing.assert_allclose(value / temperature, wanted, rtol=1e-2)
+        return
+    np.testing.assert_allclose(
+        value, factor * np.square(difference).sum(-1) / (2 * vocab), rtol=1e-2
+    )
+    np.testing.assert_allclose(slope, factor * difference / vocab, rtol=2e-2, atol=1e-4)
 
-    def loss(logits):
-        values = getattr(losses, name)(logits, teacher, **arguments)
-        return losses.masked_mean(values, mask).value
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(student))
-    wanted = json.loads(GOLDEN.read_text())["values"][row]
-    np.testing.assert_allclose(value + entropy_weight * entropy, wanted["loss"], rtol=2e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(gradient), wanted["grad_l2"], rtol=1e-5)
-    np.testing.assert_array_equal(gradient[~mask], 0.0)
+@pytest.mark.parametrize("name", FAMILY)
+def test_bfloat16_logits_of_a_large_vocabulary(name):
+    """Float32 inside costs nothing beside the rounding of the logits, which is the bound."""
+    vocab = 151_936
+    student, teacher = _logits(2, vocab, scale=2.5), _logits(2, vocab, scale=2.5, seed=1)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in (student, teacher)]
+    loss = lambda s, t: getattr(losses, name)(s, t, **FAMILY[name])
+    value, slope = jax.jit(lambda s, t: (loss(s, t), jax.grad(lambda s: loss(s, t).sum())(s)))(
+        *rounded
+    )
+    of = lambda pair: [_softmax(np.asarray(x, np.float64)) for x in pair]
+    same, exact = of(rounded), of((student, teacher))
+    parameters = FAMILY[name].values()
+    np.testing.assert_allclose(value, _oracle(name, *same, *parameters), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(value, _oracle(name, *exact, *parameters), rtol=4e-3, atol=4e-3)
+    assert value.dtype == jnp.float32 and slope.dtype == jnp.bfloat16
+    # A row of the gradient adds up to 0; bfloat16 keeps 8 bits of each of its entries.
+    slope = np.asarray(slope, np.float64)
+    np.testing.assert_array_less(np.abs(slope.sum(-1)), 2**-8 * np.abs(slope).sum(-1) + 1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -141,6 +141,48 @@ def test_hard_logits_are_finite(name, dtype):
     np.testing.assert_array_equal(np.asarray(slope, np.float32)[:, -2:], 0)
 
 
+@pytest.mark.parametrize("name", ["decoupled_kl", "smoothed_forward_kl", "alphanet"])
+def test_gradients_are_finite_differences_in_float64(name):
+    rng, step = np.random.default_rng(0), 1e-6
+    labels = jnp.arange(4)
+    with jax.enable_x64(True):
+        at = tuple(jnp.asarray(2 * rng.normal(size=(4, 9))) for _ in range(2)) + (jnp.asarray(1.7),)
+        loss = lambda s, t, temperature: CASES[name](s, t, labels, temperature=temperature).sum()
+        value = loss
+        if name == "alphanet":  # a surrogate: its slope is that of the unclipped divergence
+            loss = lambda s, t, _: losses.alphanet(s, t, alphas=(-0.5, -0.5), clip=1e30).sum()
+            value = lambda s, t, _: losses.alphanet_value(
+                s, t, alphas=(-0.5, -0.5), clip=1e30
+            ).sum()
+        for argument in range(1 if name == "alphanet" else 3):
+            slope = jax.grad(loss, argnums=argument)(*at)
+            along = jnp.asarray(rng.normal(size=slope.shape))
+            moved = lambda h, a=argument, d=along: value(
+                *(x + h * d if i == a else x for i, x in enumerate(at))
+            )
+            numeric = (moved(step) - moved(-step)) / (2 * step)
+            np.testing.assert_allclose((slope * along).sum(), numeric, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_logits_of_a_large_vocabulary(name):
+    rng = np.random.default_rng(0)
+    student, teacher = (
+        jnp.asarray(2.5 * rng.normal(size=(2, 151_936)), jnp.bfloat16) for _ in "st"
+    )
+    labels = jnp.array([5, 151_935])
+    run = jax.jit(jax.value_and_grad(lambda s, t: CASES[name](s, t, labels).sum()))
+    value, slope = run(student, teacher)
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(np.asarray(x, np.float64)) for x in (student, teacher))
+        exact, exact_slope = run(*wide)
+    np.testing.assert_allclose(value, exact, rtol=2e-5)
+    largest = np.abs(exact_slope).max()
+    np.testing.assert_allclose(
+        np.asarray(slope, np.float64), exact_slope, rtol=2**-8, atol=2e-5 * largest
+    )
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_it_runs_in_the_fused_head_loss(name):
     rng = np.random.default_rng(0)

@@ -1,0 +1,205 @@
+"""The page about accuracy on tasks: by votes, by rationales, right and wrong side by side."""
+
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+import typing
+from collections.abc import Mapping, Sequence
+
+import jinja2
+import markupsafe
+
+from jaxdistill.errors import DataError, StorageError
+from jaxdistill.report import html, pictures, wording
+from jaxdistill.report.diagrams import colour
+from jaxdistill.report.pictures import PALETTE, dress, render
+from jaxdistill.report.story import Figure, Part
+from jaxdistill.report.table import Column
+
+PAGE = "answers.html"
+SHOWN = 3  # questions of each kind beside each other
+Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
+
+
+def write_answers(
+    folders: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
+) -> pathlib.Path:
+    """Writes the page about the answers of one or several models, as one offline HTML file.
+
+    Args:
+      folders: from `jaxdistill eval --tasks`, one per model; a name that ends in _N is taken for a
+        student of N rationales per question.
+      out: the file; default answers.html in the first folder.
+
+    Raises:
+      DataError: if a folder holds no such numbers.
+      UserError: if matplotlib is not installed.
+      StorageError: if the file cannot be written.
+    """
+    pictures.require()
+    places = [pathlib.Path(folder) for folder in folders]
+    path = places[0] / PAGE if out is None else pathlib.Path(out)
+    page = _page(places)
+    try:
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(page, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise StorageError(f"{path}: the page cannot be written: {error}") from error
+    return path
+
+
+def _page(places: Sequence[pathlib.Path]) -> str:
+    files = importlib.resources.files("jaxdistill.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = wording.visible
+    template = environment.from_string(files.joinpath("story.html.jinja").read_text("utf-8"))
+    found = {place: _numbers(place) for place in places}
+    names = list(dict.fromkeys(task for tasks in found.values() for task in tasks))
+    return template.render(
+        style=markupsafe.Markup(html.palette() + files.joinpath("page.css").read_text("utf-8")),
+        title="Answers: " + ", ".join(place.resolve().name for place in places),
+        steps=[],
+        options=[],
+        parts=[_part(task, number, found) for number, task in enumerate(names)],
+        figures=[],
+        as_markup=markupsafe.Markup,
+    )
+
+
+def _numbers(place: pathlib.Path) -> dict[str, typing.Any]:
+    try:
+        value = json.loads((place / "tasks.json").read_text(encoding="utf-8"))
+        if isinstance(value, dict) and all("greedy" in row for row in value.values()):
+            return value
+    except (OSError, ValueError, TypeError):
+        pass
+    raise DataError(f"{place}: holds no tasks.json; `jaxdistill eval MODEL --tasks ... -o DIR`")
+
+
+def _part(task: str, number: int, found: Mapping[pathlib.Path, Mapping]) -> Part:
+    """One task: its table, curves and samples."""
+    models = [(place.resolve().name, rows[task]) for place, rows in found.items() if task in rows]
+    head = [
+        Column("greedy", "greedy", wording.percent, "high"),
+        Column("unparsable", "unparsable", wording.percent, "low"),
+        Column("vote", "vote of all samples", wording.percent, "high"),
+        Column("pass", "one sample is right", wording.percent, "high"),
+    ]
+    lines = [
+        (name, colour(index), [_cell(share) for share in _shares(row)])
+        for index, (name, row) in enumerate(models)
+    ]
+    legend = [(name, colour(index)) for index, (name, _) in enumerate(models)]
+    pairs = [
+        ("Accuracy by votes", _by_votes(models, f"votes{number}")),
+        ("Accuracy by rationales", _by_rationales(models, f"rationales{number}")),
+    ]
+    note = "Bars are 95 % intervals over questions."
+    return Part(
+        name=task,
+        held_out=f"{models[0][1].get('questions', 0)} questions; brackets are 95 % intervals",
+        sentences=[],
+        head=head,
+        lines=lines,
+        figures=[Figure(title, svg, note, legend) for title, svg in pairs if svg is not None],
+        samples=_samples(next(iter(found)), task),
+    )
+
+
+def _shares(row: Mapping[str, typing.Any]) -> list[Mapping | None]:
+    last = lambda name: list(row[name].values())[-1] if row.get(name) else None
+    return [row["greedy"], row.get("unparsable"), last("maj_at"), last("pass_at")]
+
+
+def _cell(share: Mapping[str, float] | None) -> str:
+    if share is None:
+        return "-"
+    ends = [wording.percent(share[end]) for end in ("value", "low", "high")]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+Points = list[tuple[float, Mapping[str, float]]]
+
+
+def _by_votes(models: Sequence[Model], name: str) -> str | None:
+    """maj@k against k for every model."""
+    lines: list[tuple[int, Points, str]] = []
+    for index, (_, row) in enumerate(models):
+        points = [(float(k), share) for k, share in (row.get("maj_at") or {}).items()]
+        lines += [(index, points, "-")] if len(points) > 1 else []
+    return _curve(lines, "votes k", name) if lines else None
+
+
+def _by_rationales(models: Sequence[Model], name: str) -> str | None:
+    """Accuracy against the number of rationales that a student read, greedy and by vote."""
+    numbered = [
+        (float(match.group(1)), row)
+        for model, row in models
+        if (match := re.search(r"_(\d{1,6})$", model))
+    ]
+    if len(numbered) < 2:
+        return None
+    numbered.sort(key=lambda pair: pair[0])
+    lines: list[tuple[int, Points, str]] = [(0, [(n, row["greedy"]) for n, row in numbered], "-")]
+    if all(row.get("maj_at") for _, row in numbered):
+        voted = [(n, list(row["maj_at"].values())[-1]) for n, row in numbered]
+        lines.append((1, voted, "--"))
+    return _curve(lines, "rationales per question (dashed: by vote)", name)
+
+
+def _curve(lines: Sequence[tuple[int, Points, str]], label: str, name: str) -> str:
+    def paint(figure: typing.Any) -> None:
+        axis = figure.subplots()
+        for index, points, style in lines:
+            shade = PALETTE[colour(index)][0]
+            x = [place for place, _ in points]
+            y = [100 * share["value"] for _, share in points]
+            low = [value - 100 * share["low"] for value, (_, share) in zip(y, points, strict=True)]
+            high = [
+                100 * share["high"] - value for value, (_, share) in zip(y, points, strict=True)
+            ]
+            bars = [[max(0.0, v) for v in low], [max(0.0, v) for v in high]]
+            axis.errorbar(
+                x, y, yerr=bars, color=shade, linestyle=style, linewidth=1.4, elinewidth=0.8,
+                marker="o", markersize=3.5,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        ticks = sorted({place for _, points, _ in lines for place, _ in points})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        dress(axis, "both")
+        axis.set_xlabel(label, color=PALETTE["muted"][0])
+        axis.set_title("right, %", loc="left", fontsize=8.5, color=PALETTE["muted"][0])
+
+    return render(paint, name, (5.4, 3.0))
+
+
+def _samples(place: pathlib.Path, task: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Questions with right and wrong reasoning of the first model side by side."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in task)
+    try:
+        text = (place / f"answers_{name}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError):
+        return []
+    told = lambda row, which: f"{which}: gold {row['gold']}, answered {row['answer']}"
+    made = []
+    for right in (True, False):
+        for row in [row for row in rows if row.get("correct") is right][:SHOWN]:
+            texts = [(told(row, "right" if right else "wrong"), str(row["text"]))]
+            other = _other(row)
+            made.append((str(row["question"]), texts + ([other] if other else [])))
+    return made
+
+
+def _other(row: Mapping[str, typing.Any]) -> tuple[str, str] | None:
+    """A sample of the same question that came to another answer, if there is one."""
+    for vote, text in zip(row.get("votes", []), row.get("texts", []), strict=False):
+        if vote is not None and vote != row.get("answer"):
+            return f"another sample: {vote}", str(text)
+    return None
