@@ -227,6 +227,61 @@ def hidden(
     return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
 
 
+def ted(
+    *,
+    layers: tuple[tuple[int, ...], tuple[int, ...]],
+    widths: tuple[int, int],
+    **head: Unpack[Head],
+) -> Objective:
+    """TED: filters of both models learn the task, then the student matches the teacher's.
+
+        stage 1: mean_k CE(head_T(f_k(h_k))), of each model's filters, f_k(h_k) of unit size
+        stage 2: alpha * CE + (1 - alpha) * T^2 * KL + feature_weight * mean_k MSE(f_S,k, f_T,k)
+
+    In stage 1 nothing flows to the student, in stage 2 nothing to the teacher's filters; that decay
+    and momentum do not move them either is the optimizer's `trained`.
+    Knobs: alpha, temperature, feature_weight, stage.
+
+    Args:
+      layers: of student and teacher, from `losses.layer_map`.
+      widths: of the student's and the teacher's hidden states.
+      head: see `Head`.
+
+    Reference: Liang et al. 2023, arXiv 2210.01351, section 3; one head for all filters is ours.
+    """
+    pairs, (narrow, wide) = len(layers[0]), widths
+    unit = lambda x: x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+    def init(key):
+        return {
+            "student_filters": losses.init_filters(key, pairs, narrow, wide),
+            "teacher_filters": losses.init_filters(key, pairs, wide),
+        }
+
+    def apply(params, student, signal, batch, knobs):
+        ours, theirs = params["student_filters"], params["teacher_filters"]
+        taps, wanted, mask = student.taps, signal.outputs.taps, batch.mask
+        means = _from_heads(
+            head, student, signal.outputs, batch, knobs,
+            alpha=knobs["alpha"], temperature=knobs["temperature"],
+        )  # fmt: skip
+        rows = signal.outputs.head[: head["vocab"]]
+        fused = {"norm": unit, "chunk": head.get("chunk"), "mesh": current_mesh()}
+        task = lambda own, taps: losses.ted_stage1(own, taps, rows, batch.targets, mask, **fused)
+        first = lambda: task(ours, taps).total + task(theirs, wanted).total
+        second = lambda: losses.ted_stage2(ours, theirs, taps, wanted, mask, normalise=True).total
+        learning = knobs["stage"] < 2
+        own = jax.lax.cond(learning, first, second)
+        total = jnp.where(learning, own, means["loss"].total + knobs["feature_weight"] * own)
+        count, shown = means["loss"].count, jax.lax.stop_gradient(own)
+        on = {"loss/filters": learning, "loss/features": ~learning}
+        means |= {name: Mean(shown * active, count) for name, active in on.items()}
+        return means | {"loss": Mean(total, count)}
+
+    knobs = ("alpha", "temperature", "feature_weight", "stage")
+    return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
+
+
 def step_by_step(
     *,
     explains: tuple[int, int],
@@ -327,5 +382,6 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "taid": taid,
     "ctkd": ctkd,
     "hidden": hidden,
+    "ted": ted,
     "step_by_step": step_by_step,
 }

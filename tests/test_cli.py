@@ -345,7 +345,15 @@ def test_generate(capsys, folder, engine):
     assert engine.calls[1] == (
         "generate",
         ["one", "two"],
-        {"max_new_tokens": 128, "temperature": 0.0, "top_k": 3, "top_p": None, "seed": 0},
+        {
+            "max_new_tokens": 128,
+            "temperature": 0.0,
+            "top_k": 3,
+            "top_p": None,
+            "min_p": None,
+            "seed": 0,
+            "stop": [],
+        },
     )
 
 

@@ -109,9 +109,13 @@ def _recipes() -> dict[str, str]:
 
 
 def _methods() -> dict[str, str]:
+    """Method name -> how far it has come, and what it is."""
     from jaxdistill.config import methods
 
-    return {name: str(section.__doc__) for name, section in methods.METHODS.items()}
+    return {
+        name: f"[{methods.MATURITY[name]}] {section.__doc__}"
+        for name, section in methods.METHODS.items()
+    }
 
 
 LISTS: dict[str, Callable[[], dict[str, str]]] = {

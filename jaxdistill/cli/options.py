@@ -195,6 +195,10 @@ def _add_measure(commands: Any) -> None:
     )
     generate.add_argument("--top-k", metavar="K", type=_positive)
     generate.add_argument("--top-p", metavar="P", type=_fraction)
+    generate.add_argument("--min-p", metavar="P", type=_fraction)
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="ends an answer; several may"
+    )
     generate.add_argument("--seed", type=_natural, default=0)
     _add_json(generate)
 

@@ -1,6 +1,7 @@
 """The commands that run models: train, resume, eval, generate, export and report."""
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -74,7 +75,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ConfigError("generate: the prompt is empty: give -p TEXT or text on standard input")
     settings = {
         name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
     }
     with stdout_is_json(True):
         from jaxdistill import engine
@@ -113,9 +114,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the page about runs, about a workflow or a comparison, or about answers to tasks."""
-    from jaxdistill.report import answers, html, story
+    from jaxdistill.report import html, story
 
-    if all(map(answers.is_answers, arguments.run_dirs)):
+    if all((pathlib.Path(folder) / "tasks.json").is_file() for folder in arguments.run_dirs):
+        from jaxdistill.report import answers
+
         print(f"wrote {answers.write_answers(arguments.run_dirs, arguments.output)}")
         return
     if len(arguments.run_dirs) == 1 and story.is_story(arguments.run_dirs[0]):

@@ -53,7 +53,8 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
     best = nearest(key, names(own), given)
     if best is None and own != nodes and (best := nearest(key, names(nodes), given)):
         owners = [_named(node) for node in nodes if best in node.get("properties", {})]
-        return f'did you mean "{best}" of {", ".join(map(str, owners))}?'
+        some = ", ".join(map(str, owners[:3])) + (" and others" if len(owners) > 3 else "")
+        return f'did you mean "{best}" of {some}?'
     if best is None:
         homes = [path for path in all_keys() if path[-1] == key]
         best = ".".join(homes[0]) if len(homes) == 1 else None

@@ -1,4 +1,4 @@
-"""The options of the methods, their scheduled knobs, and the optimizer."""
+"""The options of the methods and of their scheduled knobs, and how far each method has come."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -55,6 +55,17 @@ Weight = Annotated[
     Discriminator(_knob_kind),
 ]
 LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+_LAYER_KINDS = {str: "<rule>", int: "<count>"}
+Layers = Annotated[
+    Annotated[Literal["even", "last"], Tag("<rule>")]
+    | Annotated[int, Field(ge=1, le=10**4), Tag("<count>")]
+    | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
+    Discriminator(lambda value: _LAYER_KINDS.get(type(value), "<pairs>")),
+]
+LAYERS = (
+    "Which are compared: even (every layer of the student, with the ends of equal blocks), last, a "
+    "number of pairs at the ends of equal blocks, or pairs [student, teacher] of layers from 0."
+)
 Chunk = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
     | Annotated[int, Field(ge=1, le=2**24), Tag("<tokens>")],
@@ -85,6 +96,7 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "generalized_jsd": {"beta": (0.5, 0, 1)},
     "skew_forward_kl": {"skew": (0.1, 0, 1)},
     "skew_reverse_kl": {"skew": (0.1, 0, 1)},
+    "detached_skew_reverse_kl": {"skew": (0.1, 0, 1)},
     "total_variation": {},
     "alpha_divergence": {"alpha": (0.5, 0, 1)},
     "alpha_beta_divergence": {"alpha": (0.2, 0, 10), "beta": (0.7, 0, 10)},
@@ -100,6 +112,7 @@ Divergence = Literal[
     "generalized_jsd",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "detached_skew_reverse_kl",
     "total_variation",
     "alpha_divergence",
     "alpha_beta_divergence",
@@ -169,21 +182,64 @@ class Distillm(Kd):
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
 
 
+class ReverseKd(Kd):
+    """Reverse KL, MiniLLM's direction, on given text: the student says what the teacher would."""
+
+    name: Literal["reverse_kd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["reverse_kl"] = Field("reverse_kl", description="Its only one.")
+
+
+class Jsd(Kd):
+    """Generalised Jensen-Shannon divergence, GKD's loss, on given text; parameters: beta."""
+
+    name: Literal["jsd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["generalized_jsd"] = Field("generalized_jsd", description="Its only one.")
+
+
+class TotalVariation(Kd):
+    """Total variation: the rate at which the teacher would reject what the student drafts."""
+
+    name: Literal["total_variation"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["total_variation"] = Field("total_variation", description="Its only one.")
+
+
+class Akl(Kd):
+    """Adaptive KL: forward and reverse, weighed by where the models differ; parameters: mu."""
+
+    name: Literal["akl"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["adaptive_kl"] = Field("adaptive_kl", description="Its only one.")
+
+
+class Alphanet(Kd):
+    """AlphaNet: per token the larger of two clipped alpha-divergences; parameters: clip."""
+
+    name: Literal["alphanet"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["alphanet"] = Field("alphanet", description="Its only one.")
+
+
+class Dkd(Kd):
+    """Decoupled KD: the label's part of the KL and the rest, each with a weight of its own."""
+
+    name: Literal["dkd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["decoupled_kl"] = Field("decoupled_kl", description="Its only one.")
+
+
+class Abkd(Kd):
+    """ABKD: the alpha-beta divergence between forward and reverse KL; parameters: alpha, beta."""
+
+    name: Literal["abkd"] = Field(description="The method.")  # pyrefly: ignore
+    divergence: Literal["alpha_beta_divergence"] = Field(
+        "alpha_beta_divergence", description="Its only one."
+    )
+
+
 class Hidden(Head):
     """Hidden states beside logits: a distance of chosen layers joins the KL."""
 
     name: Literal["hidden"] = Field(description="The method.")
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
     temperature: Temperature = Field(1.0, description="T of the KL.")
-    layers: Annotated[
-        Annotated[Literal["even", "last"], Tag("<rule>")]
-        | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
-        Discriminator(lambda value: "<rule>" if isinstance(value, str) else "<pairs>"),
-    ] = Field(
-        "even",
-        description="Which are compared: even (ends of equal blocks), last, or pairs [student, "
-        "teacher] of layers from 0.",
-    )
+    layers: Layers = Field("even", description=LAYERS)
     distance: Literal["cosine", "mse"] = Field("cosine", description="Of two hidden states.")
     feature_weight: Weight = Field(
         1.0, description="Weight of the distance; a number or {schedule, start, end}."
@@ -194,6 +250,22 @@ class Hidden(Head):
     projector_lr: float = Field(
         1e-3, gt=0, le=10, description="Highest learning rate of the projectors between widths."
     )
+
+
+class Ted(Head):
+    """TED: filters on chosen layers learn the task, then the student matches the teacher's."""
+
+    name: Literal["ted"] = Field(description="The method.")
+    alpha: Alpha = Field(0.5, description="Weight of the hard labels.")
+    temperature: Temperature = Field(2.0, description="T of the KL; the paper's is 2.")
+    layers: Layers = Field(4, description=LAYERS)
+    feature_weight: Weight = Field(
+        1.0, description="Weight of the filters' distance; a number or {schedule, start, end}."
+    )
+    filter_steps: float = Field(
+        0.3, gt=0, lt=1, description="Share of the run in which the filters alone learn."
+    )
+    filter_lr: float = Field(1e-3, gt=0, le=10, description="Highest learning rate of the filters.")
 
 
 class Taid(Head):
@@ -273,56 +345,42 @@ class StepByStep(Head):
 
 
 Method = Annotated[
-    Kd | SmoothedKd | Distillm | Hidden | Taid | Ctkd | StepByStep | Sft,
+    Kd
+    | ReverseKd
+    | Jsd
+    | TotalVariation
+    | SmoothedKd
+    | Distillm
+    | Akl
+    | Alphanet
+    | Dkd
+    | Abkd
+    | Hidden
+    | Ted
+    | Taid
+    | Ctkd
+    | StepByStep
+    | Sft,
     Field(discriminator="name"),
 ]
 METHODS = {
     "kd": Kd,
+    "reverse_kd": ReverseKd,
+    "jsd": Jsd,
+    "total_variation": TotalVariation,
     "smoothed_kd": SmoothedKd,
     "distillm": Distillm,
+    "akl": Akl,
+    "alphanet": Alphanet,
+    "dkd": Dkd,
+    "abkd": Abkd,
     "hidden": Hidden,
+    "ted": Ted,
     "taid": Taid,
     "ctkd": Ctkd,
     "step_by_step": StepByStep,
     "sft": Sft,
 }
-
-Warmup = Annotated[
-    Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
-    | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
-    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),
-]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimizer(Section):
-    """AdamW and its learning rate."""
-
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
-    lr: float = Field(1e-4, gt=0, le=10, description="Highest learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warmup."
-    )
-    warmup: Warmup = Field(
-        0.03,
-        description="Rise of the learning rate from 0: a whole number of steps, or a fraction of "
-        "train.steps below 1.",
-    )
-    end_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the last step, as a fraction of lr."
-    )
-    weight_decay: float = Field(
-        0.1, ge=0, le=10, description="Decoupled weight decay; matrices only."
-    )
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), strict=False, description="Decay of the first and second moment."
-    )
-    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        1.0, description="Largest global gradient norm; null: no clipping."
-    )
-
-    def problems(self) -> Iterator[Problem]:
-        """Rules: no setting without effect."""
-        if self.schedule == "constant" and self.end_lr_ratio != 0.1:
-            yield ("end_lr_ratio",), "has no effect with schedule: constant: remove it"
+# measured: its numbers on a real model are in the README or benchmarks/results.
+# exact: loss and gradient equal the authors' code or the paper's formula; no such numbers yet.
+MATURITY = {name: "exact" for name in METHODS} | {"kd": "measured", "sft": "measured"}

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.config.methods import Method, Optimizer
+from jaxdistill.config.methods import Method
 from jaxdistill.config.models import Student, Teacher, Tokenizer
+from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.config.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jaxdistill import objectives, optim
@@ -50,6 +51,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         return objectives.ctkd(**own, **head), knobs
     if isinstance(method, configured.Hidden):
         return _hidden(method, config, models, head, knobs)
+    if isinstance(method, configured.Ted):
+        return _ted(method, config, models, head, knobs)
     assert isinstance(method, configured.Kd), method
     knobs["temperature"] = _schedule(method.temperature, config)
     divergence, parameters = _divergence(method)
@@ -79,6 +82,33 @@ def _hidden(method, config: Config, models: Any, head, knobs) -> tuple[Objective
         **head,
     )
     return objective, knobs
+
+
+def _ted(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict[str, Any]]:
+    student, teacher = models.student.config, models.teacher.config
+    knobs["temperature"] = _schedule(method.temperature, config)
+    knobs["feature_weight"] = _schedule(method.feature_weight, config)
+    first = _first_stage(method, config)
+    knobs["stage"] = lambda step: jnp.where(step < first, 1.0, 2.0)
+    objective = objectives.ted(
+        layers=features.layer_map(student.layers, teacher.layers, method.layers),
+        widths=(student.embed, teacher.embed),
+        **head,
+    )
+    return objective, knobs
+
+
+def _first_stage(method: configured.Ted, config: Config) -> int:
+    """Steps in which TED's filters alone are trained."""
+    return min(max(1, round(method.filter_steps * config.train.steps)), config.train.steps)
+
+
+def trained(config: Config) -> dict[str, tuple[int, int | None]]:
+    """Which parameters are trained when, as `optim.optimizer` takes it."""
+    if isinstance(config.method, configured.Ted):
+        first = _first_stage(config.method, config)
+        return {"student": (first, None), "objective/teacher_filters": (0, first)}
+    return {}
 
 
 def _step_by_step(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict]:
@@ -114,6 +144,8 @@ def objective_lr_ratio(config: Config) -> float:
         return method.temperature_lr / config.optimizer.lr
     if isinstance(method, configured.Hidden):
         return method.projector_lr / config.optimizer.lr
+    if isinstance(method, configured.Ted):
+        return method.filter_lr / config.optimizer.lr
     return 1.0
 
 

@@ -337,6 +337,7 @@ def method_of(config: Config, models: Models) -> Method:
         eps=o.eps,
         weight_decay=o.weight_decay,
         objective_lr_ratio=methods.objective_lr_ratio(config),
+        trained=methods.trained(config),
     )
     loss = steps.make_loss(
         models.student.config,

@@ -17,17 +17,18 @@ _LOWEST = -1e30
 
 
 def layer_map(
-    student_layers: int, teacher_layers: int, kind: str | Sequence[Sequence[int]] = "even"
+    student_layers: int, teacher_layers: int, kind: str | int | Sequence[Sequence[int]] = "even"
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Which layers are compared: (student's, teacher's), from 0, in pairs.
 
     "even": student layer i with teacher layer round((i + 1) teacher_layers / student_layers) - 1,
-    the ends of equal blocks. "last": the last of both. Or the pairs themselves.
+    the ends of equal blocks. "last": the last of both. A number k: the ends of k equal blocks of
+    both. Or the pairs themselves.
 
     Args:
       student_layers: depth of the student.
       teacher_layers: depth of the teacher.
-      kind: "even", "last", or pairs (student layer, teacher layer).
+      kind: "even", "last", a number of pairs, or pairs (student layer, teacher layer).
 
     Raises:
       ConfigError: for another kind, a layer that does not exist, or one named twice.
@@ -46,6 +47,14 @@ def layer_map(
         pairs = list(enumerate(ends))
     elif isinstance(kind, str):
         raise ConfigError(f"layers = {kind!r}: must be even, last, or pairs [student, teacher]")
+    elif isinstance(kind, int):
+        if not 1 <= kind <= min(student_layers, teacher_layers):
+            raise ConfigError(
+                f"layers = {kind}: must be from 1 to the smaller depth, "
+                f"{min(student_layers, teacher_layers)}"
+            )
+        end = lambda i, depth: (i + 1) * depth // kind - 1
+        pairs = [(end(i, student_layers), end(i, teacher_layers)) for i in range(kind)]
     else:
         pairs = [(int(s), int(t)) for s, t in kind]
     for who, index, depth in (("student", 0, student_layers), ("teacher", 1, teacher_layers)):

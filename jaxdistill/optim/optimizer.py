@@ -1,11 +1,13 @@
 """The chain: knobs, clipping, AdamW with decay on matrices alone, learning-rate schedule."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim.schedules import knob
@@ -22,6 +24,7 @@ def optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     objective_lr_ratio: float = 1.0,
+    trained: Mapping[str, tuple[int, int | None]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
 
@@ -40,10 +43,16 @@ def optimizer(
       eps: added to the root of the second moment.
       weight_decay: decoupled; for the leaves that `decays` names.
       objective_lr_ratio: learning rate under "objective" over that of the rest.
+      trained: path into the parameters, such as "student" -> (first, end): the updates, from 0, in
+        which it moves; outside of them it stands still, whatever decay and momentum say. An end of
+        None is never. What no path names is trained throughout.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
       `value`, for knobs that adapt to it.
+
+    Raises:
+      ConfigError: when it is initialised, if a path of `trained` names no parameter.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """
@@ -61,6 +70,9 @@ def optimizer(
     if objective_lr_ratio != 1.0:
         scale = optax.scale(objective_lr_ratio)
         chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
+    for path, (first, end) in (trained or {}).items():
+        moves = optax.scale_by_schedule(_within(first, end))
+        chain.append(optax.masked(moves, functools.partial(_below, path)))
     return _in_float32(optax.chain(*chain))
 
 
@@ -71,6 +83,29 @@ def _under_objective(params: Any, wanted: bool) -> Any:
         return (bool(path) and getattr(path[0], "key", None) == "objective") == wanted
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _within(first: int, end: int | None) -> optax.Schedule:
+    """1 for the updates from `first` to before `end`, else 0."""
+
+    def factor(n: Any) -> Array:
+        within = n >= first if end is None else (n >= first) & (n < end)
+        return jnp.where(within, 1.0, 0.0)
+
+    return factor
+
+
+def _below(path: str, params: Any) -> Any:
+    """A mask: the leaves whose path begins with the given one."""
+    wanted = path.split("/")
+
+    def one(keys: tuple[Any, ...], leaf: Any) -> bool:
+        return [getattr(key, "key", None) for key in keys[: len(wanted)]] == wanted
+
+    mask = jax.tree_util.tree_map_with_path(one, params)
+    if not any(jax.tree.leaves(mask)):
+        raise ConfigError(f"trained: there is no parameter {path!r}")
+    return mask
 
 
 def decays(params: Any) -> Any:

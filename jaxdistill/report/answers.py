@@ -23,11 +23,6 @@ SHOWN = 3  # questions of each kind beside each other
 Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
 
 
-def is_answers(folder: str | os.PathLike) -> bool:
-    """Whether a folder is one that `jaxdistill eval --tasks ... -o` wrote."""
-    return (pathlib.Path(folder) / "tasks.json").is_file()
-
-
 def write_answers(
     folders: Sequence[str | os.PathLike], out: str | os.PathLike | None = None
 ) -> pathlib.Path:

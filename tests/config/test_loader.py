@@ -129,12 +129,9 @@ logging: {tensorboard: yes}
         ("method={nam: kd, alpha: 0.5}", 'method.nam = "kd": unknown key; did you mean "name"?'),
         ("data={train: [{path: a.txt}], eval: [{path: b}], loss_on: assistant}", "use all"),
         ("method=kd", "must be a section"),
-        ("method={}", "must be one of kd, smoothed_kd, distillm, hidden"),
+        ("method={}", "must be one of kd, reverse_kd, jsd, "),
         ("method.name=kdd", 'did you mean "kd"?'),
-        (
-            "method.name=os.system",
-            "must be one of kd, smoothed_kd, distillm, hidden, taid, ctkd, step_by_step, sft",
-        ),
+        ("method.name=os.system", "must be one of kd, reverse_kd, jsd, "),
         ("method.alpha=high", "must be a number or {schedule: linear, start: a, end: b}"),
         ("method.alpha={schedule: liner, start: 0, end: 1}", 'did you mean "linear"?'),
         ("method.alpha={schedule: linear, start: 0, end: 2}", "must be at most 1"),
@@ -317,7 +314,8 @@ def test_every_divergence_of_a_configuration_exists():
     from jaxdistill.losses import whole_rows
 
     offered = set(get_args(methods.Divergence))
-    assert offered == set(methods.DIVERGENCES) == set(rows.KINDS) | set(whole_rows.FUNCTIONS)
+    assert offered == set(methods.DIVERGENCES)
+    assert set(rows.KINDS) <= offered <= set(rows.KINDS) | set(whole_rows.FUNCTIONS)
     for name, parameters in methods.DIVERGENCES.items():
         defaults = {key: entry[0] for key, entry in parameters.items()}
         if name in rows.KINDS:

@@ -18,6 +18,7 @@ METHODS = {
     "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
     "hidden": "{name: hidden, balance: true}",
     "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
+    "ted": "{name: ted, layers: 2, filter_steps: 0.5}",
     "alpha_beta": "{name: kd, divergence: alpha_beta_divergence}",
 }
 

@@ -12,12 +12,16 @@ def test_layer_maps():
     assert losses.layer_map(2, 6) == ((0, 1), (2, 5))
     assert losses.layer_map(4, 4) == ((0, 1, 2, 3), (0, 1, 2, 3))
     assert losses.layer_map(3, 10, "last") == ((2,), (9,))
+    assert losses.layer_map(3, 10, 2) == ((0, 2), (4, 9))
+    assert losses.layer_map(4, 2, 2) == ((1, 3), (0, 1))
     assert losses.layer_map(3, 10, [(0, 4), (2, 9)]) == ((0, 2), (4, 9))
     for kind, words in (
         ([(0, 10)], "no layer 10"),
         ([(3, 0)], "student has no layer 3"),
         ([(0, 1), (0, 2)], "twice"),
         ("odd", "even, last"),
+        (4, "from 1 to the smaller depth, 3"),
+        (0, "from 1"),
     ):
         with pytest.raises(ValueError, match=words):
             losses.layer_map(3, 10, kind)

@@ -93,6 +93,20 @@ def test_the_objectives_own_parameters_have_their_rate_and_no_decay():
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
 
 
+def test_what_is_not_trained_yet_or_any_more_stands_still():
+    """Neither decay nor the momentum of earlier gradients moves it."""
+    params = {"student": {"kernel": jnp.ones((2, 3))}, "objective": {"kernel": jnp.ones((4, 2))}}
+    tx = optim.optimizer(0.1, trained={"student": (2, None), "objective/kernel": (0, 3)})
+    state, moved = tx.init(params), []
+    for n in range(5):
+        gradient = jax.tree.map(lambda leaf, n=n: jnp.full_like(leaf, 1.0 + n), params)
+        updates, state = tx.update(gradient, state, params)
+        moved.append([bool((leaf != 0).all()) for leaf in jax.tree.leaves(updates)])
+    assert moved == [[True, False]] * 2 + [[True, True]] + [[False, True]] * 2
+    with pytest.raises(ConfigError, match="no parameter 'objective/filters'"):
+        optim.optimizer(0.1, trained={"objective/filters": (0, 3)}).init(params)
+
+
 def test_decay_leaves_biases_scales_and_single_numbers_alone():
     params = _params()
     wanted = {

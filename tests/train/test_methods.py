@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import models, objectives, optim, teachers
+from jaxdistill.losses import whole_rows
 from jaxdistill.models import DecoderConfig
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
@@ -19,6 +20,8 @@ from jaxdistill.types import Batch
 VOCAB, ROWS, LENGTH, STEPS = 37, 8, 12, 20
 SHAPE = {"family": "llama", "vocab_size": VOCAB, "heads": 2, "kv_heads": 2, "head_dim": 8}
 TEACHER = DecoderConfig(**SHAPE, embed=24, mlp=32, layers=2)
+TED_STARTS = 6
+TED_TRAINED = {"student": (TED_STARTS, None), "objective/teacher_filters": (0, TED_STARTS)}
 STUDENT = DecoderConfig(**SHAPE, embed=16, mlp=24, layers=1)
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "curves.json"
 
@@ -49,7 +52,37 @@ METHODS = {
         ),
         {"alpha": 0.2, "temperature": 1.0},
     ),
+    "hidden": (
+        lambda: objectives.hidden(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24), balanced=True),
+        {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5, "feature_balance": None},
+    ),
+    "ted": (
+        lambda: objectives.ted(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
+        {
+            "alpha": 0.5,
+            "temperature": 2.0,
+            "feature_weight": 0.5,
+            "stage": lambda step: jnp.where(step < TED_STARTS, 1.0, 2.0),
+        },
+    ),
 }
+# The divergences of kd, by the name of their method.
+KINDS = {
+    "reverse_kd": ("reverse_kl", ()),
+    "jsd": ("generalized_jsd", (0.5,)),
+    "total_variation": ("total_variation", ()),
+    "symmetric_kl": ("symmetric_kl", (0.5,)),
+    "skew_reverse_kl": ("skew_reverse_kl", (0.1,)),
+    "alpha_divergence": ("alpha_divergence", (0.5,)),
+    "abkd": ("alpha_beta_divergence", (0.2, 0.7)),
+    "akl": (whole_rows.bound("adaptive_kl"), ()),
+    "alphanet": (whole_rows.bound("alphanet"), ()),
+    "dkd": (whole_rows.bound("decoupled_kl"), ()),
+    "smoothed_targets": (whole_rows.bound("smoothed_forward_kl"), ()),
+}
+for _name, (_kind, _parameters) in KINDS.items():
+    _make = functools.partial(objectives.kd, vocab=VOCAB, divergence=_kind, parameters=_parameters)
+    METHODS[_name] = (_make, {"alpha": 0.2, "temperature": 1.0})
 
 
 class Training:
@@ -60,13 +93,22 @@ class Training:
         objective, knobs = METHODS[name][0](), dict(METHODS[name][1])
         if "taid_t" in knobs:
             knobs["taid_t"] = optim.taid(STEPS, mode="scaled")
+        if "feature_balance" in knobs:
+            knobs["feature_balance"] = optim.balance(
+                "feature_balance", "loss/divergence", "loss/features"
+            )
         # Random models have flat logits, which no temperature changes much: sharpen both.
         sharp = lambda params, by: params | {"head": params["head"] * by}
         self.teacher = sharp(models.random(TEACHER, 1, "float32", self.mesh).params, 40.0)
         student = sharp(models.random(STUDENT, 0, "float32", self.mesh).params, 10.0)
-        self.tx = optim.optimizer(lr, knobs=knobs, objective_lr_ratio=ratio)
+        self.tx = optim.optimizer(
+            lr,
+            knobs=knobs,
+            objective_lr_ratio=ratio,
+            trained=TED_TRAINED if "stage" in knobs else None,
+        )
         self.loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
-        self.signal = teachers.online(TEACHER, compute_dtype="float32")
+        self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps)
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
         shape = steps.abstract_batch(ROWS, LENGTH, self.mesh)
@@ -90,10 +132,18 @@ def curve(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_curve_is_the_committed_one(name):
-    """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
-    golden = json.loads(GOLDEN.read_text())[name]
+    """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes this version's."""
+    golden = json.loads(GOLDEN.read_text())
+    own = golden.get(jax.__version__, {})
     ours = [step["loss/total"] for step in curve(name)]
-    np.testing.assert_allclose(ours, golden, rtol=1e-3)  # versions of JAX differ by 5e-4
+    # Processors order sums differently; versions of JAX differ by up to 5e-4 after twenty steps.
+    expected, rtol = (own[name], 1e-4) if name in own else (golden["0.12.0.1"][name], 2e-3)
+    np.testing.assert_allclose(ours, expected, rtol=rtol)
+
+
+def test_every_objective_has_a_curve():
+    made = {make().apply.__qualname__.split(".")[0] for make, _ in METHODS.values()}
+    assert made == set(objectives.OBJECTIVES) - {"sft", "step_by_step"}  # of other tests
 
 
 @pytest.mark.parametrize("case", ["devices", "micro_batches"])
@@ -188,6 +238,31 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     np.testing.assert_allclose(slope, -0.3 * numeric, rtol=5e-3)
 
 
+def test_teds_stages_train_what_they_should_and_nothing_else():
+    training = Training("ted")
+    snapshot = lambda: jax.device_get(training.state.params)
+    same = lambda a, b: [
+        bool((x == y).all()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    ]
+    start = snapshot()
+    first = training.run(TED_STARTS)
+    middle = snapshot()
+    second = training.run(STEPS - TED_STARTS, first=TED_STARTS)
+    end = snapshot()
+    assert all(same(start["student"], middle["student"]))
+    assert not any(same(start["objective"], middle["objective"]))
+    theirs = [params["objective"]["teacher_filters"] for params in (middle, end)]
+    assert all(same(*theirs))
+    assert not any(
+        same(middle["objective"]["student_filters"], end["objective"]["student_filters"])
+    )
+    assert not any(same(middle["student"], end["student"]))
+    assert first[-1]["loss/filters"] < first[0]["loss/filters"]
+    assert second[-1]["loss/features"] < second[0]["loss/features"]
+    assert [step["knobs/stage"] for step in first + second] == [1.0] * 6 + [2.0] * 14
+    assert second[0]["loss/filters"] == first[0]["loss/features"] == 0
+
+
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one():
     whole = Training("taid")
     whole.run(10)
@@ -203,5 +278,6 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one():
 
 
 if __name__ == "__main__":
-    curves = {name: [step["loss/total"] for step in curve(name)] for name in METHODS}
-    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    golden[jax.__version__] = {n: [step["loss/total"] for step in curve(n)] for n in METHODS}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")

