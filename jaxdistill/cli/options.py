@@ -181,6 +181,15 @@ def _add_measure(commands: Any) -> None:
     harness.add_argument("--num-fewshot", metavar="N", type=_natural)
     harness.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
     _add_json(harness)
+    _add_generate(commands)
+    measured = _command(
+        commands, "bench", bench.run, "Measure the losses on this device, beside other forms."
+    )
+    bench.add(measured, _positive)
+    _add_json(measured)
+
+
+def _add_generate(commands: Any) -> None:
     generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
     generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     generate.add_argument(
@@ -201,12 +210,6 @@ def _add_measure(commands: Any) -> None:
     )
     generate.add_argument("--seed", type=_natural, default=0)
     _add_json(generate)
-
-    measured = _command(
-        commands, "bench", bench.run, "Measure the losses on this device, beside other forms."
-    )
-    bench.add(measured, _positive)
-    _add_json(measured)
 
 
 def _add_tasks(evaluate: argparse.ArgumentParser) -> None:

@@ -121,29 +121,18 @@ def advance(
 
     def body(carry):
         step, cache, rows, tokens_BS, scores_BS = carry
-        token_B, length_B, live_B = rows["token"], rows["length"], rows["live"]
-        attend = ring.attention(config, cache, length_B)
+        attend = ring.attention(config, cache, rows["length"])
         outputs, layers = unrolled.apply(
-            config, weights, token_B[:, None], length_B[:, None], attend, cache.layers
+            config, weights, rows["token"][:, None], rows["length"][:, None], attend, cache.layers
         )
         new_B, score_B = _choose(
             _logits(outputs, outputs.hidden), keys_B2, rows["made"], settings, scored
         )
-        shown_B = jnp.where(live_B, new_B, -1)
+        shown_B = jnp.where(rows["live"], new_B, -1)
         tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, shown_B[:, None], (0, step))
         scores_BS = jax.lax.dynamic_update_slice(scores_BS, score_B[:, None], (0, step))
-        one_B = live_B.astype(jnp.int32)
-        made_B = rows["made"] + one_B
-        ended_B = jnp.any(new_B[:, None] == ends_BK, axis=-1)
-        rows = rows | {
-            "token": jnp.where(live_B, new_B, token_B),
-            "length": length_B + one_B,
-            "made": made_B,
-            "live": live_B & ~ended_B & (made_B < rows["limit"]),
-        }
-        rows = {name: constrain(value, (None,)) for name, value in rows.items()}
         cache = ring.Ring(layers, (cache.place + 1) % cache.size)
-        return step + 1, cache, rows, tokens_BS, scores_BS
+        return step + 1, cache, _moved(rows, new_B, ends_BK), tokens_BS, scores_BS
 
     start = (
         jnp.zeros((), jnp.int32),
@@ -154,3 +143,17 @@ def advance(
     )
     _, cache, _, tokens_BS, scores_BS = jax.lax.while_loop(running, body, start)
     return cache, tokens_BS, scores_BS
+
+
+def _moved(rows: dict[str, Array], new_B: Array, ends_BK: Array) -> dict[str, Array]:
+    """The rows after one more token; those that do not live stay as they are."""
+    live_B = rows["live"]
+    made_B = rows["made"] + live_B.astype(jnp.int32)
+    ended_B = jnp.any(new_B[:, None] == ends_BK, axis=-1)
+    moved = rows | {
+        "token": jnp.where(live_B, new_B, rows["token"]),
+        "length": rows["length"] + live_B.astype(jnp.int32),
+        "made": made_B,
+        "live": live_B & ~ended_B & (made_B < rows["limit"]),
+    }
+    return {name: constrain(value, (None,)) for name, value in moved.items()}

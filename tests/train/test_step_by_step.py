@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import config as configs
-from jaxdistill import engine, models, objectives, optim, teachers
+from jaxdistill import engine, losses, models, objectives, optim, teachers
 from jaxdistill.engine.methods import explains
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, decoder
@@ -19,7 +19,7 @@ from jaxdistill.reasoning import rationales
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, TeacherSignal
 
 VOCAB, EXPLAIN, PLACE = 23, 7, 1
 SHAPE = DecoderConfig(
@@ -79,6 +79,28 @@ def test_each_task_has_its_own_mean(a):
     assert abs(label - rationale) > 1e-3
 
 
+def test_a_teacher_adds_its_kl_within_each_task():
+    """a * mean_label(l) + (1 - a) * mean_rationale(l), l = alpha CE + (1 - alpha) T^2 KL."""
+    batch, is_rationale = _batch()
+    arrays = jax.tree.map(jnp.asarray, batch)
+    run = lambda seed: decoder.apply(
+        SHAPE, models.random(SHAPE, seed, "float32").params, arrays.tokens, compute_dtype="float32"
+    )
+    student, teacher = run(0), run(1)
+    objective = objectives.step_by_step(
+        vocab=VOCAB, explains=(PLACE, EXPLAIN), label_weight=0.3, with_teacher=True
+    )
+    assert objective.needs_teacher and objective.knobs == ("alpha", "temperature")
+    knobs = {"alpha": jnp.float32(0.4), "temperature": jnp.float32(2.0)}
+    means = objective.apply({}, student, TeacherSignal(teacher), arrays, knobs)
+    s, t = decoder.logits(student), decoder.logits(teacher)
+    ce = losses.cross_entropy(s, arrays.targets)
+    each = np.asarray(0.4 * ce + 0.6 * losses.forward_kl(s, t, temperature=2.0))
+    label, rationale = (each[batch.mask & which].mean() for which in (~is_rationale, is_rationale))
+    expected = 0.3 * label + 0.7 * rationale
+    assert float(means["loss"].value) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_step_does_not_depend_on_micro_batches():
     _, whole, means = _step(0.3)
     _, split, parts = _step(0.3, micro_batches=4)
@@ -115,7 +137,7 @@ data:
   loss_on: completion
   cache_dir: {folder}/cache
 method: {{name: step_by_step, label_weight: 0.4}}
-train: {{steps: 3, batch_size: 8, micro_batches: 1, eval_every: null}}
+train: {{steps: 3, batch_size: 16, eval_every: null}}
 eval: {{batch_size: 8, samples: 0}}
 logging: {{progress: none, tensorboard: false}}
 """
@@ -130,10 +152,14 @@ def test_a_run_of_records_that_teacher_generate_writes(tmp_path):
     rows = rationales.records(samples, "step_by_step")
     for name, some in (("train", rows[:40]), ("eval", rows[40:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
-    result = engine.train(configs.loads(CONFIG.format(folder=tmp_path)))
-    lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
-    assert all(math.isfinite(row.get("loss/total", 0)) for row in map(json.loads, lines))
-    assert math.isfinite(result.metrics["eval/ce"])
+    curves = []
+    for parts in (1, 2):  # micro-batches whose label and rationale tokens are not in proportion
+        change = [f"train.micro_batches={parts}", f"run.dir={tmp_path / f'run{parts}'}"]
+        result = engine.train(configs.loads(CONFIG.format(folder=tmp_path), overrides=change))
+        lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+        curves.append([row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row])
+        assert math.isfinite(result.metrics["eval/ce"])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) > 0
 
 
 @pytest.mark.parametrize(
