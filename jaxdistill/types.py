@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+# Who wrote a token: a corpus, the teacher or the student. Losses may differ by it.
+DATA, TEACHER, STUDENT = 0, 1, 2
+ORIGINS = ("data", "teacher", "student")
+
 
 # `no_type_check` keeps run-time shape checkers out of `__init__`: scan, eval_shape and sharding
 # trees rebuild these carriers with stacked arrays, shapes or specs in place of the arrays.
@@ -30,6 +34,7 @@ class Batch:
       mask: bool [B, L], True where that prediction counts in the loss.
       positions: int32 [B, L], restarting at 0 in every document.
       segment_ids: int32 [B, L], 1, 2, ... per document within the row; 0 is padding.
+      origin: int32 [B, L], who wrote the text: DATA, TEACHER or STUDENT; None: all is DATA.
     """
 
     tokens: Array
@@ -37,6 +42,7 @@ class Batch:
     mask: Array
     positions: Array
     segment_ids: Array
+    origin: Array | None = None
 
 
 @typing.no_type_check

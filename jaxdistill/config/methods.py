@@ -1,71 +1,13 @@
-"""The options of the methods and of their scheduled knobs, and how far each method has come."""
+"""The options of the methods, and how far each has come."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from jaxdistill.config.knobs import LAYERS, Alpha, Balance, Layers, Temperature, Weight
 from jaxdistill.config.section import Problem, Section
 
-
-class AlphaSchedule(Section):
-    """A weight that moves from start to end over train.steps."""
-
-    schedule: Literal["linear", "cosine"] = Field(description="Shape of the way.")
-    start: float = Field(ge=0, le=1, description="Value at the first step.")
-    end: float = Field(ge=0, le=1, description="Value at the last step.")
-
-
-class TemperatureSchedule(Section):
-    """A temperature that moves from start to end over train.steps."""
-
-    schedule: Literal["linear", "cosine"] = Field(description="Shape of the way.")
-    start: float = Field(ge=0.01, le=1000, description="Value at the first step.")
-    end: float = Field(ge=0.01, le=1000, description="Value at the last step.")
-
-
-def _knob_kind(value: Any) -> str:
-    """Tags are in <> so that the loader can tell them from keys in an error's location."""
-    return "<schedule>" if isinstance(value, dict | Section) else "<number>"
-
-
-Alpha = Annotated[
-    Annotated[float, Field(ge=0, le=1), Tag("<number>")]
-    | Annotated[AlphaSchedule, Tag("<schedule>")],
-    Discriminator(_knob_kind),
-]
-Temperature = Annotated[
-    Annotated[float, Field(ge=0.01, le=1000), Tag("<number>")]
-    | Annotated[TemperatureSchedule, Tag("<schedule>")],
-    Discriminator(_knob_kind),
-]
-
-
-class WeightSchedule(Section):
-    """A weight that moves from start to end over train.steps."""
-
-    schedule: Literal["linear", "cosine"] = Field(description="Shape of the way.")
-    start: float = Field(ge=0, le=1e6, description="Value at the first step.")
-    end: float = Field(ge=0, le=1e6, description="Value at the last step.")
-
-
-Weight = Annotated[
-    Annotated[float, Field(ge=0, le=1e6), Tag("<number>")]
-    | Annotated[WeightSchedule, Tag("<schedule>")],
-    Discriminator(_knob_kind),
-]
-LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
-_LAYER_KINDS = {str: "<rule>", int: "<count>"}
-Layers = Annotated[
-    Annotated[Literal["even", "last"], Tag("<rule>")]
-    | Annotated[int, Field(ge=1, le=10**4), Tag("<count>")]
-    | Annotated[list[LayerPair], Field(min_length=1), Tag("<pairs>")],
-    Discriminator(lambda value: _LAYER_KINDS.get(type(value), "<pairs>")),
-]
-LAYERS = (
-    "Which are compared: even (every layer of the student, with the ends of equal blocks), last, a "
-    "number of pairs at the ends of equal blocks, or pairs [student, teacher] of layers from 0."
-)
 Chunk = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
     | Annotated[int, Field(ge=1, le=2**24), Tag("<tokens>")],
@@ -268,6 +210,19 @@ class Ted(Head):
     filter_lr: float = Field(1e-3, gt=0, le=10, description="Highest learning rate of the filters.")
 
 
+class Distillm2(Head):
+    """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean."""
+
+    name: Literal["distillm2"] = Field(description="The method.")
+    alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
+    skew: float = Field(0.1, ge=0, le=1, description="Weight of the model that is compared.")
+    balance: Balance = Field(
+        1.0,
+        description="Weight of the student's responses; 2 - balance is that of the teacher's. A "
+        "number or {schedule, start, end}.",
+    )
+
+
 class Taid(Head):
     """TAID: the target moves from the student to the teacher; its t adapts to the loss."""
 
@@ -355,6 +310,7 @@ Method = Annotated[
     | Alphanet
     | Dkd
     | Abkd
+    | Distillm2
     | Hidden
     | Ted
     | Taid
@@ -374,6 +330,7 @@ METHODS = {
     "alphanet": Alphanet,
     "dkd": Dkd,
     "abkd": Abkd,
+    "distillm2": Distillm2,
     "hidden": Hidden,
     "ted": Ted,
     "taid": Taid,

@@ -37,6 +37,10 @@ class DataSource(Section):
         "too), paragraphs one of every block between blank lines.",
     )
 
+    origin: Literal["data", "teacher", "student"] = Field(
+        "data", description="Who wrote it; distillm2 treats the student's own text differently."
+    )
+
     @property
     def is_text(self) -> bool:
         """Whether it surely holds plain text, which has no completions to tell apart."""
@@ -246,6 +250,7 @@ class Config(Section):
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
         yield from _teacher_problems(self)
+        yield from _origin_problems(self)
         yield from _size_problems(self)
 
 
@@ -273,6 +278,20 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
             yield ("tokenizer", "from"), "there is no teacher: use student, bytes or a path"
         elif model.random and model.random.like is None:
             yield ("tokenizer", "from"), f"a random {chain} has no tokenizer: use bytes or a path"
+
+
+def _origin_problems(config: Config) -> Iterator[Problem]:
+    """Who wrote the text is said where, and only where, the method asks for it."""
+    origins = {source.origin for source in config.data.train}
+    if config.method.name == "distillm2":
+        if "student" not in origins or origins == {"student"}:
+            rule = (
+                "distillm2 compares responses: mark the student's with origin: student, and add "
+                "the teacher's with origin: teacher"
+            )
+            yield ("data", "train"), rule
+    elif origins != {"data"}:
+        yield ("data", "train"), f"origin has no effect with method {config.method.name}: remove it"
 
 
 def _size_problems(config: Config) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from jaxdistill.data import chat, encode, packing, store
 from jaxdistill.data.records import Record, Rejected, printable
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.types import ORIGINS
 
 LOSS_ON = {"all": ("text", "completion", "messages"), "completion": ("completion",),
            "assistant": ("messages",)}  # fmt: skip
@@ -63,13 +64,19 @@ def fingerprint(sources: Sequence[Source], codec: encode.Codec, settings: Settin
     """A hash over every byte of the sources, the tokenizer, the template and the settings."""
     content = {
         "version": _VERSION,
-        "sources": [{"format": source.format, "sha256": _digest(source)} for source in sources],
+        "sources": [_identity(source) for source in sources],
         "tokenizer": encode.fingerprint(codec.tokenizer),
         "prefix": codec.prefix,
         "template": chat.template_of(codec.tokenizer, settings.chat_template),
         "settings": dataclasses.asdict(settings),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(source: Source) -> dict[str, str]:
+    # Who wrote it joins where it matters, so that other data sets keep their fingerprints.
+    whose = {} if source.origin == "data" else {"origin": source.origin}
+    return {"format": source.format, "sha256": _digest(source), **whose}
 
 
 def _digest(source: Source) -> str:
@@ -111,6 +118,7 @@ def build(
             "pad": codec.pad,
             "counts": counts,
             "notices": work.notices(),
+            "origins": work.origins,
         }
         if not counts["num_documents"]:
             export_quarantine(temporary, sources, quarantine_path)
@@ -140,6 +148,7 @@ class _Build:
         name: str,
     ):
         self.kind: str | None = None
+        self.origins: list[tuple[int, int]] = []  # (first token, who wrote it) of every source
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
         self._encoder: Encoder | None = None
@@ -159,6 +168,7 @@ class _Build:
     def run(self) -> None:
         """Reads, encodes and writes every record of every source."""
         for index, source in enumerate(self._sources):
+            self.origins.append((self._tokens, ORIGINS.index(source.origin)))
             for batch in _batched(source):
                 good = [item for item in batch if isinstance(item, Record)]
                 documents = iter(self._encode(source, good))

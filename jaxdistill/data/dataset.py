@@ -24,6 +24,7 @@ class Dataset:
       records, used, quarantined: records found = used + quarantined.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
+      origins: (first token, who wrote what follows) in order; empty where all of it is data.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Dataset:
     quarantined: int
     truncated: int
     notices: tuple[str, ...] = ()
+    origins: tuple[tuple[int, int], ...] = ()
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -50,7 +52,8 @@ class Dataset:
         """Row `index`.
 
         Returns:
-          `tokens`, `targets`, `positions`, `segment_ids`: int32 [L]; `mask`: bool [L]. The target
+          `tokens`, `targets`, `positions`, `segment_ids`: int32 [L]; `mask`: bool [L]; `origin`:
+          int32 [L], only where a source is the teacher's or the student's own text. The target
           of a position is the next token of its own document; the last token of a document, or of
           a window of a long one, predicts nothing.
 
@@ -59,7 +62,7 @@ class Dataset:
         """
         if not 0 <= index < self.num_rows:
             raise IndexError(f"row {index} of {self.num_rows}")
-        row = empty_row(self.seq_len, self.pad)
+        row = self.empty_row()
         first, last = self.arrays["rows"][index : index + 2]
         place = 0
         for number, (start, length) in enumerate(self.arrays["segments"][first:last], start=1):
@@ -70,8 +73,15 @@ class Dataset:
             row["mask"][predicting] = self.arrays["loss"][start + 1 : start + length]
             row["positions"][here] = np.arange(length)
             row["segment_ids"][here] = number
+            if self.origins:
+                row["origin"][here] = [code for first, code in self.origins if first <= start][-1]
             place += length
         return row
+
+    def empty_row(self) -> dict[str, np.ndarray]:
+        """A row of padding with the fields that this data set's rows have."""
+        row = empty_row(self.seq_len, self.pad)
+        return row | ({"origin": np.zeros(self.seq_len, np.int32)} if self.origins else {})
 
     def epoch(self, step: int, batch_size: int) -> int:
         """How many times the data has been seen in full when step `step` begins."""
@@ -96,6 +106,7 @@ def empty_row(seq_len: int, pad: int) -> dict[str, np.ndarray]:
 def open_dataset(folder: Path, manifest: dict, name: str, notices: tuple[str, ...]) -> Dataset:
     """Opens a verified folder."""
     counts = manifest["counts"]
+    origins = tuple((first, code) for first, code in manifest.get("origins", ()))
     return Dataset(
         name=name,
         folder=folder,
@@ -104,6 +115,7 @@ def open_dataset(folder: Path, manifest: dict, name: str, notices: tuple[str, ..
         seq_len=manifest["seq_len"],
         pad=manifest["pad"],
         notices=notices,
+        origins=origins if any(code for _, code in origins) else (),
         arrays=store.read_arrays(folder),
         **counts,
     )

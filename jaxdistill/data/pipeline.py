@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdistill.data import build as building
 from jaxdistill.data import encode, store
-from jaxdistill.data.dataset import Dataset, empty_row, open_dataset
+from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.types import Batch
@@ -208,7 +208,7 @@ def eval_batches(
     """
     rows_here = _share(batch_size, process_index, process_count)
     offset = process_index * rows_here
-    padding = empty_row(dataset.seq_len, dataset.pad)
+    padding = dataset.empty_row()
 
     def batch_of(number: int) -> tuple[int, Batch]:
         first = number * batch_size + offset

@@ -19,6 +19,7 @@ from jaxdistill.data.records import (
     text_problem,
 )
 from jaxdistill.errors import DataError
+from jaxdistill.types import ORIGINS
 
 # `plain` makes one document of a text file, `paragraphs` one of every block between blank lines.
 TEXT_FORMATS = ("plain", "paragraphs")
@@ -45,18 +46,20 @@ class Source:
       format: a value of FORMATS.
       read: starts a new pass over the records, good and rejected, in file order.
       digest: a hash of the content, whatever its path and times.
+      origin: who wrote it, a value of `types.ORIGINS`.
     """
 
     name: str
     format: str
     read: Callable[[], Stream]
     digest: Callable[[], str]
+    origin: str = "data"
 
     def __iter__(self) -> Stream:
         return self.read()
 
 
-def open_source(path: str | Path, format: str = "auto") -> Source:
+def open_source(path: str | Path, format: str = "auto", origin: str = "data") -> Source:
     """Opens a file, or a text set such as `python:docs?split=train`, as a source of records.
 
     The endings decide how the bytes are read: `.jsonl`, `.ndjson`: one JSON object a line;
@@ -68,6 +71,7 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     Args:
       path: the file, or `python:docs` with an optional `?split=train` or `?split=held_out`.
       format: a value of FORMATS.
+      origin: who wrote it: data, teacher or student, for losses that differ by it.
 
     Returns:
       A Source.
@@ -79,6 +83,12 @@ def open_source(path: str | Path, format: str = "auto") -> Source:
     name = str(path)
     if format not in FORMATS:
         raise DataError(f"{name}: format {format!r} is unknown: use one of {', '.join(FORMATS)}")
+    if origin not in ORIGINS:
+        raise DataError(f"{name}: origin {origin!r} is unknown: use one of {', '.join(ORIGINS)}")
+    return dataclasses.replace(_open(path, name, format), origin=origin)
+
+
+def _open(path: str | Path, name: str, format: str) -> Source:
     if name.startswith("python:"):
         return _python_source(name, format)
     path = Path(path)

@@ -51,7 +51,8 @@ class Comparison:
     def _program(self, method: setup.Method) -> measure.EvalStep:
         """The training loss without gradient; with a teacher at hand, always against it."""
         teacher = self._models.teacher
-        if method.objective.needs_teacher or teacher is None:
+        objective = method.objective
+        if teacher is None or (objective.needs_teacher and objective.token_means):
             return measure.make_step(method.loss, method.teacher)
         # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
         loss = make_loss(

@@ -49,6 +49,9 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         width = models.student.config.embed if method.per_token else None
         own = {"t_start": method.t_start, "t_range": method.t_range, "width": width}
         return objectives.ctkd(**own, **head), knobs
+    if isinstance(method, configured.Distillm2):
+        knobs["balance"] = _schedule(method.balance, config)
+        return objectives.distillm2(skew=method.skew, **head), knobs
     if isinstance(method, configured.Hidden):
         return _hidden(method, config, models, head, knobs)
     if isinstance(method, configured.Ted):

@@ -279,7 +279,7 @@ def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dic
     built = {}
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
         built[name] = pipeline.build(
-            [open_source(source.path, format=source.format) for source in sources],
+            [open_source(one.path, format=one.format, origin=one.origin) for one in sources],
             tokenizer,
             seq_len=config.data.seq_len,
             packing=config.data.packing,
@@ -389,7 +389,8 @@ def compile_step(
         monitor=monitor,
         prepare=method.objective.prepare,
     )
-    batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh)
+    origins = any(source.origin != "data" for source in config.data.train)
+    batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)
     return steps.compiled(step, state, teacher_params, batch, mesh)
 
 

@@ -122,16 +122,20 @@ def distillm2(
     return {"loss": Mean(total, pairs), "loss/chosen": means[0], "loss/rejected": means[1]}
 
 
-def sequence_weights(mask: ArrayLike) -> Array:
-    """Weights that make a mean over tokens the mean of the rows' means: mask / (tokens of the row).
+def sequence_weights(mask: ArrayLike, segment_ids: ArrayLike | None = None) -> Array:
+    """Weights that make a mean over tokens the mean of responses' means: mask / (tokens of each).
 
     As `mask` of `kernels.linear_divergence` they give each response the same weight.
 
     Args:
       mask: bool or float [..., L], the tokens that count.
+      segment_ids: int [..., L], 0 to L, whose tokens are one response; None: each row is one.
 
     Returns:
-      float32 [..., L]; each row sums to 1, and to 0 where it has no token.
+      float32 [..., L]; each response sums to 1, and to 0 where it has no token.
+
+    Raises:
+      ConfigError: if the shapes differ.
 
     >>> import jax.numpy as jnp
     >>> print(sequence_weights(jnp.array([[True, True], [False, True], [False, False]])))
@@ -140,7 +144,18 @@ def sequence_weights(mask: ArrayLike) -> Array:
      [0.  0. ]]
     """
     weights = jnp.asarray(mask).astype(jnp.float32)
-    count = weights.sum(-1, keepdims=True)
+    if segment_ids is None:
+        count = weights.sum(-1, keepdims=True)
+    else:
+        segments, length = jnp.asarray(segment_ids), weights.shape[-1]
+        if segments.shape != weights.shape:
+            raise ConfigError(
+                f"sequence_weights: mask {list(weights.shape)} and segment_ids "
+                f"{list(segments.shape)} must have one shape"
+            )
+        one = lambda row, own: jax.ops.segment_sum(row, own, length + 1)[own]
+        rows = weights.reshape(-1, length), segments.reshape(-1, length)
+        count = jax.vmap(one)(*rows).reshape(weights.shape)
     return weights / jnp.where(count == 0, 1.0, count)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from jaxdistill.objectives.base import CONTROL, MONITOR, Apply, Head, Objective
 from jaxdistill.objectives.features import hidden, ted
-from jaxdistill.objectives.logits import ctkd, kd, sft, taid
+from jaxdistill.objectives.logits import ctkd, distillm2, kd, sft, taid
 from jaxdistill.objectives.tasks import step_by_step
 
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
@@ -22,6 +22,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "sft": sft,
     "taid": taid,
     "ctkd": ctkd,
+    "distillm2": distillm2,
     "hidden": hidden,
     "ted": ted,
     "step_by_step": step_by_step,
@@ -35,6 +36,7 @@ __all__ = [
     "Head",
     "Objective",
     "ctkd",
+    "distillm2",
     "hidden",
     "kd",
     "sft",

@@ -28,6 +28,7 @@ class Objective(NamedTuple):
       student_taps: layers of the student whose outputs `apply` reads.
       teacher_taps: layers of the teacher.
       prepare: whole batch -> more knobs, made before it is split into micro-batches; or None.
+      token_means: whether its metrics are means over tokens; where not, evaluation takes kd's.
     """
 
     init: Callable[[Array], Any]
@@ -37,6 +38,7 @@ class Objective(NamedTuple):
     student_taps: tuple[int, ...] = ()
     teacher_taps: tuple[int, ...] = ()
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None
+    token_means: bool = True
 
 
 class Head(TypedDict, total=False):

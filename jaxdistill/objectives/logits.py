@@ -1,5 +1,6 @@
 """Methods that compare what models say: KD in all its divergences, TAID, CTKD, and the control."""
 
+import dataclasses
 from typing import Unpack
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 
 from jaxdistill import losses
 from jaxdistill.kernels.row_loss import Function
+from jaxdistill.losses import whole_rows
 from jaxdistill.objectives.base import CONTROL, Head, Objective, from_heads, no_parameters
-from jaxdistill.types import Mean
+from jaxdistill.types import STUDENT, Mean
 
 
 def sft(**head: Unpack[Head]) -> Objective:
@@ -116,3 +118,50 @@ def ctkd(
         return means | {"loss/temperature": Mean(shown, jnp.sum(counted))}
 
     return Objective(init, apply, ("alpha", "reversal"))
+
+
+def distillm2(*, skew: float = 0.1, **head: Unpack[Head]) -> Objective:
+    """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean.
+
+        (2 - balance) mean_y KL(p || a p + (1 - a) q)     y written by teacher or data
+          +   balance mean_y KL(q || (1 - a) p + a sg(q)) y written by the student
+
+    mean_y is over responses, each the mean of its tokens; all means are of the whole batch.
+    Knobs: alpha (of CE, in both), balance.
+
+    Args:
+      skew: a, weight of the model whose own distribution is compared.
+      head: see `Head`.
+
+    Reference: Ko et al. 2025, arXiv 2503.07067; the constant q in the mixture is its code's.
+    """
+
+    def sides(batch):
+        weights = losses.sequence_weights(batch.mask, batch.segment_ids)
+        own = 0.0 if batch.origin is None else (batch.origin == STUDENT).astype(jnp.float32)
+        return weights * (1 - own), weights * own
+
+    def prepare(batch):
+        return dict(zip(("chosen", "rejected"), map(jnp.sum, sides(batch)), strict=True))
+
+    def apply(params, student, signal, batch, knobs):
+        told = knobs if "chosen" in knobs else {**knobs, **prepare(batch)}
+        balance, both = knobs["balance"], told["chosen"] + told["rejected"]
+        kinds = (
+            {"kind": "skew_forward_kl", "parameters": (skew,)},
+            {"kind": whole_rows.bound("detached_skew_reverse_kl", skew=skew)},
+        )
+        chosen, rejected = (
+            from_heads(
+                head, student, signal.outputs, dataclasses.replace(batch, mask=weights), knobs,
+                alpha=knobs["alpha"], **kind,
+            )
+            for weights, kind in zip(sides(batch), kinds, strict=True)
+        )  # fmt: skip
+        means = {name: chosen[name] + rejected[name] for name in chosen}
+        each = lambda side, share, n: share * both / jnp.maximum(n, 1.0) * side["loss"].total
+        total = each(chosen, 2 - balance, told["chosen"])
+        total += each(rejected, balance, told["rejected"])
+        return means | {"loss": Mean(total, means["loss"].count)}
+
+    return Objective(no_parameters, apply, ("alpha", "balance"), prepare=prepare, token_means=False)

@@ -159,8 +159,8 @@ def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh
         return jitted.lower(state, teacher_params, batch).compile()
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-    """The shapes and places of a global batch."""
+def abstract_batch(rows: int, length: int, mesh: Mesh, origins: bool = False) -> Batch:
+    """The shapes and places of a global batch; with `origins` it says who wrote each token."""
     place = batch_sharding(mesh)
     make: Callable[[Any], Any] = lambda dtype: jax.ShapeDtypeStruct(
         (rows, length), dtype, sharding=place
@@ -172,6 +172,7 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
         mask=make(jnp.bool_),
         positions=numbers,
         segment_ids=numbers,
+        origin=numbers if origins else None,
     )
 
 

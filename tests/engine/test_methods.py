@@ -8,6 +8,7 @@ import pytest
 
 from jaxdistill import engine, models
 
+WROTE = ("teacher", "student")
 METHODS = {
     "taid": "{name: taid, mode: scaled}",
     "ctkd": "{name: ctkd, t_range: 4.0, temperature_lr: 0.05}",
@@ -18,14 +19,19 @@ METHODS = {
     "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
     "hidden": "{name: hidden, balance: true}",
     "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
+    "distillm2": "{name: distillm2, balance: {schedule: linear, start: 1.0, end: 1.5}}",
     "ted": "{name: ted, layers: 2, filter_steps: 0.5}",
     "alpha_beta": "{name: kd, divergence: alpha_beta_divergence}",
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_of_one_word_runs_end_to_end(name, load_config, tmp_path):
-    config = load_config(tmp_path, f"method={METHODS[name]}", "train.steps=4", "train.eval_every=2")
+def test_a_method_of_one_word_runs_end_to_end(name, load_config, data, tmp_path):
+    options = [f"method={METHODS[name]}", "train.steps=4", "train.eval_every=2"]
+    if name == "distillm2":
+        paths = (f"{{path: {data}/train.txt, format: paragraphs, origin: {who}}}" for who in WROTE)
+        options.append(f"data.train=[{', '.join(paths)}]")
+    config = load_config(tmp_path, *options)
     result = engine.train(config)
     lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss/total" in line]

@@ -185,3 +185,12 @@ def test_pairs_run_in_jit_vmap_and_grad():
 def test_arguments_that_cannot_be_meant_raise(call, message):
     with pytest.raises(ConfigError, match=message):
         call(_response(0, [5, 2, 1]))
+
+
+def test_several_responses_share_a_row():
+    mask = np.array([[1, 1, 0, 1, 0, 0], [0, 1, 1, 1, 1, 1]], bool)
+    segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 3, 3]])
+    wanted = [[0.5, 0.5, 0, 1, 0, 0], [0, 0.5, 0.5, 1, 0.5, 0.5]]
+    np.testing.assert_allclose(losses.sequence_weights(mask, segments), wanted)
+    with pytest.raises(ValueError, match="one shape"):
+        losses.sequence_weights(mask, segments[:, :-1])

@@ -1,5 +1,6 @@
 """Methods in training: TAID's t over devices and micro-batches, CTKD's ascent, golden curves."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import models, objectives, optim, teachers
+from jaxdistill import losses, models, objectives, optim, teachers
 from jaxdistill.losses import whole_rows
-from jaxdistill.models import DecoderConfig
+from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
+from jaxdistill.types import STUDENT as STUDENTS
+from jaxdistill.types import TEACHER as TEACHERS
 from jaxdistill.types import Batch
 
 VOCAB, ROWS, LENGTH, STEPS = 37, 8, 12, 20
@@ -33,6 +36,16 @@ def rows(seed):
     mask = rng.random((ROWS, LENGTH)) < 0.7
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     return Batch(tokens, targets, mask, positions, np.ones_like(tokens))
+
+
+def written(batch):
+    """The same rows, every other one by the student, and two responses in the second half."""
+    student = np.arange(ROWS)[:, None] % 2 == 1
+    origin = np.broadcast_to(np.where(student, STUDENTS, TEACHERS), batch.tokens.shape)
+    segments = np.array(batch.segment_ids)
+    segments[ROWS // 2 :, LENGTH // 3 :] = 2
+    origin = origin.astype(np.int32)
+    return dataclasses.replace(batch, origin=origin, segment_ids=segments)
 
 
 METHODS = {
@@ -56,6 +69,7 @@ METHODS = {
         lambda: objectives.hidden(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24), balanced=True),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5, "feature_balance": None},
     ),
+    "distillm2": (lambda: objectives.distillm2(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
     "ted": (
         lambda: objectives.ted(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {
@@ -111,15 +125,22 @@ class Training:
         self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps)
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
-        shape = steps.abstract_batch(ROWS, LENGTH, self.mesh)
-        step = steps.make(self.loss, self.signal, self.tx, micro_batches=micro_batches)
+        self.rows = lambda seed: written(rows(seed)) if name == "distillm2" else rows(seed)
+        shape = steps.abstract_batch(ROWS, LENGTH, self.mesh, origins=name == "distillm2")
+        step = steps.make(
+            self.loss,
+            self.signal,
+            self.tx,
+            micro_batches=micro_batches,
+            prepare=objective.prepare,
+        )
         self.program = steps.compiled(step, self.state, self.teacher, shape, self.mesh)
 
     def run(self, count=STEPS, first=0):
         """The metrics of each step."""
         found = []
         for number in range(first, first + count):
-            batch = steps.place(rows(number % 4), self.mesh)
+            batch = steps.place(self.rows(number % 4), self.mesh)
             self.state, means = self.program(self.state, self.teacher, batch)
             found.append({name: float(mean.value) for name, mean in means.items()})
         return found
@@ -163,8 +184,6 @@ def test_taids_control_is_the_cross_entropy_form():
     training = Training("taid")
     student = jax.tree.map(jnp.copy, training.state.params["student"])  # the step takes it over
     batch = rows(0)
-    from jaxdistill.models import decoder
-
     run = functools.partial(decoder.apply, compute_dtype="float32")
     logits = lambda config, params: decoder.logits(run(config, params, jnp.asarray(batch.tokens)))
     s, t = logits(STUDENT, student), logits(TEACHER, training.teacher)
@@ -236,6 +255,37 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     step = 0.1
     numeric = (loss(jnp.float32(1.0 + step)) - loss(jnp.float32(1.0 - step))) / (2 * step)
     np.testing.assert_allclose(slope, -0.3 * numeric, rtol=5e-3)
+
+
+def test_distillm2_is_the_mean_of_responses_of_each_side():
+    """Against the loss on logits, one response a row; whoever wrote it, by `origin`."""
+    training = Training("distillm2")
+    student = jax.tree.map(jnp.copy, training.state.params["student"])  # the step takes it over
+    batch = training.rows(0)
+    run = functools.partial(decoder.apply, compute_dtype="float32")
+    outputs = lambda config, params: decoder.logits(
+        run(config, params, jnp.asarray(batch.tokens), None, jnp.asarray(batch.segment_ids))
+    )
+    s, t = outputs(STUDENT, student), outputs(TEACHER, training.teacher)
+    means = {TEACHERS: [], STUDENTS: []}
+    for row, segments in enumerate(batch.segment_ids):
+        for number in np.unique(segments):
+            place = (segments == number) & batch.mask[row]
+            who = int(batch.origin[row, 0])
+            loss = {TEACHERS: losses.skew_forward_kl, STUDENTS: losses.detached_skew_reverse_kl}
+            means[who].append(float(loss[who](s[row, place], t[row, place]).mean()))
+    assert [len(found) for found in means.values()] == [6, 6]
+    expected = 0.8 * np.mean(means[TEACHERS]) + 1.2 * np.mean(means[STUDENTS])
+    found = training.run(1)[0]
+    np.testing.assert_allclose(found["loss/total"], expected, rtol=1e-5)
+    for options in ({"micro_batches": 4}, {"mesh": make_mesh(2, 4)}):
+        if jax.device_count() >= 8 or "mesh" not in options:
+            other = Training("distillm2", **options).run(3)
+            np.testing.assert_allclose(
+                [step["loss/total"] for step in other],
+                [step["loss/total"] for step in curve("distillm2")[:3]],
+                rtol=2e-5,
+            )
 
 
 def test_teds_stages_train_what_they_should_and_nothing_else():
