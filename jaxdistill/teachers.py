@@ -22,6 +22,7 @@ def online(
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
     taps: tuple[int, ...] = (),
+    relations: tuple[int, ...] = (),
 ) -> Teacher:
     """A teacher that reads the batch in the step; all that it says is a constant."""
 
@@ -36,6 +37,7 @@ def online(
             attention=attention,
             rules=rules,
             taps=taps,
+            relations=relations,
         )
         return jax.lax.stop_gradient(TeacherSignal(outputs))
 

@@ -56,12 +56,14 @@ class Outputs:
       head: [V, D], the rows that turn hidden states into logits.
       head_bias: [V] or None.
       taps: [K, B, L, D], outputs of chosen layers, or None.
+      relations: of chosen layers (query [B, L, H * E], key and value [B, L, G * E]), or None.
     """
 
     hidden: Array
     head: Array
     head_bias: Array | None = None
     taps: typing.Any = None
+    relations: typing.Any = None
 
 
 @typing.no_type_check

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag
 
 from jaxdistill.config.knobs import LAYERS, Alpha, Balance, Layers, Temperature, Weight
-from jaxdistill.config.section import Problem, Section
+from jaxdistill.config.section import Count, Problem, Section
 
 Chunk = Annotated[
     Annotated[Literal["auto"], Tag("<auto>")]
@@ -210,6 +210,30 @@ class Ted(Head):
     filter_lr: float = Field(1e-3, gt=0, le=10, description="Highest learning rate of the filters.")
 
 
+class Minilm(Head):
+    """MiniLMv2: how tokens relate in one layer, by queries, keys and values, beside the KL."""
+
+    name: Literal["minilm"] = Field(description="The method.")
+    alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
+    temperature: Temperature = Field(1.0, description="T of the KL.")
+    student_layer: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="The student's layer, from 0; null: its last."
+    )
+    teacher_layer: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="The teacher's layer, from 0; null: its last. The paper takes one below it of "
+        "large teachers.",
+    )
+    heads: Count | None = Field(
+        None,
+        description="Relation heads; must divide the widths of queries, keys and values of both "
+        "models; null: the most that do, up to the student's heads.",
+    )
+    feature_weight: Weight = Field(
+        1.0, description="Weight of the relations; a number or {schedule, start, end}."
+    )
+
+
 class Distillm2(Head):
     """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean."""
 
@@ -313,6 +337,7 @@ Method = Annotated[
     | Distillm2
     | Hidden
     | Ted
+    | Minilm
     | Taid
     | Ctkd
     | StepByStep
@@ -333,6 +358,7 @@ METHODS = {
     "distillm2": Distillm2,
     "hidden": Hidden,
     "ted": Ted,
+    "minilm": Minilm,
     "taid": Taid,
     "ctkd": Ctkd,
     "step_by_step": StepByStep,

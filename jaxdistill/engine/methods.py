@@ -9,7 +9,7 @@ from jaxdistill import objectives, optim
 from jaxdistill.config import Config
 from jaxdistill.config import methods as configured
 from jaxdistill.data import encode
-from jaxdistill.errors import MismatchError
+from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import rows
 from jaxdistill.losses import features, whole_rows
 from jaxdistill.objectives import Objective
@@ -56,6 +56,8 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         return _hidden(method, config, models, head, knobs)
     if isinstance(method, configured.Ted):
         return _ted(method, config, models, head, knobs)
+    if isinstance(method, configured.Minilm):
+        return _minilm(method, config, models, head, knobs)
     assert isinstance(method, configured.Kd), method
     knobs["temperature"] = _schedule(method.temperature, config)
     divergence, parameters = _divergence(method)
@@ -99,6 +101,33 @@ def _ted(method, config: Config, models: Any, head, knobs) -> tuple[Objective, d
         **head,
     )
     return objective, knobs
+
+
+def _minilm(method, config: Config, models: Any, head, knobs) -> tuple[Objective, dict[str, Any]]:
+    student, teacher = models.student.config, models.teacher.config
+    knobs["temperature"] = _schedule(method.temperature, config)
+    knobs["feature_weight"] = _schedule(method.feature_weight, config)
+    layers = []
+    for who, arch in (("student", student), ("teacher", teacher)):
+        layer = getattr(method, f"{who}_layer")
+        if layer is not None and layer >= arch.layers:
+            raise ConfigError(
+                f"method.{who}_layer = {layer}: the {who} has layers 0 to {arch.layers - 1}"
+            )
+        layers.append(arch.layers - 1 if layer is None else layer)
+    widths = [
+        count * arch.head_dim
+        for arch in (student, teacher)
+        for count in (arch.heads, arch.kv_heads)
+    ]
+    fits = lambda heads: all(width % heads == 0 for width in widths)
+    heads = method.heads or max(filter(fits, range(1, student.heads + 1)))
+    if not fits(heads):
+        raise ConfigError(
+            f"method.heads = {heads}: must divide the widths of queries and keys, "
+            f"{', '.join(map(str, sorted(set(widths))))}; leave it out to let it be chosen"
+        )
+    return objectives.minilm(layers=tuple(layers), heads=heads, **head), knobs
 
 
 def _first_stage(method: configured.Ted, config: Config) -> int:

@@ -323,6 +323,7 @@ def method_of(config: Config, models: Models) -> Method:
             models.teacher.config,
             compute_dtype=teacher_dtype(config),
             taps=objective.teacher_taps,
+            relations=objective.teacher_relations,
         )
     o = config.optimizer
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)

@@ -1,5 +1,6 @@
 """One decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, gated MLP; scanned."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -93,18 +94,23 @@ class Attention(nnx.Module):
         self.key_norm = norm(params["key_norm"]) if config.qk_norm else None
         self.config = config
 
+    def project(self, x_BLD):
+        """Query [B, L, H, E], key and value [B, L, G, E], before they are turned by position."""
+        split = (*x_BLD.shape[:2], -1, self.config.head_dim)
+        x_ND = _rows(x_BLD)
+        query_BLHE = self.query(x_ND).reshape(split)
+        key_BLGE = self.key(x_ND).reshape(split)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BLHE, key_BLGE = self.query_norm(query_BLHE), self.key_norm(key_BLGE)
+        return query_BLHE, key_BLGE, self.value(x_ND).reshape(split)
+
     def __call__(self, x_BLD, turn, attend, state, index, rules):
         batch, length, _ = x_BLD.shape
-        split = (batch, length, -1, self.config.head_dim)
-        x_ND = _rows(x_BLD)
         heads = functools.partial(
             constrain, logical=("batch", "length", "act_heads", None), rules=rules
         )
-        query_BLHE = self.query(x_ND).reshape(split)
-        key_BLGE = self.key(x_ND).reshape(split)
-        value_BLGE = heads(self.value(x_ND).reshape(split))
-        if self.query_norm is not None and self.key_norm is not None:
-            query_BLHE, key_BLGE = self.query_norm(query_BLHE), self.key_norm(key_BLGE)
+        query_BLHE, key_BLGE, value_BLGE = self.project(x_BLD)
+        value_BLGE = heads(value_BLGE)
         query_BLHE = heads(rope.rotate(query_BLHE, *turn))
         key_BLGE = heads(rope.rotate(key_BLGE, *turn))
         state, mixed_BLHE = attend(state, index, query_BLHE, key_BLGE, value_BLGE)
@@ -171,6 +177,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         rules: Mapping[str, MeshAxes] = RULES,
         taps: tuple[int, ...] = (),
+        relations: tuple[int, ...] = (),
     ) -> tuple[Outputs, Any]:
         """Outputs and the final state of `attend` for tokens [B, L] at positions [B, L]."""
         config = self.config
@@ -191,7 +198,7 @@ class Decoder(nnx.Module):
             through, tapped = carry
             through, _ = run(through, xs)
             # Outside of what is made again: a tap is kept once, not with every layer.
-            if taps:
+            if kept:
                 tapped = tapped.at[slot].set(through[0], mode="drop")
             return (through, tapped), None
 
@@ -199,13 +206,38 @@ class Decoder(nnx.Module):
         table_VD = constrain(self.embedding[...], ("vocab", None), rules)
         x_BLD = jnp.take(table_VD, tokens, axis=0).astype(compute_dtype)
         x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), rules)
-        slots = np.full(config.layers, len(taps), np.int32)  # of no tap: behind the last one
-        slots[list(taps)] = np.arange(len(taps))
-        tapped = jnp.zeros((len(taps), *x_BLD.shape), compute_dtype) if taps else None
+        inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
+        kept, first_BLD = (*taps, *inputs), x_BLD
+        slots = np.full(config.layers, len(kept), np.int32)  # of no tap: behind the last one
+        slots[list(kept)] = np.arange(len(kept))
+        tapped = jnp.zeros((len(kept), *x_BLD.shape), compute_dtype) if kept else None
         xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers), jnp.asarray(slots))
         ((x_BLD, state), tapped), _ = jax.lax.scan(body, ((x_BLD, state), tapped), xs)
         head = self.embedding if self.head is None else self.head
-        return Outputs(hidden=self.final_norm(x_BLD), head=head[...], taps=tapped), state
+        outputs = Outputs(
+            self.final_norm(x_BLD), head[...], taps=tapped[: len(taps)] if taps else None
+        )
+        if relations:
+            layer = lambda n: nnx.merge(
+                graphdef, _computing(_slice(xs[0], n), axes, compute_dtype, rules)
+            )
+            entering = lambda n: tapped[slots[n - 1]] if n else first_BLD
+            related = tuple(_relations(layer(n), entering(n)) for n in relations)
+            outputs = dataclasses.replace(outputs, relations=related)
+        return outputs, state
+
+
+def _relations(layer: Layer, x_BLD: Array) -> tuple[Array, ...]:
+    """Queries, keys and values of a layer, heads side by side.
+
+    Made a second time, from what enters the layer: within the scan every layer's would be kept.
+    """
+    found = layer.attention.project(layer.attention_norm(x_BLD))
+    return tuple(x.reshape(*x_BLD.shape[:2], -1) for x in found)
+
+
+def _slice(stacked: Any, number: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def _remat(body: Callable, remat: str) -> Callable:
@@ -279,6 +311,7 @@ def apply(
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
     taps: tuple[int, ...] = (),
+    relations: tuple[int, ...] = (),
 ) -> Outputs:
     """Hidden states after the final norm, and the head, of tokens [B, L].
 
@@ -295,24 +328,29 @@ def apply(
       attention: `implementation` of `jax.nn.dot_product_attention` ("xla", "cudnn"); None chooses.
       rules: table from logical axes to mesh axes; used where a mesh is in context.
       taps: layers, from 0, whose outputs are wanted as well, in this order.
+      relations: layers, from 0, whose queries, keys and values are wanted as well.
 
     Returns:
       Outputs: hidden [B, L, D] in compute_dtype, head [V, D] uncast (the embedding where tied),
-      taps [len(taps), B, L, D] before the final norm.
+      taps [len(taps), B, L, D] before the final norm, and relations, before rotation.
 
     Raises:
       ModelError: for an unknown `remat`, or a tap that is no layer.
     """
-    if len(set(taps)) != len(taps) or not all(0 <= tap < config.layers for tap in taps):
-        raise ModelError(f"taps = {taps}: must be different layers from 0 to {config.layers - 1}")
+    for name, layers in (("taps", taps), ("relations", relations)):
+        if len(set(layers)) != len(layers) or not all(0 <= n < config.layers for n in layers):
+            raise ModelError(
+                f"{name} = {layers}: must be different layers from 0 to {config.layers - 1}"
+            )
     length = tokens.shape[1]
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
     attend = causal(config, length, segment_ids, attention)
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
-        tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps
-    )
+        tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps,
+        relations=relations,
+    )  # fmt: skip
     return outputs
 
 

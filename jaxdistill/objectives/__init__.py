@@ -13,7 +13,7 @@ and counts over the batch's counted tokens; the mean named "loss" is optimised, 
 from collections.abc import Callable, Mapping
 
 from jaxdistill.objectives.base import CONTROL, MONITOR, Apply, Head, Objective
-from jaxdistill.objectives.features import hidden, ted
+from jaxdistill.objectives.features import hidden, minilm, ted
 from jaxdistill.objectives.logits import ctkd, distillm2, kd, sft, taid
 from jaxdistill.objectives.tasks import step_by_step
 
@@ -24,6 +24,7 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "ctkd": ctkd,
     "distillm2": distillm2,
     "hidden": hidden,
+    "minilm": minilm,
     "ted": ted,
     "step_by_step": step_by_step,
 }
@@ -39,6 +40,7 @@ __all__ = [
     "distillm2",
     "hidden",
     "kd",
+    "minilm",
     "sft",
     "step_by_step",
     "taid",

@@ -27,6 +27,8 @@ class Objective(NamedTuple):
       needs_teacher: whether `signal` must hold a teacher.
       student_taps: layers of the student whose outputs `apply` reads.
       teacher_taps: layers of the teacher.
+      student_relations: layers of the student whose queries, keys and values `apply` reads.
+      teacher_relations: layers of the teacher.
       prepare: whole batch -> more knobs, made before it is split into micro-batches; or None.
       token_means: whether its metrics are means over tokens; where not, evaluation takes kd's.
     """
@@ -37,6 +39,8 @@ class Objective(NamedTuple):
     needs_teacher: bool = True
     student_taps: tuple[int, ...] = ()
     teacher_taps: tuple[int, ...] = ()
+    student_relations: tuple[int, ...] = ()
+    teacher_relations: tuple[int, ...] = ()
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None
     token_means: bool = True
 

@@ -1,4 +1,4 @@
-"""Methods that compare hidden states beside what models say: chosen layers, and TED's filters."""
+"""Methods that compare what goes on inside: hidden states, TED's filters, MiniLM's relations."""
 
 from typing import Unpack
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import losses
-from jaxdistill.objectives.base import Head, Objective, from_heads
+from jaxdistill.objectives.base import Head, Objective, from_heads, no_parameters
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Mean
 
@@ -115,3 +115,47 @@ def ted(
 
     knobs = ("alpha", "temperature", "feature_weight", "stage")
     return Objective(init, apply, knobs, student_taps=layers[0], teacher_taps=layers[1])
+
+
+def minilm(
+    *,
+    layers: tuple[int, int],
+    heads: int,
+    **head: Unpack[Head],
+) -> Objective:
+    """MiniLMv2: how tokens relate in one layer, whatever the models' widths and heads.
+
+        alpha * CE + (1 - alpha) * T^2 * KL + feature_weight * (R_Q + R_K + R_V) / 3
+        R_X = mean over heads and tokens of KL(softmax(X_T X_T^T / sqrt d) || the student's)
+
+    X: queries, keys or values of the layer, before rotation, split into `heads` relation heads of
+    width d. A token relates to those it sees: those before it in its own document (ours; the paper
+    is about encoders). Knobs: alpha, temperature, feature_weight.
+
+    Args:
+      layers: of student and teacher, from 0.
+      heads: relation heads; must divide the widths of queries, keys and values of both models.
+      head: see `Head`.
+
+    Reference: Wang et al. 2021, arXiv 2012.15828, section 3.
+    """
+
+    def apply(params, student, signal, batch, knobs):
+        means = from_heads(
+            head, student, signal.outputs, batch, knobs,
+            alpha=knobs["alpha"], temperature=knobs["temperature"],
+        )  # fmt: skip
+        pairs = zip(student.relations[0], signal.outputs.relations[0], strict=True)
+        each = [losses.relation_kl(s, t, batch.segment_ids, heads=heads) for s, t in pairs]
+        features = losses.masked_mean(sum(each) / len(each), batch.mask)
+        total = means["loss"].total + knobs["feature_weight"] * features.total
+        shown = Mean(jax.lax.stop_gradient(features.total), features.count)
+        return means | {"loss": Mean(total, means["loss"].count), "loss/features": shown}
+
+    return Objective(
+        no_parameters,
+        apply,
+        ("alpha", "temperature", "feature_weight"),
+        student_relations=layers[:1],
+        teacher_relations=layers[1:],
+    )

@@ -57,6 +57,7 @@ def make_loss(
             attention=attention,
             rules=rules,
             taps=objective.student_taps,
+            relations=objective.student_relations,
         )
         return objective.apply(params["objective"], outputs, signal, batch, knobs)
 

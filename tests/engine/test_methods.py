@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from jaxdistill import engine, models
+from jaxdistill.errors import UserError
 
 WROTE = ("teacher", "student")
 METHODS = {
@@ -20,6 +21,7 @@ METHODS = {
     "hidden": "{name: hidden, balance: true}",
     "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
     "distillm2": "{name: distillm2, balance: {schedule: linear, start: 1.0, end: 1.5}}",
+    "minilm": "{name: minilm, teacher_layer: 2, feature_weight: 10.0}",
     "ted": "{name: ted, layers: 2, filter_steps: 0.5}",
     "alpha_beta": "{name: kd, divergence: alpha_beta_divergence}",
 }
@@ -50,3 +52,20 @@ def test_a_method_of_one_word_runs_end_to_end(name, load_config, data, tmp_path)
     assert longer.metrics["eval/kl_t1"] == pytest.approx(result.metrics["eval/kl_t1"], rel=1e-5)
     folder = engine.export(f"{result.run_dir}@latest", tmp_path / "student")
     assert models.load(folder or tmp_path / "student", tokenizer=False).config.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("{name: minilm, teacher_layer: 4}", "method.teacher_layer = 4: the teacher has layers"),
+        ("{name: minilm, student_layer: 2}", "method.student_layer = 2: the student has layers"),
+        ("{name: minilm, heads: 3}", "method.heads = 3: must divide the widths"),
+        ("{name: hidden, layers: [[0, 4]]}", "teacher has no layer 4"),
+        ("{name: ted, layers: 3}", "layers = 3: must be from 1 to the smaller depth, 2"),
+    ],
+)
+def test_layers_that_do_not_exist_are_named_before_anything_trains(
+    method, message, load_config, tmp_path
+):
+    with pytest.raises(UserError, match=message):
+        engine.train(load_config(tmp_path, f"method={method}"))

@@ -236,7 +236,37 @@ def test_taps_are_the_outputs_of_their_layers(remat):
         run(config, params, taps=(4,))
 
 
-def test_memory_grows_with_taps_and_not_with_depth():
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_relations_are_what_their_layers_project(remat, qk_norm):
+    """Written out from the layers' inputs; taps beside them stay what they are."""
+    config = DecoderConfig(
+        family="llama", vocab_size=31, embed=16, mlp=24, layers=4, heads=4, kv_heads=2, head_dim=8,
+        qk_norm=qk_norm,
+    )  # fmt: skip
+    params = decoder.init(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 31)
+    run = functools.partial(decoder.apply, config, tokens=tokens, compute_dtype="float32")
+    outputs = run(params, remat=remat, taps=(1,), relations=(3, 0, 2))
+    inputs = run(params, taps=(2, 1)).taps
+    np.testing.assert_allclose(outputs.taps, inputs[1:], atol=1e-6)
+    entering = {3: inputs[0], 0: params["embedding"][tokens], 2: inputs[1]}
+    norm = lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
+    for layer, found in zip((3, 0, 2), outputs.relations, strict=True):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        normed = norm(entering[layer]) * own["attention_norm"]["scale"][None, None]
+        for name, values in zip(("query", "key", "value"), found, strict=True):
+            expected = normed @ own["attention"][name]["kernel"]
+            if qk_norm and name != "value":
+                scale = own["attention"][f"{name}_norm"]["scale"][None, None, None]
+                expected = norm(expected.reshape(2, 6, -1, 8)) * scale
+            np.testing.assert_allclose(values, expected.reshape(2, 6, -1), atol=1e-5)
+    with pytest.raises(ModelError, match="relations"):
+        run(params, relations=(4,))
+
+
+@pytest.mark.parametrize("what", ["taps", "relations"])
+def test_memory_grows_with_taps_and_not_with_depth(what):
     def temporary(layers, taps):
         config = DecoderConfig(
             family="llama", vocab_size=64, embed=64, mlp=64, layers=layers, heads=2, kv_heads=2,
@@ -247,9 +277,11 @@ def test_memory_grows_with_taps_and_not_with_depth():
 
         def loss(params, tokens):
             outputs = decoder.apply(
-                config, params, tokens, compute_dtype="float32", remat="full", taps=taps
+                config, params, tokens, compute_dtype="float32", remat="full", **{what: taps}
             )
-            return outputs.hidden.sum() + (0 if outputs.taps is None else (outputs.taps**2).sum())
+            return outputs.hidden.sum() + sum(
+                (x**2).sum() for x in jax.tree.leaves((outputs.taps, outputs.relations))
+            )
 
         compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -69,6 +69,10 @@ METHODS = {
         lambda: objectives.hidden(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24), balanced=True),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5, "feature_balance": None},
     ),
+    "minilm": (
+        lambda: objectives.minilm(vocab=VOCAB, layers=(0, 1), heads=4),
+        {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5},
+    ),
     "distillm2": (lambda: objectives.distillm2(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
     "ted": (
         lambda: objectives.ted(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
@@ -122,7 +126,9 @@ class Training:
             trained=TED_TRAINED if "stage" in knobs else None,
         )
         self.loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
-        self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps)
+        self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps,
+            relations=objective.teacher_relations,
+        )  # fmt: skip
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
         self.rows = lambda seed: written(rows(seed)) if name == "distillm2" else rows(seed)
