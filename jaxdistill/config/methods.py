@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from jaxdistill.config.knobs import LAYERS, Alpha, Balance, Layers, Temperature, Weight
+from jaxdistill.config.knobs import (
+    LAYERS,
+    Alpha,
+    Balance,
+    Layers,
+    Temperature,
+    Weight,
+    WeightSchedule,
+)
 from jaxdistill.config.section import Count, Problem, Section
 
 Chunk = Annotated[
@@ -38,7 +46,6 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "generalized_jsd": {"beta": (0.5, 0, 1)},
     "skew_forward_kl": {"skew": (0.1, 0, 1)},
     "skew_reverse_kl": {"skew": (0.1, 0, 1)},
-    "detached_skew_reverse_kl": {"skew": (0.1, 0, 1)},
     "total_variation": {},
     "alpha_divergence": {"alpha": (0.5, 0, 1)},
     "alpha_beta_divergence": {"alpha": (0.2, 0, 10), "beta": (0.7, 0, 10)},
@@ -47,6 +54,13 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "decoupled_kl": {"target_weight": (1.0, 0, 1e6), "rest_weight": (0.5, 0, 1e6)},
     "smoothed_forward_kl": {"target_smoothing": (0.1, 0, 1)},
 }
+# Those that read whole rows of logits: their parameters are part of the compiled program.
+WHOLE_ROWS = (
+    "adaptive_kl",
+    "alphanet",
+    "decoupled_kl",
+    "smoothed_forward_kl",
+)
 Divergence = Literal[
     "forward_kl",
     "reverse_kl",
@@ -54,7 +68,6 @@ Divergence = Literal[
     "generalized_jsd",
     "skew_forward_kl",
     "skew_reverse_kl",
-    "detached_skew_reverse_kl",
     "total_variation",
     "alpha_divergence",
     "alpha_beta_divergence",
@@ -72,8 +85,10 @@ class Kd(Head):
     divergence: Divergence = Field(
         "forward_kl", description="forward_kl is KL(teacher || student), reverse_kl the other way."
     )
-    parameters: dict[str, float] = Field(
-        {}, description="Of the divergence, such as {beta: 0.1} of generalized_jsd."
+    parameters: dict[str, Weight] = Field(
+        {},
+        description="Of the divergence, such as {beta: 0.1} of generalized_jsd; each a number or "
+        "{schedule, start, end}.",
     )
     alpha: Alpha = Field(
         0.5,
@@ -91,17 +106,26 @@ class Kd(Head):
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: parameters belong to the divergence and lie in their range."""
+        """Rules: parameters belong to the divergence and lie in their range, all the way."""
         known = DIVERGENCES[self.divergence]
-        for name, value in self.parameters.items():
+        for name, given in self.parameters.items():
             if name not in known:
                 has = ", ".join(known) or "none"
                 yield ("parameters", name), f"no parameter of {self.divergence}; it has: {has}"
-            elif not known[name][1] <= value <= known[name][2]:
-                _, least, most = known[name]
-                yield ("parameters", name), f"{value}: must be in [{least}, {most}]"
+                continue
+            moves = not isinstance(given, int | float)
+            if moves and self.divergence in WHOLE_ROWS:
+                yield ("parameters", name), f"must be a number: {self.divergence} cannot move it"
+                continue
+            _, least, most = known[name]
+            for value in (given.start, given.end) if moves else (given,):
+                if not least <= value <= most:
+                    yield ("parameters", name), f"{value}: must be in [{least}, {most}]"
+                elif moves and self.divergence == "generalized_jsd" and value in (0, 1):
+                    rule = f"{value}: must lie inside (0, 1): the divergence jumps at its ends"
+                    yield ("parameters", name), rule
 
-    def parameter_values(self) -> dict[str, float]:
+    def parameter_values(self) -> dict[str, float | WeightSchedule]:
         """The divergence's parameters, defaults where nothing is given."""
         defaults = {name: entry[0] for name, entry in DIVERGENCES[self.divergence].items()}
         return defaults | self.parameters

@@ -60,7 +60,7 @@ def objective_of(config: Config, models: Any) -> tuple[Objective, dict[str, Any]
         return _minilm(method, config, models, head, knobs)
     assert isinstance(method, configured.Kd), method
     knobs["temperature"] = _schedule(method.temperature, config)
-    divergence, parameters = _divergence(method)
+    divergence, parameters = _divergence(method, config, knobs)
     objective = objectives.kd(
         divergence=divergence,
         parameters=parameters,
@@ -181,12 +181,23 @@ def objective_lr_ratio(config: Config) -> float:
     return 1.0
 
 
-def _divergence(method: configured.Kd) -> tuple[Any, tuple[float, ...]]:
-    """A kind of the table with its parameters, or a function of whole rows."""
-    values = method.parameter_values()
-    if method.divergence in rows.KINDS:
-        return method.divergence, tuple(values.values())
-    return whole_rows.bound(method.divergence, **values), ()
+def _divergence(
+    method: configured.Kd, config: Config, knobs: dict[str, Any]
+) -> tuple[Any, tuple[float | str, ...]]:
+    """A kind of the table with its parameters, or a function of whole rows.
+
+    Parameters that move become knobs, of the name divergence_NAME.
+    """
+    values: dict[str, Any] = method.parameter_values()
+    if method.divergence not in rows.KINDS:
+        return whole_rows.bound(method.divergence, **values), ()
+    found: list[float | str] = []
+    for name, value in values.items():
+        moves = not isinstance(value, int | float)
+        found.append(f"divergence_{name}" if moves else value)
+        if moves:
+            knobs[f"divergence_{name}"] = _schedule(value, config)
+    return method.divergence, tuple(found)
 
 
 def _schedule(knob: Any, config: Config) -> float | optax.Schedule:

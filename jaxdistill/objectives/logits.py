@@ -25,25 +25,27 @@ def sft(**head: Unpack[Head]) -> Objective:
 def kd(
     *,
     divergence: str | Function = "forward_kl",
-    parameters: tuple[float, ...] = (),
+    parameters: tuple[float | str, ...] = (),
     scale_by_t2: bool = True,
     label_smoothing: float | None = None,
     **head: Unpack[Head],
 ) -> Objective:
     """Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * D(teacher, student).
 
-    Knobs: alpha, temperature.
+    Knobs: alpha, temperature, and those that `parameters` names.
 
     Args:
       divergence: a kind of `kernels.rows.KINDS`, `forward_kl` is KL(teacher || student); or a
         function of whole rows, such as `losses.whole_rows` makes.
-      parameters: the kind's own numbers.
+      parameters: the kind's own numbers, or names of knobs that hold them.
       scale_by_t2: multiply the divergence by T^2.
       label_smoothing: eps of the cross-entropy.
       head: see `Head`.
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
     """
+
+    moving = tuple(one for one in parameters if isinstance(one, str))
 
     def apply(params, student, signal, batch, knobs):
         return from_heads(
@@ -53,14 +55,14 @@ def kd(
             batch,
             knobs,
             kind=divergence,
-            parameters=parameters,
+            parameters=tuple(knobs[one] if isinstance(one, str) else one for one in parameters),
             alpha=knobs["alpha"],
             temperature=knobs["temperature"],
             scale_by_t2=scale_by_t2,
             label_smoothing=label_smoothing,
         )
 
-    return Objective(no_parameters, apply, ("alpha", "temperature"))
+    return Objective(no_parameters, apply, ("alpha", "temperature", *moving))
 
 
 def taid(**head: Unpack[Head]) -> Objective:

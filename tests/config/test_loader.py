@@ -316,6 +316,7 @@ def test_every_divergence_of_a_configuration_exists():
     offered = set(get_args(methods.Divergence))
     assert offered == set(methods.DIVERGENCES)
     assert set(rows.KINDS) <= offered <= set(rows.KINDS) | set(whole_rows.FUNCTIONS)
+    assert set(methods.WHOLE_ROWS) == offered - set(rows.KINDS)
     for name, parameters in methods.DIVERGENCES.items():
         defaults = {key: entry[0] for key, entry in parameters.items()}
         if name in rows.KINDS:

@@ -72,3 +72,16 @@ def test_parameters_of_a_preset_are_checked():
 def test_who_wrote_the_text_is_said_where_the_method_asks(method, sources, message):
     with pytest.raises(ConfigError, match=message):
         config.loads(TINY, "tiny.yaml", [f"method={{name: {method}}}", f"data.train={sources}"])
+
+
+def test_parameters_may_move_where_the_divergence_can():
+    moving = "{schedule: linear, start: 0.2, end: 0.8}"
+    found = load(f"{{name: jsd, parameters: {{beta: {moving}}}}}").method.parameter_values()["beta"]
+    assert (found.start, found.end) == (0.2, 0.8)
+    for method, message in (
+        ("{name: jsd, parameters: {beta: {schedule: linear, start: 0, end: 0.5}}}", "jumps"),
+        ("{name: distillm, parameters: {skew: {schedule: cosine, start: 0.1, end: 1.5}}}", "1.5"),
+        (f"{{name: akl, parameters: {{mu: {moving}}}}}", "adaptive_kl cannot move it"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(method)

@@ -16,6 +16,7 @@ METHODS = {
     "ctkd_per_token": "{name: ctkd, per_token: true}",
     "smoothed_kd": "{name: smoothed_kd, label_smoothing: 0.1}",
     "distillm": "{name: distillm, parameters: {skew: 0.2}}",
+    "jsd": "{name: jsd, parameters: {beta: {schedule: linear, start: 0.2, end: 0.8}}}",
     "adaptive_kl": "{name: kd, divergence: adaptive_kl, parameters: {mu: 0.6}}",
     "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
     "hidden": "{name: hidden, balance: true}",
@@ -45,6 +46,9 @@ def test_a_method_of_one_word_runs_end_to_end(name, load_config, data, tmp_path)
         assert ts == sorted(ts)
         assert ts[0] == pytest.approx(0.4)
         assert ts[-1] > 0.4
+    if name == "jsd":
+        betas = [line["knobs/divergence_beta"] for line in steps]
+        assert betas == pytest.approx([0.2, 0.4, 0.6, 0.8])
     if name.startswith("ctkd"):
         assert steps[0]["loss/temperature"] > 1
         assert steps[-1]["knobs/reversal"] == pytest.approx(-1)
