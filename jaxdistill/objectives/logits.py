@@ -44,7 +44,6 @@ def kd(
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
     """
-
     moving = tuple(one for one in parameters if isinstance(one, str))
 
     def apply(params, student, signal, batch, knobs):
