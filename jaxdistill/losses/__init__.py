@@ -87,6 +87,7 @@ from jaxdistill.losses.pairs import (
     distillm2_skew,
     sequence_weights,
 )
+from jaxdistill.losses.sparse import topk_kl
 from jaxdistill.losses.temperature import (
     cosine_lambda,
     ctkd_temperature,
@@ -145,5 +146,6 @@ __all__ = [
     "ted_stage2",
     "temperature_head",
     "token_log_probability",
+    "topk_kl",
     "total_variation",
 ]

@@ -159,13 +159,11 @@ def curve(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_curve_is_the_committed_one(name):
-    """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes this version's."""
-    golden = json.loads(GOLDEN.read_text())
-    own = golden.get(jax.__version__, {})
+    """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
+    golden = json.loads(GOLDEN.read_text())[name]
     ours = [step["loss/total"] for step in curve(name)]
-    # Processors order sums differently; versions of JAX differ by up to 5e-4 after twenty steps.
-    expected, rtol = (own[name], 1e-4) if name in own else (golden["0.12.0.1"][name], 2e-3)
-    np.testing.assert_allclose(ours, expected, rtol=rtol)
+    # JAX 0.10.2 and 0.12 differ by 3e-6 on one machine; another one adds sums in another order.
+    np.testing.assert_allclose(ours, golden, rtol=1e-4)
 
 
 def test_every_objective_has_a_curve():
@@ -334,6 +332,5 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one():
 
 
 if __name__ == "__main__":
-    golden = json.loads(GOLDEN.read_text())
-    golden[jax.__version__] = {n: [step["loss/total"] for step in curve(n)] for n in METHODS}
-    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    curves = {name: [step["loss/total"] for step in curve(name)] for name in METHODS}
+    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")

@@ -1,0 +1,117 @@
+"""Top-k teachers: reference values, the bounds of the ghost, finite differences, missing tokens."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import losses
+
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "topk.json").read_text())
+ROWS = {
+    f"topk k={k} tail={short} forward KL": (k, tail)
+    for short, tail in (("ghost", "ghost"), ("renorm", "renormalise"), ("drop", "drop"))
+    for k in (1, 3, 6)
+}
+
+
+def inputs():
+    b, t, v = np.meshgrid(np.arange(2), np.arange(5), np.arange(7), indexing="ij")
+    student = 2.5 * np.sin(0.9 * v + 0.5 * t + 1.1 * b)
+    teacher = 3 * np.cos(0.7 * v - 0.4 * t + 0.6 * b) + 0.5 * np.sin(2 * v)
+    labels = np.array([[-100, -100, 3, 1, 6], [-100, 2, 5, 0, -100]])
+    return jnp.float32(student), jnp.float32(teacher), labels != -100
+
+
+def kept(teacher, k):
+    logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), k)
+    return ids, logprobs
+
+
+@pytest.mark.parametrize("row", GOLDEN["values"])
+def test_reference_values(row):
+    student, teacher, mask = inputs()
+    k, tail = ROWS[row]
+    ids, logprobs = kept(teacher, k)
+    if tail == "renormalise" and k == 1:
+        with pytest.raises(ValueError, match="0 for any student"):
+            losses.topk_kl(student, ids, logprobs, tail=tail)
+        return
+    loss = lambda s: losses.masked_mean(losses.topk_kl(s, ids, logprobs, tail=tail), mask).value
+    value, slope = jax.value_and_grad(loss)(student)
+    wanted = GOLDEN["values"][row]
+    np.testing.assert_allclose(value, wanted["loss"], rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(slope), wanted["grad_l2"], rtol=1e-5)
+    np.testing.assert_array_equal(slope[~mask], 0.0)
+
+
+def test_the_ghost_grows_to_the_whole_and_never_above():
+    rng = np.random.default_rng(0)
+    student, teacher = (jnp.float32(2 * rng.normal(size=(20, 12))) for _ in range(2))
+    values = [losses.topk_kl(student, *kept(teacher, k)) for k in range(1, 13)]
+    whole = losses.forward_kl(student, teacher)
+    for small, large in zip(values, values[1:], strict=False):
+        assert (small <= large + 1e-5).all()
+    np.testing.assert_allclose(values[-2], whole, rtol=2e-5)
+    np.testing.assert_allclose(values[-1], whole, rtol=2e-5)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "drop", "renormalise"])
+def test_slopes_are_finite_differences_in_float64(tail):
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        student, teacher = (jnp.asarray(rng.normal(size=(3, 9))) for _ in range(2))
+        loss = lambda s: losses.topk_kl(s, *kept(teacher, 4), tail=tail).sum()
+        slope = jax.grad(loss)(student)
+        assert slope.dtype == jnp.float64
+        direction, step = jnp.asarray(rng.normal(size=(3, 9))), 1e-6
+        numeric = (loss(student + step * direction) - loss(student - step * direction)) / 2 / step
+        np.testing.assert_allclose((slope * direction).sum(), numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "drop", "renormalise"])
+def test_a_token_that_is_none_is_as_if_absent(tail):
+    student, teacher, _ = inputs()
+    ids, logprobs = kept(teacher, 3)
+    padding = (jnp.full((2, 5, 2), -1), jnp.full((2, 5, 2), jnp.nan))
+    more = [jnp.concatenate([a, b], -1) for a, b in zip((ids, logprobs), padding, strict=True)]
+    loss = lambda s, *given: losses.topk_kl(s, *given, tail=tail).sum()
+    for a, b in zip(
+        jax.value_and_grad(loss)(student, *more),
+        jax.value_and_grad(loss)(student, ids, logprobs),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tail", ["ghost", "drop", "renormalise"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hard_logits_are_finite(tail, dtype):
+    student, teacher, _ = inputs()
+    student = (100 * student).astype(dtype).at[0, 0, 0].set(300).at[0, 1, 1].set(-jnp.inf)
+    ids, logprobs = kept(100 * teacher, 2)
+    ids, logprobs = ids.at[0, 1].set(jnp.array([2, 3])), logprobs
+    value, slope = jax.value_and_grad(lambda s: losses.topk_kl(s, ids, logprobs, tail=tail).sum())(
+        student
+    )
+    assert np.isfinite(float(value))
+    assert np.isfinite(np.asarray(slope, np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tail": "zero"}, "must be one of ghost"),
+        ({"ids": jnp.zeros((2, 5, 3), jnp.int32)}, "K from 1 to V"),
+        ({"ids": jnp.zeros((2, 5, 2))}, "must be integers"),
+        ({"student_logits": jnp.zeros((5, 7))}, r"\[5, 7\]"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, words):
+    student, teacher, _ = inputs()
+    ids, logprobs = kept(teacher, 2)
+    with pytest.raises(ValueError, match=words):
+        losses.topk_kl(**({"student_logits": student, "ids": ids, "logprobs": logprobs} | change))
