@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 
+import jax
+import numpy as np
 import pytest
 
 from jaxdistill import losses
@@ -64,3 +66,18 @@ def test_every_public_name_exists_once_and_in_order():
     assert losses.__all__ == sorted(set(losses.__all__))
     for name in losses.__all__:
         assert getattr(losses, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl", "alphanet", "smoothed_forward_kl"])
+def test_losses_run_inside_a_shard_map_of_ones_own(name):
+    """Rows over devices; the gradient of each row is its own."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    student, teacher = (jax.random.normal(jax.random.key(i), (16, 11)) for i in range(2))
+    loss = lambda s, t: getattr(losses, name)(s, t, temperature=2.0)
+    both = lambda s, t: (loss(s, t), jax.grad(lambda s: loss(s, t).sum())(s))
+    rows = jax.P("rows")
+    spread = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows)))
+    for ours, plain in zip(spread(student, teacher), both(student, teacher), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
