@@ -97,6 +97,9 @@ def _add_compress(commands: Any) -> None:
     prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
     prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
     prune.add_argument(
+        "--latency", metavar="BUDGET", help="of a token of one row, measured here: 12ms or 60%%"
+    )
+    prune.add_argument(
         "--axes", metavar="AXIS", nargs="+", default=("embed", "mlp"), help="shrink for a budget"
     )
     prune.add_argument(
