@@ -1,6 +1,6 @@
 """The long form of what tests/ proves in small: faults by the hundred, and what they left.
 
-python -m benchmarks.soak                     everything; about half an hour on two quiet cores
+python -m benchmarks.soak                     everything; results/soak.json
 python -m benchmarks.soak --only kills stops --scale 0.1
 """
 
@@ -16,26 +16,27 @@ from typing import Any
 
 from benchmarks import duel, soak_faults
 
-Part = Callable[[pathlib.Path, float], dict[str, Any]]
+Told = Callable[[dict[str, Any]], Any]
+Part = Callable[[pathlib.Path, float, Told], dict[str, Any]]
 
 
-def _on_rig(run: Callable[[soak_faults.Rig, int], dict], count: int) -> Part:
-    def part(folder: pathlib.Path, scale: float) -> dict[str, Any]:
+def _on_rig(run: Callable[[soak_faults.Rig, int, Told], dict[str, Any]], count: int) -> Part:
+    def part(folder: pathlib.Path, scale: float, told: Told) -> dict[str, Any]:
         with soak_faults.Rig(folder) as rig:
-            return run(rig, max(1, round(scale * count)))
+            return run(rig, max(1, round(scale * count)), told)
 
     return part
 
 
-# Name -> what it does in a folder of its own, and how often at scale 1.
+# Name -> what it does in a folder of its own, how often at scale 1; told what it has found so far.
 PARTS: dict[str, Part] = {
-    "kills": _on_rig(soak_faults.kills, 200),
-    "cold_kills": _on_rig(soak_faults.cold_kills, 10),
-    "stops": _on_rig(soak_faults.stops, 50),
-    "flips": _on_rig(soak_faults.flips, 500),
-    "fallbacks": _on_rig(soak_faults.fallbacks, 10),
-    "full_disks": _on_rig(lambda rig, _: soak_faults.full_disks(rig), 1),
-    "digests": lambda folder, scale: soak_faults.digest_cost(folder, round(256 * scale)),
+    "kills": _on_rig(lambda rig, n, told: soak_faults.kills(rig, n, told=told), 200),
+    "cold_kills": _on_rig(lambda rig, n, _: soak_faults.cold_kills(rig, n), 10),
+    "stops": _on_rig(lambda rig, n, told: soak_faults.stops(rig, n, told=told), 50),
+    "flips": _on_rig(lambda rig, n, _: soak_faults.flips(rig, n), 500),
+    "fallbacks": _on_rig(lambda rig, n, _: soak_faults.fallbacks(rig, n), 10),
+    "full_disks": _on_rig(lambda rig, *_: soak_faults.full_disks(rig), 1),
+    "digests": lambda folder, scale, _: soak_faults.digest_cost(folder, round(256 * scale)),
 }
 
 
@@ -44,20 +45,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--scale", type=float, default=1.0, help="of the counts; default 1")
+    parser.add_argument("--folder", help="for the runs, such as /dev/shm; default: the system's")
     parser.add_argument("--no-save", action="store_true", help="only print")
     arguments = parser.parse_args()
     path = duel.RESULTS / "soak.json"
-    found = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     for name in arguments.only:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f"soak-{name}-"))
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f"soak-{name}-", dir=arguments.folder))
         began = time.perf_counter()
-        told = PARTS[name](folder, arguments.scale)
-        told["total_seconds"] = round(time.perf_counter() - began, 1)
+
+        def tell(found: dict[str, Any], name: str = name, began: float = began) -> None:
+            seconds = round(time.perf_counter() - began, 1)
+            parts[name] = {**found, "total_seconds": seconds, "versions": _versions()}
+            print(f"{name}: {json.dumps(parts[name])}", file=sys.stderr, flush=True)
+            if not arguments.no_save:  # as it comes: what is cut short has told what it found
+                duel.save("soak", {"parts": parts})
+
+        tell(PARTS[name](folder, arguments.scale, tell))
         shutil.rmtree(folder)
-        print(f"{name}: {json.dumps(told)}", file=sys.stderr, flush=True)
-        if not arguments.no_save:  # after each: what takes long is not lost with what comes next
-            found[name] = {**told, "scale": arguments.scale, "versions": _versions()}
-            duel.save("soak", {"parts": found})
 
 
 def _versions() -> dict[str, str]:
