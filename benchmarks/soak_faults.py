@@ -175,7 +175,7 @@ def sound(run: pathlib.Path) -> bool:
 
 
 def kills(
-    rig: Rig, count: int, seed: int = 0, per_run: int = 8, told: Callable[[dict], Any] = print
+    rig: Rig, count: int, seed: int = 0, told: Callable[[dict], Any] = print, per_run: int = 8
 ) -> dict[str, Any]:
     """Kills runs with SIGKILL, half of them at named points, and compares what they end as.
 
@@ -183,8 +183,8 @@ def kills(
       rig: where.
       count: how many kills at least.
       seed: of the choice of points and moments.
-      per_run: kills of one run before it may finish.
       told: of the numbers so far, after every run.
+      per_run: kills of one run before it may finish.
     """
     draw = random.Random(seed)
     at, methods = Counter(), Counter()
