@@ -21,7 +21,7 @@ class TaidState(NamedTuple):
     Attributes:
       step: int32, optimizer steps made.
       value: float32, t of the next step.
-      previous: float32, the last finite loss; infinite before the first.
+      previous: float32, the last finite loss; 0 before the first.
       momentum: float32, m.
     """
 
@@ -85,7 +85,7 @@ def taid(
 
     def init(params: Any) -> NamedKnobState:
         number = lambda value: jnp.asarray(value, jnp.float32)
-        state = TaidState(jnp.int32(0), number(t_start), number(jnp.inf), number(0.0))
+        state = TaidState(jnp.int32(0), number(t_start), number(0.0), number(0.0))
         return NamedKnobState({"taid_t": state})
 
     def update(
@@ -98,7 +98,7 @@ def taid(
 
     def moved(old: TaidState, value: Any) -> TaidState:
         loss = jnp.asarray(value, jnp.float32)
-        first = jnp.isinf(old.previous)
+        first = old.previous == 0  # a relative change from 0 would be none either
         previous = jnp.where(first, loss, old.previous)  # keeps the branch that is not taken finite
         relative = (previous - loss) / (previous + 1e-15)
         momentum = beta * old.momentum + (1 - beta) * relative

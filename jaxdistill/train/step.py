@@ -115,7 +115,8 @@ def make(
         # What adaptive knobs read: of the whole batch, all devices and micro-batches.
         control = means.pop(CONTROL, means["loss"]).value
         norm = optax.tree_utils.tree_norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        # Each is a sum over all devices and micro-batches: all of them decide alike.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(control)
         told = {name: mean.value for name, mean in means.items()}
         updates, opt_state = tx.update(
             gradients, state.opt_state, state.params, value=control, metrics=told
