@@ -2,20 +2,23 @@
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.train import faults
 from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Judged, Trouble
 from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
+from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
 
 
@@ -27,14 +30,13 @@ class Schedule:
       steps: the step to end with.
       log_every: steps between records of metrics.jsonl.
       eval_every: steps between evaluations; the last step is always evaluated.
-      save_steps, save_minutes: whichever comes first; the last step is always saved.
+      save: when a checkpoint is due.
     """
 
     steps: int
     log_every: int
     eval_every: int | None
-    save_steps: int | None
-    save_minutes: float | None
+    save: SaveSchedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Parts:
       restore: the state of the newest sound checkpoint, or of the start, and its meta.
       guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
+      stop: whether the process was asked to stop.
     """
 
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
@@ -68,6 +71,7 @@ class Parts:
     writer: MetricsWriter
     progress: Progress
     meter: Meter
+    stop: Stop
 
 
 def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
@@ -76,12 +80,14 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
     Raises:
       DivergedError: when the numbers went wrong more often than the guard's policy allows; the
         message names the step, the batch and where it is saved, and the last checkpoint stands.
-      StorageError: if a checkpoint cannot be written.
+      StorageError: if no checkpoint can be written, for longer than the schedule allows.
+      Preempted: if the process was asked to stop; the state of the last step is saved.
     """
-    guard, number = parts.guard, int(state.step)
-    feed = parts.batches(number)
+    guard, first = parts.guard, int(state.step)
+    feed = parts.batches(first)
     unread: collections.deque[tuple[Judged, dict[str, Mean]]] = collections.deque()
-    last_logged, last_saved = number, time.monotonic()
+    number = last_logged = first
+    saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
     owed = False  # a save that was due while steps went wrong
     parts.meter.restart()
 
@@ -107,11 +113,15 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         with parts.meter.waiting("data"):
             index, batch = next(feed)
         assert index == guard.position(number - 1), "the step alone says which batch is its own"
+        faults.point("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
+        faults.point("step.after")
         unread.append((Judged(number, index, batch), means))
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
-        save = last or owed or _due(number, (time.monotonic() - last_saved) / 60, schedule)
+        saver.poll()
+        stopping = parts.stop.asked
+        save = bool(stopping) or owed or saver.due(number)
 
         # The step above is only dispatched: while it runs, the numbers of the one before are read.
         # But nothing is evaluated or saved before the step that made it is known to be sound, and
@@ -132,26 +142,36 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
 
         metrics = None
         if evaluate:
+            faults.point("eval.before")
             with parts.meter.waiting("other"):
                 metrics = parts.evaluate(number, state)
             parts.writer.write(number, metrics)
             parts.progress.step(number, metrics)
             guard.judge_evaluation(number, metrics, parts.writer, parts.progress)
-        # A checkpoint inside a row of bad steps could not be gone back behind.
-        owed = save and guard.in_a_row > 0 and not last
+        # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
+        owed = save and guard.in_a_row > 0 and not (last or stopping)
         if save and not owed:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
+                final = last or bool(stopping)
                 meta = parts.meta(number) | guard.meta()
-                parts.checkpoints.save(number, state, meta, metrics)
-            parts.writer.event("save", step=number)
-            last_saved = time.monotonic()
+                sent = saver.save(number, state, meta, metrics, final)
+            if sent:
+                parts.writer.event("save", step=number)
+        if stopping and not last:
+            parts.writer.event("stopped", step=number, signal=stopping)
+            raise Preempted(f"{stopping}: saved after step {number} of {schedule.steps}")
     return state
 
 
-def _due(number: int, minutes: float, schedule: Schedule) -> bool:
-    by_steps = bool(schedule.save_steps and number % schedule.save_steps == 0)
-    return by_steps or bool(schedule.save_minutes and minutes >= schedule.save_minutes)
+def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
+    """Tells of a save that failed, and that training goes on."""
+
+    def tell(error: StorageError) -> None:
+        parts.writer.event("save_failed", reason=str(error))
+        parts.progress.event(f"{error}. Training goes on and tries again in a minute")
+
+    return tell
 
 
 def _go_back(state: TrainState, trouble: Trouble, parts: Parts) -> TrainState:

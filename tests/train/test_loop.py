@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.errors import DivergedError
+from jaxdistill.errors import DivergedError, Preempted
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Policy
 from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
+from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
 
 
@@ -38,17 +40,19 @@ def run(
     bad=(),
     overlaps=True,
     first=0,
+    skipped=(0, 0),
     policy=None,
     folder="/no/such/folder",
     loss=lambda number, index: 10.0 - number,
     evaluation=None,
+    stop_at=None,
 ):
     """Trains with stand-ins that note what is asked of them: (state, log).
 
     A batch goes wrong when its index is in `bad`, which may map it to how often; a callable decides
     by the index and the batches learned so far.
     """
-    log, disk = [], {}
+    log, disk, stop = [], {}, Stop()
     left = dict(bad) if isinstance(bad, dict) else {}
 
     def goes_wrong(index, learned):
@@ -69,6 +73,7 @@ def run(
         values = {"loss/total": value, "optim/grad_norm": 1.0}
         values |= {"guard/in_a_row": skipped[0], "guard/skipped": skipped[1]}
         log.append(("step", number, index))
+        stop.asked = "SIGTERM" if number == stop_at else stop.asked
         means = {name: Mean(jnp.float32(v), jnp.float32(1)) for name, v in values.items()}
         return at(number, learned if wrong else (*learned, index), skipped), means
 
@@ -77,17 +82,13 @@ def run(
         log.append((kind, number, dict(scalars)))
 
     def save(number, state, meta, metrics):
-        disk[number] = (
-            int(state.step),
-            learned_by(state),
-            tuple(np.asarray(state.skipped).tolist()),
-            meta,
-        )
+        counts = np.asarray(state.skipped).tolist()
+        disk[number] = int(state.step), learned_by(state), counts, meta
         log.append(("save", number, metrics))
 
     def restore():
         if not disk:
-            return at(first), {}
+            return at(first, (), skipped), {}
         *parts, meta = disk[max(disk)]
         return at(*parts), meta
 
@@ -121,12 +122,14 @@ def run(
         writer=writer,
         progress=mock.Mock(spec=Progress),
         meter=meter,
+        stop=stop,
     )
-    return loop.train(at(first), parts, schedule), log
+    return loop.train(at(first, (), skipped), parts, schedule), log
 
 
 def schedule(**changes):
-    values = {"steps": 7, "log_every": 2, "eval_every": 3, "save_steps": 4, "save_minutes": None}
+    values = {"steps": 7, "log_every": 2, "eval_every": 3}
+    values["save"] = SaveSchedule(changes.pop("save_steps", 4), None, max_unsaved_minutes=10.0)
     return loop.Schedule(**(values | changes))
 
 
@@ -138,7 +141,7 @@ def test_everything_happens_at_its_step(overlaps):
     assert steps("step") == [1, 2, 3, 4, 5, 6, 7]
     assert steps("metrics") == [1, 2, 4, 6, 7]
     assert steps("eval") == [3, 6, 7]
-    assert steps("save") == [4, 7]
+    assert steps("save") == [1, 4, 7]
     recorded = {entry[1]: entry[2] for entry in log if entry[0] == "metrics"}
     for number, numbers in recorded.items():
         assert numbers["loss/total"] == 10.0 - number
@@ -158,15 +161,23 @@ def test_numbers_are_read_one_step_late_only_where_that_saves_time():
 def test_a_checkpoint_carries_the_evaluation_of_its_step_and_no_other():
     _, log = run(schedule(eval_every=4))
     saved = {entry[1]: entry[2] for entry in log if entry[0] == "save"}
-    assert saved == {4: {"eval/loss": 4.0}, 7: {"eval/loss": 7.0}}
+    assert saved == {1: None, 4: {"eval/loss": 4.0}, 7: {"eval/loss": 7.0}}
     _, log = run(schedule(eval_every=None))
     saved = {entry[1]: entry[2] for entry in log if entry[0] == "save"}
-    assert saved == {4: None, 7: {"eval/loss": 7.0}}
+    assert saved == {1: None, 4: None, 7: {"eval/loss": 7.0}}
 
 
 def test_a_resumed_loop_takes_the_batch_of_its_step():
     _, log = run(schedule(), first=5)
     assert [entry[1:] for entry in log if entry[0] == "step"] == [(6, 5), (7, 6)]
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
+    with pytest.raises(Preempted, match="SIGTERM: saved after step 5 of 7") as stopped:
+        run(schedule(), stop_at=5)
+    assert stopped.value.exit_code == 75
+    state, log = run(schedule(), stop_at=7)  # the last step is done: there is nothing to stop
+    assert state.step == 7 and log[-1][:2] == ("event", "save")
 
 
 def told(log, kind):
@@ -180,20 +191,16 @@ def stepped(log):
 def test_single_bad_steps_are_noted_and_their_batches_spent():
     state, log = run(schedule(), bad={1, 4})
     assert [(one["step"], one["batch"]) for one in told(log, "skipped")] == [(2, 1), (5, 4)]
-    assert learned_by(state) == (0, 2, 3, 5, 6) and stepped(log) == [
-        (n, n - 1) for n in range(1, 8)
-    ]
+    assert learned_by(state) == (0, 2, 3, 5, 6)
+    assert stepped(log) == [(number, number - 1) for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_a_fluke_costs_nothing(overlaps):
-    """Two batches go wrong once each; run again they are fine, and the run is the undisturbed one."""
+    """Two batches go wrong once; run again they are fine, and the run is the undisturbed one."""
     policy = Policy(max_consecutive=2)
     state, log = run(schedule(), bad={2: 1, 3: 1}, overlaps=overlaps, policy=policy)
-    assert learned_by(state) == tuple(range(7)) and tuple(np.asarray(state.skipped).tolist()) == (
-        0,
-        0,
-    )
+    assert learned_by(state) == tuple(range(7)) and np.asarray(state.skipped).tolist() == [0, 0]
     (rerun,) = told(log, "rerun")
     assert rerun == {"step": 3, "batch": 2, "verdict": "fluke"} and not told(log, "rollback")
     assert stepped(log) == [(1, 0), (2, 1), (3, 2), (4, 3), (3, 2), (4, 3), (5, 4), (6, 5), (7, 6)]
@@ -246,14 +253,17 @@ def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
 
 def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():
     _, log = run(schedule(steps=9, eval_every=None), bad={3, 4}, policy=Policy(max_consecutive=3))
-    assert [entry[1] for entry in log if entry[0] == "save"] == [6, 8, 9]
+    assert [entry[1] for entry in log if entry[0] == "save"] == [1, 6, 8, 9]
 
 
-def test_rows_of_bad_steps_never_reach_behind_where_the_process_began(tmp_path):
-    """A row that an earlier process left open counts on; only this process's part is run again."""
-    bad = {5: 1, 6: 9}
-    _, log = run(schedule(), bad=bad, first=5, policy=Policy(max_consecutive=1), folder=tmp_path)
-    assert stepped(log)[:3] == [(6, 5), (6, 5), (7, 6)]
+def test_a_row_that_an_earlier_process_left_open_counts_on(tmp_path):
+    """Only this process's part of it is run again: what is on disk stays behind."""
+    options = {"first": 5, "skipped": (1, 1), "policy": Policy(max_consecutive=2)}
+    state, log = run(schedule(steps=8), bad={5: 1}, folder=tmp_path, **options)
+    assert stepped(log) == [(6, 5), (6, 5), (7, 6), (8, 7)]
+    assert np.asarray(state.skipped).tolist() == [0, 1]
+    _, log = run(schedule(steps=8), bad={5}, folder=tmp_path, **options)
+    assert stepped(log) == [(6, 5), (6, 5), (6, 6), (7, 7), (8, 8)]
 
 
 @pytest.mark.parametrize(("then", "events"), [("warn", 1), ("rollback", 1), ("ignore", 0)])
