@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxdistill import agree
 from jaxdistill.errors import CorruptCheckpointError, DivergedError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.spikes import Spikes
@@ -215,7 +215,7 @@ class Guard:
             "numbers": trouble.what,
         }
         self.rollbacks.append(entry)
-        if jax.process_index() == 0:
+        if agree.leads():
             _write(self.folder / FILE, self.rollbacks)
         writer.event("rollback", count=len(self.rollbacks), **entry)
 
@@ -247,7 +247,7 @@ def save_batch(folder: pathlib.Path, judged: Judged) -> str:
     """
     whole = multihost_utils.process_allgather(judged.batch, tiled=True)
     path = folder / CRASH / f"batch_{judged.index:08d}.npz"
-    if jax.process_index() == 0:
+    if agree.leads():
         fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
         arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
         try:
