@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdistill import agree
 from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import faults
@@ -20,6 +21,8 @@ from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
 from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
+
+_SAVE, _STOP = 1, 2  # what a process may vote for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
     feed = parts.batches(first)
     unread: collections.deque[tuple[Judged, dict[str, Mean]]] = collections.deque()
     number = last_logged = first
+    vote = agree.Vote()
     saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
     owed = False  # a save that was due while steps went wrong
     parts.meter.restart()
@@ -120,8 +124,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
-        stopping = parts.stop.asked
-        save = bool(stopping) or owed or saver.due(number)
+        # Clocks and signals are one process's own: what to do about them is decided together.
+        level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
+        save, stopping = owed or level > 0 or saver.due(number), level == _STOP and not last
 
         # The step above is only dispatched: while it runs, the numbers of the one before are read.
         # But nothing is evaluated or saved before the step that made it is known to be sound, and
@@ -140,28 +145,32 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
             parts.meter.restart()
             continue
 
-        metrics = None
-        if evaluate:
-            faults.point("eval.before")
-            with parts.meter.waiting("other"):
-                metrics = parts.evaluate(number, state)
-            parts.writer.write(number, metrics)
-            parts.progress.step(number, metrics)
-            guard.judge_evaluation(number, metrics, parts.writer, parts.progress)
+        metrics = _evaluate(number, state, parts) if evaluate else None
         # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
         owed = save and guard.in_a_row > 0 and not (last or stopping)
         if save and not owed:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
-                final = last or bool(stopping)
                 meta = parts.meta(number) | guard.meta()
-                sent = saver.save(number, state, meta, metrics, final)
+                sent = saver.save(number, state, meta, metrics, last or stopping)
             if sent:
                 parts.writer.event("save", step=number)
-        if stopping and not last:
-            parts.writer.event("stopped", step=number, signal=stopping)
-            raise Preempted(f"{stopping}: saved after step {number} of {schedule.steps}")
+        if stopping:
+            why = parts.stop.asked or "another process was asked to stop"
+            parts.writer.event("stopped", step=number, why=why)
+            raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
     return state
+
+
+def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
+    """Measures a state that is known to be sound, and tells."""
+    faults.point("eval.before")
+    with parts.meter.waiting("other"):
+        metrics = parts.evaluate(number, state)
+    parts.writer.write(number, metrics)
+    parts.progress.step(number, metrics)
+    parts.guard.judge_evaluation(number, metrics, parts.writer, parts.progress)
+    return metrics
 
 
 def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
