@@ -78,7 +78,7 @@ def taid(
     >>> print(optim.knobs(state)["taid_t"])
     0.412
 
-    Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, section 3 and algorithm 1.
+    Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, in the order of its code.
     """
     _check(num_steps, t_start, t_end, alpha, beta, mode)
     step_size = alpha if alpha is not None else _SCALED / num_steps if mode == "scaled" else 5e-4
