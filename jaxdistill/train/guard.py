@@ -200,7 +200,8 @@ class Guard:
             f"step {trouble.culprit.step} (batch {trouble.culprit.index}): {trouble.what}; "
             f"{_told(trouble)}, and {len(self.rollbacks)} rollbacks are spent "
             f"(guards.nonfinite.max_rollbacks = {self.policy.max_rollbacks}). None of it reached "
-            f"a checkpoint: the last one is sound. {saved}. {_REMEDIES[blamed]}"
+            f"a checkpoint: the last one is sound. {saved}. {_REMEDIES[blamed]}; then change "
+            "config.resolved.yaml in the run folder and resume, or start a new run"
         )
 
     def rolled_back(self, trouble: Trouble, blamed: str, to: int, writer: MetricsWriter) -> None:
@@ -252,7 +253,7 @@ def save_batch(folder: pathlib.Path, judged: Judged) -> str:
         arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
         try:
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, allow_pickle=False, **arrays, step=judged.step, index=judged.index)
+            np.savez(path, **arrays, step=judged.step, index=judged.index)
         except OSError as error:
             return f"The batch could not be saved ({error})"
     return f"The batch is in {path} (numpy.load)"

@@ -1,4 +1,4 @@
-"""The injector of bad numbers: what it marks, how often, and that it refuses what it cannot read."""
+"""The injector of bad numbers: what it marks, how often, and what it refuses to read."""
 
 import numpy as np
 import pytest
