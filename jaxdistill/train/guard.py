@@ -250,7 +250,9 @@ def save_batch(folder: pathlib.Path, judged: Judged) -> str:
     path = folder / CRASH / f"batch_{judged.index:08d}.npz"
     if agree.leads():
         fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
-        arrays = {name: np.asarray(value) for name, value in fields.items() if value is not None}
+        arrays: dict[str, Any] = {
+            name: np.asarray(value) for name, value in fields.items() if value is not None
+        }
         try:
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **arrays, step=judged.step, index=judged.index)
