@@ -146,15 +146,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._error(500, "the server made a mistake; its terminal says more")
 
     def _at_home(self) -> bool:
-        """On an address of this machine only, a page of another site must not get in by its name.
+        """Without a key, a page of another site must not reach a server of this machine alone.
 
-        A browser sends the name it looked up: whoever owns a name can let it mean 127.0.0.1.
+        Whoever owns a name can let it mean 127.0.0.1, but the browser says which name it looked up.
         """
+        if self.key is not None or not is_loopback(self.connection.getsockname()[0]):
+            return True
         try:
             name = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname
         except ValueError:
             name = None
-        if not is_loopback(self.server.server_address[0]) or is_loopback(name):
+        if is_loopback(name):
             return True
         self.close_connection = True
         self._error(403, "this server answers to localhost only")
