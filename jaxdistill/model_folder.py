@@ -1,4 +1,4 @@
-"""What may be read of a model folder that a stranger made: regular files, inside it, of sane size."""
+"""What is read of a folder that a stranger made: regular files, inside it, of sane size."""
 
 import pathlib
 import stat
@@ -27,6 +27,8 @@ def check_folder(folder: pathlib.Path) -> None:
     for number, path in enumerate(sorted(folder.iterdir()), start=1):
         if number > MAX_FILES:
             raise ModelError(f"{folder}: holds more than {MAX_FILES} files: this is no model")
+        if not path.exists():
+            raise ModelError(f"{path}: is a link to nothing: copy or download the whole folder")
         if path.is_symlink():
             place = path.resolve()
             if not any(place.is_relative_to(root) for root in allowed):
@@ -34,10 +36,10 @@ def check_folder(folder: pathlib.Path) -> None:
                     f"{path}: is a link to {place}, outside the folder: copy the file here if you "
                     "trust it"
                 )
-        mode = path.stat().st_mode if path.exists() else None
-        if mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise ModelError(f"{path}: is a device, a pipe or a socket, not a model's file: remove it")
-        if path.suffix == ".json" and mode is not None and path.stat().st_size > MAX_JSON_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise ModelError(f"{path}: is a device, a pipe or a socket, no model's file: remove it")
+        if path.suffix == ".json" and found.st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not a model's file")
 
 

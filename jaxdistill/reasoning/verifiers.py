@@ -171,7 +171,7 @@ def math(*, seconds: float = 5.0) -> Verifier:
             "verifier math: needs math-verify, which is not installed: pip install "
             "'jaxdistill[math]'"
         )
-    judge = Guarded("jaxdistill.reasoning.verifiers:judge_math", seconds=seconds)
+    judge = Guarded("jaxdistill.reasoning.verifiers:judge_math", seconds=seconds, first=60.0)
 
     def verify(completion: str, gold: str) -> Verdict:
         text = extract.without_thinking(completion)[-extract.LONGEST :]
