@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_faults
+from benchmarks import duel, soak_faults, soak_input, soak_numbers
 
 Told = Callable[[dict[str, Any]], Any]
 # (folder of its own, scale of the counts, seed, whom to tell what it has found so far)
@@ -36,6 +36,10 @@ PARTS: dict[str, Part] = {
     "flips": _on_rig(lambda rig, n, seed, _: soak_faults.flips(rig, n, seed), 500),
     "fallbacks": _on_rig(lambda rig, n, seed, _: soak_faults.fallbacks(rig, n, seed), 10),
     "full_disks": _on_rig(lambda rig, *_: soak_faults.full_disks(rig), 1),
+    "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),
+    "input": lambda _, scale, seed, __: soak_input.run(
+        *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
+    ),
     "digests": lambda folder, scale, *_: soak_faults.digest_cost(folder, round(256 * scale)),
 }
 
