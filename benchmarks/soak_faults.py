@@ -463,22 +463,25 @@ def digest_cost(folder: pathlib.Path, megabytes: int, repeats: int = 5) -> dict[
         f"w{i}": jax.device_put(draw.normal(size=2**22).astype(np.float32)) for i in range(parts)
     }
     jax.block_until_ready(state)
-    shares, waits, saves = [], [], []
+    shares, works, waits, saves = [], [], [], []
     with Checkpoints(folder / "checkpoints", keep_latest=1) as checkpoints:
         for step in range(1, repeats + 2):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             waited = checkpoints.save(step, state, {})
             checkpoints.wait()
-            seconds = time.perf_counter() - began
-            began = time.perf_counter()
-            manifest.verify(folder / "checkpoints" / str(step))
-            if step > 1:  # the first compiles and warms up
-                shares.append((time.perf_counter() - began) / seconds)
+            seconds = time.perf_counter() - began[0]
+            work = time.process_time() - began[1]
+            began = time.perf_counter(), time.process_time()
+            manifest.verify(folder / "checkpoints" / str(step))  # reads and sums as a save does
+            if step > 1:  # the first warms up
+                shares.append((time.perf_counter() - began[0]) / seconds)
+                works.append((time.process_time() - began[1]) / work)
                 waits.append(waited)
                 saves.append(seconds)
     return {
         "state_mb": 16 * parts,
         "save_seconds": round(statistics.median(saves), 3),
         "blocked_seconds": round(statistics.median(waits), 4),
-        "digest_share_of_save": round(statistics.median(shares), 4),
+        "digest_share_of_time": round(statistics.median(shares), 4),
+        "digest_share_of_processor_time": round(statistics.median(works), 4),
     }
