@@ -142,7 +142,7 @@ def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     engine.resume(folder)
     told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     changed = {event["what"]: event for event in told if event["kind"] == "changed"}
-    assert sorted(changed) == ["config", "mesh"]
+    assert changed.keys() - {"code"} == {"config", "mesh"}  # who edits while tests run changes it
     assert changed["mesh"]["after"].startswith("data 2, fsdp 4")
     losses = [
         {r["step"]: r["loss/total"] for r in read_metrics(place) if "loss/total" in r}
