@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.warm import ROOT, Nursery
+from benchmarks.warm import ROOT, Command, Nursery
 from jaxdistill.data import store
 from jaxdistill.errors import CorruptCheckpointError
 from jaxdistill.train import faults, manifest, step_folders
@@ -238,17 +238,28 @@ def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) ->
         code = rig.nursery.run(rig.command(method, run), rig.log, fault)
     else:
         point = "any moment"
-        moment = draw.uniform(0.0, rig.seconds[method])
-        command = rig.nursery.start(rig.command(method, run), rig.log)
-        deadline = time.monotonic() + moment
-        while command.running() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        command = _live(rig, method, run, draw)
         command.kill()
         code = command.wait()
     if code == 0:
         return None
     assert code == -signal.SIGKILL, f"{run}: ended with {code}: {rig.log.read_text()[-2000:]}"
     return point
+
+
+def _live(
+    rig: Rig, method: str, run: pathlib.Path, draw: random.Random, earliest: float = 0.0
+) -> Command:
+    """One life of a run up to any moment of it; a life that ends before tells how long one is."""
+    began = time.monotonic()
+    command = rig.nursery.start(rig.command(method, run), rig.log)
+    deadline = began + draw.uniform(earliest, 1.0) * rig.seconds[method]
+    while time.monotonic() < deadline:
+        if not command.running():
+            rig.seconds[method] = time.monotonic() - began
+            break
+        time.sleep(0.002)
+    return command
 
 
 def stops(
@@ -270,10 +281,8 @@ def stops(
         whole = rig.whole(method)
         run = rig.folder / f"stopped-{seed}-{runs}"
         while asked < count:
-            command = rig.nursery.start(rig.command(method, run), rig.log)
-            deadline = time.monotonic() + draw.uniform(0.2, 1.0) * rig.seconds[method]
-            while command.running() and time.monotonic() < deadline:
-                time.sleep(0.002)
+            # Before a command has begun, a signal does what it does to any process.
+            command = _live(rig, method, run, draw, earliest=0.2)
             if not command.running():
                 break
             began = time.perf_counter()
