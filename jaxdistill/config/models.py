@@ -34,8 +34,8 @@ class RandomModel(Section):
     )
     initializer_range: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Standard deviation of the weights. Null: that of `like`, or 0.02, which is for "
-        "wide models: with embed below 200, 1 / sqrt(embed) learns sooner.",
+        description="Standard deviation of the weights. Null: that of `like`, or 0.02, which is "
+        "for wide models: with embed below 200, 1 / sqrt(embed) learns sooner.",
     )
 
     def problems(self) -> Iterator[Problem]:

@@ -1,16 +1,19 @@
 """A small server that speaks OpenAI's protocol, on our generation engine: `jaxdistill serve`."""
 
+import dataclasses
 import hmac
 import http.server
+import itertools
 import json
 import queue
 import threading
 import time
 import uuid
-from concurrent.futures import Future
+from collections.abc import Generator as Events
 from typing import Any
 
 from jaxdistill.engine.references import load_any
+from jaxdistill.engine.streaming import Stream, counts, event_of, events
 from jaxdistill.errors import ModelError, UserError
 from jaxdistill.models import Model
 from jaxdistill.models.generator import Completion, Generator, Request
@@ -42,7 +45,7 @@ class Service:
         self.model = model
         self._length = length
         self._generator = Generator(model, slots=slots, length=length)
-        self._inbox: queue.Queue[tuple[Request, Future] | None] = queue.Queue()
+        self._inbox: queue.Queue[Stream | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 
@@ -52,11 +55,29 @@ class Service:
         Raises:
           ModelError: if the request cannot be served.
         """
-        future: Future = Future()
+        found = [piece.done for piece in self._begin(request, live=False).pieces() if piece.done]
+        return sorted(found, key=lambda done: done.sample)
+
+    def _begin(self, request: Request, *, live: bool) -> Stream:
         if not self._thread.is_alive():
             raise ModelError("the server's engine has stopped: start it again")
-        self._inbox.put((request, future))
-        return future.result()
+        stream = Stream(request, live=live)
+        self._inbox.put(stream)
+        return stream
+
+    def stream(self, body: dict[str, Any], chat: bool) -> Events[bytes, None, None]:
+        """The protocol's answer as server-sent events.
+
+        Raises:
+          BadRequest: with what is wrong with the request.
+          ModelError: if it cannot be served; with the first event.
+        """
+        if body.get("logprobs"):
+            raise BadRequest("logprobs: do not come in a stream: leave one of them out")
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        stream = self._begin(self.request(body, chat), live=True)
+        usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        return events(stream, self._head(body, kind), chat=chat, usage=usage)
 
     def close(self) -> None:
         """Ends the thread; what is under way is not finished."""
@@ -65,38 +86,51 @@ class Service:
 
     def _run(self) -> None:
         """The thread: whatever ends it, nobody is left waiting."""
-        waiting: dict[int, tuple[Future, list[Completion]]] = {}
+        waiting: dict[int, Stream] = {}
         try:
             self._serve(waiting)
         finally:
             while not self._inbox.empty():
-                item = self._inbox.get()
-                if item is not None:
-                    waiting[id(item[0])] = (item[1], [])
-            for future, _ in waiting.values():
-                future.set_exception(ModelError("the server's engine has stopped"))
+                stream = self._inbox.get()
+                if stream is not None:
+                    waiting[id(stream)] = stream
+            for stream in waiting.values():
+                stream.fail(ModelError("the server's engine has stopped"))
 
-    def _serve(self, waiting: dict[int, tuple[Future, list[Completion]]]) -> None:
+    def _serve(self, waiting: dict[int, Stream]) -> None:
         while True:
             try:
-                item = self._inbox.get(block=not self._generator.busy)
-                if item is None:
+                stream = self._inbox.get(block=not self._generator.busy)
+                if stream is None:
                     return
-                request, future = item
                 try:
-                    self._generator.submit(request)
-                    waiting[id(request)] = (future, [])
+                    # The tag leads back from what the engine makes to who waits for it.
+                    tagged = dataclasses.replace(stream.request, tag=id(stream))
+                    self._generator.submit(tagged)
+                    waiting[id(stream)] = stream
                 except ModelError as error:
-                    future.set_exception(error)
+                    stream.fail(error)
                 continue  # everything that has come goes in before the next tokens are made
             except queue.Empty:
                 pass
-            for done in self._generator.step():
-                future, found = waiting[id(done.request)]
-                found.append(done)
-                if len(found) == done.request.samples:
-                    del waiting[id(done.request)]
-                    future.set_result(sorted(found, key=lambda one: one.sample))
+            self._advance(waiting)
+
+    def _advance(self, waiting: dict[int, Stream]) -> None:
+        """Makes the next tokens, and tells those who wait for them."""
+        for name, stream in list(waiting.items()):
+            if stream.closed:
+                self._generator.cancel(name)
+                del waiting[name]
+        finished = self._generator.step()
+        for request, sample, tokens in self._generator.written():
+            if waiting[request.tag].live:
+                text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+                waiting[request.tag].hear(sample, text)
+        for done in finished:
+            stream = waiting[done.request.tag]
+            stream.end(done)
+            if stream.finished:
+                del waiting[done.request.tag]
 
     def request(self, body: dict[str, Any], chat: bool) -> Request:
         """The engine's request for a request of the protocol.
@@ -106,8 +140,6 @@ class Service:
         """
         stops = body.get("stop") or ()
         count = _number(body, "n", int, 1)
-        if body.get("stream"):
-            raise BadRequest("stream: is not supported: leave it out")
         if not 1 <= count <= MAX_SAMPLES:
             raise BadRequest(f"n: {count} must be from 1 to {MAX_SAMPLES}")
         tokens = self._chat(body) if chat else self._text(body)
@@ -158,18 +190,19 @@ class Service:
         scored = told is not None and told is not False
         one = self._chat_choice if chat else self._text_choice
         written = sum(len(done.tokens) for done in found)
-        read = len(found[0].request.tokens)
+        return {
+            **self._head(body, "chat.completion" if chat else "text_completion"),
+            "choices": [one(number, done, scored) for number, done in enumerate(found)],
+            "usage": counts(len(found[0].request.tokens), written),
+        }
+
+    def _head(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
+        """What every answer and every event begins with."""
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
+            "object": kind,
             "created": int(time.time()),
             "model": str(body.get("model", self.model.source)),
-            "choices": [one(number, done, scored) for number, done in enumerate(found)],
-            "usage": {
-                "prompt_tokens": read,
-                "completion_tokens": written,
-                "total_tokens": read + written,
-            },
         }
 
     def _text_choice(self, number: int, done: Completion, scored: bool) -> dict[str, Any]:
@@ -258,6 +291,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         try:
             body = self._body()
+            if body.get("stream"):
+                return self._stream(self.service.stream(body, chat))
             found = self.service.complete(self.service.request(body, chat))
             return self._send(200, self.service.reply(found, body, chat))
         except (BadRequest, UserError) as error:
@@ -287,6 +322,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(body, dict):
             raise BadRequest("the body must be an object")
         return body
+
+    def _stream(self, events: Events[bytes, None, None]) -> None:
+        """Sends events as they come; the end of the connection is the end of the answer."""
+        first = next(events)  # what is wrong is told before the stream begins
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for event in itertools.chain([first], events):
+                self.wfile.write(event)
+        except OSError:  # the client has gone: closing the events ends the work for it
+            pass
+        except ModelError as error:
+            self.wfile.write(event_of({"error": {"message": str(error), "type": "server_error"}}))
+        finally:
+            events.close()
 
     def _error(self, code: int, message: str) -> None:
         kind = "invalid_request_error" if code < 500 else "server_error"
