@@ -21,6 +21,7 @@ ones. The result is written anew after every student, and a run that was stopped
 import argparse
 import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -37,7 +38,7 @@ SIZES = {
     "svamp_rows": ((4, 10), (1, 2)),  # in a step: labels alone, Step-by-Step
     "svamp_questions": (100, 4),
     "teacher_steps": (3000, 3),
-    "student_steps": (500, 3),
+    "student_steps": (250, 3),
     "rows": (8, 2),  # in a step
     "teacher_sums": (7000, 96),
     "sums": (50, 8),
@@ -95,11 +96,12 @@ class Experiment:
         return path
 
     def train(self, name: str, seed: int, train: pathlib.Path, held_out: pathlib.Path, **fill):
-        """A trained student as a name that everything understands; one that is there is kept."""
+        """A trained student as a name that everything understands; a finished one is kept."""
         from jaxdistill import config, engine
 
         out = self.folder / f"{name}-{seed}"
-        if not (out / "RUN.json").exists():
+        if not (out / "checkpoints" / str(fill["steps"])).exists():
+            shutil.rmtree(out, ignore_errors=True)
             text = RUN.format(
                 out=out, seed=seed, train=train, held_out=held_out, cache=self.folder / "c", **fill
             )
@@ -147,8 +149,13 @@ def arithmetic(run: Experiment) -> None:
     steps = {"steps": size["teacher_steps"]}
     teacher = run.train("teacher", 0, run.write("sums", records[64:]), held_out, **fill, **steps)
     ask = tasks.Ask(samples=size["votes"], max_new_tokens=64)
-    judge = lambda model: tasks.evaluate(model, [test], ask, slots=256)[test]
-    run.add("arithmetic", "teacher", judge(teacher))
+
+    def judge(model: str, name: str) -> None:
+        out = run.folder / "answers" / name  # `jaxdistill report` makes a page of these folders
+        found = tasks.evaluate(model, [test], ask, slots=256, output=out)[test]
+        run.add("arithmetic", name, found)
+
+    judge(teacher, "teacher")
     sets = {}
     for name, budget in (*((f"scotd_{n}", n) for n in BUDGETS), ("greedy_cot", None)):
         text = ASK.format(
@@ -168,7 +175,7 @@ def arithmetic(run: Experiment) -> None:
     for seed in run.seeds:
         for name, rows in sets.items():
             student = run.train(name, seed, run.write(name, rows), held_out, **fill, **steps)
-            run.add("arithmetic", name, judge(student))
+            judge(student, name)
 
 
 def _sums(counts: list[int], seed: int) -> list[list]:
