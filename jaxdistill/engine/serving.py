@@ -15,7 +15,7 @@ from typing import Any
 from jaxdistill.engine.references import load_any
 from jaxdistill.engine.streaming import Stream, counts, event_of, events
 from jaxdistill.errors import ModelError, UserError
-from jaxdistill.models import Model
+from jaxdistill.models import Model, unrolled
 from jaxdistill.models.generator import Completion, Generator, Request
 from jaxdistill.sharding import make_mesh
 
@@ -382,7 +382,7 @@ def serve(
     Raises:
       UserError: if the model cannot be used or the port not be had.
     """
-    model = load_any(source, dtype=dtype, mesh=make_mesh())
+    model = unrolled.take(load_any(source, dtype=dtype, mesh=make_mesh()))
     length = min(length or 2048, model.config.max_positions)
     service = Service(model, slots=slots, length=length)
     server = make_server(service, host=host, port=port, key=key)

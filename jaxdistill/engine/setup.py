@@ -103,11 +103,10 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """
     network = config.security.allow_network
     teacher, student = _shapes(config, network)
-    shapes = {"teacher": teacher, "student": student}
-    tokenizer = _named_tokenizer(config, shapes)
+    tokenizer = _named_tokenizer(config, {"teacher": teacher, "student": student})
     vocab = vocabulary_size(tokenizer)
-    if config.student.random:
-        student = shapes["student"] = _ended(student, tokenizer)
+    teacher, student = _ended(teacher, tokenizer), _ended(student, tokenizer)
+    shapes = {"teacher": teacher, "student": student}
     for name, shape in shapes.items():
         if shape is None:
             continue
@@ -208,11 +207,11 @@ def _random_shape(
     return Model(DecoderConfig("llama", **numbers), None, None, "random")
 
 
-def _ended(shape: Model, tokenizer: Any) -> Model:
-    """The model with the tokenizer's end token where it knows none, so that what it writes ends."""
-    if shape.config.eos_ids or tokenizer.eos_token_id is None:
+def _ended(shape: Any, tokenizer: Any) -> Any:
+    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
+    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
         return shape
-    ends = (tokenizer.eos_token_id,)
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
 
 
