@@ -1,30 +1,26 @@
 """A small server that speaks OpenAI's protocol, on our generation engine: `jaxdistill serve`."""
 
 import dataclasses
-import hmac
-import http.server
-import itertools
-import json
 import queue
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Generator as Events
 from typing import Any
 
+from jaxdistill.data.prompting import Prompter
 from jaxdistill.engine.references import load_any
-from jaxdistill.engine.streaming import Stream, counts, event_of, events
-from jaxdistill.errors import ModelError, UserError
+from jaxdistill.engine.streaming import Stream, counts, events
+from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
+from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.models.generator import Completion, Generator, Request
 from jaxdistill.sharding import make_mesh
 
-MAX_BODY = 10_000_000  # bytes of a request
 MAX_SAMPLES = 256
-
-
-class BadRequest(Exception):
-    """What the client sent cannot be served."""
+MAX_STOPS, MAX_STOP = 16, 256  # strings, and characters of each
+MAX_PENDING = 4096  # samples that are asked for and not yet answered
 
 
 class Service:
@@ -43,7 +39,9 @@ class Service:
         if model.tokenizer is None:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         self.model = model
+        self._prompter = Prompter(model.tokenizer)
         self._length = length
+        self._pending, self._counting = 0, threading.Lock()
         self._generator = Generator(model, slots=slots, length=length)
         self._inbox: queue.Queue[Stream | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -54,30 +52,53 @@ class Service:
 
         Raises:
           ModelError: if the request cannot be served.
+          Busy: if too many samples are waited for already.
         """
-        found = [piece.done for piece in self._begin(request, live=False).pieces() if piece.done]
+        stream = self._begin(request, live=False)
+        found = [piece.done for piece in stream.pieces() if piece.done]
         return sorted(found, key=lambda done: done.sample)
 
     def _begin(self, request: Request, *, live: bool) -> Stream:
+        """Puts a request into the thread's hands."""
         if not self._thread.is_alive():
             raise ModelError("the server's engine has stopped: start it again")
-        stream = Stream(request, live=live)
+        with self._counting:
+            if self._pending + request.samples > MAX_PENDING:
+                raise Busy(f"{self._pending} samples are waited for: try again later")
+            self._pending += request.samples
+        stream = Stream(request, live=live, at_end=self._forget)
         self._inbox.put(stream)
         return stream
 
-    def stream(self, body: dict[str, Any], chat: bool) -> Events[bytes, None, None]:
-        """The protocol's answer as server-sent events.
+    def _forget(self, request: Request) -> None:
+        """Nobody waits for this request any more."""
+        with self._counting:
+            self._pending -= request.samples
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.model.source
+
+    def answer(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+        """The protocol's answer to a request of the protocol.
 
         Raises:
-          BadRequest: with what is wrong with the request.
-          ModelError: if it cannot be served; with the first event.
+          BadRequest, UserError: with what is wrong with it.
+          Busy: where it could be served at another time.
         """
-        if body.get("logprobs"):
-            raise BadRequest("logprobs: do not come in a stream: leave one of them out")
-        kind = "chat.completion.chunk" if chat else "text_completion"
+        return self.reply(self.complete(self.request(body, chat)), body, chat)
+
+    def stream(self, body: dict[str, Any], chat: bool) -> Events[bytes, None, None]:
+        """The protocol's answer as server-sent events; what is wrong is raised with the first one.
+
+        Raises:
+          BadRequest, UserError: with what is wrong with the request.
+          Busy: where it could be served at another time.
+        """
+        usage, head = _counted(body), self._head(body, chat, part=True)
         stream = self._begin(self.request(body, chat), live=True)
-        usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        return events(stream, self._head(body, kind), chat=chat, usage=usage)
+        return events(stream, head, chat=chat, usage=usage)
 
     def close(self) -> None:
         """Ends the thread; what is under way is not finished."""
@@ -105,8 +126,7 @@ class Service:
                     return
                 try:
                     # The tag leads back from what the engine makes to who waits for it.
-                    tagged = dataclasses.replace(stream.request, tag=id(stream))
-                    self._generator.submit(tagged)
+                    self._generator.submit(dataclasses.replace(stream.request, tag=id(stream)))
                     waiting[id(stream)] = stream
                 except ModelError as error:
                     stream.fail(error)
@@ -138,14 +158,12 @@ class Service:
         Raises:
           BadRequest: with what is wrong.
         """
-        stops = body.get("stop") or ()
         count = _number(body, "n", int, 1)
         if not 1 <= count <= MAX_SAMPLES:
-            raise BadRequest(f"n: {count} must be from 1 to {MAX_SAMPLES}")
+            raise BadRequest(f"n: {str(count)[:40]} must be from 1 to {MAX_SAMPLES}")
         tokens = self._chat(body) if chat else self._text(body)
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        room = self._length - len(tokens)
-        heat = float(_number(body, "temperature", float, 1.0))
+        limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        heat, seed = _number(body, "temperature", float, 1.0), _number(body, "seed", int, None)
         filters = {
             "top_k": _number(body, "top_k", int, None),
             "top_p": _number(body, "top_p", float, None),
@@ -153,11 +171,11 @@ class Service:
         }
         return Request(
             tokens,
-            max_new_tokens=max(1, room) if limit is None else _number({"m": limit}, "m", int, 16),
+            max_new_tokens=_number(body, limit, int, max(1, self._length - len(tokens))),
             samples=count,
             temperature=heat,
-            seed=_number(body, "seed", int, 0) if body.get("seed") is not None else _fresh(),
-            stop=(stops,) if isinstance(stops, str) else tuple(map(str, stops)),
+            seed=_fresh() if seed is None else seed,
+            stop=_stops(body.get("stop")),
             **(filters if heat > 0 else {}),
         )
 
@@ -165,7 +183,7 @@ class Service:
         prompt = body.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise BadRequest("prompt: must be one text that is not empty")
-        return self.model.tokenizer(prompt)["input_ids"]
+        return self._prompter.text(prompt)
 
     def _chat(self, body: dict[str, Any]) -> list[int]:
         turns = body.get("messages")
@@ -174,15 +192,9 @@ class Service:
         for turn in turns:
             if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
                 raise BadRequest("messages: every turn needs a role and a text as its content")
-        tokenizer = self.model.tokenizer
-        if not tokenizer.chat_template:
+        if not self.model.tokenizer.chat_template:
             raise BadRequest("this model has no chat template: use /v1/completions")
-        try:
-            return tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # the template is the model's own program
-            raise BadRequest(f"messages: the chat template refuses them: {error}") from error
+        return self._prompter.turns(turns)
 
     def reply(self, found: list[Completion], body: dict[str, Any], chat: bool) -> dict[str, Any]:
         """The protocol's answer."""
@@ -191,18 +203,19 @@ class Service:
         one = self._chat_choice if chat else self._text_choice
         written = sum(len(done.tokens) for done in found)
         return {
-            **self._head(body, "chat.completion" if chat else "text_completion"),
+            **self._head(body, chat),
             "choices": [one(number, done, scored) for number, done in enumerate(found)],
             "usage": counts(len(found[0].request.tokens), written),
         }
 
-    def _head(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
-        """What every answer and every event begins with."""
+    def _head(self, body: dict[str, Any], chat: bool, part: bool = False) -> dict[str, Any]:
+        """What an answer begins with, or every event of one."""
+        kind = "chat.completion.chunk" if part else "chat.completion"
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": kind,
+            "object": kind if chat else "text_completion",
             "created": int(time.time()),
-            "model": str(body.get("model", self.model.source)),
+            "model": str(body.get("model", self.model.source))[:200],
         }
 
     def _text_choice(self, number: int, done: Completion, scored: bool) -> dict[str, Any]:
@@ -229,9 +242,30 @@ class Service:
         }
 
 
+def _counted(body: dict[str, Any]) -> bool:
+    """Whether a stream is to end with a count of its tokens."""
+    if body.get("logprobs"):
+        raise BadRequest("logprobs: do not come in a stream: leave one of them out")
+    told = body.get("stream_options") or {}
+    if not isinstance(told, dict):
+        raise BadRequest("stream_options: must be an object")
+    return bool(told.get("include_usage"))
+
+
 def _fresh() -> int:
     """A seed for a request that names none."""
     return uuid.uuid4().int & 0xFFFFFFFF
+
+
+def _stops(given: Any) -> tuple[str, ...]:
+    """The strings that end an answer."""
+    stops = [given] if isinstance(given, str) else given or []
+    short = lambda stop: isinstance(stop, str) and 0 < len(stop) <= MAX_STOP
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(map(short, stops)):
+        raise BadRequest(
+            f"stop: must be at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters each"
+        )
+    return tuple(stops)
 
 
 def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -242,120 +276,10 @@ def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     allowed = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise BadRequest(f"{name}: {str(value)[:40]!r} must be a number")
-    return kind(value)
-
-
-def make_server(
-    service: Service, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None
-) -> http.server.ThreadingHTTPServer:
-    """The server, bound and not yet serving; `serve_forever()` and `shutdown()` are its own.
-
-    Raises:
-      ModelError: if host and port cannot be had.
-    """
-    handler = type("Handler", (_Handler,), {"service": service, "key": key})
     try:
-        server = http.server.ThreadingHTTPServer((host, port), handler)
-    except OSError as error:
-        raise ModelError(f"serve: {host}:{port} cannot be had: {error.strerror}") from error
-    server.daemon_threads = True
-    return server
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Routes of the protocol."""
-
-    service: Service
-    key: str | None
-    protocol_version = "HTTP/1.1"
-    timeout = 600
-
-    def do_GET(self) -> None:
-        """Models, and whether the server is there."""
-        if self.path == "/health":
-            return self._send(200, {"status": "ok"})
-        if not self._allowed():
-            return None
-        if self.path == "/v1/models":
-            row = {"id": self.service.model.source, "object": "model", "owned_by": "jaxdistill"}
-            return self._send(200, {"object": "list", "data": [row]})
-        return self._error(404, f"no such path: {self.path[:80]}")
-
-    def do_POST(self) -> None:
-        """Completions."""
-        chat = self.path == "/v1/chat/completions"
-        if not chat and self.path != "/v1/completions":
-            self.close_connection = True  # its body stays unread
-            return self._error(404, f"no such path: {self.path[:80]}")
-        if not self._allowed():
-            return None
-        try:
-            body = self._body()
-            if body.get("stream"):
-                return self._stream(self.service.stream(body, chat))
-            found = self.service.complete(self.service.request(body, chat))
-            return self._send(200, self.service.reply(found, body, chat))
-        except (BadRequest, UserError) as error:
-            return self._error(400, str(error))
-
-    def _allowed(self) -> bool:
-        given = self.headers.get("Authorization", "").encode()
-        if self.key is None or hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            return True
-        self.close_connection = True
-        self._error(401, "the key is wrong")
-        return False
-
-    def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        # A page in a browser can send plain forms anywhere, but not JSON to a stranger.
-        if "json" not in self.headers.get("Content-Type", ""):
-            self.close_connection = True
-            raise BadRequest("Content-Type: must be application/json")
-        if not length.isdecimal() or len(length) > 9 or int(length) > MAX_BODY:
-            self.close_connection = True
-            raise BadRequest(f"the body must have a length of at most {MAX_BODY} bytes")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise BadRequest("the body must be an object")
-        return body
-
-    def _stream(self, events: Events[bytes, None, None]) -> None:
-        """Sends events as they come; the end of the connection is the end of the answer."""
-        first = next(events)  # what is wrong is told before the stream begins
-        self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        try:
-            for event in itertools.chain([first], events):
-                self.wfile.write(event)
-        except OSError:  # the client has gone: closing the events ends the work for it
-            pass
-        except ModelError as error:
-            self.wfile.write(event_of({"error": {"message": str(error), "type": "server_error"}}))
-        finally:
-            events.close()
-
-    def _error(self, code: int, message: str) -> None:
-        kind = "invalid_request_error" if code < 500 else "server_error"
-        self._send(code, {"error": {"message": message, "type": kind, "code": code}})
-
-    def _send(self, code: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the terminal belongs to the command."""
+        return kind(value)
+    except OverflowError:  # of float, for a whole number of hundreds of digits
+        raise BadRequest(f"{name}: {str(value)[:40]} is too large") from None
 
 
 def serve(
@@ -386,6 +310,8 @@ def serve(
     length = min(length or 2048, model.config.max_positions)
     service = Service(model, slots=slots, length=length)
     server = make_server(service, host=host, port=port, key=key)
+    if key is None and not is_loopback(host):
+        print("anybody who reaches this machine can ask: --key-env sets a key", file=sys.stderr)
     print(f"serving {source} on http://{host}:{server.server_address[1]}/v1", flush=True)
     try:
         server.serve_forever()

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import queue
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.models.generator import Completion, Request
@@ -41,10 +41,17 @@ class Stream:
     Args:
       request: what was asked.
       live: whether texts are wanted before they are finished.
+      at_end: called once with the request, when nobody reads any more.
     """
 
-    def __init__(self, request: Request, *, live: bool):
-        self.request, self.live = request, live
+    def __init__(
+        self,
+        request: Request,
+        *,
+        live: bool,
+        at_end: Callable[[Request], None] = lambda _: None,
+    ):
+        self.request, self.live, self._at_end = request, live, at_end
         self.closed = False  # nobody reads any more
         self._shown = dict.fromkeys(range(request.first, request.first + request.samples), 0)
         self._unfinished = request.samples
@@ -84,6 +91,7 @@ class Stream:
                 yield piece
         finally:
             self.closed = True
+            self._at_end(self.request)
 
 
 def events(
