@@ -81,9 +81,8 @@ def evaluate(
     ask = Ask() if ask is None else ask
     _check(ask)
     loaded = [tasks.load(name, folder=folder, limit=ask.limit) for name in names]
-    used = model
-    if isinstance(model, str):
-        used = unrolled.take(load_any(model, dtype=dtype, mesh=make_mesh()))
+    load = lambda name: unrolled.take(load_any(name, dtype=dtype, mesh=make_mesh()))
+    used = load(model) if isinstance(model, str) else model
     results = {}
     for task in loaded:
         began = time.monotonic()
