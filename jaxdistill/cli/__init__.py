@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
 from jaxdistill.errors import UserError
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    die_with_launcher()
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         code = arguments.run(arguments) or 0

@@ -10,22 +10,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
+from jaxdistill import agree, processes, report
 from jaxdistill import config as configs
-from jaxdistill import report
 from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import compare, setup
+from jaxdistill.engine import alike, compare, setup
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.models import Model, count_parameters, forward_flops_per_token
 from jaxdistill.models.config_json import write_config
+from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
@@ -75,22 +75,37 @@ def train(
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
     """
+    mesh = _begin(config)
+    agree.together(lambda: _check(config))
+    resolved = configs.dump(config)
+    # Everything that reading the small files can tell is told before the run folder exists.
+    words = agree.together(lambda: setup.models_of(config, mesh, weights=False))
+    agree.leader_first(lambda: setup.data_of(config, words.tokenizer, None))
+
+    def create() -> None:
+        RunDir.create(
+            config.run.dir,
+            name=config.run.name,
+            input_text=resolved if input_text is None else input_text,
+            resolved=resolved,
+            overrides=overrides,
+        )
+
+    agree.by_leader(create)
+    return _execute(config, agree.together(lambda: RunDir.open(config.run.dir)), mesh)
+
+
+def _begin(config: Config) -> Mesh:
+    """Joins the other processes of the run, if there are any, and lays out all devices."""
+    processes.start(config.mesh.processes)
+    alike.check(config)
+    return setup.mesh_of(config)
+
+
+def _check(config: Config) -> None:
     errors = preflight.check(config)
     if errors:
         raise preflight.combine(errors)
-    resolved = configs.dump(config)
-    mesh = setup.mesh_of(config)
-    # Everything that reading the small files can tell is told before the run folder exists.
-    words = setup.models_of(config, mesh, weights=False)
-    setup.data_of(config, words.tokenizer, None)
-    run = RunDir.create(
-        config.run.dir,
-        name=config.run.name,
-        input_text=resolved if input_text is None else input_text,
-        resolved=resolved,
-        overrides=overrides,
-    )
-    return _execute(config, run, mesh)
 
 
 def resume(run_dir: str | os.PathLike) -> RunResult:
@@ -102,15 +117,17 @@ def resume(run_dir: str | os.PathLike) -> RunResult:
     """
     run = RunDir.open(run_dir)
     config = configs.load(run.path / "config.resolved.yaml")
-    return _execute(config, run, setup.mesh_of(config))
+    return _execute(config, run, _begin(config))
 
 
 def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
-    with run.held():
+    with contextlib.ExitStack() as stack:
+        agree.by_leader(lambda: stack.enter_context(run.held()))
         with _checkpoints(config, run.path) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
                 result = _Session(config, run, mesh).execute(checkpoints)
-        _report(run.path)  # after the attempt, which the page tells about
+        # After the attempt, which the page tells about; the others wait, to end with the first.
+        agree.by_leader(lambda: _report(run.path))
         return result
 
 
@@ -130,9 +147,12 @@ class _Session:
 
     def __init__(self, config: Config, run: RunDir, mesh: Mesh):
         self.config, self.run, self.mesh = config, run, mesh
-        self.models = setup.models_of(config, mesh)
-        data = setup.data_of(config, self.models.tokenizer, run.path)
-        run.check_unchanged(_fingerprints(config, self.models, data))
+        self.models = agree.together(lambda: setup.models_of(config, mesh))
+        beside = run.path if agree.leads() else None
+        data = agree.leader_first(lambda: setup.data_of(config, self.models.tokenizer, beside))
+        prints = _fingerprints(config, self.models, data)
+        agree.same(prints)
+        agree.by_leader(lambda: run.check_unchanged(prints))
         run.update(**_describe(config, self.models, mesh))
         _keep_words(run, self.models)
         self.dataset = data["train"]
@@ -159,7 +179,8 @@ class _Session:
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
-        _show(table.rows)
+        if agree.leads():
+            _show(table.rows)
         return RunResult(self.run.path, metrics, table.rows)
 
     def _control(self) -> None:
@@ -197,14 +218,12 @@ class _Session:
         with contextlib.ExitStack() as stack:
             progress = report.Progress(
                 config.train.steps,
-                mode=config.logging.progress,
+                mode=config.logging.progress if agree.leads() else "none",
                 log_every=config.train.log_every,
             )
             stack.enter_context(progress)
             resume_step = first if (folder / "metrics.jsonl").exists() else None
-            writer = report.MetricsWriter(
-                folder, config.logging.tensorboard, resume_step, notice=progress.event
-            )
+            writer = agree.together(lambda: _writer(config, folder, resume_step, progress))
             stack.enter_context(writer)
             began = time.perf_counter()
             monitor = recorded(config.train.log_every, config.train.steps)
@@ -254,10 +273,19 @@ class _Session:
             start=start,
             stop=config.train.steps,
             seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(self.mesh, config.train.batch_size),
         )
         return ((step, place(batch, self.mesh)) for step, batch in feed)
+
+
+def _writer(
+    config: Config, folder: pathlib.Path, resume_step: int | None, progress: report.Progress
+) -> report.MetricsWriter:
+    """What keeps the numbers of a run, in one process of it."""
+    if not agree.leads():
+        return report.SilentWriter()
+    board = config.logging.tensorboard
+    return report.MetricsWriter(folder, board, resume_step, notice=progress.event)
 
 
 def _report(folder: pathlib.Path) -> None:
@@ -325,6 +353,8 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
 
 def _keep_words(run: RunDir, models: setup.Models) -> None:
     """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
+    if not agree.leads():
+        return
     folder = run.path / STUDENT
     folder.mkdir(exist_ok=True)
     described = write_config(models.student.config, "float32")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxdistill import agree
 from jaxdistill.errors import ConfigError, StorageError
 
 SCHEMA = 1
@@ -133,7 +134,9 @@ class RunDir:
             return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file that appears whole or not at all."""
+        """Writes a text file that appears whole or not at all; process 0 does it for all."""
+        if not agree.leads():
+            return
         temporary = self.path / f"{name}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -146,6 +146,28 @@ class MetricsWriter:
                 )
 
 
+class SilentWriter(MetricsWriter):
+    """Takes what a MetricsWriter takes and keeps nothing: for all processes but one."""
+
+    def __init__(self):
+        self.dropped = 0
+
+    def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+        """Nothing."""
+
+    def event(self, kind: str, **fields: typing.Any) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """The records of a run's metrics.jsonl, also while the run is still writing it.
 
