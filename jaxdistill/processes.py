@@ -44,6 +44,8 @@ def start(processes: int | None = None) -> None:
 
 
 def _join(count: int | None, process: int | None) -> None:
+    # What to do about SIGTERM is the run's to decide; JAX's notice would only swallow it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             num_processes=count,

@@ -8,10 +8,10 @@ import jaxdistill
 from jaxdistill.cli import bench, compress, files, launch, reason, runs
 
 EXIT_CODES = """exit codes:
-  0 done              4 model or tokenizer     7 diverged
-  2 configuration     5 does not fit           9 cannot write
-  3 data              6 no good checkpoint     130 interrupted
-                      8 lost a process"""
+  0 done              5 does not fit           9 cannot write
+  2 configuration     6 no good checkpoint     75 asked to stop: `resume` goes on
+  3 data              7 diverged               130 interrupted
+  4 model/tokenizer   8 lost a process"""
 
 RUN_REFERENCE = (
     "a model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP"

@@ -1,17 +1,14 @@
 """What every process of a run must have alike: the configuration, the code, the versions."""
 
-import hashlib
-import pathlib
 import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
-import jaxdistill
 from jaxdistill import agree
 from jaxdistill.config import Config
-
-_PACKAGES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "grain", "transformers")
+from jaxdistill.engine import changes
+from jaxdistill.engine.run_dir import PACKAGES
 
 
 def check(config: Config) -> None:
@@ -20,8 +17,8 @@ def check(config: Config) -> None:
     Raises:
       ConfigError: naming the field, the processes and their values.
     """
-    versions = {package: metadata.version(package) for package in _PACKAGES}
-    versions |= {"python": platform.python_version(), "code of jaxdistill": _code()}
+    versions = {package: metadata.version(package) for package in PACKAGES}
+    versions |= {"python": platform.python_version(), "code of jaxdistill": changes.code()}
     agree.same(versions | dict(_flat(config.model_dump(mode="json"))))
 
 
@@ -34,12 +31,3 @@ def _flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, below)
         else:
             yield ".".join(below), value
-
-
-def _code() -> str:
-    """A digest of this package's own modules: a checkout has no version that tells of an edit."""
-    digest = hashlib.sha256()
-    root = pathlib.Path(jaxdistill.__file__).parent
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
