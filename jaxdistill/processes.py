@@ -8,15 +8,17 @@ JAX itself finds the others under Slurm, Open MPI, Cloud TPU and GKE. Elsewhere,
     JAX_PROCESS_ID             which of them this is, from 0
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, LostProcessError
 
 # A process that cannot be heard for so long is lost, and the others end with it.
 HEARTBEAT_SECONDS = 15
+_BROKEN = ("Gloo", "NCCL", "Connection reset", "Connection closed", "coordination service")
 _REMEDY = (
     "start it with `jaxdistill launch -n N -- train ...`, srun or mpirun, or set "
     "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
@@ -58,6 +60,26 @@ def _join(count: int | None, process: int | None) -> None:
     except ValueError as error:
         raise ConfigError(
             f"mesh.processes: the others are not found ({error}) {_REMEDY}"
+        ) from error
+
+
+@contextlib.contextmanager
+def lost_ones_told() -> Iterator[None]:
+    """Tells in words that another process is gone, where collectives inside fail of it.
+
+    Raises:
+      LostProcessError: in place of JAX's own error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if jax.process_count() == 1 or not any(words in text for words in _BROKEN):
+            raise
+        raise LostProcessError(
+            f"process {jax.process_index()} has lost another process of this run ({text[:200]}): "
+            "`jaxdistill resume` goes on from the last checkpoint, `launch --restart` does so by "
+            "itself"
         ) from error
 
 

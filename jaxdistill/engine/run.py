@@ -123,7 +123,7 @@ def resume(run_dir: str | os.PathLike) -> RunResult:
 
 
 def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
-    with contextlib.ExitStack() as stack:
+    with processes.lost_ones_told(), contextlib.ExitStack() as stack:
         agree.by_leader(lambda: stack.enter_context(run.held()))
         stop = stack.enter_context(stopping.listening())
         with _checkpoints(config, run.path) as checkpoints:
