@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxdistill import agree
 from jaxdistill.errors import DivergedError, Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import faults
@@ -16,6 +17,8 @@ from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
 from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
+
+_SAVE, _STOP = 1, 2  # what a process may vote for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
     feed = parts.batches(first)
     waiting: tuple[int, dict[str, Mean]] | None = None
     last_logged = first
+    vote = agree.Vote()
     saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
     parts.meter.restart()
 
@@ -116,8 +120,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
-        stopping = parts.stop.asked
-        save = bool(stopping) or saver.due(number)
+        # Clocks and signals are one process's own: what to do about them is decided together.
+        level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
+        save, stopping = level > 0 or saver.due(number), level == _STOP and not last
         if not (evaluate or save):
             continue
         # Nothing is evaluated or saved before the step that made it is known to be sound.
@@ -134,13 +139,14 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         if save:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
-                final = last or bool(stopping)
+                final = last or stopping
                 sent = saver.save(number, state, parts.meta(number), metrics, final)
             if sent:
                 parts.writer.event("save", step=number)
-        if stopping and not last:
-            parts.writer.event("stopped", step=number, signal=stopping)
-            raise Preempted(f"{stopping}: saved after step {number} of {schedule.steps}")
+        if stopping:
+            why = parts.stop.asked or "another process was asked to stop"
+            parts.writer.event("stopped", step=number, why=why)
+            raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
     if waiting is not None:
         show(*waiting)
     return state
