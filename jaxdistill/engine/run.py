@@ -159,7 +159,7 @@ class _Session:
         agree.same(facts)
         agree.by_leader(lambda: changes.check(run, facts))
         run.update(**described)
-        _keep_words(run, self.models)
+        agree.by_leader(lambda: _keep_words(run, self.models))
         self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
@@ -367,8 +367,6 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
 
 def _keep_words(run: RunDir, models: setup.Models) -> None:
     """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
-    if not agree.leads():
-        return
     folder = run.path / STUDENT
     described = write_config(models.student.config, "float32")
     try:
