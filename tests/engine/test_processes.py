@@ -14,13 +14,14 @@ import time
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jaxdistill import config as configs
 from jaxdistill import engine
 from jaxdistill.cli import launch
 from jaxdistill.engine import setup
 from jaxdistill.report import read_metrics
-from tests.engine.test_run import arrays, losses
+from tests.engine.test_run import losses
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -74,7 +75,7 @@ def told(folder: pathlib.Path) -> str:
     return (folder / "launch.txt").read_text()
 
 
-def ended(process: subprocess.Popen, folder: pathlib.Path, code: int, limit: float = 600) -> None:
+def ended(process: subprocess.Popen, folder: pathlib.Path, code: int, limit: float = 900) -> None:
     """The launcher ends with this code, and no process of it is left."""
     ranks = children(process.pid)
     assert process.wait(limit) == code, told(folder)
@@ -95,6 +96,18 @@ def reaches(run: pathlib.Path, step: int, process: subprocess.Popen, folder: pat
     while not (run / "metrics.jsonl").exists() or step not in losses(run):
         assert process.poll() is None, told(folder)
         time.sleep(0.02)
+
+
+def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by name, read by Orbax alone, whoever wrote it."""
+    folder = str(run / "checkpoints" / str(step))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for name, leaf in ocp.checkpointables_metadata(folder).metadata["state"].items()
+    }
+    tree = ocp.load_checkpointables(folder, {"state": wanted})["state"]
+    return {name: np.asarray(value) for name, value in tree.items()}
 
 
 @pytest.fixture(scope="module")

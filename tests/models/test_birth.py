@@ -14,6 +14,7 @@ import pytest
 from jaxdistill import models
 from jaxdistill.cli import launch
 from jaxdistill.compress import quantize
+from jaxdistill.models import assemble, count_parameters, decoder
 from jaxdistill.models.config_json import read_config
 from tests.models import oracle
 
@@ -59,13 +60,13 @@ def born(folder: pathlib.Path) -> list[dict]:
 def test_each_process_reads_and_holds_its_part_alone(kind, folders, seen):
     file = sum(path.stat().st_size for path in (folders / kind).glob("*.safetensors"))
     for one in seen(kind):
-        print(one)
         # An int4 model's scales are everywhere; all else is in eight parts, four of them here.
         most = 0.5 if kind == "float32" else 0.6
         assert 0.5 <= one["local"] / one["whole"] <= most
         assert 0.49 < one["read"] / file <= most
-        # What lies here in the end, and the slices of one weight on their way.
-        assert 0.4 < one["grown"] / one["whole"] < 0.75
+        if kind == "float32":  # beside an int4 model this small, JAX's own memory is large
+            # What lies here in the end, and the slices of one weight on their way.
+            assert 0.5 < one["grown"] / one["whole"] < 0.75
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -82,10 +83,11 @@ def test_rows_are_shared_without_overlap_and_the_slow_network_lies_under_data(se
 
 
 def test_random_parameters_are_made_in_parts(mesh8):
-    from jaxdistill.models import assemble, decoder
-
+    """A device has a quarter of each, and while they are made less than the whole of all."""
     config = read_config(RAW)
     places = assemble.nest(assemble.placement(config, mesh8, assemble.sharding.RULES))
     make = jax.jit(decoder.init, static_argnums=(0, 2), out_shardings=places)
     used = make.lower(config, jax.random.key(0), np.dtype("float32")).compile().memory_analysis()
-    print(used)
+    whole = 4 * count_parameters(config)
+    assert used.output_size_in_bytes == pytest.approx(whole / 4, rel=0.01)
+    assert used.output_size_in_bytes + used.temp_size_in_bytes < 0.75 * whole
