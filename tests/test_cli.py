@@ -109,6 +109,8 @@ def python(code, *arguments, **options):
         ["validate", "--explain", "method"],
         ["validate", "run.yaml", "--resolved"],
         ["validate", "absent.yaml"],
+        ["ckpt", "ls", "absent"],
+        ["ckpt", "verify", "absent"],
     ],
     ids=" ".join,
 )

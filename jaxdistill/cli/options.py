@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import bench, compress, files, launch, reason, runs
+from jaxdistill.cli import bench, ckpt, compress, files, launch, reason, runs
 
 EXIT_CODES = """exit codes:
   0 done              5 does not fit           9 cannot write
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         _add_train,
+        _add_checkpoints,
         _add_compress,
         _add_quantize,
         _add_workflow,
@@ -95,6 +96,23 @@ def _add_launch(commands: Any) -> None:
     )
 
 
+def _add_checkpoints(commands: Any) -> None:
+    text = "Look at a run's checkpoints, or go back to one."
+    group = commands.add_parser("ckpt", help=text, description=text)
+    below = group.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, run, said in (
+        ("ls", ckpt.ls, "List them: step, time, size, metrics."),
+        ("verify", ckpt.verify, "Read every file against its checksum; exit 6 at damage."),
+        ("rollback", ckpt.rollback, "Put the ones after STEP aside; resume goes on from STEP."),
+    ):
+        parser = _command(below, name, run, said)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        if name == "rollback":
+            parser.add_argument("step", metavar="STEP", type=_positive)
+        else:
+            _add_json(parser)
+
+
 def _add_compress(commands: Any) -> None:
     score = _command(
         commands, "importance", compress.importance, "Measure what a model's units are worth."
@@ -109,6 +127,9 @@ def _add_compress(commands: Any) -> None:
         prune.add_argument(f"--{name}", metavar="N", type=_positive, help="how many stay")
     prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
     prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
+    prune.add_argument(
+        "--latency", metavar="BUDGET", help="of a token of one row, measured here: 12ms or 60%%"
+    )
     prune.add_argument(
         "--axes", metavar="AXIS", nargs="+", default=("embed", "mlp"), help="shrink for a budget"
     )
