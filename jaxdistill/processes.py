@@ -57,9 +57,10 @@ def _join(count: int | None, process: int | None) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"mesh.processes: the others are not found ({error}) {_REMEDY}"
+            f"mesh.processes: the other processes cannot be joined ({reason}): {_REMEDY}"
         ) from error
 
 

@@ -232,7 +232,12 @@ class _Session:
             stack.enter_context(writer)
             began = time.perf_counter()
             monitor = recorded(config.train.log_every, config.train.steps)
-            step = setup.compile_step(config, method, state, teacher_params, self.mesh, monitor)
+            # Together: in its first step nobody waits long for one that is still compiling.
+            step = agree.together(
+                lambda: setup.compile_step(
+                    config, method, state, teacher_params, self.mesh, monitor
+                )
+            )
             seconds = time.perf_counter() - began
             writer.event("compiled", seconds=round(seconds, 3), from_step=first)
             progress.event(f"compiled in {seconds:.1f} s")
