@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_faults
+from benchmarks import duel, soak_faults, soak_input
 
 Part = Callable[[pathlib.Path, float], dict[str, Any]]
 
@@ -35,6 +35,7 @@ PARTS: dict[str, Part] = {
     "flips": _on_rig(soak_faults.flips, 500),
     "fallbacks": _on_rig(soak_faults.fallbacks, 10),
     "full_disks": _on_rig(lambda rig, _: soak_faults.full_disks(rig), 1),
+    "input": lambda _, scale: soak_input.run(*(round(n * scale) for n in (5000, 10_000, 3000))),
     "digests": lambda folder, scale: soak_faults.digest_cost(folder, round(256 * scale)),
 }
 

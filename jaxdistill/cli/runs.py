@@ -107,10 +107,10 @@ def _chat_tokens(model: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Each prompt as the user's turn of a chat that the model is to go on with."""
     if model.tokenizer is None or not model.tokenizer.chat_template:
         raise ModelError(f"{model.source}: has no chat template: leave --chat out")
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return model.tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    from jaxdistill.data.prompting import Prompter
+
+    prompter = Prompter(model.tokenizer)
+    return [prompter.turns([{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.architecture import DecoderConfig, count_parameters
 from jaxdistill.models.config_json_rope import read_rope, shown, write_rope
 from jaxdistill.models.families import FAMILIES, Family
 
 MAX_LAYERS, MAX_VOCAB, MAX_WIDTH = 1_000, 2_000_000, 1_000_000
+MAX_PARAMETERS = 10**13  # ten times the largest model that was ever published
 
 # Our field -> theirs, where a value is copied as it is.
 _COPIED: Mapping[str, str] = {
@@ -56,6 +57,11 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
     Raises:
       ModelError: for an unknown `model_type`, a field out of range, or a feature not built here.
     """
+    if raw.get("auto_map"):
+        raise ModelError(
+            f"{where}: auto_map: asks for Python code of the folder's own, which is never run: the "
+            "model may compute something else than this decoder; remove the field if it does not"
+        )
     family = _family(raw, where)
     row = FAMILIES[family]
     filled = {**_ASSUMED, **row.assumed, **raw}
@@ -77,7 +83,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
     for field in ("rms_norm_eps", "initializer_range"):
         filled[field] = float(filled[field])
     eos = filled["eos_token_id"]
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family,
         rope=read_rope(filled, where),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -89,6 +95,9 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
         },
         **{ours: filled[theirs] for ours, theirs in _COPIED.items()},
     )
+    if (size := count_parameters(config)) > MAX_PARAMETERS:
+        raise ModelError(f"{where}: describes {size:.1e} parameters, more than any model has")
+    return config
 
 
 def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -150,6 +159,12 @@ def _check_count(filled: Mapping[str, Any], field: str, limit: int, where: str) 
         raise ModelError(f"{where}: {field}: {shown(value)} must be a whole number, 1 to {limit}")
 
 
+def _check_whole(filled: Mapping[str, Any], field: str, where: str) -> None:
+    value = filled[field]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WIDTH:
+        raise ModelError(f"{where}: {field}: {shown(value)} must be a whole number")
+
+
 def _check_ranges(filled: Mapping[str, Any], where: str) -> None:
     limits = {
         "vocab_size": MAX_VOCAB,
@@ -189,6 +204,7 @@ def _read_windows(row: Family, filled: Mapping[str, Any], where: str):
     types = filled.get("layer_types")
     if row.windowed == "chosen":
         window = window if filled.get("use_sliding_window", False) else None
+        _check_whole(filled, "max_window_layers", where)
         start = filled["max_window_layers"]
         chosen = [window is not None and layer >= start for layer in range(layers)]
     else:
@@ -196,7 +212,8 @@ def _read_windows(row: Family, filled: Mapping[str, Any], where: str):
         chosen = [window is not None] * layers
     if types is not None:
         known = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(types, list) or len(types) != layers or set(types) - set(known):
+        listed = isinstance(types, list) and len(types) == layers
+        if not listed or any(not isinstance(name, str) or name not in known for name in types):
             raise ModelError(
                 f"{where}: layer_types: {shown(types)} must name full_attention or "
                 f"sliding_attention for each of the {layers} layers"
