@@ -55,7 +55,7 @@ def mesh_of(config: Config) -> Mesh:
     Raises:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
-    mesh = make_mesh(**config.mesh.model_dump())
+    mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.train.batch_size // config.train.micro_batches
     for name, size in (

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxdistill import sharding
@@ -57,7 +57,7 @@ def assemble(
     """
     places = placement(config, mesh, rules)
     flat = {
-        ours: _array(ours, name, row, tensors, dtype, places[ours])
+        ours: weight(ours, name, row, tensors, dtype, places[ours])
         for ours, (name, row) in tensor_rows(config).items()
     }
     return nest(flat)
@@ -75,7 +75,24 @@ def nest(flat: Mapping[str, Any]) -> dict:
     return tree
 
 
-def _array(ours, name: TensorName, row: Weight, tensors, dtype, place) -> jax.Array:
+def weight(
+    ours: str,
+    name: TensorName,
+    row: Weight,
+    tensors: Tensors,
+    dtype: DTypeLike | None,
+    place: Sharding,
+) -> jax.Array:
+    """One weight of the tree, each device's slice read by itself.
+
+    Args:
+      ours: its dotted name.
+      name: what the file calls it.
+      row: its shape.
+      tensors: where to read.
+      dtype: None keeps its own.
+      place: where it lies.
+    """
     stacked = ours.startswith("layers.")
     layers = range(row.shape[0] if stacked else 1)
     found = {tensors.dtype(name.pattern.format(layer)) for layer in layers}
