@@ -104,9 +104,10 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """
     network = config.security.allow_network
     teacher, student = _shapes(config, network)
-    shapes = {"teacher": teacher, "student": student}
-    tokenizer = _named_tokenizer(config, shapes)
+    tokenizer = _named_tokenizer(config, {"teacher": teacher, "student": student})
     vocab = vocabulary_size(tokenizer)
+    teacher, student = _ended(teacher, tokenizer), _ended(student, tokenizer)
+    shapes = {"teacher": teacher, "student": student}
     for name, shape in shapes.items():
         if shape is None:
             continue
@@ -184,8 +185,9 @@ def _random_shape(
         for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
         if getattr(shape, name) is not None
     }
-    if shape.tied_head is not None:
-        numbers["tied_head"] = shape.tied_head
+    for name in ("tied_head", "initializer_range"):
+        if getattr(shape, name) is not None:
+            numbers[name] = getattr(shape, name)
     if like is not None:
         base = like.config
         if "heads" in numbers and "kv_heads" not in numbers:
@@ -204,6 +206,14 @@ def _random_shape(
     if "vocab_size" not in numbers:
         numbers["vocab_size"] = vocabulary_size(_named_tokenizer(config, {}))
     return Model(DecoderConfig("llama", **numbers), None, None, "random")
+
+
+def _ended(shape: Any, tokenizer: Any) -> Any:
+    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
+    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
+        return shape
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
 
 
 def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
