@@ -120,7 +120,10 @@ class RunDir:
             if dead := _holder(lock):
                 self.event("taken_over", of=dead)
             own = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
-            _rewrite(lock, json.dumps(own))
+            try:
+                _rewrite(lock, json.dumps(own))
+            except OSError as error:
+                raise _cannot_write(self.path / "LOCK", error) from error
             try:
                 yield
             finally:
@@ -218,10 +221,9 @@ def _holder(lock: IO[str]) -> str:
 
 
 def _rewrite(lock: IO[str], text: str) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(text)
-    lock.flush()
+    # Without a buffer, which would be written once more, and fail once more, when it is closed.
+    os.ftruncate(lock.fileno(), 0)
+    os.pwrite(lock.fileno(), text.encode(), 0)
 
 
 def describe_machine(devices: Sequence[Any], mesh_shape: Mapping[str, int]) -> dict[str, Any]:
