@@ -166,6 +166,9 @@ class SilentWriter(MetricsWriter):
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
         """Nothing."""
 
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
     def event(self, kind: str, **fields: typing.Any) -> None:
         """Nothing."""
 

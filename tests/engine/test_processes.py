@@ -83,11 +83,12 @@ def ended(process: subprocess.Popen, folder: pathlib.Path, code: int, limit: flo
 
 
 def children(launcher: int) -> dict[int, int]:
-    """Rank -> process id."""
+    """Rank -> process id, of those that live."""
     found = {}
     for pid in pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-        variables = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        found |= {int(v.split("=")[1]): int(pid) for v in variables if "JAX_PROCESS_ID=" in v}
+        with contextlib.suppress(OSError):  # it ends while we look
+            variables = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            found |= {int(v.split("=")[1]): int(pid) for v in variables if "JAX_PROCESS_ID=" in v}
     return found
 
 
