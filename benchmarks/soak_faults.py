@@ -247,13 +247,19 @@ def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) ->
     return point
 
 
-def _live(
-    rig: Rig, method: str, run: pathlib.Path, draw: random.Random, earliest: float = 0.0
-) -> Command:
+def _held(run: pathlib.Path) -> bool:
+    """Whether a process has its name in the lock of a run."""
+    try:
+        return bool((run / "LOCK").read_text())
+    except OSError:
+        return False
+
+
+def _live(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> Command:
     """One life of a run up to any moment of it; a life that ends before tells how long one is."""
     began = time.monotonic()
     command = rig.nursery.start(rig.command(method, run), rig.log)
-    deadline = began + draw.uniform(earliest, 1.0) * rig.seconds[method]
+    deadline = began + draw.uniform(0.0, rig.seconds[method])
     while time.monotonic() < deadline:
         if not command.running():
             rig.seconds[method] = time.monotonic() - began
@@ -281,8 +287,10 @@ def stops(
         whole = rig.whole(method)
         run = rig.folder / f"stopped-{seed}-{runs}"
         while asked < count:
-            # Before a command has begun, a signal does what it does to any process.
-            command = _live(rig, method, run, draw, earliest=0.2)
+            command = _live(rig, method, run, draw)
+            # Before it holds its run, and after, a signal does what it does to any process.
+            while command.running() and not _held(run):
+                time.sleep(0.002)
             if not command.running():
                 break
             began = time.perf_counter()
