@@ -82,7 +82,8 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
     """
     parts = mesh.shape["tensor"]
     for who, config in named.items():
-        sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp}
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
+        sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
         wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
         if wrong:
             common = math.gcd(*sizes.values())
@@ -194,7 +195,7 @@ def _random_shape(
             numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
         arch = dataclasses.replace(base, **numbers)
         if arch.layers != base.layers:
-            arch = dataclasses.replace(arch, windows=_uniform_windows(base, arch.layers, key))
+            arch = dataclasses.replace(arch, windows=_repeated_windows(base, arch.layers, key))
         return Model(arch, None, like.tokenizer, f"random, like {like.source}")
     numbers.setdefault("kv_heads", numbers["heads"])
     numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
@@ -205,15 +206,18 @@ def _random_shape(
     return Model(DecoderConfig("llama", **numbers), None, None, "random")
 
 
-def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
-    if base.windows is None:
-        return None
-    if len(set(base.windows)) > 1:
-        raise ConfigError(
-            f"{key}.layers: the model it is like gives each layer its own window, which does not "
-            "carry over to another number of layers: leave layers out"
-        )
-    return base.windows[:1] * layers
+def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
+    """The windows of the model it is like, cut or repeated by their shortest pattern."""
+    if base.windows is None or layers <= base.layers:
+        return base.windows and base.windows[:layers]
+    old = base.windows
+    for size in range(1, base.layers // 2 + 1):
+        if all(window == old[layer % size] for layer, window in enumerate(old)):
+            return tuple(old[layer % size] for layer in range(layers))
+    raise ConfigError(
+        f"{key}.layers: the windows of the model it is like follow no pattern that would carry "
+        f"over to {layers} layers: take at most its {base.layers}"
+    )
 
 
 def _named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:

@@ -26,6 +26,20 @@ from jaxdistill.models.quantized import QuantizedKernel, Scheme
 METHOD = "compressed-tensors"
 
 
+def check_names(config: DecoderConfig) -> None:
+    """Every projection is a tensor of its own in the family's files.
+
+    Raises:
+      ModelError: where it is not.
+    """
+    for ours, (name, _) in tensor_rows(config).items():
+        if name.fused or name.stacked > 1 or (ours.endswith("up.kernel") and not name.transposed):
+            raise ModelError(
+                f"{config.family}: {ours} has no tensor [out, in] of its own in its files, and "
+                f"{METHOD} has no form for that: export the model before it is quantised"
+            )
+
+
 def write_settings(scheme: Scheme) -> dict[str, Any]:
     """The quantization_config of config.json."""
     number = {"num_bits": scheme.bits, "type": "int", "symmetric": True}

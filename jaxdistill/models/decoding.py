@@ -1,5 +1,6 @@
 """The compiled parts of generation: read prompts, put them into slots, make tokens in a loop."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxdistill.models import decoder, ring, sampling, unrolled
+from jaxdistill.models import attention, decoder, ring, sampling, unrolled
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.sharding import constrain
 from jaxdistill.types import Outputs
@@ -27,7 +28,7 @@ def prefill(
     prompt sees, because attention is causal.
     """
     rows, width = tokens_PW.shape
-    within = decoder.causal(config, width, None, None)
+    within = attention.causal(config, width, None, None)
 
     def attend(state, layer, query_BLHE, key_BLGE, value_BLGE):
         _, mixed = within(None, layer, query_BLHE, key_BLGE, value_BLGE)
@@ -48,8 +49,7 @@ def prefill(
 
 def _logits(outputs: Outputs, hidden_B1D: Array) -> Array:
     """Float32 [B, V] of one position per row."""
-    outputs = Outputs(hidden=hidden_B1D, head=outputs.head, head_bias=outputs.head_bias)
-    return decoder.logits(outputs)[:, 0]
+    return decoder.logits(dataclasses.replace(outputs, hidden=hidden_B1D))[:, 0]
 
 
 @jax.jit

@@ -99,10 +99,13 @@ class AwareKernel:
 
     def dot(self, x: Array) -> Array:
         """x @ kernel with rounded numbers, for x [..., in]."""
-        kernel = _through(self.kernel, quantize(self.kernel, self.scheme).dequantized())
         if self.scheme.dynamic:
             x = _through(x, qwix().dequantize(_rounded(x)))
-        return x @ kernel
+        return x @ self.dequantized()
+
+    def dequantized(self) -> Array:
+        """The kernel as an array of rounded numbers, whose gradient is the kernel's."""
+        return _through(self.kernel, quantize(self.kernel, self.scheme).dequantized())
 
     def astype(self, dtype: DTypeLike) -> "AwareKernel":
         """The kernel in another dtype."""

@@ -9,13 +9,13 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdistill.models import decoder, rope
+from jaxdistill.models import blocks, decoder, rope
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.attention import Attend
 from jaxdistill.models.quantized import is_kernel
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Outputs
@@ -27,7 +27,8 @@ _kept: dict[tuple, tuple[weakref.ref, Any]] = {}
 def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
     """The parameters with `layers` as a tuple of one tree per layer, cast to `dtype` once.
 
-    Norm scales keep their dtype. The result is kept while `params` lives and no other model asks.
+    Norms and routers keep their dtype. The result is kept while `params` lives and no other model
+    asks.
     """
     dtype = np.dtype(dtype)
     owner, key = params["embedding"], (id(params["embedding"]), dtype, config)
@@ -51,7 +52,7 @@ def _split(config, dtype, params):
 
 def _cast(dtype):
     def cast(path, weight):
-        return weight if path[-1] == jax.tree_util.DictKey("scale") else weight.astype(dtype)
+        return weight if decoder.kept_wide(path) else weight.astype(dtype)
 
     return cast
 
@@ -62,7 +63,7 @@ def _layer(config: DecoderConfig) -> nnx.GraphDef:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
         decoder.shapes(config)["layers"],
     )
-    return nnx.split(decoder.Layer(config, shapes))[0]
+    return nnx.split(blocks.Layer(config, shapes))[0]
 
 
 def apply(
@@ -70,7 +71,7 @@ def apply(
     weights: dict,
     tokens_BL: Array,
     positions_BL: Array,
-    attend: decoder.Attend,
+    attend: Attend,
     states: tuple,
 ) -> tuple[Outputs, tuple]:
     """Hidden states and head, and the new state of every layer; as `Decoder`, without a scan.
@@ -83,13 +84,15 @@ def apply(
       attend: as in `decoder`, but with one layer's state.
       states: one per layer.
     """
-    turn = rope.tables(config.rope, config.head_dim, positions_BL)
-    x_BLD = jnp.take(weights["embedding"], tokens_BL, axis=0)
+    turn, table = rope.per_layer(config, positions_BL), weights["embedding"]
+    x_BLD = decoder.embed(
+        config, table, weights.get("positions"), tokens_BL, positions_BL, table.dtype
+    )
     new = []
     for number, (params, state) in enumerate(zip(weights["layers"], states, strict=True)):
         layer = nnx.merge(_layer(config), params)
-        x_BLD, state = layer(x_BLD, turn, attend, state, number, RULES)
+        x_BLD, state = layer(x_BLD, turn(number), attend, state, number, RULES)
         new.append(state)
-    norm = decoder.RMSNorm(weights["final_norm"], config.norm_eps)
-    head = weights["embedding"] if config.tied_head else weights["head"]
-    return Outputs(hidden=norm(x_BLD), head=head), tuple(new)
+    norm = blocks.Norm(config, weights["final_norm"])
+    head = table if config.tied_head else weights["head"]
+    return Outputs(norm(x_BLD), head, softcap=config.logits_softcap), tuple(new)
