@@ -14,8 +14,7 @@ from jaxdistill import sharding
 from jaxdistill.compress.importance import Importance, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.models.architecture import flat_weights, weights
-from jaxdistill.models.assemble import nest
+from jaxdistill.models.architecture import flat_weights, nest, weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,26 @@ class Prune(Section):
             yield ("axes",), "has no effect without a budget: remove it"
 
 
+class Adapters(Section):
+    """Low-rank adapters: all of the student that is trained; the rest of it is frozen."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="Inner width of an adapter.")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        16.0, description="An adapter's product is multiplied by alpha / rank."
+    )
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = Field(
+        ("query", "key", "value", "out", "gate", "up", "down"),
+        min_length=1,
+        strict=False,
+        description="Projections of every layer that have one; those a model lacks are an error.",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: each target once."""
+        if len(set(self.targets)) != len(self.targets):
+            yield ("targets",), "name each projection once"
+
+
 class Student(Section):
     """The model that is trained: from a folder, cut out of the teacher, or random."""
 
@@ -149,6 +169,9 @@ class Student(Section):
         description="Quantisation-aware: the student computes as it will after `jaxdistill "
         "quantize` by this scheme; int8_dynamic rounds activations too.",
     )
+    lora: Adapters | None = Field(
+        None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
+    )
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "
@@ -163,6 +186,8 @@ class Student(Section):
                 yield (name,), "has no effect without `from: teacher`: add it or remove this"
         if self.prune is not None and (self.layers is not None or self.every is not None):
             yield ("prune",), "give layers, every or prune, not several of them"
+        if self.lora is not None and self.quantize is not None:
+            yield ("lora",), "does not go together with quantize: remove one of them"
         if self.layers is not None:
             if self.every is not None:
                 yield ("every",), "give either layers or every, not both"

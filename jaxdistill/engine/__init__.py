@@ -1,7 +1,7 @@
 """From a configuration to a finished run: the doors that commands and scripts go through."""
 
 from jaxdistill.engine.evaluation import evaluate
-from jaxdistill.engine.export import export, load, quantize
+from jaxdistill.engine.export import export, export_adapters, load, quantize
 from jaxdistill.engine.harness import adapter, harness
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
@@ -21,6 +21,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "export_adapters",
     "harness",
     "importance",
     "load",

@@ -24,7 +24,7 @@ from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token, peft
 from jaxdistill.models.config_json import write_config
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
@@ -134,7 +134,7 @@ class _Session:
         data = setup.data_of(config, self.models.tokenizer, run.path)
         run.check_unchanged(_fingerprints(config, self.models, data))
         run.update(**_describe(config, self.models, mesh))
-        _keep_words(run, self.models)
+        _keep_words(config, run, self.models)
         self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
@@ -155,7 +155,7 @@ class _Session:
         state, metrics = self._train(
             self.run.path, self.config, self.method, student, checkpoints, samples=True
         )
-        table.add_student("student after", state.params["student"], metrics)
+        table.add_student("student after", table.student_params(state), metrics)
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
@@ -176,7 +176,7 @@ class _Session:
         method = setup.method_of(config, self.models)
         with _checkpoints(config, folder) as checkpoints:
             state, metrics = self._train(folder, config, method, fresh, checkpoints, samples=False)
-        self.table.add_student("SFT control", state.params["student"], metrics)
+        self.table.add_student("SFT control", self.table.student_params(state), metrics)
 
     def _train(
         self,
@@ -323,10 +323,14 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
 
-def _keep_words(run: RunDir, models: setup.Models) -> None:
-    """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
+def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
+    """The student's small files, so that checkpoints can be read on their own."""
     folder = run.path / STUDENT
     folder.mkdir(exist_ok=True)
     described = write_config(models.student.config, "float32")
     run.write_json(f"{STUDENT}/config.json", described)
+    adapters = setup.adapters_of(config)
+    if adapters is not None:
+        described = peft.write_config(models.student.config, adapters, models.student.source)
+        run.write_json(f"{STUDENT}/{peft.CONFIG}", described)
     models.tokenizer.save_pretrained(str(folder))

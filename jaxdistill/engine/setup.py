@@ -23,10 +23,10 @@ from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.models import DecoderConfig, Model, random
+from jaxdistill.models import DecoderConfig, Model, lora, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract, create
 
@@ -122,6 +122,9 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
                 check_same(tokenizer, own)
             except MismatchError as error:
                 raise MismatchError(f"{name} ({shape.source}): {error}") from None
+    adapters = adapters_of(config)
+    if adapters is not None:
+        lora.rows(student.config, adapters)  # its targets are there
     check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
@@ -363,13 +366,33 @@ def teacher_dtype(config: Config) -> jnp.dtype:
 def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
     """The state before the first step; takes the student's arrays over."""
     own = method.objective.init(jax.random.key(config.seed))
-    return create(models.student.params, own, method.tx, config.seed, mesh)
+    student, adapters, frozen = models.student, adapters_of(config), None
+    trained = student.params
+    if adapters is not None:
+        frozen, axes = student.params, lora.logical_axes(student.config, adapters)
+        places = shardings(mesh, axes, lora.shapes(student.config, adapters))
+        make = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=places)
+        trained = make(student.config, adapters, jax.random.key(config.seed))
+    return create(trained, own, method.tx, config.seed, mesh, frozen)
+
+
+def adapters_of(config: Config) -> lora.Lora | None:
+    """The student's adapters, or None where all of it is trained."""
+    section = config.student.lora
+    return None if section is None else lora.Lora(**section.model_dump())
 
 
 def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
     """The shapes and places of the state, to restore a checkpoint into."""
     own = jax.eval_shape(method.objective.init, jax.random.key(config.seed))
-    return abstract(models.student.config, config.student.param_dtype, own, method.tx, mesh)
+    return abstract(
+        models.student.config,
+        config.student.param_dtype,
+        own,
+        method.tx,
+        mesh,
+        adapters=adapters_of(config),
+    )
 
 
 def compile_step(
@@ -393,6 +416,7 @@ def compile_step(
         micro_batches=config.train.micro_batches,
         monitor=monitor,
         prepare=method.objective.prepare,
+        adapters=adapters_of(config),
     )
     origins = any(source.origin != "data" for source in config.data.train)
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxdistill.models.rope import Rope
 
@@ -193,6 +194,18 @@ def flat_weights(table: dict, prefix: str = "") -> dict[str, Weight]:
         else:
             flat |= flat_weights(row, f"{prefix}{name}.")
     return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict:
+    """{"a.b": x} as {"a": {"b": x}}."""
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def count_parameters(config: DecoderConfig) -> int:

@@ -1,7 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill import sharding
 from jaxdistill.models import decoder
-from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, weights
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 from jaxdistill.models.families import numbers, tensor_rows
 from jaxdistill.models.tensor_names import Part, TensorName
 
@@ -62,18 +62,6 @@ def assemble(
         for ours, (name, row) in tensor_rows(config).items()
     }
     return nest(flat)
-
-
-def nest(flat: Mapping[str, Any]) -> dict:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    tree: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def _array(ours, name: TensorName, row: Weight, part, tensors, dtype, place) -> jax.Array:

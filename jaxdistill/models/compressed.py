@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models import shards
-from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.assemble import nest, placement
+from jaxdistill.models.architecture import DecoderConfig, nest
+from jaxdistill.models.assemble import placement
 from jaxdistill.models.families import tensor_rows
 from jaxdistill.models.quantized import QuantizedKernel, Scheme
 

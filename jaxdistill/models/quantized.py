@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.models.lora import LoraKernel
 
 
 class Scheme(NamedTuple):
@@ -135,8 +136,8 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
 
 
 def is_kernel(leaf: Any) -> bool:
-    """Whether a leaf of the parameters is one of the two."""
-    return isinstance(leaf, QuantizedKernel | AwareKernel)
+    """Whether a leaf of the parameters is a kernel that says itself how it is multiplied."""
+    return isinstance(leaf, QuantizedKernel | AwareKernel | LoraKernel)
 
 
 def _rounded(x: Array) -> Any:

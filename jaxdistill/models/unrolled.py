@@ -21,7 +21,7 @@ from jaxdistill.sharding import RULES
 from jaxdistill.types import Outputs
 
 # The weights of the model used last; they go when its own parameters go.
-_kept: dict[tuple, tuple[weakref.ref, Any]] = {}
+_kept: dict[tuple, tuple[list[weakref.ref], Any]] = {}
 
 
 def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
@@ -31,14 +31,20 @@ def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
     asks.
     """
     dtype = np.dtype(dtype)
-    owner, key = params["embedding"], (id(params["embedding"]), dtype, config)
+    # All of them: adapters of one model may change beside the same embedding.
+    owners = jax.tree.leaves(params)
+    key = (id(params["embedding"]), dtype, config)
     found = _kept.get(key)
-    if found is not None and found[0]() is owner:
+    if found is not None and _same([ref() for ref in found[0]], owners):
         return found[1]
     made = _split(config, dtype, params)
     _kept.clear()
-    _kept[key] = (weakref.ref(owner, lambda _: _kept.pop(key, None)), made)
+    _kept[key] = ([weakref.ref(owner, lambda _: _kept.pop(key, None)) for owner in owners], made)
     return made
+
+
+def _same(kept: list, owners: list) -> bool:
+    return len(kept) == len(owners) and all(a is b for a, b in zip(kept, owners, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -19,10 +19,11 @@ from jax.typing import DTypeLike
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models.lora import Lora
 from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
 from jaxdistill.teachers import Teacher
-from jaxdistill.train.state import TrainState
+from jaxdistill.train.state import TrainState, whole
 from jaxdistill.types import Batch, Mean
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
@@ -72,6 +73,7 @@ def make(
     micro_batches: int = 1,
     monitor: Callable[[Array], Array] | None = None,
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None,
+    adapters: Lora | None = None,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -88,14 +90,15 @@ def make(
       monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
         `recorded`; the others count no tokens. None makes them in every step.
       prepare: of the objective: whole batch -> more knobs; or None.
+      adapters: of the student, which are all of it that is trained; None trains all of it.
     """
 
-    def sums(params, teacher_params, batch, knobs):
+    def sums(params, frozen, teacher_params, batch, knobs):
         # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
         signal = teacher(teacher_params, batch)
 
         def total(params):
-            means = loss(params, signal, batch, knobs)
+            means = loss(whole(params, frozen, adapters), signal, batch, knobs)
             return means["loss"].total, means
 
         (_, means), gradients = jax.value_and_grad(total, has_aux=True)(params)
@@ -107,7 +110,9 @@ def make(
         if prepare is not None:
             told = {**told, **prepare(batch)}
         means, gradients = _over_micro_batches(
-            lambda part: sums(state.params, teacher_params, part, told), batch, micro_batches
+            lambda part: sums(state.params, state.frozen, teacher_params, part, told),
+            batch,
+            micro_batches,
         )
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
@@ -131,6 +136,7 @@ def make(
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             key=state.key,
             skipped=skipped,
+            frozen=state.frozen,
         )
         means["loss/total"] = means.pop("loss")
         shown = {f"knobs/{name}": knob for name, knob in knobs.items()}
