@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -102,9 +103,11 @@ def duel(ours: Worker, theirs: Worker, rounds: int) -> dict:
 
 
 def save(name: str, result: dict) -> pathlib.Path:
-    """Writes a result with date and machine to results/."""
+    """Writes a result with date, machine and versions to results/."""
     machine = {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": _cpu()}
-    stamp = {"date": datetime.date.today().isoformat(), **machine}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    versions["python"] = platform.python_version()
+    stamp = {"date": datetime.date.today().isoformat(), **machine, "versions": versions}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**stamp, **result}, indent=2) + "\n")
     return path

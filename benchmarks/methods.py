@@ -1,10 +1,12 @@
 """Every method on one student, the same steps, on real models and text: what each one buys.
 
-    python -m benchmarks.methods --steps 20 --save methods_smollm2
+    python -m benchmarks.methods --save methods_smollm2
+    python -m benchmarks.methods --times --save methods_smollm2     # on a machine that does no more
 
-The quickstart's pair (SmolLM2-135M-Instruct, and a copy with 22 of its 30 layers) and its data.
-Each method trains from the same start with the same batches; perplexity, KL and agreement are of
-held-out text. `step_ratio` is a step's time over plain KD's, medians without the first steps.
+Each recipe of configs/ trains the quickstart's student (SmolLM2-135M-Instruct with 22 of its 30
+layers) from the same start with the same batches; perplexity, KL and agreement are of held-out
+text. `--times` trains only as long as step times need; `step_ratio` is a step's time over plain
+KD's, medians without the first steps. What was saved of other methods stays.
 """
 
 import argparse
@@ -16,69 +18,80 @@ import tempfile
 from benchmarks import duel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KD = {"name": "kd", "alpha": 0.2}
-PAIRS = [[11, 11], [12, 20], [21, 29]]  # around the cut, and the last: student, teacher
-METHODS = {
-    "kd": KD,
-    "sft": {"name": "sft"},
-    "kd T=2": KD | {"temperature": 2.0},
-    "smoothed_kd": {"name": "smoothed_kd"},
-    "taid": {"name": "taid", "alpha": 0.2, "mode": "scaled"},
-    "ctkd": {"name": "ctkd", "alpha": 0.2, "t_range": 4.0, "temperature_lr": 0.05},
-    "hidden": {"name": "hidden", "alpha": 0.2, "layers": PAIRS, "balance": True},
-    "minilm": {"name": "minilm", "alpha": 0.2},
-    "ted": {"name": "ted", "alpha": 0.2, "temperature": 1.0, "layers": PAIRS},
+KD = "quickstart"  # the recipe, and what the times are measured by
+RECIPES = {
+    "kd": (KD, []),
+    "kd T=2": (KD, ["method.temperature=2.0"]),
+    "sft": (KD, ["method={name: sft}"]),
 } | {
-    name: {"name": name, "alpha": 0.2}
+    name: (name, [])
     for name in (
-        "reverse_kd", "jsd", "total_variation", "distillm", "akl", "alphanet", "dkd", "abkd",
+        "smoothed_kd", "taid", "ctkd", "hidden", "minilm", "ted", "reverse_kd", "jsd",
+        "total_variation", "distillm", "akl", "alphanet", "dkd", "abkd",
     )
 }  # fmt: skip
+QUALITY = {
+    "perplexity": "eval/perplexity",
+    "kl_to_teacher": "eval/kl_t1",
+    "agreement": "eval/agree_top1",
+}
 
 
 def main() -> None:
-    """Trains them one after the other and prints a table."""
+    """Trains them one after the other, saves after each, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=24, help="held-out rows")
-    parser.add_argument("--only", nargs="*", choices=METHODS, help="default: all")
-    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--times", action="store_true", help="only step times, from 8 steps each")
+    parser.add_argument("--only", nargs="*", choices=RECIPES, help="default: all")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json, or add to it")
     options = parser.parse_args()
+    if options.times:
+        options.steps, options.rows = 8, 4
+    rows = _saved(options.save)
     with tempfile.TemporaryDirectory() as folder:
-        names = options.only or list(METHODS)
-        rows = {name: _train(name, pathlib.Path(folder), options) for name in names}
-    base = rows.get("kd")
+        for name in options.only or RECIPES:
+            found = _train(name, pathlib.Path(folder), options)
+            rows[name] = rows.get(name, {}) | found
+            if options.save:
+                print(duel.save(options.save, _table(rows)), found, flush=True)
+    print(json.dumps(_table(rows), indent=1))
+
+
+def _saved(name: str | None) -> dict:
+    path = duel.RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["methods"] if path.exists() else {}
+
+
+def _table(rows: dict) -> dict:
+    base = rows.get("kd", {}).get("step_seconds")
     for row in rows.values():
-        row["step_ratio"] = row["step_seconds"] / base["step_seconds"] if base else None
-    result = {"baseline": "kd", "steps": options.steps, "methods": rows}
-    print(json.dumps(result, indent=1))
-    if options.save:
-        print(duel.save(options.save, result))
+        if base and "step_seconds" in row:
+            row["step_ratio"] = row["step_seconds"] / base
+    ordered = sorted(rows, key=lambda name: rows[name].get("kl_to_teacher", 0.0))
+    return {"baseline": "kd", "methods": {name: rows[name] for name in ordered}}
 
 
 def _train(name: str, folder: pathlib.Path, options: argparse.Namespace) -> dict:
     import jaxdistill
 
+    recipe, overrides = RECIPES[name]
     overrides = [
+        *overrides,
         f"run.dir={folder / name.replace(' ', '_')}",
-        f"method={json.dumps(METHODS[name])}",
         f"train.steps={options.steps}",
         "train.log_every=1",
         f"eval.max_rows={options.rows}",
         "eval.samples=0",
         "eval.compare=false",
     ]
-    result = jaxdistill.distill(ROOT / "configs" / "quickstart.yaml", overrides)
-    lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
-    seconds = [json.loads(line).get("perf/step_seconds") for line in lines]
-    seconds = [value for value in seconds if value is not None]
-    print(name, result.metrics, flush=True)
-    return {
-        "perplexity": result.metrics["eval/perplexity"],
-        "kl_to_teacher": result.metrics.get("eval/kl_t1"),
-        "agreement": result.metrics.get("eval/agree_top1"),
-        "step_seconds": statistics.median(seconds[2:] or seconds),
-    }
+    result = jaxdistill.distill(ROOT / "configs" / f"{recipe}.yaml", overrides)
+    if options.times:
+        lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+        seconds = [json.loads(line).get("perf/step_seconds") for line in lines]
+        seconds = [value for value in seconds if value is not None]
+        return {"step_seconds": statistics.median(seconds[2:])}
+    return {"steps": options.steps} | {key: result.metrics[of] for key, of in QUALITY.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """The errors a user can meet, each with the exit code its command ends with."""
 
 
+class Preempted(KeyboardInterrupt):
+    """A signal asked this process to stop, and it did so with its work saved."""
+
+    exit_code = 75
+
+
 class UserError(ValueError):
     """What the user gave cannot work; the message names field, value, rule and remedy."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
-from jaxdistill.errors import UserError
+from jaxdistill.errors import Preempted, UserError
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         head = f"error: {len(lines)} problems\n" if len(lines) > 1 else "error: "
         print(head + "\n".join(lines), file=sys.stderr)
         return error.exit_code
+    except Preempted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

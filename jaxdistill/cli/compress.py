@@ -32,6 +32,7 @@ def prune(arguments: argparse.Namespace) -> None:
             sizes={name: size for name in names if (size := getattr(arguments, name))},
             parameters=arguments.parameters,
             memory=arguments.memory,
+            latency=arguments.latency,
             axes=arguments.axes,
             by=arguments.by,
         )
@@ -50,6 +51,8 @@ def prune(arguments: argparse.Namespace) -> None:
     before, after = note["parameters"]
     print(f"wrote {folder}: {after:,} of {before:,} parameters ({after / before:.1%})")
     print(f"layers kept: {', '.join(map(str, note['layers']))}")
+    if took := note.get("decode_us"):
+        print(f"a token in {took['after'] / 1e3:.3g} ms, before in {took['before'] / 1e3:.3g} ms")
     return None
 
 

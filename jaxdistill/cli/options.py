@@ -8,9 +8,10 @@ import jaxdistill
 from jaxdistill.cli import bench, compress, files, reason, runs
 
 EXIT_CODES = """exit codes:
-  0 done              4 model or tokenizer     7 diverged
-  2 configuration     5 does not fit           9 cannot write
-  3 data              6 no good checkpoint     130 interrupted"""
+  0 done              5 does not fit           75 asked to stop: `resume` goes on
+  2 configuration     6 no good checkpoint     130 interrupted
+  3 data              7 diverged
+  4 model/tokenizer   9 cannot write"""
 
 RUN_REFERENCE = (
     "a model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP"
@@ -77,6 +78,9 @@ def _add_compress(commands: Any) -> None:
         prune.add_argument(f"--{name}", metavar="N", type=_positive, help="how many stay")
     prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
     prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
+    prune.add_argument(
+        "--latency", metavar="BUDGET", help="of a token of one row, measured here: 12ms or 60%%"
+    )
     prune.add_argument(
         "--axes", metavar="AXIS", nargs="+", default=("embed", "mlp"), help="shrink for a budget"
     )

@@ -1,8 +1,8 @@
-"""How small a pruned model gets: explicit sizes, or a budget of parameters or memory."""
+"""How small a pruned model gets: explicit sizes, or a budget of parameters, memory or latency."""
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -13,8 +13,16 @@ from jaxdistill.models import DecoderConfig, count_parameters
 AXES = ("layers", "embed", "mlp", "heads", "kv_heads")
 # Sizes that matrix units like; Minitron's manual targets are multiples of 64 too.
 MULTIPLES: Mapping[str, int] = {"layers": 1, "embed": 64, "mlp": 64, "heads": 1, "kv_heads": 1}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS: Mapping[str, Mapping[str, int]] = {
+    "parameters": {"": 1, "K": 10**3, "M": 10**6, "B": 10**9},
+    "memory": {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+    "latency": {"us": 1, "ms": 10**3, "s": 10**6},
+}
+_EXAMPLES = {
+    "parameters": "60%, 80M or 1.5B",
+    "memory": "4GiB, 300MiB or 50%",
+    "latency": "60%, 12ms or 800us",
+}
 
 
 def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
@@ -63,23 +71,22 @@ def _size(config: DecoderConfig, axis: str) -> int:
     return getattr(config, axis)
 
 
-def amount(text: str | int | float, whole: int, *, memory: bool = False) -> int:
-    """A budget in words as a number: "60%" of `whole`, 80M, 1.5B, or bytes such as 4GiB.
+def amount(text: str | int | float, whole: int | float, of: str = "parameters") -> int:
+    """A budget in words as a number: "60%" of `whole`, 80M or 1.5B; bytes; or microseconds.
 
     Raises:
       ConfigError: for anything else, or a share outside of 0% to 100%.
 
-    >>> amount("60%", 1000), amount("80M", 0), amount("4GiB", 0, memory=True)
+    >>> amount("60%", 1000), amount("80M", 0), amount("4GiB", 0, "memory")
     (600, 80000000, 4294967296)
     """
-    name, units = ("memory", _BYTES) if memory else ("parameters", _UNITS)
+    units = _UNITS[of]
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", str(text))
     number, unit = (float(match[1]), match[2]) if match else (0.0, "")
     if match and unit == "%" and 0 < number <= 100:
         return int(whole * number / 100)
     if not match or unit not in units or number * units[unit] < 1:
-        example = "4GiB, 300MiB or 50%" if memory else "60%, 80M or 1.5B"
-        raise ConfigError(f"prune.{name} = {text!r}: write {example}")
+        raise ConfigError(f"prune.{of} = {text!r}: write {_EXAMPLES[of]}")
     return int(number * units[unit])
 
 
@@ -111,14 +118,12 @@ def fit(
     """
     if (parameters is None) == (memory is None):
         raise ConfigError("prune: give one budget: parameters or memory")
-    wrong = [axis for axis in axes if axis not in AXES]
-    if wrong or not axes:
-        raise ConfigError(f"prune.axes = {list(axes)}: must be some of {', '.join(AXES)}")
+    _check_axes(axes)
     whole, width = count_parameters(config), np.dtype(dtype).itemsize
     if parameters is not None:
         budget, words = amount(parameters, whole), f"parameters = {parameters}"
     else:
-        budget = amount(str(memory), whole * width, memory=True) // width
+        budget = amount(str(memory), whole * width, "memory") // width
         words = f"memory = {memory}"
     tried = [
         resized for resized in (_shrunk(config, axes, multiples, r / 1000) for r in range(1, 1001))
@@ -134,6 +139,61 @@ def fit(
     if "mlp" in axes:
         chosen = _grown(chosen, config.mlp, multiples["mlp"], budget)
     return chosen
+
+
+def fit_latency(
+    config: DecoderConfig,
+    latency: str,
+    measured: Callable[[DecoderConfig], float],
+    *,
+    axes: Sequence[str] = ("embed", "mlp"),
+    multiples: Mapping[str, int] = MULTIPLES,
+) -> tuple[DecoderConfig, dict[str, float]]:
+    """The largest model that is fast enough, whose `axes` all shrink by the same share.
+
+    A smaller share is taken to be no slower, so that bisection over forty shares needs about six
+    measurements.
+
+    Args:
+      config: of the large model.
+      latency: "60%" of the large model's, or "12ms".
+      measured: a model's shape -> its latency in microseconds, on the machine at hand.
+      axes: which sizes shrink.
+      multiples: the step of each size.
+
+    Returns:
+      the student's shape, and in microseconds {"before", "budget", "after"}.
+
+    Raises:
+      ConfigError: if it cannot be met; the message has the nearest.
+    """
+    _check_axes(axes)
+    before = measured(config)
+    budget = amount(latency, before, "latency")
+    shapes = [_shrunk(config, axes, multiples, share / 40) for share in range(1, 40)]
+    if budget >= before:
+        return config, {"before": before, "budget": budget, "after": before}
+    fits, after = 0, measured(shapes[0])
+    if after > budget:
+        raise ConfigError(
+            f"prune.latency = {latency}: cannot be met by shrinking {', '.join(axes)}: the "
+            f"smallest such model takes {after / 1e3:.3g} ms here, the budget is "
+            f"{budget / 1e3:.3g} ms of {before / 1e3:.3g} ms: raise it or add axes"
+        )
+    beyond = len(shapes)
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        took = measured(shapes[middle])
+        if took <= budget:
+            fits, after = middle, took
+        else:
+            beyond = middle
+    return shapes[fits], {"before": before, "budget": budget, "after": after}
+
+
+def _check_axes(axes: Sequence[str]) -> None:
+    if not axes or any(axis not in AXES for axis in axes):
+        raise ConfigError(f"prune.axes = {list(axes)}: must be some of {', '.join(AXES)}")
 
 
 def _shrunk(

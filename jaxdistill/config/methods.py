@@ -388,6 +388,6 @@ METHODS = {
     "step_by_step": StepByStep,
     "sft": Sft,
 }
-# measured: its numbers on a real model are in the README or benchmarks/results.
+# measured: its numbers on a real model are in benchmarks/results, for better or worse.
 # exact: loss and gradient equal the authors' code or the paper's formula; no such numbers yet.
-MATURITY = {name: "exact" for name in METHODS} | {"kd": "measured", "sft": "measured"}
+MATURITY = {name: "measured" for name in METHODS} | {"distillm2": "exact", "step_by_step": "exact"}

@@ -166,6 +166,11 @@ class Checkpoint(Section):
 
     every: Every = Field(default_factory=Every, description="When to save.")
     keep: Keep = Field(default_factory=Keep, description="What to keep.")
+    max_unsaved_minutes: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        60.0,
+        description="Minutes that training goes on while no checkpoint can be written (a full "
+        "disk), trying again every minute, before it stops with exit code 9.",
+    )
     best_metric: BestMetric = Field("eval/loss", description="Evaluation metric that ranks them.")
     mode: Literal["min", "max"] = Field("min", description="Whether small or large is best.")
 

@@ -73,6 +73,9 @@ class PruneStep(Step):
     kv_heads: Size | None = Field(None, description="Groups of heads that stay.")
     parameters: Budget | None = Field(None, description="Budget instead: 60% or 80M.")
     memory: Budget | None = Field(None, description="Budget instead: 4GiB or 50% of the weights.")
+    latency: Budget | None = Field(
+        None, description="Budget instead: 12ms or 60% of the model's for a token, measured here."
+    )
     axes: PruneAxes = Field(("embed", "mlp"), strict=False, description="Shrink for a budget.")
     by: PruneBy = Field("range", description="How layers are chosen.")
 

@@ -20,6 +20,7 @@ from jaxdistill.data.sources import open_source
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.measure import speed
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
@@ -120,6 +121,7 @@ class Target:
       sizes: explicit ones, of `targets.AXES`.
       parameters: "60%" or "80M" instead.
       memory: "4GiB" or "50%" of the weights instead.
+      latency: "60%" of the model's time for a token of one row, or "12ms", measured here, instead.
       axes: what shrinks for a budget.
       by: how layers are chosen, see `Importance.kept_layers`.
       layers: these layers instead.
@@ -129,6 +131,7 @@ class Target:
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     parameters: str | None = None
     memory: str | None = None
+    latency: str | None = None
     axes: Sequence[str] = ("embed", "mlp")
     by: str = "range"
     layers: Sequence[int] | None = None
@@ -143,10 +146,17 @@ class Target:
         sizes = dict(self.sizes)
         if self.layers is not None:
             sizes["layers"] = len(cutting.check_layers(config.layers, self.layers))
-        budget = self.parameters is not None or self.memory is not None
-        if budget and sizes:
-            raise ConfigError(f"prune: give sizes ({', '.join(sizes)}) or a budget, not both")
-        if budget:
+        budgets = [
+            name for name in ("parameters", "memory", "latency") if getattr(self, name) is not None
+        ]
+        if bool(sizes) + len(budgets) != 1:
+            given = ", ".join([*sizes, *budgets]) or "nothing"
+            raise ConfigError(
+                "prune: give sizes (layers, embed, mlp, heads, kv_heads), or one budget "
+                f"(parameters, memory, latency); given: {given}"
+            )
+        assert self.latency is None, "measured before: see `within_latency`"
+        if budgets:
             return targets.fit(
                 config,
                 parameters=self.parameters,
@@ -154,13 +164,35 @@ class Target:
                 axes=self.axes,
                 dtype=jnp.dtype(self.dtype),
             )
-        if not sizes:
-            raise ConfigError(
-                "prune: give a size (layers, embed, mlp, heads, kv_heads) or a budget "
-                "(parameters, memory). A latency is no budget: it depends on machine, batch and "
-                "length, so measure a few sizes with `jaxdistill eval` and choose"
-            )
         return targets.resize(config, sizes)
+
+
+def within_latency(model: Model, target: Target) -> tuple[Target, dict[str, float]]:
+    """A target with the sizes that meet its latency on these devices, and the microseconds found.
+
+    Measured are models of the right shapes with random weights, in the model's dtype and places:
+    one row, 128 tokens read, the median time of a further one.
+
+    Raises:
+      ConfigError: if it cannot be met, or sizes or another budget are given too.
+    """
+    others = dataclasses.replace(target, latency=None)
+    if target.sizes or target.layers is not None or others.parameters or others.memory:
+        raise ConfigError(
+            "prune.latency: is a budget of its own: give no sizes and no other budget"
+        )
+    leaf = model.params["embedding"]
+
+    def measured(config: DecoderConfig) -> float:
+        mesh = leaf.sharding.mesh
+        one = model if config == model.config else models.random(config, 0, leaf.dtype, mesh)
+        return 1e3 * speed.measure(one, repeats=5)["decode_ms_p50"]
+
+    small, found = targets.fit_latency(
+        model.config, str(target.latency), measured, axes=target.axes
+    )
+    sizes = {axis: getattr(small, axis) for axis in targets.AXES}
+    return dataclasses.replace(others, sizes=sizes), found
 
 
 def target_of(options: Prune) -> Target:
@@ -212,7 +244,10 @@ def prune(
     folder = pathlib.Path(out)
     mesh = make_mesh(fsdp=-1)
     loaded = load_any(model, mesh=mesh) if isinstance(model, str) else model
-    target.shape(loaded.config)  # said before anything is measured
+    took: dict[str, float] | None = None
+    if target.latency is not None:
+        target, took = within_latency(loaded, target)
+    target.shape(loaded.config)  # said before anything else is measured
     if importance_file is not None:
         found = scores.load(importance_file)
     else:
@@ -233,7 +268,7 @@ def prune(
         "layers": kept.layers.tolist(),
         "channels": kept.channels.tolist(),
         "measured_on": dict(found.facts),
-    }
+    } | ({} if took is None else {"decode_us": took})
     (written / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     return written
 

@@ -19,18 +19,25 @@ from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import compare, setup
+from jaxdistill.engine import changes, compare, setup
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
+<<<<<<< HEAD
 from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.models import Model, count_parameters, forward_flops_per_token, peft
+=======
+from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token
+>>>>>>> main
 from jaxdistill.models.config_json import write_config
-from jaxdistill.train import loop
+from jaxdistill.train import loop, stopping
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import place, recorded
+from jaxdistill.train.stopping import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +113,10 @@ def resume(run_dir: str | os.PathLike) -> RunResult:
 
 
 def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
-    with run.held():
+    with run.held(), stopping.listening() as stop:
         with _checkpoints(config, run.path) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
-                result = _Session(config, run, mesh).execute(checkpoints)
+                result = _Session(config, run, mesh, stop).execute(checkpoints)
         _report(run.path)  # after the attempt, which the page tells about
         return result
 
@@ -128,12 +135,14 @@ def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
 class _Session:
     """One process's work on a run: what is loaded once and used by training and table alike."""
 
-    def __init__(self, config: Config, run: RunDir, mesh: Mesh):
-        self.config, self.run, self.mesh = config, run, mesh
+    def __init__(self, config: Config, run: RunDir, mesh: Mesh, stop: Stop):
+        self.config, self.run, self.mesh, self.stop = config, run, mesh, stop
         self.models = setup.models_of(config, mesh)
         data = setup.data_of(config, self.models.tokenizer, run.path)
-        run.check_unchanged(_fingerprints(config, self.models, data))
-        run.update(**_describe(config, self.models, mesh))
+        described = _describe(config, self.models, mesh)
+        facts = _fingerprints(config, self.models, data)
+        changes.check(run, facts | changes.world(mesh, described["versions"]))
+        run.update(**described)
         _keep_words(config, run, self.models)
         self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
@@ -231,8 +240,10 @@ class _Session:
                 writer=writer,
                 progress=progress,
                 meter=_meter(config, self.models, method, self.mesh),
+                stop=self.stop,
             )
-            state = loop.train(state, parts, _schedule(config))
+            with self.stop.deferred():
+                state = loop.train(state, parts, _schedule(config))
             if samples:
                 self.run.update(step=config.train.steps)
         return state, latest
@@ -240,12 +251,13 @@ class _Session:
     def _state(
         self, config: Config, method: setup.Method, student: Model, checkpoints: Checkpoints
     ) -> TrainState:
-        """The state of the latest checkpoint, or the one before the first step."""
+        """The state of the latest sound checkpoint, or the one before the first step."""
         if checkpoints.latest() is None:
             models = dataclasses.replace(self.models, student=student)
             return setup.state_of(config, models, method, self.mesh)
         shape = setup.abstract_state_of(config, self.models, method, self.mesh)
-        return checkpoints.restore_latest(shape)[1]
+        damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
+        return checkpoints.restore_latest(shape, damaged)[1]
 
     def _batches(self, config: Config, start: int) -> Iterator[tuple[int, Any]]:
         feed = pipeline.batches(
@@ -281,8 +293,11 @@ def _schedule(config: Config) -> loop.Schedule:
         steps=config.train.steps,
         log_every=config.train.log_every,
         eval_every=config.train.eval_every,
-        save_steps=config.checkpoint.every.steps,
-        save_minutes=config.checkpoint.every.minutes,
+        save=SaveSchedule(
+            steps=config.checkpoint.every.steps,
+            minutes=config.checkpoint.every.minutes,
+            max_unsaved_minutes=config.checkpoint.max_unsaved_minutes,
+        ),
         max_bad_in_a_row=config.guards.nonfinite.max_consecutive,
     )
 
@@ -301,12 +316,15 @@ def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mes
 def _fingerprints(
     config: Config, models: setup.Models, data: Mapping[str, Dataset]
 ) -> dict[str, str]:
-    """What must stay the same for a run to go on."""
+    """What a run is made of: `changes.RULES` says which of it must stay the same."""
     prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
+    if models.teacher is not None:
+        prints["teacher.weights"] = changes.weights(models.teacher.params)
+    prints["config"] = fingerprint(configs.dump(config))
     if config.student.prune:
         file = pathlib.Path(config.student.prune.importance)
         prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -326,11 +344,14 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
 def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
     """The student's small files, so that checkpoints can be read on their own."""
     folder = run.path / STUDENT
-    folder.mkdir(exist_ok=True)
     described = write_config(models.student.config, "float32")
-    run.write_json(f"{STUDENT}/config.json", described)
-    adapters = setup.adapters_of(config)
-    if adapters is not None:
-        described = peft.write_config(models.student.config, adapters, models.student.source)
-        run.write_json(f"{STUDENT}/{peft.CONFIG}", described)
-    models.tokenizer.save_pretrained(str(folder))
+    try:
+        folder.mkdir(exist_ok=True)
+        run.write_json(f"{STUDENT}/config.json", described)
+        adapters = setup.adapters_of(config)
+        if adapters is not None:
+            described = peft.write_config(models.student.config, adapters, models.student.source)
+            run.write_json(f"{STUDENT}/{peft.CONFIG}", described)
+        models.tokenizer.save_pretrained(str(folder))
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error}") from error

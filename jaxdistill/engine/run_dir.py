@@ -10,10 +10,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.report.writers import append_event
 
+# A link in a run folder, planted or stale, must not direct writes to a file elsewhere.
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 SCHEMA = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -58,7 +61,7 @@ class RunDir:
             run.write_text("overrides.txt", "".join(f"{line}\n" for line in overrides))
             run.update()
         except OSError as error:
-            raise StorageError(f"run.dir = {path!r}: cannot be written: {error}") from error
+            raise _cannot_write(folder, error) from error
         return run
 
     @classmethod
@@ -83,20 +86,37 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Holds the folder, so that no second process writes into it.
 
+        The operating system lets go of the lock of a process that has died; its name, which is
+        still in the file, is then noted as an event. Names of processes on other hosts are trusted
+        as far as the file system carries locks between them.
+
         Raises:
           ConfigError: naming the process that holds it.
+          StorageError: if the folder cannot be written.
         """
-        with open(self.path / "LOCK", "a+", encoding="utf-8") as lock:
+        try:
+            lock = open(
+                os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o644), "r+"
+            )
+        except OSError as error:
+            raise _cannot_write(self.path / "LOCK", error) from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise ConfigError(f"{self.path}: is being written by {holder}") from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
-            lock.flush()
-            yield
+                holder = _holder(lock) or "another process"
+                raise ConfigError(
+                    f"{self.path}: is being written by {holder}: wait until it ends, or stop it"
+                ) from None
+            if dead := _holder(lock):
+                self.event("taken_over", of=dead)
+            own = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
+            _rewrite(lock, json.dumps(own))
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # the lock ends with the process anyway
+                    _rewrite(lock, "")
 
     @contextlib.contextmanager
     def attempt(self, step: int) -> Iterator[None]:
@@ -110,11 +130,21 @@ class RunDir:
             this["ended"] = round(time.time(), 3)
             reason = str(error) or type(error).__name__
             stopped = isinstance(error, KeyboardInterrupt)
-            self.update(status="stopped" if stopped else "failed", exit_reason=reason)
+            try:
+                self.update(status="stopped" if stopped else "failed", exit_reason=reason)
+            except StorageError as failure:
+                error.add_note(str(failure))  # what ended the run comes first
             raise
         this["ended"] = round(time.time(), 3)
         self.record.pop("exit_reason", None)
         self.update(status="done")
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one line to events.jsonl, before or after training; told where it cannot be."""
+        try:
+            append_event(self.path, kind, **fields)
+        except OSError as error:
+            print(f"events.jsonl cannot be written ({error}): {kind} {fields}", file=sys.stderr)
 
     def update(self, **fields: Any) -> None:
         """Changes RUN.json in one move."""
@@ -133,30 +163,46 @@ class RunDir:
             return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file that appears whole or not at all."""
-        temporary = self.path / f"{name}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
-
-    def check_unchanged(self, fingerprints: Mapping[str, str]) -> None:
-        """Stores the fingerprints of a new run; an old one must still have the same.
+        """Writes a text file that appears whole or not at all.
 
         Raises:
-          ConfigError: naming what has changed.
+          StorageError: if it cannot be written; what was there before is then still there.
         """
-        stored = self.read_json("fingerprints.json")
-        if stored is None:
-            self.write_json("fingerprints.json", dict(fingerprints))
-            return
-        changed = [name for name in stored if stored[name] != fingerprints.get(name)]
-        if changed:
-            raise ConfigError(
-                f"{self.path}: changed since this run began: {', '.join(changed)}. Going on would "
-                "mix two runs: restore what was there, or start a new run"
-            )
+        temporary = self.path / f"{name}.tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise _cannot_write(self.path / name, error) from error
+
+
+def _cannot_write(path: pathlib.Path, error: OSError) -> StorageError:
+    reason = error.strerror or str(error)
+    return StorageError(f"{path}: cannot be written: {reason}: free space or mend the folder")
+
+
+def _holder(lock: IO[str]) -> str:
+    """Who wrote a lock file, or "" where it was let go."""
+    lock.seek(0)
+    text = lock.read(1000).strip()
+    try:
+        owner = json.loads(text)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+        return f"process {owner['pid']} on {owner['host']}, since {since}"
+    except (ValueError, TypeError, KeyError):
+        return text
+
+
+def _rewrite(lock: IO[str], text: str) -> None:
+    lock.seek(0)
+    lock.truncate()
+    lock.write(text)
+    lock.flush()
 
 
 def describe_machine(devices: Sequence[Any], mesh_shape: Mapping[str, int]) -> dict[str, Any]:

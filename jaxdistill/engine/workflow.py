@@ -247,6 +247,7 @@ class Runner:
             sizes={name: size for name in names if (size := getattr(step, name)) is not None},
             parameters=step.parameters,
             memory=step.memory,
+            latency=step.latency,
             axes=step.axes,
             by=step.by,
         )

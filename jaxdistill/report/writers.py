@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxdistill.errors import DataError, StorageError
+from jaxdistill.train import faults
 
 # A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -91,9 +92,8 @@ class MetricsWriter:
 
     def event(self, kind: str, **fields: typing.Any) -> None:
         """Appends one line to events.jsonl: `{"time", "kind", ...fields}`."""
-        record = {"time": round(self._clock(), 3), "kind": kind, **fields}
         with self._guard("events.jsonl"):
-            self._events.append(_json_line(_json_safe(record)))
+            self._events.append(_event_line(self._clock(), kind, fields))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Writes what teacher and student say at a step, for people (.md) and the report (.jsonl).
@@ -144,6 +144,21 @@ class MetricsWriter:
                     f"{output} cannot be written ({error}); training goes on, "
                     "records are dropped until it can"
                 )
+
+
+def append_event(run_dir: str | os.PathLike, kind: str, **fields: typing.Any) -> None:
+    """Appends one line to the events.jsonl of a run that no MetricsWriter has open.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = pathlib.Path(run_dir) / "events.jsonl"
+    _cut(path, None)
+    file = _Appender(path)
+    try:
+        file.append(_event_line(time.time(), kind, fields))
+    finally:
+        file.close()
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
@@ -204,6 +219,7 @@ def _cut(path: pathlib.Path, last_step: int | None) -> None:
     """Removes the torn last line of a file, and records after `last_step` when one is given."""
     if not os.path.lexists(path):
         return
+    faults.point("metrics.cut")
     kept: list[bytes] = []
     dropped, apart = False, False
     with open(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
@@ -247,10 +263,12 @@ class _Appender:
         self._end = os.fstat(self._file).st_size
 
     def append(self, record: bytes) -> None:
+        faults.point("metrics.append")
         rest = memoryview(record)
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
+                faults.point("metrics.appended")
         except OSError:
             # Half a record would spoil the next one: take it back, which needs no space.
             os.ftruncate(self._file, self._end)
@@ -310,6 +328,10 @@ class _Board:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _event_line(now: float, kind: str, fields: Mapping[str, typing.Any]) -> bytes:
+    return _json_line(_json_safe({"time": round(now, 3), "kind": kind, **fields}))
 
 
 def _json_line(record: dict) -> bytes:

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: saved in the background, whole or not at all, checked before use.
+"""Checkpoints of a run: saved in the background, whole or not at all, checked before use.
 
-A checkpoint is one folder, `<step>/`, that Orbax renames into place once everything in it is
-written. It holds the state as a flat table of arrays by name ("params/student/head"), a JSON object
-(data position, seed) and the metrics that rank it, and a checksum of every file, because Orbax
-loads a flipped bit in an array's file as another number.
+A checkpoint is one folder, `<step>/`, that gets its name once everything in it is written and on
+the disk. It holds the state as a flat table of arrays by name ("params/student/head"), and a
+manifest: a JSON object (data position, seed), the metrics that rank it, and a checksum of every
+file, because Orbax loads a flipped bit in an array's file as another number.
 """
 
 import concurrent.futures
@@ -25,10 +25,9 @@ from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 from jaxdistill.errors import ConfigError, CorruptCheckpointError, StorageError
-from jaxdistill.train import checksums
+from jaxdistill.train import faults, manifest, step_folders
 from jaxdistill.train.table import check_same, flatten
 
-BAD = "bad"  # where checkpoints that cannot be read are put aside
 _STATE = "state"
 
 # A save that fails is told by StorageError, once; Orbax would print its traceback six times before.
@@ -58,8 +57,7 @@ class Checkpoints:
         Args:
           directory: made if it is missing and there is something to keep.
           keep_latest: how many of the newest stay; None opens the folder for reading alone, and
-            changes nothing in it. A writer removes what a killed process left half-written, in the
-            background and at the latest before its first save.
+            changes nothing in it. A writer removes at once what a killed process left half-done.
           keep_best: how many of the best by `best_metric` stay besides.
           best_metric: a name among the metrics given to `save`.
           mode: whether its smallest or its largest value is the best. NaN and infinities rank last.
@@ -67,7 +65,6 @@ class Checkpoints:
         Raises:
           ConfigError: if keep_best asks for a ranking without a metric.
           StorageError: if the folder cannot be made or used.
-          CorruptCheckpointError: if metrics cannot be read, and no checksum says of which step.
         """
         if keep_best and best_metric is None:
             raise ConfigError(f"keep_best = {keep_best}: needs best_metric, the metric that ranks")
@@ -76,28 +73,17 @@ class Checkpoints:
         self._metric, self._mode = best_metric, mode
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._orbax: ocp.training.Checkpointer | None = self._open()
-
-    def _open(self) -> ocp.training.Checkpointer | None:
-        if self._keep_latest is None and not self.directory.is_dir():
-            return None
-        every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        make = lambda: ocp.training.Checkpointer(
-            str(self.directory),
-            save_decision_policy=every,
-            preservation_policy=_preservation(self._keep_latest, self._keep_best),
-            cleanup_tmp_directories=self._keep_latest is not None,
-        )
         try:
-            return make()
+            if self._writes():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                step_folders.sweep(self.directory)
+            step_folders.steps(self.directory)
         except OSError as error:
             raise StorageError(f"{self.directory}: cannot be used: {_reason(error)}") from error
-        except ValueError as error:  # metrics that cannot be read, before any step is asked for
-            if self._keep_latest is None or not self._put_aside_damaged():
-                raise CorruptCheckpointError(
-                    f"{self.directory}: metrics of a checkpoint cannot be read: {_reason(error)}"
-                ) from error
-            return make()
+
+    def _writes(self) -> bool:
+        """Whether this process changes the folder."""
+        return self._keep_latest is not None and jax.process_index() == 0
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -110,13 +96,10 @@ class Checkpoints:
                 raise
             error.add_note(str(failure))  # what ended the run comes first
 
-    def _complete(self) -> list[Any]:
-        self.wait()
-        return [] if self._orbax is None else list(self._orbax.checkpoints)
-
     def steps(self) -> list[int]:
         """The steps of all checkpoints, ascending; waits for one that is being written."""
-        return [one.step for one in self._complete()]
+        self.wait()
+        return step_folders.steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -124,7 +107,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the best finite `best_metric` of its run, the newest of equals, or None."""
-        ranks = [(_rank(one.metrics), one.step) for one in self._complete()]
+        self.wait()
+        ranks = [(one.rank, one.step) for one in step_folders.readable(self.directory)]
         rank, step = max(ranks, default=(-math.inf, None))
         return step if rank > -math.inf else None
 
@@ -154,43 +138,59 @@ class Checkpoints:
           ConfigError: if the step is not above the others, or the metrics lack `best_metric`.
         """
         began = time.perf_counter()
-        assert self._keep_latest is not None and self._orbax is not None, "opened for reading alone"
+        assert self._keep_latest is not None, "opened for reading alone"
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ConfigError(
                 f"{self.directory}: step {step} cannot be saved after step {latest}: to go back, "
-                "move the later checkpoints away first"
+                "`jaxdistill ckpt rollback` moves the later checkpoints away"
             )
-        arrays, ranked = flatten(state), self._ranked(metrics)
-        needed = sum(array.nbytes for array in arrays.values())
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise self._failure(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+        arrays, facts = flatten(state), {"meta": dict(meta), **self._ranked(metrics)}
+        faults.point("checkpoint.begin")
         try:
-            response = self._orbax.save_checkpointables_async(
-                step, {_STATE: arrays}, metrics=ranked, custom_metadata=dict(meta)
-            )
+            self._check_room(sum(array.nbytes for array in arrays.values()))
+            staged = step_folders.staging(self.directory, step)
+            response = ocp.save_checkpointables_async(str(staged), {_STATE: arrays})
         except (OSError, ValueError) as error:
             raise self._failure(step, _reason(error)) from error
-        assert response is not None, "every step is due"
-        folder = self.directory / str(step)
-        self._pending = step, self._thread.submit(_finish, response, folder)
+        faults.point("checkpoint.copied")
+        self._pending = step, self._thread.submit(self._finish, response, step, facts)
         return time.perf_counter() - began
 
-    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, Any] | None:
+    def _check_room(self, needed: int) -> None:
+        """Raises where a save cannot succeed, before it is begun."""
+        if not self.directory.is_dir():  # Orbax would make the whole path anew
+            raise OSError("the folder is gone")
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+
+    def _finish(self, response: Any, step: int, facts: Mapping[str, Any]) -> None:
+        """In the background: waits for the arrays, makes them a checkpoint, removes old ones."""
+        response.result()
+        if self._writes():
+            step_folders.commit(self.directory, step, facts)
+            assert self._keep_latest is not None
+            there = step_folders.readable(self.directory)
+            keep = step_folders.kept(there, self._keep_latest, self._keep_best)
+            with contextlib.suppress(OSError):  # no reason to call the new one a failure
+                step_folders.retire(self.directory, keep)
+
+    def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, Any]:
         """The metrics with their rank beside them, so that a reader needs no configuration."""
         if metrics is None:
-            return None
-        ranked: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+            return {"metrics": None, "rank": None}
+        finite: Callable[[float], float | None] = lambda x: x if math.isfinite(x) else None
+        told = {name: finite(float(value)) for name, value in metrics.items()}
+        rank = None
         if self._metric is not None:
             if self._metric not in metrics:
                 raise ConfigError(
                     f"checkpoint.best_metric = {self._metric!r}: not among the metrics: "
                     f"{', '.join(sorted(metrics))}"
                 )
-            value = ranked[self._metric] * (1 if self._mode == "max" else -1)
-            ranked["rank"] = value if math.isfinite(value) else None
-        return ranked
+            rank = finite(float(metrics[self._metric]) * (1 if self._mode == "max" else -1))
+        return {"metrics": told, "rank": rank}
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -205,9 +205,8 @@ class Checkpoints:
         try:
             future.result()
         except Exception as error:
-            # A new Orbax object forgets the failure and knows what is on the disk.
-            self._let_go()
-            self._orbax = self._open()
+            if self._writes():
+                step_folders.sweep(self.directory)
             raise self._failure(step, _reason(error)) from error
 
     def poll(self) -> None:
@@ -243,10 +242,16 @@ class Checkpoints:
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
 
-    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
+    def restore_latest(
+        self, abstract_state: Any, notice: Callable[[int, str], Any]
+    ) -> tuple[int, Any, dict[str, Any]]:
         """The newest checkpoint that is sound: (step, state, meta).
 
         A writer moves damaged ones to the folder `bad` on the way: their steps can be saved anew.
+
+        Args:
+          abstract_state: as for `restore`.
+          notice: told of every checkpoint that is damaged: its step, and what is wrong with it.
 
         Raises:
           CorruptCheckpointError: if none is sound, with the reason for each.
@@ -258,9 +263,9 @@ class Checkpoints:
                 return step, *self.restore(step, abstract_state)
             except CorruptCheckpointError as error:
                 reasons.append(str(error))
-                self._put_aside(step)
-                if self._orbax is not None:
-                    self._orbax.reload()
+                notice(step, str(error))
+                if self._writes():
+                    step_folders.set_aside(self.directory, step, step_folders.BAD)
         told = "; ".join(reasons) or "there are no checkpoints"
         raise CorruptCheckpointError(f"{self.directory}: no checkpoint can be read: {told}")
 
@@ -308,35 +313,24 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._let_go()
-
-    def _let_go(self) -> None:
-        orbax, self._orbax = self._orbax, None
-        if orbax is not None:
-            with contextlib.suppress(OSError, ValueError):  # a save that failed, told once more
-                orbax.close()
 
     def _contents(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a checkpoint says it holds, once its files are known to be sound."""
-        steps, orbax = self.steps(), self._orbax
-        if orbax is None or step not in steps:
+        steps = self.steps()
+        if step not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
-        checksums.verify(self.directory / str(step))
-        found = self._read(step, lambda: orbax.checkpointables_metadata(step))
-        stored, meta = found.metadata.get(_STATE), found.custom_metadata
-        if stored is None or meta is None:
-            folder = self.directory / str(step)
-            raise CorruptCheckpointError(f"{folder}: damaged: its list of arrays cannot be read")
-        return dict(stored), dict(meta)
+        folder = self.directory / str(step)
+        meta = manifest.verify(folder)["meta"]
+        stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
+        return self._read(step, stored), meta
 
     def _load(self, step: int, wanted: dict[str, Any], partial: bool = False) -> dict[str, Array]:
-        orbax = self._orbax
-        assert orbax is not None
         context = ocp.Context()
         context.pytree_options.loading.partial_load = partial
+        folder = str(self.directory / str(step))
         with context:
-            read = lambda: orbax.load_checkpointables(step, {_STATE: wanted})
+            read = lambda: ocp.load_checkpointables(folder, {_STATE: wanted})
             return self._read(step, read)[_STATE]
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
@@ -348,47 +342,6 @@ class Checkpoints:
             raise CorruptCheckpointError(
                 f"{self.directory / str(step)}: cannot be read: {_reason(error)}"
             ) from error
-
-    def _put_aside(self, step: int) -> None:
-        if self._keep_latest is not None and jax.process_index() == 0:
-            aside = self.directory / BAD
-            aside.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside / f"{step}-{time.time_ns()}")
-
-    def _put_aside_damaged(self) -> int:
-        """Puts every checkpoint aside whose files are not as they were written; how many."""
-        damaged = 0
-        for folder in [one for one in self.directory.iterdir() if one.name.isdecimal()]:
-            try:
-                checksums.verify(folder)
-            except CorruptCheckpointError:
-                self._put_aside(int(folder.name))
-                damaged += 1
-        return damaged
-
-
-def _preservation(keep_latest: int | None, keep_best: int) -> Any:
-    """What stays after a save: the newest and the best; a reader removes nothing."""
-    policies = ocp.training.preservation_policies
-    if keep_latest is None:
-        return policies.PreserveAll()
-    # Orbax by itself would rank a NaN above all, and keep what has no metrics for ever.
-    best = policies.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
-    return policies.AnyPreservationPolicy([policies.LatestN(keep_latest), best])
-
-
-def _finish(response: Any, folder: pathlib.Path) -> None:
-    """Waits for a save in the background, then writes its checksums."""
-    response.result()
-    # Keeping only better ones may have removed it already.
-    if jax.process_index() == 0 and folder.is_dir():
-        checksums.write(folder)
-
-
-def _rank(metrics: Mapping[str, Any] | None) -> float:
-    """Larger is better; what cannot be compared is never better than anything."""
-    rank = (metrics or {}).get("rank")
-    return -math.inf if rank is None else float(rank)
 
 
 def _reason(error: BaseException) -> str:

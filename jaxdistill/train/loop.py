@@ -1,18 +1,20 @@
 """The training loop, top to bottom: batch, step, numbers of the step before, evaluate, save."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from jaxdistill.errors import DivergedError
+from jaxdistill.errors import DivergedError, Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.train import faults
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
+from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
 
 
@@ -24,15 +26,14 @@ class Schedule:
       steps: the step to end with.
       log_every: steps between records of metrics.jsonl.
       eval_every: steps between evaluations; the last step is always evaluated.
-      save_steps, save_minutes: whichever comes first; the last step is always saved.
+      save: when a checkpoint is due.
       max_bad_in_a_row: steps with non-finite numbers, one after the other, that end the run.
     """
 
     steps: int
     log_every: int
     eval_every: int | None
-    save_steps: int | None
-    save_minutes: float | None
+    save: SaveSchedule
     max_bad_in_a_row: int
 
 
@@ -49,6 +50,7 @@ class Parts:
       epoch: step index -> epochs of the data begun so far, for the record.
       meta: step -> what a checkpoint keeps besides arrays.
       checkpoints, writer, progress, meter: where results go.
+      stop: whether the process was asked to stop.
     """
 
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
@@ -62,6 +64,7 @@ class Parts:
     writer: MetricsWriter
     progress: Progress
     meter: Meter
+    stop: Stop
 
 
 def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
@@ -70,12 +73,14 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
     Raises:
       DivergedError: after `max_bad_in_a_row` steps with non-finite numbers; the message names the
         step and the batch, and the last checkpoint stands.
-      StorageError: if a checkpoint cannot be written.
+      StorageError: if no checkpoint can be written, for longer than the schedule allows.
+      Preempted: if the process was asked to stop; the state of the last step is saved.
     """
     first = int(state.step)
     feed = parts.batches(first)
     waiting: tuple[int, dict[str, Mean]] | None = None
-    last_logged, last_saved = first, time.monotonic()
+    last_logged = first
+    saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
     parts.meter.restart()
 
     def show(number: int, means: Mapping[str, Mean]) -> None:
@@ -97,7 +102,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         with parts.meter.waiting("data"):
             index, batch = next(feed)
         assert index == number - 1, "the data position is the step, nothing else"
+        faults.point("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
+        faults.point("step.after")
         # The step above is only dispatched: while it runs, the numbers of the one before are read.
         if waiting is not None:
             show(*waiting)
@@ -108,8 +115,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
 
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
-        minutes = (time.monotonic() - last_saved) / 60
-        save = last or _due(number, minutes, schedule)
+        saver.poll()
+        stopping = parts.stop.asked
+        save = bool(stopping) or saver.due(number)
         if not (evaluate or save):
             continue
         # Nothing is evaluated or saved before the step that made it is known to be sound.
@@ -118,6 +126,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
             waiting = None
         metrics = None
         if evaluate:
+            faults.point("eval.before")
             with parts.meter.waiting("other"):
                 metrics = parts.evaluate(number, state)
             parts.writer.write(number, metrics)
@@ -125,17 +134,26 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         if save:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
-                parts.checkpoints.save(number, state, parts.meta(number), metrics)
-            parts.writer.event("save", step=number)
-            last_saved = time.monotonic()
+                final = last or bool(stopping)
+                sent = saver.save(number, state, parts.meta(number), metrics, final)
+            if sent:
+                parts.writer.event("save", step=number)
+        if stopping and not last:
+            parts.writer.event("stopped", step=number, signal=stopping)
+            raise Preempted(f"{stopping}: saved after step {number} of {schedule.steps}")
     if waiting is not None:
         show(*waiting)
     return state
 
 
-def _due(number: int, minutes: float, schedule: Schedule) -> bool:
-    by_steps = bool(schedule.save_steps and number % schedule.save_steps == 0)
-    return by_steps or bool(schedule.save_minutes and minutes >= schedule.save_minutes)
+def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
+    """Tells of a save that failed, and that training goes on."""
+
+    def tell(error: StorageError) -> None:
+        parts.writer.event("save_failed", reason=str(error))
+        parts.progress.event(f"{error}. Training goes on and tries again in a minute")
+
+    return tell
 
 
 def _judge(number: int, numbers: Mapping[str, float], most: int, parts: Parts) -> None:

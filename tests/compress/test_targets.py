@@ -97,3 +97,35 @@ def test_sizes_that_cannot_be_cut_are_refused(sizes, words):
 def test_budgets_that_cannot_be_met_are_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         targets.fit(SMOLLM2, **options)
+
+
+def test_a_latency_is_met_by_the_largest_model_that_is_fast_enough():
+    asked = []
+
+    def measured(config):  # 1 us for a million parameters
+        asked.append(count_parameters(config))
+        return asked[-1] / 1e6
+
+    small, took = targets.fit_latency(SMOLLM2, "60%", measured, axes=("layers",))
+    whole = count_parameters(SMOLLM2) / 1e6
+    assert took == {"before": whole, "budget": int(whole * 0.6), "after": asked_of(small)}
+    larger = targets.resize(SMOLLM2, {"layers": small.layers + 1})
+    assert asked_of(small) <= took["budget"] < asked_of(larger)
+    assert len(asked) <= 8
+
+
+def asked_of(config):
+    return count_parameters(config) / 1e6
+
+
+def test_a_latency_that_is_there_already_changes_nothing():
+    assert targets.fit_latency(SMOLLM2, "5s", lambda _: 3.0)[0] == SMOLLM2
+
+
+@pytest.mark.parametrize(
+    ("latency", "words"),
+    [("1%", "the smallest such model takes 0.09 ms here"), ("4 apples", "write 60%, 12ms")],
+)
+def test_latencies_that_cannot_be_met_are_refused(latency, words):
+    with pytest.raises(ConfigError, match=words):
+        targets.fit_latency(SMOLLM2, latency, lambda config: 90.0 + config.mlp / SMOLLM2.mlp)

@@ -51,6 +51,14 @@ def test_a_budget_that_is_met_says_so(finished, scores, tmp_path, capsys):
     assert note["parameters"][1] <= 0.8 * note["parameters"][0]
 
 
+def test_a_latency_is_measured_here(finished, scores, tmp_path, capsys):
+    words = ["prune", str(finished.run_dir), "-o", str(tmp_path / "s"), "--importance", str(scores)]
+    assert cli.main([*words, "--latency", "1s", "--axes", "layers", "--json"]) == 0
+    note = json.loads(capsys.readouterr().out)
+    assert note["parameters"][0] == note["parameters"][1]  # fast enough: everything stays
+    assert 0 < note["decode_us"]["after"] == note["decode_us"]["before"] < 1e6
+
+
 def test_scores_are_measured_on_the_way(finished, data, tmp_path):
     text = str(data / "train.txt")
     words = ["prune", str(finished.run_dir), "-o", str(tmp_path / "s"), "--layers", "1"]
@@ -62,9 +70,11 @@ def test_scores_are_measured_on_the_way(finished, data, tmp_path):
 def test_bad_input_is_told_before_anything_is_measured(finished, data, tmp_path, capsys):
     run, text = str(finished.run_dir), str(data / "train.txt")
     for words, code, message in (
-        ([], 2, "give a size"),
+        ([], 2, "given: nothing"),
         (["--mlp", "4000"], 2, "the model has 48"),
-        (["--mlp", "8", "--parameters", "50%"], 2, "not both"),
+        (["--mlp", "8", "--parameters", "50%"], 2, "given: mlp, parameters"),
+        (["--mlp", "8", "--latency", "50%"], 2, "prune.latency: is a budget of its own"),
+        (["--latency", "1us", "--axes", "mlp"], 2, "cannot be met by shrinking mlp"),
         (["--mlp", "8"], 2, "give an importance file, or text"),
         (["--mlp", "8", "--data", text, "--rows", "100000", "--seq-len", "32"], 3, "100000 are"),
         (["--mlp", "8", "--importance", text], 2, "is damaged or no importance file"),

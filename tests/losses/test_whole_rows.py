@@ -40,6 +40,17 @@ def test_adaptive_kl_is_the_loop_over_tokens(mu):
         np.testing.assert_allclose(value, weight * kl(p, q) + (1 - weight) * kl(q, p), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.125, 0.3, 0.5, 0.75, 1.0])
+def test_the_head_of_adaptive_kl_takes_ties_in_order(mu):
+    # Powers of two: every sum is exact, and so is where the head ends.
+    p = np.asarray([1, 8, 2, 8, 2, 0, 1, 8, 1, 1, 0, 0], np.float32) / 32
+    head, mass = np.zeros(p.shape, bool), 0.0
+    for place, token in enumerate(np.argsort(-p, kind="stable")):
+        mass += p[token]
+        head[token] = mass <= mu or place == 0
+    np.testing.assert_array_equal(whole_rows._most_likely(jnp.asarray(p), mu), head)
+
+
 def test_the_weights_of_adaptive_kl_carry_no_gradient():
     student, teacher = logits()
     p, q = softmax(teacher), softmax(student)

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import sharding
 from jaxdistill.errors import ConfigError, CorruptCheckpointError, ModelError, StorageError
-from jaxdistill.train import checksums
-from jaxdistill.train.checkpoint import BAD, Checkpoints
+from jaxdistill.train import manifest, step_folders
+from jaxdistill.train.checkpoint import Checkpoints
 
 
 def _mesh(devices):
@@ -170,7 +170,8 @@ def test_going_on_keeps_what_is_there_and_refuses_to_go_back(copy):
 
 def test_a_reader_changes_nothing_and_a_writer_removes_what_was_left_half_written(copy):
     folder, states = copy
-    (folder / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    for left in (".saving-3", ".saving-3.orbax-checkpoint-tmp", ".removing-1"):
+        (folder / left / "state").mkdir(parents=True)
     before = sorted(path.as_posix() for path in folder.rglob("*"))
     with Checkpoints(folder) as reader:
         assert reader.steps() == [1, 2]
@@ -304,17 +305,20 @@ def test_damage_to_any_file_is_seen_and_the_checkpoint_before_it_is_used(saved, 
     files = [path.relative_to(folder) for path in (folder / "2").rglob("*") if path.is_file()]
     tested = 0
     for file in files:
-        if not (folder / file).stat().st_size or file.name == checksums.NAME:
+        if not (folder / file).stat().st_size and how != "remove":
             continue
         place = tmp_path / str(tested)
         shutil.copytree(folder, place)
         _damage(place / file, how)
         with Checkpoints(place, keep_latest=2) as checkpoints:
-            step, state, meta = checkpoints.restore_latest(abstract)
+            told = []
+            note = lambda *what, told=told: told.append(what)
+            step, state, meta = checkpoints.restore_latest(abstract, note)
             assert (step, meta["data_step"], checkpoints.steps()) == (1, 1, [1]), file
+            assert [step for step, _ in told] == [2] and file.name in told[0][1]
             checkpoints.save(2, states[2], {})  # the step of the damaged one is free again
         _assert_same(state, states[1])
-        assert [path.name.split("-")[0] for path in (place / BAD).iterdir()] == ["2"]
+        assert [path.name.split("-")[0] for path in (place / "bad").iterdir()] == ["2"]
         tested += 1
     assert tested > 8
 
@@ -336,24 +340,19 @@ def test_without_one_sound_checkpoint_the_reason_of_each_is_told(copy):
         (folder / step / "state" / "_METADATA").unlink()
     with Checkpoints(folder, keep_latest=2) as checkpoints:
         with pytest.raises(CorruptCheckpointError, match=r"no checkpoint can be read.*/2.*/1.*"):
-            checkpoints.restore_latest(_abstract(states[1]))
+            checkpoints.restore_latest(_abstract(states[1]), lambda *_: None)
         assert checkpoints.steps() == []
     with Checkpoints(folder, keep_latest=2) as checkpoints:
         with pytest.raises(CorruptCheckpointError, match="there are no checkpoints"):
-            checkpoints.restore_latest(_abstract(states[1]))
+            checkpoints.restore_latest(_abstract(states[1]), lambda *_: None)
 
 
-def test_a_checkpoint_from_a_process_killed_before_the_checksums_is_used(copy):
+def test_damage_that_no_checksum_of_a_file_tells_is_still_an_error(copy):
+    """Files and manifest agree, and yet it is no checkpoint: somebody made it."""
     folder, states = copy
-    (folder / "2" / checksums.NAME).unlink()
-    with Checkpoints(folder) as reader:
-        _assert_same(reader.restore(2, _abstract(states[2]))[0], states[2])
-    # Its own lists are still looked at.
     (folder / "2" / "state" / "_METADATA").write_text("{")
-    with (
-        Checkpoints(folder) as reader,
-        pytest.raises(CorruptCheckpointError, match="list of arrays"),
-    ):
+    manifest.seal(folder / "2", manifest.read(folder / "2"))
+    with Checkpoints(folder) as reader, pytest.raises(CorruptCheckpointError, match="2: cannot be"):
         reader.restore(2, _abstract(states[2]))
 
 
@@ -367,7 +366,10 @@ def test_metrics_must_hold_the_one_that_ranks(tmp_path):
 
 def test_meta_and_metrics_are_plain_json_beside_the_arrays(saved):
     folder, _ = saved
-    metadata = json.loads((folder / "2" / "_CHECKPOINT_METADATA").read_text())
-    assert metadata["custom_metadata"] == {"data_step": 2, "config": "seed: 0\n"}
-    metrics = json.loads((folder / "2" / "metrics" / "metrics").read_text())
-    assert metrics == {"eval/loss": 2.0, "eval/ce": 2.0, "rank": -2.0}
+    content = json.loads((folder / "2" / manifest.NAME).read_text())["content"]
+    assert content["meta"] == {"data_step": 2, "config": "seed: 0\n"}
+    assert content["metrics"] == {"eval/loss": 2.0, "eval/ce": 2.0}
+    assert (content["rank"], content["step"]) == (-2.0, 2)
+    one = step_folders.read(folder, 2)
+    on_disk = [path.stat().st_size for path in (folder / "2").rglob("*") if path.is_file()]
+    assert one.bytes == sum(on_disk) - (folder / "2" / manifest.NAME).stat().st_size

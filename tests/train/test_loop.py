@@ -6,12 +6,14 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from jaxdistill.errors import DivergedError
+from jaxdistill.errors import DivergedError, Preempted
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
+from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Mean
 
 
@@ -19,9 +21,9 @@ def at(step):
     return TrainState(step=step, params=None, opt_state=None, key=None, skipped=None)
 
 
-def run(schedule, bad=(), overlaps=True, first=0):
+def run(schedule, bad=(), overlaps=True, first=0, stop_at=None):
     """Trains with stand-ins that note what is asked of them: (state, log)."""
-    log = []
+    log, stop = [], Stop()
     in_a_row = 0
 
     def step(state, teacher, batch):
@@ -32,6 +34,7 @@ def run(schedule, bad=(), overlaps=True, first=0):
         values = {"loss/total": loss, "optim/grad_norm": 1.0}
         values |= {"guard/in_a_row": in_a_row, "guard/skipped": 0}
         log.append(("step", number, batch))
+        stop.asked = "SIGTERM" if number == stop_at else stop.asked
         means = {name: Mean(jnp.float32(v), jnp.float32(1)) for name, v in values.items()}
         return at(number), means
 
@@ -59,13 +62,15 @@ def run(schedule, bad=(), overlaps=True, first=0):
         writer=writer,
         progress=mock.Mock(spec=Progress),
         meter=meter,
+        stop=stop,
     )
     return loop.train(at(first), parts, schedule), log
 
 
 def schedule(**changes):
-    values = {"steps": 7, "log_every": 2, "eval_every": 3, "save_steps": 4, "save_minutes": None}
-    return loop.Schedule(**(values | {"max_bad_in_a_row": 2} | changes))
+    save = SaveSchedule(changes.pop("save_steps", 4), None, max_unsaved_minutes=10.0)
+    values = {"steps": 7, "log_every": 2, "eval_every": 3, "save": save, "max_bad_in_a_row": 2}
+    return loop.Schedule(**(values | changes))
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
@@ -76,7 +81,7 @@ def test_everything_happens_at_its_step(overlaps):
     assert steps("step") == [1, 2, 3, 4, 5, 6, 7]
     assert steps("metrics") == [1, 2, 4, 6, 7]
     assert steps("eval") == [3, 6, 7]
-    assert steps("save") == [4, 7]
+    assert steps("save") == [1, 4, 7]
     recorded = {entry[1]: entry[2] for entry in log if entry[0] == "metrics"}
     for number, numbers in recorded.items():
         assert numbers["loss/total"] == 10.0 - number
@@ -96,15 +101,23 @@ def test_numbers_are_read_one_step_late_only_where_that_saves_time():
 def test_a_checkpoint_carries_the_evaluation_of_its_step_and_no_other():
     _, log = run(schedule(eval_every=4))
     saved = {entry[1]: entry[2] for entry in log if entry[0] == "save"}
-    assert saved == {4: {"eval/loss": 4.0}, 7: {"eval/loss": 7.0}}
+    assert saved == {1: None, 4: {"eval/loss": 4.0}, 7: {"eval/loss": 7.0}}
     _, log = run(schedule(eval_every=None))
     saved = {entry[1]: entry[2] for entry in log if entry[0] == "save"}
-    assert saved == {4: None, 7: {"eval/loss": 7.0}}
+    assert saved == {1: None, 4: None, 7: {"eval/loss": 7.0}}
 
 
 def test_a_resumed_loop_takes_the_batch_of_its_step():
     _, log = run(schedule(), first=5)
     assert [entry[1:] for entry in log if entry[0] == "step"] == [(6, "batch 5"), (7, "batch 6")]
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
+    with pytest.raises(Preempted, match="SIGTERM: saved after step 5 of 7") as stopped:
+        run(schedule(), stop_at=5)
+    assert stopped.value.exit_code == 75
+    state, log = run(schedule(), stop_at=7)  # the last step is done: there is nothing to stop
+    assert state.step == 7 and log[-1][:2] == ("event", "save")
 
 
 def test_bad_steps_are_noted_and_too_many_end_the_run_before_anything_is_saved():
