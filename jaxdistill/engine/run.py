@@ -23,13 +23,8 @@ from jaxdistill.engine import changes, compare, setup
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
-<<<<<<< HEAD
-from jaxdistill.errors import ConfigError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token, peft
-=======
 from jaxdistill.errors import ConfigError, StorageError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token
->>>>>>> main
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token, peft
 from jaxdistill.models.config_json import write_config
 from jaxdistill.train import loop, stopping
 from jaxdistill.train.checkpoint import Checkpoints
