@@ -46,6 +46,13 @@ class RandomModel(Section):
             yield ("kv_heads",), f"must divide heads ({self.heads})"
 
 
+Attention = Literal["auto", "xla", "cudnn", "splash"]
+ATTENTION = (
+    "What computes its attention: xla on any device, cudnn on a GPU, splash (Pallas) on a TPU; "
+    "auto is xla. A named one that cannot run is an error."
+)
+
+
 class Teacher(Section):
     """The model that is learned from; it never changes."""
 
@@ -57,6 +64,12 @@ class Teacher(Section):
     )
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
+    attention: Attention = Field("auto", description=ATTENTION)
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+        None,
+        description="Hold the kernels of its layers in whole numbers, rounded once it is loaded "
+        "(extra quant); int8_dynamic rounds activations too. All else stays in dtype.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: one origin."""
@@ -172,6 +185,7 @@ class Student(Section):
     lora: Adapters | None = Field(
         None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
     )
+    attention: Attention = Field("auto", description=ATTENTION)
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "

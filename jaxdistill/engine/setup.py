@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdistill import objectives, optim, teachers
-from jaxdistill.compress import importance, prune
+from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
@@ -28,7 +28,7 @@ from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train import step as steps
-from jaxdistill.train.state import TrainState, abstract, create
+from jaxdistill.train.state import HOST, TrainState, abstract, create
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,21 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
             )
 
 
+def check_offload(config: Config, mesh: Mesh) -> None:
+    """The devices can address host memory, where the optimizer's state shall lie there.
+
+    Raises:
+      ConfigError: if they cannot.
+    """
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if config.optimizer.offload and HOST not in kinds:
+        raise ConfigError(
+            f"optimizer.offload = true: {device.device_kind} addresses {', '.join(sorted(kinds))} "
+            f"and no {HOST}: leave it out, and spread the state over more devices (mesh.fsdp)"
+        )
+
+
 def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """Loads or makes the models and checks that they can work together.
 
@@ -126,6 +141,9 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     if adapters is not None:
         lora.rows(student.config, adapters)  # its targets are there
     check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
+    if config.teacher and config.teacher.quantize:
+        quantize.check_backend(config.teacher.quantize)
+    check_offload(config, mesh)
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
     teacher = _load_teacher(config, teacher, mesh)
@@ -246,15 +264,17 @@ def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | No
         return None
     source, dtype = config.teacher, config.teacher.dtype
     if source.random:
-        made = random(shape.config, config.seed + 1, dtype, mesh)
-        return dataclasses.replace(made, tokenizer=shape.tokenizer)
-    model = load_any(
-        _source(source),
-        dtype=dtype,
-        mesh=mesh,
-        tokenizer=False,
-        allow_network=config.security.allow_network,
-    )
+        model = random(shape.config, config.seed + 1, dtype, mesh)
+    else:
+        model = load_any(
+            _source(source),
+            dtype=dtype,
+            mesh=mesh,
+            tokenizer=False,
+            allow_network=config.security.allow_network,
+        )
+    if source.quantize:
+        model = quantize.quantized(model, source.quantize)
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
@@ -326,9 +346,11 @@ def method_of(config: Config, models: Models) -> Method:
     teacher = teachers.none
     if objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
+        assert config.teacher is not None, "it was loaded from there"
         teacher = teachers.online(
             models.teacher.config,
             compute_dtype=teacher_dtype(config),
+            attention=config.teacher.attention,
             taps=objective.teacher_taps,
             relations=objective.teacher_relations,
         )
@@ -352,6 +374,7 @@ def method_of(config: Config, models: Models) -> Method:
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
+        attention=config.student.attention,
         quantization=config.student.quantize,
     )
     return Method(objective, teacher, tx, rate, loss)
@@ -373,7 +396,8 @@ def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> Trai
         places = shardings(mesh, axes, lora.shapes(student.config, adapters))
         make = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=places)
         trained = make(student.config, adapters, jax.random.key(config.seed))
-    return create(trained, own, method.tx, config.seed, mesh, frozen)
+    offload = config.optimizer.offload
+    return create(trained, own, method.tx, config.seed, mesh, frozen, offload=offload)
 
 
 def adapters_of(config: Config) -> lora.Lora | None:
@@ -392,6 +416,7 @@ def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh
         method.tx,
         mesh,
         adapters=adapters_of(config),
+        offload=config.optimizer.offload,
     )
 
 
@@ -417,6 +442,7 @@ def compile_step(
         monitor=monitor,
         prepare=method.objective.prepare,
         adapters=adapters_of(config),
+        offload=config.optimizer.offload,
     )
     origins = any(source.origin != "data" for source in config.data.train)
     batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice
+from jaxdistill.models import attention_tpu
 from jaxdistill.models.architecture import DecoderConfig
+
+# What a configuration may name. "auto" is "xla" wherever it runs: no kernel has been timed against
+# it yet; a named one is taken or refused, and nothing takes its place.
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # attend(state, layer index, query [B, L, H, E], key [B, L, G, E], value [B, L, G, E])
 #   -> (state, mixed values [B, L, H, E]); training has no state, generation keeps its cache there.
@@ -23,8 +30,16 @@ def causal(
     Layers with and without a window are one scanned body: a layer's window is a number that it
     reads by its index. A scan over groups of layers would tie the number of layers to the pattern
     (which pruning breaks) and compile every kind of layer once more, for a mask that costs one
-    comparison.
+    comparison. `implementation` is one of `IMPLEMENTATIONS`; None is "auto".
+
+    Raises:
+      ConfigError: where a named kernel cannot compute this.
     """
+    named = implementation or "auto"
+    check(named, config, length, choice.target().platform)
+    if named == "splash":
+        return _splash(config, length, segment_ids)
+    implementation = None if named == "auto" else named
     mask_B1LL = None
     if segment_ids is not None:
         mask_B1LL = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -45,6 +60,41 @@ def causal(
             query, key, value, mask=mask, scale=scale, is_causal=True, implementation=implementation
         )
         return state, mixed
+
+    return attend
+
+
+def check(name: str, config: DecoderConfig, length: int, platform: str) -> None:
+    """Whether a named implementation can compute this.
+
+    Args:
+      name: of `IMPLEMENTATIONS`.
+      config: of the model.
+      length: tokens of a row.
+      platform: "cpu", "gpu" or "tpu".
+
+    Raises:
+      ConfigError: naming what it cannot.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ConfigError(f"attention = {name!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    home = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
+    if platform != home:
+        raise ConfigError(f"attention = {name!r}: runs on a {home}, and this is a {platform}")
+    if name == "splash":
+        attention_tpu.check(config, length)
+    if name == "cudnn" and config.attention_softcap is not None:
+        raise ConfigError("attention = 'cudnn': has no soft cap, which this model has: take xla")
+
+
+def _splash(config: DecoderConfig, length: int, segment_ids: Array | None) -> Attend:
+    mixed = attention_tpu.attention(config, length, score_scale(config))
+
+    def attend(state, index, query, key, value):
+        segments = segment_ids
+        if segments is None:
+            segments = jnp.ones(query.shape[:2], jnp.int32)
+        return state, mixed(index, query, key, value, segments)
 
     return attend
 

@@ -232,7 +232,7 @@ def apply(
       compute_dtype: dtype of activations; softmax, norms and rotations are float32 in any case.
       remat: what the backward pass keeps of each layer: "none" all but cheap element-wise values,
         "dots" the outputs of its projections, "full" its input.
-      attention: `implementation` of `jax.nn.dot_product_attention` ("xla", "cudnn"); None chooses.
+      attention: one of `attention.IMPLEMENTATIONS`; None is "auto".
       rules: table from logical axes to mesh axes; used where a mesh is in context.
       taps: layers, from 0, whose outputs are wanted as well, in this order.
       relations: layers, from 0, whose queries, keys and values are wanted as well.
@@ -243,6 +243,7 @@ def apply(
 
     Raises:
       ModelError: for an unknown `remat`, or a tap that is no layer.
+      ConfigError: for an attention that cannot compute this.
     """
     for name, layers in (("taps", taps), ("relations", relations)):
         if len(set(layers)) != len(layers) or not all(0 <= n < config.layers for n in layers):

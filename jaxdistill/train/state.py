@@ -15,6 +15,8 @@ from jaxdistill.models import DecoderConfig, decoder, lora
 from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import RULES, MeshAxes, replicated, shardings
 
+HOST = "pinned_host"  # the memory of a device's host that the device can address
+
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
@@ -54,16 +56,18 @@ def create(
     seed: int,
     mesh: Mesh,
     frozen: Any = None,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """The state before the first step; the student's arrays become part of it, not copies.
 
-    Every optimizer moment lies on the mesh like the parameter it belongs to; what is frozen has
-    none.
+    Every optimizer moment lies on the mesh like the parameter it belongs to, with `offload` in the
+    memory of its device's host; what is frozen has none.
     """
     everywhere = replicated(mesh)
     objective = jax.device_put(objective, everywhere)
     params = {"student": student, "objective": objective}
-    places = _opt_shardings(tx, params, mesh)
+    places = _opt_shardings(tx, params, mesh, offload)
     rest = {
         "step": jnp.int32(0),
         "key": jax.random.key_data(jax.random.key(seed)),
@@ -84,6 +88,7 @@ def abstract(
     mesh: Mesh,
     rules: Mapping[str, MeshAxes] = RULES,
     adapters: Lora | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """The state's shapes, dtypes and places, without reading or making a parameter."""
     everywhere = replicated(mesh)
@@ -95,7 +100,7 @@ def abstract(
         axes = lora.logical_axes(config, adapters)
         student = _placed(small, shardings(mesh, axes, small, rules))
     params = {"student": student, "objective": _placed(objective, everywhere)}
-    opt_state = _placed(jax.eval_shape(tx.init, params), _opt_shardings(tx, params, mesh))
+    opt_state = _placed(jax.eval_shape(tx.init, params), _opt_shardings(tx, params, mesh, offload))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return TrainState(
         step=_placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
@@ -107,12 +112,14 @@ def abstract(
     )
 
 
-def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh, offload: bool) -> Any:
+    """Moments like their parameters, or on their host; counters and knobs on every device."""
+    place = lambda leaf: leaf.sharding.with_memory_kind(HOST) if offload else leaf.sharding
     everywhere = replicated(mesh)
     state = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
         tx.init,
-        lambda _, param: param.sharding,
+        lambda _, param: place(param),
         state,
         params,
         transform_non_params=lambda _: everywhere,

@@ -74,6 +74,7 @@ def make(
     monitor: Callable[[Array], Array] | None = None,
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None,
     adapters: Lora | None = None,
+    offload: bool = False,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -91,6 +92,8 @@ def make(
         `recorded`; the others count no tokens. None makes them in every step.
       prepare: of the objective: whole batch -> more knobs; or None.
       adapters: of the student, which are all of it that is trained; None trains all of it.
+      offload: the optimizer's moments come from host memory; that they go back there says the
+        state's sharding.
     """
 
     def sums(params, frozen, teacher_params, batch, knobs):
@@ -105,6 +108,8 @@ def make(
         return means, gradients
 
     def step(state: TrainState, teacher_params: Any, batch: Batch):
+        # Fetched where it is used, behind the backward pass: XLA places the copies.
+        here = lambda tree: jax.device_put(tree, jax.memory.Space.Device) if offload else tree
         knobs = optim.knobs(state.opt_state)
         told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
         if prepare is not None:
@@ -122,9 +127,8 @@ def make(
         norm = optax.tree_utils.tree_norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         told = {name: mean.value for name, mean in means.items()}
-        updates, opt_state = tx.update(
-            gradients, state.opt_state, state.params, value=control, metrics=told
-        )
+        before = here(state.opt_state)
+        updates, opt_state = tx.update(gradients, before, state.params, value=control, metrics=told)
         params = optax.apply_updates(state.params, updates)
         keep = lambda new, old: jnp.where(finite, new, old)
         in_a_row, altogether = state.skipped
@@ -133,7 +137,7 @@ def make(
         new = TrainState(
             step=state.step + 1,
             params=jax.tree.map(keep, params, state.params),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            opt_state=jax.tree.map(keep, opt_state, before),
             key=state.key,
             skipped=skipped,
             frozen=state.frozen,
