@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxdistill import models
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.models import DecoderConfig, Model, decoder, lora, peft
+from jaxdistill.models import DecoderConfig, Model, decoder, lora
 from jaxdistill.models.huggingface import folder_config, folder_tokenizer
 from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import make_mesh, shardings
@@ -80,10 +80,11 @@ def load_any(
         step = run.step(checkpoints)
         shapes = decoder.shapes(config, dtype or "float32")
         places = shardings(mesh, decoder.logical_axes(config), shapes)
-        adapters = peft.read_config(run.folder / STUDENT, config)
-        where = ("params", "student") if adapters is None else ("frozen",)
+        described = run.folder / STUDENT / lora.FILE
+        where = ("frozen",) if described.is_file() else ("params", "student")
         params = checkpoints.restore_part(step, where, shapes, places, dtype=dtype)
-        if adapters is not None:
+        if described.is_file():
+            adapters, _ = lora.read(described, config)
             beside = _adapters(checkpoints, step, config, adapters, mesh)
             params = lora.merge(params, beside, adapters)
     words = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
@@ -97,18 +98,16 @@ def adapters_any(source: str) -> tuple[Model, Lora]:
       ModelError, ConfigError: if there is no such run, or its student has none.
     """
     run = as_run(source)
-    folder = pathlib.Path(source) if run is None else run.folder / STUDENT
-    if run is None or not (folder / peft.CONFIG).is_file():
+    if run is None or not (run.folder / STUDENT / lora.FILE).is_file():
         raise ConfigError(
             f"{source}: has no adapters: name a run whose configuration has student.lora"
         )
     config = _run_config(run)
-    adapters = peft.read_config(folder, config)
-    assert adapters is not None, "the file is there"
+    adapters, base = lora.read(run.folder / STUDENT / lora.FILE, config)
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
         step = run.step(checkpoints)
         params = _adapters(checkpoints, step, config, adapters, make_mesh(fsdp=-1))
-    return Model(config, params, None, peft.read_base(folder)), adapters
+    return Model(config, params, None, base), adapters
 
 
 def _adapters(

@@ -24,7 +24,7 @@ from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, StorageError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token, peft
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token, lora
 from jaxdistill.models.config_json import write_config
 from jaxdistill.train import loop, stopping
 from jaxdistill.train.checkpoint import Checkpoints
@@ -345,8 +345,8 @@ def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
         run.write_json(f"{STUDENT}/config.json", described)
         adapters = setup.adapters_of(config)
         if adapters is not None:
-            described = peft.write_config(models.student.config, adapters, models.student.source)
-            run.write_json(f"{STUDENT}/{peft.CONFIG}", described)
+            described = lora.described(adapters, models.student.source)
+            run.write_json(f"{STUDENT}/{lora.FILE}", described)
         models.tokenizer.save_pretrained(str(folder))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error

@@ -8,6 +8,7 @@ Reference: Hu et al. 2021, arXiv 2106.09685.
 import dataclasses
 import functools
 import math
+import pathlib
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.models import shards
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 
+FILE = "lora.json"  # in a run's folder of its student
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 
 
@@ -41,6 +44,29 @@ class Lora:
     def scale(self) -> float:
         """What an adapter's product is multiplied by."""
         return self.alpha / self.rank
+
+
+def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
+    """The adapters that a run's file tells of, and where the model beside them is from.
+
+    Raises:
+      ModelError: where the file is damaged.
+      ConfigError: where it belongs to another model.
+    """
+    raw = shards.read_json(path)
+    try:
+        lora = Lora(int(raw["rank"]), float(raw["alpha"]), tuple(raw["targets"]))
+    except (KeyError, TypeError, ValueError):
+        lora = Lora(0, 0.0, ())
+    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS):
+        raise ModelError(f"{path}: is damaged: needs rank, alpha and targets")
+    rows(config, lora)
+    return lora, str(raw.get("base", ""))
+
+
+def described(lora: Lora, base: str) -> dict[str, Any]:
+    """What `read` reads."""
+    return {**dataclasses.asdict(lora), "base": base}
 
 
 # `no_type_check`: scan and nnx rebuild leaves with stacked arrays or shapes in place of arrays.

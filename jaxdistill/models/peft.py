@@ -12,14 +12,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ModelError, StorageError
-from jaxdistill.models import shards
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.families import tensor_rows
-from jaxdistill.models.lora import TARGETS, Lora, rows
+from jaxdistill.models.lora import Lora, rows
 from jaxdistill.models.tensor_names import TensorName
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_OURS = "jaxdistill_targets"  # peft names modules of one family; ours are the same in all
 
 
 def write_config(config: DecoderConfig, lora: Lora, base: str) -> dict[str, Any]:
@@ -42,33 +40,7 @@ def write_config(config: DecoderConfig, lora: Lora, base: str) -> dict[str, Any]
         "bias": "none",
         "fan_in_fan_out": config.family == "gpt2",
         "inference_mode": True,
-        _OURS: list(lora.targets),
     }
-
-
-def read_config(folder: pathlib.Path, config: DecoderConfig) -> Lora | None:
-    """The adapters that a run's folder tells of, or None where it has none.
-
-    Raises:
-      ModelError: where the file is damaged or not ours.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        return None
-    raw = shards.read_json(path)
-    targets, rank, alpha = raw.get(_OURS), raw.get("r"), raw.get("lora_alpha")
-    known = isinstance(targets, list) and set(map(str, targets)) <= set(TARGETS)
-    known = known and isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)
-    if not known or not targets:
-        raise ModelError(f"{path}: is damaged, or no run's own: r, lora_alpha, {_OURS}")
-    lora = Lora(rank, float(alpha), tuple(targets))
-    rows(config, lora)
-    return lora
-
-
-def read_base(folder: pathlib.Path) -> str:
-    """Where the model is from that the adapters of a folder belong to."""
-    return str(shards.read_json(folder / CONFIG).get("base_model_name_or_path", ""))
 
 
 def save(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 
 import jax
@@ -143,16 +144,14 @@ def test_peft_opens_what_is_written(name, tmp_path, transformers_model):
 
 
 def test_a_runs_own_description_is_read_back(tmp_path):
-    config = variants.model("olmo2").config
-    run = tmp_path / "run"
+    config, file = variants.model("olmo2").config, tmp_path / lora.FILE
     adapters = Lora(4, 6.5, ("query", "down"))
-    peft.save(config, lora.init(config, adapters, jax.random.key(0)), adapters, run, "there")
-    assert peft.read_config(run, config) == adapters
-    assert peft.read_base(run) == "there"
-    assert peft.read_config(tmp_path, config) is None
-    (run / peft.CONFIG).write_text('{"r": "4"}')
-    with pytest.raises(ModelError, match="is damaged, or no run's own"):
-        peft.read_config(run, config)
+    file.write_text(json.dumps(lora.described(adapters, "there")))
+    assert lora.read(file, config) == (adapters, "there")
+    for damaged in ('{"rank": 4}', '{"rank": 0, "alpha": 1, "targets": ["up"]}', "[]"):
+        file.write_text(damaged)
+        with pytest.raises(ModelError, match=lora.FILE):
+            lora.read(file, config)
 
 
 def test_what_cannot_be_is_named(tmp_path):
