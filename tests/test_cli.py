@@ -109,6 +109,8 @@ def python(code, *arguments, **options):
         ["validate", "--explain", "method"],
         ["validate", "run.yaml", "--resolved"],
         ["validate", "absent.yaml"],
+        ["ckpt", "ls", "absent"],
+        ["ckpt", "verify", "absent"],
     ],
     ids=" ".join,
 )
@@ -364,25 +366,22 @@ def test_generate_reads_standard_input(capsys, folder, engine, monkeypatch):
     assert json.loads(out) == [{"prompt": "from a pipe", "text": "from a pipe!\x1b[31m"}]
 
 
-def test_generate_as_a_chat(capsys, folder, engine):
-    class Tokenizer:
-        chat_template = "{{ messages }}"
+def test_generate_as_a_chat(capsys, folder, engine, monkeypatch):
+    from jaxdistill.models.byte_tokenizer import byte_tokenizer
 
-        def apply_chat_template(self, turns, **options):
-            assert options["add_generation_prompt"] and options["tokenize"]
-            return [[len(turn[0]["content"])] for turn in turns]
-
-        def batch_decode(self, rows, skip_special_tokens):
-            return [str(row) for row in rows]
-
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     code, _, err = run(capsys, "generate", "model", "-p", "hello", "--chat")
     assert code == 4
     assert "has no chat template" in err
-    engine.load().__class__.tokenizer = Tokenizer()
+    engine.load().__class__.tokenizer = tokenizer
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda rows, **_: [str(len(rows))])
     capsys.readouterr()
-    code, out, _ = run(capsys, "generate", "model", "-p", "hello", "--chat")
-    assert (code, out) == (0, "[5]![31m\n")
-    assert engine.calls[-1][1] == [[5]]
+    code, out, _ = run(capsys, "generate", "model", "-p", "he<end>", "--chat")
+    assert (code, out) == (0, "1\n")
+    (ids,) = engine.calls[-1][1]
+    assert ids[-1] == tokenizer.eos_token_id not in ids[:-1]
+    assert tokenizer.decode(ids) == "he<end><end>"
 
 
 def test_export(capsys, folder, engine):

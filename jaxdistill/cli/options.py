@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import bench, compress, files, reason, runs
+from jaxdistill.cli import bench, ckpt, compress, files, reason, runs
 
 EXIT_CODES = """exit codes:
   0 done              5 does not fit           75 asked to stop: `resume` goes on
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         _add_train,
+        _add_checkpoints,
         _add_compress,
         _add_quantize,
         _add_workflow,
@@ -62,6 +63,23 @@ def _add_train(commands: Any) -> None:
     resume = _command(commands, "resume", runs.resume, "Go on with a run that was stopped.")
     resume.add_argument("run_dir", metavar="RUN_DIR")
     _add_json(resume)
+
+
+def _add_checkpoints(commands: Any) -> None:
+    text = "Look at a run's checkpoints, or go back to one."
+    group = commands.add_parser("ckpt", help=text, description=text)
+    below = group.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, run, said in (
+        ("ls", ckpt.ls, "List them: step, time, size, metrics."),
+        ("verify", ckpt.verify, "Read every file against its checksum; exit 6 at damage."),
+        ("rollback", ckpt.rollback, "Put the ones after STEP aside; resume goes on from STEP."),
+    ):
+        parser = _command(below, name, run, said)
+        parser.add_argument("run_dir", metavar="RUN_DIR")
+        if name == "rollback":
+            parser.add_argument("step", metavar="STEP", type=_positive)
+        else:
+            _add_json(parser)
 
 
 def _add_compress(commands: Any) -> None:

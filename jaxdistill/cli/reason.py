@@ -4,6 +4,7 @@ import argparse
 import os
 
 from jaxdistill.cli.output import print_json, stdout_is_json
+from jaxdistill.errors import ConfigError
 
 
 def teacher_generate(arguments: argparse.Namespace) -> None:
@@ -35,6 +36,12 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves a model."""
+    key = os.environ.get(arguments.key_env) if arguments.key_env else None
+    if arguments.key_env and not key:
+        raise ConfigError(
+            f"serve: --key-env {arguments.key_env}: the variable is not set: export it, or leave "
+            "the option out to serve without a key"
+        )
     from jaxdistill.engine import serving
 
     serving.serve(
@@ -44,7 +51,7 @@ def serve(arguments: argparse.Namespace) -> None:
         slots=arguments.slots,
         length=arguments.length,
         dtype=arguments.dtype,
-        key=os.environ.get(arguments.key_env) if arguments.key_env else None,
+        key=key,
     )
 
 

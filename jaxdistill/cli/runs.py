@@ -9,6 +9,7 @@ from typing import Any
 from jaxdistill.cli import reason
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
 from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.train import stopping
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -21,7 +22,8 @@ def train(arguments: argparse.Namespace) -> None:
     errors = preflight.check(loaded)
     if errors:
         raise preflight.combine(errors)
-    with stdout_is_json(arguments.json):
+    # From before the imports, which take seconds: a signal means the same at any moment.
+    with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
         result = engine.train(loaded, input_text=text, overrides=arguments.overrides)
@@ -30,7 +32,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def resume(arguments: argparse.Namespace) -> None:
     """Goes on with a run."""
-    with stdout_is_json(arguments.json):
+    with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
         result = engine.resume(arguments.run_dir)
@@ -97,10 +99,10 @@ def _chat_tokens(model: Any, prompts: Sequence[str]) -> list[list[int]]:
     """Each prompt as the user's turn of a chat that the model is to go on with."""
     if model.tokenizer is None or not model.tokenizer.chat_template:
         raise ModelError(f"{model.source}: has no chat template: leave --chat out")
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return model.tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    from jaxdistill.data.prompting import Prompter
+
+    prompter = Prompter(model.tokenizer)
+    return [prompter.turns([{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 def export(arguments: argparse.Namespace) -> None:

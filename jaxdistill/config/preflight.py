@@ -3,7 +3,6 @@
 import dataclasses
 import filecmp
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -13,8 +12,8 @@ from typing import Any
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
 from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
+from jaxdistill.model_folder import check_folder, read_json
 
-MAX_JSON_BYTES = 64 * 1024 * 1024
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
 _DATA_ENDINGS = (".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -159,17 +158,11 @@ def _vocabulary_errors(
 def _vocabulary(file: pathlib.Path) -> dict[int, str]:
     """Id -> token of a tokenizer.json, or {} where it keeps them in another way."""
     try:
-        content = _read_json(file)
-        words = {index: token for token, index in content["model"]["vocab"].items()}
-        return words | {token["id"]: token["content"] for token in content["added_tokens"]}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        content = read_json(file)
+        words = {int(index): str(token) for token, index in content["model"]["vocab"].items()}
+        return words | {int(one["id"]): str(one["content"]) for one in content["added_tokens"]}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}  # other kinds are compared when the tokenizers are loaded
-
-
-def _read_json(file: pathlib.Path) -> Any:
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
@@ -213,7 +206,13 @@ def _is_run(folder: str) -> bool:
 
 def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
     """Reads config.json of a model folder and looks for safe weights."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        check_folder(folder)
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return _Found(error=ModelError(f"{key}: cannot be read: {error.strerror or error}"))
+    except ModelError as error:
+        return _Found(error=ModelError(f"{key}: {error}"))
     if not weights and "config.json" not in names and "tokenizer.json" in names:
         return _Found(folder)
     if "config.json" not in names:
@@ -225,12 +224,9 @@ def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
         )
         return _Found(error=ModelError(f"{key}: holds no .safetensors file{hint}"))
     try:
-        shape = _read_json(folder / "config.json")
-    except (OSError, ValueError, RecursionError) as error:
-        return _Found(error=ModelError(f"{key}: cannot read config.json: {error}"))
-    if not isinstance(shape, dict):
-        return _Found(error=ModelError(f"{key}: config.json holds no mapping"))
-    return _Found(folder, shape)
+        return _Found(folder, read_json(folder / "config.json"))
+    except ModelError as error:
+        return _Found(error=ModelError(f"{key}: {error}"))
 
 
 def package_file(source: str) -> pathlib.Path:

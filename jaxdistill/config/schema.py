@@ -185,7 +185,32 @@ class Nonfinite(Section):
     """A step whose loss or gradient is not finite changes nothing and is counted."""
 
     max_consecutive: int = Field(
-        5, ge=1, le=10**6, description="Stop (exit code 7) after this many such steps in a row."
+        5,
+        ge=1,
+        le=10**6,
+        description="After this many such steps in a row the first is run again: if it is finite "
+        "now, the run goes on from there; else it rolls back.",
+    )
+    max_rollbacks: int = Field(
+        2,
+        ge=0,
+        le=1000,
+        description="How often a run goes back to its last checkpoint and leaves the batches at "
+        "fault out; then it stops (exit code 7) with the batch saved in crash/.",
+    )
+
+
+class Spike(Section):
+    """A loss that jumps far above the median of the steps before it."""
+
+    window: int = Field(200, ge=32, le=10**5, description="Steps whose spread is the usual one.")
+    factor: float = Field(
+        10.0, ge=1, le=1e6, description="Usual spreads (of MAD, at least 1 % of the loss) it takes."
+    )
+    then: Literal["ignore", "warn", "rollback"] = Field(
+        "warn",
+        description="What follows: nothing, an event, or a rollback that leaves the batch out and "
+        "counts as one of guards.nonfinite.max_rollbacks.",
     )
 
 
@@ -193,6 +218,7 @@ class Guards(Section):
     """What protects a run from going wrong unseen."""
 
     nonfinite: Nonfinite = Field(default_factory=Nonfinite, description="NaN and infinity.")
+    spike: Spike = Field(default_factory=Spike, description="A loss that jumps up.")
 
 
 class Logging(Section):

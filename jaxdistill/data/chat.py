@@ -18,7 +18,7 @@ from jaxdistill.errors import DataError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _PRIVATE = "\ue000-\ue003"
-_SENTINEL = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+_SENTINEL = re.compile(f"{_OPEN}([0-9]{{1,9}}){_CLOSE}")
 
 Span = tuple[int, int]
 
@@ -91,8 +91,38 @@ class ChatEncoder:
             for record, item in zip(records, rendered, strict=True)
         ]
 
+    def encode_prompt(self, turns: Record) -> list[int]:
+        """A conversation that the assistant is to go on with.
+
+        Raises:
+          RenderError: if the template refuses it, or the tokenizer does.
+        """
+        messages, stash = self._shielded(turns)
+        marked = self._template.render(messages, add_generation_prompt=True)
+        text = self._template.spans(marked)[0]
+        cuts = _cuts(text, len(stash))
+        pieces = [text[start:end] for start, end in _between(cuts, len(text))]
+        encoded = encode_batch(self._codec, pieces, split_special=False, offsets=self._check)
+        joined = self._join(text, cuts, stash, iter(encoded))
+        if isinstance(joined, str):
+            raise RenderError(joined)
+        return joined[0]
+
     def _render(self, record: Record) -> tuple[str, list[Span], list[Span], list[str]] | str:
         """(text with sentinels, assistant spans, their spans, their strings), or the reason."""
+        messages, stash = self._shielded(record)
+        try:
+            marked = self._template.render(messages)
+            text, spans = self._template.spans(marked)
+            if self._assistant and not self._template.marks_generation:
+                spans = self._prefix_spans(messages, text)
+            cuts = _cuts(text, len(stash))
+        except RenderError as error:
+            return str(error)
+        return text, spans, cuts, stash
+
+    def _shielded(self, record: Record) -> tuple[list[dict[str, str]], list[str]]:
+        """Messages with sentinels in place of the strings of special tokens, and those strings."""
         stash: list[str] = []
 
         def hide(match: re.Match[str]) -> str:
@@ -103,18 +133,7 @@ class ChatEncoder:
             {"role": role, "content": self._shield.sub(hide, content)}
             for role, content in zip(record.roles, record.texts, strict=True)
         ]
-        try:
-            marked = self._template.render(messages)
-            text, spans = self._template.spans(marked)
-            if self._assistant and not self._template.marks_generation:
-                spans = self._prefix_spans(messages, text)
-        except RenderError as error:
-            return str(error)
-        cuts = [match.span() for match in _SENTINEL.finditer(text)]
-        outside = "".join(text[start:end] for start, end in _between(cuts, len(text)))
-        if _OPEN in outside or _CLOSE in outside:
-            return "chat template: cuts through a special token that is written in a message"
-        return text, spans, cuts, stash
+        return messages, stash
 
     def _prefix_spans(self, messages: list[dict[str, str]], text: str) -> list[Span]:
         """Where the assistant speaks: the conversation is rendered up to each of its turns."""
@@ -147,7 +166,21 @@ class ChatEncoder:
         stash: list[str],
         encoded: Any,
     ) -> Document | str:
-        """Joins the tokenised pieces and the special strings between them, kept as text."""
+        """The document of a rendered conversation, or the reason why there is none."""
+        joined = self._join(text, cuts, stash, encoded)
+        if isinstance(joined, str):
+            return joined
+        ids, starts, ends = joined
+        loss = _inside(starts, ends, spans) if self._assistant else np.ones(len(ids), bool)
+        return self._ended(record, text, np.asarray(ids, np.int32), loss)
+
+    def _join(
+        self, text: str, cuts: list[Span], stash: list[str], encoded: Any
+    ) -> tuple[list[int], list[int], list[int]] | str:
+        """(ids, starts, ends) of the tokenised pieces and the strings between them, kept as text.
+
+        All pieces are taken from `encoded`, also where the result is a reason.
+        """
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -169,10 +202,7 @@ class ChatEncoder:
                 ends += [start + last for _, last in piece[1]]
             else:
                 ids += piece
-        if problem:
-            return problem
-        loss = _inside(starts, ends, spans) if self._assistant else np.ones(len(ids), bool)
-        return self._ended(record, text, np.asarray(ids, np.int32), loss)
+        return problem or (ids, starts, ends)
 
     def _last_control(self, text: str, start: int, end: int) -> int | None:
         """Where the last special token in [start, end) ends, if only white space follows it."""
@@ -197,6 +227,19 @@ class ChatEncoder:
         elif self._assistant and not self._codec.inert[ids[loss]].any():
             self.ends_turns = False
         return Document(ids, loss)
+
+
+def _cuts(text: str, count: int) -> list[Span]:
+    """Where the sentinels of a rendered text are, all of them whole and of those that were made."""
+    found = list(_SENTINEL.finditer(text))
+    cuts = [match.span() for match in found]
+    outside = "".join(text[start:end] for start, end in _between(cuts, len(text)))
+    whole = _OPEN not in outside and _CLOSE not in outside
+    if not whole or not all(int(match[1]) < count for match in found):
+        raise RenderError(
+            "chat template: cuts through a special token that is written in a message"
+        )
+    return cuts
 
 
 def _between(cuts: list[Span], size: int) -> list[Span]:

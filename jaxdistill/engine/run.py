@@ -26,8 +26,9 @@ from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, StorageError, UserError
 from jaxdistill.models import Model, count_parameters, forward_flops_per_token, lora
 from jaxdistill.models.config_json import write_config
-from jaxdistill.train import loop, stopping
+from jaxdistill.train import loop, poison, stopping
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard, Policy
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
@@ -140,6 +141,7 @@ class _Session:
         run.update(**described)
         _keep_words(config, run, self.models)
         self.dataset = data["train"]
+        self.poison = poison.from_environment()
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
             data["eval"],
@@ -192,10 +194,12 @@ class _Session:
         samples: bool,
     ) -> tuple[TrainState, dict[str, float]]:
         """Trains from the latest checkpoint, or the start, to the last step."""
-        state = self._state(config, method, student, checkpoints)
+        state, meta = self._state(config, method, student, checkpoints)
         first = int(state.step)
         if first >= config.train.steps:
             return state, self.table.evaluate(state)
+        guard = Guard(folder, _policy(config))
+        guard.begin(first, meta)
         teacher_params = setup.teacher_params_of(self.models, method)
         latest: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
@@ -223,14 +227,25 @@ class _Session:
                     self.table.write_samples(number, state, writer)
                 return dict(latest)
 
+            def restore() -> tuple[TrainState, Mapping[str, Any]]:
+                made = self.models  # the first state took the student's arrays over
+                fresh = setup.student_of(config, made.student, made.teacher, self.mesh)
+                return self._state(config, method, fresh, checkpoints)
+
+            def epoch(number: int) -> float:
+                rows = (guard.position(number - 1) + 1) * config.train.batch_size
+                return rows / self.dataset.num_rows
+
             parts = loop.Parts(
                 step=step,
                 teacher_params=teacher_params,
-                batches=lambda start: self._batches(config, start),
+                batches=lambda start: self._batches(config, guard, start),
                 evaluate=evaluate,
                 learning_rate=method.learning_rate,
-                epoch=lambda number: number * config.train.batch_size / self.dataset.num_rows,
-                meta=lambda number: {"data_step": number, "seed": config.seed},
+                epoch=epoch,
+                meta=lambda step: {"data_step": guard.position(step), "seed": config.seed},
+                restore=restore,
+                guard=guard,
                 checkpoints=checkpoints,
                 writer=writer,
                 progress=progress,
@@ -245,26 +260,32 @@ class _Session:
 
     def _state(
         self, config: Config, method: setup.Method, student: Model, checkpoints: Checkpoints
-    ) -> TrainState:
-        """The state of the latest sound checkpoint, or the one before the first step."""
+    ) -> tuple[TrainState, Mapping[str, Any]]:
+        """The state of the latest sound checkpoint with its meta, or that before the first step."""
         if checkpoints.latest() is None:
             models = dataclasses.replace(self.models, student=student)
-            return setup.state_of(config, models, method, self.mesh)
+            return setup.state_of(config, models, method, self.mesh), {}
         shape = setup.abstract_state_of(config, self.models, method, self.mesh)
         damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
-        return checkpoints.restore_latest(shape, damaged)[1]
+        _, state, meta = checkpoints.restore_latest(shape, damaged)
+        return state, meta
 
-    def _batches(self, config: Config, start: int) -> Iterator[tuple[int, Any]]:
-        feed = pipeline.batches(
-            self.dataset,
-            batch_size=config.train.batch_size,
-            start=start,
-            stop=config.train.steps,
-            seed=config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return ((step, place(batch, self.mesh)) for step, batch in feed)
+    def _batches(self, config: Config, guard: Guard, start: int) -> Iterator[tuple[int, Any]]:
+        """The batches from that of a step (from 0) to the last one, without those left out."""
+        for first, stop in guard.stretches(start, config.train.steps):
+            feed = pipeline.batches(
+                self.dataset,
+                batch_size=config.train.batch_size,
+                start=first,
+                stop=stop,
+                seed=config.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            for index, batch in feed:
+                if self.poison is not None:
+                    batch = self.poison.mark(index, batch)
+                yield index, place(batch, self.mesh)
 
 
 def _report(folder: pathlib.Path) -> None:
@@ -293,7 +314,17 @@ def _schedule(config: Config) -> loop.Schedule:
             minutes=config.checkpoint.every.minutes,
             max_unsaved_minutes=config.checkpoint.max_unsaved_minutes,
         ),
-        max_bad_in_a_row=config.guards.nonfinite.max_consecutive,
+    )
+
+
+def _policy(config: Config) -> Policy:
+    nonfinite, spike = config.guards.nonfinite, config.guards.spike
+    return Policy(
+        max_consecutive=nonfinite.max_consecutive,
+        max_rollbacks=nonfinite.max_rollbacks,
+        spike_window=spike.window,
+        spike_factor=spike.factor,
+        spike_then=spike.then,
     )
 
 

@@ -49,7 +49,7 @@ class RunDir:
                 f"run.dir = {path!r}: holds a run already: `jaxdistill resume {path}` goes on with "
                 "it, another run.dir starts a new one"
             )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and _only_begun(folder)):
             raise ConfigError(f"run.dir = {path!r}: is not an empty folder: give another one")
         record = {"schema": SCHEMA, "name": name, "status": "new", "step": 0, "attempts": []}
         record["command"] = sys.argv
@@ -59,7 +59,7 @@ class RunDir:
             run.write_text("config.input.yaml", input_text)
             run.write_text("config.resolved.yaml", resolved)
             run.write_text("overrides.txt", "".join(f"{line}\n" for line in overrides))
-            run.update()
+            run.update()  # last: a folder without RUN.json is none of a run yet
         except OSError as error:
             raise _cannot_write(folder, error) from error
         return run
@@ -179,6 +179,12 @@ class RunDir:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise _cannot_write(self.path / name, error) from error
+
+
+def _only_begun(folder: pathlib.Path) -> bool:
+    """Whether a folder holds nothing but what a process that died in `create` has left."""
+    ours = {"config.input.yaml", "config.resolved.yaml", "overrides.txt", "RUN.json"}
+    return all(path.name.removesuffix(".tmp") in ours for path in folder.iterdir())
 
 
 def _cannot_write(path: pathlib.Path, error: OSError) -> StorageError:

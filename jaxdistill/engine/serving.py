@@ -1,27 +1,24 @@
 """A small server that speaks OpenAI's protocol, on our generation engine: `jaxdistill serve`."""
 
-import hmac
-import http.server
-import json
 import queue
+import sys
 import threading
 import time
 import uuid
 from concurrent.futures import Future
 from typing import Any
 
+from jaxdistill.data.prompting import Prompter
 from jaxdistill.engine.references import load_any
-from jaxdistill.errors import ModelError, UserError
+from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
+from jaxdistill.errors import ModelError
 from jaxdistill.models import Model
 from jaxdistill.models.generator import Completion, Generator, Request
 from jaxdistill.sharding import make_mesh
 
-MAX_BODY = 10_000_000  # bytes of a request
 MAX_SAMPLES = 256
-
-
-class BadRequest(Exception):
-    """What the client sent cannot be served."""
+MAX_STOPS, MAX_STOP = 16, 256  # strings, and characters of each
+MAX_PENDING = 4096  # samples that are asked for and not yet answered
 
 
 class Service:
@@ -40,7 +37,9 @@ class Service:
         if model.tokenizer is None:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         self.model = model
+        self._prompter = Prompter(model.tokenizer)
         self._length = length
+        self._pending, self._counting = 0, threading.Lock()
         self._generator = Generator(model, slots=slots, length=length)
         self._inbox: queue.Queue[tuple[Request, Future] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
@@ -51,12 +50,35 @@ class Service:
 
         Raises:
           ModelError: if the request cannot be served.
+          Busy: if too many samples are waited for already.
         """
         future: Future = Future()
         if not self._thread.is_alive():
             raise ModelError("the server's engine has stopped: start it again")
-        self._inbox.put((request, future))
-        return future.result()
+        with self._counting:
+            if self._pending + request.samples > MAX_PENDING:
+                raise Busy(f"{self._pending} samples are waited for: try again later")
+            self._pending += request.samples
+        try:
+            self._inbox.put((request, future))
+            return future.result()
+        finally:
+            with self._counting:
+                self._pending -= request.samples
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.model.source
+
+    def answer(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+        """The protocol's answer to a request of the protocol.
+
+        Raises:
+          BadRequest, UserError: with what is wrong with it.
+          Busy: where it could be served at another time.
+        """
+        return self.reply(self.complete(self.request(body, chat)), body, chat)
 
     def close(self) -> None:
         """Ends the thread; what is under way is not finished."""
@@ -104,16 +126,14 @@ class Service:
         Raises:
           BadRequest: with what is wrong.
         """
-        stops = body.get("stop") or ()
         count = _number(body, "n", int, 1)
         if body.get("stream"):
             raise BadRequest("stream: is not supported: leave it out")
         if not 1 <= count <= MAX_SAMPLES:
-            raise BadRequest(f"n: {count} must be from 1 to {MAX_SAMPLES}")
+            raise BadRequest(f"n: {str(count)[:40]} must be from 1 to {MAX_SAMPLES}")
         tokens = self._chat(body) if chat else self._text(body)
-        limit = body.get("max_completion_tokens", body.get("max_tokens"))
-        room = self._length - len(tokens)
-        heat = float(_number(body, "temperature", float, 1.0))
+        limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+        heat, seed = _number(body, "temperature", float, 1.0), _number(body, "seed", int, None)
         filters = {
             "top_k": _number(body, "top_k", int, None),
             "top_p": _number(body, "top_p", float, None),
@@ -121,11 +141,11 @@ class Service:
         }
         return Request(
             tokens,
-            max_new_tokens=max(1, room) if limit is None else _number({"m": limit}, "m", int, 16),
+            max_new_tokens=_number(body, limit, int, max(1, self._length - len(tokens))),
             samples=count,
             temperature=heat,
-            seed=_number(body, "seed", int, 0) if body.get("seed") is not None else _fresh(),
-            stop=(stops,) if isinstance(stops, str) else tuple(map(str, stops)),
+            seed=_fresh() if seed is None else seed,
+            stop=_stops(body.get("stop")),
             **(filters if heat > 0 else {}),
         )
 
@@ -133,7 +153,7 @@ class Service:
         prompt = body.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise BadRequest("prompt: must be one text that is not empty")
-        return self.model.tokenizer(prompt)["input_ids"]
+        return self._prompter.text(prompt)
 
     def _chat(self, body: dict[str, Any]) -> list[int]:
         turns = body.get("messages")
@@ -142,15 +162,9 @@ class Service:
         for turn in turns:
             if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
                 raise BadRequest("messages: every turn needs a role and a text as its content")
-        tokenizer = self.model.tokenizer
-        if not tokenizer.chat_template:
+        if not self.model.tokenizer.chat_template:
             raise BadRequest("this model has no chat template: use /v1/completions")
-        try:
-            return tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # the template is the model's own program
-            raise BadRequest(f"messages: the chat template refuses them: {error}") from error
+        return self._prompter.turns(turns)
 
     def reply(self, found: list[Completion], body: dict[str, Any], chat: bool) -> dict[str, Any]:
         """The protocol's answer."""
@@ -163,7 +177,7 @@ class Service:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": str(body.get("model", self.model.source)),
+            "model": str(body.get("model", self.model.source))[:200],
             "choices": [one(number, done, scored) for number, done in enumerate(found)],
             "usage": {
                 "prompt_tokens": read,
@@ -201,6 +215,17 @@ def _fresh() -> int:
     return uuid.uuid4().int & 0xFFFFFFFF
 
 
+def _stops(given: Any) -> tuple[str, ...]:
+    """The strings that end an answer."""
+    stops = [given] if isinstance(given, str) else given or []
+    short = lambda stop: isinstance(stop, str) and 0 < len(stop) <= MAX_STOP
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(map(short, stops)):
+        raise BadRequest(
+            f"stop: must be at most {MAX_STOPS} texts of 1 to {MAX_STOP} characters each"
+        )
+    return tuple(stops)
+
+
 def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     """A number of the request, or the default where it is absent or null."""
     value = body.get(name)
@@ -209,99 +234,10 @@ def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     allowed = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         raise BadRequest(f"{name}: {str(value)[:40]!r} must be a number")
-    return kind(value)
-
-
-def make_server(
-    service: Service, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None
-) -> http.server.ThreadingHTTPServer:
-    """The server, bound and not yet serving; `serve_forever()` and `shutdown()` are its own.
-
-    Raises:
-      ModelError: if host and port cannot be had.
-    """
-    handler = type("Handler", (_Handler,), {"service": service, "key": key})
     try:
-        server = http.server.ThreadingHTTPServer((host, port), handler)
-    except OSError as error:
-        raise ModelError(f"serve: {host}:{port} cannot be had: {error.strerror}") from error
-    server.daemon_threads = True
-    return server
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Routes of the protocol."""
-
-    service: Service
-    key: str | None
-    protocol_version = "HTTP/1.1"
-    timeout = 600
-
-    def do_GET(self) -> None:
-        """Models, and whether the server is there."""
-        if self.path == "/health":
-            return self._send(200, {"status": "ok"})
-        if not self._allowed():
-            return None
-        if self.path == "/v1/models":
-            row = {"id": self.service.model.source, "object": "model", "owned_by": "jaxdistill"}
-            return self._send(200, {"object": "list", "data": [row]})
-        return self._error(404, f"no such path: {self.path[:80]}")
-
-    def do_POST(self) -> None:
-        """Completions."""
-        chat = self.path == "/v1/chat/completions"
-        if not chat and self.path != "/v1/completions":
-            self.close_connection = True  # its body stays unread
-            return self._error(404, f"no such path: {self.path[:80]}")
-        if not self._allowed():
-            return None
-        try:
-            body = self._body()
-            found = self.service.complete(self.service.request(body, chat))
-            return self._send(200, self.service.reply(found, body, chat))
-        except (BadRequest, UserError) as error:
-            return self._error(400, str(error))
-
-    def _allowed(self) -> bool:
-        given = self.headers.get("Authorization", "").encode()
-        if self.key is None or hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            return True
-        self.close_connection = True
-        self._error(401, "the key is wrong")
-        return False
-
-    def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        # A page in a browser can send plain forms anywhere, but not JSON to a stranger.
-        if "json" not in self.headers.get("Content-Type", ""):
-            self.close_connection = True
-            raise BadRequest("Content-Type: must be application/json")
-        if not length.isdecimal() or len(length) > 9 or int(length) > MAX_BODY:
-            self.close_connection = True
-            raise BadRequest(f"the body must have a length of at most {MAX_BODY} bytes")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise BadRequest("the body must be an object")
-        return body
-
-    def _error(self, code: int, message: str) -> None:
-        kind = "invalid_request_error" if code < 500 else "server_error"
-        self._send(code, {"error": {"message": message, "type": kind, "code": code}})
-
-    def _send(self, code: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the terminal belongs to the command."""
+        return kind(value)
+    except OverflowError:  # of float, for a whole number of hundreds of digits
+        raise BadRequest(f"{name}: {str(value)[:40]} is too large") from None
 
 
 def serve(
@@ -332,6 +268,8 @@ def serve(
     length = min(length or 2048, model.config.max_positions)
     service = Service(model, slots=slots, length=length)
     server = make_server(service, host=host, port=port, key=key)
+    if key is None and not is_loopback(host):
+        print("anybody who reaches this machine can ask: --key-env sets a key", file=sys.stderr)
     print(f"serving {source} on http://{host}:{server.server_address[1]}/v1", flush=True)
     try:
         server.serve_forever()

@@ -27,6 +27,7 @@ from jaxdistill.models import DecoderConfig, Model, lora, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.sharding import make_mesh, shardings
+from jaxdistill.train import poison
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import HOST, TrainState, abstract, create
 
@@ -435,7 +436,7 @@ def compile_step(
     """
     _check_kernels(config)
     step = steps.make(
-        method.loss,
+        method.loss if poison.from_environment() is None else poison.poisoned(method.loss),
         method.teacher,
         method.tx,
         micro_batches=config.train.micro_batches,

@@ -33,7 +33,7 @@ def layer_map(
     Raises:
       ConfigError: for another kind, a layer that does not exist, or one named twice.
 
-    Reference: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351, section 3.2 (equal blocks).
+    Reference: Jiao et al. 2020 (TinyBERT), arXiv 1909.10351 (equal blocks).
     """
     if kind == "last":
         pairs = [(student_layers - 1, teacher_layers - 1)]

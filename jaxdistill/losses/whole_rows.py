@@ -47,7 +47,7 @@ def adaptive_kl(
     Raises:
       ConfigError: for another mu, or shapes that differ.
 
-    Reference: Wu et al. 2024, arXiv 2404.02657, section 4.2.
+    Reference: Wu et al. 2024, arXiv 2404.02657, and its code (LLM_KD_AKL).
     """
     if not 0 <= mu <= 1:
         raise ConfigError(f"mu = {mu}: must be in [0, 1], the mass of the head")
@@ -128,7 +128,7 @@ def alphanet(
     Raises:
       ConfigError: if clip is not positive, or shapes differ.
 
-    Reference: Wang et al. 2021, arXiv 2102.07954, equations 5 to 8.
+    Reference: Wang et al. 2021, arXiv 2102.07954, and its code for the surrogate.
     """
     first, second = (
         _alpha(student_logits, teacher_logits, alpha, clip, temperature) for alpha in alphas
@@ -208,7 +208,7 @@ def decoupled_kl(
     Raises:
       ConfigError: if shapes do not fit.
 
-    Reference: Zhao et al. 2022, arXiv 2203.08679, equation 7.
+    Reference: Zhao et al. 2022, arXiv 2203.08679; the weights are those of TAID's port.
     """
     student, teacher = _tempered(student_logits, teacher_logits, temperature)
     labels = jnp.asarray(labels)
@@ -251,7 +251,8 @@ def smoothed_forward_kl(
     possible = (teacher > _LOWEST / 2) | (student > _LOWEST / 2)
     share = target_smoothing / jnp.sum(possible, axis=-1, keepdims=True)
     p = (1 - target_smoothing) * jax.nn.softmax(teacher) + jnp.where(possible, share, 0.0)
-    log_p = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), _LOWEST)
+    nothing = p <= 0  # false for NaN, which must stay one: a finite loss would hide it
+    log_p = jnp.where(nothing, _LOWEST, jnp.log(jnp.where(nothing, 1.0, p)))
     return _scaled(divergences.forward_kl(student, log_p), temperature, scale_by_t2)
 
 
@@ -306,7 +307,7 @@ def taid(
     Raises:
       ConfigError: for a Python number outside [0, 1], or shapes that differ.
 
-    Reference: Shing et al. 2025, arXiv 2501.16937, equations 2 and 3.
+    Reference: Shing et al. 2025, arXiv 2501.16937, and its code (SakanaAI/TAID).
     """
     if isinstance(taid_t, int | float) and not 0 <= taid_t <= 1:
         raise ConfigError(f"taid_t = {taid_t}: must be in [0, 1]")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models.architecture import DecoderConfig, Experts
+from jaxdistill.models.architecture import DecoderConfig, Experts, count_parameters
 from jaxdistill.models.config_json_fields import (
     ACTIVATIONS,
     COPIED,
@@ -19,6 +19,8 @@ from jaxdistill.models.config_json_fields import (
 from jaxdistill.models.config_json_rope import read_ropes, write_ropes
 from jaxdistill.models.families import FAMILIES, Family
 
+MAX_PARAMETERS = 10**13  # ten times the largest model that was ever published
+
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """Our configuration from a Hugging Face one, in the old or the transformers 5 spelling.
@@ -27,6 +29,11 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
       ModelError: for an unknown `model_type`, a field out of range or unknown, or a feature not
         built here.
     """
+    if raw.get("auto_map"):
+        raise ModelError(
+            f"{where}: auto_map: asks for Python code of the folder's own, which is never run: the "
+            "model may compute something else than this decoder; remove the field if it does not"
+        )
     family = _family(raw, where)
     row = FAMILIES[family]
     check_known(row, raw, where)
@@ -38,7 +45,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
     check_ranges(row, filled, where)
     eos = filled["eos_token_id"]
     rope, local_rope = read_ropes(row, filled, where)
-    return DecoderConfig(
+    config = DecoderConfig(
         family=family,
         rope=rope,
         local_rope=local_rope,
@@ -49,6 +56,9 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
         **{**row.features, **_read_more(row, filled)},
         **{ours: filled[theirs] for ours, theirs in COPIED.items()},
     )
+    if (size := count_parameters(config)) > MAX_PARAMETERS:
+        raise ModelError(f"{where}: describes {size:.1e} parameters, more than any model has")
+    return config
 
 
 def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ _WINDOWS: Mapping[str, tuple[str, ...]] = {
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels
-    auto_map chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label
+    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label
     is_decoder keys_to_ignore_at_inference label2id max_length max_sequence_length model_max_length
     output_attentions output_hidden_states prefix problem_type return_dict task_specific_params
     temperature tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
@@ -228,7 +228,7 @@ def _check_flags(row: Family, filled: Mapping[str, Any], where: str) -> None:
         if not isinstance(filled.get(field, False), bool):
             raise ModelError(f"{where}: {field}: {shown(filled[field])} must be true or false")
     start = filled.get("max_window_layers", 0)
-    if not isinstance(start, int) or isinstance(start, bool):
+    if not isinstance(start, int) or isinstance(start, bool) or not 0 <= start <= MAX_WIDTH:
         raise ModelError(f"{where}: max_window_layers: {shown(start)} must be a whole number")
 
 

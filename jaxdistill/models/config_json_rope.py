@@ -79,6 +79,7 @@ def _read_rope(row: Family, raw: Mapping[str, Any], given: Mapping[str, Any], wh
         inside = values.get("original_max_positions", raw["max_position_embeddings"])
         values["original_max_positions"] = inside if outside is None else outside
         if kind == "yarn" and "factor" not in values:
+            _check(kind, values | {"factor": 1.0}, where)
             values["factor"] = raw["max_position_embeddings"] / values["original_max_positions"]
     _check(kind, values, where)
     for ours in values:
@@ -134,7 +135,7 @@ def _check(kind: str, values: Mapping[str, Any], where: str) -> None:
         if ours == "truncate":
             if not isinstance(value, bool):
                 raise ModelError(f"{where}.{theirs}: {shown(value)} must be true or false")
-        elif ours == "original_max_positions" and not isinstance(value, int):
+        elif ours == "original_max_positions" and (not isinstance(value, int) or value < 1):
             raise ModelError(f"{where}.{theirs}: {shown(value)} must be a whole number of tokens")
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
             raise ModelError(f"{where}.{theirs}: {shown(value)} must be a number above 0")

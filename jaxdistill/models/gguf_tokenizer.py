@@ -6,6 +6,7 @@ from typing import Any
 from jaxdistill.errors import ModelError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+MAX_TOKEN = 2048  # characters; the longest in use are runs of spaces
 _SPACE = "\u2581"  # SentencePiece's visible space
 
 # How text is cut before byte-level BPE, by `tokenizer.ggml.pre`.
@@ -64,28 +65,24 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
 
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ModelError(
-            f"{where}: tokenizer.ggml.model: {kind!r} is not supported; supported: "
+            f"{where}: tokenizer.ggml.model: {str(kind)[:40]!r} is not supported; supported: "
             f"{', '.join(builders)}; load with tokenizer=False, or use the model's folder"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    if not tokens or not kinds or len(tokens) != len(kinds):
-        raise ModelError(
-            f"{where}: tokenizer.ggml.tokens and token_type must be lists of one length"
-        )
+    tokens, kinds = _words(metadata, where)
     try:
         backend = builders[kind](metadata, tokens, kinds, where)
-    except ModelError:
+        _add_special(backend, tokens, kinds)
+        _add_ends(backend, metadata, tokens, kind)
+    except (ModelError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    # The tokenizers library raises plain Exceptions, or panics, which Python sees as BaseException.
+    except BaseException as error:
         raise ModelError(
-            f"{where}: its tokenizer metadata cannot be used ({error}); load with tokenizer=False, "
-            "or use the model's folder"
+            f"{where}: its tokenizer metadata cannot be used ({str(error)[:300]}); load with "
+            "tokenizer=False, or use the model's folder"
         ) from error
-    _add_special(backend, tokens, kinds)
-    _add_ends(backend, metadata, tokens, kind)
     names = {
         name: tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in {
@@ -96,16 +93,36 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
         }.items()
         if _valid(metadata.get(f"tokenizer.ggml.{key}_token_id"), tokens)
     }
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelError(f"{where}: tokenizer.chat_template: must be a text")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
         **names,
     )
 
 
+def _words(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[int]]:
+    """Tokens and their kinds, of sane lengths: merges are found by cutting every token."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    lists = isinstance(tokens, list) and isinstance(kinds, list)
+    if not lists or not tokens or len(tokens) != len(kinds):
+        raise ModelError(
+            f"{where}: tokenizer.ggml.tokens and token_type must be lists of one length"
+        )
+    if not all(isinstance(token, str) and len(token) <= MAX_TOKEN for token in tokens):
+        raise ModelError(
+            f"{where}: tokenizer.ggml.tokens: must be texts of at most {MAX_TOKEN} characters"
+        )
+    return tokens, kinds
+
+
 def _valid(token: Any, tokens: list[str]) -> bool:
-    return isinstance(token, int) and 0 <= token < len(tokens)
+    whole = isinstance(token, int) and not isinstance(token, bool)
+    return whole and 0 <= token < len(tokens)
 
 
 def _byte_level(metadata, tokens, kinds, where):

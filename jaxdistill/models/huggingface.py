@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
 from jaxdistill.errors import ModelError, StorageError
+from jaxdistill.model_folder import check_folder, check_tokenizer_config, read_json
 from jaxdistill.models import compressed, shards
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.assemble import assemble
@@ -68,15 +69,16 @@ def load_folder(
 
 def folder_config(folder: pathlib.Path) -> DecoderConfig:
     """The configuration of a local folder; generation_config.json has the last word on eos."""
+    check_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
-    raw = shards.read_json(path)
+    raw = read_json(path)
     if compressed.read_settings(raw.get("quantization_config"), str(path)):
         raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
     generation = folder / "generation_config.json"
     if generation.is_file():
-        extra = shards.read_json(generation)
+        extra = read_json(generation)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         raw |= {key: extra[key] for key in ids if extra.get(key) is not None}
     return read_config(raw, str(path))
@@ -84,7 +86,7 @@ def folder_config(folder: pathlib.Path) -> DecoderConfig:
 
 def folder_scheme(folder: pathlib.Path) -> Scheme | None:
     """How the kernels of a local folder are quantised; None where they are not."""
-    raw = shards.read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     return compressed.read_settings(raw.get("quantization_config"), str(folder / "config.json"))
 
 
@@ -96,13 +98,19 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    check_folder(folder)
+    check_tokenizer_config(folder)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # transformers raises many kinds for one cause: unusable files
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers raises many kinds for one cause, unusable files; the tokenizers library panics,
+    # which Python sees as a BaseException.
+    except BaseException as error:
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: "
             f"{str(error)[:300]}); a tokenizer.json is the safest form (custom code is never run)"

@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.models import shards
+from jaxdistill.model_folder import read_json
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 
 FILE = "lora.json"  # in a run's folder of its student
@@ -53,7 +53,7 @@ def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
       ModelError: where the file is damaged.
       ConfigError: where it belongs to another model.
     """
-    raw = shards.read_json(path)
+    raw = read_json(path)
     try:
         lora = Lora(int(raw["rank"]), float(raw["alpha"]), tuple(raw["targets"]))
     except (KeyError, TypeError, ValueError):

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ModelError
+from jaxdistill.model_folder import check_folder, read_json
 
-MAX_HEADER_BYTES = 100_000_000
-MAX_JSON_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES: Mapping[str, np.dtype] = {
@@ -80,6 +80,7 @@ class Folder:
 
     def _index(self) -> None:
         """Reads every file's header and checks them against the index where there is one."""
+        check_folder(self.folder)
         listed = _listed_files(self.folder)
         for file in sorted(set(listed.values())) if listed else [SINGLE]:
             path = self.folder / file
@@ -164,25 +165,6 @@ def _without_weights(folder: pathlib.Path) -> ModelError:
     others = [name for name in names if name.endswith(".safetensors")]
     found = f"found {others[0]}, which no index names" if others else "found no weights"
     return ModelError(f"{folder}: needs {SINGLE} or {INDEX}; {found}; download the whole model")
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object of bounded size.
-
-    Raises:
-      ModelError: where the file is missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not a model's file")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: must hold a JSON object; download it again")
-    return content
 
 
 def parts(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -71,7 +71,7 @@ def taid(**head: Unpack[Head]) -> Objective:
     adaptive knob `optim.taid`, which reads the cross-entropy form of the loss, KL + H(target).
     Knobs: alpha, taid_t.
 
-    Reference: Shing et al. 2025, arXiv 2501.16937, equations 2 to 5.
+    Reference: Shing et al. 2025, arXiv 2501.16937, and its code (SakanaAI/TAID).
     """
 
     def apply(params, student, signal, batch, knobs):
@@ -100,7 +100,7 @@ def ctkd(
     `width` (of the student's hidden states) every token has its own T, from w . hidden + b.
     Knobs: alpha, reversal.
 
-    Reference: Li et al. 2022, arXiv 2211.16231, equations 5 to 9.
+    Reference: Li et al. 2022, arXiv 2211.16231, and its code (zhengli97/CTKD) for numbers.
     """
 
     def init(key):

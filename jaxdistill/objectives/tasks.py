@@ -30,7 +30,7 @@ def step_by_step(
       with_teacher: add KL(teacher || student) on the same tokens.
       head: see `Head`.
 
-    Reference: Hsieh et al. 2023, arXiv 2305.02301, equation 3, and its code's alpha.
+    Reference: Hsieh et al. 2023, arXiv 2305.02301; a is its code's alpha.
     """
     place, token = explains
 

@@ -21,7 +21,7 @@ class TaidState(NamedTuple):
     Attributes:
       step: int32, optimizer steps made.
       value: float32, t of the next step.
-      previous: float32, the last finite loss; infinite before the first.
+      previous: float32, the last finite loss; 0 before the first.
       momentum: float32, m.
     """
 
@@ -78,14 +78,14 @@ def taid(
     >>> print(optim.knobs(state)["taid_t"])
     0.412
 
-    Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, section 3 and algorithm 1.
+    Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, in the order of its code.
     """
     _check(num_steps, t_start, t_end, alpha, beta, mode)
     step_size = alpha if alpha is not None else _SCALED / num_steps if mode == "scaled" else 5e-4
 
     def init(params: Any) -> NamedKnobState:
         number = lambda value: jnp.asarray(value, jnp.float32)
-        state = TaidState(jnp.int32(0), number(t_start), number(jnp.inf), number(0.0))
+        state = TaidState(jnp.int32(0), number(t_start), number(0.0), number(0.0))
         return NamedKnobState({"taid_t": state})
 
     def update(
@@ -98,7 +98,7 @@ def taid(
 
     def moved(old: TaidState, value: Any) -> TaidState:
         loss = jnp.asarray(value, jnp.float32)
-        first = jnp.isinf(old.previous)
+        first = old.previous == 0  # a relative change from 0 would be none either
         previous = jnp.where(first, loss, old.previous)  # keeps the branch that is not taken finite
         relative = (previous - loss) / (previous + 1e-15)
         momentum = beta * old.momentum + (1 - beta) * relative

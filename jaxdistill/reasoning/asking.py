@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from jaxdistill.errors import ModelError
+from jaxdistill.data.prompting import Prompter
+from jaxdistill.errors import DataError, ModelError
 from jaxdistill.models import Model
 from jaxdistill.models.generator import Completion, Generator, Request
 
@@ -116,7 +117,7 @@ class Local:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         if chat and not model.tokenizer.chat_template:
             raise ModelError(f"{model.source}: has no chat template: leave chat out")
-        self._model, self._chat = model, chat
+        self._prompter, self._chat = Prompter(model.tokenizer), chat
         self._generator = Generator(model, slots=slots, length=length, cache_dtype=cache_dtype)
         self._slots = slots
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0}
@@ -130,27 +131,29 @@ class Local:
                 yield self._answer(done)
 
     def _submit(self, job: Job) -> Iterator[Answer]:
-        tokens = self._tokens(job.prompt)
         self._spent["requests"] += 1
-        self._spent["tokens_in"] += len(tokens)
         given = dataclasses.asdict(job.settings)
-        request = Request(
-            tokens, samples=job.count, first=job.first, stream=stream(job.id), tag=job, **given
-        )
         try:
-            self._generator.submit(request)
-        except ModelError as error:
+            tokens = self._tokens(job.prompt)
+            self._spent["tokens_in"] += len(tokens)
+            self._generator.submit(
+                Request(
+                    tokens,
+                    samples=job.count,
+                    first=job.first,
+                    stream=stream(job.id),
+                    tag=job,
+                    **given,
+                )
+            )
+        except (DataError, ModelError) as error:
             for sample in range(job.first, job.first + job.count):
                 yield Answer(job, sample, "", 0, None, str(error), failed=True)
 
     def _tokens(self, prompt: str) -> list[int]:
-        tokenizer = self._model.tokenizer
         if not self._chat:
-            return tokenizer(prompt)["input_ids"]
-        turns = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+            return self._prompter.text(prompt)
+        return self._prompter.turns([{"role": "user", "content": prompt}])
 
     def _answer(self, done: Completion) -> Answer:
         self._spent["tokens_out"] += len(done.tokens)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.guarded import Guarded, TimedOut
 from jaxdistill.reasoning import extract
 from jaxdistill.reasoning.expressions import evaluate, number
-from jaxdistill.reasoning.guarded import Guarded, TimedOut
 
 UNITS = ("ignore", "match")
 
@@ -171,7 +171,7 @@ def math(*, seconds: float = 5.0) -> Verifier:
             "verifier math: needs math-verify, which is not installed: pip install "
             "'jaxdistill[math]'"
         )
-    judge = Guarded("jaxdistill.reasoning.verifiers:judge_math", seconds=seconds)
+    judge = Guarded("jaxdistill.reasoning.verifiers:judge_math", seconds=seconds, first=60.0)
 
     def verify(completion: str, gold: str) -> Verdict:
         text = extract.without_thinking(completion)[-extract.LONGEST :]

@@ -119,13 +119,17 @@ def skipped_steps(run: RunFiles) -> tuple[int, ...]:
     """The steps whose update was skipped: from the events, or where the total guard/skipped grows.
 
     Events name each step; the total is recorded at some steps only, so it stands in where there
-    are no events.
+    are no events. What was run again with success, or rolled back, was not skipped in the end.
     """
-    named = {
-        event["step"]
-        for event in run.events
-        if "skip" in str(event.get("kind")) and isinstance(event.get("step"), int)
-    }
+    named: set[int] = set()
+    for event in run.events:
+        kind, step, to = str(event.get("kind")), event.get("step"), event.get("to")
+        if "skip" in kind and isinstance(step, int):
+            named.add(step)
+        elif kind == "rerun" and event.get("verdict") == "fluke" and isinstance(step, int):
+            named = {one for one in named if one < step}
+        elif kind == "rollback" and isinstance(to, int):
+            named = {one for one in named if one <= to}
     steps, totals = series(run.records, "guard/skipped")
     grown = np.diff(np.nan_to_num(totals), prepend=0.0) > 0
     return tuple(sorted(named or {int(step) for step in steps[grown]}))

@@ -306,6 +306,14 @@ def _troubles(run: RunFiles) -> list[str]:
         some = ", ".join(str(step) for step in skipped[:12])
         more = f" and {len(skipped) - 12} more" if len(skipped) > 12 else ""
         words.append(f"{len(skipped)} step(s) skipped: {some}{more}.")
+    for kind, what in (
+        ("rerun", "row(s) of steps that were not finite were run again"),
+        ("rollback", "rollback(s) to a checkpoint, with batches left out"),
+        ("spike", "loss spike(s)"),
+    ):
+        at = [str(event.get("step")) for event in run.events if event.get("kind") == kind]
+        if at:
+            words.append(f"{len(at)} {what}: at step {', '.join(at[:12])}.")
     if run.quarantined:
         words.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/).")
     nonfinite = sum(1 for record in run.records if record.get("nonfinite"))

@@ -90,6 +90,17 @@ class MetricsWriter:
             with self._guard("tensorboard"):
                 self._board.write(int(step), values, record["time"])
 
+    def rewind(self, step: int) -> None:
+        """Removes the records after a step, which will be computed again; events stay."""
+        metrics = self.run_dir / "metrics.jsonl"
+        with self._guard("metrics.jsonl"):
+            self._metrics.close()
+            _cut(metrics, step)
+            self._metrics = _Appender(metrics)
+        if self._board is not None:
+            with self._guard("tensorboard"):
+                self._board.restart(step, self._clock())
+
     def event(self, kind: str, **fields: typing.Any) -> None:
         """Appends one line to events.jsonl: `{"time", "kind", ...fields}`."""
         with self._guard("events.jsonl"):
@@ -306,10 +317,13 @@ class _Board:
         name += f".{len(list(folder.iterdir()))}.{os.getpid()}"
         self._file = _Appender(folder / name)
         self._append(file_version="brain.Event:2", wall_time=wall_time)
+        self._start = messages.SessionLog(status=messages.SessionLog.START)
         if resume_step is not None:
-            # TensorBoard then hides what an earlier attempt wrote from this step on.
-            start = messages.SessionLog(status=messages.SessionLog.START)
-            self._append(step=resume_step + 1, session_log=start, wall_time=wall_time)
+            self.restart(resume_step, wall_time)
+
+    def restart(self, step: int, wall_time: float) -> None:
+        """Lets TensorBoard hide what was written of the steps after this one."""
+        self._append(step=step + 1, session_log=self._start, wall_time=wall_time)
 
     def write(self, step: int, values: Mapping[str, float], wall_time: float) -> None:
         entries = [

@@ -24,6 +24,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
+from jaxdistill import agree
 from jaxdistill.errors import ConfigError, CorruptCheckpointError, StorageError
 from jaxdistill.train import faults, manifest, step_folders
 from jaxdistill.train.table import check_same, flatten
@@ -83,7 +84,7 @@ class Checkpoints:
 
     def _writes(self) -> bool:
         """Whether this process changes the folder."""
-        return self._keep_latest is not None and jax.process_index() == 0
+        return self._keep_latest is not None and agree.leads()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -99,7 +100,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all checkpoints, ascending; waits for one that is being written."""
         self.wait()
-        return step_folders.steps(self.directory)
+        return agree.by_leader(lambda: step_folders.steps(self.directory))
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -108,9 +109,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """The step with the best finite `best_metric` of its run, the newest of equals, or None."""
         self.wait()
-        ranks = [(one.rank, one.step) for one in step_folders.readable(self.directory)]
-        rank, step = max(ranks, default=(-math.inf, None))
-        return step if rank > -math.inf else None
+        return agree.by_leader(lambda: step_folders.best(self.directory))
 
     def save(
         self,
@@ -202,20 +201,27 @@ class Checkpoints:
         if pending is None:
             return
         step, future = pending
-        try:
-            future.result()
-        except Exception as error:
-            if self._writes():
-                step_folders.sweep(self.directory)
-            raise self._failure(step, _reason(error)) from error
+
+        def finish() -> None:
+            try:
+                future.result()
+            except Exception as error:
+                if self._writes():
+                    step_folders.sweep(self.directory)
+                raise self._failure(step, _reason(error)) from error
+
+        agree.together(finish)
 
     def poll(self) -> None:
-        """Like `wait`, without waiting: tells early that a save has failed."""
-        if self._pending is not None and self._pending[1].done():
+        """Like `wait`, without waiting: tells early that a save has failed.
+
+        Only where a process is alone: several learn it together, at the next save.
+        """
+        if jax.process_count() == 1 and self._pending is not None and self._pending[1].done():
             self.wait()
 
     def _failure(self, step: int, reason: str) -> StorageError:
-        latest = self.latest()
+        latest = max(step_folders.steps(self.directory), default=None)
         stands = "no other is there" if latest is None else f"the one of step {latest} stands"
         return StorageError(
             f"{self.directory}: the checkpoint of step {step} could not be written: {reason}; "
@@ -321,7 +327,7 @@ class Checkpoints:
             have = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         folder = self.directory / str(step)
-        meta = manifest.verify(folder)["meta"]
+        meta = agree.by_leader(lambda: manifest.verify(folder)["meta"])
         stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
         return self._read(step, stored), meta
 
@@ -334,14 +340,17 @@ class Checkpoints:
             return self._read(step, read)[_STATE]
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
-        try:
-            return read()
-        except Exception as error:  # a truncated file is a bare Exception
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise  # too little memory is not damage
-            raise CorruptCheckpointError(
-                f"{self.directory / str(step)}: cannot be read: {_reason(error)}"
-            ) from error
+        def attempt() -> Any:
+            try:
+                return read()
+            except Exception as error:  # a truncated file is a bare Exception
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise  # too little memory is not damage
+                raise CorruptCheckpointError(
+                    f"{self.directory / str(step)}: cannot be read: {_reason(error)}"
+                ) from error
+
+        return agree.together(attempt)
 
 
 def _reason(error: BaseException) -> str:

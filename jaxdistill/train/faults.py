@@ -64,10 +64,23 @@ class _Plan:
                 self._action(name)
 
 
-_plan = _Plan(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
+_plan: _Plan | None = None
+
+
+def arm(text: str) -> None:
+    """Asks for a fault as the environment variable would, in place of any other; "" for none.
+
+    Raises:
+      ValueError: if there is no such point or action.
+    """
+    global _plan
+    _plan = _Plan(text) if text else None
 
 
 def point(name: str) -> None:
-    """Does what the environment variable asks for at this point, which is nothing as a rule."""
+    """Does what was asked for at this point, which is nothing as a rule."""
     if _plan is not None:
         _plan(name)
+
+
+arm(os.environ.get(VARIABLE, ""))

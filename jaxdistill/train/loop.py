@@ -1,21 +1,28 @@
 """The training loop, top to bottom: batch, step, numbers of the step before, evaluate, save."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxdistill.errors import DivergedError, Preempted, StorageError
+from jaxdistill import agree
+from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import faults
+from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard, Judged, Trouble
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
 from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
+
+_SAVE, _STOP = 1, 2  # what a process may vote for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +34,12 @@ class Schedule:
       log_every: steps between records of metrics.jsonl.
       eval_every: steps between evaluations; the last step is always evaluated.
       save: when a checkpoint is due.
-      max_bad_in_a_row: steps with non-finite numbers, one after the other, that end the run.
     """
 
     steps: int
     log_every: int
     eval_every: int | None
     save: SaveSchedule
-    max_bad_in_a_row: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +49,14 @@ class Parts:
     Attributes:
       step: the compiled step, (state, teacher_params, batch) -> (state, means).
       teacher_params: None where there is no teacher.
-      batches: first step index -> iterator of (step index, batch on the mesh).
+      batches: first step index -> iterator of (index of the batch, batch on the mesh), those that
+        the guard leaves out left out.
       evaluate: (step, state) -> held-out metrics.
       learning_rate: step index -> learning rate, for the record.
       epoch: step index -> epochs of the data begun so far, for the record.
       meta: step -> what a checkpoint keeps besides arrays.
+      restore: the state of the newest sound checkpoint, or of the start, and its meta.
+      guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
       stop: whether the process was asked to stop.
     """
@@ -60,6 +68,8 @@ class Parts:
     learning_rate: Callable[[int], Any]
     epoch: Callable[[int], float]
     meta: Callable[[int], dict[str, Any]]
+    restore: Callable[[], tuple[TrainState, Mapping[str, Any]]]
+    guard: Guard
     checkpoints: Checkpoints
     writer: MetricsWriter
     progress: Progress
@@ -71,79 +81,96 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
     """Trains from the state's step to `schedule.steps` and returns the last state.
 
     Raises:
-      DivergedError: after `max_bad_in_a_row` steps with non-finite numbers; the message names the
-        step and the batch, and the last checkpoint stands.
+      DivergedError: when the numbers went wrong more often than the guard's policy allows; the
+        message names the step, the batch and where it is saved, and the last checkpoint stands.
       StorageError: if no checkpoint can be written, for longer than the schedule allows.
       Preempted: if the process was asked to stop; the state of the last step is saved.
     """
-    first = int(state.step)
+    guard, first = parts.guard, int(state.step)
     feed = parts.batches(first)
-    waiting: tuple[int, dict[str, Mean]] | None = None
-    last_logged = first
+    unread: collections.deque[tuple[Judged, dict[str, Mean]]] = collections.deque()
+    number = last_logged = first
+    vote = agree.Vote()
     saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
+    owed = False  # a save that was due while steps went wrong
     parts.meter.restart()
 
-    def show(number: int, means: Mapping[str, Mean]) -> None:
+    def show(judged: Judged, means: Mapping[str, Mean]) -> Trouble | None:
         """Reads one step's numbers (this waits for the step), judges them, writes them down."""
         nonlocal last_logged
+        number = judged.step
         numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
-        _judge(number, numbers, schedule.max_bad_in_a_row, parts)
-        if not recorded(schedule.log_every, schedule.steps)(number):
-            return
-        numbers["optim/lr"] = float(parts.learning_rate(number - 1 - int(numbers["guard/skipped"])))
-        numbers["data/epoch"] = parts.epoch(number)
-        numbers |= parts.meter.read(number - last_logged)
-        last_logged = number
-        numbers.pop("guard/in_a_row")
-        parts.writer.write(number, numbers)
-        parts.progress.step(number, numbers)
+        trouble = guard.judge(judged, numbers, parts.writer, parts.progress)
+        if trouble is None and recorded(schedule.log_every, schedule.steps)(number):
+            updates = number - 1 - int(numbers["guard/skipped"])
+            numbers["optim/lr"] = float(parts.learning_rate(updates))
+            numbers["data/epoch"] = parts.epoch(number)
+            numbers |= parts.meter.read(number - last_logged)
+            last_logged = number
+            numbers.pop("guard/in_a_row")
+            parts.writer.write(number, numbers)
+            parts.progress.step(number, numbers)
+        return trouble
 
-    for number in range(first + 1, schedule.steps + 1):
+    while number < schedule.steps:
+        number += 1
         with parts.meter.waiting("data"):
             index, batch = next(feed)
-        assert index == number - 1, "the data position is the step, nothing else"
+        assert index == guard.position(number - 1), "the step alone says which batch is its own"
         faults.point("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
         faults.point("step.after")
-        # The step above is only dispatched: while it runs, the numbers of the one before are read.
-        if waiting is not None:
-            show(*waiting)
-        waiting = (number, means)
-        if not parts.meter.overlaps:
-            show(*waiting)
-            waiting = None
-
+        unread.append((Judged(number, index, batch), means))
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
-        stopping = parts.stop.asked
-        save = bool(stopping) or saver.due(number)
-        if not (evaluate or save):
+        # Clocks and signals are one process's own: what to do about them is decided together.
+        level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
+        save, stopping = owed or level > 0 or saver.due(number), level == _STOP and not last
+
+        # The step above is only dispatched: while it runs, the numbers of the one before are read.
+        # But nothing is evaluated or saved before the step that made it is known to be sound, and
+        # nothing is built upon a step that goes wrong before it is known what to do.
+        trouble = None
+        while unread and trouble is None:
+            overlap = parts.meter.overlaps and not (evaluate or save or guard.alert)
+            if overlap and len(unread) == 1:
+                break
+            trouble = show(*unread.popleft())
+        if trouble is not None:
+            state = _go_back(state, trouble, parts)
+            number = last_logged = int(state.step)
+            feed = parts.batches(number)
+            unread.clear()
+            parts.meter.restart()
             continue
-        # Nothing is evaluated or saved before the step that made it is known to be sound.
-        if waiting is not None:
-            show(*waiting)
-            waiting = None
-        metrics = None
-        if evaluate:
-            faults.point("eval.before")
-            with parts.meter.waiting("other"):
-                metrics = parts.evaluate(number, state)
-            parts.writer.write(number, metrics)
-            parts.progress.step(number, metrics)
-        if save:
+
+        metrics = _evaluate(number, state, parts) if evaluate else None
+        # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
+        owed = save and guard.in_a_row > 0 and not (last or stopping)
+        if save and not owed:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
-                final = last or bool(stopping)
-                sent = saver.save(number, state, parts.meta(number), metrics, final)
+                meta = parts.meta(number) | guard.meta()
+                sent = saver.save(number, state, meta, metrics, last or stopping)
             if sent:
                 parts.writer.event("save", step=number)
-        if stopping and not last:
-            parts.writer.event("stopped", step=number, signal=stopping)
-            raise Preempted(f"{stopping}: saved after step {number} of {schedule.steps}")
-    if waiting is not None:
-        show(*waiting)
+        if stopping:
+            why = parts.stop.asked or "another process was asked to stop"
+            parts.writer.event("stopped", step=number, why=why)
+            raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
     return state
+
+
+def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
+    """Measures a state that is known to be sound, and tells."""
+    faults.point("eval.before")
+    with parts.meter.waiting("other"):
+        metrics = parts.evaluate(number, state)
+    parts.writer.write(number, metrics)
+    parts.progress.step(number, metrics)
+    parts.guard.judge_evaluation(number, metrics, parts.writer, parts.progress)
+    return metrics
 
 
 def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
@@ -156,18 +183,33 @@ def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
     return tell
 
 
-def _judge(number: int, numbers: Mapping[str, float], most: int, parts: Parts) -> None:
-    """Notes a step that changed nothing, its numbers not finite; too many end the run."""
-    in_a_row = int(numbers["guard/in_a_row"])
-    if not in_a_row:
-        return
-    what = f"loss {numbers['loss/total']:g}, gradient norm {numbers['optim/grad_norm']:g}"
-    parts.writer.event("skipped", step=number, batch=number - 1, in_a_row=in_a_row, numbers=what)
-    parts.progress.event(f"step {number} skipped: {what}")
-    if in_a_row >= most:
-        parts.writer.sync()
-        raise DivergedError(
-            f"step {number} (batch {number - 1}): {what}; {in_a_row} steps in a row were not "
-            "finite (guards.nonfinite.max_consecutive) and changed nothing. The last checkpoint is "
-            "sound. Lower optimizer.lr, look at the data of that batch, or compute in float32"
-        )
+def _go_back(state: TrainState, trouble: Trouble, parts: Parts) -> TrainState:
+    """The state to go on from: the one before the row of bad steps, or that of a checkpoint."""
+    guard = parts.guard
+    if trouble.action == "rerun":
+        before = trouble.first - 1
+        guard.run_again(trouble)
+        parts.writer.rewind(before)
+        # The steps of the row changed nothing but these two numbers.
+        undone = np.int32(trouble.last - before)
+        step, skipped = jax.device_get((state.step, state.skipped))
+        counts = np.asarray(skipped - undone, np.int32), np.asarray(step - undone, np.int32)
+        places = state.skipped.sharding, state.step.sharding
+        skipped, step = jax.device_put(counts, places)
+        return dataclasses.replace(state, step=step, skipped=skipped)
+    blamed = guards.BATCHES
+    if guard.in_a_row and guard.good is not None:
+        # Whether or not this changes the state: it is given up below.
+        state, means = parts.step(state, parts.teacher_params, guard.good)
+        if int(means["guard/in_a_row"].value):
+            blamed = guards.PARAMETERS
+    guard.check_may_roll_back(trouble, blamed)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()  # there may be no room for two states
+    state, meta = parts.restore()
+    to = int(state.step)
+    guard.rolled_back(trouble, blamed, to, parts.writer)
+    guard.begin(to, meta)
+    parts.writer.rewind(to)
+    parts.progress.event(f"step {trouble.last} rolled back to step {to}: {trouble.what}")
+    return state

@@ -60,10 +60,13 @@ class Saver:
         self._wait = min(FIRST_SECONDS, 60 * (schedule.minutes or math.inf))
 
     def due(self, number: int) -> bool:
-        """Whether the state after this step is to be saved."""
+        """Whether the state after this step is to be saved, by its number."""
         by_steps = bool(self._schedule.steps and number % self._schedule.steps == 0)
-        by_time = self._clock() - self._tried >= self._wait
-        return number == self._last or number == self._early or by_steps or by_time
+        return number == self._last or number == self._early or by_steps
+
+    def overdue(self) -> bool:
+        """Whether it is time for a save, by this process's clock; stands until there is one."""
+        return self._clock() - self._tried >= self._wait
 
     def save(
         self,

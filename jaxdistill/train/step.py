@@ -125,19 +125,19 @@ def make(
         # What adaptive knobs read: of the whole batch, all devices and micro-batches.
         control = means.pop(CONTROL, means["loss"]).value
         norm = optax.tree_utils.tree_norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        # Each is a sum over all devices and micro-batches: all of them decide alike.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(control)
         told = {name: mean.value for name, mean in means.items()}
         before = here(state.opt_state)
         updates, opt_state = tx.update(gradients, before, state.params, value=control, metrics=told)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)
         in_a_row, altogether = state.skipped
         bad = jnp.where(finite, 0, 1)
         skipped = jnp.stack([(in_a_row + 1) * bad, altogether + bad])
         new = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(keep, params, state.params),
-            opt_state=jax.tree.map(keep, opt_state, before),
+            params=_chosen(finite, params, state.params),
+            opt_state=_chosen(finite, opt_state, before),
             key=state.key,
             skipped=skipped,
             frozen=state.frozen,
@@ -210,6 +210,11 @@ def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[s
     shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], split_batch))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(body, zeros, split_batch)[0]
+
+
+def _chosen(finite: Array, new: Any, old: Any) -> Any:
+    """The new tree, or the old one to the last bit; XLA makes it part of the update's own loop."""
+    return jax.tree.map(lambda one, other: jnp.where(finite, one, other), new, old)
 
 
 def _single(value: Array) -> Mean:

@@ -80,6 +80,12 @@ def readable(directory: pathlib.Path) -> list[Saved]:
     return found
 
 
+def best(directory: pathlib.Path) -> int | None:
+    """The step with the best finite metric, the newest of equals; None where there is none."""
+    rank, step = max(((one.rank, one.step) for one in readable(directory)), default=(-math.inf, -1))
+    return step if rank > -math.inf else None
+
+
 def staging(directory: pathlib.Path, step: int) -> pathlib.Path:
     """Where a checkpoint is written before it is one."""
     return directory / f"{_SAVING}{step}"

@@ -1,11 +1,12 @@
 import datetime
 import re
-import time
+import resource
 
 import pytest
 
-from jaxdistill.data import chat_template
-from jaxdistill.data.chat_template import GENERATION_ENDS, ChatTemplate, RenderError
+from jaxdistill.data import chat_render, chat_template
+from jaxdistill.data.chat_render import GENERATION_ENDS
+from jaxdistill.data.chat_template import ChatTemplate, RenderError
 from jaxdistill.errors import ModelError
 
 TALK = [
@@ -63,7 +64,7 @@ def test_generation_marks_become_spans():
 def test_the_date_never_changes():
     text = ChatTemplate("{{ strftime_now('%d %B %Y') }}", {}).render([])
     assert text == "26 July 2024"
-    assert datetime.datetime.now() > chat_template.DATE
+    assert datetime.datetime.now() > chat_render.DATE
 
 
 def test_messages_cannot_be_changed_and_python_cannot_be_reached():
@@ -100,19 +101,60 @@ def test_a_syntax_error_names_the_line():
         ChatTemplate("a\n{% for %}", {})
 
 
-def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    endless = (
-        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}"
-    )
-    for characters, seconds in ((100_000, 60.0), (100_000_000, 0.2)):
-        monkeypatch.setattr(chat_template, "MAX_RENDERED", characters)
-        monkeypatch.setattr(chat_template, "MAX_SECONDS", seconds)
-        begin = time.monotonic()
-        with pytest.raises(RenderError, match="did not end") as caught:
-            ChatTemplate(endless, {}).render([])
-        printed = int(re.search(r"printed (\d+)", str(caught.value))[1])
-        # Each limit stops it by itself.
-        if characters == 100_000:
-            assert 100_000 < printed < 101_000
-        else:
-            assert printed < 100_000_000 and time.monotonic() - begin < 10
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}X{% endfor %}{% endfor %}"
+BOMBS = [
+    ENDLESS.replace("X", ""),
+    "{% macro f() %}{% for i in range(99999) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{% set n = 10 ** 10 %}{{ 'a' * n }}",
+    "{{ '%09999999999d' % 1 }}",
+    "{{ '{:>9999999999}'.format(1) }}",
+    "{{ 'a'.ljust(9999999999) }}",
+    "{{ 'a' | center(9999999999) }}",
+    "{{ ('a' * 99999).replace('a', 'a' * 99999) }}",
+    "{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{{ messages | tojson(indent=9999999999) }}",
+    "{{ lipsum(n=99999) }}" * 9,
+    "{{ range(10 ** 12) | list }}",
+    "(" * 100_000,
+    "{{ " + "(" * 5_000 + "1" + ")" * 5_000 + " }}",
+    "{{ " + "-" * 5_000 + "1 }}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS, ids=range(len(BOMBS)))
+def test_a_template_cannot_take_all_time_or_memory(source, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "MEMORY", 1 << 28)
+    monkeypatch.setattr(chat_render, "MAX_RENDERED", 1_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        text = ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
+        assert len(text) <= 1_000_000
+    except (RenderError, ModelError) as error:
+        assert str(error).startswith("chat template: ")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB, ours
+
+
+def test_a_template_that_prints_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(chat_render, "MAX_RENDERED", 100_000)
+    with pytest.raises(RenderError, match="did not end") as caught:
+        ChatTemplate(ENDLESS, {}).render([])
+    assert 100_000 < int(re.search(r"printed (\d+)", str(caught.value))[1]) < 101_000
+
+
+def test_a_template_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.1)
+    template = ChatTemplate(BOMBS[0], {})
+    for _ in range(chat_template.MAX_TIMEOUTS - 1):
+        with pytest.raises(RenderError, match="did not end within 0.1 s"):
+            template.render([])
+    with pytest.raises(ModelError, match="3 times: give another one"):
+        template.render([])
+
+
+def test_only_texts_of_a_bounded_size_are_templates():
+    for source in ("a" * 1_000_001, 3):
+        with pytest.raises(ModelError, match="must be a text of at most 1000000"):
+            ChatTemplate(source, {})

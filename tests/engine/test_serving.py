@@ -1,13 +1,17 @@
 """The server: its answers are the engine's, for its own client and for wrong requests."""
 
+import http.client
 import json
+import re
+import socket
 import threading
 import urllib.error
 import urllib.request
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from jaxdistill.engine import serving
+from jaxdistill.engine import serving, web
 from jaxdistill.errors import ModelError
 from jaxdistill.models.generate import complete
 from jaxdistill.reasoning.asking import Job, Settings
@@ -16,17 +20,22 @@ from tests.reasoning import teachers
 talker = teachers.talker
 
 
-@pytest.fixture(scope="module")
-def server(talker):
-    service = serving.Service(talker, slots=4, length=128)
-    server = serving.make_server(service, port=0, key="secret")
+@contextmanager
+def serving_at(server):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-    service.close()
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(talker):
+    service = serving.Service(talker, slots=4, length=128)
+    with serving_at(web.make_server(service, port=0, key="secret")) as url:
+        yield url
+    service.close()
 
 
 def _post(url, body, key="secret", kind="application/json"):
@@ -86,6 +95,16 @@ def test_our_client_reads_our_server(server, talker):
         ("chat/completions", {"messages": []}, 400, "messages: must be a list"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "every turn needs"),
         ("poems", {}, 404, "no such path"),
+        ("completions", {"temperature": 10**400}, 400, "is too large"),
+        ("completions", {"max_tokens": 10**30}, 400, "do not fit the"),
+        ("completions", {"top_k": 10**30}, 400, "top_k"),
+        ("completions", {"n": 10**300}, 400, "must be from 1 to 256"),
+        ("completions", {"stop": ["a"] * 17}, 400, "stop: must be at most 16"),
+        ("completions", {"stop": {"a": 1}}, 400, "stop: must be at most 16"),
+        ("completions", {"stop": "a" * 300}, 400, "stop: must be at most 16"),
+        ("completions", {"prompt": "\ud800"}, 400, "lone surrogate"),
+        ("completions", {"prompt": "\0"}, 400, "NUL"),
+        ("completions", {"prompt": "a" * 5000}, 400, "do not fit the"),
     ],
 )
 def test_wrong_requests_are_told(server, path, change, code, words):
@@ -101,6 +120,12 @@ def test_keys_bodies_and_kinds_are_checked(server):
         (b"{", "application/json"),
         (b"[1]", "application/json"),
         (b"{}", "text/plain"),
+        (b'{"prompt": "x", "temperature": NaN}', "application/json"),
+        (b'{"prompt": "x", "prompt": "y"}', "application/json"),
+        (b"[" * 100_000, "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"1" * 10_000, "application/json"),
+        (b" " * (web.MAX_BODY + 1), "application/json"),
     ):
         assert _post(f"{server}/v1/completions", data, kind=kind)[0] == 400
     with urllib.request.urlopen(f"{server}/health", timeout=30) as reply:
@@ -127,6 +152,20 @@ def test_requests_at_the_same_time_share_the_engine(server):
     assert texts(found[2][1]) == texts(alone[1])
 
 
+def test_special_tokens_in_a_request_stay_text(talker, monkeypatch):
+    service = serving.Service(talker, slots=1, length=128)
+    end = talker.tokenizer.eos_token_id
+    assert talker.tokenizer("a<end>b")["input_ids"].count(end) == 1  # what is to be avoided
+    assert end not in service.request({"prompt": "a<end>b"}, chat=False).tokens
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    monkeypatch.setattr(talker.tokenizer, "chat_template", template)
+    body = {"messages": [{"role": "user", "content": "a<end>b"}]}
+    tokens = service.request(body, chat=True).tokens
+    assert tokens.count(end) == 1 and tokens[-1] == end  # the template's own
+    assert talker.tokenizer.decode(tokens) == "user:a<end>b<end>"
+    service.close()
+
+
 def test_an_engine_that_stops_leaves_nobody_waiting(talker, monkeypatch):
     service = serving.Service(talker, slots=1, length=32)
     request = serving.Request([65], max_new_tokens=4)
@@ -137,7 +176,97 @@ def test_an_engine_that_stops_leaves_nobody_waiting(talker, monkeypatch):
     service._thread.join(timeout=10)
     with pytest.raises(ModelError, match="engine has stopped: start it again"):
         service.complete(request)
-    first = serving.make_server(service, port=0)
+    first = web.make_server(service, port=0)
     with pytest.raises(ModelError, match="cannot be had"):
-        serving.make_server(service, port=first.server_address[1])
+        web.make_server(service, port=first.server_address[1])
     first.server_close()
+
+
+def _talk(server, data):
+    """What the server says to bytes that no client would send; it may hang up before their end."""
+    host, port = re.fullmatch(r"http://(.*):(\d+)", server).groups()
+    said = b""
+    with socket.create_connection((host, int(port)), timeout=60) as line, suppress(OSError):
+        line.sendall(data)
+        line.shutdown(socket.SHUT_WR)
+        while piece := line.recv(4096):
+            said += piece
+    return said
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0\xff\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 1000 + b"\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: [::1\r\n\r\n",
+    ],
+)
+def test_broken_requests_are_refused_and_serving_goes_on(server, data, capfd):
+    said = _talk(server, data)
+    assert not said.startswith(b"HTTP") or 400 <= int(said[9:12]) < 500
+    assert _post(f"{server}/v1/completions", {"prompt": "x", "max_tokens": 1})[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_page_of_another_site_is_not_answered(server):
+    """DNS rebinding: a browser that was told that evil.example is 127.0.0.1 says so in Host."""
+    with serving_at(web.make_server(Broken(), port=0)) as keyless:
+        for name, code in (("evil.example", 403), ("localhost:1", 200), ("[::1]:8000", 200)):
+            request = f"GET /health HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()
+            assert int(_talk(keyless, request)[9:12]) == code
+            assert int(_talk(server, request)[9:12]) == 200  # a page does not know the key
+
+
+def test_connections_and_waiting_samples_are_bounded(talker, monkeypatch):
+    monkeypatch.setattr(web, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(serving, "MAX_PENDING", 3)
+    service = serving.Service(talker, slots=1, length=32)
+    with serving_at(web.make_server(service, port=0)) as url:
+        code, reply = _post(f"{url}/v1/completions", {"prompt": "x", "n": 4})
+        assert code == 503 and "try again later" in reply["error"]["message"]
+        assert service._pending == 0
+        port = int(url.rpartition(":")[2])
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        with pytest.raises((urllib.error.URLError, http.client.HTTPException, OSError)):
+            urllib.request.urlopen(f"{url}/health", timeout=30)
+        for line in idle:
+            line.close()
+        for _ in range(100):
+            with suppress(OSError, http.client.HTTPException):
+                with urllib.request.urlopen(f"{url}/health", timeout=30) as reply:
+                    assert json.loads(reply.read()) == {"status": "ok"}
+                break
+            threading.Event().wait(0.1)
+        else:
+            raise AssertionError("closed connections are not given back")
+    service.close()
+
+
+class Broken:
+    name = "broken"
+
+    def answer(self, body, chat):
+        raise KeyError("secret detail")
+
+
+def test_a_mistake_of_ours_is_one_line_and_no_traceback(capfd):
+    with serving_at(web.make_server(Broken(), port=0)) as url:
+        code, reply = _post(f"{url}/v1/completions", {})
+        assert code == 500 and "secret" not in json.dumps(reply)
+        assert capfd.readouterr().err == "serve: KeyError: 'secret detail'\n"
+
+
+def test_only_this_machine_is_told_apart():
+    for name in ("127.0.0.1", "127.1.2.3", "::1", "localhost", "LOCALHOST"):
+        assert web.is_loopback(name)
+    for name in ("0.0.0.0", "::", "localhost.evil.example", "10.0.0.1", "", None):
+        assert not web.is_loopback(name)
+    server = web.make_server(Broken(), port=0)
+    assert server.server_address[0] == "127.0.0.1"
+    server.server_close()

@@ -152,6 +152,16 @@ def test_hard_logits_are_finite(name, dtype):
     np.testing.assert_array_equal(np.asarray(slope, np.float32)[:, -2:], 0)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_nan_of_either_model_is_not_hidden(name, side):
+    """A finite loss of a teacher that says NaN would train the student on nothing, unseen."""
+    sides = dict(zip(("student", "teacher"), logits(), strict=True))
+    sides[side] = sides[side].at[2, 5].set(jnp.nan)
+    value = CASES[name](sides["student"], sides["teacher"], jnp.arange(6))
+    assert np.isnan(value[2]) and np.isfinite(np.delete(np.asarray(value), 2)).all()
+
+
 @pytest.mark.parametrize("name", ["decoupled_kl", "smoothed_forward_kl", "alphanet"])
 def test_gradients_are_finite_differences_in_float64(name):
     rng, step = np.random.default_rng(0), 1e-6

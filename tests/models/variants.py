@@ -52,7 +52,6 @@ CASES = {
         "sliding_window": 6,
         "original_max_position_embeddings": 64,
         "embd_pdrop": 0.0,
-        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
     },
     "phi3_partial": {"model_type": "phi3", **_SMALL, "partial_rotary_factor": 0.75},
     "gpt2": {
@@ -143,7 +142,7 @@ def transformers_folder(name: str, folder: pathlib.Path) -> pathlib.Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    raw = {key: value for key, value in CASES[name].items() if key != "auto_map"}
+    raw = dict(CASES[name])
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config)

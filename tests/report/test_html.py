@@ -109,7 +109,9 @@ def run_dir(tmp_path):
     put(folder, "config.resolved.yaml", "method:\n  name: taid\n")
     put(folder, "fingerprints.json", {"data": "sha256:9f86d081"})
     put(folder, "quarantine/train.jsonl", "{}\n" * 3)
-    put(folder, "events.jsonl", '{"time": 1780000000, "kind": "checkpoint", "step": 50}\n')
+    rollback = '{"time": 1780000000, "kind": "rollback", "step": 47, "to": 42}\n'
+    save = '{"time": 1780000000, "kind": "checkpoint", "step": 50}\n'
+    put(folder, "events.jsonl", rollback + save)
     return folder
 
 
@@ -148,6 +150,7 @@ def test_the_page_holds_the_right_numbers(run_dir):
         "tokens/s 41.2k",
         "Red ticks on the axis: 1 skipped step(s).",
         "1 step(s) skipped: 40.",
+        "1 rollback(s) to a checkpoint, with batches left out: at step 47.",
         "3 record(s) of the data set aside",
         "The run was resumed 1 time(s).",
         "jaxdistill train configs/taid.yaml api_key= [redacted]".replace("= ", "="),

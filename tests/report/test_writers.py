@@ -98,6 +98,21 @@ def test_resume_continues_without_gap_or_repeat(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_run_that_goes_back_continues_without_gap_or_repeat(tmp_path):
+    with writer(tmp_path) as out:
+        for step in range(1, 8):
+            out.write(step, {"loss/total": 1.0 / step})
+        out.event("rollback", step=7, to=4)
+        out.rewind(4)
+        assert steps(tmp_path) == [1, 2, 3, 4]
+        for step in range(5, 9):
+            out.write(step, {"loss/total": 2.0 / step})
+    assert steps(tmp_path) == list(range(1, 9))
+    losses = [record["loss/total"] * record["step"] for record in read_metrics(tmp_path)]
+    assert losses == pytest.approx([1.0] * 4 + [2.0] * 4)
+    assert (tmp_path / "events.jsonl").read_text().count("rollback") == 1
+
+
 def test_resume_drops_a_torn_last_line(tmp_path):
     with writer(tmp_path) as out:
         for step in (1, 2):

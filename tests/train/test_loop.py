@@ -4,72 +4,132 @@ import contextlib
 from unittest import mock
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdistill.errors import DivergedError, Preempted
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard, Policy
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.stopping import Stop
-from jaxdistill.types import Mean
+from jaxdistill.types import Batch, Mean
 
 
-def at(step):
-    return TrainState(step=step, params=None, opt_state=None, key=None, skipped=None)
+def at(step, learned=(), skipped=(0, 0)):
+    """A state whose parameters are the indices of the batches that moved them."""
+    numbers = (jnp.asarray(one, jnp.int32) for one in (step, learned, skipped))
+    step, learned, skipped = numbers
+    return TrainState(step, learned, None, None, skipped)
 
 
-def run(schedule, bad=(), overlaps=True, first=0, stop_at=None):
-    """Trains with stand-ins that note what is asked of them: (state, log)."""
-    log, stop = [], Stop()
-    in_a_row = 0
+def learned_by(state):
+    return tuple(np.asarray(state.params).tolist())
+
+
+def batch_of(index):
+    numbers = np.full((2, 3), index, np.int32)
+    return Batch(numbers, numbers, numbers > 0, numbers, numbers)
+
+
+def run(
+    schedule,
+    bad=(),
+    overlaps=True,
+    first=0,
+    skipped=(0, 0),
+    policy=None,
+    folder="/no/such/folder",
+    loss=lambda number, index: 10.0 - number,
+    evaluation=None,
+    stop_at=None,
+):
+    """Trains with stand-ins that note what is asked of them: (state, log).
+
+    A batch goes wrong when its index is in `bad`, which may map it to how often; a callable decides
+    by the index and the batches learned so far.
+    """
+    log, disk, stop = [], {}, Stop()
+    left = dict(bad) if isinstance(bad, dict) else {}
+
+    def goes_wrong(index, learned):
+        if callable(bad):
+            return bad(index, learned)
+        if index in left:
+            left[index] -= 1
+            return left[index] >= 0
+        return index in bad and not left
 
     def step(state, teacher, batch):
-        nonlocal in_a_row
-        number = state.step + 1
-        in_a_row = in_a_row + 1 if number in bad else 0
-        loss = float("nan") if number in bad else 10.0 - number
-        values = {"loss/total": loss, "optim/grad_norm": 1.0}
-        values |= {"guard/in_a_row": in_a_row, "guard/skipped": 0}
-        log.append(("step", number, batch))
+        number, index = int(state.step) + 1, int(batch.tokens[0, 0])
+        in_a_row, altogether = np.asarray(state.skipped).tolist()
+        learned = learned_by(state)
+        wrong = goes_wrong(index, learned)
+        skipped = (in_a_row + 1, altogether + 1) if wrong else (0, altogether)
+        value = float("nan") if wrong else loss(number, index)
+        values = {"loss/total": value, "optim/grad_norm": 1.0}
+        values |= {"guard/in_a_row": skipped[0], "guard/skipped": skipped[1]}
+        log.append(("step", number, index))
         stop.asked = "SIGTERM" if number == stop_at else stop.asked
         means = {name: Mean(jnp.float32(v), jnp.float32(1)) for name, v in values.items()}
-        return at(number), means
+        return at(number, learned if wrong else (*learned, index), skipped), means
 
     def write(number, scalars):
         kind = "eval" if any(name.startswith("eval/") for name in scalars) else "metrics"
         log.append((kind, number, dict(scalars)))
 
+    def save(number, state, meta, metrics):
+        counts = np.asarray(state.skipped).tolist()
+        disk[number] = int(state.step), learned_by(state), counts, meta
+        log.append(("save", number, metrics))
+
+    def restore():
+        if not disk:
+            return at(first, (), skipped), {}
+        *parts, meta = disk[max(disk)]
+        return at(*parts), meta
+
     writer = mock.Mock(spec=MetricsWriter)
     writer.write.side_effect = write
+    writer.rewind.side_effect = lambda number: log.append(("rewind", number))
     writer.event.side_effect = lambda kind, **fields: log.append(("event", kind, fields))
     checkpoints = mock.Mock(spec=Checkpoints)
-    checkpoints.save.side_effect = lambda n, state, meta, metrics: log.append(("save", n, metrics))
+    checkpoints.save.side_effect = save
     meter = mock.Mock(spec=Meter, overlaps=overlaps)
     meter.waiting.side_effect = lambda what: contextlib.nullcontext()
     meter.read.side_effect = lambda steps: {"perf/steps_read": steps}
+    guard = Guard(folder, policy or Policy())
+    guard.begin(first, {})
+
+    def batches(start):
+        for begin, end in guard.stretches(start, schedule.steps):
+            yield from ((index, batch_of(index)) for index in range(begin, end))
+
     parts = loop.Parts(
         step=step,
         teacher_params=None,
-        batches=lambda start: ((i, f"batch {i}") for i in range(start, 100)),
-        evaluate=lambda number, state: {"eval/loss": float(state.step)},
+        batches=batches,
+        evaluate=lambda number, state: {"eval/loss": evaluation or float(state.step)},
         learning_rate=lambda update: 0.5**update,
         epoch=lambda number: number / 10,
         meta=lambda number: {"data_step": number},
+        restore=restore,
+        guard=guard,
         checkpoints=checkpoints,
         writer=writer,
         progress=mock.Mock(spec=Progress),
         meter=meter,
         stop=stop,
     )
-    return loop.train(at(first), parts, schedule), log
+    return loop.train(at(first, (), skipped), parts, schedule), log
 
 
 def schedule(**changes):
-    save = SaveSchedule(changes.pop("save_steps", 4), None, max_unsaved_minutes=10.0)
-    values = {"steps": 7, "log_every": 2, "eval_every": 3, "save": save, "max_bad_in_a_row": 2}
+    values = {"steps": 7, "log_every": 2, "eval_every": 3}
+    values["save"] = SaveSchedule(changes.pop("save_steps", 4), None, max_unsaved_minutes=10.0)
     return loop.Schedule(**(values | changes))
 
 
@@ -109,7 +169,7 @@ def test_a_checkpoint_carries_the_evaluation_of_its_step_and_no_other():
 
 def test_a_resumed_loop_takes_the_batch_of_its_step():
     _, log = run(schedule(), first=5)
-    assert [entry[1:] for entry in log if entry[0] == "step"] == [(6, "batch 5"), (7, "batch 6")]
+    assert [entry[1:] for entry in log if entry[0] == "step"] == [(6, 5), (7, 6)]
 
 
 def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
@@ -120,10 +180,109 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
     assert state.step == 7 and log[-1][:2] == ("event", "save")
 
 
-def test_bad_steps_are_noted_and_too_many_end_the_run_before_anything_is_saved():
-    _, log = run(schedule(), bad={2, 5})
-    events = [entry for entry in log if entry[0] == "event" and entry[1] == "skipped"]
-    assert [(entry[2]["step"], entry[2]["batch"]) for entry in events] == [(2, 1), (5, 4)]
-    with pytest.raises(DivergedError, match=r"step 4 \(batch 3\).*2 steps in a row") as error:
-        run(schedule(), bad={3, 4})
+def told(log, kind):
+    return [entry[2] for entry in log if entry[:2] == ("event", kind)]
+
+
+def stepped(log):
+    return [entry[1:] for entry in log if entry[0] == "step"]
+
+
+def test_single_bad_steps_are_noted_and_their_batches_spent():
+    state, log = run(schedule(), bad={1, 4})
+    assert [(one["step"], one["batch"]) for one in told(log, "skipped")] == [(2, 1), (5, 4)]
+    assert learned_by(state) == (0, 2, 3, 5, 6)
+    assert stepped(log) == [(number, number - 1) for number in range(1, 8)]
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_fluke_costs_nothing(overlaps):
+    """Two batches go wrong once; run again they are fine, and the run is the undisturbed one."""
+    policy = Policy(max_consecutive=2)
+    state, log = run(schedule(), bad={2: 1, 3: 1}, overlaps=overlaps, policy=policy)
+    assert learned_by(state) == tuple(range(7)) and np.asarray(state.skipped).tolist() == [0, 0]
+    (rerun,) = told(log, "rerun")
+    assert rerun == {"step": 3, "batch": 2, "verdict": "fluke"} and not told(log, "rollback")
+    assert stepped(log) == [(1, 0), (2, 1), (3, 2), (4, 3), (3, 2), (4, 3), (5, 4), (6, 5), (7, 6)]
+    again = log[log.index(("rewind", 2)) :]
+    assert [entry[1] for entry in again if entry[0] == "metrics"] == [4, 6, 7]
+    assert {one[2]["optim/lr"] for one in again if one[:2] == ("metrics", 7)} == {0.5**6}
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_batches_that_go_wrong_again_are_left_out(overlaps, tmp_path):
+    policy = Policy(max_consecutive=2)
+    options = {"overlaps": overlaps, "policy": policy, "folder": tmp_path}
+    state, log = run(schedule(steps=9), bad={5, 6}, **options)
+    assert learned_by(state) == (0, 1, 2, 3, 4, 7, 8, 9, 10) and int(state.step) == 9
+    (rerun,), (back,) = told(log, "rerun"), told(log, "rollback")
+    assert rerun == {"step": 6, "batch": 5, "verdict": "fact"}
+    expected = {"step": 7, "to": 4, "first_batch": 5, "end_batch": 7, "blamed": "batches"}
+    assert back.items() >= (expected | {"count": 1}).items()
+    assert stepped(log)[-5:] == [(5, 4), (6, 7), (7, 8), (8, 9), (9, 10)]
+    # What an earlier attempt left out stays left out, wherever the run begins.
+    later, log = run(schedule(steps=9), bad={5, 6}, first=5, **options)
+    assert stepped(log) == [(6, 7), (7, 8), (8, 9), (9, 10)] and learned_by(later) == (7, 8, 9, 10)
+    _, log = run(schedule(steps=5), first=3, **options)
+    assert stepped(log) == [(4, 3), (5, 4)]
+
+
+def test_parameters_that_went_wrong_lose_the_batches_since_the_checkpoint(tmp_path):
+    """Batch 4 spoils them: from then on nothing is finite, not even what has been before."""
+    options = {"policy": Policy(max_consecutive=2), "folder": tmp_path}
+    state, log = run(schedule(steps=9), bad=lambda index, learned: 4 in learned, **options)
+    (back,) = told(log, "rollback")
+    expected = {"step": 7, "to": 4, "first_batch": 4, "end_batch": 7, "blamed": "parameters"}
+    assert back.items() >= expected.items()
+    assert learned_by(state) == (0, 1, 2, 3, 7, 8, 9, 10, 11)
+
+
+def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
+    policy = Policy(max_consecutive=2, max_rollbacks=1)
+    with pytest.raises(DivergedError) as error:
+        run(schedule(steps=30), bad=range(5, 99), policy=policy, folder=tmp_path)
     assert error.value.exit_code == 7
+    path = tmp_path / "crash" / "batch_00000007.npz"
+    for words in ("step 6 (batch 7)", "steps 6 to 7", "max_rollbacks = 1", str(path), "float32"):
+        assert words in str(error.value)
+    with np.load(path, allow_pickle=False) as saved:
+        assert saved["step"] == 6 and saved["index"] == 7
+        np.testing.assert_array_equal(saved["tokens"], batch_of(7).tokens)
+        assert set(saved) == {"step", "index", *vars(batch_of(0))} - {"origin"}
+
+
+def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():
+    _, log = run(schedule(steps=9, eval_every=None), bad={3, 4}, policy=Policy(max_consecutive=3))
+    assert [entry[1] for entry in log if entry[0] == "save"] == [1, 6, 8, 9]
+
+
+def test_a_row_that_an_earlier_process_left_open_counts_on(tmp_path):
+    """Only this process's part of it is run again: what is on disk stays behind."""
+    options = {"first": 5, "skipped": (1, 1), "policy": Policy(max_consecutive=2)}
+    state, log = run(schedule(steps=8), bad={5: 1}, folder=tmp_path, **options)
+    assert stepped(log) == [(6, 5), (6, 5), (7, 6), (8, 7)]
+    assert np.asarray(state.skipped).tolist() == [0, 1]
+    _, log = run(schedule(steps=8), bad={5}, folder=tmp_path, **options)
+    assert stepped(log) == [(6, 5), (6, 5), (6, 6), (7, 7), (8, 8)]
+
+
+@pytest.mark.parametrize(("then", "events"), [("warn", 1), ("rollback", 1), ("ignore", 0)])
+def test_a_loss_spike_is_told_and_its_batch_left_out_where_asked(then, events, tmp_path):
+    state, log = run(
+        schedule(steps=70, save_steps=10),
+        loss=lambda number, index: 10 / number + 50 * (index == 64),
+        policy=Policy(spike_then=then),
+        folder=tmp_path,
+    )
+    spikes = told(log, "spike")
+    assert [(one["step"], one["batch"]) for one in spikes] == [(65, 64)] * events
+    left_out = {64} if then == "rollback" else set()
+    assert learned_by(state) == tuple(sorted({*range(70 + len(left_out))} - left_out))
+    assert [(one["to"], one["blamed"]) for one in told(log, "rollback")] == (
+        [(60, "batches")] if then == "rollback" else []
+    )
+
+
+def test_an_evaluation_that_is_not_finite_is_told():
+    _, log = run(schedule(steps=3), evaluation=float("nan"))
+    assert told(log, "evaluation") == [{"step": 3, "nonfinite": ["eval/loss"]}]

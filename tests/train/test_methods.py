@@ -14,6 +14,7 @@ from jaxdistill import losses, models, objectives, optim, teachers
 from jaxdistill.losses import whole_rows
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
+from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import STUDENT as STUDENTS
@@ -101,14 +102,17 @@ KINDS = {
 for _name, (_kind, _parameters) in KINDS.items():
     _make = functools.partial(objectives.kd, vocab=VOCAB, divergence=_kind, parameters=_parameters)
     METHODS[_name] = (_make, {"alpha": 0.2, "temperature": 1.0})
+# Without a teacher, and without a curve here.
+OTHERS = {"sft": (lambda: objectives.sft(vocab=VOCAB), {})}
 
 
 class Training:
-    """A tiny pair under one method, in float32."""
+    """A tiny pair under one method, in float32; with `poisonable` marked tokens go wrong."""
 
-    def __init__(self, name, mesh=None, micro_batches=1, lr=1e-2, ratio=10.0):
+    def __init__(self, name, mesh=None, micro_batches=1, lr=1e-2, ratio=10.0, poisonable=False):
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
-        objective, knobs = METHODS[name][0](), dict(METHODS[name][1])
+        make, knobs = (METHODS | OTHERS)[name]
+        objective, knobs = make(), dict(knobs)
         if "taid_t" in knobs:
             knobs["taid_t"] = optim.taid(STEPS, mode="scaled")
         if "feature_balance" in knobs:
@@ -126,6 +130,8 @@ class Training:
             trained=TED_TRAINED if "stage" in knobs else None,
         )
         self.loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
+        if poisonable:
+            self.loss = poison.poisoned(self.loss)
         self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps,
             relations=objective.teacher_relations,
         )  # fmt: skip
@@ -153,8 +159,14 @@ class Training:
 
 
 @functools.cache
+def trained(name):
+    """A training after its last step, and its metrics; for reading alone."""
+    training = Training(name)
+    return training, training.run()
+
+
 def curve(name):
-    return Training(name).run()
+    return trained(name)[1]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -216,17 +228,73 @@ def test_evaluating_moves_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_poisoned_batch_leaves_t_alone():
-    training, clean = Training("taid"), Training("taid")
-    training.run(3)
-    clean.run(3)
-    good = training.teacher
-    training.teacher = jax.tree.map(lambda x: x * jnp.nan, good)
-    training.run(1, first=3)
+def counted(state):
+    return int(state.step), *np.asarray(state.skipped).tolist()
+
+
+def unchanged(before, after):
+    """Every bit but the counters is as before, and all of it is finite."""
+    for one, other in zip(
+        *(map(jax.tree.leaves, ((x.params, x.opt_state, x.key) for x in (before, after)))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+        assert np.isfinite(other).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_teacher_that_says_nan_changes_nothing_of_any_method(name):
+    """Parameters, moments, knobs, TAID's t, the balance, CTKD's temperature, TED's filters."""
+    training, _ = trained(name)
+    before, good = jax.device_get(training.state), training.teacher
+    training.teacher = jax.tree.map(lambda leaf: leaf * jnp.nan, good)
+    training.run(1)
     training.teacher = good
-    a, b = (optim.knobs(x.state.opt_state)["taid_t"] for x in (training, clean))
-    np.testing.assert_array_equal(a, b)
-    assert np.isfinite(training.run(1, first=4)[0]["loss/total"])
+    unchanged(before, jax.device_get(training.state))
+    step, in_a_row, altogether = counted(before)
+    assert counted(training.state) == (step + 1, in_a_row + 1, altogether + 1)
+
+
+def test_a_first_step_that_is_not_finite_leaves_the_start_behind():
+    """TAID has seen no loss yet, and the balance no ratio: still there is nothing infinite."""
+    training = Training("taid", poisonable=True)
+    before = jax.device_get(training.state)
+    rows_of = training.rows
+    training.rows = lambda seed: poison.Poison("nan@0").mark(0, rows_of(seed))
+    training.run(1)
+    unchanged(before, jax.device_get(training.state))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "micro_batches"),
+    [("taid", None, 4), ("kd", (2, 4), 1), ("ctkd", (2, 2, 2), 2), ("sft", (1, 2), 2)],
+)
+def test_one_token_on_one_device_in_one_micro_batch_stops_the_step_everywhere(
+    name, mesh, micro_batches
+):
+    if mesh and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    if mesh is not None:
+        mesh = make_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)])
+    training = Training(name, mesh=mesh, micro_batches=micro_batches, poisonable=True)
+    training.run(2)
+    clean, rows_of = jax.device_get(training.state), training.rows
+    for kind in ("nan", "inf", "gradient"):
+        for row in (0, ROWS - 1):
+            bad = poison.Poison(f"{kind}@{row}")
+            training.rows = lambda seed, bad=bad, row=row: bad.mark(row, rows_of(seed))
+            (means,) = training.run(1, first=2)
+            assert np.isfinite(means["loss/total"]) == (kind == "gradient")
+            assert np.isfinite(means["optim/grad_norm"]) == (kind != "gradient")
+            unchanged(clean, jax.device_get(training.state))
+    assert counted(training.state) == (8, 6, 6)
+    training.rows = rows_of
+    after = Training(name, mesh=mesh, micro_batches=micro_batches, poisonable=True)
+    after.run(2)
+    for one in (training, after):
+        one.run(1, first=2)
+    unchanged(*(jax.device_get(one.state) for one in (after, training)))
+    assert counted(training.state) == (9, 0, 6)
 
 
 @pytest.mark.parametrize("name", ["ctkd", "ctkd_per_token"])

@@ -1,0 +1,134 @@
+"""What it costs that non-finite numbers never reach the state: the step with and without, in turn.
+
+    python -m benchmarks.guard --save guard_cpu
+
+Both programs are compiled from the same step; in one of them the choice between the new and the old
+state is left out. They take turns in one process. The batch is small, so that the optimizer, where
+the choice is made, has the largest share of the step that it ever has. The host's part, judging a
+step and looking for a spike of the loss, is measured by itself.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+
+from benchmarks import duel
+from jaxdistill import models, objectives, optim, teachers
+from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.sharding import make_mesh
+from jaxdistill.train import state as states
+from jaxdistill.train import step as steps
+from jaxdistill.train.guard import Guard, Judged, Policy
+from jaxdistill.types import Batch
+
+VOCAB, BATCH, LENGTH = 8192, 4, 128
+TEACHER = models.DecoderConfig(
+    "llama", vocab_size=VOCAB, embed=384, mlp=1024, layers=6, heads=6, kv_heads=6, head_dim=64
+)
+STUDENT = models.DecoderConfig(
+    "llama", vocab_size=VOCAB, embed=256, mlp=704, layers=4, heads=4, kv_heads=4, head_dim=64
+)
+
+
+def main() -> None:
+    """Measures and prints; with --save it also writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    options = parser.parse_args()
+    result = measure(options.rounds)
+    print(json.dumps(result, indent=2))
+    if options.save:
+        print(duel.save(options.save, result))
+
+
+def measure(rounds: int) -> dict:
+    """Medians over rounds of one step of each program, and the median ratio of neighbours.
+
+    Seconds of the clock and of all cores: what else runs on the machine disturbs the latter less.
+    """
+    mesh = make_mesh(devices=jax.devices()[:1])
+    guarded = _Program(mesh)
+    with mock.patch.object(steps, "_chosen", lambda finite, new, old: new):
+        bare = _Program(mesh)
+    found: dict[str, dict[str, list[float]]] = {"clock": {}, "cores": {}}
+    pairs = [("with", guarded), ("without", bare)]
+    for number in range(rounds):
+        for name, program in pairs if number % 2 else reversed(pairs):
+            clock, cores = time.perf_counter(), time.process_time()
+            program.step()
+            found["clock"].setdefault(name, []).append(time.perf_counter() - clock)
+            found["cores"].setdefault(name, []).append(time.process_time() - cores)
+    host = _host_seconds(guarded.batch)
+    result = {
+        "baseline": "the same step without the choice between new and old state",
+        "jax": jax.__version__,
+        "shapes": {"vocab": VOCAB, "batch": BATCH, "length": LENGTH, "rounds": rounds},
+        "host_seconds": host,
+    }
+    for kind, seconds in found.items():
+        ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        result[kind] = {
+            "seconds": medians,
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "host_share": host / medians["without"],
+        }
+    for name in ("flops", "bytes accessed"):
+        result[name.replace(" ", "_")] = {
+            which: program.cost[name] for which, program in pairs if name in program.cost
+        }
+    return result
+
+
+class _Program:
+    """A compiled step with a state of its own."""
+
+    def __init__(self, mesh):
+        tx = optim.optimizer(1e-4, knobs={"alpha": 0.5, "temperature": 2.0})
+        loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+        step = steps.make(loss, teachers.online(TEACHER, compute_dtype="float32"), tx)
+        self._teacher = models.random(TEACHER, 1, "float32", mesh).params
+        student = models.random(STUDENT, 0, "float32", mesh).params
+        self._state = states.create(student, {}, tx, 0, mesh)
+        self.batch = steps.place(_batch(), mesh)
+        self._step = steps.compiled(step, self._state, self._teacher, self.batch, mesh)
+        self.cost = self._step.cost_analysis() or {}
+        self.step()
+
+    def step(self) -> None:
+        self._state, means = self._step(self._state, self._teacher, self.batch)
+        jax.block_until_ready((self._state, means))
+
+
+def _batch() -> Batch:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
+    ones = np.ones((BATCH, LENGTH), np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(bool), positions, ones)
+
+
+def _host_seconds(batch: Batch, count: int = 2000) -> float:
+    """The median time to judge a step, with the window of losses full."""
+    losses = 3 + 0.1 * np.random.default_rng(0).normal(size=count)
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder, MetricsWriter(folder, False) as writer:
+        guard, progress = Guard(folder, Policy()), Progress(count, mode="none")
+        for number, loss in enumerate(losses.tolist(), start=1):
+            numbers = {"loss/total": loss, "optim/grad_norm": 1.0, "guard/in_a_row": 0}
+            numbers |= {"knobs/alpha": 0.5, "knobs/temperature": 2.0}
+            began = time.perf_counter()
+            guard.judge(Judged(number, number - 1, batch), numbers, writer, progress)
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[count // 2 :])
+
+
+if __name__ == "__main__":
+    main()

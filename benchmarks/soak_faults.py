@@ -1,0 +1,474 @@
+"""Faults that a cluster brings, in numbers: killed runs, flipped bits, signals, full disks.
+
+Every run is a process of its own on a tiny model. What it leaves is compared with a run of the same
+configuration that nobody disturbed: the arrays of the last checkpoint and the records of
+metrics.jsonl, times and rates apart, must be the same to the last bit.
+"""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.warm import ROOT, Nursery
+from jaxdistill.data import store
+from jaxdistill.errors import CorruptCheckpointError
+from jaxdistill.train import faults, manifest, step_folders
+
+METHODS = {
+    "kd": "{name: kd, alpha: 0.3, temperature: {schedule: linear, start: 1.0, end: 2.0}}",
+    "taid": "{name: taid, mode: scaled, alpha: 0.2}",
+    "ctkd": "{name: ctkd, alpha: 0.2, t_range: 4.0, temperature_lr: 0.05}",
+    "ted": "{name: ted, alpha: 0.2, layers: [[0, 0]], filter_steps: 0.3, filter_lr: 1e-3}",
+    "minilm": "{name: minilm, alpha: 0.2, student_layer: 0, teacher_layer: 1}",
+    "hidden": "{name: hidden, alpha: 0.2, layers: [[0, 1]], feature_weight: 0.5, balance: true}",
+    "akl": "{name: akl, alpha: 0.2}",
+    "jsd": "{name: jsd, alpha: 0.2}",
+    "sft": "{name: sft}",
+}
+STEPS = 30
+CONFIG = """
+version: 1
+seed: 3
+run: {{name: tiny, dir: {folder}}}
+teacher:
+  random: {{layers: 2, embed: 32, mlp: 48, heads: 4, kv_heads: 2}}
+  dtype: float32
+student: {{from: teacher, every: 2, compute_dtype: float32}}
+tokenizer: {{from: bytes}}
+data:
+  train: [{{path: {data}/train.txt, format: paragraphs}}]
+  eval: [{{path: {data}/eval.txt, format: paragraphs}}]
+  seq_len: 32
+  cache_dir: {data}/cache
+method: {method}
+optimizer: {{lr: 1e-2, warmup: 2, weight_decay: 0.0}}
+train: {{steps: {steps}, batch_size: 8, eval_every: 10, log_every: 1}}
+checkpoint: {{every: {{steps: 4}}, keep: {{latest: 2}}, max_unsaved_minutes: {unsaved}}}
+logging: {{progress: none, tensorboard: true}}
+eval: {{max_rows: 8, samples: 0, compare: false}}
+"""
+_WORDS = "the quick brown fox jumps over a lazy dog while nine wizards box".split()
+_CACHE = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "HF_HUB_OFFLINE": "1",
+    "XLA_FLAGS": "",
+}
+
+
+class Rig:
+    """Tiny runs in a folder, and the undisturbed run of each method.
+
+    Args:
+      folder: an empty one.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.txt").write_text(_sentences(0, 120))
+        (folder / "eval.txt").write_text(_sentences(1000, 12))
+        (folder / "jax").mkdir(mode=0o700, exist_ok=True)
+        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+        self.nursery = Nursery(environment=self.environment)
+        self.log = folder / "log.txt"
+        self._whole: dict[str, tuple[dict, list]] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> "Rig":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.nursery.close()
+
+    def config(self, method: str, run: pathlib.Path, unsaved: float = 60.0) -> pathlib.Path:
+        """A configuration file for a run in a folder that does not exist yet."""
+        text = CONFIG.format(
+            folder=run, data=self.folder, method=METHODS[method], steps=STEPS, unsaved=unsaved
+        )
+        path = run.with_suffix(".yaml")
+        path.write_text(text)
+        return path
+
+    def command(self, method: str, run: pathlib.Path) -> list[str]:
+        """What begins a run, or goes on with it."""
+        if (run / "RUN.json").exists():
+            return ["resume", str(run)]
+        return ["train", str(self.config(method, run))]
+
+    def whole(self, method: str) -> tuple[dict, list]:
+        """What the undisturbed run of a method left; made once, and timed warm."""
+        if method not in self._whole:
+            for repeat in range(2):
+                run = self.folder / f"whole-{method}-{repeat}"
+                began = time.perf_counter()
+                code = self.nursery.run(self.command(method, run), self.log)
+                self.seconds[method] = time.perf_counter() - began
+                assert code == 0, f"{run}: ended with {code}: {self.log.read_text()[-2000:]}"
+                left = result(run)
+                assert not repeat or same(left, self._whole[method]), "the same command twice"
+                self._whole[method] = left
+        return self._whole[method]
+
+
+def _sentences(first: int, count: int) -> str:
+    lines = (
+        " ".join(_WORDS[(i * k + k) % len(_WORDS)] for k in range(1, 9)) + f" {i}."
+        for i in range(first, first + count)
+    )
+    return "\n\n".join(lines)
+
+
+def result(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """The arrays of the last checkpoint, and all records without what a clock decides."""
+    from orbax.checkpoint import v1 as ocp
+
+    directory = run / "checkpoints"
+    last = max(step_folders.steps(directory))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = ocp.load_checkpointables(str(directory / str(last)), {"state": None})["state"]
+    arrays = {name: np.asarray(leaf) for name, leaf in state.items()}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        for name in [n for n in record if n == "time" or n.startswith("perf/")]:
+            del record[name]
+    return arrays, records
+
+
+def same(left: tuple[dict, list], right: tuple[dict, list]) -> bool:
+    """Whether two runs left the same bits."""
+    arrays, others = left[0], right[0]
+    return (
+        left[1] == right[1]
+        and arrays.keys() == others.keys()
+        and all(
+            a.dtype == others[name].dtype and a.tobytes() == others[name].tobytes()
+            for name, a in arrays.items()
+        )
+    )
+
+
+def sound(run: pathlib.Path) -> bool:
+    """Whether every checkpoint that a run folder shows is whole."""
+    directory = run / "checkpoints"
+    try:
+        for step in step_folders.steps(directory):
+            manifest.verify(directory / str(step))
+    except CorruptCheckpointError as error:
+        print(f"unsound: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def kills(
+    rig: Rig, count: int, seed: int = 0, per_run: int = 8, told: Callable[[dict], Any] = print
+) -> dict[str, Any]:
+    """Kills runs with SIGKILL, half of them at named points, and compares what they end as.
+
+    Args:
+      rig: where.
+      count: how many kills at least.
+      seed: of the choice of points and moments.
+      per_run: kills of one run before it may finish.
+      told: of the numbers so far, after every run.
+    """
+    draw = random.Random(seed)
+    at, methods = Counter(), Counter()
+    runs = equal = unsound = 0
+    growth: list[int] = []
+    began = time.perf_counter()
+    while sum(at.values()) < count:
+        method = list(METHODS)[runs % len(METHODS)]
+        whole = rig.whole(method)
+        run = rig.folder / f"killed-{seed}-{runs}"
+        for _ in range(per_run):
+            before = _newest(run)
+            where = _kill_once(rig, method, run, draw)
+            if where is None:
+                break
+            at[where] += 1
+            methods[method] += 1
+            unsound += not sound(run)
+            growth.append(_newest(run) - before)
+        code = rig.nursery.run(rig.command(method, run), rig.log)
+        runs += 1
+        if code == 0 and same(result(run), whole):
+            equal += 1
+            shutil.rmtree(run)
+        else:
+            print(f"{run}: ended with {code}, not as undisturbed", file=sys.stderr)
+        found = {
+            "kills": sum(at.values()),
+            "runs": runs,
+            "bitwise_equal_runs": equal,
+            "unreadable_run_folders": unsound,
+            "kills_at": dict(at.most_common()),
+            "kills_of": dict(methods),
+            "kills_that_left_progress": sum(step > 0 for step in growth),
+            "undisturbed_seconds": {name: round(s, 2) for name, s in rig.seconds.items()},
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        told(found)
+    return found
+
+
+def _newest(run: pathlib.Path) -> int:
+    return max(step_folders.steps(run / "checkpoints"), default=0)
+
+
+def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> str | None:
+    """One life of a run that ends by SIGKILL: where; None if it came to its end before."""
+    if draw.random() < 0.5:
+        point = draw.choice(faults.POINTS)
+        fault = f"{point}:{draw.randint(1, 6)}:kill"
+        code = rig.nursery.run(rig.command(method, run), rig.log, fault)
+    else:
+        point = "any moment"
+        moment = draw.uniform(0.0, 1.1 * rig.seconds[method])
+        command = rig.nursery.start(rig.command(method, run), rig.log)
+        deadline = time.monotonic() + moment
+        while command.running() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        command.kill()
+        code = command.wait()
+    if code == 0:
+        return None
+    assert code == -signal.SIGKILL, f"{run}: ended with {code}: {rig.log.read_text()[-2000:]}"
+    return point
+
+
+def stops(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
+    """Asks runs to stop, by SIGTERM at any moment, and compares what they end as."""
+    draw = random.Random(seed)
+    clean = asked = runs = equal = unsound = 0
+    seconds: list[float] = []
+    while asked < count:
+        method = list(METHODS)[runs % len(METHODS)]
+        whole = rig.whole(method)
+        run = rig.folder / f"stopped-{seed}-{runs}"
+        while asked < count:
+            command = rig.nursery.start(rig.command(method, run), rig.log)
+            deadline = time.monotonic() + draw.uniform(0.2, 1.0) * rig.seconds[method]
+            while command.running() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            if not command.running():
+                break
+            began = time.perf_counter()
+            command.kill(signal.SIGTERM)
+            code = command.wait()
+            if code == 0:  # its last step was already done
+                break
+            asked += 1
+            seconds.append(time.perf_counter() - began)
+            clean += code == 75
+            if code != 75:
+                print(f"{run}: ended with {code} after SIGTERM", file=sys.stderr)
+            unsound += not sound(run)
+        code = rig.nursery.run(rig.command(method, run), rig.log)
+        runs += 1
+        equal += code == 0 and same(result(run), whole)
+    return {
+        "signals": asked,
+        "exits_75": clean,
+        "runs": runs,
+        "bitwise_equal_runs": equal,
+        "unreadable_run_folders": unsound,
+        "seconds_to_exit": {
+            "median": round(statistics.median(seconds), 3),
+            "most": round(max(seconds), 3),
+        },
+    }
+
+
+def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
+    """Flips single bits in files of a checkpoint and of the tokenised data, one at a time."""
+    rig.whole("kd")
+    run = rig.folder / "whole-kd-1"
+    checkpoint = run / "checkpoints" / str(_newest(run))
+    cached = next(path for path in (rig.folder / "cache").iterdir() if path.name.startswith("tr"))
+
+    def refused(folder: pathlib.Path) -> bool:
+        try:
+            manifest.verify(folder)
+        except CorruptCheckpointError:
+            return True
+        return False
+
+    return {
+        "checkpoint": _flip(checkpoint, count, seed, refused),
+        "data": _flip(cached, count, seed, lambda folder: store.problem(folder) is not None),
+    }
+
+
+def _flip(
+    folder: pathlib.Path, count: int, seed: int, detected: Callable[[pathlib.Path], bool]
+) -> dict[str, Any]:
+    draw = random.Random(seed)
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    assert not detected(folder), "sound before anything was flipped"
+    found = 0
+    for _ in range(count):
+        path = draw.choice(files)  # small files as often as large ones
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        found += detected(folder)
+        path.write_bytes(whole)
+    assert not detected(folder), "sound again"
+    return {"flips": count, "detected": found, "files": len(files)}
+
+
+def fallbacks(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
+    """Damages the newest checkpoint of a broken-off run, which must go on from the one before."""
+    draw = random.Random(seed)
+    whole = rig.whole("kd")
+    equal = aside = 0
+    for number in range(count):
+        run = rig.folder / f"damaged-{seed}-{number}"
+        code = rig.nursery.run(rig.command("kd", run), rig.log, "step.before:22:kill")
+        assert code == -signal.SIGKILL
+        newest = run / "checkpoints" / str(_newest(run))
+        path = draw.choice([p for p in newest.rglob("*") if p.is_file() and p.stat().st_size])
+        damaged = bytearray(path.read_bytes())
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        code = rig.nursery.run(rig.command("kd", run), rig.log)
+        equal += code == 0 and same(result(run), whole)
+        kept = list((run / "checkpoints" / step_folders.BAD).iterdir())
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        told = [event["step"] for event in events if event["kind"] == "damaged"]
+        aside += len(kept) == 1 and told == [int(newest.name)]
+    return {"damaged": count, "bitwise_equal_runs": equal, "put_aside_and_told": aside}
+
+
+def full_disks(rig: Rig, seed: int = 0) -> dict[str, Any]:
+    """Fills the disk under a run, on a small file system of its own; needs root."""
+    whole = rig.whole("kd")
+    outcome = {}
+    for name, unsaved in (("stops", 0.0), ("goes_on", 60.0)):
+        with small_disk(rig.folder / f"disk-{name}", "4m") as disk:
+            run = disk / "run"
+            config = rig.config("kd", rig.folder / f"run-{name}", unsaved)
+            text = config.read_text().replace(str(rig.folder / f"run-{name}"), str(run))
+            config.write_text(text)
+            command = rig.nursery.start(
+                ["train", str(config)], rig.log, "checkpoint.committed:2:wait"
+            )
+            while command.running() and _newest(run) < 4:
+                time.sleep(0.002)
+            filler = disk / "filler"
+            subprocess.run(
+                ["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False
+            )
+            code = command.wait()
+            newest, whole_folder = _newest(run), sound(run)
+            filler.unlink()
+            again = rig.nursery.run(["resume", str(run)], rig.log)
+            outcome[name] = {
+                "exit_code": code,
+                "newest_checkpoint": newest,
+                "sound": whole_folder,
+                "resumed_exit_code": again,
+                "arrays_equal": same((result(run)[0], []), (whole[0], [])),
+            }
+    return outcome
+
+
+class small_disk:  # noqa: N801  used as a function
+    """A file system in memory of a few MB, mounted while inside."""
+
+    def __init__(self, place: pathlib.Path, size: str):
+        self.place, self.size = place, size
+
+    def __enter__(self) -> pathlib.Path:
+        self.place.mkdir(parents=True)
+        options = ["-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", str(self.place)]
+        subprocess.run(["mount", *options], check=True, capture_output=True)
+        return self.place
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "-l", str(self.place)], check=True)
+
+
+def cold_kills(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
+    """Kills whole processes, interpreter start and imports included, at any moment."""
+    draw = random.Random(seed)
+    whole = rig.whole("kd")
+    run = rig.folder / f"cold-{seed}"
+    killed = 0
+
+    def life() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxdistill", *rig.command("kd", run)],
+            cwd=ROOT,
+            env={**os.environ, **rig.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    began = time.perf_counter()
+    first = life()
+    first.wait()
+    seconds = time.perf_counter() - began
+    shutil.rmtree(run)
+    while killed < count:
+        process = life()
+        try:
+            code = process.wait(timeout=draw.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        killed += code == -signal.SIGKILL
+        if code == 0:
+            break
+    code = rig.nursery.run(rig.command("kd", run), rig.log)
+    return {"kills": killed, "bitwise_equal": code == 0 and same(result(run), whole)}
+
+
+def digest_cost(folder: pathlib.Path, megabytes: int, repeats: int = 5) -> dict[str, Any]:
+    """What checksums add to the background of a save, and what of it the training waits for."""
+    import jax
+
+    from jaxdistill.train.checkpoint import Checkpoints
+
+    draw = np.random.default_rng(0)
+    parts = max(1, megabytes // 16)
+    state = {
+        f"w{i}": jax.device_put(draw.normal(size=2**22).astype(np.float32)) for i in range(parts)
+    }
+    jax.block_until_ready(state)
+    shares, waits, saves = [], [], []
+    with Checkpoints(folder / "checkpoints", keep_latest=1) as checkpoints:
+        for step in range(1, repeats + 2):
+            began = time.perf_counter()
+            waited = checkpoints.save(step, state, {})
+            checkpoints.wait()
+            seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            manifest.verify(folder / "checkpoints" / str(step))
+            if step > 1:  # the first compiles and warms up
+                shares.append((time.perf_counter() - began) / seconds)
+                waits.append(waited)
+                saves.append(seconds)
+    return {
+        "state_mb": 16 * parts,
+        "save_seconds": round(statistics.median(saves), 3),
+        "blocked_seconds": round(statistics.median(waits), 4),
+        "digest_share_of_save": round(statistics.median(shares), 4),
+    }

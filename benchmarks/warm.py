@@ -1,0 +1,138 @@
+"""Runs commands in children of a process that has imported everything and started nothing.
+
+A command of ours spends seconds on imports. A child that is forked off after them, from one thread
+and before JAX has a backend, goes on exactly as a fresh process would, and dies as one.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Command:
+    """A command that runs; `wait` gives its exit code, negative for the signal that ended it."""
+
+    def __init__(self, nursery: "Nursery", pid: int):
+        self.pid, self._nursery, self._code = pid, nursery, None
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal; to a process that has ended, none."""
+        if self._code is None:
+            os.kill(self.pid, number)  # the nursery has not waited for it yet: the pid is its own
+
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        if self._code is None:
+            self._code = self._nursery.ask({"wait": self.pid})["code"]
+        return self._code
+
+    def running(self) -> bool:
+        """Whether it has not ended; a zombie has."""
+        state = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+
+
+class Nursery:
+    """Starts commands, `jaxdistill ARGUMENTS`, in a fraction of a second each.
+
+    Args:
+      python: the interpreter.
+      environment: of all commands, over this process's own.
+    """
+
+    def __init__(self, python: str = sys.executable, environment: Mapping[str, str] | None = None):
+        one_thread = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.warm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **one_thread, **(environment or {})},
+        )
+        self.facts = self._read()
+
+    def ask(self, what: Mapping[str, object]) -> dict:
+        """One request to the process that forks, and its answer."""
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that forks has ended: {self._process.wait()}")
+        return json.loads(line)
+
+    def start(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> Command:
+        """Starts a command; what it prints goes to the end of `log`."""
+        asked = {"arguments": list(arguments), "log": str(log), "fault": fault}
+        return Command(self, self.ask(asked)["pid"])
+
+    def run(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> int:
+        """Runs a command to its end."""
+        return self.start(arguments, log, fault).wait()
+
+    def close(self) -> None:
+        """Ends the process that forks."""
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve() -> None:
+    """Imports what a run imports, then forks for every request."""
+    began = time.perf_counter()
+    import grain  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+    import tensorboardX  # noqa: F401
+    import transformers  # noqa: F401
+    from jax._src import xla_bridge
+
+    from jaxdistill import cli, engine  # noqa: F401
+    from jaxdistill.cli import runs  # noqa: F401
+
+    threads = len(os.listdir("/proc/self/task"))
+    assert threads == 1 and not xla_bridge._backends, "a child would not be as a fresh process"
+    answers = os.fdopen(os.dup(1), "w")
+    facts = {"import_seconds": round(time.perf_counter() - began, 2), "threads": threads}
+    print(json.dumps(facts), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            status = os.waitpid(asked["wait"], 0)[1]
+            answer = {"code": os.waitstatus_to_exitcode(status)}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                _become(asked)
+                raise SystemExit(cli.main(asked["arguments"]))
+            answer = {"pid": pid}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _become(asked: Mapping[str, str]) -> None:
+    """In the child: output, fault and standard input of the command."""
+    from jaxdistill.train import faults
+
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faults.arm(asked["fault"])
+
+
+if __name__ == "__main__":
+    _serve()

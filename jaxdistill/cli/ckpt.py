@@ -1,0 +1,93 @@
+"""The commands about a run's checkpoints: ls, verify and rollback."""
+
+import argparse
+import datetime
+import pathlib
+from typing import Any
+
+from jaxdistill.cli.output import print_json
+from jaxdistill.errors import ConfigError, CorruptCheckpointError
+from jaxdistill.train import manifest, step_folders
+
+
+def ls(arguments: argparse.Namespace) -> None:
+    """Lists the checkpoints of a run, without reading their arrays."""
+    directory = _directory(arguments.run_dir)
+    best = step_folders.best(directory)
+    rows = []
+    for step in step_folders.steps(directory):
+        row: dict[str, Any] = {"step": step, "best": step == best}
+        try:
+            one = step_folders.read(directory, step)
+            row |= {"saved": one.time, "bytes": one.bytes, "metrics": one.metrics}
+        except CorruptCheckpointError as error:
+            row |= {"damaged": str(error)}
+        rows.append(row)
+    if arguments.json:
+        return print_json(rows)
+    for row in rows:
+        print(_line(row))
+    if not rows:
+        print(f"{arguments.run_dir}: no checkpoints yet")
+    return None
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "damaged" in row:
+        return f"{row['step']:>10}  damaged: {row['damaged']}"
+    when = datetime.datetime.fromtimestamp(row["saved"]).isoformat(" ", "seconds")
+    metrics = row["metrics"] or {}
+    shown = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items() if value is not None)
+    best = "  best" if row["best"] else ""
+    return f"{row['step']:>10}  {when}  {row['bytes'] / 1e6:10.1f} MB  {shown}{best}"
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Reads every file of every checkpoint against its checksum."""
+    directory = _directory(arguments.run_dir)
+    rows, damaged = [], []
+    for step in step_folders.steps(directory):
+        try:
+            manifest.verify(directory / str(step))
+            rows.append({"step": step, "ok": True})
+        except CorruptCheckpointError as error:
+            damaged.append(str(error))
+            rows.append({"step": step, "ok": False, "damaged": str(error)})
+    if arguments.json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(f"{row['step']:>10}  {'ok' if row['ok'] else row['damaged']}")
+    if damaged:
+        raise CorruptCheckpointError(
+            f"{arguments.run_dir}: {len(damaged)} of {len(rows)} checkpoints are damaged; "
+            "`jaxdistill resume` puts them aside and goes on from the newest sound one"
+        )
+
+
+def rollback(arguments: argparse.Namespace) -> None:
+    """Puts the checkpoints after a step aside, so that `resume` goes on from there."""
+    directory = _directory(arguments.run_dir)
+    steps = step_folders.steps(directory)
+    if arguments.step not in steps:
+        have = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"{directory}: no checkpoint of step {arguments.step}; there are: {have}")
+    manifest.verify(directory / str(arguments.step))
+    from jaxdistill.engine.run_dir import RunDir  # its package imports JAX
+
+    run = RunDir.open(arguments.run_dir)
+    later = [step for step in steps if step > arguments.step]
+    with run.held():
+        for step in later:
+            step_folders.set_aside(directory, step, step_folders.ROLLED_BACK)
+        run.event("rolled_back", to=arguments.step, steps=later)
+        run.update(status="stopped", step=arguments.step)
+    moved = ", ".join(map(str, later)) or "none: it is the newest"
+    print(f"put aside: {moved}; next: jaxdistill resume {arguments.run_dir}")
+
+
+def _directory(run_dir: str) -> pathlib.Path:
+    folder = pathlib.Path(run_dir)
+    if not (folder / "RUN.json").is_file():
+        raise ConfigError(f"{run_dir}: holds no run (no RUN.json): give a run folder")
+    return folder / "checkpoints"

@@ -1,0 +1,111 @@
+"""What may change between two attempts: the table of rules, and fingerprints of weights."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdistill.engine import changes
+from jaxdistill.engine.run_dir import RunDir
+from jaxdistill.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir.create(str(tmp_path / "run"), name="x", input_text="", resolved="", overrides=())
+
+
+FACTS = {
+    "data.train": "a",
+    "data.eval": "b",
+    "tokenizer": "c",
+    "teacher.shape": "d",
+    "teacher.weights": "e",
+    "student.shape": "f",
+    "config": "g",
+    "code": "h",
+    "versions.jax": "0.12.0",
+    "device": "8 x cpu",
+    "mesh": "data 1, fsdp 8",
+    "processes": "1",
+    "flags": "",
+}
+
+
+def test_the_first_attempt_only_keeps_its_facts(run, capsys):
+    changes.check(run, FACTS)
+    changes.check(run, FACTS)
+    assert run.read_json(changes.FILE) == FACTS
+    assert not (run.path / "events.jsonl").exists() and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in FACTS if name.split(".")[0] in ("data", "tokenizer", "teacher", "student")],
+)
+def test_what_a_run_is_made_of_must_not_change(run, name):
+    changes.check(run, FACTS)
+    for other in (FACTS | {name: "new"}, {n: v for n, v in FACTS.items() if n != name}):
+        with pytest.raises(ConfigError, match=f"changed since this run began: {name}: going on"):
+            changes.check(run, other | {"versions.jax": "0.13.0"})
+    assert run.read_json(changes.FILE) == FACTS
+    assert not (run.path / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "code", "versions.jax", "device", "mesh", "processes", "flags"]
+)
+def test_what_is_around_a_run_may_change_and_is_told_once(run, name, capsys):
+    changes.check(run, FACTS)
+    changes.check(run, FACTS | {name: "new"})
+    assert (
+        f"{name} has changed ({FACTS[name]} -> new): not the same bits" in capsys.readouterr().err
+    )
+    changes.check(run, FACTS | {name: "new"})
+    assert not capsys.readouterr().err
+    (event,) = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
+    assert (event["what"], event["before"], event["after"]) == (name, FACTS[name], "new")
+    assert event["bitwise"] is False
+
+
+def test_every_fact_has_a_rule(mesh8):
+    world = changes.world(mesh8, {"jax": jax.__version__})
+    assert {name.partition(".")[0] for name in world | FACTS} == set(changes.RULES)
+
+
+def _params(dtype=jnp.float32):
+    draw = np.random.default_rng(0)
+    return {
+        "head": jnp.asarray(draw.normal(size=(16, 4)), dtype),
+        "layers": {"scale": jnp.asarray(draw.normal(size=(2, 3, 8)), jnp.bfloat16)},
+        "steps": jnp.int8([1, -2, 3]),
+    }
+
+
+def test_a_fingerprint_of_weights_is_that_of_the_definition_in_integers():
+    params = _params()
+    leaf = np.asarray(params["head"])
+    bits = leaf.view(np.uint32).ravel().astype(object)  # Python integers, of any size
+    total = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+    assert int(changes._sum(params["head"])) == total
+
+
+def test_any_flipped_bit_changes_it_and_no_mesh_does(mesh8):
+    params = _params()
+    print_ = changes.weights(params)
+    split = NamedSharding(mesh8, PartitionSpec("fsdp", "tensor"))
+    assert changes.weights(params | {"head": jax.device_put(params["head"], split)}) == print_
+    draw = np.random.default_rng(1)
+    for _ in range(40):
+        name = draw.choice(["head", "scale", "steps"])
+        leaf = params["layers"]["scale"] if name == "scale" else params[name]
+        raw = bytearray(np.asarray(leaf).tobytes())
+        raw[draw.integers(len(raw))] ^= 1 << draw.integers(8)
+        changed = jnp.asarray(np.frombuffer(bytes(raw), leaf.dtype).reshape(leaf.shape))
+        other = params | ({"layers": {"scale": changed}} if name == "scale" else {name: changed})
+        assert changes.weights(other) != print_
+    swapped = params["head"].at[jnp.array([0, 1])].set(params["head"][jnp.array([1, 0])])
+    assert changes.weights(params | {"head": swapped}) != print_

@@ -1,0 +1,170 @@
+"""Runs whose numbers go wrong: what they leave is what a run leaves that never saw the cause."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from jaxdistill import engine
+from jaxdistill.data import pipeline
+from jaxdistill.engine import compare, setup
+from jaxdistill.errors import DivergedError
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.report import Progress, read_metrics
+from jaxdistill.train import poison
+from jaxdistill.train.checkpoint import Checkpoints
+from tests.engine.test_run import arrays
+
+OPTIONS = (
+    "train.steps=10",
+    "train.eval_every=4",
+    "checkpoint.keep.latest=9",
+    "guards.nonfinite.max_consecutive=2",
+)
+BAD = "nan@5,gradient@6"
+
+
+@pytest.fixture(scope="module")
+def run(load_config, tmp_path_factory):
+    """(poison, overrides) -> the folder of a finished run; the same program in all of them."""
+
+    def train(text, *overrides, folder=None):
+        folder = tmp_path_factory.mktemp("guarded") if folder is None else folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(poison.VARIABLE, text)
+            engine.train(load_config(folder, *OPTIONS, *overrides))
+        return folder / "run"
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run):
+    return run("nan@999")
+
+
+@pytest.fixture(scope="module")
+def rolled_back(run):
+    return run(BAD)
+
+
+def records(folder):
+    """The records of a run without what depends on the clock."""
+    return [
+        {k: v for k, v in one.items() if k != "time" and not k.startswith("perf/")}
+        for one in read_metrics(folder)
+    ]
+
+
+def events(folder, *kinds):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [one for one in map(json.loads, lines) if one["kind"] in kinds]
+
+
+def same(folder, other, but=()):
+    ours, theirs = arrays(folder, 10), arrays(other, 10)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - set(but):
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def without(monkeypatch, first, end):
+    """From here on the data set has no batches from `first` to before `end`."""
+    original = pipeline.batches
+
+    def batches(dataset, *, start, stop, **options):
+        feed = original(dataset, start=start, stop=stop + end - first, **options)
+        kept = (batch for index, batch in feed if not first <= index < end)
+        return zip(range(start, stop), kept, strict=False)
+
+    monkeypatch.setattr(pipeline, "batches", batches)
+
+
+def test_a_fluke_leaves_no_trace_but_its_events(run, undisturbed):
+    folder = run("nan@5x1,inf@6x1")
+    same(folder, undisturbed)
+    assert records(folder) == records(undisturbed)
+    assert [one["step"] for one in events(folder, "skipped")] == [6, 7]
+    assert [one["verdict"] for one in events(folder, "rerun")] == ["fluke"]
+    assert not events(folder, "rollback") and not (folder / "rollbacks.json").exists()
+
+
+def test_a_run_that_rolled_back_is_the_run_that_never_saw_those_batches(
+    run, rolled_back, monkeypatch
+):
+    assert [one["verdict"] for one in events(rolled_back, "rerun")] == ["fact"]
+    (back,) = events(rolled_back, "rollback")
+    assert (back["step"], back["to"], back["blamed"]) == (7, 3, "batches")
+    without(monkeypatch, 5, 7)
+    clean = run("nan@999")
+    same(rolled_back, clean)
+    # Only how much of the data has gone by differs.
+    ours, theirs = records(rolled_back), records(clean)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.pop("data/epoch", 0) >= other.pop("data/epoch", 0)
+    assert ours == theirs
+    steps = [one["step"] for one in ours if "loss/total" in one]
+    assert steps == list(range(1, 11))
+
+
+def test_a_killed_run_still_leaves_the_batches_out_when_it_resumes(
+    load_config, rolled_back, monkeypatch, tmp_path
+):
+    monkeypatch.setenv(poison.VARIABLE, BAD)
+    step = Progress.step
+
+    def killed(self, number, scalars):
+        step(self, number, scalars)
+        if number == 5 and events(tmp_path / "run", "rollback"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(load_config(tmp_path, *OPTIONS))
+    monkeypatch.setattr(Progress, "step", step)
+    engine.resume(tmp_path / "run")
+    same(tmp_path / "run", rolled_back)
+    assert records(tmp_path / "run") == records(rolled_back)
+    assert len(events(tmp_path / "run", "skipped")) == 3  # two and the rerun, before the kill
+
+
+def test_a_run_that_gives_up_saves_the_batch_and_says_where(run, load_config, tmp_path):
+    with pytest.raises(DivergedError, match=r"step 6 \(batch 5\).*max_rollbacks = 0") as error:
+        run(BAD, "guards.nonfinite.max_rollbacks=0", folder=tmp_path)
+    assert error.value.exit_code == 7
+    path = tmp_path / "run" / "crash" / "batch_00000005.npz"
+    assert str(path) in str(error.value)
+    dataset = setup.data_of(load_config(tmp_path), byte_tokenizer(), None)["train"]
+    ((_, expected),) = pipeline.batches(dataset, batch_size=8, start=5, stop=6, seed=3)
+    with np.load(path, allow_pickle=False) as saved:
+        for name in ("tokens", "targets", "mask", "segment_ids"):
+            np.testing.assert_array_equal(saved[name], getattr(expected, name))
+        assert (saved["step"], saved["index"]) == (6, 5)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 3
+
+
+def test_no_rollback_to_where_there_is_no_checkpoint_but_to_the_start(run, monkeypatch):
+    folder = run("nan@0,nan@1")
+    (back,) = events(folder, "rollback")
+    assert (back["to"], back["first_batch"], back["end_batch"]) == (0, 0, 2)
+    without(monkeypatch, 0, 2)
+    same(folder, run("nan@999"))
+
+
+def test_an_evaluation_that_is_nan_is_never_the_best(load_config, monkeypatch, tmp_path):
+    measured = itertools.count()
+    evaluate = compare.Comparison.evaluate
+
+    def sometimes_nan(self, state):
+        metrics = evaluate(self, state)
+        return metrics | {"eval/loss": float("nan")} if next(measured) else metrics
+
+    monkeypatch.setattr(compare.Comparison, "evaluate", sometimes_nan)
+    engine.train(load_config(tmp_path, "checkpoint.keep.latest=1"))
+    folder = tmp_path / "run"
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.best() == 3 and checkpoints.steps() == [3, 6]
+    assert [one["step"] for one in events(folder, "evaluation")] == [6]
+    assert arrays(folder, 3)

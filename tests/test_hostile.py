@@ -1,0 +1,254 @@
+"""The hostile corpus is refused whole: a message, in milliseconds, with no memory and no canary."""
+
+import ast
+import json
+import os
+import pathlib
+import pickle
+import resource
+import socket
+import time
+
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdistill import models
+from jaxdistill.errors import ModelError
+from jaxdistill.models import huggingface, shards
+from tests import hostile
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def canary(tmp_path):
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """Refusing takes neither time nor memory; the first test of a process imports."""
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+def refused(call, *arguments, words=None):
+    with pytest.raises(ModelError, match=words) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert len(message) < 2000 and "Traceback" not in message
+    return message
+
+
+def test_the_sound_folder_is_read(tmp_path):
+    model = models.load(hostile.folder(tmp_path / "model"))
+    assert model.config.layers == 1 and model.tokenizer("a")["input_ids"] == [1]
+
+
+@pytest.mark.parametrize("name", hostile.SAFETENSORS)
+def test_safetensors(tmp_path, name):
+    folder = hostile.folder(tmp_path / "model")
+    (folder / shards.SINGLE).write_bytes(hostile.SAFETENSORS[name])
+    assert str(folder) in refused(models.load, folder)
+
+
+@pytest.mark.parametrize("name", hostile.GGUF)
+def test_gguf(tmp_path, name):
+    pytest.importorskip("gguf", reason="needs the package gguf (the extra quickstart)")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(hostile.GGUF[name])
+    assert len(hostile.GGUF[name]) < 500
+    assert str(path) in refused(models.load, path)
+
+
+@pytest.mark.parametrize("name", hostile.CONFIGS)
+def test_config_json(tmp_path, name):
+    folder = hostile.folder(tmp_path / "model")
+    hostile.write_json(folder / "config.json", hostile.CONFIGS[name])
+    assert "config.json" in refused(models.load, folder)
+    refused(models.spec, folder)
+
+
+@pytest.mark.parametrize("file", hostile.INDEX_FILES, ids=str)
+def test_index_entries_that_leave_the_folder(tmp_path, file):
+    folder = hostile.folder(tmp_path / "model")
+    (folder / shards.SINGLE).rename(tmp_path / "outside.safetensors")
+    hostile.write_json(folder / shards.INDEX, {"weight_map": {"a": file}})
+    refused(models.load, folder, words="must be the plain name")
+
+
+@pytest.mark.parametrize("name", hostile.TOKENIZERS)
+def test_tokenizer_json(tmp_path, name):
+    folder = hostile.folder(tmp_path / "model")
+    hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZERS[name])
+    refused(huggingface.folder_tokenizer, folder, words="tokenizer cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
+)
+@pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "pipe", "socket", "loop"])
+def test_files_that_are_none_or_lie_elsewhere(tmp_path, name, target):
+    folder = hostile.folder(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    if target == "pipe":
+        os.mkfifo(folder / name)
+    elif target == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(folder / name))
+    else:
+        (folder / name).symlink_to(name if target == "loop" else target)
+    refused(models.load, folder)
+    if name != "model.safetensors":
+        refused(models.spec, folder)
+
+
+def test_links_inside_the_folder_and_into_the_hubs_cache_are_read(tmp_path):
+    cache = tmp_path / "models--org--name"
+    folder = hostile.folder(cache / "snapshots" / "0123")
+    (cache / "blobs").mkdir()
+    (folder / shards.SINGLE).rename(cache / "blobs" / "abcd")
+    (folder / shards.SINGLE).symlink_to("../../blobs/abcd")
+    (folder / "config.json").rename(folder / "real.json")
+    (folder / "config.json").symlink_to("real.json")
+    assert models.load(folder).config.layers == 1
+
+
+def test_oversized_files_are_not_read(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", shards.INDEX):
+        folder = hostile.folder(tmp_path / name)
+        with (folder / name).open("wb") as file:
+            file.truncate(10**12)  # sparse: it takes no room
+        refused(models.load, folder, words="larger than 100000000 bytes")
+
+
+def test_code_of_a_folder_is_never_run(tmp_path, canary):
+    names = ["modeling_evil.py", "tokenization_evil.py", "configuration_evil.py", "__init__.py"]
+    folder = hostile.folder(tmp_path / "model")
+    for name in [*names, "conftest.py", "setup.py"]:
+        (folder / name).write_text(hostile.code(canary))
+    models.load(folder)
+    maps = {"AutoTokenizer": ["tokenization_evil.Evil", None], "AutoConfig": "modeling_evil.Evil"}
+    settings = {"auto_map": maps, "tokenizer_class": "Evil"}
+    hostile.write_json(folder / "tokenizer_config.json", settings)
+    refused(models.load, folder, words="auto_map: asks for Python code")
+    hostile.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Evil"})
+    hostile.write_json(folder / "config.json", hostile.CONFIG | {"auto_map": maps})
+    refused(models.load, folder, words="auto_map: asks for Python code")
+    try:
+        huggingface.folder_tokenizer(folder)
+    except ModelError as error:
+        assert "custom code is never run" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_file", "/etc/passwd"), ("tokenizer_file", "../x.json"), ("gguf_file", "/x.gguf")],
+)
+def test_settings_of_a_tokenizer_cannot_name_files_elsewhere(tmp_path, field, value):
+    folder = hostile.folder(tmp_path / "model")
+    hostile.write_json(folder / "tokenizer_config.json", {field: value})
+    refused(models.load, folder, words=f"{field}: .*must be the plain name")
+    hostile.write_json(folder / "tokenizer_config.json", {"init_inputs": [value]})
+    refused(models.load, folder, words="init_inputs")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt", shards.SINGLE])
+def test_pickles_are_never_read(tmp_path, canary, name):
+    folder = hostile.folder(tmp_path / "model")
+    (folder / shards.SINGLE).unlink()
+    (folder / name).write_bytes(pickle.dumps(hostile.Canary(canary)))
+    refused(models.load, folder)
+
+
+def test_importance_and_data_are_no_pickles(tmp_path, canary):
+    import numpy as np
+
+    from jaxdistill.compress import importance
+    from jaxdistill.data import store
+    from jaxdistill.errors import UserError
+
+    path = tmp_path / "scores.safetensors"
+    path.write_bytes(pickle.dumps(hostile.Canary(canary)))
+    with pytest.raises(UserError):
+        importance.load(path)
+    for name in store.ARRAYS:
+        np.save(tmp_path / f"{name}.npy", np.array([hostile.Canary(canary)]), allow_pickle=True)
+    with pytest.raises(ValueError, match="Python objects"):
+        store.read_arrays(tmp_path)
+
+
+def test_a_tensor_of_another_size_than_the_configuration_is_refused(tmp_path):
+    import numpy as np
+
+    folder = hostile.folder(tmp_path / "model")
+    save_file({"model.norm.weight": np.ones(3, np.float32)}, folder / shards.SINGLE)
+    refused(models.load, folder, words="missing")
+
+
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "torch",
+}
+FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"}
+
+
+def _complaints(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            yield from (n for n in names if n.split(".")[0] in FORBIDDEN_MODULES)
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in FORBIDDEN_NAMES | FORBIDDEN_CALLS:
+            yield name
+        options = {one.arg: ast.unparse(one.value) for one in node.keywords}
+        if name.endswith((".load", ".read_array")) and name.split(".")[0] in ("np", "numpy"):
+            if options.get("allow_pickle") != "False":
+                yield f"{name} without allow_pickle=False"
+        wrong = {"allow_pickle": "False", "trust_remote_code": "False", "shell": "False"}
+        yield from (f"{key}={options[key]}" for key, value in wrong.items()
+                    if options.get(key, value) != value)  # fmt: skip
+        if name.endswith("from_pretrained") and options.get("trust_remote_code") != "False":
+            yield f"{name} without trust_remote_code=False"
+
+
+def test_the_package_has_no_way_to_run_what_it_reads():
+    files = sorted((REPOSITORY / "jaxdistill").rglob("*.py"))
+    assert len(files) > 100
+    found = {
+        f"{path.relative_to(REPOSITORY)}: {complaint}"
+        for path in files
+        for complaint in _complaints(ast.parse(path.read_text()))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from dill import loads", "import torch.nn", "eval('1')", "exec(x)",
+        "np.load(f)", "numpy.load(f, allow_pickle=True)", "yaml.load(t, Loader=L)",
+        "AutoTokenizer.from_pretrained(x)", "A.from_pretrained(x, trust_remote_code=flag)",
+        "subprocess.run(c, shell=True)", "os.system(c)",
+    ],
+)  # fmt: skip
+def test_the_lint_sees(line):
+    assert list(_complaints(ast.parse(line)))
+
+
+def test_the_corpus_is_json_where_it_says_so():
+    json.dumps(hostile.CONFIG)

@@ -1,0 +1,103 @@
+"""Folders of checkpoints without JAX: manifests, order, what stays, what was left half-done."""
+
+import json
+import math
+
+import pytest
+
+from jaxdistill.errors import CorruptCheckpointError
+from jaxdistill.train import faults, manifest, step_folders
+
+
+def commit(directory, step, rank=None, content=b"arrays"):
+    staged = step_folders.staging(directory, step)
+    (staged / "state").mkdir(parents=True)
+    (staged / "state" / "data").write_bytes(content)
+    metrics = None if rank is None else {"eval/loss": -rank}
+    step_folders.commit(directory, step, {"meta": {}, "metrics": metrics, "rank": rank})
+
+
+def test_a_manifest_tells_facts_and_every_kind_of_damage(tmp_path):
+    (tmp_path / "a").write_bytes(b"0" * 100)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").write_bytes(b"1")
+    manifest.seal(tmp_path, {"fact": [1, None, "x"]})
+    content = manifest.verify(tmp_path)
+    assert content["fact"] == [1, None, "x"] and sorted(content["files"]) == ["a", "b/c"]
+    for change, words in (
+        (lambda: (tmp_path / "a").write_bytes(b"0" * 99 + b"1"), "a is changed"),
+        (lambda: (tmp_path / "a").write_bytes(b"0" * 99), "a is changed"),
+        (lambda: (tmp_path / "a").unlink(), "a is missing"),
+        (lambda: ((tmp_path / "a").write_bytes(b"0" * 100), (tmp_path / "d").touch()), "d is new"),
+    ):
+        change()
+        with pytest.raises(CorruptCheckpointError, match=words):
+            manifest.verify(tmp_path)
+
+
+def test_every_single_bit_of_a_manifest_is_guarded(tmp_path):
+    (tmp_path / "a").write_bytes(b"0")
+    manifest.seal(tmp_path, {"step": 7})
+    file = tmp_path / manifest.NAME
+    whole = file.read_bytes()
+    for place in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        # A bit that only moves white space leaves the content as it was, and is no damage.
+        try:
+            content = manifest.verify(tmp_path)
+        except CorruptCheckpointError:
+            continue
+        assert content == json.loads(whole)["content"]
+        assert damaged.split() == whole.split() or damaged[place // 8 : place // 8 + 1].isspace()
+
+
+def test_what_is_staged_is_no_checkpoint_until_it_is_committed(tmp_path):
+    faults.arm("checkpoint.commit:1:full")
+    try:
+        with pytest.raises(OSError):
+            commit(tmp_path, 5)
+    finally:
+        faults.arm("")
+    assert step_folders.steps(tmp_path) == []
+    step_folders.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+    commit(tmp_path, 5)
+    assert step_folders.steps(tmp_path) == [5]
+
+
+def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
+    for step in (1, 2, 3):
+        commit(tmp_path, step)
+    faults.arm("checkpoint.remove:1:full")
+    try:
+        with pytest.raises(OSError):
+            step_folders.retire(tmp_path, {3})
+    finally:
+        faults.arm("")
+    assert step_folders.steps(tmp_path) == [2, 3]
+    step_folders.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_the_best_is_the_newest_of_equals_and_never_one_that_is_not_finite(tmp_path):
+    assert step_folders.best(tmp_path) is None
+    for step, rank in ((1, None), (2, -2.0), (3, -1.0), (4, -1.0), (5, -3.0)):
+        commit(tmp_path, step, rank)
+    assert step_folders.best(tmp_path) == 4
+    saved = step_folders.readable(tmp_path)
+    assert [one.rank for one in saved] == [-math.inf, -2.0, -1.0, -1.0, -3.0]
+    assert step_folders.kept(saved, latest=1, best=1) == {4, 5}
+    assert step_folders.kept(saved, latest=2, best=0) == {4, 5}
+
+
+def test_damage_is_left_for_people_and_set_aside_on_demand(tmp_path):
+    for step in (1, 2):
+        commit(tmp_path, step)
+    (tmp_path / "1" / manifest.NAME).write_text("{")
+    assert [one.step for one in step_folders.readable(tmp_path)] == [2]
+    step_folders.retire(tmp_path, {2})
+    assert step_folders.steps(tmp_path) == [1, 2]
+    place = step_folders.set_aside(tmp_path, 1, step_folders.BAD)
+    assert step_folders.steps(tmp_path) == [2] and (place / "state" / "data").is_file()
