@@ -11,7 +11,7 @@ from jaxdistill import evaluate as measure
 from jaxdistill import objectives, optim
 from jaxdistill import teachers as signals
 from jaxdistill.config import Config
-from jaxdistill.engine import setup
+from jaxdistill.engine import setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.run_dir import RunDir
 from jaxdistill.models import Model
@@ -74,7 +74,7 @@ class Comparison:
         return self._measure(self._whole(state), knobs)
 
     def _whole(self, state: TrainState) -> Any:
-        return whole(state.params, state.frozen, setup.adapters_of(self._config))
+        return whole(state.params, state.frozen, states.adapters_of(self._config))
 
     def student_params(self, state: TrainState) -> Any:
         """The student of a state, its adapters in place."""

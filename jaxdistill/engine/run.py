@@ -19,7 +19,7 @@ from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import changes, compare, setup
+from jaxdistill.engine import changes, compare, setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
@@ -263,9 +263,9 @@ class _Session:
     ) -> tuple[TrainState, Mapping[str, Any]]:
         """The state of the latest sound checkpoint with its meta, or that before the first step."""
         if checkpoints.latest() is None:
-            models = dataclasses.replace(self.models, student=student)
-            return setup.state_of(config, models, method, self.mesh), {}
-        shape = setup.abstract_state_of(config, self.models, method, self.mesh)
+            made = states.create(config, student, method.objective, method.tx, self.mesh)
+            return made, {}
+        shape = states.abstract(config, student.config, method.objective, method.tx, self.mesh)
         damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
         _, state, meta = checkpoints.restore_latest(shape, damaged)
         return state, meta
@@ -374,7 +374,7 @@ def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
     try:
         folder.mkdir(exist_ok=True)
         run.write_json(f"{STUDENT}/config.json", described)
-        adapters = setup.adapters_of(config)
+        adapters = states.adapters_of(config)
         if adapters is not None:
             described = lora.described(adapters, models.student.source)
             run.write_json(f"{STUDENT}/{lora.FILE}", described)

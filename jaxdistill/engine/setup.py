@@ -18,18 +18,18 @@ from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import methods, pruning
+from jaxdistill.engine import methods, pruning, states
 from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.models import DecoderConfig, Model, lora, random
+from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
-from jaxdistill.sharding import make_mesh, shardings
+from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
 from jaxdistill.train import step as steps
-from jaxdistill.train.state import HOST, TrainState, abstract, create
+from jaxdistill.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +95,6 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
             )
 
 
-def check_offload(config: Config, mesh: Mesh) -> None:
-    """The devices can address host memory, where the optimizer's state shall lie there.
-
-    Raises:
-      ConfigError: if they cannot.
-    """
-    device = mesh.devices.flat[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if config.optimizer.offload and HOST not in kinds:
-        raise ConfigError(
-            f"optimizer.offload = true: {device.device_kind} addresses {', '.join(sorted(kinds))} "
-            f"and no {HOST}: leave it out, and spread the state over more devices (mesh.fsdp)"
-        )
-
-
 def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """Loads or makes the models and checks that they can work together.
 
@@ -138,13 +123,15 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
                 check_same(tokenizer, own)
             except MismatchError as error:
                 raise MismatchError(f"{name} ({shape.source}): {error}") from None
-    adapters = adapters_of(config)
-    if adapters is not None:
-        lora.rows(student.config, adapters)  # its targets are there
+    states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
     if config.teacher and config.teacher.quantize:
         quantize.check_backend(config.teacher.quantize)
-    check_offload(config, mesh)
+    for section, shape in ((config.teacher, teacher), (config.student, student)):
+        if section is not None and shape is not None:
+            with jax.set_mesh(mesh):
+                platform = choice.target().platform
+            attention.check(section.attention, shape.config, config.data.seq_len, platform)
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
     teacher = _load_teacher(config, teacher, mesh)
@@ -230,8 +217,10 @@ def _random_shape(
 
 def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
     """The windows of the model it is like, cut or repeated by their shortest pattern."""
-    if base.windows is None or layers <= base.layers:
-        return base.windows and base.windows[:layers]
+    if base.windows is None or not any(base.windows[:layers]):
+        return None
+    if layers <= base.layers:
+        return base.windows[:layers]
     old = base.windows
     for size in range(1, base.layers // 2 + 1):
         if all(window == old[layer % size] for layer, window in enumerate(old)):
@@ -387,40 +376,6 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.teacher.dtype)
 
 
-def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
-    """The state before the first step; takes the student's arrays over."""
-    own = method.objective.init(jax.random.key(config.seed))
-    student, adapters, frozen = models.student, adapters_of(config), None
-    trained = student.params
-    if adapters is not None:
-        frozen, axes = student.params, lora.logical_axes(student.config, adapters)
-        places = shardings(mesh, axes, lora.shapes(student.config, adapters))
-        make = jax.jit(lora.init, static_argnums=(0, 1), out_shardings=places)
-        trained = make(student.config, adapters, jax.random.key(config.seed))
-    offload = config.optimizer.offload
-    return create(trained, own, method.tx, config.seed, mesh, frozen, offload=offload)
-
-
-def adapters_of(config: Config) -> lora.Lora | None:
-    """The student's adapters, or None where all of it is trained."""
-    section = config.student.lora
-    return None if section is None else lora.Lora(**section.model_dump())
-
-
-def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
-    """The shapes and places of the state, to restore a checkpoint into."""
-    own = jax.eval_shape(method.objective.init, jax.random.key(config.seed))
-    return abstract(
-        models.student.config,
-        config.student.param_dtype,
-        own,
-        method.tx,
-        mesh,
-        adapters=adapters_of(config),
-        offload=config.optimizer.offload,
-    )
-
-
 def compile_step(
     config: Config,
     method: Method,
@@ -442,7 +397,7 @@ def compile_step(
         micro_batches=config.train.micro_batches,
         monitor=monitor,
         prepare=method.objective.prepare,
-        adapters=adapters_of(config),
+        adapters=states.adapters_of(config),
         offload=config.optimizer.offload,
     )
     origins = any(source.origin != "data" for source in config.data.train)
@@ -474,7 +429,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     mesh = mesh_of(config) if mesh is None else mesh
     models = models_of(config, mesh)
     method = method_of(config, models)
-    state = state_of(config, models, method, mesh)
+    state = states.create(config, models.student, method.objective, method.tx, mesh)
     teacher_params = teacher_params_of(models, method)
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 

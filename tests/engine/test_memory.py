@@ -10,10 +10,9 @@ import pytest
 
 from jaxdistill import engine
 from jaxdistill.compress import quantize
-from jaxdistill.engine import setup
+from jaxdistill.engine import setup, states
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
-from jaxdistill.train import state as states
 from tests.engine.test_run import arrays, losses
 
 RANDOM = "student={random: {like: teacher, layers: 2}, compute_dtype: float32}"
@@ -98,7 +97,11 @@ def test_the_step_takes_and_leaves_moments_on_the_host(load_config, tmp_path):
 def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="cut out of rounded weights: give student.source"):
         load_config(tmp_path, "teacher.quantize=int8")
+    for who in ("teacher", "student"):
+        config = load_config(tmp_path, f"{who}.attention=splash")
+        with pytest.raises(ConfigError, match="attention = 'splash': runs on a tpu, and this is a"):
+            setup.models_of(config, setup.mesh_of(config), weights=False)
     config = load_config(tmp_path, "optimizer.offload=true")
-    monkeypatch.setattr(setup, "HOST", "host_of_another_kind")
+    monkeypatch.setattr(states, "HOST", "host_of_another_kind")
     with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):
         setup.models_of(config, setup.mesh_of(config), weights=False)
