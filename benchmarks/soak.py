@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import duel, soak_faults, soak_input
+from benchmarks.soak_numbers import soak_numbers
 
 Part = Callable[[pathlib.Path, float], dict[str, Any]]
 
@@ -36,6 +37,7 @@ PARTS: dict[str, Part] = {
     "fallbacks": _on_rig(soak_faults.fallbacks, 10),
     "full_disks": _on_rig(lambda rig, _: soak_faults.full_disks(rig), 1),
     "input": lambda _, scale: soak_input.run(*(round(n * scale) for n in (5000, 10_000, 3000))),
+    "numbers": lambda folder, scale: soak_numbers(folder, round(1000 * scale)),
     "digests": lambda folder, scale: soak_faults.digest_cost(folder, round(256 * scale)),
 }
 

@@ -94,6 +94,19 @@ def by_leader(work: Callable[[], Any]) -> Any:
     return told[1]
 
 
+def leader_first(work: Callable[[], Result]) -> Result:
+    """Does work in process 0, then in the others: for what the first makes and they find.
+
+    Raises:
+      UserError: as `together`.
+    """
+    if jax.process_count() == 1:
+        return work()
+    done: list[Result] = []
+    by_leader(lambda: done.append(work()))
+    return together(lambda: done[0] if done else work())
+
+
 def same(facts: Mapping[str, Any]) -> None:
     """Checks that all processes have the same facts, such as configuration and data.
 

@@ -55,6 +55,12 @@ class DivergedError(UserError):
     exit_code = 7
 
 
+class LostProcessError(UserError):
+    """Another process of the run has ended or cannot be heard any more."""
+
+    exit_code = 8
+
+
 class StorageError(UserError):
     """A file or folder cannot be written."""
 

@@ -72,12 +72,37 @@ def make_mesh(
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices in the mesh's shape, neighbours on the fast axes where the hardware tells."""
-    if devices[0].platform == "cpu":
-        return np.asarray(devices).reshape(shape)
+    """Devices in the mesh's shape: slow networks on the first axes, neighbours on the last."""
     from jax.experimental import mesh_utils
 
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    hosts = {device.process_index for device in devices}
+    # A TPU slice is one fast network, however many hosts it has; elsewhere it ends at the host.
+    by_host = len(slices) == 1 and devices[0].platform != "tpu"
+    outer = spread(shape, len(hosts if by_host else slices))
+    if math.prod(outer) > 1:
+        inner = tuple(size // parts for size, parts in zip(shape, outer, strict=True))
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=by_host
+        )
+    if devices[0].platform == "cpu":
+        return np.asarray(devices).reshape(shape)
     return mesh_utils.create_device_mesh(shape, devices=devices)
+
+
+def spread(shape: Sequence[int], granules: int) -> tuple[int, ...]:
+    """How many hosts or slices each mesh axis spans: as many as divide it, the first axis first.
+
+    So `data`, which moves only gradients, takes the slow network, and `tensor` takes it last.
+
+    >>> spread((4, 4, 2, 1), 2), spread((1, 8, 2, 1), 4), spread((2, 1, 8, 1), 4)
+    ((2, 1, 1, 1), (1, 4, 1, 1), (2, 1, 2, 1))
+    """
+    outer = []
+    for size in shape:
+        outer.append(math.gcd(size, granules))
+        granules //= outer[-1]
+    return tuple(outer)
 
 
 def spec(
@@ -122,6 +147,17 @@ def shardings(
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How [B, L] batches lie on the mesh: rows over data and fsdp, length over context."""
     return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a global batch lie on this process's devices, ascending.
+
+    Processes that differ in the data and fsdp axes have different rows; those that differ in the
+    others have the same.
+    """
+    shape = (rows, mesh.shape["context"])
+    places = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
+    return sorted({row for place in places if place for row in range(rows)[place[0]]})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

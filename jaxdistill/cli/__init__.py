@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
-from jaxdistill.errors import Preempted, UserError
+from jaxdistill.errors import LostProcessError, Preempted, UserError
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    die_with_launcher()
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         code = arguments.run(arguments) or 0
@@ -26,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = printable(str(error)).splitlines()
         head = f"error: {len(lines)} problems\n" if len(lines) > 1 else "error: "
         print(head + "\n".join(lines), file=sys.stderr)
+        if isinstance(error, LostProcessError):
+            sys.stderr.flush()
+            os._exit(error.exit_code)  # at its end JAX would wait for the one that is gone
         return error.exit_code
     except Preempted as stop:
         print(f"stopped: {stop}", file=sys.stderr)

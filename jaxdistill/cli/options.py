@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxdistill
-from jaxdistill.cli import bench, ckpt, compress, files, reason, runs
+from jaxdistill.cli import bench, ckpt, compress, files, launch, reason, runs
 
 EXIT_CODES = """exit codes:
-  0 done              5 does not fit           75 asked to stop: `resume` goes on
-  2 configuration     6 no good checkpoint     130 interrupted
-  3 data              7 diverged
-  4 model/tokenizer   9 cannot write"""
+  0 done              5 does not fit           9 cannot write
+  2 configuration     6 no good checkpoint     75 asked to stop: `resume` goes on
+  3 data              7 diverged               130 interrupted
+  4 model/tokenizer   8 lost a process"""
 
 RUN_REFERENCE = (
     "a model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP"
@@ -63,6 +63,37 @@ def _add_train(commands: Any) -> None:
     resume = _command(commands, "resume", runs.resume, "Go on with a run that was stopped.")
     resume.add_argument("run_dir", metavar="RUN_DIR")
     _add_json(resume)
+    _add_launch(commands)
+
+
+def _add_launch(commands: Any) -> None:
+    start = _command(
+        commands, "launch", launch.launch, "Run train or resume in several processes here."
+    )
+    start.add_argument(
+        "-n", dest="processes", metavar="N", type=_positive, required=True, help="processes"
+    )
+    start.add_argument(
+        "--devices-per-process",
+        metavar="K",
+        type=_positive,
+        default=1,
+        help="process P has GPUs P * K to P * K + K - 1, or K CPU devices; default: 1",
+    )
+    start.add_argument(
+        "--restart",
+        metavar="R",
+        type=_natural,
+        default=0,
+        help="go on with the run up to R times after a process was lost; default: 0",
+    )
+    start.add_argument("--log-dir", metavar="DIR", help="keep what each process says there")
+    start.add_argument(
+        "words",
+        metavar="-- COMMAND",
+        nargs=argparse.REMAINDER,
+        help="train CONFIG [KEY=VALUE ...], or resume RUN_DIR",
+    )
 
 
 def _add_checkpoints(commands: Any) -> None:

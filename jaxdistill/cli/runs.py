@@ -27,7 +27,7 @@ def train(arguments: argparse.Namespace) -> None:
         from jaxdistill import engine
 
         result = engine.train(loaded, input_text=text, overrides=arguments.overrides)
-    print_run(result, arguments.json)
+    _print_run(result, arguments.json)
 
 
 def resume(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,15 @@ def resume(arguments: argparse.Namespace) -> None:
         from jaxdistill import engine
 
         result = engine.resume(arguments.run_dir)
-    print_run(result, arguments.json)
+    _print_run(result, arguments.json)
+
+
+def _print_run(result: Any, as_json: bool) -> None:
+    """What a run left; of several processes one tells it."""
+    from jaxdistill import agree
+
+    if agree.leads():
+        print_run(result, as_json)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -81,8 +89,9 @@ def generate(arguments: argparse.Namespace) -> None:
     }
     with stdout_is_json(True):
         from jaxdistill import engine
+        from jaxdistill.models import unrolled
 
-        model = engine.load(arguments.model)
+        model = unrolled.take(engine.load(arguments.model))
         if arguments.chat:
             ids = model.generate(_chat_tokens(model, prompts), **settings)
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)

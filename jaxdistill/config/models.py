@@ -32,6 +32,11 @@ class RandomModel(Section):
     tied_head: bool | None = Field(
         None, description="Output head shares the embedding. Null: that of `like`, or true."
     )
+    initializer_range: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Standard deviation of the weights. Null: that of `like`, or 0.02, which is "
+        "for wide models: with embed below 200, 1 / sqrt(embed) learns sooner.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: a shape is complete or borrowed; heads divide."""

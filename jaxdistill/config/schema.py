@@ -125,6 +125,11 @@ class Mesh(Section):
         1, ge=-1, le=10**6, description="Parts of heads, MLP and vocabulary (devices)."
     )
     context: int = Field(1, ge=-1, le=10**6, description="Parts of every row's length (devices).")
+    processes: Size | None = Field(
+        None,
+        description="Processes the devices belong to; null: as many as Slurm, Open MPI, Cloud TPU, "
+        "GKE or `jaxdistill launch` started.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes that exist."""

@@ -132,8 +132,7 @@ def batches(
     stop: int | None = None,
     seed: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Iterator[tuple[int, Batch]]:
     """Batches by step number, epoch after epoch, each epoch in an order of its own.
@@ -149,18 +148,17 @@ def batches(
       stop: the step to stop before; None never stops.
       seed: decides the order of every epoch.
       shuffle: False keeps the rows' own order in every epoch.
-      process_index: which of the processes this is.
-      process_count: process p gets rows p * b to (p + 1) * b of every global batch, where
-        b = batch_size / process_count.
+      rows: which rows of every global batch this process wants, such as
+        `sharding.local_rows(mesh, batch_size)`; None: all.
       threads: how many prepare batches ahead; 0 prepares each when it is asked for.
 
     Returns:
-      An iterator of (step, Batch of NumPy arrays [batch_size / process_count, L]).
+      An iterator of (step, Batch of NumPy arrays [rows, L]).
 
     Raises:
-      ConfigError: if the batch does not divide among the processes, or a number is out of range.
+      ConfigError: if a number is out of range.
     """
-    rows_here = _share(batch_size, process_index, process_count)
+    wanted = _wanted(batch_size, rows)
     if start < 0 or (stop is not None and stop < start):
         raise ConfigError(f"data: steps from {start} to {stop}: must be 0 <= start <= stop")
     if not 0 <= seed < 2**32:
@@ -168,15 +166,13 @@ def batches(
     # Importing grain takes seconds, which building and inspecting data do not need.
     import grain
 
-    rows = grain.MapDataset.source(dataset)
+    stream = grain.MapDataset.source(dataset)
     if shuffle:
-        rows = rows.seed(seed).shuffle()
-    rows = rows.repeat()
-    offset = process_index * rows_here
+        stream = stream.seed(seed).shuffle()
+    stream = stream.repeat()
 
     def batch_of(step: int) -> tuple[int, Batch]:
-        first = step * batch_size + offset
-        return step, _stack([rows[index] for index in range(first, first + rows_here)])
+        return step, _stack([stream[step * batch_size + row] for row in wanted])
 
     return _feed(batch_of, start, sys.maxsize if stop is None else stop, threads)
 
@@ -185,8 +181,7 @@ def eval_batches(
     dataset: Dataset,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
 ) -> Iterator[tuple[int, Batch]]:
     """Every row exactly once, in order; the last batch is filled up with empty rows.
@@ -196,37 +191,33 @@ def eval_batches(
     Args:
       dataset: from `build`.
       batch_size: rows of the global batch.
-      process_index: which of the processes this is.
-      process_count: how many share each batch, as in `batches`.
+      rows: which rows of every global batch this process wants, as in `batches`.
       threads: how many prepare batches ahead.
 
     Returns:
-      An iterator of (number, Batch of NumPy arrays [batch_size / process_count, L]).
+      An iterator of (number, Batch of NumPy arrays [rows, L]).
 
     Raises:
-      ConfigError: if the batch does not divide among the processes.
+      ConfigError: if a number is out of range.
     """
-    rows_here = _share(batch_size, process_index, process_count)
-    offset = process_index * rows_here
+    wanted = _wanted(batch_size, rows)
     padding = dataset.empty_row()
 
     def batch_of(number: int) -> tuple[int, Batch]:
-        first = number * batch_size + offset
-        indices = range(first, first + rows_here)
+        indices = [number * batch_size + row for row in wanted]
         return number, _stack([dataset[i] if i < len(dataset) else padding for i in indices])
 
     return _feed(batch_of, 0, -(-len(dataset) // batch_size), threads)
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(
-            f"batch_size: {batch_size}: must be a positive multiple of the number of processes, "
-            f"{process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index: {process_index}: must be below {process_count}")
-    return batch_size // process_count
+def _wanted(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size}: must be at least 1")
+    if rows is None:
+        return range(batch_size)
+    if not rows or min(rows) < 0 or max(rows) >= batch_size:
+        raise ConfigError(f"rows: {list(rows)}: must be some of 0 to {batch_size - 1}")
+    return rows
 
 
 def _stack(rows: Sequence[Any]) -> Batch:

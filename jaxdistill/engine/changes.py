@@ -93,7 +93,7 @@ def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str
     devices = list(mesh.devices.flat)
     facts = {f"versions.{name}": version for name, version in versions.items()}
     return facts | {
-        "code": _code(),
+        "code": code(),
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         "processes": str(jax.process_count()),
@@ -131,7 +131,7 @@ def _sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
 
-def _code() -> str:
+def code() -> str:
     """A fingerprint of this package's own source."""
     root = pathlib.Path(jaxdistill.__file__).parent
     digest = hashlib.sha256()

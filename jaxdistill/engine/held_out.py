@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill import evaluate
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.sharding import local_rows
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
 
@@ -36,8 +36,7 @@ class HeldOut:
         feed = pipeline.eval_batches(
             self._dataset,
             batch_size=self._batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(self.mesh, self._batch_size),
         )
         for index, batch in feed:
             if index * self._batch_size >= self._rows:

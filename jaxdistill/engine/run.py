@@ -10,22 +10,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
+from jaxdistill import agree, processes, report
 from jaxdistill import config as configs
-from jaxdistill import report
 from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import changes, compare, setup, states
+from jaxdistill.engine import alike, changes, compare, setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, StorageError, UserError
 from jaxdistill.models import Model, count_parameters, forward_flops_per_token, lora
 from jaxdistill.models.config_json import write_config
+from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop, poison, stopping
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Policy
@@ -78,22 +78,37 @@ def train(
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
     """
+    mesh = _begin(config)
+    agree.together(lambda: _check(config))
+    resolved = configs.dump(config)
+    # Everything that reading the small files can tell is told before the run folder exists.
+    words = agree.together(lambda: setup.models_of(config, mesh, weights=False))
+    agree.leader_first(lambda: setup.data_of(config, words.tokenizer, None))
+
+    def create() -> None:
+        RunDir.create(
+            config.run.dir,
+            name=config.run.name,
+            input_text=resolved if input_text is None else input_text,
+            resolved=resolved,
+            overrides=overrides,
+        )
+
+    agree.by_leader(create)
+    return _execute(config, agree.together(lambda: RunDir.open(config.run.dir)), mesh)
+
+
+def _begin(config: Config) -> Mesh:
+    """Joins the other processes of the run, if there are any, and lays out all devices."""
+    processes.start(config.mesh.processes)
+    alike.check(config)
+    return setup.mesh_of(config)
+
+
+def _check(config: Config) -> None:
     errors = preflight.check(config)
     if errors:
         raise preflight.combine(errors)
-    resolved = configs.dump(config)
-    mesh = setup.mesh_of(config)
-    # Everything that reading the small files can tell is told before the run folder exists.
-    words = setup.models_of(config, mesh, weights=False)
-    setup.data_of(config, words.tokenizer, None)
-    run = RunDir.create(
-        config.run.dir,
-        name=config.run.name,
-        input_text=resolved if input_text is None else input_text,
-        resolved=resolved,
-        overrides=overrides,
-    )
-    return _execute(config, run, mesh)
 
 
 def resume(run_dir: str | os.PathLike) -> RunResult:
@@ -105,15 +120,18 @@ def resume(run_dir: str | os.PathLike) -> RunResult:
     """
     run = RunDir.open(run_dir)
     config = configs.load(run.path / "config.resolved.yaml")
-    return _execute(config, run, setup.mesh_of(config))
+    return _execute(config, run, _begin(config))
 
 
 def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
-    with run.held(), stopping.listening() as stop:
+    with processes.lost_ones_told(), contextlib.ExitStack() as stack:
+        agree.by_leader(lambda: stack.enter_context(run.held()))
+        stop = stack.enter_context(stopping.listening())
         with _checkpoints(config, run.path) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
                 result = _Session(config, run, mesh, stop).execute(checkpoints)
-        _report(run.path)  # after the attempt, which the page tells about
+        # After the attempt, which the page tells about; the others wait, to end with the first.
+        agree.by_leader(lambda: _report(run.path))
         return result
 
 
@@ -133,13 +151,16 @@ class _Session:
 
     def __init__(self, config: Config, run: RunDir, mesh: Mesh, stop: Stop):
         self.config, self.run, self.mesh, self.stop = config, run, mesh, stop
-        self.models = setup.models_of(config, mesh)
-        data = setup.data_of(config, self.models.tokenizer, run.path)
+        self.models = agree.together(lambda: setup.models_of(config, mesh))
+        beside = run.path if agree.leads() else None
+        data = agree.leader_first(lambda: setup.data_of(config, self.models.tokenizer, beside))
         described = _describe(config, self.models, mesh)
         facts = _fingerprints(config, self.models, data)
-        changes.check(run, facts | changes.world(mesh, described["versions"]))
+        facts |= changes.world(mesh, described["versions"])
+        agree.same(facts)
+        agree.by_leader(lambda: changes.check(run, facts))
         run.update(**described)
-        _keep_words(config, run, self.models)
+        agree.by_leader(lambda: _keep_words(config, run, self.models))
         self.dataset = data["train"]
         self.poison = poison.from_environment()
         self.method = setup.method_of(config, self.models)
@@ -165,7 +186,8 @@ class _Session:
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
-        _show(table.rows)
+        if agree.leads():
+            _show(table.rows)
         return RunResult(self.run.path, metrics, table.rows)
 
     def _control(self) -> None:
@@ -205,18 +227,21 @@ class _Session:
         with contextlib.ExitStack() as stack:
             progress = report.Progress(
                 config.train.steps,
-                mode=config.logging.progress,
+                mode=config.logging.progress if agree.leads() else "none",
                 log_every=config.train.log_every,
             )
             stack.enter_context(progress)
             resume_step = first if (folder / "metrics.jsonl").exists() else None
-            writer = report.MetricsWriter(
-                folder, config.logging.tensorboard, resume_step, notice=progress.event
-            )
+            writer = agree.together(lambda: _writer(config, folder, resume_step, progress))
             stack.enter_context(writer)
             began = time.perf_counter()
             monitor = recorded(config.train.log_every, config.train.steps)
-            step = setup.compile_step(config, method, state, teacher_params, self.mesh, monitor)
+            # Together: in its first step nobody waits long for one that is still compiling.
+            step = agree.together(
+                lambda: setup.compile_step(
+                    config, method, state, teacher_params, self.mesh, monitor
+                )
+            )
             seconds = time.perf_counter() - began
             writer.event("compiled", seconds=round(seconds, 3), from_step=first)
             progress.event(f"compiled in {seconds:.1f} s")
@@ -279,13 +304,22 @@ class _Session:
                 start=first,
                 stop=stop,
                 seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=local_rows(self.mesh, config.train.batch_size),
             )
             for index, batch in feed:
                 if self.poison is not None:
                     batch = self.poison.mark(index, batch)
                 yield index, place(batch, self.mesh)
+
+
+def _writer(
+    config: Config, folder: pathlib.Path, resume_step: int | None, progress: report.Progress
+) -> report.MetricsWriter:
+    """What keeps the numbers of a run, in one process of it."""
+    if not agree.leads():
+        return report.SilentWriter()
+    board = config.logging.tensorboard
+    return report.MetricsWriter(folder, board, resume_step, notice=progress.event)
 
 
 def _report(folder: pathlib.Path) -> None:

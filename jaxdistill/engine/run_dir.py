@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from jaxdistill import agree
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.report.writers import append_event
 
@@ -141,6 +142,8 @@ class RunDir:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl, before or after training; told where it cannot be."""
+        if not agree.leads():
+            return
         try:
             append_event(self.path, kind, **fields)
         except OSError as error:
@@ -163,11 +166,13 @@ class RunDir:
             return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file that appears whole or not at all.
+        """Writes a text file that appears whole or not at all; process 0 does it for all.
 
         Raises:
           StorageError: if it cannot be written; what was there before is then still there.
         """
+        if not agree.leads():
+            return
         temporary = self.path / f"{name}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:

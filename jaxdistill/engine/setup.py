@@ -55,7 +55,7 @@ def mesh_of(config: Config) -> Mesh:
     Raises:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
-    mesh = make_mesh(**config.mesh.model_dump())
+    mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}))
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.train.batch_size // config.train.micro_batches
     for name, size in (
@@ -105,9 +105,10 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """
     network = config.security.allow_network
     teacher, student = _shapes(config, network)
-    shapes = {"teacher": teacher, "student": student}
-    tokenizer = _named_tokenizer(config, shapes)
+    tokenizer = _named_tokenizer(config, {"teacher": teacher, "student": student})
     vocab = vocabulary_size(tokenizer)
+    teacher, student = _ended(teacher, tokenizer), _ended(student, tokenizer)
+    shapes = {"teacher": teacher, "student": student}
     for name, shape in shapes.items():
         if shape is None:
             continue
@@ -193,8 +194,9 @@ def _random_shape(
         for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
         if getattr(shape, name) is not None
     }
-    if shape.tied_head is not None:
-        numbers["tied_head"] = shape.tied_head
+    for name in ("tied_head", "initializer_range"):
+        if getattr(shape, name) is not None:
+            numbers[name] = getattr(shape, name)
     if like is not None:
         base = like.config
         if "heads" in numbers and "kv_heads" not in numbers:
@@ -213,6 +215,14 @@ def _random_shape(
     if "vocab_size" not in numbers:
         numbers["vocab_size"] = vocabulary_size(_named_tokenizer(config, {}))
     return Model(DecoderConfig("llama", **numbers), None, None, "random")
+
+
+def _ended(shape: Any, tokenizer: Any) -> Any:
+    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
+    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
+        return shape
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
 
 
 def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxdistill import sharding
@@ -58,13 +58,30 @@ def assemble(
     """
     places = placement(config, mesh, rules)
     flat = {
-        ours: _array(ours, name, row, name.part(ours, config), tensors, dtype, places[ours])
+        ours: weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
         for ours, (name, row) in tensor_rows(config).items()
     }
     return nest(flat)
 
 
-def _array(ours, name: TensorName, row: Weight, part, tensors, dtype, place) -> jax.Array:
+def weight(
+    name: TensorName,
+    row: Weight,
+    part: Part | None,
+    tensors: Tensors,
+    dtype: DTypeLike | None,
+    place: Sharding,
+) -> jax.Array:
+    """One weight of the tree, each device's slice read by itself.
+
+    Args:
+      name: what the file calls it.
+      row: its shape.
+      part: of the file's tensor; None: all.
+      tensors: where to read.
+      dtype: None keeps its own.
+      place: where it lies.
+    """
     found = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = found.pop() if len(found) == 1 and np.dtype(np.float64) not in found else np.float32

@@ -8,18 +8,18 @@ int8 and int4 are written as the first, int8_dynamic as the second. Other forms 
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models import shards
 from jaxdistill.models.architecture import DecoderConfig, nest
-from jaxdistill.models.assemble import placement
+from jaxdistill.models.assemble import placement, weight
 from jaxdistill.models.families import tensor_rows
 from jaxdistill.models.quantized import QuantizedKernel, Scheme
 
@@ -170,57 +170,90 @@ def load_params(
 ) -> dict:
     """The parameters of a quantised folder, kernels as `QuantizedKernel`.
 
+    Every device's slices are read by themselves, as `assemble` does; scales are on every device.
+
     Raises:
       ModelError: where a tensor is missing or has another shape.
     """
     places = placement(config, mesh, rules)
-    flat = {}
+    flat: dict[str, Any] = {}
     for ours, (name, row) in tensor_rows(config).items():
         stacked = ours.startswith("layers.")
         bases = [name.pattern.format(layer) for layer in range(row.shape[0] if stacked else 1)]
         if stacked and ours.endswith(".kernel"):
-            shape = row.shape[1:]
-            pairs = [_read_kernel(files, base, scheme, shape) for base in bases]
-            kind = jax.numpy.int4 if scheme.bits == 4 else jax.numpy.int8
-            values = np.stack([pair[0] for pair in pairs]).astype(kind)
-            scale = np.stack([pair[1] for pair in pairs])
-            place = places[ours]
-            around = (
-                NamedSharding(place.mesh, PartitionSpec())
-                if isinstance(place, NamedSharding)
-                else place
-            )
-            flat[ours] = QuantizedKernel(
-                jax.device_put(values, place),
-                jax.device_put(scale.astype(dtype or scale.dtype), around),
-                scheme,
-            )
+            flat[ours] = _kernel(files, bases, scheme, row.shape, places[ours], dtype)
             continue
         wanted = row.shape[1:] if stacked else row.shape
-        wanted = wanted[::-1] if name.transposed else wanted
-        parts = [_read(files, base, wanted) for base in bases]
-        whole = np.stack([p.T if name.transposed else p for p in parts]) if stacked else parts[0]
-        flat[ours] = jax.device_put(whole.astype(dtype or whole.dtype), places[ours])
+        for base in bases:
+            _check_shape(files, base, wanted[::-1] if name.transposed else wanted)
+        flat[ours] = weight(name, row, None, files, dtype, places[ours])
     return nest(flat)
 
 
-def _read_kernel(files, base, scheme, shape) -> tuple[np.ndarray, np.ndarray]:
-    """Values [in, out] and scales [groups, out] of one projection."""
-    inputs, outputs = shape
-    stem = base.removesuffix("weight")
-    scale = _read(files, stem + "weight_scale", (outputs, inputs // (scheme.group or inputs)))
+def _kernel(
+    files: shards.Folder,
+    bases: Sequence[str],
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    place: Sharding,
+    dtype: DTypeLike | None,
+) -> QuantizedKernel:
+    """One projection of all layers, [layers, in, out]."""
+    _, inputs, outputs = shape
+    scales = []
+    for base in bases:
+        _check_shape(files, *_stored(base, scheme, inputs, outputs))
+        name = base.removesuffix("weight") + "weight_scale"
+        _check_shape(files, name, (outputs, inputs // (scheme.group or inputs)))
+        scales.append(files.read(name, (slice(None), slice(None))).T)
+    kind = jax.numpy.int4 if scheme.bits == 4 else jax.numpy.int8
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        layers, rows, columns = (
+            range(*one.indices(size)) for one, size in zip(index, shape, strict=True)
+        )
+        blocks = [_values(files, bases[layer], scheme, rows, columns) for layer in layers]
+        return np.stack(blocks).astype(kind)
+
+    around = place
+    if isinstance(place, NamedSharding):
+        around = NamedSharding(place.mesh, PartitionSpec())
+    scale = np.stack(scales)
+    return QuantizedKernel(
+        jax.make_array_from_callback(shape, place, read),
+        jax.device_put(scale.astype(dtype or scale.dtype), around),
+        scheme,
+    )
+
+
+def _stored(base: str, scheme: Scheme, inputs: int, outputs: int) -> tuple[str, tuple[int, int]]:
+    """Name and shape of the tensor that holds a projection's whole numbers."""
     if scheme.dynamic:
-        return _read(files, base, (outputs, inputs)).T, scale.T
-    words = _read(files, stem + "weight_packed", (outputs, -(-inputs * scheme.bits // 32)))
-    return unpack(words, scheme.bits, inputs).T, scale.T
+        return base, (outputs, inputs)
+    return base.removesuffix("weight") + "weight_packed", (outputs, -(-inputs * scheme.bits // 32))
 
 
-def _read(files: shards.Folder, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _values(
+    files: shards.Folder, base: str, scheme: Scheme, rows: range, columns: range
+) -> np.ndarray:
+    """These inputs and outputs of one projection, [in, out]; words are read as whole ones."""
+    out = slice(columns.start, columns.stop)
+    if scheme.dynamic:
+        return files.read(base, (out, slice(rows.start, rows.stop))).T
+    each = 32 // scheme.bits
+    first, last = rows.start // each, -(-rows.stop // each)
+    name, _ = _stored(base, scheme, 0, 0)
+    values = unpack(files.read(name, (out, slice(first, last))), scheme.bits, (last - first) * each)
+    start = rows.start - first * each
+    return values[:, start : start + len(rows)].T
+
+
+def _check_shape(files: shards.Folder, name: str, shape: tuple[int, ...]) -> None:
     entry = files.entries.get(name)
     if entry is None or entry.shape != tuple(shape):
         found = "missing" if entry is None else f"of shape {list(entry.shape)}"
         raise ModelError(f"{files.folder}: {name} is {found}, expected {list(shape)}")
-    return files.read(name, (slice(None),) * len(shape))
 
 
 def open_folder(folder: pathlib.Path) -> shards.Folder:

@@ -92,7 +92,8 @@ def check_known(row: Family, raw: Mapping[str, Any], where: str) -> None:
     known |= {"original_max_position_embeddings"} if "yarn" in row.ropes else set()
     known |= {row.field("num_experts")} if "num_experts_per_tok" in row.assumed else set()
     for field, value in raw.items():
-        if field in known or value is None or value is False:
+        fixed = row.features.get(field) == value  # what these models have anyway
+        if field in known or value is None or value is False or fixed:
             continue
         if field in row.absent:
             _check_follows(row, field, raw, where)

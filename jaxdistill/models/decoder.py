@@ -192,6 +192,11 @@ def logical_axes(config: DecoderConfig) -> dict:
     return map_weights(lambda row: row.axes, weights(config))
 
 
+def is_apart(params: Mapping[str, Any]) -> bool:
+    """Whether the layers lie side by side, as generation reads them, and not stacked."""
+    return isinstance(params["layers"], tuple)
+
+
 def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> dict:
     """Random parameters: normal(0, initializer_range) weights, zero biases, norms of scale 1."""
     counter = iter(range(1 << 20))
@@ -254,6 +259,8 @@ def apply(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
     attend = causal(config, length, segment_ids, attention)
+    if is_apart(params):
+        params = params | {"layers": jax.tree.map(lambda *one: jnp.stack(one), *params["layers"])}
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
         tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps,

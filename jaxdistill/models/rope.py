@@ -124,19 +124,21 @@ def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, 
 
 
 def per_layer(
-    config: "DecoderConfig", positions: jax.Array
+    config: "DecoderConfig", positions: jax.Array, shared: bool = False
 ) -> Callable[[Any], tuple[jax.Array, jax.Array] | None]:
     """A function: number of a layer, traced or not -> its (cos, sin), or None without rotation.
 
     Layers with a window may have frequencies of their own. Both tables are made once; a layer takes
-    one of them by a flag, so that all layers stay one scanned body.
+    one of them by a flag, so that all layers stay one scanned body. `shared` keeps XLA from making
+    the tables anew in every layer where there is no scan.
     """
     if config.rope is None:
         return lambda index: None
-    everywhere = tables(config.rope, config.head_dim, positions)
+    keep = jax.lax.optimization_barrier if shared else lambda table: table
+    everywhere = keep(tables(config.rope, config.head_dim, positions))
     if config.local_rope is None or config.windows is None:
         return lambda index: everywhere
-    local = tables(config.local_rope, config.head_dim, positions)
+    local = keep(tables(config.local_rope, config.head_dim, positions))
     is_local = np.asarray([window is not None for window in config.windows])
     return lambda index: jax.tree.map(
         lambda here, there: jnp.where(jnp.asarray(is_local)[index], here, there), local, everywhere

@@ -6,4 +6,5 @@ from jaxdistill.report.story import write_story as write_story
 from jaxdistill.report.table import comparison_table as comparison_table
 from jaxdistill.report.table import recovered as recovered
 from jaxdistill.report.writers import MetricsWriter as MetricsWriter
+from jaxdistill.report.writers import SilentWriter as SilentWriter
 from jaxdistill.report.writers import read_metrics as read_metrics

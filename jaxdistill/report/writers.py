@@ -157,6 +157,31 @@ class MetricsWriter:
                 )
 
 
+class SilentWriter(MetricsWriter):
+    """Takes what a MetricsWriter takes and keeps nothing: for all processes but one."""
+
+    def __init__(self):
+        self.dropped = 0
+
+    def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def event(self, kind: str, **fields: typing.Any) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def append_event(run_dir: str | os.PathLike, kind: str, **fields: typing.Any) -> None:
     """Appends one line to the events.jsonl of a run that no MetricsWriter has open.
 

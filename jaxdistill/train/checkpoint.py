@@ -146,8 +146,9 @@ class Checkpoints:
             )
         arrays, facts = flatten(state), {"meta": dict(meta), **self._ranked(metrics)}
         faults.point("checkpoint.begin")
+        needed = sum(array.nbytes for array in arrays.values())
+        agree.together(lambda: self._check_room(step, needed))
         try:
-            self._check_room(sum(array.nbytes for array in arrays.values()))
             staged = step_folders.staging(self.directory, step)
             response = ocp.save_checkpointables_async(str(staged), {_STATE: arrays})
         except (OSError, ValueError) as error:
@@ -156,13 +157,13 @@ class Checkpoints:
         self._pending = step, self._thread.submit(self._finish, response, step, facts)
         return time.perf_counter() - began
 
-    def _check_room(self, needed: int) -> None:
+    def _check_room(self, step: int, needed: int) -> None:
         """Raises where a save cannot succeed, before it is begun."""
         if not self.directory.is_dir():  # Orbax would make the whole path anew
-            raise OSError("the folder is gone")
+            raise self._failure(step, "the folder is gone")
         free = shutil.disk_usage(self.directory).free
         if free < needed:
-            raise OSError(f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+            raise self._failure(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
     def _finish(self, response: Any, step: int, facts: Mapping[str, Any]) -> None:
         """In the background: waits for the arrays, makes them a checkpoint, removes old ones."""

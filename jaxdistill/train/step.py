@@ -21,7 +21,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
 from jaxdistill.objectives import CONTROL, MONITOR, Objective
-from jaxdistill.sharding import RULES, MeshAxes, batch_sharding
+from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.types import Batch, Mean
@@ -188,9 +188,16 @@ def abstract_batch(rows: int, length: int, mesh: Mesh, origins: bool = False) ->
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A process's share of a batch, as global arrays on the mesh."""
+    """The rows of a batch that this process has (`local_rows`), as global arrays on the mesh."""
     sharding = batch_sharding(mesh)
-    make = lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    here = len(local_rows(mesh, blocks))
+
+    def make(rows):
+        rows = np.asarray(rows)
+        shape = (len(rows) * blocks // here, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
     return jax.tree.map(make, batch)
 
 
