@@ -36,7 +36,7 @@ def test_a_rounded_teacher_says_almost_the_same(scheme, limit, load_config, tmp_
         tmp_path, RANDOM, "teacher.random={layers: 4, embed: 64, mlp: 64, heads: 4}"
     )
     teacher = setup.models_of(config, setup.mesh_of(config)).teacher
-    wide = jax.tree.map(lambda leaf: leaf * (6.0 if leaf.ndim > 2 else 1.0), teacher.params)
+    wide = jax.tree.map(lambda leaf: leaf * (6.0 if leaf.ndim > 1 and leaf.shape[-1] > 1 else 1.0), teacher.params)
     wide = dataclasses.replace(teacher, params=wide)
     again = quantize.quantized(wide, scheme)
     loss = _kl(wide, again)
