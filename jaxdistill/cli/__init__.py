@@ -9,6 +9,7 @@ from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
 from jaxdistill.errors import LostProcessError, Preempted, UserError
+from jaxdistill.redact import redact
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        lines = printable(str(error)).splitlines()
+        lines = printable(redact(str(error))).splitlines()
         head = f"error: {len(lines)} problems\n" if len(lines) > 1 else "error: "
         print(head + "\n".join(lines), file=sys.stderr)
         if isinstance(error, LostProcessError):

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxdistill.errors import DataError, StorageError
+from jaxdistill.redact import redacted
 from jaxdistill.train import faults
 
 # A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
@@ -370,7 +371,7 @@ class _Board:
 
 
 def _event_line(now: float, kind: str, fields: Mapping[str, typing.Any]) -> bytes:
-    return _json_line(_json_safe({"time": round(now, 3), "kind": kind, **fields}))
+    return _json_line(redacted(_json_safe({"time": round(now, 3), "kind": kind, **fields})))
 
 
 def _json_line(record: dict) -> bytes:
