@@ -99,7 +99,8 @@ def test_a_run_without_adapters_has_none_to_export(finished, tmp_path):
     ],
 )
 def test_methods_with_parameters_knobs_and_features_train_adapters(method, load_config, tmp_path):
-    options = [f"method={method}", "train.steps=4", "train.eval_every=2", "train.micro_batches=2"]
+    options = [f"method={method}", "train.steps=4", "train.eval_every=2"]
+    options += ["train.batch_size=16", "train.micro_batches=2"]
     result = engine.train(load_config(tmp_path, LORA, *options))
     first, last = (arrays(result.run_dir, step) for step in (3, 4))
     changed = [name for name in first if name.startswith("params/student/")]
