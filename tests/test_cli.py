@@ -502,3 +502,15 @@ def test_validate_reads_workflows_too(capsys, folder):
     bad.write_text("steps:\n  - {name: a, kind: export, model: '${b}'}\n")
     code, _, err = run(capsys, "validate", str(bad))
     assert code == 2 and "flow.yaml:2:5" in err and "no earlier step" in err
+
+
+def test_a_file_out_of_reach_is_named_without_a_traceback(capsys, monkeypatch):
+    def missing():
+        raise PermissionError(13, "Permission denied", "/secret/file")
+
+    monkeypatch.setattr("jaxdistill.cli.files.LISTS", {"recipes": missing})
+    code, _, err = run(capsys, "ls", "recipes")
+    assert (code, err) == (9, "error: /secret/file: Permission denied\n")
+    monkeypatch.setattr("jaxdistill.cli.files.LISTS", {"recipes": lambda: 1 / 0})
+    with pytest.raises(ZeroDivisionError):  # mistakes of ours stay loud
+        run(capsys, "ls", "recipes")
