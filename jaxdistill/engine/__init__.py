@@ -3,6 +3,7 @@
 from jaxdistill.engine.evaluation import evaluate
 from jaxdistill.engine.export import export, export_adapters, load, quantize
 from jaxdistill.engine.harness import adapter, harness
+from jaxdistill.engine.planning import plan
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
@@ -25,6 +26,7 @@ __all__ = [
     "harness",
     "importance",
     "load",
+    "plan",
     "prune",
     "pruning_note",
     "quantize",

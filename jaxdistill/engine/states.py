@@ -30,9 +30,11 @@ def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
     adapters = adapters_of(config)
     if adapters is not None:
         lora.rows(student, adapters)
+    if not config.optimizer.offload:
+        return
     device = mesh.devices.flat[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
-    if config.optimizer.offload and HOST not in kinds:
+    if HOST not in kinds:
         raise ConfigError(
             f"optimizer.offload = true: {device.device_kind} addresses {', '.join(sorted(kinds))} "
             f"and no {HOST}: leave it out, and spread the state over more devices (mesh.fsdp)"

@@ -22,6 +22,7 @@ from jaxdistill.sharding import RULES, MeshAxes, constrain
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
+WEIGHTS = "weights"  # part of the names of operations that make the weights a layer computes with
 
 
 class Decoder(nnx.Module):
@@ -72,10 +73,11 @@ class Decoder(nnx.Module):
             return (through, tapped), None
 
         # Gathered in the master's dtype and then cast: the gradient of the table adds up in it.
-        table_VD = constrain(self.embedding[...], ("vocab", None), rules)
         places = None
-        if self.positions is not None:
-            places = constrain(self.positions[...], ("positions", None), rules)
+        with jax.named_scope(WEIGHTS):
+            table_VD = constrain(self.embedding[...], ("vocab", None), rules)
+            if self.positions is not None:
+                places = constrain(self.positions[...], ("positions", None), rules)
         x_BLD = embed(config, table_VD, places, tokens, positions, compute_dtype)
         x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), rules)
         inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
@@ -166,7 +168,8 @@ def _computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, M
             return weight.astype(dtype)
         return constrain(weight.astype(dtype), logical[1:], rules)
 
-    return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
+    with jax.named_scope(WEIGHTS):
+        return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
 
 
 def kept_wide(path: tuple) -> bool:

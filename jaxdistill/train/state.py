@@ -92,9 +92,7 @@ def abstract(
 ) -> TrainState:
     """The state's shapes, dtypes and places, without reading or making a parameter."""
     everywhere = replicated(mesh)
-    shapes = decoder.shapes(config, dtype)
-    student = _placed(shapes, shardings(mesh, decoder.logical_axes(config), shapes, rules))
-    frozen = None
+    student, frozen = abstract_params(config, dtype, mesh, rules), None
     if adapters is not None:
         frozen, small = student, lora.shapes(config, adapters)
         axes = lora.logical_axes(config, adapters)
@@ -110,6 +108,14 @@ def abstract(
         skipped=_placed(jax.ShapeDtypeStruct((2,), jnp.int32), everywhere),
         frozen=frozen,
     )
+
+
+def abstract_params(
+    config: DecoderConfig, dtype: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES
+) -> Any:
+    """The shapes and places of a model's parameters."""
+    shapes = decoder.shapes(config, dtype)
+    return _placed(shapes, shardings(mesh, decoder.logical_axes(config), shapes, rules))
 
 
 def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh, offload: bool) -> Any:
