@@ -18,10 +18,10 @@ STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
 TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0 compressed-tensors)
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help environment aot quickstart test lint format bench
+.PHONY: help environment aot quickstart test soak lint format bench
 
 help:
-	@echo "make quickstart | test | lint | format | bench | environment"
+	@echo "make quickstart | test | soak | lint | format | bench | environment"
 
 environment: $(STAMP)
 
@@ -64,6 +64,10 @@ aot: $(STAMP)
 
 test: $(STAMP) $(if $(AOT),aot)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Killed runs by the hundred, and other faults: about an hour on two quiet cores.
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,9 +2,11 @@
 
     python -m benchmarks.generate --torch-python /path/to/python-with-torch
 
-Greedy, float32, prompts of random tokens, no end token. Reading the prompts is the time of one new
-token; decoding is what every further token costs: (time of N + 1 tokens - time of 1) / N.
-Compilation comes before the clock. Both sides must make the same tokens.
+Greedy, prompts of random tokens, no end token. Reading the prompts is the time of one new token;
+decoding is what every further token costs: (time of N + 1 tokens - time of 1) / N. Compilation
+comes before the clock. How many tokens of a row come before the first that differs is told: in
+float32 all, but where the two largest logits lie within rounding of each other (with these prompts
+one row of 32: 27.239612 and 27.239606 in float64); in bfloat16 each side rounds in its own order.
 """
 
 import argparse
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--model", default=SOURCE)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of every prompt")
     parser.add_argument("--new", type=int, default=64, help="further tokens, N")
     parser.add_argument("--rounds", type=int, default=5)
@@ -33,17 +36,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         worker = {"ours": _our_worker, "theirs": _their_worker}[options.worker]
-        return worker(options.folder, options.batch[0], options.prompt, options.new)
+        sizes = options.batch[0], options.prompt, options.new
+        return worker(options.folder, options.dtype[0], *sizes)
     with tempfile.TemporaryDirectory() as folder:
         _write(options.model, pathlib.Path(folder) / "model")
-        cases = {str(batch): _case(options, folder, batch) for batch in options.batch}
+        cases = {
+            dtype: {str(batch): _case(options, folder, dtype, batch) for batch in options.batch}
+            for dtype in options.dtype
+        }
     result = {
-        "baseline": "transformers generate, PyTorch eager, its dynamic cache",
+        "baseline": "transformers generate as it comes: PyTorch eager, its dynamic cache",
         "model": options.model,
-        "dtype": "float32",
         "prompt": options.prompt,
         "new": options.new,
-        "batch": cases,
+        "cases": cases,
     }
     print(json.dumps(result, indent=2))
     if options.save:
@@ -57,17 +63,20 @@ def _write(source: str, folder: pathlib.Path) -> None:
     models.save(models.load(source, dtype="float32"), folder)
 
 
-def _case(options: argparse.Namespace, folder: str, batch: int) -> dict:
-    """Both duels of one batch size, as tokens a second."""
-    seconds, facts = {}, {}
+def _case(options: argparse.Namespace, folder: str, dtype: str, batch: int) -> dict:
+    """Both duels of one dtype and batch size, as tokens a second."""
+    seconds, facts, found = {}, {}, {}
     for name, new in (("prefill", 0), ("all", options.new)):
-        common = ["-m", "benchmarks.generate", "--folder", folder, "--batch", str(batch)]
+        common = ["-m", "benchmarks.generate", "--folder", folder]
+        common += ["--batch", str(batch), "--dtype", dtype]
         common += ["--prompt", str(options.prompt), "--new", str(new), "--worker"]
         theirs = duel.Worker([options.torch_python, *common, "theirs"])
         ours = duel.Worker([sys.executable, *common, "ours"])
         facts = {"theirs": theirs.read(), "ours": ours.read()}
-        assert facts["ours"]["tokens"] == facts["theirs"]["tokens"], "different tokens were made"
-        seconds[name] = duel.duel(ours, theirs, options.rounds)["seconds"]
+        same = _agreement(facts["ours"]["tokens"], facts["theirs"]["tokens"])
+        assert same > 0.95 or dtype != "float32", f"tokens differ: {same:.1%} come before that"
+        found = duel.duel(ours, theirs, options.rounds)
+        seconds[name] = found["seconds"]
         ours.close()
         theirs.close()
     sides = ("ours", "theirs")
@@ -81,6 +90,8 @@ def _case(options: argparse.Namespace, folder: str, batch: int) -> dict:
         "decode_tokens_per_second": decode,
         "prefill_ratio": prefill["ours"] / prefill["theirs"],
         "decode_ratio": decode["ours"] / decode["theirs"],
+        "tokens_before_a_difference": same,
+        "peak_mib": found["peak_mib"],
         "versions": {side: facts[side]["versions"] for side in sides},
     }
 
@@ -91,28 +102,36 @@ def _prompts(batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(100, 40_000, (batch, length)).tolist()
 
 
-def _our_worker(folder: pathlib.Path, batch: int, length: int, new: int) -> None:
+def _agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """The share of tokens that stand before the first one of their row that differs."""
+    same = 0
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = zip(one, other, strict=True)
+        same += next((n for n, (a, b) in enumerate(pairs) if a != b), len(one))
+    return same / sum(map(len, ours))
+
+
+def _our_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: int) -> None:
     import dataclasses
 
     import jax
 
     from jaxdistill import models
-    from jaxdistill.models.generate import generate_tokens
+    from jaxdistill.models import generate, unrolled
 
-    model = models.load(folder / "model", dtype="float32")
-    config = dataclasses.replace(model.config, eos_ids=())
+    model = unrolled.take(models.load(folder / "model", dtype=dtype))
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
     prompts = _prompts(batch, length)
-    step = lambda: generate_tokens(config, model.params, prompts, max_new_tokens=new + 1)
-    tokens = step()
-    facts = {"tokens": _sum(tokens), "versions": {"jax": jax.__version__}}
-    duel.serve(lambda: _sum(step()), facts)
+    step = lambda: generate.generate(model, prompts, max_new_tokens=new + 1)
+    facts = {"tokens": step(), "versions": {"jax": jax.__version__}}
+    duel.serve(lambda: len(step()), facts)
 
 
-def _their_worker(folder: pathlib.Path, batch: int, length: int, new: int) -> None:
+def _their_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: int) -> None:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
     model.eval()
     prompts = torch.tensor(_prompts(batch, length))
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -127,19 +146,10 @@ def _their_worker(folder: pathlib.Path, batch: int, length: int, new: int) -> No
             )
         return made[:, length:].tolist()
 
-    tokens = step()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    facts = {"tokens": _sum(tokens), "versions": versions, "threads": torch.get_num_threads()}
-    duel.serve(lambda: _sum(step()), facts)
-
-
-def _sum(rows: list[list[int]]) -> int:
-    """A number that changes with any token and its place."""
-    return sum(
-        (number + 1) * (place + 7) * token
-        for number, row in enumerate(rows)
-        for place, token in enumerate(row)
-    )
+    versions["threads"] = torch.get_num_threads()
+    facts = {"tokens": step(), "versions": versions}
+    duel.serve(lambda: len(step()), facts)
 
 
 if __name__ == "__main__":

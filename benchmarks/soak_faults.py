@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.warm import ROOT, Nursery
+from benchmarks.warm import ROOT, Command, Nursery
 from jaxdistill.data import store
 from jaxdistill.errors import CorruptCheckpointError
 from jaxdistill.train import faults, manifest, step_folders
@@ -75,15 +75,17 @@ class Rig:
 
     Args:
       folder: an empty one.
+      cache: of compiled programs; by default one of the folder's own.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, cache: str | os.PathLike | None = None):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
-        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+        compiled = os.fspath(cache or folder / "jax")
+        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": compiled}
         self.nursery = Nursery(environment=self.environment)
         self.log = folder / "log.txt"
         self._whole: dict[str, tuple[dict, list]] = {}
@@ -111,17 +113,14 @@ class Rig:
         return ["train", str(self.config(method, run))]
 
     def whole(self, method: str) -> tuple[dict, list]:
-        """What the undisturbed run of a method left; made once, and timed warm."""
+        """What the undisturbed run of a method left; made once, and timed."""
         if method not in self._whole:
-            for repeat in range(2):
-                run = self.folder / f"whole-{method}-{repeat}"
-                began = time.perf_counter()
-                code = self.nursery.run(self.command(method, run), self.log)
-                self.seconds[method] = time.perf_counter() - began
-                assert code == 0, f"{run}: ended with {code}: {self.log.read_text()[-2000:]}"
-                left = result(run)
-                assert not repeat or same(left, self._whole[method]), "the same command twice"
-                self._whole[method] = left
+            run = self.folder / f"whole-{method}"
+            began = time.perf_counter()
+            code = self.nursery.run(self.command(method, run), self.log)
+            self.seconds[method] = time.perf_counter() - began
+            assert code == 0, f"{run}: ended with {code}: {self.log.read_text()[-2000:]}"
+            self._whole[method] = result(run)
         return self._whole[method]
 
 
@@ -176,7 +175,7 @@ def sound(run: pathlib.Path) -> bool:
 
 
 def kills(
-    rig: Rig, count: int, seed: int = 0, per_run: int = 8, told: Callable[[dict], Any] = print
+    rig: Rig, count: int, seed: int = 0, told: Callable[[dict], Any] = print, per_run: int = 8
 ) -> dict[str, Any]:
     """Kills runs with SIGKILL, half of them at named points, and compares what they end as.
 
@@ -184,8 +183,8 @@ def kills(
       rig: where.
       count: how many kills at least.
       seed: of the choice of points and moments.
-      per_run: kills of one run before it may finish.
       told: of the numbers so far, after every run.
+      per_run: kills of one run before it may finish.
     """
     draw = random.Random(seed)
     at, methods = Counter(), Counter()
@@ -193,7 +192,7 @@ def kills(
     growth: list[int] = []
     began = time.perf_counter()
     while sum(at.values()) < count:
-        method = list(METHODS)[runs % len(METHODS)]
+        method = list(METHODS)[runs // 3 % len(METHODS)]  # each costs an undisturbed run first
         whole = rig.whole(method)
         run = rig.folder / f"killed-{seed}-{runs}"
         for _ in range(per_run):
@@ -239,11 +238,7 @@ def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) ->
         code = rig.nursery.run(rig.command(method, run), rig.log, fault)
     else:
         point = "any moment"
-        moment = draw.uniform(0.0, 1.1 * rig.seconds[method])
-        command = rig.nursery.start(rig.command(method, run), rig.log)
-        deadline = time.monotonic() + moment
-        while command.running() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        command = _live(rig, method, run, draw)
         command.kill()
         code = command.wait()
     if code == 0:
@@ -252,20 +247,42 @@ def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) ->
     return point
 
 
-def stops(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
-    """Asks runs to stop, by SIGTERM at any moment, and compares what they end as."""
+def _live(
+    rig: Rig, method: str, run: pathlib.Path, draw: random.Random, earliest: float = 0.0
+) -> Command:
+    """One life of a run up to any moment of it; a life that ends before tells how long one is."""
+    began = time.monotonic()
+    command = rig.nursery.start(rig.command(method, run), rig.log)
+    deadline = began + draw.uniform(earliest, 1.0) * rig.seconds[method]
+    while time.monotonic() < deadline:
+        if not command.running():
+            rig.seconds[method] = time.monotonic() - began
+            break
+        time.sleep(0.002)
+    return command
+
+
+def stops(
+    rig: Rig, count: int, seed: int = 0, told: Callable[[dict], Any] = print
+) -> dict[str, Any]:
+    """Asks runs to stop, by SIGTERM at any moment, and compares what they end as.
+
+    Args:
+      rig: where.
+      count: how many signals.
+      seed: of the choice of moments.
+      told: of the numbers so far, after every run.
+    """
     draw = random.Random(seed)
     clean = asked = runs = equal = unsound = 0
     seconds: list[float] = []
     while asked < count:
-        method = list(METHODS)[runs % len(METHODS)]
+        method = list(METHODS)[runs // 3 % len(METHODS)]
         whole = rig.whole(method)
         run = rig.folder / f"stopped-{seed}-{runs}"
         while asked < count:
-            command = rig.nursery.start(rig.command(method, run), rig.log)
-            deadline = time.monotonic() + draw.uniform(0.2, 1.0) * rig.seconds[method]
-            while command.running() and time.monotonic() < deadline:
-                time.sleep(0.002)
+            # Before a command has begun, a signal does what it does to any process.
+            command = _live(rig, method, run, draw, earliest=0.2)
             if not command.running():
                 break
             began = time.perf_counter()
@@ -282,23 +299,25 @@ def stops(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
         code = rig.nursery.run(rig.command(method, run), rig.log)
         runs += 1
         equal += code == 0 and same(result(run), whole)
-    return {
-        "signals": asked,
-        "exits_75": clean,
-        "runs": runs,
-        "bitwise_equal_runs": equal,
-        "unreadable_run_folders": unsound,
-        "seconds_to_exit": {
-            "median": round(statistics.median(seconds), 3),
-            "most": round(max(seconds), 3),
-        },
-    }
+        found = {
+            "signals": asked,
+            "exits_75": clean,
+            "runs": runs,
+            "bitwise_equal_runs": equal,
+            "unreadable_run_folders": unsound,
+            "seconds_to_exit": {
+                "median": round(statistics.median(seconds), 3) if seconds else None,
+                "most": round(max(seconds), 3) if seconds else None,
+            },
+        }
+        told(found)
+    return found
 
 
 def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     """Flips single bits in files of a checkpoint and of the tokenised data, one at a time."""
     rig.whole("kd")
-    run = rig.folder / "whole-kd-1"
+    run = rig.folder / "whole-kd"
     checkpoint = run / "checkpoints" / str(_newest(run))
     cached = next(path for path in (rig.folder / "cache").iterdir() if path.name.startswith("tr"))
 
@@ -453,22 +472,25 @@ def digest_cost(folder: pathlib.Path, megabytes: int, repeats: int = 5) -> dict[
         f"w{i}": jax.device_put(draw.normal(size=2**22).astype(np.float32)) for i in range(parts)
     }
     jax.block_until_ready(state)
-    shares, waits, saves = [], [], []
+    shares, works, waits, saves = [], [], [], []
     with Checkpoints(folder / "checkpoints", keep_latest=1) as checkpoints:
         for step in range(1, repeats + 2):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             waited = checkpoints.save(step, state, {})
             checkpoints.wait()
-            seconds = time.perf_counter() - began
-            began = time.perf_counter()
-            manifest.verify(folder / "checkpoints" / str(step))
-            if step > 1:  # the first compiles and warms up
-                shares.append((time.perf_counter() - began) / seconds)
+            seconds = time.perf_counter() - began[0]
+            work = time.process_time() - began[1]
+            began = time.perf_counter(), time.process_time()
+            manifest.verify(folder / "checkpoints" / str(step))  # reads and sums as a save does
+            if step > 1:  # the first warms up
+                shares.append((time.perf_counter() - began[0]) / seconds)
+                works.append((time.process_time() - began[1]) / work)
                 waits.append(waited)
                 saves.append(seconds)
     return {
         "state_mb": 16 * parts,
         "save_seconds": round(statistics.median(saves), 3),
         "blocked_seconds": round(statistics.median(waits), 4),
-        "digest_share_of_save": round(statistics.median(shares), 4),
+        "digest_share_of_time": round(statistics.median(shares), 4),
+        "digest_share_of_processor_time": round(statistics.median(works), 4),
     }

@@ -84,6 +84,7 @@ class Nursery:
         """Ends the process that forks."""
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
     def __enter__(self) -> "Nursery":
         return self

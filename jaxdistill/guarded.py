@@ -39,20 +39,10 @@ class Guarded:
       seconds: a call that takes longer is killed.
       memory: bytes of address space; beyond them the function fails.
       calls: how many a process serves.
-      first: seconds more for the first call of a process, where it imports what it needs.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        seconds: float,
-        memory: int = MEMORY,
-        calls: int = CALLS,
-        first: float = 0.0,
-    ):
+    def __init__(self, name: str, *, seconds: float, memory: int = MEMORY, calls: int = CALLS):
         self._name, self._seconds, self._memory, self._most = name, seconds, memory, calls
-        self._first = first
         self._process: subprocess.Popen | None = None
         self._end: Any = None
         self._calls = 0
@@ -71,8 +61,7 @@ class Guarded:
                     self._start()
                 self._calls += 1
                 self._send(arguments)
-                more = self._first if self._calls == 1 else 0.0
-                good, value = self._receive(self._seconds + more)
+                good, value = self._receive(self._seconds)
             except (OSError, ValueError) as error:
                 self.close()
                 raise TimedOut(f"{self._name}: the process died") from error
@@ -113,7 +102,7 @@ class Guarded:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         environment["JAX_PLATFORMS"] = "cpu"
         main = "from jaxdistill.guarded import serve; serve()"
-        words = [self._name, str(self._memory), str(int(self._seconds + self._first) + 1 + _SPARE)]
+        words = [self._name, str(self._memory), str(int(self._seconds) + 1 + _SPARE)]
         # Not multiprocessing: its children run the user's script again, and speak pickle.
         self._process = subprocess.Popen(
             [sys.executable, "-c", main, *words],

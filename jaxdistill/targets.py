@@ -6,6 +6,7 @@ device is needed, and nothing runs. What they read from the environment must be 
 imported: start such a process with `environment`.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -13,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jaxdistill import chips
 from jaxdistill.errors import ConfigError
 
 
@@ -59,10 +61,11 @@ GPUS: Mapping[str, Gpu] = {
     ),
 }  # fmt: skip
 _TARGET = re.compile(r"(gpu):(\w+)(?::(\d+))?|(tpu):(\w+):(\d+(?:x\d+)*)|(cpu):(\d+)")
+# The module to look for, and what to install, `{jax}` being JAX's own version.
 _PACKAGES = {
-    "gpu": ("jax_plugins.xla_cuda13", "jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc and "
-            "nvidia-nvvm of JAX's own version (pip install --no-deps)"),
-    "tpu": ("libtpu", "libtpu (the extra `tpu`)"),
+    "gpu": ("jax_plugins.xla_cuda13", "pip install --no-deps jax-cuda13-plugin=={jax} "
+            "jax-cuda13-pjrt=={jax} nvidia-cuda-nvcc nvidia-nvvm"),
+    "tpu": ("libtpu", "pip install libtpu"),
 }  # fmt: skip
 
 
@@ -73,10 +76,19 @@ class Target(NamedTuple):
     kind: str
     shape: tuple[int, ...]
 
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        return f"cpu:{sizes}" if self.platform == "cpu" else f"{self.platform}:{self.kind}:{sizes}"
+
     @property
     def size(self) -> int:
         """Devices."""
         return math.prod(self.shape)
+
+    @property
+    def chip(self) -> chips.Chip | None:
+        """What is published of a device; None for a CPU."""
+        return {"gpu": chips.GPUS, "tpu": chips.TPUS}.get(self.platform, {}).get(self.kind)
 
 
 def parse(text: str) -> Target:
@@ -88,13 +100,16 @@ def parse(text: str) -> Target:
     found = _TARGET.fullmatch(text)
     if not found:
         raise ConfigError(
-            f"target = {text!r}: must look like gpu:h100:8, tpu:v5e:4x4 (chips) or cpu:8"
+            f"target = {text!r}: must look like gpu:h100:8, tpu:v5e:4x4 (chips) or cpu:8; GPUs are "
+            f"{', '.join(GPUS)}; TPUs are {', '.join(chips.TPUS)}"
         )
     if found[1]:
         if found[2] not in GPUS:
             raise ConfigError(f"target = {text!r}: GPUs are {', '.join(GPUS)}")
         return Target("gpu", found[2], (int(found[3] or 1),))
     if found[4]:
+        if found[5] not in chips.TPUS:
+            raise ConfigError(f"target = {text!r}: TPUs are {', '.join(chips.TPUS)}")
         return Target("tpu", found[5], tuple(map(int, found[6].split("x"))))
     return Target("cpu", "cpu", (int(found[8]),))
 
@@ -107,22 +122,37 @@ def environment(target: Target) -> dict[str, str]:
     if target.platform == "tpu":
         # No question to a cloud's metadata server which TPU this is, and no log of its absence.
         quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-        return own | {"TPU_SKIP_MDS_QUERY": "1"} | quiet
+        # No device is taken, so that several such processes may run, beside one that has it.
+        several = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        return own | several | quiet
     flags = os.environ.get("XLA_FLAGS", "")
     count = f"--xla_force_host_platform_device_count={target.size}"
     return own | {"XLA_FLAGS": f"{flags} {count}".strip()}
 
 
 def missing(target: Target) -> str | None:
-    """The packages that compiling for the target lacks, None if it lacks none."""
+    """The command that installs what compiling for the target lacks, None if it lacks nothing."""
     if target.platform not in _PACKAGES:
         return None
-    module, names = _PACKAGES[target.platform]
+    module, command = _PACKAGES[target.platform]
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
-    return None if found else names
+    return None if found else command.format(jax=importlib.metadata.version("jax"))
+
+
+def check(target: Target) -> None:
+    """Raises where the target cannot be compiled for here.
+
+    Raises:
+      ConfigError: with the command that installs what is missing.
+    """
+    lacking = missing(target)
+    if lacking:
+        raise ConfigError(
+            f"target = {target.platform}:{target.kind}: its compiler is not installed: {lacking}"
+        )
 
 
 def devices(target: Target) -> list[Any]:
@@ -134,9 +164,7 @@ def devices(target: Target) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    lacking = missing(target)
-    if lacking:
-        raise ConfigError(f"compiling for {target.platform}:{target.kind} needs {lacking}")
+    check(target)
     if target.platform == "cpu":
         return jax.devices("cpu")[: target.size]
     if target.platform == "gpu":

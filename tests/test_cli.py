@@ -70,6 +70,7 @@ def engine(monkeypatch):
     fake.evaluate = answer("evaluate", {"eval/ce": 2.25, "parameters": 100, "eval/x": math.nan})
     fake.export = answer("export", pathlib.Path("out"))
     fake.load = answer("load", Model())
+    fake.plan = answer("plan", {"fits": False, "target": "cpu:8"})
     monkeypatch.setitem(sys.modules, "jaxdistill.engine", fake)
     monkeypatch.setattr(jaxdistill, "engine", fake, raising=False)
     return fake
@@ -234,6 +235,15 @@ def test_overrides_stand_on_either_side_of_options(capsys, folder, engine, argum
     assert result["metrics"] == {"eval/loss": 1.5, "eval/perplexity": None}
     assert result["table"] == [{"name": "teacher", "kl_t1": None}]
     assert err == "progress\n"
+
+
+def test_a_plan_that_does_not_fit_ends_with_5(capsys, folder, engine):
+    arguments = ("plan", "run.yaml", "--target", "cpu:8", "--tries", "3", "--json", "mesh.fsdp=4")
+    code, out, err = run(capsys, *arguments)
+    assert code == 5
+    assert json.loads(out) == {"fits": False, "target": "cpu:8"}
+    ((name, (loaded, target), options),) = engine.calls
+    assert (name, target, options["tries"], loaded.mesh.fsdp) == ("plan", "cpu:8", 3, 4)
 
 
 def test_nothing_is_trained_when_the_check_finds_something(capsys, folder, engine):
@@ -502,3 +512,15 @@ def test_validate_reads_workflows_too(capsys, folder):
     bad.write_text("steps:\n  - {name: a, kind: export, model: '${b}'}\n")
     code, _, err = run(capsys, "validate", str(bad))
     assert code == 2 and "flow.yaml:2:5" in err and "no earlier step" in err
+
+
+def test_a_file_out_of_reach_is_named_without_a_traceback(capsys, monkeypatch):
+    def missing():
+        raise PermissionError(13, "Permission denied", "/secret/file")
+
+    monkeypatch.setattr("jaxdistill.cli.files.LISTS", {"recipes": missing})
+    code, _, err = run(capsys, "ls", "recipes")
+    assert (code, err) == (9, "error: /secret/file: Permission denied\n")
+    monkeypatch.setattr("jaxdistill.cli.files.LISTS", {"recipes": lambda: 1 / 0})
+    with pytest.raises(ZeroDivisionError):  # mistakes of ours stay loud
+        run(capsys, "ls", "recipes")

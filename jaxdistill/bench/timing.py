@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxdistill import chips
 from jaxdistill.kernels.choice import Target
-from jaxdistill.targets import GPUS
-
-# Memory bandwidth of TPU chips in bytes per second, Google Cloud's documentation of each version.
-_TPU_BANDWIDTH = {"TPU v5 lite": 819e9, "TPU v5p": 2765e9, "TPU v6 lite": 1640e9, "TPU v4": 1228e9}
 
 
 class Timing(NamedTuple):
@@ -33,8 +30,8 @@ class Timing(NamedTuple):
 
 def peak_bandwidth(device: Target) -> float | None:
     """Bytes per second of the device's memory, None where no data sheet is known."""
-    known = {gpu.name: float(gpu.bandwidth) for gpu in GPUS.values()} | _TPU_BANDWIDTH
-    return next((rate for name, rate in known.items() if name in device.kind), None)
+    chip = chips.of_kind(device.kind)
+    return None if chip is None else chip.bandwidth
 
 
 def in_turn(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
-from jaxdistill.errors import LostProcessError, Preempted, UserError
+from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
+from jaxdistill.redact import redact
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        lines = printable(str(error)).splitlines()
+        lines = printable(redact(str(error))).splitlines()
         head = f"error: {len(lines)} problems\n" if len(lines) > 1 else "error: "
         print(head + "\n".join(lines), file=sys.stderr)
         if isinstance(error, LostProcessError):
@@ -42,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone: point stdout elsewhere, or closing it would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file that no command foresaw to be out of reach; its name is all there is to say.
+        print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return StorageError.exit_code
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
+        _add_plan,
         _add_train,
         _add_checkpoints,
         _add_compress,
@@ -53,6 +54,32 @@ def _command(commands: Any, name: str, run: Callable, description: str) -> argpa
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        runs.plan,
+        "Compile the step of a configuration for devices that need not be here, and say whether it "
+        "fits, what it moves and how fast it can be at most.",
+    )
+    plan.add_argument("config", metavar="CONFIG", help="YAML file; weights and data are not read")
+    plan.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as mesh.tensor=2")
+    plan.add_argument(
+        "--target",
+        required=True,
+        help="what to compile for: tpu:v5p:2x2x4 or tpu:v5e:4x4 (chips; needs the package libtpu), "
+        "gpu:h100:8 (needs JAX's CUDA plugin, no GPU), or cpu:8",
+    )
+    plan.add_argument(
+        "--tries",
+        metavar="N",
+        type=_natural,
+        default=8,
+        help="how many changes to compile if it does not fit; default 8, 0 for none",
+    )
+    _add_json(plan)
 
 
 def _add_train(commands: Any) -> None:

@@ -5,6 +5,7 @@ import os
 
 from jaxdistill.cli.output import print_json, stdout_is_json
 from jaxdistill.errors import ConfigError
+from jaxdistill.redact import learn
 
 
 def teacher_generate(arguments: argparse.Namespace) -> None:
@@ -44,6 +45,7 @@ def serve(arguments: argparse.Namespace) -> None:
         )
     from jaxdistill.engine import serving
 
+    learn(key or "")
     serving.serve(
         arguments.model,
         host=arguments.host,

@@ -1,4 +1,4 @@
-"""The commands that run models: train, resume, eval, generate, export and report."""
+"""The commands that run models: plan, train, resume, eval, generate, export and report."""
 
 import argparse
 import pathlib
@@ -8,8 +8,27 @@ from typing import Any
 
 from jaxdistill.cli import reason
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
-from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.errors import ConfigError, FitError, ModelError
 from jaxdistill.train import stopping
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Compiles the step for a target and prints what it asks of each device."""
+    from jaxdistill import config, targets
+
+    targets.check(targets.parse(arguments.target))  # before anything heavy is imported
+    loaded = config.load(arguments.config, arguments.overrides)
+    with stdout_is_json(True):
+        from jaxdistill import engine
+        from jaxdistill.plan import describe
+
+        notice = lambda line: print(line, file=sys.stderr, flush=True)
+        found = engine.plan(loaded, arguments.target, tries=arguments.tries, notice=notice)
+    if arguments.json:
+        print_json(found)
+    else:
+        print(describe(found))
+    return 0 if found["fits"] else FitError.exit_code
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -89,8 +108,9 @@ def generate(arguments: argparse.Namespace) -> None:
     }
     with stdout_is_json(True):
         from jaxdistill import engine
+        from jaxdistill.models import unrolled
 
-        model = engine.load(arguments.model)
+        model = unrolled.take(engine.load(arguments.model))
         if arguments.chat:
             ids = model.generate(_chat_tokens(model, prompts), **settings)
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -14,7 +14,10 @@ class RandomModel(Section):
     like: Path | None = Field(
         None,
         description="Model whose shape is taken where no number is given: teacher (for a student), "
-        "or a path. Without it the model is a Llama and layers, embed, mlp and heads are required.",
+        "or a path. Without it layers, embed, mlp and heads are required.",
+    )
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] | None = Field(
+        None, description="Kind of model. Null: that of `like`, or llama."
     )
     layers: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Layers.")
     embed: Size | None = Field(None, description="Width of the hidden states (numbers).")
@@ -32,6 +35,11 @@ class RandomModel(Section):
     tied_head: bool | None = Field(
         None, description="Output head shares the embedding. Null: that of `like`, or true."
     )
+    initializer_range: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Standard deviation of the weights. Null: that of `like`, or 0.02, which is "
+        "for wide models: with embed below 200, 1 / sqrt(embed) learns sooner.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: a shape is complete or borrowed; heads divide."""
@@ -42,6 +50,8 @@ class RandomModel(Section):
             if self.embed and self.heads and not self.head_dim and self.embed % self.heads:
                 rule = f"must be a multiple of heads ({self.heads}) unless head_dim is given"
                 yield ("embed",), rule
+        elif self.family is not None:
+            yield ("family",), "is that of the model under `like`: remove one of the two"
         if self.heads and self.kv_heads and self.heads % self.kv_heads:
             yield ("kv_heads",), f"must divide heads ({self.heads})"
 
@@ -178,6 +188,11 @@ class Tokenizer(Section):
         alias="from",
         description="teacher, student, bytes (one token per byte, for trying things out) or a path "
         "to a model folder.",
+    )
+    rows: Size | None = Field(
+        None,
+        description="Rows of both heads that the loss takes for tokens. Null: as many as the "
+        "tokenizer has; more than that is for planning a model whose tokenizer is not at hand.",
     )
 
 

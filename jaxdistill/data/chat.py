@@ -17,6 +17,8 @@ from jaxdistill.data.records import Record
 from jaxdistill.errors import DataError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
+# Characters: a conversation is rendered up to each of its turns, which grows as their square.
+_MAX_PREFIXES = 200_000_000
 _PRIVATE = "\ue000-\ue003"
 _SENTINEL = re.compile(f"{_OPEN}([0-9]{{1,9}}){_CLOSE}")
 
@@ -138,9 +140,16 @@ class ChatEncoder:
     def _prefix_spans(self, messages: list[dict[str, str]], text: str) -> list[Span]:
         """Where the assistant speaks: the conversation is rendered up to each of its turns."""
         spans = []
+        rendered = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
+            rendered += len(text)
+            if rendered > _MAX_PREFIXES:
+                raise RenderError(
+                    f"too many of the assistant's messages ({len(messages)} in all) for the "
+                    "conversation's length: split it, or use a template with {% generation %} marks"
+                )
             before = self._template.render(messages[:index], add_generation_prompt=True)
             last = index + 1 == len(messages)
             after = text if last else self._template.render(messages[: index + 1])

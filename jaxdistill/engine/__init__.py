@@ -3,6 +3,7 @@
 from jaxdistill.engine.evaluation import evaluate
 from jaxdistill.engine.export import export, load, quantize
 from jaxdistill.engine.harness import adapter, harness
+from jaxdistill.engine.planning import plan
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
@@ -24,6 +25,7 @@ __all__ = [
     "harness",
     "importance",
     "load",
+    "plan",
     "prune",
     "pruning_note",
     "quantize",

@@ -79,8 +79,14 @@ def check(run: RunDir, facts: Mapping[str, str]) -> None:
         old, new = before.get(name), facts.get(name)
         run.event("changed", what=name, before=old, after=new, bitwise=rule.bitwise)
         bits = "the same bits" if rule.bitwise else "not the same bits"
-        print(f"{name} has changed ({old} -> {new}): {bits}: {rule.meaning}", file=sys.stderr)
+        what = f"{name} has changed ({_short(old)} -> {_short(new)})"
+        print(f"{what}: {bits}: {rule.meaning}", file=sys.stderr)
     run.write_json(FILE, dict(facts))
+
+
+def _short(value: str | None) -> str:
+    """A value for people: of a digest the beginning."""
+    return value[:8] if value and len(value) == 64 else str(value)
 
 
 def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str]:

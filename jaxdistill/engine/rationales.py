@@ -10,6 +10,7 @@ from typing import Any
 from jaxdistill.config.generation import Generation
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import DataError
+from jaxdistill.models import unrolled
 from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, tasks
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher
 from jaxdistill.reasoning.prompts import Exemplar
@@ -165,7 +166,8 @@ class _Run:
         if self._model is None:
             told = self._config.teacher
             assert told.source is not None, "the configuration names a model or a server"
-            self._model = load_any(told.source, dtype=told.dtype, mesh=make_mesh())
+            loaded = load_any(told.source, dtype=told.dtype, mesh=make_mesh())
+            self._model = unrolled.take(loaded)
         return self._model
 
     def _put(self) -> Put:

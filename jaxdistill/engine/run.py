@@ -382,7 +382,8 @@ def _fingerprints(
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
-    if models.teacher is not None:
+    # Random weights are made anew from the seed, and on another mesh rounded otherwise.
+    if models.teacher is not None and config.teacher is not None and not config.teacher.random:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
     prints["config"] = fingerprint(configs.dump(config))
     if config.student.prune:

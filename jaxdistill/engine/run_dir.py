@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from jaxdistill import agree
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.redact import redact, redacted
 from jaxdistill.report.writers import append_event
 
 # A link in a run folder, planted or stale, must not direct writes to a file elsewhere.
@@ -41,10 +42,17 @@ class RunDir:
         """Makes a new run folder with the configuration as given and as understood.
 
         Raises:
-          ConfigError: if the folder holds a run, or anything else, already.
+          ConfigError: if the folder holds a run, or anything else, already; or if the
+            configuration holds what looks like a key, which must not be kept.
           StorageError: if it cannot be written.
         """
         folder = pathlib.Path(path)
+        secrets = [line.strip() for line in resolved.splitlines() if redact(line) != line]
+        if secrets:
+            raise ConfigError(
+                f"{redact(secrets[0])}: looks like a key or a password, and the run folder keeps "
+                "the configuration: put it into an environment variable, or change that value"
+            )
         if (folder / "RUN.json").exists():
             raise ConfigError(
                 f"run.dir = {path!r}: holds a run already: `jaxdistill resume {path}` goes on with "
@@ -53,13 +61,13 @@ class RunDir:
         if folder.exists() and not (folder.is_dir() and _only_begun(folder)):
             raise ConfigError(f"run.dir = {path!r}: is not an empty folder: give another one")
         record = {"schema": SCHEMA, "name": name, "status": "new", "step": 0, "attempts": []}
-        record["command"] = sys.argv
+        record["command"] = redacted(sys.argv)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             run = cls(folder, record)
-            run.write_text("config.input.yaml", input_text)
+            run.write_text("config.input.yaml", redact(input_text))
             run.write_text("config.resolved.yaml", resolved)
-            run.write_text("overrides.txt", "".join(f"{line}\n" for line in overrides))
+            run.write_text("overrides.txt", redact("".join(f"{line}\n" for line in overrides)))
             run.update()  # last: a folder without RUN.json is none of a run yet
         except OSError as error:
             raise _cannot_write(folder, error) from error
@@ -112,7 +120,10 @@ class RunDir:
             if dead := _holder(lock):
                 self.event("taken_over", of=dead)
             own = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
-            _rewrite(lock, json.dumps(own))
+            try:
+                _rewrite(lock, json.dumps(own))
+            except OSError as error:
+                raise _cannot_write(self.path / "LOCK", error) from error
             try:
                 yield
             finally:
@@ -129,7 +140,7 @@ class RunDir:
             yield
         except BaseException as error:
             this["ended"] = round(time.time(), 3)
-            reason = str(error) or type(error).__name__
+            reason = redact(str(error)) or type(error).__name__
             stopped = isinstance(error, KeyboardInterrupt)
             try:
                 self.update(status="stopped" if stopped else "failed", exit_reason=reason)
@@ -210,10 +221,9 @@ def _holder(lock: IO[str]) -> str:
 
 
 def _rewrite(lock: IO[str], text: str) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(text)
-    lock.flush()
+    # Without a buffer, which would be written once more, and fail once more, when it is closed.
+    os.ftruncate(lock.fileno(), 0)
+    os.pwrite(lock.fileno(), text.encode(), 0)
 
 
 def describe_machine(devices: Sequence[Any], mesh_shape: Mapping[str, int]) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """A small server that speaks OpenAI's protocol, on our generation engine: `jaxdistill serve`."""
 
+import dataclasses
 import queue
 import sys
 import threading
 import time
 import uuid
-from concurrent.futures import Future
+from collections.abc import Generator as Events
 from typing import Any
 
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.engine.references import load_any
+from jaxdistill.engine.streaming import Stream, counts, events
 from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
 from jaxdistill.errors import ModelError
-from jaxdistill.models import Model
+from jaxdistill.models import Model, unrolled
 from jaxdistill.models.generator import Completion, Generator, Request
 from jaxdistill.sharding import make_mesh
 
@@ -41,7 +43,7 @@ class Service:
         self._length = length
         self._pending, self._counting = 0, threading.Lock()
         self._generator = Generator(model, slots=slots, length=length)
-        self._inbox: queue.Queue[tuple[Request, Future] | None] = queue.Queue()
+        self._inbox: queue.Queue[Stream | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
 
@@ -52,19 +54,26 @@ class Service:
           ModelError: if the request cannot be served.
           Busy: if too many samples are waited for already.
         """
-        future: Future = Future()
+        stream = self._begin(request, live=False)
+        found = [piece.done for piece in stream.pieces() if piece.done]
+        return sorted(found, key=lambda done: done.sample)
+
+    def _begin(self, request: Request, *, live: bool) -> Stream:
+        """Puts a request into the thread's hands."""
         if not self._thread.is_alive():
             raise ModelError("the server's engine has stopped: start it again")
         with self._counting:
             if self._pending + request.samples > MAX_PENDING:
                 raise Busy(f"{self._pending} samples are waited for: try again later")
             self._pending += request.samples
-        try:
-            self._inbox.put((request, future))
-            return future.result()
-        finally:
-            with self._counting:
-                self._pending -= request.samples
+        stream = Stream(request, live=live, at_end=self._forget)
+        self._inbox.put(stream)
+        return stream
+
+    def _forget(self, request: Request) -> None:
+        """Nobody waits for this request any more."""
+        with self._counting:
+            self._pending -= request.samples
 
     @property
     def name(self) -> str:
@@ -80,6 +89,17 @@ class Service:
         """
         return self.reply(self.complete(self.request(body, chat)), body, chat)
 
+    def stream(self, body: dict[str, Any], chat: bool) -> Events[bytes, None, None]:
+        """The protocol's answer as server-sent events; what is wrong is raised with the first one.
+
+        Raises:
+          BadRequest, UserError: with what is wrong with the request.
+          Busy: where it could be served at another time.
+        """
+        usage, head = _counted(body), self._head(body, chat, part=True)
+        stream = self._begin(self.request(body, chat), live=True)
+        return events(stream, head, chat=chat, usage=usage)
+
     def close(self) -> None:
         """Ends the thread; what is under way is not finished."""
         self._inbox.put(None)
@@ -87,38 +107,50 @@ class Service:
 
     def _run(self) -> None:
         """The thread: whatever ends it, nobody is left waiting."""
-        waiting: dict[int, tuple[Future, list[Completion]]] = {}
+        waiting: dict[int, Stream] = {}
         try:
             self._serve(waiting)
         finally:
             while not self._inbox.empty():
-                item = self._inbox.get()
-                if item is not None:
-                    waiting[id(item[0])] = (item[1], [])
-            for future, _ in waiting.values():
-                future.set_exception(ModelError("the server's engine has stopped"))
+                stream = self._inbox.get()
+                if stream is not None:
+                    waiting[id(stream)] = stream
+            for stream in waiting.values():
+                stream.fail(ModelError("the server's engine has stopped"))
 
-    def _serve(self, waiting: dict[int, tuple[Future, list[Completion]]]) -> None:
+    def _serve(self, waiting: dict[int, Stream]) -> None:
         while True:
             try:
-                item = self._inbox.get(block=not self._generator.busy)
-                if item is None:
+                stream = self._inbox.get(block=not self._generator.busy)
+                if stream is None:
                     return
-                request, future = item
                 try:
-                    self._generator.submit(request)
-                    waiting[id(request)] = (future, [])
+                    # The tag leads back from what the engine makes to who waits for it.
+                    self._generator.submit(dataclasses.replace(stream.request, tag=id(stream)))
+                    waiting[id(stream)] = stream
                 except ModelError as error:
-                    future.set_exception(error)
+                    stream.fail(error)
                 continue  # everything that has come goes in before the next tokens are made
             except queue.Empty:
                 pass
-            for done in self._generator.step():
-                future, found = waiting[id(done.request)]
-                found.append(done)
-                if len(found) == done.request.samples:
-                    del waiting[id(done.request)]
-                    future.set_result(sorted(found, key=lambda one: one.sample))
+            self._advance(waiting)
+
+    def _advance(self, waiting: dict[int, Stream]) -> None:
+        """Makes the next tokens, and tells those who wait for them."""
+        for name, stream in list(waiting.items()):
+            if stream.closed:
+                self._generator.cancel(name)
+                del waiting[name]
+        finished = self._generator.step()
+        for request, sample, tokens in self._generator.written():
+            if waiting[request.tag].live:
+                text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
+                waiting[request.tag].hear(sample, text)
+        for done in finished:
+            stream = waiting[done.request.tag]
+            stream.end(done)
+            if stream.finished:
+                del waiting[done.request.tag]
 
     def request(self, body: dict[str, Any], chat: bool) -> Request:
         """The engine's request for a request of the protocol.
@@ -127,8 +159,6 @@ class Service:
           BadRequest: with what is wrong.
         """
         count = _number(body, "n", int, 1)
-        if body.get("stream"):
-            raise BadRequest("stream: is not supported: leave it out")
         if not 1 <= count <= MAX_SAMPLES:
             raise BadRequest(f"n: {str(count)[:40]} must be from 1 to {MAX_SAMPLES}")
         tokens = self._chat(body) if chat else self._text(body)
@@ -172,18 +202,20 @@ class Service:
         scored = told is not None and told is not False
         one = self._chat_choice if chat else self._text_choice
         written = sum(len(done.tokens) for done in found)
-        read = len(found[0].request.tokens)
+        return {
+            **self._head(body, chat),
+            "choices": [one(number, done, scored) for number, done in enumerate(found)],
+            "usage": counts(len(found[0].request.tokens), written),
+        }
+
+    def _head(self, body: dict[str, Any], chat: bool, part: bool = False) -> dict[str, Any]:
+        """What an answer begins with, or every event of one."""
+        kind = "chat.completion.chunk" if part else "chat.completion"
         return {
             "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion" if chat else "text_completion",
+            "object": kind if chat else "text_completion",
             "created": int(time.time()),
             "model": str(body.get("model", self.model.source))[:200],
-            "choices": [one(number, done, scored) for number, done in enumerate(found)],
-            "usage": {
-                "prompt_tokens": read,
-                "completion_tokens": written,
-                "total_tokens": read + written,
-            },
         }
 
     def _text_choice(self, number: int, done: Completion, scored: bool) -> dict[str, Any]:
@@ -208,6 +240,16 @@ class Service:
             "finish_reason": done.reason,
             "logprobs": {"content": told} if scored else None,
         }
+
+
+def _counted(body: dict[str, Any]) -> bool:
+    """Whether a stream is to end with a count of its tokens."""
+    if body.get("logprobs"):
+        raise BadRequest("logprobs: do not come in a stream: leave one of them out")
+    told = body.get("stream_options") or {}
+    if not isinstance(told, dict):
+        raise BadRequest("stream_options: must be an object")
+    return bool(told.get("include_usage"))
 
 
 def _fresh() -> int:
@@ -264,7 +306,7 @@ def serve(
     Raises:
       UserError: if the model cannot be used or the port not be had.
     """
-    model = load_any(source, dtype=dtype, mesh=make_mesh())
+    model = unrolled.take(load_any(source, dtype=dtype, mesh=make_mesh()))
     length = min(length or 2048, model.config.max_positions)
     service = Service(model, slots=slots, length=length)
     server = make_server(service, host=host, port=port, key=key)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,13 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.models import DecoderConfig, Model, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
 from jaxdistill.train import step as steps
-from jaxdistill.train.state import TrainState, abstract, create
+from jaxdistill.train.state import TrainState, abstract, abstract_params, create
+from jaxdistill.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Models:
     vocab: int
 
 
-def mesh_of(config: Config) -> Mesh:
-    """The mesh of all devices, checked against the batch sizes.
+def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of all devices, or of the given ones, checked against the batch sizes.
 
     Raises:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
-    mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}))
+    mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = config.train.batch_size // config.train.micro_batches
     for name, size in (
@@ -64,8 +66,8 @@ def mesh_of(config: Config) -> Mesh:
     ):
         if size % parts:
             raise ConfigError(
-                f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (this "
-                f"machine has {mesh.size} devices): change it or the mesh"
+                f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (there "
+                f"are {mesh.size} devices): change it or the mesh"
             )
     if config.data.seq_len % mesh.shape["context"]:
         raise ConfigError(
@@ -104,9 +106,10 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     """
     network = config.security.allow_network
     teacher, student = _shapes(config, network)
+    tokenizer = _named_tokenizer(config, {"teacher": teacher, "student": student})
+    vocab = _vocabulary(config, tokenizer)
+    teacher, student = _ended(teacher, tokenizer), _ended(student, tokenizer)
     shapes = {"teacher": teacher, "student": student}
-    tokenizer = _named_tokenizer(config, shapes)
-    vocab = vocabulary_size(tokenizer)
     for name, shape in shapes.items():
         if shape is None:
             continue
@@ -128,6 +131,17 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     teacher = _load_teacher(config, teacher, mesh)
     student = student_of(config, student, teacher, mesh)
     return Models(teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab)
+
+
+def _vocabulary(config: Config, tokenizer: Any) -> int:
+    """How many rows of the heads are tokens."""
+    known, rows = vocabulary_size(tokenizer), config.tokenizer.rows
+    if rows is not None and rows < known:
+        raise ConfigError(
+            f"tokenizer.rows = {rows}: the tokenizer has {known} tokens: use at least that, or "
+            "leave it out"
+        )
+    return rows or known
 
 
 def _shapes(config: Config, network: bool) -> tuple[Model | None, Model]:
@@ -184,8 +198,9 @@ def _random_shape(
         for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
         if getattr(shape, name) is not None
     }
-    if shape.tied_head is not None:
-        numbers["tied_head"] = shape.tied_head
+    for name in ("tied_head", "initializer_range"):
+        if getattr(shape, name) is not None:
+            numbers[name] = getattr(shape, name)
     if like is not None:
         base = like.config
         if "heads" in numbers and "kv_heads" not in numbers:
@@ -202,8 +217,19 @@ def _random_shape(
     numbers.setdefault("tied_head", True)
     numbers.setdefault("max_positions", max(2048, config.data.seq_len))
     if "vocab_size" not in numbers:
-        numbers["vocab_size"] = vocabulary_size(_named_tokenizer(config, {}))
-    return Model(DecoderConfig("llama", **numbers), None, None, "random")
+        numbers["vocab_size"] = _vocabulary(config, _named_tokenizer(config, {}))
+    family = FAMILIES[shape.family or "llama"]
+    biases: dict[str, Any] = {name: True for name, value in family.biases.items() if value is True}
+    arch = DecoderConfig(shape.family or "llama", qk_norm=family.qk_norm, **biases, **numbers)
+    return Model(arch, None, None, "random")
+
+
+def _ended(shape: Any, tokenizer: Any) -> Any:
+    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
+    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
+        return shape
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
 
 
 def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
@@ -369,6 +395,13 @@ def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh
     return abstract(models.student.config, config.student.param_dtype, own, method.tx, mesh)
 
 
+def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Mesh) -> Any:
+    """The shapes and places of the teacher's parameters, None where the method has no teacher."""
+    if models.teacher is None or not method.objective.needs_teacher:
+        return None
+    return abstract_params(models.teacher.config, teacher_dtype(config), mesh)
+
+
 def compile_step(
     config: Config,
     method: Method,
@@ -376,13 +409,17 @@ def compile_step(
     teacher_params: Any,
     mesh: Mesh,
     monitor: Callable[[Any], Any] | None = None,
+    check_kernels: bool = True,
 ):
     """The compiled training step of a run; `monitor` as in `steps.make`.
+
+    Without `check_kernels` nothing runs: for devices that are only described.
 
     Raises:
       ConfigError: if a kernel of the loss computes something else than its reference here.
     """
-    _check_kernels(config)
+    if check_kernels:
+        _check_kernels(config)
     step = steps.make(
         method.loss if poison.from_environment() is None else poison.poisoned(method.loss),
         method.teacher,
@@ -391,9 +428,13 @@ def compile_step(
         monitor=monitor,
         prepare=method.objective.prepare,
     )
+    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
+
+
+def abstract_batch_of(config: Config, mesh: Mesh) -> Batch:
+    """The shapes and places of a step's batch."""
     origins = any(source.origin != "data" for source in config.data.train)
-    batch = steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)
-    return steps.compiled(step, state, teacher_params, batch, mesh)
+    return steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)
 
 
 def _check_kernels(config: Config) -> None:

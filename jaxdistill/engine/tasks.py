@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError
-from jaxdistill.models import Model
+from jaxdistill.models import Model, unrolled
 from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher
 from jaxdistill.reasoning.store import write_records
@@ -81,7 +81,8 @@ def evaluate(
     ask = Ask() if ask is None else ask
     _check(ask)
     loaded = [tasks.load(name, folder=folder, limit=ask.limit) for name in names]
-    used = load_any(model, dtype=dtype, mesh=make_mesh()) if isinstance(model, str) else model
+    load = lambda name: unrolled.take(load_any(name, dtype=dtype, mesh=make_mesh()))
+    used = load(model) if isinstance(model, str) else model
     results = {}
     for task in loaded:
         began = time.monotonic()

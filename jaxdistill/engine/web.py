@@ -1,13 +1,16 @@
 """The HTTP side of the server: routes, keys, and bounds on what a client may send."""
 
+import contextlib
 import hmac
 import http.server
 import ipaddress
+import itertools
 import json
 import socket
 import sys
 import threading
 import urllib.parse
+from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
 
 from jaxdistill import strict_json
@@ -43,6 +46,10 @@ class Answering(Protocol):
           BadRequest, UserError: with what is wrong with it.
           Busy: where it could be served at another time.
         """
+        ...
+
+    def stream(self, body: dict[str, Any], chat: bool) -> Generator[bytes, None, None]:
+        """The same as server-sent events; raises when called or with the first event."""
         ...
 
 
@@ -136,7 +143,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not self._at_home() or not self._allowed():
             return None
         try:
-            return self._send(200, self.service.answer(self._body(), chat))
+            body = self._body()
+            if body.get("stream"):
+                return self._stream(self.service.stream(body, chat))
+            return self._send(200, self.service.answer(body, chat))
         except (BadRequest, UserError) as error:
             return self._error(400, str(error))
         except Busy as error:
@@ -186,6 +196,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(body, dict):
             raise BadRequest("the body must be an object")
         return body
+
+    def _stream(self, events: Generator[bytes, None, None]) -> None:
+        """Sends events as they come; the end of the connection is the end of the answer."""
+        first = next(events)  # what is wrong is told before the stream begins
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        with contextlib.closing(events):
+            try:
+                for event in itertools.chain([first], events):
+                    self.wfile.write(event)
+            except OSError:  # the client has gone: closing the events ends the work for it
+                return
+            except ModelError as error:  # the engine has stopped
+                told = {"error": {"message": str(error), "type": "server_error"}}
+                self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
 
     def _error(self, code: int, message: str) -> None:
         kind = "invalid_request_error" if code < 500 else "server_error"

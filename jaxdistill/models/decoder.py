@@ -20,6 +20,7 @@ from jaxdistill.sharding import RULES, MeshAxes, constrain, current_mesh
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
+WEIGHTS = "weights"  # part of the names of operations that make the weights a layer computes with
 
 # attend(state, layer index, query [B, L, H, E], key [B, L, G, E], value [B, L, G, E])
 #   -> (state, mixed values [B, L, H, E]); training has no state, generation keeps its cache there.
@@ -203,7 +204,8 @@ class Decoder(nnx.Module):
             return (through, tapped), None
 
         # Gathered in the master's dtype and then cast: the gradient of the table adds up in it.
-        table_VD = constrain(self.embedding[...], ("vocab", None), rules)
+        with jax.named_scope(WEIGHTS):
+            table_VD = constrain(self.embedding[...], ("vocab", None), rules)
         x_BLD = jnp.take(table_VD, tokens, axis=0).astype(compute_dtype)
         x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), rules)
         inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
@@ -265,7 +267,8 @@ def _computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, M
             return weight.astype(dtype)
         return constrain(weight.astype(dtype), logical[1:], rules)
 
-    return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
+    with jax.named_scope(WEIGHTS):
+        return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
 
 
 @functools.lru_cache(maxsize=256)
@@ -283,6 +286,11 @@ def shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict:
 def logical_axes(config: DecoderConfig) -> dict:
     """The parameter tree as tuples of logical axis names, for `sharding.shardings`."""
     return map_weights(lambda row: row.axes, weights(config))
+
+
+def is_apart(params: Mapping[str, Any]) -> bool:
+    """Whether the layers lie side by side, as generation reads them, and not stacked."""
+    return isinstance(params["layers"], tuple)
 
 
 def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> dict:
@@ -346,6 +354,8 @@ def apply(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
     attend = causal(config, length, segment_ids, attention)
+    if is_apart(params):
+        params = params | {"layers": jax.tree.map(lambda *one: jnp.stack(one), *params["layers"])}
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
         tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps,

@@ -1,55 +1,82 @@
 """The compiled parts of generation: read prompts, put them into slots, make tokens in a loop."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdistill.models import decoder, ring, sampling, unrolled
+from jaxdistill.models import decoder, ring, rope, sampling, unrolled
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.sharding import constrain
+from jaxdistill.sharding import RULES, constrain
 from jaxdistill.types import Outputs
 
 empty = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))(ring.empty)
 insert = functools.partial(jax.jit, donate_argnums=0)(ring.insert)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
-    config: DecoderConfig, dtype: Any, params: Any, tokens_PW: Array, count_P: Array
-) -> tuple[Array, Array, Array]:
-    """Keys and values [layers, P, G, W, E] of prompts [P, W], and the logits [P, V] after them.
+    config: DecoderConfig, weights: dict, tokens_PW: Any, count_P: Any
+) -> tuple[ring.Prefilled, Array]:
+    """Keys and values of prompts [P, W] per layer, and the logits [P, V] after them.
 
     Prompts stand at the left; what is behind one's `count` tokens is padding, which no token of the
-    prompt sees, because attention is causal.
+    prompt sees, because attention is causal. All layers run one program, layer after layer: there
+    are many lengths, and a program of all layers would take long to compile for each.
     """
-    rows, width = tokens_PW.shape
+    x_PWD, made = embed(weights["embedding"], tokens_PW), []
+    for number, layer in enumerate(weights["layers"]):
+        x_PWD, kept = read(config, layer, x_PWD, np.int32(number))
+        made.append(kept)
+    return tuple(made), _after(config, unrolled.rest(weights), x_PWD, count_P)
+
+
+@jax.jit
+def embed(table_VD: Array, tokens_BL: Array) -> Array:
+    """The first hidden states."""
+    return jnp.take(table_VD, tokens_BL, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(
+    config: DecoderConfig, layer: dict, x_PWD: Array, index: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer over whole prompts: its output, and its keys and values [P, G, W, E]."""
+    rows, width, _ = x_PWD.shape
     within = decoder.causal(config, width, None, None)
 
-    def attend(state, layer, query_BLHE, key_BLGE, value_BLGE):
-        _, mixed = within(None, layer, query_BLHE, key_BLGE, value_BLGE)
-        kept = tuple(
-            jax.lax.dynamic_update_slice(all_, new.swapaxes(1, 2)[None], (layer, 0, 0, 0, 0))
-            for all_, new in zip(state, (key_BLGE, value_BLGE), strict=True)
-        )
-        return kept, mixed
+    def attend(_, index, query_BLHE, key_BLGE, value_BLGE):
+        _, mixed = within(None, index, query_BLHE, key_BLGE, value_BLGE)
+        return (key_BLGE.swapaxes(1, 2), value_BLGE.swapaxes(1, 2)), mixed
 
-    shape = (config.layers, rows, config.kv_heads, width, config.head_dim)
-    state = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    positions_PW = jnp.broadcast_to(jnp.arange(width)[None, :], tokens_PW.shape)
-    model = nnx.merge(decoder.graphdef(config), params)
-    outputs, (keys, values) = model(tokens_PW, positions_PW, attend, state, compute_dtype=dtype)
-    last_P1D = jnp.take_along_axis(outputs.hidden, (count_P - 1)[:, None, None], axis=1)
-    return keys, values, _logits(outputs, last_P1D)
+    positions_PW = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    turn = rope.tables(config.rope, config.head_dim, positions_PW)
+    module = nnx.merge(unrolled.graphdef(config), layer)
+    return module(x_PWD, turn, attend, None, index, RULES)
 
 
-def _logits(outputs: Outputs, hidden_B1D: Array) -> Array:
-    """Float32 [B, V] of one position per row."""
-    outputs = Outputs(hidden=hidden_B1D, head=outputs.head, head_bias=outputs.head_bias)
-    return decoder.logits(outputs)[:, 0]
+@functools.partial(jax.jit, static_argnums=0)
+def _after(config: DecoderConfig, rest: dict, x_PWD: Array, count_P: Array) -> Array:
+    last_P1D = jnp.take_along_axis(x_PWD, (count_P - 1)[:, None, None], axis=1)
+    outputs = unrolled.outputs(config, rest, last_P1D)
+    return _logits(outputs)
+
+
+def _logits(outputs: Outputs) -> Array:
+    """Float32 [B, V] of one position per row.
+
+    XLA multiplies a single bfloat16 row on a CPU number by number, fifteen times as slowly as two.
+    """
+    hidden_B1D = outputs.hidden
+    alone = len(hidden_B1D) == 1 and hidden_B1D.dtype == jnp.bfloat16
+    if alone:
+        hidden_B1D = jnp.concatenate([hidden_B1D, hidden_B1D])
+    logits_BV = decoder.logits(dataclasses.replace(outputs, hidden=hidden_B1D))[:, 0]
+    return logits_BV[:1] if alone else logits_BV
 
 
 @jax.jit
@@ -125,9 +152,7 @@ def advance(
         outputs, layers = unrolled.apply(
             config, weights, rows["token"][:, None], rows["length"][:, None], attend, cache.layers
         )
-        new_B, score_B = _choose(
-            _logits(outputs, outputs.hidden), keys_B2, rows["made"], settings, scored
-        )
+        new_B, score_B = _choose(_logits(outputs), keys_B2, rows["made"], settings, scored)
         shown_B = jnp.where(rows["live"], new_B, -1)
         tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, shown_B[:, None], (0, step))
         scores_BS = jax.lax.dynamic_update_slice(scores_BS, score_B[:, None], (0, step))

@@ -6,7 +6,9 @@
         finished.request, finished.sample, finished.tokens, finished.logprobs
 
 The device holds nothing but the weights and the ring of keys and values; what a row is, how far it
-is and whether it lives, the host knows. A call of the compiled step makes several tokens.
+is and whether it lives, the host knows. A call of the compiled step makes several tokens. Weights
+are held a second time, in the form that decoding reads, unless the model is given up for it:
+`Generator(unrolled.take(model), ...)`.
 """
 
 import collections
@@ -14,6 +16,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -109,6 +113,15 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
 
 
+def room(length: int) -> int:
+    """The next multiple of 16, or for long rows of a quarter of the power of two below.
+
+    Every step reads this many places of each row, used or not: `bucket` would be too coarse.
+    """
+    step = max(SHORTEST, (1 << (length.bit_length() - 1)) // 4)
+    return -(-length // step) * step
+
+
 class Generator:
     """Continues prompts of unequal length in a fixed number of slots.
 
@@ -131,17 +144,21 @@ class Generator:
         cache_dtype: str | None = None,
         logprobs: bool = True,
     ):
-        dtype = model.params["embedding"].dtype if compute_dtype is None else compute_dtype
-        self.model, self.length, self.slots = model, length, slots
-        self._dtype, self._logprobs = np.dtype(dtype), logprobs
+        dtype = np.dtype(
+            model.params["embedding"].dtype if compute_dtype is None else compute_dtype
+        )
+        # XLA multiplies a single bfloat16 row on a CPU number by number: two are ten times as fast.
+        alone = slots == 1 and dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+        self.model, self.length, self.slots = model, length, 2 if alone else slots
+        self._logprobs = logprobs
         self._queue: collections.deque[tuple[Request, int]] = collections.deque()
         self._rows: dict[int, _Row] = {}  # slots in use
         self._prefilled: dict[int, tuple[Any, int]] = {}  # id(request) -> (prefill, row of it)
-        self._keys = np.zeros((slots, 2), np.uint32)
+        self._keys = np.zeros((self.slots, 2), np.uint32)
         with on_mesh(model.params):
-            self._weights = unrolled.weights(model.config, model.params, self._dtype)
+            self._weights = unrolled.weights(model.config, model.params, dtype)
             self._ring = decoding.empty(
-                model.config, slots, bucket(length), cache_dtype or self._dtype.name
+                model.config, self.slots, room(length), cache_dtype or dtype.name
             )
 
     def submit(self, request: Request) -> None:
@@ -163,6 +180,11 @@ class Generator:
     def busy(self) -> bool:
         """Whether anything is queued or under way."""
         return bool(self._queue or self._rows)
+
+    def written(self) -> Iterator[tuple[Request, int, list[int]]]:
+        """What is under way: request, number of the sample, its tokens so far."""
+        for row in self._rows.values():
+            yield row.request, row.sample, row.tokens
 
     def cancel(self, tag: Any) -> None:
         """Forgets every request with this tag, queued or under way."""
@@ -225,14 +247,14 @@ class Generator:
         for number, request in enumerate(batch):
             tokens[number, : len(request.tokens)] = request.tokens
             counts[number] = len(request.tokens)
-        made = decoding.prefill(self.model.config, self._dtype, self.model.params, tokens, counts)
+        made = decoding.prefill(self.model.config, self._weights, tokens, counts)
         for number, request in enumerate(batch):
             self._prefilled[id(request)] = (made, number)
 
     def _begin(self, prefill, source, count, taken: list[int]) -> list[Completion]:
         """Puts prompts into slots and chooses the first token of each."""
-        keys, values, logits = prefill
-        self._ring = decoding.insert(self._ring, (keys, values), source, count)
+        states, logits = prefill
+        self._ring = decoding.insert(self._ring, states, source, count)
         names = np.zeros((self.slots, 3), np.uint32)
         for slot in taken:
             row = self._rows[slot]

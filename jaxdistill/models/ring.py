@@ -20,6 +20,7 @@ from jaxdistill.sharding import constrain
 
 DTYPES = ("float32", "bfloat16", "int8")
 _AXES = ("batch", "act_heads", None, None)
+Prefilled = tuple[tuple[Array, Array], ...]  # per layer keys and values [P, G, W, E] of P prompts
 
 
 # `no_type_check`: jit rebuilds the carriers with shapes or placeholders in place of arrays.
@@ -72,16 +73,16 @@ def empty(config: DecoderConfig, rows: int, size: int, dtype: str) -> Ring:
     return Ring(tuple((one(), one()) for _ in range(config.layers)), jnp.zeros((), jnp.int32))
 
 
-def insert(ring: Ring, prefilled: tuple[Array, Array], source_B: Array, count_B: Array) -> Ring:
+def insert(ring: Ring, prefilled: Prefilled, source_B: Array, count_B: Array) -> Ring:
     """Puts prefilled prompts into slots, so that they end just before the common place.
 
     Args:
       ring: the cache.
-      prefilled: keys and values [layers, P, G, W, E] of P prompts, each from place 0.
+      prefilled: keys and values of P prompts, each from place 0.
       source_B: int32 [B], which prompt goes into a slot; -1 leaves the slot as it is.
       count_B: int32 [B], tokens of that prompt.
     """
-    width = prefilled[0].shape[3]
+    width = prefilled[0][0].shape[2]
     number_BC = (jnp.arange(ring.size)[None, :] - ring.place + count_B[:, None]) % ring.size
     taken_BC = (source_B >= 0)[:, None] & (number_BC < count_B[:, None])
     from_B = jnp.maximum(source_B, 0)
@@ -96,8 +97,8 @@ def insert(ring: Ring, prefilled: tuple[Array, Array], source_B: Array, count_B:
         return jax.tree.map(fill, new, kept)
 
     layers = tuple(
-        (put(keys, prefilled[0][layer]), put(values, prefilled[1][layer]))
-        for layer, (keys, values) in enumerate(ring.layers)
+        (put(keys, new_keys), put(values, new_values))
+        for (keys, values), (new_keys, new_values) in zip(ring.layers, prefilled, strict=True)
     )
     return Ring(layers, ring.place)
 
@@ -123,6 +124,10 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> decoder.Att
     The state is one layer's (keys, values). The cache lies head by head, so that both products read
     it in place, and int8 scales are applied to scores and shares instead of keys and values: that
     is why this is not `jax.nn.dot_product_attention`, which takes [B, C, G, E] in floats.
+
+    What a small cache costs: a number is kept to within r times the largest of its vector, r =
+    1 / 254 for int8 and 2 ** -9 for bfloat16. A score then moves by at most
+    d = r |query|_1 max |key| / sqrt(E), and the mixed values by (exp(2 d) - 1 + r) max |value|.
     """
     age_C = (ring.place - jnp.arange(ring.size)) % ring.size
     limits = np.asarray([window or np.iinfo(np.int32).max for window in config.windows or ()])

@@ -2,8 +2,12 @@
 
 A scan over stacked weights copies each layer's weights out of the stack in every step. Where a step
 is one token per row, those copies cost more than the products; apart, weights are read in place.
+
+    weights(config, params, dtype)   a second copy, kept while the first lives
+    take(model)                      instead of the first: for whoever only generates
 """
 
+import dataclasses
 import functools
 import weakref
 from typing import Any
@@ -16,6 +20,7 @@ from jax import Array
 
 from jaxdistill.models import decoder, rope
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.model import Model, on_mesh
 from jaxdistill.models.quantized import is_kernel
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Outputs
@@ -27,9 +32,12 @@ _kept: dict[tuple, tuple[weakref.ref, Any]] = {}
 def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
     """The parameters with `layers` as a tuple of one tree per layer, cast to `dtype` once.
 
-    Norm scales keep their dtype. The result is kept while `params` lives and no other model asks.
+    Norm scales keep their dtype. The result is kept while `params` lives and no other model asks;
+    parameters that `take` has made are returned as they are, if they have this dtype.
     """
     dtype = np.dtype(dtype)
+    if decoder.is_apart(params) and params["embedding"].dtype == dtype:
+        return params
     owner, key = params["embedding"], (id(params["embedding"]), dtype, config)
     found = _kept.get(key)
     if found is not None and found[0]() is owner:
@@ -40,13 +48,35 @@ def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
     return made
 
 
+def take(model: Model) -> Model:
+    """The model with its layers side by side, made of the given one, whose parameters are used up.
+
+    It generates without a second copy of its weights. Weight after weight is taken: what is held
+    at a time is the model and, once more, the largest of its weights with all its layers.
+    """
+    stacked, tree = jax.tree.flatten(model.params["layers"])
+    apart = []
+    with on_mesh(model.params):
+        for leaf in stacked:
+            apart.append(jax.block_until_ready(_slices(leaf)))
+            leaf.delete()
+    layers = tuple(tree.unflatten(leaves) for leaves in zip(*apart, strict=True))
+    return dataclasses.replace(model, params=model.params | {"layers": layers})
+
+
+@jax.jit
+def _slices(stacked: Array) -> tuple[Array, ...]:
+    return tuple(stacked[number] for number in range(stacked.shape[0]))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _split(config, dtype, params):
     cast = functools.partial(jax.tree_util.tree_map_with_path, _cast(dtype), is_leaf=is_kernel)
     layers = params["layers"]
-    one = lambda number: cast(jax.tree.map(lambda leaf: leaf[number], layers))
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return cast(rest) | {"layers": tuple(one(number) for number in range(config.layers))}
+    if not decoder.is_apart(params):
+        one = lambda number: jax.tree.map(lambda leaf: leaf[number], layers)
+        layers = tuple(one(number) for number in range(config.layers))
+    return cast(params | {"layers": layers})
 
 
 def _cast(dtype):
@@ -57,7 +87,8 @@ def _cast(dtype):
 
 
 @functools.lru_cache(maxsize=256)
-def _layer(config: DecoderConfig) -> nnx.GraphDef:
+def graphdef(config: DecoderConfig) -> nnx.GraphDef:
+    """The structure of one layer: `nnx.merge(graphdef, params)`."""
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
         decoder.shapes(config)["layers"],
@@ -83,13 +114,24 @@ def apply(
       attend: as in `decoder`, but with one layer's state.
       states: one per layer.
     """
-    turn = rope.tables(config.rope, config.head_dim, positions_BL)
+    # Behind a barrier, or XLA would compute the cosines again in every layer.
+    turn = jax.lax.optimization_barrier(rope.tables(config.rope, config.head_dim, positions_BL))
     x_BLD = jnp.take(weights["embedding"], tokens_BL, axis=0)
     new = []
     for number, (params, state) in enumerate(zip(weights["layers"], states, strict=True)):
-        layer = nnx.merge(_layer(config), params)
+        layer = nnx.merge(graphdef(config), params)
         x_BLD, state = layer(x_BLD, turn, attend, state, number, RULES)
         new.append(state)
-    norm = decoder.RMSNorm(weights["final_norm"], config.norm_eps)
-    head = weights["embedding"] if config.tied_head else weights["head"]
-    return Outputs(hidden=norm(x_BLD), head=head), tuple(new)
+    return outputs(config, rest(weights), x_BLD), tuple(new)
+
+
+def rest(weights: dict) -> dict:
+    """What is not of a layer."""
+    return {name: leaf for name, leaf in weights.items() if name != "layers"}
+
+
+def outputs(config: DecoderConfig, rest: dict, x_BLD: Array) -> Outputs:
+    """What a model returns, from what comes out of its last layer."""
+    norm = decoder.RMSNorm(rest["final_norm"], config.norm_eps)
+    head = rest["embedding"] if config.tied_head else rest["head"]
+    return Outputs(hidden=norm(x_BLD), head=head)

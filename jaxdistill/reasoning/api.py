@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning.asking import Answer, Job, stream
+from jaxdistill.redact import learn, redact
 
 # The key, the name or the request is wrong: another try would fail alike.
 _HOPELESS = ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
@@ -65,7 +66,7 @@ class Api:
                 "'jaxdistill[api]'"
             ) from error
         self._client = openai.OpenAI(
-            base_url=base_url, api_key=key, timeout=timeout, max_retries=retries
+            base_url=base_url, api_key=learn(key), timeout=timeout, max_retries=retries
         )
         self._errors: Any = openai.OpenAIError
         self._no_answer: Any = (openai.APIResponseValidationError, ValueError)
@@ -73,7 +74,7 @@ class Api:
         self._concurrency, self._max_failures, self._prices = concurrency, max_failures, prices
         self._lock = threading.Lock()
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0, "cost": 0.0}
-        self._name = f"{model} at {base_url}"
+        self._name = redact(f"{model} at {base_url}")
 
     def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
         """Answers as they arrive, from up to `concurrency` requests at a time.
@@ -207,7 +208,8 @@ def _failed(job: Job, first: int, reason: str) -> list[Answer]:
 
 
 def _words(error: Exception) -> str:
-    text = str(error).splitlines()[0][:200] if str(error) else ""
+    # A server may repeat what it was sent, and the reason is kept.
+    text = redact(str(error)).splitlines()[0][:200] if str(error) else ""
     return f"{type(error).__name__.lstrip('_')}: {text}"
 
 

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -249,8 +250,14 @@ def _gym(name: str, dataset: str, options: dict[str, str]) -> Task:
         rows = list(gym.create_dataset(dataset, size=sizes["count"], seed=sizes["seed"]))
     except ValueError as error:
         raise ConfigError(f"task {name!r}: {error}") from error
+    if any(row["answer"] is None for row in rows):
+        raise ConfigError(
+            f"task {name!r}: has questions with several right answers, and answers are judged by "
+            "their one right spelling: take another dataset"
+        )
     items = [
         Item(f"{dataset}-{number}", str(row["question"]), str(row["answer"]))
         for number, row in enumerate(rows)
     ]
-    return Task(name, "text", tuple(items))
+    numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", item.gold, re.ASCII) for item in items)
+    return Task(name, "number" if numbers else "text", tuple(items))

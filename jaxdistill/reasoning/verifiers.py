@@ -171,7 +171,7 @@ def math(*, seconds: float = 5.0) -> Verifier:
             "verifier math: needs math-verify, which is not installed: pip install "
             "'jaxdistill[math]'"
         )
-    judge = Guarded("jaxdistill.reasoning.verifiers:judge_math", seconds=seconds, first=60.0)
+    judge = Guarded("jaxdistill.reasoning.math_judge:judge", seconds=seconds)
 
     def verify(completion: str, gold: str) -> Verdict:
         text = extract.without_thinking(completion)[-extract.LONGEST :]
@@ -182,16 +182,6 @@ def math(*, seconds: float = 5.0) -> Verifier:
         return Verdict(answer, bool(correct))
 
     return verify
-
-
-def judge_math(completion: str, gold: str) -> tuple[str | None, bool]:
-    """(answer, whether it equals the gold one) by math-verify."""
-    math_verify = importlib.import_module("math_verify")  # an extra: not there for type checkers
-    wanted = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    found = math_verify.parse(completion, parsing_timeout=None)
-    if not found:
-        return None, False
-    return str(found[-1])[:200], math_verify.verify(wanted, found, timeout_seconds=None)
 
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {

@@ -95,9 +95,10 @@ def _part(task: str, number: int, found: Mapping[pathlib.Path, Mapping]) -> Part
         for index, (name, row) in enumerate(models)
     ]
     legend = [(name, colour(index)) for index, (name, _) in enumerate(models)]
-    pairs = [
-        ("Accuracy by votes", _by_votes(models, f"votes{number}")),
-        ("Accuracy by rationales", _by_rationales(models, f"rationales{number}")),
+    ways = [("greedy", colour(0)), ("vote of all samples", colour(1))]
+    drawn = [
+        ("Accuracy by votes", _by_votes(models, f"votes{number}"), legend),
+        ("Accuracy by rationales", _by_rationales(models, f"rationales{number}"), ways),
     ]
     note = "Bars are 95 % intervals over questions."
     return Part(
@@ -106,7 +107,7 @@ def _part(task: str, number: int, found: Mapping[pathlib.Path, Mapping]) -> Part
         sentences=[],
         head=head,
         lines=lines,
-        figures=[Figure(title, svg, note, legend) for title, svg in pairs if svg is not None],
+        figures=[Figure(title, svg, note, told) for title, svg, told in drawn if svg is not None],
         samples=_samples(next(iter(found)), task),
     )
 
@@ -149,7 +150,7 @@ def _by_rationales(models: Sequence[Model], name: str) -> str | None:
     if all(row.get("maj_at") for _, row in numbered):
         voted = [(n, list(row["maj_at"].values())[-1]) for n, row in numbered]
         lines.append((1, voted, "--"))
-    return _curve(lines, "rationales per question (dashed: by vote)", name)
+    return _curve(lines, "rationales per question", name)
 
 
 def _curve(lines: Sequence[tuple[int, Points, str]], label: str, name: str) -> str:

@@ -13,6 +13,7 @@ import jinja2
 import markupsafe
 
 from jaxdistill.errors import DataError, StorageError
+from jaxdistill.redact import redact
 from jaxdistill.report import curves, pictures, run_files, table, wording
 from jaxdistill.report.run_files import RunFiles
 
@@ -339,7 +340,7 @@ def _events(run: RunFiles) -> list[tuple[str, str, str]]:
             else ""
         )
         rest = {key: value for key, value in event.items() if key not in ("time", "kind")}
-        made.append((clock, str(event.get("kind", "")), run_files.redact(_phrase(rest))))
+        made.append((clock, str(event.get("kind", "")), redact(_phrase(rest))))
     return made
 
 

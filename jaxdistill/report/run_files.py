@@ -9,21 +9,13 @@ import shlex
 import typing
 
 from jaxdistill.errors import DataError
+from jaxdistill.redact import redact
 from jaxdistill.report import writers
 
 # A page is for reading: what is longer is cut, and says so.
 _MAX_TEXT = 200_000
 _MAX_SAMPLES = 24
 _MAX_SAMPLE_TEXT = 6_000
-
-# Every part is bounded: text of a run must not be able to make the search take for ever.
-_SECRET_NAME = r"(?:secret|passw(?:or)?d|api[_-]?key|(?:auth|access|hf)[_-]?token)"
-_SECRET = re.compile(
-    rf"(?i)(--[\w-]{{0,40}}{_SECRET_NAME}\s{{1,9}}"
-    rf"|{_SECRET_NAME}[\"']?\s{{0,9}}[:=]\s{{0,9}}[\"']?"
-    r"|\bbearer\s{1,9})[^\s\"',}]+"
-    r"|\b(?:hf_|sk-|ghp_|gho_|AKIA)[A-Za-z0-9_-]{16,}"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +94,6 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         fingerprints=_flat(_json(folder / "fingerprints.json", missing)),
         missing=missing,
     )
-
-
-def redact(text: str) -> str:
-    """The text with what looks like a password, token or key replaced by [redacted]."""
-    return _SECRET.sub(lambda match: (match.group(1) or "") + "[redacted]", text)
 
 
 def _name_missing(

@@ -12,8 +12,8 @@ import jinja2
 import markupsafe
 
 from jaxdistill.errors import DataError, StorageError, UserError
+from jaxdistill.redact import redact
 from jaxdistill.report import diagrams, html, pictures, table, wording
-from jaxdistill.report.run_files import redact
 
 PAGE = "report.html"
 

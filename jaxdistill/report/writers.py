@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxdistill.errors import DataError, StorageError
+from jaxdistill.redact import redacted
 from jaxdistill.train import faults
 
 # A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
@@ -164,6 +165,9 @@ class SilentWriter(MetricsWriter):
         self.dropped = 0
 
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+        """Nothing."""
+
+    def rewind(self, step: int) -> None:
         """Nothing."""
 
     def event(self, kind: str, **fields: typing.Any) -> None:
@@ -367,7 +371,7 @@ class _Board:
 
 
 def _event_line(now: float, kind: str, fields: Mapping[str, typing.Any]) -> bytes:
-    return _json_line(_json_safe({"time": round(now, 3), "kind": kind, **fields}))
+    return _json_line(redacted(_json_safe({"time": round(now, 3), "kind": kind, **fields})))
 
 
 def _json_line(record: dict) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdistill import agree
-from jaxdistill.errors import CorruptCheckpointError, DivergedError
+from jaxdistill.errors import CorruptCheckpointError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.types import Batch
@@ -88,7 +88,7 @@ class Guard:
     def __init__(self, folder: str | os.PathLike, policy: Policy):
         self.folder = pathlib.Path(folder)
         self.policy = policy
-        self.rollbacks: list[dict[str, Any]] = _read(self.folder / FILE)
+        self.rollbacks: list[dict[str, Any]] = agree.by_leader(lambda: _read(self.folder / FILE))
         self.in_a_row = 0  # steps that were not finite, until now
         self.begun = 0  # the step before which nothing can be run again
         self.good: Batch | None = None  # the last batch whose step was finite
@@ -205,7 +205,11 @@ class Guard:
         )
 
     def rolled_back(self, trouble: Trouble, blamed: str, to: int, writer: MetricsWriter) -> None:
-        """Leaves the batches at fault out for good, now that the run is back at step `to`."""
+        """Leaves the batches at fault out for good, now that the run is back at step `to`.
+
+        Raises:
+          StorageError: if that cannot be written down.
+        """
         begin = to if blamed == PARAMETERS else trouble.first - 1
         entry = {
             "step": trouble.last,
@@ -216,8 +220,7 @@ class Guard:
             "numbers": trouble.what,
         }
         self.rollbacks.append(entry)
-        if agree.leads():
-            _write(self.folder / FILE, self.rollbacks)
+        agree.by_leader(lambda: _write(self.folder / FILE, self.rollbacks))
         writer.event("rollback", count=len(self.rollbacks), **entry)
 
 
@@ -290,8 +293,14 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 def _write(path: pathlib.Path, content: Any) -> None:
     """A file that appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error}): without it a resumed run would meet the same "
+            "batches again. Free space or mend the folder, then resume"
+        ) from error

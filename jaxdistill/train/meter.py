@@ -8,27 +8,13 @@ from collections.abc import Iterator
 
 import jax
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets. Devices that are not
-# listed (CPUs among them) have no utilisation, only a rate.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
+from jaxdistill import chips
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of one device, or None where it is not known."""
-    matches = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    chip = chips.of_kind(device.device_kind)
+    return None if chip is None else chip.flops
 
 
 def memory_gib(devices: list[jax.Device]) -> float:

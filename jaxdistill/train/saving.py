@@ -90,16 +90,20 @@ class Saver:
         """
         before, self._tried = self._tried, self._clock()
         self._wait = 60 * (self._schedule.minutes or math.inf)
-        try:
+
+        def attempt() -> None:
             self._checkpoints.save(number, state, meta, metrics)
-            self._safe = before
+            if final:
+                self._checkpoints.wait()
+
+        try:
+            attempt()
         except StorageError as error:  # of this save, or of the one before
             self._note(error)
             if not final:
                 return False
-            self._checkpoints.save(number, state, meta, metrics)
-        if final:
-            self._checkpoints.wait()
+            attempt()
+        self._safe = before
         return True
 
     def poll(self) -> None:

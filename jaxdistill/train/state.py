@@ -67,8 +67,7 @@ def abstract(
 ) -> TrainState:
     """The state's shapes, dtypes and places, without reading or making a parameter."""
     whole = replicated(mesh)
-    shapes = decoder.shapes(config, dtype)
-    student = _placed(shapes, shardings(mesh, decoder.logical_axes(config), shapes, rules))
+    student = abstract_params(config, dtype, mesh, rules)
     params = {"student": student, "objective": _placed(objective, whole)}
     opt_state = _placed(jax.eval_shape(tx.init, params), _opt_shardings(tx, params, mesh))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -79,6 +78,14 @@ def abstract(
         key=_placed(key, whole),
         skipped=_placed(jax.ShapeDtypeStruct((2,), jnp.int32), whole),
     )
+
+
+def abstract_params(
+    config: DecoderConfig, dtype: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES
+) -> Any:
+    """The shapes and places of a model's parameters."""
+    shapes = decoder.shapes(config, dtype)
+    return _placed(shapes, shardings(mesh, decoder.logical_axes(config), shapes, rules))
 
 
 def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:

@@ -25,6 +25,9 @@ from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState
 from jaxdistill.types import Batch, Mean
 
+# Whose work an operation of the compiled step is: part of its name, for profiles and `plan`.
+TEACHER, STUDENT, LOSS, OPTIMIZER = "teacher", "student", "loss", "optimizer"
+
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
 Loss = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
 
@@ -46,20 +49,22 @@ def make_loss(
 
     def loss(params, signal, batch, knobs):
         student = params["student"]
-        outputs = decoder.apply(
-            config,
-            student if quantization is None else quantize.aware(student, quantization),
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
-            compute_dtype=compute_dtype,
-            remat=remat,
-            attention=attention,
-            rules=rules,
-            taps=objective.student_taps,
-            relations=objective.student_relations,
-        )
-        return objective.apply(params["objective"], outputs, signal, batch, knobs)
+        with jax.named_scope(STUDENT):
+            outputs = decoder.apply(
+                config,
+                student if quantization is None else quantize.aware(student, quantization),
+                batch.tokens,
+                batch.positions,
+                batch.segment_ids,
+                compute_dtype=compute_dtype,
+                remat=remat,
+                attention=attention,
+                rules=rules,
+                taps=objective.student_taps,
+                relations=objective.student_relations,
+            )
+        with jax.named_scope(LOSS):
+            return objective.apply(params["objective"], outputs, signal, batch, knobs)
 
     return loss
 
@@ -92,7 +97,8 @@ def make(
 
     def sums(params, teacher_params, batch, knobs):
         # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
-        signal = teacher(teacher_params, batch)
+        with jax.named_scope(TEACHER):
+            signal = teacher(teacher_params, batch)
 
         def total(params):
             means = loss(params, signal, batch, knobs)
@@ -118,10 +124,11 @@ def make(
         # Each is a sum over all devices and micro-batches: all of them decide alike.
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(control)
         told = {name: mean.value for name, mean in means.items()}
-        updates, opt_state = tx.update(
-            gradients, state.opt_state, state.params, value=control, metrics=told
-        )
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = tx.update(
+                gradients, state.opt_state, state.params, value=control, metrics=told
+            )
+            params = optax.apply_updates(state.params, updates)
         in_a_row, altogether = state.skipped
         bad = jnp.where(finite, 0, 1)
         skipped = jnp.stack([(in_a_row + 1) * bad, altogether + bad])

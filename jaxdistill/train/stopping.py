@@ -24,12 +24,18 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted: who trains looks at `asked` after every step."""
+        """Inside, a signal is only noted: who trains looks at `asked` after every step.
+
+        Raises:
+          Preempted: at the end, if nobody acted on a signal that came inside.
+        """
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.asked:
+            raise Preempted(f"{self.asked}: training has ended and is saved")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The next signal is the operating system's, which asks nobody.

@@ -229,3 +229,15 @@ def test_no_template(byte_tokenizer):
         ChatEncoder(prepare(byte_tokenizer), template_of(Bare()), "all")
     Bare.chat_template = {"default": "d", "tool_use": "t"}
     assert (template_of(Bare()), template_of(Bare(), "mine")) == ("d", "mine")
+
+
+def test_a_conversation_of_endless_turns_is_set_aside(byte_tokenizer, monkeypatch):
+    """Rendering up to each turn takes the square of their number: 10 MB could take for days."""
+    monkeypatch.setattr("jaxdistill.data.chat._MAX_PREFIXES", 100_000)
+    encoder = ChatEncoder(prepare(byte_tokenizer), byte_tokenizer.chat_template, "assistant")
+    short, endless = (
+        Record("messages", ("a", "b") * turns, 1, ("user", "assistant") * turns)
+        for turns in (20, 200)
+    )
+    found = encoder.encode([short, endless])
+    assert not isinstance(found[0], str) and "too many of the assistant's messages" in found[1]

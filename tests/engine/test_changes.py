@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdistill import engine
 from jaxdistill.engine import changes
 from jaxdistill.engine.run_dir import RunDir
 from jaxdistill.errors import ConfigError
+from jaxdistill.report import Progress, read_metrics
 
 
 @pytest.fixture
@@ -109,3 +111,64 @@ def test_any_flipped_bit_changes_it_and_no_mesh_does(mesh8):
         assert changes.weights(other) != print_
     swapped = params["head"].at[jnp.array([0, 1])].set(params["head"][jnp.array([1, 0])])
     assert changes.weights(params | {"head": swapped}) != print_
+
+
+def _break_off(config, monkeypatch, after):
+    """Runs a configuration up to a step, and stops there as Ctrl-C would."""
+    step = Progress.step
+
+    def stop(self, number, scalars):
+        step(self, number, scalars)
+        if number == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        engine.train(config)
+    monkeypatch.undo()
+
+
+def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
+    finished, load_config, tmp_path, monkeypatch
+):
+    _break_off(load_config(tmp_path), monkeypatch, after=4)
+    folder = tmp_path / "run"
+    resolved = folder / "config.resolved.yaml"
+    text = resolved.read_text()
+    assert "  fsdp: -1\n" in text
+    resolved.write_text(
+        text.replace("  fsdp: -1\n", "  fsdp: 4\n").replace("data: 1\n", "data: 2\n")
+    )
+    engine.resume(folder)
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    changed = {event["what"]: event for event in told if event["kind"] == "changed"}
+    assert changed.keys() - {"code"} == {"config", "mesh"}  # who edits while tests run changes it
+    assert changed["mesh"]["after"].startswith("data 2, fsdp 4")
+    losses = [
+        {r["step"]: r["loss/total"] for r in read_metrics(place) if "loss/total" in r}
+        for place in (finished.run_dir, folder)
+    ]
+    assert sorted(losses[0]) == sorted(losses[1]) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-5)
+
+
+def test_a_teacher_whose_weights_have_changed_is_refused(
+    finished, load_config, tmp_path, monkeypatch
+):
+    teacher = engine.export(str(finished.run_dir), tmp_path / "teacher")
+    config = load_config(
+        tmp_path,
+        f"teacher={{source: {teacher}, dtype: float32}}",
+        "student={random: {like: teacher, layers: 1}, compute_dtype: float32}",
+        "eval.samples=0",
+    )
+    _break_off(config, monkeypatch, after=2)
+    weights = teacher / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1  # one bit of one number, which stays finite
+    weights.write_bytes(data)
+    with pytest.raises(ConfigError, match="changed since this run began: teacher.weights"):
+        engine.resume(tmp_path / "run")
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    engine.resume(tmp_path / "run")

@@ -119,6 +119,16 @@ def test_resuming_a_finished_run_trains_nothing(finished):
     assert [row["name"] for row in again.table] == [row["name"] for row in finished.table]
 
 
+def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_path):
+    random = "{random: {layers: 2, embed: 32, mlp: 48, heads: 4, initializer_range: 0.125}}"
+    for config in (load_config(tmp_path), load_config(tmp_path, f"student={random}")):
+        made = setup.models_of(config, setup.mesh_of(config))
+        ends = (made.tokenizer.eos_token_id,)
+        assert made.teacher.config.eos_ids == made.student.config.eos_ids == ends
+    assert np.std(made.student.params["embedding"]) == pytest.approx(0.125, rel=0.05)
+    assert np.std(made.teacher.params["embedding"]) == pytest.approx(0.02, rel=0.05)
+
+
 def test_the_student_begins_as_the_layers_it_keeps(load_config, tmp_path):
     config = load_config(tmp_path)
     made = setup.models_of(config, setup.mesh_of(config))
@@ -242,11 +252,11 @@ def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
 
     config = load_config(tmp_path, "guards.nonfinite.max_consecutive=2", "train.eval_every=null")
     monkeypatch.setattr(running.setup, "teacher_params_of", poisoned)
-    with pytest.raises(DivergedError, match=r"step 2 \(batch 1\)") as error:
+    with pytest.raises(DivergedError, match=r"step 1 \(batch 4\).*2 rollbacks are spent") as error:
         engine.train(config)
     assert error.value.exit_code == 7
     record = json.loads((tmp_path / "run" / "RUN.json").read_text())
-    assert record["status"] == "failed" and "step 2" in record["exit_reason"]
+    assert record["status"] == "failed" and "batch 4" in record["exit_reason"]
 
 
 def test_checkpoints_hold_everything_that_moves(finished):

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from jaxdistill.engine import serving, web
+from jaxdistill.engine import serving, streaming, web
 from jaxdistill.errors import ModelError
 from jaxdistill.models.generate import complete
+from jaxdistill.models.generator import Completion
 from jaxdistill.reasoning.asking import Job, Settings
 from tests.reasoning import teachers
 
@@ -85,7 +86,8 @@ def test_our_client_reads_our_server(server, talker):
 @pytest.mark.parametrize(
     ("path", "change", "code", "words"),
     [
-        ("completions", {"stream": True}, 400, "stream: is not supported"),
+        ("completions", {"stream": True, "logprobs": 1}, 400, "logprobs: do not come in a stream"),
+        ("completions", {"stream": True, "max_tokens": 4000}, 400, "do not fit the"),
         ("completions", {"n": 0}, 400, "n: 0 must be from 1 to 256"),
         ("completions", {"n": "many"}, 400, "n: 'many' must be a number"),
         ("completions", {"prompt": ""}, 400, "prompt: must be one text"),
@@ -182,6 +184,93 @@ def test_an_engine_that_stops_leaves_nobody_waiting(talker, monkeypatch):
     first.server_close()
 
 
+@pytest.fixture
+def client(server):
+    openai = pytest.importorskip("openai", reason="needs the extra api")
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+def _texts(stream, count=1):
+    """The pieces of every sample, the reasons, and the events."""
+    pieces, reasons, events = [[] for _ in range(count)], [None] * count, list(stream)
+    for event in events:
+        for choice in event.choices:
+            pieces[choice.index].append(choice.text)
+            assert reasons[choice.index] is None  # nothing follows the last piece
+            reasons[choice.index] = choice.finish_reason
+    return pieces, reasons, events
+
+
+def test_a_stream_adds_up_to_the_whole(client):
+    asked = {"model": "any", "prompt": "Hello", "max_tokens": 60, "n": 3, "seed": 5}
+    whole = client.completions.create(**asked)
+    stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    pieces, reasons, events = _texts(stream, 3)
+    assert ["".join(texts) for texts in pieces] == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert min(map(len, pieces)) > 2  # it came piece by piece
+    assert events[-1].usage == whole.usage and len({event.id for event in events}) == 1
+
+
+def test_a_stream_holds_back_what_may_become_a_stop_string(client):
+    asked = {"model": "any", "prompt": "Hello", "max_tokens": 60, "temperature": 0}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[25:55]  # begins in one call of the engine and ends in a later one
+    place = text.index(stop)
+    (pieces,), (reason,), _ = _texts(client.completions.create(**asked, stop=[stop], stream=True))
+    assert ("".join(pieces), reason) == (text[:place], "stop")
+    assert len(pieces) > 1
+    never = stop[:-1] + chr(1)  # nearly comes: what was held back is told in the end
+    (pieces,), (reason,), _ = _texts(client.completions.create(**asked, stop=[never], stream=True))
+    assert ("".join(pieces), reason) == (text, "length")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [
+        ("one, STO", ("STOP",), "one, "),
+        ("one, STOP", ("STOP!",), "one, "),
+        ("aaab", ("ab!", "aaabc"), ""),
+        ("S S", ("S T", "SS"), "S "),
+        ("all of it", ("STOP",), "all of it"),
+        ("all of it", (), "all of it"),
+        ("caf\ufffd", (), "caf"),
+        ("", ("x",), ""),
+    ],
+)
+def test_what_is_shown_stays(text, stops, shown):
+    assert streaming.settled(text, stops) == shown
+    for size in range(len(text) + 1):  # what was shown of a shorter text is never taken back
+        assert text.startswith(streaming.settled(text[:size], stops))
+
+
+def test_a_chat_streams_as_openai_does(talker):
+    request = serving.Request([1, 2], max_new_tokens=3)
+    stream = streaming.Stream(request, live=True)
+    stream.hear(0, "Yes")
+    stream.end(Completion(request, 0, [1, 2, 3], [0.0] * 3, "stop", "Yes.", True))
+    events = list(streaming.events(stream, {"id": "a"}, chat=True, usage=False))
+    told = [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
+    assert [one["choices"][0]["delta"] for one in told] == [
+        {"role": "assistant", "content": "Yes"},
+        {"content": "."},
+    ]
+    assert [one["choices"][0]["finish_reason"] for one in told] == [None, "stop"]
+    assert events[-1] == b"data: [DONE]\n\n" and stream.closed
+
+
+def test_a_client_that_goes_frees_its_slots(talker):
+    service = serving.Service(talker, slots=1, length=128)
+    body = {"prompt": "Hello", "max_tokens": 100, "stream": True, "temperature": 0}
+    events = service.stream(body, chat=False)
+    next(events)
+    events.close()
+    short = service.complete(serving.Request([65], max_new_tokens=2))
+    assert len(short[0].tokens) == 2 and not service._generator.busy
+    service.close()
+
+
 def _talk(server, data):
     """What the server says to bytes that no client would send; it may hang up before their end."""
     host, port = re.fullmatch(r"http://(.*):(\d+)", server).groups()
@@ -253,6 +342,8 @@ class Broken:
 
     def answer(self, body, chat):
         raise KeyError("secret detail")
+
+    stream = answer
 
 
 def test_a_mistake_of_ours_is_one_line_and_no_traceback(capfd):

@@ -100,14 +100,14 @@ def test_one_candidate_is_greedy(model):
 
 
 def test_lengths_share_programs(model):
-    for program in (decoding.prefill, decoding.advance):
+    for program in (decoding.read, decoding.advance):
         program.clear_cache()
     for length, new in ((1, 18), (7, 16), (16, 8)):
         model.generate([list(range(3, 3 + length))], max_new_tokens=new)
     for temperature in (0.5, 0.9):
         for top_k in (3, 7):
             model.generate([[4]], max_new_tokens=20, temperature=temperature, top_k=top_k)
-    assert decoding.prefill._cache_size() == 1
+    assert decoding.read._cache_size() == 1
     assert decoding.advance._cache_size() == 2
     lengths = [generator.bucket(length) for length in (1, 16, 17, 25, 33, 49, 65)]
     assert lengths == [16, 16, 24, 32, 48, 64, 96]

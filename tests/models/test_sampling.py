@@ -53,3 +53,13 @@ def test_draws_follow_their_probabilities():
 def test_no_settings_take_the_largest():
     keys = jax.random.split(jax.random.key(0), 4)
     assert sampling.pick(jnp.asarray(LOGITS), keys, {}).tolist() == LOGITS.argmax(-1).tolist()
+
+
+def test_the_largest_is_the_first_of_equals():
+    rows = np.random.default_rng(1).integers(0, 4, (50, 300)).astype(np.float32)
+    rows[0], rows[1, :], rows[2, 1:] = -np.inf, 3.0, -np.inf
+    found = sampling.largest(jnp.asarray(rows))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, rows.argmax(axis=-1))
+    broken = sampling.largest(jnp.full((2, 7), jnp.nan))
+    assert all(0 <= token < 7 for token in broken)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -88,11 +89,37 @@ def test_what_cannot_be_read_is_named(tmp_path, name, error, message):
         tasks.load(name, folder=tmp_path)
 
 
-def test_reasoning_gym_is_an_extra():
-    try:
-        import reasoning_gym  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="pip install 'jaxdistill\\[gym\\]'"):
-            tasks.load("gym:leg_counting")
-        return
-    assert len(tasks.load("gym:leg_counting?count=5").items) == 5
+def test_reasoning_gym_is_an_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match="pip install 'jaxdistill\\[gym\\]'"):
+        tasks.load("gym:leg_counting")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kind"),
+    [("leg_counting", "number"), ("fraction_simplification", "text"), ("syllogism", "text")],
+)
+def test_generated_tasks_are_those_of_reasoning_gym(dataset, kind):
+    gym = pytest.importorskip("reasoning_gym", reason="needs the extra gym")
+    task = tasks.load(f"gym:{dataset}?count=12&seed=4")
+    theirs = gym.create_dataset(dataset, size=12, seed=4)
+    assert [(i.question, i.gold) for i in task.items] == [
+        (row["question"], row["answer"]) for row in theirs
+    ]
+    assert task.kind == kind
+    judge = task.verifier()
+    for row in theirs:
+        verdict = judge(f"I think.\nThe answer is {row['answer']}.", row["answer"])
+        assert verdict.correct and theirs.score_answer(row["answer"], row) == 1.0
+        assert not judge("The answer is 1234567.", row["answer"]).correct
+    assert task.items != tasks.load(f"gym:{dataset}?count=12&seed=5").items
+
+
+def test_what_cannot_be_generated_or_judged_is_told():
+    pytest.importorskip("reasoning_gym", reason="needs the extra gym")
+    with pytest.raises(ConfigError, match="gym:no_such.*no_such"):
+        tasks.load("gym:no_such")
+    with pytest.raises(ConfigError, match="several right answers"):
+        tasks.load("gym:propositional_logic?count=3")
+    with pytest.raises(ConfigError, match="takes whole numbers for count, seed"):
+        tasks.load("gym:leg_counting?size=3")

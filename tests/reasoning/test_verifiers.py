@@ -1,5 +1,6 @@
 """Verifiers accept what is right in any spelling, nothing else, and survive hostile text."""
 
+import importlib.util
 import time
 
 import pytest
@@ -62,13 +63,40 @@ def test_a_pattern_without_end_costs_its_time_and_no_more():
         verifiers.regex("(")
 
 
-def test_math_is_an_extra():
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="pip install 'jaxdistill\\[math\\]'"):
-            verifiers.math()
-        return
-    verify = verifiers.math()
-    assert verify(r"so \boxed{\frac{1}{2}}", "0.5").correct
-    assert not verify(r"so \boxed{\frac{1}{3}}", "0.5").correct
+def test_math_is_an_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # as where it is not installed
+    with pytest.raises(ConfigError, match="pip install 'jaxdistill\\[math\\]'"):
+        verifiers.math()
+
+
+def test_math_sees_through_spelling():
+    pytest.importorskip("math_verify", reason="needs the extra math")
+    verify = verifiers.math(seconds=60.0)
+    for completion, gold, correct in (
+        (r"so \boxed{\frac{1}{2}}", "0.5", True),
+        (r"so \boxed{\frac{1}{3}}", "0.5", False),
+        (r"\boxed{2x + 3}", "3 + 2x", True),
+        (r"<think>\boxed{4}</think> \boxed{5}", "5", True),
+        ("it is $x = 5$", "5", True),
+        ("no idea", "5", False),
+    ):
+        assert verify(completion, gold).correct is correct, completion
+
+
+def test_math_survives_hostile_answers():
+    pytest.importorskip("math_verify", reason="needs the extra math")
+    verify = verifiers.math(seconds=0.5)
+    hostile = {
+        "a power tower": r"\boxed{9^{9^{9^{9}}}}",
+        "a large factorial": r"\boxed{1000000000!}",
+        "a million digits": "\\boxed{" + "9" * 1_000_000 + "}",
+        "deep parentheses": "\\boxed{" + "(" * 5000 + "1" + ")" * 5000 + "}",
+        "deep fractions": "\\boxed{" + "\\frac{1}{" * 900 + "1" + "}" * 900 + "}",
+        "open braces": "\\boxed{" * 2000,
+        "code": "\\boxed{__import__('os')._exit(3)}",
+        "no text": "\x00\ud800",
+    }
+    for name, completion in hostile.items():
+        assert not verify(completion, "5").correct, name
+    patient = verifiers.math(seconds=60.0)
+    assert patient(r"\boxed{5}", "5").correct

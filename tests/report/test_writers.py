@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.errors import DataError, StorageError
-from jaxdistill.report.writers import MetricsWriter, read_metrics
+from jaxdistill.report.writers import MetricsWriter, SilentWriter, read_metrics
 
 
 def writer(folder, **options):
@@ -300,3 +300,8 @@ def test_close_twice_and_sync(tmp_path):
     out.sync()
     out.close()
     out.close()
+
+
+def test_the_silent_writer_leaves_out_nothing_that_a_writer_does():
+    public = {name for name in vars(MetricsWriter) if not name.startswith("_")}
+    assert public <= set(vars(SilentWriter))

@@ -1,13 +1,14 @@
 """The loop: its order, what is recorded when, and which step a number belongs to."""
 
 import contextlib
+import json
 from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.errors import DivergedError, Preempted
+from jaxdistill.errors import CorruptCheckpointError, DivergedError, Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
@@ -249,6 +250,38 @@ def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
         assert saved["step"] == 6 and saved["index"] == 7
         np.testing.assert_array_equal(saved["tokens"], batch_of(7).tokens)
         assert set(saved) == {"step", "index", *vars(batch_of(0))} - {"origin"}
+
+
+def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(tmp_path):
+    (tmp_path / "rollbacks.json").write_text('[{"first_batch": 3}]')
+    with pytest.raises(CorruptCheckpointError, match="rollbacks.json.*end_batch"):
+        Guard(tmp_path, Policy())
+    (tmp_path / "rollbacks.json").unlink()
+    (tmp_path / "rollbacks.tmp").mkdir()  # in the way of what is written
+    with pytest.raises(StorageError, match="rollbacks.json: cannot be written"):
+        run(schedule(), bad={3}, policy=Policy(max_consecutive=1), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("windows", "expected"),
+    [
+        ([(3, 5)], [(3, 5)]),
+        ([(7, 9), (3, 5)], [(3, 5), (7, 9)]),
+        ([(3, 5), (5, 6), (4, 5)], [(3, 6)]),
+        ([(4, 6), (2, 9)], [(2, 9)]),
+    ],
+)
+def test_positions_pass_over_what_is_left_out(windows, expected, tmp_path):
+    rollbacks = [{"first_batch": first, "end_batch": end} for first, end in windows]
+    (tmp_path / "rollbacks.json").write_text(json.dumps(rollbacks))
+    guard = Guard(tmp_path, Policy())
+    assert guard.skips == expected
+    left = [n for n in range(40) if not any(first <= n < end for first, end in windows)]
+    assert [guard.position(step) for step in range(20)] == left[:20]
+    for start in range(8):
+        for stop in range(start + 1, 12):
+            stretches = guard.stretches(start, stop)
+            assert [n for pair in stretches for n in range(*pair)] == left[start:stop]
 
 
 def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():

@@ -17,6 +17,7 @@ from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.reasoning import rationales
 from jaxdistill.sharding import make_mesh
+from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import Batch, TeacherSignal
@@ -48,7 +49,7 @@ def _batch(rows=8, length=12, seed=0):
     return Batch(tokens, targets, mask, positions.astype(np.int32), segments), is_rationale
 
 
-def _step(label_weight, micro_batches=1, lr=0.1):
+def _step(label_weight, micro_batches=1, lr=0.1, bad=None):
     mesh = make_mesh(devices=jax.devices()[:1])
     objective = objectives.step_by_step(
         vocab=VOCAB, explains=(PLACE, EXPLAIN), label_weight=label_weight
@@ -56,11 +57,13 @@ def _step(label_weight, micro_batches=1, lr=0.1):
     tx = optim.optimizer(lr, knobs={}, clip_norm=None, weight_decay=0.0)
     params = models.random(SHAPE, 0, "float32", mesh).params
     loss = steps.make_loss(SHAPE, objective, compute_dtype="float32")
+    batch, _ = _batch()
+    if bad is not None:
+        loss, batch = poison.poisoned(loss), poison.Poison(f"{bad}@3").mark(3, batch)
     step = steps.make(
         loss, teachers.none, tx, micro_batches=micro_batches, prepare=objective.prepare
     )
     state = states.create(jax.tree.map(jnp.copy, params), {}, tx, 0, mesh)
-    batch, _ = _batch()
     with jax.set_mesh(mesh):
         state, means = jax.jit(step)(state, None, steps.place(batch, mesh))
     return params, state.params["student"], {n: float(m.value) for n, m in means.items()}
@@ -107,6 +110,13 @@ def test_the_step_does_not_depend_on_micro_batches():
     assert parts["loss/total"] == pytest.approx(means["loss/total"], rel=1e-5)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", ["nan", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    before, after, means = _step(0.3, micro_batches=4, bad=bad)
+    assert means["guard/skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_a_batch_without_one_of_the_tasks_is_finite():

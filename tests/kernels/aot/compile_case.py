@@ -46,7 +46,7 @@ def compile_case(target: targets.Target, case: str) -> dict:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(function).lower(*arguments).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    large = [k for kind in hlo.collectives(text).values() for k in kind]
+    large = hlo.collectives(text)
     return {
         "temporary_gib": memory.temp_size_in_bytes / 2**30,
         "output_gib": memory.output_size_in_bytes / 2**30,

@@ -1,0 +1,82 @@
+"""The work of a compiled step on one device, and the least time that the device can do it in."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxdistill import hlo
+from jaxdistill.chips import Chip
+
+
+class Cost(NamedTuple):
+    """What one step costs a device.
+
+    Attributes:
+      flops: of matrix products, loops times their iterations.
+      nbytes: read and written in the large memory.
+      collectives: by kind and axes: how often, bytes of the results, bytes sent.
+      largest: the largest collectives of all, each with where it comes from.
+      unknown_loops: loops that count once because nothing tells their iterations.
+    """
+
+    flops: float
+    nbytes: float
+    collectives: list[dict[str, Any]]
+    largest: list[dict[str, Any]]
+    unknown_loops: list[str]
+
+    @property
+    def link_bytes(self) -> float:
+        """Bytes that the device sends."""
+        return sum(entry["sent_bytes"] for entry in self.collectives)
+
+    def seconds(self, chip: Chip | None) -> dict[str, float]:
+        """Least seconds of computing, of memory traffic and of sending; {} if nothing is known.
+
+        Each alone at the published peak, with all links of the device busy at once: no program
+        with this work is faster than the longest of them.
+        """
+        if chip is None:
+            return {}
+        found = {"compute": self.flops / chip.flops, "memory": self.nbytes / chip.bandwidth}
+        if chip.links is not None:
+            found["links"] = self.link_bytes / chip.links
+        return found
+
+
+def cost(text: str, mesh: Mapping[str, int], most: int = 8) -> Cost:
+    """Counts the work in a program's text; a collective over one device is none.
+
+    Args:
+      text: of the compiled step.
+      mesh: axis -> size.
+      most: how many of the largest collectives are told apart.
+    """
+    found = [one for one in hlo.collectives(text) if one.axes(mesh)]
+    sums: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
+    for one in found:
+        axes = one.axes(mesh)
+        entry = sums.setdefault(
+            (one.kind, axes),
+            {"kind": one.kind, "axes": axes, "times": 0, "bytes": 0.0, "sent_bytes": 0.0},
+        )
+        entry["times"] += one.times
+        entry["bytes"] += one.times * one.nbytes
+        entry["sent_bytes"] += one.link_bytes(mesh)
+    largest = sorted(found, key=lambda one: -one.nbytes)[:most]
+    return Cost(
+        flops=hlo.product_flops(text),
+        nbytes=hlo.bytes_moved(text),
+        collectives=sorted(sums.values(), key=lambda entry: -entry["sent_bytes"]),
+        largest=[
+            {
+                "kind": one.kind,
+                "axes": one.axes(mesh),
+                "shape": one.shape.split("{")[0],
+                "bytes": one.nbytes,
+                "times": one.times,
+                "from": one.written_by,
+            }
+            for one in largest
+        ],
+        unknown_loops=sorted(hlo.parse(text).unknown_loops),
+    )

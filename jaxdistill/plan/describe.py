@@ -1,0 +1,85 @@
+"""A plan as text for people."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """The plan of `engine.plan` as lines of text."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    yield f"{plan['target']}: {plan['devices']} devices, {mesh or 'one device'}"
+    counts = plan["parameters"]
+    yield f"parameters: {counts['total']:,}, of which {counts['trainable']:,} are trained"
+    yield ""
+    yield from _memory(plan)
+    yield ""
+    yield from _work(plan)
+    if plan["unknown_loops"]:
+        loops = ", ".join(plan["unknown_loops"])
+        yield f"counted once, because nothing tells how often they run: {loops}"
+    if not plan["fits"]:
+        yield ""
+        yield from _changes(plan)
+
+
+def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
+    memory = plan["memory"]
+    yield "memory of each device"
+    for name, size in memory["arguments"].items():
+        yield f"  {name:<28}{_size(size):>12}"
+    yield f"  {'temporaries':<28}{_size(memory['temporaries']):>12}   at the fullest moment:"
+    for name, size in sorted(memory["at_peak"].items(), key=lambda item: -item[1]):
+        if size:
+            yield f"    {name:<26}{_size(size):>12}"
+    yield f"  {'loss, at its own peak':<28}{_size(memory['most'].get('loss', 0)):>12}"
+    if memory["available"] is None:
+        yield f"  {'total':<28}{_size(memory['total']):>12}"
+        return
+    verdict = "fits" if plan["fits"] else "does not fit"
+    yield (
+        f"  {'total':<28}{_size(memory['total']):>12}   of {_size(memory['available'])}: {verdict}"
+    )
+
+
+def _work(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield "one step on each device"
+    seconds = plan["seconds"]
+    shown = lambda name: f"   {1e3 * seconds[name]:10.1f} ms at the peak" if name in seconds else ""
+    yield f"  {'products':<28}{plan['flops'] / 1e12:>8.2f} TFLOP{shown('compute')}"
+    yield f"  {'memory traffic':<28}{_size(plan['bytes']):>14}{shown('memory')}"
+    yield f"  {'sent to other devices':<28}{_size(plan['sent_bytes']):>14}{shown('links')}"
+    for entry in plan["collectives"]:
+        name = f"{entry['kind']} over {', '.join(entry['axes'])}"
+        yield f"    {name:<36}{entry['times']:>7} times {_size(entry['sent_bytes']):>12}"
+    if plan["floor_seconds"] is not None:
+        yield (
+            f"floor: {1e3 * plan['floor_seconds']:.1f} ms a step, at most "
+            f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.0%} "
+            f"({plan['source']})"
+        )
+
+
+def _changes(plan: Mapping[str, Any]) -> Iterator[str]:
+    changes = plan.get("changes", [])
+    tried = plan.get("tried", 0)
+    if not tried:
+        return
+    if not changes:
+        yield f"none of {tried} changes that were tried makes it fit"
+        return
+    yield f"what makes it fit, the fastest first ({tried} changes were compiled):"
+    for change in changes:
+        floor = change["floor_seconds"]
+        speed = "" if floor is None else f", {1e3 * floor:.1f} ms a step"
+        yield f"  {' '.join(change['overrides'])}: {_size(change['total'])}{speed}"
+
+
+def _size(count: int | float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,113 @@
+"""Bytes on one device by kind: of what the step is given, and of what it makes on its way."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill.hlo.live import Buffer
+from jaxdistill.models.decoder import WEIGHTS
+from jaxdistill.train.step import LOSS, OPTIMIZER, STUDENT, TEACHER
+
+OTHER = "other"
+
+
+def argument_bytes(state: Any, teacher_params: Any, batch: Any, compute_dtype: Any) -> dict:
+    """Bytes that a device holds of the state, the teacher and the batch, from their places.
+
+    Args:
+      state: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
+      teacher_params: likewise, or None.
+      batch: likewise.
+      compute_dtype: of the student: weights of another type are master weights.
+    """
+    held: dict[str, int] = defaultdict(int)
+    for leaf in jax.tree.leaves(state.params):
+        masters = leaf.dtype != np.dtype(compute_dtype)
+        held["master weights" if masters else "parameters"] += _local_bytes(leaf)
+    parts = {
+        "optimizer": state.opt_state,
+        "teacher": teacher_params,
+        "batch": batch,
+        "counters": (state.step, state.key, state.skipped),
+    }
+    for name, tree in parts.items():
+        held[name] += sum(map(_local_bytes, jax.tree.leaves(tree)))
+    return dict(held)
+
+
+def _local_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def kind_of(path: str) -> str:
+    """What a temporary is for, by the path of names that it was made under.
+
+    "weights" are copies that layers compute with, cast and brought together from all devices;
+    "gradients" those of whole parameters; "activations" all else that student and teacher make.
+    """
+    inside = path + "/"
+    if re.search(r"\bstate\.params|\bteacher_params", path):
+        return "weights"
+    if f"/{OPTIMIZER}/" in inside:
+        return "optimizer"
+    if _within(inside, LOSS):
+        return "loss"
+    backward = "transpose(" in path
+    if _within(inside, WEIGHTS):
+        return "gradients" if backward else "weights"
+    if _within(inside, TEACHER):
+        return "activations"
+    scope = _within(inside, STUDENT)
+    if scope:
+        in_a_layer = "while/body" in inside[scope.end() :]
+        return "gradients" if backward and not in_a_layer else "activations"
+    # What a loop over micro-batches carries from part to part.
+    return "gradients" if path.endswith("/while") else OTHER
+
+
+def _within(path: str, scope: str) -> re.Match | None:
+    return re.search(rf"[/(]{scope}[)/]", path)
+
+
+def temporary_bytes(buffers: Sequence[Buffer]) -> tuple[dict[str, float], dict[str, float]]:
+    """(bytes by kind at the fullest moment, the most bytes of each kind at any moment).
+
+    Values that share a place, such as a loop's result and what it updates, count once.
+    """
+    shared: dict[tuple[Any, int], list[Buffer]] = defaultdict(list)
+    for buffer in buffers:
+        shared[buffer.place, buffer.nbytes].append(buffer)
+    length = max((buffer.last for buffer in buffers), default=0) + 1
+    over_time: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(length))
+    for (_, size), values in shared.items():
+        whose = _owners(values, length)
+        for kind in set(whose) - {""}:
+            over_time[kind] += size * (whose == kind)
+    if not over_time:
+        return {}, {}
+    fullest = int(np.argmax(sum(over_time.values())))
+    at_peak = {kind: float(alive[fullest]) for kind, alive in over_time.items()}
+    return at_peak, {kind: float(alive.max()) for kind, alive in over_time.items()}
+
+
+def _owners(values: list[Buffer], length: int) -> np.ndarray:
+    """For each moment the kind of the value that a place holds, "" for none."""
+    whose = np.full(length, "", object)
+    kinds = [(value, kind_of(value.written_by)) for value in values]
+    for value, kind in sorted(kinds, key=lambda pair: pair[0].first):
+        if kind != OTHER:
+            whose[value.first : value.last + 1] = kind
+    # What is nameless is mostly the zeros that a loop fills: it is what comes next.
+    for value, kind in sorted(kinds, key=lambda pair: -pair[0].first):
+        if kind == OTHER:
+            part = whose[value.first : value.last + 1]
+            known = [
+                name for name in whose[value.first : value.last + 2] if name not in ("", OTHER)
+            ]
+            part[part == ""] = known[0] if known else OTHER
+    return whose

@@ -1,0 +1,18 @@
+"""What math-verify says of an answer; for a process that can be killed, as SymPy may never end."""
+
+import importlib
+import logging
+
+# An extra, so not there for type checkers. Imported with this module: SymPy takes seconds, which
+# belong to the start of the process and not to the first answer.
+_math_verify = importlib.import_module("math_verify")
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
+
+
+def judge(completion: str, gold: str) -> tuple[str | None, bool]:
+    """(answer, whether it equals the gold one)."""
+    wanted = _math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
+    found = _math_verify.parse(completion, parsing_timeout=None)
+    if not found:
+        return None, False
+    return str(found[-1])[:200], _math_verify.verify(wanted, found, timeout_seconds=None)

@@ -1,0 +1,258 @@
+"""`plan` against the step that the trainer compiles, against closed forms, and its errors."""
+
+import importlib.util
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import config, engine, hlo, targets
+from jaxdistill.engine import planning, setup
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.plan import describe
+from jaxdistill.train.step import recorded
+
+TEACHER = {"layers": 3, "embed": 64, "mlp": 96, "heads": 8, "kv_heads": 4, "head_dim": 8}
+STUDENT = {"layers": 2, "embed": 32, "mlp": 64, "heads": 4, "kv_heads": 4, "head_dim": 8}
+VOCAB, ROWS, LENGTH = 2048, 8, 32
+
+
+def text(**changed):
+    shape = lambda numbers: str(numbers | {"vocab_size": VOCAB}).replace("'", "")
+    fields = {
+        "teacher": f"{{random: {shape(TEACHER)}, dtype: float32}}",
+        "student": f"{{random: {shape(STUDENT)}, compute_dtype: float32}}",
+        "mesh": "{fsdp: -1}",
+    } | changed
+    return f"""
+teacher: {fields["teacher"]}
+student: {fields["student"]}
+tokenizer: {{from: bytes, rows: {VOCAB}}}
+data:
+  train: [{{path: "python:docs?split=train"}}]
+  eval: [{{path: "python:docs?split=held_out"}}]
+  seq_len: {LENGTH}
+method: {{name: kd, alpha: 0.5, temperature: 2.0}}
+train: {{steps: 10, batch_size: {ROWS}}}
+mesh: {fields["mesh"]}
+"""
+
+
+def compiled(loaded, mesh):
+    """The step as `train` compiles it, and its arguments."""
+    models = setup.models_of(loaded, mesh, weights=False)
+    method = setup.method_of(loaded, models)
+    state = setup.abstract_state_of(loaded, models, method, mesh)
+    teacher = setup.abstract_teacher_of(loaded, models, method, mesh)
+    monitor = recorded(loaded.train.log_every, loaded.train.steps)
+    return setup.compile_step(loaded, method, state, teacher, mesh, monitor)
+
+
+def mesh_of(loaded, count=8):
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices, XLA shows {jax.device_count()}")
+    return setup.mesh_of(loaded, jax.devices()[:count])
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return engine.plan(config.loads(text()), "cpu:8")
+
+
+def test_planned_memory_is_that_of_the_compiled_step(planned):
+    loaded = config.loads(text())
+    stats = compiled(loaded, mesh_of(loaded)).memory_analysis()
+    real = (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
+    assert planned["memory"]["total"] == pytest.approx(real, rel=0.1)
+    held, made = planned["memory"]["arguments"], planned["memory"]["at_peak"]
+    assert sum(held.values()) == stats.argument_size_in_bytes
+    assert sum(made.values()) == pytest.approx(stats.temp_size_in_bytes, rel=0.1)
+
+
+def test_planned_arguments_are_the_arrays_of_a_run(planned):
+    loaded = config.loads(text())
+    _, state, teacher = setup.build(loaded, mesh_of(loaded))
+    first = jax.devices()[0]
+    here = lambda tree: sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
+    held = planned["memory"]["arguments"]
+    assert held["parameters"] == here(state.params)
+    assert held["optimizer"] == here(state.opt_state)
+    assert held["teacher"] == here(teacher)
+    assert planned["parameters"]["trainable"] == sum(
+        leaf.size for leaf in jax.tree.leaves(state.params)
+    )
+
+
+def kernels(shape):
+    query, keys = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
+    attention = 2 * shape["embed"] * (query + keys)
+    return shape["layers"] * (attention + 3 * shape["embed"] * shape["mlp"])
+
+
+def forward_flops(shape):
+    """2ND: two for each weight of a product and token, and both products of whole attention."""
+    mixed = 2 * LENGTH * shape["layers"] * shape["heads"] * shape["head_dim"]
+    return 2 * (kernels(shape) + VOCAB * shape["embed"] + mixed)
+
+
+def test_flops_are_the_closed_form(planned):
+    tokens = ROWS * LENGTH
+    expected = tokens * (forward_flops(TEACHER) + 3 * forward_flops(STUDENT))
+    loaded = config.loads(text())
+    whole = compiled(loaded, mesh_of(loaded, 1)).as_text()
+    assert hlo.product_flops(whole) == expected
+    assert planned["flops"] == expected / 8
+    # The formula counts what attention can see; the program makes all of [length, length].
+    hidden = 2 * (LENGTH - 1) / 2 * tokens
+    unseen = lambda shape: 2 * shape["layers"] * shape["heads"] * shape["head_dim"] * hidden
+    assert 8 * planned["model_flops"] == expected - unseen(TEACHER) - 3 * unseen(STUDENT)
+    assert planned["unknown_loops"] == []
+
+
+def weights(shape):
+    norms = shape["embed"] * (2 * shape["layers"] + 1)
+    return kernels(shape) + 2 * VOCAB * shape["embed"] + norms  # embedding and head
+
+
+MESHES = ("{fsdp: 8}", "{data: 2, fsdp: 2, tensor: 2}", "{data: 2, fsdp: 1, tensor: 4}")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_logits_no_head_and_no_weight_twice_crosses_the_mesh(mesh):
+    loaded = config.loads(text(mesh=mesh, teacher=text_of_untied()))
+    devices = mesh_of(loaded)
+    program = compiled(loaded, devices).as_text()
+    found = [one for one in hlo.collectives(program) if one.axes(devices.shape)]
+    gathers = [one for one in found if one.kind == "all-gather"]
+    assert found
+    tables = ({VOCAB, STUDENT["embed"]}, {VOCAB, TEACHER["embed"]})
+    of_teacher = 0.0
+    for one in gathers:
+        sizes = [n for part in hlo.elements(one.shape) for n in hlo.dims(part)]
+        if VOCAB in sizes:  # an embedding, to look tokens up in; neither logits nor a head
+            assert set(sizes) - {1} in tables, one
+            assert "loss" not in one.written_by, one
+        if "teacher" in one.written_by and not {ROWS, LENGTH} <= set(sizes):
+            of_teacher += one.nbytes * one.times
+    head = 4 * VOCAB * TEACHER["embed"]  # it stays where it is
+    assert of_teacher <= 4 * weights(TEACHER) - head
+    assert max(one.nbytes for one in found) <= 4 * VOCAB * TEACHER["embed"]
+
+
+def text_of_untied():
+    shape = str(TEACHER | {"vocab_size": VOCAB, "tied_head": "false"}).replace("'", "")
+    return f"{{random: {shape}, dtype: float32}}"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("cpu", "must look like gpu:h100:8, tpu:v5e:4x4"),
+        ("gpu:h9:8", "GPUs are a100, h100, b200"),
+        ("tpu:v9:2x2", "TPUs are v4, v5e, v5p, v6e"),
+    ],
+)
+def test_an_unknown_target_is_told_with_those_that_are_known(target, words):
+    with pytest.raises(ConfigError, match=words):
+        engine.plan(config.loads(text()), target)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("tpu:v5e:2x2", "pip install libtpu"),
+        ("gpu:h100:8", f"jax-cuda13-plugin=={jax.__version__} .* nvidia-nvvm"),
+    ],
+)
+def test_a_missing_compiler_is_told_with_the_command_that_installs_it(target, words, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=words):
+        engine.plan(config.loads(text()), target)
+
+
+def test_a_mesh_that_is_not_the_targets():
+    with pytest.raises(ConfigError, match="does not divide the 4 devices"):
+        engine.plan(config.loads(text(mesh="{fsdp: 8}")), "cpu:4")
+
+
+def test_a_model_that_is_not_here():
+    loaded = config.loads(text(teacher="{source: hf:nobody/nothing}"))
+    with pytest.raises(ModelError, match="nobody/nothing: no folder of that name here, and"):
+        engine.plan(loaded, "cpu:1")
+
+
+# ------------------------------------------------------------------------------- what makes it fit
+
+
+def simple_model(loaded, target):
+    """Memory and time of a machine whose rules are known, in place of a compiler."""
+    remat, parts = loaded.student.remat, loaded.train.micro_batches
+    activations = {"none": 80.0, "dots": 40.0, "full": 10.0}[remat] / parts
+    state = 20.0 if loaded.student.param_dtype == "float32" else 12.0
+    seconds = {"none": 1.0, "dots": 1.1, "full": 1.3}[remat] + 0.3 * math.log2(parts)
+    total = activations + state
+    tokens = loaded.train.batch_size * loaded.data.seq_len
+    return {
+        "memory": {"total": total},
+        "fits": total <= simple_model.room,
+        "floor_seconds": seconds,
+        "tokens_per_step": tokens,
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
+    }
+
+
+def test_the_cheapest_changes_are_found_by_trying(monkeypatch):
+    monkeypatch.setattr(planning, "_measured", simple_model)
+    monkeypatch.setattr(simple_model, "room", 61.0, raising=False)
+    found = engine.plan(config.loads(text()), "cpu:1")
+    changes = found["changes"]
+    assert [change["overrides"] for change in changes] == [
+        ["student.remat=dots"],  # 1.1 s
+        ["student.remat=full"],  # 1.3 s, as two micro-batches; four take 1.6 s
+        ["train.micro_batches=2"],
+    ]
+    assert found["tried"] <= 8
+
+
+def test_changes_are_combined_where_one_is_not_enough(monkeypatch):
+    monkeypatch.setattr(planning, "_measured", simple_model)
+    monkeypatch.setattr(simple_model, "room", 22.0, raising=False)
+    found = engine.plan(config.loads(text()), "cpu:1", tries=6)
+    (change,) = found["changes"]
+    assert {"student.remat=full", "train.micro_batches=8"} <= set(change["overrides"])
+    monkeypatch.setattr(simple_model, "room", 1.0)
+    assert engine.plan(config.loads(text()), "cpu:1", tries=6)["changes"] == []
+
+
+def test_a_plan_can_be_read(planned):
+    shown = describe(planned)
+    for words in ("cpu:8: 8 devices, fsdp 8", "optimizer", "temporaries", "all-gather over fsdp"):
+        assert words in shown
+
+
+# ------------------------------------------------------------------------- described accelerators
+
+
+@pytest.mark.parametrize("target", ["tpu:v5e:2x4", "gpu:h100:8"])
+def test_a_described_target_is_planned(target):
+    lacking = targets.missing(targets.parse(target))
+    if lacking:
+        pytest.skip(f"compiling for {target}: {lacking}")
+    found = engine.plan(config.loads(text()), target)
+    whole = ROWS * LENGTH * (forward_flops(TEACHER) + 3 * forward_flops(STUDENT))
+    assert found["flops"] == pytest.approx(whole / 8, rel=0.02)
+    assert found["unknown_loops"] == []
+    assert found["fits"] and 0 < found["mfu"] <= 1
+    assert found["floor_seconds"] == max(found["seconds"].values())
+    assert np.isclose(found["tokens_per_second"], ROWS * LENGTH / found["floor_seconds"])

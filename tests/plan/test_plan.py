@@ -1,0 +1,79 @@
+"""Bytes by kind and the least time of a step, against sums done by hand."""
+
+import pytest
+
+from jaxdistill import chips
+from jaxdistill.hlo.live import Buffer
+from jaxdistill.plan import cost, memory
+from jaxdistill.plan.cost import Cost
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("jit(step)/teacher/while/body/closed_call/dot_general", "activations"),
+        ("jit(step)/teacher/while/body/weights/convert_element_type", "weights"),
+        ("teacher_params['embedding']", "weights"),
+        ("jit(step)/jvp(student)/while", "activations"),
+        ("jit(step)/transpose(jvp(student))/while/body/checkpoint/dot_general", "activations"),
+        ("jit(step)/transpose(jvp(student))/while", "gradients"),
+        ("jit(step)/transpose(jvp(student))/while/body/weights/convert", "gradients"),
+        ("jit(step)/while/body/jvp(loss)/shard_map/while/body/dot_general", "loss"),
+        ("jit(step)/transpose(jvp(loss))/mul", "loss"),
+        ("jit(step)/optimizer/sqrt", "optimizer"),
+        ("jit(step)/while", "gradients"),
+        ("jit(step)/mul", "other"),
+    ],
+)
+def test_what_a_buffer_is_for_is_told_by_its_path(path, kind):
+    assert memory.kind_of(path) == kind
+
+
+def test_temporaries_are_counted_when_most_are_alive():
+    def buffer(offset, size, first, last, path):
+        return Buffer((7, offset), size, first, last, path)
+
+    student, loss = "jit(step)/jvp(student)/while", "jit(step)/jvp(loss)/dot"
+    at_peak, most = memory.temporary_bytes(
+        [
+            buffer(0, 100, 0, 1, "jit(step)/broadcast"),  # zeros that the loop fills
+            buffer(0, 100, 1, 5, student),
+            buffer(0, 100, 2, 4, student),  # updated in place
+            buffer(100, 10, 2, 3, student),
+            buffer(110, 70, 4, 4, loss),
+            buffer(110, 60, 6, 6, loss),
+        ]
+    )
+    assert at_peak == {"activations": 100, "loss": 70}  # at 4
+    assert most == {"activations": 110, "loss": 70}  # at 2, at 4
+
+
+def test_the_floor_is_the_longest_of_three():
+    chip = chips.TPUS["v5e"]
+    found = Cost(197e12, 2 * 819e9, [{"sent_bytes": 100e9}, {"sent_bytes": 500e9}], [], [])
+    assert found.seconds(chip) == {"compute": 1.0, "memory": 2.0, "links": 3.0}
+    assert "links" not in found.seconds(chips.TPUS["v4"])  # nothing is published
+    assert found.seconds(None) == {}
+
+
+def test_collectives_over_one_device_are_none():
+    text = (
+        "ENTRY %main (a: f32[8]) -> f32[8] {\n  %a = f32[8] parameter(0)\n"
+        "  %b = f32[8] all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add\n"
+        "  ROOT %c = f32[8] all-reduce(%b), replica_groups={{0,1}}, to_apply=%add\n}\n"
+    )
+    found = cost(text, {"data": 1, "fsdp": 2})
+    assert [(e["kind"], e["axes"], e["times"]) for e in found.collectives] == [
+        ("all-reduce", ("fsdp",), 1)
+    ]
+    assert found.link_bytes == 32
+
+
+def test_a_chip_is_found_by_the_longest_name():
+    assert chips.of_kind("TPU v5 lite") is chips.TPUS["v5e"]
+    assert chips.of_kind("TPU v5p") is chips.TPUS["v5p"]
+    assert chips.of_kind("NVIDIA H100 80GB HBM3") is chips.GPUS["h100"]
+    assert chips.of_kind("cpu") is None
+    assert all(
+        chip.source.startswith("https://") for chip in (*chips.TPUS.values(), *chips.GPUS.values())
+    )
