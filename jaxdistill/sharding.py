@@ -17,13 +17,17 @@ MeshAxes = str | tuple[str, ...] | None
 AnyMesh = Mesh | AbstractMesh  # real devices, or the mesh in context while a function is traced
 
 # Parameters name the first block, activations the second. Two dims of one array never land on the
-# same mesh axis, because no array has two of "embed", or two of "heads, kv_heads, mlp, vocab".
+# same mesh axis, because no array has two of "embed", or two of "heads, kv_heads, mlp,
+# experts, vocab".
 RULES: Mapping[str, MeshAxes] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "experts": "tensor",
+    "expert_mlp": None,
+    "positions": None,
     "layers": None,
     "batch": BATCH_AXES,
     "length": "context",

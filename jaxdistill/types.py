@@ -55,6 +55,7 @@ class Outputs:
       hidden: [B, L, D], after the final norm.
       head: [V, D], the rows that turn hidden states into logits.
       head_bias: [V] or None.
+      softcap: c, of logits c tanh(x / c), or None.
       taps: [K, B, L, D], outputs of chosen layers, or None.
       relations: of chosen layers (query [B, L, H * E], key and value [B, L, G * E]), or None.
     """
@@ -64,6 +65,7 @@ class Outputs:
     head_bias: Array | None = None
     taps: typing.Any = None
     relations: typing.Any = None
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @typing.no_type_check

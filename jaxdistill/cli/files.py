@@ -88,6 +88,14 @@ MODELS = {
     "mistral": "Mistral 7B, with its sliding window",
     "qwen2": "Qwen 2 and 2.5",
     "qwen3": "Qwen 3",
+    "gemma2": "Gemma 2, with its soft caps and alternating windows",
+    "gemma3_text": "Gemma 3 1B and the text part of others",
+    "phi3": "Phi-3 and Phi-4 without longrope",
+    "gpt2": "GPT-2, DistilGPT-2",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "olmo2": "OLMo 2",
+    "mixtral": "Mixtral, its experts routed without drops",
+    "qwen3_moe": "Qwen 3 30B-A3B and other mixtures of experts",
 }
 
 

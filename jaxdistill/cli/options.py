@@ -343,6 +343,11 @@ def _add_results(commands: Any) -> None:
     export.add_argument("model", metavar="RUN", help=RUN_REFERENCE)
     export.add_argument("-o", "--output", metavar="DIR", required=True)
     export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
+    export.add_argument(
+        "--adapters",
+        action="store_true",
+        help="the LoRA adapters alone, in the format of the package peft; default: merged",
+    )
     report = _command(
         commands, "report", runs.report, "Write one HTML page about runs, or about a workflow."
     )

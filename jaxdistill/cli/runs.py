@@ -138,7 +138,12 @@ def export(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill import engine
 
-        path = engine.export(arguments.model, arguments.output, dtype=arguments.dtype)
+        if arguments.adapters and arguments.dtype:
+            raise ConfigError("--dtype: adapters are written as they are trained: leave it out")
+        if arguments.adapters:
+            path = engine.export_adapters(arguments.model, arguments.output)
+        else:
+            path = engine.export(arguments.model, arguments.output, dtype=arguments.dtype)
     print(f"wrote {path}")
 
 

@@ -10,12 +10,33 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.models import DecoderConfig, decoder, rope
+from jaxdistill.errors import ModelError
+from jaxdistill.models import DecoderConfig, attention, blocks, decoder, rope
 from jaxdistill.objectives import sft
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
 Sums = dict[str, Array]
+
+# The form of layer whose units are measured and cut.
+_FORM = {
+    "norm": "rms", "pre_norm": True, "post_norm": False, "parallel": False, "gated": True,
+    "experts": None, "qk_norm_whole": False, "embedding_scaled": False, "logits_softcap": None,
+}  # fmt: skip
+
+
+def check_form(config: DecoderConfig) -> None:
+    """The model is made of layers whose units can be measured and cut.
+
+    Raises:
+      ModelError: naming what is otherwise.
+    """
+    other = [name for name, value in _FORM.items() if getattr(config, name) != value]
+    if other or config.rope is None:
+        raise ModelError(
+            f"importance: {config.family} models differ in {', '.join(other or ['rope'])} from the "
+            "form that is measured and pruned (Llama's): keep layers by hand (student.layers)"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -106,16 +127,18 @@ def _forward(
 ) -> tuple[Outputs, Array, dict[str, Array]]:
     """(outputs, hidden states before the final norm, what `look` made of each layer, stacked).
 
-    The same layer as `decoder.Layer`, written out so that its inner values can be looked at; a
+    The same layer as `blocks.Layer`, written out so that its inner values can be looked at; a
     test holds the two together.
     """
+    check_form(config)
     model = nnx.merge(decoder.graphdef(config), params)
     graphdef, stacked = nnx.split(model.layers)
-    attend = decoder.causal(config, batch.tokens.shape[1], batch.segment_ids, None)
-    turn = rope.tables(config.rope, config.head_dim, batch.positions)
+    attend = attention.causal(config, batch.tokens.shape[1], batch.segment_ids, None)
+    turn = rope.per_layer(config, batch.positions)
+    activate = blocks.ACTIVATIONS[config.activation]
 
     def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+        return leaf if decoder.kept_wide(path) else leaf.astype(dtype)
 
     def mixed_too(state, index, query, key, value):
         _, mixed_BLHE = attend(None, index, query, key, value)
@@ -123,10 +146,10 @@ def _forward(
 
     def run(layer, x_BLD, index):
         first = layer.attention_norm(x_BLD)
-        mixed_BLHE, added_BLD = layer.attention(first, turn, mixed_too, None, index, RULES)
+        mixed_BLHE, added_BLD = layer.attention(first, turn(index), mixed_too, None, index, RULES)
         between = x_BLD + added_BLD
         second = layer.mlp_norm(between)
-        neurons = jax.nn.silu(layer.mlp.gate(second)) * layer.mlp.up(second)
+        neurons = activate(layer.mlp.gate(second)) * layer.mlp.up(second)
         seen = {"attention_norm": first, "mixed": mixed_BLHE, "between": between}
         seen |= {"mlp_norm": second, "neurons": neurons}
         return between + layer.mlp.down(neurons), look(x_BLD, seen)

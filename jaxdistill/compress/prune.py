@@ -14,8 +14,7 @@ from jaxdistill import sharding
 from jaxdistill.compress.importance import Importance, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.models.architecture import flat_weights, weights
-from jaxdistill.models.assemble import nest
+from jaxdistill.models.architecture import flat_weights, nest, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +106,7 @@ def cut(
       ModelError: if a weight has an axis that pruning does not understand.
     """
     windows = config.windows and tuple(config.windows[layer] for layer in kept.layers)
+    windows = windows if windows and any(windows) else None
     small = dataclasses.replace(
         config,
         layers=len(kept.layers),
@@ -199,9 +199,8 @@ def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:
         "embed": (kept.channels, config.embed),
     }
     whole = {name: index.shape[-1] == size for name, (index, size) in found.items()}
-    return {"vocab": None} | {
-        name: None if whole[name] else index for name, (index, _) in found.items()
-    }
+    others = dict.fromkeys(("vocab", "positions", "experts", "expert_mlp"))
+    return others | {name: None if whole[name] else index for name, (index, _) in found.items()}
 
 
 def _cut_weight(leaf: jax.Array, axes: Sequence[str | None], indices: dict) -> jax.Array:

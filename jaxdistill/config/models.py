@@ -56,6 +56,13 @@ class RandomModel(Section):
             yield ("kv_heads",), f"must divide heads ({self.heads})"
 
 
+Attention = Literal["auto", "xla", "cudnn", "splash"]
+ATTENTION = (
+    "What computes its attention: xla on any device, cudnn on a GPU, splash (Pallas) on a TPU; "
+    "auto is xla. A named one that cannot run is an error."
+)
+
+
 class Teacher(Section):
     """The model that is learned from; it never changes."""
 
@@ -67,6 +74,12 @@ class Teacher(Section):
     )
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
+    attention: Attention = Field("auto", description=ATTENTION)
+    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+        None,
+        description="Hold the kernels of its layers in whole numbers, rounded once it is loaded "
+        "(extra quant); int8_dynamic rounds activations too. All else stays in dtype.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: one origin."""
@@ -125,6 +138,26 @@ class Prune(Section):
             yield ("axes",), "has no effect without a budget: remove it"
 
 
+class Adapters(Section):
+    """Low-rank adapters: all of the student that is trained; the rest of it is frozen."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="Inner width of an adapter.")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        16.0, description="An adapter's product is multiplied by alpha / rank."
+    )
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = Field(
+        ("query", "key", "value", "out", "gate", "up", "down"),
+        min_length=1,
+        strict=False,
+        description="Projections of every layer that have one; those a model lacks are an error.",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: each target once."""
+        if len(set(self.targets)) != len(self.targets):
+            yield ("targets",), "name each projection once"
+
+
 class Student(Section):
     """The model that is trained: from a folder, cut out of the teacher, or random."""
 
@@ -159,6 +192,10 @@ class Student(Section):
         description="Quantisation-aware: the student computes as it will after `jaxdistill "
         "quantize` by this scheme; int8_dynamic rounds activations too.",
     )
+    lora: Adapters | None = Field(
+        None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
+    )
+    attention: Attention = Field("auto", description=ATTENTION)
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "
@@ -173,6 +210,8 @@ class Student(Section):
                 yield (name,), "has no effect without `from: teacher`: add it or remove this"
         if self.prune is not None and (self.layers is not None or self.every is not None):
             yield ("prune",), "give layers, every or prune, not several of them"
+        if self.lora is not None and self.quantize is not None:
+            yield ("lora",), "does not go together with quantize: remove one of them"
         if self.layers is not None:
             if self.every is not None:
                 yield ("every",), "give either layers or every, not both"

@@ -41,6 +41,11 @@ class Optimizer(Section):
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         1.0, description="Largest global gradient norm; null: no clipping."
     )
+    offload: bool = Field(
+        False,
+        description="Keep the moments in host memory between updates, where the device can address "
+        "it: less device memory, more time.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: no setting without effect."""

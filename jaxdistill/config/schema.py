@@ -302,6 +302,9 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
             yield ("student", "random", "like"), "there is no teacher: add one, or give a path"
         if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
             yield ("checkpoint", "best_metric"), "is measured against a teacher, and there is none"
+    if teacher and teacher.quantize and student.from_ == "teacher":
+        rule = "the student would be cut out of rounded weights: give student.source"
+        yield ("teacher", "quantize"), rule
     if config.method.name == "sft" and config.eval.compare:
         yield ("eval", "compare"), "has no effect with method sft, which is the control itself"
     chain = config.tokenizer.from_

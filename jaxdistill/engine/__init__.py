@@ -1,7 +1,7 @@
 """From a configuration to a finished run: the doors that commands and scripts go through."""
 
 from jaxdistill.engine.evaluation import evaluate
-from jaxdistill.engine.export import export, load, quantize
+from jaxdistill.engine.export import export, export_adapters, load, quantize
 from jaxdistill.engine.harness import adapter, harness
 from jaxdistill.engine.planning import plan
 from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
@@ -22,6 +22,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "export_adapters",
     "harness",
     "importance",
     "load",

@@ -11,12 +11,12 @@ from jaxdistill import evaluate as measure
 from jaxdistill import objectives, optim
 from jaxdistill import teachers as signals
 from jaxdistill.config import Config
-from jaxdistill.engine import setup
+from jaxdistill.engine import setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.run_dir import RunDir
 from jaxdistill.models import Model
 from jaxdistill.report import MetricsWriter
-from jaxdistill.train.state import TrainState
+from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
 
 ORDER = ("teacher", "student before", "SFT control", "student after")
@@ -71,7 +71,14 @@ class Comparison:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out metrics of a state in training, with the knobs it has now."""
         knobs = self._row_knobs | dict(optim.knobs(state.opt_state))
-        return self._measure(state.params, knobs)
+        return self._measure(self._whole(state), knobs)
+
+    def _whole(self, state: TrainState) -> Any:
+        return whole(state.params, state.frozen, states.adapters_of(self._config))
+
+    def student_params(self, state: TrainState) -> Any:
+        """The student of a state, its adapters in place."""
+        return self._whole(state)["student"]
 
     def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
         knobs = {name: jnp.float32(value) for name, value in knobs.items()}
@@ -133,7 +140,7 @@ class Comparison:
             self._teacher_answers = self._answers(
                 dataclasses.replace(teacher, tokenizer=tokenizer), prompts
             )
-        ours = self._answers(Model(student.config, state.params["student"], tokenizer), prompts)
+        ours = self._answers(Model(student.config, self.student_params(state), tokenizer), prompts)
         rows = []
         for index, prompt in enumerate(prompts):
             row = {"prompt": tokenizer.decode(prompt), "student": ours[index]}

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxdistill import models
 from jaxdistill.compress import quantize as quantizing
-from jaxdistill.engine.references import load_any
+from jaxdistill.engine.references import adapters_any, load_any
+from jaxdistill.models import peft
 
 
 def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> models.Model:
@@ -54,3 +55,18 @@ def export(source: str, out: str | os.PathLike, dtype: str | None = None) -> pat
       StorageError: if the folder cannot be written.
     """
     return models.save(load(source), pathlib.Path(out), dtype=dtype)
+
+
+def export_adapters(source: str, out: str | os.PathLike) -> pathlib.Path:
+    """Writes the adapters of a run's student in the format of the package peft.
+
+    Args:
+      source: RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP.
+      out: a folder that does not exist yet, or is empty.
+
+    Raises:
+      ModelError, ConfigError: if there is no such run, or the format cannot hold its adapters.
+      StorageError: if the folder cannot be written.
+    """
+    model, adapters = adapters_any(source)
+    return peft.save(model.config, model.params, adapters, pathlib.Path(out), model.source)

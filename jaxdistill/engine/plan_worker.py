@@ -21,7 +21,7 @@ import jax
 from jaxdistill import config as configs
 from jaxdistill import hlo, plan, targets
 from jaxdistill.config import Config
-from jaxdistill.engine import setup
+from jaxdistill.engine import setup, states
 from jaxdistill.engine.setup import Method, Models
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.hlo import live
@@ -81,7 +81,7 @@ def measure(
       method: of the configuration, or another in its place.
       dump: the folder of XLA_FLAGS=--xla_dump_to.
     """
-    state = setup.abstract_state_of(config, models, method, mesh)
+    state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     teacher_params = setup.abstract_teacher_of(config, models, method, mesh)
     batch = setup.abstract_batch_of(config, mesh)
     held = plan.argument_bytes(state, teacher_params, batch, config.student.compute_dtype)

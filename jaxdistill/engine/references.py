@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from jaxdistill import models
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.models import DecoderConfig, Model, decoder
+from jaxdistill.models import DecoderConfig, Model, decoder, lora
 from jaxdistill.models.huggingface import folder_config, folder_tokenizer
+from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
 
@@ -79,9 +80,42 @@ def load_any(
         step = run.step(checkpoints)
         shapes = decoder.shapes(config, dtype or "float32")
         places = shardings(mesh, decoder.logical_axes(config), shapes)
-        params = checkpoints.restore_part(step, ("params", "student"), shapes, places, dtype=dtype)
+        described = run.folder / STUDENT / lora.FILE
+        where = ("frozen",) if described.is_file() else ("params", "student")
+        params = checkpoints.restore_part(step, where, shapes, places, dtype=dtype)
+        if described.is_file():
+            adapters, _ = lora.read(described, config)
+            beside = _adapters(checkpoints, step, config, adapters, mesh)
+            params = lora.merge(params, beside, adapters)
     words = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
     return Model(config, params, words, f"{run.folder}@{step}")
+
+
+def adapters_any(source: str) -> tuple[Model, Lora]:
+    """The adapters of a run's checkpoint, in place of their base's parameters, and what they are.
+
+    Raises:
+      ModelError, ConfigError: if there is no such run, or its student has none.
+    """
+    run = as_run(source)
+    if run is None or not (run.folder / STUDENT / lora.FILE).is_file():
+        raise ConfigError(
+            f"{source}: has no adapters: name a run whose configuration has student.lora"
+        )
+    config = _run_config(run)
+    adapters, base = lora.read(run.folder / STUDENT / lora.FILE, config)
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        step = run.step(checkpoints)
+        params = _adapters(checkpoints, step, config, adapters, make_mesh(fsdp=-1))
+    return Model(config, params, None, base), adapters
+
+
+def _adapters(
+    checkpoints: Checkpoints, step: int, config: DecoderConfig, adapters: Lora, mesh: Mesh
+) -> Any:
+    shapes = lora.shapes(config, adapters)
+    places = shardings(mesh, lora.logical_axes(config, adapters), shapes)
+    return checkpoints.restore_part(step, ("params", "student"), shapes, places)
 
 
 def spec_any(source: str, *, allow_network: bool, tokenizer_only: bool = False) -> Any:

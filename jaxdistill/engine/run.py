@@ -18,12 +18,12 @@ from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import alike, changes, compare, setup
+from jaxdistill.engine import alike, changes, compare, setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.errors import ConfigError, StorageError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token, lora
 from jaxdistill.models.config_json import write_config
 from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop, poison, stopping
@@ -160,7 +160,7 @@ class _Session:
         agree.same(facts)
         agree.by_leader(lambda: changes.check(run, facts))
         run.update(**described)
-        agree.by_leader(lambda: _keep_words(run, self.models))
+        agree.by_leader(lambda: _keep_words(config, run, self.models))
         self.dataset = data["train"]
         self.poison = poison.from_environment()
         self.method = setup.method_of(config, self.models)
@@ -182,7 +182,7 @@ class _Session:
         state, metrics = self._train(
             self.run.path, self.config, self.method, student, checkpoints, samples=True
         )
-        table.add_student("student after", state.params["student"], metrics)
+        table.add_student("student after", table.student_params(state), metrics)
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
@@ -204,7 +204,7 @@ class _Session:
         method = setup.method_of(config, self.models)
         with _checkpoints(config, folder) as checkpoints:
             state, metrics = self._train(folder, config, method, fresh, checkpoints, samples=False)
-        self.table.add_student("SFT control", state.params["student"], metrics)
+        self.table.add_student("SFT control", self.table.student_params(state), metrics)
 
     def _train(
         self,
@@ -288,9 +288,9 @@ class _Session:
     ) -> tuple[TrainState, Mapping[str, Any]]:
         """The state of the latest sound checkpoint with its meta, or that before the first step."""
         if checkpoints.latest() is None:
-            models = dataclasses.replace(self.models, student=student)
-            return setup.state_of(config, models, method, self.mesh), {}
-        shape = setup.abstract_state_of(config, self.models, method, self.mesh)
+            made = states.create(config, student, method.objective, method.tx, self.mesh)
+            return made, {}
+        shape = states.abstract(config, student.config, method.objective, method.tx, self.mesh)
         damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
         _, state, meta = checkpoints.restore_latest(shape, damaged)
         return state, meta
@@ -402,13 +402,17 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
 
-def _keep_words(run: RunDir, models: setup.Models) -> None:
-    """The student's config.json and tokenizer, so that checkpoints can be read on their own."""
+def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
+    """The student's small files, so that checkpoints can be read on their own."""
     folder = run.path / STUDENT
     described = write_config(models.student.config, "float32")
     try:
         folder.mkdir(exist_ok=True)
         run.write_json(f"{STUDENT}/config.json", described)
+        adapters = states.adapters_of(config)
+        if adapters is not None:
+            described = lora.described(adapters, models.student.source)
+            run.write_json(f"{STUDENT}/{lora.FILE}", described)
         models.tokenizer.save_pretrained(str(folder))
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error}") from error

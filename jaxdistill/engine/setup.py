@@ -12,25 +12,25 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdistill import objectives, optim, teachers
-from jaxdistill.compress import importance, prune
+from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import methods, pruning
+from jaxdistill.engine import methods, pruning, states
 from jaxdistill.engine.references import load_any, spec_any
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.models import DecoderConfig, Model, random
+from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
 from jaxdistill.train import step as steps
-from jaxdistill.train.state import TrainState, abstract, abstract_params, create
+from jaxdistill.train.state import TrainState, abstract_params
 from jaxdistill.types import Batch
 
 
@@ -85,7 +85,8 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
     """
     parts = mesh.shape["tensor"]
     for who, config in named.items():
-        sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "mlp": config.mlp}
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
+        sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
         wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
         if wrong:
             common = math.gcd(*sizes.values())
@@ -125,7 +126,15 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
                 check_same(tokenizer, own)
             except MismatchError as error:
                 raise MismatchError(f"{name} ({shape.source}): {error}") from None
+    states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
+    if config.teacher and config.teacher.quantize:
+        quantize.check_backend(config.teacher.quantize)
+    for section, shape in ((config.teacher, teacher), (config.student, student)):
+        if section is not None and shape is not None:
+            with jax.set_mesh(mesh):
+                platform = choice.target().platform
+            attention.check(section.attention, shape.config, config.data.seq_len, platform)
     if not weights:
         return Models(teacher, student, tokenizer, vocab)
     teacher = _load_teacher(config, teacher, mesh)
@@ -210,7 +219,7 @@ def _random_shape(
             numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
         arch = dataclasses.replace(base, **numbers)
         if arch.layers != base.layers:
-            arch = dataclasses.replace(arch, windows=_uniform_windows(base, arch.layers, key))
+            arch = dataclasses.replace(arch, windows=_repeated_windows(base, arch.layers, key))
         return Model(arch, None, like.tokenizer, f"random, like {like.source}")
     numbers.setdefault("kv_heads", numbers["heads"])
     numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
@@ -219,8 +228,8 @@ def _random_shape(
     if "vocab_size" not in numbers:
         numbers["vocab_size"] = _vocabulary(config, _named_tokenizer(config, {}))
     family = FAMILIES[shape.family or "llama"]
-    biases: dict[str, Any] = {name: True for name, value in family.biases.items() if value is True}
-    arch = DecoderConfig(shape.family or "llama", qk_norm=family.qk_norm, **biases, **numbers)
+    given: dict[str, Any] = {**family.features, **numbers}
+    arch = DecoderConfig(shape.family or "llama", **given)
     return Model(arch, None, None, "random")
 
 
@@ -232,15 +241,20 @@ def _ended(shape: Any, tokenizer: Any) -> Any:
     return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
 
 
-def _uniform_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
-    if base.windows is None:
+def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
+    """The windows of the model it is like, cut or repeated by their shortest pattern."""
+    if base.windows is None or not any(base.windows[:layers]):
         return None
-    if len(set(base.windows)) > 1:
-        raise ConfigError(
-            f"{key}.layers: the model it is like gives each layer its own window, which does not "
-            "carry over to another number of layers: leave layers out"
-        )
-    return base.windows[:1] * layers
+    if layers <= base.layers:
+        return base.windows[:layers]
+    old = base.windows
+    for size in range(1, base.layers // 2 + 1):
+        if all(window == old[layer % size] for layer, window in enumerate(old)):
+            return tuple(old[layer % size] for layer in range(layers))
+    raise ConfigError(
+        f"{key}.layers: the windows of the model it is like follow no pattern that would carry "
+        f"over to {layers} layers: take at most its {base.layers}"
+    )
 
 
 def _named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
@@ -266,15 +280,17 @@ def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | No
         return None
     source, dtype = config.teacher, config.teacher.dtype
     if source.random:
-        made = random(shape.config, config.seed + 1, dtype, mesh)
-        return dataclasses.replace(made, tokenizer=shape.tokenizer)
-    model = load_any(
-        _source(source),
-        dtype=dtype,
-        mesh=mesh,
-        tokenizer=False,
-        allow_network=config.security.allow_network,
-    )
+        model = random(shape.config, config.seed + 1, dtype, mesh)
+    else:
+        model = load_any(
+            _source(source),
+            dtype=dtype,
+            mesh=mesh,
+            tokenizer=False,
+            allow_network=config.security.allow_network,
+        )
+    if source.quantize:
+        model = quantize.quantized(model, source.quantize)
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
@@ -346,9 +362,11 @@ def method_of(config: Config, models: Models) -> Method:
     teacher = teachers.none
     if objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
+        assert config.teacher is not None, "it was loaded from there"
         teacher = teachers.online(
             models.teacher.config,
             compute_dtype=teacher_dtype(config),
+            attention=config.teacher.attention,
             taps=objective.teacher_taps,
             relations=objective.teacher_relations,
         )
@@ -372,6 +390,7 @@ def method_of(config: Config, models: Models) -> Method:
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
+        attention=config.student.attention,
         quantization=config.student.quantize,
     )
     return Method(objective, teacher, tx, rate, loss)
@@ -381,18 +400,6 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     """The type that the teacher computes in."""
     assert config.teacher is not None, "only asked for where there is a teacher"
     return jnp.dtype(config.teacher.dtype)
-
-
-def state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
-    """The state before the first step; takes the student's arrays over."""
-    own = method.objective.init(jax.random.key(config.seed))
-    return create(models.student.params, own, method.tx, config.seed, mesh)
-
-
-def abstract_state_of(config: Config, models: Models, method: Method, mesh: Mesh) -> TrainState:
-    """The shapes and places of the state, to restore a checkpoint into."""
-    own = jax.eval_shape(method.objective.init, jax.random.key(config.seed))
-    return abstract(models.student.config, config.student.param_dtype, own, method.tx, mesh)
 
 
 def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Mesh) -> Any:
@@ -427,6 +434,8 @@ def compile_step(
         micro_batches=config.train.micro_batches,
         monitor=monitor,
         prepare=method.objective.prepare,
+        adapters=states.adapters_of(config),
+        offload=config.optimizer.offload,
     )
     return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
 
@@ -461,7 +470,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     mesh = mesh_of(config) if mesh is None else mesh
     models = models_of(config, mesh)
     method = method_of(config, models)
-    state = state_of(config, models, method, mesh)
+    state = states.create(config, models.student, method.objective, method.tx, mesh)
     teacher_params = teacher_params_of(models, method)
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 

@@ -1,5 +1,6 @@
 """What a model says about given tokens: log-probability and greedy choice, chunk by chunk."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,7 +49,9 @@ def over_chunks(
 def chunk_logits(hidden_BCD: Array, outputs: Outputs, vocab: int) -> Array:
     """Float32 logits [B, C, V] of the real tokens of the vocabulary."""
     bias = None if outputs.head_bias is None else outputs.head_bias[:vocab]
-    part = Outputs(hidden=hidden_BCD, head=outputs.head[:vocab], head_bias=bias)
+    part = dataclasses.replace(
+        outputs, hidden=hidden_BCD, head=outputs.head[:vocab], head_bias=bias
+    )
     return decoder.logits(part)
 
 

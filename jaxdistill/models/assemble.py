@@ -1,7 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 from jaxdistill import sharding
 from jaxdistill.models import decoder
-from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, weights
-from jaxdistill.models.families import TensorName, tensor_rows
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
+from jaxdistill.models.families import numbers, tensor_rows
+from jaxdistill.models.tensor_names import Part, TensorName
 
 
 @runtime_checkable
@@ -57,28 +58,16 @@ def assemble(
     """
     places = placement(config, mesh, rules)
     flat = {
-        ours: weight(ours, name, row, tensors, dtype, places[ours])
+        ours: weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
         for ours, (name, row) in tensor_rows(config).items()
     }
     return nest(flat)
 
 
-def nest(flat: Mapping[str, Any]) -> dict:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    tree: dict = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
-
-
 def weight(
-    ours: str,
     name: TensorName,
     row: Weight,
+    part: Part | None,
     tensors: Tensors,
     dtype: DTypeLike | None,
     place: Sharding,
@@ -86,16 +75,14 @@ def weight(
     """One weight of the tree, each device's slice read by itself.
 
     Args:
-      ours: its dotted name.
       name: what the file calls it.
       row: its shape.
+      part: of the file's tensor; None: all.
       tensors: where to read.
       dtype: None keeps its own.
       place: where it lies.
     """
-    stacked = ours.startswith("layers.")
-    layers = range(row.shape[0] if stacked else 1)
-    found = {tensors.dtype(name.pattern.format(layer)) for layer in layers}
+    found = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = found.pop() if len(found) == 1 and np.dtype(np.float64) not in found else np.float32
     kept: dict = {}
@@ -105,21 +92,26 @@ def weight(
         spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
         key = str(spans)
         if key not in kept:  # replicas on this host's devices share one reading
-            kept[key] = _read(name, spans, stacked, tensors, np.dtype(dtype or own))
+            kept[key] = _read(name, part, spans, tensors, np.dtype(dtype or own))
         return kept[key]
 
     return jax.make_array_from_callback(row.shape, place, read)
 
 
-def _read(name: TensorName, spans, stacked: bool, tensors, dtype) -> np.ndarray:
-    """One slice of a stacked weight, its layers read one after another into place."""
-    block = np.empty([span.stop - span.start for span in spans], dtype)
-    layers = range(spans[0].start, spans[0].stop) if stacked else (0,)
-    inner = spans[1:] if stacked else spans
-    for place, layer in enumerate(layers):
-        values = tensors.read(name.pattern.format(layer), inner[::-1] if name.transposed else inner)
-        target = block[place] if stacked else block
-        target[...] = values.T if name.transposed else values
+def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:
+    """One slice of a stacked weight, its tensors read one after another into place."""
+    sizes = [span.stop - span.start for span in spans]
+    block = np.empty(sizes, dtype)
+    outer, inner = spans[: name.stacked], spans[name.stacked :]
+    whole = slice(0, sizes[-1]), inner[-1]
+    runs = [whole] if part is None else list(part.runs(inner[-1]))
+    for index in np.ndindex(*sizes[: name.stacked]):
+        tensor = (span.start + at for span, at in zip(outer, index, strict=True))
+        file = name.pattern.format(*tensor)
+        for here, there in runs:
+            wanted = (*inner[:-1], there)
+            values = tensors.read(file, wanted[::-1] if name.transposed else wanted)
+            block[(*index, ..., here)] = values.T if name.transposed else values
     return block
 
 

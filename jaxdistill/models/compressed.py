@@ -18,12 +18,26 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models import shards
-from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.assemble import nest, placement, weight
+from jaxdistill.models.architecture import DecoderConfig, nest
+from jaxdistill.models.assemble import placement, weight
 from jaxdistill.models.families import tensor_rows
 from jaxdistill.models.quantized import QuantizedKernel, Scheme
 
 METHOD = "compressed-tensors"
+
+
+def check_names(config: DecoderConfig) -> None:
+    """Every projection is a tensor of its own in the family's files.
+
+    Raises:
+      ModelError: where it is not.
+    """
+    for ours, (name, _) in tensor_rows(config).items():
+        if name.fused or name.stacked > 1 or (ours.endswith("up.kernel") and not name.transposed):
+            raise ModelError(
+                f"{config.family}: {ours} has no tensor [out, in] of its own in its files, and "
+                f"{METHOD} has no form for that: export the model before it is quantised"
+            )
 
 
 def write_settings(scheme: Scheme) -> dict[str, Any]:
@@ -172,7 +186,7 @@ def load_params(
         wanted = row.shape[1:] if stacked else row.shape
         for base in bases:
             _check_shape(files, base, wanted[::-1] if name.transposed else wanted)
-        flat[ours] = weight(ours, name, row, files, dtype, places[ours])
+        flat[ours] = weight(name, row, None, files, dtype, places[ours])
     return nest(flat)
 
 

@@ -5,57 +5,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models.architecture import DecoderConfig, count_parameters
-from jaxdistill.models.config_json_rope import read_rope, shown, write_rope
+from jaxdistill.models.architecture import DecoderConfig, Experts, count_parameters
+from jaxdistill.models.config_json_fields import (
+    ACTIVATIONS,
+    COPIED,
+    assumed,
+    check_known,
+    check_only,
+    check_ranges,
+    shown,
+    written_activation,
+)
+from jaxdistill.models.config_json_rope import read_ropes, write_ropes
 from jaxdistill.models.families import FAMILIES, Family
 
-MAX_LAYERS, MAX_VOCAB, MAX_WIDTH = 1_000, 2_000_000, 1_000_000
 MAX_PARAMETERS = 10**13  # ten times the largest model that was ever published
-
-# Our field -> theirs, where a value is copied as it is.
-_COPIED: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "embed": "hidden_size",
-    "mlp": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "tied_head": "tie_word_embeddings",
-    "max_positions": "max_position_embeddings",
-    "initializer_range": "initializer_range",
-    "bos_id": "bos_token_id",
-    "pad_id": "pad_token_id",
-}
-
-# What their configuration classes assume where a file leaves a field out.
-_ASSUMED: Mapping[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-# Fields that change the mathematics, and the values under which this decoder is the same model.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish", None),
-    "attention_dropout": (0, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-}
 
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """Our configuration from a Hugging Face one, in the old or the transformers 5 spelling.
 
-    Fields outside the table are not read: transformers ignores them for these model types too.
-
     Raises:
-      ModelError: for an unknown `model_type`, a field out of range, or a feature not built here.
+      ModelError: for an unknown `model_type`, a field out of range or unknown, or a feature not
+        built here.
     """
     if raw.get("auto_map"):
         raise ModelError(
@@ -64,36 +36,25 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
         )
     family = _family(raw, where)
     row = FAMILIES[family]
-    filled = {**_ASSUMED, **row.assumed, **raw}
-    for field, allowed in _ONLY.items():
-        if filled.get(field) not in allowed:
-            raise ModelError(
-                f"{where}: {field}: {shown(filled[field])} is not supported for {family}; this "
-                f"decoder computes {field}: {allowed[0]}"
-            )
-    for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        filled.setdefault(field, None)
-    _check_count(filled, "num_attention_heads", MAX_WIDTH, where)
-    _check_count(filled, "hidden_size", MAX_WIDTH, where)
+    check_known(row, raw, where)
+    # From here on in the common words; messages find back to the family's own.
+    filled = assumed(row, raw)
+    check_only(row, family, filled, where)
     if filled.get("num_key_value_heads") is None:
         filled["num_key_value_heads"] = filled["num_attention_heads"]
-    if filled.get("head_dim") is None:
-        filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
-    _check_ranges(filled, where)
-    for field in ("rms_norm_eps", "initializer_range"):
-        filled[field] = float(filled[field])
+    check_ranges(row, filled, where)
     eos = filled["eos_token_id"]
+    rope, local_rope = read_ropes(row, filled, where)
     config = DecoderConfig(
         family=family,
-        rope=read_rope(filled, where),
+        rope=rope,
+        local_rope=local_rope,
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        qk_norm=row.qk_norm,
         windows=_read_windows(row, filled, where),
-        **{
-            flag: bool(filled.get(field, False)) if isinstance(field, str) else field
-            for flag, field in row.biases.items()
-        },
-        **{ours: filled[theirs] for ours, theirs in _COPIED.items()},
+        activation=ACTIVATIONS[filled["hidden_act"]],
+        experts=_read_experts(row, filled),
+        **{**row.features, **_read_more(row, filled)},
+        **{ours: filled[theirs] for ours, theirs in COPIED.items()},
     )
     if (size := count_parameters(config)) > MAX_PARAMETERS:
         raise ModelError(f"{where}: describes {size:.1e} parameters, more than any model has")
@@ -109,22 +70,27 @@ def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     row = FAMILIES.get(config.family)
     if row is None:
         raise ModelError(f"family: {config.family!r} is not one of {', '.join(FAMILIES)}")
+    common: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "hidden_act": written_activation(config),
+        **{theirs: getattr(config, ours) for ours, theirs in COPIED.items()},
+        **write_ropes(row, config),
+        **_write_windows(row, config),
+        **_write_experts(row, config),
+    }
+    eos = list(config.eos_ids)
+    common["eos_token_id"] = (eos[0] if len(eos) == 1 else eos) if eos else None
+    if config.family == "gpt2":  # its dropouts are 0.1 where nothing else is said
+        del common["attention_dropout"]
+        common |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     raw: dict[str, Any] = {
         "architectures": [row.architecture],
         "model_type": config.family,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
         "use_cache": True,
         "torch_dtype": dtype,
-        **{theirs: getattr(config, ours) for ours, theirs in _COPIED.items()},
-        **write_rope(config),
-        **_write_windows(row, config),
+        **{row.field(name): value for name, value in common.items() if name not in row.absent},
+        **{field: getattr(config, ours) for ours, field in row.read.items()},
     }
-    eos = list(config.eos_ids)
-    raw["eos_token_id"] = (eos[0] if len(eos) == 1 else eos) if eos else None
-    for flag, field in row.biases.items():
-        if isinstance(field, str):
-            raw[field] = getattr(config, flag)
     back = read_config(raw, "the written configuration")
     for field in dataclasses.fields(config):
         wanted, got = getattr(config, field.name), getattr(back, field.name)
@@ -139,9 +105,10 @@ def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 def _family(raw: Mapping[str, Any], where: str) -> str:
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
+        published = ", ".join(row.published for row in FAMILIES.values())
         raise ModelError(
             f"{where}: model_type: {shown(family)} is not supported; supported: "
-            f"{', '.join(FAMILIES)} (Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen2.5, Qwen3)"
+            f"{', '.join(FAMILIES)} ({published})"
         )
     wanted = FAMILIES[family].architecture
     architectures = raw.get("architectures") or [wanted]
@@ -153,73 +120,53 @@ def _family(raw: Mapping[str, Any], where: str) -> str:
     return family
 
 
-def _check_count(filled: Mapping[str, Any], field: str, limit: int, where: str) -> None:
-    value = filled.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise ModelError(f"{where}: {field}: {shown(value)} must be a whole number, 1 to {limit}")
+def _read_more(row: Family, filled: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields that the family reads beyond the common ones."""
+    found: dict[str, Any] = {}
+    for ours, field in row.read.items():
+        value = filled.get(field)
+        if ours.endswith("softcap"):
+            found[ours] = None if value is None else float(value)
+        else:
+            found[ours] = value if ours == "query_scalar" else bool(value)
+    return found
 
 
-def _check_whole(filled: Mapping[str, Any], field: str, where: str) -> None:
-    value = filled[field]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_WIDTH:
-        raise ModelError(f"{where}: {field}: {shown(value)} must be a whole number")
+def _read_experts(row: Family, filled: Mapping[str, Any]) -> Experts | None:
+    if "num_experts_per_tok" not in row.assumed:
+        return None
+    return Experts(
+        filled["num_experts"],
+        filled["num_experts_per_tok"],
+        normalised=filled.get("norm_topk_prob", True),
+    )
 
 
-def _check_ranges(filled: Mapping[str, Any], where: str) -> None:
-    limits = {
-        "vocab_size": MAX_VOCAB,
-        "num_hidden_layers": MAX_LAYERS,
-        "intermediate_size": MAX_WIDTH,
-        "num_key_value_heads": MAX_WIDTH,
-        "head_dim": MAX_WIDTH,
-        "max_position_embeddings": 1 << 31,
+def _write_experts(row: Family, config: DecoderConfig) -> dict[str, Any]:
+    if config.experts is None or "num_experts_per_tok" not in row.assumed:
+        return {}
+    return {
+        "num_experts": config.experts.count,
+        "num_experts_per_tok": config.experts.chosen,
+        "norm_topk_prob": config.experts.normalised,
     }
-    for field, limit in limits.items():
-        _check_count(filled, field, limit, where)
-    heads, kv_heads = filled["num_attention_heads"], filled["num_key_value_heads"]
-    if heads % kv_heads:
-        raise ModelError(
-            f"{where}: num_key_value_heads: {kv_heads} must divide num_attention_heads: {heads}"
-        )
-    if filled["head_dim"] % 2:
-        raise ModelError(f"{where}: head_dim: {filled['head_dim']} must be even for rotary pairs")
-    for field in ("rms_norm_eps", "initializer_range"):
-        value = filled[field]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ModelError(f"{where}: {field}: {shown(value)} must be a number from 0 to 1")
-    for field in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
-        if not isinstance(filled.get(field, False), bool):
-            raise ModelError(f"{where}: {field}: {shown(filled[field])} must be true or false")
-    ids = {field: filled[field] for field in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for field, value in ids.items():
-        several = value if field == "eos_token_id" and isinstance(value, list) else [value]
-        allowed = int if several is value else int | None
-        if any(isinstance(one, bool) or not isinstance(one, allowed) for one in several):
-            raise ModelError(f"{where}: {field}: {shown(value)} must be a token id or null")
 
 
 def _read_windows(row: Family, filled: Mapping[str, Any], where: str):
     """Per layer the number of visible tokens, or None where no layer has a window."""
     layers, window = filled["num_hidden_layers"], filled.get("sliding_window")
     types = filled.get("layer_types")
-    if row.windowed == "chosen":
-        window = window if filled.get("use_sliding_window", False) else None
-        _check_whole(filled, "max_window_layers", where)
-        start = filled["max_window_layers"]
-        chosen = [window is not None and layer >= start for layer in range(layers)]
-    else:
-        window = None if row.windowed == "never" else window
-        chosen = [window is not None] * layers
+    chosen = _windowed_layers(row, filled, layers)
     if types is not None:
         known = {"full_attention": False, "sliding_attention": True}
-        listed = isinstance(types, list) and len(types) == layers
-        if not listed or any(not isinstance(name, str) or name not in known for name in types):
+        names = types if isinstance(types, list) else []
+        if len(names) != layers or any(not isinstance(n, str) or n not in known for n in names):
             raise ModelError(
                 f"{where}: layer_types: {shown(types)} must name full_attention or "
                 f"sliding_attention for each of the {layers} layers"
             )
-        given = [known[name] for name in types]
-        if row.windowed != "chosen" and given != chosen:
+        given = [known[name] for name in names]
+        if row.windowed not in ("chosen", "pattern") and given != chosen:
             raise ModelError(
                 f"{where}: layer_types: {shown(types)} differs from what sliding_window: {window} "
                 "means for this model_type"
@@ -230,6 +177,20 @@ def _read_windows(row: Family, filled: Mapping[str, Any], where: str):
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ModelError(f"{where}: sliding_window: {shown(window)} must be at least 1")
     return tuple(window if here else None for here in chosen)
+
+
+def _windowed_layers(row: Family, filled: Mapping[str, Any], layers: int) -> list[bool]:
+    """Which layers have a window where no list says so."""
+    given = filled.get("sliding_window") is not None
+    if row.windowed in ("chosen", "switched"):
+        given = given and filled.get("use_sliding_window", False)
+    start = filled["max_window_layers"] if row.windowed == "chosen" else 0
+    if row.windowed == "never":
+        return [False] * layers
+    if row.windowed == "pattern":
+        every = filled["sliding_window_pattern"]
+        return [bool((layer + 1) % every) for layer in range(layers)]
+    return [given and layer >= start for layer in range(layers)]
 
 
 def _write_windows(row: Family, config: DecoderConfig) -> dict[str, Any]:
@@ -244,11 +205,16 @@ def _write_windows(row: Family, config: DecoderConfig) -> dict[str, Any]:
     window = sizes.pop() if sizes else None
     if row.windowed == "all":
         return {"sliding_window": window}
+    if row.windowed == "switched":
+        return {"use_sliding_window": window is not None, "sliding_window": window}
     chosen = [here is not None for here in config.windows or (None,) * config.layers]
+    types = ["sliding_attention" if here else "full_attention" for here in chosen]
+    if row.windowed == "pattern":
+        return {"sliding_window": window, "layer_types": types}
     first = chosen.index(True) if any(chosen) else config.layers
     return {
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "max_window_layers": first,
-        "layer_types": ["sliding_attention" if here else "full_attention" for here in chosen],
+        "layer_types": types,
     }

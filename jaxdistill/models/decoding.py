@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdistill.models import decoder, ring, rope, sampling, unrolled
+from jaxdistill.models import attention, decoder, ring, rope, sampling, unrolled
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.sharding import RULES, constrain
 from jaxdistill.types import Outputs
@@ -28,17 +28,21 @@ def prefill(
     prompt sees, because attention is causal. All layers run one program, layer after layer: there
     are many lengths, and a program of all layers would take long to compile for each.
     """
-    x_PWD, made = embed(weights["embedding"], tokens_PW), []
+    x_PWD, made = embed(config, unrolled.rest(weights), tokens_PW), []
     for number, layer in enumerate(weights["layers"]):
         x_PWD, kept = read(config, layer, x_PWD, np.int32(number))
         made.append(kept)
     return tuple(made), _after(config, unrolled.rest(weights), x_PWD, count_P)
 
 
-@jax.jit
-def embed(table_VD: Array, tokens_BL: Array) -> Array:
-    """The first hidden states."""
-    return jnp.take(table_VD, tokens_BL, axis=0)
+@functools.partial(jax.jit, static_argnums=0)
+def embed(config: DecoderConfig, rest: dict, tokens_BL: Array) -> Array:
+    """The first hidden states, of rows that begin at position 0."""
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None, :], tokens_BL.shape)
+    table_VD = rest["embedding"]
+    return decoder.embed(
+        config, table_VD, rest.get("positions"), tokens_BL, positions_BL, table_VD.dtype
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -47,14 +51,14 @@ def read(
 ) -> tuple[Array, tuple[Array, Array]]:
     """One layer over whole prompts: its output, and its keys and values [P, G, W, E]."""
     rows, width, _ = x_PWD.shape
-    within = decoder.causal(config, width, None, None)
+    within = attention.causal(config, width, None, None)
 
     def attend(_, index, query_BLHE, key_BLGE, value_BLGE):
         _, mixed = within(None, index, query_BLHE, key_BLGE, value_BLGE)
         return (key_BLGE.swapaxes(1, 2), value_BLGE.swapaxes(1, 2)), mixed
 
     positions_PW = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-    turn = rope.tables(config.rope, config.head_dim, positions_PW)
+    turn = rope.per_layer(config, positions_PW)(index)
     module = nnx.merge(unrolled.graphdef(config), layer)
     return module(x_PWD, turn, attend, None, index, RULES)
 

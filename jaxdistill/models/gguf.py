@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models import rope
+from jaxdistill.models import rope, tensor_names
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.assemble import assemble
 from jaxdistill.models.config_json import read_config
-from jaxdistill.models.families import TENSORS, expected_tensors
+from jaxdistill.models.families import expected_tensors
 from jaxdistill.models.gguf_header import read_header
 from jaxdistill.models.gguf_tokenizer import build_tokenizer
 from jaxdistill.models.model import Model
@@ -259,7 +259,7 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _patterns() -> dict[str, str]:
     patterns = {}
-    for name in TENSORS.values():
+    for name in tensor_names.LLAMA.values():
         stem, _, suffix = name.pattern.rpartition(".")
         patterns[name.pattern] = f"{_STEMS[stem]}.{suffix}"
     return patterns

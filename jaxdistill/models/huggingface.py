@@ -1,5 +1,6 @@
 """Loads and saves Hugging Face folders: configuration, safetensors, tokenizer."""
 
+import functools
 import json
 import os
 import pathlib
@@ -19,7 +20,15 @@ from jaxdistill.models import compressed, shards
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.assemble import assemble
 from jaxdistill.models.config_json import read_config, write_config
-from jaxdistill.models.families import HARMLESS_TENSORS, expected_tensors, tensor_rows
+from jaxdistill.models.families import (
+    HARMLESS_TENSORS,
+    expected_tensors,
+    file_rows,
+    head_name,
+    numbers,
+    root_name,
+    tensor_rows,
+)
 from jaxdistill.models.model import Model
 from jaxdistill.models.quantized import QuantizedKernel, Scheme
 from jaxdistill.sharding import RULES
@@ -46,10 +55,11 @@ def load_folder(
     config, scheme = folder_config(folder), folder_scheme(folder)
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
     if scheme is None:
-        with shards.Folder(folder) as files:
+        with shards.Folder(folder, root=root_name(config)) as files:
             _check_tensors(config, files)
             params = assemble(config, files, **options)
     else:
+        compressed.check_names(config)
         with compressed.open_folder(folder) as files:
             params = compressed.load_params(config, files, scheme, **options)
     jax.block_until_ready(params)
@@ -109,14 +119,14 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
 
 def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
     """Every tensor the configuration asks for is there with its shape, and no other."""
-    expected = expected_tensors(config)
+    expected, head = expected_tensors(config), head_name(config)
     missing = [name for name in expected if name not in files.entries]
     unknown = [
         name
         for name in files.entries
         if name not in expected
         and not HARMLESS_TENSORS.match(name)
-        and not (config.tied_head and name == "lm_head.weight")
+        and not (config.tied_head and name == head)
     ]
     where = f"{files.folder}: the tensors do not fit config.json"
     if missing:
@@ -132,13 +142,12 @@ def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
                 f"{where}: {name} has shape {list(files.entries[name].shape)}, expected "
                 f"{list(shape)}"
             )
-    if config.tied_head and "lm_head.weight" in files.entries:
-        _check_tied(files)
+    if config.tied_head and head in files.entries:
+        _check_tied(files, head, tensor_rows(config)["embedding"][0].pattern)
 
 
-def _check_tied(files: shards.Folder) -> None:
+def _check_tied(files: shards.Folder, head: str, table: str) -> None:
     """A head stored beside a tied embedding must be the embedding."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
     rows = files.entries[table].shape[0]
     same = files.entries[head].shape == files.entries[table].shape
     for start in range(0, rows if same else 0, 4096):
@@ -186,6 +195,7 @@ def save(
         config["quantization_config"] = compressed.write_settings(
             compressed.scheme_of(model.params)
         )
+        compressed.check_names(model.config)
         named = dict(compressed.file_tensors(model.config, flat, out))
         sizes = {name: value.nbytes for name, value in named.items()}
         tensors = iter(named.values())
@@ -223,28 +233,49 @@ def save(
 def _file_tensors(model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Every tensor as its file wants it, in the order of `expected_tensors`, one at a time."""
     flat = _flat(model.params)
-    assert flat.keys() == flat_weights(weights(model.config)).keys(), "parameters fit the config"
-    for ours, (name, row) in tensor_rows(model.config).items():
-        leaf = flat[ours]
-        assert leaf.shape == row.shape, f"{ours}: {leaf.shape}, expected {row.shape}"
-        stacked = ours.startswith("layers.")
-        for layer in range(row.shape[0] if stacked else 1):
-            values = _on_host(leaf, layer if stacked else None)
+    table = flat_weights(weights(model.config))
+    assert flat.keys() == table.keys(), "parameters fit the config"
+    for ours, row in table.items():
+        assert flat[ours].shape == row.shape, f"{ours}: {flat[ours].shape}, expected {row.shape}"
+    for rows in file_rows(model.config).values():
+        name, row = next(iter(rows.values()))
+        for index in numbers(name, row):
+            values = _fused(model.config, rows, flat, index)
             yield (values.T if name.transposed else values).astype(dtype)
 
 
-def _on_host(leaf: jax.Array | np.ndarray, layer: int | None) -> np.ndarray:
-    """One layer of a weight (or all of it) in this host's memory, wherever the weight lies."""
+def _fused(
+    config: DecoderConfig, rows: Mapping, flat: Mapping, index: tuple[int, ...]
+) -> np.ndarray:
+    """One tensor of the file, outputs last: a weight, or several that share it."""
+    values = {ours: _on_host(flat[ours], index) for ours in rows}
+    parts = {ours: name.part(ours, config) for ours, (name, _) in rows.items()}
+    if len(rows) == 1:
+        return values.popitem()[1]
+    ours, first = next(iter(values.items()))
+    whole = np.empty((*first.shape[:-1], parts[ours].total), first.dtype)
+    for ours, part in parts.items():
+        whole[..., part.places(values[ours].shape[-1])] = values[ours]
+    return whole
+
+
+def _on_host(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """A weight, or one layer or expert of it, in this host's memory, wherever the weight lies."""
     if isinstance(leaf, np.ndarray):
-        return leaf if layer is None else leaf[layer]
+        return leaf[index]
     place = leaf.sharding
     whole = (
         NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
     )
-    if layer is None:
+    if not index:
         return np.asarray(jax.device_put(leaf, whole))
-    take = jax.jit(jax.lax.dynamic_index_in_dim, static_argnums=(2, 3), out_shardings=whole)
-    return np.asarray(take(leaf, layer, 0, False))
+    return np.asarray(jax.jit(_at, out_shardings=whole)(leaf, index))
+
+
+def _at(leaf: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    return functools.reduce(
+        lambda part, number: jax.lax.dynamic_index_in_dim(part, number, 0, False), index, leaf
+    )
 
 
 def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.models.lora import LoraKernel
 
 
 class Scheme(NamedTuple):
@@ -99,10 +100,13 @@ class AwareKernel:
 
     def dot(self, x: Array) -> Array:
         """x @ kernel with rounded numbers, for x [..., in]."""
-        kernel = _through(self.kernel, quantize(self.kernel, self.scheme).dequantized())
         if self.scheme.dynamic:
             x = _through(x, qwix().dequantize(_rounded(x)))
-        return x @ kernel
+        return x @ self.dequantized()
+
+    def dequantized(self) -> Array:
+        """The kernel as an array of rounded numbers, whose gradient is the kernel's."""
+        return _through(self.kernel, quantize(self.kernel, self.scheme).dequantized())
 
     def astype(self, dtype: DTypeLike) -> "AwareKernel":
         """The kernel in another dtype."""
@@ -132,8 +136,8 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
 
 
 def is_kernel(leaf: Any) -> bool:
-    """Whether a leaf of the parameters is one of the two."""
-    return isinstance(leaf, QuantizedKernel | AwareKernel)
+    """Whether a leaf of the parameters is a kernel that says itself how it is multiplied."""
+    return isinstance(leaf, QuantizedKernel | AwareKernel | LoraKernel)
 
 
 def _rounded(x: Array) -> Any:

@@ -14,8 +14,8 @@ import numpy as np
 from jax import Array
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models import decoder
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.attention import Attend, score_scale
 from jaxdistill.sharding import constrain
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -118,7 +118,7 @@ def _pack(values: Array, like: Kept) -> Kept:
     return Kept(whole.astype(jnp.int8), scale)
 
 
-def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> decoder.Attend:
+def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
     """Attention of one new token per row to itself and to the row's `length_B` tokens before.
 
     The state is one layer's (keys, values). The cache lies head by head, so that both products read
@@ -131,6 +131,7 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> decoder.Att
     """
     age_C = (ring.place - jnp.arange(ring.size)) % ring.size
     limits = np.asarray([window or np.iinfo(np.int32).max for window in config.windows or ()])
+    scale, cap = score_scale(config), config.attention_softcap
     seen_BC = age_C[None, :] <= length_B[:, None]
 
     def attend(state, layer, query_B1HE, key_B1GE, value_B1GE):
@@ -142,14 +143,19 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> decoder.Att
         groups = key_B1GE.shape[2]
         query_BGRE = query_B1HE.reshape(batch, groups, -1, size)
         dtype = query_BGRE.dtype
-        score_BGRC = jnp.einsum(
-            "BGRE,BGCE->BGRC",
-            query_BGRE,
-            keys.values.astype(dtype),
-            preferred_element_type=jnp.float32,
-        ) * (size**-0.5)
+        score_BGRC = (
+            jnp.einsum(
+                "BGRE,BGCE->BGRC",
+                query_BGRE,
+                keys.values.astype(dtype),
+                preferred_element_type=jnp.float32,
+            )
+            * scale
+        )
         if keys.scale is not None:
             score_BGRC *= keys.scale[:, :, None, :]
+        if cap is not None:
+            score_BGRC = cap * jnp.tanh(score_BGRC / cap)
         mask_BC = seen_BC & (age_C < limits[layer])[None, :] if len(limits) else seen_BC
         share_BGRC = jax.nn.softmax(jnp.where(mask_BC[:, None, None], score_BGRC, -jnp.inf))
         if values.scale is not None:

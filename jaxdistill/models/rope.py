@@ -2,10 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxdistill.models.architecture import DecoderConfig
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
@@ -24,6 +29,7 @@ class Rope:
       attention_factor: yarn's multiplier of cos and sin; None derives it from `factor` (and from
         `mscale`, `mscale_all_dim` where both are given).
       truncate: yarn rounds its band to whole dims.
+      share: the part of each head's dims that is turned, the first ones; the others stay.
     """
 
     theta: float = 10_000.0
@@ -38,19 +44,25 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    share: float = 1.0
+
+    def dims(self, head_dim: int) -> int:
+        """How many dims of a head are turned."""
+        return int(head_dim * self.share)
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
     """Angle per position for each pair of dims, and the multiplier of cos and sin.
 
-        default: f_j = theta ** (-2 j / head_dim),   j = 0 .. head_dim / 2 - 1
+        default: f_j = theta ** (-2 j / d),   j = 0 .. d / 2 - 1,   d = share * head_dim
 
     Returns:
-      float32 [head_dim / 2] and a float (1 except for yarn).
+      float32 [d / 2] and a float (1 except for yarn).
 
     Reference: RoFormer, Su et al. 2021, arXiv 2104.09864; YaRN, Peng et al. 2023, arXiv 2309.00071
     (section 3); llama3 as in the Llama 3.1 model card's code.
     """
+    head_dim = rope.dims(head_dim)
     plain = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "default":
         return plain.astype(np.float32), 1.0
@@ -103,7 +115,7 @@ def _yarn_attention_factor(rope: Rope) -> float:
 
 
 def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle, float32 [B, L, 1, head_dim / 2]; computed once for all layers."""
+    """cos and sin of every angle, float32 [B, L, 1, d / 2]; computed once for all layers."""
     step, multiplier = frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[..., None, None] * step.reshape(
         (1,) * (positions.ndim + 1) + (-1,)
@@ -111,8 +123,37 @@ def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, 
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
 
 
+def per_layer(
+    config: "DecoderConfig", positions: jax.Array, shared: bool = False
+) -> Callable[[Any], tuple[jax.Array, jax.Array] | None]:
+    """A function: number of a layer, traced or not -> its (cos, sin), or None without rotation.
+
+    Layers with a window may have frequencies of their own. Both tables are made once; a layer takes
+    one of them by a flag, so that all layers stay one scanned body. `shared` keeps XLA from making
+    the tables anew in every layer where there is no scan.
+    """
+    if config.rope is None:
+        return lambda index: None
+    keep = jax.lax.optimization_barrier if shared else lambda table: table
+    everywhere = keep(tables(config.rope, config.head_dim, positions))
+    if config.local_rope is None or config.windows is None:
+        return lambda index: everywhere
+    local = keep(tables(config.local_rope, config.head_dim, positions))
+    is_local = np.asarray([window is not None for window in config.windows])
+    return lambda index: jax.tree.map(
+        lambda here, there: jnp.where(jnp.asarray(is_local)[index], here, there), local, everywhere
+    )
+
+
 def rotate(x_BLHE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns dim j together with dim j + head_dim / 2 (the Hugging Face pairing), in float32."""
-    first, second = jnp.split(x_BLHE.astype(jnp.float32), 2, axis=-1)
+    """Turns dim j together with dim j + d / 2 (the Hugging Face pairing), in float32.
+
+    d is twice the width of `cos`; dims from d on stay as they are.
+    """
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x_BLHE[..., :size].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return turned.astype(x_BLHE.dtype)
+    turned = turned.astype(x_BLHE.dtype)
+    if size == x_BLHE.shape[-1]:
+        return turned
+    return jnp.concatenate((turned, x_BLHE[..., size:]), axis=-1)

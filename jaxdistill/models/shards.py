@@ -39,21 +39,25 @@ class Entry(NamedTuple):
     file: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    name: str  # in the file
 
 
 class Folder:
     """Tensors of a model folder; nothing is read before `read`, and only the slice asked for.
 
-    Whole numbers are no weights, except where the caller knows that the folder is quantised.
+    Whole numbers are no weights, except where the caller knows that the folder is quantised. With a
+    `root`, names of a folder where none begins with it get it: GPT-2's was saved without its head.
     """
 
-    def __init__(self, folder: pathlib.Path, whole_numbers: bool = False):
+    def __init__(self, folder: pathlib.Path, whole_numbers: bool = False, root: str = ""):
         self.folder = folder
         self._dtypes = {**DTYPES, **(WHOLE if whole_numbers else {})}
         self.entries: dict[str, Entry] = {}
         self._files = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
         self._index()
+        if root and not any(name.startswith(root) for name in self.entries):
+            self.entries = {root + name: entry for name, entry in self.entries.items()}
 
     def __enter__(self) -> "Folder":
         return self
@@ -65,7 +69,8 @@ class Folder:
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The slice `index` of tensor `name`."""
         try:
-            return self._open[self.entries[name].file].get_slice(name)[index]
+            entry = self.entries[name]
+            return self._open[entry.file].get_slice(entry.name)[index]
         except (SafetensorError, OSError) as error:
             raise self._damaged(self.entries[name].file, error) from error
 
@@ -88,7 +93,7 @@ class Folder:
                 tensor = self._open[file].get_slice(name)
                 kind = tensor.get_dtype()
                 if kind in self._dtypes:
-                    entry = Entry(file, tuple(tensor.get_shape()), self._dtypes[kind])
+                    entry = Entry(file, tuple(tensor.get_shape()), self._dtypes[kind], name)
                 else:
                     raise ModelError(
                         f"{path}: tensor {name} has dtype {kind}; supported: {', '.join(DTYPES)}; "

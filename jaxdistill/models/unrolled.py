@@ -13,39 +13,45 @@ import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from jaxdistill.models import decoder, rope
+from jaxdistill.models import blocks, decoder, rope
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.attention import Attend
 from jaxdistill.models.model import Model, on_mesh
 from jaxdistill.models.quantized import is_kernel
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Outputs
 
 # The weights of the model used last; they go when its own parameters go.
-_kept: dict[tuple, tuple[weakref.ref, Any]] = {}
+_kept: dict[tuple, tuple[list[weakref.ref], Any]] = {}
 
 
 def weights(config: DecoderConfig, params: Any, dtype: Any) -> dict:
     """The parameters with `layers` as a tuple of one tree per layer, cast to `dtype` once.
 
-    Norm scales keep their dtype. The result is kept while `params` lives and no other model asks;
-    parameters that `take` has made are returned as they are, if they have this dtype.
+    Norms and routers keep their dtype. The result is kept while `params` lives and no other model
+    asks; parameters that `take` has made are returned as they are, if they have this dtype.
     """
     dtype = np.dtype(dtype)
     if decoder.is_apart(params) and params["embedding"].dtype == dtype:
         return params
-    owner, key = params["embedding"], (id(params["embedding"]), dtype, config)
+    # All of them: adapters of one model may change beside the same embedding.
+    owners = jax.tree.leaves(params)
+    key = (id(params["embedding"]), dtype, config)
     found = _kept.get(key)
-    if found is not None and found[0]() is owner:
+    if found is not None and _same([ref() for ref in found[0]], owners):
         return found[1]
     made = _split(config, dtype, params)
     _kept.clear()
-    _kept[key] = (weakref.ref(owner, lambda _: _kept.pop(key, None)), made)
+    _kept[key] = ([weakref.ref(owner, lambda _: _kept.pop(key, None)) for owner in owners], made)
     return made
+
+
+def _same(kept: list, owners: list) -> bool:
+    return len(kept) == len(owners) and all(a is b for a, b in zip(kept, owners, strict=True))
 
 
 def take(model: Model) -> Model:
@@ -81,7 +87,7 @@ def _split(config, dtype, params):
 
 def _cast(dtype):
     def cast(path, weight):
-        return weight if path[-1] == jax.tree_util.DictKey("scale") else weight.astype(dtype)
+        return weight if decoder.kept_wide(path) else weight.astype(dtype)
 
     return cast
 
@@ -93,7 +99,7 @@ def graphdef(config: DecoderConfig) -> nnx.GraphDef:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
         decoder.shapes(config)["layers"],
     )
-    return nnx.split(decoder.Layer(config, shapes))[0]
+    return nnx.split(blocks.Layer(config, shapes))[0]
 
 
 def apply(
@@ -101,7 +107,7 @@ def apply(
     weights: dict,
     tokens_BL: Array,
     positions_BL: Array,
-    attend: decoder.Attend,
+    attend: Attend,
     states: tuple,
 ) -> tuple[Outputs, tuple]:
     """Hidden states and head, and the new state of every layer; as `Decoder`, without a scan.
@@ -115,12 +121,14 @@ def apply(
       states: one per layer.
     """
     # Behind a barrier, or XLA would compute the cosines again in every layer.
-    turn = jax.lax.optimization_barrier(rope.tables(config.rope, config.head_dim, positions_BL))
-    x_BLD = jnp.take(weights["embedding"], tokens_BL, axis=0)
+    turn, table_VD = rope.per_layer(config, positions_BL, shared=True), weights["embedding"]
+    x_BLD = decoder.embed(
+        config, table_VD, weights.get("positions"), tokens_BL, positions_BL, table_VD.dtype
+    )
     new = []
     for number, (params, state) in enumerate(zip(weights["layers"], states, strict=True)):
         layer = nnx.merge(graphdef(config), params)
-        x_BLD, state = layer(x_BLD, turn, attend, state, number, RULES)
+        x_BLD, state = layer(x_BLD, turn(number), attend, state, number, RULES)
         new.append(state)
     return outputs(config, rest(weights), x_BLD), tuple(new)
 
@@ -132,6 +140,6 @@ def rest(weights: dict) -> dict:
 
 def outputs(config: DecoderConfig, rest: dict, x_BLD: Array) -> Outputs:
     """What a model returns, from what comes out of its last layer."""
-    norm = decoder.RMSNorm(rest["final_norm"], config.norm_eps)
+    norm = blocks.Norm(config, rest["final_norm"])
     head = rest["embedding"] if config.tied_head else rest["head"]
-    return Outputs(hidden=norm(x_BLD), head=head)
+    return Outputs(norm(x_BLD), head, softcap=config.logits_softcap)

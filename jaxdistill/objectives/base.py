@@ -82,11 +82,13 @@ def from_heads(
             "teacher_hidden": teacher.hidden,
             "teacher_head": teacher.head[:vocab],
             "teacher_bias": bias(teacher),
+            "teacher_softcap": teacher.softcap,
         }
     total, means = linear_divergence(
         student.hidden,
         student.head[:vocab],
         student_bias=bias(student),
+        student_softcap=student.softcap,
         labels=batch.targets,
         mask=batch.mask,
         reduction="sum",

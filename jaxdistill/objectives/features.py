@@ -102,6 +102,7 @@ def ted(
         )  # fmt: skip
         rows = signal.outputs.head[: head["vocab"]]
         fused = {"norm": unit, "chunk": head.get("chunk"), "mesh": current_mesh()}
+        fused["student_softcap"] = signal.outputs.softcap
         task = lambda own, taps: losses.ted_stage1(own, taps, rows, batch.targets, mask, **fused)
         first = lambda: task(ours, taps).total + task(theirs, wanted).total
         second = lambda: losses.ted_stage2(ours, theirs, taps, wanted, mask, normalise=True).total

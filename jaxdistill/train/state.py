@@ -11,8 +11,11 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models import DecoderConfig, decoder, lora
+from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import RULES, MeshAxes, replicated, shardings
+
+HOST = "pinned_host"  # the memory of a device's host that the device can address
 
 
 @typing.no_type_check
@@ -23,10 +26,12 @@ class TrainState:
 
     Attributes:
       step: int32, batches consumed so far.
-      params: {"student": the model, "objective": what the objective trains of its own}.
+      params: {"student": the model, or its adapters alone, "objective": what the objective trains
+        of its own}.
       opt_state: of the whole chain, the knobs among it.
       key: uint32 key data; `jax.random.wrap_key_data` makes a key of it.
       skipped: int32 [2], steps with non-finite numbers: in a row until now, and altogether.
+      frozen: the model that adapters stand beside; None where all of the student is trained.
     """
 
     step: Array
@@ -34,19 +39,35 @@ class TrainState:
     opt_state: Any
     key: Array
     skipped: Array
+    frozen: Any = None
+
+
+def whole(params: Any, frozen: Any, adapters: Lora | None) -> Any:
+    """The parameters as losses take them: adapters beside their kernels, where there are some."""
+    if adapters is None:
+        return params
+    return {**params, "student": lora.attach(frozen, params["student"], adapters)}
 
 
 def create(
-    student: Any, objective: Any, tx: optax.GradientTransformation, seed: int, mesh: Mesh
+    student: Any,
+    objective: Any,
+    tx: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    frozen: Any = None,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """The state before the first step; the student's arrays become part of it, not copies.
 
-    Every optimizer moment lies on the mesh like the parameter it belongs to.
+    Every optimizer moment lies on the mesh like the parameter it belongs to, with `offload` in the
+    memory of its device's host; what is frozen has none.
     """
-    whole = replicated(mesh)
-    objective = jax.device_put(objective, whole)
+    everywhere = replicated(mesh)
+    objective = jax.device_put(objective, everywhere)
     params = {"student": student, "objective": objective}
-    places = _opt_shardings(tx, params, mesh)
+    places = _opt_shardings(tx, params, mesh, offload)
     rest = {
         "step": jnp.int32(0),
         "key": jax.random.key_data(jax.random.key(seed)),
@@ -54,7 +75,9 @@ def create(
     }
     with jax.set_mesh(mesh):
         opt_state = jax.jit(tx.init, out_shardings=places)(params)
-    return TrainState(params=params, opt_state=opt_state, **jax.device_put(rest, whole))
+    return TrainState(
+        params=params, opt_state=opt_state, frozen=frozen, **jax.device_put(rest, everywhere)
+    )
 
 
 def abstract(
@@ -64,19 +87,26 @@ def abstract(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     rules: Mapping[str, MeshAxes] = RULES,
+    adapters: Lora | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """The state's shapes, dtypes and places, without reading or making a parameter."""
-    whole = replicated(mesh)
-    student = abstract_params(config, dtype, mesh, rules)
-    params = {"student": student, "objective": _placed(objective, whole)}
-    opt_state = _placed(jax.eval_shape(tx.init, params), _opt_shardings(tx, params, mesh))
+    everywhere = replicated(mesh)
+    student, frozen = abstract_params(config, dtype, mesh, rules), None
+    if adapters is not None:
+        frozen, small = student, lora.shapes(config, adapters)
+        axes = lora.logical_axes(config, adapters)
+        student = _placed(small, shardings(mesh, axes, small, rules))
+    params = {"student": student, "objective": _placed(objective, everywhere)}
+    opt_state = _placed(jax.eval_shape(tx.init, params), _opt_shardings(tx, params, mesh, offload))
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return TrainState(
-        step=_placed(jax.ShapeDtypeStruct((), jnp.int32), whole),
+        step=_placed(jax.ShapeDtypeStruct((), jnp.int32), everywhere),
         params=params,
         opt_state=opt_state,
-        key=_placed(key, whole),
-        skipped=_placed(jax.ShapeDtypeStruct((2,), jnp.int32), whole),
+        key=_placed(key, everywhere),
+        skipped=_placed(jax.ShapeDtypeStruct((2,), jnp.int32), everywhere),
+        frozen=frozen,
     )
 
 
@@ -88,15 +118,17 @@ def abstract_params(
     return _placed(shapes, shardings(mesh, decoder.logical_axes(config), shapes, rules))
 
 
-def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    whole = replicated(mesh)
+def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh, offload: bool) -> Any:
+    """Moments like their parameters, or on their host; counters and knobs on every device."""
+    place = lambda leaf: leaf.sharding.with_memory_kind(HOST) if offload else leaf.sharding
+    everywhere = replicated(mesh)
     state = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
         tx.init,
-        lambda _, param: param.sharding,
+        lambda _, param: place(param),
         state,
         params,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: everywhere,
     )
 
 

@@ -19,10 +19,11 @@ from jax.typing import DTypeLike
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models.lora import Lora
 from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
-from jaxdistill.train.state import TrainState
+from jaxdistill.train.state import TrainState, whole
 from jaxdistill.types import Batch, Mean
 
 # Whose work an operation of the compiled step is: part of its name, for profiles and `plan`.
@@ -77,6 +78,8 @@ def make(
     micro_batches: int = 1,
     monitor: Callable[[Array], Array] | None = None,
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None,
+    adapters: Lora | None = None,
+    offload: bool = False,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -93,27 +96,34 @@ def make(
       monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
         `recorded`; the others count no tokens. None makes them in every step.
       prepare: of the objective: whole batch -> more knobs; or None.
+      adapters: of the student, which are all of it that is trained; None trains all of it.
+      offload: the optimizer's moments come from host memory; that they go back there says the
+        state's sharding.
     """
 
-    def sums(params, teacher_params, batch, knobs):
+    def sums(params, frozen, teacher_params, batch, knobs):
         # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
         with jax.named_scope(TEACHER):
             signal = teacher(teacher_params, batch)
 
         def total(params):
-            means = loss(params, signal, batch, knobs)
+            means = loss(whole(params, frozen, adapters), signal, batch, knobs)
             return means["loss"].total, means
 
         (_, means), gradients = jax.value_and_grad(total, has_aux=True)(params)
         return means, gradients
 
     def step(state: TrainState, teacher_params: Any, batch: Batch):
+        # Fetched where it is used, behind the backward pass: XLA places the copies.
+        here = lambda tree: jax.device_put(tree, jax.memory.Space.Device) if offload else tree
         knobs = optim.knobs(state.opt_state)
         told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
         if prepare is not None:
             told = {**told, **prepare(batch)}
         means, gradients = _over_micro_batches(
-            lambda part: sums(state.params, teacher_params, part, told), batch, micro_batches
+            lambda part: sums(state.params, state.frozen, teacher_params, part, told),
+            batch,
+            micro_batches,
         )
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
@@ -125,8 +135,9 @@ def make(
         finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(control)
         told = {name: mean.value for name, mean in means.items()}
         with jax.named_scope(OPTIMIZER):
+            before = here(state.opt_state)
             updates, opt_state = tx.update(
-                gradients, state.opt_state, state.params, value=control, metrics=told
+                gradients, before, state.params, value=control, metrics=told
             )
             params = optax.apply_updates(state.params, updates)
         in_a_row, altogether = state.skipped
@@ -135,9 +146,10 @@ def make(
         new = TrainState(
             step=state.step + 1,
             params=_chosen(finite, params, state.params),
-            opt_state=_chosen(finite, opt_state, state.opt_state),
+            opt_state=_chosen(finite, opt_state, before),
             key=state.key,
             skipped=skipped,
+            frozen=state.frozen,
         )
         means["loss/total"] = means.pop("loss")
         shown = {f"knobs/{name}": knob for name, knob in knobs.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import config, engine, hlo, targets
-from jaxdistill.engine import planning, setup
+from jaxdistill.engine import planning, setup, states
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.plan import describe
 from jaxdistill.train.step import recorded
@@ -43,7 +43,7 @@ def compiled(loaded, mesh):
     """The step as `train` compiles it, and its arguments."""
     models = setup.models_of(loaded, mesh, weights=False)
     method = setup.method_of(loaded, models)
-    state = setup.abstract_state_of(loaded, models, method, mesh)
+    state = states.abstract(loaded, models.student.config, method.objective, method.tx, mesh)
     teacher = setup.abstract_teacher_of(loaded, models, method, mesh)
     monitor = recorded(loaded.train.log_every, loaded.train.steps)
     return setup.compile_step(loaded, method, state, teacher, mesh, monitor)

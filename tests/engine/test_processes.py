@@ -247,7 +247,8 @@ def test_a_signal_stops_all_at_one_step_and_others_go_on(
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         ended(process, tmp_path, 75)
-    [stopped] = [e for e in map(json.loads, open(run / "events.jsonl")) if e["kind"] == "stopped"]
+    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
+    [stopped] = [event for event in events if event["kind"] == "stopped"]
     assert (run / "checkpoints" / str(stopped["step"])).is_dir() and stopped["step"] < STEPS
     resumed = run_here(monkeypatch, 8, lambda: engine.resume(run))
     assert_same_curve(resumed.run_dir, pair)

@@ -95,10 +95,10 @@ def test_end_tokens_may_be_several():
 
 
 REFUSED = {
-    'model_type: "mixtral" is not supported': {"model_type": "mixtral"},
+    'model_type: "bloom" is not supported': {"model_type": "bloom"},
     "model_type: null": {"model_type": None},
     'architectures: ["LlamaModel"]': {"architectures": ["LlamaModel"]},
-    'hidden_act: "gelu" is not supported': {"hidden_act": "gelu"},
+    'hidden_act: "relu2" is not supported': {"hidden_act": "relu2"},
     "attention_dropout: 0.1": {"attention_dropout": 0.1},
     "quantization_config: {": {"quantization_config": {"quant_method": "gptq"}},
     "rope_interleaved: true": {"rope_interleaved": True},

@@ -153,9 +153,8 @@ def test_code_in_a_folder_is_never_run(folder):
             "tokenizer_class": "Evil",
         }
         path.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match="auto_map: asks for Python code of the folder's own"):
         models.load(folder)
-    models.load(folder, tokenizer=False)
     assert not canary.exists()
 
 

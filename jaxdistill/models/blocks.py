@@ -1,0 +1,192 @@
+"""The parts of a layer: projections, norms, attention, MLP; what families differ in is a flag."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxdistill.models import rope
+from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.experts import RoutedMLP
+from jaxdistill.models.quantized import is_kernel
+from jaxdistill.sharding import MeshAxes, constrain, current_mesh
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def last(vector: Array, like: Array) -> Array:
+    """A vector shaped to meet the last dim of `like` without implicit rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def _rows(x_BLD: Array) -> Array:
+    """[B * L, D], which spares XLA a transposed copy per weight gradient on CPU.
+
+    Where the length is spread over the mesh, merging it with the batch would gather it: [B, L, D].
+    """
+    mesh = current_mesh()
+    if mesh is not None and mesh.shape["context"] > 1:
+        return x_BLD
+    return x_BLD.reshape(-1, x_BLD.shape[-1])
+
+
+def _light(function: Callable) -> Callable:
+    """The function with its element-wise values made again in the backward pass, not kept.
+
+    They cost less to compute than to store, on every device; the scan around them separates the
+    passes, so nothing needs to stop XLA from merging the two computations.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, kernel [in, out]."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel.get_value()
+        y = kernel.dot(x) if is_kernel(kernel) else x @ kernel
+        return y if self.bias is None else y + last(self.bias[...], y)
+
+
+class Norm(nnx.Module):
+    """A norm over the last dim, computed in float32.
+
+    rms:         x / sqrt(mean(x ** 2) + eps) * scale
+    rms_offset:  the same * (1 + scale)
+    layer:       rms of x - mean(x), + bias
+    """
+
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
+        self.scale = nnx.Param(params["scale"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+        self.kind, self.eps = config.norm, config.norm_eps
+
+    def __call__(self, x: Array) -> Array:
+        def norm(x, scale, bias):
+            wide = x.astype(jnp.float32)
+            if self.kind == "layer":
+                wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+            scale = last(scale.astype(jnp.float32), wide)
+            scale = 1 + scale if self.kind == "rms_offset" else scale
+            wide = wide * jax.lax.rsqrt(mean_square + self.eps) * scale
+            if bias is not None:
+                wide = wide + last(bias.astype(jnp.float32), wide)
+            return wide.astype(x.dtype)
+
+        return _light(norm)(x, self.scale[...], None if self.bias is None else self.bias[...])
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; how keys and values are stored and masked is `attend`'s business."""
+
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
+        self.query = Linear(params["query"])
+        self.key = Linear(params["key"])
+        self.value = Linear(params["value"])
+        self.out = Linear(params["out"])
+        self.query_norm = Norm(config, params["query_norm"]) if config.qk_norm else None
+        self.key_norm = Norm(config, params["key_norm"]) if config.qk_norm else None
+        self.config = config
+
+    def project(self, x_BLD):
+        """Query [B, L, H, E], key and value [B, L, G, E], before they are turned by position."""
+        split = (*x_BLD.shape[:2], -1, self.config.head_dim)
+        x_ND = _rows(x_BLD)
+        query, key = self.query(x_ND), self.key(x_ND)
+        if self.config.qk_norm_whole:
+            return self._normed(query, key, split) + (self.value(x_ND).reshape(split),)
+        query_BLHE, key_BLGE = self._normed(query.reshape(split), key.reshape(split), split)
+        return query_BLHE, key_BLGE, self.value(x_ND).reshape(split)
+
+    def _normed(self, query, key, split):
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query.reshape(split), key.reshape(split)
+
+    def __call__(self, x_BLD, turn, attend, state, index, rules):
+        batch, length, _ = x_BLD.shape
+        heads = functools.partial(
+            constrain, logical=("batch", "length", "act_heads", None), rules=rules
+        )
+        query_BLHE, key_BLGE, value_BLGE = self.project(x_BLD)
+        if turn is not None:
+            query_BLHE, key_BLGE = rope.rotate(query_BLHE, *turn), rope.rotate(key_BLGE, *turn)
+        state, mixed_BLHE = attend(
+            state, index, heads(query_BLHE), heads(key_BLGE), heads(value_BLGE)
+        )
+        mixed_ND = _rows(heads(mixed_BLHE).reshape(batch, length, -1))
+        return state, self.out(mixed_ND).reshape(x_BLD.shape)
+
+
+class MLP(nnx.Module):
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
+        self.gate = Linear(params["gate"]) if config.gated else None
+        self.up = Linear(params["up"])
+        self.down = Linear(params["down"])
+        self.activation = config.activation
+
+    def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
+        x_ND, shape = _rows(x_BLD), (*x_BLD.shape[:2], -1)
+        activate = ACTIVATIONS[self.activation]
+
+        def close(first_NF, *up_NF):
+            hidden_NF = activate(first_NF)
+            for up in up_NF:
+                hidden_NF = hidden_NF * up
+            hidden_BLF = constrain(hidden_NF.reshape(shape), ("batch", "length", "act_mlp"), rules)
+            return self.down(_rows(hidden_BLF)).reshape(x_BLD.shape)
+
+        parts = (self.up,) if self.gate is None else (self.gate, self.up)
+        return _light(close)(*(part(x_ND) for part in parts))
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms may stand behind, MLPs beside."""
+
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
+        norm = lambda name: Norm(config, params[name]) if name in params else None
+        self.attention_norm, self.attention_post_norm = (
+            norm("attention_norm"),
+            norm("attention_post_norm"),
+        )
+        self.mlp_norm, self.mlp_post_norm = norm("mlp_norm"), norm("mlp_post_norm")
+        self.attention = Attention(config, params["attention"])
+        if config.experts is None:
+            self.mlp = MLP(config, params["mlp"])
+        else:
+            activate = ACTIVATIONS[config.activation]
+            self.mlp = RoutedMLP(config.experts, activate, params["mlp"])
+        self.parallel = config.parallel
+
+    def project(self, x_BLD):
+        """Queries, keys and values of what enters the layer."""
+        return self.attention.project(_normed(self.attention_norm, x_BLD))
+
+    def __call__(self, x_BLD, turn, attend, state, index, rules):
+        state, mixed_BLD = self.attention(
+            _normed(self.attention_norm, x_BLD), turn, attend, state, index, rules
+        )
+        between_BLD = x_BLD + _normed(self.attention_post_norm, mixed_BLD)
+        entering_BLD = x_BLD if self.parallel else between_BLD
+        made_BLD = self.mlp(_normed(self.mlp_norm, entering_BLD), rules)
+        x_BLD = between_BLD + _normed(self.mlp_post_norm, made_BLD)
+        return constrain(x_BLD, ("batch", "length", "act_embed"), rules), state
+
+
+def _normed(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)

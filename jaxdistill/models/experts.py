@@ -1,0 +1,135 @@
+"""Routed experts: every token passes the few that its router chooses; none is dropped.
+
+(token, choice) pairs are sorted by expert, and each expert's rows go through its own weights in one
+ragged product, `jax.lax.ragged_dot`. On a mesh the experts are spread over an axis: a device holds
+all pairs of its tokens, computes those of its own experts, and what the others made is added. There
+is no capacity, so nothing depends on how full an expert is.
+
+Reference: Shazeer et al. 2017, arXiv 1701.06538; dropless as in MegaBlocks, Gale et al. 2022,
+arXiv 2211.15841.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jaxdistill.models.architecture import Experts
+from jaxdistill.models.quantized import is_kernel
+from jaxdistill.sharding import MeshAxes, current_mesh, spec
+
+_IN, _OUT = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
+
+
+class Kernel(nnx.Module):
+    """A kernel alone: how it is multiplied is its owner's business."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.kernel = nnx.Param(params["kernel"])
+
+
+class RoutedMLP(nnx.Module):
+    """sum over chosen experts e of share_e(x) * down_e(act(gate_e(x)) * up_e(x)).
+
+    shares = softmax(x @ router), of the chosen ones, made to add up to 1 where `normalised`; the
+    router is float32 whatever the model computes in: a near tie must not depend on rounding.
+    """
+
+    def __init__(
+        self, experts: Experts, activate: Callable[[Array], Array], params: Mapping[str, Any]
+    ):
+        self.router, self.gate = Kernel(params["router"]), Kernel(params["gate"])
+        self.up, self.down = Kernel(params["up"]), Kernel(params["down"])
+        self.experts, self.activate = experts, activate
+
+    def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
+        router, dtype = self.router.kernel[...], x_BLD.dtype
+        kernels = tuple(
+            _array(one.kernel.get_value(), dtype) for one in (self.gate, self.up, self.down)
+        )
+        run = functools.partial(_run, self.experts, self.activate)
+        mesh = current_mesh()
+        if mesh is None:
+            return run((), (), x_BLD, router, *kernels)
+        place = lambda axes, array: spec(axes, array.shape, mesh, rules)
+        tokens = place(("batch", "length", None), x_BLD)
+        inner, outer = place(_IN, kernels[0]), place(_OUT, kernels[2])
+        shared, split = _names(inner[0]), _names(inner[2])
+        return jax.shard_map(
+            functools.partial(run, shared, split),
+            mesh=mesh,
+            in_specs=(tokens, PartitionSpec(), inner, inner, outer),
+            out_specs=tokens,
+            check_vma=False,
+        )(x_BLD, router, *kernels)
+
+
+def _run(
+    experts: Experts,
+    activate: Callable[[Array], Array],
+    shared: tuple[str, ...],
+    split: tuple[str, ...],
+    x_BLD: Array,
+    router_DX: Array,
+    gate_XDF: Array,
+    up_XDF: Array,
+    down_XFD: Array,
+) -> Array:
+    """One device's part: its tokens through its experts.
+
+    Args:
+      experts: how many, and how many of them per token.
+      activate: of the gate.
+      shared: mesh axes that share the experts.
+      split: mesh axes that share each expert's width.
+      x_BLD: its tokens.
+      router_DX: whole.
+      gate_XDF: of its experts.
+      up_XDF: of its experts.
+      down_XFD: of its experts.
+    """
+    count, chosen = gate_XDF.shape[0], experts.chosen
+    x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
+    shares_NK, expert_NK = route(experts, x_ND, router_DX)
+    first = jax.lax.axis_index(shared) * count if shared else 0
+    # Pairs of other devices' experts go behind all of one's own.
+    own_P = expert_NK.reshape(-1) - first
+    own_P = jnp.where((own_P >= 0) & (own_P < count), own_P, count)
+    order_P = jnp.argsort(own_P)
+    sizes_X = jnp.zeros(count, jnp.int32).at[own_P].add(1, mode="drop")
+    mine_P1 = (own_P[order_P] < count)[:, None]
+    # What a ragged product makes of rows behind its last group is not defined: 0, on both sides.
+    rows_PD = jnp.where(mine_P1, x_ND[order_P // chosen], 0)
+    product = lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, sizes_X)
+    hidden_PF = activate(product(rows_PD, gate_XDF)) * product(rows_PD, up_XDF)
+    made_PD = jnp.where(mine_P1, product(hidden_PF, down_XFD), 0)
+    back_NKD = made_PD[jnp.argsort(order_P)].reshape(-1, chosen, x_ND.shape[-1])
+    sum_ND = jnp.einsum("NK,NKD->ND", shares_NK, back_NKD.astype(jnp.float32))
+    axes = (*shared, *split)
+    sum_ND = jax.lax.psum(sum_ND, axes) if axes else sum_ND
+    return sum_ND.astype(x_BLD.dtype).reshape(x_BLD.shape)
+
+
+def route(experts: Experts, x_ND: Array, router_DX: Array) -> tuple[Array, Array]:
+    """Shares, float32 [N, K], and numbers, int32 [N, K], of the experts that tokens pass."""
+    scores_NX = x_ND.astype(jnp.float32) @ router_DX.astype(jnp.float32)
+    shares_NK, expert_NK = jax.lax.top_k(jax.nn.softmax(scores_NX, axis=-1), experts.chosen)
+    if experts.normalised:
+        shares_NK = shares_NK / jnp.sum(shares_NK, axis=-1, keepdims=True)
+    return shares_NK, expert_NK
+
+
+def _array(kernel: Any, dtype: Any) -> Array:
+    """A kernel as numbers: ragged products have no quantised form here."""
+    return kernel.dequantized().astype(dtype) if is_kernel(kernel) else kernel
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else axes

@@ -1,0 +1,169 @@
+"""Low-rank adapters: small matrices beside frozen kernels, trained alone, merged at the end.
+
+    y = x @ (kernel + alpha / rank * down @ up)
+
+Reference: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.model_folder import read_json
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
+
+FILE = "lora.json"  # in a run's folder of its student
+TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which projections have adapters, and of which size.
+
+    Attributes:
+      rank: inner width of an adapter.
+      alpha: its product is multiplied by alpha / rank.
+      targets: of `TARGETS`, in every layer.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
+
+
+def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
+    """The adapters that a run's file tells of, and where the model beside them is from.
+
+    Raises:
+      ModelError: where the file is damaged.
+      ConfigError: where it belongs to another model.
+    """
+    raw = read_json(path)
+    try:
+        lora = Lora(int(raw["rank"]), float(raw["alpha"]), tuple(raw["targets"]))
+    except (KeyError, TypeError, ValueError):
+        lora = Lora(0, 0.0, ())
+    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS):
+        raise ModelError(f"{path}: is damaged: needs rank, alpha and targets")
+    rows(config, lora)
+    return lora, str(raw.get("base", ""))
+
+
+def described(lora: Lora, base: str) -> dict[str, Any]:
+    """What `read` reads."""
+    return {**dataclasses.asdict(lora), "base": base}
+
+
+# `no_type_check`: scan and nnx rebuild leaves with stacked arrays or shapes in place of arrays.
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """A kernel [..., in, out] with its adapter [..., in, rank] and [..., rank, out]."""
+
+    kernel: Array
+    down: Array
+    up: Array
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    def dot(self, x: Array) -> Array:
+        """x @ (kernel + scale * down @ up), for x [..., in]: never made whole."""
+        return x @ self.kernel + self.scale * ((x @ self.down) @ self.up)
+
+    def astype(self, dtype: DTypeLike) -> "LoraKernel":
+        """The three in another dtype."""
+        cast = lambda array: array.astype(dtype)
+        return LoraKernel(cast(self.kernel), cast(self.down), cast(self.up), self.scale)
+
+    def dequantized(self) -> Array:
+        """The merged kernel, in the kernel's dtype; the product is made in float32."""
+        product = jnp.matmul(self.down.astype(jnp.float32), self.up.astype(jnp.float32))
+        merged = self.kernel.astype(jnp.float32) + self.scale * product
+        return merged.astype(self.kernel.dtype)
+
+
+def rows(config: DecoderConfig, lora: Lora) -> dict[str, Weight]:
+    """The table of an adapter's weights by dotted name: `....kernel.down` and `....kernel.up`.
+
+    Raises:
+      ConfigError: where a target is no projection of this model.
+    """
+    table = {}
+    for name, row in flat_weights(weights(config)).items():
+        if name.endswith(".kernel") and name.split(".")[-2] in lora.targets:
+            *outer, inside, outside = row.shape
+            *names, first, last = row.axes
+            down, up = (*outer, inside, lora.rank), (*outer, lora.rank, outside)
+            table[f"{name}.down"] = Weight(down, (*names, first, None), "normal")
+            table[f"{name}.up"] = Weight(up, (*names, None, last), "zeros")
+    found = {name.split(".")[-3] for name in table}
+    missing = [target for target in lora.targets if target not in found]
+    if missing:
+        raise ConfigError(
+            f"student.lora.targets: {missing[0]}: a {config.family} model has no such projection; "
+            f"it has {', '.join(sorted(_projections(config)))}"
+        )
+    return table
+
+
+def _projections(config: DecoderConfig) -> set[str]:
+    names = (name.split(".") for name in flat_weights(weights(config)))
+    return {parts[-2] for parts in names if parts[-1] == "kernel" and parts[-2] in TARGETS}
+
+
+def shapes(config: DecoderConfig, lora: Lora) -> dict:
+    """The tree of adapters as `jax.ShapeDtypeStruct`s, float32 whatever the kernels are."""
+    table = rows(config, lora).items()
+    return nest({name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for name, row in table})
+
+
+def logical_axes(config: DecoderConfig, lora: Lora) -> dict:
+    """The tree of adapters as tuples of logical axis names, for `sharding.shardings`."""
+    return nest({name: row.axes for name, row in rows(config, lora).items()})
+
+
+def init(config: DecoderConfig, lora: Lora, key: Array) -> dict:
+    """Adapters that change nothing yet: down uniform in +-1 / sqrt(in), up zero."""
+    made = {}
+    for number, (name, row) in enumerate(rows(config, lora).items()):
+        made[name] = jnp.zeros(row.shape, jnp.float32)
+        if row.initial == "normal":
+            bound = 1 / math.sqrt(row.shape[-2])
+            own = jax.random.fold_in(key, number)
+            made[name] = jax.random.uniform(own, row.shape, jnp.float32, -bound, bound)
+    return nest(made)
+
+
+def attach(params: Mapping, adapters: Mapping, lora: Lora) -> dict:
+    """The parameters with a `LoraKernel` where there is an adapter; no array is copied."""
+    return _with(params, adapters, functools.partial(LoraKernel, scale=lora.scale))
+
+
+def merge(params: Mapping, adapters: Mapping, lora: Lora) -> dict:
+    """The parameters with adapters added to their kernels: a model like any other."""
+    make = lambda kernel, down, up: LoraKernel(kernel, down, up, lora.scale).dequantized()
+    return jax.jit(lambda params, adapters: _with(params, adapters, make))(params, adapters)
+
+
+def _with(params: Any, adapters: Mapping, make: Callable[..., Any]) -> Any:
+    if set(adapters) == {"down", "up"} and not isinstance(params, Mapping):
+        return make(params, adapters["down"], adapters["up"])
+    return {
+        name: _with(leaf, adapters[name], make) if name in adapters else leaf
+        for name, leaf in params.items()
+    }
