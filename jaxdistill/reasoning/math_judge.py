@@ -1,11 +1,14 @@
 """What math-verify says of an answer; for a process that can be killed, as SymPy may never end."""
 
-import importlib
+import importlib.util
 import logging
+from typing import Any
 
-# An extra, so not there for type checkers. Imported with this module: SymPy takes seconds, which
-# belong to the start of the process and not to the first answer.
-_math_verify = importlib.import_module("math_verify")
+# Imported with this module: SymPy takes seconds, which belong to the start of the process and not to
+# the first answer. It is an extra; without it the verifier refuses before it starts a process.
+_math_verify: Any = None
+if importlib.util.find_spec("math_verify"):
+    _math_verify = importlib.import_module("math_verify")
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off
 
 
