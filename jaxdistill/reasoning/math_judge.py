@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from typing import Any
 
-# Imported with this module: SymPy takes seconds, which belong to the start of the process and not to
+# Imported with this module: SymPy takes seconds, which belong to the start of the process, not to
 # the first answer. It is an extra; without it the verifier refuses before it starts a process.
 _math_verify: Any = None
 if importlib.util.find_spec("math_verify"):
