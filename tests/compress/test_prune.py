@@ -239,7 +239,7 @@ def test_an_axis_that_is_not_understood_is_refused(load, monkeypatch):
     model, _ = load("smollm2")
     table = architecture.weights(model.config)
     row = table["layers"]["mlp"]["up"]["kernel"]
-    table["layers"]["mlp"]["up"]["kernel"] = row._replace(axes=("layers", "embed", "experts"))
+    table["layers"]["mlp"]["up"]["kernel"] = row._replace(axes=("layers", "embed", "planes"))
     monkeypatch.setattr(prune, "weights", lambda config: table)
-    with pytest.raises(ModelError, match="does not understand the axis 'experts'"):
+    with pytest.raises(ModelError, match="does not understand the axis 'planes'"):
         prune.keep_layers(model.config, model.params, [0])
