@@ -5,6 +5,7 @@
 #   make test TORCH=1                        with torch, for the parity tests against its models
 #   make test AOT=1                          with the compilers of GPUs and TPUs, no device needed
 #   make test ARGS="tests/losses -k jsd"     part of the suite
+#   make test JOBS=4                         with four processes at a time instead of two
 
 VENV ?= .venv
 PYTHONS ?= 3.13 3.12 3.11
@@ -12,6 +13,7 @@ PYTHON ?=
 TORCH ?=
 AOT ?=
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
@@ -62,8 +64,9 @@ aot: $(STAMP)
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm libtpu
 
+# Compiling takes one core: two processes, each with whole files so that they share what they made.
 test: $(STAMP) $(if $(AOT),aot)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Killed runs by the hundred, and other faults: about an hour on two quiet cores.
 soak: $(STAMP)
