@@ -107,10 +107,12 @@ def weights(config: DecoderConfig) -> dict:
     Kernels are [in, out]; those of the layers are stacked on a first dim "layers", those of routed
     experts on a second one, "experts".
     """
-    layer = {"attention": _attention(config), "mlp": _mlp(config)}
-    for name in ("attention", "mlp"):
+    layer = {}
+    # Random weights are numbered in this order: what a seed gives depends on it.
+    for name, inside in (("attention", _attention(config)), ("mlp", _mlp(config))):
         if config.pre_norm:
             layer[f"{name}_norm"] = _norm(config, config.embed, "embed")
+        layer[name] = inside
         if config.post_norm:
             layer[f"{name}_post_norm"] = _norm(config, config.embed, "embed")
     table = {
