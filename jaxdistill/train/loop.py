@@ -124,6 +124,8 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
+        if not parts.meter.overlaps:
+            jax.block_until_ready(means)  # nothing may run beside its collectives, see `agree.Vote`
         # Clocks and signals are one process's own: what to do about them is decided together.
         level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
         save, stopping = owed or level > 0 or saver.due(number), level == _STOP and not last

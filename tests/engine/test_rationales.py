@@ -151,7 +151,7 @@ def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
 
 
 def test_a_local_model_is_asked_through_the_engine(tmp_path, talker, monkeypatch):
-    monkeypatch.setattr(rationales, "load_any", lambda source, **_: talker)
+    monkeypatch.setattr(rationales, "load_any", lambda source, **_: teachers.fresh(talker))
     options = ["sampling.samples=3", "sampling.max_new_tokens=12", "limit=2", "forms=[sequence_kd]",
                "teacher.dtype=float32"]  # fmt: skip
     cut = "none of 6 samples can be used for sequence_kd (6 cut at the limit of tokens)"

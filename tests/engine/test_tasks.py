@@ -87,7 +87,7 @@ def test_zero_shot_asks_a_second_time(tmp_path, talker, monkeypatch):
 
 
 def test_a_real_model_through_the_command(tmp_path, talker, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "load_any", lambda source, **_: talker)
+    monkeypatch.setattr(tasks, "load_any", lambda source, **_: teachers.fresh(talker))
     command = ["eval", "absent", "--tasks", "arithmetic?count=3", "--self-consistency", "4",
                "--max-new-tokens", "6", "--json"]  # fmt: skip
     assert cli.main(command) == 0

@@ -1,10 +1,13 @@
 """A scripted teacher, a tiny model that speaks, and a server with scripted faults."""
 
+import dataclasses
 import http.server
 import json
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxdistill import models
@@ -28,6 +31,11 @@ def talker():
         initializer_range=0.3,
     )
     return models.random(config, 0, tokenizer=tokenizer)
+
+
+def fresh(model):
+    """The model once more, for who gives its parameters up."""
+    return dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
 
 
 class Script(http.server.BaseHTTPRequestHandler):
