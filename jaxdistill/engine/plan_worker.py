@@ -133,7 +133,7 @@ class Compiled(NamedTuple):
     total: int
 
 
-def compiled(compile: Callable[[], Any], folder: pathlib.Path) -> Compiled:
+def compiled(work: Callable[[], Any], folder: pathlib.Path) -> Compiled:
     """The program as soon as its buffers are laid out.
 
     What a compiler does afterwards is machine code, most of its work on a TPU and nothing that a
@@ -143,7 +143,7 @@ def compiled(compile: Callable[[], Any], folder: pathlib.Path) -> Compiled:
 
     def run() -> None:
         try:
-            compile()
+            work()
         except Exception as error:  # told by the thread that waits
             failed.append(error)
 
