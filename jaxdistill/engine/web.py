@@ -9,6 +9,7 @@ import json
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
@@ -219,6 +220,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _error(self, code: int, message: str) -> None:
         kind = "invalid_request_error" if code < 500 else "server_error"
         self._send(code, {"error": {"message": message, "type": kind, "code": code}})
+        if self.close_connection:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Reads on within bounds: who is cut off while it sends may never see the answer."""
+        left, until = 4 * MAX_BODY, time.monotonic() + 2
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            while left > 0 and time.monotonic() < until:
+                found = self.rfile.read1(min(left, 2**16))
+                if not found:
+                    return
+                left -= len(found)
 
     def _send(self, code: int, value: Any) -> None:
         data = json.dumps(value).encode()
