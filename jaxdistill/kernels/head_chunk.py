@@ -142,10 +142,13 @@ def _logits(
         logits = logits + bias.astype(jnp.float32)[None, :]
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    # Rounded before it is masked, so that a product may write what is kept and no float32.
+    logits = logits.astype(plan.logits_dtype)
     if vocabulary.padded:
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        logits = jnp.where(column < vocabulary.rows, logits, LOWEST)
-    return logits.astype(plan.logits_dtype)
+        impossible = max(LOWEST, float(jnp.finfo(logits.dtype).min))
+        logits = jnp.where(column < vocabulary.rows, logits, impossible)
+    return logits
 
 
 def _group(

@@ -93,8 +93,7 @@ def test_the_fused_head_loss_fits_a_quarter_of_the_materialised_one():
 
 def test_on_eight_gpus_no_head_and_no_logits_are_gathered():
     found = compiled("gpu:h100:8", "linear-mesh")
-    # 0.59 before the rows that pad a device's share of the vocabulary were masked: to be won back.
-    assert found["temporary_gib"] <= 0.85
+    assert found["temporary_gib"] <= 0.75
     gathered = [s for name, s in found["collectives"].items() if name.startswith("all-gather")]
     assert gathered, "tokens are brought together"
     assert all("128256" not in shape and "16032" not in shape for shape in gathered)
