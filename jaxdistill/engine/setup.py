@@ -14,19 +14,16 @@ from jax.sharding import Mesh
 from jaxdistill import objectives, optim, teachers
 from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import methods, pruning, states
-from jaxdistill.engine.references import load_any, spec_any
-from jaxdistill.errors import ConfigError, MismatchError, ModelError
+from jaxdistill.engine import methods, pruning, shapes, states
+from jaxdistill.engine.references import load_any
+from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.models import DecoderConfig, Model, attention, random
-from jaxdistill.models.byte_tokenizer import byte_tokenizer
-from jaxdistill.models.families import FAMILIES
-from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.models.vocabulary import check_rows, check_same
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
 from jaxdistill.train import step as steps
@@ -106,12 +103,12 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
       ModelError, MismatchError, ConfigError: before any weight is read, where that is possible.
     """
     network = config.security.allow_network
-    teacher, student = _shapes(config, network)
-    tokenizer = _named_tokenizer(config, {"teacher": teacher, "student": student})
-    vocab = _vocabulary(config, tokenizer)
-    teacher, student = _ended(teacher, tokenizer), _ended(student, tokenizer)
-    shapes = {"teacher": teacher, "student": student}
-    for name, shape in shapes.items():
+    teacher, student = shapes.of(config, network)
+    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher, "student": student})
+    vocab = shapes.vocabulary(config, tokenizer)
+    teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
+    named = {"teacher": teacher, "student": student}
+    for name, shape in named.items():
         if shape is None:
             continue
         own, arch = shape.tokenizer, shape.config
@@ -127,7 +124,7 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
             except MismatchError as error:
                 raise MismatchError(f"{name} ({shape.source}): {error}") from None
     states.check(config, student.config, mesh)
-    check_tensor(mesh, {name: shape.config for name, shape in shapes.items() if shape})
+    check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
     if config.teacher and config.teacher.quantize:
         quantize.check_backend(config.teacher.quantize)
     for section, shape in ((config.teacher, teacher), (config.student, student)):
@@ -142,139 +139,6 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     return Models(teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab)
 
 
-def _vocabulary(config: Config, tokenizer: Any) -> int:
-    """How many rows of the heads are tokens."""
-    known, rows = vocabulary_size(tokenizer), config.tokenizer.rows
-    if rows is not None and rows < known:
-        raise ConfigError(
-            f"tokenizer.rows = {rows}: the tokenizer has {known} tokens: use at least that, or "
-            "leave it out"
-        )
-    return rows or known
-
-
-def _shapes(config: Config, network: bool) -> tuple[Model | None, Model]:
-    """Configurations and tokenizers of teacher and student, without weights."""
-    teacher, source, student = None, config.teacher, config.student
-    if source is not None:
-        teacher = (
-            _random_shape(source.random, None, config, network, "teacher.random")
-            if source.random
-            else _spec(_source(source), network)
-        )
-    if student.from_ == "teacher":
-        assert teacher is not None, "the configuration has a teacher to cut the student out of"
-        if student.prune:
-            small = pruning.target_of(student.prune).shape(teacher.config)
-            return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
-        layers = _kept_layers(config, teacher.config.layers)
-        small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
-        return teacher, Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
-    if student.random:
-        return teacher, _random_shape(student.random, teacher, config, network, "student.random")
-    return teacher, _spec(_source(student), network)
-
-
-def _source(model: Teacher | Student) -> str:
-    """Where a model is loaded from that is neither random nor cut out of another."""
-    assert model.source is not None, "the configuration gives every model one origin"
-    return model.source
-
-
-def _spec(source: str, network: bool) -> Model:
-    config, tokenizer = spec_any(source, allow_network=network)
-    return Model(config, None, tokenizer, source)
-
-
-def _kept_layers(config: Config, count: int) -> list[int]:
-    student = config.student
-    if student.layers is not None:
-        return prune.check_layers(count, student.layers)
-    return list(range(0, count, student.every or 1))
-
-
-def _random_shape(
-    shape: RandomModel, teacher: Model | None, config: Config, network: bool, key: str
-) -> Model:
-    """The configuration of a random model: numbers given, the rest from the model it is like."""
-    like = None
-    if shape.like == "teacher":
-        like = teacher
-    elif shape.like is not None:
-        like = _spec(shape.like, network)
-    numbers = {
-        name: getattr(shape, name)
-        for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
-        if getattr(shape, name) is not None
-    }
-    for name in ("tied_head", "initializer_range"):
-        if getattr(shape, name) is not None:
-            numbers[name] = getattr(shape, name)
-    if like is not None:
-        base = like.config
-        if "heads" in numbers and "kv_heads" not in numbers:
-            numbers["kv_heads"] = numbers["heads"] // max(1, base.heads // base.kv_heads)
-        if {"heads", "embed"} & numbers.keys() and "head_dim" not in numbers:
-            heads, embed = numbers.get("heads", base.heads), numbers.get("embed", base.embed)
-            numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
-        arch = dataclasses.replace(base, **numbers)
-        if arch.layers != base.layers:
-            arch = dataclasses.replace(arch, windows=_repeated_windows(base, arch.layers, key))
-        return Model(arch, None, like.tokenizer, f"random, like {like.source}")
-    numbers.setdefault("kv_heads", numbers["heads"])
-    numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
-    numbers.setdefault("tied_head", True)
-    numbers.setdefault("max_positions", max(2048, config.data.seq_len))
-    if "vocab_size" not in numbers:
-        numbers["vocab_size"] = _vocabulary(config, _named_tokenizer(config, {}))
-    family = FAMILIES[shape.family or "llama"]
-    given: dict[str, Any] = {**family.features, **numbers}
-    arch = DecoderConfig(shape.family or "llama", **given)
-    return Model(arch, None, None, "random")
-
-
-def _ended(shape: Any, tokenizer: Any) -> Any:
-    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
-    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
-        return shape
-    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
-
-
-def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
-    """The windows of the model it is like, cut or repeated by their shortest pattern."""
-    if base.windows is None or not any(base.windows[:layers]):
-        return None
-    if layers <= base.layers:
-        return base.windows[:layers]
-    old = base.windows
-    for size in range(1, base.layers // 2 + 1):
-        if all(window == old[layer % size] for layer, window in enumerate(old)):
-            return tuple(old[layer % size] for layer in range(layers))
-    raise ConfigError(
-        f"{key}.layers: the windows of the model it is like follow no pattern that would carry "
-        f"over to {layers} layers: take at most its {base.layers}"
-    )
-
-
-def _named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
-    """The tokenizer that `tokenizer.from` names."""
-    name = config.tokenizer.from_
-    if name == "bytes":
-        return byte_tokenizer()
-    if name in ("teacher", "student"):
-        model = shapes.get(name)
-        tokenizer = model.tokenizer if model else None
-    else:
-        tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
-    if tokenizer is None:
-        raise ModelError(
-            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, "
-            "or use bytes"
-        )
-    return tokenizer
-
-
 def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
     if shape is None or config.teacher is None:
         return None
@@ -283,7 +147,7 @@ def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | No
         model = random(shape.config, config.seed + 1, dtype, mesh)
     else:
         model = load_any(
-            _source(source),
+            shapes.source(source),
             dtype=dtype,
             mesh=mesh,
             tokenizer=False,
@@ -303,13 +167,13 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
             found = importance.load(student.prune.importance)
             made, _ = pruning.cut(teacher, pruning.target_of(student.prune), found, dtype)
             return dataclasses.replace(made, tokenizer=shape.tokenizer)
-        layers = _kept_layers(config, teacher.config.layers)
+        layers = shapes.kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
         return Model(arch, params, shape.tokenizer, shape.source)
     if student.random:
         return random(shape.config, config.seed, dtype, mesh)
     return load_any(
-        _source(student),
+        shapes.source(student),
         dtype=dtype,
         mesh=mesh,
         tokenizer=False,
