@@ -36,13 +36,7 @@ def measure(
       prefill_ms_p50 and _p95: from prompt to first token; decode_ms_p50 and _p95: per further
       token, each repeat a mean over its tokens; decode_tokens_per_second: of all rows together.
     """
-    endless = dataclasses.replace(model.config, eos_ids=())
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, model.config.vocab_size, (batch_size, prompt_tokens)).tolist()
-
-    def run(count: int) -> Callable[[], Any]:
-        return lambda: generate_tokens(endless, model.params, prompts, max_new_tokens=count)
-
+    run = _generating(model, prompt_tokens, batch_size)
     first = timed(run(1), repeats)
     whole = timed(run(1 + new_tokens), repeats)
     steps = np.maximum(whole - np.median(first), 1e-9) / new_tokens
@@ -53,6 +47,29 @@ def measure(
         "decode_ms_p95": 1e3 * float(np.quantile(steps, 0.95)),
         "decode_tokens_per_second": batch_size / float(np.quantile(steps, 0.5)),
     }
+
+
+def fastest_token(
+    model: Model, *, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 7
+) -> float | None:
+    """Seconds of one further token of one row, of the fastest runs: other work disturbs them least.
+
+    None where it cannot be told from how much the runs without further tokens differ.
+    """
+    run = _generating(model, prompt_tokens, 1)
+    first = timed(run(1), repeats)
+    further = timed(run(1 + new_tokens), repeats).min() - first.min()
+    return None if further < 2 * (np.median(first) - first.min()) else float(further) / new_tokens
+
+
+def _generating(model: Model, length: int, rows: int) -> Callable[[int], Callable[[], Any]]:
+    """count -> a call that makes so many tokens after prompts of this shape."""
+    endless = dataclasses.replace(model.config, eos_ids=())
+    drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
+    prompts = drawn.tolist()
+    return lambda count: (
+        lambda: generate_tokens(endless, model.params, prompts, max_new_tokens=count)
+    )
 
 
 def timed(run: Callable[[], Any], repeats: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from jaxdistill import cli, engine, models
 from jaxdistill.compress import importance
 from jaxdistill.config import preflight
 from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.measure import speed
 
 CALIBRATION = ["--rows", "8", "--seq-len", "32", "--batch-size", "8"]
 
@@ -51,12 +52,19 @@ def test_a_budget_that_is_met_says_so(finished, scores, tmp_path, capsys):
     assert note["parameters"][1] <= 0.8 * note["parameters"][0]
 
 
-def test_a_latency_is_measured_here(finished, scores, tmp_path, capsys):
-    words = ["prune", str(finished.run_dir), "-o", str(tmp_path / "s"), "--importance", str(scores)]
-    assert cli.main([*words, "--latency", "1s", "--axes", "layers", "--json"]) == 0
+def test_a_latency_is_measured_here(finished, scores, tmp_path, capsys, monkeypatch):
+    took = lambda model: model.config.mlp * 1e-6  # 48 us for the model
+    monkeypatch.setattr(speed, "fastest_token", took)
+    words = ["prune", str(finished.run_dir), "--importance", str(scores), "--axes", "mlp"]
+    assert cli.main([*words, "-o", str(tmp_path / "s"), "--latency", "47us"]) == 2
+    assert "the smallest such model takes 0.048 ms here" in capsys.readouterr().err
+    assert cli.main([*words, "-o", str(tmp_path / "s"), "--latency", "1ms", "--json"]) == 0
     note = json.loads(capsys.readouterr().out)
+    assert note["decode_us"] == pytest.approx({"before": 48, "budget": 1000, "after": 48})
     assert note["parameters"][0] == note["parameters"][1]  # fast enough: everything stays
-    assert 0 < note["decode_us"]["after"] == note["decode_us"]["before"] < 1e6
+    monkeypatch.setattr(speed, "fastest_token", lambda model: None)
+    assert cli.main([*words, "-o", str(tmp_path / "t"), "--latency", "1ms"]) == 2
+    assert "a token cannot be timed here" in capsys.readouterr().err
 
 
 def test_scores_are_measured_on_the_way(finished, data, tmp_path):
@@ -74,7 +82,6 @@ def test_bad_input_is_told_before_anything_is_measured(finished, data, tmp_path,
         (["--mlp", "4000"], 2, "the model has 48"),
         (["--mlp", "8", "--parameters", "50%"], 2, "given: mlp, parameters"),
         (["--mlp", "8", "--latency", "50%"], 2, "prune.latency: is a budget of its own"),
-        (["--latency", "1us", "--axes", "mlp"], 2, "cannot be met by shrinking mlp"),
         (["--mlp", "8"], 2, "give an importance file, or text"),
         (["--mlp", "8", "--data", text, "--rows", "100000", "--seq-len", "32"], 3, "100000 are"),
         (["--mlp", "8", "--importance", text], 2, "is damaged or no importance file"),
