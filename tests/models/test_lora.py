@@ -59,7 +59,7 @@ def test_beside_is_the_same_as_merged_by_hand(name):
     for block, target in (("attention", "value"), ("mlp", "up")):
         pair = jax.tree.map(np.asarray, trained["layers"][block][target]["kernel"])
         by_hand["layers"][block][target]["kernel"] += 5.0 / 3 * pair["down"] @ pair["up"]
-    expected = _logits(model.config, by_hand, tokens)
+    expected = _logits(model.config, jax.tree.map(jnp.asarray, by_hand), tokens)
     assert oracle.distance(found, expected) <= 1e-5
     assert oracle.distance(expected, _logits(model.config, model.params, tokens)) > 1e-2
     merged = lora.merge(model.params, trained, adapters)
