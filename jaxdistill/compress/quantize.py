@@ -7,6 +7,8 @@ kernels carry them: see `models.quantized`. Embedding, head, norms and biases st
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +17,15 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
-from jaxdistill.models.quantized import SCHEMES, AwareKernel, Scheme, is_kernel, quantize
+from jaxdistill.models.quantized import (
+    SCHEMES,
+    AwareKernel,
+    QuantizedKernel,
+    Scheme,
+    is_kernel,
+    quantize,
+    scale_place,
+)
 
 
 def scheme_of(name: str) -> Scheme:
@@ -47,13 +57,33 @@ def quantized(model: Model, name: str, dtype: DTypeLike | None = None) -> Model:
             f"quantisation: {model.source} is quantised already: use the model it was"
         )
     check_backend(name)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract(model.params, scheme, dtype))
+    make = jax.jit(functools.partial(_turned, scheme=scheme, dtype=dtype), out_shardings=places)
+    return dataclasses.replace(model, params=make(model.params), source=f"{name} of {model.source}")
 
+
+def abstract(params: Any, scheme: Scheme, dtype: DTypeLike | None = None) -> Any:
+    """The shapes and places of quantised parameters, from those of the same in floating point."""
+    shape: Callable[[Any, Any], Any] = lambda one, place: jax.ShapeDtypeStruct(
+        one.shape, one.dtype, sharding=place
+    )
+
+    def placed(leaf, made):
+        if not is_kernel(made):
+            return shape(made, leaf.sharding)
+        scale = shape(made.scale, scale_place(leaf.sharding, made.scale.shape))
+        return QuantizedKernel(shape(made.values, leaf.sharding), scale, made.scheme)
+
+    made = jax.eval_shape(functools.partial(_turned, scheme=scheme, dtype=dtype), params)
+    return jax.tree.map(placed, params, made)
+
+
+def _turned(params: Any, scheme: Scheme, dtype: DTypeLike | None) -> Any:
     def turn(path, leaf):
         leaf = leaf if dtype is None else leaf.astype(dtype)
         return quantize(leaf, scheme) if _is_projection(path) else leaf
 
-    make = jax.jit(lambda params: jax.tree_util.tree_map_with_path(turn, params))
-    return dataclasses.replace(model, params=make(model.params), source=f"{name} of {model.source}")
+    return jax.tree_util.tree_map_with_path(turn, params)
 
 
 def aware(params: Any, name: str) -> Any:

@@ -180,9 +180,10 @@ def _dumped(folder: pathlib.Path) -> Compiled | None:
 
 
 def _counts(models: Models, state: Any) -> dict[str, int]:
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    trainable, frozen = count(state.params), count(state.frozen)
     teacher = count_parameters(models.teacher.config) if models.teacher else 0
-    return {"total": trainable + teacher, "trainable": trainable, "teacher": teacher}
+    return {"total": trainable + frozen + teacher, "trainable": trainable, "teacher": teacher}
 
 
 def _memory(program: Compiled, held: dict[str, int], target: Target) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jaxdistill import models
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, Model, decoder, lora
-from jaxdistill.models.huggingface import folder_config, folder_tokenizer
+from jaxdistill.models.huggingface import folder_config, folder_scheme, folder_tokenizer
 from jaxdistill.models.lora import Lora
+from jaxdistill.models.quantized import Scheme
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
 
@@ -132,6 +133,18 @@ def spec_any(source: str, *, allow_network: bool, tokenizer_only: bool = False) 
         return _run_config(run), folder_tokenizer(folder)
     config, tokenizer = models.spec(source, allow_network=allow_network)
     return tokenizer if tokenizer_only else (config, tokenizer)
+
+
+def scheme_any(source: str, *, allow_network: bool) -> Scheme | None:
+    """How the kernels of a model's files are quantised; None where they are not.
+
+    Raises:
+      ModelError: if there is nothing there.
+    """
+    if as_run(source) is not None:
+        return None
+    place = models.resolve(source, weights=False, allow_network=allow_network)
+    return folder_scheme(place) if place.is_dir() else None
 
 
 def _run_config(run: RunReference) -> DecoderConfig:

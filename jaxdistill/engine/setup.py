@@ -270,7 +270,10 @@ def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Me
     """The shapes and places of the teacher's parameters, None where the method has no teacher."""
     if models.teacher is None or not method.objective.needs_teacher:
         return None
-    return abstract_params(models.teacher.config, teacher_dtype(config), mesh)
+    assert config.teacher is not None, "it was loaded from there"
+    params = abstract_params(models.teacher.config, teacher_dtype(config), mesh)
+    scheme = shapes.teacher_scheme(config.teacher, config.security.allow_network)
+    return params if scheme is None else quantize.abstract(params, scheme)
 
 
 def compile_step(

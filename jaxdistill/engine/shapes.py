@@ -8,11 +8,12 @@ from jaxdistill.compress import prune
 from jaxdistill.config import Config
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.engine import pruning
-from jaxdistill.engine.references import spec_any
+from jaxdistill.engine.references import scheme_any, spec_any
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, Model
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.families import FAMILIES
+from jaxdistill.models.quantized import SCHEMES, Scheme
 from jaxdistill.models.vocabulary import vocabulary_size
 
 
@@ -91,6 +92,23 @@ def source(model: Teacher | Student) -> str:
     """Where a model is loaded from that is neither random nor cut out of another."""
     assert model.source is not None, "the configuration gives every model one origin"
     return model.source
+
+
+def teacher_scheme(teacher: Teacher, network: bool) -> Scheme | None:
+    """How the teacher's kernels are held in whole numbers, by `quantize` or in its own files.
+
+    Raises:
+      ConfigError: where both would round them.
+    """
+    own = None if teacher.random else scheme_any(source(teacher), allow_network=network)
+    if teacher.quantize is None:
+        return own
+    if own is not None:
+        raise ConfigError(
+            f"teacher.quantize = {teacher.quantize}: {teacher.source} is quantised already: leave "
+            "it out, or name the model it was"
+        )
+    return SCHEMES[teacher.quantize]
 
 
 def kept_layers(config: Config, count: int) -> list[int]:

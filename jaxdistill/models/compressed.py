@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
@@ -21,7 +21,7 @@ from jaxdistill.models import shards
 from jaxdistill.models.architecture import DecoderConfig, nest
 from jaxdistill.models.assemble import placement, weight
 from jaxdistill.models.families import tensor_rows
-from jaxdistill.models.quantized import QuantizedKernel, Scheme
+from jaxdistill.models.quantized import QuantizedKernel, Scheme, scale_place
 
 METHOD = "compressed-tensors"
 
@@ -170,7 +170,7 @@ def load_params(
 ) -> dict:
     """The parameters of a quantised folder, kernels as `QuantizedKernel`.
 
-    Every device's slices are read by themselves, as `assemble` does; scales are on every device.
+    Every device's slices are read by themselves, as `assemble` does; scales lie beside them.
 
     Raises:
       ModelError: where a tensor is missing or has another shape.
@@ -216,13 +216,10 @@ def _kernel(
         blocks = [_values(files, bases[layer], scheme, rows, columns) for layer in layers]
         return np.stack(blocks).astype(kind)
 
-    around = place
-    if isinstance(place, NamedSharding):
-        around = NamedSharding(place.mesh, PartitionSpec())
     scale = np.stack(scales)
     return QuantizedKernel(
         jax.make_array_from_callback(shape, place, read),
-        jax.device_put(scale.astype(dtype or scale.dtype), around),
+        jax.device_put(scale.astype(dtype or scale.dtype), scale_place(place, scale.shape)),
         scheme,
     )
 

@@ -5,6 +5,7 @@ itself how a vector is multiplied by it; the decoder asks nothing else of it.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
@@ -133,6 +135,25 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
         tiled_axes={kernel.ndim - 2: scheme.group} if scheme.group else {},
     )
     return QuantizedKernel(found.qvalue, found.scale, scheme)
+
+
+def scale_place(place: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Where the scales [..., groups, out] of a kernel lie: beside its numbers.
+
+    Groups are spread as the kernel's inputs are, where they divide; else every device has all.
+
+    Args:
+      place: of the kernel [..., in, out].
+      shape: of the scales.
+    """
+    if place.is_fully_replicated:
+        return place
+    assert isinstance(place, NamedSharding), place
+    axes = [*place.spec, *(None,) * (len(shape) - len(place.spec))]
+    names = () if axes[-2] is None else (axes[-2],) if isinstance(axes[-2], str) else axes[-2]
+    if shape[-2] % math.prod(place.mesh.shape[name] for name in names):
+        axes[-2] = None
+    return NamedSharding(place.mesh, PartitionSpec(*axes))
 
 
 def is_kernel(leaf: Any) -> bool:

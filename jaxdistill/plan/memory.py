@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.hlo.live import Buffer
@@ -35,13 +36,18 @@ def argument_bytes(state: Any, teacher_params: Any, batch: Any, compute_dtype: A
         "batch": batch,
         "counters": (state.step, state.key, state.skipped),
     }
+    if state.frozen is not None:
+        parts["frozen weights"] = state.frozen
     for name, tree in parts.items():
         held[name] += sum(map(_local_bytes, jax.tree.leaves(tree)))
     return dict(held)
 
 
 def _local_bytes(leaf: Any) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    """Bytes of one device's part; XLA lays two numbers of 4 bits into one."""
+    whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+    bits = jnp.iinfo(leaf.dtype).bits if whole else 8 * leaf.dtype.itemsize
+    return -(-math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8)
 
 
 def kind_of(path: str) -> str:

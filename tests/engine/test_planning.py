@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import config, engine, hlo, targets
+from jaxdistill import config, engine, hlo, models, targets
 from jaxdistill.engine import planning, setup, states
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.plan import describe
@@ -18,11 +18,14 @@ STUDENT = {"layers": 2, "embed": 32, "mlp": 64, "heads": 4, "kv_heads": 4, "head
 VOCAB, ROWS, LENGTH = 2048, 8, 32
 
 
+def written(shape):
+    return str(shape | {"vocab_size": VOCAB}).replace("'", "")
+
+
 def text(**changed):
-    shape = lambda numbers: str(numbers | {"vocab_size": VOCAB}).replace("'", "")
     fields = {
-        "teacher": f"{{random: {shape(TEACHER)}, dtype: float32}}",
-        "student": f"{{random: {shape(STUDENT)}, compute_dtype: float32}}",
+        "teacher": f"{{random: {written(TEACHER)}, dtype: float32}}",
+        "student": f"{{random: {written(STUDENT)}, compute_dtype: float32}}",
         "mesh": "{fsdp: -1}",
     } | changed
     return f"""
@@ -49,6 +52,16 @@ def compiled(loaded, mesh):
     return setup.compile_step(loaded, method, state, teacher, mesh, monitor)
 
 
+def held(loaded, mesh):
+    """The step as `train` compiles it for the arrays that it has made, and these."""
+    models = setup.models_of(loaded, mesh)
+    method = setup.method_of(loaded, models)
+    state = states.create(loaded, models.student, method.objective, method.tx, mesh)
+    teacher = setup.teacher_params_of(models, method)
+    monitor = recorded(loaded.train.log_every, loaded.train.steps)
+    return setup.compile_step(loaded, method, state, teacher, mesh, monitor), state, teacher
+
+
 def mesh_of(loaded, count=8):
     if jax.device_count() < count:
         pytest.skip(f"needs {count} devices, XLA shows {jax.device_count()}")
@@ -60,38 +73,90 @@ def planned():
     return engine.plan(config.loads(text()), "cpu:8")
 
 
-def test_planned_memory_is_that_of_the_compiled_step(planned):
-    loaded = config.loads(text())
-    stats = compiled(loaded, mesh_of(loaded)).memory_analysis()
+def assert_memory(found, stats):
+    """What is planned is what the compiler says of the step that a run compiles."""
     real = (
         stats.argument_size_in_bytes
         + stats.temp_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
     )
-    assert planned["memory"]["total"] == pytest.approx(real, rel=0.1)
-    held, made = planned["memory"]["arguments"], planned["memory"]["at_peak"]
-    assert sum(held.values()) == stats.argument_size_in_bytes
-    assert sum(made.values()) == pytest.approx(stats.temp_size_in_bytes, rel=0.1)
+    assert found["total"] == pytest.approx(real, rel=0.1)
+    assert sum(found["arguments"].values()) == stats.argument_size_in_bytes
+    assert sum(found["at_peak"].values()) == pytest.approx(stats.temp_size_in_bytes, rel=0.1)
+
+
+def test_planned_memory_is_that_of_the_compiled_step(planned):
+    loaded = config.loads(text())
+    assert_memory(planned["memory"], compiled(loaded, mesh_of(loaded)).memory_analysis())
 
 
 def test_planned_arguments_are_the_arrays_of_a_run(planned):
     loaded = config.loads(text())
     _, state, teacher = setup.build(loaded, mesh_of(loaded))
-    first = jax.devices()[0]
-    here = lambda tree: sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(tree)
-        for shard in leaf.addressable_shards
-        if shard.device == first
-    )
-    held = planned["memory"]["arguments"]
-    assert held["parameters"] == here(state.params)
-    assert held["optimizer"] == here(state.opt_state)
-    assert held["teacher"] == here(teacher)
+    arguments = planned["memory"]["arguments"]
+    assert arguments["parameters"] == on_first(state.params)
+    assert arguments["optimizer"] == on_first(state.opt_state)
+    assert arguments["teacher"] == on_first(teacher)
     assert planned["parameters"]["trainable"] == sum(
         leaf.size for leaf in jax.tree.leaves(state.params)
     )
+
+
+SMALLER = TEACHER | {"mlp": 128}  # int4 has groups of 64 inputs
+
+
+def on_first(tree):
+    """Bytes of a tree's arrays that the first device holds."""
+    return sum(
+        shard.data.on_device_size_in_bytes()
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == jax.devices()[0]
+    )
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8_dynamic"])
+def test_a_teacher_in_whole_numbers_is_planned_as_a_run_holds_it(scheme):
+    pytest.importorskip("qwix", reason="needs qwix")
+    teacher = f"{{random: {written(SMALLER)}, dtype: float32, quantize: {scheme}}}"
+    loaded = config.loads(text(teacher=teacher, mesh="{data: 2, fsdp: 2, tensor: 2}"))
+    step, _, params = held(loaded, mesh_of(loaded))
+    found = engine.plan(loaded, "cpu:8")["memory"]
+    assert_memory(found, step.memory_analysis())
+    assert found["arguments"]["teacher"] == on_first(params)
+    floats = 4 * weights(SMALLER, copies=1) / 4  # fsdp and tensor
+    assert found["arguments"]["teacher"] < 0.75 * floats
+
+
+def test_a_folder_in_whole_numbers_is_planned_as_a_run_holds_it(tmp_path):
+    pytest.importorskip("qwix", reason="needs qwix")
+    from jaxdistill.compress import quantize
+
+    shape = models.DecoderConfig("llama", vocab_size=VOCAB, **SMALLER)
+    rounded = quantize.quantized(models.random(shape, dtype="float32"), "int4")
+    folder = models.save(rounded, tmp_path / "int4")
+    loaded = config.loads(text(teacher=f"{{source: {folder}, dtype: float32}}"))
+    step, _, params = held(loaded, mesh_of(loaded))
+    found = engine.plan(loaded, "cpu:8")["memory"]
+    assert_memory(found, step.memory_analysis())
+    assert found["arguments"]["teacher"] == on_first(params)
+    loaded = config.loads(text(teacher=f"{{source: {folder}, quantize: int8}}"))
+    with pytest.raises(ConfigError, match="is quantised already: leave it out"):
+        engine.plan(loaded, "cpu:8")
+
+
+def test_weights_beside_adapters_are_planned_as_a_run_holds_them():
+    student = f"{{random: {written(STUDENT)}, lora: {{rank: 2}}, compute_dtype: float32}}"
+    loaded = config.loads(text(student=student))
+    step, state, _ = held(loaded, mesh_of(loaded))
+    found = engine.plan(loaded, "cpu:8")
+    assert_memory(found["memory"], step.memory_analysis())
+    arguments = found["memory"]["arguments"]
+    assert arguments["frozen weights"] == on_first(state.frozen)
+    assert arguments["parameters"] == on_first(state.params)
+    both = weights(TEACHER, copies=1) + weights(STUDENT, copies=1)
+    assert found["parameters"]["total"] == both + found["parameters"]["trainable"]
 
 
 def kernels(shape):
@@ -120,9 +185,10 @@ def test_flops_are_the_closed_form(planned):
     assert planned["unknown_loops"] == []
 
 
-def weights(shape):
+def weights(shape, copies=2):
+    """Numbers of a model; 2 copies: embedding and head."""
     norms = shape["embed"] * (2 * shape["layers"] + 1)
-    return kernels(shape) + 2 * VOCAB * shape["embed"] + norms  # embedding and head
+    return kernels(shape) + copies * VOCAB * shape["embed"] + norms
 
 
 MESHES = ("{fsdp: 8}", "{data: 2, fsdp: 2, tensor: 2}", "{data: 2, fsdp: 1, tensor: 4}")
@@ -186,7 +252,7 @@ def test_a_mesh_that_is_not_the_targets():
         engine.plan(config.loads(text(mesh="{fsdp: 8}")), "cpu:4")
 
 
-def test_a_model_that_is_not_here():
+def test_a_model_that_is_not_on_first():
     loaded = config.loads(text(teacher="{source: hf:nobody/nothing}"))
     with pytest.raises(ModelError, match="nobody/nothing: no folder of that name here, and"):
         engine.plan(loaded, "cpu:1")
