@@ -226,7 +226,7 @@ def _line(rng: random.Random, base: Any) -> bytes:
 def fuzz_files(rng: random.Random, cases: int, counts: Counts) -> None:
     """Damaged safetensors, config.json, tokenizers and GGUF: read alike, or refused."""
     from jaxdistill import models
-    from jaxdistill.models import huggingface
+    from jaxdistill.models import tokenizer_files
 
     with tempfile.TemporaryDirectory() as place:
         folder = hostile.folder(pathlib.Path(place) / "model")
@@ -249,7 +249,7 @@ def fuzz_files(rng: random.Random, cases: int, counts: Counts) -> None:
             else:
                 data = json.dumps(damaged_tree(rng, json.loads(sound[name]))).encode()
             (folder / name).write_bytes(data)
-            read = huggingface.folder_tokenizer if "tokenizer" in name else _read_folder
+            read = tokenizer_files.folder_tokenizer if "tokenizer" in name else _read_folder
             found = counts.case(name, number, lambda read=read: read(folder))
             if isinstance(found, UserError):
                 counts["files/message without a name"] += place not in str(found)

@@ -43,21 +43,16 @@ def check_folder(folder: pathlib.Path) -> None:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not a model's file")
 
 
-def check_tokenizer_config(folder: pathlib.Path) -> None:
-    """Refuses settings with which a tokenizer would read files elsewhere, or run the folder's code.
+def tokenizer_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, {} without one; no file elsewhere is named in it.
 
     Raises:
       ModelError: naming the field.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():
-        return
+        return {}
     settings = read_json(path)
-    if settings.get("auto_map"):
-        raise ModelError(
-            f"{path}: auto_map: asks for Python code of the folder's own, which is never run: "
-            "remove the field if tokenizer.json is enough without it"
-        )
     if settings.get("init_inputs"):
         raise ModelError(f"{path}: init_inputs: is not supported: remove the field")
     for field in _FILE_FIELDS:
@@ -67,6 +62,7 @@ def check_tokenizer_config(folder: pathlib.Path) -> None:
                 f"{path}: {field}: {name[:80]!r} must be the plain name of a file inside the "
                 "folder: remove the field"
             )
+    return settings
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

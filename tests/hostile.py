@@ -45,6 +45,12 @@ def code(canary: pathlib.Path) -> str:
     return f"open({str(canary)!r}, 'w').close()\n"
 
 
+def auto_map(module: str) -> dict:
+    """Every class that transformers may be asked to take from a module of the folder."""
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")
+    return {name: f"{module}.Evil" for name in names} | {"AutoTokenizer": [None, f"{module}.Evil"]}
+
+
 def folder(path: pathlib.Path, **changes) -> pathlib.Path:
     """A sound folder of a model with one layer; `changes` replace fields of its config.json."""
     import numpy as np
@@ -173,7 +179,8 @@ CONFIGS: dict[str, object] = {
     "deep objects": '{"a":' * 100_000,
     "no UTF-8": b"\xff\xfe{}".decode("latin-1"),
     "no object": "[]",
-    "code of its own": CONFIG | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+    "code of its own": CONFIG
+    | {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "evil.Model"}},
     "rope table of lists": CONFIG | {"rope_scaling": {"rope_type": ["yarn"]}},
     "rope divides by zero": CONFIG
     | {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}},

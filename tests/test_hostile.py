@@ -9,12 +9,14 @@ import resource
 import socket
 import time
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from jaxdistill import models
 from jaxdistill.errors import ModelError
-from jaxdistill.models import huggingface, shards
+from jaxdistill.models import shards
+from jaxdistill.models.tokenizer_files import folder_tokenizer
 from tests import hostile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -85,7 +87,7 @@ def test_index_entries_that_leave_the_folder(tmp_path, file):
 def test_tokenizer_json(tmp_path, name):
     folder = hostile.folder(tmp_path / "model")
     hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZERS[name])
-    refused(huggingface.folder_tokenizer, folder, words="tokenizer cannot be loaded")
+    refused(folder_tokenizer, folder, words="tokenizer cannot be loaded")
 
 
 @pytest.mark.parametrize(
@@ -127,23 +129,74 @@ def test_oversized_files_are_not_read(tmp_path):
         refused(models.load, folder, words="larger than 100000000 bytes")
 
 
-def test_code_of_a_folder_is_never_run(tmp_path, canary):
-    names = ["modeling_evil.py", "tokenization_evil.py", "configuration_evil.py", "__init__.py"]
+@pytest.fixture
+def coded(tmp_path, canary, monkeypatch):
+    """A folder full of code, and nobody who would answer a question."""
+
+    def asked(prompt=""):
+        raise AssertionError(f"asked on stdin: {prompt}")
+
+    monkeypatch.setattr("builtins.input", asked)
     folder = hostile.folder(tmp_path / "model")
+    names = ["evil.py", "modeling_llama.py", "configuration_llama.py", "__init__.py"]
     for name in [*names, "conftest.py", "setup.py"]:
         (folder / name).write_text(hostile.code(canary))
-    models.load(folder)
-    maps = {"AutoTokenizer": ["tokenization_evil.Evil", None], "AutoConfig": "modeling_evil.Evil"}
-    settings = {"auto_map": maps, "tokenizer_class": "Evil"}
-    hostile.write_json(folder / "tokenizer_config.json", settings)
-    refused(models.load, folder, words="auto_map: asks for Python code")
-    hostile.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Evil"})
-    hostile.write_json(folder / "config.json", hostile.CONFIG | {"auto_map": maps})
-    refused(models.load, folder, words="auto_map: asks for Python code")
-    try:
-        huggingface.folder_tokenizer(folder)
-    except ModelError as error:
-        assert "custom code is never run" in str(error)
+    return folder
+
+
+def test_code_of_a_folder_is_not_run_by_itself(coded):
+    assert models.load(coded).config.layers == 1
+
+
+def test_code_that_a_supported_model_asks_for_is_not_run(coded, tmp_path):
+    config = hostile.CONFIG | {"auto_map": hostile.auto_map("evil")}
+    words = {"auto_map": hostile.auto_map("evil"), "tokenizer_class": "PreTrainedTokenizerFast"}
+    hostile.write_json(coded / "config.json", config)
+    hostile.write_json(coded / "tokenizer_config.json", words)
+    model = models.load(coded)
+    assert model.config.family == "llama" and model.logits(np.array([[0, 1]])).shape == (1, 2, 16)
+    assert type(model.tokenizer).__module__.startswith("transformers.")
+    assert model.tokenizer("a")["input_ids"] == [1]
+    assert model.tokenizer.name_or_path == str(coded)
+    written = models.save(model, tmp_path / "written")
+    assert not list(written.glob("*.py"))
+    for file in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((written / file).read_text())
+
+
+def test_code_that_another_model_needs_is_not_run(coded):
+    config = hostile.CONFIG | {"model_type": "evil", "auto_map": hostile.auto_map("evil")}
+    hostile.write_json(coded / "config.json", config)
+    words = r"model_type: \"evil\" is not supported \(auto_map: it needs Python code"
+    refused(models.load, coded, words=words)
+    refused(models.spec, coded, words=words)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokenizer_class": "Evil"},
+        {},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "without": "tokenizer.json"},
+    ],
+)
+def test_code_that_a_tokenizer_needs_is_not_run(coded, settings):
+    (coded / settings.pop("without", "generation_config.json")).unlink(missing_ok=True)
+    settings["auto_map"] = hostile.auto_map("evil")
+    hostile.write_json(coded / "tokenizer_config.json", settings)
+    refused(models.load, coded, words="auto_map: asks for Python code")
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "AutoProcessor", "AutoModelForCausalLM", 3])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_tokenizer_class_is_no_door_to_another_reader(coded, file, name):
+    """transformers would take any attribute of its own, and some of them ask to run code."""
+    config = hostile.CONFIG | {"auto_map": hostile.auto_map("evil")}
+    contents = {"config.json": config, "tokenizer_config.json": {}}
+    contents[file]["tokenizer_class"] = name
+    for where, content in contents.items():
+        hostile.write_json(coded / where, content)
+    refused(models.load, coded, words="is no tokenizer of transformers'")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +220,6 @@ def test_pickles_are_never_read(tmp_path, canary, name):
 
 
 def test_importance_and_data_are_no_pickles(tmp_path, canary):
-    import numpy as np
-
     from jaxdistill.compress import importance
     from jaxdistill.data import store
     from jaxdistill.errors import UserError
@@ -184,8 +235,6 @@ def test_importance_and_data_are_no_pickles(tmp_path, canary):
 
 
 def test_a_tensor_of_another_size_than_the_configuration_is_refused(tmp_path):
-    import numpy as np
-
     folder = hostile.folder(tmp_path / "model")
     save_file({"model.norm.weight": np.ones(3, np.float32)}, folder / shards.SINGLE)
     refused(models.load, folder, words="missing")

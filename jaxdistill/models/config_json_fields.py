@@ -66,11 +66,11 @@ _WINDOWS: Mapping[str, tuple[str, ...]] = {
 }
 
 # What says nothing about a forward pass: bookkeeping of exporters, settings of training, of
-# generation and of other tasks.
+# generation and of other tasks, and where code lies that is never run.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels
-    chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label
+    auto_map chunk_size_feed_forward dtype finetuning_task gradient_checkpointing id2label
     is_decoder keys_to_ignore_at_inference label2id max_length max_sequence_length model_max_length
     output_attentions output_hidden_states prefix problem_type return_dict task_specific_params
     temperature tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 
 from jaxdistill.errors import ModelError, StorageError
-from jaxdistill.model_folder import check_folder, check_tokenizer_config, read_json
+from jaxdistill.model_folder import check_folder, read_json
 from jaxdistill.models import compressed, shards
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.assemble import assemble
@@ -31,9 +31,9 @@ from jaxdistill.models.families import (
 )
 from jaxdistill.models.model import Model
 from jaxdistill.models.quantized import QuantizedKernel, Scheme
+from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import RULES
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
@@ -88,33 +88,6 @@ def folder_scheme(folder: pathlib.Path) -> Scheme | None:
     """How the kernels of a local folder are quantised; None where they are not."""
     raw = read_json(folder / "config.json")
     return compressed.read_settings(raw.get("quantization_config"), str(folder / "config.json"))
-
-
-def folder_tokenizer(folder: pathlib.Path) -> Any:
-    """The transformers tokenizer of a folder, or None where it has no tokenizer files.
-
-    Raises:
-      ModelError: where the files are damaged, or want code of their own to be run.
-    """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    check_folder(folder)
-    check_tokenizer_config(folder)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # transformers raises many kinds for one cause, unusable files; the tokenizers library panics,
-    # which Python sees as a BaseException.
-    except BaseException as error:
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: "
-            f"{str(error)[:300]}); a tokenizer.json is the safest form (custom code is never run)"
-        ) from error
 
 
 def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:

@@ -13,6 +13,7 @@ from jaxdistill.errors import ModelError
 from jaxdistill.models import assemble, huggingface
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
+from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import RULES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -74,7 +75,7 @@ def spec(
 
         return gguf.file_spec(place, tokenizer=tokenizer)
     config = huggingface.folder_config(place)
-    return config, huggingface.folder_tokenizer(place) if tokenizer else None
+    return config, folder_tokenizer(place) if tokenizer else None
 
 
 def random(

@@ -138,26 +138,6 @@ def test_a_broken_tokenizer_is_named(folder):
         models.load(folder)
 
 
-def test_code_in_a_folder_is_never_run(folder):
-    canary = folder / "ran"
-    (folder / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
-    for name in ("tokenizer_config.json", "config.json"):
-        path = folder / name
-        content = json.loads(path.read_text()) if path.exists() else {}
-        content |= {
-            "auto_map": {
-                "AutoTokenizer": ["evil.Evil", None],
-                "AutoConfig": "evil.Evil",
-                "AutoModelForCausalLM": "evil.Evil",
-            },
-            "tokenizer_class": "Evil",
-        }
-        path.write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="auto_map: asks for Python code of the folder's own"):
-        models.load(folder)
-    assert not canary.exists()
-
-
 def test_generation_settings_have_the_last_word_on_ends(folder, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     model = models.load(folder)
