@@ -151,6 +151,9 @@ class Adapters(Section):
         strict=False,
         description="Projections of every layer that have one; those a model lacks are an error.",
     )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of each adapter's inputs that a training step leaves out at random."
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: each target once."""

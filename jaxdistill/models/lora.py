@@ -2,11 +2,13 @@
 
     y = x @ (kernel + alpha / rank * down @ up)
 
+In a training step the adapter, and it alone, may read dropout(x) in place of x.
+
 Reference: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import dataclasses
-import functools
+import itertools
 import math
 import pathlib
 import typing
@@ -34,11 +36,13 @@ class Lora:
       rank: inner width of an adapter.
       alpha: its product is multiplied by alpha / rank.
       targets: of `TARGETS`, in every layer.
+      dropout: share of an adapter's inputs that a training step leaves out.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -55,7 +59,12 @@ def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
     """
     raw = read_json(path)
     try:
-        lora = Lora(int(raw["rank"]), float(raw["alpha"]), tuple(raw["targets"]))
+        lora = Lora(
+            int(raw["rank"]),
+            float(raw["alpha"]),
+            tuple(raw["targets"]),
+            float(raw.get("dropout", 0)),
+        )
     except (KeyError, TypeError, ValueError):
         lora = Lora(0, 0.0, ())
     if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS):
@@ -74,21 +83,33 @@ def described(lora: Lora, base: str) -> dict[str, Any]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraKernel:
-    """A kernel [..., in, out] with its adapter [..., in, rank] and [..., rank, out]."""
+    """A kernel [..., in, out] with its adapter [..., in, rank] and [..., rank, out].
+
+    With key data [..., 2], one key per kernel, a share `dropout` of the adapter's inputs is 0 and
+    the others are divided by 1 - dropout.
+    """
 
     kernel: Array
     down: Array
     up: Array
     scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    key: Array | None = None
 
     def dot(self, x: Array) -> Array:
-        """x @ (kernel + scale * down @ up), for x [..., in]: never made whole."""
-        return x @ self.kernel + self.scale * ((x @ self.down) @ self.up)
+        """x @ kernel + scale * (dropout(x) @ down) @ up, for x [..., in]: never made whole."""
+        read = x
+        if self.key is not None:
+            share = 1 - self.dropout
+            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), share, x.shape)
+            read = jnp.where(kept, x / share, 0)
+        return x @ self.kernel + self.scale * ((read @ self.down) @ self.up)
 
     def astype(self, dtype: DTypeLike) -> "LoraKernel":
         """The three in another dtype."""
-        cast = lambda array: array.astype(dtype)
-        return LoraKernel(cast(self.kernel), cast(self.down), cast(self.up), self.scale)
+        names = ("kernel", "down", "up")
+        cast = {name: getattr(self, name).astype(dtype) for name in names}
+        return dataclasses.replace(self, **cast)
 
     def dequantized(self) -> Array:
         """The merged kernel, in the kernel's dtype; the product is made in float32."""
@@ -101,11 +122,17 @@ def rows(config: DecoderConfig, lora: Lora) -> dict[str, Weight]:
     """The table of an adapter's weights by dotted name: `....kernel.down` and `....kernel.up`.
 
     Raises:
-      ConfigError: where a target is no projection of this model.
+      ConfigError: where a target is no projection of this model, or has no inputs to leave out.
     """
     table = {}
     for name, row in flat_weights(weights(config)).items():
         if name.endswith(".kernel") and name.split(".")[-2] in lora.targets:
+            if lora.dropout and "experts" in row.axes:
+                raise ConfigError(
+                    f"student.lora.dropout = {lora.dropout}: {name.split('.')[-2]} belongs to "
+                    "experts, whose adapters are added to their kernels: take targets of "
+                    "attention, or no dropout"
+                )
             *outer, inside, outside = row.shape
             *names, first, last = row.axes
             down, up = (*outer, inside, lora.rank), (*outer, lora.rank, outside)
@@ -149,9 +176,25 @@ def init(config: DecoderConfig, lora: Lora, key: Array) -> dict:
     return nest(made)
 
 
-def attach(params: Mapping, adapters: Mapping, lora: Lora) -> dict:
-    """The parameters with a `LoraKernel` where there is an adapter; no array is copied."""
-    return _with(params, adapters, functools.partial(LoraKernel, scale=lora.scale))
+def attach(params: Mapping, adapters: Mapping, lora: Lora, key: Array | None = None) -> dict:
+    """The parameters with a `LoraKernel` where there is an adapter; no array is copied.
+
+    Args:
+      params: of the model.
+      adapters: of it.
+      lora: what they are.
+      key: of a training step, in which dropout is on; every kernel of every layer gets its own.
+    """
+    number = itertools.count()
+
+    def make(kernel, down, up):
+        made = LoraKernel(kernel, down, up, lora.scale)
+        if key is None or not lora.dropout:
+            return made
+        keys = jax.random.split(jax.random.fold_in(key, next(number)), kernel.shape[0])
+        return dataclasses.replace(made, dropout=lora.dropout, key=jax.random.key_data(keys))
+
+    return _with(params, adapters, make)
 
 
 def merge(params: Mapping, adapters: Mapping, lora: Lora) -> dict:

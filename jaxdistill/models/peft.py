@@ -35,7 +35,7 @@ def write_config(config: DecoderConfig, lora: Lora, base: str) -> dict[str, Any]
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": sorted(modules),
         "bias": "none",
         "fan_in_fan_out": config.family == "gpt2",

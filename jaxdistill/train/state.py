@@ -42,11 +42,14 @@ class TrainState:
     frozen: Any = None
 
 
-def whole(params: Any, frozen: Any, adapters: Lora | None) -> Any:
-    """The parameters as losses take them: adapters beside their kernels, where there are some."""
+def whole(params: Any, frozen: Any, adapters: Lora | None, key: Array | None = None) -> Any:
+    """The parameters as losses take them: adapters beside their kernels, where there are some.
+
+    With a `key` their dropout is on.
+    """
     if adapters is None:
         return params
-    return {**params, "student": lora.attach(frozen, params["student"], adapters)}
+    return {**params, "student": lora.attach(frozen, params["student"], adapters, key)}
 
 
 def create(

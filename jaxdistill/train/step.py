@@ -101,13 +101,13 @@ def make(
         state's sharding.
     """
 
-    def sums(params, frozen, teacher_params, batch, knobs):
+    def sums(params, frozen, teacher_params, batch, knobs, key):
         # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
         with jax.named_scope(TEACHER):
             signal = teacher(teacher_params, batch)
 
         def total(params):
-            means = loss(whole(params, frozen, adapters), signal, batch, knobs)
+            means = loss(whole(params, frozen, adapters, key), signal, batch, knobs)
             return means["loss"].total, means
 
         (_, means), gradients = jax.value_and_grad(total, has_aux=True)(params)
@@ -120,8 +120,16 @@ def make(
         told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
         if prepare is not None:
             told = {**told, **prepare(batch)}
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         means, gradients = _over_micro_batches(
-            lambda part: sums(state.params, state.frozen, teacher_params, part, told),
+            lambda part, number: sums(
+                state.params,
+                state.frozen,
+                teacher_params,
+                part,
+                told,
+                jax.random.fold_in(key, number),
+            ),
             batch,
             micro_batches,
         )
@@ -211,21 +219,21 @@ def place(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[str, Mean], Any]:
-    """Adds sums, counts and gradients over the parts of a batch."""
+    """Adds sums, counts and gradients over the parts of a batch: of `one(part, its number)`."""
     if parts == 1:
-        return one(batch)
+        return one(batch, 0)
 
     # Part m takes rows m, m + parts, ...: each device's rows stay on it, in every part.
     def split(array):
         return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
 
     def body(carry, part):
-        return jax.tree.map(jnp.add, carry, one(part)), None
+        return jax.tree.map(jnp.add, carry, one(*part)), None
 
-    split_batch = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(one, jax.tree.map(lambda array: array[0], split_batch))
+    numbered = jax.tree.map(split, batch), jnp.arange(parts)
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda array: array[0], numbered))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(body, zeros, split_batch)[0]
+    return jax.lax.scan(body, zeros, numbered)[0]
 
 
 def _chosen(finite: Array, new: Any, old: Any) -> Any:

@@ -1,5 +1,6 @@
 """Runs that train adapters alone: what is kept, resumed, merged and exported; with every method."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,8 @@ from jaxdistill.cli import main
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import peft
+from jaxdistill.train.step import place
+from jaxdistill.types import Batch
 from tests.engine.test_run import arrays, losses
 
 LORA = "student.lora={rank: 2, alpha: 8.0, targets: [query, value, down]}"
@@ -54,6 +57,45 @@ def test_a_resumed_run_ends_in_the_same_bits(run, load_config, tmp_path):
     engine.resume(tmp_path / "copy")
     for name, value in arrays(run, 6).items():
         np.testing.assert_array_equal(arrays(tmp_path / "copy", 6)[name], value)
+
+
+DROPOUT = "student.lora={rank: 2, alpha: 8.0, targets: [query, value, down], dropout: 0.4}"
+
+
+def test_dropout_is_drawn_anew_in_every_step_and_resumes_in_the_same_bits(
+    run, load_config, tmp_path
+):
+    options = (DROPOUT, "train.batch_size=16", "train.micro_batches=2")
+    dropped = engine.train(load_config(tmp_path / "one", *options)).run_dir
+    plain = engine.train(load_config(tmp_path / "plain", LORA, *options[1:])).run_dir
+    assert losses(dropped)[1] == losses(plain)[1]  # new adapters add nothing, whatever they read
+    assert losses(dropped)[3] != losses(plain)[3]
+    shutil.copytree(dropped, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "6")
+    engine.resume(tmp_path / "copy")
+    for name, value in arrays(dropped, 6).items():
+        np.testing.assert_array_equal(arrays(tmp_path / "copy", 6)[name], value)
+    folder = tmp_path / "adapters"
+    engine.export_adapters(str(dropped), folder)
+    assert json.loads((folder / peft.CONFIG).read_text())["lora_dropout"] == 0.4
+
+
+@pytest.mark.parametrize("options", [LORA, DROPOUT])
+def test_what_is_left_out_depends_on_the_step(options, load_config, tmp_path):
+    """Two steps on one batch that hardly move the parameters."""
+    config = load_config(tmp_path, options, "optimizer.lr=1e-9", "optimizer.warmup=0")
+    step, state, teacher = engine.build(config)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    moved = jax.device_put(jax.tree.map(lambda leaf: leaf + 0.1, state.params), places)
+    state = dataclasses.replace(state, params=moved)
+    tokens = np.random.default_rng(0).integers(0, 250, (8, 32)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    batch = Batch(tokens, np.roll(tokens, -1, 1), ones > 0, ones.cumsum(1, np.int32) - 1, ones)
+    found = []
+    for _ in range(2):
+        state, means = step(state, teacher, place(batch, setup.mesh_of(config)))
+        found.append(float(means["loss/ce"].value))
+    assert (abs(found[1] - found[0]) > 1e-3) == (options == DROPOUT)
 
 
 def test_a_run_is_read_merged_and_exported(run, tmp_path):

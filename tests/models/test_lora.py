@@ -146,11 +146,49 @@ def test_peft_opens_what_is_written(name, tmp_path, transformers_model):
     assert oracle.distance(_logits(model.config, model.params, tokens), expected) > 1e-2
 
 
+def test_dropout_leaves_out_a_share_of_what_the_adapter_reads():
+    """With identities for down and up, what is added is what the adapter read."""
+    eye, x = jnp.eye(64), jnp.asarray(np.random.default_rng(0).normal(size=(500, 64)) + 9)
+    kernel = lora.LoraKernel(jnp.zeros((64, 64)), eye, eye, 1.0, 0.3, jnp.uint32([5, 6]))
+    read = np.asarray(kernel.dot(x))
+    np.testing.assert_allclose(read[read != 0], np.asarray(x / 0.7)[read != 0], rtol=1e-5)
+    spread = np.sqrt(0.3 * 0.7 / read.size)
+    assert abs((read == 0).mean() - 0.3) < 5 * spread
+    again = lora.LoraKernel(jnp.zeros((64, 64)), eye, eye, 1.0, 0.3, jnp.uint32([5, 6]))
+    np.testing.assert_array_equal(again.dot(x), read)
+    half = kernel.astype("bfloat16").dot(x.astype("bfloat16"))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(half) == 0, read == 0)
+    plain = lora.LoraKernel(jnp.eye(64), eye, 0 * eye, 1.0, 0.9, jnp.uint32([5, 6]))
+    np.testing.assert_allclose(plain.dot(x), x, rtol=1e-6)  # the kernel reads all
+
+
+def test_every_kernel_of_every_layer_has_a_key_of_its_own():
+    config, adapters = variants.model("olmo2").config, Lora(2, 2.0, dropout=0.5)
+    made = lora.init(config, adapters, jax.random.key(0))
+    params = variants.model("olmo2").params
+    kernels = lambda key: [
+        leaf
+        for leaf in jax.tree.leaves(
+            lora.attach(params, made, adapters, key),
+            is_leaf=lambda leaf: isinstance(leaf, lora.LoraKernel),
+        )
+        if isinstance(leaf, lora.LoraKernel)
+    ]
+    keys = np.concatenate([leaf.key for leaf in kernels(jax.random.key(1))])
+    assert len(keys) == 7 * config.layers and len(np.unique(keys, axis=0)) == len(keys)
+    assert all(leaf.key is None for leaf in kernels(None))
+
+
 def test_a_runs_own_description_is_read_back(tmp_path):
     config, file = variants.model("olmo2").config, tmp_path / lora.FILE
-    adapters = Lora(4, 6.5, ("query", "down"))
-    file.write_text(json.dumps(lora.described(adapters, "there")))
+    adapters = Lora(4, 6.5, ("query", "down"), 0.25)
+    described = lora.described(adapters, "there")
+    file.write_text(json.dumps(described))
     assert lora.read(file, config) == (adapters, "there")
+    del described["dropout"]  # as earlier runs wrote it
+    file.write_text(json.dumps(described))
+    assert lora.read(file, config) == (dataclasses.replace(adapters, dropout=0.0), "there")
     for damaged in ('{"rank": 4}', '{"rank": 0, "alpha": 1, "targets": ["up"]}', "[]"):
         file.write_text(damaged)
         with pytest.raises(ModelError, match=lora.FILE):
@@ -161,6 +199,9 @@ def test_what_cannot_be_is_named(tmp_path):
     gpt2, phi3 = variants.model("gpt2").config, variants.model("phi3").config
     with pytest.raises(ConfigError, match="targets: gate: a gpt2 model has no such projection; it"):
         lora.rows(gpt2, Lora(2, 2.0))
+    mixtral = variants.model("mixtral").config
+    with pytest.raises(ConfigError, match=r"dropout = 0.1: gate belongs to experts, whose adapter"):
+        lora.rows(mixtral, Lora(2, 2.0, dropout=0.1))
     adapters = Lora(2, 2.0, ("query",))
     made = lora.init(phi3, adapters, jax.random.key(0))
     message = "phi3: layers.attention.query.kernel is part of a tensor"
