@@ -90,7 +90,7 @@ MODELS = {
     "qwen3": "Qwen 3",
     "gemma2": "Gemma 2, with its soft caps and alternating windows",
     "gemma3_text": "Gemma 3 1B and the text part of others",
-    "phi3": "Phi-3 and Phi-4 without longrope",
+    "phi3": "Phi-3 and Phi-4, with longrope",
     "gpt2": "GPT-2, DistilGPT-2",
     "gpt_neox": "Pythia, GPT-NeoX",
     "olmo2": "OLMo 2",

@@ -234,7 +234,7 @@ def apply(
       config: the model's configuration.
       params: its parameters, in any float dtype; each layer is cast to `compute_dtype` as it runs.
       tokens: int32 [B, L].
-      positions: int32 [B, L], restarting in every document; None counts from 0 in every row.
+      positions: int32 [B, L], restarting in every document; None counts in every segment.
       segment_ids: int32 [B, L]; a token sees earlier tokens of its own segment only. None makes
         every row one document. Padding (segment 0) sees padding, so its values are finite.
       compute_dtype: dtype of activations; softmax, norms and rotations are float32 in any case.
@@ -260,7 +260,8 @@ def apply(
             )
     length = tokens.shape[1]
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
+        places = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
+        positions = places if segment_ids is None else segment_positions(segment_ids)
     attend = causal(config, length, segment_ids, attention)
     if is_apart(params):
         params = params | {"layers": jax.tree.map(lambda *one: jnp.stack(one), *params["layers"])}
@@ -270,6 +271,14 @@ def apply(
         relations=relations,
     )  # fmt: skip
     return outputs
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """Positions [B, L] that restart at 0 wherever the segment changes."""
+    index = jnp.arange(segment_ids.shape[1])[None, :]
+    new = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.pad(jnp.where(new, index[:, 1:], 0), ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(starts, axis=1)
 
 
 def logits(outputs: Outputs) -> Array:

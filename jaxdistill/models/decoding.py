@@ -30,7 +30,7 @@ def prefill(
     """
     x_PWD, made = embed(config, unrolled.rest(weights), tokens_PW), []
     for number, layer in enumerate(weights["layers"]):
-        x_PWD, kept = read(config, layer, x_PWD, np.int32(number))
+        x_PWD, kept = read(config, layer, x_PWD, np.int32(number), count_P)
         made.append(kept)
     return tuple(made), _after(config, unrolled.rest(weights), x_PWD, count_P)
 
@@ -47,9 +47,9 @@ def embed(config: DecoderConfig, rest: dict, tokens_BL: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(
-    config: DecoderConfig, layer: dict, x_PWD: Array, index: Array
+    config: DecoderConfig, layer: dict, x_PWD: Array, index: Array, count_P: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """One layer over whole prompts: its output, and its keys and values [P, G, W, E]."""
+    """One layer over prompts of `count` tokens: its output, and its keys and values [P, G, W, E]."""
     rows, width, _ = x_PWD.shape
     within = attention.causal(config, width, None, None)
 
@@ -57,7 +57,9 @@ def read(
         _, mixed = within(None, index, query_BLHE, key_BLGE, value_BLGE)
         return (key_BLGE.swapaxes(1, 2), value_BLGE.swapaxes(1, 2)), mixed
 
-    positions_PW = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    # Padding begins anew: it is no part of how long a prompt is.
+    place_PW = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    positions_PW = jnp.where(place_PW < count_P[:, None], place_PW, 0)
     turn = rope.per_layer(config, positions_PW)(index)
     module = nnx.merge(unrolled.graphdef(config), layer)
     return module(x_PWD, turn, attend, None, index, RULES)

@@ -156,6 +156,7 @@ FAMILIES: Mapping[str, Family] = {
         published="Phi-3",
         assumed={
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
             "bos_token_id": 1,
             "eos_token_id": 32000,
@@ -167,9 +168,8 @@ FAMILIES: Mapping[str, Family] = {
             "embd_pdrop": (0, None),
             "resid_pdrop": (0, None),
         },
-        ignored=("original_max_position_embeddings",),
         windowed="all",
-        ropes=("default", "partial"),
+        ropes=("default", "longrope", "partial"),
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, unrolled
+from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model, on_mesh
 
 SHORTEST = 16
@@ -384,6 +385,29 @@ def check(model: Model, request: Request, length: int, name: str = "the prompt")
                 f"generate: {name} has {ids.size} tokens, which with max_new_tokens = "
                 f"{request.max_new_tokens} do not fit the {where} of {most}: shorten either"
             )
+    _check_border(config, ids.size, request.max_new_tokens, name)
+
+
+def _check_border(config: DecoderConfig, size: int, new: int, name: str) -> None:
+    """A row stays on its side of the original context of longrope, the last token read included.
+
+    The other side has other frequencies: every key of the row would have to be made anew, as
+    transformers does, which stops one row in mid-text and slows all others.
+
+    Raises:
+      ModelError: for a row that would cross it.
+    """
+    rope = config.rope
+    if rope is None or rope.kind != "longrope":
+        return
+    border = rope.original_max_positions
+    assert border is not None, "longrope has an original context"
+    if size <= border < size + new - 1:
+        raise ModelError(
+            f"generate: {name} has {size} tokens, and with max_new_tokens = {new} it would grow "
+            f"past the {border} after which this model turns all keys otherwise, which is not "
+            f"built: ask for at most {border + 1 - size}, or give a prompt longer than {border}"
+        )
 
 
 def check_settings(request: Request) -> None:

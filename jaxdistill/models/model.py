@@ -85,14 +85,5 @@ def on_mesh(params: Any) -> contextlib.AbstractContextManager:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(config, dtype, params, tokens, segment_ids):
-    positions = None if segment_ids is None else segment_positions(segment_ids)
-    outputs = decoder.apply(config, params, tokens, positions, segment_ids, compute_dtype=dtype)
+    outputs = decoder.apply(config, params, tokens, None, segment_ids, compute_dtype=dtype)
     return decoder.logits(outputs)
-
-
-def segment_positions(segment_ids: Array) -> Array:
-    """Positions [B, L] that restart at 0 wherever the segment changes."""
-    index = jax.numpy.arange(segment_ids.shape[1])[None, :]
-    new = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = jax.numpy.pad(jax.numpy.where(new, index[:, 1:], 0), ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(starts, axis=1)

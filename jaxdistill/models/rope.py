@@ -1,4 +1,4 @@
-"""Rotary position embedding and its length-extension variants: default, linear, llama3, yarn."""
+"""Rotary position embedding, plain and stretched: default, linear, llama3, yarn, longrope."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxdistill.models.architecture import DecoderConfig
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Rope:
       theta: base of the geometric series of wavelengths.
       kind: one of `ROPE_KINDS`.
       factor: how many times the context was stretched; 1 for kind "default".
-      original_max_positions: context length before stretching (llama3 and yarn).
+      original_max_positions: context length before stretching (llama3, yarn and longrope).
       low_freq_factor, high_freq_factor: llama3's band between "stretched" and "left alone".
       beta_fast, beta_slow: yarn's band, in turns per original context.
-      attention_factor: yarn's multiplier of cos and sin; None derives it from `factor` (and from
-        `mscale`, `mscale_all_dim` where both are given).
+      attention_factor: multiplier of cos and sin (yarn and longrope); None derives it from `factor`
+        (and from yarn's `mscale`, `mscale_all_dim` where both are given).
       truncate: yarn rounds its band to whole dims.
+      short_factors, long_factors: longrope's wavelengths over plain ones, in documents of up to
+        `original_max_positions` tokens and in longer ones.
       share: the part of each head's dims that is turned, the first ones; the others stay.
     """
 
@@ -44,6 +46,8 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factors: tuple[float, ...] | None = None
+    long_factors: tuple[float, ...] | None = None
     share: float = 1.0
 
     def dims(self, head_dim: int) -> int:
@@ -51,16 +55,22 @@ class Rope:
         return int(head_dim * self.share)
 
 
-def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+def frequencies(rope: Rope, head_dim: int, long: bool = False) -> tuple[np.ndarray, float]:
     """Angle per position for each pair of dims, and the multiplier of cos and sin.
 
         default: f_j = theta ** (-2 j / d),   j = 0 .. d / 2 - 1,   d = share * head_dim
 
+    Args:
+      rope: the settings.
+      head_dim: dims of a head.
+      long: longrope's for documents longer than the original context.
+
     Returns:
-      float32 [d / 2] and a float (1 except for yarn).
+      float32 [d / 2] and a float (1 except for yarn and longrope).
 
     Reference: RoFormer, Su et al. 2021, arXiv 2104.09864; YaRN, Peng et al. 2023, arXiv 2309.00071
-    (section 3); llama3 as in the Llama 3.1 model card's code.
+    (section 3); llama3 as in the Llama 3.1 model card's code; LongRoPE, Ding et al. 2024, arXiv
+    2402.13753.
     """
     head_dim = rope.dims(head_dim)
     plain = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -70,6 +80,9 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
         return (plain / rope.factor).astype(np.float32), 1.0
     if rope.kind == "llama3":
         return _llama3(rope, plain).astype(np.float32), 1.0
+    if rope.kind == "longrope":
+        factors = np.asarray(rope.long_factors if long else rope.short_factors)
+        return (plain / factors).astype(np.float32), _longrope_attention_factor(rope)
     assert rope.kind == "yarn", rope.kind
     return _yarn(rope, plain, head_dim).astype(np.float32), _yarn_attention_factor(rope)
 
@@ -114,13 +127,44 @@ def _yarn_attention_factor(rope: Rope) -> float:
     return magnitude(1.0)
 
 
+def _longrope_attention_factor(rope: Rope) -> float:
+    """sqrt(1 + ln(factor) / ln(original context))."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    assert rope.original_max_positions is not None, "longrope needs the original context length"
+    if rope.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_positions))
+
+
 def tables(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle, float32 [B, L, 1, d / 2]; computed once for all layers."""
+    """cos and sin of every angle, float32 [B, L, 1, d / 2]; computed once for all layers.
+
+    Longrope's frequencies are those of each document's own length. Transformers takes those of the
+    longest row for its whole batch: what a document means would depend on its neighbours.
+    """
     step, multiplier = frequencies(rope, head_dim)
-    angles = positions.astype(jnp.float32)[..., None, None] * step.reshape(
-        (1,) * (positions.ndim + 1) + (-1,)
-    )
+    step = step.reshape((1,) * (positions.ndim + 1) + (-1,))
+    if rope.kind == "longrope":
+        other = frequencies(rope, head_dim, long=True)[0].reshape(step.shape)
+        assert rope.original_max_positions is not None, "longrope has an original context"
+        is_long = document_lengths(positions) > rope.original_max_positions
+        step = jnp.where(is_long[..., None, None], other, step)
+    angles = positions.astype(jnp.float32)[..., None, None] * step
     return jnp.cos(angles) * multiplier, jnp.sin(angles) * multiplier
+
+
+def document_lengths(positions: jax.Array) -> jax.Array:
+    """For every token [B, L] how many its document has, up to the end of the row.
+
+    >>> document_lengths(jnp.array([[0, 1, 2, 0, 1, 0, 0]])).tolist()
+    [[3, 3, 3, 2, 2, 1, 1]]
+    """
+    length = positions.shape[-1]
+    index = jnp.arange(length)[None, :]
+    goes_on = jnp.pad(positions[:, 1:] == positions[:, :-1] + 1, ((0, 0), (0, 1)))
+    end = jax.lax.cummin(jnp.where(goes_on, length, index), axis=1, reverse=True)
+    return positions + end - index + 1
 
 
 def per_layer(

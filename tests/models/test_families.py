@@ -141,6 +141,46 @@ def test_packed_documents_equal_their_own_forwards(model):
         assert oracle.distance(packed[:, start:stop], alone) <= TOLERANCE
 
 
+@needs_torch
+@pytest.mark.parametrize("length", [31, 32, 33, 48])
+def test_longrope_equals_transformers_on_both_sides(length, tmp_path, transformers_logits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = variants.transformers_folder("phi3_longrope", tmp_path / "theirs")
+    tokens, ours = variants.tokens(length=length), models.load(folder)
+    expected = transformers_logits(folder, tokens)
+    assert oracle.distance(ours.logits(tokens), expected) <= TOLERANCE
+    border = 64 if length > 32 else 16
+    rope = dataclasses.replace(ours.config.rope, original_max_positions=border)
+    other = dataclasses.replace(ours, config=dataclasses.replace(ours.config, rope=rope))
+    assert oracle.distance(other.logits(tokens), expected) > 1e-2
+
+
+def test_longrope_does_not_depend_on_neighbours():
+    """A long and two short documents in a row, and a short row beside a long one."""
+    model = variants.model("phi3_longrope")
+    rows, segments = variants.tokens(length=56), np.zeros((2, 56), np.int32)
+    segments[0] = [1] * 12 + [2] * 36 + [3] * 8
+    segments[1, :20] = 1  # and padding
+    together = model.logits(rows, segments)
+    for row, start, stop in ((0, 0, 12), (0, 12, 48), (0, 48, 56), (1, 0, 20)):
+        alone = model.logits(rows[row : row + 1, start:stop])
+        assert oracle.distance(together[row : row + 1, start:stop], alone) <= TOLERANCE
+
+
+def test_longrope_generates_on_either_side_of_its_border():
+    model = variants.model("phi3_longrope")
+    free = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
+    prompts = [variants.tokens(rows=1, length=size)[0].tolist() for size in (33, 20, 36)]
+    for prompt, found in zip(prompts, free.generate(prompts, max_new_tokens=13), strict=True):
+        row = [*prompt, *found]
+        best = np.asarray(model.logits(np.asarray([row[:-1]]))[0]).argmax(-1)
+        assert found == best[len(prompt) - 1 :].tolist()
+    message = "prompt 0 has 20 tokens, and with max_new_tokens = 14 it would grow past the 32"
+    with pytest.raises(ModelError, match=message + ".*: ask for at most 13"):
+        free.generate(prompts[1:2], max_new_tokens=14)
+
+
 @pytest.mark.parametrize("capped", [None, 2.0])
 def test_losses_see_capped_logits(capped):
     """KD of a Gemma from its fused head against the formula on its logits, both models capped."""
@@ -281,10 +321,20 @@ REFUSED = {
     ("gemma3", "sliding_attention.rope_theta: 0 must be a number above 0"): {
         "rope_local_base_freq": 0
     },
-    ("phi3", 'rope_scaling.rope_type: "longrope" is not supported'): {
+    ("phi3", "rope_scaling.short_factor: [1.0] must list 4 numbers above 0"): {
         "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
     },
-    ("phi3", 'rope_scaling.rope_type: "su" is not supported'): {"rope_scaling": {"type": "su"}},
+    ("phi3", "rope_scaling.long_factor: [1, 1, 1, true] must list 4 numbers above 0"): {
+        "rope_scaling": {"type": "su", "short_factor": [1] * 4, "long_factor": [1, 1, 1, True]}
+    },
+    ("phi3", "rope_scaling.short_factor: missing; rope_type longrope needs it"): {
+        "rope_scaling": {"type": "longrope"}
+    },
+    ("phi3", "original_max_position_embeddings: 1 must be a whole number of tokens, at least 2"): {
+        "original_max_position_embeddings": 1,
+        "rope_scaling": {"type": "longrope", "short_factor": [1] * 4, "long_factor": [1] * 4},
+    },
+    ("phi3", 'rope_scaling.rope_type: "yarn" is not supported'): {"rope_scaling": {"type": "yarn"}},
     ("phi3", "partial_rotary_factor: 0.4 must turn an even number of the 8 dims"): {
         "partial_rotary_factor": 0.4
     },

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import models
-from jaxdistill.models.model import segment_positions
+from jaxdistill.models.decoder import segment_positions
 from tests.models import oracle
 
 

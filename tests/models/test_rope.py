@@ -19,8 +19,17 @@ KINDS = {
     "yarn_truncated": Rope(10_000.0, "yarn", 4.0, 256, beta_fast=16.0, beta_slow=2.0),
     "yarn_exact_band": Rope(10_000.0, "yarn", 4.0, 256, truncate=False),
     "yarn_attention": Rope(10_000.0, "yarn", 2.0, 512, attention_factor=1.3),
+    "longrope": Rope(
+        10_000.0, "longrope", 32.0, 4096,
+        short_factors=tuple(1 + 0.01 * pair for pair in range(32)),
+        long_factors=tuple(1 + pair**1.5 for pair in range(32)),
+    ),
+    "longrope_attention": Rope(
+        10_000.0, "longrope", 32.0, 4096, attention_factor=1.3,
+        short_factors=(1.0,) * 32, long_factors=(3.0,) * 32,
+    ),
     "yarn_mscale": Rope(10_000.0, "yarn", 16.0, 512, mscale=1.0, mscale_all_dim=0.7),
-}
+}  # fmt: skip
 
 
 def _their_settings(settings: Rope) -> dict:
@@ -37,6 +46,8 @@ def _their_settings(settings: Rope) -> dict:
         "mscale": settings.mscale,
         "mscale_all_dim": settings.mscale_all_dim,
         "truncate": settings.truncate,
+        "short_factor": settings.short_factors and list(settings.short_factors),
+        "long_factor": settings.long_factors and list(settings.long_factors),
     }
     return {key: value for key, value in table.items() if value is not None}
 
@@ -54,6 +65,11 @@ def test_frequencies_equal_transformers(name):
     ours, our_multiplier = rope.frequencies(settings, 64)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
     assert our_multiplier == pytest.approx(multiplier, rel=1e-6)
+    if settings.kind == "longrope":
+        expected, multiplier = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=4097)
+        ours, our_multiplier = rope.frequencies(settings, 64, long=True)
+        np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
+        assert our_multiplier == pytest.approx(multiplier, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "llama3_narrow", "yarn"])
@@ -82,6 +98,22 @@ def test_llama3_keeps_short_waves_and_stretches_long_ones():
     between = (waves > 8192 / 4) & (waves < 8192)
     assert between.any()
     assert np.all((scaled < plain)[between]) and np.all((scaled > plain / 8)[between])
+
+
+def test_a_document_has_the_frequencies_of_its_own_length():
+    settings = Rope(kind="longrope", factor=4.0, original_max_positions=3,
+                    short_factors=(1.0, 1.0), long_factors=(2.0, 5.0))  # fmt: skip
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    lengths = [[3, 3, 3, 4, 4, 4, 4, 1, 1], [9] * 9]
+    assert rope.document_lengths(positions).tolist() == lengths
+    cos, sin = rope.tables(settings, 4, positions)
+    scale = math.sqrt(1 + math.log(4) / math.log(3))
+    for place in np.ndindex(2, 9):
+        factors = (2.0, 5.0) if lengths[place[0]][place[1]] > 3 else (1.0, 1.0)
+        for pair, factor in enumerate(factors):
+            angle = float(positions[place]) * 10_000.0 ** (-pair / 2) / factor
+            assert float(cos[place][0, pair]) == pytest.approx(scale * math.cos(angle), abs=1e-6)
+            assert float(sin[place][0, pair]) == pytest.approx(scale * math.sin(angle), abs=1e-6)
 
 
 def test_rotation_depends_on_distance_only():

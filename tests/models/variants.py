@@ -54,6 +54,16 @@ CASES = {
         "embd_pdrop": 0.0,
     },
     "phi3_partial": {"model_type": "phi3", **_SMALL, "partial_rotary_factor": 0.75},
+    "phi3_longrope": {
+        "model_type": "phi3",
+        **_SMALL,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.5],
+            "long_factor": [1.0, 2.5, 4.0, 11.0],
+        },
+    },
     "gpt2": {
         "model_type": "gpt2",
         "vocab_size": 61,
