@@ -18,7 +18,7 @@ from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
 Sums = dict[str, Array]
 
-# Parts of a layer that are watched, those a model has.
+# Parts of a layer that are watched, those a model has; the inner ones first.
 _PARTS = (
     "attention.query_norm", "attention.key_norm", "attention.out",
     "attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm",

@@ -136,9 +136,10 @@ def measure(
         expert e:   mean over the tokens that pass it of share_e * |what it gives|, its L2 norm over
                     the channels; 0 where no token does
 
-    An expert's score is REAP's: it bounds by how much the layer's output changes without it, which
-    how often it is chosen alone does not, and found it ahead of that and of merging experts in
-    models of 20B to 1T parameters. A neuron of an expert counts 0 for a token that passes others.
+    An expert's score is REAP's, with the shares that the layer uses: it counts how much an expert
+    adds and not only how often; its authors found it ahead of choosing by frequency, and of merging
+    experts, in models of 20B to 1T parameters. For a token that passes other experts, an expert's
+    neurons count 0.
 
     Sums are float32 on the devices within a batch and float64 on the host over batches.
 

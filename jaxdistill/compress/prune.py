@@ -249,7 +249,7 @@ def _cut_weight(leaf: jax.Array, axes: Sequence[str | None], indices: dict) -> j
 def _gains(
     config: DecoderConfig, kept: Kept, indices: dict, shares: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Per weight that takes up what is lost with other units what it is multiplied with."""
+    """By name what weights are multiplied with, to take up what is lost with the other units."""
     table, gains = flat_weights(weights(config)), {}
     for norm, share in shares.items():
         *layers, axis = table[f"{norm}.scale"].axes
