@@ -41,7 +41,7 @@ SIZES = {
     "student_steps": (1500, 3),
     "rows": (8, 2),  # in a step
     "teacher_sums": (7000, 96),
-    "sums": (50, 8),
+    "sums": (200, 8),
     "test_sums": (100, 6),
     "samples": (30, 3),
     "votes": (30, 3),

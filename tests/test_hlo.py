@@ -122,6 +122,9 @@ def test_products_that_a_tpu_writes_as_convolutions(left, right, out, attributes
         ("mesh['data'=2,'fsdp'=4,'tensor'=2,'context'=1] {'fsdp'}", ("fsdp",)),
         ("mesh['data'=2,'fsdp'=4,'tensor'=2,'context'=1] {'data','tensor'}", ("data", "tensor")),
         ("mesh['axis_0'=16] {'axis_0'}", ("data", "fsdp", "tensor")),
+        ("mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a'}", ("tensor",)),
+        ("mesh['a'=2,'b'=8], device_ids=([16]) {'a'}", ("data",)),
+        ("mesh['a'=2,'b'=8], device_ids=(0,8,1) {'a'}", ("data", "fsdp", "tensor")),  # not read
         ("[8,2]<=[16]", ("tensor",)),
         ("[4,4]<=[2,4,2]T(0,2,1)", ("fsdp",)),
         ("{{0,8},{1,9},{2,10},{3,11},{4,12},{5,13},{6,14},{7,15}}", ("data",)),

@@ -92,7 +92,7 @@ def _collective(op: Operation, kind: str, times: int) -> Collective:
     if op.opcode.endswith("-start") and kind != "all-reduce":
         shape = elements(shape)[1]  # (operands, results, ...)
     pairs = re.search(r"source_target_pairs=(\{\{.*?\}\}|\{\})", op.rest)
-    groups = re.search(r"replica_groups=(.*?)(?:, \w+=|$)", op.rest)
+    groups = re.search(r"replica_groups=(.*?)(?:, (?!device_ids=)\w+=|$)", op.rest)
     who = pairs[1] if pairs else groups[1] if groups else ""
     return Collective(op.name, kind, shape, nbytes(shape), times, op.written_by, who)
 
@@ -109,24 +109,34 @@ def axes_of(groups: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 def _groups(text: str, devices: int) -> list[np.ndarray]:
     """Lists of devices, or the pairs of a permutation; no text means all devices."""
-    named = re.match(r"mesh\[(.*?)\]\s*\{(.*?)\}", text)
+    named = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))?\s*\{(.*?)\}", text)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        chosen = re.findall(r"'(\w+)'", named[2])
-        order = re.search(r"device_ids=(\S+)", named[1])
-        if order or any(":(" in part for part in named[2].split(",")):
+        chosen = re.findall(r"'(\w+)'", named[3])
+        ids = np.arange(devices) if named[2] is None else _iota(named[2])
+        if ids is None or "device_ids" in named[1] or ":(" in named[3]:
             return [np.arange(devices)]  # parts of an axis: not told apart from all devices
-        ids = np.arange(devices).reshape(tuple(sizes.values()))
+        ids = ids.reshape(tuple(sizes.values()))
         places = [list(sizes).index(name) for name in chosen]
         ids = np.moveaxis(ids, places, range(-len(places), 0))
         return list(ids.reshape(-1, int(np.prod([sizes[name] for name in chosen] or [1]))))
-    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.match(r"\[([\d,]+)\]<=(\[.*)", text)
     if iota:
-        numbers = lambda part: [int(d) for d in part.split(",")]
-        ids = np.arange(devices).reshape(numbers(iota[2]))
-        if iota[3]:
-            ids = ids.transpose(numbers(iota[3]))
-        return list(ids.reshape(numbers(iota[1])))
+        return list(_iota(iota[2]).reshape(_numbers(iota[1])))
     listed = re.findall(r"\{([\d,\s]+)\}", text)
     groups = [np.array([int(d) for d in part.split(",")]) for part in listed]
     return groups or [np.arange(devices)]
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """The devices in the order of `[4,2]T(1,0)`: counted in that shape, its axes then exchanged."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not found:
+        return None
+    shape = _numbers(found[1])
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(found[2])) if found[2] else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
