@@ -27,6 +27,7 @@ RULES: Mapping[str, MeshAxes] = {
     "kv_heads": "tensor",
     "experts": "tensor",
     "expert_mlp": None,
+    "routes": None,
     "positions": None,
     "layers": None,
     "batch": BATCH_AXES,

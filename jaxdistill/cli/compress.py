@@ -24,12 +24,12 @@ def importance(arguments: argparse.Namespace) -> None:
 
 def prune(arguments: argparse.Namespace) -> None:
     """Writes a pruned model as a folder."""
-    names = ("layers", "embed", "mlp", "heads", "kv_heads")
     with stdout_is_json(True):
         from jaxdistill import engine
+        from jaxdistill.compress.targets import AXES
 
         target = engine.Target(
-            sizes={name: size for name in names if (size := getattr(arguments, name))},
+            sizes={name: size for name in AXES if (size := getattr(arguments, name))},
             parameters=arguments.parameters,
             memory=arguments.memory,
             latency=arguments.latency,

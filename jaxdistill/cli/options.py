@@ -150,7 +150,7 @@ def _add_compress(commands: Any) -> None:
     prune = _command(commands, "prune", compress.prune, "Cut a smaller model out of a model.")
     prune.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     prune.add_argument("-o", "--output", metavar="DIR", required=True)
-    for name in ("layers", "embed", "mlp", "heads", "kv-heads"):
+    for name in ("layers", "embed", "mlp", "heads", "kv-heads", "experts"):
         prune.add_argument(f"--{name}", metavar="N", type=_positive, help="how many stay")
     prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
     prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")

@@ -10,33 +10,27 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.errors import ModelError
-from jaxdistill.models import DecoderConfig, attention, blocks, decoder, rope
+from jaxdistill.models import DecoderConfig, attention, decoder, rope, unrolled
+from jaxdistill.models.blocks import MLP, Layer
 from jaxdistill.objectives import sft
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
 Sums = dict[str, Array]
 
-# The form of layer whose units are measured and cut.
-_FORM = {
-    "norm": "rms", "pre_norm": True, "post_norm": False, "parallel": False, "gated": True,
-    "experts": None, "qk_norm_whole": False, "embedding_scaled": False, "logits_softcap": None,
-}  # fmt: skip
+# Parts of a layer that are watched, those a model has; the inner ones first.
+_PARTS = (
+    "attention.query_norm", "attention.key_norm", "attention.out",
+    "attention_norm", "attention", "attention_post_norm", "mlp_norm", "mlp", "mlp_post_norm",
+)  # fmt: skip
 
 
-def check_form(config: DecoderConfig) -> None:
-    """The model is made of layers whose units can be measured and cut.
-
-    Raises:
-      ModelError: naming what is otherwise.
-    """
-    other = [name for name, value in _FORM.items() if getattr(config, name) != value]
-    if other or config.rope is None:
-        raise ModelError(
-            f"importance: {config.family} models differ in {', '.join(other or ['rope'])} from the "
-            "form that is measured and pruned (Llama's): keep layers by hand (student.layers)"
-        )
+def norms(config: DecoderConfig) -> list[str]:
+    """The norms of a layer over all channels, or all heads, whose units may be cut."""
+    names = ["attention_norm", "mlp_norm"] if config.pre_norm else []
+    names += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
+    whole = config.qk_norm and config.qk_norm_whole
+    return names + (["attention.query_norm", "attention.key_norm"] if whole else [])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -49,44 +43,58 @@ def sums(config: DecoderConfig, dtype: DTypeLike, params: Any, batch: Batch) -> 
         m(a)_b = mean over real tokens t of |a_bt|,    square(a) = sum_b m(a)_b ** 2
 
     Returns:
-      neurons: [layers, F] square of what enters the down projection.
+      neurons: [layers, F], or of every expert [layers, X, F], square of what enters the down
+        projection; of a token that does not pass an expert that is 0.
       heads: [layers, H, E] square of what enters the attention's out projection.
-      channels: [layers, 2, D] square of what leaves the two norms.
-      shares: [2 layers + 1, D] sum over tokens of x ** 2 / mean(x ** 2) before every norm, the
-        final one last.
+      channels: [layers, 2, D] square of what attention and the MLP read.
+      shares.NORM: [layers, units], and of the final norm [units], sum over tokens of
+        x ** 2 / mean(x ** 2) before it.
       cosines: [layers + 1, layers + 1] sum over tokens of cos(x_i, x_j) of the hidden states
         between the layers; the embeddings are x_0.
+      experts: [layers, X] sum over the tokens that pass an expert of its share times the L2 norm
+        of what it gives. routed: [layers, X] how many they are. Both where there are experts.
       tokens: [] real tokens. rows: [] rows that have any.
     """
     real_BL = batch.segment_ids > 0
     counts_B = jnp.sum(real_BL, axis=1)
     weights_BL = real_BL / jnp.maximum(counts_B, 1)[:, None].astype(jnp.float32)
 
-    def square(x_BLK: Array) -> Array:
-        mean_BK = jnp.einsum("BL,BLK->BK", weights_BL, jnp.abs(x_BLK.astype(jnp.float32)))
+    def whole(x: Array) -> Array:
+        return x.reshape(*real_BL.shape, -1)
+
+    def square(x: Array) -> Array:
+        mean_BK = jnp.einsum("BL,BLK->BK", weights_BL, jnp.abs(whole(x).astype(jnp.float32)))
         return jnp.sum(jnp.square(mean_BK), axis=0)
 
-    def share(x_BLD: Array) -> Array:
-        squares_BLD = jnp.square(x_BLD.astype(jnp.float32))
-        mean_BL1 = jnp.mean(squares_BLD, axis=-1, keepdims=True)
-        relative_BLD = squares_BLD / jnp.where(mean_BL1 == 0, 1, mean_BL1)
-        return jnp.einsum("BL,BLD->D", real_BL.astype(jnp.float32), relative_BLD)
+    def share(x: Array) -> Array:
+        squares_BLK = jnp.square(whole(x).astype(jnp.float32))
+        mean_BL1 = jnp.mean(squares_BLK, axis=-1, keepdims=True)
+        relative_BLK = squares_BLK / jnp.where(mean_BL1 == 0, 1, mean_BL1)
+        return jnp.einsum("BL,BLK->K", real_BL.astype(jnp.float32), relative_BLK)
 
-    def look(x_BLD: Array, seen: dict[str, Array]) -> dict[str, Array]:
-        heads = square(seen["mixed"].reshape(*real_BL.shape, -1))
-        return {
-            "neurons": square(seen["neurons"]),
-            "heads": heads.reshape(config.heads, config.head_dim),
-            "channels": jnp.stack([square(seen["attention_norm"]), square(seen["mlp_norm"])]),
-            "shares": jnp.stack([share(x_BLD), share(seen["between"])]),
-            "hidden": x_BLD,
+    def look(mlp: Any, seen: dict[str, Array]) -> dict[str, Array]:
+        heads = square(seen["attention.out"]).reshape(config.heads, config.head_dim)
+        channels = jnp.stack([square(seen["attention"]), square(seen["mlp"])])
+        found = {"heads": heads, "channels": channels, "hidden": seen["entering"]}
+        found |= {f"shares.layers.{name}": share(seen[name]) for name in norms(config)}
+        if isinstance(mlp, MLP):
+            return found | {"neurons": square(mlp.neurons(seen["mlp"], RULES))}
+        passed = mlp.passed(seen["mlp"], RULES)
+        chosen_BLKX = jax.nn.one_hot(passed.experts, mlp.experts.count)
+        chosen_BLKX = chosen_BLKX * real_BL[..., None, None]
+        exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        size_BLKF = jnp.abs(passed.neurons.astype(jnp.float32))
+        mean_BXF = exact("BL,BLKX,BLKF->BXF", weights_BL, chosen_BLKX, size_BLKF)
+        return found | {
+            "neurons": jnp.sum(jnp.square(mean_BXF), axis=0),
+            "experts": exact("BLK,BLKX->X", passed.shares * passed.norms, chosen_BLKX),
+            "routed": jnp.sum(chosen_BLKX, axis=(0, 1, 2)),
         }
 
     _, last_BLD, seen = _forward(config, dtype, params, batch, look)
     hidden_SBLD = jnp.concatenate([seen.pop("hidden"), last_BLD[None]])
-    shares = seen["shares"].reshape(-1, config.embed)
     return seen | {
-        "shares": jnp.concatenate([shares, share(last_BLD)[None]]),
+        "shares.final_norm": share(last_BLD),
         "cosines": _cosines(hidden_SBLD, real_BL),
         "tokens": jnp.sum(counts_B),
         "rows": jnp.sum(counts_B > 0),
@@ -113,7 +121,7 @@ def loss_without(
     config: DecoderConfig, vocab: int, dtype: DTypeLike, params: Any, batch: Batch, keep: Array
 ) -> Mean:
     """Cross-entropy of a batch by the model without the layers whose `keep` [layers] is False."""
-    outputs, _, _ = _forward(config, dtype, params, batch, lambda x, seen: {}, keep)
+    outputs, _, _ = _forward(config, dtype, params, batch, None, keep)
     return sft(vocab=vocab).apply({}, outputs, TeacherSignal(), batch, {})["loss"]
 
 
@@ -122,48 +130,53 @@ def _forward(
     dtype: DTypeLike,
     params: Any,
     batch: Batch,
-    look: Callable[[Array, dict[str, Array]], dict[str, Array]],
+    look: Callable[[Any, dict[str, Array]], dict[str, Array]] | None,
     keep: Array | None = None,
 ) -> tuple[Outputs, Array, dict[str, Array]]:
-    """(outputs, hidden states before the final norm, what `look` made of each layer, stacked).
-
-    The same layer as `blocks.Layer`, written out so that its inner values can be looked at; a
-    test holds the two together.
-    """
-    check_form(config)
-    model = nnx.merge(decoder.graphdef(config), params)
-    graphdef, stacked = nnx.split(model.layers)
+    """(outputs, hidden states before the final norm, what `look` made of each layer, stacked)."""
     attend = attention.causal(config, batch.tokens.shape[1], batch.segment_ids, None)
     turn = rope.per_layer(config, batch.positions)
-    activate = blocks.ACTIVATIONS[config.activation]
+    axes = decoder.logical_axes(config)["layers"]
 
-    def cast(path, leaf):
-        return leaf if decoder.kept_wide(path) else leaf.astype(dtype)
-
-    def mixed_too(state, index, query, key, value):
-        _, mixed_BLHE = attend(None, index, query, key, value)
-        return mixed_BLHE, mixed_BLHE
-
-    def run(layer, x_BLD, index):
-        first = layer.attention_norm(x_BLD)
-        mixed_BLHE, added_BLD = layer.attention(first, turn(index), mixed_too, None, index, RULES)
-        between = x_BLD + added_BLD
-        second = layer.mlp_norm(between)
-        neurons = activate(layer.mlp.gate(second)) * layer.mlp.up(second)
-        seen = {"attention_norm": first, "mixed": mixed_BLHE, "between": between}
-        seen |= {"mlp_norm": second, "neurons": neurons}
-        return between + layer.mlp.down(neurons), look(x_BLD, seen)
+    def run(layer: Layer, x_BLD: Array, index: Array) -> Array:
+        return layer(x_BLD, turn(index), attend, None, index, RULES)[0]
 
     def body(x_BLD, one):
         weights, index = one
-        layer = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cast, weights))
-        if keep is None:
-            return run(layer, x_BLD, index)
-        # A condition, not a mask: a layer that is left out costs nothing.
-        return jax.lax.cond(keep[index], lambda x: run(layer, x, index)[0], lambda x: x, x_BLD), {}
+        weights = decoder.computing(weights, axes, dtype, RULES)
+        layer = nnx.merge(unrolled.graphdef(config), weights)
+        if keep is not None:
+            # A condition, not a mask: a layer that is left out costs nothing.
+            ran = lambda x_BLD: run(layer, x_BLD, index)
+            return jax.lax.cond(keep[index], ran, lambda x_BLD: x_BLD, x_BLD), {}
+        seen, mlp = {"entering": x_BLD}, layer.mlp
+        _watch(layer, seen)
+        x_BLD = run(layer, x_BLD, index)
+        return x_BLD, look(mlp, seen) if look else {}
 
-    x_BLD = jnp.take(params["embedding"], batch.tokens, axis=0).astype(dtype)
-    xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers))
+    x_BLD = decoder.embed(
+        config, params["embedding"], params.get("positions"), batch.tokens, batch.positions, dtype
+    )
+    xs = (params["layers"], jnp.arange(config.layers))
     x_BLD, seen = jax.lax.scan(body, x_BLD, xs)
-    head = params["embedding"] if config.tied_head else params["head"]
-    return Outputs(hidden=model.final_norm(x_BLD), head=head), x_BLD, seen
+    return unrolled.outputs(config, unrolled.rest(params), x_BLD), x_BLD, seen
+
+
+def _watch(layer: Layer, seen: dict[str, Array]) -> None:
+    """What each part of the layer is given is noted in `seen`, by its name, when the layer runs."""
+    for name in _PARTS:
+        *owners, part = name.split(".")
+        owner = functools.reduce(getattr, owners, layer)
+        if (module := getattr(owner, part)) is not None:
+            setattr(owner, part, _Watched(name, module, seen))
+
+
+class _Watched:
+    """A part of a layer that notes what it is given."""
+
+    def __init__(self, name: str, module: Callable, seen: dict[str, Array]):
+        self.name, self.module, self.seen = name, module, seen
+
+    def __call__(self, x: Array, *others: Any) -> Any:
+        self.seen[self.name] = x
+        return self.module(x, *others)

@@ -1,4 +1,4 @@
-"""What each unit of a model is worth: neurons, heads, channels and layers, by one forward pass."""
+"""What each unit of a model is worth, from neurons and experts to layers, by one forward pass."""
 
 import dataclasses
 import json
@@ -29,12 +29,14 @@ class Importance:
     """Scores of all units of one model, whatever size it is to be pruned to.
 
     Attributes:
-      neurons: [layers, F], of the MLP.
+      neurons: [layers, F], of the MLP; [layers, X, F] of every expert's where there are experts.
       heads: [layers, H], query heads.
       channels: [D], of the hidden states.
-      shares: [2 layers + 1, D], mean of x ** 2 / mean(x ** 2) before each norm: how much of its
-        energy a channel carries.
+      shares: by the norm's name in the table of weights, [layers, units] or of the final norm
+        [units], mean of x ** 2 / mean(x ** 2) before it: how much of its energy a unit carries.
+        Units are channels, or the channels of all heads where a norm goes over them.
       cosines: [layers + 1, layers + 1], mean cosine between hidden states, x_0 the embeddings.
+      experts: [layers, X], or None where there are none.
       loss: [layers], rise of the loss without one layer, or None where it was not measured.
       range_loss: number of layers n -> [layers - n + 1], rise of the loss without n layers in a
         row, by the first of them.
@@ -44,8 +46,9 @@ class Importance:
     neurons: np.ndarray
     heads: np.ndarray
     channels: np.ndarray
-    shares: np.ndarray
+    shares: Mapping[str, np.ndarray]
     cosines: np.ndarray
+    experts: np.ndarray | None = None
     loss: np.ndarray | None = None
     range_loss: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -128,7 +131,15 @@ def measure(
 
         neuron i:   sqrt(sum over samples of (mean over tokens of |a_i|) ** 2),  a enters `down`
         head h:     the same of what enters `out`, per channel; then the L2 norm over its E channels
-        channel c:  the same of what leaves each norm of the layers; added over the norms
+        channel c:  the same of what attention and the MLP read (their norm's output, where there
+                    is one before them); added over both and over the layers
+        expert e:   mean over the tokens that pass it of share_e * |what it gives|, its L2 norm over
+                    the channels; 0 where no token does
+
+    An expert's score is REAP's, with the shares that the layer uses: it counts how much an expert
+    adds and not only how often; its authors found it ahead of choosing by frequency, and of merging
+    experts, in models of 20B to 1T parameters. For a token that passes other experts, an expert's
+    neurons count 0.
 
     Sums are float32 on the devices within a batch and float64 on the host over batches.
 
@@ -142,7 +153,7 @@ def measure(
     Raises:
       DataError: if there is nothing to measure on, or the model's values are not finite.
 
-    Reference: Minitron, arXiv 2407.14679, section 2.2.
+    Reference: Minitron, arXiv 2407.14679, section 2.2; REAP, Lasby et al. 2025, arXiv 2510.13999.
     """
     total: dict[str, np.ndarray] = {}
     for batch in batches:
@@ -160,8 +171,13 @@ def measure(
         neurons=np.sqrt(total["neurons"]),
         heads=np.sqrt(total["heads"].sum(-1)),
         channels=np.sqrt(total["channels"]).sum((0, 1)),
-        shares=total["shares"] / total["tokens"],
+        shares={
+            name.removeprefix("shares."): value / total["tokens"]
+            for name, value in total.items()
+            if name.startswith("shares.")
+        },
         cosines=total["cosines"] / total["tokens"],
+        experts=total["experts"] / np.maximum(total["routed"], 1) if config.experts else None,
         facts={"shape": shape_of(config), **measured, **(facts or {})},
     )
 
@@ -220,7 +236,8 @@ def with_losses(
 
 def shape_of(config: DecoderConfig) -> dict[str, int]:
     """The sizes that scores are counted by."""
-    return {name: getattr(config, name) for name in _AXES}
+    experts = {} if config.experts is None else {"experts": config.experts.count}
+    return {name: getattr(config, name) for name in _AXES} | experts
 
 
 def check_belongs(importance: Importance, config: DecoderConfig) -> None:
@@ -232,9 +249,9 @@ def check_belongs(importance: Importance, config: DecoderConfig) -> None:
     ours = shape_of(config)
     theirs = importance.facts.get("shape", {})
     wrong = [
-        f"{name} {theirs.get(name)} for {ours[name]}"
-        for name in ours
-        if theirs.get(name) != ours[name]
+        f"{name} {theirs.get(name)} for {ours.get(name)}"
+        for name in {**ours, **theirs}
+        if theirs.get(name) != ours.get(name)
     ]
     if wrong:
         raise ConfigError(
@@ -251,10 +268,12 @@ def save(importance: Importance, path: str | os.PathLike) -> pathlib.Path:
     file = pathlib.Path(path)
     arrays = {
         name: np.ascontiguousarray(getattr(importance, name), np.float64)
-        for name in ("neurons", "heads", "channels", "shares", "cosines", "loss")
+        for name in ("neurons", "heads", "channels", "cosines", "experts", "loss")
         if getattr(importance, name) is not None
     }
-    arrays |= {f"range_loss.{n}": np.ascontiguousarray(v) for n, v in importance.range_loss.items()}
+    for group in ("shares", "range_loss"):
+        for name, value in getattr(importance, group).items():
+            arrays[f"{group}.{name}"] = np.ascontiguousarray(value, np.float64)
     beside = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -280,12 +299,13 @@ def load(path: str | os.PathLike) -> Importance:
         with safe_open(str(file), "np") as opened:
             facts = json.loads((opened.metadata() or {})["jaxdistill"])
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-        ranges = {
-            int(name.partition(".")[2]): arrays.pop(name)
-            for name in list(arrays)
-            if name.startswith("range_loss.")
-        }
-        return Importance(**arrays, range_loss=ranges, facts=facts)
+        groups: dict[str, dict[str, np.ndarray]] = {"shares": {}, "range_loss": {}}
+        for name in list(arrays):
+            group, dot, rest = name.partition(".")
+            if dot:
+                groups[group][rest] = arrays.pop(name)
+        ranges = {int(count): value for count, value in groups["range_loss"].items()}
+        return Importance(**arrays, shares=groups["shares"], range_loss=ranges, facts=facts)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"importance = {str(file)!r}: is damaged or no importance file ({error}): measure again"

@@ -1,7 +1,8 @@
-"""A student out of a teacher: keep some of its layers, neurons, heads and channels."""
+"""A student out of a teacher: keep some of its layers, neurons, experts, heads and channels."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jaxdistill import sharding
 from jaxdistill.compress.importance import Importance, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.models.architecture import flat_weights, nest, weights
+from jaxdistill.models.architecture import Experts, flat_weights, nest, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,12 @@ class Kept:
 
     Attributes:
       layers: [layers'], of the large model.
-      neurons: [layers', F'], of the MLP of each kept layer.
+      neurons: [layers', F'], of the MLP of each kept layer; or [layers', X', F'], of its kept
+        experts.
       groups: [layers', G'], key and value heads of each kept layer.
       heads: [layers', H'], query heads of each kept layer, those of one group side by side.
       channels: [D'], of the hidden states: the same in every layer.
+      experts: [layers', X'], of each kept layer, or None where there are none.
     """
 
     layers: np.ndarray
@@ -34,6 +37,7 @@ class Kept:
     groups: np.ndarray
     heads: np.ndarray
     channels: np.ndarray
+    experts: np.ndarray | None = None
 
 
 def choose(
@@ -47,7 +51,7 @@ def choose(
     """The most important units, as many as the small model has.
 
     Query heads compete only with those that share their keys, so that groups stay whole; a group's
-    score is the L2 norm over its heads.
+    score is the L2 norm over its heads. Neurons of an expert compete with each other alone.
 
     Args:
       config: of the large model.
@@ -65,16 +69,28 @@ def choose(
     if len(kept) != small.layers:
         raise ConfigError(f"layers = {kept}: must be {small.layers} of them")
     per_group = config.heads // config.kv_heads
-    neurons, groups, heads = [], [], []
+    neurons, groups, heads, experts = [], [], [], []
     for layer in kept:
-        neurons.append(best(importance.neurons[layer], small.mlp))
+        if small.experts is None or importance.experts is None:
+            neurons.append(best(importance.neurons[layer], small.mlp))
+        else:
+            experts.append(best(importance.experts[layer], small.experts.count))
+            neurons.append([best(importance.neurons[layer, e], small.mlp) for e in experts[-1]])
         scores = importance.heads[layer].reshape(config.kv_heads, per_group)
         own = best(np.sqrt((scores**2).sum(1)), small.kv_heads)
         groups.append(own)
         share = small.heads // small.kv_heads
         heads.append([g * per_group + h for g in own for h in best(scores[g], share)])
     channels = best(importance.channels, small.embed)
-    return Kept(*(np.asarray(each, np.int32) for each in (kept, neurons, groups, heads, channels)))
+    whole = functools.partial(np.asarray, dtype=np.int32)
+    return Kept(
+        layers=whole(kept),
+        neurons=whole(neurons),
+        groups=whole(groups),
+        heads=whole(heads),
+        channels=whole(channels),
+        experts=whole(experts) if experts else None,
+    )
 
 
 def cut(
@@ -82,24 +98,26 @@ def cut(
     params: Any,
     kept: Kept,
     *,
-    shares: np.ndarray | None = None,
+    shares: Mapping[str, np.ndarray] | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[DecoderConfig, Any]:
     """The model of these units alone, as new arrays on the same devices.
 
     Which dim of which weight is cut follows from the logical axes in the table of weights. With
-    fewer channels a norm divides by another root mean square; its scale takes up the change:
+    fewer units a norm over them divides by another root mean square; its scale takes up the change:
 
         scale * sqrt(sum over kept channels of share_c / D')
 
     which is exact (up to norm_eps) where the channels left out are zero. SmolLM2-135M cut from 576
     to 512 channels has a held-out perplexity of 50.3 with it and 58.8 without, before training.
+    Embeddings that are scaled by sqrt(D) grow by sqrt(D / D') in advance, and the final norm of a
+    model whose head they are shrinks by it.
 
     Args:
       config: of the large model.
       params: its parameters, which stay as they are.
       kept: from `choose`.
-      shares: [2 layers + 1, D] of `Importance`; None leaves the scales as they are.
+      shares: of `Importance`; None leaves the scales as they are.
       dtype: of the new parameters; None keeps each one's.
 
     Raises:
@@ -110,16 +128,17 @@ def cut(
     small = dataclasses.replace(
         config,
         layers=len(kept.layers),
-        mlp=kept.neurons.shape[1],
+        mlp=kept.neurons.shape[-1],
         heads=kept.heads.shape[1],
         kv_heads=kept.groups.shape[1],
         embed=len(kept.channels),
         windows=windows,
+        experts=_fewer(config.experts, kept.experts),
     )
     table = flat_weights(weights(config))
     indices = _indices(config, kept)
-    gains = _gains(config, kept, shares)
     _check_understood(config, table, indices)
+    gains = _gains(config, kept, indices, shares or {})
 
     def make(params):
         flat = _flat(params)
@@ -127,7 +146,9 @@ def cut(
         for name, row in table.items():
             leaf = _cut_weight(flat[name], row.axes, indices)
             if name in gains:
-                leaf = leaf * jnp.asarray(gains[name], jnp.float32).astype(leaf.dtype)
+                base = float(config.norm == "rms_offset" and name.endswith(".scale"))
+                wide = (base + leaf.astype(jnp.float32)) * jnp.asarray(gains[name], jnp.float32)
+                leaf = (wide - base).astype(leaf.dtype)
             # An explicit copy: a result that shared its buffer with the large model would take
             # the buffer along when training donates it.
             new[name] = jnp.copy(leaf.astype(dtype or flat[name].dtype))
@@ -154,13 +175,15 @@ def keep_layers(
       ConfigError: for a layer that does not exist, or layers that are not in rising order.
     """
     kept = check_layers(config.layers, layers)
-    every = lambda size: np.tile(np.arange(size), (len(kept), 1))
+    every = lambda *sizes: np.broadcast_to(np.arange(sizes[-1]), (len(kept), *sizes))
+    count = () if config.experts is None else (config.experts.count,)
     whole = Kept(
         layers=np.asarray(kept),
-        neurons=every(config.mlp),
+        neurons=every(*count, config.mlp),
         groups=every(config.kv_heads),
         heads=every(config.heads),
         channels=np.arange(config.embed),
+        experts=every(*count) if count else None,
     )
     return cut(config, params, whole, dtype=dtype)
 
@@ -191,43 +214,64 @@ def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:
         inside = np.arange(config.head_dim)
         return (index[:, :, None] * config.head_dim + inside).reshape(len(index), -1)
 
+    width = "mlp" if config.experts is None else "expert_mlp"
     found = {
         "layers": (kept.layers, config.layers),
-        "mlp": (kept.neurons, config.mlp),
+        width: (kept.neurons, config.mlp),
         "heads": (blocks(kept.heads), config.heads * config.head_dim),
         "kv_heads": (blocks(kept.groups), config.kv_heads * config.head_dim),
         "embed": (kept.channels, config.embed),
     }
+    if config.experts is not None and kept.experts is not None:
+        found |= dict.fromkeys(("experts", "routes"), (kept.experts, config.experts.count))
     whole = {name: index.shape[-1] == size for name, (index, size) in found.items()}
-    others = dict.fromkeys(("vocab", "positions", "experts", "expert_mlp"))
+    others = dict.fromkeys(("vocab", "positions"))
     return others | {name: None if whole[name] else index for name, (index, _) in found.items()}
 
 
 def _cut_weight(leaf: jax.Array, axes: Sequence[str | None], indices: dict) -> jax.Array:
-    """The part of one weight that stays; layers first, which the indices per layer belong to."""
+    """The part of one weight that stays; layers first, which the indices per layer belong to.
+
+    Then experts: an index [layers', X', F'] belongs to each of them.
+    """
     for dim, axis in enumerate(axes):
         index = None if axis is None else indices[axis]
         if index is None:
             continue
-        if index.ndim == 1:
-            leaf = jnp.take(leaf, jnp.asarray(index), axis=dim)
-        else:
-            take = lambda layer, own, at=dim - 1: jnp.take(layer, own, axis=at)
-            leaf = jax.vmap(take)(leaf, jnp.asarray(index))
+        each = index.ndim - 1  # leading dims that have an index of their own
+        take = functools.partial(jnp.take, axis=dim - each)
+        for _ in range(each):
+            take = jax.vmap(take)
+        leaf = take(leaf, jnp.asarray(index))
     return leaf
 
 
-def _gains(config: DecoderConfig, kept: Kept, shares: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Per norm over channels what its scale is multiplied with: [layers', 1], or [1]."""
-    if shares is None or len(kept.channels) == config.embed:
-        return {}
-    mean = np.sqrt(np.maximum(shares[:, kept.channels].mean(1), 1e-12))
-    attention, mlp = mean[:-1].reshape(-1, 2)[kept.layers].T
-    return {
-        "layers.attention_norm.scale": attention[:, None],
-        "layers.mlp_norm.scale": mlp[:, None],
-        "final_norm.scale": mean[-1:],
-    }
+def _gains(
+    config: DecoderConfig, kept: Kept, indices: dict, shares: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """By name what weights are multiplied with, to take up what is lost with the other units."""
+    table, gains = flat_weights(weights(config)), {}
+    for norm, share in shares.items():
+        *layers, axis = table[f"{norm}.scale"].axes
+        index = indices[str(axis)]
+        if index is None:
+            continue
+        share = share[kept.layers] if layers else share
+        index = np.broadcast_to(index, (*share.shape[:-1], index.shape[-1]))
+        mean = np.take_along_axis(share, index, -1).mean(-1, keepdims=True)
+        gains[f"{norm}.scale"] = np.sqrt(np.maximum(mean, 1e-12))
+    if config.embedding_scaled and indices["embed"] is not None:
+        grown = np.sqrt(config.embed / len(kept.channels))
+        gains["embedding"] = np.full((1, 1), grown)
+        if config.tied_head:
+            gains["final_norm.scale"] = gains.get("final_norm.scale", np.ones(1)) / grown
+    return gains
+
+
+def _fewer(experts: Experts | None, kept: np.ndarray | None) -> Experts | None:
+    if experts is None or kept is None:
+        return experts
+    return dataclasses.replace(experts, count=kept.shape[-1])
 
 
 def _check_understood(config: DecoderConfig, table: dict, indices: dict) -> None:

@@ -9,10 +9,13 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, count_parameters
+from jaxdistill.models.families import FAMILIES
 
-AXES = ("layers", "embed", "mlp", "heads", "kv_heads")
+AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "experts")
 # Sizes that matrix units like; Minitron's manual targets are multiples of 64 too.
-MULTIPLES: Mapping[str, int] = {"layers": 1, "embed": 64, "mlp": 64, "heads": 1, "kv_heads": 1}
+MULTIPLES: Mapping[str, int] = {
+    "layers": 1, "embed": 64, "mlp": 64, "heads": 1, "kv_heads": 1, "experts": 1
+}  # fmt: skip
 _UNITS: Mapping[str, Mapping[str, int]] = {
     "parameters": {"": 1, "K": 10**3, "M": 10**6, "B": 10**9},
     "memory": {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
@@ -33,14 +36,16 @@ def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
       sizes: of the axes `AXES`; those that are not named stay, but heads follow kv_heads.
 
     Raises:
-      ConfigError: for a size above the model's, below 1, or heads that do not divide into groups.
+      ConfigError: for a size above the model's, below 1, or below what a token passes of experts;
+        heads that do not divide into groups; or what cannot be cut out of this family.
     """
     for name, size in sizes.items():
-        have = _size(config, name)
-        if not 1 <= size <= have:
+        have, least = _size(config, name), _least(config, name)
+        if not least <= size <= have:
+            passes = f", a token passes {least} of them" if least > 1 else ""
             raise ConfigError(
-                f"prune.{name} = {size}: the model has {have}: give 1 to {have} (pruning cannot "
-                "enlarge it)"
+                f"prune.{name} = {size}: the model has {have}{passes}: give {least} to {have} "
+                "(pruning cannot enlarge it)"
             )
     per_group = config.heads // config.kv_heads
     groups = sizes.get("kv_heads", config.kv_heads)
@@ -53,7 +58,10 @@ def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
     windows = config.windows
     if windows is not None and "layers" in sizes:
         windows = windows[: sizes["layers"]]  # which ones is known when the layers are chosen
-    return dataclasses.replace(
+    experts = config.experts
+    if experts is not None and "experts" in sizes:
+        experts = dataclasses.replace(experts, count=sizes["experts"])
+    small = dataclasses.replace(
         config,
         layers=sizes.get("layers", config.layers),
         embed=sizes.get("embed", config.embed),
@@ -61,14 +69,50 @@ def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
         heads=heads,
         kv_heads=groups,
         windows=windows,
+        experts=experts,
     )
+    _check_family(config, small)
+    return small
+
+
+def sizes_of(config: DecoderConfig) -> dict[str, int]:
+    """All sizes that a model has and pruning knows."""
+    return {axis: _size(config, axis) for axis in AXES if axis != "experts" or config.experts}
+
+
+def _check_family(config: DecoderConfig, small: DecoderConfig) -> None:
+    """The student computes what the teacher would without these units, and its family says so."""
+    if small.embed < config.embed and config.norm == "layer":
+        raise ConfigError(
+            f"prune.embed = {small.embed}: {config.family} models have LayerNorms, which subtract "
+            f"the mean over all {config.embed} channels: with fewer it is another, even where "
+            "those left out are zero: prune layers or mlp"
+        )
+    fixed = "head_dim" in FAMILIES[config.family].absent
+    if fixed and small.heads * small.head_dim != small.embed:
+        raise ConfigError(
+            f"prune.heads = {small.heads}: the configuration of {config.family} models has no "
+            f"head_dim: heads * {small.head_dim} must stay embed ({small.embed}): prune layers or "
+            "mlp"
+        )
 
 
 def _size(config: DecoderConfig, axis: str) -> int:
     """One of the sizes that pruning knows."""
     if axis not in AXES:
         raise ConfigError(f"prune.{axis}: is no size to prune: use {', '.join(AXES)}")
-    return getattr(config, axis)
+    if axis != "experts":
+        return getattr(config, axis)
+    if config.experts is None:
+        raise ConfigError(
+            f"prune.experts: {config.family} models have no routed experts: prune mlp instead"
+        )
+    return config.experts.count
+
+
+def _least(config: DecoderConfig, axis: str) -> int:
+    """The smallest number of units that is still such a model."""
+    return config.experts.chosen if axis == "experts" and config.experts else 1
 
 
 def amount(text: str | int | float, whole: int | float, of: str = "parameters") -> int:
@@ -203,7 +247,8 @@ def _shrunk(
     sizes = {}
     for axis in axes:
         have, step = _size(config, axis), multiples[axis]
-        sizes[axis] = have if share == 1 else min(have, max(int(have * share) // step, 1) * step)
+        size = max(int(have * share) // step * step, step, _least(config, axis))
+        sizes[axis] = have if share == 1 else min(have, size)
     if "heads" in sizes:  # whole groups: the same number of query heads for each
         groups = sizes.get("kv_heads", config.kv_heads)
         sizes["heads"] = max(sizes["heads"] // groups, 1) * groups

@@ -1,7 +1,7 @@
 """The options of the models: teacher, student, random shapes, tokenizer."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -89,7 +89,9 @@ class Teacher(Section):
 
 
 PruneBy = Literal["influence", "loss", "range", "range_loss"]
-PruneAxes = tuple[Literal["layers", "embed", "mlp", "heads", "kv_heads"], ...]
+PruneAxis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
+PruneAxes = tuple[PruneAxis, ...]
+PRUNE_AXES: tuple[str, ...] = get_args(PruneAxis)
 
 
 class Prune(Section):
@@ -101,11 +103,14 @@ class Prune(Section):
     )
     layers: Size | None = Field(None, description="Layers that stay.")
     embed: Size | None = Field(None, description="Channels of the hidden states that stay.")
-    mlp: Size | None = Field(None, description="Neurons of every MLP that stay.")
+    mlp: Size | None = Field(None, description="Neurons of every MLP, or expert, that stay.")
     heads: Size | None = Field(
         None, description="Query heads that stay; the same number for every group of keys."
     )
     kv_heads: Size | None = Field(None, description="Key and value heads (groups) that stay.")
+    experts: Size | None = Field(
+        None, description="Routed experts of every layer that stay: at least those a token passes."
+    )
     parameters: Budget | None = Field(
         None, description="Budget instead of sizes: a share such as 60%, or 80M, 1.5B."
     )
@@ -123,17 +128,13 @@ class Prune(Section):
 
     def sizes(self) -> dict[str, int]:
         """The sizes that are given."""
-        names = ("layers", "embed", "mlp", "heads", "kv_heads")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: size for name in PRUNE_AXES if (size := getattr(self, name)) is not None}
 
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes or one budget."""
         budgets = [name for name in ("parameters", "memory") if getattr(self, name) is not None]
         if len(budgets) + bool(self.sizes()) != 1:
-            yield (
-                (),
-                "give sizes (layers, embed, mlp, heads, kv_heads), or one of parameters, memory",
-            )
+            yield (), f"give sizes ({', '.join(PRUNE_AXES)}), or one of parameters, memory"
         if not budgets and self.axes != ("embed", "mlp"):
             yield ("axes",), "has no effect without a budget: remove it"
 

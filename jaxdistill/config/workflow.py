@@ -68,9 +68,10 @@ class PruneStep(Step):
     importance: Path = Field(description="Its scores: the output of an importance step.")
     layers: Size | None = Field(None, description="Layers that stay.")
     embed: Size | None = Field(None, description="Channels that stay.")
-    mlp: Size | None = Field(None, description="Neurons of every MLP that stay.")
+    mlp: Size | None = Field(None, description="Neurons of every MLP, or expert, that stay.")
     heads: Size | None = Field(None, description="Query heads that stay.")
     kv_heads: Size | None = Field(None, description="Groups of heads that stay.")
+    experts: Size | None = Field(None, description="Routed experts of every layer that stay.")
     parameters: Budget | None = Field(None, description="Budget instead: 60% or 80M.")
     memory: Budget | None = Field(None, description="Budget instead: 4GiB or 50% of the weights.")
     latency: Budget | None = Field(

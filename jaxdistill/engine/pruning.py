@@ -152,8 +152,8 @@ class Target:
         if bool(sizes) + len(budgets) != 1:
             given = ", ".join([*sizes, *budgets]) or "nothing"
             raise ConfigError(
-                "prune: give sizes (layers, embed, mlp, heads, kv_heads), or one budget "
-                f"(parameters, memory, latency); given: {given}"
+                f"prune: give sizes ({', '.join(targets.AXES)}), or one budget (parameters, "
+                f"memory, latency); given: {given}"
             )
         assert self.latency is None, "measured before: see `within_latency`"
         if budgets:
@@ -197,8 +197,7 @@ def within_latency(model: Model, target: Target) -> tuple[Target, dict[str, floa
     small, found = targets.fit_latency(
         model.config, str(target.latency), measured, axes=target.axes
     )
-    sizes = {axis: getattr(small, axis) for axis in targets.AXES}
-    return dataclasses.replace(others, sizes=sizes), found
+    return dataclasses.replace(others, sizes=targets.sizes_of(small)), found
 
 
 def target_of(options: Prune) -> Target:
@@ -273,6 +272,7 @@ def prune(
         "by": target.by,
         "layers": kept.layers.tolist(),
         "channels": kept.channels.tolist(),
+        "experts": None if kept.experts is None else kept.experts.tolist(),
         "measured_on": dict(found.facts),
     } | ({} if took is None else {"decode_us": took})
     (written / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

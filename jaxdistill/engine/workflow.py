@@ -13,6 +13,7 @@ from typing import Any
 import jaxdistill
 from jaxdistill import report
 from jaxdistill.compress import importance as scores
+from jaxdistill.compress.targets import AXES
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
     CompareStep,
@@ -242,9 +243,8 @@ class Runner:
 
     def _prune(self, step: PruneStep) -> dict[str, Any]:
         step = self.resolved(step)
-        names = ("layers", "embed", "mlp", "heads", "kv_heads")
         target = pruning.Target(
-            sizes={name: size for name in names if (size := getattr(step, name)) is not None},
+            sizes={name: size for name in AXES if (size := getattr(step, name)) is not None},
             parameters=step.parameters,
             memory=step.memory,
             latency=step.latency,

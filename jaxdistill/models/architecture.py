@@ -173,7 +173,7 @@ def _mlp(config: DecoderConfig) -> dict:
     inner = (count, config.embed, config.mlp), ("experts", "embed", "expert_mlp")
     outer = (count, config.mlp, config.embed), ("experts", "expert_mlp", "embed")
     return {
-        "router": {"kernel": Weight((config.embed, count), ("embed", None), "normal")},
+        "router": {"kernel": Weight((config.embed, count), ("embed", "routes"), "normal")},
         **{name: {"kernel": Weight(*inner, "normal")} for name in parts},
         "down": {"kernel": Weight(*outer, "normal")},
     }

@@ -141,18 +141,29 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
-        x_ND, shape = _rows(x_BLD), (*x_BLD.shape[:2], -1)
-        activate = ACTIVATIONS[self.activation]
-
-        def close(first_NF, *up_NF):
-            hidden_NF = activate(first_NF)
-            for up in up_NF:
-                hidden_NF = hidden_NF * up
-            hidden_BLF = constrain(hidden_NF.reshape(shape), ("batch", "length", "act_mlp"), rules)
+        def close(*parts_NF):
+            hidden_BLF = self._hidden(x_BLD, parts_NF, rules)
             return self.down(_rows(hidden_BLF)).reshape(x_BLD.shape)
 
-        parts = (self.up,) if self.gate is None else (self.gate, self.up)
-        return _light(close)(*(part(x_ND) for part in parts))
+        return _light(close)(*self._parts(x_BLD))
+
+    def neurons(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
+        """What enters `down`, [B, L, F]: for those who measure it."""
+        return self._hidden(x_BLD, self._parts(x_BLD), rules)
+
+    def _parts(self, x_BLD: Array) -> tuple[Array, ...]:
+        x_ND = _rows(x_BLD)
+        return tuple(part(x_ND) for part in (self.gate, self.up) if part is not None)
+
+    def _hidden(
+        self, x_BLD: Array, parts_NF: tuple[Array, ...], rules: Mapping[str, MeshAxes]
+    ) -> Array:
+        first_NF, *up_NF = parts_NF
+        hidden_NF = ACTIVATIONS[self.activation](first_NF)
+        for up in up_NF:
+            hidden_NF = hidden_NF * up
+        shape = (*x_BLD.shape[:2], -1)
+        return constrain(hidden_NF.reshape(shape), ("batch", "length", "act_mlp"), rules)
 
 
 class Layer(nnx.Module):
@@ -188,5 +199,5 @@ class Layer(nnx.Module):
         return constrain(x_BLD, ("batch", "length", "act_embed"), rules), state
 
 
-def _normed(norm: Norm | None, x: Array) -> Array:
+def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:
     return x if norm is None else norm(x)

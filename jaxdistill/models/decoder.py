@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         def run(carry, one):
             x_BLD, state = carry
             params, index = one
-            layer = nnx.merge(graphdef, _computing(params, axes, compute_dtype, rules))
+            layer = nnx.merge(graphdef, computing(params, axes, compute_dtype, rules))
             return layer(x_BLD, turn(index), attend, state, index, rules), None
 
         run = _remat(run, remat)
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
         )
         if relations:
             layer = lambda n: nnx.merge(
-                graphdef, _computing(_slice(xs[0], n), axes, compute_dtype, rules)
+                graphdef, computing(_slice(xs[0], n), axes, compute_dtype, rules)
             )
             entering = lambda n: tapped[slots[n - 1]] if n else first_BLD
             related = tuple(_relations(layer(n), entering(n)) for n in relations)
@@ -154,7 +154,7 @@ def _remat(body: Callable, remat: str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def _computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, MeshAxes]) -> dict:
+def computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, MeshAxes]) -> dict:
     """One layer's weights as it computes with them: cast while still sharded.
 
     Casting before the all-gather that the products need halves what travels; the masters stay as

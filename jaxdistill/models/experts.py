@@ -11,7 +11,7 @@ arXiv 2211.15841.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,22 @@ class Kernel(nnx.Module):
         self.kernel = nnx.Param(params["kernel"])
 
 
+class Passed(NamedTuple):
+    """What became of tokens in the experts that they pass.
+
+    Attributes:
+      shares: float32 [B, L, K], what the experts' results are multiplied with.
+      experts: int32 [B, L, K], their numbers.
+      neurons: [B, L, K, F], what enters `down`.
+      norms: float32 [B, L, K], L2 norm over D of what leaves it.
+    """
+
+    shares: Array
+    experts: Array
+    neurons: Array
+    norms: Array
+
+
 class RoutedMLP(nnx.Module):
     """sum over chosen experts e of share_e(x) * down_e(act(gate_e(x)) * up_e(x)).
 
@@ -48,11 +64,30 @@ class RoutedMLP(nnx.Module):
         self.experts, self.activate = experts, activate
 
     def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
+        return self._everywhere(_sum, lambda tokens, width: tokens, x_BLD, rules)
+
+    def passed(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Passed:
+        """What goes on inside, for those who measure it."""
+        places = lambda tokens, width: (tokens, tokens, PartitionSpec(*tokens, width), tokens)
+        return Passed(*self._everywhere(_look, places, x_BLD, rules))
+
+    def _everywhere(
+        self,
+        make: Callable,
+        places: Callable[[PartitionSpec, MeshAxes], Any],
+        x_BLD: Array,
+        rules: Mapping[str, MeshAxes],
+    ) -> Any:
+        """What `make` makes of the pairs, on every device; `places`: where its results lie."""
         router, dtype = self.router.kernel[...], x_BLD.dtype
         kernels = tuple(
             _array(one.kernel.get_value(), dtype) for one in (self.gate, self.up, self.down)
         )
-        run = functools.partial(_run, self.experts, self.activate)
+
+        def run(shared, split, x_BLD, *weights):
+            pairs = _run(self.experts, self.activate, shared, x_BLD, *weights)
+            return make(pairs, shared, split, x_BLD)
+
         mesh = current_mesh()
         if mesh is None:
             return run((), (), x_BLD, router, *kernels)
@@ -64,29 +99,50 @@ class RoutedMLP(nnx.Module):
             functools.partial(run, shared, split),
             mesh=mesh,
             in_specs=(tokens, PartitionSpec(), inner, inner, outer),
-            out_specs=tokens,
+            out_specs=places(tokens, inner[2]),
             check_vma=False,
         )(x_BLD, router, *kernels)
+
+
+class _Pairs(NamedTuple):
+    """One device's (token, choice) pairs, P = N * K, sorted by expert.
+
+    Attributes:
+      shares_NK, expert_NK: see `route`.
+      hidden_PF: what enters `down`.
+      made_PD: what leaves it; 0 where the expert is another device's.
+      mine_P1: whether it is one's own.
+      order_P: which pair, in the order of [N, K], is in a place.
+    """
+
+    shares_NK: Array
+    expert_NK: Array
+    hidden_PF: Array
+    made_PD: Array
+    mine_P1: Array
+    order_P: Array
+
+    def back(self, rows: Array) -> Array:
+        """Rows [P, ...] of the pairs as [N, K, ...]."""
+        return rows[jnp.argsort(self.order_P)].reshape(*self.expert_NK.shape, rows.shape[-1])
 
 
 def _run(
     experts: Experts,
     activate: Callable[[Array], Array],
     shared: tuple[str, ...],
-    split: tuple[str, ...],
     x_BLD: Array,
     router_DX: Array,
     gate_XDF: Array,
     up_XDF: Array,
     down_XFD: Array,
-) -> Array:
+) -> _Pairs:
     """One device's part: its tokens through its experts.
 
     Args:
       experts: how many, and how many of them per token.
       activate: of the gate.
       shared: mesh axes that share the experts.
-      split: mesh axes that share each expert's width.
       x_BLD: its tokens.
       router_DX: whole.
       gate_XDF: of its experts.
@@ -108,11 +164,28 @@ def _run(
     product = lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, sizes_X)
     hidden_PF = activate(product(rows_PD, gate_XDF)) * product(rows_PD, up_XDF)
     made_PD = jnp.where(mine_P1, product(hidden_PF, down_XFD), 0)
-    back_NKD = made_PD[jnp.argsort(order_P)].reshape(-1, chosen, x_ND.shape[-1])
-    sum_ND = jnp.einsum("NK,NKD->ND", shares_NK, back_NKD.astype(jnp.float32))
-    axes = (*shared, *split)
-    sum_ND = jax.lax.psum(sum_ND, axes) if axes else sum_ND
+    return _Pairs(shares_NK, expert_NK, hidden_PF, made_PD, mine_P1, order_P)
+
+
+def _sum(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array) -> Array:
+    """What the layer gives, [B, L, D]; `split`: mesh axes that share each expert's width."""
+    made_NKD = pairs.back(pairs.made_PD).astype(jnp.float32)
+    sum_ND = _added(jnp.einsum("NK,NKD->ND", pairs.shares_NK, made_NKD), (*shared, *split))
     return sum_ND.astype(x_BLD.dtype).reshape(x_BLD.shape)
+
+
+def _look(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array) -> tuple:
+    """What `Passed` is made of."""
+    made_NKD = pairs.back(pairs.made_PD).astype(jnp.float32)
+    norms_NK = jnp.linalg.norm(_added(made_NKD, (*shared, *split)), axis=-1)
+    hidden_NKF = pairs.back(jnp.where(pairs.mine_P1, pairs.hidden_PF, 0))
+    found = (pairs.shares_NK, pairs.expert_NK, _added(hidden_NKF, shared), norms_NK)
+    return tuple(each.reshape(*x_BLD.shape[:2], *each.shape[1:]) for each in found)
+
+
+def _added(part: Array, axes: tuple[str, ...]) -> Array:
+    """The sum over the devices along mesh axes."""
+    return jax.lax.psum(part, axes) if axes else part
 
 
 def route(experts: Experts, x_ND: Array, router_DX: Array) -> tuple[Array, Array]:

@@ -109,10 +109,10 @@ def test_cosines_and_shares_equal_float64(load, batches, rows):
     np.testing.assert_allclose(found.cosines, cosines, atol=2e-6)
     between = np.concatenate([v[1]["between"] for v in values])
     share = (between**2 / (between**2).mean(1, keepdims=True)).mean(0)
-    np.testing.assert_allclose(found.shares[3], share, rtol=2e-5)  # layer 1, before its MLP's norm
+    np.testing.assert_allclose(found.shares["layers.mlp_norm"][1], share, rtol=2e-5)
     last = states[-1]
     share = (last**2 / (last**2).mean(1, keepdims=True)).mean(0)
-    np.testing.assert_allclose(found.shares[-1], share, rtol=2e-5)
+    np.testing.assert_allclose(found.shares["final_norm"], share, rtol=2e-5)
     assert found.facts["rows"] == len(rows) and found.facts["tokens"] == tokens
 
 
@@ -129,9 +129,23 @@ def test_the_pass_that_looks_is_the_decoder(case, load, batches):
             compute_dtype="float32",
         )
         got, _, _ = activations._forward(
-            model.config, "float32", model.params, batch, lambda x, seen: {}
+            model.config, "float32", model.params, batch, lambda mlp, seen: {}
         )
         np.testing.assert_allclose(got.hidden, want.hidden, rtol=1e-5, atol=1e-5)
+
+
+def close(ours, theirs):
+    """All scores are equal, but for the order of sums."""
+    for name in ("neurons", "heads", "channels", "cosines", "experts", "shares"):
+        one, other = getattr(ours, name), getattr(theirs, name)
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(
+                a, b, rtol=1e-5, atol=1e-6, err_msg=name
+            ),
+            one,
+            other,
+        )
 
 
 def test_scores_are_the_same_on_one_device_and_on_eight(load, batches):
@@ -139,10 +153,7 @@ def test_scores_are_the_same_on_one_device_and_on_eight(load, batches):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         spread = measure(load("llama3", mesh)[0], batches("llama3", mesh))
-    for name in ("neurons", "heads", "channels", "shares", "cosines"):
-        np.testing.assert_allclose(
-            getattr(spread, name), getattr(alone, name), rtol=1e-5, atol=1e-6, err_msg=name
-        )
+    close(spread, alone)
 
 
 def test_how_rows_are_batched_does_not_matter(load, batches):
@@ -220,7 +231,7 @@ def scored(**fields):
         neurons=np.ones((4, 8)),
         heads=np.ones((4, 4)),
         channels=np.ones(6),
-        shares=np.ones((9, 6)),
+        shares={"layers.mlp_norm": np.ones((4, 6)), "final_norm": np.arange(6.0)},
         cosines=states,
         facts={"shape": shape},
         **fields,
@@ -261,6 +272,8 @@ def test_scores_survive_a_file_and_a_damaged_one_is_told(tmp_path):
     back = importance.load(file)
     assert back.facts == one.facts
     np.testing.assert_array_equal(back.loss, one.loss)
+    assert back.experts is None and back.shares.keys() == one.shares.keys()
+    np.testing.assert_array_equal(back.shares["final_norm"], one.shares["final_norm"])
     np.testing.assert_array_equal(back.range_loss[2], one.range_loss[2])
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ConfigError, match="damaged"):

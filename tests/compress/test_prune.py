@@ -72,8 +72,9 @@ def test_masked_equals_sliced(case, load, batches, tmp_path, one_device):
     small = targets.resize(model.config, sizes_for(model.config))
     kept = prune.choose(model.config, small, scores, layers=[0, 2])
     # Where the channels left out are zero, all energy lies in those that stay.
-    shares = np.zeros((7, model.config.embed))
-    shares[:, kept.channels] = model.config.embed / len(kept.channels)
+    share = np.zeros((3, model.config.embed))
+    share[:, kept.channels] = model.config.embed / len(kept.channels)
+    shares = {"layers.attention_norm": share, "layers.mlp_norm": share, "final_norm": share[0]}
     config, params = prune.cut(model.config, model.params, kept, shares=shares)
     tokens = oracle.tokens(raw)
     ours = models.Model(config, params).logits(tokens)
@@ -166,7 +167,7 @@ def scores_of(config, heads):
         neurons=np.ones((config.layers, config.mlp)),
         heads=np.asarray(heads, float),
         channels=np.ones(config.embed),
-        shares=np.ones((2 * config.layers + 1, config.embed)),
+        shares={},
         cosines=np.eye(config.layers + 1),
         facts={"shape": importance.shape_of(config)},
     )

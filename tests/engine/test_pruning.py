@@ -9,8 +9,11 @@ import pytest
 from jaxdistill import cli, engine, models
 from jaxdistill.compress import importance
 from jaxdistill.config import preflight
+from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.measure import speed
+from jaxdistill.models.architecture import Experts
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
 
 CALIBRATION = ["--rows", "8", "--seq-len", "32", "--batch-size", "8"]
 
@@ -102,8 +105,6 @@ def teacher(tmp_path_factory):
     shape = models.DecoderConfig(
         "llama", vocab_size=259, embed=32, mlp=128, layers=3, heads=4, kv_heads=2, head_dim=8
     )
-    from jaxdistill.models.byte_tokenizer import byte_tokenizer
-
     models.save(models.random(shape, tokenizer=byte_tokenizer()), folder / "model")
     rng = np.random.default_rng(0)
     draw = lambda *size: rng.uniform(0.5, 1.5, size)
@@ -111,7 +112,7 @@ def teacher(tmp_path_factory):
         neurons=draw(3, 128),
         heads=draw(3, 4),
         channels=draw(32),
-        shares=draw(7, 32),
+        shares={"layers.mlp_norm": draw(3, 32), "final_norm": draw(32)},
         cosines=np.eye(4),
         facts={"shape": importance.shape_of(shape)},
     )
@@ -153,8 +154,6 @@ def test_a_run_trains_a_pruned_teacher_and_resumes(load_config, teacher, tmp_pat
 
 
 def test_before_the_first_step_it_is_the_pruned_model(load_config, teacher, tmp_path):
-    from jaxdistill.engine import setup
-
     loaded = pruned_config(load_config, teacher, tmp_path)
     student = setup.models_of(loaded, setup.mesh_of(loaded)).student
     target = engine.Target(sizes={"mlp": 64, "layers": 2})
@@ -162,6 +161,71 @@ def test_before_the_first_step_it_is_the_pruned_model(load_config, teacher, tmp_
     want = models.load(tmp_path / "s", dtype="float32").params
     for ours, theirs in zip(jax.tree.leaves(student.params), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder of a random model with experts."""
+    folder = tmp_path_factory.mktemp("mixture") / "model"
+    shape = models.DecoderConfig(
+        "qwen3_moe", 259, 32, 16, layers=2, heads=4, kv_heads=2, head_dim=8, qk_norm=True,
+        experts=Experts(6, 2),
+    )  # fmt: skip
+    models.save(models.random(shape, tokenizer=byte_tokenizer()), folder)
+    return folder
+
+
+WORKFLOW = """
+name: experts
+dir: {folder}
+steps:
+  - {{name: scores, kind: importance, model: {model}, data: [{text}], rows: 8, seq_len: 32}}
+  - {{name: cut, kind: prune, model: {model}, importance: "${{scores}}", experts: 4, mlp: 8}}
+  - {{name: budget, kind: prune, model: {model}, importance: "${{scores}}", parameters: 90%,
+     axes: [experts]}}
+"""
+
+
+def test_experts_are_pruned_by_a_workflow_a_command_and_a_run(
+    mixture, data, load_config, tmp_path, capsys
+):
+    file, out = tmp_path / "flow.yaml", tmp_path / "flow"
+    file.write_text(WORKFLOW.format(folder=out, model=mixture, text=data / "train.txt"))
+    engine.run_workflow(file)
+    scores = out / "scores" / importance.FILE
+    found = importance.load(scores)
+    assert found.experts.shape == (2, 6) and found.neurons.shape == (2, 6, 16)
+    small = models.load(out / "cut")
+    assert (small.config.experts, small.config.mlp) == (Experts(4, 2), 8)
+    note = engine.pruning_note(out / "cut")
+    assert note["experts"] == [importance.best(each, 4) for each in found.experts]
+    before, after = engine.pruning_note(out / "budget")["parameters"]
+    assert after <= 0.9 * before and models.load(out / "budget").config.experts.count < 6
+    words = ["prune", str(mixture), "-o", str(tmp_path / "s"), "--importance", str(scores)]
+    assert cli.main([*words, "--experts", "1"]) == 2
+    assert "prune.experts = 1: the model has 6, a token passes 2 of them" in capsys.readouterr().err
+    assert cli.main([*words, "--experts", "4", "--mlp", "8"]) == 0
+    again = models.load(tmp_path / "s")
+    loaded = load_config(
+        tmp_path,
+        f"teacher={{source: {mixture}, dtype: float32}}",
+        f"student={{from: teacher, prune: {{importance: {scores}, experts: 4, mlp: 8}}}}",
+    )
+    assert preflight.check(loaded) == []
+    student = setup.models_of(loaded, setup.mesh_of(loaded)).student
+    for other in (again.params, student.params):
+        jax.tree.map(np.testing.assert_array_equal, other, small.params)
+
+
+def test_experts_of_a_model_without_any_are_told(load_config, teacher, tmp_path):
+    loaded = pruned_config(
+        load_config,
+        teacher,
+        tmp_path,
+        f"student={{from: teacher, prune: {{importance: {teacher}/scores, experts: 4}}}}",
+    )
+    with pytest.raises(ConfigError, match="prune.experts: llama models have no routed experts"):
+        setup.models_of(loaded, setup.mesh_of(loaded))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def folder(tmp_path):
         neurons=np.ones((4, 8)),
         heads=np.ones((4, 4)),
         channels=np.ones(6),
-        shares=np.ones((9, 6)),
+        shares={"final_norm": np.ones(6)},
         cosines=1 - 0.1 * np.abs(np.subtract.outer(range(5), range(5))),
         loss=np.array([2.0, 0.1, 0.2, 1.0]),
         facts={"shape": shape, "rows": 8, "tokens": 99, "data": "calib.txt"},
