@@ -49,7 +49,7 @@ def embed(config: DecoderConfig, rest: dict, tokens_BL: Array) -> Array:
 def read(
     config: DecoderConfig, layer: dict, x_PWD: Array, index: Array, count_P: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """One layer over prompts of `count` tokens: its output, and its keys and values [P, G, W, E]."""
+    """One layer over whole prompts: its output, and its keys and values [P, G, W, E]."""
     rows, width, _ = x_PWD.shape
     within = attention.causal(config, width, None, None)
 
