@@ -118,17 +118,18 @@ def spec(
     for dim, name in enumerate(logical):
         axes = None if name is None else rules[name]
         if axes is not None and shape is not None and mesh is not None:
-            if shape[dim] % math.prod(mesh.shape[axis] for axis in _names(axes)):
+            if shape[dim] % math.prod(mesh.shape[axis] for axis in mesh_axes(axes)):
                 axes = None
         entries.append(axes)
-        used += _names(axes)
+        used += mesh_axes(axes)
     assert len(used) == len(set(used)), (
         f"{tuple(logical)} puts two dims on one mesh axis: {entries}"
     )
     return PartitionSpec(*entries)
 
 
-def _names(axes: MeshAxes) -> tuple[str, ...]:
+def mesh_axes(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of an entry of the rules."""
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else axes

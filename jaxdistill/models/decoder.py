@@ -18,7 +18,7 @@ from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last
 from jaxdistill.models.quantized import is_kernel
-from jaxdistill.sharding import RULES, MeshAxes, constrain
+from jaxdistill.sharding import RULES, MeshAxes, constrain, mesh_axes
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
@@ -72,14 +72,12 @@ class Decoder(nnx.Module):
                 tapped = tapped.at[slot].set(through[0], mode="drop")
             return (through, tapped), None
 
-        # Gathered in the master's dtype and then cast: the gradient of the table adds up in it.
         places = None
-        with jax.named_scope(WEIGHTS):
-            table_VD = constrain(self.embedding[...], ("vocab", None), rules)
-            if self.positions is not None:
+        if self.positions is not None:
+            with jax.named_scope(WEIGHTS):
                 places = constrain(self.positions[...], ("positions", None), rules)
-        x_BLD = embed(config, table_VD, places, tokens, positions, compute_dtype)
-        x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), rules)
+        table_VD = self.embedding[...]
+        x_BLD = embed(config, table_VD, places, tokens, positions, compute_dtype, rules)
         inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
         kept, first_BLD = (*taps, *inputs), x_BLD
         slots = np.full(config.layers, len(kept), np.int32)  # of no tap: behind the last one
@@ -111,6 +109,7 @@ def embed(
     tokens_BL: Array,
     positions_BL: Array,
     dtype: DTypeLike,
+    rules: Mapping[str, MeshAxes] | None = None,
 ) -> Array:
     """[B, L, D], what enters the first layer.
 
@@ -121,14 +120,36 @@ def embed(
       tokens_BL: int32 [B, L].
       positions_BL: int32 [B, L].
       dtype: of the result.
+      rules: how the result lies on the mesh; None leaves that to the compiler.
     """
-    x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
+    x_BLD = _lookup(table_VD, tokens_BL, dtype, rules)
     if config.embedding_scaled:
         # The published models were trained with this factor rounded to what they compute in.
         x_BLD = x_BLD * jnp.asarray(config.embed**0.5, dtype)
     if places_PD is not None:
         x_BLD = x_BLD + jnp.take(places_PD, positions_BL, axis=0).astype(dtype)
     return x_BLD
+
+
+def _lookup(
+    table_VD: Array, tokens_BL: Array, dtype: DTypeLike, rules: Mapping[str, MeshAxes] | None
+) -> Array:
+    """table[tokens], [B, L, D], of a table that stays where it lies.
+
+    Devices that hold different columns of the table read theirs for the tokens of all of them, and
+    then exchange: an all-to-all of what is looked up, and back of its gradient, in place of the
+    whole table and a whole gradient. The columns add their gradients up in the table's own dtype.
+    """
+    if rules is None:
+        return jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
+    columns = mesh_axes(rules["embed"])
+    rows = tuple(axis for axis in mesh_axes(rules["batch"]) if axis not in columns)
+    apart = {**rules, "batch": rows, "act_embed": rules["embed"]}
+    table_VD = constrain(table_VD, ("vocab", "embed"), rules)
+    tokens_BL = constrain(tokens_BL, ("batch", "length"), apart)
+    x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
+    x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), apart)
+    return constrain(x_BLD, ("batch", "length", "act_embed"), rules)
 
 
 def _relations(layer: Layer, x_BLD: Array) -> tuple[Array, ...]:
