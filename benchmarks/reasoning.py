@@ -38,7 +38,7 @@ SIZES = {
     "svamp_rows": ((4, 10), (1, 2)),  # in a step: labels alone, Step-by-Step
     "svamp_questions": (100, 4),
     "teacher_steps": (3000, 3),
-    "student_steps": (1500, 3),
+    "student_steps": (3000, 3),
     "rows": (8, 2),  # in a step
     "teacher_sums": (7000, 96),
     "sums": (200, 8),
