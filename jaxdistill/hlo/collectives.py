@@ -120,9 +120,10 @@ def _groups(text: str, devices: int) -> list[np.ndarray]:
         places = [list(sizes).index(name) for name in chosen]
         ids = np.moveaxis(ids, places, range(-len(places), 0))
         return list(ids.reshape(-1, int(np.prod([sizes[name] for name in chosen] or [1]))))
-    iota = re.match(r"\[([\d,]+)\]<=(\[.*)", text)
-    if iota:
-        return list(_iota(iota[2]).reshape(_numbers(iota[1])))
+    iota = re.match(r"\[([\d,]+)\]<=(.*)", text)
+    ids = _iota(iota[2]) if iota else None
+    if iota and ids is not None:
+        return list(ids.reshape(_numbers(iota[1])))
     listed = re.findall(r"\{([\d,\s]+)\}", text)
     groups = [np.array([int(d) for d in part.split(",")]) for part in listed]
     return groups or [np.arange(devices)]
