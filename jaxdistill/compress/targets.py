@@ -88,6 +88,12 @@ def _check_family(config: DecoderConfig, small: DecoderConfig) -> None:
             f"the mean over all {config.embed} channels: with fewer it is another, even where "
             "those left out are zero: prune layers or mlp"
         )
+    longrope = config.rope is not None and config.rope.kind == "longrope"
+    if longrope and small.heads * small.head_dim != small.embed:
+        raise ConfigError(
+            f"prune.heads = {small.heads}: transformers counts longrope's factors by hidden_size / "
+            f"heads: heads * {small.head_dim} must stay embed ({small.embed}): prune layers or mlp"
+        )
     fixed = "head_dim" in FAMILIES[config.family].absent
     if fixed and small.heads * small.head_dim != small.embed:
         raise ConfigError(

@@ -47,7 +47,7 @@ def with_params(model, named):
 def sizes_for(config):
     """Less of everything that can be cut out of this family."""
     sizes = {"layers": len(LAYERS), "mlp": 16}
-    if config.norm == "layer":
+    if config.norm == "layer" or (config.rope and config.rope.kind == "longrope"):
         return sizes
     sizes |= {"embed": 20, "kv_heads": 1, "heads": 1}
     return sizes | ({} if config.experts is None else {"experts": config.experts.count - 1})
@@ -243,6 +243,11 @@ def test_layers_alone_are_kept_as_they_are(name):
     ("name", "sizes", "words"),
     [
         ("gpt2", {"embed": 24}, "gpt2 models have LayerNorms"),
+        (
+            "phi3_longrope",
+            {"embed": 24},
+            "longrope's factors by hidden_size / heads: heads . 8 must stay",
+        ),
         ("pythia", {"heads": 2, "kv_heads": 2}, "has no head_dim: heads . 8 must stay embed .32."),
         ("gemma2", {"experts": 2}, "gemma2 models have no routed experts"),
         ("qwen3_moe", {"experts": 2}, "a token passes 3 of them: give 3 to 8"),
