@@ -107,9 +107,9 @@ SMALLER = TEACHER | {"mlp": 128}  # int4 has groups of 64 inputs
 
 
 def on_first(tree):
-    """Bytes of a tree's arrays that the first device holds."""
+    """Bytes of a tree's arrays that the first device holds; programs pack two int4 into one."""
     return sum(
-        shard.data.on_device_size_in_bytes()
+        shard.data.size // 2 if leaf.dtype == "int4" else shard.data.on_device_size_in_bytes()
         for leaf in jax.tree.leaves(tree)
         for shard in leaf.addressable_shards
         if shard.device == jax.devices()[0]
