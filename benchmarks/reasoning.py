@@ -1,6 +1,7 @@
 """Does reasoning move into a small model? Two experiments with intervals over seeds.
 
-    python -m benchmarks.reasoning --save reasoning_cpu
+    python -m benchmarks.reasoning --part arithmetic --save reasoning_sums_cpu
+    python -m benchmarks.reasoning --part svamp --save reasoning_svamp_cpu
     python -m benchmarks.reasoning --smoke            # minutes: everything runs, nothing is learned
 
 arithmetic  a small teacher is trained on sums modulo 6, worked by adding two neighbours at a time
@@ -14,8 +15,9 @@ svamp       SmolLM2-135M learns the training questions of SVAMP by Distilling St
             Both take the same number of steps with about as many questions in each, as published,
             so that Step-by-Step, which reads every question twice, computes about 2.5 times more.
 
-Sizes are those of two CPU cores and about an hour: both experiments are far below the published
-ones. The result is written anew after every student, and a run that was stopped keeps those it has.
+Sizes are those of two CPU cores, an hour for the sums and a quarter for SVAMP: both experiments are
+far below the published ones. The result is written anew after every student, and a run that was
+stopped keeps those it has.
 """
 
 import argparse

@@ -15,7 +15,8 @@ from jaxdistill.engine.streaming import Stream, counts, events
 from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, unrolled
-from jaxdistill.models.generator import Completion, Generator, Request
+from jaxdistill.models.generator import Generator
+from jaxdistill.models.requests import Completion, Request
 from jaxdistill.sharding import make_mesh
 
 MAX_SAMPLES = 256

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-from jaxdistill.models.generator import Completion, Request
+from jaxdistill.models.requests import Completion, Request
 
 DONE = b"data: [DONE]\n\n"
 

@@ -7,8 +7,9 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.generator import SLOTS, Completion, Generator, Request, check, check_settings
+from jaxdistill.models.generator import SLOTS, Generator
 from jaxdistill.models.model import Model
+from jaxdistill.models.requests import Completion, Request, check, check_settings
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -91,7 +92,7 @@ def complete(
       compute_dtype: None computes in the parameters' own.
       cache_dtype: "float32", "bfloat16" or "int8"; None: compute_dtype.
       logprobs: whether log-probabilities are wanted.
-      **settings: the other fields of `generator.Request`.
+      **settings: the other fields of `requests.Request`.
 
     Raises:
       ModelError: as `generate`.

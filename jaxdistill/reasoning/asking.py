@@ -9,12 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import DataError, ModelError
 from jaxdistill.models import Model
-from jaxdistill.models.generator import Completion, Generator, Request
+from jaxdistill.models.generator import Generator
+from jaxdistill.models.requests import Completion, Request
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How an answer is drawn; the fields mean what they mean in `generator.Request`."""
+    """How an answer is drawn; the fields mean what they mean in `requests.Request`."""
 
     max_new_tokens: int
     temperature: float = 0.0

@@ -14,7 +14,7 @@ import pytest
 from jaxdistill.engine import serving, streaming, web
 from jaxdistill.errors import ModelError
 from jaxdistill.models.generate import complete
-from jaxdistill.models.generator import Completion
+from jaxdistill.models.requests import Completion
 from jaxdistill.reasoning.asking import Job, Settings
 from tests.reasoning import teachers
 

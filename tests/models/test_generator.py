@@ -12,7 +12,8 @@ from jaxdistill import models
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, generator, ring
 from jaxdistill.models.generate import complete
-from jaxdistill.models.generator import Generator, Request
+from jaxdistill.models.generator import Generator
+from jaxdistill.models.requests import Request
 from tests.models import oracle
 
 PROMPTS = [

@@ -1,0 +1,147 @@
+"""What is asked of the generation engine, what it gives back, and what cannot be served."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.errors import ModelError
+from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt and how it is to be continued.
+
+    Attributes:
+      tokens: the prompt.
+      max_new_tokens: at most so many, the end token included.
+      samples: continuations; sample s draws from a random stream of its own.
+      first: number of the first sample.
+      temperature: 0 takes the most probable token; above 0 draws.
+      top_k, top_p, min_p: as in `sampling.filter_logits`; None keeps all.
+      seed, stream: name the random streams, with the number of the sample; nothing else does.
+      stop_tokens: token ids that end a continuation, besides the model's own.
+      stop: strings that end a continuation; needs a tokenizer.
+      tag: whatever the caller wants to find on the result.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    samples: int = 1
+    first: int = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    stream: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    tag: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One finished continuation.
+
+    Attributes:
+      request: what was asked.
+      sample: which of its samples, from 0.
+      tokens: token ids, the one that ended it included.
+      logprobs: log-probability of each token under the model, before temperature and filters.
+      reason: "stop" for an end token or stop string, "length".
+      text: without the end token or stop string; None without a tokenizer.
+      ended: whether the last token is an end token.
+    """
+
+    request: Request
+    sample: int
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str
+    text: str | None
+    ended: bool
+
+    @property
+    def content(self) -> list[int]:
+        """The tokens without the end token."""
+        return self.tokens[:-1] if self.ended else self.tokens
+
+
+def check(model: Model, request: Request, length: int, name: str = "the prompt") -> None:
+    """Refuses a request that cannot be served; `name` is what the message calls its prompt.
+
+    Raises:
+      ModelError: with field, value, rule and remedy.
+    """
+    config, ids = model.config, np.asarray(request.tokens, np.int64)
+    if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ModelError(
+            f"generate: {name} must have tokens, each from 0 to {config.vocab_size - 1}; for "
+            "an empty text give the beginning-of-text token"
+        )
+    check_settings(request)
+    if request.stop and model.tokenizer is None:
+        raise ModelError("generate: stop: needs a tokenizer: use stop_tokens")
+    together = ids.size + request.max_new_tokens
+    for where, most in (("model's context", config.max_positions), ("generator's rows", length)):
+        if together > most:
+            raise ModelError(
+                f"generate: {name} has {ids.size} tokens, which with max_new_tokens = "
+                f"{request.max_new_tokens} do not fit the {where} of {most}: shorten either"
+            )
+    _check_border(config, ids.size, request.max_new_tokens, name)
+
+
+def _check_border(config: DecoderConfig, size: int, new: int, name: str) -> None:
+    """A row stays on its side of the original context of longrope, the last token read included.
+
+    The other side has other frequencies: every key of the row would have to be made anew, as
+    transformers does, which stops one row in mid-text and slows all others.
+
+    Raises:
+      ModelError: for a row that would cross it.
+    """
+    rope = config.rope
+    if rope is None or rope.kind != "longrope":
+        return
+    border = rope.original_max_positions
+    assert border is not None, "longrope has an original context"
+    if size <= border < size + new - 1:
+        raise ModelError(
+            f"generate: {name} has {size} tokens, and with max_new_tokens = {new} it would grow "
+            f"past the {border} after which this model turns all keys otherwise, which is not "
+            f"built: ask for at most {border + 1 - size}, or give a prompt longer than {border}"
+        )
+
+
+def check_settings(request: Request) -> None:
+    """Refuses settings out of range.
+
+    Raises:
+      ModelError: with field, value and rule.
+    """
+    top_k, top_p, min_p, heat = request.top_k, request.top_p, request.min_p, request.temperature
+    wrong = {
+        "max_new_tokens": (request.max_new_tokens < 1, "at least 1"),
+        "samples": (request.samples < 1, "at least 1"),
+        "first": (not 0 <= request.first < 2**31, "0 or more"),
+        "temperature": (not 0 <= heat < np.inf, "0 or more"),
+        "top_k": (top_k is not None and not 1 <= top_k < 2**31, "at least 1"),
+        "top_p": (top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),
+        "min_p": (min_p is not None and not 0 <= min_p <= 1, "from 0 to 1"),
+        "seed": (not 0 <= request.seed < 2**32, "from 0 to 2**32 - 1"),
+        "stream": (not 0 <= request.stream < 2**32, "from 0 to 2**32 - 1"),
+        "stop": ("" in request.stop, "strings that are not empty"),
+    }
+    for name, (bad, rule) in wrong.items():
+        if bad:
+            raise ModelError(f"generate: {name}: {getattr(request, name)} must be {rule}")
+    if heat == 0 and not (top_k is None and top_p is None and min_p is None):
+        raise ModelError(
+            "generate: top_k, top_p and min_p have no effect at temperature 0: set it above 0 to "
+            "draw, or leave them out"
+        )
