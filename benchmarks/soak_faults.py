@@ -462,8 +462,8 @@ def cold_kills(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
             process.kill()
             code = process.wait()
         killed += code == -signal.SIGKILL
-        if code == 0:
-            break
+        if code == 0:  # it came to its end before: another one
+            shutil.rmtree(run)
     code = rig.nursery.run(rig.command("kd", run), rig.log)
     return {"kills": killed, "bitwise_equal": code == 0 and same(result(run), whole)}
 
