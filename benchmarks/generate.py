@@ -7,7 +7,6 @@ decoding is what every further token costs: (time of N + 1 tokens - time of 1) /
 comes before the clock. How many tokens of a row come before the first that differs is told: in
 float32 all, but where the two largest logits lie within rounding of each other (with these prompts
 one row of 32: 27.239612 and 27.239606 in float64); in bfloat16 each side rounds in its own order.
-Beside them stands what no decoding of ours can pass: the products with all weights, and no more.
 """
 
 import argparse
@@ -91,7 +90,6 @@ def _case(options: argparse.Namespace, folder: str, dtype: str, batch: int) -> d
         "decode_tokens_per_second": decode,
         "prefill_ratio": prefill["ours"] / prefill["theirs"],
         "decode_ratio": decode["ours"] / decode["theirs"],
-        "products_tokens_per_second": batch / facts["ours"]["products_seconds"],
         "tokens_before_a_difference": same,
         "peak_mib": found["peak_mib"],
         "versions": {side: facts[side]["versions"] for side in sides},
@@ -125,39 +123,8 @@ def _our_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: 
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
     prompts = _prompts(batch, length)
     step = lambda: generate.generate(model, prompts, max_new_tokens=new + 1)
-    facts = {"products_seconds": _products_seconds(model, dtype, batch)}
-    facts |= {"tokens": step(), "versions": {"jax": jax.__version__}}
+    facts = {"tokens": step(), "versions": {"jax": jax.__version__}}
     duel.serve(lambda: len(step()), facts)
-
-
-def _products_seconds(model, dtype: str, batch: int, steps: int = 16) -> float:
-    """The time of one decoding step's products, one after the other as decoding needs them."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from jaxdistill.measure import speed
-    from jaxdistill.models import unrolled
-
-    weights = unrolled.weights(model.config, model.params, np.dtype(dtype))
-    kernels = [leaf for leaf in jax.tree.leaves(weights["layers"]) if leaf.ndim > 1]
-    head = weights["embedding" if model.config.tied_head else "head"]
-    kernels.append(head)
-
-    @jax.jit
-    def run(kernels):
-        def step(_, carry):  # each product waits for the one before
-            for kernel in kernels:
-                last = kernel is kernels[-1]
-                x = jnp.full((batch, kernel.shape[last]), carry, kernel.dtype)
-                made = x @ (kernel.T if last else kernel)
-                carry = 1 + 0 * jnp.max(made).astype(jnp.float32)
-            return carry
-
-        return jax.lax.fori_loop(0, steps, step, jnp.float32(1))
-
-    call = lambda: jax.block_until_ready(run(kernels))
-    return float(np.median(speed.timed(call, 5))) / steps
 
 
 def _their_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: int) -> None:
