@@ -84,7 +84,7 @@ def _files(folder: pathlib.Path) -> dict[str, dict[str, int]]:
 
 def _sum(path: pathlib.Path) -> dict[str, int]:
     size = crc = 0
-    block = memoryview(bytearray(_BLOCK))  # one for all of it: a new one each time costs as much as a sum
+    block = memoryview(bytearray(_BLOCK))  # once: a new one each time costs as much as a sum
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             size, crc = size + count, zlib.crc32(block[:count], crc)
