@@ -40,7 +40,11 @@ PARTS: dict[str, Part] = {
     "input": lambda _, scale, seed, __: soak_input.run(
         *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
     ),
-    "digests": lambda folder, scale, *_: soak_faults.digest_cost(folder, round(256 * scale)),
+    # The larger one is SmolLM2-135M in float32 with AdamW's two moments.
+    "digests": lambda folder, scale, *_: {
+        f"{size} MB": soak_faults.digest_cost(folder / str(size), round(size * scale))
+        for size in (256, 1616)
+    },
 }
 
 

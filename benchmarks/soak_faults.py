@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.warm import ROOT, Command, Nursery
+from jaxdistill import manifest
 from jaxdistill.data import store
-from jaxdistill.errors import CorruptCheckpointError
-from jaxdistill.train import faults, manifest, step_folders
+from jaxdistill.errors import DamagedError
+from jaxdistill.train import faults, step_folders
 
 METHODS = {
     "kd": "{name: kd, alpha: 0.3, temperature: {schedule: linear, start: 1.0, end: 2.0}}",
@@ -168,7 +169,7 @@ def sound(run: pathlib.Path) -> bool:
     try:
         for step in step_folders.steps(directory):
             manifest.verify(directory / str(step))
-    except CorruptCheckpointError as error:
+    except DamagedError as error:
         print(f"unsound: {error}", file=sys.stderr)
         return False
     return True
@@ -332,7 +333,7 @@ def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     def refused(folder: pathlib.Path) -> bool:
         try:
             manifest.verify(folder)
-        except CorruptCheckpointError:
+        except DamagedError:
             return True
         return False
 

@@ -43,8 +43,8 @@ class FitError(UserError):
     exit_code = 5
 
 
-class CorruptCheckpointError(UserError):
-    """No checkpoint of a run can be read back."""
+class DamagedError(UserError):
+    """Files are not as they were written: a checkpoint, or all of a run."""
 
     exit_code = 6
 

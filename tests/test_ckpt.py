@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxdistill import cli
+from jaxdistill import cli, manifest
 from jaxdistill.errors import Preempted
-from jaxdistill.train import manifest, step_folders
+from jaxdistill.train import step_folders
 
 
 @pytest.fixture

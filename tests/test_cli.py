@@ -271,7 +271,7 @@ def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine
         (errors.ModelError("x"), 4),
         (errors.MismatchError("x"), 4),
         (errors.FitError("x"), 5),
-        (errors.CorruptCheckpointError("x"), 6),
+        (errors.DamagedError("x"), 6),
         (errors.DivergedError("x"), 7),
         (errors.StorageError("x"), 9),
         (KeyboardInterrupt(), 130),

@@ -5,9 +5,10 @@ import datetime
 import pathlib
 from typing import Any
 
+from jaxdistill import manifest
 from jaxdistill.cli.output import print_json
-from jaxdistill.errors import ConfigError, CorruptCheckpointError
-from jaxdistill.train import manifest, step_folders
+from jaxdistill.errors import ConfigError, DamagedError
+from jaxdistill.train import step_folders
 
 
 def ls(arguments: argparse.Namespace) -> None:
@@ -20,7 +21,7 @@ def ls(arguments: argparse.Namespace) -> None:
         try:
             one = step_folders.read(directory, step)
             row |= {"saved": one.time, "bytes": one.bytes, "metrics": one.metrics}
-        except CorruptCheckpointError as error:
+        except DamagedError as error:
             row |= {"damaged": str(error)}
         rows.append(row)
     if arguments.json:
@@ -50,7 +51,7 @@ def verify(arguments: argparse.Namespace) -> None:
         try:
             manifest.verify(directory / str(step))
             rows.append({"step": step, "ok": True})
-        except CorruptCheckpointError as error:
+        except DamagedError as error:
             damaged.append(str(error))
             rows.append({"step": step, "ok": False, "damaged": str(error)})
     if arguments.json:
@@ -59,7 +60,7 @@ def verify(arguments: argparse.Namespace) -> None:
         for row in rows:
             print(f"{row['step']:>10}  {'ok' if row['ok'] else row['damaged']}")
     if damaged:
-        raise CorruptCheckpointError(
+        raise DamagedError(
             f"{arguments.run_dir}: {len(damaged)} of {len(rows)} checkpoints are damaged; "
             "`jaxdistill resume` puts them aside and goes on from the newest sound one"
         )

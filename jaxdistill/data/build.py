@@ -111,7 +111,7 @@ def build(
             counts = work.finish()
         finally:
             work.close()
-        manifest = {
+        facts = {
             "fingerprint": identity,
             "kind": work.kind,
             "seq_len": settings.seq_len,
@@ -123,7 +123,7 @@ def build(
         if not counts["num_documents"]:
             export_quarantine(temporary, sources, quarantine_path)
             raise DataError(_nothing_usable(name, counts, first_reasons(temporary, sources)))
-        store.write_manifest(temporary, manifest)
+        store.seal(temporary, facts)
 
 
 def _nothing_usable(name: str, counts: dict[str, int], reasons: list[str]) -> str:

@@ -103,17 +103,17 @@ def empty_row(seq_len: int, pad: int) -> dict[str, np.ndarray]:
     }
 
 
-def open_dataset(folder: Path, manifest: dict, name: str, notices: tuple[str, ...]) -> Dataset:
+def open_dataset(folder: Path, facts: dict, name: str, notices: tuple[str, ...]) -> Dataset:
     """Opens a verified folder."""
-    counts = manifest["counts"]
-    origins = tuple((first, code) for first, code in manifest.get("origins", ()))
+    counts = facts["counts"]
+    origins = tuple((first, code) for first, code in facts.get("origins", ()))
     return Dataset(
         name=name,
         folder=folder,
-        fingerprint=manifest["fingerprint"],
-        kind=manifest["kind"],
-        seq_len=manifest["seq_len"],
-        pad=manifest["pad"],
+        fingerprint=facts["fingerprint"],
+        kind=facts["kind"],
+        seq_len=facts["seq_len"],
+        pad=facts["pad"],
         notices=notices,
         origins=origins if any(code for _, code in origins) else (),
         arrays=store.read_arrays(folder),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill import manifest
 from jaxdistill.data import build as building
 from jaxdistill.data import encode, store
 from jaxdistill.data.dataset import Dataset, open_dataset
@@ -83,7 +84,7 @@ def build(
     damage = store.problem(folder) if folder.exists() else "not built yet"
     if damage:
         if folder.exists():
-            notices.append(f"the cached data in {folder} is damaged ({damage}) and was built again")
+            notices.append(f"the cached data is damaged and was built again: {damage}")
         building.build(
             folder,
             opened,
@@ -94,15 +95,15 @@ def build(
             name=name,
             quarantine_path=quarantine,
         )
-    manifest = store.read_manifest(folder)
-    assert manifest is not None and manifest["fingerprint"] == identity
-    notices += manifest["notices"]
+    facts = manifest.read(folder)
+    assert facts["fingerprint"] == identity
+    notices += facts["notices"]
     for notice in notices:
         _log.warning("data.%s: %s", name, notice)
     building.export_quarantine(folder, opened, quarantine)
     allowed = 0.0 if on_bad_record == "fail" else max_bad_fraction
-    _judge(manifest["counts"], building.first_reasons(folder, opened), allowed, name, quarantine)
-    return open_dataset(folder, manifest, name, tuple(notices))
+    _judge(facts["counts"], building.first_reasons(folder, opened), allowed, name, quarantine)
+    return open_dataset(folder, facts, name, tuple(notices))
 
 
 def _open(sources: Sources, name: str) -> list[Source]:

@@ -1,18 +1,17 @@
 """Tokenised data on disk: flat arrays written as a stream, read back memory-mapped and verified."""
 
 import contextlib
-import json
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import StorageError
+from jaxdistill import manifest
+from jaxdistill.errors import DamagedError, StorageError
 
 ARRAYS = {
     "tokens": np.dtype(np.int32),  # [N], all documents, one after the other
@@ -21,9 +20,7 @@ ARRAYS = {
     "segments": np.dtype(np.int64),  # [S, 2], start and length, sorted by row
     "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
 }
-MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
-FILES = (*(f"{name}.npy" for name in ARRAYS), QUARANTINE)
 
 
 @contextlib.contextmanager
@@ -103,45 +100,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Seals a folder: the manifest carries the size and the checksum of every file beside it."""
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "crc32": _checksum(folder / name)}
-        for name in FILES
-    }
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of a folder that is complete."""
     with writing(folder):
-        whole = {**content, "files": files}
-        sealed = {"content": whole, "crc32": zlib.crc32(_canonical(whole))}
-        (folder / MANIFEST).write_text(json.dumps(sealed, indent=1), encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest's content, or None where it is missing or not as it was written."""
-    try:
-        sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        intact = zlib.crc32(_canonical(sealed["content"])) == sealed["crc32"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return sealed["content"] if intact else None
-
-
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
+        manifest.seal(folder, facts)
 
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a folder, a file missing or of other size or content; or None."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"{MANIFEST} is missing or damaged"
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["crc32"]:
-            return f"{name} has another checksum"
+    try:
+        manifest.verify(folder)
+    except DamagedError as error:
+        return str(error)
     return None
 
 
@@ -150,11 +120,3 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     return {
         name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
     }
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value

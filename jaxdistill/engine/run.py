@@ -116,7 +116,7 @@ def resume(run_dir: str | os.PathLike) -> RunResult:
 
     Raises:
       ConfigError: if there is no run, or its data, models or tokenizer have changed.
-      CorruptCheckpointError: if no checkpoint can be read.
+      DamagedError: if no checkpoint can be read.
     """
     run = RunDir.open(run_dir)
     config = configs.load(run.path / "config.resolved.yaml")

@@ -24,9 +24,9 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from jaxdistill import agree
-from jaxdistill.errors import ConfigError, CorruptCheckpointError, StorageError
-from jaxdistill.train import faults, manifest, step_folders
+from jaxdistill import agree, manifest
+from jaxdistill.errors import ConfigError, DamagedError, StorageError
+from jaxdistill.train import faults, step_folders
 from jaxdistill.train.table import check_same, flatten
 
 _STATE = "state"
@@ -239,7 +239,7 @@ class Checkpoints:
 
         Raises:
           ModelError: if names, shapes or dtypes differ; the message lists the first ten.
-          CorruptCheckpointError: if its files are damaged.
+          DamagedError: if its files are damaged.
           ConfigError: if there is no such step.
         """
         wanted = flatten(abstract_state)
@@ -261,20 +261,20 @@ class Checkpoints:
           notice: told of every checkpoint that is damaged: its step, and what is wrong with it.
 
         Raises:
-          CorruptCheckpointError: if none is sound, with the reason for each.
+          DamagedError: if none is sound, with the reason for each.
           ModelError: if the newest sound one does not fit.
         """
         reasons = []
         for step in reversed(self.steps()):
             try:
                 return step, *self.restore(step, abstract_state)
-            except CorruptCheckpointError as error:
+            except DamagedError as error:
                 reasons.append(str(error))
                 notice(step, str(error))
                 if self._writes():
                     step_folders.set_aside(self.directory, step, step_folders.BAD)
         told = "; ".join(reasons) or "there are no checkpoints"
-        raise CorruptCheckpointError(f"{self.directory}: no checkpoint can be read: {told}")
+        raise DamagedError(f"{self.directory}: no checkpoint can be read: {told}")
 
     def restore_part(
         self,
@@ -328,7 +328,8 @@ class Checkpoints:
             have = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         folder = self.directory / str(step)
-        meta = agree.by_leader(lambda: manifest.verify(folder)["meta"])
+        part, parts = jax.process_index(), jax.process_count()
+        meta = agree.together(lambda: manifest.verify(folder, part, parts))["meta"]
         stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
         return self._read(step, stored), meta
 
@@ -347,7 +348,7 @@ class Checkpoints:
             except Exception as error:  # a truncated file is a bare Exception
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise  # too little memory is not damage
-                raise CorruptCheckpointError(
+                raise DamagedError(
                     f"{self.directory / str(step)}: cannot be read: {_reason(error)}"
                 ) from error
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdistill import agree
-from jaxdistill.errors import CorruptCheckpointError, DivergedError, StorageError
+from jaxdistill.errors import DamagedError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.types import Batch
@@ -82,7 +82,7 @@ class Guard:
       policy: when and how often.
 
     Raises:
-      CorruptCheckpointError: if the list of rollbacks cannot be read.
+      DamagedError: if the list of rollbacks cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike, policy: Policy):
@@ -283,7 +283,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise CorruptCheckpointError(
+        raise DamagedError(
             f"{path}: the list of rollbacks cannot be read ({error!r}), and with it which batches "
             "are left out: restore the file, or start a new run"
         ) from error

@@ -17,8 +17,9 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from jaxdistill.errors import CorruptCheckpointError
-from jaxdistill.train import faults, manifest
+from jaxdistill import manifest
+from jaxdistill.errors import DamagedError
+from jaxdistill.train import faults
 
 BAD = "bad"
 ROLLED_BACK = "rolled_back"
@@ -57,7 +58,7 @@ def read(directory: pathlib.Path, step: int) -> Saved:
     """What a checkpoint tells of itself.
 
     Raises:
-      CorruptCheckpointError: if its manifest is damaged.
+      DamagedError: if its manifest is damaged.
     """
     content = manifest.read(directory / str(step))
     rank = content["rank"]
@@ -75,7 +76,7 @@ def readable(directory: pathlib.Path) -> list[Saved]:
     """Every checkpoint whose manifest can be read, by ascending step."""
     found = []
     for step in steps(directory):
-        with contextlib.suppress(CorruptCheckpointError):
+        with contextlib.suppress(DamagedError):
             found.append(read(directory, step))
     return found
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import StorageError
 
@@ -13,7 +14,7 @@ def fill(folder, value=1):
         writer.append(np.full(5, value, dtype))
         writer.finish()
     (folder / store.QUARANTINE).write_text("")
-    store.write_manifest(folder, {"fingerprint": "f", "value": value})
+    store.seal(folder, {"fingerprint": "f", "value": value})
 
 
 def sealed(tmp_path, value=1):
@@ -37,13 +38,13 @@ def test_arrays_grow_and_read_back(tmp_path):
 def test_a_sealed_folder_is_whole(tmp_path):
     folder = sealed(tmp_path)
     assert store.problem(folder) is None
-    assert store.read_manifest(folder)["fingerprint"] == "f"
+    assert manifest.read(folder)["fingerprint"] == "f"
     arrays = store.read_arrays(folder)
     assert all(isinstance(array, np.memmap) and len(array) == 5 for array in arrays.values())
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-@pytest.mark.parametrize("name", [*store.FILES[:-1], store.MANIFEST])
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in store.ARRAYS), manifest.NAME])
 def test_every_flipped_bit_is_found(tmp_path, name):
     folder = sealed(tmp_path)
     path = folder / name
@@ -53,7 +54,7 @@ def test_every_flipped_bit_is_found(tmp_path, name):
         damaged = bytearray(content)
         damaged[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(damaged))
-        if name == store.MANIFEST and _same_json(content, damaged):
+        if name == manifest.NAME and _same_json(content, damaged):
             continue
         assert store.problem(folder) is not None
     path.write_bytes(content)
@@ -72,11 +73,11 @@ def test_missing_and_cut_files_are_found(tmp_path):
     folder = sealed(tmp_path)
     tokens = folder / "tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-1])
-    assert "bytes instead of" in store.problem(folder)
+    assert "tokens.npy is changed" in store.problem(folder)
     tokens.unlink()
-    assert store.problem(folder) == "tokens.npy is missing"
-    (folder / store.MANIFEST).unlink()
-    assert store.problem(folder) == "manifest.json is missing or damaged"
+    assert "tokens.npy is missing" in store.problem(folder)
+    (folder / manifest.NAME).unlink()
+    assert "manifest.json: cannot be read" in store.problem(folder)
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
@@ -89,10 +90,10 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
 def test_a_damaged_folder_is_replaced_and_a_whole_one_stays(tmp_path):
     folder = sealed(tmp_path, value=1)
     sealed(tmp_path, value=2)
-    assert store.read_manifest(folder)["value"] == 1
+    assert manifest.read(folder)["value"] == 1
     (folder / "tokens.npy").write_bytes(b"x")
     sealed(tmp_path, value=3)
-    assert store.problem(folder) is None and store.read_manifest(folder)["value"] == 3
+    assert store.problem(folder) is None and manifest.read(folder)["value"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

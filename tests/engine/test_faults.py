@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from benchmarks import soak_faults
-from jaxdistill.train import manifest, step_folders
+from jaxdistill import manifest
+from jaxdistill.train import step_folders
 
 
 @pytest.fixture(scope="module")

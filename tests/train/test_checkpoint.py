@@ -12,9 +12,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill import sharding
-from jaxdistill.errors import ConfigError, CorruptCheckpointError, ModelError, StorageError
-from jaxdistill.train import manifest, step_folders
+from jaxdistill import manifest, sharding
+from jaxdistill.errors import ConfigError, DamagedError, ModelError, StorageError
+from jaxdistill.train import step_folders
 from jaxdistill.train.checkpoint import Checkpoints
 
 
@@ -328,9 +328,7 @@ def test_a_flipped_bit_in_an_array_is_named(copy):
     (file,) = (path for path in (folder / "2" / "state" / "d").iterdir())
     _damage(file, "flip")
     with Checkpoints(folder) as reader:
-        with pytest.raises(
-            CorruptCheckpointError, match=f"damaged: state/d/{file.name} is changed"
-        ):
+        with pytest.raises(DamagedError, match=f"damaged: state/d/{file.name} is changed"):
             reader.restore(2, _abstract(states[2]))
 
 
@@ -339,11 +337,11 @@ def test_without_one_sound_checkpoint_the_reason_of_each_is_told(copy):
     for step in ("1", "2"):
         (folder / step / "state" / "_METADATA").unlink()
     with Checkpoints(folder, keep_latest=2) as checkpoints:
-        with pytest.raises(CorruptCheckpointError, match=r"no checkpoint can be read.*/2.*/1.*"):
+        with pytest.raises(DamagedError, match=r"no checkpoint can be read.*/2.*/1.*"):
             checkpoints.restore_latest(_abstract(states[1]), lambda *_: None)
         assert checkpoints.steps() == []
     with Checkpoints(folder, keep_latest=2) as checkpoints:
-        with pytest.raises(CorruptCheckpointError, match="there are no checkpoints"):
+        with pytest.raises(DamagedError, match="there are no checkpoints"):
             checkpoints.restore_latest(_abstract(states[1]), lambda *_: None)
 
 
@@ -352,7 +350,7 @@ def test_damage_that_no_checksum_of_a_file_tells_is_still_an_error(copy):
     folder, states = copy
     (folder / "2" / "state" / "_METADATA").write_text("{")
     manifest.seal(folder / "2", manifest.read(folder / "2"))
-    with Checkpoints(folder) as reader, pytest.raises(CorruptCheckpointError, match="2: cannot be"):
+    with Checkpoints(folder) as reader, pytest.raises(DamagedError, match="2: cannot be"):
         reader.restore(2, _abstract(states[2]))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.errors import CorruptCheckpointError, DivergedError, Preempted, StorageError
+from jaxdistill.errors import DamagedError, DivergedError, Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
@@ -254,7 +254,7 @@ def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
 
 def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(tmp_path):
     (tmp_path / "rollbacks.json").write_text('[{"first_batch": 3}]')
-    with pytest.raises(CorruptCheckpointError, match="rollbacks.json.*end_batch"):
+    with pytest.raises(DamagedError, match="rollbacks.json.*end_batch"):
         Guard(tmp_path, Policy())
     (tmp_path / "rollbacks.json").unlink()
     (tmp_path / "rollbacks.tmp").mkdir()  # in the way of what is written

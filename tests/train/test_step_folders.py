@@ -1,12 +1,11 @@
 """Folders of checkpoints without JAX: manifests, order, what stays, what was left half-done."""
 
-import json
 import math
 
 import pytest
 
-from jaxdistill.errors import CorruptCheckpointError
-from jaxdistill.train import faults, manifest, step_folders
+from jaxdistill import manifest
+from jaxdistill.train import faults, step_folders
 
 
 def commit(directory, step, rank=None, content=b"arrays"):
@@ -15,42 +14,6 @@ def commit(directory, step, rank=None, content=b"arrays"):
     (staged / "state" / "data").write_bytes(content)
     metrics = None if rank is None else {"eval/loss": -rank}
     step_folders.commit(directory, step, {"meta": {}, "metrics": metrics, "rank": rank})
-
-
-def test_a_manifest_tells_facts_and_every_kind_of_damage(tmp_path):
-    (tmp_path / "a").write_bytes(b"0" * 100)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "c").write_bytes(b"1")
-    manifest.seal(tmp_path, {"fact": [1, None, "x"]})
-    content = manifest.verify(tmp_path)
-    assert content["fact"] == [1, None, "x"] and sorted(content["files"]) == ["a", "b/c"]
-    for change, words in (
-        (lambda: (tmp_path / "a").write_bytes(b"0" * 99 + b"1"), "a is changed"),
-        (lambda: (tmp_path / "a").write_bytes(b"0" * 99), "a is changed"),
-        (lambda: (tmp_path / "a").unlink(), "a is missing"),
-        (lambda: ((tmp_path / "a").write_bytes(b"0" * 100), (tmp_path / "d").touch()), "d is new"),
-    ):
-        change()
-        with pytest.raises(CorruptCheckpointError, match=words):
-            manifest.verify(tmp_path)
-
-
-def test_every_single_bit_of_a_manifest_is_guarded(tmp_path):
-    (tmp_path / "a").write_bytes(b"0")
-    manifest.seal(tmp_path, {"step": 7})
-    file = tmp_path / manifest.NAME
-    whole = file.read_bytes()
-    for place in range(8 * len(whole)):
-        damaged = bytearray(whole)
-        damaged[place // 8] ^= 1 << place % 8
-        file.write_bytes(damaged)
-        # A bit that only moves white space leaves the content as it was, and is no damage.
-        try:
-            content = manifest.verify(tmp_path)
-        except CorruptCheckpointError:
-            continue
-        assert content == json.loads(whole)["content"]
-        assert damaged.split() == whole.split() or damaged[place // 8 : place // 8 + 1].isspace()
 
 
 def test_what_is_staged_is_no_checkpoint_until_it_is_committed(tmp_path):
