@@ -55,6 +55,7 @@ class Outputs:
       hidden: [B, L, D], after the final norm.
       head: [V, D], the rows that turn hidden states into logits.
       head_bias: [V] or None.
+      routing: float32 [layers, B, L, X], scores of each layer's router for its experts, or None.
       softcap: c, of logits c tanh(x / c), or None.
       taps: [K, B, L, D], outputs of chosen layers, or None.
       relations: of chosen layers (query [B, L, H * E], key and value [B, L, G * E]), or None.
@@ -65,6 +66,7 @@ class Outputs:
     head_bias: Array | None = None
     taps: typing.Any = None
     relations: typing.Any = None
+    routing: Array | None = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 

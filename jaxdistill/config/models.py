@@ -199,6 +199,11 @@ class Student(Section):
     lora: Adapters | None = Field(
         None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
     )
+    router_aux_loss_coef: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0,
+        description="Weight of the load-balancing loss of routed experts, beside the method's: 0 "
+        "leaves how tokens are spread to what the teacher says of them; 0.001 to 0.02 is usual.",
+    )
     attention: Attention = Field("auto", description=ATTENTION)
     remat: Literal["none", "dots", "full"] = Field(
         "none",

@@ -256,6 +256,7 @@ def method_of(config: Config, models: Models) -> Method:
         remat=config.student.remat,
         attention=config.student.attention,
         quantization=config.student.quantize,
+        router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
     return Method(objective, teacher, tx, rate, loss)
 

@@ -30,6 +30,12 @@ def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
     adapters = adapters_of(config)
     if adapters is not None:
         lora.rows(student, adapters)
+    coefficient = config.student.router_aux_loss_coef
+    if coefficient and student.experts is None:
+        raise ConfigError(
+            f"student.router_aux_loss_coef = {coefficient}: the student has no routed experts: "
+            "leave it out"
+        )
     if not config.optimizer.offload:
         return
     device = mesh.devices.flat[0]

@@ -87,6 +87,7 @@ from jaxdistill.losses.pairs import (
     distillm2_skew,
     sequence_weights,
 )
+from jaxdistill.losses.routing import load_balancing
 from jaxdistill.losses.sparse import topk_kl
 from jaxdistill.losses.temperature import (
     cosine_lambda,
@@ -131,6 +132,7 @@ __all__ = [
     "init_projectors",
     "init_temperature_head",
     "layer_map",
+    "load_balancing",
     "masked_mean",
     "project",
     "relation_kl",

@@ -189,14 +189,29 @@ class Layer(nnx.Module):
         return self.attention.project(_normed(self.attention_norm, x_BLD))
 
     def __call__(self, x_BLD, turn, attend, state, index, rules):
+        between_BLD, entering_BLD, state = self._attend(x_BLD, turn, attend, state, index, rules)
+        return self._close(between_BLD, entering_BLD, rules), state
+
+    def routed(self, x_BLD, turn, attend, state, index, rules):
+        """As a call, and float32 [B, L, X], the scores of the router for its experts."""
+        between_BLD, entering_BLD, state = self._attend(x_BLD, turn, attend, state, index, rules)
+        assert isinstance(self.mlp, RoutedMLP), "asked of models with experts alone"
+        scores_BLX = self.mlp.scores(entering_BLD)
+        return self._close(between_BLD, entering_BLD, rules), state, scores_BLX
+
+    def _attend(self, x_BLD, turn, attend, state, index, rules):
+        """(x + attention(norm(x)), what enters the MLP, the state)."""
         state, mixed_BLD = self.attention(
             _normed(self.attention_norm, x_BLD), turn, attend, state, index, rules
         )
         between_BLD = x_BLD + _normed(self.attention_post_norm, mixed_BLD)
         entering_BLD = x_BLD if self.parallel else between_BLD
-        made_BLD = self.mlp(_normed(self.mlp_norm, entering_BLD), rules)
+        return between_BLD, _normed(self.mlp_norm, entering_BLD), state
+
+    def _close(self, between_BLD, entering_BLD, rules):
+        made_BLD = self.mlp(entering_BLD, rules)
         x_BLD = between_BLD + _normed(self.mlp_post_norm, made_BLD)
-        return constrain(x_BLD, ("batch", "length", "act_embed"), rules), state
+        return constrain(x_BLD, ("batch", "length", "act_embed"), rules)
 
 
 def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:

@@ -48,6 +48,7 @@ class Decoder(nnx.Module):
         rules: Mapping[str, MeshAxes] = RULES,
         taps: tuple[int, ...] = (),
         relations: tuple[int, ...] = (),
+        routing: bool = False,
     ) -> tuple[Outputs, Any]:
         """Outputs and the final state of `attend` for tokens [B, L] at positions [B, L]."""
         config = self.config
@@ -59,18 +60,21 @@ class Decoder(nnx.Module):
             x_BLD, state = carry
             params, index = one
             layer = nnx.merge(graphdef, computing(params, axes, compute_dtype, rules))
-            return layer(x_BLD, turn(index), attend, state, index, rules), None
+            if not routing:
+                return layer(x_BLD, turn(index), attend, state, index, rules), None
+            *through, scores_BLX = layer.routed(x_BLD, turn(index), attend, state, index, rules)
+            return tuple(through), scores_BLX
 
         run = _remat(run, remat)
 
         def body(carry, one):
             *xs, slot = one
             through, tapped = carry
-            through, _ = run(through, xs)
+            through, scores_BLX = run(through, xs)
             # Outside of what is made again: a tap is kept once, not with every layer.
             if kept:
                 tapped = tapped.at[slot].set(through[0], mode="drop")
-            return (through, tapped), None
+            return (through, tapped), scores_BLX
 
         places = None
         if self.positions is not None:
@@ -84,12 +88,13 @@ class Decoder(nnx.Module):
         slots[list(kept)] = np.arange(len(kept))
         tapped = jnp.zeros((len(kept), *x_BLD.shape), compute_dtype) if kept else None
         xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers), jnp.asarray(slots))
-        ((x_BLD, state), tapped), _ = jax.lax.scan(body, ((x_BLD, state), tapped), xs)
+        ((x_BLD, state), tapped), routed = jax.lax.scan(body, ((x_BLD, state), tapped), xs)
         head = self.embedding if self.head is None else self.head
         outputs = Outputs(
             self.final_norm(x_BLD),
             head[...],
             taps=tapped[: len(taps)] if taps else None,
+            routing=routed,
             softcap=config.logits_softcap,
         )
         if relations:
@@ -248,6 +253,7 @@ def apply(
     rules: Mapping[str, MeshAxes] = RULES,
     taps: tuple[int, ...] = (),
     relations: tuple[int, ...] = (),
+    routing: bool = False,
 ) -> Outputs:
     """Hidden states after the final norm, and the head, of tokens [B, L].
 
@@ -265,13 +271,14 @@ def apply(
       rules: table from logical axes to mesh axes; used where a mesh is in context.
       taps: layers, from 0, whose outputs are wanted as well, in this order.
       relations: layers, from 0, whose queries, keys and values are wanted as well.
+      routing: whether the scores of every layer's router are wanted as well.
 
     Returns:
       Outputs: hidden [B, L, D] in compute_dtype, head [V, D] uncast (the embedding where tied),
-      taps [len(taps), B, L, D] before the final norm, and relations, before rotation.
+      taps [len(taps), B, L, D] before the final norm, relations, before rotation, and routing.
 
     Raises:
-      ModelError: for an unknown `remat`, or a tap that is no layer.
+      ModelError: for an unknown `remat`, a tap that is no layer, or routing without a router.
       ConfigError: for an attention that cannot compute this.
     """
     for name, layers in (("taps", taps), ("relations", relations)):
@@ -279,6 +286,8 @@ def apply(
             raise ModelError(
                 f"{name} = {layers}: must be different layers from 0 to {config.layers - 1}"
             )
+    if routing and config.experts is None:
+        raise ModelError(f"routing: a {config.family} model has no routed experts")
     length = tokens.shape[1]
     if positions is None:
         places = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
@@ -289,7 +298,7 @@ def apply(
     model = nnx.merge(graphdef(config), params)
     outputs, _ = model(
         tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps,
-        relations=relations,
+        relations=relations, routing=routing,
     )  # fmt: skip
     return outputs
 

@@ -66,6 +66,10 @@ class RoutedMLP(nnx.Module):
     def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
         return self._everywhere(_sum, lambda tokens, width: tokens, x_BLD, rules)
 
+    def scores(self, x_BLD: Array) -> Array:
+        """What the router makes of each token for every expert, float32 [B, L, X]."""
+        return _scores(x_BLD, self.router.kernel[...])
+
     def passed(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Passed:
         """What goes on inside, for those who measure it."""
         places = lambda tokens, width: (tokens, tokens, PartitionSpec(*tokens, width), tokens)
@@ -190,11 +194,15 @@ def _added(part: Array, axes: tuple[str, ...]) -> Array:
 
 def route(experts: Experts, x_ND: Array, router_DX: Array) -> tuple[Array, Array]:
     """Shares, float32 [N, K], and numbers, int32 [N, K], of the experts that tokens pass."""
-    scores_NX = x_ND.astype(jnp.float32) @ router_DX.astype(jnp.float32)
-    shares_NK, expert_NK = jax.lax.top_k(jax.nn.softmax(scores_NX, axis=-1), experts.chosen)
+    shares_NX = jax.nn.softmax(_scores(x_ND, router_DX), axis=-1)
+    shares_NK, expert_NK = jax.lax.top_k(shares_NX, experts.chosen)
     if experts.normalised:
         shares_NK = shares_NK / jnp.sum(shares_NK, axis=-1, keepdims=True)
     return shares_NK, expert_NK
+
+
+def _scores(x: Array, router_DX: Array) -> Array:
+    return x.astype(jnp.float32) @ router_DX.astype(jnp.float32)
 
 
 def _array(kernel: Any, dtype: Any) -> Array:

@@ -58,7 +58,7 @@ class Family:
 
 _QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 _BOTH_BIASES = {"attention_bias": "attention_bias", "attention_out_bias": "attention_bias"}
-_ROUTING = ("router_aux_loss_coef", "output_router_logits")  # of a loss that is not made here
+_ROUTING = ("router_aux_loss_coef", "output_router_logits")  # of a loss that a run weighs
 _GEMMA_READ = {
     **_BOTH_BIASES,
     "query_scalar": "query_pre_attn_scalar",

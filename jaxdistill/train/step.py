@@ -18,13 +18,14 @@ from jax.typing import DTypeLike
 
 from jaxdistill import optim
 from jaxdistill.compress import quantize
+from jaxdistill.losses import load_balancing
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
 from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState, whole
-from jaxdistill.types import Batch, Mean
+from jaxdistill.types import Batch, Mean, Outputs
 
 # Whose work an operation of the compiled step is: part of its name, for profiles and `plan`.
 TEACHER, STUDENT, LOSS, OPTIMIZER = "teacher", "student", "loss", "optimizer"
@@ -42,10 +43,12 @@ def make_loss(
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
     quantization: str | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> Loss:
     """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`.
 
-    With `quantization` the student computes as it will once it is quantised by that scheme.
+    With `quantization` the student computes as it will once it is quantised by that scheme; with
+    `router_aux_loss_coef` the load-balancing loss of its routed experts is added to the objective.
     """
 
     def loss(params, signal, batch, knobs):
@@ -63,11 +66,29 @@ def make_loss(
                 rules=rules,
                 taps=objective.student_taps,
                 relations=objective.student_relations,
+                routing=router_aux_loss_coef > 0,
             )
         with jax.named_scope(LOSS):
-            return objective.apply(params["objective"], outputs, signal, batch, knobs)
+            means = objective.apply(params["objective"], outputs, signal, batch, knobs)
+            if router_aux_loss_coef:
+                means |= _balanced(config, means["loss"], outputs, batch, router_aux_loss_coef)
+            return means
 
     return loss
+
+
+def _balanced(
+    config: DecoderConfig, loss: Mean, outputs: Outputs, batch: Batch, weight: float
+) -> dict[str, Mean]:
+    """The loss with the load-balancing loss of this part of the batch, and that by itself.
+
+    It is no mean over tokens but a product of two: of several micro-batches each has its own.
+    """
+    assert config.experts is not None and outputs.routing is not None, "checked before"
+    value = load_balancing(outputs.routing, config.experts.chosen, batch.segment_ids > 0)
+    count = jax.lax.stop_gradient(loss.count)
+    routing = Mean(value * count, count)
+    return {"loss": Mean(loss.total + weight * routing.total, loss.count), "loss/routing": routing}
 
 
 def make(

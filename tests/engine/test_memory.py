@@ -102,6 +102,9 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
         config = load_config(tmp_path, f"{who}.attention=splash")
         with pytest.raises(ConfigError, match="attention = 'splash': runs on a tpu, and this is a"):
             setup.models_of(config, setup.mesh_of(config), weights=False)
+    config = load_config(tmp_path, "student.router_aux_loss_coef=0.02")
+    with pytest.raises(ConfigError, match="coef = 0.02: the student has no routed experts: leave"):
+        setup.models_of(config, setup.mesh_of(config), weights=False)
     config = load_config(tmp_path, "optimizer.offload=true")
     monkeypatch.setattr(states, "HOST", "host_of_another_kind")
     with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):

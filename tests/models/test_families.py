@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import models, objectives, sharding
+from jaxdistill import losses, models, objectives, sharding
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoder, experts
 from jaxdistill.models.architecture import Experts
@@ -218,6 +218,7 @@ def test_routed_experts_equal_a_loop_over_tokens(normalised, favour):
     params = {name: {"kernel": jnp.asarray(k)} for name, k in {"router": router, **kernels}.items()}
     layer = experts.RoutedMLP(Experts(5, 2, normalised), jax.nn.silu, params)
     found = layer(jnp.asarray(x), sharding.RULES)
+    np.testing.assert_allclose(layer.scores(jnp.asarray(x)), x @ router, atol=1e-4)
     wide = {name: kernel.astype(np.float64) for name, kernel in kernels.items()}
     for place in np.ndindex(2, 7):
         token = x[place].astype(np.float64)
@@ -230,6 +231,46 @@ def test_routed_experts_equal_a_loop_over_tokens(normalised, favour):
             weight = shares[one] / shares[best].sum() if normalised else shares[one]
             expected += weight * (hidden @ wide["down"][one])
         np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe_unnormalised"])
+def test_load_balancing_equals_transformers(name, tmp_path, transformers_model):
+    """Value, and gradient by every weight, of rows with padding."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = variants.transformers_folder(name, tmp_path / "theirs")
+    ours, tokens, mask = models.load(folder), variants.tokens(), np.ones((2, 24), np.int32)
+    mask[1, 15:] = 0
+
+    def loss(params):
+        outputs = decoder.apply(
+            ours.config, params, jnp.asarray(tokens), None, jnp.asarray(mask),
+            compute_dtype="float32", routing=True,
+        )  # fmt: skip
+        return losses.load_balancing(outputs.routing, ours.config.experts.chosen, mask)
+
+    value, gradient = jax.value_and_grad(loss)(ours.params)
+    reference = transformers_model(folder)
+    told = reference(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask), output_router_logits=True
+    )
+    assert float(value) == pytest.approx(float(told.aux_loss.detach()), rel=1e-5)
+    told.aux_loss.backward()
+    made = dataclasses.replace(ours, params=gradient)
+    found = dict(transformers_model(models.save(made, tmp_path / "made")).named_parameters())
+    for path, weight in reference.named_parameters():
+        expected = 0 * weight if weight.grad is None else weight.grad
+        error = float((found[path].detach() - expected.detach()).abs().max())
+        assert error <= 2e-5 * float(expected.detach().abs().max()) + 1e-7, (path, error)
+
+
+def test_a_model_without_experts_has_no_routing():
+    model = variants.model("olmo2")
+    with pytest.raises(ModelError, match="routing: a olmo2 model has no routed experts"):
+        decoder.apply(model.config, model.params, jnp.zeros((1, 4), jnp.int32), routing=True)
 
 
 def test_experts_lie_on_the_mesh_and_learn_the_same(mesh8):

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import models, objectives, optim, teachers
+from jaxdistill import losses, models, objectives, optim, teachers
 from jaxdistill.models import decoder
+from jaxdistill.models.architecture import Experts
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, TeacherSignal
 
 TEACHER = models.DecoderConfig(
     "llama", vocab_size=64, embed=32, mlp=64, layers=3, heads=4, kv_heads=2, head_dim=8,
@@ -199,6 +200,36 @@ def test_padding_and_packing_change_nothing():
     other, other_gradient = run(on_device(Batch(**apart)))
     np.testing.assert_allclose(value, other, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, other_gradient)
+
+
+def test_the_balance_of_experts_is_part_of_the_loss_on_any_mesh():
+    config = dataclasses.replace(STUDENT, family="mixtral", experts=Experts(4, 2))
+    batch, objective = on_device(rows(0)), objectives.sft(vocab=VOCAB)
+
+    def means(weight, student, batch):
+        loss = steps.make_loss(
+            config, objective, compute_dtype="float32", router_aux_loss_coef=weight
+        )
+        params = {"student": student, "objective": {}}
+        return {k: m.value for k, m in loss(params, TeacherSignal(), batch, {}).items()}
+
+    student = models.random(config, 0).params
+    plain, both = means(0.0, student, batch), means(0.5, student, batch)
+    outputs = decoder.apply(
+        config, student, batch.tokens, batch.positions, batch.segment_ids,
+        compute_dtype="float32", routing=True,
+    )  # fmt: skip
+    expected = losses.load_balancing(outputs.routing, 2, batch.segment_ids > 0)
+    np.testing.assert_allclose(both["loss/routing"], expected, rtol=1e-6)
+    np.testing.assert_allclose(both["loss"], plain["loss"] + 0.5 * expected, rtol=1e-6)
+    assert "loss/routing" not in plain
+    mesh = mesh_of(2, 2, 2)
+    spread = models.random(config, 0, mesh=mesh).params
+    with jax.set_mesh(mesh):
+        step = jax.jit(functools.partial(means, 0.5))
+        found = step(spread, steps.place(rows(0), mesh))
+    for name, value in both.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
