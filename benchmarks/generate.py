@@ -7,11 +7,14 @@ decoding is what every further token costs: (time of N + 1 tokens - time of 1) /
 comes before the clock. How many tokens of a row come before the first that differs is told: in
 float32 all, but where the two largest logits lie within rounding of each other (with these prompts
 one row of 32: 27.239612 and 27.239606 in float64); in bfloat16 each side rounds in its own order.
+
+Beside it stands what the products of a step with the weights would reach if all else were free.
 """
 
 import argparse
 import json
 import pathlib
+import statistics
 import sys
 import tempfile
 
@@ -31,11 +34,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="further tokens, N")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker = {"ours": _our_worker, "theirs": _their_worker}[options.worker]
+        worker = WORKERS[options.worker]
         sizes = options.batch[0], options.prompt, options.new
         return worker(options.folder, options.dtype[0], *sizes)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +82,10 @@ def _case(options: argparse.Namespace, folder: str, dtype: str, batch: int) -> d
         seconds[name] = found["seconds"]
         ours.close()
         theirs.close()
+    worker = duel.Worker([sys.executable, *common, "products"])
+    worker.read()
+    bare = statistics.median(worker.ask("step")["seconds"] for _ in range(20))
+    worker.close()
     sides = ("ours", "theirs")
     prefill = {side: batch * options.prompt / seconds["prefill"][side] for side in sides}
     decode = {
@@ -90,6 +97,7 @@ def _case(options: argparse.Namespace, folder: str, dtype: str, batch: int) -> d
         "decode_tokens_per_second": decode,
         "prefill_ratio": prefill["ours"] / prefill["theirs"],
         "decode_ratio": decode["ours"] / decode["theirs"],
+        "decode_ratio_of_bare_products": batch / bare / decode["theirs"],
         "tokens_before_a_difference": same,
         "peak_mib": found["peak_mib"],
         "versions": {side: facts[side]["versions"] for side in sides},
@@ -127,6 +135,37 @@ def _our_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: 
     duel.serve(lambda: len(step()), facts)
 
 
+def _products_worker(folder: pathlib.Path, dtype: str, batch: int, *_: int) -> None:
+    """Multiplies one vector per row by every weight: a step of decoding without all else."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdistill import models
+    from jaxdistill.models import unrolled
+
+    params = unrolled.take(models.load(folder / "model", dtype=dtype)).params
+
+    @jax.jit
+    def products(params, x_BD):
+        y_BD = x_BD
+        for layer in params["layers"]:
+            kernel = lambda room, name, layer=layer: layer[room][name]["kernel"]
+            query_BN = x_BD @ kernel("attention", "query")
+            shared_BM = x_BD @ kernel("attention", "key") + x_BD @ kernel("attention", "value")
+            mixed_BN = query_BN + jnp.tile(shared_BM, (1, query_BN.shape[1] // shared_BM.shape[1]))
+            hidden_BF = (x_BD @ kernel("mlp", "gate")) * (x_BD @ kernel("mlp", "up"))
+            y_BD += mixed_BN @ kernel("attention", "out") + hidden_BF @ kernel("mlp", "down")
+        logits = "BD,VD->BV", x_BD, params["embedding"]
+        return y_BD, jnp.einsum(*logits, preferred_element_type=jnp.float32)
+
+    # As generation does: XLA multiplies a single bfloat16 row on a CPU number by number.
+    rows = max(batch, 2) if dtype == "bfloat16" else batch
+    x_BD = jax.random.normal(jax.random.key(0), (rows, params["embedding"].shape[1]), dtype)
+    step = lambda: float(jax.block_until_ready(products(params, x_BD))[0][0, 0])
+    step()
+    duel.serve(step, {})
+
+
 def _their_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: int) -> None:
     import torch
     import transformers
@@ -151,6 +190,8 @@ def _their_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new
     facts = {"tokens": step(), "versions": versions}
     duel.serve(lambda: len(step()), facts)
 
+
+WORKERS = {"ours": _our_worker, "theirs": _their_worker, "products": _products_worker}
 
 if __name__ == "__main__":
     main()
