@@ -171,3 +171,15 @@ def canonical(answer: str | None, kind: str) -> str | None:
     if kind == "choice":
         return answer.strip("() ").upper()
     return " ".join(answer.lower().split()).removesuffix(".")
+
+
+def is_answer(gold: str, kind: str, *, choices: str = "ABCDE") -> bool:
+    """Whether a right answer is one of its kind, so that an answer can equal it.
+
+    >>> is_answer("1,800", "number"), is_answer("yes", "number"), is_answer("(B)", "choice")
+    (True, False, True)
+    """
+    spelled = canonical(gold, kind)
+    if kind == "choice":
+        return spelled in tuple(choices)
+    return spelled in ("yes", "no") if kind == "yes_no" else bool(spelled)

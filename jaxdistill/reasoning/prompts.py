@@ -119,7 +119,7 @@ def load_exemplars(path: str | pathlib.Path) -> list[Exemplar]:
     try:
         text = path.read_text(encoding="utf-8")
         demos = json.loads(text)["demo"] if text.lstrip().startswith("{\n") else None
-        rows = demos or [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = demos or [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"exemplars {path}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.data.records import text_problem
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import extract, verifiers
 
@@ -135,7 +136,8 @@ def _read(path: pathlib.Path, source: str) -> str:
 
 def _lines(path: pathlib.Path, source: str) -> list[Any]:
     rows = []
-    for number, line in enumerate(_read(path, source).splitlines(), start=1):
+    # `splitlines` would cut at U+2028 and others, which JSON allows within a text.
+    for number, line in enumerate(_read(path, source).split("\n"), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -147,7 +149,11 @@ def _fields(row: Any, names: tuple[str, ...], path: pathlib.Path, number: int) -
     for name in names:
         if not isinstance(row, dict) or not isinstance(row.get(name), str | int | float):
             raise DataError(f"{path}:{number}: field `{name}` must be a text or a number")
-    return [str(row[name]) for name in names]
+    texts = [str(row[name]) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if fault := text_problem(text):
+            raise DataError(f"{path}:{number}: field `{name}` {fault}")
+    return texts
 
 
 def _svamp(root: pathlib.Path, split: str) -> Task:
@@ -197,13 +203,19 @@ def _own(name: str, path: pathlib.Path, options: dict[str, str]) -> Task:
     kind = options.pop("kind", "number")
     if options or kind not in extract.KINDS:
         raise ConfigError(f"task {name!r}: takes kind, one of {', '.join(extract.KINDS)}")
-    items = []
+    items: dict[str, Item] = {}
     for number, row in enumerate(_lines(path, "your questions"), start=1):
         question, gold = _fields(row, ("question", "answer"), path, number)
-        items.append(
-            Item(str(row.get("id", number)), question, gold, str(row.get("rationale", "")))
-        )
-    return Task(name, kind, tuple(items))
+        item = Item(str(row.get("id", number)), question, gold, str(row.get("rationale", "")))
+        if item.id in items:
+            raise DataError(f"{path}:{number}: id {item.id[:60]!r}: another question has it")
+        if gold and not extract.is_answer(gold, kind):
+            raise DataError(
+                f"{path}:{number}: answer {gold[:60]!r}: no {kind}, so nothing could be right: "
+                f"mend it, or name its kind, as in {path.name}?kind=text"
+            )
+        items[item.id] = item
+    return Task(name, kind, tuple(items.values()))
 
 
 def _numbers(name: str, options: dict[str, str], defaults: dict[str, int]) -> dict[str, int]:

@@ -38,9 +38,9 @@ def test_few_shot_shows_worked_examples():
 
 
 def test_exemplar_files_of_both_forms(tmp_path, reference_data):
-    rows = [{"question": "One?", "rationale": "It is one.", "answer": "1"}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert prompts.load_exemplars(tmp_path / "a.jsonl") == [Exemplar("One?", "It is one.", "1")]
+    row = {"question": "One?", "rationale": "It is\u2028one.", "answer": "1"}  # U+2028 ends no line
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n\n", "utf-8")
+    assert prompts.load_exemplars(tmp_path / "a.jsonl") == [Exemplar(*row.values())]
     shipped = prompts.load_exemplars(reference_data / "auto_cot" / "multiarith_auto")
     assert len(shipped) == 8 and shipped[0].answer == "2"
     assert shipped[0].question.startswith("Wendy uploaded") and "A:" not in shipped[0].question

@@ -70,6 +70,44 @@ def test_own_files(tmp_path):
     path.write_text("")
     with pytest.raises(DataError, match="has no questions"):
         tasks.load(str(path))
+    path.write_text(
+        '{"question": "a\u2028b\x85c", "answer": 2}\n', encoding="utf-8"
+    )  # one line of JSON
+    assert [item.question for item in tasks.load(str(path)).items] == ["a\u2028b\x85c"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [
+                {"id": "a", "question": "x?", "answer": 1},
+                {"id": "a", "question": "y?", "answer": 2},
+            ],
+            "mine.jsonl:2: id 'a': another question has it",
+        ),
+        (
+            [{"question": "x?", "answer": "yes"}],
+            "mine.jsonl:1: answer 'yes': no number, so nothing",
+        ),
+        ([{"question": "a\ud800", "answer": 1}], "mine.jsonl:1: field `question` contains a lone"),
+    ],
+)
+def test_own_questions_that_could_not_be_told_apart_judged_or_asked(tmp_path, rows, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=re.escape(message)):
+        tasks.load(str(path))
+
+
+def test_a_right_answer_may_be_unknown_or_of_another_kind(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "x?", "answer": ""}')
+    assert tasks.load(str(path)).items[0].gold == ""
+    path.write_text('{"question": "x?", "answer": "yes"}')
+    assert tasks.load(f"{path}?kind=yes_no").items[0].gold == "yes"
+    with pytest.raises(DataError, match="answer 'yes': no choice"):
+        tasks.load(f"{path}?kind=choice")
 
 
 @pytest.mark.parametrize(
