@@ -3,11 +3,13 @@
 import collections
 import concurrent.futures
 import importlib
+import math
 import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jaxdistill.data.records import text_problem
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.redact import learn, redact
@@ -85,23 +87,34 @@ class Api:
         """
         running: dict[concurrent.futures.Future, Job] = {}
         failures = 0
-        with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
+        while jobs or running:
+            while jobs and len(running) < self._concurrency:
+                job = jobs.popleft()
+                running[self._begin(job)] = job
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                answers, error = _outcome(future, running.pop(future))
+                failures = 0 if error is None else failures + 1
+                yield from answers
+                self._maybe_give_up(error, failures)
+
+    def _begin(self, job: Job) -> concurrent.futures.Future:
+        """Asks in a thread that nobody waits for, as the end of a pool or of Python would.
+
+        A server that hangs could hold up Ctrl-C for the time of all tries.
+        """
+        future: concurrent.futures.Future = concurrent.futures.Future()
+
+        def work() -> None:
             try:
-                while jobs or running:
-                    while jobs and len(running) < self._concurrency:
-                        job = jobs.popleft()
-                        running[pool.submit(self._request, job)] = job
-                    done, _ = concurrent.futures.wait(
-                        running, return_when=concurrent.futures.FIRST_COMPLETED
-                    )
-                    for future in done:
-                        answers, error = _outcome(future, running.pop(future))
-                        failures = 0 if error is None else failures + 1
-                        yield from answers
-                        self._maybe_give_up(error, failures)
-            finally:
-                for future in running:
-                    future.cancel()
+                future.set_result(self._request(job))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="request", daemon=True).start()
+        return future
 
     def _maybe_give_up(self, error: Exception | None, failures: int) -> None:
         """Stops where going on cannot help."""
@@ -169,6 +182,8 @@ class Api:
             )
             if not isinstance(text, str):
                 raise _Garbled("a choice holds no text")
+            if problem := text_problem(text):
+                raise _Garbled(f"a choice's text {problem}")
             logprob, tokens = _score(choice, self._chat)
             reason = "length" if getattr(choice, "finish_reason", None) == "length" else "stop"
             answers.append(Answer(job, first + number, text, tokens, logprob, reason))
@@ -222,7 +237,7 @@ def _score(choice: Any, chat: bool) -> tuple[float | None, int]:
         values = [getattr(entry, "logprob", None) for entry in entries]
     else:
         values = list(getattr(told, "token_logprobs", None) or [])
-    if not values or not all(isinstance(value, int | float) for value in values):
+    if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return None, 0
     return float(sum(values)), len(values)
 

@@ -50,6 +50,8 @@ class Script(http.server.BaseHTTPRequestHandler):
             fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "hang":
             time.sleep(1.5)
+        if isinstance(fault, threading.Event):
+            fault.wait()
         if fault == "die":
             self.close_connection = True
             self.connection.close()
@@ -62,8 +64,12 @@ class Script(http.server.BaseHTTPRequestHandler):
             return self._send(200, {"choices": []})
         if fault == "no text":
             return self._send(200, {"choices": [{"text": 7}]})
-        count = 1 if fault == "one" else body["n"]
-        self._send(200, self._answer(body, count))
+        answer = self._answer(body, 1 if fault == "one" else body["n"])
+        if fault == "half a character":
+            answer["choices"][0]["text"] = "\ud83d"
+        if fault == "no number":
+            answer["choices"][0]["logprobs"]["token_logprobs"] = [-0.5, float("nan")]
+        self._send(200, answer)
 
     def _answer(self, body, count):
         text = f" So it is. The answer is {len(body['prompt']) % 7}."

@@ -1,6 +1,9 @@
 """A teacher over HTTP: every fault is survived or counted, nothing is asked or counted twice."""
 
 import collections
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -35,7 +38,8 @@ def test_answers_have_text_score_and_are_counted(scripted):
 
 
 @pytest.mark.parametrize(
-    "fault", [429, 500, 503, "die", "not json", "no choices", "no text", "one"]
+    "fault",
+    [429, 500, 503, "die", "not json", "no choices", "no text", "half a character", "one"],
 )
 def test_a_fault_that_passes_is_tried_again(scripted, fault):
     scripted.faults = [fault]
@@ -50,6 +54,32 @@ def test_a_server_that_hangs_costs_its_time(scripted):
     scripted.faults = ["hang"]
     (answer,) = _api(scripted, timeout=0.5, retries=1).ask(_jobs(1))
     assert not answer.failed and len(scripted.seen) == 2
+
+
+def test_a_score_that_is_no_number_is_not_known(scripted):
+    scripted.faults = ["no number"]
+    (answer,) = _api(scripted).ask(_jobs(1))
+    assert answer.logprob is None and answer.text.startswith(" So it is.")
+
+
+def test_who_stops_asking_waits_for_no_server_that_hangs(scripted):
+    code = (
+        "import collections\n"
+        "from jaxdistill.reasoning.api import Api\n"
+        "from jaxdistill.reasoning.asking import Job, Settings\n"
+        f"api = Api({scripted.url!r}, 'm', timeout=60, retries=5, concurrency=2)\n"
+        "jobs = collections.deque(Job(n, n, Settings(8)) for n in 'ab')\n"
+        "for answer in api.ask(jobs):\n"
+        "    raise KeyboardInterrupt\n"
+    )
+    released = threading.Event()
+    scripted.faults = [None, released]
+    command = [sys.executable, "-c", code]
+    try:
+        ended = subprocess.run(command, timeout=50, stderr=subprocess.PIPE)  # less than one try
+    finally:
+        released.set()
+    assert b"KeyboardInterrupt" in ended.stderr
 
 
 def test_what_fails_for_good_is_one_failed_answer(scripted):
