@@ -4,15 +4,15 @@ import collections
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxdistill.config.generation import Generation
 from jaxdistill.engine.references import load_any
-from jaxdistill.errors import DataError
+from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import unrolled
 from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, tasks
-from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher
+from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write, write_records
@@ -86,7 +86,7 @@ class _Run:
             for item in self._task.items
             for first, number in self._store.missing(item.id, count)
         )
-        teacher = self._open([job.prompt for job in jobs])
+        teacher = self._open([job.prompt for job in jobs], self._config.sampling.max_new_tokens)
         failed: collections.Counter[str] = collections.Counter()
         shown = time.monotonic()
         done = 0
@@ -143,19 +143,18 @@ class _Run:
         drawn = self._config.sampling
         return Settings(**drawn.model_dump(exclude={"samples"}))
 
-    def _open(self, asked: list[str]) -> Teacher:
-        """The teacher, with room for the longest of these prompts and its answers."""
+    def _open(self, asked: list[str], answer: int) -> Teacher:
+        """The teacher, with room for the longest of these prompts and answers of so many tokens."""
         told, server = self._config.teacher, self._config.teacher.api
         if server is not None:
             if self._teacher is None:
                 self._teacher = _server(server)
             return self._teacher
         model = self._load()
-        longest = max(map(len, model.tokenizer(asked)["input_ids"]))
-        room = self._config.sampling.max_new_tokens + 2 * prompts.ANSWER_TOKENS
+        second = prompts.second_stage("", "", self._task.kind, self._task.choices)
         self._teacher = Local(
             model,
-            length=min(longest + room + (64 if told.chat else 0), model.config.max_positions),
+            length=room(model, asked, answer + (64 if told.chat else 0), second),
             slots=told.slots,
             chat=told.chat,
             cache_dtype=told.cache_dtype,
@@ -198,15 +197,31 @@ class _Run:
     def _make_auto_cot(self) -> list[Exemplar]:
         told, task = self._config.prompt, self._task
         pool = task.items[: told.pool]
+        if told.clusters > len(pool):
+            raise ConfigError(
+                f"prompt.clusters = {told.clusters}: must be from 1 to the number of questions, "
+                f"{len(pool)}"
+            )
         brief = Settings(prompts.RATIONALE_TOKENS, stop=("\nQ:",))
         jobs = collections.deque(
             Job(f"auto/{item.id}", prompts.zero_shot_cot(item.question), brief, tag=item)
             for item in pool
         )
-        teacher = self._open([job.prompt for job in jobs])
+        teacher = self._open([job.prompt for job in jobs], prompts.RATIONALE_TOKENS)
         plain, self._two_stage = self._two_stage, True
-        made = {s.id: s for _, s in self._samples(teacher, jobs) if s is not None}
+        made: dict[str, Sample] = {}
+        failed: collections.Counter[str] = collections.Counter()
+        for answer, sample in self._samples(teacher, jobs):
+            if sample is None:
+                failed[answer.reason] += 1
+            else:
+                made[sample.id] = sample
         self._two_stage = plain
+        if len(made) < told.clusters:
+            raise DataError(
+                f"auto_cot: the teacher answered {len(made)} of {len(pool)} questions, too few for "
+                f"prompt.clusters = {told.clusters}: {_told(failed)}"
+            )
         found = [made[item.id] for item in pool if item.id in made]
         examples = [Exemplar(s.question, s.rationale, s.answer or "") for s in found]
         asked = [prompts.plain(one.question) for one in examples]
@@ -245,6 +260,11 @@ def _second(text: str, kind: str, choices: str) -> str | None:
     return extract.cleanse(text, kind, choices=choices)
 
 
+def _told(counts: Mapping[str, int]) -> str:
+    """Reasons with how often each was met."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
 def _finish(
     config: Generation,
     store: Store,
@@ -261,7 +281,7 @@ def _finish(
             rule |= {"correct_only": False, "parsable_only": False}
         kept, dropped = rationales.keep(found, **rule)
         if not kept:
-            counts = ", ".join(f"{n} {why}" for why, n in (dropped | failed).items()) or "none came"
+            counts = _told(dropped | failed) or "none came"
             raise DataError(
                 f"{store.folder}: none of {len(found)} samples can be used for {form} ({counts}); "
                 "look at samples.jsonl, and change prompt, sampling or filter"

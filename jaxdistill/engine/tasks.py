@@ -15,7 +15,7 @@ from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
-from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher
+from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
 from jaxdistill.reasoning.store import write_records
 from jaxdistill.sharding import make_mesh
 
@@ -136,11 +136,11 @@ def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Row]:
     jobs = collections.deque(Job(i.id, asked[i.id], greedy, tag=(i.id, -1)) for i in task.items)
     if ask.samples:
         jobs.extend(Job(i.id, asked[i.id], drawn, 0, ask.samples, (i.id, 0)) for i in task.items)
-    longest = max(len(ids) for ids in model.tokenizer(list(asked.values()))["input_ids"])
-    length = min(
-        longest + ask.max_new_tokens + 3 * prompts.ANSWER_TOKENS, model.config.max_positions
-    )
-    teacher = Local(model, length=length, slots=slots, chat=ask.style == "chat")
+    chat = ask.style == "chat"
+    longest = ask.max_new_tokens + (64 if chat else 0)
+    second = prompts.second_stage("", "", task.kind, task.choices)
+    length = room(model, list(asked.values()), longest, second)
+    teacher = Local(model, length=length, slots=slots, chat=chat)
     shown, done, total = time.monotonic(), 0, len(rows) * (1 + ask.samples)
     for answer, found in _parsed(teacher, jobs, task, ask):
         name, place = answer.job.tag

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxdistill.data.prompting import Prompter
@@ -11,6 +11,7 @@ from jaxdistill.errors import DataError, ModelError
 from jaxdistill.models import Model
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Completion, Request
+from jaxdistill.reasoning.prompts import ANSWER_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,23 @@ class Teacher(Protocol):
 def stream(name: str) -> int:
     """A number from 0 to 2**32 - 1 for the name of a question."""
     return zlib.crc32(name.encode("utf-8", "surrogatepass"))
+
+
+def room(model: Model, asked: Sequence[str], answer: int, second: str = "") -> int:
+    """Tokens that the longest of some prompts needs with its answer, as far as the context reaches.
+
+    Args:
+      model: with a tokenizer.
+      asked: the prompts.
+      answer: tokens of the longest answer.
+      second: what may be asked behind it, for a short answer more.
+    """
+    assert model.tokenizer is not None
+    longest, behind = (
+        max(map(len, model.tokenizer(list(texts))["input_ids"])) for texts in (asked, [second])
+    )
+    # An answer that is read again as text may be some tokens longer.
+    return min(longest + answer + behind + 2 * ANSWER_TOKENS, model.config.max_positions)
 
 
 class Local:

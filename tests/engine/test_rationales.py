@@ -60,7 +60,7 @@ def oracle(monkeypatch):
 
     def use(**options):
         made.append(Oracle(**options))
-        monkeypatch.setattr(rationales._Run, "_open", lambda run, asked: made[-1])
+        monkeypatch.setattr(rationales._Run, "_open", lambda *_: made[-1])
         return made[-1]
 
     return use
@@ -142,12 +142,43 @@ def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
     assert len(shown) == 2
     assert shown[0]["rationale"] == "Let's think step by step. First. So it is 7."
     assert asked.asked[-1][2].count("The answer is 7.\n\n") == 2
+    unasked = oracle()
     with pytest.raises(
-        ConfigError, match="clusters = 7: must be from 1 to the number of questions"
+        ConfigError, match="clusters = 7: must be from 1 to the number of questions, 6"
     ):
         rationales.generate(
             _config(tmp_path, *options, "prompt.clusters=7", f"output={tmp_path / 'o'}")
         )
+    assert not unasked.asked
+
+
+def test_auto_cot_tells_what_kept_the_teacher_from_answering(tmp_path, oracle):
+    oracle().answer = lambda job, sample: Answer(job, sample, "", 0, None, "too long", failed=True)
+    message = "the teacher answered 0 of 6 questions, too few for prompt.clusters = 2: 6 too long"
+    with pytest.raises(DataError, match=re.escape(message)):
+        rationales.generate(_config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=2"))
+
+
+def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch):
+    teacher, lengths = Oracle(), []
+    teacher.answer = lambda job, sample: Answer(
+        job,
+        sample,
+        " 7" if isinstance(job.tag, Answer) else " So it is 7.".rjust(128, "x"),
+        128,
+        -1.0,
+        "stop",
+    )
+    opened = lambda model, *, length, **_: lengths.append(length) or teacher
+    monkeypatch.setattr(rationales, "load_any", lambda source, **_: teachers.fresh(talker))
+    monkeypatch.setattr(rationales, "Local", opened)
+    rationales.generate(
+        _config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=1", "sampling.samples=1",
+                "sampling.max_new_tokens=8", "filter.correct_only=false")
+    )  # fmt: skip
+    made = [prompt for name, _, prompt in teacher.asked if name.startswith("auto/")]
+    # One token per byte, and the published limit of the second answer.
+    assert len(made) == 12 and max(map(len, made)) + 32 <= lengths[0] < 512
 
 
 def test_a_local_model_is_asked_through_the_engine(tmp_path, talker, monkeypatch):
