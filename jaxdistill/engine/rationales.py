@@ -43,6 +43,7 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
     count = config.sampling.samples if samples is None else samples
     task = tasks.load(config.task, limit=config.limit)
     with Store(config.output, _asked(config)) as store:
+        _check_questions(task, store)
         run = _Run(config, task, store)
         missing = sum(n for item in task.items for _, n in store.missing(item.id, count))
         failed = run.ask(count, missing) if missing else {}
@@ -59,11 +60,29 @@ def _asked(config: Generation) -> dict[str, Any]:
     """What decides the samples; the number of them, and what is kept, may change."""
     tree = config.model_dump(mode="json")
     tree["sampling"].pop("samples")
+    # What stands in the files, for that may change behind their names.
+    if config.prompt.exemplars is not None:
+        shown = prompts.load_exemplars(config.prompt.exemplars)
+        tree["prompt"]["exemplars"] = [one._asdict() for one in shown]
+    if config.prompt.preamble is not None:
+        tree["prompt"]["preamble"] = prompts.load_preamble(config.prompt.preamble)
     teacher = tree["teacher"]
     named = {"source": teacher["source"], "chat": teacher["chat"]}
     if teacher["api"] is not None:
         named = {key: teacher["api"][key] for key in ("model", "chat")}
     return {"teacher": named, **{key: tree[key] for key in ("task", "prompt", "sampling")}}
+
+
+def _check_questions(task: tasks.Task, store: Store) -> None:
+    """Raises where the folder answers another question by the name of one of these."""
+    items = {item.id: item for item in task.items}
+    for sample in store.samples.values():
+        item = items.get(sample.id)
+        if item is not None and (item.question, item.gold) != (sample.question, sample.gold):
+            raise ConfigError(
+                f"{store.folder}: holds answers to another question {item.id!r}: {task.name} has "
+                "changed: give another `output`, or remove the folder"
+            )
 
 
 class _Run:

@@ -1,6 +1,7 @@
 """Samples on disk, one line each, added as they come; a killed run goes on where it was."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -21,8 +22,8 @@ class Store:
       asked: what decides the samples; a folder made for another is refused.
 
     Raises:
-      ConfigError: if the folder holds samples of another configuration, or the file is damaged in
-        its middle. A torn last line, left by a kill, is dropped.
+      ConfigError: if the folder holds samples of another configuration, another process writes it,
+        or a file is damaged. A torn last line, left by a kill, is dropped.
       StorageError: if it cannot be written.
     """
 
@@ -32,14 +33,35 @@ class Store:
         self.samples: dict[tuple[str, int], Sample] = {}
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._check(dict(asked))
-            self._read()
             self._file = self.path.open("a", encoding="utf-8")
+            try:
+                self._hold()
+                self._check(dict(asked))
+                self._read()
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _hold(self) -> None:
+        """Keeps others from asking for the same samples; the lock ends with the process."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{self.folder}: is being written by another process: wait until it ends, or give "
+                "another `output`"
+            ) from None
 
     def _check(self, asked: dict[str, Any]) -> None:
         note = self.folder / "asked.json"
         if note.exists():
-            before = json.loads(note.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(note.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"{note}: is damaged, and says what the samples beside it answer: restore it, "
+                    f"or remove the folder ({error})"
+                ) from error
             changed = [name for name in asked if before.get(name) != asked[name]]
             if changed:
                 raise ConfigError(

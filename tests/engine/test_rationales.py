@@ -109,6 +109,24 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path, oracle):
         rationales.generate(_config(tmp_path, "sampling.temperature=0.5"))
 
 
+def test_answers_to_what_a_file_held_before_are_refused(tmp_path, oracle):
+    oracle()
+    own, examples = tmp_path / "own.jsonl", tmp_path / "examples.jsonl"
+    own.write_text('{"question": "1 + 1?", "answer": 2}')
+    examples.write_text('{"question": "0 + 1?", "rationale": "Add.", "answer": "1"}')
+    options = [f"task={own}", "prompt.style=few_shot", f"prompt.exemplars={examples}"]
+    config = _config(tmp_path, *options, "sampling.samples=2")
+    rationales.generate(config)
+    rationales.generate(config)
+    own.write_text('{"question": "1 + 2?", "answer": 3}')
+    with pytest.raises(ConfigError, match=r"another question '1': .*own.jsonl has changed"):
+        rationales.generate(config)
+    own.write_text('{"question": "1 + 1?", "answer": 2}')
+    examples.write_text('{"question": "0 + 1?", "rationale": "Count.", "answer": "1"}')
+    with pytest.raises(ConfigError, match=r"another configuration \(prompt changed\)"):
+        rationales.generate(config)
+
+
 def test_zero_shot_asks_twice(tmp_path, oracle):
     asked = oracle()
     found = rationales.generate(

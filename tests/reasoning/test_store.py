@@ -37,3 +37,20 @@ def test_another_configuration_or_damage_is_refused(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(ConfigError, match="samples.jsonl:1: is no sample"):
         Store(tmp_path, {"task": "x", "n": 1})
+
+
+def test_a_damaged_note_is_named(tmp_path):
+    Store(tmp_path, {"task": "x"}).close()
+    for text in ("{", "[1]", "7", ""):
+        (tmp_path / "asked.json").write_text(text)
+        with pytest.raises(ConfigError, match="asked.json: is damaged"):
+            Store(tmp_path, {"task": "x"})
+
+
+def test_one_process_asks_at_a_time(tmp_path):
+    with (
+        Store(tmp_path, {"task": "x"}),
+        pytest.raises(ConfigError, match="is being written by another process"),
+    ):
+        Store(tmp_path, {"task": "x"})
+    Store(tmp_path, {"task": "x"}).close()
