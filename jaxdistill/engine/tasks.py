@@ -5,14 +5,16 @@ import dataclasses
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxdistill.data.store import writing
 from jaxdistill.engine.references import load_any
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
@@ -81,6 +83,14 @@ def evaluate(
     ask = Ask() if ask is None else ask
     _check(ask)
     loaded = [tasks.load(name, folder=folder, limit=ask.limit) for name in names]
+    for task in loaded:
+        unknown = next((item.id for item in task.items if not item.gold), None)
+        if unknown is not None:
+            raise DataError(f"task {task.name!r}: question {unknown!r} has no right answer")
+    if output is not None:
+        with writing(pathlib.Path(output)):  # now, and not after hours of answers
+            pathlib.Path(output).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=output).close()
     load = lambda name: unrolled.take(load_any(name, dtype=dtype, mesh=make_mesh()))
     used = load(model) if isinstance(model, str) else model
     results = {}
@@ -200,6 +210,8 @@ def _share(hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> dict[str, Any]:
+    if np.isin(values, (0.0, 1.0)).all():  # yes or no, of which a bootstrap may see one side alone
+        return _share((values == 1.0).tolist())
     low, high = votes.bootstrap(values)
     return {"value": float(values.mean()), "low": low, "high": high}
 
@@ -232,7 +244,6 @@ def _measure(task: tasks.Task, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Row], results: Any) -> None:
     """Every answer of a task, and the numbers so far."""
-    folder.mkdir(parents=True, exist_ok=True)
     name = "".join(letter if letter.isalnum() else "_" for letter in task.name)
     write_records(
         folder / f"answers_{name}.jsonl",
@@ -251,4 +262,5 @@ def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Row], results:
         ],
     )
     text = json.dumps(results, indent=2, ensure_ascii=False)
-    (folder / "tasks.json").write_text(text + "\n", encoding="utf-8")
+    with writing(folder):
+        (folder / "tasks.json").write_text(text + "\n", encoding="utf-8")

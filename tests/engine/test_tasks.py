@@ -7,7 +7,7 @@ import pytest
 from jaxdistill import cli
 from jaxdistill.engine import tasks
 from jaxdistill.engine.tasks import Ask
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.reasoning.asking import Answer
 from tests.reasoning import teachers
 
@@ -66,6 +66,9 @@ def test_accuracies_are_those_of_the_answers(tmp_path, talker, monkeypatch):
     assert found["maj_at"][5]["value"] == 0.25 and found["maj_at"][3]["value"] == 0.5
     assert found["maj_at"][1]["value"] == pytest.approx(0.25)
     assert found["pass_at"][5]["value"] == 0.5
+    # One of four, by Wilson's formula; a bootstrap of few votes that agree would be sure of itself.
+    interval = found["maj_at"][5]
+    assert [interval["low"], interval["high"]] == pytest.approx([0.0456, 0.6994], abs=1e-4)
     assert found["pass_at"][1]["value"] == pytest.approx(0.25)
     text = next((tmp_path / "out").glob("answers_*")).read_text()
     rows = [json.loads(line) for line in text.splitlines()]
@@ -120,6 +123,16 @@ def test_a_prompt_longer_than_the_context_is_unparsable(tmp_path, talker):
 def test_wrong_settings_are_named(tmp_path, talker, ask, message):
     with pytest.raises(ConfigError, match=message):
         tasks.evaluate(talker, [_questions(tmp_path)], ask)
+
+
+def test_what_would_be_lost_is_told_before_anybody_is_asked(tmp_path, talker, monkeypatch):
+    monkeypatch.setattr(tasks, "Local", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file: cannot be written"):
+        tasks.evaluate(talker, [_questions(tmp_path)], output=tmp_path / "file")
+    (tmp_path / "open.jsonl").write_text('{"question": "x?", "answer": ""}')
+    with pytest.raises(DataError, match="question '1' has no right answer"):
+        tasks.evaluate(talker, [str(tmp_path / "open.jsonl")])
 
 
 def test_eval_wants_data_or_tasks(capsys):
