@@ -75,10 +75,9 @@ def make_server(
     handler = type("Handler", (_Handler,), {"service": service, "key": key})
     try:
         return _Server((host, port), handler)
-    except OSError as error:
-        raise ModelError(
-            f"serve: {host}:{port} cannot be had: {error.strerror or error}"
-        ) from error
+    except (OSError, OverflowError) as error:  # the latter for a port above 65535
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"serve: {host}:{port} cannot be had: {reason}") from error
 
 
 class _Server(http.server.ThreadingHTTPServer):

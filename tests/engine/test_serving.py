@@ -179,6 +179,8 @@ def test_an_engine_that_stops_leaves_nobody_waiting(talker, monkeypatch):
     with pytest.raises(ModelError, match="engine has stopped: start it again"):
         service.complete(request)
     first = web.make_server(service, port=0)
+    with pytest.raises(ModelError, match="port must be 0-65535"):
+        web.make_server(service, port=65536)
     with pytest.raises(ModelError, match="cannot be had"):
         web.make_server(service, port=first.server_address[1])
     first.server_close()
