@@ -66,6 +66,19 @@ def _print_run(result: Any, as_json: bool) -> None:
         print_run(result, as_json)
 
 
+_OF_DATA = ("teacher", "format", "loss_on", "seq_len", "max_rows")
+_OF_TASKS = ("task_data", "style", "exemplars", "self_consistency", "temperature",
+             "max_new_tokens", "limit", "seed", "output")  # fmt: skip
+
+
+def _idle(arguments: argparse.Namespace, used: str, names: Sequence[str]) -> None:
+    """Refuses options without effect beside the one that is used."""
+    for name in names:
+        if getattr(arguments, name) != arguments.parser.get_default(name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"eval: --{option}: has no effect with {used}: leave it out")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measures a model on data, or on tasks with a right answer."""
     if (arguments.tasks is None) == (arguments.data is None):
@@ -73,7 +86,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
             "eval: give --data, for perplexity, or --tasks, for accuracy; one of them"
         )
     if arguments.tasks is not None:
+        _idle(arguments, "--tasks", _OF_DATA)
         return reason.evaluate_tasks(arguments)
+    _idle(arguments, "--data", _OF_TASKS)
     with stdout_is_json(arguments.json):
         from jaxdistill import engine
 

@@ -138,3 +138,17 @@ def test_what_would_be_lost_is_told_before_anybody_is_asked(tmp_path, talker, mo
 def test_eval_wants_data_or_tasks(capsys):
     assert cli.main(["eval", "absent"]) == 2
     assert "give --data, for perplexity, or --tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data x -o y", "--output: has no effect with --data"),
+        ("--data x --self-consistency 3", "--self-consistency: has no effect with --data"),
+        ("--tasks x --teacher y", "--teacher: has no effect with --tasks"),
+        ("--tasks x --seq-len 8", "--seq-len: has no effect with --tasks"),
+    ],
+)
+def test_eval_ignores_no_option(capsys, words, message):
+    assert cli.main(["eval", "absent", *words.split()]) == 2
+    assert message in capsys.readouterr().err
