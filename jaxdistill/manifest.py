@@ -52,8 +52,10 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     try:
         sealed = json.loads((folder / NAME).read_text(encoding="utf-8"))
         intact = sealed["crc32"] == zlib.crc32(_canonical(sealed["content"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{folder / NAME}: cannot be read: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{folder / NAME}: damaged: is no manifest") from error
     if not intact:
         raise DamagedError(f"{folder / NAME}: damaged: it has another checksum")
     return sealed["content"]

@@ -59,6 +59,27 @@ def test_verify_reads_every_file_and_exits_6_at_damage(run, capsys):
     assert code == 6 and [row["ok"] for row in json.loads(out)] == [True, False, True]
 
 
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
+    verify, read = manifest.verify, manifest.read
+
+    def late(look):
+        def after_removal(folder, *rest):
+            if folder.name == "10" and folder.exists():
+                folder.rename(folder.with_name("removing"))
+            return look(folder, *rest)
+
+        return after_removal
+
+    monkeypatch.setattr(manifest, "verify", late(verify))
+    code, out, err = call(capsys, "verify", run)
+    assert (code, err) == (0, "") and [line.split()[0] for line in out.splitlines()] == ["20", "30"]
+    (run / "checkpoints" / "removing").rename(run / "checkpoints" / "10")
+    monkeypatch.setattr(step_folders, "best", lambda _: 20)
+    monkeypatch.setattr(manifest, "read", late(read))
+    code, out, _ = call(capsys, "ls", run)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["20", "30"]
+
+
 def test_rollback_moves_what_came_later_and_loses_nothing(run, capsys):
     code, out, _ = call(capsys, "rollback", run, 10)
     assert code == 0 and "put aside: 20, 30; next: jaxdistill resume" in out

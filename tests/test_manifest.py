@@ -98,3 +98,10 @@ def test_a_manifest_from_before_blocks_is_still_good(tmp_path):
     (tmp_path / "1").write_bytes(b"x" + content["1"][1:])
     with pytest.raises(DamagedError, match="1 is changed"):
         manifest.verify(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", '{"crc32": 1}'])
+def test_another_file_by_that_name_is_no_manifest(tmp_path, text):
+    (tmp_path / manifest.NAME).write_text(text)
+    with pytest.raises(DamagedError, match=r"manifest.json: damaged: is no manifest"):
+        manifest.read(tmp_path)

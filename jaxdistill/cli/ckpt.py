@@ -22,6 +22,8 @@ def ls(arguments: argparse.Namespace) -> None:
             one = step_folders.read(directory, step)
             row |= {"saved": one.time, "bytes": one.bytes, "metrics": one.metrics}
         except DamagedError as error:
+            if step not in step_folders.steps(directory):
+                continue  # a run that goes on has removed it
             row |= {"damaged": str(error)}
         rows.append(row)
     if arguments.json:
@@ -52,6 +54,8 @@ def verify(arguments: argparse.Namespace) -> None:
             manifest.verify(directory / str(step))
             rows.append({"step": step, "ok": True})
         except DamagedError as error:
+            if step not in step_folders.steps(directory):
+                continue  # a run that goes on has removed it
             damaged.append(str(error))
             rows.append({"step": step, "ok": False, "damaged": str(error)})
     if arguments.json:
