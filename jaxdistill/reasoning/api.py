@@ -106,15 +106,15 @@ class Api:
         A server that hangs could hold up Ctrl-C for the time of all tries.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
-
-        def work() -> None:
-            try:
-                future.set_result(self._request(job))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name="request", daemon=True).start()
+        threading.Thread(target=self._work, args=(future, job), daemon=True).start()
         return future
+
+    def _work(self, future: concurrent.futures.Future, job: Job) -> None:
+        try:
+            future.set_result(self._request(job))
+        except BaseException as error:
+            future.set_exception(error)
+            del future  # it holds the error, which holds this frame
 
     def _maybe_give_up(self, error: Exception | None, failures: int) -> None:
         """Stops where going on cannot help."""
