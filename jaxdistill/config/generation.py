@@ -78,8 +78,11 @@ class Prompt(Section):
             given = getattr(self, name) is not None
             if given != (self.style == style):
                 yield (name,), f"belongs to style: {style}" if given else f"needed by {style}"
-        if self.symbolic and self.style != "few_shot":
-            yield ("symbolic",), "has no effect without style: few_shot"
+        styles = {"trigger": "zero_shot", "symbolic": "few_shot"}
+        styles |= dict.fromkeys(("clusters", "pool", "embed"), "auto_cot")
+        for name, style in styles.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.style != style:
+                yield (name,), f"has no effect without style: {style}"
 
 
 class Sampling(Section):
@@ -117,8 +120,15 @@ class Filter(Section):
     dedupe: bool = Field(True, description="Drop repetitions within a question.")
     budget: Count | None = Field(None, description="Samples per question; null: all.")
     by: Literal["random", "diversity", "likelihood", "open_endedness"] = Field(
-        "random", description="How a budget chooses."
+        "random", description="How a budget chooses; open_endedness sets it by question."
     )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: a budget where one is needed, and only there."""
+        if self.by in ("diversity", "likelihood") and self.budget is None:
+            yield ("by",), "has no effect without filter.budget"
+        if self.by == "open_endedness" and self.budget is not None:
+            yield ("budget",), "has no effect by open_endedness, which sets its own"
 
 
 class Generation(Section):
@@ -137,9 +147,15 @@ class Generation(Section):
     output: Path = Field("runs/rationales", description="Folder for samples and training files.")
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: hidden states only from a model that is here."""
-        if self.teacher.api is not None and self.prompt.embed == "hidden":
+        """Rules: what a server cannot do."""
+        if self.teacher.api is None:
+            return
+        if self.prompt.embed == "hidden":
             yield ("prompt", "embed"), "a server shows no hidden states: use tfidf"
+        if len(self.sampling.stop) > 4:
+            yield ("sampling", "stop"), "must be at most 4 strings: the protocol takes no more"
+        if self.filter.by == "likelihood" and not self.teacher.api.logprobs:
+            yield ("filter", "by"), "likelihood needs teacher.api.logprobs: true"
 
 
 def load(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Generation:

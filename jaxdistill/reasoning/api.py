@@ -158,7 +158,7 @@ class Api:
         if settings.top_p is not None:
             options["top_p"] = settings.top_p
         if settings.stop:
-            options["stop"] = list(settings.stop)[:4]  # the protocol's limit
+            options["stop"] = list(settings.stop)
         extra = {name: getattr(settings, name) for name in ("top_k", "min_p")}
         options["extra_body"] = {name: value for name, value in extra.items() if value is not None}
         if self._chat:

@@ -245,6 +245,21 @@ def test_over_http_a_dead_server_leaves_a_run_to_go_on_with(tmp_path, scripted):
         (["sampling.temperature=0"], "must be 1 at temperature 0"),
         (["sampling.temprature=1"], 'unknown key; did you mean "temperature"?'),
         (["prompt.style=poem"], "must be one of zero_shot"),
+        (["prompt.trigger=3"], "has no effect without style: zero_shot"),
+        (["prompt.embed=hidden"], "has no effect without style: auto_cot"),
+        (["filter.by=diversity"], "has no effect without filter.budget"),
+        (["filter.by=open_endedness", "filter.budget=5"], "has no effect by open_endedness"),
+        (
+            ["teacher={api: {base_url: x, model: m}}", "sampling.stop=[a, b, c, d, e]"],
+            "must be at most 4 strings",
+        ),
+        (
+            [
+                "teacher={api: {base_url: x, model: m, logprobs: false}}",
+                "filter={by: likelihood, budget: 2}",
+            ],
+            "likelihood needs teacher.api.logprobs: true",
+        ),
         (["task=poems"], "unknown; use one of svamp"),
     ],
 )
