@@ -20,6 +20,7 @@ from jaxdistill.sharding import make_mesh
 
 Put = Callable[[str], str]  # question -> prompt
 _SHOWN_EVERY = 15.0  # seconds between lines of progress
+_TOLD = 5  # reasons in a message: one that names a length may differ for every question
 
 
 def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any]:
@@ -280,8 +281,11 @@ def _second(text: str, kind: str, choices: str) -> str | None:
 
 
 def _told(counts: Mapping[str, int]) -> str:
-    """Reasons with how often each was met."""
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    """The most frequent reasons with how often each was met."""
+    ordered = collections.Counter(counts).most_common()
+    told = [f"{count} {reason}" for reason, count in ordered[:_TOLD]]
+    rest = sum(count for _, count in ordered[_TOLD:])
+    return ", ".join([*told, *([f"{rest} for other reasons"] if rest else [])])
 
 
 def _finish(

@@ -148,6 +148,16 @@ def test_a_teacher_without_a_usable_answer_is_told(tmp_path, oracle):
         rationales.generate(_config(tmp_path, "sampling.samples=2"))
 
 
+def test_of_many_reasons_the_most_frequent_are_told(tmp_path, oracle):
+    numbers = iter(range(100))
+    oracle().answer = lambda job, sample: Answer(
+        job, sample, "", 0, None, f"too long by {next(numbers) // 2}", failed=True
+    )
+    told = ", ".join(f"2 too long by {n}" for n in range(5))
+    with pytest.raises(DataError, match=re.escape(f"({told}, 2 for other reasons)")):
+        rationales.generate(_config(tmp_path, "sampling.samples=2"))
+
+
 def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
     asked = oracle()
     asked.answer = lambda job, sample: Answer(
