@@ -5,13 +5,12 @@ import csv
 import json
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from jaxdistill.cli import output
+from jaxdistill.cli import output, values
 
 
-def add(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxdistill bench`."""
     parser.add_argument(
         "what", choices=("kernels", "loss"), help="kernels: logits in; loss: hidden states in"
@@ -19,7 +18,7 @@ def add(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None
     parser.add_argument(
         "--shapes", default="auto", help="auto, quick, full, or N=8192,V=128256,S=2048,T=4096"
     )
-    parser.add_argument("--rounds", metavar="N", type=positive, default=9)
+    parser.add_argument("--rounds", metavar="N", type=values.positive, default=9)
     parser.add_argument("--csv", metavar="FILE", help="also write the table here")
     parser.add_argument("--save", metavar="FILE", help="also write the result here, as JSON")
     parser.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png or .pdf")
