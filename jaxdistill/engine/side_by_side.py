@@ -100,9 +100,7 @@ def compare_models(
     if not models:
         raise ConfigError("compare: name at least one model, as NAME=MODEL")
     mesh = make_mesh(fsdp=-1)
-    load = lambda source: (
-        load_any(source, dtype=settings.dtype, mesh=mesh) if isinstance(source, str) else source
-    )
+    load = lambda source: load_any(source, dtype=settings.dtype, mesh=mesh)
     large = None if teacher is None else load(teacher)
     first = large or load(models[0][1])
     if first.tokenizer is None:
