@@ -7,7 +7,8 @@ import pathlib
 import sys
 from typing import Any
 
-from jaxdistill.cli import output, values
+from jaxdistill.cli import output
+from jaxdistill.cli.values import positive
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", default="auto", help="auto, quick, full, or N=8192,V=128256,S=2048,T=4096"
     )
-    parser.add_argument("--rounds", metavar="N", type=values.positive, default=9)
+    parser.add_argument("--rounds", metavar="N", type=positive, default=9)
     parser.add_argument("--csv", metavar="FILE", help="also write the table here")
     parser.add_argument("--save", metavar="FILE", help="also write the result here, as JSON")
     parser.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png or .pdf")
