@@ -73,7 +73,7 @@ def load_any(
     Raises:
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
     """
-    if not isinstance(source, str):
+    if isinstance(source, Model):
         return source
     run = as_run(source)
     if run is None:
