@@ -5,13 +5,13 @@ import csv
 import json
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from jaxdistill.cli import output
+from jaxdistill.cli.values import positive
 
 
-def add(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """The arguments of `jaxdistill bench`."""
     parser.add_argument(
         "what", choices=("kernels", "loss"), help="kernels: logits in; loss: hidden states in"

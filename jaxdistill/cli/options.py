@@ -6,6 +6,7 @@ from typing import Any
 
 import jaxdistill
 from jaxdistill.cli import bench, ckpt, compress, files, launch, reason, runs
+from jaxdistill.cli.values import fraction, natural, positive, temperature
 
 EXIT_CODES = """exit codes:
   0 done              5 does not fit           9 cannot write
@@ -56,6 +57,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON value on stdout")
 
 
+def _add_row_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seq-len", metavar="TOKENS", type=positive, default=1024)
+    parser.add_argument("--batch-size", metavar="ROWS", type=positive, default=8)
+
+
 def _add_plan(commands: Any) -> None:
     plan = _command(
         commands,
@@ -75,7 +81,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--tries",
         metavar="N",
-        type=_natural,
+        type=natural,
         default=8,
         help="how many changes to compile if it does not fit; default 8, 0 for none",
     )
@@ -98,19 +104,19 @@ def _add_launch(commands: Any) -> None:
         commands, "launch", launch.launch, "Run train or resume in several processes here."
     )
     start.add_argument(
-        "-n", dest="processes", metavar="N", type=_positive, required=True, help="processes"
+        "-n", dest="processes", metavar="N", type=positive, required=True, help="processes"
     )
     start.add_argument(
         "--devices-per-process",
         metavar="K",
-        type=_positive,
+        type=positive,
         default=1,
         help="process P has GPUs P * K to P * K + K - 1, or K CPU devices; default: 1",
     )
     start.add_argument(
         "--restart",
         metavar="R",
-        type=_natural,
+        type=natural,
         default=0,
         help="go on with the run up to R times after a process was lost; default: 0",
     )
@@ -135,7 +141,7 @@ def _add_checkpoints(commands: Any) -> None:
         parser = _command(below, name, run, said)
         parser.add_argument("run_dir", metavar="RUN_DIR")
         if name == "rollback":
-            parser.add_argument("step", metavar="STEP", type=_positive)
+            parser.add_argument("step", metavar="STEP", type=positive)
         else:
             _add_json(parser)
 
@@ -151,7 +157,7 @@ def _add_compress(commands: Any) -> None:
     prune.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     prune.add_argument("-o", "--output", metavar="DIR", required=True)
     for name in ("layers", "embed", "mlp", "heads", "kv-heads", "experts"):
-        prune.add_argument(f"--{name}", metavar="N", type=_positive, help="how many stay")
+        prune.add_argument(f"--{name}", metavar="N", type=positive, help="how many stay")
     prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
     prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
     prune.add_argument(
@@ -207,13 +213,12 @@ def _add_calibration(parser: argparse.ArgumentParser, required: bool) -> None:
         required=required,
         help="calibration text; may be given several times",
     )
-    parser.add_argument("--rows", metavar="ROWS", type=_positive, default=1024)
-    parser.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
-    parser.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    parser.add_argument("--rows", metavar="ROWS", type=positive, default=1024)
+    _add_row_sizes(parser)
     parser.add_argument(
         "--without",
         metavar="N",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=(),
         help="also measure the loss without N layers in a row, wherever they are",
@@ -232,10 +237,9 @@ def _add_measure(commands: Any) -> None:
         "--format", choices=("auto", "text", "messages", "completion"), default="auto"
     )
     evaluate.add_argument("--loss-on", choices=("all", "completion", "assistant"), default="all")
-    evaluate.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
-    evaluate.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    _add_row_sizes(evaluate)
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    evaluate.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
+    evaluate.add_argument("--max-rows", metavar="ROWS", type=positive, help="default: all")
     _add_json(evaluate)
     compare = _command(commands, "compare", compress.compare, "Measure several models together.")
     compare.add_argument("models", metavar="NAME=MODEL", nargs="+", help="one name twice: seeds")
@@ -245,9 +249,8 @@ def _add_measure(commands: Any) -> None:
         "--questions", metavar="FILE", help="multiple choice; `texts` makes it out of the data"
     )
     compare.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[])
-    compare.add_argument("--seq-len", metavar="TOKENS", type=_positive, default=1024)
-    compare.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
-    compare.add_argument("--max-rows", metavar="ROWS", type=_positive, help="default: all")
+    _add_row_sizes(compare)
+    compare.add_argument("--max-rows", metavar="ROWS", type=positive, help="default: all")
     compare.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     compare.add_argument("--no-speed", action="store_true", help="leave latencies out")
     compare.add_argument(
@@ -257,15 +260,15 @@ def _add_measure(commands: Any) -> None:
     harness = _command(commands, "harness", compress.harness, "Run lm-eval's tasks on a model.")
     harness.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     harness.add_argument("--tasks", metavar="TASK", nargs="+", required=True)
-    harness.add_argument("--limit", metavar="N", type=_positive, help="documents of each task")
-    harness.add_argument("--num-fewshot", metavar="N", type=_natural)
-    harness.add_argument("--batch-size", metavar="ROWS", type=_positive, default=8)
+    harness.add_argument("--limit", metavar="N", type=positive, help="documents of each task")
+    harness.add_argument("--num-fewshot", metavar="N", type=natural)
+    harness.add_argument("--batch-size", metavar="ROWS", type=positive, default=8)
     _add_json(harness)
     _add_generate(commands)
     measured = _command(
         commands, "bench", bench.run, "Measure the losses on this device, beside other forms."
     )
-    bench.add(measured, _positive)
+    bench.add(measured)
     _add_json(measured)
 
 
@@ -278,17 +281,17 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--chat", action="store_true", help="the prompt is the user's turn of a chat"
     )
-    generate.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
+    generate.add_argument("--max-new-tokens", metavar="N", type=positive, default=128)
     generate.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=0.0, help="default 0: greedy"
+        "--temperature", metavar="T", type=temperature, default=0.0, help="default 0: greedy"
     )
-    generate.add_argument("--top-k", metavar="K", type=_positive)
-    generate.add_argument("--top-p", metavar="P", type=_fraction)
-    generate.add_argument("--min-p", metavar="P", type=_fraction)
+    generate.add_argument("--top-k", metavar="K", type=positive)
+    generate.add_argument("--top-p", metavar="P", type=fraction)
+    generate.add_argument("--min-p", metavar="P", type=fraction)
     generate.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="ends an answer; several may"
     )
-    generate.add_argument("--seed", type=_natural, default=0)
+    generate.add_argument("--seed", type=natural, default=0)
     _add_json(generate)
 
 
@@ -305,13 +308,11 @@ def _add_tasks(evaluate: argparse.ArgumentParser) -> None:
         "--style", default="plain", help="plain, zero_shot, few_shot, predict, chat ..."
     )
     about.add_argument("--exemplars", metavar="FILE", help="worked examples, or the preamble")
-    about.add_argument("--self-consistency", metavar="K", type=_natural, default=0, help="votes")
-    about.add_argument(
-        "--temperature", metavar="T", type=_temperature, default=0.7, help="of votes"
-    )
-    about.add_argument("--max-new-tokens", metavar="N", type=_positive, default=128)
-    about.add_argument("--limit", metavar="N", type=_positive, help="questions of each task")
-    about.add_argument("--seed", type=_natural, default=0)
+    about.add_argument("--self-consistency", metavar="K", type=natural, default=0, help="votes")
+    about.add_argument("--temperature", metavar="T", type=temperature, default=0.7, help="of votes")
+    about.add_argument("--max-new-tokens", metavar="N", type=positive, default=128)
+    about.add_argument("--limit", metavar="N", type=positive, help="questions of each task")
+    about.add_argument("--seed", type=natural, default=0)
     about.add_argument("-o", "--output", metavar="DIR", help="write every answer there")
 
 
@@ -323,15 +324,15 @@ def _add_reason(commands: Any) -> None:
     ask.add_argument("config", metavar="CONFIG", help="YAML file: teacher, task, prompt, sampling")
     ask.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as limit=100")
     ask.add_argument(
-        "-n", "--samples", metavar="N", type=_positive, help="answers per question; default: as set"
+        "-n", "--samples", metavar="N", type=positive, help="answers per question; default: as set"
     )
     _add_json(ask)
     serve = _command(commands, "serve", reason.serve, "Serve a model by OpenAI's protocol.")
     serve.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
     serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    serve.add_argument("--port", type=_natural, default=8000, help="0 takes a free one")
-    serve.add_argument("--slots", metavar="ROWS", type=_positive, default=32, help="at a time")
-    serve.add_argument("--length", metavar="TOKENS", type=_positive, help="prompt and answer")
+    serve.add_argument("--port", type=natural, default=8000, help="0 takes a free one")
+    serve.add_argument("--slots", metavar="ROWS", type=positive, default=32, help="at a time")
+    serve.add_argument("--length", metavar="TOKENS", type=positive, help="prompt and answer")
     serve.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     serve.add_argument("--key-env", metavar="NAME", help="variable with the key clients must send")
 
@@ -385,29 +386,3 @@ def _add_start(commands: Any) -> None:
     ls = _command(commands, "ls", files.ls, "List recipes, methods and models.")
     ls.add_argument("kind", choices=tuple(files.LISTS), nargs="?")
     _add_json(ls)
-
-
-def _positive(text: str) -> int:
-    return _number(int, text, "a whole number of at least 1", lambda number: number >= 1)
-
-
-def _natural(text: str) -> int:
-    return _number(int, text, "a whole number from 0 to 2147483647", lambda n: 0 <= n < 2**31)
-
-
-def _temperature(text: str) -> float:
-    return _number(float, text, "a number from 0 to 1000", lambda number: 0 <= number <= 1000)
-
-
-def _fraction(text: str) -> float:
-    return _number(float, text, "a number above 0 and at most 1", lambda number: 0 < number <= 1)
-
-
-def _number(kind: Callable, text: str, rule: str, holds: Callable[[Any], bool]) -> Any:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not holds(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-    return number

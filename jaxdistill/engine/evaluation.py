@@ -52,42 +52,44 @@ def evaluate(
       ModelError, MismatchError, DataError, ConfigError: whatever cannot be used.
     """
     mesh = make_mesh(fsdp=-1)
-    student = load_any(model, dtype=dtype, mesh=mesh) if isinstance(model, str) else model
-    tokenizer = student.tokenizer
-    if tokenizer is None:
+    student = load_any(model, dtype=dtype, mesh=mesh)
+    if student.tokenizer is None:
         raise ModelError(f"{student.source}: has no tokenizer: text cannot be measured without one")
-    vocab = vocabulary_size(tokenizer)
+    vocab = vocabulary_size(student.tokenizer)
     check_rows("model", student.config.vocab_size, vocab)
-    if isinstance(teacher, str):
-        teacher = load_any(teacher, dtype=dtype, mesh=mesh)
-    if teacher is not None:
-        check_rows("teacher", teacher.config.vocab_size, vocab)
-        if teacher.tokenizer is None:
-            raise MismatchError(f"{teacher.source}: has no tokenizer to compare vocabularies by")
-        check_same(teacher.tokenizer, tokenizer)
+    large = None if teacher is None else load_any(teacher, dtype=dtype, mesh=mesh)
+    if large is not None:
+        _check_teacher(large, student, vocab)
     dataset = pipeline.build(
         [open_source(path, format=format) for path in data],
-        tokenizer,
+        student.tokenizer,
         seq_len=seq_len,
         loss_on=loss_on,
         cache_dir=cache_dir,
         name="eval",
     )
     held_out = HeldOut(dataset, batch_size, max_rows, mesh, ", ".join(data))
-    scoring = measure.scoring_step(student.config, vocab, compute_dtype=jnp.dtype(dtype))
-    if teacher is None:
+    compute = jnp.dtype(dtype)
+    scoring = measure.scoring_step(student.config, vocab, compute_dtype=compute)
+    if large is None:
         metrics = held_out.measure(scoring, student.params, None, {})
     else:
-        loss = make_loss(student.config, objectives.kd(vocab=vocab), compute_dtype=jnp.dtype(dtype))
-        step = measure.make_step(
-            loss, teachers.online(teacher.config, compute_dtype=jnp.dtype(dtype))
-        )
+        loss = make_loss(student.config, objectives.kd(vocab=vocab), compute_dtype=compute)
+        step = measure.make_step(loss, teachers.online(large.config, compute_dtype=compute))
         params = {"student": student.params, "objective": {}}
         knobs = {"alpha": jnp.float32(0.5), "temperature": jnp.float32(1.0)}
-        metrics = held_out.measure(step, params, teacher.params, knobs)
+        metrics = held_out.measure(step, params, large.params, knobs)
     # Without a training objective there is no loss of one's own to report.
     for name in ("eval/loss", "eval/divergence"):
         metrics.pop(name, None)
     metrics |= measure.size(student.config, student.params)
     metrics["tokens_per_second"] = held_out.speed(scoring, student.params)
     return metrics
+
+
+def _check_teacher(teacher: Model, student: Model, vocab: int) -> None:
+    """Raises where the two do not mean the same token by the same id."""
+    check_rows("teacher", teacher.config.vocab_size, vocab)
+    if teacher.tokenizer is None:
+        raise MismatchError(f"{teacher.source}: has no tokenizer to compare vocabularies by")
+    check_same(teacher.tokenizer, student.tokenizer)

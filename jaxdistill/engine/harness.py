@@ -38,7 +38,7 @@ def harness(
     _library()
     import lm_eval
 
-    loaded = load_any(model, dtype=dtype) if isinstance(model, str) else model
+    loaded = load_any(model, dtype=dtype)
     results = lm_eval.simple_evaluate(
         model=adapter(loaded, batch_size),
         tasks=list(tasks),

@@ -93,7 +93,7 @@ def importance(
       ModelError, DataError, ConfigError: whatever cannot be used.
     """
     mesh = make_mesh(fsdp=-1)
-    loaded = load_any(model, dtype=dtype, mesh=mesh) if isinstance(model, str) else model
+    loaded = load_any(model, dtype=dtype, mesh=mesh)
     rows = calibration.open(loaded, mesh)
     noted = {"model": loaded.source, "data": rows.name}
     with on_mesh(loaded.params):
@@ -248,7 +248,7 @@ def prune(
     """
     folder = pathlib.Path(out)
     mesh = make_mesh(fsdp=-1)
-    loaded = load_any(model, mesh=mesh) if isinstance(model, str) else model
+    loaded = load_any(model, mesh=mesh)
     took: dict[str, float] | None = None
     if target.latency is not None:
         target, took = within_latency(loaded, target)

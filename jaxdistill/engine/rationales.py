@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jaxdistill import whole_file
 from jaxdistill.config.generation import Generation
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
@@ -15,7 +16,7 @@ from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, ta
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store, write, write_records
+from jaxdistill.reasoning.store import Store, write_records
 from jaxdistill.sharding import make_mesh
 
 Put = Callable[[str], str]  # question -> prompt
@@ -321,5 +322,5 @@ def _finish(
         "spent": spent,
         "files": files,
     }
-    write(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

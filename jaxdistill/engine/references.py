@@ -59,7 +59,7 @@ def as_run(source: str) -> RunReference | None:
 
 
 def load_any(
-    source: str,
+    source: str | Model,
     *,
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -68,9 +68,13 @@ def load_any(
 ) -> Model:
     """A model from any source; a run gives the student of one of its checkpoints.
 
+    A model that is loaded already is given back as it is.
+
     Raises:
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
     """
+    if isinstance(source, Model):
+        return source
     run = as_run(source)
     if run is None:
         return models.load(

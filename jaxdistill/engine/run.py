@@ -6,8 +6,7 @@ import hashlib
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -16,23 +15,17 @@ from jaxdistill import agree, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.config.methods import Sft
-from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.engine import alike, changes, compare, setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import STUDENT
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
+from jaxdistill.engine.training import Training
 from jaxdistill.errors import ConfigError, StorageError, UserError
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token, lora
+from jaxdistill.models import count_parameters, lora
 from jaxdistill.models.config_json import write_config
-from jaxdistill.sharding import local_rows
-from jaxdistill.train import loop, poison, stopping
+from jaxdistill.train import poison, stopping
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.guard import Guard, Policy
-from jaxdistill.train.meter import Meter
-from jaxdistill.train.saving import SaveSchedule
-from jaxdistill.train.state import TrainState
-from jaxdistill.train.step import place, recorded
 from jaxdistill.train.stopping import Stop
 
 
@@ -179,9 +172,8 @@ class _Session:
         if checkpoints.latest() is None:
             table.add_teacher()
             table.add_student("student before", student.params)
-        state, metrics = self._train(
-            self.run.path, self.config, self.method, student, checkpoints, samples=True
-        )
+        training = self._training(self.run.path, self.config, self.method, checkpoints, main=True)
+        state, metrics = training.train(student)
         table.add_student("student after", table.student_params(state), metrics)
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
@@ -203,123 +195,33 @@ class _Session:
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
         with _checkpoints(config, folder) as checkpoints:
-            state, metrics = self._train(folder, config, method, fresh, checkpoints, samples=False)
+            training = self._training(folder, config, method, checkpoints, main=False)
+            state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
 
-    def _train(
+    def _training(
         self,
         folder: pathlib.Path,
         config: Config,
         method: setup.Method,
-        student: Model,
         checkpoints: Checkpoints,
-        samples: bool,
-    ) -> tuple[TrainState, dict[str, float]]:
-        """Trains from the latest checkpoint, or the start, to the last step."""
-        state, meta = self._state(config, method, student, checkpoints)
-        first = int(state.step)
-        if first >= config.train.steps:
-            return state, self.table.evaluate(state)
-        guard = Guard(folder, _policy(config))
-        guard.begin(first, meta)
-        teacher_params = setup.teacher_params_of(self.models, method)
-        latest: dict[str, float] = {}
-        with contextlib.ExitStack() as stack:
-            progress = report.Progress(
-                config.train.steps,
-                mode=config.logging.progress if agree.leads() else "none",
-                log_every=config.train.log_every,
-            )
-            stack.enter_context(progress)
-            resume_step = first if (folder / "metrics.jsonl").exists() else None
-            writer = agree.together(lambda: _writer(config, folder, resume_step, progress))
-            stack.enter_context(writer)
-            began = time.perf_counter()
-            monitor = recorded(config.train.log_every, config.train.steps)
-            # Together: in its first step nobody waits long for one that is still compiling.
-            step = agree.together(
-                lambda: setup.compile_step(
-                    config, method, state, teacher_params, self.mesh, monitor
-                )
-            )
-            seconds = time.perf_counter() - began
-            writer.event("compiled", seconds=round(seconds, 3), from_step=first)
-            progress.event(f"compiled in {seconds:.1f} s")
-
-            def evaluate(number: int, state: TrainState) -> dict[str, float]:
-                latest.update(self.table.evaluate(state))
-                if samples:
-                    self.table.write_samples(number, state, writer)
-                return dict(latest)
-
-            def restore() -> tuple[TrainState, Mapping[str, Any]]:
-                made = self.models  # the first state took the student's arrays over
-                fresh = setup.student_of(config, made.student, made.teacher, self.mesh)
-                return self._state(config, method, fresh, checkpoints)
-
-            def epoch(number: int) -> float:
-                rows = (guard.position(number - 1) + 1) * config.train.batch_size
-                return rows / self.dataset.num_rows
-
-            parts = loop.Parts(
-                step=step,
-                teacher_params=teacher_params,
-                batches=lambda start: self._batches(config, guard, start),
-                evaluate=evaluate,
-                learning_rate=method.learning_rate,
-                epoch=epoch,
-                meta=lambda step: {"data_step": guard.position(step), "seed": config.seed},
-                restore=restore,
-                guard=guard,
-                checkpoints=checkpoints,
-                writer=writer,
-                progress=progress,
-                meter=_meter(config, self.models, method, self.mesh),
-                stop=self.stop,
-            )
-            with self.stop.deferred():
-                state = loop.train(state, parts, _schedule(config))
-            if samples:
-                self.run.update(step=config.train.steps)
-        return state, latest
-
-    def _state(
-        self, config: Config, method: setup.Method, student: Model, checkpoints: Checkpoints
-    ) -> tuple[TrainState, Mapping[str, Any]]:
-        """The state of the latest sound checkpoint with its meta, or that before the first step."""
-        if checkpoints.latest() is None:
-            made = states.create(config, student, method.objective, method.tx, self.mesh)
-            return made, {}
-        shape = states.abstract(config, student.config, method.objective, method.tx, self.mesh)
-        damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
-        _, state, meta = checkpoints.restore_latest(shape, damaged)
-        return state, meta
-
-    def _batches(self, config: Config, guard: Guard, start: int) -> Iterator[tuple[int, Any]]:
-        """The batches from that of a step (from 0) to the last one, without those left out."""
-        for first, stop in guard.stretches(start, config.train.steps):
-            feed = pipeline.batches(
-                self.dataset,
-                batch_size=config.train.batch_size,
-                start=first,
-                stop=stop,
-                seed=config.seed,
-                rows=local_rows(self.mesh, config.train.batch_size),
-            )
-            for index, batch in feed:
-                if self.poison is not None:
-                    batch = self.poison.mark(index, batch)
-                yield index, place(batch, self.mesh)
-
-
-def _writer(
-    config: Config, folder: pathlib.Path, resume_step: int | None, progress: report.Progress
-) -> report.MetricsWriter:
-    """What keeps the numbers of a run, in one process of it."""
-    if not agree.leads():
-        return report.SilentWriter()
-    board = config.logging.tensorboard
-    return report.MetricsWriter(folder, board, resume_step, notice=progress.event)
+        *,
+        main: bool,
+    ) -> Training:
+        return Training(
+            run=self.run,
+            folder=folder,
+            config=config,
+            method=method,
+            models=self.models,
+            mesh=self.mesh,
+            dataset=self.dataset,
+            poison=self.poison,
+            table=self.table,
+            checkpoints=checkpoints,
+            stop=self.stop,
+            main=main,
+        )
 
 
 def _report(folder: pathlib.Path) -> None:
@@ -336,41 +238,6 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
     print(report.comparison_table(rows, style="plain"))
     print(report.recovered(rows))
-
-
-def _schedule(config: Config) -> loop.Schedule:
-    return loop.Schedule(
-        steps=config.train.steps,
-        log_every=config.train.log_every,
-        eval_every=config.train.eval_every,
-        save=SaveSchedule(
-            steps=config.checkpoint.every.steps,
-            minutes=config.checkpoint.every.minutes,
-            max_unsaved_minutes=config.checkpoint.max_unsaved_minutes,
-        ),
-    )
-
-
-def _policy(config: Config) -> Policy:
-    nonfinite, spike = config.guards.nonfinite, config.guards.spike
-    return Policy(
-        max_consecutive=nonfinite.max_consecutive,
-        max_rollbacks=nonfinite.max_rollbacks,
-        spike_window=spike.window,
-        spike_factor=spike.factor,
-        spike_then=spike.then,
-    )
-
-
-def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mesh) -> Meter:
-    length, tokens = config.data.seq_len, config.train.batch_size * config.data.seq_len
-    student = 3 * forward_flops_per_token(models.student.config, length)
-    teacher = 0.0
-    if method.objective.needs_teacher:
-        assert models.teacher is not None, "the configuration has a teacher where one is needed"
-        teacher = forward_flops_per_token(models.teacher.config, length)
-    total = student + teacher
-    return Meter(tokens, tokens * total, teacher / total, list(mesh.devices.flat))
 
 
 def _fingerprints(

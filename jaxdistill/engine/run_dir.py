@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from jaxdistill import agree
+from jaxdistill import agree, whole_file
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.redact import redact, redacted
 from jaxdistill.report.writers import append_event
@@ -184,16 +184,9 @@ class RunDir:
         """
         if not agree.leads():
             return
-        temporary = self.path / f"{name}.tmp"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
+            whole_file.write_text(self.path / name, text)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise _cannot_write(self.path / name, error) from error
 
 

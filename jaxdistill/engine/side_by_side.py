@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxdistill import whole_file
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
@@ -100,9 +101,7 @@ def compare_models(
     if not models:
         raise ConfigError("compare: name at least one model, as NAME=MODEL")
     mesh = make_mesh(fsdp=-1)
-    load = lambda source: (
-        load_any(source, dtype=settings.dtype, mesh=mesh) if isinstance(source, str) else source
-    )
+    load = lambda source: load_any(source, dtype=settings.dtype, mesh=mesh)
     large = None if teacher is None else load(teacher)
     first = large or load(models[0][1])
     if first.tokenizer is None:
@@ -137,11 +136,9 @@ def write(result: Mapping[str, Any], out: str | os.PathLike) -> pathlib.Path:
       StorageError: if it cannot be written.
     """
     file = pathlib.Path(out) / FILE
-    beside = file.with_name(file.name + ".tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, file)
+        whole_file.write_text(file, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise StorageError(f"{file}: cannot be written: {error}") from error
     return file

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jaxdistill
-from jaxdistill import report
+from jaxdistill import report, whole_file
 from jaxdistill.compress import importance as scores
 from jaxdistill.compress.targets import AXES
 from jaxdistill.config import workflow as files
@@ -174,9 +174,7 @@ class Runner:
         self.state["order"] = [step.name for step in self.workflow.steps]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / f"{STATE}.tmp"
-            beside.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, self.folder / STATE)
+            whole_file.write_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be written: {error}") from error
 

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,11 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from safetensors import SafetensorError
 
-from jaxdistill.errors import ModelError, StorageError
+from jaxdistill.errors import ModelError
 from jaxdistill.model_folder import check_folder, read_json
-from jaxdistill.models import compressed, shards
+from jaxdistill.models import compressed, new_folder, shards
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.assemble import assemble
 from jaxdistill.models.config_json import read_config, write_config
@@ -155,15 +152,13 @@ def save(
       StorageError: where the folder exists with content, or cannot be written.
       ModelError: where the family cannot express the configuration, or the dtype is another.
     """
-    folder = pathlib.Path(path).expanduser().absolute()
     out = np.dtype(model.params["embedding"].dtype if dtype is None else dtype)
     if out.name not in _DTYPE_NAMES:
         raise ModelError(f"dtype: {out.name} is not one of {', '.join(_DTYPE_NAMES)}")
     config = write_config(model.config, out.name)
     flat = _flat(model.params)
     quantized = any(isinstance(leaf, QuantizedKernel) for leaf in flat.values())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder}: exists and is not empty; name a new folder")
+    folder = new_folder.place(path)
     if quantized:
         config["quantization_config"] = compressed.write_settings(
             compressed.scheme_of(model.params)
@@ -182,24 +177,12 @@ def save(
         for _ in tensors:
             pass
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-            inside = pathlib.Path(beside) / "model"
-            inside.mkdir()
-            _write_json(inside / "config.json", config)
-            _write_json(inside / "generation_config.json", _generation(config))
-            shards.write(inside, sizes, tensors, shard_bytes)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(str(inside))
-            if folder.exists():
-                folder.rmdir()
-            os.rename(inside, folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{folder}: cannot be written ({error}); nothing was left there: check the free space "
-            "and the permissions"
-        ) from error
+    with new_folder.filled(folder) as inside:
+        _write_json(inside / "config.json", config)
+        _write_json(inside / "generation_config.json", _generation(config))
+        shards.write(inside, sizes, tensors, shard_bytes)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(str(inside))
     return folder
 
 

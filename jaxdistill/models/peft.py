@@ -1,9 +1,7 @@
 """Adapters as folders of the package peft: adapter_config.json and adapter_model.safetensors."""
 
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +9,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxdistill.errors import ModelError, StorageError
+from jaxdistill.errors import ModelError
+from jaxdistill.models import new_folder
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.families import tensor_rows
 from jaxdistill.models.lora import Lora, rows
@@ -60,25 +59,11 @@ def save(
       StorageError: where the folder exists with content, or cannot be written.
     """
     named = _tensors(config, adapters, lora)
-    folder = folder.expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StorageError(f"{folder}: exists and is not empty; name a new folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-            inside = pathlib.Path(beside) / "adapter"
-            inside.mkdir()
-            described = json.dumps(write_config(config, lora, base), indent=2)
-            (inside / CONFIG).write_text(described + "\n")
-            save_file(named, inside / WEIGHTS, metadata={"format": "pt"})
-            if folder.exists():
-                folder.rmdir()
-            os.rename(inside, folder)
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written ({error}); nothing was left there: check the free space "
-            "and the permissions"
-        ) from error
+    folder = new_folder.place(folder)
+    with new_folder.filled(folder) as inside:
+        described = json.dumps(write_config(config, lora, base), indent=2)
+        (inside / CONFIG).write_text(described + "\n")
+        save_file(named, inside / WEIGHTS, metadata={"format": "pt"})
     return folder
 
 

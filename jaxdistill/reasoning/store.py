@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxdistill import whole_file
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.rationales import Sample
 
@@ -68,7 +69,7 @@ class Store:
                     f"{self.folder}: holds answers to another configuration ({', '.join(changed)} "
                     "changed): give another `output`, or remove the folder"
                 )
-        write(note, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+        whole_file.write_text(note, json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
 
     def _read(self) -> None:
         if not self.path.exists():
@@ -132,13 +133,6 @@ def _writing(place: pathlib.Path):
         raise StorageError(f"{place}: cannot be written: {error.strerror or error}") from error
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_records(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes JSON Lines, whole or not at all.
 
@@ -146,4 +140,6 @@ def write_records(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None
       StorageError: if it cannot be written.
     """
     with _writing(path):
-        write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        whole_file.write_text(
+            path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )

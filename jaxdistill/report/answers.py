@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import markupsafe
 
+from jaxdistill import whole_file
 from jaxdistill.errors import DataError, StorageError
 from jaxdistill.report import html, pictures, wording
 from jaxdistill.report.diagrams import colour
@@ -43,9 +44,7 @@ def write_answers(
     path = places[0] / PAGE if out is None else pathlib.Path(out)
     page = _page(places)
     try:
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(page, encoding="utf-8")
-        os.replace(beside, path)
+        whole_file.write_text(path, page)
     except OSError as error:
         raise StorageError(f"{path}: the page cannot be written: {error}") from error
     return path

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import markupsafe
 
+from jaxdistill import whole_file
 from jaxdistill.errors import DataError, StorageError
 from jaxdistill.redact import redact
 from jaxdistill.report import curves, pictures, run_files, table, wording
@@ -60,12 +61,9 @@ def build(
     default = "report.html" if len(runs) == 1 else "comparison.html"
     path = pathlib.Path(folders[0]) / default if out is None else pathlib.Path(out)
     page = render(runs)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        whole_file.write_text(path, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"{path}: the report cannot be written: {error}") from error
     return path
 

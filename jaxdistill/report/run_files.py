@@ -10,7 +10,7 @@ import typing
 
 from jaxdistill.errors import DataError
 from jaxdistill.redact import redact
-from jaxdistill.report import writers
+from jaxdistill.report import json_lines
 
 # A page is for reading: what is longer is cut, and says so.
 _MAX_TEXT = 200_000
@@ -127,7 +127,7 @@ def _json(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
 
 
 def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
-    records, damaged = writers.scan(path)
+    records, damaged = json_lines.scan(path)
     if damaged:
         where = ", ".join(str(number) for number in damaged[:5])
         missing.append(f"{path.name}: {len(damaged)} damaged line(s) were left out (line {where}).")

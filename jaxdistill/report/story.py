@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import markupsafe
 
+from jaxdistill import whole_file
 from jaxdistill.errors import DataError, StorageError, UserError
 from jaxdistill.redact import redact
 from jaxdistill.report import diagrams, html, pictures, table, wording
@@ -76,10 +77,8 @@ def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None)
         )
     pictures.require()
     path = place / PAGE if out is None else pathlib.Path(out)
-    beside = path.with_name(path.name + ".tmp")
     try:
-        beside.write_text(render(place, state), encoding="utf-8")
-        os.replace(beside, path)
+        whole_file.write_text(path, render(place, state))
     except OSError as error:
         raise StorageError(f"{path}: the page cannot be written: {error}") from error
     return path

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxdistill import agree
+from jaxdistill import agree, whole_file
 from jaxdistill.errors import DamagedError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.spikes import Spikes
@@ -291,14 +291,9 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _write(path: pathlib.Path, content: Any) -> None:
-    """A file that appears whole or not at all."""
-    temporary = path.with_suffix(".tmp")
+    """Keeps the list of rollbacks where a resumed run finds it."""
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        whole_file.write_text(path, json.dumps(content, indent=1))
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({error}): without it a resumed run would meet the same "

@@ -86,31 +86,12 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
       StorageError: if no checkpoint can be written, for longer than the schedule allows.
       Preempted: if the process was asked to stop; the state of the last step is saved.
     """
-    guard, first = parts.guard, int(state.step)
-    feed = parts.batches(first)
-    unread: collections.deque[tuple[Judged, dict[str, Mean]]] = collections.deque()
-    number = last_logged = first
+    guard, number = parts.guard, int(state.step)
+    feed = parts.batches(number)
     vote = agree.Vote()
-    saver = Saver(parts.checkpoints, schedule.save, first, schedule.steps, _unsaved(parts))
+    saver = Saver(parts.checkpoints, schedule.save, number, schedule.steps, _unsaved(parts))
     owed = False  # a save that was due while steps went wrong
-    parts.meter.restart()
-
-    def show(judged: Judged, means: Mapping[str, Mean]) -> Trouble | None:
-        """Reads one step's numbers (this waits for the step), judges them, writes them down."""
-        nonlocal last_logged
-        number = judged.step
-        numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
-        trouble = guard.judge(judged, numbers, parts.writer, parts.progress)
-        if trouble is None and recorded(schedule.log_every, schedule.steps)(number):
-            updates = number - 1 - int(numbers["guard/skipped"])
-            numbers["optim/lr"] = float(parts.learning_rate(updates))
-            numbers["data/epoch"] = parts.epoch(number)
-            numbers |= parts.meter.read(number - last_logged)
-            last_logged = number
-            numbers.pop("guard/in_a_row")
-            parts.writer.write(number, numbers)
-            parts.progress.step(number, numbers)
-        return trouble
+    unread = _Unread(parts, schedule, number)
 
     while number < schedule.steps:
         number += 1
@@ -120,7 +101,7 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         faults.point("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
         faults.point("step.after")
-        unread.append((Judged(number, index, batch), means))
+        unread.add(Judged(number, index, batch), means)
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
@@ -133,18 +114,12 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         # The step above is only dispatched: while it runs, the numbers of the one before are read.
         # But nothing is evaluated or saved before the step that made it is known to be sound, and
         # nothing is built upon a step that goes wrong before it is known what to do.
-        trouble = None
-        while unread and trouble is None:
-            overlap = parts.meter.overlaps and not (evaluate or save or guard.alert)
-            if overlap and len(unread) == 1:
-                break
-            trouble = show(*unread.popleft())
+        trouble = unread.read(everything=evaluate or save)
         if trouble is not None:
             state = _go_back(state, trouble, parts)
-            number = last_logged = int(state.step)
+            number = int(state.step)
             feed = parts.batches(number)
-            unread.clear()
-            parts.meter.restart()
+            unread.restart(number)
             continue
 
         metrics = _evaluate(number, state, parts) if evaluate else None
@@ -162,6 +137,51 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
             parts.writer.event("stopped", step=number, why=why)
             raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
     return state
+
+
+class _Unread:
+    """Steps that are dispatched, and whose numbers are not read yet, in order."""
+
+    def __init__(self, parts: Parts, schedule: Schedule, number: int):
+        self._parts = parts
+        self._recorded = recorded(schedule.log_every, schedule.steps)
+        self.restart(number)
+
+    def restart(self, number: int) -> None:
+        """Forgets them all: training goes on from the state after step `number`."""
+        self._steps: collections.deque[tuple[Judged, Mapping[str, Mean]]] = collections.deque()
+        self._last_logged = number
+        self._parts.meter.restart()
+
+    def add(self, judged: Judged, means: Mapping[str, Mean]) -> None:
+        """Takes the numbers of the step that was just dispatched."""
+        self._steps.append((judged, means))
+
+    def read(self, *, everything: bool) -> Trouble | None:
+        """Reads steps until one is trouble; the last is left running where that does no harm."""
+        trouble = None
+        while self._steps and trouble is None:
+            overlap = self._parts.meter.overlaps and not (everything or self._parts.guard.alert)
+            if overlap and len(self._steps) == 1:
+                break
+            trouble = self._show(*self._steps.popleft())
+        return trouble
+
+    def _show(self, judged: Judged, means: Mapping[str, Mean]) -> Trouble | None:
+        """Reads one step's numbers (this waits for the step), judges them, writes them down."""
+        parts, number = self._parts, judged.step
+        numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
+        trouble = parts.guard.judge(judged, numbers, parts.writer, parts.progress)
+        if trouble is None and self._recorded(number):
+            updates = number - 1 - int(numbers["guard/skipped"])
+            numbers["optim/lr"] = float(parts.learning_rate(updates))
+            numbers["data/epoch"] = parts.epoch(number)
+            numbers |= parts.meter.read(number - self._last_logged)
+            self._last_logged = number
+            numbers.pop("guard/in_a_row")
+            parts.writer.write(number, numbers)
+            parts.progress.step(number, numbers)
+        return trouble
 
 
 def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:

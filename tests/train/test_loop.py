@@ -257,7 +257,7 @@ def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(
     with pytest.raises(DamagedError, match="rollbacks.json.*end_batch"):
         Guard(tmp_path, Policy())
     (tmp_path / "rollbacks.json").unlink()
-    (tmp_path / "rollbacks.tmp").mkdir()  # in the way of what is written
+    (tmp_path / "rollbacks.json.tmp").mkdir()  # in the way of what is written
     with pytest.raises(StorageError, match="rollbacks.json: cannot be written"):
         run(schedule(), bad={3}, policy=Policy(max_consecutive=1), folder=tmp_path)
 
