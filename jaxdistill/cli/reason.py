@@ -85,6 +85,8 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
         print(f"{name}: {row['questions']} questions, {row['tokens']} tokens")
         _print_share("greedy", row["greedy"])
         _print_share("unparsable", row["unparsable"])
+        if count := row["not_asked"]["questions"]:
+            print(f"  {count} of them could not be asked: {row['not_asked']['reason']}")
         for label in ("maj_at", "pass_at"):
             for k, share in row.get(label, {}).items():
                 _print_share(f"{label.replace('_at', '@')}{k}", share)

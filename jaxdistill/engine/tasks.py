@@ -75,7 +75,9 @@ def evaluate(
 
     Returns:
       Per task: questions, greedy and unparsable shares with 95 % intervals, tokens, seconds; with
-      samples also maj@k by k, pass@k by k, and their intervals.
+      samples also maj@k by k, pass@k by k, and their intervals. `not_asked` counts the
+      questions that the model could not be asked, such as those longer than its context, with the
+      reason of the first: they are among the unparsable.
 
     Raises:
       UserError: whatever cannot be used.
@@ -129,6 +131,7 @@ class Row:
     drawn: dict[int, str | None] = dataclasses.field(default_factory=dict)
     texts: dict[int, str] = dataclasses.field(default_factory=dict)
     tokens: int = 0
+    problem: str | None = None
 
     @property
     def votes(self) -> list[str | None]:
@@ -152,10 +155,11 @@ def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Row]:
     length = room(model, list(asked.values()), longest, second)
     teacher = Local(model, length=length, slots=slots, chat=chat)
     shown, done, total = time.monotonic(), 0, len(rows) * (1 + ask.samples)
-    for answer, found in _parsed(teacher, jobs, task, ask):
+    for answer, found, problem in _parsed(teacher, jobs, task, ask):
         name, place = answer.job.tag
         row, done = rows[name], done + 1
         row.tokens += answer.tokens
+        row.problem = row.problem or problem
         if place < 0:
             row.greedy, row.greedy_text = found, answer.text
         else:
@@ -168,25 +172,26 @@ def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Row]:
 
 def _parsed(
     teacher: Teacher, jobs: collections.deque[Job], task: tasks.Task, ask: Ask
-) -> Iterator[tuple[Answer, str | None]]:
-    """Answers with what was found in them; zero-shot asks a second time before it looks.
+) -> Iterator[tuple[Answer, str | None, str | None]]:
+    """Answers, what was found in them, and why one could not be asked for.
 
-    What the model cannot be asked, such as a prompt longer than its context, is unparsable.
+    Zero-shot asks a second time before it looks.
     """
     kind, choices = task.kind, task.choices
     for answer in teacher.ask(jobs):
+        problem = answer.reason if answer.failed else None
         before = answer.job.tag if isinstance(answer.job.tag, Answer) else None
         if before is not None:
             text = f"{prompts.FEW_SHOT_TRIGGER} {answer.text}"
             found = None if answer.failed else extract.answer(text, kind, choices=choices)
-            yield before, extract.canonical(found, kind)
+            yield before, extract.canonical(found, kind), problem
         elif ask.style == "zero_shot" and not answer.failed:
             second = prompts.second_stage(answer.job.prompt, answer.text, kind, choices)
             brief = Settings(prompts.ANSWER_TOKENS, stop=("\n",))
             jobs.appendleft(Job(answer.job.id, second, brief, answer.sample, 1, answer))
         else:
             found = None if answer.failed else extract.answer(answer.text, kind, choices=choices)
-            yield answer, extract.canonical(found, kind)
+            yield answer, extract.canonical(found, kind), problem
 
 
 def _put(ask: Ask, task: tasks.Task) -> Any:
@@ -222,10 +227,12 @@ def _right(answer: str | None, gold: str | None) -> bool:
 
 def _measure(task: tasks.Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The numbers of one task."""
+    problems = [row.problem for row in rows if row.problem]
     found: dict[str, Any] = {
         "questions": len(rows),
         "greedy": _share([_right(row.greedy, row.gold) for row in rows]),
         "unparsable": _share([row.greedy is None for row in rows]),
+        "not_asked": {"questions": len(problems), "reason": next(iter(problems), None)},
         "tokens": sum(row.tokens for row in rows),
     }
     count = min(len(row.drawn) for row in rows)
@@ -254,6 +261,7 @@ def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Row], results:
                 "gold": row.item.gold,
                 "answer": row.greedy,
                 "correct": _right(row.greedy, row.gold),
+                "problem": row.problem,
                 "text": row.greedy_text,
                 "votes": row.votes,
                 "texts": [row.texts[number] for number in sorted(row.texts)],

@@ -1,6 +1,7 @@
 """eval --tasks: greedy and voted accuracy of a model whose answers are known."""
 
 import json
+import re
 
 import pytest
 
@@ -103,12 +104,16 @@ def test_a_real_model_through_the_command(tmp_path, talker, capsys, monkeypatch)
     assert cli.main(command[:-1]) == 0 and "maj@4" in capsys.readouterr().out
 
 
-def test_a_prompt_longer_than_the_context_is_unparsable(tmp_path, talker):
+def test_a_prompt_longer_than_the_context_is_unparsable_and_told(tmp_path, talker):
     path = tmp_path / "long.jsonl"
     rows = [{"question": "x" * 600, "answer": "1"}, {"question": "y", "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = tasks.evaluate(talker, [str(path)], Ask(max_new_tokens=2))[str(path)]
     assert found["questions"] == 2 and found["unparsable"]["value"] >= 0.5
+    assert found["not_asked"]["questions"] == 1
+    assert re.search(r"\b6\d\d\b.*context", found["not_asked"]["reason"])
+    both = tasks.evaluate(talker, [str(path)], Ask(max_new_tokens=2, samples=2))[str(path)]
+    assert both["not_asked"] == found["not_asked"]  # questions, not samples
 
 
 @pytest.mark.parametrize(
