@@ -35,8 +35,8 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
       samples: per question, in place of sampling.samples.
 
     Returns:
-      Counts: questions, samples, parsed, correct, kept, dropped by reason, failed by reason, spent,
-      and the training files.
+      Counts: questions, samples, parsed, correct, kept, dropped by reason, failed by reason, the
+      training files, and what was spent on all samples of the folder, by earlier runs too.
 
     Raises:
       DataError: if no sample can be used; says what became of them.
@@ -48,14 +48,17 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
         _check_questions(task, store)
         run = _Run(config, task, store)
         missing = sum(n for item in task.items for _, n in store.missing(item.id, count))
-        failed = run.ask(count, missing) if missing else {}
+        try:
+            failed = run.ask(count, missing) if missing else {}
+        finally:
+            spent = store.spend(run.spent())  # also of a run that fails
         found = [
             store.samples[item.id, number]
             for item in task.items
             for number in range(count)
             if (item.id, number) in store.samples
         ]
-        return _finish(config, store, found, failed, run.spent())
+        return _finish(config, store, found, failed, spent)
 
 
 def _asked(config: Generation) -> dict[str, Any]:
@@ -119,6 +122,7 @@ class _Run:
                 self._store.add(sample)
             if time.monotonic() - shown > _SHOWN_EVERY or done == missing:
                 shown = time.monotonic()
+                self._store.spend(self.spent())
                 print(
                     f"{done} of {missing} samples, {sum(failed.values())} failed", file=sys.stderr
                 )

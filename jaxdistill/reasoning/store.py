@@ -16,7 +16,9 @@ _FIELDS = set(Sample.__dataclass_fields__)
 
 
 class Store:
-    """The samples of one configuration: `samples.jsonl`, and `asked.json`, what they answer.
+    """The samples of one configuration, what they answer, and what they cost.
+
+    They are `samples.jsonl`, `asked.json` and `spent.json`, which adds up over all runs.
 
     Args:
       folder: made where it is missing.
@@ -39,6 +41,7 @@ class Store:
                 self._hold()
                 self._check(dict(asked))
                 self._read()
+                self._before = self._spent_before()
             except BaseException:
                 self._file.close()
                 raise
@@ -98,6 +101,27 @@ class Store:
             self._file.flush()
         self.samples[key] = sample
         return True
+
+    def spend(self, now: Mapping[str, float]) -> dict[str, float]:
+        """Notes what was spent since the store was opened; returns that of all runs together."""
+        names = {**self._before, **now}
+        total = {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in names}
+        with _writing(self.folder):
+            whole_file.write_text(self.folder / "spent.json", json.dumps(total) + "\n")
+        return total
+
+    def _spent_before(self) -> dict[str, float]:
+        note = self.folder / "spent.json"
+        if not note.exists():
+            return {}
+        try:
+            told = json.loads(note.read_text(encoding="utf-8"))
+            return {str(name): float(value) for name, value in told.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{note}: is damaged, and says what was spent on the samples: mend or remove it "
+                f"({error})"
+            ) from error
 
     def missing(self, name: str, count: int) -> list[tuple[int, int]]:
         """(first, how many) of each run of samples that a question still lacks.

@@ -242,8 +242,15 @@ def test_over_http_a_dead_server_leaves_a_run_to_go_on_with(tmp_path, scripted):
         rationales.generate(generation.load(str(path)))
     assert len(_lines(tmp_path / "out" / "samples.jsonl")) == 4
     found = rationales.generate(generation.load(str(path)))
-    assert found["samples"] == 12 and found["spent"]["requests"] == 4
+    # Two answers before the server died, four after it: what was paid for adds up.
+    assert found["samples"] == 12 and found["spent"]["requests"] == 6
     assert len(scripted.seen) == 7
+    asked = dict(found["spent"])
+    found = rationales.generate(generation.load(str(path), ["forms=[label]"]))
+    assert found["spent"] == asked and len(scripted.seen) == 7  # filtered again, nothing asked
+    (tmp_path / "out" / "spent.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"spent.json: is damaged.*mend or remove it"):
+        rationales.generate(generation.load(str(path)))
 
 
 @pytest.mark.parametrize(
