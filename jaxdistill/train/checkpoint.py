@@ -329,7 +329,7 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         folder = self.directory / str(step)
         part, parts = jax.process_index(), jax.process_count()
-        meta = agree.together(lambda: manifest.verify(folder, part, parts))["meta"]
+        meta = self._read(step, lambda: manifest.verify(folder, part, parts))["meta"]
         stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
         return self._read(step, stored), meta
 
@@ -348,9 +348,15 @@ class Checkpoints:
             except Exception as error:  # a truncated file is a bare Exception
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise  # too little memory is not damage
-                raise DamagedError(
-                    f"{self.directory / str(step)}: cannot be read: {_reason(error)}"
-                ) from error
+                folder = self.directory / str(step)
+                if self._keep_latest is None and not folder.exists():
+                    raise ConfigError(
+                        f"{folder}: was removed while it was read, by the run that it is of, which "
+                        "keeps newer ones: ask again"
+                    ) from error
+                if isinstance(error, DamagedError):
+                    raise
+                raise DamagedError(f"{folder}: cannot be read: {_reason(error)}") from error
 
         return agree.together(attempt)
 

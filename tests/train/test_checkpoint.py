@@ -332,6 +332,19 @@ def test_a_flipped_bit_in_an_array_is_named(copy):
             reader.restore(2, _abstract(states[2]))
 
 
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_not_damaged(copy, monkeypatch):
+    folder, states = copy
+    sums = manifest._sums
+
+    def removed(*given):
+        shutil.rmtree(folder / "2")
+        return sums(*given)
+
+    monkeypatch.setattr(manifest, "_sums", removed)
+    with Checkpoints(folder) as reader, pytest.raises(ConfigError, match="removed while it was re"):
+        reader.restore(2, _abstract(states[2]))
+
+
 def test_without_one_sound_checkpoint_the_reason_of_each_is_told(copy):
     folder, states = copy
     for step in ("1", "2"):
