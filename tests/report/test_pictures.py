@@ -54,7 +54,8 @@ def test_the_same_input_gives_the_same_bytes_and_names_do_not_clash():
     assert ids[0] and ids[0].isdisjoint(ids[1])
 
 
-def test_the_settings_of_others_are_left_alone():
+def test_the_settings_of_others_are_left_alone(monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # of another test
     before = matplotlib.rcParams.copy()
     pictures.draw(panel(Chart((line(range(5)),))), "p")
     assert matplotlib.rcParams.copy() == before
