@@ -4,14 +4,16 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.errors import DamagedError
 
 NAME = "manifest.json"
 BLOCK = 1 << 25  # bytes that have a checksum of their own: cores, and processes, share a file
+_WAITS = (1.0, 5.0)  # seconds before a read that failed is tried again
 _PIECE = 1 << 20  # bytes read at a time, small enough to be summed in a core's cache
 
 
@@ -79,7 +81,7 @@ def verify(folder: pathlib.Path, part: int = 0, parts: int = 1) -> dict[str, Any
         found = _sizes(folder)
         _check_names(folder, {name: file["bytes"] for name, file in files.items()}, found)
         own = _blocks(files, block)[part::parts]
-        sums = _sums(folder, own, block)
+        sums = _patiently(lambda: _sums(folder, own, block))
     except OSError as error:
         raise DamagedError(f"{folder}: cannot be read: {error}") from error
     for (name, start), crc in zip(own, sums, strict=True):
@@ -127,6 +129,18 @@ def _sums(folder: pathlib.Path, blocks: Sequence[tuple[str, int]], block: int) -
     """CRC-32 of blocks: each tells every change of up to 32 bits in a row for certain."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda one: _sum(folder / one[0], one[1], block), blocks))
+
+
+def _patiently(read: Callable[[], list[int]]) -> list[int]:
+    """What is read; what fails is tried twice more: the hiccup of a network disk is no damage."""
+    for seconds in _WAITS:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
 
 
 def _sum(path: pathlib.Path, start: int, count: int) -> int:

@@ -88,6 +88,24 @@ def test_one_process_of_all_finds_a_flipped_bit_and_names_its_block(tmp_path, mo
     assert manifest.verify(tmp_path)["files"].keys() == content.keys()
 
 
+def test_a_read_that_fails_once_is_no_damage(tmp_path, monkeypatch):
+    _filled(tmp_path, (10,))
+    manifest.seal(tmp_path, {})
+    monkeypatch.setattr(manifest, "_WAITS", (0.0, 0.0))
+    sums, failures = manifest._sums, [OSError(5, "Input/output error")] * 2
+
+    def read(*given):
+        if failures:
+            raise failures.pop()
+        return sums(*given)
+
+    monkeypatch.setattr(manifest, "_sums", read)
+    assert manifest.verify(tmp_path)["files"]["0"]["bytes"] == 10
+    failures += [OSError(5, "Input/output error")] * 3
+    with pytest.raises(DamagedError, match="cannot be read: .*Input/output error"):
+        manifest.verify(tmp_path)
+
+
 def test_a_manifest_from_before_blocks_is_still_good(tmp_path):
     content = _filled(tmp_path, (0, 5000))
     files = {name: {"bytes": len(d), "crc32": zlib.crc32(d)} for name, d in content.items()}
