@@ -49,6 +49,15 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+    """Forgets compiled programs, whose memory mappings Linux limits to 65,530 per process."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def mesh8() -> jax.sharding.Mesh:
     """Eight devices as data 2, fsdp 2, tensor 2, context 1."""
