@@ -13,7 +13,7 @@ from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import unrolled
 from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, tasks
-from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
+from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, added, room
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write_records
@@ -96,11 +96,12 @@ class _Run:
     def __init__(self, config: Generation, task: tasks.Task, store: Store):
         self._config, self._task, self._store = config, task, store
         self._teacher: Teacher | None = None
+        self._past: dict[str, float] = {}  # spent by teachers before this one
         self._model: Any = None
         self._two_stage = config.prompt.style == "zero_shot"
 
     def spent(self) -> dict[str, float]:
-        return {} if self._teacher is None else self._teacher.spent()
+        return added(self._past, {} if self._teacher is None else self._teacher.spent())
 
     def ask(self, count: int, missing: int) -> dict[str, int]:
         """Asks for what is missing; failures by reason."""
@@ -175,7 +176,7 @@ class _Run:
             if self._teacher is None:
                 self._teacher = _server(server)
             return self._teacher
-        model = self._load()
+        model, self._past = self._load(), self.spent()
         second = prompts.second_stage("", "", self._task.kind, self._task.choices)
         self._teacher = Local(
             model,

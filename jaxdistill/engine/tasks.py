@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill import whole_file
 from jaxdistill.data.store import writing
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
@@ -271,4 +272,4 @@ def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Row], results:
     )
     text = json.dumps(results, indent=2, ensure_ascii=False)
     with writing(folder):
-        (folder / "tasks.json").write_text(text + "\n", encoding="utf-8")
+        whole_file.write_text(folder / "tasks.json", text + "\n")

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxdistill.data.prompting import Prompter
@@ -85,6 +85,11 @@ class Teacher(Protocol):
     def spent(self) -> dict[str, float]:
         """Tokens, requests and cost so far."""
         ...
+
+
+def added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """What was spent in both."""
+    return {n: first.get(n, 0.0) + second.get(n, 0.0) for n in {**first, **second}}
 
 
 def stream(name: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxdistill import whole_file
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.rationales import Sample
 
 _FIELDS = set(Sample.__dataclass_fields__)
@@ -104,8 +105,7 @@ class Store:
 
     def spend(self, now: Mapping[str, float]) -> dict[str, float]:
         """Notes what was spent since the store was opened; returns that of all runs together."""
-        names = {**self._before, **now}
-        total = {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in names}
+        total = added(self._before, now)
         with _writing(self.folder):
             whole_file.write_text(self.folder / "spent.json", json.dumps(total) + "\n")
         return total

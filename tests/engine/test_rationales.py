@@ -188,8 +188,8 @@ def test_auto_cot_tells_what_kept_the_teacher_from_answering(tmp_path, oracle):
 
 
 def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch):
-    teacher, lengths = Oracle(), []
-    teacher.answer = lambda job, sample: Answer(
+    opened, lengths = [], []
+    answer = lambda job, sample: Answer(
         job,
         sample,
         " 7" if isinstance(job.tag, Answer) else " So it is 7.".rjust(128, "x"),
@@ -197,16 +197,25 @@ def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch)
         -1.0,
         "stop",
     )
-    opened = lambda model, *, length, **_: lengths.append(length) or teacher
+
+    def local(model, *, length, **_):
+        opened.append(Oracle())
+        opened[-1].answer = answer
+        lengths.append(length)
+        return opened[-1]
+
     monkeypatch.setattr(rationales, "load_any", lambda source, **_: teachers.fresh(talker))
-    monkeypatch.setattr(rationales, "Local", opened)
-    rationales.generate(
+    monkeypatch.setattr(rationales, "Local", local)
+    found = rationales.generate(
         _config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=1", "sampling.samples=1",
                 "sampling.max_new_tokens=8", "filter.correct_only=false")
     )  # fmt: skip
-    made = [prompt for name, _, prompt in teacher.asked if name.startswith("auto/")]
+    first, second = opened
+    made = [prompt for name, _, prompt in first.asked if name.startswith("auto/")]
     # One token per byte, and the published limit of the second answer.
     assert len(made) == 12 and max(map(len, made)) + 32 <= lengths[0] < 512
+    # What the examples cost counts too: both questions of each, and then one of each task.
+    assert found["spent"] == {"requests": 18.0} and len(second.asked) == 6
 
 
 def test_a_local_model_is_asked_through_the_engine(tmp_path, talker, monkeypatch):

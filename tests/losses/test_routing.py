@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import losses
+from jaxdistill.errors import ConfigError
 
 DRAW = np.random.default_rng(0)
 SCORES = DRAW.normal(size=(3, 2, 7, 5)).astype(np.float32) * 2
@@ -48,6 +49,17 @@ def test_its_gradient_is_that_of_the_probabilities():
         moved = [loop(_with(SCORES, place, step), 2, MASK) for step in (1e-3, -1e-3)]
         assert float(found[place]) == pytest.approx((moved[0] - moved[1]) / 2e-3, rel=1e-3)
     assert not np.asarray(found)[:, ~MASK].any()
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "message"),
+    [(SCORES, 6, "chosen = 6: must be from 1 to 5"), (SCORES, 0, "chosen = 0"),
+     (SCORES[0], 2, r"scores \[2, 7, 5\] and mask \[2, 7\]"),
+     (SCORES[:, :1], 2, "must be .layers")],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(scores, chosen, message):
+    with pytest.raises(ConfigError, match=message):
+        losses.load_balancing(scores, chosen, MASK)
 
 
 def _with(scores, place, step):
