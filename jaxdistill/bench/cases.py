@@ -147,8 +147,8 @@ def _by_hand_fwd(student: Array, teacher: Array):
     return _naive(student, teacher), (student, teacher)
 
 
-def _by_hand_bwd(kept, cotangent: Array):
-    student, teacher = kept
+def _by_hand_bwd(logits, cotangent: Array):
+    student, teacher = logits
     q, p = jnp.exp(_tempered(student)), jnp.exp(_tempered(teacher))
     slope = TEMPERATURE * cotangent[:, None] * (q - p)
     return slope.astype(student.dtype), jnp.zeros_like(teacher)

@@ -32,7 +32,7 @@ def run(
     Returns:
       {"device", "jax", "date", "rows"}; a row's `ratio` is its time over naive log_softmax's.
     """
-    device = choice.target()
+    device = choice.current_device()
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         try:
@@ -60,7 +60,7 @@ def label(shape: Shape) -> str:
 
 
 def _measure(
-    kind: str, shape: Shape, rounds: int, device: choice.Target
+    kind: str, shape: Shape, rounds: int, device: choice.Device
 ) -> Iterator[dict[str, Any]]:
     case = KINDS[kind](shape)
     compiled = {

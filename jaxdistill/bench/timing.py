@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdistill import chips
-from jaxdistill.kernels.choice import Target
+from jaxdistill.kernels.choice import Device
 
 
 class Timing(NamedTuple):
@@ -28,7 +28,7 @@ class Timing(NamedTuple):
     clock: str
 
 
-def peak_bandwidth(device: Target) -> float | None:
+def peak_bandwidth(device: Device) -> float | None:
     """Bytes per second of the device's memory, None where no data sheet is known."""
     chip = chips.of_kind(device.kind)
     return None if chip is None else chip.bandwidth

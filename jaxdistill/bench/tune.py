@@ -9,7 +9,7 @@ from jaxdistill.bench import cases, timing
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice, tiling
-from jaxdistill.kernels.row_loss import Numbers
+from jaxdistill.kernels.operands import Coefficients
 
 NAMES = ("sum_s", "sum_z", "gap_z")
 
@@ -22,8 +22,8 @@ def tune(
     Raises:
       ConfigError: if the kernel does not run on this device for any of the shapes.
     """
-    device = choice.target()
-    found: dict[str, tiling.Tiling] = {}
+    device = choice.current_device()
+    best: dict[str, tiling.Tiling] = {}
     reasons = []
     for shape in shapes:
         state = choice.support(shape.vocab, shape.dtype)["mosaic_gpu"]
@@ -31,36 +31,36 @@ def tune(
             reasons.append(state.reason)
             continue
         key = tiling.key(shape.tokens, shape.vocab, shape.dtype, device.kind)
-        found[key] = _best(shape, rounds, device)
-        notice(f"{key}: {found[key]}")
-    if not found:
+        best[key] = _best(shape, rounds, device)
+        notice(f"{key}: {best[key]}")
+    if not best:
         raise ConfigError(f"there is nothing to tune: mosaic_gpu {'; '.join(sorted(set(reasons)))}")
-    tiling.save(path, found)
-    return found
+    tiling.save(path, best)
+    return best
 
 
-def candidates(shape: Shape, device: choice.Target) -> list[tiling.Tiling]:
+def candidates(shape: Shape, device: choice.Device) -> list[tiling.Tiling]:
     """The heuristic's tiling and its neighbours."""
     first = tiling.heuristic(shape.tokens, shape.vocab, shape.dtype, device.kind)
     splits = sorted({max(1, first.split + d) for d in (-1, 0, 1, 2)} | {2 * first.split})
-    made = [
+    neighbours = [
         tiling.Tiling(columns, stages, split)
         for columns in (64, 128)
         for stages in (2, 3, 4, 6)
         for split in splits
         if shape.vocab % columns == 0
     ]
-    return [first, *(one for one in made if one != first)]
+    return [first, *(one for one in neighbours if one != first)]
 
 
-def _best(shape: Shape, rounds: int, device: choice.Target) -> tiling.Tiling:
-    from jaxdistill.kernels import pallas_gpu
+def _best(shape: Shape, rounds: int, device: choice.Device) -> tiling.Tiling:
+    from jaxdistill.kernels import mosaic_gpu
 
     student, teacher = cases.dense(shape).arguments
-    numbers = Numbers(jnp.float32(0), jnp.float32(cases.TEMPERATURE))
+    coefficients = Coefficients(jnp.float32(0), jnp.float32(cases.TEMPERATURE))
     programs = {}
     for one in candidates(shape, device):
-        run = lambda s, t, one=one: pallas_gpu.statistics(NAMES, s, t, numbers, one)
+        run = lambda s, t, one=one: mosaic_gpu.statistics(NAMES, s, t, coefficients, one)
         try:
             programs[one] = jax.jit(run).lower(student, teacher).compile()
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):

@@ -130,7 +130,7 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
     for section, shape in ((config.teacher, teacher), (config.student, student)):
         if section is not None and shape is not None:
             with jax.set_mesh(mesh):
-                platform = choice.target().platform
+                platform = choice.current_device().platform
             attention.check(section.attention, shape.config, config.data.seq_len, platform)
     if not weights:
         return Models(teacher, student, tokenizer, vocab)

@@ -1,4 +1,11 @@
-"""Fused operations: one definition, one API, exact in value and gradient."""
+"""Fused operations: one definition, one API, exact in value and gradient.
+
+    divergence/          reference (the definition), fused (statistics forward, slopes backward)
+    linear_divergence/   reference (the definition), fused > mesh > walk > chunk
+    both                 token_loss > statistics, mosaic_gpu; rows, softcap
+
+`implementation="reference"` runs the definition, None the fused form with the best statistics.
+"""
 
 from jaxdistill.kernels.choice import support
 from jaxdistill.kernels.divergence import divergence

@@ -3,28 +3,22 @@
 import functools
 import importlib.metadata
 import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import rows
-from jaxdistill.kernels import statistics as stats
-from jaxdistill.kernels.row_loss import Numbers, Vocabulary
-from jaxdistill.kernels.statistics import Rows
-from jaxdistill.kernels.tiling import Tiling, tiling
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")  # the best first
 FLOATS = ("float32", "bfloat16", "float16")
-_INTERPRET: Any = None  # tests run the GPU's kernels on a CPU with `plgpu.InterpretGPUParams()`
+REFERENCE = "reference"  # of either operation: its definition, never chosen unless named
+INTERPRET: Any = None  # tests run the GPU's kernels on a CPU with `plgpu.InterpretGPUParams()`
 
 
-class Target(NamedTuple):
-    """What a function is traced for.
+class Device(NamedTuple):
+    """The device that a function is traced for.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
@@ -42,15 +36,15 @@ class Support(NamedTuple):
     reason: str
 
 
-def target() -> Target:
-    """The device of the mesh in context, which may only be described, or else JAX's own."""
+def current_device() -> Device:
+    """The device of the mesh in context, which may only be described, or else JAX's first."""
     mesh = jax.sharding.get_abstract_mesh()
     described = None if mesh is None or mesh.empty else mesh.abstract_device
     if described is not None:
         kind = described.device_kind
-        return Target(getattr(described, "platform", None) or _platform(kind), kind)
+        return Device(getattr(described, "platform", None) or _platform(kind), kind)
     first = jax.devices()[0]
-    return Target(
+    return Device(
         {"cuda": "gpu", "rocm": "gpu"}.get(first.platform, first.platform), first.device_kind
     )
 
@@ -61,34 +55,31 @@ def _platform(kind: str) -> str:
 
 
 def support(
-    vocab: int, dtype: DTypeLike, *, device: Target | None = None, scalar_temperature: bool = True
+    vocab: int, dtype: DTypeLike, *, device: Device | None = None, scalar_temperature: bool = True
 ) -> dict[str, Support]:
     """Which implementations of the row statistics run here, and why the others do not.
 
     Args:
       vocab: V, columns of the logits.
       dtype: of the logits.
-      device: the target; default the one that JAX would use now.
+      device: default the one that JAX would use now.
       scalar_temperature: whether one temperature serves all rows.
 
     Returns:
       name -> (runs, reason), the best first.
     """
-    device = device or target()
+    device = device or current_device()
     vocab, dtype = int(vocab), jnp.dtype(dtype).name
     checks = {
         "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature),
         "xla": lambda: None,
     }
-    found = {}
-    for name in IMPLEMENTATIONS:
-        obstacle = checks[name]()
-        found[name] = Support(obstacle is None, obstacle or "runs")
-    return found
+    obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
+    return {name: Support(why is None, why or "runs") for name, why in obstacles.items()}
 
 
-def _mosaic_gpu(vocab: int, dtype: str, device: Target, scalar_temperature: bool) -> str | None:
-    """What stands in the way of the Mosaic GPU kernel, None if nothing does."""
+def _mosaic_gpu(vocab: int, dtype: str, device: Device, scalar_temperature: bool) -> str | None:
+    """Why the Mosaic GPU kernel cannot run, None if it can."""
     version = importlib.metadata.version("jax")
     if tuple(map(int, version.split(".")[:2])) < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is jax {version}"
@@ -110,7 +101,7 @@ COMPILED_FOR = ((8, 0), (9, 0), (10, 0))
 _CAPABILITIES = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "B200": (10, 0)}
 
 
-def capability(device: Target) -> tuple[int, int] | None:
+def capability(device: Device) -> tuple[int, int] | None:
     """The compute capability of a GPU, from its name; None for one that is not known."""
     return next((cc for name, cc in _CAPABILITIES.items() if name in device.kind), None)
 
@@ -120,7 +111,7 @@ def choose(
     vocab: int,
     dtype: DTypeLike,
     *,
-    device: Target | None = None,
+    device: Device | None = None,
     scalar_temperature: bool = True,
 ) -> str:
     """The implementation that will run: the named one, or the best that can.
@@ -128,86 +119,30 @@ def choose(
     Raises:
       ConfigError: for an unknown name, or a named one that cannot run; the message says why.
     """
-    device = device or target()
-    found = support(vocab, dtype, device=device, scalar_temperature=scalar_temperature)
+    device = device or current_device()
+    states = support(vocab, dtype, device=device, scalar_temperature=scalar_temperature)
     if implementation is None:
-        if device.platform == "gpu" and not found["mosaic_gpu"].runs:
-            _say_once(found["mosaic_gpu"].reason)
-        return next(name for name, state in found.items() if state.runs)
-    if implementation not in found:
+        if device.platform == "gpu" and not states["mosaic_gpu"].runs:
+            _warn_once(states["mosaic_gpu"].reason)
+        return next(name for name, state in states.items() if state.runs)
+    if implementation not in states:
         raise ConfigError(
-            f"implementation = {implementation!r}: must be one of {', '.join(found)}, or None for "
-            "the best that runs"
+            f"implementation = {implementation!r}: must be one of {', '.join(states)}, "
+            f"{REFERENCE}, or None for the best that runs"
         )
-    if not found[implementation].runs:
+    if not states[implementation].runs:
         raise ConfigError(
-            f"implementation = {implementation!r} cannot run: {found[implementation].reason}; "
+            f"implementation = {implementation!r} cannot run: {states[implementation].reason}; "
             "None takes the best that runs"
         )
     return implementation
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(f"XLA serves the distillation losses: mosaic_gpu {reason}", stacklevel=4)
 
 
-def statistics(
-    implementation: str,
-    names: Sequence[str],
-    numbers: Numbers,
-    logits: Rows,
-    student: Array,
-    teacher: Array | None,
-    vocabulary: Vocabulary,
-) -> Rows:
-    """The statistics of whole rows by the chosen implementation, merged over devices.
-
-    Args:
-      implementation: from `choose`.
-      names: of the statistics.
-      numbers: of the loss.
-      logits: clamped float32, by model.
-      student: the same logits as they came, for kernels that read them once.
-      teacher: or None.
-      vocabulary: whose part this device sees.
-    """
-    if not names:
-        return {}
-    if implementation == "mosaic_gpu" and teacher is not None:
-        from jaxdistill.kernels import pallas_gpu
-
-        found = pallas_gpu.statistics(
-            names, student, teacher, numbers, _tiling(student, len(names) + 2), _INTERPRET
-        )
-    elif reads_in_passes(target()):
-        found = stats.in_passes(names, logits, numbers.scales)
-    else:
-        found = stats.in_one_pass(names, logits, numbers.scales)
-    if vocabulary.axes:
-        found = stats.combine(found, numbers.scales, vocabulary.largest, vocabulary.total)
-    return found
-
-
-def second_read(
-    implementation: str, kind: Any, numbers: Numbers, student: Array, teacher: Array, found: Rows
-) -> Callable[[], tuple[Array, Array]] | None:
-    """The kernel that sums a divergence without a closed form, None where XLA does."""
-    if implementation != "mosaic_gpu":
-        return None
-    from jaxdistill.kernels import pallas_gpu
-
-    tiles = _tiling(student, 2)
-    return lambda: pallas_gpu.row_sums(
-        rows.KINDS[kind], student, teacher, numbers, found, tiles, _INTERPRET
-    )
-
-
-def _tiling(logits: Array, values: int) -> Tiling:
-    tokens, vocab = logits.shape
-    return tiling(tokens, vocab, logits.dtype.name, target().kind, values)
-
-
-def reads_in_passes(device: Target) -> bool:
+def reads_in_passes(device: Device) -> bool:
     """Whether XLA takes one reduction after the other: a CPU vectorises these, from its cache."""
     return device.platform == "cpu"

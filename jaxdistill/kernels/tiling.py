@@ -13,7 +13,7 @@ ROWS = 64
 TABLE_VARIABLE = "JAXDISTILL_TILING"  # the path of a table, read at the first call
 
 
-class Device(NamedTuple):
+class Gpu(NamedTuple):
     """What the heuristic knows of a GPU: multiprocessors, and shared memory of each in bytes."""
 
     multiprocessors: int
@@ -21,11 +21,11 @@ class Device(NamedTuple):
 
 
 # NVIDIA's data sheets; the first name that a device's own contains.
-DEVICES = {
-    "A100": Device(108, 167_936),
-    "H100": Device(132, 233_472),
-    "H200": Device(132, 233_472),
-    "B200": Device(148, 233_472),
+GPUS = {
+    "A100": Gpu(108, 167_936),
+    "H100": Gpu(132, 233_472),
+    "H200": Gpu(132, 233_472),
+    "B200": Gpu(148, 233_472),
 }
 
 
@@ -67,14 +67,12 @@ def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int
     multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. A kernel that
     carries many values per row needs registers that leave room for 2 blocks.
     """
-    device = next((d for name, d in DEVICES.items() if name in device_kind), DEVICES["H100"])
+    gpu = next((gpu for name, gpu in GPUS.items() if name in device_kind), GPUS["H100"])
     stages = 4
     tile = ROWS * 64 * (4 if dtype == "float32" else 2)
-    resident = max(
-        1, min(3 if values <= 6 else 2, device.shared_memory // (2 * stages * tile + 2048))
-    )
+    resident = max(1, min(3 if values <= 6 else 2, gpu.shared_memory // (2 * stages * tile + 2048)))
     row_blocks = -(-tokens // ROWS)
-    split = max(1, device.multiprocessors * resident // row_blocks)
+    split = max(1, gpu.multiprocessors * resident // row_blocks)
     return Tiling(64, stages, min(split, max(1, vocab // 64 // 4)))
 
 

@@ -73,9 +73,9 @@ def temperature_head(params: Any, hidden: ArrayLike | None = None) -> Array:
         return params["bias"]
     kernel = params["kernel"]
     if hidden is None or jnp.shape(hidden)[-1:] != kernel.shape:
-        found = "none" if hidden is None else list(jnp.shape(hidden))
+        shape = "none" if hidden is None else list(jnp.shape(hidden))
         raise ConfigError(
-            f"temperature_head: hidden = {found}: must be [..., {kernel.size}], the width of the "
+            f"temperature_head: hidden = {shape}: must be [..., {kernel.size}], the width of the "
             "head's kernel; init_temperature_head(width=...) makes another"
         )
     constant = jax.lax.stop_gradient(jnp.asarray(hidden)).astype(kernel.dtype)

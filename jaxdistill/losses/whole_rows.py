@@ -94,8 +94,8 @@ def _smallest(low: int, high: int, holds: Callable[[Array], Array], like: Array)
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
-        found = holds(middle)
-        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+        below = holds(middle)
+        return jnp.where(below, low, middle + 1), jnp.where(below, middle, high)
 
     # Made of `like`, and so as varying over a mesh as what is compared with them.
     bounds = tuple(like * 0 + bound for bound in (low, high))

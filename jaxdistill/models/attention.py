@@ -36,7 +36,7 @@ def causal(
       ConfigError: where a named kernel cannot compute this.
     """
     named = implementation or "auto"
-    check(named, config, length, choice.target().platform)
+    check(named, config, length, choice.current_device().platform)
     if named == "splash":
         return _splash(config, length, segment_ids)
     implementation = None if named == "auto" else named

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import losses
-from jaxdistill.kernels.row_loss import Function
+from jaxdistill.kernels.operands import DivergenceFunction
 from jaxdistill.losses import whole_rows
 from jaxdistill.objectives.base import CONTROL, Head, Objective, from_heads, no_parameters
 from jaxdistill.types import STUDENT, Mean
@@ -24,7 +24,7 @@ def sft(**head: Unpack[Head]) -> Objective:
 
 def kd(
     *,
-    divergence: str | Function = "forward_kl",
+    divergence: str | DivergenceFunction = "forward_kl",
     parameters: tuple[float | str, ...] = (),
     scale_by_t2: bool = True,
     label_smoothing: float | None = None,

@@ -34,25 +34,13 @@ def logits(shape=(40, 53), seed=0, scale=3.0, dtype=jnp.float32):
 
 
 def exact(kind, student, teacher, weights, temperature=1.0, taid_t=None, alpha=0.0, labels=None):
-    """(values, d sum(weights * values) / d student, ... / d T) in float64 by autodiff of logits."""
+    """(values, d sum(weights * values) / d student, ... / d T) of the reference in float64."""
     with jax.enable_x64(True):
-        s, t = (jnp.asarray(np.asarray(a, np.float64)) for a in (student, teacher))
-        named = dict(zip(NAMES.get(kind, ()), PARAMETERS.get(kind, ()), strict=True))
-
-        def values(s, temperature):
-            target = t
-            if taid_t is not None:
-                target = jax.lax.stop_gradient((1 - taid_t) * s + taid_t * t)
-            found = getattr(divergences, kind)(s, target, temperature=temperature, **named)
-            if labels is not None:
-                log_q = jax.nn.log_softmax(s)
-                ce = -jnp.take_along_axis(log_q, jnp.asarray(np.asarray(labels))[..., None], -1)
-                found = (1 - alpha) * found + alpha * ce[..., 0]
-            return found
-
-        total = lambda s, temperature: (values(s, temperature) * np.asarray(weights)).sum()
-        slopes = jax.grad(total, argnums=(0, 1))(s, jnp.float64(temperature))
-        return tuple(map(np.asarray, (values(s, jnp.float64(temperature)), *slopes)))
+        s, t, w = (jnp.asarray(np.asarray(a, np.float64)) for a in (student, teacher, weights))
+        labels = None if labels is None else np.asarray(labels)
+        options = {"taid_t": taid_t, "alpha": alpha, "labels": labels}
+        result = ours(kind, s, t, w, temperature, implementation="reference", **options)
+        return tuple(map(np.asarray, result))
 
 
 def ours(kind, student, teacher, weights, temperature=1.0, **options):
@@ -64,7 +52,7 @@ def ours(kind, student, teacher, weights, temperature=1.0, **options):
         return jnp.sum(values * weights), values
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-    (_, values), slopes = run(student, jnp.float32(temperature))
+    (_, values), slopes = run(student, jnp.asarray(temperature, jnp.float32))
     return values, *slopes
 
 
@@ -86,6 +74,16 @@ def test_value_and_gradients_equal_float64(kind, temperature):
     s, t = logits()
     w = weights_of(40)
     check(ours(kind, s, t, w, temperature), exact(kind, s, t, w, temperature))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_equals_the_losses(kind):
+    s, t = logits()
+    w, named = weights_of(40), dict(zip(NAMES.get(kind, ()), PARAMETERS.get(kind, ()), strict=True))
+    with jax.enable_x64(True):
+        wide = tuple(jnp.asarray(np.float64(x)) for x in (s, t))
+        want = getattr(divergences, kind)(*wide, temperature=jnp.float32(1.7), **named)
+    np.testing.assert_allclose(exact(kind, s, t, w, 1.7)[0], want, rtol=1e-7, atol=1e-9)
 
 
 def test_cross_entropy_and_taid_come_from_the_same_statistics():
@@ -119,14 +117,15 @@ def test_shifting_logits_by_a_thousand_changes_nothing():
     np.testing.assert_allclose(divergence(s + 1024, t - 2048, temperature=2.0), plain, atol=3e-4)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hard_rows_are_never_nan(kind):
+def test_hard_rows_are_never_nan(kind, implementation):
     """Columns impossible for both, masked rows that hold anything, a vocabulary of one."""
     s, t = logits((6, 20))
     s, t = (x.at[:, -3:].set(-jnp.inf) for x in (s, t))
     s, t = s.at[4].set(jnp.nan), t.at[5].set(jnp.inf)
     mask = jnp.array([True] * 4 + [False] * 2)
-    got = ours(kind, s, t, jnp.ones(6), 2.0, mask=mask)
+    got = ours(kind, s, t, jnp.ones(6), 2.0, mask=mask, implementation=implementation)
     assert all(np.isfinite(np.asarray(x)).all() for x in got)
     np.testing.assert_array_equal(got[0][4:], 0)
     np.testing.assert_array_equal(got[1][4:], 0)
@@ -238,6 +237,7 @@ def test_transformations_keep_the_gradient():
         ({"implementation": "mosaic_gpu"}, "cannot run"),
         ({"implementation": "cuda"}, "must be one of"),
         ({"teacher_logits": jnp.zeros((40, 54))}, "one shape"),
+        ({"implementation": "reference", "vocab_axes": "model"}, "whole rows"),
     ],
 )
 def test_bad_input_is_named(change, words):
@@ -247,15 +247,15 @@ def test_bad_input_is_named(change, words):
 
 
 def test_support_says_why():
-    found = choice.support(50_257, jnp.bfloat16, device=choice.Target("gpu", "NVIDIA H100"))
+    found = choice.support(50_257, jnp.bfloat16, device=choice.Device("gpu", "NVIDIA H100"))
     assert found["xla"].runs
     assert not found["mosaic_gpu"].runs
     reason = found["mosaic_gpu"].reason
     assert "multiple of 64" in reason or "jax 0.11" in reason
     for device, dtype in (
-        (choice.Target("cpu", "cpu"), jnp.bfloat16),
-        (choice.Target("gpu", "NVIDIA L4"), jnp.bfloat16),
-        (choice.Target("gpu", "NVIDIA H100"), jnp.float8_e4m3fn),
+        (choice.Device("cpu", "cpu"), jnp.bfloat16),
+        (choice.Device("gpu", "NVIDIA L4"), jnp.bfloat16),
+        (choice.Device("gpu", "NVIDIA H100"), jnp.float8_e4m3fn),
     ):
         state = choice.support(128_256, dtype, device=device)["mosaic_gpu"]
         assert not state.runs
@@ -263,11 +263,11 @@ def test_support_says_why():
 
 
 def test_the_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
-    from jaxdistill.kernels import row_loss
     from jaxdistill.kernels.self_check import self_check
+    from jaxdistill.kernels.token_loss import TokenRows
 
     assert self_check() == self_check("float32") == "xla"
-    right = row_loss.divergence_slope
-    monkeypatch.setattr(row_loss, "divergence_slope", lambda *x: right(*x) * 1.05)
+    right = TokenRows.divergence_slope
+    monkeypatch.setattr(TokenRows, "divergence_slope", lambda *x: right(*x) * 1.05)
     with pytest.raises(ValueError, match="off by"):
         self_check("float32")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels.linear_divergence import chunk_size, linear_divergence
+from jaxdistill.kernels import linear_divergence
+from jaxdistill.kernels.linear_divergence.chunk import chunk_size
 
 N, V, DS, DT = 40, 53, 16, 24
 
@@ -84,11 +85,16 @@ def ours(x, kind, alpha, temperature, scale_by_t2=True, dtype=jnp.float32, **opt
     return value, means, dict(zip(("hs", "ws", "bs", "alpha", "temperature"), slopes, strict=True))
 
 
+both = pytest.mark.parametrize("implementation", [None, "reference"])
+
+
+@both
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "total_variation", "generalized_jsd"])
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.3, 2.0), (0.0, 0.7), (1.0, 1.0)])
-def test_value_and_gradients_equal_float64(kind, alpha, temperature):
+def test_value_and_gradients_equal_float64(kind, alpha, temperature, implementation):
     x = make()
-    value, _, slopes = ours(x, kind, alpha, temperature, chunk=16)
+    options = {"chunk": 16, "implementation": implementation}
+    value, _, slopes = ours(x, kind, alpha, temperature, **options)
     np.testing.assert_allclose(value, loss64(x, kind, alpha, temperature), rtol=2e-6)
     for name in ("hs", "ws", "bs"):
         places, expected = slope64(x, name, kind, alpha, temperature)
@@ -149,9 +155,10 @@ def test_the_mean_is_the_sum_over_the_weights():
     np.testing.assert_allclose(total, loss64(x, "forward_kl", 0.4, 2.0) * x["m"].sum(), rtol=2e-6)
 
 
-def test_means_for_monitoring_equal_float64():
+@both
+def test_means_for_monitoring_equal_float64(implementation):
     x = make()
-    _, means, _ = ours(x, "reverse_kl", 0.4, 2.0, chunk=8)
+    _, means, _ = ours(x, "reverse_kl", 0.4, 2.0, chunk=8, implementation=implementation)
     s, t = x["hs"] @ x["ws"].T + x["bs"], x["ht"] @ x["wt"].T + x["bt"]
     lq, lp = log_softmax(s), log_softmax(t)
     p, q = np.exp(lp), np.exp(lq)
@@ -170,14 +177,15 @@ def test_means_for_monitoring_equal_float64():
         np.testing.assert_allclose(means[name].count, x["m"].sum(), rtol=1e-6)
 
 
-def test_a_token_of_weight_zero_may_hold_anything():
+@both
+def test_a_token_of_weight_zero_may_hold_anything(implementation):
     x = make()
     spoiled = {name: value.copy() for name, value in x.items()}
     off = x["m"] == 0
     spoiled["hs"][off], spoiled["ht"][off] = np.nan, np.inf
     spoiled["y"][off] = -100
-    value, means, slopes = ours(spoiled, "forward_kl", 0.4, 2.0)
-    clean, _, clean_slopes = ours(x, "forward_kl", 0.4, 2.0)
+    value, means, slopes = ours(spoiled, "forward_kl", 0.4, 2.0, implementation=implementation)
+    clean, _, clean_slopes = ours(x, "forward_kl", 0.4, 2.0, implementation=implementation)
     np.testing.assert_array_equal(value, clean)
     np.testing.assert_array_equal(slopes["ws"], clean_slopes["ws"])
     assert not slopes["hs"][off].any()

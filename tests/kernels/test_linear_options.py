@@ -75,10 +75,14 @@ def kl64(s, t):
     return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
+both = pytest.mark.parametrize("implementation", [None, "reference"])
+
+
+@both
 @pytest.mark.parametrize("taid_t", [0.0, 0.4, 1.0])
-def test_taid_is_the_divergence_from_a_detached_mixture_of_logits(x, taid_t):
+def test_taid_is_the_divergence_from_a_detached_mixture_of_logits(x, taid_t, implementation):
     mixed = lambda s, t: kl64(s, (1 - taid_t) * jax.lax.stop_gradient(s) + taid_t * t)
-    (value, means), slopes = run(x, taid_t=taid_t)
+    (value, means), slopes = run(x, taid_t=taid_t, implementation=implementation)
     want = direct(x, mixed)
     if taid_t == 0:
         assert abs(value) < 1e-6
@@ -95,13 +99,16 @@ def test_taid_is_the_divergence_from_a_detached_mixture_of_logits(x, taid_t):
     np.testing.assert_allclose(means["loss/kl_t1"].value, direct(x, kl64)[0], rtol=1e-5)
 
 
-def test_label_smoothing_equals_float64(x):
-    got = run(x, alpha=0.3, label_smoothing=0.1)
+@both
+def test_label_smoothing_equals_float64(x, implementation):
+    got = run(x, alpha=0.3, label_smoothing=0.1, implementation=implementation)
     compare(got, direct(x, kl64, alpha=0.3, smoothing=0.1))
 
 
-def test_soft_caps_equal_float64(x):
-    got = run(x, alpha=0.3, student_softcap=2.5, teacher_softcap=4.0)
+@both
+def test_soft_caps_equal_float64(x, implementation):
+    softcaps = {"student_softcap": 2.5, "teacher_softcap": 4.0}
+    got = run(x, alpha=0.3, implementation=implementation, **softcaps)
     compare(got, direct(x, kl64, alpha=0.3, softcaps=(2.5, 4.0)))
 
 
@@ -112,8 +119,9 @@ def cubed_gap(s, t, labels):
     return jnp.sort(jnp.abs(p - q) ** 3, axis=1)[:, -5:].sum(1) - 0.1 * at_label
 
 
-def test_a_function_of_whole_rows_runs_fused(x):
-    got = run(x, kind=cubed_gap, alpha=0.2, chunk=16)
+@both
+def test_a_function_of_whole_rows_runs_fused(x, implementation):
+    got = run(x, kind=cubed_gap, alpha=0.2, chunk=16, implementation=implementation)
     with jax.enable_x64(True):
         labels = jnp.asarray(np.asarray(x["y"]))
     want = direct(x, lambda s, t: cubed_gap(s, t, labels), alpha=0.2)
@@ -237,6 +245,7 @@ def test_vocabulary_parallel_moves_no_head_and_no_logits():
         ({"student_softcap": 0.0}, "softcap"),
         ({"implementation": "triton"}, "must be one of"),
         ({"implementation": "mosaic_gpu"}, "cannot run"),
+        ({"implementation": "reference", "vocab_axes": "model"}, "whole heads"),
     ],
 )
 def test_bad_choices_are_named(x, change, words):

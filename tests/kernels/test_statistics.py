@@ -11,7 +11,7 @@ import pytest
 
 from jaxdistill.kernels import choice, divergence, rows
 from jaxdistill.kernels import statistics as stats
-from jaxdistill.kernels.row_loss import Numbers
+from jaxdistill.kernels.operands import Coefficients
 from jaxdistill.kernels.tiling import Tiling
 from jaxdistill.losses import divergences
 
@@ -130,7 +130,7 @@ def interpreted():
     ],
 )
 def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid_t, temperature):
-    from jaxdistill.kernels import pallas_gpu
+    from jaxdistill.kernels import mosaic_gpu
 
     student, teacher = make(tokens, vocab, dtype)
     student, teacher = (x.at[2, -3:].set(-jnp.inf) for x in (student, teacher))
@@ -138,9 +138,9 @@ def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid
         student = student.at[3, 0].set(300.0).at[4, 0].set(-300.0)
     else:
         taid_t = jnp.float32(taid_t)
-    numbers = Numbers(jnp.float32(0), jnp.float32(temperature), (), taid_t)
-    found = pallas_gpu.statistics(
-        NAMES, student, teacher, numbers, Tiling(64, 2, split), interpreted()
+    coefficients = Coefficients(jnp.float32(0), jnp.float32(temperature), (), taid_t)
+    found = mosaic_gpu.statistics(
+        NAMES, student, teacher, coefficients, Tiling(64, 2, split), interpreted()
     )
     # The mixture itself is float32, fused here and not there: a last digit before any statistic.
     tolerance = 2e-6 if taid_t is None else 1e-5
@@ -162,13 +162,15 @@ def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid
     ],
 )
 def test_the_second_read_sums_a_divergence(kind, parameters, named):
-    from jaxdistill.kernels import pallas_gpu
+    from jaxdistill.kernels import mosaic_gpu
 
     student, teacher = make(100, 250, "bfloat16")
-    numbers = Numbers(jnp.float32(0), jnp.float32(1.5), tuple(map(jnp.float32, parameters)))
-    found = stats.in_passes(("sum_s", "sum_z"), clamped(student, teacher), numbers.scales)
-    value, slope_sum = pallas_gpu.row_sums(
-        rows.KINDS[kind], student, teacher, numbers, found, Tiling(64, 2, 2), interpreted()
+    coefficients = Coefficients(
+        jnp.float32(0), jnp.float32(1.5), tuple(map(jnp.float32, parameters))
+    )
+    found = stats.in_passes(("sum_s", "sum_z"), clamped(student, teacher), coefficients.scales)
+    value, slope_sum = mosaic_gpu.row_sums(
+        rows.KINDS[kind], student, teacher, coefficients, found, Tiling(64, 2, 2), interpreted()
     )
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.float64(x)) for x in (student, teacher))
@@ -197,8 +199,10 @@ def test_divergence_on_the_gpu_kernel_equals_xla(kind, monkeypatch):
     # New functions each time, or JAX would hand back the first trace.
     run = lambda: jax.value_and_grad(lambda *x: loss(*x), argnums=(0, 1))(spoiled, 1.7)
     want = run()
-    monkeypatch.setattr(choice, "target", lambda: choice.Target("gpu", "NVIDIA H100 80GB HBM3"))
-    monkeypatch.setattr(choice, "_INTERPRET", interpreted())
+    monkeypatch.setattr(
+        choice, "current_device", lambda: choice.Device("gpu", "NVIDIA H100 80GB HBM3")
+    )
+    monkeypatch.setattr(choice, "INTERPRET", interpreted())
     assert choice.choose(None, 256, jnp.bfloat16) == "mosaic_gpu"
     got = run()
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)

@@ -16,11 +16,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxdistill.kernels import row_loss, rows
+from jaxdistill.kernels import rows
 from jaxdistill.kernels import statistics as stats
-from jaxdistill.kernels.row_loss import Numbers
+from jaxdistill.kernels.operands import Coefficients
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, NOTHING, Arithmetic, Rows, Scales
 from jaxdistill.kernels.tiling import Tiling
+from jaxdistill.kernels.token_loss import taid_target
 
 LOG2E = 1.4426950408889634
 ROWS = 64  # of a tile: what one warpgroup's WGMMA layout holds
@@ -31,7 +32,7 @@ def statistics(
     names: Sequence[str],
     student: Array,
     teacher: Array,
-    numbers: Numbers,
+    coefficients: Coefficients,
     tiling: Tiling,
     interpret: Any = None,
 ) -> Rows:
@@ -41,7 +42,7 @@ def statistics(
       names: of `statistics.MOMENTS`, and "echo".
       student: [N, V] float32, bfloat16 or float16, V a multiple of `tiling.columns`.
       teacher: [N, V].
-      numbers: temperature (a scalar) and TAID's t are read.
+      coefficients: temperature (a scalar) and TAID's t are read.
       tiling: of the kernel.
       interpret: `plgpu.InterpretGPUParams()` to run it on a CPU.
 
@@ -49,9 +50,9 @@ def statistics(
       name -> [N] float32.
     """
     groups = _groups(names)
-    kernel = functools.partial(_kernel, groups, numbers.taid_t is not None, tiling, interpret)
-    cold = LOG2E / numbers.temperature
-    taid_t = jnp.float32(0) if numbers.taid_t is None else numbers.taid_t
+    kernel = functools.partial(_kernel, groups, coefficients.taid_t is not None, tiling, interpret)
+    cold = LOG2E / coefficients.temperature
+    taid_t = jnp.float32(0) if coefficients.taid_t is None else coefficients.taid_t
     scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in (cold, taid_t)])
     parts = kernel(student, teacher, scalars)
     merged = {
@@ -91,9 +92,9 @@ def _update(carry: Rows, members: Sequence[str], logits: Rows, tops: Rows, k: An
     }
     k = 1.0 if k is None else k
     tile = stats.measure(members, logits, scaled, Scales(k, k), by)
-    kept = stats.rescale(carry, scaled, _UNIT, jnp.exp2)
+    moved = stats.rescale(carry, scaled, _UNIT, jnp.exp2)
     add = lambda name: jnp.maximum if name == ECHO else jnp.add
-    return scaled | {name: add(name)(kept[name], tile[name]) for name in members}
+    return scaled | {name: add(name)(moved[name], tile[name]) for name in members}
 
 
 def _kernel(
@@ -107,14 +108,14 @@ def _kernel(
 ) -> dict[str, Rows]:
     """Statistics [split, N] of each group, relative to scaled maxima."""
     keys = {group: _keys(members, mixed) for group, members in groups.items()}
-    flat = [(group, key) for group, found in keys.items() for key in found]
+    flat = [(group, key) for group, members in keys.items() for key in members]
     seen = sorted({key for _, key in flat if key.startswith("max_")})
 
     def update(carry, logits, tile, scalars_gmem, _):
         cold, taid_t = scalars_gmem[0], scalars_gmem[1]
         scales = {"tempered": cold, "plain": LOG2E, "raw": None}
         if mixed:
-            logits["z"] = row_loss.mixture(logits["s"], logits["t"], taid_t)
+            logits["z"] = taid_target(logits["s"], logits["t"], taid_t)
         tops = {key: jnp.max(logits[key[4:]], axis=1) for key in seen}
         old = dict(zip(flat, carry, strict=True))
         new: dict[tuple[str, str], Array] = {}
@@ -126,16 +127,16 @@ def _kernel(
 
     start = tuple(_start(key) for _, key in flat)
     run = _stream(update, start, tiling, interpret)
-    found = dict(zip(flat, run(student, teacher, scalars, ()), strict=True))
-    return {group: {key: found[group, key] for key in keys[group]} for group in groups}
+    outputs = dict(zip(flat, run(student, teacher, scalars, ()), strict=True))
+    return {group: {key: outputs[group, key] for key in keys[group]} for group in groups}
 
 
 def row_sums(
     row: Callable[..., rows.Row],
     student: Array,
     teacher: Array,
-    numbers: Numbers,
-    found: Rows,
+    coefficients: Coefficients,
+    measured: Rows,
     tiling: Tiling,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
@@ -145,31 +146,31 @@ def row_sums(
       row: parameters (traced scalars) -> the divergence's row.
       student: [N, V].
       teacher: [N, V].
-      numbers: of the loss.
-      found: the statistics of the rows, "sum_s" and "sum_z" among them.
+      coefficients: of the loss.
+      measured: the statistics of the rows, "sum_s" and "sum_z" among them.
       tiling: of the kernel.
       interpret: as in `statistics`.
 
     Returns:
       [N] and [N], float32.
     """
-    mixed = numbers.taid_t is not None
-    cold = 1.0 / numbers.temperature
-    scalars = (cold, numbers.taid_t if mixed else 0.0, *numbers.parameters)
-    per_row = [found["max_s"], jnp.log(found["sum_s"])]
-    per_row += [stats.top_of(found, "z"), jnp.log(found["sum_z"])]
+    mixed = coefficients.taid_t is not None
+    cold = 1.0 / coefficients.temperature
+    scalars = (cold, coefficients.taid_t if mixed else 0.0, *coefficients.parameters)
+    per_row = [measured["max_s"], jnp.log(measured["sum_s"])]
+    per_row += [stats.top_of(measured, "z"), jnp.log(measured["sum_z"])]
 
     def update(carry, logits, tile, scalars_gmem, per_row_gmem):
         k, taid_t = scalars_gmem[0], scalars_gmem[1]
-        made = row(*(scalars_gmem[2 + i] for i in range(len(numbers.parameters))))
-        drawn_to = logits["t"]
+        table = row(*(scalars_gmem[2 + i] for i in range(len(coefficients.parameters))))
+        target = logits["t"]
         if mixed:
-            drawn_to = row_loss.mixture(logits["s"], logits["t"], taid_t)
+            target = taid_target(logits["s"], logits["t"], taid_t)
         top_s, log_s, top_z, log_z = map(tile.spread_row, per_row_gmem)
         log_q = (logits["s"] - top_s) * k - log_s
-        log_p = (drawn_to - top_z) * k - log_z
+        log_p = (target - top_z) * k - log_z
         total = tile.arithmetic.total
-        value, slope = made.value(log_p, log_q), made.dlogq(log_p, log_q)
+        value, slope = table.value(log_p, log_q), table.dlogq(log_p, log_q)
         return carry[0] + total(tile.inside(value)), carry[1] + total(tile.inside(slope))
 
     scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in scalars])
@@ -266,8 +267,8 @@ def _stream(
                 max_concurrent_steps=tiling.stages,
                 init_carry=tuple(map(full, start)),
             )
-            found = pipeline(student_gmem.at[block], teacher_gmem.at[block])
-            for output, value in zip(outputs, found, strict=True):
+            carried = pipeline(student_gmem.at[block], teacher_gmem.at[block])
+            for output, value in zip(outputs, carried, strict=True):
                 output[lax.axis_index("split"), block] = value
 
         kernel = plgpu.kernel(

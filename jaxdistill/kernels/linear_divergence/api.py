@@ -1,19 +1,16 @@
-"""Cross-entropy and a divergence from hidden states and heads, chunk by chunk: [N, V] never exists.
+"""`linear_divergence`: a divergence and cross-entropy from hidden states and heads.
 
 For every token i with student logits s = h_S W_S^T and teacher logits t = h_T W_T^T,
 
     loss_i = alpha * CE(s, y_i) + (1 - alpha) * T^2 * D(softmax(t / T), softmax(s / T)).
 
-A `lax.scan` walks over chunks of tokens. Where a gradient is asked for, it is made in the same
-walk, while the chunk's logits exist, so that no logits are kept and none are computed twice: the
-teacher's head is read once. On a mesh every device walks over its own tokens and the sums are added
-at the end.
+Where a gradient is asked for, it is made while a chunk's logits exist: none are stored, none are
+computed twice, and the teacher's head is read once.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +18,14 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import choice, head_chunk, head_walk, row_loss, rows
-from jaxdistill.kernels.head_chunk import Operands, Plan, Wanted
-from jaxdistill.kernels.head_walk import Layout
-from jaxdistill.kernels.row_loss import Function, Terms
+from jaxdistill.kernels import choice, operands, rows
+from jaxdistill.kernels.linear_divergence import fused
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, chunk_size, group_size
+from jaxdistill.kernels.linear_divergence.mesh import Layout, layout
+from jaxdistill.kernels.linear_divergence.reference import reference
+from jaxdistill.kernels.operands import DivergenceFunction, LossSpec
 from jaxdistill.sharding import AnyMesh
 from jaxdistill.types import Mean
-
-# Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
-# or TPU reads heads and head gradient seldom (V = 128,256 in float32: 512 tokens).
-_CHUNK_BYTES = {"cpu": 32 * 2**20}
-_CHUNK_BYTES_ACCELERATOR = 2**28
-_CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
 
 
 def linear_divergence(
@@ -43,7 +36,7 @@ def linear_divergence(
     *,
     labels: ArrayLike | None = None,
     mask: ArrayLike | None = None,
-    kind: str | Function = "forward_kl",
+    kind: str | DivergenceFunction = "forward_kl",
     parameters: Sequence[ArrayLike] = (),
     alpha: ArrayLike = 0.0,
     temperature: ArrayLike = 1.0,
@@ -80,7 +73,7 @@ def linear_divergence(
         contributes exactly 0 to value and gradient, whatever its hidden states hold.
       kind: the divergence: a key of `kernels.rows.KINDS` (`forward_kl` is KL(teacher || student)),
         or a function (student_logits / T, teacher_logits / T, labels) -> [n] of whole rows, float32
-        [n, V], differentiated chunk by chunk; it must be hashable and stay the same object.
+        [n, V], differentiated chunk by chunk. It must be hashable; another object compiles anew.
       parameters: the kind's own numbers, such as (beta,) of generalized_jsd; may be traced, are
         constants to the gradient.
       alpha: weight of the hard labels, 0 to 1.
@@ -95,19 +88,20 @@ def linear_divergence(
       teacher_softcap: the same of the teacher.
       reduction: "mean" over the weights, or "sum" (to add micro-batches before dividing).
       chunk: tokens per chunk and device; default from V and the device.
-      logits_dtype: in which a chunk's logits are kept; default that of the hidden states. Products
-        accumulate in float32 and the arithmetic on logits is float32 in any case; float32 keeps
-        bfloat16 models' logits unrounded at twice the traffic.
+      logits_dtype: of a chunk's logits in memory; default that of the hidden states. Products
+        accumulate in float32 and the arithmetic on logits is float32 in any case. With float32 a
+        bfloat16 model's logits are not rounded, at twice the traffic.
       implementation: of the row statistics, see `kernels.support`; None takes the best that runs.
-      monitor: traced bool: whether the metrics at T = 1 are made, where leaving them out saves time
-        (on a CPU); their means count 0 tokens where not. None makes them.
+        "reference" is the definition itself, in plain jnp, with all logits [N, V] in memory.
+      monitor: traced bool: whether the metrics at T = 1 are made. False saves their time on a CPU,
+        and their means count 0 tokens; elsewhere they come with the loss. None makes them.
       mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
         the heads where that moves less; a function as `kind` always sees whole rows.
       vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that
-        share the heads' rows. The call then sees this device's tokens and rows; `labels` count over
+        share the heads' rows. The call then sees this device's tokens and rows. `labels` count over
         all rows, sums are over this device's tokens, and the hidden states' gradient is summed over
-        these axes. What several devices have in common, such as a head that all tokens share, gets
-        each device's own part: psum it.
+        these axes. The gradient of an array that other devices hold too, such as a head that all
+        tokens share, is this device's part: add the parts with psum.
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
@@ -120,97 +114,96 @@ def linear_divergence(
       ConfigError: for an unknown kind or reduction, shapes that do not fit, alpha without labels,
         or an implementation that cannot run.
 
+    >>> import jax.numpy as jnp
+    >>> hidden = jnp.ones((1, 1))
+    >>> student, teacher = jnp.log(jnp.array([[0.5, 0.5]])).T, jnp.log(jnp.array([[0.9, 0.1]])).T
+    >>> loss, means = linear_divergence(hidden, student, hidden, teacher)
+    >>> print(round(float(loss), 4), round(float(means["teacher/entropy"].value), 4))
+    0.3681 0.3251
+
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
     """
-    arrays = _checked(student_hidden, student_head, student_bias, "student")
+    arrays = _arrays(student_hidden, student_head, student_bias, "student")
     teacher: tuple[Array | None, Array | None, Array | None] = (None, None, None)
     if teacher_hidden is not None and teacher_head is not None:
-        teacher = _checked(teacher_hidden, teacher_head, teacher_bias, "teacher")
+        teacher = _arrays(teacher_hidden, teacher_head, teacher_bias, "teacher")
     elif teacher_hidden is not None or teacher_head is not None:
         raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
-    _check_choices(kind, parameters, reduction, labels, alpha, dims, vocab, teacher, softcaps)
-    optional = lambda x: None if x is None else jnp.asarray(x, jnp.float32)
-    operands = Operands(
+    _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps)
+    operands.check_alpha(alpha, labels)
+    x = Operands(
         *arrays,
         *teacher,
         labels=None if labels is None else jnp.asarray(labels),
         weights=jnp.ones(dims) if mask is None else jnp.asarray(mask).astype(jnp.float32),
-        alpha=jnp.asarray(alpha, jnp.float32),
-        temperature=jnp.asarray(temperature, jnp.float32),
-        parameters=tuple(jnp.asarray(parameter, jnp.float32) for parameter in parameters),
-        taid_t=optional(taid_t),
-        smoothing=optional(label_smoothing),
+        coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )
-    row_loss.check_unchecked(operands)
     axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
-    whole_rows = operands.teacher_head is not None and not isinstance(kind, str)
-    place = head_walk.layout(mesh, dims, vocab, whole_rows, axes)
-    plan = _plan(operands, place, kind, scale_by_t2, softcaps, chunk, logits_dtype, implementation)
-    sums = _loss_sums((plan, place), operands)
-    loss, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
+    has_teacher = x.teacher_head is not None
+    loss = LossSpec(kind if has_teacher else None, labels is not None, scale_by_t2)
+    if implementation == choice.REFERENCE:
+        if axes:
+            raise ConfigError(
+                f"vocab_axes = {axes}: the reference needs whole heads; None takes an "
+                "implementation that shares them"
+            )
+        sums = reference(loss, softcaps, jnp.dtype(logits_dtype or x.student_hidden.dtype), x)
+    else:
+        operands.check_manual_axes(x)
+        place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
+        loss = dataclasses.replace(loss, vocab_axes=place.vocab)
+        static = _static(x, place, loss, softcaps, chunk, logits_dtype, implementation)
+        sums = fused.loss_sums((static, place), x)
+    total, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
-        loss = Mean(loss, count).value
+        total = Mean(total, count).value
     counts = {name: count for name in ("loss/ce", "loss/divergence", "loss/target_entropy")}
-    return loss, {
-        name: Mean(jax.lax.stop_gradient(total), counts.get(name, monitored))
-        for name, total in sums.items()
+    return total, {
+        name: Mean(jax.lax.stop_gradient(part), counts.get(name, monitored))
+        for name, part in sums.items()
     }
 
 
-def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
-    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
-    budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
-    most = max(8, budget // (itemsize * vocab))
-    if platform != "cpu":
-        most = min(most, _CHUNK_TOKENS)
-    pieces = -(-tokens // most)
-    return min(tokens, -(-tokens // pieces // 8) * 8)
-
-
-def _plan(
-    operands: Operands,
+def _static(
+    x: Operands,
     place: Layout,
-    kind: str | Function,
-    scale_by_t2: bool,
+    loss: LossSpec,
     softcaps: tuple[float | None, float | None],
     chunk: int | None,
     logits_dtype: DTypeLike | None,
     implementation: str | None,
-) -> Plan:
-    """The static half of a call: what is summed, where, and in which pieces."""
-    logits_dtype = jnp.dtype(logits_dtype or operands.student_hidden.dtype)
-    dims, vocab = operands.student_hidden.shape[:-1], operands.student_head.shape[0]
-    device = choice.target()
-    has_teacher = operands.teacher_head is not None
+) -> Static:
+    """The static arguments: in which pieces, and by which implementation."""
+    logits_dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
+    dims, vocab = x.student_hidden.shape[:-1], x.student_head.shape[0]
+    device = choice.current_device()
     shards = place.size(place.vocab)
     # The kernels' tiles are 64 columns wide; a device pads its own rows of the heads.
     tile = 64 if device.platform == "gpu" else 1
     local_vocab = -(-vocab // (shards * tile)) * tile
     tokens = math.prod(dims) // place.size(place.token_axes)
-    scalar = operands.temperature.ndim == 0
     chosen = choice.choose(
-        implementation, local_vocab, logits_dtype, device=device, scalar_temperature=scalar
+        implementation,
+        local_vocab,
+        logits_dtype,
+        device=device,
+        scalar_temperature=x.coefficients.has_scalar_temperature,
     )
     most = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
     chunk = min(chunk or most, tokens)
-    terms = Terms(
-        kind=kind if has_teacher else None,
-        labels=operands.labels is not None,
-        scale_by_t2=scale_by_t2,
-        axes=place.vocab,
-    )
-    group = head_chunk.group_size(chunk, local_vocab, device.platform)
+    group = group_size(chunk, local_vocab, device.platform)
     # Inside a shard_map of one's own each device brings its rows, all of them real.
     total = vocab * (jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1)
-    return Plan(terms, chunk, group, tile, total, softcaps, chosen, logits_dtype)
+    return Static(loss, chunk, group, tile, total, softcaps, chosen, logits_dtype)
 
 
-def _checked(
+def _arrays(
     hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str
 ) -> tuple[Array, Array, Array | None]:
+    """One model's hidden states, head and bias, whose shapes fit."""
     hidden, head = jnp.asarray(hidden), jnp.asarray(head)
     bias = None if bias is None else jnp.asarray(bias)
     if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
@@ -223,9 +216,7 @@ def _checked(
     return hidden, head, bias
 
 
-def _check_choices(
-    kind, parameters, reduction, labels, alpha, dims, vocab, teacher, softcaps
-) -> None:
+def _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) -> None:
     """Raises for what does not fit together."""
     if isinstance(kind, str):
         rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
@@ -242,57 +233,3 @@ def _check_choices(
             raise ConfigError(f"{name}_softcap = {softcap}: must be positive, or None for none")
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction={reduction!r} must be 'mean' or 'sum'")
-    if labels is None and not (isinstance(alpha, (int, float)) and alpha == 0):
-        raise ConfigError(f"alpha={alpha} weighs cross-entropy, which needs labels; labels is None")
-
-
-# ------------------------------------------------------------------------------- custom gradient
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sums(static: tuple[Plan, Layout], operands: Operands) -> dict[str, Array]:
-    return _run(static, Wanted(), operands)[0]
-
-
-def _run(static: tuple[Plan, Layout], wanted: Wanted, operands: Operands):
-    """The walk on heads that the layout divides; gradients without the padding."""
-    plan, place = static
-    vocab = operands.student_head.shape[0]
-    padded = head_walk.pad_vocabulary(operands, place.size(place.vocab))
-    sums, gradients = head_walk.on_mesh(plan, place, wanted, padded)
-    for name in ("student_head", "student_bias"):
-        if name in gradients:
-            gradients[name] = gradients[name][:vocab]
-    return sums, gradients
-
-
-def _loss_sums_fwd(static, primals: Any):  # operands with a CustomVJPPrimal for each leaf
-    operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    wanted = Wanted(
-        hidden=primals.student_hidden.perturbed,
-        head=primals.student_head.perturbed,
-        bias=primals.student_bias is not None and primals.student_bias.perturbed,
-        temperature=primals.temperature.perturbed,
-    )
-    sums, gradients = _run(static, wanted, operands)
-    gradients = {
-        name: gradient.astype(getattr(operands, name).dtype) for name, gradient in gradients.items()
-    }
-    # d/d alpha = CE - T^2 D, both already summed.
-    zero = jnp.float32(0)
-    gradients["alpha"] = sums.get("loss/ce", zero) - sums.get("loss/divergence", zero)
-    return sums, (gradients, operands)
-
-
-def _loss_sums_bwd(static, residuals, cotangents):
-    gradients, operands = residuals
-    cotangent = cotangents["loss"]
-    if not isinstance(cotangent, jax.Array):  # symbolic zero: nothing depends on the loss
-        return (jax.tree.map(lambda _: None, operands),)
-    scaled = {
-        name: (cotangent * gradient).astype(gradient.dtype) for name, gradient in gradients.items()
-    }
-    return (Operands._make(scaled.get(name) for name in Operands._fields),)
-
-
-_loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd, symbolic_zeros=True)

@@ -1,33 +1,26 @@
-"""The walk over chunks of tokens, on one device or on a mesh that shares tokens or vocabulary.
+"""The head loss on a mesh whose devices share the tokens or the vocabulary.
 
-On a mesh every device sees some tokens and some rows of both heads. Where the tokens are fewer than
-the vocabulary's rows it is cheaper to bring tokens together than heads: each device then keeps its
-rows of the heads, the devices exchange a few numbers per token, and no head crosses the mesh.
+Every device sees some tokens and some rows of both heads. Where the tokens are fewer than the
+vocabulary's rows it is cheaper to bring tokens together than heads: each device then keeps its rows
+of the heads, the devices exchange a few numbers per token, and no head crosses the mesh.
 """
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import head_chunk
-from jaxdistill.kernels.head_chunk import Operands, Plan, Wanted
-from jaxdistill.kernels.row_loss import Vocabulary
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
+from jaxdistill.kernels.linear_divergence.walk import HEADS, PER_TOKEN, Gradients, walk
 from jaxdistill.sharding import BATCH_AXES, AnyMesh
-
-PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights", "temperature")
-_HEADS = ("student_head", "student_bias", "teacher_head", "teacher_bias")
-Gradients = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a mesh share what.
+    """Which axes of a mesh divide the tokens, and which the vocabulary.
 
     Attributes:
       mesh: of the devices, or None.
@@ -94,7 +87,7 @@ def layout(
         in_a_group = math.prod(dims) // (shape["data"] * shape["context"])
         if shape["fsdp"] > 1 and in_a_group <= vocab // shape["tensor"]:
             batch, shared = ("data",), ("fsdp", *shared)
-    found = Layout(mesh, (batch, length)[: len(dims)], shared)
+    chosen = Layout(mesh, (batch, length)[: len(dims)], shared)
     # All devices divide the tokens in the end, whichever way they are laid out for the loss.
     whole = Layout(mesh, ((BATCH_AXES if "fsdp" in shared else batch), length)[: len(dims)])
     for dim, axes in zip(dims, whole.tokens, strict=True):
@@ -103,44 +96,41 @@ def layout(
                 f"hidden states of {list(dims)} tokens do not divide over the mesh: {dim} is no "
                 f"multiple of {' * '.join(axes)} = {whole.size(axes)}"
             )
-    return found
+    return chosen
 
 
 def on_mesh(
-    plan: Plan, place: Layout, wanted: Wanted, operands: Operands
+    static: Static, place: Layout, wanted: Wanted, operands: Operands
 ) -> tuple[dict[str, Array], Gradients]:
     """Sums over all tokens, and the gradients of the summed loss that are wanted."""
     if place.mesh is None:
-        sums, gradients = _walk(plan, wanted, operands, place.vocab)
+        sums, gradients = walk(static, wanted, operands, place.vocab)
         if "student_hidden" in gradients and place.vocab:
             summed = jax.lax.psum(gradients["student_hidden"], place.vocab)
             gradients["student_hidden"] = summed.astype(operands.student_hidden.dtype)
         return sums, gradients
     tokens = PartitionSpec(*(axes or None for axes in place.tokens))
     heads, whole = PartitionSpec(place.vocab or None), PartitionSpec()
-    per_token_t = operands.temperature.ndim > 0
-    is_per_token = lambda name: name in PER_TOKEN and (name != "temperature" or per_token_t)
-    specs = Operands._make(
-        None
-        if leaf is None
-        else tokens
-        if is_per_token(name)
-        else heads
-        if name in _HEADS
-        else whole
-        for name, leaf in zip(Operands._fields, operands, strict=True)
+    by_name = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(HEADS, heads) | {"monitor": whole}
+    specs = Operands(
+        **{
+            name: None if getattr(operands, name) is None else spec
+            for name, spec in by_name.items()
+        },
+        coefficients=operands.coefficients.specs(tokens),
     )
+    scalar_t = operands.coefficients.has_scalar_temperature
     fsdp_tokens = "fsdp" in place.token_axes
     split_head = fsdp_tokens and operands.student_head.shape[1] % place.mesh.shape["fsdp"] == 0
 
     def local(operands: Operands):
-        sums, gradients = _walk(plan, wanted, operands, place.vocab)
+        sums, gradients = walk(static, wanted, operands, place.vocab)
         sums = jax.lax.psum(sums, place.token_axes)
         if "student_head" in gradients:
             gradients["student_head"] = _sum_head(gradients["student_head"], place, split_head)
         if "student_bias" in gradients:
             gradients["student_bias"] = jax.lax.psum(gradients["student_bias"], place.token_axes)
-        if "temperature" in gradients and not per_token_t:
+        if "temperature" in gradients and scalar_t:
             gradients["temperature"] = jax.lax.psum(gradients["temperature"], place.token_axes)
         if "student_hidden" in gradients and place.vocab:
             summed = _sum_hidden(gradients["student_hidden"], place)
@@ -154,7 +144,7 @@ def on_mesh(
         "student_hidden": PartitionSpec(*(axes or None for axes in after)),
         "student_head": PartitionSpec(place.vocab or None, "fsdp" if split_head else None),
         "student_bias": heads,
-        "temperature": tokens if per_token_t else whole,
+        "temperature": whole if scalar_t else tokens,
     }
     asked = {name: out[name] for name in out if getattr(wanted, name.removeprefix("student_"))}
     return jax.shard_map(
@@ -163,7 +153,7 @@ def on_mesh(
 
 
 def _sum_head(gradient: Array, place: Layout, split: bool) -> Array:
-    """Adds the devices' head gradients, leaving each with its slice of D where that divides."""
+    """The sum of the devices' head gradients; with `split` each device keeps its slice of D."""
     if not split:
         return jax.lax.psum(gradient, place.token_axes)
     gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True)
@@ -171,86 +161,8 @@ def _sum_head(gradient: Array, place: Layout, split: bool) -> Array:
 
 
 def _sum_hidden(gradient: Array, place: Layout) -> Array:
-    """Adds the parts of the vocabulary; over fsdp each device keeps its own tokens alone."""
+    """The sum over the parts of the vocabulary; over fsdp each device keeps its own tokens."""
     if "fsdp" in place.vocab:
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=0, tiled=True)
     rest = tuple(axis for axis in place.vocab if axis != "fsdp")
     return jax.lax.psum(gradient, rest) if rest else gradient
-
-
-def pad_vocabulary(operands: Operands, multiple: int) -> Operands:
-    """Heads whose rows are a multiple of something; `Vocabulary.rows` says which are real."""
-    extra = -operands.student_head.shape[0] % multiple
-    if not extra:
-        return operands
-    padded: dict[str, Any] = {
-        name: jnp.pad(array, ((0, extra), (0, 0))[: array.ndim])
-        for name in _HEADS
-        if (array := getattr(operands, name)) is not None
-    }
-    return operands._replace(**padded)
-
-
-def _walk(
-    plan: Plan, wanted: Wanted, operands: Operands, vocab_axes: tuple[str, ...]
-) -> tuple[dict[str, Array], Gradients]:
-    """Scans over chunks of a device's tokens, on its rows of the heads."""
-    rows = operands.student_head.shape[0]
-    offset = jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0
-    operands = pad_vocabulary(operands, plan.tile)
-    uneven = bool(vocab_axes) and plan.vocab < rows * jax.lax.axis_size(vocab_axes)
-    here = jnp.clip(plan.vocab - offset, 0, rows) if uneven else rows
-    padded = uneven or operands.student_head.shape[0] > rows
-    vocabulary = Vocabulary(vocab_axes, offset, here, padded)
-    dims = operands.student_hidden.shape[:-1]
-    per_token_t = operands.temperature.ndim > 0
-    split = {name: getattr(operands, name) for name in PER_TOKEN}
-    if not per_token_t:
-        split.pop("temperature")
-    split = {
-        name: array.reshape(-1, *array.shape[len(dims) :])
-        for name, array in split.items()
-        if array is not None
-    }
-    tokens = split["student_hidden"].shape[0]
-    chunk = min(plan.chunk, tokens)
-    plan = dataclasses.replace(plan, chunk=chunk, group=min(plan.group, chunk))
-    pieces = -(-tokens // chunk)
-    padding = pieces * chunk - tokens
-
-    def in_chunks(name, array):
-        # Padding weighs 0; its temperature is a divisor, so it must not be.
-        width = ((0, padding),) + ((0, 0),) * (array.ndim - 1)
-        padded = jnp.pad(array, width, constant_values=1 if name == "temperature" else 0)
-        return padded.reshape(pieces, chunk, *array.shape[1:])
-
-    split = {name: in_chunks(name, array) for name, array in split.items()}
-    # One cast for all chunks; without it every chunk would read the float32 master copy.
-    heads = operands._replace(
-        student_head=operands.student_head.astype(operands.student_hidden.dtype),
-        teacher_head=None
-        if operands.teacher_head is None or operands.teacher_hidden is None
-        else operands.teacher_head.astype(operands.teacher_hidden.dtype),
-    )
-    totals: Gradients = {}
-    if wanted.head:
-        totals["student_head"] = jnp.zeros(operands.student_head.shape, jnp.float32)
-    if wanted.bias:
-        totals["student_bias"] = jnp.zeros(operands.student_head.shape[0], jnp.float32)
-    if wanted.temperature and not per_token_t:
-        totals["temperature"] = jnp.float32(0)
-
-    def body(totals, chunk_rows):
-        sums, gradients = head_chunk.run(plan, wanted, heads._replace(**chunk_rows), vocabulary)
-        kept = {name: gradients.pop(name) for name in list(gradients) if name not in totals}
-        return {k: totals[k] + gradients[k] for k in totals}, (sums, kept)
-
-    totals, (sums, kept) = jax.lax.scan(body, totals, split)
-    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    for name, array in kept.items():
-        flat = array.reshape(-1, *array.shape[2:])[:tokens]
-        totals[name] = flat.reshape(*dims, *flat.shape[1:])
-    for name in ("student_head", "student_bias"):
-        if name in totals:
-            totals[name] = totals[name][:rows]
-    return sums, totals

@@ -1,0 +1,106 @@
+"""`divergence`: a divergence and cross-entropy of two arrays of logits, each position apart."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice, operands, rows
+from jaxdistill.kernels.divergence import fused
+from jaxdistill.kernels.divergence.reference import reference
+from jaxdistill.sharding import AnyMesh
+
+
+def divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    labels: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    kind: str = "forward_kl",
+    parameters: Sequence[ArrayLike] = (),
+    alpha: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+    taid_t: ArrayLike | None = None,
+    label_smoothing: ArrayLike | None = None,
+    implementation: str | None = None,
+    mesh: AnyMesh | None = None,
+    spec: PartitionSpec | None = None,
+    vocab_axes: str | Sequence[str] = (),
+) -> Array:
+    """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) of each position, from logits.
+
+    The same loss as `linear_divergence`, for logits that exist anyway. `alpha` and `temperature`
+    may be traced and differentiated; the teacher's logits, labels and mask are constants.
+
+    Args:
+      student_logits: [..., V] float32, bfloat16 or float16; -inf marks an impossible entry, which
+        counts as a logit of -1e30.
+      teacher_logits: [..., V].
+      labels: int [...], or None for the divergence alone (alpha must then be 0).
+      mask: bool or float [...], multiplies each position; where 0, value and gradient are exactly
+        0, whatever the logits hold.
+      kind: the divergence, a key of `kernels.rows.KINDS`; `forward_kl` is KL(teacher || student).
+      parameters: the kind's own numbers, such as (beta,) of generalized_jsd; may be traced.
+      alpha: weight of the hard labels, 0 to 1.
+      temperature: T > 0, of the divergence alone: one number, or [...].
+      scale_by_t2: multiply the divergence by T^2.
+      taid_t: TAID's t: the target is softmax((1 - t) student + t teacher), a constant.
+      label_smoothing: eps in [0, 1], of the cross-entropy.
+      implementation: "mosaic_gpu" or "xla", see `support`; None takes the best that runs.
+        "reference" is the definition itself, in plain jnp.
+      mesh: that the logits lie on; without it a Pallas kernel would gather sharded logits.
+      spec: how logits lie on the mesh; default rows over data and fsdp, V over tensor.
+      vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that
+        share V.
+
+    Returns:
+      [...], float32, nats, unreduced: average with `losses.masked_mean`.
+
+    Raises:
+      ConfigError: for shapes that do not fit, an unknown kind, alpha without labels, or an
+        implementation that cannot run.
+
+    >>> import jax.numpy as jnp
+    >>> student, teacher = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+    >>> print(divergence(student, teacher))
+    [0.3681]
+
+    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
+    """
+    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
+    _check(kind, parameters, student, teacher, labels, alpha)
+    coefficients = operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing)
+    arrays = fused.Operands(
+        student,
+        teacher,
+        None if labels is None else jnp.asarray(labels),
+        jnp.ones(student.shape[:-1]) if mask is None else jnp.asarray(mask, jnp.float32),
+        coefficients,
+    )
+    if implementation == choice.REFERENCE:
+        if vocab_axes:
+            raise ConfigError(
+                f"vocab_axes = {vocab_axes}: the reference needs whole rows of logits; None takes "
+                "an implementation that shares them"
+            )
+        return reference(operands.LossSpec(kind, labels is not None, scale_by_t2), *arrays)
+    operands.check_manual_axes(arrays)
+    static = fused.static(arrays, kind, scale_by_t2, implementation, mesh, spec, vocab_axes)
+    return fused.losses(static, arrays)
+
+
+def _check(kind, parameters, student, teacher, labels, alpha) -> None:
+    rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
+    if student.shape != teacher.shape or student.ndim == 0:
+        raise ConfigError(
+            f"student_logits {list(student.shape)} and teacher_logits {list(teacher.shape)} must "
+            "have one shape [..., V]; slice padded vocabulary off first"
+        )
+    operands.check_alpha(alpha, labels)
+    if labels is not None and jnp.shape(labels) != student.shape[:-1]:
+        raise ConfigError(f"labels {list(jnp.shape(labels))} must be {list(student.shape[:-1])}")

@@ -1,0 +1,223 @@
+"""The fused form of `divergence`: statistics forward, slopes elementwise backward.
+
+Forward, the statistics of both rows are measured in one read (a Pallas kernel on a GPU, XLA
+elsewhere). Only the logits and a few numbers per row are kept for the way back. Backward, the slope
+is elementwise in the logits and these numbers, which XLA fuses into one loop.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jaxdistill.kernels import choice
+from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
+from jaxdistill.kernels.statistics import Rows
+from jaxdistill.kernels.token_loss import TokenRows, as_column
+from jaxdistill.sharding import BATCH_AXES, AnyMesh
+
+
+class Operands(NamedTuple):
+    """The arrays of a call.
+
+    Attributes:
+      student: logits [..., V].
+      teacher: logits [..., V].
+      labels: int [...], or None.
+      weights: float32 [...].
+      coefficients: temperature is [] or [...].
+    """
+
+    student: Any
+    teacher: Any
+    labels: Any
+    weights: Any
+    coefficients: Coefficients
+
+    def flat(self) -> "Operands":
+        """The same with one leading dim."""
+        by_row = lambda x: x if x is None or x.ndim == 0 else x.reshape(-1)
+        wide = lambda x: x.reshape(-1, x.shape[-1])
+        temperature = by_row(self.coefficients.temperature)
+        return Operands(
+            wide(self.student),
+            wide(self.teacher),
+            by_row(self.labels),
+            self.weights.reshape(-1),
+            self.coefficients._replace(temperature=temperature),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """The static arguments of a call.
+
+    Attributes:
+      loss: what is computed.
+      implementation: of the statistics, from `choice.choose`.
+      mesh: that the logits lie on, or None.
+      spec: how they lie on it, one entry for each dim.
+    """
+
+    loss: LossSpec
+    implementation: str
+    mesh: AnyMesh | None
+    spec: PartitionSpec
+
+    @property
+    def by_row(self) -> PartitionSpec:
+        """How an array [...] lies on the mesh."""
+        return PartitionSpec(*self.spec[:-1])
+
+    def rows(self, flat: Operands) -> TokenRows:
+        """A device's rows of logits, [n, V]."""
+        width, axes = flat.student.shape[-1], self.loss.vocab_axes
+        shard = VocabularyShard(axes, jax.lax.axis_index(axes) * width if axes else 0, width)
+        return TokenRows(
+            self.loss, self.implementation, flat.coefficients, shard,
+            flat.student, flat.teacher, flat.labels,
+        )  # fmt: skip
+
+    def on_mesh(self, function: Callable[..., Any], operands: Operands, *by_row: Any) -> Any:
+        """function(operands, *by_row) where the logits lie; it returns two trees.
+
+        With `by_row`, on the way back, the first tree is [..., V]; else all is [...].
+        """
+        if self.mesh is None:
+            return function(operands, *by_row)
+        specs = Operands(
+            self.spec,
+            self.spec,
+            None if operands.labels is None else self.by_row,
+            self.by_row,
+            operands.coefficients.specs(self.by_row),
+        )
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=(specs, *(self.by_row,) * len(by_row)),
+            out_specs=(self.spec if by_row else self.by_row, self.by_row),
+            check_vma=False,
+        )(operands, *by_row)
+
+
+def static(
+    operands: Operands,
+    kind: str,
+    scale_by_t2: bool,
+    implementation: str | None,
+    mesh: AnyMesh | None,
+    spec: PartitionSpec | None,
+    vocab_axes: str | Sequence[str],
+) -> Static:
+    """The static arguments: where the logits lie, and which implementation runs there."""
+    ndim = operands.student.ndim
+    if mesh is None:
+        vocab = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+        spec = PartitionSpec(*(None,) * (ndim - 1), vocab or None)
+    elif spec is None:
+        vocab = "tensor" if mesh.shape["tensor"] > 1 else None
+        spec = PartitionSpec(*(BATCH_AXES,) * (ndim > 1), *(None,) * (ndim - 2), vocab)
+    spec = PartitionSpec(*spec, *(None,) * (ndim - len(spec)))
+    axes = spec[-1] or ()
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    shards = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
+    chosen = choice.choose(
+        implementation,
+        operands.student.shape[-1] // shards,
+        operands.student.dtype,
+        scalar_temperature=operands.coefficients.has_scalar_temperature,
+    )
+    loss = LossSpec(kind, operands.labels is not None, scale_by_t2, axes)
+    return Static(loss, chosen, mesh, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def losses(static: Static, operands: Operands) -> Array:
+    """weights * loss of each position, [...]."""
+    return _forward(static, operands)[0]
+
+
+def _forward(static: Static, operands: Operands) -> tuple[Array, Rows]:
+    """weights * loss [...], and what the way back needs of each row, [...] each."""
+
+    def local(operands: Operands):
+        flat = operands.flat()
+        value, residuals = _rows_forward(static.rows(flat), flat.weights)
+        back = lambda x: x.reshape(operands.weights.shape)
+        return back(value), jax.tree.map(back, residuals)
+
+    return static.on_mesh(local, operands)
+
+
+def _rows_forward(rows: TokenRows, weights: Array) -> tuple[Array, Rows]:
+    alpha, t2 = rows.coefficients.alpha, rows.t2
+    statistics = rows.measure(rows.loss_statistics())
+    divergence = rows.divergence(statistics)
+    residuals = statistics | {
+        "slope_sum": divergence.slope_sum,
+        "divergence": t2 * divergence.value,
+    }
+    loss = (1 - alpha) * t2 * divergence.value
+    if rows.labels is not None:
+        residuals["ce"] = rows.cross_entropy(statistics)
+        loss += alpha * residuals["ce"]
+    return jnp.where(weights == 0, 0.0, loss * weights), residuals
+
+
+def _losses_fwd(static: Static, operands: Operands):
+    value, residuals = _forward(static, operands)
+    return value, (operands, residuals)
+
+
+def _losses_bwd(static: Static, saved, cotangent: Array):
+    operands, residuals = saved
+
+    def local(operands: Operands, residuals: Rows, cotangent: Array):
+        flat = operands.flat()
+        along = cotangent.reshape(-1) * flat.weights
+        residuals = jax.tree.map(lambda x: x.reshape(-1), residuals)
+        slope, *by_row = _rows_backward(static.rows(flat), residuals, along)
+        slope = slope.reshape(operands.student.shape).astype(operands.student.dtype)
+        return slope, [x.reshape(operands.weights.shape) for x in by_row]
+
+    slope, (by_alpha, by_temperature) = static.on_mesh(local, operands, residuals, cotangent)
+    scalar = operands.coefficients.has_scalar_temperature
+    coefficients = jax.tree.map(jnp.zeros_like, operands.coefficients)._replace(
+        alpha=jnp.sum(by_alpha),
+        temperature=jnp.sum(by_temperature) if scalar else by_temperature,
+    )
+    return (Operands(slope, None, None, None, coefficients),)
+
+
+def _rows_backward(rows: TokenRows, residuals: Rows, along: Array) -> tuple[Array, Array, Array]:
+    """Slopes by the student's logits [n, V], by alpha [n] and by T [n], times `along`.
+
+    The factors of a row are one number before they meet its logits: one product for each of them.
+    """
+    alpha, temperature, t2 = rows.coefficients.alpha, rows.coefficients.temperature, rows.t2
+    pull = rows.divergence_slope(residuals, residuals["slope_sum"])
+    by_temperature = t2 * rows.temperature_slope(residuals, pull)
+    if rows.spec.scale_by_t2:
+        by_temperature += 2 / temperature * residuals["divergence"]
+    slope = as_column((1 - alpha) * t2 / temperature) * pull
+    by_alpha = -residuals["divergence"]
+    if rows.labels is not None:
+        slope += alpha * rows.cross_entropy_slope(residuals)
+        by_alpha = residuals["ce"] + by_alpha
+    # Where nothing flows, a row may hold anything: 0 * NaN must not reach its slope.
+    silent = lambda x: jnp.where(along == 0, 0.0, x)
+    return (
+        jnp.where(as_column(along) == 0, 0.0, slope * as_column(along)),
+        silent(along * by_alpha),
+        silent(along * (1 - alpha) * by_temperature),
+    )
+
+
+losses.defvjp(_losses_fwd, _losses_bwd)

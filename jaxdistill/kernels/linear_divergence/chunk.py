@@ -1,0 +1,246 @@
+"""One chunk of tokens: from hidden states and heads to sums of the loss and their gradients.
+
+The products run over the whole chunk. What follows them is elementwise in the logits and sums over
+the vocabulary; it runs over groups of a chunk's rows, so that on a CPU the dozen passes over a
+group find it in the cache. An accelerator fuses the passes: there a group is the whole chunk.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxdistill.kernels import choice
+from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
+from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
+from jaxdistill.kernels.statistics import LOWEST, Rows
+from jaxdistill.kernels.token_loss import TokenRows
+
+# Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
+# or TPU reads heads and head gradient seldom (V = 128,256 in float32: 512 tokens).
+_CHUNK_BYTES = {"cpu": 32 * 2**20}
+_CHUNK_BYTES_ACCELERATOR = 2**28
+_CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
+# float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
+_GROUP_BYTES_CPU = 2**19
+
+
+class Operands(NamedTuple):
+    """The arrays of a call; an absent one is None.
+
+    Attributes:
+      student_hidden: [N, D_S] or [B, L, D_S]; in a chunk [chunk, D_S].
+      student_head: [V, D_S].
+      student_bias: [V].
+      teacher_hidden: [..., D_T].
+      teacher_head: [V, D_T].
+      teacher_bias: [V].
+      labels: int [...].
+      weights: float32 [...].
+      coefficients: temperature is [] or [...].
+      monitor: bool [], whether metrics are made.
+    """
+
+    student_hidden: Array
+    student_head: Array
+    student_bias: Array | None
+    teacher_hidden: Array | None
+    teacher_head: Array | None
+    teacher_bias: Array | None
+    labels: Array | None
+    weights: Array
+    coefficients: Coefficients
+    monitor: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """The static arguments of a call.
+
+    Attributes:
+      loss: what is computed.
+      chunk: tokens whose logits exist at one time on a device.
+      group: rows of a chunk that the elementwise part takes at one time; divides chunk.
+      tile: multiple to which a device's part of the vocabulary is padded.
+      vocab: V, of all devices together and without padding.
+      softcaps: of the student's and the teacher's logits, None for none.
+      implementation: of the row statistics, from `choice.choose`.
+      logits_dtype: of the products' results.
+    """
+
+    loss: LossSpec
+    chunk: int
+    group: int
+    tile: int
+    vocab: int
+    softcaps: tuple[float | None, float | None]
+    implementation: str
+    logits_dtype: DTypeLike
+
+
+class Wanted(NamedTuple):
+    """Which gradients the walk makes on its way forward."""
+
+    hidden: bool = False
+    head: bool = False
+    bias: bool = False
+    temperature: bool = False
+
+    @property
+    def slope(self) -> bool:
+        """Whether d loss / d logits is needed."""
+        return self.hidden or self.head or self.bias
+
+
+def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
+    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
+    budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
+    most = max(8, budget // (itemsize * vocab))
+    if platform != "cpu":
+        most = min(most, _CHUNK_TOKENS)
+    pieces = -(-tokens // most)
+    return min(tokens, -(-tokens // pieces // 8) * 8)
+
+
+def group_size(chunk: int, vocab: int, platform: str) -> int:
+    """Rows per group: the largest divisor of `chunk` within the cache's share on a CPU."""
+    if platform != "cpu":
+        return chunk
+    most = max(1, _GROUP_BYTES_CPU // (4 * vocab))
+    return max(size for size in range(1, min(most, chunk) + 1) if chunk % size == 0)
+
+
+def run(
+    static: Static, wanted: Wanted, x: Operands, shard: VocabularyShard
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name."""
+    # A token of weight 0 may hold anything, NaN included: its hidden states become 0.
+    counted = x.weights != 0
+    silenced = lambda hidden: jnp.where(counted[:, None], hidden, 0)
+    hidden = silenced(x.student_hidden)
+    student_cap, teacher_cap = static.softcaps
+    student = _logits(static, shard, hidden, x.student_head, x.student_bias, student_cap)
+    teacher = None
+    if x.teacher_hidden is not None and x.teacher_head is not None:
+        states = silenced(x.teacher_hidden)
+        teacher = _logits(static, shard, states, x.teacher_head, x.teacher_bias, teacher_cap)
+    scalar = x.coefficients.has_scalar_temperature
+    per_row = (
+        student,
+        teacher,
+        x.labels,
+        x.weights,
+        None if scalar else x.coefficients.temperature,
+    )
+
+    def one(group):
+        student, teacher, labels, weights, temperature = group
+        coefficients = x.coefficients
+        if temperature is not None:
+            coefficients = coefficients._replace(temperature=temperature)
+        rows = TokenRows(
+            static.loss, static.implementation, coefficients, shard, student, teacher, labels
+        )
+        return _group(static, wanted, rows, weights, x.monitor)
+
+    if static.group == static.chunk:
+        sums, slope, by_temperature = one(per_row)
+    else:
+        split = lambda array: array.reshape(-1, static.group, *array.shape[1:])
+        sums, slope, by_temperature = jax.lax.map(one, jax.tree.map(split, per_row))
+        sums = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
+        slope = None if slope is None else slope.reshape(student.shape)
+        if by_temperature is not None:
+            by_temperature = by_temperature.reshape(-1)
+    gradients = {}
+    if by_temperature is not None:
+        gradients["temperature"] = jnp.sum(by_temperature) if scalar else by_temperature
+    if slope is not None:
+        gradients |= _pull_back(static, wanted, slope, hidden, x.student_head)
+    return sums, gradients
+
+
+def _logits(
+    static: Static,
+    shard: VocabularyShard,
+    hidden: Array,
+    head: Array,
+    bias: Array | None,
+    softcap: float | None,
+) -> Array:
+    """hidden . head^T + bias, capped, [chunk, V]; the lowest finite logit in padded columns."""
+    logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)[None, :]
+    # Rounded before it is masked, so that a product may write what stays and no float32.
+    logits = soft_cap(logits, softcap).astype(static.logits_dtype)
+    if shard.padded:
+        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        impossible = max(LOWEST, float(jnp.finfo(logits.dtype).min))
+        logits = jnp.where(column < shard.size, logits, impossible)
+    return logits
+
+
+def _group(
+    static: Static, wanted: Wanted, rows: TokenRows, weights: Array, monitor: Array | None
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+    """Sums over a group's rows; d loss / d logits [n, V] and d loss / d T [n] where wanted."""
+    total = lambda per_token: jnp.sum(jnp.where(weights == 0, 0.0, per_token) * weights)
+    statistics, metrics = _statistics(rows, monitor)
+    losses = rows.losses(statistics)
+    sums = {"count": jnp.sum(weights), "monitored": jnp.sum(weights) * metrics.pop("monitored")}
+    sums |= {name: total(value) for name, value in metrics.items()}
+    if losses.cross_entropy is not None:
+        sums["loss/ce"] = total(losses.cross_entropy)
+    if losses.divergence is not None:
+        sums["loss/divergence"] = total(losses.divergence)
+    if "self_z" in statistics:
+        sums["loss/target_entropy"] = total(rows.target_entropy(statistics))
+    sums["loss"] = total(losses.loss)
+    slope, by_temperature = rows.slopes(statistics, losses, wanted.slope, wanted.temperature)
+    if by_temperature is not None:
+        by_temperature = by_temperature * weights
+    if slope is not None:
+        slope = slope * weights[:, None]
+        if static.softcaps[0] is not None:
+            slope = slope * soft_cap_slope(rows.logits["s"], static.softcaps[0])
+    return sums, slope, by_temperature
+
+
+def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str, Array]]:
+    """The statistics that the loss needs, and per token the metrics ("monitored" is 1 or 0)."""
+    loss_names, metric_names = rows.loss_statistics(), rows.metric_statistics()
+    if "z" in rows.logits and rows.divergence_row is not None:
+        loss_names = (*loss_names, "self_z")  # of the target's entropy
+    one = jnp.float32(1)
+    passes = rows.implementation == "xla" and choice.reads_in_passes(choice.current_device())
+    if monitor is None or not passes:
+        # A fused pass makes the metrics on its way; leaving them out would save nothing.
+        statistics = rows.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
+        return statistics, rows.metrics(statistics) | {"monitored": one}
+    metrics = lambda: rows.metrics(rows.measure(metric_names)) | {"monitored": one}
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(metrics))
+    return rows.measure(loss_names), jax.lax.cond(monitor, metrics, lambda: nothing)
+
+
+def _pull_back(
+    static: Static, wanted: Wanted, slope: Array, hidden: Array, head: Array
+) -> dict[str, Array]:
+    """From d loss / d logits to the gradients of hidden states, head and bias."""
+    gradients = {}
+    narrow = slope.astype(hidden.dtype)
+    if wanted.hidden:
+        by_hidden = jnp.einsum("nv,vd->nd", narrow, head, preferred_element_type=jnp.float32)
+        # Devices that share the vocabulary add their parts before rounding.
+        shared = bool(static.loss.vocab_axes)
+        gradients["student_hidden"] = by_hidden if shared else by_hidden.astype(hidden.dtype)
+    if wanted.head:
+        gradients["student_head"] = jnp.einsum(
+            "nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32
+        )
+    if wanted.bias:
+        gradients["student_bias"] = jnp.sum(slope, axis=0)
+    return gradients

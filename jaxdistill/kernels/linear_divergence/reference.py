@@ -1,0 +1,72 @@
+"""The definition of `linear_divergence` in plain jnp, with JAX's own gradient and all logits.
+
+    s = cap(h_S W_S^T + b_S)    t = cap(h_T W_T^T + b_T)    [N, V], rounded to the logits' dtype
+    sums = sum_i weight_i (loss_i of `divergence`, its terms, and the metrics at T = 1)
+
+In float32, or in float64 where the hidden states are float64.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxdistill.kernels.divergence.reference import terms
+from jaxdistill.kernels.linear_divergence.chunk import Operands
+from jaxdistill.kernels.operands import LossSpec
+from jaxdistill.kernels.softcap import soft_cap
+
+
+def reference(
+    spec: LossSpec,
+    softcaps: tuple[float | None, float | None],
+    logits_dtype: DTypeLike,
+    x: Operands,
+) -> dict[str, Array]:
+    """Sums over the tokens by name: "loss", "count", "monitored" and the metrics, [].
+
+    Args:
+      spec: what is computed.
+      softcaps: of the student's and the teacher's logits.
+      logits_dtype: in which logits are rounded.
+      x: all arrays; metrics are made whatever `monitor` is.
+    """
+    dims = x.student_hidden.ndim - 1
+    flat = lambda a: None if a is None or a.ndim < dims else a.reshape(-1, *a.shape[dims:])
+    weights = jax.lax.stop_gradient(flat(x.weights))
+    counted = weights != 0
+
+    def logits(hidden: Array, head: Array, bias: Array | None, softcap: float | None) -> Array:
+        hidden = jnp.where(counted[:, None], flat(hidden), 0)
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        products = jnp.matmul(hidden, head.astype(hidden.dtype).T, preferred_element_type=wide)
+        if bias is not None:
+            products += bias.astype(wide)[None, :]
+        return soft_cap(products, softcap).astype(logits_dtype)
+
+    s, t = logits(x.student_hidden, x.student_head, x.student_bias, softcaps[0]), None
+    if x.teacher_hidden is not None and x.teacher_head is not None:
+        t = logits(x.teacher_hidden, x.teacher_head, x.teacher_bias, softcaps[1])
+    y = None if x.labels is None else jnp.where(counted, flat(x.labels), 0)
+    temperature = x.coefficients.temperature
+    temperature = flat(temperature) if temperature.ndim else temperature
+    values = terms(spec, s, t, y, x.coefficients._replace(temperature=temperature))
+
+    log_softmax = lambda z: jax.nn.log_softmax(z.astype(values.loss.dtype))
+    entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    log_q = log_softmax(s)
+    per_token = {"loss": values.loss, "student/entropy": entropy(log_q)}
+    if y is not None:
+        per_token["loss/ce"] = values.cross_entropy
+    if t is not None:
+        log_p = log_softmax(t)
+        top = (s == s.max(1, keepdims=True)) & (t == t.max(1, keepdims=True))
+        per_token["loss/divergence"] = values.divergence
+        per_token["loss/kl_t1"] = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+        per_token["agree/top1"] = jnp.any(top, axis=1)
+        per_token["teacher/entropy"] = entropy(log_p)
+        if x.coefficients.taid_t is not None and isinstance(spec.kind, str):
+            column = temperature[:, None] if temperature.ndim else temperature
+            per_token["loss/target_entropy"] = entropy(log_softmax(values.target / column))
+    sums = {name: jnp.sum(weights * jnp.where(counted, x, 0)) for name, x in per_token.items()}
+    return sums | {"count": jnp.sum(weights), "monitored": jnp.sum(weights)}

@@ -1,0 +1,331 @@
+"""The core of both operations: from rows of logits to losses, metrics and slopes of each token.
+
+`divergence` is given logits, `linear_divergence` makes them for one chunk of tokens after another.
+Both hand them to a `TokenRows`, which measures the rows' statistics once and derives the rest:
+
+    s, t    logits of student and teacher, [n, V]
+    z       logits of the target, [n, V]: t, or with TAID (1 - taid_t) s + taid_t t, a constant
+    q, p    softmax(s / T), softmax(z / T)
+    loss    alpha CE(s, y) + (1 - alpha) T^2 D(p, q), [n]
+
+    logits --measure--> statistics --+-- losses -> [n]     --+-- slopes -> [n, V] by s, [n] by T
+                                     +-- metrics -> [n]
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdistill.kernels import choice, rows
+from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
+from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, top_of
+from jaxdistill.kernels.tiling import Tiling, tiling
+
+
+class Divergence(NamedTuple):
+    """The divergence of each row, and what its slope needs beside the statistics.
+
+    Attributes:
+      value: D without its T^2, [n].
+      slope_sum: sum_v dlogq of a named kind, [n].
+      vjp: of a function of whole rows: cotangent [n] -> slopes by s / T and z / T, [n, V] each.
+    """
+
+    value: Array
+    slope_sum: Array | None = None
+    vjp: Callable[[Array], tuple[Array, Array]] | None = None
+
+
+class TokenLosses(NamedTuple):
+    """The loss of each row and the terms that it weighs.
+
+    Attributes:
+      loss: alpha CE + (1 - alpha) T^2 D, [n].
+      cross_entropy: CE, [n], or None without labels.
+      divergence: T^2 D, [n], or None without a teacher.
+      unscaled: D, or None without a teacher.
+    """
+
+    loss: Array
+    cross_entropy: Array | None
+    divergence: Array | None
+    unscaled: Divergence | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """n rows of logits on one device, with all that their loss depends on.
+
+    Attributes:
+      spec: what is computed.
+      implementation: of the statistics, from `choice.choose`.
+      coefficients: the numbers of the formula; temperature is [] or [n].
+      vocabulary: the columns on this device.
+      student: logits [n, V] as they came.
+      teacher: logits [n, V], or None.
+      labels: [n], or None.
+    """
+
+    spec: LossSpec
+    implementation: str
+    coefficients: Coefficients
+    vocabulary: VocabularyShard
+    student: Array
+    teacher: Array | None
+    labels: Array | None
+
+    # ------------------------------------------------------------------------------- statistics
+
+    @functools.cached_property
+    def logits(self) -> Rows:
+        """Clamped float32 logits by model, "s", "t" and with TAID "z"; none is a constant yet."""
+        logits = {"s": stats.clamp(self.student)}
+        if self.teacher is not None:
+            logits["t"] = stats.clamp(self.teacher)
+            if self.coefficients.taid_t is not None:
+                logits["z"] = taid_target(logits["s"], logits["t"], self.coefficients.taid_t)
+        return logits
+
+    @property
+    def target(self) -> Array:
+        """z: the logits of the distribution that the divergence is measured to."""
+        return self.logits["z" if "z" in self.logits else "t"]
+
+    @functools.cached_property
+    def divergence_row(self) -> rows.Row | None:
+        """The kind's row of the table, None for a function or where there is no divergence."""
+        kind = self.spec.kind
+        return rows.make(kind, *self.coefficients.parameters) if isinstance(kind, str) else None
+
+    def loss_statistics(self) -> tuple[str, ...]:
+        """The statistics that the loss and its slopes are made of."""
+        names = ["sum_s1"] if self.spec.labels else []
+        if self.divergence_row is not None:
+            names += ["sum_s", "sum_z"]
+            reads = self.divergence_row.closed.reads if self.divergence_row.closed else ()
+            names += [{"forward": "gap_z", "reverse": "gap_s"}[direction] for direction in reads]
+        return tuple(names)
+
+    def metric_statistics(self) -> tuple[str, ...]:
+        """The statistics that the metrics at T = 1 are made of."""
+        names = ("sum_s1", "self_s1")
+        return names if self.spec.kind is None else (*names, "sum_t1", "self_t1", "gap_t1", ECHO)
+
+    def measure(self, names: Sequence[str]) -> Rows:
+        """Statistics of whole rows by name, [n] each, merged over the shards of the vocabulary."""
+        if not names:
+            return {}
+        scales = self.coefficients.scales
+        if self.implementation == "mosaic_gpu" and self.teacher is not None:
+            from jaxdistill.kernels import mosaic_gpu
+
+            measured = mosaic_gpu.statistics(
+                names, self.student, self.teacher, self.coefficients,
+                self._tiling(len(names) + 2), choice.INTERPRET,
+            )  # fmt: skip
+        elif choice.reads_in_passes(choice.current_device()):
+            measured = stats.in_passes(names, self.logits, scales)
+        else:
+            measured = stats.in_one_pass(names, self.logits, scales)
+        if self.vocabulary.axes:
+            measured = stats.combine(measured, scales, self.vocabulary.max, self.vocabulary.sum)
+        return measured
+
+    def _tiling(self, values: int) -> Tiling:
+        tokens, vocab = self.student.shape
+        device = choice.current_device()
+        return tiling(tokens, vocab, self.student.dtype.name, device.kind, values)
+
+    def log_probs(self, statistics: Rows, name: str) -> Array:
+        """log softmax of the model whose sum has this name, at that sum's temperature: [n, V].
+
+        Maximum and log-sum stay two numbers: added into one, logits of 300 would cost the
+        log-probabilities their last five bits.
+        """
+        moment = MOMENTS[name]
+        top, k = top_of(statistics, moment.model), self.coefficients.scales.of(moment)
+        entries = self.logits[moment.model if moment.model in self.logits else "t"]
+        shifted = (entries - as_column(top)) * as_column(jnp.asarray(k, jnp.float32))
+        return shifted - as_column(jnp.log(statistics[name]))
+
+    # ------------------------------------------------------------------------------------ losses
+
+    @property
+    def t2(self) -> Array:
+        """The factor of the divergence: T^2, or 1."""
+        return self.coefficients.temperature**2 if self.spec.scale_by_t2 else jnp.float32(1)
+
+    def losses(self, statistics: Rows) -> TokenLosses:
+        """The loss of each row and its terms, [n] each."""
+        alpha = self.coefficients.alpha
+        loss = jnp.zeros(len(self.student), jnp.float32)
+        cross_entropy = divergence = unscaled = None
+        if self.labels is not None:
+            cross_entropy = self.cross_entropy(statistics)
+            loss += alpha * cross_entropy
+        if self.teacher is not None:
+            unscaled = self.divergence(statistics)
+            divergence = self.t2 * unscaled.value
+            loss += (1 - alpha) * divergence
+        return TokenLosses(loss, cross_entropy, divergence, unscaled)
+
+    def cross_entropy(self, statistics: Rows) -> Array:
+        """-(1 - eps) log q_y - eps mean_v log q_v at T = 1, [n]; NaN for a label of no column."""
+        assert self.labels is not None, "spec.labels says that there are some"
+        s, top, vocabulary = self.logits["s"], statistics["max_s"], self.vocabulary
+        smoothing = self.coefficients.smoothing
+        column = vocabulary.column(self.labels)
+        here = column >= 0
+        picked = jnp.take_along_axis(s, jnp.maximum(column, 0)[:, None], axis=1)[:, 0]
+        at_label = vocabulary.sum(jnp.where(here, picked, 0.0))
+        known = vocabulary.max(here.astype(jnp.float32)) > 0
+        log_sum = jnp.log(statistics["sum_s1"])
+        value = jnp.where(known, log_sum - (at_label - top), jnp.nan)
+        if smoothing is None:
+            return value
+        possible = s > LOWEST / 2
+        total = vocabulary.sum(jnp.sum(jnp.where(possible, s - top[:, None], 0.0), axis=1))
+        count = vocabulary.sum(jnp.sum(possible.astype(jnp.float32), axis=1))
+        return (1 - smoothing) * value + smoothing * (log_sum - total / count)
+
+    def cross_entropy_slope(self, statistics: Rows) -> Array:
+        """d CE / d s = q - (1 - eps) onehot(y) - eps / V, [n, V]."""
+        assert self.labels is not None, "spec.labels says that there are some"
+        s, smoothing = self.logits["s"], self.coefficients.smoothing
+        column = self.vocabulary.column(self.labels)
+        onehot = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1) == column[:, None]
+        q = jnp.exp(self.log_probs(statistics, "sum_s1"))
+        if smoothing is None:
+            return q - onehot
+        possible = (s > LOWEST / 2).astype(jnp.float32)
+        count = self.vocabulary.sum(jnp.sum(possible, axis=1))
+        uniform = possible * (smoothing / count)[:, None]
+        return q - (1 - smoothing) * onehot - uniform
+
+    def divergence(self, statistics: Rows) -> Divergence:
+        """D(p, q) of each row, without its T^2."""
+        row = self.divergence_row
+        if row is None:
+            return self._function()
+        if row.closed:
+            log_s, log_z = jnp.log(statistics["sum_s"]), jnp.log(statistics["sum_z"])
+            kl = {}
+            if "forward" in row.closed.reads:
+                kl["forward"] = statistics["gap_z"] / statistics["sum_z"] + (log_s - log_z)
+            if "reverse" in row.closed.reads:
+                kl["reverse"] = statistics["gap_s"] / statistics["sum_s"] + (log_z - log_s)
+            return Divergence(row.closed.value(kl), row.closed.slope_sum(kl))
+        if self.implementation == "mosaic_gpu":
+            from jaxdistill.kernels import mosaic_gpu
+
+            value, slope_sum = mosaic_gpu.row_sums(
+                rows.KINDS[self.spec.kind], self.student, self.teacher, self.coefficients,
+                statistics, self._tiling(2), choice.INTERPRET,
+            )  # fmt: skip
+        else:
+            log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))
+            value = jnp.sum(row.value(log_p, log_q), axis=1)
+            slope_sum = jnp.sum(row.dlogq(log_p, log_q), axis=1)
+        return Divergence(self.vocabulary.sum(value), self.vocabulary.sum(slope_sum))
+
+    def _function(self) -> Divergence:
+        """The divergence by a function of whole rows."""
+        k, function = 1 / self.coefficients.temperature, self.spec.kind
+        assert callable(function), "a named kind has a row"
+        evaluate = lambda s, z: function(s, z, self.labels)
+        value, vjp = jax.vjp(evaluate, self.logits["s"] * as_column(k), self.target * as_column(k))
+        return Divergence(value, vjp=vjp)
+
+    # ------------------------------------------------------------------------------------ slopes
+
+    def slopes(
+        self, statistics: Rows, losses: TokenLosses, by_logits: bool, by_temperature: bool
+    ) -> tuple[Array | None, Array | None]:
+        """d loss / d s [n, V] and d loss / d T [n], each None where it is not asked for."""
+        alpha, temperature = self.coefficients.alpha, self.coefficients.temperature
+        parts, moved = [], jnp.zeros_like(losses.loss)
+        if self.labels is not None and by_logits:
+            parts.append(alpha * self.cross_entropy_slope(statistics))
+        if losses.unscaled is not None and (by_logits or by_temperature):
+            slope, moved = self._divergence_slopes(statistics, losses.unscaled, by_temperature)
+            parts.append((1 - alpha) * (as_column(self.t2 / temperature) * slope))
+            if by_temperature:
+                moved = self.t2 * moved
+                if self.spec.scale_by_t2:
+                    moved += 2 * temperature * losses.unscaled.value
+                moved = (1 - alpha) * moved
+        return sum(parts) if by_logits else None, moved if by_temperature else None
+
+    def _divergence_slopes(
+        self, statistics: Rows, divergence: Divergence, by_temperature: bool
+    ) -> tuple[Array, Any]:
+        """d D / d (s / T) [n, V], and d D / d T [n] where it is asked for."""
+        if divergence.vjp is not None:
+            by_student, by_target = divergence.vjp(jnp.ones_like(divergence.value))
+            moved = jnp.sum(by_student * self.logits["s"] + by_target * self.target, axis=1)
+            return by_student, -moved * (1 / self.coefficients.temperature) ** 2
+        assert divergence.slope_sum is not None, "a named kind has one"
+        slope = self.divergence_slope(statistics, divergence.slope_sum)
+        return slope, self.temperature_slope(statistics, slope) if by_temperature else None
+
+    def divergence_slope(self, statistics: Rows, slope_sum: Array) -> Array:
+        """d D / d (s / T) = g - q sum(g) of a named kind, g = dlogq, [n, V]."""
+        row = self.divergence_row
+        assert row is not None, "a function has its vjp"
+        log_q = self.log_probs(statistics, "sum_s")
+        log_p = self.log_probs(statistics, "sum_z")
+        return row.dlogq(log_p, log_q) - jnp.exp(log_q) * slope_sum[:, None]
+
+    def temperature_slope(self, statistics: Rows, slope: Array) -> Array:
+        """d D / d T of a named kind, [n], through q and p; `slope` is `divergence_slope`'s."""
+        row = self.divergence_row
+        assert row is not None, "a function has its vjp"
+        log_q = self.log_probs(statistics, "sum_s")
+        log_p = self.log_probs(statistics, "sum_z")
+        h = row.dlogp(log_p, log_q)
+        h_sum = self.vocabulary.sum(jnp.sum(h, axis=1))
+        back = h - jnp.exp(log_p) * h_sum[:, None]
+        # d (z / T) / dT = -z / T^2; either slope sums to 0 over a row, so shifted logits serve.
+        s = self.logits["s"] - top_of(statistics, "s")[:, None]
+        z = self.target - top_of(statistics, "z")[:, None]
+        moved = self.vocabulary.sum(jnp.sum(slope * s + back * z, axis=1))
+        return -moved / self.coefficients.temperature**2
+
+    # ----------------------------------------------------------------------------------- metrics
+
+    def target_entropy(self, statistics: Rows) -> Array:
+        """Entropy of p, [n]; TAID's cross-entropy is its divergence and this."""
+        total = statistics["sum_z"]
+        return jnp.log(total) - statistics["self_z"] / total
+
+    def metrics(self, statistics: Rows) -> dict[str, Array]:
+        """At T = 1, [n] each: entropies, KL(teacher || student), whether the top tokens agree."""
+
+        def entropy(model: str) -> Array:
+            total = statistics[f"sum_{model}1"]
+            return jnp.log(total) - statistics[f"self_{model}1"] / total
+
+        metrics = {"student/entropy": entropy("s")}
+        if self.spec.kind is not None:
+            log_ratio = jnp.log(statistics["sum_s1"]) - jnp.log(statistics["sum_t1"])
+            metrics["loss/kl_t1"] = statistics["gap_t1"] / statistics["sum_t1"] + log_ratio
+            agree = statistics[ECHO] == statistics["max_t"]
+            metrics["agree/top1"] = agree.astype(jnp.float32)
+            metrics["teacher/entropy"] = entropy("t")
+        return metrics
+
+
+def taid_target(student: Array, teacher: Array, taid_t: Any) -> Array:
+    """TAID's target, (1 - t) student + t teacher, of logits [n, V] or of a tile of them."""
+    return student + taid_t * (teacher - student)
+
+
+def as_column(x: Array) -> Array:
+    """[n] as [n, 1]; a scalar as it is."""
+    return x[:, None] if x.ndim else x
