@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from benchmarks import duel
-from jaxdistill import models, objectives, optim, teachers
+from jaxdistill import models, optim, teachers
+from jaxdistill.methods import kd
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
@@ -84,7 +85,7 @@ class _Program:
 
     def __init__(self, mesh, rows: int, length: int):
         tx = optim.optimizer(1e-4, knobs={"alpha": 0.5, "temperature": 2.0})
-        loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+        loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
         step = steps.make(loss, teachers.online(TEACHER, compute_dtype="float32"), tx)
         self._teacher = models.random(TEACHER, 1, "float32", mesh).params
         student = models.random(STUDENT, 0, "float32", mesh).params

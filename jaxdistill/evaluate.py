@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill.measure.speed import leaf_bytes
+from jaxdistill.methods import measuring
 from jaxdistill.models import DecoderConfig, count_non_embedding_parameters, count_parameters
-from jaxdistill.objectives import sft
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.step import Loss, make_loss
 from jaxdistill.types import Batch, Mean, TeacherSignal
@@ -95,7 +95,9 @@ def scoring_step(
     chunk: int | None = None,
 ) -> EvalStep:
     """A model alone: cross-entropy of the data, for a teacher's own row and for timing."""
-    loss = make_loss(config, sft(vocab=vocab, chunk=chunk), compute_dtype=compute_dtype)
+    loss = make_loss(
+        config, measuring.cross_entropy(vocab=vocab, chunk=chunk), compute_dtype=compute_dtype
+    )
 
     def step(params, teacher_params, batch, knobs):
         params = {"student": params, "objective": {}}

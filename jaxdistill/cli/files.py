@@ -118,11 +118,11 @@ def _recipes() -> dict[str, str]:
 
 def _methods() -> dict[str, str]:
     """Method name -> how far it has come, and what it is."""
-    from jaxdistill.config import methods
+    from jaxdistill.methods import METHODS
 
     return {
-        name: f"[{methods.MATURITY[name]}] {section.__doc__}"
-        for name, section in methods.METHODS.items()
+        name: f"[{'measured' if method.measured else 'exact'}] {method.options.__doc__}"
+        for name, method in METHODS.items()
     }
 
 

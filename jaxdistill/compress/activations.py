@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxdistill.methods import measuring
 from jaxdistill.models import DecoderConfig, attention, decoder, rope, unrolled
 from jaxdistill.models.blocks import MLP, Layer
-from jaxdistill.objectives import sft
 from jaxdistill.sharding import RULES
 from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
@@ -122,7 +122,9 @@ def loss_without(
 ) -> Mean:
     """Cross-entropy of a batch by the model without the layers whose `keep` [layers] is False."""
     outputs, _, _ = _forward(config, dtype, params, batch, None, keep)
-    return sft(vocab=vocab).apply({}, outputs, TeacherSignal(), batch, {})["loss"]
+    return measuring.cross_entropy(vocab=vocab).apply({}, outputs, TeacherSignal(), batch, {})[
+        "loss"
+    ]
 
 
 def _forward(

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from jaxdistill import methods
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
 from jaxdistill.errors import ConfigError
@@ -12,9 +13,14 @@ from jaxdistill.errors import ConfigError
 Schema = dict[str, Any]
 
 
-@functools.cache
 def json_schema() -> Schema:
     """The JSON schema of a configuration file, for editors."""
+    return _json_schema(methods.rows())
+
+
+@functools.lru_cache(maxsize=4)
+def _json_schema(rows: object) -> Schema:
+    """The schema with the methods that the table holds now."""
     return Config.model_json_schema()
 
 
@@ -130,9 +136,13 @@ def _named(node: Schema) -> str | None:
     return node.get("properties", {}).get("name", {}).get("const")
 
 
-@functools.cache
 def all_keys() -> tuple[tuple[str, ...], ...]:
     """The path of every key, sections included, each once."""
+    return _all_keys(methods.rows())
+
+
+@functools.lru_cache(maxsize=4)
+def _all_keys(rows: object) -> tuple[tuple[str, ...], ...]:
     return tuple(_below([json_schema()], ()))
 
 

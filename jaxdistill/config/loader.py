@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from jaxdistill.config import keys, syntax
-from jaxdistill.config.methods import METHODS
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import BUDGET_PATTERN, NAME_PATTERN, Section
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import METHODS
+from jaxdistill.section import BUDGET_PATTERN, NAME_PATTERN, Section
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -170,7 +170,7 @@ def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> No
     if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
         return  # its entries are wrong, and each of them is reported
     if item["type"] == "union_tag_not_found":
-        names = {name for method in METHODS.values() for name in method.model_fields}
+        names = {name for method in METHODS.values() for name in method.options.model_fields}
         for key in [key for key in item["input"] if key not in names]:
             unknown = {"type": "extra_forbidden", "loc": ("method", "", key)}
             _translate(raw, unknown, report)

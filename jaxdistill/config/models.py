@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from jaxdistill.config.section import Budget, Dtype, Path, Problem, Section, Size
+from jaxdistill.section import Budget, Dtype, Path, Problem, Section, Size
 
 
 class RandomModel(Section):

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 from jaxdistill.config import keys, loader, syntax
 from jaxdistill.config.models import PruneAxes, PruneBy
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import (
+from jaxdistill.errors import ConfigError
+from jaxdistill.section import (
     NAME_PATTERN,
     Budget,
     Count,
@@ -21,7 +22,6 @@ from jaxdistill.config.section import (
     Section,
     Size,
 )
-from jaxdistill.errors import ConfigError
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Name = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]

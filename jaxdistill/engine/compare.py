@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import evaluate as measure
-from jaxdistill import objectives, optim
+from jaxdistill import optim
 from jaxdistill import teachers as signals
 from jaxdistill.config import Config
 from jaxdistill.engine import setup, states
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.run_dir import RunDir
+from jaxdistill.methods import measuring
 from jaxdistill.models import Model
 from jaxdistill.report import MetricsWriter
 from jaxdistill.train.state import TrainState, whole
@@ -22,9 +23,6 @@ from jaxdistill.train.step import make_loss
 ORDER = ("teacher", "student before", "SFT control", "student after")
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
-# Rows are measured by CE, KL and agreement at T = 1, which no knob moves; TED's as in its last
-# stage.
-_ROW_KNOBS = {"alpha": 1.0, "temperature": 1.0, "stage": 2.0}
 
 
 class Comparison:
@@ -35,12 +33,12 @@ class Comparison:
         config: Config,
         run: RunDir,
         models: setup.Models,
-        method: setup.Method,
+        method: setup.RunMethod,
         held_out: HeldOut,
     ):
         self._config, self._run, self._models, self._held_out = config, run, models, held_out
         self._own = method.objective.init(jax.random.key(config.seed))
-        self._row_knobs = dict.fromkeys(method.objective.knobs, 1.0) | _ROW_KNOBS
+        self._row_knobs = {**method.measuring, **measuring.KNOBS}
         self._teacher_params = None if models.teacher is None else models.teacher.params
         self._step = self._program(method)
         stored = run.read_json("table.json") or {}
@@ -48,8 +46,8 @@ class Comparison:
         self._teacher_answers: list[str] | None = None
         self._student_speed: float | None = None
 
-    def _program(self, method: setup.Method) -> measure.EvalStep:
-        """The training loss without gradient; with a teacher at hand, always against it."""
+    def _program(self, method: setup.RunMethod) -> measure.EvalStep:
+        """The loss without gradient: that of training, if it measures against the teacher too."""
         teacher = self._models.teacher
         objective = method.objective
         if teacher is None or (objective.needs_teacher and objective.token_means):
@@ -57,7 +55,7 @@ class Comparison:
         # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
         loss = make_loss(
             self._models.student.config,
-            objectives.kd(vocab=self._models.vocab),
+            measuring.against_teacher(vocab=self._models.vocab),
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
             quantization=self._config.student.quantize,
         )

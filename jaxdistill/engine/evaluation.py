@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from jaxdistill import evaluate as measure
-from jaxdistill import objectives, teachers
+from jaxdistill import teachers
 from jaxdistill.data import pipeline
 from jaxdistill.data.sources import open_source
 from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import MismatchError, ModelError
+from jaxdistill.methods import measuring
 from jaxdistill.models import Model
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.sharding import make_mesh
@@ -74,7 +75,9 @@ def evaluate(
     if large is None:
         metrics = held_out.measure(scoring, student.params, None, {})
     else:
-        loss = make_loss(student.config, objectives.kd(vocab=vocab), compute_dtype=compute)
+        loss = make_loss(
+            student.config, measuring.against_teacher(vocab=vocab), compute_dtype=compute
+        )
         step = measure.make_step(loss, teachers.online(large.config, compute_dtype=compute))
         params = {"student": student.params, "objective": {}}
         knobs = {"alpha": jnp.float32(0.5), "temperature": jnp.float32(1.0)}

@@ -11,10 +11,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, processes, report
+from jaxdistill import agree, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
-from jaxdistill.config.methods import Sft
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.engine import alike, changes, compare, setup, states
 from jaxdistill.engine.held_out import HeldOut
@@ -186,7 +185,7 @@ class _Session:
         """The same student, data, steps and optimizer on cross-entropy alone, kept in control/."""
         config = self.config.model_copy(
             update={
-                "method": Sft(name="sft", chunk=self.config.method.chunk),
+                "method": methods.control(self.config.method),
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
@@ -203,7 +202,7 @@ class _Session:
         self,
         folder: pathlib.Path,
         config: Config,
-        method: setup.Method,
+        method: setup.RunMethod,
         checkpoints: Checkpoints,
         *,
         main: bool,

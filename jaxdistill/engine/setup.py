@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxdistill import objectives, optim, teachers
+from jaxdistill import methods, optim, teachers
 from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import methods, pruning, shapes, states
+from jaxdistill.engine import pruning, shapes, states
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
@@ -201,28 +201,39 @@ def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dic
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class RunMethod:
     """The method of a run as functions.
 
     Attributes:
       objective: what is minimised.
+      measuring: the knobs that models are measured at.
       teacher: where its signal comes from.
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
     """
 
-    objective: objectives.Objective
+    objective: methods.Objective
+    measuring: Mapping[str, float]
     teacher: teachers.Teacher
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
 
 
-def method_of(config: Config, models: Models) -> Method:
+def method_of(config: Config, models: Models) -> RunMethod:
     """Objective, teacher and optimizer as the configuration says."""
-    objective, knobs = methods.objective_of(config, models)
-    assert set(objective.knobs) == set(knobs), "every knob of the method is scheduled"
+    facts = methods.Facts(
+        student=models.student.config,
+        teacher=None if models.teacher is None else models.teacher.config,
+        student_tokenizer=models.tokenizer,
+        teacher_tokenizer=models.tokenizer,
+        vocab=models.vocab,
+        steps=config.train.steps,
+        learning_rate=config.optimizer.lr,
+    )
+    built = methods.build(config.method, facts)
+    objective = built.objective
     teacher = teachers.none
     if objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
@@ -241,13 +252,13 @@ def method_of(config: Config, models: Models) -> Method:
     )
     tx = optim.optimizer(
         rate,
-        knobs=knobs,
+        knobs=built.knobs,
         clip_norm=o.clip_norm,
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        objective_lr_ratio=methods.objective_lr_ratio(config),
-        trained=methods.trained(config),
+        objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
+        trained=built.trained,
     )
     loss = steps.make_loss(
         models.student.config,
@@ -258,7 +269,8 @@ def method_of(config: Config, models: Models) -> Method:
         quantization=config.student.quantize,
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
-    return Method(objective, teacher, tx, rate, loss)
+    measuring = dict.fromkeys(built.knobs, 1.0) | built.measuring
+    return RunMethod(objective, measuring, teacher, tx, rate, loss)
 
 
 def teacher_dtype(config: Config) -> jnp.dtype:
@@ -267,7 +279,7 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.teacher.dtype)
 
 
-def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Mesh) -> Any:
+def abstract_teacher_of(config: Config, models: Models, method: RunMethod, mesh: Mesh) -> Any:
     """The shapes and places of the teacher's parameters, None where the method has no teacher."""
     if models.teacher is None or not method.objective.needs_teacher:
         return None
@@ -279,7 +291,7 @@ def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Me
 
 def compile_step(
     config: Config,
-    method: Method,
+    method: RunMethod,
     state: Any,
     teacher_params: Any,
     mesh: Mesh,
@@ -343,7 +355,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 
 
-def teacher_params_of(models: Models, method: Method) -> Any:
+def teacher_params_of(models: Models, method: RunMethod) -> Any:
     """The teacher's parameters as the step takes them: None where the method has no teacher."""
     if models.teacher is None or not method.objective.needs_teacher:
         return None

@@ -50,7 +50,7 @@ class Training:
     run: RunDir
     folder: pathlib.Path
     config: Config
-    method: setup.Method
+    method: setup.RunMethod
     models: setup.Models
     mesh: Mesh
     dataset: Dataset
@@ -218,7 +218,7 @@ def _policy(config: Config) -> Policy:
     )
 
 
-def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mesh) -> Meter:
+def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: Mesh) -> Meter:
     length, tokens = config.data.seq_len, config.train.batch_size * config.data.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0

@@ -19,9 +19,9 @@ from jax.typing import DTypeLike
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.losses import load_balancing
+from jaxdistill.methods import CONTROL, MONITOR, Objective
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
-from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState, whole

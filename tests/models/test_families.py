@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import losses, models, objectives, sharding
+from jaxdistill import losses, models, sharding
 from jaxdistill.errors import ModelError
+from jaxdistill.methods import kd
 from jaxdistill.models import decoder, experts
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.config_json import read_config, write_config
@@ -193,7 +194,7 @@ def test_losses_see_capped_logits(capped):
     student = decoder.apply(config, worse, tokens, compute_dtype="float32")
     knobs = {"alpha": jnp.float32(0.3), "temperature": jnp.float32(1.0)}
     signal = TeacherSignal(outputs=outputs)
-    means = objectives.kd(vocab=61).apply({}, student, signal, batch, knobs)
+    means = kd.objective(vocab=61).apply({}, student, signal, batch, knobs)
     q, p = (jax.nn.log_softmax(decoder.logits(one)) for one in (student, outputs))
     ce = -jnp.take_along_axis(q, tokens[..., None], -1)[..., 0]
     expected = 0.3 * ce + 0.7 * jnp.sum(jnp.exp(p) * (p - q), -1)

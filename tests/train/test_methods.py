@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import losses, models, objectives, optim, teachers
+from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
+from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
@@ -50,33 +51,33 @@ def written(batch):
 
 
 METHODS = {
-    "kd": (lambda: objectives.kd(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
-    "taid": (lambda: objectives.taid(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
+    "kd": (lambda: kd.objective(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
+    "taid": (lambda: taid.objective(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
     "ctkd": (
-        lambda: objectives.ctkd(vocab=VOCAB),
+        lambda: ctkd.objective(vocab=VOCAB),
         {"alpha": 0.1, "reversal": optim.schedule("cosine", 0.0, -1.0, STEPS)},
     ),
     "ctkd_per_token": (
-        lambda: objectives.ctkd(vocab=VOCAB, width=16),
+        lambda: ctkd.objective(vocab=VOCAB, width=16),
         {"alpha": 0.1, "reversal": optim.schedule("cosine", 0.0, -1.0, STEPS)},
     ),
     "skew": (
-        lambda: objectives.kd(
+        lambda: kd.objective(
             vocab=VOCAB, divergence="skew_forward_kl", parameters=(0.1,), label_smoothing=0.1
         ),
         {"alpha": 0.2, "temperature": 1.0},
     ),
     "hidden": (
-        lambda: objectives.hidden(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24), balanced=True),
+        lambda: hidden.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5, "feature_balance": None},
     ),
     "minilm": (
-        lambda: objectives.minilm(vocab=VOCAB, layers=(0, 1), heads=4),
+        lambda: minilm.objective(vocab=VOCAB, layers=(0, 1), heads=4),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5},
     ),
-    "distillm2": (lambda: objectives.distillm2(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
+    "distillm2": (lambda: distillm2.objective(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
     "ted": (
-        lambda: objectives.ted(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
+        lambda: ted.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {
             "alpha": 0.5,
             "temperature": 2.0,
@@ -100,10 +101,10 @@ KINDS = {
     "smoothed_targets": (whole_rows.bound("smoothed_forward_kl"), ()),
 }
 for _name, (_kind, _parameters) in KINDS.items():
-    _make = functools.partial(objectives.kd, vocab=VOCAB, divergence=_kind, parameters=_parameters)
+    _make = functools.partial(kd.objective, vocab=VOCAB, divergence=_kind, parameters=_parameters)
     METHODS[_name] = (_make, {"alpha": 0.2, "temperature": 1.0})
 # Without a teacher, and without a curve here.
-OTHERS = {"sft": (lambda: objectives.sft(vocab=VOCAB), {})}
+OTHERS = {"sft": (lambda: sft.objective(vocab=VOCAB), {})}
 
 
 class Training:
@@ -179,8 +180,10 @@ def test_the_curve_is_the_committed_one(name):
 
 
 def test_every_objective_has_a_curve():
-    made = {make().apply.__qualname__.split(".")[0] for make, _ in METHODS.values()}
-    assert made == set(objectives.OBJECTIVES) - {"sft", "step_by_step"}  # of other tests
+    tried = {make().apply.__module__ for make, _ in METHODS.values()}
+    every = {method.build.__module__ for method in methods.METHODS.values()}
+    others = {"jaxdistill.methods.sft", "jaxdistill.methods.step_by_step"}  # of other tests
+    assert tried == every - others
 
 
 @pytest.mark.parametrize("case", ["devices", "micro_batches"])

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import losses, models, objectives, optim, teachers
+from jaxdistill import losses, models, optim, teachers
+from jaxdistill.methods import kd, sft
 from jaxdistill.models import decoder
 from jaxdistill.models.architecture import Experts
 from jaxdistill.sharding import make_mesh
@@ -54,7 +55,7 @@ class Training:
         self.tx = optim.optimizer(
             lr, knobs={"alpha": ALPHA, "temperature": TEMPERATURE}, clip_norm=clip_norm
         )
-        objective = objectives.kd(vocab=VOCAB, divergence=kind)
+        objective = kd.objective(vocab=VOCAB, divergence=kind)
         loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
         signal = teachers.online(TEACHER, compute_dtype="float32")
         self.state = states.create(student, {}, self.tx, 7, self.mesh)
@@ -119,7 +120,7 @@ def test_the_gradient_is_the_slope_of_the_definition():
     mesh = mesh_of(1, 1)
     params = models.random(STUDENT, 0, "float32", mesh).params
     teacher = models.random(TEACHER, 1, "float32", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
     signal = teachers.online(TEACHER, compute_dtype="float32")(teacher, batch)
     knobs = {"alpha": jnp.float32(ALPHA), "temperature": jnp.float32(TEMPERATURE)}
     mean = lambda p: loss({"student": p, "objective": {}}, signal, batch, knobs)["loss"].value
@@ -188,7 +189,7 @@ def test_padding_and_packing_change_nothing():
     mesh = mesh_of(1, 1)
     params = {"student": models.random(STUDENT, 0, "float32", mesh).params, "objective": {}}
     teacher = models.random(TEACHER, 1, "float32", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
     signal = teachers.online(TEACHER, compute_dtype="float32")
     knobs = {"alpha": jnp.float32(ALPHA), "temperature": jnp.float32(TEMPERATURE)}
     run = jax.jit(
@@ -204,7 +205,7 @@ def test_padding_and_packing_change_nothing():
 
 def test_the_balance_of_experts_is_part_of_the_loss_on_any_mesh():
     config = dataclasses.replace(STUDENT, family="mixtral", experts=Experts(4, 2))
-    batch, objective = on_device(rows(0)), objectives.sft(vocab=VOCAB)
+    batch, objective = on_device(rows(0)), sft.objective(vocab=VOCAB)
 
     def means(weight, student, batch):
         loss = steps.make_loss(
@@ -282,7 +283,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
     tx = optim.optimizer(1e-3, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
     state = states.abstract(small, "float32", {}, tx, mesh)
     teacher = states.abstract(wide, "float32", {}, tx, mesh).params["student"]
-    loss = steps.make_loss(small, objectives.kd(vocab=vocab, chunk=32), compute_dtype="float32")
+    loss = steps.make_loss(small, kd.objective(vocab=vocab, chunk=32), compute_dtype="float32")
     step = steps.make(loss, teachers.online(wide, compute_dtype="float32"), tx)
     shape = steps.abstract_batch(batch, length, mesh)
     program = steps.compiled(step, state, teacher, shape, mesh)
@@ -294,7 +295,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
 
 
 def test_an_unknown_remat_is_refused_before_anything_is_compiled():
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), remat="some")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), remat="some")
     params = {"student": decoder.shapes(STUDENT), "objective": {}}
     with pytest.raises(ValueError, match="remat"):
         jax.eval_shape(lambda p: loss(p, None, on_device(rows(0)), {}), params)
@@ -311,7 +312,7 @@ def test_remat_changes_memory_and_not_the_gradient(remat):
 
     def gradient(remat):
         loss = steps.make_loss(
-            STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32", remat=remat
+            STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32", remat=remat
         )
         return jax.jit(jax.grad(lambda p: loss(p, signal, batch, knobs)["loss"].value))(params)
 
@@ -326,7 +327,7 @@ def test_bfloat16_compute_keeps_float32_masters_and_moments():
     tx = optim.optimizer(1e-2, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
     state = states.create(student, {}, tx, 0, mesh)
     teacher = models.random(TEACHER, 1, "bfloat16", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="bfloat16")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="bfloat16")
     step = steps.make(loss, teachers.online(TEACHER), tx)
     batch = steps.place(rows(0), mesh)
     program = steps.compiled(step, state, teacher, batch, mesh)

@@ -1,10 +1,10 @@
-"""Values of methods that have several forms: numbers that may move in a run, pairs of layers."""
+"""Options of several forms: numbers that may move during a run, pairs of layers."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from jaxdistill.config.section import Section
+from jaxdistill.section import Section
 
 
 class AlphaSchedule(Section):
@@ -80,3 +80,17 @@ LAYERS = (
     "Which are compared: even (every layer of the student, with the ends of equal blocks), last, a "
     "number of pairs at the ends of equal blocks, or pairs [student, teacher] of layers from 0."
 )
+
+
+def schedules(options: Section, steps: int, *names: str) -> dict[str, Any]:
+    """The named options of a method, each as `scheduled`: its knobs of the same names."""
+    return {name: scheduled(getattr(options, name), steps) for name in names}
+
+
+def scheduled(knob: Any, steps: int) -> Any:
+    """A knob's option as a number, or as an Optax schedule over all `steps` of a run."""
+    if isinstance(knob, int | float):
+        return float(knob)
+    from jaxdistill import optim
+
+    return optim.schedule(knob.schedule, knob.start, knob.end, steps)
