@@ -9,7 +9,6 @@ from typing import Any
 
 from jaxdistill import whole_file
 from jaxdistill.config.generation import Generation
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import unrolled
 from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, tasks
@@ -17,6 +16,7 @@ from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, a
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write_records
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
 Put = Callable[[str], str]  # question -> prompt

@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxdistill import whole_file
 from jaxdistill.data.store import writing
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
 from jaxdistill.reasoning.store import write_records
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
 STYLES = ("plain", "zero_shot", "few_shot", "preamble", "predict", "chat")
