@@ -20,9 +20,9 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
         ],
     )
     with stdout_is_json(True):
-        from jaxdistill.engine import rationales
+        from jaxdistill.engine import teacher_generate
 
-        found = rationales.generate(config)
+        found = teacher_generate.generate(config)
     if arguments.json:
         return print_json(found)
     print(
@@ -60,12 +60,12 @@ def serve(arguments: argparse.Namespace) -> None:
 def evaluate_tasks(arguments: argparse.Namespace) -> None:
     """Measures accuracy on tasks."""
     with stdout_is_json(True):
-        from jaxdistill.engine import tasks
+        from jaxdistill.evaluate import accuracy
 
-        found = tasks.evaluate(
+        found = accuracy.evaluate(
             arguments.model,
             arguments.tasks,
-            tasks.Ask(
+            accuracy.Ask(
                 style=arguments.style,
                 file=arguments.exemplars,
                 samples=arguments.self_consistency,

@@ -105,6 +105,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         return print_json(metrics)
+    metrics.pop("eval/reliability")  # bars of a diagram, for --json
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)

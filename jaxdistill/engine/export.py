@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxdistill import models
 from jaxdistill.compress import quantize as quantizing
-from jaxdistill.engine.references import adapters_any, load_any
 from jaxdistill.models import peft
+from jaxdistill.references import adapters_any, load_any
 
 
 def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> models.Model:

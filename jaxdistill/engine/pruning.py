@@ -17,13 +17,13 @@ from jaxdistill.compress.importance import Importance
 from jaxdistill.config.models import Prune
 from jaxdistill.data import pipeline
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine.held_out import HeldOut
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.measure import speed
+from jaxdistill.evaluate import speed
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
 NOTE = "pruning.json"  # in the student's folder: what was kept of which model

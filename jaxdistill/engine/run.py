@@ -15,14 +15,14 @@ from jaxdistill import agree, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import alike, changes, compare, setup, states
-from jaxdistill.engine.held_out import HeldOut
-from jaxdistill.engine.references import STUDENT
+from jaxdistill.engine import alike, changes, run_table, setup, states
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.engine.training import Training
 from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import count_parameters, lora
 from jaxdistill.models.config_json import write_config
+from jaxdistill.references import STUDENT
 from jaxdistill.train import poison, stopping
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.stopping import Stop
@@ -163,7 +163,7 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval),
         )
-        self.table = compare.Comparison(config, run, self.models, self.method, held_out)
+        self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""

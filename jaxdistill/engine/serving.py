@@ -10,13 +10,13 @@ from collections.abc import Generator as Events
 from typing import Any
 
 from jaxdistill.data.prompting import Prompter
-from jaxdistill.engine.references import load_any
 from jaxdistill.engine.streaming import Stream, counts, events
 from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Completion, Request
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
 MAX_SAMPLES = 256

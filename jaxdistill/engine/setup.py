@@ -18,12 +18,12 @@ from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
 from jaxdistill.engine import pruning, shapes, states
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.vocabulary import check_rows, check_same
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import poison
 from jaxdistill.train import step as steps

@@ -13,7 +13,7 @@ from jaxdistill import agree, report
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import compare, setup, states
+from jaxdistill.engine import run_table, setup, states
 from jaxdistill.engine.run_dir import RunDir
 from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.sharding import local_rows
@@ -55,7 +55,7 @@ class Training:
     mesh: Mesh
     dataset: Dataset
     poison: Poison | None
-    table: compare.Comparison
+    table: run_table.RunTable
     checkpoints: Checkpoints
     stop: Stop
     main: bool

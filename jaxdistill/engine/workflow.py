@@ -24,9 +24,10 @@ from jaxdistill.config.workflow import (
     TrainStep,
     Workflow,
 )
-from jaxdistill.engine import pruning, run, side_by_side
+from jaxdistill.engine import pruning, run
 from jaxdistill.engine.export import export, quantize
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.evaluate import comparison
 
 STATE = "workflow.json"
 ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
@@ -192,7 +193,7 @@ class Runner:
         folder = self.folder / step.name
         if isinstance(step, TrainStep) and step.seeds:
             return [str(folder / f"seed_{seed}") for seed in step.seeds]
-        inside = {"importance": scores.FILE, "compare": side_by_side.FILE}.get(step.kind)
+        inside = {"importance": scores.FILE, "compare": comparison.FILE}.get(step.kind)
         return [str(folder / inside if inside else folder)]
 
     def first_outputs(self) -> dict[str, str]:
@@ -273,7 +274,7 @@ class Runner:
                 paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
                 models.append((name, files.replaced(source, paths)))
         plain = self.resolved(step)
-        settings = side_by_side.Settings(
+        settings = comparison.Settings(
             data=plain.data,
             seq_len=plain.seq_len,
             batch_size=plain.batch_size,
@@ -285,7 +286,7 @@ class Runner:
             new_tokens=plain.new_tokens,
             repeats=plain.repeats,
         )
-        found = side_by_side.compare_models(
+        found = comparison.compare_models(
             models, settings, teacher=plain.teacher, out=self.folder / step.name
         )
         print(report.comparison_table(found["rows"], style="plain"), file=sys.stderr)

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdistill import engine
 from jaxdistill.data import pipeline
-from jaxdistill.engine import compare, setup
+from jaxdistill.engine import run_table, setup
 from jaxdistill.errors import DivergedError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
@@ -155,13 +155,13 @@ def test_no_rollback_to_where_there_is_no_checkpoint_but_to_the_start(run, monke
 
 def test_an_evaluation_that_is_nan_is_never_the_best(load_config, monkeypatch, tmp_path):
     measured = itertools.count()
-    evaluate = compare.Comparison.evaluate
+    evaluate = run_table.RunTable.evaluate
 
     def sometimes_nan(self, state):
         metrics = evaluate(self, state)
         return metrics | {"eval/loss": float("nan")} if next(measured) else metrics
 
-    monkeypatch.setattr(compare.Comparison, "evaluate", sometimes_nan)
+    monkeypatch.setattr(run_table.RunTable, "evaluate", sometimes_nan)
     engine.train(load_config(tmp_path, "checkpoint.keep.latest=1"))
     folder = tmp_path / "run"
     with Checkpoints(folder / "checkpoints") as checkpoints:

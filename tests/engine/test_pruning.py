@@ -11,7 +11,7 @@ from jaxdistill.compress import importance
 from jaxdistill.config import preflight
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.measure import speed
+from jaxdistill.evaluate import speed
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 

@@ -15,7 +15,7 @@ from jaxdistill.engine import serving, streaming, web
 from jaxdistill.errors import ModelError
 from jaxdistill.models.generate import complete
 from jaxdistill.models.requests import Completion
-from jaxdistill.reasoning.asking import Job, Settings
+from jaxdistill.reasoning.asking import Job, SamplingParams
 from tests.reasoning import teachers
 
 talker = teachers.talker
@@ -75,7 +75,7 @@ def test_our_client_reads_our_server(server, talker):
     from jaxdistill.reasoning.api import Api
 
     api = Api(f"{server}/v1", "any", key="secret", concurrency=5)
-    settings = Settings(max_new_tokens=6, temperature=1.0, top_k=20, stop=("zz",))
+    settings = SamplingParams(max_new_tokens=6, temperature=1.0, top_k=20, stop=("zz",))
     jobs = collections.deque(Job(f"q{n}", "ab" * (n + 1), settings, count=2) for n in range(6))
     answers = list(api.ask(jobs))
     assert len(answers) == 12 and not any(answer.failed for answer in answers)

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import evaluate as measure
 from jaxdistill import optim
 from jaxdistill import teachers as signals
 from jaxdistill.config import Config
 from jaxdistill.engine import setup, states
-from jaxdistill.engine.held_out import HeldOut
 from jaxdistill.engine.run_dir import RunDir
+from jaxdistill.evaluate import meter, speed
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring
 from jaxdistill.models import Model
 from jaxdistill.report import MetricsWriter
@@ -25,7 +25,7 @@ PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
 
-class Comparison:
+class RunTable:
     """Measures each participant on the same rows and keeps what was measured in table.json."""
 
     def __init__(
@@ -46,12 +46,12 @@ class Comparison:
         self._teacher_answers: list[str] | None = None
         self._student_speed: float | None = None
 
-    def _program(self, method: setup.RunMethod) -> measure.EvalStep:
+    def _program(self, method: setup.RunMethod) -> meter.Step:
         """The loss without gradient: that of training, if it measures against the teacher too."""
         teacher = self._models.teacher
         objective = method.objective
         if teacher is None or (objective.needs_teacher and objective.token_means):
-            return measure.make_step(method.loss, method.teacher)
+            return meter.make_step(method.loss, method.teacher)
         # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
         loss = make_loss(
             self._models.student.config,
@@ -60,7 +60,7 @@ class Comparison:
             quantization=self._config.student.quantize,
         )
         signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
-        return measure.make_step(loss, signal)
+        return meter.make_step(loss, signal)
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""
@@ -87,12 +87,12 @@ class Comparison:
         teacher = self._models.teacher
         if teacher is None or self.has("teacher"):
             return
-        scoring = measure.scoring_step(
+        scoring = meter.scoring_step(
             teacher.config, self._models.vocab, compute_dtype=setup.teacher_dtype(self._config)
         )
-        metrics = self._held_out.measure(scoring, teacher.params, None, {})
-        speed = self._held_out.speed(scoring, teacher.params)
-        self._add("teacher", metrics, teacher.config, teacher.params, speed)
+        metrics = self._held_out.measure(scoring, teacher.params)
+        rate = self._held_out.speed(scoring, teacher.params)
+        self._add("teacher", metrics, teacher.config, teacher.params, rate)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -103,7 +103,7 @@ class Comparison:
             metrics = self._measure({"student": params, "objective": self._own}, self._row_knobs)
         if self._student_speed is None:
             # Every student row has this shape and runs this program: one timing serves them all.
-            scoring = measure.scoring_step(
+            scoring = meter.scoring_step(
                 model.config,
                 self._models.vocab,
                 compute_dtype=jnp.dtype(self._config.student.compute_dtype),
@@ -111,15 +111,15 @@ class Comparison:
             self._student_speed = self._held_out.speed(scoring, params)
         self._add(name, metrics, model.config, params, self._student_speed)
 
-    def _add(self, name: str, metrics: Mapping[str, float], config, params, speed: float) -> None:
+    def _add(self, name: str, metrics: Mapping[str, float], config, params, rate: float) -> None:
         row = {
             "name": name,
             "perplexity": metrics["eval/perplexity"],
             "kl_t1": metrics.get("eval/kl_t1"),
             "agree_top1": metrics.get("eval/agree_top1"),
-            "tokens_per_second": speed,
+            "tokens_per_second": rate,
         }
-        self._rows[name] = row | measure.size(config, params)
+        self._rows[name] = row | speed.size(config, params)
         self._run.write_json("table.json", {"held_out": self._held_out.name, "rows": self.rows})
 
     @property

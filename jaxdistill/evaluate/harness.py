@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.measure import scoring
+from jaxdistill.evaluate import scoring
 from jaxdistill.models import Model
 from jaxdistill.models.vocabulary import vocabulary_size
+from jaxdistill.references import load_any
 
 MAX_NEW_TOKENS = 256
 
@@ -58,24 +58,26 @@ def adapter(model: Model, batch_size: int = 8) -> Any:
     base = _library().TemplateLM
     if model.tokenizer is None:
         raise ModelError(f"{model.source}: has no tokenizer: lm-eval asks in text")
-    words, vocab = model.tokenizer, vocabulary_size(model.tokenizer)
+    vocab = vocabulary_size(model.tokenizer)
 
     class Adapter(base):
         """Answers lm-eval's three kinds of request."""
 
-        tokenizer = words
+        tokenizer = model.tokenizer
 
         @property
         def eot_token_id(self) -> int:
             """What stands before a text that has no context."""
-            ids = (words.eos_token_id, model.config.bos_id, *model.config.eos_ids)
+            ids = (self.tokenizer.eos_token_id, model.config.bos_id, *model.config.eos_ids)
             return next(int(one) for one in ids if one is not None)
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **options: Any
         ) -> list[int]:
             """Token ids, without special tokens unless asked for."""
-            return list(words(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
+            return list(
+                self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+            )
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
             pairs = [(context, rest) for _, context, rest in requests]

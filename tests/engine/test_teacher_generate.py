@@ -6,8 +6,9 @@ import re
 import pytest
 
 from jaxdistill.config import generation
-from jaxdistill.engine import rationales
+from jaxdistill.engine import teacher_generate
 from jaxdistill.errors import ConfigError, DataError, ModelError
+from jaxdistill.reasoning import asking
 from jaxdistill.reasoning.asking import Answer
 from tests.reasoning import teachers
 
@@ -60,7 +61,7 @@ def oracle(monkeypatch):
 
     def use(**options):
         made.append(Oracle(**options))
-        monkeypatch.setattr(rationales._Run, "_open", lambda *_: made[-1])
+        monkeypatch.setattr(teacher_generate._Teacher, "open", lambda *_: made[-1])
         return made[-1]
 
     return use
@@ -73,7 +74,7 @@ def _lines(path):
 def test_samples_are_judged_filtered_and_counted(tmp_path, oracle):
     oracle()
     config = _config(tmp_path, "sampling.samples=6", "forms=[scotd, label, sequence_kd]")
-    found = rationales.generate(config)
+    found = teacher_generate.generate(config)
     assert (found["questions"], found["samples"]) == (6, 36)
     assert (found["parsed"], found["correct"]) == (30, 18)
     scotd = found["files"]["scotd"]
@@ -91,9 +92,9 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path, oracle):
     config = _config(tmp_path, "sampling.samples=4")
     first = oracle(die_after=10)
     with pytest.raises(KeyboardInterrupt):
-        rationales.generate(config)
+        teacher_generate.generate(config)
     second = oracle()
-    found = rationales.generate(config)
+    found = teacher_generate.generate(config)
     asked = [(name, sample) for name, sample, _ in first.asked + second.asked]
     # The sample under way when the kill came was not kept, and is asked again; no other is.
     assert len(set(asked)) == 24 and len(asked) <= 25
@@ -101,12 +102,12 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path, oracle):
     keys = [(row["id"], row["sample"]) for row in _lines(tmp_path / "out" / "samples.jsonl")]
     assert len(keys) == len(set(keys)) == 24
     third = oracle()
-    assert rationales.generate(config)["samples"] == 24 and not third.asked
+    assert teacher_generate.generate(config)["samples"] == 24 and not third.asked
     more = oracle()
-    assert rationales.generate(_config(tmp_path, "sampling.samples=5"))["samples"] == 30
+    assert teacher_generate.generate(_config(tmp_path, "sampling.samples=5"))["samples"] == 30
     assert sorted(sample for _, sample, _ in more.asked) == [4] * 6
     with pytest.raises(ConfigError, match=r"\(sampling changed\): give another `output`"):
-        rationales.generate(_config(tmp_path, "sampling.temperature=0.5"))
+        teacher_generate.generate(_config(tmp_path, "sampling.temperature=0.5"))
 
 
 def test_answers_to_what_a_file_held_before_are_refused(tmp_path, oracle):
@@ -116,20 +117,20 @@ def test_answers_to_what_a_file_held_before_are_refused(tmp_path, oracle):
     examples.write_text('{"question": "0 + 1?", "rationale": "Add.", "answer": "1"}')
     options = [f"task={own}", "prompt.style=few_shot", f"prompt.exemplars={examples}"]
     config = _config(tmp_path, *options, "sampling.samples=2")
-    rationales.generate(config)
-    rationales.generate(config)
+    teacher_generate.generate(config)
+    teacher_generate.generate(config)
     own.write_text('{"question": "1 + 2?", "answer": 3}')
     with pytest.raises(ConfigError, match=r"another question '1': .*own.jsonl has changed"):
-        rationales.generate(config)
+        teacher_generate.generate(config)
     own.write_text('{"question": "1 + 1?", "answer": 2}')
     examples.write_text('{"question": "0 + 1?", "rationale": "Count.", "answer": "1"}')
     with pytest.raises(ConfigError, match=r"another configuration \(prompt changed\)"):
-        rationales.generate(config)
+        teacher_generate.generate(config)
 
 
 def test_zero_shot_asks_twice(tmp_path, oracle):
     asked = oracle()
-    found = rationales.generate(
+    found = teacher_generate.generate(
         _config(tmp_path, "prompt.style=zero_shot", "prompt.trigger=3", "sampling.samples=1",
                 "limit=1", "filter.correct_only=false")
     )  # fmt: skip
@@ -145,7 +146,7 @@ def test_a_teacher_without_a_usable_answer_is_told(tmp_path, oracle):
     oracle().answer = lambda job, sample: Answer(job, sample, " hm", 1, -1.0, "stop")
     message = "none of 12 samples can be used for scotd (12 no answer could be parsed)"
     with pytest.raises(DataError, match=re.escape(message)):
-        rationales.generate(_config(tmp_path, "sampling.samples=2"))
+        teacher_generate.generate(_config(tmp_path, "sampling.samples=2"))
 
 
 def test_of_many_reasons_the_most_frequent_are_told(tmp_path, oracle):
@@ -155,7 +156,7 @@ def test_of_many_reasons_the_most_frequent_are_told(tmp_path, oracle):
     )
     told = ", ".join(f"2 too long by {n}" for n in range(5))
     with pytest.raises(DataError, match=re.escape(f"({told}, 2 for other reasons)")):
-        rationales.generate(_config(tmp_path, "sampling.samples=2"))
+        teacher_generate.generate(_config(tmp_path, "sampling.samples=2"))
 
 
 def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
@@ -165,7 +166,7 @@ def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
     )
     options = ["prompt.style=auto_cot", "prompt.clusters=2", "sampling.samples=1",
                "filter.correct_only=false"]  # fmt: skip
-    rationales.generate(_config(tmp_path, *options))
+    teacher_generate.generate(_config(tmp_path, *options))
     shown = _lines(tmp_path / "out" / "auto_cot.jsonl")
     assert len(shown) == 2
     assert shown[0]["rationale"] == "Let's think step by step. First. So it is 7."
@@ -174,7 +175,7 @@ def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
     with pytest.raises(
         ConfigError, match="clusters = 7: must be from 1 to the number of questions, 6"
     ):
-        rationales.generate(
+        teacher_generate.generate(
             _config(tmp_path, *options, "prompt.clusters=7", f"output={tmp_path / 'o'}")
         )
     assert not unasked.asked
@@ -184,7 +185,7 @@ def test_auto_cot_tells_what_kept_the_teacher_from_answering(tmp_path, oracle):
     oracle().answer = lambda job, sample: Answer(job, sample, "", 0, None, "too long", failed=True)
     message = "the teacher answered 0 of 6 questions, too few for prompt.clusters = 2: 6 too long"
     with pytest.raises(DataError, match=re.escape(message)):
-        rationales.generate(_config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=2"))
+        teacher_generate.generate(_config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=2"))
 
 
 def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch):
@@ -204,9 +205,9 @@ def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch)
         lengths.append(length)
         return opened[-1]
 
-    monkeypatch.setattr(rationales, "load_any", lambda source, **_: teachers.fresh(talker))
-    monkeypatch.setattr(rationales, "Local", local)
-    found = rationales.generate(
+    monkeypatch.setattr(teacher_generate, "load_any", lambda source, **_: teachers.fresh(talker))
+    monkeypatch.setattr(asking, "Local", local)
+    found = teacher_generate.generate(
         _config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=1", "sampling.samples=1",
                 "sampling.max_new_tokens=8", "filter.correct_only=false")
     )  # fmt: skip
@@ -219,19 +220,19 @@ def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch)
 
 
 def test_a_local_model_is_asked_through_the_engine(tmp_path, talker, monkeypatch):
-    monkeypatch.setattr(rationales, "load_any", lambda source, **_: teachers.fresh(talker))
+    monkeypatch.setattr(teacher_generate, "load_any", lambda source, **_: teachers.fresh(talker))
     options = ["sampling.samples=3", "sampling.max_new_tokens=12", "limit=2", "forms=[sequence_kd]",
                "teacher.dtype=float32"]  # fmt: skip
     cut = "none of 6 samples can be used for sequence_kd (6 cut at the limit of tokens)"
     with pytest.raises(DataError, match=re.escape(cut)):
-        rationales.generate(_config(tmp_path, *options))
+        teacher_generate.generate(_config(tmp_path, *options))
     rows = {(r["id"], r["sample"]): r for r in _lines(tmp_path / "out" / "samples.jsonl")}
     assert all(row["logprob"] < 0 and row["tokens"] <= 12 for row in rows.values())
     # What a question gets does not depend on who else asks, or on how often it was stopped.
     path = tmp_path / "out" / "samples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for key, row in rows.items() if key[1] != 1))
     with pytest.raises(DataError, match=re.escape(cut)):
-        rationales.generate(_config(tmp_path, *options))
+        teacher_generate.generate(_config(tmp_path, *options))
     again = {(r["id"], r["sample"]): r for r in _lines(path)}
     for key, row in rows.items():
         assert again[key]["completion"] == row["completion"]
@@ -248,18 +249,18 @@ def test_over_http_a_dead_server_leaves_a_run_to_go_on_with(tmp_path, scripted):
     )
     scripted.faults = [None, None, 400]
     with pytest.raises(ModelError, match="what was received is kept"):
-        rationales.generate(generation.load(str(path)))
+        teacher_generate.generate(generation.load(str(path)))
     assert len(_lines(tmp_path / "out" / "samples.jsonl")) == 4
-    found = rationales.generate(generation.load(str(path)))
+    found = teacher_generate.generate(generation.load(str(path)))
     # Two answers before the server died, four after it: what was paid for adds up.
     assert found["samples"] == 12 and found["spent"]["requests"] == 6
     assert len(scripted.seen) == 7
     asked = dict(found["spent"])
-    found = rationales.generate(generation.load(str(path), ["forms=[label]"]))
+    found = teacher_generate.generate(generation.load(str(path), ["forms=[label]"]))
     assert found["spent"] == asked and len(scripted.seen) == 7  # filtered again, nothing asked
     (tmp_path / "out" / "spent.json").write_text("{")
     with pytest.raises(ConfigError, match=r"spent.json: is damaged.*mend or remove it"):
-        rationales.generate(generation.load(str(path)))
+        teacher_generate.generate(generation.load(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -291,4 +292,4 @@ def test_over_http_a_dead_server_leaves_a_run_to_go_on_with(tmp_path, scripted):
 )
 def test_wrong_files_are_named(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        rationales.generate(_config(tmp_path, *overrides))
+        teacher_generate.generate(_config(tmp_path, *overrides))

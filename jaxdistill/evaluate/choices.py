@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.errors import DataError
-from jaxdistill.measure import scoring
+from jaxdistill.evaluate import scoring
 from jaxdistill.models import Model
 
 LETTERS = "ABCDEFGHIJ"
@@ -30,44 +30,40 @@ def read(path: str | os.PathLike, limit: int | None = None) -> list[Question]:
     Raises:
       DataError: with file and line of what cannot be used.
     """
-    found: list[Question] = []
+    questions: list[Question] = []
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if line.strip() and (limit is None or len(found) < limit):
-                    found.append(_question(line, f"{path}:{number}"))
+                if line.strip() and (limit is None or len(questions) < limit):
+                    questions.append(_question(line, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-    if not found:
+    if not questions:
         raise DataError(f"{path}: holds no questions")
-    return found
+    return questions
 
 
 def _question(line: str, where: str) -> Question:
-    made = Question("", (), 0)
     try:
         raw = json.loads(line)
+        prompt = raw["prompt"] if "prompt" in raw else f"Question: {raw['question']}\nAnswer: "
+        choices, answer = raw.get("choices"), raw.get("answer")
         if "options" in raw:
-            choices = tuple(option.partition(")")[2].strip() for option in raw["options"])
-            made = Question(
-                f"Question: {raw['question']}\nAnswer: ", choices, LETTERS.index(raw["correct"])
-            )
-        else:
-            prompt = raw["prompt"] if "prompt" in raw else f"Question: {raw['question']}\nAnswer: "
-            made = Question(prompt, tuple(raw["choices"]), raw["answer"])
-        good = len(made.choices) > 1 and all(isinstance(c, str) and c for c in made.choices)
-        good = good and made.prompt != "" and made.choices[made.answer] != "" and made.answer >= 0
+            prompt = f"Question: {raw['question']}\nAnswer: "
+            choices = [option.partition(")")[2].strip() for option in raw["options"]]
+            answer = LETTERS.index(raw["correct"])
+        good = len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
+        if good and prompt != "" and choices[answer] != "" and answer >= 0:
+            return Question(prompt, tuple(choices), answer)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        good = False
-    if not good:
-        raise DataError(
-            f"{where}: must hold prompt, choices (two or more texts) and answer, an index from 0"
-        )
-    return made
+        pass
+    raise DataError(
+        f"{where}: must hold prompt, choices (two or more texts) and answer, an index from 0"
+    )
 
 
 def from_texts(texts: Sequence[str], count: int, seed: int = 0) -> list[Question]:
-    """Which of four continuations is the text's own: a set made out of any texts.
+    """Which of four continuations is the text's own: a set built from any texts.
 
     The three others are pieces of other texts, as long and cut at a space too.
 

@@ -6,9 +6,10 @@ import re
 import pytest
 
 from jaxdistill import cli
-from jaxdistill.engine import tasks
-from jaxdistill.engine.tasks import Ask
 from jaxdistill.errors import ConfigError, DataError, StorageError
+from jaxdistill.evaluate import accuracy
+from jaxdistill.evaluate.accuracy import Ask
+from jaxdistill.reasoning import asking
 from jaxdistill.reasoning.asking import Answer
 from tests.reasoning import teachers
 
@@ -58,9 +59,9 @@ def test_accuracies_are_those_of_the_answers(tmp_path, talker, monkeypatch):
         return "hm"
 
     script = Scripted(words)
-    monkeypatch.setattr(tasks, "Local", script)
+    monkeypatch.setattr(asking, "Local", script)
     name = _questions(tmp_path)
-    found = tasks.evaluate(talker, [name], Ask(samples=5), output=tmp_path / "out")[name]
+    found = accuracy.evaluate(talker, [name], Ask(samples=5), output=tmp_path / "out")[name]
     assert found["greedy"]["value"] == 0.5 and found["unparsable"]["value"] == 0.5
     assert found["greedy"]["low"] < 0.5 < found["greedy"]["high"]
     assert found["unparsable_drawn"] == 0.5
@@ -79,9 +80,9 @@ def test_accuracies_are_those_of_the_answers(tmp_path, talker, monkeypatch):
 
 def test_zero_shot_asks_a_second_time(tmp_path, talker, monkeypatch):
     script = Scripted(lambda job, sample: " 1" if "Therefore" in job.prompt else " It is 5.")
-    monkeypatch.setattr(tasks, "Local", script)
+    monkeypatch.setattr(asking, "Local", script)
     name = _questions(tmp_path, 1)
-    found = tasks.evaluate(talker, [name], Ask(style="zero_shot"))[name]
+    found = accuracy.evaluate(talker, [name], Ask(style="zero_shot"))[name]
     assert found["greedy"]["value"] == 1.0 and "maj_at" not in found
     assert script.asked == [
         "Q: 0 + 1?\nA: Let's think step by step.",
@@ -91,7 +92,7 @@ def test_zero_shot_asks_a_second_time(tmp_path, talker, monkeypatch):
 
 
 def test_a_real_model_through_the_command(tmp_path, talker, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "load_any", lambda source, **_: teachers.fresh(talker))
+    monkeypatch.setattr(accuracy, "load_any", lambda source, **_: teachers.fresh(talker))
     command = ["eval", "absent", "--tasks", "arithmetic?count=3", "--self-consistency", "4",
                "--max-new-tokens", "6", "--json"]  # fmt: skip
     assert cli.main(command) == 0
@@ -108,11 +109,11 @@ def test_a_prompt_longer_than_the_context_is_unparsable_and_told(tmp_path, talke
     path = tmp_path / "long.jsonl"
     rows = [{"question": "x" * 600, "answer": "1"}, {"question": "y", "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = tasks.evaluate(talker, [str(path)], Ask(max_new_tokens=2))[str(path)]
+    found = accuracy.evaluate(talker, [str(path)], Ask(max_new_tokens=2))[str(path)]
     assert found["questions"] == 2 and found["unparsable"]["value"] >= 0.5
     assert found["not_asked"]["questions"] == 1
     assert re.search(r"\b6\d\d\b.*context", found["not_asked"]["reason"])
-    both = tasks.evaluate(talker, [str(path)], Ask(max_new_tokens=2, samples=2))[str(path)]
+    both = accuracy.evaluate(talker, [str(path)], Ask(max_new_tokens=2, samples=2))[str(path)]
     assert both["not_asked"] == found["not_asked"]  # questions, not samples
 
 
@@ -127,17 +128,17 @@ def test_a_prompt_longer_than_the_context_is_unparsable_and_told(tmp_path, talke
 )
 def test_wrong_settings_are_named(tmp_path, talker, ask, message):
     with pytest.raises(ConfigError, match=message):
-        tasks.evaluate(talker, [_questions(tmp_path)], ask)
+        accuracy.evaluate(talker, [_questions(tmp_path)], ask)
 
 
 def test_what_would_be_lost_is_told_before_anybody_is_asked(tmp_path, talker, monkeypatch):
-    monkeypatch.setattr(tasks, "Local", None)
+    monkeypatch.setattr(asking, "Local", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file: cannot be written"):
-        tasks.evaluate(talker, [_questions(tmp_path)], output=tmp_path / "file")
+        accuracy.evaluate(talker, [_questions(tmp_path)], output=tmp_path / "file")
     (tmp_path / "open.jsonl").write_text('{"question": "x?", "answer": ""}')
     with pytest.raises(DataError, match="question '1' has no right answer"):
-        tasks.evaluate(talker, [str(tmp_path / "open.jsonl")])
+        accuracy.evaluate(talker, [str(tmp_path / "open.jsonl")])
 
 
 def test_eval_wants_data_or_tasks(capsys):

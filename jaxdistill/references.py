@@ -47,7 +47,7 @@ class RunReference:
 
 
 def as_run(source: str) -> RunReference | None:
-    """What a name means if it names a run, else None."""
+    """The run that a name stands for, or None if it names no run."""
     folder, at, which = str(source).rpartition("@")
     if at and (pathlib.Path(folder) / "RUN.json").is_file():
         if which not in ("best", "latest") and not which.isdecimal():
@@ -66,9 +66,9 @@ def load_any(
     tokenizer: bool = True,
     allow_network: bool = True,
 ) -> Model:
-    """A model from any source; a run gives the student of one of its checkpoints.
+    """A model from any source, for a run the student of one of its checkpoints.
 
-    A model that is loaded already is given back as it is.
+    A model that is loaded already is returned as it is.
 
     Raises:
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
@@ -93,12 +93,12 @@ def load_any(
             adapters, _ = lora.read(described, config)
             beside = _adapters(checkpoints, step, config, adapters, mesh)
             params = lora.merge(params, beside, adapters)
-    words = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
-    return Model(config, params, words, f"{run.folder}@{step}")
+    own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
+    return Model(config, params, own, f"{run.folder}@{step}")
 
 
 def adapters_any(source: str) -> tuple[Model, Lora]:
-    """The adapters of a run's checkpoint, in place of their base's parameters, and what they are.
+    """A model whose parameters are the adapters of a run's checkpoint, and their description.
 
     Raises:
       ModelError, ConfigError: if there is no such run, or its student has none.

@@ -1,14 +1,15 @@
 """A set of held-out rows: read once per measurement, in order, on the mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdistill import evaluate
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.sources import open_source
+from jaxdistill.evaluate import meter, speed
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
@@ -46,8 +47,8 @@ class HeldOut:
     def text_bytes(self, tokenizer: Any) -> int:
         """Bytes of UTF-8 that the counted tokens of all measured rows stand for.
 
-        Special tokens stand for none. A window that cuts a character in two counts its halves as
-        the tokenizer shows them.
+        Special tokens stand for none. Where a window cuts a character in two, both halves count
+        as the tokenizer decodes them.
         """
         total = 0
         for row in self._measured():
@@ -75,21 +76,63 @@ class HeldOut:
             yield self._dataset[index]
 
     def measure(
-        self, step: evaluate.EvalStep, params: Any, teacher_params: Any, knobs: Any
-    ) -> dict[str, float]:
-        """The metrics of one model by one program."""
-        return evaluate.run(step, params, teacher_params, self.batches(), knobs, self.mesh)
+        self,
+        step: meter.Step,
+        params: Any,
+        teacher_params: Any = None,
+        knobs: Any = None,
+        *,
+        text_bytes: int | None = None,
+    ) -> dict[str, Any]:
+        """What one program of the meter measures of one model; see `meter.run`."""
+        return meter.run(
+            step,
+            params,
+            teacher_params,
+            self.batches(),
+            knobs or {},
+            self.mesh,
+            text_bytes=text_bytes,
+        )
 
-    def speed(self, step: evaluate.EvalStep, params: Any) -> float:
+    def speed(self, step: meter.Step, params: Any) -> float:
         """Tokens a second of scoring one batch by a model alone."""
-        return evaluate.tokens_per_second(step, params, next(self.batches()), self.mesh)
+        return speed.tokens_per_second(step, params, next(self.batches()), self.mesh)
 
     def beginnings(self, count: int, tokens: int) -> list[list[int]]:
         """The first tokens of the first document of `count` rows, spread over the set."""
         chosen = range(0, self._rows, max(1, self._rows // max(1, count)))[:count]
-        found = []
+        beginnings = []
         for index in chosen:
             row = self._dataset[index]
             length = min(tokens, int((row["segment_ids"] == 1).sum()) // 2 + 1)
-            found.append([int(token) for token in row["tokens"][:length]])
-        return found
+            beginnings.append([int(token) for token in row["tokens"][:length]])
+        return beginnings
+
+
+def open_rows(
+    data: Sequence[str],
+    tokenizer: Any,
+    mesh: Mesh,
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_rows: int | None,
+    cache_dir: str,
+    format: str = "auto",
+    loss_on: str = "all",
+) -> HeldOut:
+    """Held-out rows of files or named sources, tokenised for a model.
+
+    Raises:
+      DataError, ConfigError, ModelError, StorageError: as `pipeline.build`.
+    """
+    dataset = pipeline.build(
+        [open_source(path, format=format) for path in data],
+        tokenizer,
+        seq_len=seq_len,
+        loss_on=loss_on,
+        cache_dir=cache_dir,
+        name="eval",
+    )
+    return HeldOut(dataset, batch_size, max_rows, mesh, ", ".join(data))

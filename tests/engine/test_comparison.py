@@ -41,6 +41,24 @@ def test_every_column_is_measured(result, finished):
     assert math.isclose(last["perplexity"], table["perplexity"], rel_tol=1e-4)
 
 
+def test_eval_shows_all_that_compare_shows(result, finished, data, tmp_path, capsys):
+    run, text = str(finished.run_dir), str(data / "eval.txt")
+    metrics = engine.evaluate(
+        f"{run}@6", teacher=f"{run}@3", data=[text], format="paragraphs", seq_len=32, max_rows=8,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    row = result[0]["rows"][1]
+    shared = {key.removeprefix("eval/"): value for key, value in metrics.items()}
+    sizes = {"peak_bytes", "prefill_ms_p50", "prefill_ms_p95", "decode_ms_p50", "decode_ms_p95"}
+    assert set(row) - set(shared) == sizes | {"name", "seeds", "decode_tokens_per_second"}
+    for name in set(row) & set(shared):
+        assert shared[name] == row[name], name
+    command = ["eval", f"{run}@6", "--data", text, "--seq-len", "32", "--max-rows", "8"]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "eval/ece" in printed and "eval/reliability" not in printed
+
+
 def test_bits_per_byte_count_the_texts_bytes(result):
     """One token is one byte here, and the end of a text is a token of no bytes."""
     last = result[0]["rows"][1]

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import models
+from jaxdistill import models, teachers
 from jaxdistill.errors import DataError
-from jaxdistill.measure import agreement, choices, scoring, speed
+from jaxdistill.evaluate import choices, distributions, meter, scoring, speed
+from jaxdistill.methods import measuring
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train.step import place
+from jaxdistill.train.step import make_loss, place
 from tests.compress.conftest import batch_of
 from tests.models import oracle
 
@@ -28,6 +29,15 @@ def load(folder, seed, mesh=None):
     path = oracle.write_folder(folder / str(seed), RAW, named)
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     return models.load(path, mesh=mesh, dtype="float32", tokenizer=False), named
+
+
+def measure(student, teacher, rows, *, vocab=61, mesh=None, lengths=LENGTHS, text_bytes=None):
+    """All of the meter; no batch at all where `lengths` is None."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    config, params = (None, None) if teacher is None else (teacher.config, teacher.params)
+    step = distributions.step(student.config, config, vocab=vocab, compute_dtype="float32")
+    batches = [] if lengths is None else [place(batch_of(rows, lengths), mesh)]
+    return meter.run(step, student.params, params, batches, {}, mesh, text_bytes=text_bytes)
 
 
 def numpy_measures(rows, student, teacher, vocab):
@@ -51,6 +61,8 @@ def numpy_measures(rows, student, teacher, vocab):
                 "acceptance": 1 - 0.5 * np.abs(p - q).sum(),
                 "agree_top1": float(q.argmax() == p.argmax()),
                 "agree_top5": len(five(q) & five(p)) / 5,
+                "student_entropy": -(q * np.log(q)).sum(),
+                "teacher_entropy": -(p * np.log(p)).sum(),
                 "sure": q.max(),
                 "hit": float(q.argmax() == target),
             }
@@ -73,61 +85,75 @@ def test_agreement_equals_float64(tmp_path, monkeypatch, vocab, numbers):
     rows = np.minimum(ROWS, vocab - 1)
     student, ours = load(tmp_path, 1)
     teacher, theirs = load(tmp_path, 2)
-    batch = place(batch_of(rows, LENGTHS), make_mesh(devices=jax.devices()[:1]))
-    got = agreement.measure(
-        student.config,
-        student.params,
-        [batch],
-        vocab=vocab,
-        teacher=teacher.config,
-        teacher_params=teacher.params,
-        text_bytes=1000,
-        compute_dtype="float32",
-    )
+    got = measure(student, teacher, rows, vocab=vocab, text_bytes=1000)
     want = numpy_measures(rows, ours, theirs, vocab)
-    assert got["tokens"] == want["tokens"] == 19 * 5 + 13 + 4
-    for name in ("kl_t1", "reverse_kl", "acceptance", "agree_top1", "agree_top5", "ece"):
-        np.testing.assert_allclose(got[name], want[name], rtol=2e-4, atol=2e-5, err_msg=name)
-    np.testing.assert_allclose(got["perplexity"], math.exp(want["nll"]), rtol=1e-4)
+    assert got["eval/tokens"] == want["tokens"] == 19 * 5 + 13 + 4
+    for name in (
+        "kl_t1 reverse_kl acceptance agree_top1 agree_top5 ece student_entropy teacher_entropy"
+    ).split():
+        np.testing.assert_allclose(
+            got[f"eval/{name}"], want[name], rtol=2e-4, atol=2e-5, err_msg=name
+        )
+    np.testing.assert_allclose(got["eval/perplexity"], math.exp(want["nll"]), rtol=1e-4)
     bits = want["nll"] * want["tokens"] / math.log(2) / 1000
-    np.testing.assert_allclose(got["bits_per_byte"], bits, rtol=1e-5)
+    np.testing.assert_allclose(got["eval/bits_per_byte"], bits, rtol=1e-5)
+
+
+def test_a_key_means_the_same_whichever_program_measures_it(tmp_path):
+    """The training loss and whole rows of logits; at some places several tokens are likeliest."""
+    student, _ = load(tmp_path, 1)
+    teacher, _ = load(tmp_path, 2)
+    # Tokens 0 to 19 come twice, so that every second place or so has two likeliest tokens.
+    twice = lambda table: table.at[20:40].set(table[:20])
+    for model in (student, teacher):
+        model.params["embedding"] = twice(model.params["embedding"])
+    mesh = make_mesh(devices=jax.devices()[:1])
+    batch = place(batch_of(ROWS, LENGTHS), mesh)
+    loss = make_loss(student.config, measuring.against_teacher(vocab=61), compute_dtype="float32")
+    fused = meter.run(
+        meter.make_step(loss, teachers.online(teacher.config, compute_dtype="float32")),
+        {"student": student.params, "objective": {}},
+        teacher.params,
+        [batch],
+        {"alpha": jnp.float32(0.5), "temperature": jnp.float32(1.0)},
+        mesh,
+    )
+    whole = measure(student, teacher, ROWS, vocab=61)
+    assert set(fused) - set(whole) == {"eval/loss", "eval/divergence"}
+    for name in set(fused) & set(whole):
+        np.testing.assert_allclose(fused[name], whole[name], rtol=1e-5, err_msg=name)
+    assert fused["eval/agree_top1"] == whole["eval/agree_top1"]
+    alone = meter.run(
+        meter.scoring_step(student.config, 61, compute_dtype="float32"),
+        student.params, None, [batch], {}, mesh,
+    )  # fmt: skip
+    np.testing.assert_allclose(alone["eval/ce"], whole["eval/ce"], rtol=1e-5)
 
 
 def test_a_model_agrees_with_itself_and_on_any_mesh(tmp_path):
     student, _ = load(tmp_path, 1)
-    options = {"vocab": 61, "compute_dtype": "float32"}
-    one = place(batch_of(ROWS, LENGTHS), make_mesh(devices=jax.devices()[:1]))
-    same = agreement.measure(
-        student.config,
-        student.params,
-        [one],
-        teacher=student.config,
-        teacher_params=student.params,
-        **options,
-    )
-    assert abs(same["kl_t1"]) < 1e-6 and abs(same["reverse_kl"]) < 1e-6
-    assert (same["agree_top1"], same["agree_top5"]) == (1.0, 1.0)
-    assert abs(same["acceptance"] - 1) < 1e-6
+    same = measure(student, student, ROWS)
+    assert abs(same["eval/kl_t1"]) < 1e-6 and abs(same["eval/reverse_kl"]) < 1e-6
+    assert (same["eval/agree_top1"], same["eval/agree_top5"]) == (1.0, 1.0)
+    assert abs(same["eval/acceptance"] - 1) < 1e-6
     mesh = make_mesh(data=2, fsdp=4)
     spread, _ = load(tmp_path, 1, mesh)
-    with jax.set_mesh(mesh):
-        eight = agreement.measure(
-            spread.config, spread.params, [place(batch_of(ROWS, LENGTHS), mesh)], **options
-        )
-    np.testing.assert_allclose(eight["perplexity"], same["perplexity"], rtol=1e-5)
-    assert "kl_t1" not in eight and eight["tokens"] == same["tokens"]
-    with pytest.raises(DataError, match="no token"):
-        agreement.measure(student.config, student.params, [], **options)
+    eight = measure(spread, None, ROWS, mesh=mesh)
+    np.testing.assert_allclose(eight["eval/perplexity"], same["eval/perplexity"], rtol=1e-5)
+    assert "eval/kl_t1" not in eight and eight["eval/tokens"] == same["eval/tokens"]
+    for lengths in (None, [0] * 8):
+        with pytest.raises(DataError, match="no token"):
+            measure(student, None, ROWS, lengths=lengths)
 
 
 def test_a_calibrated_model_has_no_calibration_error():
     """As sure as it is right: 30 of 40 at 0.75, 9 of 10 at 0.9."""
     bins = np.zeros((15, 3))
     bins[11], bins[13] = (40, 30.0, 30), (10, 9.0, 9)
-    bars, ece = agreement.reliability(bins)
+    bars, ece = meter.reliability(bins)
     assert ece == 0 and [bar["share"] for bar in bars] == [0.8, 0.2]
     bins[11, 2] = 20  # right half of the time only
-    assert math.isclose(agreement.reliability(bins)[1], 0.8 * 0.25)
+    assert math.isclose(meter.reliability(bins)[1], 0.8 * 0.25)
 
 
 def test_scores_of_continuations_equal_the_oracles(tmp_path):
@@ -224,7 +250,7 @@ def test_speed_and_size(tmp_path):
     got = speed.measure(model, prompt_tokens=8, new_tokens=4, batch_size=2, repeats=3)
     assert got["prefill_ms_p95"] >= got["prefill_ms_p50"] > 0 < got["decode_tokens_per_second"]
     assert got["decode_ms_p95"] >= got["decode_ms_p50"] > 0
-    sizes = speed.size(model)
+    sizes = speed.size(model.config, model.params)
     assert sizes["bytes"] == 4 * sizes["parameters"]
     assert speed.leaf_bytes(jnp.zeros((3, 5), jnp.int4)) == 8
     small, large = (speed.peak_bytes(model, 1, length) for length in (8, 64))

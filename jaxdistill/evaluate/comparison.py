@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxdistill import whole_file
-from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.sources import open_source
-from jaxdistill.engine.held_out import HeldOut
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError, ModelError, StorageError
-from jaxdistill.measure import agreement, choices, speed
+from jaxdistill.evaluate import choices, meter, speed
+from jaxdistill.evaluate.held_out import open_rows
+from jaxdistill.evaluate.perplexity import on_text
 from jaxdistill.models import Model
-from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
 FILE = "comparison.json"
@@ -27,12 +24,8 @@ ANSWER_TOKENS = 48
 VARYING = (
     "perplexity",
     "bits_per_byte",
-    "kl_t1",
-    "reverse_kl",
-    "agree_top1",
-    "agree_top5",
-    "acceptance",
     "ece",
+    *(key.removeprefix("eval/") for key in meter.NAMES.values()),
     "accuracy",
     "accuracy_per_byte",
 )
@@ -102,17 +95,17 @@ def compare_models(
         raise ConfigError("compare: name at least one model, as NAME=MODEL")
     mesh = make_mesh(fsdp=-1)
     load = lambda source: load_any(source, dtype=settings.dtype, mesh=mesh)
-    large = None if teacher is None else load(teacher)
-    first = large or load(models[0][1])
+    loaded_teacher = None if teacher is None else load(teacher)
+    first = loaded_teacher or load(models[0][1])
     if first.tokenizer is None:
         raise ModelError(f"{first.source}: has no tokenizer: text cannot be measured without one")
-    place = _Place(settings, first.tokenizer, mesh)
+    test_set = _TestSet(settings, first.tokenizer, mesh)
     measured: dict[str, list[dict[str, Any]]] = {}
     answers: dict[str, list[str]] = {}
     for name, source in models:
-        model = first if source is models[0][1] and large is None else load(source)
+        model = first if source is models[0][1] and loaded_teacher is None else load(source)
         seeds = measured.setdefault(name, [])
-        seeds.append(place.measure(model, large, times=settings.speed and not seeds))
+        seeds.append(test_set.measure(model, loaded_teacher, times=settings.speed and not seeds))
         seeds[-1] |= _on_disk(source)
         if name not in answers and settings.prompts:
             answers[name] = list(
@@ -123,7 +116,7 @@ def compare_models(
         {"prompt": prompt, **{name: own[i] for name, own in answers.items()}}
         for i, prompt in enumerate(settings.prompts)
     ]
-    result = {"held_out": place.rows.name, "rows": rows, "samples": samples}
+    result = {"held_out": test_set.rows.name, "rows": rows, "samples": samples}
     if out is not None:
         write(result, out)
     return result
@@ -144,27 +137,28 @@ def write(result: Mapping[str, Any], out: str | os.PathLike) -> pathlib.Path:
     return file
 
 
-class _Place:
+class _TestSet:
     """The text and the questions that all models are measured on."""
 
     def __init__(self, settings: Settings, tokenizer: Any, mesh: Any):
         if not settings.data:
             raise ConfigError("compare: give held-out text (--data)")
         self.settings, self.tokenizer = settings, tokenizer
-        dataset = pipeline.build(
-            [open_source(path, format=settings.format) for path in settings.data],
+        self.rows = open_rows(
+            settings.data,
             tokenizer,
+            mesh,
             seq_len=settings.seq_len,
+            batch_size=settings.batch_size,
+            max_rows=settings.max_rows,
             cache_dir=settings.cache_dir,
-            name="eval",
+            format=settings.format,
         )
-        name = ", ".join(settings.data)
-        self.rows = HeldOut(dataset, settings.batch_size, settings.max_rows, mesh, name)
         self.vocab = vocabulary_size(tokenizer)
-        self.bytes = self.rows.text_bytes(tokenizer)
-        self.questions = self._questions(dataset)
+        self.text_bytes = self.rows.text_bytes(tokenizer)
+        self.questions = self._questions()
 
-    def _questions(self, dataset: Dataset) -> list[choices.Question]:
+    def _questions(self) -> list[choices.Question]:
         wanted, most = self.settings.questions, self.settings.max_questions
         if wanted is None:
             return []
@@ -177,23 +171,16 @@ class _Place:
             raise DataError(f"{', '.join(self.settings.data)}: {error}") from None
 
     def measure(self, model: Model, teacher: Model | None, *, times: bool) -> dict[str, Any]:
-        """Everything about one model."""
+        """Everything about one model, under the names of `eval` without "eval/"."""
         check_rows(model.source, model.config.vocab_size, self.vocab)
         if model.tokenizer is not None and model.tokenizer is not self.tokenizer:
             check_same(self.tokenizer, model.tokenizer)
         s = self.settings
-        with on_mesh(model.params):
-            row = agreement.measure(
-                model.config,
-                model.params,
-                self.rows.batches(),
-                vocab=self.vocab,
-                teacher=None if teacher is None else teacher.config,
-                teacher_params=None if teacher is None else teacher.params,
-                text_bytes=self.bytes,
-                compute_dtype=s.dtype,
-            )
-        row |= speed.size(model)
+        metrics = on_text(
+            model, teacher, self.rows,
+            vocab=self.vocab, text_bytes=self.text_bytes, dtype=s.dtype,
+        )  # fmt: skip
+        row: dict[str, Any] = {key.removeprefix("eval/"): v for key, v in metrics.items()}
         row["peak_bytes"] = speed.peak_bytes(model, s.batch_size, s.seq_len)
         if self.questions:
             row |= choices.accuracy(

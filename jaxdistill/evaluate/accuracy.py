@@ -1,28 +1,27 @@
 """Accuracy on tasks with one right answer, greedy and by vote: `jaxdistill eval --tasks`."""
 
-import collections
 import dataclasses
 import json
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill import whole_file
 from jaxdistill.data.store import writing
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import Model, unrolled
-from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
-from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
+from jaxdistill.reasoning import asking, extract, prompts, rationales, tasks, votes
+from jaxdistill.reasoning.asking import Job, Reply, SamplingParams
 from jaxdistill.reasoning.store import write_records
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
-STYLES = ("plain", "zero_shot", "few_shot", "preamble", "predict", "chat")
+STYLES = (*prompts.STYLES, "predict", "chat")
 VOTES = (1, 2, 3, 5, 10, 20, 30, 40, 50, 100)  # k of the curve, as far as there are samples
 
 
@@ -122,8 +121,8 @@ def _check(ask: Ask) -> None:
 
 
 @dataclasses.dataclass
-class Row:
-    """One question with what the model said; answers in canonical spelling."""
+class Outcome:
+    """One question with the model's answers in canonical spelling."""
 
     item: tasks.Item
     gold: str | None
@@ -140,74 +139,59 @@ class Row:
         return [self.drawn[number] for number in sorted(self.drawn)]
 
 
-def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Row]:
+def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Outcome]:
     """Every question, greedy and drawn, through one engine."""
-    rows = {i.id: Row(i, extract.canonical(i.gold, task.kind)) for i in task.items}
-    put = _put(ask, task)
-    asked = {item.id: put(item.question) for item in task.items}
-    greedy = Settings(ask.max_new_tokens, stop=("\nQ:",))
+    rows = {i.id: Outcome(i, extract.canonical(i.gold, task.kind)) for i in task.items}
+    template = _template(ask)
+    asked = {item.id: template(item.question) for item in task.items}
+    greedy = SamplingParams(ask.max_new_tokens, stop=("\nQ:",))
     drawn = dataclasses.replace(greedy, temperature=ask.temperature, seed=ask.seed)
-    jobs = collections.deque(Job(i.id, asked[i.id], greedy, tag=(i.id, -1)) for i in task.items)
+    jobs = [Job(name, prompt, greedy, tag=(name, -1)) for name, prompt in asked.items()]
     if ask.samples:
-        jobs.extend(Job(i.id, asked[i.id], drawn, 0, ask.samples, (i.id, 0)) for i in task.items)
-    chat = ask.style == "chat"
-    longest = ask.max_new_tokens + (64 if chat else 0)
-    second = prompts.second_stage("", "", task.kind, task.choices)
-    length = room(model, list(asked.values()), longest, second)
-    teacher = Local(model, length=length, slots=slots, chat=chat)
-    shown, done, total = time.monotonic(), 0, len(rows) * (1 + ask.samples)
-    for answer, found, problem in _parsed(teacher, jobs, task, ask):
+        jobs += [Job(n, prompt, drawn, 0, ask.samples, (n, 0)) for n, prompt in asked.items()]
+    respondent = asking.open_local(
+        model, list(asked.values()), ask.max_new_tokens, task.second_stage,
+        slots=slots, chat=ask.style == "chat",
+    )  # fmt: skip
+    second = task.second_stage if ask.style == "zero_shot" else None
+    due, total = asking.every(asking.PROGRESS_SECONDS), len(rows) * (1 + ask.samples)
+    for done, reply in enumerate(asking.ask(respondent, jobs, second), start=1):
+        answer, parsed = reply.answer, _parsed(reply, task)
         name, place = answer.job.tag
-        row, done = rows[name], done + 1
+        row = rows[name]
         row.tokens += answer.tokens
-        row.problem = row.problem or problem
+        row.problem = row.problem or reply.problem
         if place < 0:
-            row.greedy, row.greedy_text = found, answer.text
+            row.greedy, row.greedy_text = parsed, answer.text
         else:
-            row.drawn[answer.sample], row.texts[answer.sample] = found, answer.text
-        if time.monotonic() - shown > 15:
-            shown = time.monotonic()
+            row.drawn[answer.sample], row.texts[answer.sample] = parsed, answer.text
+        if due():
             print(f"{task.name}: {done} of {total} answers", file=sys.stderr)
     return list(rows.values())
 
 
-def _parsed(
-    teacher: Teacher, jobs: collections.deque[Job], task: tasks.Task, ask: Ask
-) -> Iterator[tuple[Answer, str | None, str | None]]:
-    """Answers, what was found in them, and why one could not be asked for.
-
-    Zero-shot asks a second time before it looks.
-    """
-    kind, choices = task.kind, task.choices
-    for answer in teacher.ask(jobs):
-        problem = answer.reason if answer.failed else None
-        before = answer.job.tag if isinstance(answer.job.tag, Answer) else None
-        if before is not None:
-            text = f"{prompts.FEW_SHOT_TRIGGER} {answer.text}"
-            found = None if answer.failed else extract.answer(text, kind, choices=choices)
-            yield before, extract.canonical(found, kind), problem
-        elif ask.style == "zero_shot" and not answer.failed:
-            second = prompts.second_stage(answer.job.prompt, answer.text, kind, choices)
-            brief = Settings(prompts.ANSWER_TOKENS, stop=("\n",))
-            jobs.appendleft(Job(answer.job.id, second, brief, answer.sample, 1, answer))
-        else:
-            found = None if answer.failed else extract.answer(answer.text, kind, choices=choices)
-            yield answer, extract.canonical(found, kind), problem
+def _parsed(reply: Reply, task: tasks.Task) -> str | None:
+    """The answer of a reply in canonical spelling; in two stages that of the second."""
+    if reply.problem is not None:
+        return None
+    text = reply.answer.text
+    if reply.second is not None:
+        text = f"{prompts.FEW_SHOT_TRIGGER} {reply.second.text}"
+    return extract.canonical(extract.answer(text, task.kind, choices=task.choices), task.kind)
 
 
-def _put(ask: Ask, task: tasks.Task) -> Any:
-    """How a question becomes a prompt."""
-    if ask.style == "zero_shot":
-        return lambda question: prompts.zero_shot_cot(question, ask.trigger)
-    if ask.style == "few_shot":
-        shown = prompts.load_exemplars(str(ask.file))
-        return lambda question: prompts.few_shot_cot(question, shown)
-    if ask.style == "preamble":
-        text = prompts.load_preamble(str(ask.file))
-        return lambda question: prompts.with_preamble(text, question)
+def _template(ask: Ask) -> Callable[[str], str]:
+    """question -> prompt."""
     if ask.style == "predict":
         return lambda question: rationales.PREDICT + question
-    return (lambda question: question) if ask.style == "chat" else prompts.plain
+    if ask.style == "chat":
+        return lambda question: question
+    return prompts.in_style(
+        ask.style,
+        trigger=ask.trigger,
+        exemplars=prompts.load_exemplars(str(ask.file)) if ask.style == "few_shot" else (),
+        preamble=prompts.load_preamble(str(ask.file)) if ask.style == "preamble" else "",
+    )
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -226,10 +210,10 @@ def _right(answer: str | None, gold: str | None) -> bool:
     return answer is not None and answer == gold
 
 
-def _measure(task: tasks.Task, rows: Sequence[Row]) -> dict[str, Any]:
+def _measure(task: tasks.Task, rows: Sequence[Outcome]) -> dict[str, Any]:
     """The numbers of one task."""
     problems = [row.problem for row in rows if row.problem]
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "questions": len(rows),
         "greedy": _share([_right(row.greedy, row.gold) for row in rows]),
         "unparsable": _share([row.greedy is None for row in rows]),
@@ -238,19 +222,19 @@ def _measure(task: tasks.Task, rows: Sequence[Row]) -> dict[str, Any]:
     }
     count = min(len(row.drawn) for row in rows)
     if not count:
-        return found
+        return numbers
     golds = [row.gold for row in rows]
     drawn = [row.votes for row in rows]
     hits = [sum(_right(a, row.gold) for a in row.votes) for row in rows]
     sizes = sorted({k for k in (*VOTES, count) if k <= count})
     passed = lambda k: np.asarray([votes.pass_at_k(count, hit, k) for hit in hits])
-    found["unparsable_drawn"] = sum(a is None for row in drawn for a in row) / (count * len(rows))
-    found["maj_at"] = {k: _mean(votes.maj_at_k(drawn, golds, k)) for k in sizes}
-    found["pass_at"] = {k: _mean(passed(k)) for k in sizes}
-    return found
+    numbers["unparsable_drawn"] = sum(a is None for row in drawn for a in row) / (count * len(rows))
+    numbers["maj_at"] = {k: _mean(votes.maj_at_k(drawn, golds, k)) for k in sizes}
+    numbers["pass_at"] = {k: _mean(passed(k)) for k in sizes}
+    return numbers
 
 
-def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Row], results: Any) -> None:
+def _write(folder: pathlib.Path, task: tasks.Task, rows: Sequence[Outcome], results: Any) -> None:
     """Every answer of a task, and the numbers so far."""
     name = "".join(letter if letter.isalnum() else "_" for letter in task.name)
     write_records(

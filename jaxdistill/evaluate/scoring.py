@@ -75,9 +75,9 @@ def token_scores(
         best_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
         return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1), best_BC
 
-    found = over_chunks(make, rows, vocab, length, outputs.hidden, targets)
+    scores = over_chunks(make, rows, vocab, length, outputs.hidden, targets)
     together = lambda array: array.swapaxes(0, 1).reshape(rows, -1)[:, :length]
-    return jax.tree.map(together, found)
+    return jax.tree.map(together, scores)
 
 
 def continuations(
@@ -87,9 +87,15 @@ def continuations(
     vocab: int,
     batch_size: int = 8,
 ) -> list[tuple[float, bool]]:
-    """Per (context, continuation) of token ids: its log-probability, and whether it is greedy's.
+    """Log-probability of each continuation of token ids, and whether greedy decoding writes it.
 
-    Contexts that are too long lose their beginning.
+    A context that is too long for the model loses its beginning.
+
+    Args:
+      model: on its devices.
+      pairs: (context, continuation).
+      vocab: tokens of the tokenizer.
+      batch_size: rows at a time.
 
     Raises:
       DataError: for an empty context or continuation, or a continuation longer than the model.
@@ -103,7 +109,7 @@ def continuations(
             )
         cut.append((list(context)[-(limit - len(continuation)) :], list(continuation)))
     order = sorted(range(len(cut)), key=lambda i: len(cut[i][0]) + len(cut[i][1]))
-    found: dict[int, tuple[float, bool]] = {}
+    results: dict[int, tuple[float, bool]] = {}
     dtype = np.dtype(model.params["embedding"].dtype)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -123,5 +129,5 @@ def continuations(
             context, rest = part[row]
             here = slice(len(context) - 1, len(context) + len(rest) - 1)
             total = float(np.sum(scores[row, here], dtype=np.float64))
-            found[i] = (total, bool(best[row, here].all()))
-    return [found[i] for i in range(len(cut))]
+            results[i] = (total, bool(best[row, here].all()))
+    return [results[i] for i in range(len(cut))]

@@ -9,10 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxdistill.models import Model, count_non_embedding_parameters, count_parameters, decoder
+from jaxdistill.evaluate.meter import Step
+from jaxdistill.models import (
+    DecoderConfig,
+    Model,
+    count_non_embedding_parameters,
+    count_parameters,
+    decoder,
+)
 from jaxdistill.models.generate import generate_tokens
 from jaxdistill.models.model import on_mesh
+from jaxdistill.types import Batch
 
 
 def measure(
@@ -54,7 +63,7 @@ def fastest_token(
 ) -> float | None:
     """Seconds of one further token of one row, of the fastest runs: other work disturbs them least.
 
-    None where it cannot be told from how much the runs without further tokens differ.
+    None where the runs without further tokens differ by as much as the token takes.
     """
     run = _generating(model, prompt_tokens, 1)
     first = timed(run(1), repeats)
@@ -83,15 +92,31 @@ def timed(run: Callable[[], Any], repeats: int) -> np.ndarray:
     return np.asarray(seconds)
 
 
-def size(model: Model) -> dict[str, int]:
+def tokens_per_second(step: Step, params: Any, batch: Batch, mesh: Mesh, repeats: int = 3) -> float:
+    """Scored tokens a second, padding not counted: the median of `repeats` after a warm-up.
+
+    Args:
+      step: `meter.scoring_step`.
+      params: of the model.
+      batch: on the mesh.
+      mesh: of both.
+      repeats: timings.
+    """
+    tokens = int(jnp.sum(batch.segment_ids > 0))
+    with jax.set_mesh(mesh):
+        seconds = timed(lambda: jax.block_until_ready(step(params, None, batch, {})), repeats)
+    return tokens / float(np.median(seconds))
+
+
+def size(config: DecoderConfig, params: Any) -> dict[str, int]:
     """Parameters, those outside embedding and head, and bytes as they are held.
 
     Whole numbers below a byte count by their bits, which is what they take on disk.
     """
     return {
-        "parameters": count_parameters(model.config),
-        "parameters_non_embedding": count_non_embedding_parameters(model.config),
-        "bytes": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(model.params)),
+        "parameters": count_parameters(config),
+        "parameters_non_embedding": count_non_embedding_parameters(config),
+        "bytes": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params)),
     }
 
 
@@ -105,7 +130,7 @@ def leaf_bytes(leaf: Any) -> int:
 def peak_bytes(model: Model, rows: int, length: int) -> int | None:
     """Bytes that the compiler plans for scoring [rows, length] tokens: weights and work space.
 
-    The same on every backend that tells it; per device. None where it does not.
+    Per device, and the same on every backend. None where the compiler does not report it.
     """
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     dtype = np.dtype(model.params["embedding"].dtype)
