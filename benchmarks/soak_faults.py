@@ -26,7 +26,8 @@ from benchmarks.warm import ROOT, Command, Nursery
 from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import DamagedError
-from jaxdistill.train import faults, step_folders
+from jaxdistill.train import step_folders
+from jaxdistill.train.hooks import POINTS
 
 METHODS = {
     "kd": "{name: kd, alpha: 0.3, temperature: {schedule: linear, start: 1.0, end: 2.0}}",
@@ -234,7 +235,7 @@ def _newest(run: pathlib.Path) -> int:
 def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> str | None:
     """One life of a run that ends by SIGKILL: where; None if it came to its end before."""
     if draw.random() < 0.5:
-        point = draw.choice(faults.POINTS)
+        point = draw.choice(POINTS)
         fault = f"{point}:{draw.randint(1, 6)}:kill"
         code = rig.nursery.run(rig.command(method, run), rig.log, fault)
     else:
