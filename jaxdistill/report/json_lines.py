@@ -86,7 +86,7 @@ def cut(path: pathlib.Path, last_step: int | None, hooks: Hooks = NO_HOOKS) -> N
     if not os.path.lexists(path):
         return
     hooks.at("metrics.cut")
-    kept: list[bytes] = []
+    lines: list[bytes] = []
     dropped, apart = False, False
     with open(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
         for line in file:
@@ -95,14 +95,14 @@ def cut(path: pathlib.Path, last_step: int | None, hooks: Hooks = NO_HOOKS) -> N
                 dropped = True
                 continue
             apart = apart or dropped  # something to keep follows something that goes
-            kept.append(line)
+            lines.append(line)
         if not apart:
             # Cutting the end off needs no space and cannot be interrupted half-way.
-            file.truncate(sum(map(len, kept)))
+            file.truncate(sum(map(len, lines)))
             return
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.writelines(kept)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

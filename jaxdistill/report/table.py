@@ -19,7 +19,7 @@ class Column:
 
     Attributes:
       field: the key in a row of table.json.
-      title: the words above the column.
+      title: above the column.
       write: value to text.
       better: "low" or "high" where one end is better, "" where neither is.
     """
@@ -28,6 +28,11 @@ class Column:
     title: str
     write: Callable[[int | float | None], str]
     better: str = ""
+
+    @property
+    def hint(self) -> str:
+        """Which end is better, as a reader sees it."""
+        return {"low": "lower is better", "high": "higher is better", "": ""}[self.better]
 
 
 COLUMNS = (
@@ -90,9 +95,9 @@ def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "ric
     if style not in STYLES:
         raise DataError(f"style = {style!r}: must be one of {', '.join(STYLES)}")
     rows = ordered(rows)
-    shown = columns(rows)
-    head = ["", *(c.title for c in shown)]
-    body = [[wording.clean(row["name"]), *(written(row, c) for c in shown)] for row in rows]
+    present = columns(rows)
+    head = ["", *(c.title for c in present)]
+    body = [[wording.clean(row["name"]), *(written(row, c) for c in present)] for row in rows]
     if style == "rich":
         table = Table(box=None, pad_edge=False, header_style="dim")
         for index, title in enumerate(head):
@@ -142,8 +147,8 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     finite = {name: float(p) for name, p in perplexity.items() if wording.is_number(p)}
     bad = [name for name in needed if name not in finite]
     if bad:
-        words = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
-        return f"No share of the gap can be given: the perplexity of {words} is not finite."
+        names = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
+        return f"No share of the gap can be given: the perplexity of {names} is not finite."
     teacher, before, after = (finite[name] for name in needed)
     sentences = [_gap_sentence(teacher, before, after)]
     sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
@@ -209,7 +214,7 @@ def _control_sentence(
 
 
 def _distance_sentence(before: int | float | None, after: int | float | None) -> str:
-    """Whether the student came nearer to the teacher, which perplexity alone does not tell."""
+    """Whether the student came nearer to the teacher, which perplexity alone does not say."""
     if not (wording.is_number(before) and wording.is_number(after)):
         return ""
     verb = "fell" if after < before else "rose" if after > before else "stayed the same,"

@@ -27,14 +27,14 @@ class MetricsWriter:
     A record of `metrics.jsonl` is one JSON object on one line, `{"step", "time", ...scalars}`;
     a value that is not finite is written as null and its name is listed under "nonfinite". The
     same scalars go to `tensorboard/`. What cannot be written (the disk is full) is dropped,
-    counted in `dropped`, and told once.
+    counted in `dropped`, and reported once.
 
     Args:
-      run_dir: the folder of the run; made when missing.
+      run_dir: the folder of the run; created when missing.
       tensorboard: whether to write TensorBoard event files too.
-      resume_step: None for a run that begins, otherwise the number of the step the run goes on
-        after: records of later steps, which will be computed again, are removed, so the file
-        continues without gap or repeat. 0 restarts a run that had saved nothing.
+      resume_step: None for a run that begins, otherwise the step that a resumed run has
+        reached: records of later steps, which it computes again, are removed, so the file has no
+        gap and no repeat. 0 restarts a run that had saved nothing.
       notice: called with the one warning; by default it is logged.
       clock: the source of "time", seconds since 1970.
       hooks: what the caller handed in.
@@ -160,7 +160,7 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-    """Takes what a MetricsWriter takes and keeps nothing: for all processes but one."""
+    """Accepts what a MetricsWriter accepts and writes nothing: for all processes but one."""
 
     def __init__(self):
         self.dropped = 0
