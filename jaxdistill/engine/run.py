@@ -250,7 +250,7 @@ def _report(folder: pathlib.Path) -> None:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows, style="plain"))
+    print(report.comparison_table(rows))
     print(report.recovered(rows))
 
 

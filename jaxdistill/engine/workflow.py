@@ -288,7 +288,7 @@ class Runner:
         found = side_by_side.compare_models(
             models, settings, teacher=plain.teacher, out=self.folder / step.name
         )
-        print(report.comparison_table(found["rows"], style="plain"), file=sys.stderr)
+        print(report.comparison_table(found["rows"]), file=sys.stderr)
         return {"models": len(models)}
 
 

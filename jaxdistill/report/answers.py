@@ -78,7 +78,7 @@ def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) ->
     return page.Section(
         task,
         [
-            page.Table(head, [page.Group(lines)]),
+            page.Table(head, lines),
             page.Text(f"Measured on {questions} questions; brackets are 95 % intervals"),
             page.Pictures([page.Picture(t, svg, keys, note) for t, svg, keys in drawn if svg]),
             *_samples(next(iter(results)), task),
@@ -147,9 +147,7 @@ def _curve(lines: Sequence[tuple[int, Points, str]], label: str, name: str) -> s
         ticks = sorted({place for _, points, _ in lines for place, _ in points})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-        dress(axis, "both")
-        axis.set_xlabel(label, color=PALETTE["muted"][0])
-        axis.set_title("right, %", loc="left", fontsize=8.5, color=PALETTE["muted"][0])
+        dress(axis, "both", "right, %", label)
 
     return render(paint, name, (5.4, 3.0))
 

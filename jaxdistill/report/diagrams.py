@@ -39,13 +39,11 @@ def reliability(rows: Sequence[Row], name: str) -> str | None:
             axis.scatter(
                 sure, right, s=[6 + 120 * bar["share"] for bar in bars], color=shade, linewidths=0
             )
-        dress(axis, "both")
-        _percent(axis.xaxis)
-        _percent(axis.yaxis)
+        dress(axis, "both", "how often it is right", "probability of the most likely token")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
-        axis.set_xlabel("probability of the most likely token", color=PALETTE["muted"][0])
-        axis.set_title("how often it is right", loc="left", fontsize=8.5, color=PALETTE["muted"][0])
 
     return render(paint, name, (5.4, 3.2))
 
@@ -89,11 +87,9 @@ def pareto(rows: Sequence[Row], name: str) -> str | None:
                 axis.scatter(
                     [x], [y], s=34, color=PALETTE[colour(index)][0], linewidths=0, zorder=2
                 )
-            dress(axis, "both")
+            title = f"{quality[1]}: lower is better" if axis is axes[0] else ""
+            dress(axis, "both", title, label)
             axis.margins(0.12)
-            axis.set_xlabel(label, color=PALETTE["muted"][0])
-        title = f"{quality[1]}: lower is better"
-        axes[0].set_title(title, loc="left", fontsize=8.5, color=PALETTE["muted"][0])
 
     return render(paint, name, (5.4, 2.9))
 
@@ -131,16 +127,10 @@ def layers(
         for axis, (title, values) in zip(axes, charts, strict=True):
             shades = ["blue" if layer in set(stay) else "orange" for layer in range(len(values))]
             axis.bar(range(len(values)), values, color=[PALETTE[shade][0] for shade in shades])
-            dress(axis)
-            axis.set_title(title, loc="left", fontsize=8.5, color=PALETTE["muted"][0])
-        axes[-1].set_xlabel("layer", color=PALETTE["muted"][0])
+            dress(axis, "y", title, "layer" if axis is axes[-1] else "")
 
     return render(paint, name, (5.4, 1.4 + 1.2 * len(charts)))
 
 
 def _count(rows: Sequence[Row], field: str) -> int:
     return sum(wording.is_number(row.get(field)) for row in rows)
-
-
-def _percent(axis: typing.Any) -> None:
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from jaxdistill.errors import DataError
 from jaxdistill.redact import redact
 from jaxdistill.report import curves, page, pictures, run_files, table, wording
-from jaxdistill.report.run_files import RunFiles
+from jaxdistill.report.run_files import RunFiles, as_list
 
 _MAX_EVENTS = 60
 
@@ -52,7 +52,7 @@ def build(
 def _page(runs: Sequence[RunFiles]) -> page.Page:
     alone = len(runs) == 1
     ledes = [
-        page.Lede(_lede(run)) if alone else page.Lede(_lede(run), run.name, curves.colour(index))
+        (_lede(run), "" if alone else run.name, curves.colour(index))
         for index, run in enumerate(runs)
     ]
     return page.Page(
@@ -112,10 +112,10 @@ def _lede(run: RunFiles) -> str:
     where = f"step {step}" + (f" of {total}" if total else "")
     if step is None:
         return "Nothing has been recorded yet."
-    progress = (
-        f"The run is at {where}" if status in ("running", "") else f"The run ended at {where}"
+    verb = "is" if status in ("running", "") else "ended"
+    return (
+        f"The run {verb} at {where}. The comparison with teacher and SFT control is still missing."
     )
-    return f"{progress}. The comparison with teacher and SFT control has not been made yet."
 
 
 def _row(run: RunFiles, name: str) -> dict[str, typing.Any]:
@@ -175,7 +175,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
 def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
     """The time of all attempts; one that was killed, or still runs, counts to its last record."""
     times = sorted(r["time"] for r in run.records if wording.is_number(r.get("time")))
-    attempts = [a for a in _list(run.info.get("attempts")) if isinstance(a, dict)]
+    attempts = [a for a in as_list(run.info.get("attempts")) if isinstance(a, dict)]
     starts = [start for a in attempts if wording.is_number(start := a.get("started"))]
     if attempts and len(starts) == len(attempts):
         total = 0.0
@@ -188,10 +188,6 @@ def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
     if len(times) > 1:
         return times[-1] - times[0], "first record to last"
     return None, ""
-
-
-def _list(value: typing.Any) -> list:
-    return value if isinstance(value, list) else []
 
 
 def _phrase(value: typing.Any) -> str:
@@ -207,25 +203,20 @@ def _result(runs: Sequence[RunFiles]) -> page.Section:
     """The comparison, one table for all runs; bars share their scale."""
     rows = [row for run in runs for row in run.rows]
     columns = table.columns(rows)
-    groups, notes = [], []
+    lines, notes = [], []
     for index, run in enumerate(runs):
         if not run.rows:
             continue
-        lines = [
-            page.Row(
-                row["name"],
-                [_cell(column, row, rows, run.rows) for column in columns],
-                strong=row["name"] == "student after",
-            )
-            for row in table.ordered(run.rows)
-        ]
-        name = run.name if len(runs) > 1 else ""
-        groups.append(page.Group(lines, name, curves.colour(index)))
+        if len(runs) > 1:
+            lines.append(page.Row(run.name, colour=curves.colour(index)))
+        for row in table.ordered(run.rows):
+            cells = [_cell(column, row, rows, run.rows) for column in columns]
+            lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
         if run.held_out:
-            about = f"{name}: " if name else ""
+            about = f"{run.name}: " if len(runs) > 1 else ""
             notes.append(page.Text(f"{about}measured on {run.held_out}"))
     head = [(column.title, column.hint) for column in columns]
-    return page.Section("Result", [page.Table(head, groups), *notes] if groups else [])
+    return page.Section("Result", [page.Table(head, lines), *notes] if lines else [])
 
 
 def _training(runs: Sequence[RunFiles]) -> page.Section:
@@ -318,7 +309,7 @@ def _incidents(run: RunFiles) -> list[str]:
     nonfinite = sum(1 for record in run.records if record.get("nonfinite"))
     if nonfinite:
         lines.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")
-    attempts = _list(run.info.get("attempts"))
+    attempts = as_list(run.info.get("attempts"))
     if len(attempts) > 1:
         lines.append(f"The run was resumed {len(attempts) - 1} time(s).")
     reason = run.info.get("exit_reason")

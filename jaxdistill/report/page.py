@@ -4,7 +4,6 @@ import dataclasses
 import importlib.resources
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import jinja2
 import markupsafe
@@ -26,7 +25,6 @@ class Text:
       summary: where there is one, the text is folded away under it.
     """
 
-    kind: ClassVar = "text"
     text: str
     style: str = "note"
     summary: str = ""
@@ -43,30 +41,20 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A named row of a table; `colour` is that of the row's lines in the pictures beside it."""
+    """A named row of a table, or without cells a heading; `colour` is its own in the pictures."""
 
     name: str
-    cells: Sequence[Cell]
+    cells: Sequence[Cell] = ()
     colour: str = ""
     strong: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """Rows of a table under a common name, or under none."""
-
-    rows: Sequence[Row]
-    name: str = ""
-    colour: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Table:
-    """Groups of rows; the head holds a title and a hint for every column."""
+    """Rows under a head, which holds a title and a hint for every column."""
 
-    kind: ClassVar = "table"
     head: Sequence[tuple[str, str]]
-    groups: Sequence[Group]
+    rows: Sequence[Row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +81,6 @@ class Picture:
 class Pictures:
     """Pictures side by side, as many as the width allows."""
 
-    kind: ClassVar = "pictures"
     pictures: Sequence[Picture]
 
 
@@ -101,7 +88,6 @@ class Pictures:
 class Sample:
     """A prompt and what several models answered: (name, text)."""
 
-    kind: ClassVar = "sample"
     prompt: str
     answers: Sequence[tuple[str, str]]
 
@@ -110,7 +96,6 @@ class Sample:
 class Remarks:
     """A list of sentences, and a muted one of what is missing."""
 
-    kind: ClassVar = "remarks"
     remarks: Sequence[str]
     missing: Sequence[str] = ()
 
@@ -119,7 +104,6 @@ class Remarks:
 class Pairs:
     """Titled lists of names and values."""
 
-    kind: ClassVar = "pairs"
     lists: Mapping[str, Mapping[str, str]]
 
 
@@ -127,7 +111,6 @@ class Pairs:
 class Log:
     """Lines of three fields, folded away under a summary."""
 
-    kind: ClassVar = "log"
     summary: str
     lines: Sequence[tuple[str, str, str]]
 
@@ -144,15 +127,6 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lede:
-    """A sentence at the top of a page, and whom it is about where there are several."""
-
-    text: str
-    name: str = ""
-    colour: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Page:
     """What a page shows, from top to bottom.
 
@@ -161,7 +135,7 @@ class Page:
       title: its title.
       sections: its body.
       status: of the run; "" for none.
-      ledes: sentences under the title.
+      ledes: sentences under the title: (text, name, colour); a name says what it is about.
       facts: (label, value, remark).
       sources: what the page was made from.
     """
@@ -170,7 +144,7 @@ class Page:
     title: str
     sections: Sequence[Section]
     status: str = ""
-    ledes: Sequence[Lede] = ()
+    ledes: Sequence[tuple[str, str, str]] = ()
     facts: Sequence[tuple[str, str, str]] = ()
     sources: Sequence[str] = ()
 

@@ -69,12 +69,12 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
             "give the folder that `jaxdistill train` named at its start"
         )
     missing: list[str] = []
-    info = _json(folder / "RUN.json", missing)
+    info = read_object(folder / "RUN.json", missing)
     records = _lines(folder / "metrics.jsonl", missing)
-    table = _json(folder / "table.json", missing)
+    table = read_object(folder / "table.json", missing)
     rows = [
         row
-        for row in _list(table.get("rows"))
+        for row in as_list(table.get("rows"))
         if isinstance(row, dict) and isinstance(row.get("name"), str)
     ]
     samples, samples_step, samples_page = _samples(folder, missing)
@@ -91,7 +91,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         samples_page=samples_page,
         quarantined=_count_lines(folder / "quarantine"),
         texts=_texts(folder, info),
-        fingerprints=_flat(_json(folder / "fingerprints.json", missing)),
+        fingerprints=_flat(read_object(folder / "fingerprints.json", missing)),
         missing=missing,
     )
 
@@ -112,8 +112,8 @@ def _name_missing(
         missing.append("No config.resolved.yaml: the settings of the run are not known.")
 
 
-def _json(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
-    """A JSON object from a file; {} where there is none, or where it cannot be read."""
+def read_object(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
+    """A JSON object from a file; {} where there is none, or where `missing` names a damaged one."""
     if not path.exists():
         return {}
     try:
@@ -134,7 +134,8 @@ def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
     return records
 
 
-def _list(value: typing.Any) -> list:
+def as_list(value: typing.Any) -> list:
+    """The value, or [] where it is no list."""
     return value if isinstance(value, list) else []
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxdistill.errors import DataError, UserError
 from jaxdistill.redact import redact
-from jaxdistill.report import diagrams, page, pictures, table, wording
+from jaxdistill.report import diagrams, page, pictures, run_files, table, wording
 from jaxdistill.report.curves import colour
 
 PAGE = "report.html"
@@ -27,7 +27,7 @@ def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None)
       StorageError: if the file cannot be written.
     """
     place = pathlib.Path(folder)
-    state = _json(place / "workflow.json")
+    state = run_files.read_object(place / "workflow.json", [])
     if not state and (place / "comparison.json").is_file():
         state = {"name": place.resolve().name, "steps": {".": {"kind": "compare"}}}
     if not isinstance(state.get("steps"), dict):
@@ -51,7 +51,7 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
         name: comparison
         for name, step in steps.items()
         if step.get("kind") == "compare"
-        and (comparison := _json(folder / name / "comparison.json"))
+        and (comparison := run_files.read_object(folder / name / "comparison.json", []))
         and _rows(comparison)
     }
     sections = [_comparison(name, comparison) for name, comparison in comparisons.items()]
@@ -63,7 +63,7 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
         over="Workflow report",
         title=str(state.get("name") or folder.name),
         ledes=[
-            page.Lede(sentence)
+            (sentence, "", "")
             for name, names in contrasts.items()
             if names
             for sentence in contrasted(_rows(comparisons[name]), *names)
@@ -95,7 +95,7 @@ def _steps(steps: Mapping[str, Mapping[str, typing.Any]]) -> page.Section:
         for name, step in steps.items()
     ]
     head = [(title, "") for title in ("kind", "status", "time", "result")]
-    return page.Section("Steps", [page.Table(head, [page.Group(rows)]), *options])
+    return page.Section("Steps", [page.Table(head, rows), *options])
 
 
 def _outcome(step: Mapping[str, typing.Any]) -> str:
@@ -152,7 +152,7 @@ def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section
     return page.Section(
         "side by side" if name == "." else name,
         [
-            page.Table([(column.title, column.hint) for column in columns], [page.Group(lines)]),
+            page.Table([(column.title, column.hint) for column in columns], lines),
             page.Text(f"Measured on {comparison.get('held_out', '')}"),
             page.Pictures([page.Picture(t, svg, legend, note) for t, svg, note in drawn if svg]),
             *samples,
@@ -218,12 +218,3 @@ def _prunings(folder: pathlib.Path, steps: Mapping[str, Mapping]) -> list[page.B
             title = f"Layer importance ({name}{f', {user}' if user else ''})"
             drawn.append(page.Picture(title, svg, legend, note))
     return [page.Pictures(drawn)] if drawn else []
-
-
-def _json(path: pathlib.Path) -> dict[str, typing.Any]:
-    """A JSON object, or {} where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -4,13 +4,10 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.table import Table
-
 from jaxdistill.errors import DataError
 from jaxdistill.report import wording
 
 ROWS = ("teacher", "student before", "SFT control", "student after")
-STYLES = ("rich", "plain", "markdown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,41 +76,29 @@ def columns(rows: Sequence[Mapping[str, typing.Any]]) -> list[Column]:
     return [c for c in COLUMNS if any(_cell(row, c.field) is not None for row in rows)]
 
 
-def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "rich") -> Table | str:
-    """The rows of table.json as a table.
+def comparison_table(rows: Sequence[Mapping[str, typing.Any]]) -> str:
+    """The rows of table.json as aligned text without a last line end.
 
     Args:
       rows: mappings with "name" and the fields of `COLUMNS`; a missing or null field shows "-".
-      style: "rich" for a `rich.table.Table`, "plain" for aligned text, "markdown".
-
-    Returns:
-      The Rich table, or the text without a last line end.
 
     Raises:
-      DataError: a row has no name, or `style` is none of the three.
+      DataError: a row has no name.
     """
-    if style not in STYLES:
-        raise DataError(f"style = {style!r}: must be one of {', '.join(STYLES)}")
     rows = ordered(rows)
     present = columns(rows)
-    head = ["", *(c.title for c in present)]
-    body = [[wording.clean(row["name"]), *(written(row, c) for c in present)] for row in rows]
-    if style == "rich":
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for index, title in enumerate(head):
-            table.add_column(title, justify="right" if index else "left", no_wrap=True)
-        for row, cells in zip(rows, body, strict=True):
-            last = row["name"] == "student after"
-            # Text built from a name must not be read as markup.
-            table.add_row(*(cell.replace("[", r"\[") for cell in cells), style="bold" * last)
-        return table
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    if style == "plain":
-        lines = [_aligned(line, widths, "  ") for line in [head, *body]]
-        return "\n".join(line.rstrip() for line in lines)
-    body = [[cell.replace("|", r"\|") for cell in line] for line in body]
-    rule = ["---", *("---:" for _ in shown)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+    lines = [["", *(column.title for column in present)]]
+    for row in rows:
+        lines.append([wording.clean(row["name"]), *(written(row, column) for column in present)])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    aligned = (
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in aligned)
 
 
 def written(row: Mapping[str, typing.Any], column: Column) -> str:
@@ -233,8 +218,3 @@ def _share(share: float) -> str:
 def _cell(row: Mapping[str, typing.Any], field: str) -> int | float | None:
     value = row.get(field)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], gap: str) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return gap.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])

@@ -165,23 +165,10 @@ class SilentWriter(MetricsWriter):
     def __init__(self):
         self.dropped = 0
 
-    def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+    def write(self, *_: typing.Any, **__: typing.Any) -> None:
         """Nothing."""
 
-    def rewind(self, step: int) -> None:
-        """Nothing."""
-
-    def event(self, kind: str, **fields: typing.Any) -> None:
-        """Nothing."""
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    rewind = event = samples = sync = close = write
 
 
 def append_event(

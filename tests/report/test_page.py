@@ -14,7 +14,7 @@ BLOCKS = [
     page.Text(EVIL, "heading"),
     page.Text(EVIL, "code"),
     page.Text(EVIL, "code", EVIL),
-    page.Table([(EVIL, EVIL)], [page.Group([page.Row(EVIL, [page.Cell(EVIL, 5.0)])], EVIL, "red")]),
+    page.Table([(EVIL, EVIL)], [page.Row(EVIL, (), "red"), page.Row(EVIL, [page.Cell(EVIL, 5.0)])]),
     page.Pictures([page.Picture(EVIL, "<svg></svg>", [page.Key(EVIL, "red", "dots", EVIL)], EVIL)]),
     page.Sample(EVIL, [(EVIL, EVIL)]),
     page.Remarks([EVIL], [EVIL]),
@@ -36,7 +36,7 @@ def test_a_block_shows_all_its_text_as_text(block):
 
 
 def test_the_head_of_a_page_is_text_too():
-    lede, fact = page.Lede(EVIL, EVIL, "blue"), (EVIL, EVIL, EVIL)
+    lede, fact = (EVIL, EVIL, "blue"), (EVIL, EVIL, EVIL)
     head = page.Page(
         EVIL, EVIL, [page.Section(EVIL, [page.Text("x")])], EVIL, [lede], [fact], [EVIL]
     )
