@@ -73,8 +73,8 @@ class Nursery:
 
     def start(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> Command:
         """Starts a command; what it prints goes to the end of `log`."""
-        asked = {"arguments": list(arguments), "log": str(log), "fault": fault}
-        return Command(self, self.ask(asked)["pid"])
+        request = {"arguments": list(arguments), "log": str(log), "fault": fault}
+        return Command(self, self.ask(request)["pid"])
 
     def run(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> int:
         """Runs a command to its end."""
@@ -113,16 +113,16 @@ def _serve() -> None:
     facts = {"import_seconds": round(time.perf_counter() - began, 2), "threads": threads}
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            status = os.waitpid(asked["wait"], 0)[1]
+        request = json.loads(line)
+        if "wait" in request:
+            status = os.waitpid(request["wait"], 0)[1]
             answer = {"code": os.waitstatus_to_exitcode(status)}
         else:
             pid = os.fork()
             if pid == 0:
-                _redirect(asked["log"])
-                hooks = inject.Fault(asked["fault"]) if asked["fault"] else NO_HOOKS
-                raise SystemExit(cli.main(asked["arguments"], hooks=hooks))
+                _redirect(request["log"])
+                hooks = inject.Fault(request["fault"]) if request["fault"] else NO_HOOKS
+                raise SystemExit(cli.main(request["arguments"], hooks=hooks))
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
 
