@@ -405,12 +405,8 @@ def test_export(capsys, folder, engine):
 
 def test_report(capsys, folder, monkeypatch):
     called = []
-    html = types.ModuleType("jaxdistill.report.html")
-    html.build = lambda run_dirs, out: called.append((run_dirs, out)) or pathlib.Path("page.html")
-    report = types.ModuleType("jaxdistill.report")
-    report.html = html
-    monkeypatch.setitem(sys.modules, "jaxdistill.report", report)
-    monkeypatch.setitem(sys.modules, "jaxdistill.report.html", html)
+    build = lambda run_dirs, out: called.append((run_dirs, out)) or pathlib.Path("page.html")
+    monkeypatch.setattr("jaxdistill.report.html.build", build)
     assert run(capsys, "report", "a", "b")[:2] == (0, "wrote page.html\n")
     assert run(capsys, "report", "a", "-o", "x.html")[0] == 0
     assert called == [(["a", "b"], None), (["a"], "x.html")]
