@@ -11,6 +11,7 @@ import pytest
 
 import jaxdistill
 from jaxdistill import cli, errors
+from jaxdistill.train.hooks import NO_HOOKS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = ("jax", "flax", "transformers", "numpy", "optax", "orbax", "matplotlib")
@@ -215,7 +216,8 @@ def test_train(capsys, folder, engine):
     [(name, (config,), options)] = engine.calls
     assert name == "train"
     assert (config.train.steps, config.seed) == (20, 3)
-    assert options == {"input_text": RUN, "overrides": ["train.steps=20", "seed=3"]}
+    overrides = ["train.steps=20", "seed=3"]
+    assert options == {"input_text": RUN, "overrides": overrides, "hooks": NO_HOOKS}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +316,7 @@ def test_resume(capsys, folder, engine):
     code, out, _ = run(capsys, "resume", "runs/run", "--json")
     assert code == 0
     assert json.loads(out)["run_dir"] == "runs/run"
-    assert engine.calls == [("resume", ("runs/run",), {})]
+    assert engine.calls == [("resume", ("runs/run",), {"hooks": NO_HOOKS})]
 
 
 def test_eval(capsys, folder, engine):
@@ -403,12 +405,8 @@ def test_export(capsys, folder, engine):
 
 def test_report(capsys, folder, monkeypatch):
     called = []
-    html = types.ModuleType("jaxdistill.report.html")
-    html.build = lambda run_dirs, out: called.append((run_dirs, out)) or pathlib.Path("page.html")
-    report = types.ModuleType("jaxdistill.report")
-    report.html = html
-    monkeypatch.setitem(sys.modules, "jaxdistill.report", report)
-    monkeypatch.setitem(sys.modules, "jaxdistill.report.html", html)
+    build = lambda run_dirs, out: called.append((run_dirs, out)) or pathlib.Path("page.html")
+    monkeypatch.setattr("jaxdistill.report.html.build", build)
     assert run(capsys, "report", "a", "b")[:2] == (0, "wrote page.html\n")
     assert run(capsys, "report", "a", "-o", "x.html")[0] == 0
     assert called == [(["a", "b"], None), (["a"], "x.html")]

@@ -10,18 +10,20 @@ from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.redact import redact
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
+    """Runs one command and returns its exit code; `hooks` are for `train` and `resume`."""
     # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     die_with_launcher()
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
+        arguments.hooks = hooks
         code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code

@@ -109,7 +109,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         return print_json(result)
     print(f"on {result['held_out']}")
-    print(report.comparison_table(result["rows"], style="plain"))
+    print(report.comparison_table(result["rows"]))
     if page is not None:
         print(f"wrote {page}")
     return None

@@ -17,6 +17,7 @@ from typing import IO, Any
 from jaxdistill.errors import ConfigError, StorageError
 
 COMMANDS = ("train", "resume")
+PROGRAM = ("-m", "jaxdistill")  # of every process
 GRACE_SECONDS = 5.0  # for the others to say what they have to say once one has failed
 LINGER_SECONDS = 60.0  # for the others to end once one is done
 _POLL_SECONDS = 0.05
@@ -94,7 +95,7 @@ class Group:
             # Process 0 keeps the terminal for its progress, unless what it says is to be kept.
             apart = rank > 0 or self._logs is not None
             process = subprocess.Popen(
-                [sys.executable, "-m", "jaxdistill", *self._words],
+                [sys.executable, *PROGRAM, *self._words],
                 env=_environment(rank, self._count, self._devices, port),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -45,7 +45,9 @@ def train(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        result = engine.train(loaded, input_text=text, overrides=arguments.overrides)
+        result = engine.train(
+            loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
+        )
     _print_run(result, arguments.json)
 
 
@@ -54,7 +56,7 @@ def resume(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        result = engine.resume(arguments.run_dir)
+        result = engine.resume(arguments.run_dir, hooks=arguments.hooks)
     _print_run(result, arguments.json)
 
 

@@ -23,8 +23,9 @@ from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import count_parameters, lora
 from jaxdistill.models.config_json import write_config
 from jaxdistill.references import STUDENT
-from jaxdistill.train import poison, stopping
+from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.stopping import Stop
 
 
@@ -43,8 +44,10 @@ class RunResult:
     table: Sequence[Mapping[str, Any]]
 
 
-def distill(config: str | os.PathLike | Config, overrides: Sequence[str] = ()) -> RunResult:
-    """Runs a configuration, given as a file or as an object.
+def distill(
+    config: str | os.PathLike | Config, overrides: Sequence[str] = (), *, hooks: Hooks = NO_HOOKS
+) -> RunResult:
+    """Runs a configuration, given as a file or as an object; `hooks` as in `train`.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -52,13 +55,18 @@ def distill(config: str | os.PathLike | Config, overrides: Sequence[str] = ()) -
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides belong to a configuration file: change the object")
-        return train(config)
+        return train(config, hooks=hooks)
     text = configs.read(config)
-    return train(configs.loads(text, str(config), overrides), input_text=text, overrides=overrides)
+    loaded = configs.loads(text, str(config), overrides)
+    return train(loaded, input_text=text, overrides=overrides, hooks=hooks)
 
 
 def train(
-    config: Config, *, input_text: str | None = None, overrides: Sequence[str] = ()
+    config: Config,
+    *,
+    input_text: str | None = None,
+    overrides: Sequence[str] = (),
+    hooks: Hooks = NO_HOOKS,
 ) -> RunResult:
     """Runs a configuration from the start.
 
@@ -66,6 +74,7 @@ def train(
       config: what to do.
       input_text: the file it came from, kept in the run folder as it was.
       overrides: what changed it, kept beside.
+      hooks: called at named points, given every batch and the loss, see `train.hooks`.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -87,7 +96,8 @@ def train(
         )
 
     agree.by_leader(create)
-    return _execute(config, agree.together(lambda: RunDir.open(config.run.dir)), mesh)
+    run = agree.together(lambda: RunDir.open(config.run.dir, hooks))
+    return _execute(config, run, mesh)
 
 
 def _begin(config: Config) -> Mesh:
@@ -103,14 +113,18 @@ def _check(config: Config) -> None:
         raise preflight.combine(errors)
 
 
-def resume(run_dir: str | os.PathLike) -> RunResult:
-    """Goes on with a run from its last checkpoint, or finishes what a finished run still lacks.
+def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:
+    """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
+
+    Args:
+      run_dir: the folder of the run.
+      hooks: as in `train`.
 
     Raises:
       ConfigError: if there is no run, or its data, models or tokenizer have changed.
       DamagedError: if no checkpoint can be read.
     """
-    run = RunDir.open(run_dir)
+    run = RunDir.open(run_dir, hooks)
     config = configs.load(run.path / "config.resolved.yaml")
     return _execute(config, run, _begin(config))
 
@@ -119,7 +133,7 @@ def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
         agree.by_leader(lambda: stack.enter_context(run.held()))
         stop = stack.enter_context(stopping.listening())
-        with _checkpoints(config, run.path) as checkpoints:
+        with _checkpoints(config, run.path, run.hooks) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
                 result = _Session(config, run, mesh, stop).execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
@@ -127,7 +141,7 @@ def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
         return result
 
 
-def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
+def _checkpoints(config: Config, folder: pathlib.Path, hooks: Hooks) -> Checkpoints:
     c = config.checkpoint
     return Checkpoints(
         folder / "checkpoints",
@@ -135,6 +149,7 @@ def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
         keep_best=c.keep.best,
         best_metric=c.best_metric,
         mode=c.mode,
+        hooks=hooks,
     )
 
 
@@ -154,7 +169,6 @@ class _Session:
         run.update(**described)
         agree.by_leader(lambda: _keep_words(config, run, self.models))
         self.dataset = data["train"]
-        self.poison = poison.from_environment()
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
             data["eval"],
@@ -193,7 +207,7 @@ class _Session:
         folder.mkdir(exist_ok=True)
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
-        with _checkpoints(config, folder) as checkpoints:
+        with _checkpoints(config, folder, self.run.hooks) as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
@@ -215,7 +229,7 @@ class _Session:
             models=self.models,
             mesh=self.mesh,
             dataset=self.dataset,
-            poison=self.poison,
+            hooks=self.run.hooks,
             table=self.table,
             checkpoints=checkpoints,
             stop=self.stop,
@@ -235,7 +249,7 @@ def _report(folder: pathlib.Path) -> None:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows, style="plain"))
+    print(report.comparison_table(rows))
     print(report.recovered(rows))
 
 

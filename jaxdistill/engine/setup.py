@@ -25,7 +25,6 @@ from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.vocabulary import check_rows, check_same
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
 from jaxdistill.types import Batch
@@ -308,7 +307,7 @@ def compile_step(
     if check_kernels:
         _check_kernels(config)
     step = steps.make(
-        method.loss if poison.from_environment() is None else poison.poisoned(method.loss),
+        method.loss,
         method.teacher,
         method.tx,
         micro_batches=config.train.micro_batches,

@@ -20,8 +20,8 @@ from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Policy
+from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.meter import Meter
-from jaxdistill.train.poison import Poison
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import place, recorded
@@ -40,7 +40,7 @@ class Training:
       models: who takes part.
       mesh: of all devices.
       dataset: the rows to learn from.
-      poison: which of their batches go wrong, in tests.
+      hooks: what the caller handed in.
       table: measures the student, and lets it speak.
       checkpoints: where its states go.
       stop: whether the process was asked to stop.
@@ -54,7 +54,7 @@ class Training:
     models: setup.Models
     mesh: Mesh
     dataset: Dataset
-    poison: Poison | None
+    hooks: Hooks
     table: run_table.RunTable
     checkpoints: Checkpoints
     stop: Stop
@@ -111,7 +111,9 @@ class Training:
             return report.SilentWriter()
         resume_step = first if (self.folder / "metrics.jsonl").exists() else None
         board = self.config.logging.tensorboard
-        return report.MetricsWriter(self.folder, board, resume_step, notice=progress.event)
+        return report.MetricsWriter(
+            self.folder, board, resume_step, notice=progress.event, hooks=self.hooks
+        )
 
     def _parts(
         self,
@@ -153,6 +155,7 @@ class Training:
             progress=progress,
             meter=_meter(self.config, self.models, self.method, self.mesh),
             stop=self.stop,
+            hooks=self.hooks,
         )
 
     def _compiled(
@@ -165,11 +168,10 @@ class Training:
         """The compiled step, and how long that took."""
         config, began = self.config, time.perf_counter()
         monitor = recorded(config.train.log_every, config.train.steps)
+        method = dataclasses.replace(self.method, loss=self.hooks.loss(self.method.loss))
         # Together: in its first step nobody waits long for one that is still compiling.
         step = agree.together(
-            lambda: setup.compile_step(
-                config, self.method, state, teacher_params, self.mesh, monitor
-            )
+            lambda: setup.compile_step(config, method, state, teacher_params, self.mesh, monitor)
         )
         seconds = time.perf_counter() - began
         writer.event("compiled", seconds=round(seconds, 3), from_step=int(state.step))
@@ -189,9 +191,7 @@ class Training:
                 rows=local_rows(self.mesh, size),
             )
             for index, batch in feed:
-                if self.poison is not None:
-                    batch = self.poison.mark(index, batch)
-                yield index, place(batch, self.mesh)
+                yield index, place(self.hooks.batch(index, batch), self.mesh)
 
 
 def _schedule(config: Config) -> loop.Schedule:

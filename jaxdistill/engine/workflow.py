@@ -289,7 +289,7 @@ class Runner:
         found = comparison.compare_models(
             models, settings, teacher=plain.teacher, out=self.folder / step.name
         )
-        print(report.comparison_table(found["rows"], style="plain"), file=sys.stderr)
+        print(report.comparison_table(found["rows"]), file=sys.stderr)
         return {"models": len(models)}
 
 

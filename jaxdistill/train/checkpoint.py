@@ -26,7 +26,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdistill import agree, manifest
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
-from jaxdistill.train import faults, step_folders
+from jaxdistill.train import step_folders
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.table import check_same, flatten
 
 _STATE = "state"
@@ -52,6 +53,7 @@ class Checkpoints:
         keep_best: int = 0,
         best_metric: str | None = None,
         mode: Literal["min", "max"] = "min",
+        hooks: Hooks = NO_HOOKS,
     ):
         """Opens a folder of checkpoints.
 
@@ -62,6 +64,7 @@ class Checkpoints:
           keep_best: how many of the best by `best_metric` stay besides.
           best_metric: a name among the metrics given to `save`.
           mode: whether its smallest or its largest value is the best. NaN and infinities rank last.
+          hooks: what the caller handed in.
 
         Raises:
           ConfigError: if keep_best asks for a ranking without a metric.
@@ -72,6 +75,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._keep_latest, self._keep_best = keep_latest, keep_best
         self._metric, self._mode = best_metric, mode
+        self._hooks = hooks
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         try:
@@ -145,7 +149,7 @@ class Checkpoints:
                 "`jaxdistill ckpt rollback` moves the later checkpoints away"
             )
         arrays, facts = flatten(state), {"meta": dict(meta), **self._ranked(metrics)}
-        faults.point("checkpoint.begin")
+        self._hooks.at("checkpoint.begin")
         needed = sum(array.nbytes for array in arrays.values())
         agree.together(lambda: self._check_room(step, needed))
         try:
@@ -153,7 +157,7 @@ class Checkpoints:
             response = ocp.save_checkpointables_async(str(staged), {_STATE: arrays})
         except (OSError, ValueError) as error:
             raise self._failure(step, _reason(error)) from error
-        faults.point("checkpoint.copied")
+        self._hooks.at("checkpoint.copied")
         self._pending = step, self._thread.submit(self._finish, response, step, facts)
         return time.perf_counter() - began
 
@@ -169,12 +173,12 @@ class Checkpoints:
         """In the background: waits for the arrays, makes them a checkpoint, removes old ones."""
         response.result()
         if self._writes():
-            step_folders.commit(self.directory, step, facts)
+            step_folders.commit(self.directory, step, facts, self._hooks)
             assert self._keep_latest is not None
             there = step_folders.readable(self.directory)
             keep = step_folders.kept(there, self._keep_latest, self._keep_best)
             with contextlib.suppress(OSError):  # no reason to call the new one a failure
-                step_folders.retire(self.directory, keep)
+                step_folders.retire(self.directory, keep, self._hooks)
 
     def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, Any]:
         """The metrics with their rank beside them, so that a reader needs no configuration."""

@@ -11,10 +11,10 @@ import numpy as np
 from jaxdistill import agree
 from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
-from jaxdistill.train import faults
 from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Judged, Trouble
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
@@ -59,6 +59,7 @@ class Parts:
       guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
       stop: whether the process was asked to stop.
+      hooks: what the caller handed in.
     """
 
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
@@ -75,6 +76,7 @@ class Parts:
     progress: Progress
     meter: Meter
     stop: Stop
+    hooks: Hooks = NO_HOOKS
 
 
 def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
@@ -98,9 +100,9 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
         with parts.meter.waiting("data"):
             index, batch = next(feed)
         assert index == guard.position(number - 1), "the step alone says which batch is its own"
-        faults.point("step.before")
+        parts.hooks.at("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
-        faults.point("step.after")
+        parts.hooks.at("step.after")
         unread.add(Judged(number, index, batch), means)
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
@@ -186,7 +188,7 @@ class _Unread:
 
 def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
     """Measures a state that is known to be sound, and tells."""
-    faults.point("eval.before")
+    parts.hooks.at("eval.before")
     with parts.meter.waiting("other"):
         metrics = parts.evaluate(number, state)
     parts.writer.write(number, metrics)

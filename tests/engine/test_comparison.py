@@ -74,7 +74,7 @@ def test_seeds_give_a_mean_and_a_spread(result):
     assert math.isclose(both["spread"]["perplexity"], want, rel_tol=1e-6) and want > 0
     # Against itself at step 3 the first of the two does not differ.
     assert math.isclose(both["kl_t1"], last["kl_t1"] / 2, rel_tol=1e-3)
-    assert "±" in comparison_table(result[0]["rows"], style="plain")
+    assert "±" in comparison_table(result[0]["rows"])
 
 
 def test_samples_stand_side_by_side(result):

@@ -19,7 +19,7 @@ def rig(tmp_path_factory):
 
 
 def test_killed_runs_end_as_undisturbed_ones(rig):
-    found = soak_faults.kills(rig, 4, seed=1, per_run=4, told=lambda _: None)
+    found = soak_faults.kills(rig, 4, seed=1, per_run=4, report=lambda _: None)
     assert found["kills"] >= 4
     assert found["bitwise_equal_runs"] == found["runs"]
     assert found["unreadable_run_folders"] == 0

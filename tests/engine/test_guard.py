@@ -12,9 +12,9 @@ from jaxdistill.engine import run_table, setup
 from jaxdistill.errors import DivergedError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.train import poison
 from jaxdistill.train.checkpoint import Checkpoints
 from tests.engine.test_run import arrays
+from tests.inject import Poison
 
 OPTIONS = (
     "train.steps=10",
@@ -31,9 +31,7 @@ def run(load_config, tmp_path_factory):
 
     def train(text, *overrides, folder=None):
         folder = tmp_path_factory.mktemp("guarded") if folder is None else folder
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(poison.VARIABLE, text)
-            engine.train(load_config(folder, *OPTIONS, *overrides))
+        engine.train(load_config(folder, *OPTIONS, *overrides), hooks=Poison(text))
         return folder / "run"
 
     return train
@@ -111,7 +109,6 @@ def test_a_run_that_rolled_back_is_the_run_that_never_saw_those_batches(
 def test_a_killed_run_still_leaves_the_batches_out_when_it_resumes(
     load_config, rolled_back, monkeypatch, tmp_path
 ):
-    monkeypatch.setenv(poison.VARIABLE, BAD)
     step = Progress.step
 
     def killed(self, number, scalars):
@@ -121,9 +118,9 @@ def test_a_killed_run_still_leaves_the_batches_out_when_it_resumes(
 
     monkeypatch.setattr(Progress, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        engine.train(load_config(tmp_path, *OPTIONS))
+        engine.train(load_config(tmp_path, *OPTIONS), hooks=Poison(BAD))
     monkeypatch.setattr(Progress, "step", step)
-    engine.resume(tmp_path / "run")
+    engine.resume(tmp_path / "run", hooks=Poison(BAD))
     same(tmp_path / "run", rolled_back)
     assert records(tmp_path / "run") == records(rolled_back)
     assert len(events(tmp_path / "run", "skipped")) == 3  # two and the rerun, before the kill

@@ -15,12 +15,12 @@ from jaxdistill.losses import whole_rows
 from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import STUDENT as STUDENTS
 from jaxdistill.types import TEACHER as TEACHERS
 from jaxdistill.types import Batch
+from tests import inject
 
 VOCAB, ROWS, LENGTH, STEPS = 37, 8, 12, 20
 SHAPE = {"family": "llama", "vocab_size": VOCAB, "heads": 2, "kv_heads": 2, "head_dim": 8}
@@ -132,7 +132,7 @@ class Training:
         )
         self.loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
         if poisonable:
-            self.loss = poison.poisoned(self.loss)
+            self.loss = inject.poisoned(self.loss)
         self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps,
             relations=objective.teacher_relations,
         )  # fmt: skip
@@ -263,7 +263,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_start_behind():
     training = Training("taid", poisonable=True)
     before = jax.device_get(training.state)
     rows_of = training.rows
-    training.rows = lambda seed: poison.Poison("nan@0").mark(0, rows_of(seed))
+    training.rows = lambda seed: inject.Poison("nan@0").batch(0, rows_of(seed))
     training.run(1)
     unchanged(before, jax.device_get(training.state))
 
@@ -284,8 +284,8 @@ def test_one_token_on_one_device_in_one_micro_batch_stops_the_step_everywhere(
     clean, rows_of = jax.device_get(training.state), training.rows
     for kind in ("nan", "inf", "gradient"):
         for row in (0, ROWS - 1):
-            bad = poison.Poison(f"{kind}@{row}")
-            training.rows = lambda seed, bad=bad, row=row: bad.mark(row, rows_of(seed))
+            bad = inject.Poison(f"{kind}@{row}")
+            training.rows = lambda seed, bad=bad, row=row: bad.batch(row, rows_of(seed))
             (means,) = training.run(1, first=2)
             assert np.isfinite(means["loss/total"]) == (kind == "gradient")
             assert np.isfinite(means["optim/grad_norm"]) == (kind != "gradient")

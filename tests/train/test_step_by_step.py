@@ -17,10 +17,10 @@ from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.reasoning import rationales
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import Batch, TeacherSignal
+from tests import inject
 
 VOCAB, EXPLAIN, PLACE = 23, 7, 1
 SHAPE = DecoderConfig(
@@ -59,7 +59,7 @@ def _step(label_weight, micro_batches=1, lr=0.1, bad=None):
     loss = steps.make_loss(SHAPE, objective, compute_dtype="float32")
     batch, _ = _batch()
     if bad is not None:
-        loss, batch = poison.poisoned(loss), poison.Poison(f"{bad}@3").mark(3, batch)
+        loss, batch = inject.poisoned(loss), inject.Poison(f"{bad}@3").batch(3, batch)
     step = steps.make(
         loss, teachers.none, tx, micro_batches=micro_batches, prepare=objective.prepare
     )
