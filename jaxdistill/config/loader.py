@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from jaxdistill.config import keys, syntax
 from jaxdistill.config.methods import METHODS
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import BUDGET_PATTERN, NAME_PATTERN, Section
+from jaxdistill.config.section import NAME_PATTERN, Section
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.errors import ConfigError
 
@@ -263,8 +263,6 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
         expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return _choice(value, expected) + _ALTERNATIVES.get(item["loc"][-1], "")
     if kind == "string_pattern_mismatch":
-        if context["pattern"] == BUDGET_PATTERN:
-            return "must be a share or an amount, such as 60%, 80M or 4GiB"
         named = context["pattern"] == NAME_PATTERN
         return "may hold only letters, digits, . _ and -" if named else "holds control characters"
     message = _MESSAGES.get(kind, item["msg"])
