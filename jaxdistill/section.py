@@ -9,13 +9,12 @@ from pydantic_core import PydanticCustomError
 Problem = tuple[tuple[str | int, ...], str]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-BUDGET_PATTERN = r"^[0-9]+(\.[0-9]+)?(%|K|M|B|KiB|MiB|GiB|TiB)?$"
 PLAIN_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
 Path = Annotated[str, Field(min_length=1, max_length=1024, pattern=PLAIN_PATTERN)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=10**7)]
-Budget = Annotated[str, Field(max_length=20, pattern=BUDGET_PATTERN)]
+Budget = Annotated[str, Field(max_length=20)]
 Dtype = Literal["float32", "bfloat16"]
 
 

@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import math
@@ -6,11 +7,14 @@ import pathlib
 import subprocess
 import sys
 import types
+import typing
 
 import pytest
 
 import jaxdistill
-from jaxdistill import cli, errors
+from jaxdistill import cli, commands, errors
+from jaxdistill.cli import options
+from jaxdistill.config import workflow
 from jaxdistill.train.hooks import NO_HOOKS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -213,11 +217,11 @@ def test_train(capsys, folder, engine):
     code, out, _ = run(capsys, "train", "run.yaml", "train.steps=20", "seed=3")
     assert code == 0
     assert "runs/run" in out
-    [(name, (config,), options)] = engine.calls
+    [(name, (config,), used)] = engine.calls
     assert name == "train"
     assert (config.train.steps, config.seed) == (20, 3)
     overrides = ["train.steps=20", "seed=3"]
-    assert options == {"input_text": RUN, "overrides": overrides, "hooks": NO_HOOKS}
+    assert used == {"input_text": RUN, "overrides": overrides, "hooks": NO_HOOKS}
 
 
 @pytest.mark.parametrize(
@@ -323,15 +327,16 @@ def test_eval(capsys, folder, engine):
     arguments = ["eval", "run@best", "--data", "a", "--data", "b", "--teacher", "big"]
     code, out, _ = run(capsys, *arguments, "--max-rows", "7", "--loss-on", "assistant")
     assert code == 0
-    [(_, (model,), options)] = engine.calls
+    [(_, (model,), used)] = engine.calls
     assert model == "run@best"
-    assert options == {
+    assert used == {
         "teacher": "big",
-        "data": ["a", "b"],
+        "data": ("a", "b"),
         "format": "auto",
         "loss_on": "assistant",
         "seq_len": 1024,
         "batch_size": 8,
+        "cache_dir": "runs/.cache",
         "max_rows": 7,
         "dtype": "float32",
     }
@@ -346,10 +351,69 @@ def test_eval_calls_the_engine_as_it_is():
     from jaxdistill import engine
 
     names = set(inspect.signature(engine.evaluate).parameters)
-    used = {"teacher", "data", "format", "loss_on", "seq_len", "batch_size", "max_rows", "dtype"}
-    assert used <= names
+    assert set(commands.Evaluate.model_fields) <= names
     assert {"input_text", "overrides"} <= set(inspect.signature(engine.train).parameters)
-    assert "dtype" in inspect.signature(engine.export).parameters
+
+
+def every_option():
+    """(command, argparse action) of every argument of the command line."""
+    pending = [((), options.parser())]
+    while pending:
+        name, parser = pending.pop()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                pending += [((*name, word), below) for word, below in action.choices.items()]
+            else:
+                yield " ".join(name), action
+
+
+def test_every_option_has_a_help_text_and_names_its_default():
+    arguments = list(every_option())
+    assert len(arguments) > 120
+    for command, action in arguments:
+        assert action.help and action.help != "%s", (command, action.dest)
+        if isinstance(action.default, int | float | str) and not isinstance(action.default, bool):
+            words = f"default: {action.default}".replace("%", "%%")
+            assert words in action.help or action.default == argparse.SUPPRESS, (command, action)
+
+
+@pytest.mark.parametrize(
+    ("kind", "section"),
+    [
+        ("importance", commands.Importance),
+        ("prune", commands.Prune),
+        ("quantize", commands.Quantize),
+        ("export", commands.Export),
+        ("compare", commands.Compare),
+    ],
+)
+def test_a_step_of_a_workflow_takes_what_its_command_takes(kind, section):
+    (step,) = [one for one in typing.get_args(typing.get_args(workflow.AnyStep)[0])
+               if typing.get_args(one.model_fields["kind"].annotation) == (kind,)]  # fmt: skip
+    (command,) = [one for one in options.COMMANDS if one.name == kind]
+    assert section in command.takes
+    assert issubclass(step, section)
+
+
+def test_a_step_takes_a_budget_of_time():
+    options = {"name": "s", "kind": "prune", "model": "m", "importance": "i", "latency": "12ms"}
+    assert workflow.PruneStep(**options).budgets() == {"latency": "12ms"}
+    with pytest.raises(ValueError, match="latency: '12mm': write 60%, 12ms or 800us"):
+        workflow.PruneStep(**options | {"latency": "12mm"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mlp", "64", "--memory", "50%"], "prune: give sizes (layers, embed, mlp, heads, "),
+        (["--mlp", "64", "--axes", "mlp"], "prune: --axes: has no effect without a budget"),
+        (["--parameters", "most"], "prune: --parameters: 'most': write 60%, 80M or 1.5B"),
+    ],
+)
+def test_rules_between_options_are_told_as_they_are_typed(capsys, words, message):
+    code, out, err = run(capsys, "prune", "model", "-o", "out", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
 
 
 def test_generate(capsys, folder, engine):
@@ -367,7 +431,7 @@ def test_generate(capsys, folder, engine):
             "top_p": None,
             "min_p": None,
             "seed": 0,
-            "stop": [],
+            "stop": (),
         },
     )
 
@@ -400,7 +464,8 @@ def test_generate_as_a_chat(capsys, folder, engine, monkeypatch):
 def test_export(capsys, folder, engine):
     code, out, _ = run(capsys, "export", "runs/run@20", "-o", "out", "--dtype", "bfloat16")
     assert (code, out) == (0, "wrote out\n")
-    assert engine.calls == [("export", ("runs/run@20", "out"), {"dtype": "bfloat16"})]
+    written = commands.Export(dtype="bfloat16")
+    assert engine.calls == [("export", ("runs/run@20", "out", written), {})]
 
 
 def test_report(capsys, folder, monkeypatch):

@@ -59,7 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # one come back as extras.
     arguments, extras = parser().parse_known_args(argv)
     if extras and "overrides" in arguments:
-        arguments.overrides += [word for word in extras if not word.startswith("-")]
+        words = [word for word in extras if not word.startswith("-")]
+        arguments.overrides = [*arguments.overrides, *words]
         extras = [word for word in extras if word.startswith("-")]
     if extras:
         arguments.parser.error(f"unrecognized arguments: {' '.join(extras)}")

@@ -37,16 +37,17 @@ def launch(arguments: argparse.Namespace) -> int:
             f"{', '.join(COMMANDS)}: jaxdistill launch -n 2 -- train CONFIG"
         )
     logs = None if arguments.log_dir is None else pathlib.Path(arguments.log_dir)
-    for attempt in range(arguments.restart + 1):
+    attempt = 0
+    while True:
         group = Group(words, arguments.processes, arguments.devices_per_process, logs)
         code = group.run()
         if code == 0 or code in _FINAL or group.signals or attempt == arguments.restart:
-            break
+            return code
         pause = _WAITS[min(attempt, len(_WAITS) - 1)]
-        _tell(f"restart {attempt + 1} of {arguments.restart} in {pause:g} s")
+        attempt += 1
+        _tell(f"restart {attempt} of {arguments.restart} in {pause:g} s")
         time.sleep(pause)
         words = _resumed(words)
-    return code
 
 
 def _resumed(words: Sequence[str]) -> list[str]:

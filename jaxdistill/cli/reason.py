@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from jaxdistill import commands
+from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, stdout_is_json
 from jaxdistill.errors import ConfigError
 from jaxdistill.redact import learn
@@ -37,6 +39,7 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves a model."""
+    options = read(commands.Serve, arguments)
     key = os.environ.get(arguments.key_env) if arguments.key_env else None
     if arguments.key_env and not key:
         raise ConfigError(
@@ -46,19 +49,12 @@ def serve(arguments: argparse.Namespace) -> None:
     from jaxdistill.engine import serving
 
     learn(key or "")
-    serving.serve(
-        arguments.model,
-        host=arguments.host,
-        port=arguments.port,
-        slots=arguments.slots,
-        length=arguments.length,
-        dtype=arguments.dtype,
-        key=key,
-    )
+    serving.serve(arguments.model, options, key=key)
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> None:
     """Measures accuracy on tasks."""
+    options = read(commands.Tasks, arguments)
     with stdout_is_json(True):
         from jaxdistill.evaluate import accuracy
 
@@ -66,13 +62,9 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
             arguments.model,
             arguments.tasks,
             accuracy.Ask(
-                style=arguments.style,
-                file=arguments.exemplars,
-                samples=arguments.self_consistency,
-                temperature=arguments.temperature,
-                max_new_tokens=arguments.max_new_tokens,
-                seed=arguments.seed,
-                limit=arguments.limit,
+                file=options.exemplars,
+                samples=options.self_consistency,
+                **options.model_dump(exclude={"exemplars", "self_consistency"}),
             ),
             folder=arguments.task_data,
             slots=max(arguments.batch_size, 1),

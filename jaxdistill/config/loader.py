@@ -13,7 +13,7 @@ from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import METHODS
-from jaxdistill.section import BUDGET_PATTERN, NAME_PATTERN, Section
+from jaxdistill.section import NAME_PATTERN, Section
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -263,8 +263,6 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
         expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return _choice(value, expected) + _ALTERNATIVES.get(item["loc"][-1], "")
     if kind == "string_pattern_mismatch":
-        if context["pattern"] == BUDGET_PATTERN:
-            return "must be a share or an amount, such as 60%, 80M or 4GiB"
         named = context["pattern"] == NAME_PATTERN
         return "may hold only letters, digits, . _ and -" if named else "holds control characters"
     message = _MESSAGES.get(kind, item["msg"])

@@ -2,7 +2,7 @@
 
 from jaxdistill.engine.export import export, export_adapters, load, quantize
 from jaxdistill.engine.planning import plan
-from jaxdistill.engine.pruning import Calibration, Target, importance, prune, pruning_note
+from jaxdistill.engine.pruning import importance, prune, pruning_note
 from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
 from jaxdistill.engine.workflow import plan as workflow_plan
@@ -12,10 +12,8 @@ from jaxdistill.evaluate.harness import adapter, harness
 from jaxdistill.evaluate.perplexity import evaluate
 
 __all__ = [
-    "Calibration",
     "RunResult",
     "Settings",
-    "Target",
     "adapter",
     "build",
     "compare_models",

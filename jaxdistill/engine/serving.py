@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Generator as Events
 from typing import Any
 
+from jaxdistill.commands import Serve
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.engine.streaming import Stream, counts, events
 from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
@@ -283,37 +284,25 @@ def _number(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
         raise BadRequest(f"{name}: {str(value)[:40]} is too large") from None
 
 
-def serve(
-    source: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    slots: int = 32,
-    length: int | None = None,
-    dtype: str = "bfloat16",
-    key: str | None = None,
-) -> None:
+def serve(source: str, options: Serve | None = None, *, key: str | None = None) -> None:
     """Serves a model until it is interrupted.
 
     Args:
       source: any name `engine.load` understands.
-      host: address to listen on.
-      port: 0 takes a free one.
-      slots: answers that are written at the same time.
-      length: tokens of a prompt and its answer together; None: at most 2048 of the model's context.
-      dtype: held and computed in.
+      options: where to listen, and how much is answered at a time.
       key: what clients must send as their key; None: nothing.
 
     Raises:
       UserError: if the model cannot be used or the port not be had.
     """
-    model = unrolled.take(load_any(source, dtype=dtype, mesh=make_mesh()))
-    length = min(length or 2048, model.config.max_positions)
-    service = Service(model, slots=slots, length=length)
-    server = make_server(service, host=host, port=port, key=key)
-    if key is None and not is_loopback(host):
+    options = options or Serve()
+    model = unrolled.take(load_any(source, dtype=options.dtype, mesh=make_mesh()))
+    length = min(options.length or 2048, model.config.max_positions)
+    service = Service(model, slots=options.slots, length=length)
+    server = make_server(service, host=options.host, port=options.port, key=key)
+    if key is None and not is_loopback(options.host):
         print("anybody who reaches this machine can ask: --key-env sets a key", file=sys.stderr)
-    print(f"serving {source} on http://{host}:{server.server_address[1]}/v1", flush=True)
+    print(f"serving {source} on http://{options.host}:{server.server_address[1]}/v1", flush=True)
     try:
         server.serve_forever()
     finally:

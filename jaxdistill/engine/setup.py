@@ -164,7 +164,7 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
             found = importance.load(student.prune.importance)
-            made, _ = pruning.cut(teacher, pruning.target_of(student.prune), found, dtype)
+            made, _ = pruning.cut(teacher, student.prune, found, dtype)
             return dataclasses.replace(made, tokenizer=shape.tokenizer)
         layers = shapes.kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)

@@ -33,7 +33,7 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
-            small = pruning.target_of(student.prune).shape(teacher.config)
+            small = pruning.shape_of(teacher.config, student.prune)
             return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
         layers = kept_layers(config, teacher.config.layers)
         small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)

@@ -12,8 +12,8 @@ from typing import Any
 
 import jaxdistill
 from jaxdistill import report, whole_file
+from jaxdistill.commands import Compare
 from jaxdistill.compress import importance as scores
-from jaxdistill.compress.targets import AXES
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
     CompareStep,
@@ -233,36 +233,25 @@ class Runner:
 
     def _importance(self, step: ImportanceStep) -> dict[str, Any]:
         step = self.resolved(step)
-        calibration = pruning.Calibration(
-            data=step.data, rows=step.rows, seq_len=step.seq_len, batch_size=step.batch_size
-        )
-        found = pruning.importance(step.model, calibration, without=step.without)
-        scores.save(found, self.folder / step.name / scores.FILE)
-        return {"rows": found.facts["rows"], "tokens": found.facts["tokens"]}
+        measured = pruning.importance(step.model, step)
+        scores.save(measured, self.folder / step.name / scores.FILE)
+        return {"rows": measured.facts["rows"], "tokens": measured.facts["tokens"]}
 
     def _prune(self, step: PruneStep) -> dict[str, Any]:
         step = self.resolved(step)
-        target = pruning.Target(
-            sizes={name: size for name in AXES if (size := getattr(step, name)) is not None},
-            parameters=step.parameters,
-            memory=step.memory,
-            latency=step.latency,
-            axes=step.axes,
-            by=step.by,
-        )
         folder = self.folder / step.name
-        pruning.prune(step.model, folder, target, importance_file=step.importance)
+        pruning.prune(step.model, folder, step)
         note = pruning.pruning_note(folder)
         return {key: note[key] for key in ("parameters", "layers")}
 
     def _quantize(self, step: QuantizeStep) -> dict[str, Any]:
         step = self.resolved(step)
-        quantize(step.model, self.folder / step.name, step.scheme, step.dtype)
+        quantize(step.model, self.folder / step.name, step)
         return {"scheme": step.scheme}
 
     def _export(self, step: ExportStep) -> dict[str, Any]:
         step = self.resolved(step)
-        export(step.model, self.folder / step.name, step.dtype)
+        export(step.model, self.folder / step.name, step)
         return {}
 
     def _compare(self, step: CompareStep) -> dict[str, Any]:
@@ -274,18 +263,8 @@ class Runner:
                 paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
                 models.append((name, files.replaced(source, paths)))
         plain = self.resolved(step)
-        settings = comparison.Settings(
-            data=plain.data,
-            seq_len=plain.seq_len,
-            batch_size=plain.batch_size,
-            max_rows=plain.max_rows,
-            questions=plain.questions,
-            max_questions=plain.max_questions,
-            prompts=plain.prompts,
-            prompt_tokens=plain.prompt_tokens,
-            new_tokens=plain.new_tokens,
-            repeats=plain.repeats,
-        )
+        options = plain.model_dump(include=set(Compare.model_fields) - {"teacher"})
+        settings = comparison.Settings(**options)
         found = comparison.compare_models(
             models, settings, teacher=plain.teacher, out=self.folder / step.name
         )
