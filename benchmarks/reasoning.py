@@ -133,6 +133,7 @@ class Experiment:
 
 def arithmetic(run: Experiment) -> None:
     """Students of a teacher that works sums out, by how many of its rationales they read."""
+    from jaxdistill import commands
     from jaxdistill.evaluate import accuracy
     from jaxdistill.reasoning import rationales
 
@@ -150,7 +151,7 @@ def arithmetic(run: Experiment) -> None:
     fill |= {"rows": size["rows"], "method": "{name: sft}"}
     steps = {"steps": size["teacher_steps"]}
     teacher = run.train("teacher", 0, run.write("sums", records[64:]), held_out, **fill, **steps)
-    ask = accuracy.Ask(samples=size["votes"], max_new_tokens=64)
+    ask = commands.Tasks(self_consistency=size["votes"], max_new_tokens=64)
 
     def judge(model: str, name: str) -> None:
         out = run.folder / "answers" / name  # `jaxdistill report` makes a page of these folders
@@ -201,6 +202,7 @@ def _sums(counts: list[int], seed: int) -> list[list]:
 
 def svamp(run: Experiment, data: pathlib.Path) -> None:
     """Step-by-Step against labels alone, on published rationales."""
+    from jaxdistill import commands
     from jaxdistill.evaluate import accuracy
     from jaxdistill.reasoning import extract, rationales, tasks
 
@@ -224,7 +226,7 @@ def svamp(run: Experiment, data: pathlib.Path) -> None:
         "rate": 1e-4,
         "steps": run.size["svamp_steps"],
     }
-    ask = accuracy.Ask("predict", max_new_tokens=24, limit=run.size["svamp_questions"])
+    ask = commands.Tasks(style="predict", max_new_tokens=24, limit=run.size["svamp_questions"])
     methods = (
         ("label_only", "{name: sft}", alone[:-20]),
         ("step_by_step", "{name: step_by_step, label_weight: 0.5}", both[:-40]),

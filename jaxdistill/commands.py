@@ -37,7 +37,7 @@ Paths = Annotated[
 Rows = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
-Format = Literal["auto", "text", "messages", "completion"]
+Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
@@ -207,8 +207,11 @@ class Compare(Text):
 class Tasks(Section):
     """How questions with a right answer are put to a model."""
 
-    style: Annotated[str, Flag(metavar="STYLE")] = Field(
-        "plain", description="plain, zero_shot, few_shot, preamble, predict or chat."
+    style: Literal["plain", "zero_shot", "few_shot", "preamble", "predict", "chat"] = Field(
+        "plain",
+        description="plain: Q and A; zero_shot: a published trigger, and a second question for the "
+        "answer; few_shot: worked examples; preamble: a text in front; predict: the label task of "
+        "Distilling Step-by-Step; chat: the user's turn.",
     )
     exemplars: Annotated[Path, Flag(metavar="FILE")] | None = Field(
         None, description="Worked examples for few_shot, or the text for preamble."
@@ -225,6 +228,14 @@ class Tasks(Section):
         None, description="Questions of each task; none: all."
     )
     seed: Annotated[Seed, Flag(metavar="N")] = Field(0, description="Of the answers that vote.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: a file where one is used, and only there; votes that differ."""
+        if (self.exemplars is not None) != (self.style in ("few_shot", "preamble")):
+            yield ("exemplars",), "a file belongs to few_shot and preamble, and only there"
+        if self.self_consistency and self.temperature == 0:
+            rule = f"{self.self_consistency} answers at temperature 0 would all be equal"
+            yield ("self_consistency",), rule
 
 
 class Harness(Section):

@@ -66,8 +66,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
         result = engine.compare_models(
             named,
-            engine.Settings(**options.model_dump(exclude={"teacher"})),
-            teacher=options.teacher,
+            options,
             out=arguments.output,
         )
         page = report.write_story(arguments.output) if arguments.output else None
@@ -88,7 +87,7 @@ def harness(arguments: argparse.Namespace) -> None:
         results = engine.harness(
             arguments.model,
             arguments.tasks,
-            **read(commands.Harness, arguments).model_dump(),
+            read(commands.Harness, arguments),
         )
     if arguments.json:
         return print_json(results)

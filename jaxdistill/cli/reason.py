@@ -61,11 +61,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
         found = accuracy.evaluate(
             arguments.model,
             arguments.tasks,
-            accuracy.Ask(
-                file=options.exemplars,
-                samples=options.self_consistency,
-                **options.model_dump(exclude={"exemplars", "self_consistency"}),
-            ),
+            options,
             folder=arguments.task_data,
             slots=max(arguments.batch_size, 1),
             dtype=arguments.dtype,

@@ -98,7 +98,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        metrics = engine.evaluate(arguments.model, **options.model_dump())
+        metrics = engine.evaluate(arguments.model, options)
     if arguments.json:
         return print_json(metrics)
     metrics.pop("eval/reliability")  # bars of a diagram, for --json

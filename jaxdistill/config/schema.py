@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill import methods
+from jaxdistill.commands import Format
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
@@ -34,7 +35,7 @@ class DataSource(Section):
         description="A .jsonl, .ndjson, .parquet, .txt or .md file, or python:docs?split=train and "
         "?split=held_out (the documentation inside the installed Python)."
     )
-    format: Literal["auto", "text", "messages", "completion", "plain", "paragraphs"] = Field(
+    format: Format = Field(
         "auto",
         description="What a record holds: `text`, a chat under `messages`, or `prompt` and "
         "`completion` (auto: as the first record); of a text file plain makes one document (auto "

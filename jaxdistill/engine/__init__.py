@@ -7,13 +7,12 @@ from jaxdistill.engine.run import RunResult, distill, resume, train
 from jaxdistill.engine.setup import build
 from jaxdistill.engine.workflow import plan as workflow_plan
 from jaxdistill.engine.workflow import workflow as run_workflow
-from jaxdistill.evaluate.comparison import Settings, compare_models
+from jaxdistill.evaluate.comparison import compare_models
 from jaxdistill.evaluate.harness import adapter, harness
 from jaxdistill.evaluate.perplexity import evaluate
 
 __all__ = [
     "RunResult",
-    "Settings",
     "adapter",
     "build",
     "compare_models",

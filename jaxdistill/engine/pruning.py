@@ -11,11 +11,9 @@ from jaxdistill.compress import importance as scores
 from jaxdistill.compress import prune as cutting
 from jaxdistill.compress import targets
 from jaxdistill.compress.importance import Importance
-from jaxdistill.data import pipeline
-from jaxdistill.data.sources import open_source
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.evaluate import speed
-from jaxdistill.evaluate.held_out import HeldOut
+from jaxdistill.evaluate.held_out import HeldOut, open_rows
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
@@ -68,16 +66,9 @@ def _rows(model: Model, options: commands.Importance, mesh: Any) -> HeldOut:
     """
     if model.tokenizer is None:
         raise ModelError(f"{model.source}: has no tokenizer to read the calibration text with")
-    dataset = pipeline.build(
-        [open_source(path, format=options.format) for path in options.data],
-        model.tokenizer,
-        seq_len=options.seq_len,
-        cache_dir=options.cache_dir,
-        name="calibration",
-    )
-    name = ", ".join(options.data)
-    scores.check_enough(len(dataset), options.rows, name)
-    return HeldOut(dataset, options.batch_size, options.rows, mesh, name)
+    rows = open_rows(options, model.tokenizer, mesh, max_rows=options.rows, name="calibration")
+    scores.check_enough(rows.available, options.rows, ", ".join(options.data))
+    return rows
 
 
 def shape_of(config: DecoderConfig, sizes: Sizes) -> DecoderConfig:

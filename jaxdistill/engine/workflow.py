@@ -12,7 +12,6 @@ from typing import Any
 
 import jaxdistill
 from jaxdistill import report, whole_file
-from jaxdistill.commands import Compare
 from jaxdistill.compress import importance as scores
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
@@ -263,11 +262,7 @@ class Runner:
                 paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
                 models.append((name, files.replaced(source, paths)))
         plain = self.resolved(step)
-        options = plain.model_dump(include=set(Compare.model_fields) - {"teacher"})
-        settings = comparison.Settings(**options)
-        found = comparison.compare_models(
-            models, settings, teacher=plain.teacher, out=self.folder / step.name
-        )
+        found = comparison.compare_models(models, plain, out=self.folder / step.name)
         print(report.comparison_table(found["rows"]), file=sys.stderr)
         return {"models": len(models)}
 

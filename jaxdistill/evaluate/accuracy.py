@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import whole_file
+from jaxdistill.commands import Tasks
 from jaxdistill.data.store import writing
-from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.errors import DataError
 from jaxdistill.models import Model, unrolled
 from jaxdistill.reasoning import asking, extract, prompts, rationales, tasks, votes
 from jaxdistill.reasoning.asking import Job, Reply, SamplingParams
@@ -25,37 +26,10 @@ STYLES = (*prompts.STYLES, "predict", "chat")
 VOTES = (1, 2, 3, 5, 10, 20, 30, 40, 50, 100)  # k of the curve, as far as there are samples
 
 
-@dataclasses.dataclass(frozen=True)
-class Ask:
-    r"""How a task is put to a model.
-
-    Attributes:
-      style: `plain`: "Q: ...\nA:"; `zero_shot`: a published trigger, and a second question for the
-        answer; `few_shot`: worked examples; `preamble`: a text in front; `predict`: the label task
-        of Distilling Step-by-Step; `chat`: the user's turn.
-      file: of worked examples or of the preamble.
-      trigger: number of the zero-shot trigger.
-      samples: drawn per question besides the greedy answer; 0: none.
-      temperature: of those.
-      max_new_tokens: longest answer.
-      seed: of the draws.
-      limit: only so many questions.
-    """
-
-    style: str = "plain"
-    file: str | None = None
-    trigger: int = 1
-    samples: int = 0
-    temperature: float = 0.7
-    max_new_tokens: int = 128
-    seed: int = 0
-    limit: int | None = None
-
-
 def evaluate(
     model: str | Model,
     names: Sequence[str],
-    ask: Ask | None = None,
+    options: Tasks | None = None,
     *,
     folder: str | None = None,
     slots: int = 32,
@@ -67,7 +41,7 @@ def evaluate(
     Args:
       model: a loaded model, or any name `engine.load` understands.
       names: of tasks, see `reasoning.tasks`.
-      ask: how they are put; None: plainly, greedy.
+      options: how they are put; None: plainly, greedy.
       folder: of published files.
       slots: answers that are written at a time.
       dtype: held and computed in.
@@ -82,9 +56,8 @@ def evaluate(
     Raises:
       UserError: whatever cannot be used.
     """
-    ask = Ask() if ask is None else ask
-    _check(ask)
-    loaded = [tasks.load(name, folder=folder, limit=ask.limit) for name in names]
+    options = options or Tasks()
+    loaded = [tasks.load(name, folder=folder, limit=options.limit) for name in names]
     for task in loaded:
         unknown = next((item.id for item in task.items if not item.gold), None)
         if unknown is not None:
@@ -98,26 +71,11 @@ def evaluate(
     results = {}
     for task in loaded:
         began = time.monotonic()
-        rows = _answers(used, task, ask, slots)
+        rows = _answers(used, task, options, slots)
         results[task.name] = _measure(task, rows) | {"seconds": time.monotonic() - began}
         if output is not None:
             _write(pathlib.Path(output), task, rows, results)
     return results
-
-
-def _check(ask: Ask) -> None:
-    """Refuses settings that do not go together."""
-    if ask.style not in STYLES:
-        raise ConfigError(f"style {ask.style!r}: is not one of {', '.join(STYLES)}")
-    if (ask.file is not None) != (ask.style in ("few_shot", "preamble")):
-        raise ConfigError(
-            f"style {ask.style}: a file belongs to few_shot and preamble, and only there"
-        )
-    if ask.samples < 0 or (ask.samples and ask.temperature <= 0):
-        raise ConfigError(
-            f"self-consistency: {ask.samples} samples at temperature {ask.temperature}: needs 0 or "
-            "more samples, and a temperature above 0"
-        )
 
 
 @dataclasses.dataclass
@@ -139,22 +97,25 @@ class Outcome:
         return [self.drawn[number] for number in sorted(self.drawn)]
 
 
-def _answers(model: Model, task: tasks.Task, ask: Ask, slots: int) -> list[Outcome]:
+def _answers(model: Model, task: tasks.Task, options: Tasks, slots: int) -> list[Outcome]:
     """Every question, greedy and drawn, through one engine."""
     rows = {i.id: Outcome(i, extract.canonical(i.gold, task.kind)) for i in task.items}
-    template = _template(ask)
+    template = _template(options)
     asked = {item.id: template(item.question) for item in task.items}
-    greedy = SamplingParams(ask.max_new_tokens, stop=("\nQ:",))
-    drawn = dataclasses.replace(greedy, temperature=ask.temperature, seed=ask.seed)
+    greedy = SamplingParams(options.max_new_tokens, stop=("\nQ:",))
+    drawn = dataclasses.replace(greedy, temperature=options.temperature, seed=options.seed)
     jobs = [Job(name, prompt, greedy, tag=(name, -1)) for name, prompt in asked.items()]
-    if ask.samples:
-        jobs += [Job(n, prompt, drawn, 0, ask.samples, (n, 0)) for n, prompt in asked.items()]
+    if options.self_consistency:
+        jobs += [
+            Job(n, prompt, drawn, 0, options.self_consistency, (n, 0))
+            for n, prompt in asked.items()
+        ]
     respondent = asking.open_local(
-        model, list(asked.values()), ask.max_new_tokens, task.second_stage,
-        slots=slots, chat=ask.style == "chat",
+        model, list(asked.values()), options.max_new_tokens, task.second_stage,
+        slots=slots, chat=options.style == "chat",
     )  # fmt: skip
-    second = task.second_stage if ask.style == "zero_shot" else None
-    due, total = asking.every(asking.PROGRESS_SECONDS), len(rows) * (1 + ask.samples)
+    second = task.second_stage if options.style == "zero_shot" else None
+    due, total = asking.every(asking.PROGRESS_SECONDS), len(rows) * (1 + options.self_consistency)
     for done, reply in enumerate(asking.ask(respondent, jobs, second), start=1):
         answer, parsed = reply.answer, _parsed(reply, task)
         name, place = answer.job.tag
@@ -180,17 +141,21 @@ def _parsed(reply: Reply, task: tasks.Task) -> str | None:
     return extract.canonical(extract.answer(text, task.kind, choices=task.choices), task.kind)
 
 
-def _template(ask: Ask) -> Callable[[str], str]:
+def _template(options: Tasks) -> Callable[[str], str]:
     """question -> prompt."""
-    if ask.style == "predict":
+    if options.style == "predict":
         return lambda question: rationales.PREDICT + question
-    if ask.style == "chat":
+    if options.style == "chat":
         return lambda question: question
     return prompts.in_style(
-        ask.style,
-        trigger=ask.trigger,
-        exemplars=prompts.load_exemplars(str(ask.file)) if ask.style == "few_shot" else (),
-        preamble=prompts.load_preamble(str(ask.file)) if ask.style == "preamble" else "",
+        options.style,
+        trigger=options.trigger,
+        exemplars=prompts.load_exemplars(str(options.exemplars))
+        if options.style == "few_shot"
+        else (),
+        preamble=prompts.load_preamble(str(options.exemplars))
+        if options.style == "preamble"
+        else "",
     )
 
 

@@ -5,10 +5,10 @@ import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jaxdistill import whole_file
+from jaxdistill.commands import Compare
 from jaxdistill.errors import ConfigError, DataError, ModelError, StorageError
 from jaxdistill.evaluate import choices, meter, speed
 from jaxdistill.evaluate.held_out import open_rows
@@ -31,47 +31,9 @@ VARYING = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What models are measured on.
-
-    Attributes:
-      data: held-out files, or names such as python:docs?split=held_out.
-      format: what a record holds, as data.format in a configuration.
-      seq_len: tokens in a row.
-      batch_size: rows at a time, a multiple of the number of devices.
-      max_rows: use only so many; None: all.
-      questions: a JSONL file of multiple choice (see `choices.read`), or "texts": which of four
-        continuations is the held-out text's own; None: none.
-      max_questions: at most so many.
-      prompts: texts that every model continues.
-      speed: measure latencies.
-      prompt_tokens: of a timed row.
-      new_tokens: of a timed row.
-      repeats: timings of each kind.
-      dtype: held and computed in, where a model is not quantised.
-      cache_dir: where tokenised rows are kept.
-    """
-
-    data: Sequence[str]
-    format: str = "auto"
-    seq_len: int = 1024
-    batch_size: int = 8
-    max_rows: int | None = None
-    questions: str | None = None
-    max_questions: int = 200
-    prompts: Sequence[str] = ()
-    speed: bool = True
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    repeats: int = 10
-    dtype: str = "float32"
-    cache_dir: str = "runs/.cache"
-
-
 def compare_models(
     models: Sequence[tuple[str, str | Model]],
-    settings: Settings,
+    options: Compare,
     *,
     teacher: str | Model | None = None,
     out: str | os.PathLike | None = None,
@@ -80,8 +42,8 @@ def compare_models(
 
     Args:
       models: (name, model or any name `engine.load` understands), in the order of the table.
-      settings: what they are measured on.
-      teacher: KL, agreement and acceptance are measured against it.
+      options: what they are measured on.
+      teacher: in place of `options.teacher`.
       out: a folder; comparison.json is written there.
 
     Returns:
@@ -94,27 +56,28 @@ def compare_models(
     if not models:
         raise ConfigError("compare: name at least one model, as NAME=MODEL")
     mesh = make_mesh(fsdp=-1)
-    load = lambda source: load_any(source, dtype=settings.dtype, mesh=mesh)
-    loaded_teacher = None if teacher is None else load(teacher)
+    load = lambda source: load_any(source, dtype=options.dtype, mesh=mesh)
+    named = options.teacher if teacher is None else teacher
+    loaded_teacher = None if named is None else load(named)
     first = loaded_teacher or load(models[0][1])
     if first.tokenizer is None:
         raise ModelError(f"{first.source}: has no tokenizer: text cannot be measured without one")
-    test_set = _TestSet(settings, first.tokenizer, mesh)
+    test_set = _TestSet(options, first.tokenizer, mesh)
     measured: dict[str, list[dict[str, Any]]] = {}
     answers: dict[str, list[str]] = {}
     for name, source in models:
         model = first if source is models[0][1] and loaded_teacher is None else load(source)
         seeds = measured.setdefault(name, [])
-        seeds.append(test_set.measure(model, loaded_teacher, times=settings.speed and not seeds))
+        seeds.append(test_set.measure(model, loaded_teacher, times=options.speed and not seeds))
         seeds[-1] |= _on_disk(source)
-        if name not in answers and settings.prompts:
+        if name not in answers and options.prompts:
             answers[name] = list(
-                map(str, model.generate(list(settings.prompts), max_new_tokens=ANSWER_TOKENS))
+                map(str, model.generate(list(options.prompts), max_new_tokens=ANSWER_TOKENS))
             )
     rows = [{"name": name, **_together(seeds)} for name, seeds in measured.items()]
     samples = [
         {"prompt": prompt, **{name: own[i] for name, own in answers.items()}}
-        for i, prompt in enumerate(settings.prompts)
+        for i, prompt in enumerate(options.prompts)
     ]
     result = {"held_out": test_set.rows.name, "rows": rows, "samples": samples}
     if out is not None:
@@ -140,26 +103,15 @@ def write(result: Mapping[str, Any], out: str | os.PathLike) -> pathlib.Path:
 class _TestSet:
     """The text and the questions that all models are measured on."""
 
-    def __init__(self, settings: Settings, tokenizer: Any, mesh: Any):
-        if not settings.data:
-            raise ConfigError("compare: give held-out text (--data)")
-        self.settings, self.tokenizer = settings, tokenizer
-        self.rows = open_rows(
-            settings.data,
-            tokenizer,
-            mesh,
-            seq_len=settings.seq_len,
-            batch_size=settings.batch_size,
-            max_rows=settings.max_rows,
-            cache_dir=settings.cache_dir,
-            format=settings.format,
-        )
+    def __init__(self, options: Compare, tokenizer: Any, mesh: Any):
+        self.options, self.tokenizer = options, tokenizer
+        self.rows = open_rows(options, tokenizer, mesh, max_rows=options.max_rows)
         self.vocab = vocabulary_size(tokenizer)
         self.text_bytes = self.rows.text_bytes(tokenizer)
         self.questions = self._questions()
 
     def _questions(self) -> list[choices.Question]:
-        wanted, most = self.settings.questions, self.settings.max_questions
+        wanted, most = self.options.questions, self.options.max_questions
         if wanted is None:
             return []
         if wanted != "texts":
@@ -168,14 +120,14 @@ class _TestSet:
         try:
             return choices.from_texts(texts, most)
         except DataError as error:
-            raise DataError(f"{', '.join(self.settings.data)}: {error}") from None
+            raise DataError(f"{', '.join(self.options.data)}: {error}") from None
 
     def measure(self, model: Model, teacher: Model | None, *, times: bool) -> dict[str, Any]:
         """Everything about one model, under the names of `eval` without "eval/"."""
         check_rows(model.source, model.config.vocab_size, self.vocab)
         if model.tokenizer is not None and model.tokenizer is not self.tokenizer:
             check_same(self.tokenizer, model.tokenizer)
-        s = self.settings
+        s = self.options
         metrics = on_text(
             model, teacher, self.rows,
             vocab=self.vocab, text_bytes=self.text_bytes, dtype=s.dtype,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxdistill.commands import Harness
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.evaluate import scoring
 from jaxdistill.models import Model
@@ -15,10 +16,8 @@ MAX_NEW_TOKENS = 256
 def harness(
     model: str | Model,
     tasks: Sequence[str],
+    options: Harness | None = None,
     *,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
     dtype: str = "float32",
 ) -> dict[str, dict[str, Any]]:
     """Results of lm-eval tasks, by task and metric; tasks that are not cached are downloaded.
@@ -26,24 +25,23 @@ def harness(
     Args:
       model: a loaded model, or any name `engine.load` understands.
       tasks: names that `lm-eval ls tasks` lists.
-      limit: at most so many documents of each.
-      num_fewshot: examples before each question; None: as the task says.
-      batch_size: rows at a time.
+      options: how many documents, and how they are asked.
       dtype: held and computed in.
 
     Raises:
       ConfigError: if lm-eval is not installed.
       ModelError: if the model cannot be used.
     """
+    options = options or Harness()
     _library()
     import lm_eval
 
     loaded = load_any(model, dtype=dtype)
     results = lm_eval.simple_evaluate(
-        model=adapter(loaded, batch_size),
+        model=adapter(loaded, options.batch_size),
         tasks=list(tasks),
-        limit=limit,
-        num_fewshot=num_fewshot,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
     )
     return results["results"]
 

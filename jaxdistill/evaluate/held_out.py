@@ -1,11 +1,12 @@
 """A set of held-out rows: read once per measurement, in order, on the mesh."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdistill.commands import Text
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
@@ -21,6 +22,7 @@ class HeldOut:
     Attributes:
       name: what the rows are, for the table.
       mesh: where they are put.
+      available: rows that the data has, measured or not.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class HeldOut:
     ):
         self._dataset = dataset
         self._batch_size = batch_size
+        self.available = len(dataset)
         self._rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
         self.mesh = mesh
         self.name = f"{name}, {self._rows} rows of {dataset.seq_len} tokens"
@@ -111,28 +114,33 @@ class HeldOut:
 
 
 def open_rows(
-    data: Sequence[str],
+    options: Text,
     tokenizer: Any,
     mesh: Mesh,
     *,
-    seq_len: int,
-    batch_size: int,
-    max_rows: int | None,
-    cache_dir: str,
-    format: str = "auto",
+    max_rows: int | None = None,
     loss_on: str = "all",
+    name: str = "eval",
 ) -> HeldOut:
-    """Held-out rows of files or named sources, tokenised for a model.
+    """Rows of files or named sources, tokenised for a model.
+
+    Args:
+      options: the text, and how long and how many at a time the rows are.
+      tokenizer: of the model.
+      mesh: where batches are put.
+      max_rows: use only so many; None: all.
+      loss_on: which tokens count, all, completion or assistant.
+      name: of the set, for messages.
 
     Raises:
       DataError, ConfigError, ModelError, StorageError: as `pipeline.build`.
     """
     dataset = pipeline.build(
-        [open_source(path, format=format) for path in data],
+        [open_source(path, format=options.format) for path in options.data],
         tokenizer,
-        seq_len=seq_len,
+        seq_len=options.seq_len,
         loss_on=loss_on,
-        cache_dir=cache_dir,
-        name="eval",
+        cache_dir=options.cache_dir,
+        name=name,
     )
-    return HeldOut(dataset, batch_size, max_rows, mesh, ", ".join(data))
+    return HeldOut(dataset, options.batch_size, max_rows, mesh, ", ".join(options.data))

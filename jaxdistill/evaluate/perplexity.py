@@ -1,10 +1,10 @@
 """Measures any model on any text: `jaxdistill eval`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxdistill.commands import Evaluate
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.evaluate import distributions, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut, open_rows
@@ -49,31 +49,14 @@ def on_text(
 
 
 def evaluate(
-    model: str | Model,
-    *,
-    data: Sequence[str],
-    teacher: str | Model | None = None,
-    format: str = "auto",
-    loss_on: str = "all",
-    seq_len: int = 1024,
-    batch_size: int = 8,
-    max_rows: int | None = None,
-    cache_dir: str = "runs/.cache",
-    dtype: str = "float32",
+    model: str | Model, options: Evaluate, *, teacher: str | Model | None = None
 ) -> dict[str, Any]:
     """Perplexity, calibration, speed and size of a model; with a teacher also KL and agreement.
 
     Args:
       model: a loaded model, or any name `engine.load` understands.
-      data: files, or names such as python:docs?split=held_out.
-      teacher: measured against; must have the same vocabulary.
-      format: what a record holds, as data.format in a configuration.
-      loss_on: which tokens count, all, completion or assistant.
-      seq_len: tokens in a row.
-      batch_size: rows at a time, a multiple of the number of devices.
-      max_rows: use only so many; None: all.
-      cache_dir: where tokenised rows are kept.
-      dtype: held and computed in.
+      options: the text, and how it is read.
+      teacher: in place of `options.teacher`; must have the same vocabulary.
 
     Returns:
       What `on_text` measures, and tokens_per_second.
@@ -81,25 +64,18 @@ def evaluate(
     Raises:
       ModelError, MismatchError, DataError, ConfigError: whatever cannot be used.
     """
-    mesh = make_mesh(fsdp=-1)
+    mesh, dtype = make_mesh(fsdp=-1), options.dtype
     student = load_any(model, dtype=dtype, mesh=mesh)
     if student.tokenizer is None:
         raise ModelError(f"{student.source}: has no tokenizer: text cannot be measured without one")
     vocab = vocabulary_size(student.tokenizer)
     check_rows("model", student.config.vocab_size, vocab)
-    loaded_teacher = None if teacher is None else load_any(teacher, dtype=dtype, mesh=mesh)
+    named = options.teacher if teacher is None else teacher
+    loaded_teacher = None if named is None else load_any(named, dtype=dtype, mesh=mesh)
     if loaded_teacher is not None:
         _check_teacher(loaded_teacher, student, vocab)
     rows = open_rows(
-        data,
-        student.tokenizer,
-        mesh,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        max_rows=max_rows,
-        cache_dir=cache_dir,
-        format=format,
-        loss_on=loss_on,
+        options, student.tokenizer, mesh, max_rows=options.max_rows, loss_on=options.loss_on
     )
     text_bytes = rows.text_bytes(student.tokenizer)
     metrics = on_text(

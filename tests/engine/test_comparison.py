@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from jaxdistill import cli, engine
+from jaxdistill import cli, commands, engine
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.report import comparison_table
 
@@ -17,7 +17,7 @@ OPTIONS = {"seq_len": 32, "max_rows": 8, "prompt_tokens": 8, "new_tokens": 2, "r
 def result(finished, load_config, data, tmp_path_factory):
     """The student twice, at two steps: as seeds of one name, and the last one alone."""
     run = str(finished.run_dir)
-    settings = engine.Settings(
+    settings = commands.Compare(
         data=[str(data / "eval.txt")], format="paragraphs", prompts=["the quick"], **OPTIONS
     )
     out = tmp_path_factory.mktemp("compared")
@@ -97,7 +97,7 @@ def test_the_command_prints_the_table(finished, data, tmp_path, capsys):
 def test_questions_are_made_of_the_held_out_text(finished, tmp_path):
     words = lambda i: " ".join(f"{chr(97 + (i * j) % 26)}{j}" for j in range(70))
     (tmp_path / "e.txt").write_text("\n\n".join(words(i) for i in range(1, 7)))
-    settings = engine.Settings(
+    settings = commands.Compare(
         data=[str(tmp_path / "e.txt")],
         format="paragraphs",
         seq_len=512,
@@ -113,13 +113,13 @@ def test_questions_are_made_of_the_held_out_text(finished, tmp_path):
 def test_what_cannot_be_compared_is_told(finished, data, tmp_path):
     run, text = str(finished.run_dir), str(data / "eval.txt")
     with pytest.raises(ConfigError, match="at least one model"):
-        engine.compare_models([], engine.Settings(data=[text]))
-    with pytest.raises(ConfigError, match="give held-out text"):
-        engine.compare_models([("s", run)], engine.Settings(data=[]))
+        engine.compare_models([], commands.Compare(data=[text]))
+    with pytest.raises(ValueError, match="at least 1 item"):
+        commands.Compare(data=[])
     with pytest.raises(DataError, match="texts of 60 words"):
         engine.compare_models(
-            [("s", run)], engine.Settings(data=[text], seq_len=32, questions="texts")
+            [("s", run)], commands.Compare(data=[text], seq_len=32, questions="texts")
         )
     with pytest.raises(DataError, match="cannot be read"):
-        settings = engine.Settings(data=[text], seq_len=32, questions=str(tmp_path / "no"))
+        settings = commands.Compare(data=[text], seq_len=32, questions=str(tmp_path / "no"))
         engine.compare_models([("s", run)], settings)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import engine, models
+from jaxdistill import commands, engine, models
 from jaxdistill.engine import run as running
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DivergedError, MismatchError
@@ -160,10 +160,11 @@ def test_an_exported_run_opens_with_equal_logits(finished, tmp_path):
 
 def test_eval_measures_a_run_against_a_teacher(finished, data):
     run = str(finished.run_dir)
-    options = {"data": [f"{data}/eval.txt"], "format": "paragraphs", "seq_len": 32}
-    options |= {"cache_dir": f"{data}/cache"}
-    alone = engine.evaluate(run, **options)
-    against = engine.evaluate(run, teacher=run, **options)
+    text = commands.Evaluate(
+        data=[f"{data}/eval.txt"], format="paragraphs", seq_len=32, cache_dir=f"{data}/cache"
+    )
+    alone = engine.evaluate(run, text)
+    against = engine.evaluate(run, text, teacher=run)
     assert "eval/kl_t1" not in alone
     np.testing.assert_allclose(against["eval/kl_t1"], 0, atol=1e-6)
     assert against["eval/agree_top1"] == 1

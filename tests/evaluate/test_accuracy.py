@@ -6,9 +6,9 @@ import re
 import pytest
 
 from jaxdistill import cli
-from jaxdistill.errors import ConfigError, DataError, StorageError
+from jaxdistill.commands import Tasks
+from jaxdistill.errors import DataError, StorageError
 from jaxdistill.evaluate import accuracy
-from jaxdistill.evaluate.accuracy import Ask
 from jaxdistill.reasoning import asking
 from jaxdistill.reasoning.asking import Answer
 from tests.reasoning import teachers
@@ -61,7 +61,9 @@ def test_accuracies_are_those_of_the_answers(tmp_path, talker, monkeypatch):
     script = Scripted(words)
     monkeypatch.setattr(asking, "Local", script)
     name = _questions(tmp_path)
-    found = accuracy.evaluate(talker, [name], Ask(samples=5), output=tmp_path / "out")[name]
+    found = accuracy.evaluate(talker, [name], Tasks(self_consistency=5), output=tmp_path / "out")[
+        name
+    ]
     assert found["greedy"]["value"] == 0.5 and found["unparsable"]["value"] == 0.5
     assert found["greedy"]["low"] < 0.5 < found["greedy"]["high"]
     assert found["unparsable_drawn"] == 0.5
@@ -82,7 +84,7 @@ def test_zero_shot_asks_a_second_time(tmp_path, talker, monkeypatch):
     script = Scripted(lambda job, sample: " 1" if "Therefore" in job.prompt else " It is 5.")
     monkeypatch.setattr(asking, "Local", script)
     name = _questions(tmp_path, 1)
-    found = accuracy.evaluate(talker, [name], Ask(style="zero_shot"))[name]
+    found = accuracy.evaluate(talker, [name], Tasks(style="zero_shot"))[name]
     assert found["greedy"]["value"] == 1.0 and "maj_at" not in found
     assert script.asked == [
         "Q: 0 + 1?\nA: Let's think step by step.",
@@ -109,26 +111,28 @@ def test_a_prompt_longer_than_the_context_is_unparsable_and_told(tmp_path, talke
     path = tmp_path / "long.jsonl"
     rows = [{"question": "x" * 600, "answer": "1"}, {"question": "y", "answer": "1"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = accuracy.evaluate(talker, [str(path)], Ask(max_new_tokens=2))[str(path)]
+    found = accuracy.evaluate(talker, [str(path)], Tasks(max_new_tokens=2))[str(path)]
     assert found["questions"] == 2 and found["unparsable"]["value"] >= 0.5
     assert found["not_asked"]["questions"] == 1
     assert re.search(r"\b6\d\d\b.*context", found["not_asked"]["reason"])
-    both = accuracy.evaluate(talker, [str(path)], Ask(max_new_tokens=2, samples=2))[str(path)]
+    both = accuracy.evaluate(talker, [str(path)], Tasks(max_new_tokens=2, self_consistency=2))[
+        str(path)
+    ]
     assert both["not_asked"] == found["not_asked"]  # questions, not samples
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("options", "message"),
     [
-        (Ask(style="poem"), "style 'poem': is not one of plain"),
-        (Ask(style="few_shot"), "a file belongs to few_shot"),
-        (Ask(file="x"), "a file belongs to few_shot"),
-        (Ask(samples=3, temperature=0.0), "3 samples at temperature 0.0"),
+        ({"style": "poem"}, "Input should be 'plain'"),
+        ({"style": "few_shot"}, "a file belongs to few_shot"),
+        ({"exemplars": "x"}, "a file belongs to few_shot"),
+        ({"self_consistency": 3, "temperature": 0.0}, "3 answers at temperature 0"),
     ],
 )
-def test_wrong_settings_are_named(tmp_path, talker, ask, message):
-    with pytest.raises(ConfigError, match=message):
-        accuracy.evaluate(talker, [_questions(tmp_path)], ask)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tasks(**options)
 
 
 def test_what_would_be_lost_is_told_before_anybody_is_asked(tmp_path, talker, monkeypatch):
