@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxdistill import config
-from jaxdistill.config import keys, syntax, workflow
+from jaxdistill.config import inherit, keys, syntax, workflow
 from jaxdistill.errors import UserError
 from tests import hostile
 
@@ -57,7 +57,7 @@ class Counts(collections.Counter):
 
 
 def _texts() -> list[str]:
-    texts = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
+    texts = [inherit.flattened(path) for path in sorted(CONFIGS.glob("*.yaml"))]
     return [text for text in texts if not workflow.is_workflow(text)]
 
 

@@ -5,15 +5,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxdistill import compilation_cache
 from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
-from jaxdistill.cli.output import printable
+from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.redact import redact
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
+_LIGHT = ("ckpt", "init", "launch", "ls", "report", "validate")
+# Whether these keep compiled programs is for their configuration to say, or not worth while.
+_OWN_CACHE = ("bench", "plan", "resume", "train", "workflow")
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
@@ -24,7 +28,12 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         arguments.hooks = hooks
-        code = arguments.run(arguments) or 0
+        with narration() as log:
+            if arguments.command not in _LIGHT:
+                log.info("jaxdistill %s: loading JAX", arguments.command)
+                if arguments.command not in _OWN_CACHE:
+                    compilation_cache.start()
+            code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
     except UserError as error:

@@ -22,6 +22,11 @@ class Run(Section):
         default_factory=lambda data: f"runs/{data.get('name', 'run')}",
         description="Run folder; relative to the current directory. Default: runs/NAME.",
     )
+    compilation_cache: Path = Field(
+        "auto",
+        description="Where compiled programs are kept for later runs: auto (the user's cache "
+        "folder), off, or a folder. JAX's own variables win.",
+    )
 
 
 _COMPARING = ", ".join(name for name, method in methods.METHODS.items() if method.sides)

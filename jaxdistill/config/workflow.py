@@ -1,6 +1,5 @@
 """The workflow file: steps in order, each with its inputs; `${step}` stands for a step's output."""
 
-import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from jaxdistill import commands
-from jaxdistill.config import keys, loader, syntax
+from jaxdistill.config import inherit, keys, loader, syntax
 from jaxdistill.config.schema import Config
 from jaxdistill.errors import ConfigError
 from jaxdistill.section import (
@@ -146,20 +145,6 @@ def replaced(value: Any, outputs: Mapping[str, str]) -> Any:
     return value
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with sections laid over it; null takes a section of the base away."""
-    result = copy.deepcopy(dict(base))
-    for key, value in over.items():
-        below = result.get(key)
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(below, dict) and isinstance(value, dict) and key not in ("method",):
-            result[key] = merged(below, value)
-        else:
-            result[key] = copy.deepcopy(value)
-    return result
-
-
 def train_config(
     workflow: Workflow, step: TrainStep, run_dir: str, outputs: Mapping[str, str], seed: int | None
 ) -> Config:
@@ -168,7 +153,7 @@ def train_config(
     Raises:
       ConfigError: naming the step and everything that is wrong.
     """
-    raw = replaced(merged(workflow.base, step.config), outputs)
+    raw = replaced(inherit.merge(workflow.base, step.config), outputs)
     raw["run"] = {"name": os.path.basename(run_dir), "dir": run_dir}
     if seed is not None:
         raw["seed"] = seed
@@ -192,7 +177,7 @@ def load(path: str | os.PathLike) -> Workflow:
       ConfigError: with one line for each thing wrong.
     """
     name = os.fspath(path)
-    document = syntax.parse(loader.read(path))
+    document = syntax.parse(inherit.read(path))
     faults = [f"{name}:{f.line}:{f.column}: {f.message}" for f in document.faults]
     if faults or not isinstance(document.value, dict):
         raise ConfigError("\n".join(faults) or f"{name}: must hold name and steps")

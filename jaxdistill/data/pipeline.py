@@ -85,6 +85,7 @@ def build(
     if damage:
         if folder.exists():
             notices.append(f"the cached data is damaged and was built again: {damage}")
+        _log.info("tokenising data.%s", name)
         building.build(
             folder,
             opened,

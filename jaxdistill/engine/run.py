@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, methods, processes, report
+from jaxdistill import agree, compilation_cache, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data.dataset import Dataset
@@ -27,6 +28,8 @@ from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.stopping import Stop
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ def train(
 
 def _begin(config: Config) -> Mesh:
     """Joins the other processes of the run, if there are any, and lays out all devices."""
+    compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
     alike.check(config)
     return setup.mesh_of(config)
@@ -183,6 +187,7 @@ class _Session:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
         table, student = self.table, self.models.student
         if checkpoints.latest() is None:
+            log.info("measuring teacher and student on the held-out data")
             table.add_teacher()
             table.add_student("student before", student.params)
         training = self._training(self.run.path, self.config, self.method, checkpoints, main=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import place, recorded
 from jaxdistill.train.stopping import Stop
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Training:
         first = int(state.step)
         if first >= self.config.train.steps:
             return state, self.table.evaluate(state)
+        who = "the student" if self.main else "the SFT control"
+        log.info("training %s: compiling the step", who)
         guard = Guard(self.folder, _policy(self.config))
         guard.begin(first, meta)
         latest: dict[str, float] = {}

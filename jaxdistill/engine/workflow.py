@@ -13,6 +13,7 @@ from typing import Any
 import jaxdistill
 from jaxdistill import report, whole_file
 from jaxdistill.compress import importance as scores
+from jaxdistill.config import inherit
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
     CompareStep,
@@ -210,7 +211,7 @@ class Runner:
         """A digest of all that the step's output depends on."""
         options = step.model_dump(mode="json")
         if isinstance(step, TrainStep):
-            options["config"] = files.merged(self.workflow.base, step.config)
+            options["config"] = inherit.merge(self.workflow.base, step.config)
         marks = {name: f"step {mark}" for name, mark in before.items()}
         told = {
             "options": files.replaced(options, marks),

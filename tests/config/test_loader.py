@@ -31,7 +31,7 @@ def errors(text, overrides=()):
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {"tiny", "quickstart", "kd", "reverse_kd", "sft"}
+    assert {path.stem for path in FILES} >= {"tiny", "quickstart", "kd", "reverse_kd", "sft"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -57,7 +57,7 @@ def test_every_workflow_loads():
 
 def test_resolved_form_holds_every_default():
     resolved = syntax.parse(config.dump(config.loads(BASE))).value
-    assert resolved["run"] == {"name": "run", "dir": "runs/run"}
+    assert resolved["run"] == {"name": "run", "dir": "runs/run", "compilation_cache": "auto"}
     assert resolved["optimizer"]["lr"] == 1e-4
     assert resolved["student"]["from"] is None
     assert set(resolved) == set(config.Config.model_fields)
