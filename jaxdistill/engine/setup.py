@@ -268,7 +268,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
         quantization=config.student.quantize,
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
-    measuring = dict.fromkeys(built.knobs, 1.0) | dict(built.measuring)
+    measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
     return RunMethod(objective, measuring, teacher, tx, rate, loss)
 
 

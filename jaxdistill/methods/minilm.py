@@ -84,10 +84,12 @@ def build(options: Minilm, facts: Facts) -> Built:
     Raises:
       ConfigError: for a layer that a model does not have, or heads that divide no width.
     """
-    models = {"student": facts.student, "teacher": facts.teacher}
-    layers = [_layer(who, getattr(options, f"{who}_layer"), of) for who, of in models.items()]
+    student = _layer("student", options.student_layer, facts.student)
+    teacher = _layer("teacher", options.teacher_layer, facts.teacher)
     return Built(
-        objective(layers=tuple(layers), heads=_heads(options, facts), **options.head(facts.vocab)),
+        objective(
+            layers=(student, teacher), heads=_heads(options, facts), **options.head(facts.vocab)
+        ),
         schedules(options, facts.steps, "alpha", "temperature", "feature_weight"),
     )
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Hashable
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, create_model
 from pydantic_core import core_schema
@@ -24,7 +25,7 @@ def add(name: str, method: Method) -> None:
     if name in METHODS:
         raise ValueError(f"name = {name!r}: there is such a method already: choose another name")
     title = "".join(part.capitalize() for part in name.split("_"))
-    field = (Literal[name], Field(description="The method."))
+    field = (_literal(name), Field(description="The method."))
     METHODS[name] = _with(method, title, method.options.__doc__, name=field)
 
 
@@ -41,7 +42,12 @@ def alias(method: Method, summary: str, **fields: Any) -> Method:
 
 def only(value: str) -> Any:
     """An option that has one value."""
-    return Literal[value], Field(value, description="Its only one.")
+    return _literal(value), Field(value, description="Its only one.")
+
+
+def _literal(value: str) -> Any:
+    """`Literal[value]` for a value that is computed."""
+    return Literal.__getitem__(value)
 
 
 def _with(method: Method, title: str, summary: str | None, **fields: Any) -> Method:
@@ -155,7 +161,7 @@ class _ByName:
 
 @functools.lru_cache(maxsize=4)
 def _adapter(rows: tuple[Any, ...]) -> TypeAdapter:
-    every = Union[tuple(method.options for _, method in rows)]  # noqa: UP007
+    every: Any = functools.reduce(operator.or_, [method.options for _, method in rows])
     return TypeAdapter(Annotated[every, Field(discriminator="name")])
 
 
