@@ -26,8 +26,8 @@ from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.train.guard import Guard, Judged, Policy
-from jaxdistill.types import Batch
+from jaxdistill.train.guard import Guard, Policy, StepRecord
+from jaxdistill.types import Batch, Span
 
 VOCAB = 8192
 SMALL, USUAL = (4, 128), (16, 256)  # rows and tokens of each
@@ -119,7 +119,8 @@ def _host_seconds(batch: Batch, count: int = 2000) -> float:
             numbers = {"loss/total": loss, "optim/grad_norm": 1.0, "guard/in_a_row": 0}
             numbers |= {"knobs/alpha": 0.5, "knobs/temperature": 2.0}
             began = time.perf_counter()
-            guard.judge(Judged(number, number - 1, batch), numbers, writer, progress)
+            record = StepRecord(number, Span(number - 1, number), batch)
+            guard.judge(record, numbers, writer, progress)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[count // 2 :])
 

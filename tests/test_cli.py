@@ -73,7 +73,10 @@ def engine(monkeypatch):
     fake.raises, fake.calls = None, calls
     fake.train = answer("train", result)
     fake.resume = answer("resume", result)
-    fake.evaluate = answer("evaluate", {"eval/ce": 2.25, "parameters": 100, "eval/x": math.nan})
+    fake.evaluate = lambda *words: answer(
+        "evaluate",
+        {"eval/ce": 2.25, "parameters": 100, "eval/x": math.nan, "eval/reliability": []},
+    )(*words)
     fake.export = answer("export", pathlib.Path("out"))
     fake.load = answer("load", Model())
     fake.plan = answer("plan", {"fits": False, "target": "cpu:8"})
@@ -241,7 +244,7 @@ def test_overrides_stand_on_either_side_of_options(capsys, folder, engine, argum
     assert result["run_dir"] == "runs/run"
     assert result["metrics"] == {"eval/loss": 1.5, "eval/perplexity": None}
     assert result["table"] == [{"name": "teacher", "kl_t1": None}]
-    assert err == "progress\n"
+    assert err.endswith("progress\n")
 
 
 def test_a_plan_that_does_not_fit_ends_with_5(capsys, folder, engine):
@@ -256,7 +259,7 @@ def test_a_plan_that_does_not_fit_ends_with_5(capsys, folder, engine):
 def test_nothing_is_trained_when_the_check_finds_something(capsys, folder, engine):
     code, out, err = run(capsys, "train", "run.yaml", "data.train.0.path=gone.jsonl")
     assert (code, out, engine.calls) == (3, "", [])
-    assert err.startswith('error: data.train.0.path = "gone.jsonl": no such file')
+    assert 'error: data.train.0.path = "gone.jsonl": no such file' in err
 
 
 def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine):
@@ -393,14 +396,14 @@ def test_a_step_takes_a_budget_of_time():
 def test_rules_between_options_are_told_as_they_are_typed(capsys, words, message):
     code, out, err = run(capsys, "prune", "model", "-o", "out", *words)
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {message}")
+    assert f"error: {message}" in err
 
 
 def test_generate(capsys, folder, engine):
     code, out, err = run(capsys, "generate", "model", "-p", "one", "-p", "two", "--top-k", "3")
     assert code == 0
     assert out == "one![31m\n\ntwo![31m\n"
-    assert err == "progress\n"
+    assert err.endswith("progress\n")
     assert engine.calls[1] == (
         "generate",
         ["one", "two"],

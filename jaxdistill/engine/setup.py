@@ -15,7 +15,7 @@ from jaxdistill import methods, optim, teachers
 from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.sources import open_source
 from jaxdistill.engine import pruning, shapes, states
 from jaxdistill.errors import ConfigError, MismatchError
@@ -305,8 +305,16 @@ def compile_step(
       ConfigError: if a kernel of the loss computes something else than its reference here.
     """
     if check_kernels:
-        _check_kernels(config)
-    step = steps.make(
+        check_kernels_of(config)
+    step = make_step(config, method, monitor)
+    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
+
+
+def make_step(
+    config: Config, method: RunMethod, monitor: Callable[[Any], Any] | None = None
+) -> steps.Step:
+    """The training step of a run as a pure function; `monitor` as in `steps.make`."""
+    return steps.make(
         method.loss,
         method.teacher,
         method.tx,
@@ -316,16 +324,16 @@ def compile_step(
         adapters=states.adapters_of(config),
         offload=config.optimizer.offload,
     )
-    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
 
 
 def abstract_batch_of(config: Config, mesh: Mesh) -> Batch:
     """The shapes and places of a step's batch."""
     origins = any(source.origin != "data" for source in config.data.train)
-    return steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)
+    row = pipeline.stack([empty_row(config.data.seq_len, 0, origins)])
+    return steps.abstract_batch(row, config.train.batch_size, mesh)
 
 
-def _check_kernels(config: Config) -> None:
+def check_kernels_of(config: Config) -> None:
     """Runs the self-check where a kernel of our own makes the loss; XLA is its reference."""
     wanted = config.method.implementation
     dtype = config.method.logits_dtype

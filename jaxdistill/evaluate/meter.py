@@ -52,7 +52,7 @@ def make_step(loss: Loss, teacher: Teacher) -> Step:
     """
 
     def step(params, teacher_params, batch, knobs):
-        return loss(params, teacher(teacher_params, batch), batch, knobs)
+        return loss(params, teacher(teacher_params, None, batch), batch, knobs)
 
     return jax.jit(step)
 

@@ -126,7 +126,7 @@ def skipped_steps(run: RunFiles) -> tuple[int, ...]:
         kind, step, to = str(event.get("kind")), event.get("step"), event.get("to")
         if "skip" in kind and isinstance(step, int):
             named.add(step)
-        elif kind == "rerun" and event.get("verdict") == "fluke" and isinstance(step, int):
+        elif kind == "rerun" and event.get("verdict") == "transient" and isinstance(step, int):
             named = {one for one in named if one < step}
         elif kind == "rollback" and isinstance(to, int):
             named = {one for one in named if one <= to}

@@ -32,7 +32,7 @@ from jaxdistill.train.table import check_same, flatten
 
 _STATE = "state"
 
-# A save that fails is told by StorageError, once; Orbax would print its traceback six times before.
+# A save that fails raises one StorageError; Orbax would print its traceback six times before.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
@@ -40,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one run; one writer per folder.
 
         with Checkpoints(folder, keep_latest=2, keep_best=1, best_metric="eval/loss") as saved:
-            saved.save(100, state, {"data_step": 100}, {"eval/loss": 2.5})
+            saved.save(100, state, {"data_row": 800}, {"eval/loss": 2.5})
 
     Every method is called by all processes of a run, from the main thread.
     """
@@ -122,9 +122,9 @@ class Checkpoints:
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> float:
-        """Copies the state to the host and goes on writing it in the background.
+        """Copies the state to the host and writes it in the background.
 
-        Waits first for the save before it, and tells if that one failed.
+        Waits first for the save before it, and raises if that one failed.
 
         Args:
           step: above every step there is.
@@ -185,7 +185,7 @@ class Checkpoints:
         if metrics is None:
             return {"metrics": None, "rank": None}
         finite: Callable[[float], float | None] = lambda x: x if math.isfinite(x) else None
-        told = {name: finite(float(value)) for name, value in metrics.items()}
+        numbers = {name: finite(float(value)) for name, value in metrics.items()}
         rank = None
         if self._metric is not None:
             if self._metric not in metrics:
@@ -194,7 +194,7 @@ class Checkpoints:
                     f"{', '.join(sorted(metrics))}"
                 )
             rank = finite(float(metrics[self._metric]) * (1 if self._mode == "max" else -1))
-        return {"metrics": told, "rank": rank}
+        return {"metrics": numbers, "rank": rank}
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -218,7 +218,7 @@ class Checkpoints:
         agree.together(finish)
 
     def poll(self) -> None:
-        """Like `wait`, without waiting: tells early that a save has failed.
+        """Like `wait`, without waiting: raises early where a save has failed.
 
         Only where a process is alone: several learn it together, at the next save.
         """
@@ -262,7 +262,7 @@ class Checkpoints:
 
         Args:
           abstract_state: as for `restore`.
-          notice: told of every checkpoint that is damaged: its step, and what is wrong with it.
+          notice: called with the step of every damaged checkpoint and what is wrong with it.
 
         Raises:
           DamagedError: if none is sound, with the reason for each.
@@ -277,8 +277,8 @@ class Checkpoints:
                 notice(step, str(error))
                 if self._writes():
                     step_folders.set_aside(self.directory, step, step_folders.BAD)
-        told = "; ".join(reasons) or "there are no checkpoints"
-        raise DamagedError(f"{self.directory}: no checkpoint can be read: {told}")
+        why = "; ".join(reasons) or "there are no checkpoints"
+        raise DamagedError(f"{self.directory}: no checkpoint can be read: {why}")
 
     def restore_part(
         self,
@@ -307,8 +307,8 @@ class Checkpoints:
         named, shardings = flatten(shapes), jax.tree.leaves(places)
         for (name, leaf), place in zip(named.items(), shardings, strict=True):
             assert isinstance(place, Sharding)
-            kept = dtype or stored.get(prefix + name, leaf).dtype
-            wanted[prefix + name] = jax.ShapeDtypeStruct(leaf.shape, kept, sharding=place)
+            type_ = dtype or stored.get(prefix + name, leaf).dtype
+            wanted[prefix + name] = jax.ShapeDtypeStruct(leaf.shape, type_, sharding=place)
         check_same(stored, wanted, self.directory / str(step), dtypes=False)
         arrays = self._load(step, wanted, partial=True)
         leaves = [arrays[name] for name in wanted]

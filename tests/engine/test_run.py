@@ -253,11 +253,13 @@ def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
 
     config = load_config(tmp_path, "guards.nonfinite.max_consecutive=2", "train.eval_every=null")
     monkeypatch.setattr(running.setup, "teacher_params_of", poisoned)
-    with pytest.raises(DivergedError, match=r"step 1 \(batch 4\).*2 rollbacks are spent") as error:
+    with pytest.raises(
+        DivergedError, match=r"step 1 \(rows 32 to 39\).*2 rollbacks are spent"
+    ) as error:
         engine.train(config)
     assert error.value.exit_code == 7
     record = json.loads((tmp_path / "run" / "RUN.json").read_text())
-    assert record["status"] == "failed" and "batch 4" in record["exit_reason"]
+    assert record["status"] == "failed" and "rows 32" in record["exit_reason"]
 
 
 def test_checkpoints_hold_everything_that_moves(finished):

@@ -139,7 +139,7 @@ class Training:
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
         self.rows = lambda seed: written(rows(seed)) if name == "distillm2" else rows(seed)
-        shape = steps.abstract_batch(ROWS, LENGTH, self.mesh, origins=name == "distillm2")
+        shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
         step = steps.make(
             self.loss,
             self.signal,
@@ -223,7 +223,7 @@ def test_evaluating_moves_nothing():
     training.run(3)
     before = jax.device_get(training.state.opt_state)
     knobs = optim.knobs(training.state.opt_state)
-    signal = training.signal(training.teacher, steps.place(rows(0), training.mesh))
+    signal = training.signal(training.teacher, None, steps.place(rows(0), training.mesh))
     training.loss(training.state.params, signal, steps.place(rows(0), training.mesh), knobs)
     for a, b in zip(
         jax.tree.leaves(before), jax.tree.leaves(training.state.opt_state), strict=True
@@ -316,7 +316,7 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     """d loss / dw = reversal * d(T^2 KL)/dT * dT/dw, by finite differences of kd."""
     training = Training("ctkd")
     batch = steps.place(rows(0), training.mesh)
-    signal = training.signal(training.teacher, batch)
+    signal = training.signal(training.teacher, None, batch)
     knobs = {"alpha": jnp.float32(0.1), "reversal": jnp.float32(-0.3)}
     loss = lambda w: (
         training.loss(
