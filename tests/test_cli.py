@@ -266,7 +266,7 @@ def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine
     (folder / "run.yaml").write_text(RUN.replace("steps: 10", "stesp: 10").replace("kd", "kdd"))
     code, _, err = run(capsys, "train", "run.yaml")
     assert code == 2
-    lines = err.splitlines()
+    _, *lines = err.splitlines()  # the first says what is being done
     assert lines[0] == "error: 3 problems"
     assert all(line.startswith("run.yaml:") for line in lines[1:])
     assert 'did you mean "steps"?' in err
@@ -335,7 +335,8 @@ def test_eval(capsys, folder, engine):
     assert engine.calls == [("evaluate", ("run@best", used), {})]
     assert "eval/ce     2.25" in out
     code, out, _ = run(capsys, *arguments, "--json")
-    assert json.loads(out) == {"eval/ce": 2.25, "parameters": 100, "eval/x": None}
+    numbers = {"eval/ce": 2.25, "parameters": 100, "eval/x": None, "eval/reliability": []}
+    assert json.loads(out) == numbers
 
 
 def every_option():
