@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.kernels import choice, row_loss
 from jaxdistill.kernels.row_loss import Numbers, Terms, Vocabulary
+from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
 from jaxdistill.kernels.statistics import LOWEST, Rows
 
 # float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
@@ -140,8 +141,7 @@ def _logits(
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    logits = soft_cap(logits, softcap)
     # Rounded before it is masked, so that a product may write what is kept and no float32.
     logits = logits.astype(plan.logits_dtype)
     if vocabulary.padded:
@@ -206,9 +206,7 @@ def _group(
     slope = sum(slopes) * weights[:, None] if wanted.slope else None
     softcap = plan.softcaps[0]
     if slope is not None and softcap is not None:
-        # d (c tanh(x / c)) / dx = 1 - tanh^2; an impossible entry passes nothing.
-        capped = jnp.maximum(logits["s"], -softcap) / softcap
-        slope = slope * (1 - capped**2)
+        slope = slope * soft_cap_slope(logits["s"], softcap)
     return sums, slope, by_temperature
 
 
