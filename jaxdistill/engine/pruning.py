@@ -15,10 +15,9 @@ from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.evaluate import speed
 from jaxdistill.evaluate.held_out import HeldOut, open_rows
 from jaxdistill.models import DecoderConfig, Model, count_parameters
-from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import load_any
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import make_mesh, on_mesh
 
 NOTE = "pruning.json"  # in the student's folder: what was kept of which model
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxdistill.config import generation
 from jaxdistill.config.generation import Generation
-from jaxdistill.models import Model, unrolled
+from jaxdistill.models import Model
 from jaxdistill.reasoning import api, asking, collect, prompts, tasks
 from jaxdistill.reasoning.asking import Respondent, SamplingParams
 from jaxdistill.reasoning.store import Store
@@ -98,7 +98,7 @@ class _Teacher:
     def _model(self) -> Model:
         section = self._section
         assert section.source is not None, "the configuration names a model or a server"
-        return unrolled.take(load_any(section.source, dtype=section.dtype, mesh=make_mesh()))
+        return load_any(section.source, dtype=section.dtype, mesh=make_mesh()).consume_per_layer()
 
     @functools.cached_property
     def _server(self) -> api.Api:
