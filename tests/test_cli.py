@@ -12,6 +12,7 @@ import pytest
 import jaxdistill
 from jaxdistill import cli, errors
 
+pytestmark = pytest.mark.floor
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = ("jax", "flax", "transformers", "numpy", "optax", "orbax", "matplotlib")
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill.kernels.linear_divergence import chunk_size, linear_divergence
 
+pytestmark = pytest.mark.floor
 N, V, DS, DT = 40, 53, 16, 24
 
 
