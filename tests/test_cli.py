@@ -17,6 +17,7 @@ from jaxdistill.cli import options
 from jaxdistill.config import workflow
 from jaxdistill.train.hooks import NO_HOOKS
 
+pytestmark = pytest.mark.floor
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 HEAVY = ("jax", "flax", "transformers", "numpy", "optax", "orbax", "matplotlib")
 

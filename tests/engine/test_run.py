@@ -85,6 +85,7 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
     np.testing.assert_allclose(after["agree_top1"], agree / count, rtol=1e-9)
 
 
+@pytest.mark.floor
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_path, monkeypatch):
     config = load_config(tmp_path)
     step = Progress.step

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import jax
@@ -17,10 +16,6 @@ from jaxdistill.models import DecoderConfig, decoder
 from tests.models import oracle
 
 TOLERANCE = 2e-5
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None,
-    reason="parity with transformers' models needs torch (make test TORCH=1)",
-)
 
 
 @pytest.fixture(params=oracle.CASES)
@@ -42,7 +37,7 @@ def test_logits_equal_the_numpy_decoder(case):
     assert oracle.distance(models.load(folder).logits(tokens), expected) <= TOLERANCE
 
 
-@needs_torch
+@pytest.mark.torch
 def test_logits_equal_transformers(case, transformers_logits):
     raw, folder = case
     tokens = oracle.tokens(raw)

@@ -170,6 +170,7 @@ def curve(name):
     return trained(name)[1]
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("name", METHODS)
 def test_the_curve_is_the_committed_one(name):
     """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
