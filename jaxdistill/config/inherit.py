@@ -216,7 +216,9 @@ def flattened(path: str | os.PathLike) -> str:
 def _sections(text: str) -> tuple[str, dict[str, str]]:
     """The comments at a file's head, and the text of each section with the comments above it."""
     starts = [match.start() for match in re.finditer(r"^(?:#.*\n|\n)*^[A-Za-z_]\w*:", text, re.M)]
-    head_end = re.match(r"(?:#.*\n|\n)*", text).end()
+    head = re.match(r"(?:#.*\n|\n)*", text)
+    head_end = head.end() if head else 0
     starts = sorted({max(start, head_end) for start in starts})
     parts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-    return text[:head_end], {re.search(r"^(\w+):", part, re.M)[1]: part for part in parts}
+    named = ((re.search(r"^(\w+):", part, re.M), part) for part in parts)
+    return text[:head_end], {name[1]: part for name, part in named if name}

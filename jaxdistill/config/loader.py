@@ -128,6 +128,7 @@ def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
     path: Path = ()
     for depth, part in enumerate(parts):
         slot: str | int = part
+        section: Any = here
         if isinstance(here, list):
             if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) >= len(here):
                 place = ".".join(parts[:depth])
@@ -140,11 +141,11 @@ def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
             return report.override(override, f"{place} = {shown(here)} is no section; set it whole")
         path = (*path, slot)
         if depth == len(parts) - 1:
-            here[slot] = document.value
+            section[slot] = document.value
         else:
             if isinstance(here, dict) and here.get(slot) is None:
                 here[slot] = {}
-            here = here[slot]
+            here = section[slot]
     report.replaced(path, override)
     return None
 

@@ -261,7 +261,8 @@ class TokenRows:
                 if self.spec.scale_by_t2:
                     moved += 2 * temperature * losses.unscaled.value
                 moved = (1 - alpha) * moved
-        return sum(parts) if by_logits else None, moved if by_temperature else None
+        slope: Any = sum(parts)
+        return slope if by_logits else None, moved if by_temperature else None
 
     def _divergence_slopes(
         self, statistics: Rows, divergence: Divergence, by_temperature: bool

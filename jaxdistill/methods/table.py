@@ -47,7 +47,8 @@ def only(value: str) -> Any:
 
 def _literal(value: str) -> Any:
     """`Literal[value]` for a value that is computed."""
-    return Literal.__getitem__(value)
+    literal: Any = Literal
+    return literal[value]
 
 
 def _with(method: Method, title: str, summary: str | None, **fields: Any) -> Method:

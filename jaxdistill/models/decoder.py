@@ -86,12 +86,14 @@ def forward(
     tapped_at = (*taps, *inputs)
     x_BLD, tapped, seen = _scan(config, params["layers"], step, first_BLD, tapped_at)
     outputs = leave(config, params, x_BLD)
-    if taps:
+    assert tapped is not None or not tapped_at, "of every layer that is asked for"
+    if taps and tapped is not None:
         outputs = dataclasses.replace(outputs, taps=tapped[: len(taps)])
     if relations:
         axes = logical_axes(config)["layers"]
         layer = lambda n: _layer(config, _slice(params["layers"], n), axes, compute_dtype, rules)
-        entering = lambda n: tapped[tapped_at.index(n - 1)] if n else first_BLD
+        after = tapped if tapped is not None else ()
+        entering = lambda n: after[tapped_at.index(n - 1)] if n else first_BLD
         related = tuple(_relations(layer(n), entering(n)) for n in relations)
         outputs = dataclasses.replace(outputs, relations=related)
     return outputs, None, seen

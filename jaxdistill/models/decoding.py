@@ -158,6 +158,7 @@ def advance(
             cache.layers,
             compute_dtype=weights["embedding"].dtype,
         )
+        assert layers is not None, "the cache's layers come back with the new token"
         new_B, score_B = _choose(_logits(outputs), keys_B2, rows["count"], settings, scored)
         token_B = jnp.where(rows["live"], new_B, -1)
         tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, token_B[:, None], (0, step))

@@ -233,7 +233,7 @@ class Local:
 
     def _submit(self, job: Job) -> Iterator[Answer]:
         self._spent["requests"] += 1
-        given = dataclasses.asdict(job.settings)
+        given: dict[str, Any] = dataclasses.asdict(job.settings)
         try:
             given["stop"] = text.stop_at(self._tokenizer, job.settings.stop)
             tokens = self._tokens(job.prompt)

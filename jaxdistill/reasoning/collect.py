@@ -236,7 +236,9 @@ def finish(
     files = {}
     for form in forms:
         # Sequence-level distillation learns the teacher's text as it is.
-        loose = {"correct_only": False, "parsable_only": False} if form == "sequence_kd" else {}
+        loose: dict[str, Any] = (
+            {"correct_only": False, "parsable_only": False} if form == "sequence_kd" else {}
+        )
         kept, dropped = rationales.keep(samples, **{**rule, **loose})
         if not kept:
             counts = _most_frequent({**dropped, **failed}) or "none came"

@@ -263,7 +263,7 @@ def save_batch(folder: pathlib.Path, record: StepRecord) -> str:
     whole = multihost_utils.process_allgather(record.batch, tiled=True)
     path = folder / CRASH / f"rows_{record.span.first_row:08d}.npz"
     if agree.leads():
-        arrays = {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
+        arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
         place: dict[str, Any] = {"step": record.step, **record.span._asdict()}
         try:
             path.parent.mkdir(exist_ok=True)

@@ -160,7 +160,7 @@ def _rows_forward(rows: TokenRows, weights: Array) -> tuple[Array, Rows]:
     alpha, t2 = rows.coefficients.alpha, rows.t2
     statistics = rows.measure(rows.loss_statistics())
     divergence = rows.divergence(statistics)
-    residuals = statistics | {
+    residuals: dict[str, Any] = statistics | {
         "slope_sum": divergence.slope_sum,
         "divergence": t2 * divergence.value,
     }

@@ -1,6 +1,7 @@
 """The fused form of `linear_divergence`: a gradient of its own, made on the way forward."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def _loss_sums_bwd(static, residuals, cotangents):
     scaled = {
         name: (cotangent * gradient).astype(gradient.dtype) for name, gradient in gradients.items()
     }
-    of = lambda fields: {name: scaled.get(name) for name in fields}
+    of: Callable[[Any], Any] = lambda fields: {name: scaled.get(name) for name in fields}
     coefficients = Coefficients(**of(Coefficients._fields))
     return (Operands(**of(Operands._fields) | {"coefficients": coefficients}),)
 

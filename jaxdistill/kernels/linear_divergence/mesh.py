@@ -7,6 +7,7 @@ of the heads, the devices exchange a few numbers per token, and no head crosses 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax import Array
@@ -112,13 +113,11 @@ def on_mesh(
     tokens = PartitionSpec(*(axes or None for axes in place.tokens))
     heads, whole = PartitionSpec(place.vocab or None), PartitionSpec()
     by_name = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(HEADS, heads) | {"monitor": whole}
-    specs = Operands(
-        **{
-            name: None if getattr(operands, name) is None else spec
-            for name, spec in by_name.items()
-        },
-        coefficients=operands.coefficients.specs(tokens),
-    )
+    # A tree of specifications where the operands are: the same names, other leaves.
+    given: dict[str, Any] = {
+        name: None if getattr(operands, name) is None else spec for name, spec in by_name.items()
+    }
+    specs = Operands(**given, coefficients=operands.coefficients.specs(tokens))
     scalar_t = operands.coefficients.has_scalar_temperature
     fsdp_tokens = "fsdp" in place.token_axes
     split_head = fsdp_tokens and operands.student_head.shape[1] % place.mesh.shape["fsdp"] == 0

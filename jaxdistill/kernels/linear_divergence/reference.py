@@ -32,7 +32,10 @@ def reference(
       x: all arrays; metrics are made whatever `monitor` is.
     """
     dims = x.student_hidden.ndim - 1
-    flat = lambda a: None if a is None or a.ndim < dims else a.reshape(-1, *a.shape[dims:])
+
+    def flat(a: Array) -> Array:
+        return a.reshape(-1, *a.shape[dims:])
+
     weights = jax.lax.stop_gradient(flat(x.weights))
     counted = weights != 0
 
