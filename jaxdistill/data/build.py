@@ -121,8 +121,9 @@ def build(
             "origins": work.origins,
         }
         if not counts["num_documents"]:
-            export_quarantine(temporary, sources, quarantine_path)
-            raise DataError(_nothing_usable(name, counts, first_reasons(temporary, sources)))
+            names = [source.name for source in sources]
+            export_quarantine(temporary, names, quarantine_path)
+            raise DataError(_nothing_usable(name, counts, first_reasons(temporary, names)))
         store.seal(temporary, facts)
 
 
@@ -310,36 +311,42 @@ def _batched(source: Source) -> Iterator[list[Record | Rejected]]:
         yield batch
 
 
-def first_reasons(folder: Path, sources: Sequence[Source]) -> list[str]:
+def first_reasons(folder: Path, names: Sequence[str]) -> list[str]:
     """The first few quarantined records as `file:line: reason`."""
     reasons = []
-    for entry in _quarantined(folder, sources):
+    for entry in _quarantined(folder, names):
         reasons.append(f"{entry['file']}:{entry['line']}: {entry['reason']}")
         if len(reasons) == _SHOWN_REASONS:
             break
     return reasons
 
 
-def export_quarantine(folder: Path, sources: Sequence[Source], path: Path | None) -> None:
-    """Writes the quarantined records of a folder for the user: file, line, reason, as JSONL."""
+def export_quarantine(folder: Path, names: Sequence[str], path: Path | None) -> None:
+    """Writes the quarantined records of a folder for the user: file, line, reason, as JSONL.
+
+    Args:
+      folder: of the data set.
+      names: of its sources, in order.
+      path: the file; nothing is written for None, or where no record was left out.
+    """
     if path is None or not (folder / store.QUARANTINE).stat().st_size:
         return
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     with store.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
-            for entry in _quarantined(folder, sources):
+            for entry in _quarantined(folder, names):
                 file.write(json.dumps(entry) + "\n")
         os.replace(temporary, path)
 
 
-def _quarantined(folder: Path, sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
+def _quarantined(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     with (folder / store.QUARANTINE).open(encoding="utf-8") as file:
         for line in file:
             entry = json.loads(line)
             # The folder knows sources by number: the same content may lie elsewhere by now.
             yield {
-                "file": sources[entry["source"]].name,
+                "file": names[entry["source"]],
                 "line": entry["line"],
                 "reason": entry["reason"],
             }

@@ -24,6 +24,7 @@ class Dataset:
       records, used, quarantined: records found = used + quarantined.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
+      sources: names of what it was built from.
       origins: (first token, who wrote what follows) in order; empty where all of it is data.
     """
 
@@ -42,6 +43,7 @@ class Dataset:
     quarantined: int
     truncated: int
     notices: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -99,8 +101,10 @@ def empty_row(seq_len: int, pad: int, origins: bool = False) -> dict[str, np.nda
     return row | ({"origin": np.zeros(seq_len, np.int32)} if origins else {})
 
 
-def open_dataset(folder: Path, facts: dict, name: str, notices: tuple[str, ...]) -> Dataset:
-    """Opens a verified folder."""
+def open_dataset(
+    folder: Path, facts: dict, name: str, notices: tuple[str, ...], sources: tuple[str, ...]
+) -> Dataset:
+    """Opens a verified folder; `sources` are the names of what it was built from."""
     counts = facts["counts"]
     origins = tuple((first, code) for first, code in facts.get("origins", ()))
     return Dataset(
@@ -111,6 +115,7 @@ def open_dataset(folder: Path, facts: dict, name: str, notices: tuple[str, ...])
         seq_len=facts["seq_len"],
         pad=facts["pad"],
         notices=notices,
+        sources=sources,
         origins=origins if any(code for _, code in origins) else (),
         arrays=store.read_arrays(folder),
         **counts,

@@ -102,10 +102,20 @@ def build(
     notices += facts["notices"]
     for notice in notices:
         _log.warning("data.%s: %s", name, notice)
-    building.export_quarantine(folder, opened, quarantine)
+    names = tuple(source.name for source in opened)
+    building.export_quarantine(folder, names, quarantine)
     allowed = 0.0 if on_bad_record == "fail" else max_bad_fraction
-    _judge(facts["counts"], building.first_reasons(folder, opened), allowed, name, quarantine)
-    return open_dataset(folder, facts, name, tuple(notices))
+    _judge(facts["counts"], building.first_reasons(folder, names), allowed, name, quarantine)
+    return open_dataset(folder, facts, name, tuple(notices), names)
+
+
+def write_quarantine(dataset: Dataset, path: Path) -> None:
+    """Lists the records that were left out, as JSONL of file, line and reason, if there are any.
+
+    Raises:
+      StorageError: if the file cannot be written.
+    """
+    building.export_quarantine(dataset.folder, dataset.sources, path)
 
 
 def _open(sources: Sources, name: str) -> list[Source]:

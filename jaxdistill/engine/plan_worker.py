@@ -59,7 +59,7 @@ def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models,
         with contextlib.suppress(ImportError):  # JAX 0.10 has no such kernels
             targets.assume_capability(target)
     mesh = setup.mesh_of(config, targets.devices(target))
-    models = setup.models_of(config, mesh, weights=False)
+    models = setup.shapes_of(config, mesh)
     return mesh, models, setup.method_of(config, models)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxdistill import agree, compilation_cache, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
+from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.engine import alike, changes, run_table, setup, states
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
@@ -86,8 +87,7 @@ def train(
     agree.together(lambda: _check(config))
     resolved = configs.dump(config)
     # Everything that reading the small files can tell is told before the run folder exists.
-    words = agree.together(lambda: setup.models_of(config, mesh, weights=False))
-    agree.leader_first(lambda: setup.data_of(config, words.tokenizer, None))
+    inputs = _read(config, mesh)
 
     def create() -> None:
         RunDir.create(
@@ -100,7 +100,7 @@ def train(
 
     agree.by_leader(create)
     run = agree.together(lambda: RunDir.open(config.run.dir, hooks))
-    return _execute(config, run, mesh)
+    return _execute(config, run, inputs)
 
 
 def _begin(config: Config) -> Mesh:
@@ -130,16 +130,38 @@ def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:
     """
     run = RunDir.open(run_dir, hooks)
     config = configs.load(run.path / "config.resolved.yaml")
-    return _execute(config, run, _begin(config))
+    return _execute(config, run, _read(config, _begin(config)))
 
 
-def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a start reads, once, before anything is written.
+
+    Attributes:
+      mesh: of all devices.
+      models: shapes and tokenizer, without weights.
+      data: the training and the held-out rows.
+    """
+
+    mesh: Mesh
+    models: setup.Models
+    data: Mapping[str, Dataset]
+
+
+def _read(config: Config, mesh: Mesh) -> _Inputs:
+    """Reads small files and data, and checks all that they can tell."""
+    models = agree.together(lambda: setup.shapes_of(config, mesh))
+    data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    return _Inputs(mesh, models, data)
+
+
+def _execute(config: Config, run: RunDir, inputs: _Inputs) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
         agree.by_leader(lambda: stack.enter_context(run.held()))
         stop = stack.enter_context(stopping.listening())
         with _checkpoints(config, run.path, run.hooks) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
-                result = _Session(config, run, mesh, stop).execute(checkpoints)
+                result = _Session(config, run, inputs, stop).execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
         agree.by_leader(lambda: _report(run.path))
         return result
@@ -160,11 +182,11 @@ def _checkpoints(config: Config, folder: pathlib.Path, hooks: Hooks) -> Checkpoi
 class _Session:
     """One process's work on a run: what is loaded once and used by training and table alike."""
 
-    def __init__(self, config: Config, run: RunDir, mesh: Mesh, stop: Stop):
-        self.config, self.run, self.mesh, self.stop = config, run, mesh, stop
-        self.models = agree.together(lambda: setup.models_of(config, mesh))
-        beside = run.path if agree.leads() else None
-        data = agree.leader_first(lambda: setup.data_of(config, self.models.tokenizer, beside))
+    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop):
+        self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
+        mesh, data = inputs.mesh, inputs.data
+        agree.by_leader(lambda: _keep_quarantined(run, data))
+        self.models = agree.together(lambda: setup.load_models(config, inputs.models, mesh))
         described = _describe(config, self.models, mesh)
         facts = _fingerprints(config, self.models, data)
         facts |= changes.world(mesh, described["versions"])
@@ -240,6 +262,12 @@ class _Session:
             stop=self.stop,
             main=main,
         )
+
+
+def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset]) -> None:
+    """Lists the records that were left out beside the run."""
+    for name, dataset in data.items():
+        pipeline.write_quarantine(dataset, run.path / "quarantine" / f"{name}.jsonl")
 
 
 def _report(folder: pathlib.Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,13 +92,11 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
             )
 
 
-def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
-    """Loads or makes the models and checks that they can work together.
-
-    With `weights` False parameters are shapes only: nothing is read but the small files.
+def shapes_of(config: Config, mesh: Mesh) -> Models:
+    """The models without parameters, from their small files, once they can work together.
 
     Raises:
-      ModelError, MismatchError, ConfigError: before any weight is read, where that is possible.
+      ModelError, MismatchError, ConfigError: for what is missing or does not fit.
     """
     network = config.security.allow_network
     teacher, student = shapes.of(config, network)
@@ -131,11 +128,19 @@ def models_of(config: Config, mesh: Mesh, *, weights: bool = True) -> Models:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
             attention.check(section.attention, shape.config, config.data.seq_len, platform)
-    if not weights:
-        return Models(teacher, student, tokenizer, vocab)
-    teacher = _load_teacher(config, teacher, mesh)
-    student = student_of(config, student, teacher, mesh)
-    return Models(teacher, dataclasses.replace(student, tokenizer=tokenizer), tokenizer, vocab)
+    return Models(teacher, student, tokenizer, vocab)
+
+
+def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
+    """The models of `shapes_of` with parameters on the mesh, read from their files or made.
+
+    Raises:
+      ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
+    """
+    teacher = _load_teacher(config, models.teacher, mesh)
+    student = student_of(config, models.student, teacher, mesh)
+    student = dataclasses.replace(student, tokenizer=models.tokenizer)
+    return dataclasses.replace(models, teacher=teacher, student=student)
 
 
 def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
@@ -180,7 +185,7 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
     )
 
 
-def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dict[str, Dataset]:
+def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
     """The training and the held-out rows, built or taken from the cache."""
     built = {}
     for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
@@ -193,7 +198,6 @@ def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dic
             cache_dir=config.data.cache_dir,
             on_bad_record=config.data.on_bad_record,
             max_bad_fraction=config.data.max_bad_fraction,
-            quarantine_path=None if run_dir is None else run_dir / "quarantine" / f"{name}.jsonl",
             name=name,
         )
     return built
@@ -355,7 +359,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
       UserError: whatever is wrong with the configuration, the models or the mesh.
     """
     mesh = mesh_of(config) if mesh is None else mesh
-    models = models_of(config, mesh)
+    models = load_models(config, shapes_of(config, mesh), mesh)
     method = method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
     teacher_params = teacher_params_of(models, method)

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from jaxdistill import config, engine
+from jaxdistill.engine import setup
 
 CONFIG = """
 version: 1
@@ -63,3 +64,8 @@ def finished(load_config, tmp_path_factory) -> engine.RunResult:
     """A run with everything: control, samples, table, report."""
     folder = tmp_path_factory.mktemp("finished")
     return engine.train(load_config(folder, "eval.compare=true", "eval.samples=2"))
+
+
+def models_of(loaded, mesh):
+    """The models of a configuration with their parameters."""
+    return setup.load_models(loaded, setup.shapes_of(loaded, mesh), mesh)

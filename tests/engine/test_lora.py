@@ -15,6 +15,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models import peft
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
+from tests.engine.conftest import models_of
 from tests.engine.test_run import arrays, losses
 
 LORA = "student.lora={rank: 2, alpha: 8.0, targets: [query, value, down]}"
@@ -28,7 +29,7 @@ def run(load_config, tmp_path_factory):
 
 def test_only_adapters_are_trained_and_have_moments(run, load_config, tmp_path):
     config = load_config(tmp_path, LORA)
-    before = setup.models_of(config, setup.mesh_of(config)).student
+    before = models_of(config, setup.mesh_of(config)).student
     first, last = arrays(run, 3), arrays(run, 6)
     frozen = {name for name in last if name.startswith("frozen/")}
     trained = {name for name in last if name.startswith("params/student/")}

@@ -13,6 +13,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.engine import setup, states
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
+from tests.engine.conftest import models_of
 from tests.engine.test_run import arrays, losses
 
 RANDOM = "student={random: {like: teacher, layers: 2}, compute_dtype: float32}"
@@ -35,7 +36,7 @@ def test_a_rounded_teacher_says_almost_the_same(scheme, limit, load_config, tmp_
     config = load_config(
         tmp_path, RANDOM, "teacher.random={layers: 4, embed: 64, mlp: 64, heads: 4}"
     )
-    teacher = setup.models_of(config, setup.mesh_of(config)).teacher
+    teacher = models_of(config, setup.mesh_of(config)).teacher
     larger = lambda path, leaf: leaf * (1.0 if path[-1].key == "scale" else 6.0)
     wide = jax.tree_util.tree_map_with_path(larger, teacher.params)
     wide = dataclasses.replace(teacher, params=wide)
@@ -55,7 +56,7 @@ def test_a_run_against_a_rounded_teacher(load_config, tmp_path):
     assert before != after
     np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=1e-3)
     config = load_config(tmp_path / "again", RANDOM, "teacher.quantize=int8")
-    teacher = setup.models_of(config, setup.mesh_of(config)).teacher
+    teacher = models_of(config, setup.mesh_of(config)).teacher
     kernel = teacher.params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.values.dtype == np.int8 and kernel.values.shape == (4, 32, 48)
     assert engine.resume(rounded).metrics == result.metrics
@@ -101,11 +102,11 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
     for who in ("teacher", "student"):
         config = load_config(tmp_path, f"{who}.attention=splash")
         with pytest.raises(ConfigError, match="attention = 'splash': runs on a tpu, and this is a"):
-            setup.models_of(config, setup.mesh_of(config), weights=False)
+            setup.shapes_of(config, setup.mesh_of(config))
     config = load_config(tmp_path, "student.router_aux_loss_coef=0.02")
     with pytest.raises(ConfigError, match="coef = 0.02: the student has no routed experts: leave"):
-        setup.models_of(config, setup.mesh_of(config), weights=False)
+        setup.shapes_of(config, setup.mesh_of(config))
     config = load_config(tmp_path, "optimizer.offload=true")
     monkeypatch.setattr(states, "HOST", "host_of_another_kind")
     with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):
-        setup.models_of(config, setup.mesh_of(config), weights=False)
+        setup.shapes_of(config, setup.mesh_of(config))

@@ -12,6 +12,7 @@ from jaxdistill.engine import planning, setup, states
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.plan import describe
 from jaxdistill.train.step import recorded
+from tests.engine.conftest import models_of
 
 TEACHER = {"layers": 3, "embed": 64, "mlp": 96, "heads": 8, "kv_heads": 4, "head_dim": 8}
 STUDENT = {"layers": 2, "embed": 32, "mlp": 64, "heads": 4, "kv_heads": 4, "head_dim": 8}
@@ -44,7 +45,7 @@ mesh: {fields["mesh"]}
 
 def compiled(loaded, mesh):
     """The step as `train` compiles it, and its arguments."""
-    models = setup.models_of(loaded, mesh, weights=False)
+    models = setup.shapes_of(loaded, mesh)
     method = setup.method_of(loaded, models)
     state = states.abstract(loaded, models.student.config, method.objective, method.tx, mesh)
     teacher = setup.abstract_teacher_of(loaded, models, method, mesh)
@@ -54,7 +55,7 @@ def compiled(loaded, mesh):
 
 def held(loaded, mesh):
     """The step as `train` compiles it for the arrays that it has made, and these."""
-    models = setup.models_of(loaded, mesh)
+    models = models_of(loaded, mesh)
     method = setup.method_of(loaded, models)
     state = states.create(loaded, models.student, method.objective, method.tx, mesh)
     teacher = setup.teacher_params_of(models, method)

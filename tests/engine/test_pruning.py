@@ -14,6 +14,7 @@ from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.evaluate import speed
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from tests.engine.conftest import models_of
 
 CALIBRATION = ["--rows", "8", "--seq-len", "32", "--batch-size", "8"]
 
@@ -155,7 +156,7 @@ def test_a_run_trains_a_pruned_teacher_and_resumes(load_config, teacher, tmp_pat
 
 def test_before_the_first_step_it_is_the_pruned_model(load_config, teacher, tmp_path):
     loaded = pruned_config(load_config, teacher, tmp_path)
-    student = setup.models_of(loaded, setup.mesh_of(loaded)).student
+    student = models_of(loaded, setup.mesh_of(loaded)).student
     options = commands.Prune(mlp=64, layers=2, importance=str(teacher / "scores"))
     engine.prune(str(teacher / "model"), tmp_path / "s", options)
     want = models.load(tmp_path / "s", dtype="float32").params
@@ -212,7 +213,7 @@ def test_experts_are_pruned_by_a_workflow_a_command_and_a_run(
         f"student={{from: teacher, prune: {{importance: {scores}, experts: 4, mlp: 8}}}}",
     )
     assert preflight.check(loaded) == []
-    student = setup.models_of(loaded, setup.mesh_of(loaded)).student
+    student = models_of(loaded, setup.mesh_of(loaded)).student
     for other in (again.params, student.params):
         jax.tree.map(np.testing.assert_array_equal, other, small.params)
 
@@ -225,7 +226,7 @@ def test_experts_of_a_model_without_any_are_told(load_config, teacher, tmp_path)
         f"student={{from: teacher, prune: {{importance: {teacher}/scores, experts: 4}}}}",
     )
     with pytest.raises(ConfigError, match="prune.experts: llama models have no routed experts"):
-        setup.models_of(loaded, setup.mesh_of(loaded))
+        models_of(loaded, setup.mesh_of(loaded))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Whole runs: what they leave, that they resume bit by bit, and how they refuse."""
 
+import collections
 import json
 import math
 import shutil
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from jaxdistill import commands, engine, models
+from jaxdistill.data import build as building
 from jaxdistill.engine import run as running
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DivergedError, MismatchError
 from jaxdistill.report import Progress, read_metrics
 from jaxdistill.train.checkpoint import Checkpoints
+from tests.engine.conftest import models_of
 
 
 def arrays(folder, step):
@@ -61,9 +64,9 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
     """Perplexity and KL of the table, recomputed from full logits in float64."""
     config = load_config(tmp_path)
     mesh = setup.mesh_of(config)
-    teacher = setup.models_of(config, mesh).teacher
+    teacher = models_of(config, mesh).teacher
     student = engine.load(str(finished.run_dir))
-    rows = setup.data_of(config, student.tokenizer, None)["eval"]
+    rows = setup.data_of(config, student.tokenizer)["eval"]
     nll = kl = agree = count = 0.0
     for index in range(8):
         row = rows[index]
@@ -123,7 +126,7 @@ def test_resuming_a_finished_run_trains_nothing(finished):
 def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_path):
     random = "{random: {layers: 2, embed: 32, mlp: 48, heads: 4, initializer_range: 0.125}}"
     for config in (load_config(tmp_path), load_config(tmp_path, f"student={random}")):
-        made = setup.models_of(config, setup.mesh_of(config))
+        made = models_of(config, setup.mesh_of(config))
         ends = (made.tokenizer.eos_token_id,)
         assert made.teacher.config.eos_ids == made.student.config.eos_ids == ends
     assert np.std(made.student.params["embedding"]) == pytest.approx(0.125, rel=0.05)
@@ -132,7 +135,7 @@ def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_
 
 def test_the_student_begins_as_the_layers_it_keeps(load_config, tmp_path):
     config = load_config(tmp_path)
-    made = setup.models_of(config, setup.mesh_of(config))
+    made = models_of(config, setup.mesh_of(config))
     assert made.student.config.layers == 2
     pairs = zip(
         jax.tree.leaves(made.student.params["layers"]),
@@ -272,3 +275,21 @@ def test_checkpoints_hold_everything_that_moves(finished):
     assert any("params/student" in name for name in names)
     assert any("temperature" in name for name in names), "knobs are optimizer state"
     assert not any("teacher" in name for name in names)
+
+
+def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
+    calls = collections.Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(setup.shapes, "of", counted("shapes", setup.shapes.of))
+    fingerprint = counted("data", building.fingerprint)
+    monkeypatch.setattr(building, "fingerprint", fingerprint)
+    loaded = load_config(tmp_path, "train.steps=1", "optimizer.warmup=0", "train.eval_every=null")
+    engine.train(loaded)
+    assert calls == {"shapes": 1, "data": 2}  # training and held-out rows
