@@ -37,7 +37,8 @@ def start(setting: str = "auto") -> None:
     folder = usual if setting == "auto" else pathlib.Path(setting).expanduser()
     wanted = None if setting == "off" else _prepared(folder)
     if wanted != current:
-        compilation_cache.reset_cache()
+        if current is not None:
+            compilation_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", wanted)
     if wanted and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,6 +1,7 @@
 """Finds a model by any name a user may give it: folder, file, Hub id, or a run's checkpoint."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
@@ -15,6 +16,8 @@ from jaxdistill.models.quantized import Scheme
 from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
 
 STUDENT = "student"  # the folder inside a run that holds config.json and the tokenizer
 
@@ -76,6 +79,7 @@ def load_any(
     if isinstance(source, Model):
         return source
     run = as_run(source)
+    log.info("loading %s", source)
     if run is None:
         return models.load(
             source, dtype=dtype, mesh=mesh, tokenizer=tokenizer, allow_network=allow_network

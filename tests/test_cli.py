@@ -89,13 +89,16 @@ def engine(monkeypatch):
 
 
 def run(capsys, *arguments):
-    """(exit code, standard output, standard error) of a command."""
+    """(exit code, standard output, standard error below the first line) of a command.
+
+    That line, which says what begins, is test_first_line.py's.
+    """
     try:
         code = cli.main(list(arguments))
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
-    return code, out, err
+    return code, out, err.removeprefix(f"jaxdistill {arguments[0]}: loading JAX\n")
 
 
 def python(code, *arguments, **options):

@@ -29,7 +29,8 @@ def narration() -> Iterator[logging.Logger]:
         yield logger
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 @contextlib.contextmanager

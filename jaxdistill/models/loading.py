@@ -1,7 +1,6 @@
 """Finds a model by folder, Hub id, GGUF file or package file, and loads it with its reader."""
 
 import importlib.util
-import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
 from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import RULES
-
-log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WORDS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -53,7 +50,6 @@ def load(
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
     place = resolve(path_or_id, allow_network=allow_network, revision=revision)
-    log.info("loading %s", path_or_id)
     if place.is_file():
         from jaxdistill.models import gguf
 

@@ -158,7 +158,7 @@ def _gap_sentence(teacher: float, before: float, after: float) -> str:
             f"the teacher by {_share(-share)}."
         )
     elif share > 1:
-        text = f"The student passes the teacher: perplexity from {change} ({goal})."
+        text = f"The student's perplexity ends below the teacher's: from {change} ({goal})."
     else:
         text = (
             f"The student recovered {_share(share)} of the perplexity gap to the teacher: "

@@ -89,7 +89,7 @@ def test_a_student_that_got_worse_is_not_called_recovered():
 
 def test_a_student_that_passes_the_teacher_claims_no_share():
     assert recovered(rows(after=19.0)).startswith(
-        "The student passes the teacher: perplexity from 60.00 to 19.00 (teacher: 20.00)."
+        "The student's perplexity ends below the teacher's: from 60.00 to 19.00 (teacher: 20.00)."
     )
 
 
