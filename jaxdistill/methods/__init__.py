@@ -3,20 +3,24 @@
 Each file here is one method, or a family. A method of your own needs one file too, imported before
 the configuration is read:
 
+    from jaxdistill import methods
+    from jaxdistill.methods.head_loss import from_heads
+    from jaxdistill.types import Mean
+
     class Toy(methods.Options):
-        \"\"\"What `jaxdistill ls methods` says of it.\"\"\"
+        "The KL, weighed."
 
         strength: float = Field(1.0, ge=0, description="Of the loss.")
 
     def build(options, facts):
         def apply(params, student, signal, batch, knobs):
-            means = head_loss.from_heads(
-                options.head(facts.vocab), student, signal.outputs, batch, knobs, alpha=0.0
-            )
-            total, count = means["loss"]
-            return means | {"loss": Mean(knobs["strength"] * total, count)}
+            head = options.head(facts.vocab)
+            means = from_heads(head, student, signal.outputs, batch, knobs, alpha=0.0)
+            total = knobs["strength"] * means["loss"].total
+            return means | {"loss": Mean(total, means["loss"].count)}
 
-        return methods.Built(Objective(no_parameters, apply), {"strength": options.strength})
+        objective = methods.Objective(methods.no_parameters, apply)
+        return methods.Built(objective, {"strength": options.strength})
 
     methods.add("toy", methods.Method(Toy, build))
 
