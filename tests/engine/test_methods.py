@@ -4,9 +4,11 @@ import json
 import math
 import pathlib
 
+import jax
 import pytest
 
 from jaxdistill import engine, models
+from jaxdistill.engine import setup, states
 from jaxdistill.errors import UserError
 
 WROTE = ("teacher", "student")
@@ -28,13 +30,43 @@ METHODS = {
 }
 
 
+# One of each way to build: the others differ from one of these, or from kd, in numbers alone.
+WHOLE_RUNS = ("taid", "ctkd_per_token", "jsd", "hidden", "distillm2", "minilm", "ted")
+
+
+@pytest.fixture
+def configured(load_config, data, tmp_path):
+    """name -> the configuration of a run by that method."""
+
+    def load(name):
+        options = [f"method={METHODS[name]}", "train.steps=4", "train.eval_every=2"]
+        if name == "distillm2":
+            text = f"path: {data}/train.txt, format: paragraphs"
+            options.append(f"data.train=[{', '.join(f'{{{text}, origin: {w}}}' for w in WROTE)}]")
+        return load_config(tmp_path, *options)
+
+    return load
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_of_one_word_runs_end_to_end(name, load_config, data, tmp_path):
-    options = [f"method={METHODS[name]}", "train.steps=4", "train.eval_every=2"]
-    if name == "distillm2":
-        paths = (f"{{path: {data}/train.txt, format: paragraphs, origin: {who}}}" for who in WROTE)
-        options.append(f"data.train=[{', '.join(paths)}]")
-    config = load_config(tmp_path, *options)
+def test_the_step_of_a_method_reads_the_knobs_that_it_is_given(name, configured):
+    """Traced, not compiled: every knob is there that the formula reads, and is reported."""
+    config = configured(name)
+    mesh = setup.mesh_of(config)
+    models = setup.shapes_of(config, mesh)
+    method = setup.method_of(config, models)
+    state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
+    teacher = setup.abstract_teacher_of(config, models, method, mesh)
+    batch = setup.abstract_batch_of(config, mesh)
+    with jax.set_mesh(mesh):
+        _, means = jax.eval_shape(setup.make_step(config, method), state, teacher, batch)
+    assert {f"knobs/{knob}" for knob in method.measuring} <= set(means)
+    assert "loss/total" in means
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_method_of_one_word_runs_end_to_end(name, configured, tmp_path):
+    config = configured(name)
     result = engine.train(config)
     lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "loss/total" in line]
