@@ -157,7 +157,7 @@ class TokenRows:
     # ------------------------------------------------------------------------------------ losses
 
     @property
-    def t2(self) -> Array:
+    def t2(self) -> Any:
         """The factor of the divergence: T^2, or 1."""
         return self.coefficients.temperature**2 if self.spec.scale_by_t2 else jnp.float32(1)
 
@@ -224,6 +224,7 @@ class TokenRows:
         if self.implementation == "mosaic_gpu":
             from jaxdistill.kernels import mosaic_gpu
 
+            assert isinstance(self.spec.kind, str) and self.teacher is not None, "it has a row"
             value, slope_sum = mosaic_gpu.row_sums(
                 rows.KINDS[self.spec.kind], self.student, self.teacher, self.coefficients,
                 statistics, self._tiling(2), choice.INTERPRET,
@@ -326,6 +327,6 @@ def taid_target(student: Array, teacher: Array, taid_t: Any) -> Array:
     return student + taid_t * (teacher - student)
 
 
-def as_column(x: Array) -> Array:
+def as_column(x: Any) -> Any:
     """[n] as [n, 1]; a scalar as it is."""
     return x[:, None] if x.ndim else x

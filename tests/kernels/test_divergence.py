@@ -79,7 +79,8 @@ def test_value_and_gradients_equal_float64(kind, temperature):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_equals_the_losses(kind):
     s, t = logits()
-    w, named = weights_of(40), dict(zip(NAMES.get(kind, ()), PARAMETERS.get(kind, ()), strict=True))
+    numbers = map(jnp.float32, PARAMETERS.get(kind, ()))
+    w, named = weights_of(40), dict(zip(NAMES.get(kind, ()), numbers, strict=True))
     with jax.enable_x64(True):
         wide = tuple(jnp.asarray(np.float64(x)) for x in (s, t))
         want = getattr(divergences, kind)(*wide, temperature=jnp.float32(1.7), **named)

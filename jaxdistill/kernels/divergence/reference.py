@@ -72,6 +72,7 @@ def terms(
             entry = rows.make(spec.kind, *parameters).value
             divergence = jnp.sum(entry(jax.nn.log_softmax(w), jax.nn.log_softmax(u)), axis=-1)
         else:
+            assert spec.kind is not None, "with a teacher there is a divergence"
             divergence = spec.kind(u, w, y)
         if spec.scale_by_t2:
             divergence *= temperature**2

@@ -58,7 +58,7 @@ def reference(
     per_token = {"loss": values.loss, "student/entropy": entropy(log_q)}
     if y is not None:
         per_token["loss/ce"] = values.cross_entropy
-    if t is not None:
+    if t is not None and values.target is not None:
         log_p = log_softmax(t)
         top = (s == s.max(1, keepdims=True)) & (t == t.max(1, keepdims=True))
         per_token["loss/divergence"] = values.divergence
