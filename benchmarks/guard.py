@@ -20,13 +20,14 @@ import jax
 import numpy as np
 
 from benchmarks import duel
-from jaxdistill import models, objectives, optim, teachers
+from jaxdistill import models, optim, teachers
+from jaxdistill.methods import kd
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.train.guard import Guard, Judged, Policy
-from jaxdistill.types import Batch
+from jaxdistill.train.guard import Guard, Policy, StepRecord
+from jaxdistill.types import Batch, Span
 
 VOCAB = 8192
 SMALL, USUAL = (4, 128), (16, 256)  # rows and tokens of each
@@ -84,7 +85,7 @@ class _Program:
 
     def __init__(self, mesh, rows: int, length: int):
         tx = optim.optimizer(1e-4, knobs={"alpha": 0.5, "temperature": 2.0})
-        loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+        loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
         step = steps.make(loss, teachers.online(TEACHER, compute_dtype="float32"), tx)
         self._teacher = models.random(TEACHER, 1, "float32", mesh).params
         student = models.random(STUDENT, 0, "float32", mesh).params
@@ -118,7 +119,8 @@ def _host_seconds(batch: Batch, count: int = 2000) -> float:
             numbers = {"loss/total": loss, "optim/grad_norm": 1.0, "guard/in_a_row": 0}
             numbers |= {"knobs/alpha": 0.5, "knobs/temperature": 2.0}
             began = time.perf_counter()
-            guard.judge(Judged(number, number - 1, batch), numbers, writer, progress)
+            record = StepRecord(number, Span(number - 1, number), batch)
+            guard.judge(record, numbers, writer, progress)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[count // 2 :])
 

@@ -133,7 +133,8 @@ class Experiment:
 
 def arithmetic(run: Experiment) -> None:
     """Students of a teacher that works sums out, by how many of its rationales they read."""
-    from jaxdistill.engine import tasks
+    from jaxdistill import commands
+    from jaxdistill.evaluate import accuracy
     from jaxdistill.reasoning import rationales
 
     size = run.size
@@ -150,11 +151,11 @@ def arithmetic(run: Experiment) -> None:
     fill |= {"rows": size["rows"], "method": "{name: sft}"}
     steps = {"steps": size["teacher_steps"]}
     teacher = run.train("teacher", 0, run.write("sums", records[64:]), held_out, **fill, **steps)
-    ask = tasks.Ask(samples=size["votes"], max_new_tokens=64)
+    ask = commands.Tasks(self_consistency=size["votes"], max_new_tokens=64)
 
     def judge(model: str, name: str) -> None:
         out = run.folder / "answers" / name  # `jaxdistill report` makes a page of these folders
-        found = tasks.evaluate(model, [test], ask, slots=256, output=out)[test]
+        found = accuracy.evaluate(model, [test], ask, slots=256, output=out)[test]
         run.add("arithmetic", name, found)
 
     judge(teacher, "teacher")
@@ -201,11 +202,11 @@ def _sums(counts: list[int], seed: int) -> list[list]:
 
 def svamp(run: Experiment, data: pathlib.Path) -> None:
     """Step-by-Step against labels alone, on published rationales."""
-    from jaxdistill.engine import tasks
-    from jaxdistill.reasoning import extract, rationales
-    from jaxdistill.reasoning import tasks as questions
+    from jaxdistill import commands
+    from jaxdistill.evaluate import accuracy
+    from jaxdistill.reasoning import extract, rationales, tasks
 
-    items = questions.load("svamp_train", folder=data).items
+    items = tasks.load("svamp_train", folder=data).items
     texts = [
         text
         for name in ("train_CoT_0", "train_CoT_1")
@@ -225,7 +226,7 @@ def svamp(run: Experiment, data: pathlib.Path) -> None:
         "rate": 1e-4,
         "steps": run.size["svamp_steps"],
     }
-    ask = tasks.Ask("predict", max_new_tokens=24, limit=run.size["svamp_questions"])
+    ask = commands.Tasks(style="predict", max_new_tokens=24, limit=run.size["svamp_questions"])
     methods = (
         ("label_only", "{name: sft}", alone[:-20]),
         ("step_by_step", "{name: step_by_step, label_weight: 0.5}", both[:-40]),
@@ -235,17 +236,17 @@ def svamp(run: Experiment, data: pathlib.Path) -> None:
             file = run.write(f"svamp_{name}", rows)
             more = {"method": method, "rows": size}
             student = run.train(f"svamp_{name}", seed, file, held_out, **more, **fill)
-            run.add("svamp", name, tasks.evaluate(student, ["svamp"], ask, folder=data)["svamp"])
+            run.add("svamp", name, accuracy.evaluate(student, ["svamp"], ask, folder=data)["svamp"])
 
 
 def _asked(run: Experiment, text: str, stand_in: list[dict]) -> dict[str, list[dict]]:
     """Training records by form; a smoke test's teacher knows nothing, and others stand in."""
     from jaxdistill.config import generation, loader
-    from jaxdistill.engine import rationales
+    from jaxdistill.engine import teacher_generate
     from jaxdistill.errors import DataError
 
     try:
-        found = rationales.generate(loader.loads_as(generation.Generation, text, "ask"))
+        found = teacher_generate.generate(loader.loads_as(generation.Generation, text, "ask"))
     except DataError:
         if not run.smoke:
             raise

@@ -16,15 +16,15 @@ from typing import Any
 
 from benchmarks import duel, soak_faults, soak_input, soak_numbers
 
-Told = Callable[[dict[str, Any]], Any]
-# (folder of its own, scale of the counts, seed, whom to tell what it has found so far)
-Part = Callable[[pathlib.Path, float, int, Told], dict[str, Any]]
+Report = Callable[[dict[str, Any]], Any]
+# (folder of its own, scale of the counts, seed, called with the counts so far)
+Part = Callable[[pathlib.Path, float, int, Report], dict[str, Any]]
 
 
 def _on_rig(run: Callable[..., dict[str, Any]], count: int) -> Part:
-    def part(folder: pathlib.Path, scale: float, seed: int, told: Told) -> dict[str, Any]:
+    def part(folder: pathlib.Path, scale: float, seed: int, report: Report) -> dict[str, Any]:
         with soak_faults.Rig(folder) as rig:
-            return run(rig, max(1, round(scale * count)), seed, told)
+            return run(rig, max(1, round(scale * count)), seed, report)
 
     return part
 
@@ -65,14 +65,14 @@ def main() -> None:
 
         key = name if not arguments.seed else f"{name}, seed {arguments.seed}"
 
-        def tell(found: dict[str, Any], key: str = key, began: float = began) -> None:
+        def report(counts: dict[str, Any], key: str = key, began: float = began) -> None:
             seconds = round(time.perf_counter() - began, 1)
-            parts[key] = {**found, "total_seconds": seconds, "versions": _versions()}
+            parts[key] = {**counts, "total_seconds": seconds, "versions": _versions()}
             print(f"{key}: {json.dumps(parts[key])}", file=sys.stderr, flush=True)
-            if not arguments.no_save:  # as it comes: what is cut short has told what it found
+            if not arguments.no_save:  # as it comes: what is cut short has left its counts
                 duel.save("soak", {"parts": parts})
 
-        tell(PARTS[name](folder, arguments.scale, arguments.seed, tell))
+        report(PARTS[name](folder, arguments.scale, arguments.seed, report))
         shutil.rmtree(folder)
 
 

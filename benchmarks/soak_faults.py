@@ -26,7 +26,8 @@ from benchmarks.warm import ROOT, Command, Nursery
 from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import DamagedError
-from jaxdistill.train import faults, step_folders
+from jaxdistill.train import step_folders
+from jaxdistill.train.hooks import POINTS
 
 METHODS = {
     "kd": "{name: kd, alpha: 0.3, temperature: {schedule: linear, start: 1.0, end: 2.0}}",
@@ -67,7 +68,6 @@ _CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_HUB_OFFLINE": "1",
-    "XLA_FLAGS": "",
 }
 
 
@@ -77,16 +77,20 @@ class Rig:
     Args:
       folder: an empty one.
       cache: of compiled programs; by default one of the folder's own.
+      flags: XLA_FLAGS of its processes.
     """
 
-    def __init__(self, folder: pathlib.Path, cache: str | os.PathLike | None = None):
+    def __init__(
+        self, folder: pathlib.Path, cache: str | os.PathLike | None = None, flags: str = ""
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
         compiled = os.fspath(cache or folder / "jax")
-        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": compiled}
+        own = {"JAX_COMPILATION_CACHE_DIR": compiled, "XLA_FLAGS": flags}
+        self.environment = {**_CACHE, **own}
         self.nursery = Nursery(environment=self.environment)
         self.log = folder / "log.txt"
         self._whole: dict[str, tuple[dict, list]] = {}
@@ -108,13 +112,13 @@ class Rig:
         return path
 
     def command(self, method: str, run: pathlib.Path) -> list[str]:
-        """What begins a run, or goes on with it."""
+        """What starts or resumes a run."""
         if (run / "RUN.json").exists():
             return ["resume", str(run)]
         return ["train", str(self.config(method, run))]
 
     def whole(self, method: str) -> tuple[dict, list]:
-        """What the undisturbed run of a method left; made once, and timed."""
+        """What the undisturbed run of a method left; it runs once, and is timed."""
         if method not in self._whole:
             run = self.folder / f"whole-{method}"
             began = time.perf_counter()
@@ -176,7 +180,7 @@ def sound(run: pathlib.Path) -> bool:
 
 
 def kills(
-    rig: Rig, count: int, seed: int = 0, told: Callable[[dict], Any] = print, per_run: int = 8
+    rig: Rig, count: int, seed: int = 0, report: Callable[[dict], Any] = print, per_run: int = 8
 ) -> dict[str, Any]:
     """Kills runs with SIGKILL, half of them at named points, and compares what they end as.
 
@@ -184,7 +188,7 @@ def kills(
       rig: where.
       count: how many kills at least.
       seed: of the choice of points and moments.
-      told: of the numbers so far, after every run.
+      report: called with the counts so far, after every run.
       per_run: kills of one run before it may finish.
     """
     draw = random.Random(seed)
@@ -212,7 +216,7 @@ def kills(
             shutil.rmtree(run)
         else:
             print(f"{run}: ended with {code}, not as undisturbed", file=sys.stderr)
-        found = {
+        counts = {
             "kills": sum(at.values()),
             "runs": runs,
             "bitwise_equal_runs": equal,
@@ -223,8 +227,8 @@ def kills(
             "undisturbed_seconds": {name: round(s, 2) for name, s in rig.seconds.items()},
             "seconds": round(time.perf_counter() - began, 1),
         }
-        told(found)
-    return found
+        report(counts)
+    return counts
 
 
 def _newest(run: pathlib.Path) -> int:
@@ -234,7 +238,7 @@ def _newest(run: pathlib.Path) -> int:
 def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> str | None:
     """One life of a run that ends by SIGKILL: where; None if it came to its end before."""
     if draw.random() < 0.5:
-        point = draw.choice(faults.POINTS)
+        point = draw.choice(POINTS)
         fault = f"{point}:{draw.randint(1, 6)}:kill"
         code = rig.nursery.run(rig.command(method, run), rig.log, fault)
     else:
@@ -257,7 +261,7 @@ def _held(run: pathlib.Path) -> bool:
 
 
 def _live(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> Command:
-    """One life of a run up to any moment of it; a life that ends before tells how long one is."""
+    """One life of a run up to any moment of it; one that ends before says how long a life is."""
     began = time.monotonic()
     command = rig.nursery.start(rig.command(method, run), rig.log)
     deadline = began + draw.uniform(0.0, rig.seconds[method])
@@ -270,7 +274,7 @@ def _live(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> Comm
 
 
 def stops(
-    rig: Rig, count: int, seed: int = 0, told: Callable[[dict], Any] = print
+    rig: Rig, count: int, seed: int = 0, report: Callable[[dict], Any] = print
 ) -> dict[str, Any]:
     """Asks runs to stop, by SIGTERM at any moment, and compares what they end as.
 
@@ -278,7 +282,7 @@ def stops(
       rig: where.
       count: how many signals.
       seed: of the choice of moments.
-      told: of the numbers so far, after every run.
+      report: called with the counts so far, after every run.
     """
     draw = random.Random(seed)
     clean = asked = runs = equal = unsound = 0
@@ -308,7 +312,7 @@ def stops(
         code = rig.nursery.run(rig.command(method, run), rig.log)
         runs += 1
         equal += code == 0 and same(result(run), whole)
-        found = {
+        counts = {
             "signals": asked,
             "exits_75": clean,
             "runs": runs,
@@ -319,8 +323,8 @@ def stops(
                 "most": round(max(seconds), 3) if seconds else None,
             },
         }
-        told(found)
-    return found
+        report(counts)
+    return counts
 
 
 def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
@@ -349,17 +353,17 @@ def _flip(
     draw = random.Random(seed)
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
     assert not detected(folder), "sound before anything was flipped"
-    found = 0
+    detections = 0
     for _ in range(count):
         path = draw.choice(files)  # small files as often as large ones
         whole = path.read_bytes()
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        found += detected(folder)
+        detections += detected(folder)
         path.write_bytes(whole)
     assert not detected(folder), "sound again"
-    return {"flips": count, "detected": found, "files": len(files)}
+    return {"flips": count, "detected": detections, "files": len(files)}
 
 
 def fallbacks(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
@@ -378,10 +382,10 @@ def fallbacks(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
         path.write_bytes(damaged)
         code = rig.nursery.run(rig.command("kd", run), rig.log)
         equal += code == 0 and same(result(run), whole)
-        kept = list((run / "checkpoints" / step_folders.BAD).iterdir())
+        bad = list((run / "checkpoints" / step_folders.BAD).iterdir())
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-        told = [event["step"] for event in events if event["kind"] == "damaged"]
-        aside += len(kept) == 1 and told == [int(newest.name)]
+        reported = [event["step"] for event in events if event["kind"] == "damaged"]
+        aside += len(bad) == 1 and reported == [int(newest.name)]
     return {"damaged": count, "bitwise_equal_runs": equal, "put_aside_and_told": aside}
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxdistill import config
-from jaxdistill.config import keys, syntax, workflow
+from jaxdistill.config import inherit, keys, syntax, workflow
 from jaxdistill.errors import UserError
 from tests import hostile
 
@@ -57,7 +57,7 @@ class Counts(collections.Counter):
 
 
 def _texts() -> list[str]:
-    texts = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
+    texts = [inherit.flattened(path) for path in sorted(CONFIGS.glob("*.yaml"))]
     return [text for text in texts if not workflow.is_workflow(text)]
 
 
@@ -79,10 +79,10 @@ def damaged_tree(rng: random.Random, tree: Any) -> Any:
     """A tree of mappings and lists with one to three values replaced, removed, wrapped or moved."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, 3)):
-        found = list(_places(tree))
-        if not found:
+        paths = list(_places(tree))
+        if not paths:
             break
-        path = rng.choice(found)
+        path = rng.choice(paths)
         parent, key = _parent(tree, path), path[-1]
         action = rng.choice(("odd", "remove", "wrap", "nest", "add", "rename"))
         if action == "odd":
@@ -123,7 +123,7 @@ def damaged_bytes(rng: random.Random, data: bytes, within: int | None = None) ->
 def typo(rng: random.Random, word: str) -> str:
     """The word with one letter changed, dropped, doubled, added, or swapped with its neighbour."""
     letters, at = "abcdefghijklmnopqrstuvwxyz_", rng.randrange(len(word))
-    made = rng.choice(
+    changed = rng.choice(
         (
             word[:at] + rng.choice(letters) + word[at + 1 :],
             word[:at] + word[at + 1 :],
@@ -132,7 +132,7 @@ def typo(rng: random.Random, word: str) -> str:
             word[:at] + word[at + 1 : at + 2] + word[at : at + 1] + word[at + 2 :],
         )
     )
-    return made or word
+    return changed or word
 
 
 def fuzz_configs(rng: random.Random, cases: int, counts: Counts) -> None:
@@ -149,9 +149,9 @@ def fuzz_configs(rng: random.Random, cases: int, counts: Counts) -> None:
                 at = rng.randrange(len(text) + 1)
                 cut = rng.choice((0, 0, 1, 5))
                 text = text[:at] + rng.choice((*PIECES, "")) + text[at + cut :]
-        found = counts.case("configs", text[:300], lambda text=text: config.loads(text, "x.yaml"))
-        if isinstance(found, UserError):
-            placed = all(line.startswith("x.yaml:") for line in str(found).split("\n"))
+        outcome = counts.case("configs", text[:300], lambda text=text: config.loads(text, "x.yaml"))
+        if isinstance(outcome, UserError):
+            placed = all(line.startswith("x.yaml:") for line in str(outcome).split("\n"))
             counts["configs/without a place"] += not placed
 
 
@@ -168,10 +168,10 @@ def fuzz_typos(rng: random.Random, cases: int, counts: Counts) -> None:
             continue  # another key's name is no typo that anybody could see
         parent[wrong] = parent.pop(key)
         text = syntax.dump(tree)
-        found = counts.case("typos", wrong, lambda text=text: config.loads(text, "x.yaml"))
-        said = [line for line in str(found).split("\n") if "unknown key" in line]
+        outcome = counts.case("typos", wrong, lambda text=text: config.loads(text, "x.yaml"))
+        messages = [line for line in str(outcome).split("\n") if "unknown key" in line]
         meant = (f'"{key}"', f'.{key}"')
-        counts["typos/right"] += any(any(name in line for name in meant) for line in said)
+        counts["typos/right"] += any(any(name in line for name in meant) for line in messages)
 
 
 RECORDS: tuple[Any, ...] = (
@@ -186,26 +186,26 @@ def fuzz_records(rng: random.Random, cases: int, counts: Counts) -> None:
     from jaxdistill.data.records import Record, Rejected
     from jaxdistill.data.sources import open_source
 
-    made = 0
+    written = 0
     with tempfile.TemporaryDirectory() as folder:
-        while made < cases:
+        while written < cases:
             size, base = rng.randint(1, 40), rng.choice(RECORDS)
             lines = [_line(rng, base) for _ in range(size)]
-            made += size
+            written += size
             path = pathlib.Path(folder) / rng.choice(("x.jsonl", "x.txt"))
             path.write_bytes(rng.choice((b"\n", b"\r\n")).join(lines))
 
             def read(path=path) -> list[Any]:
                 return list(open_source(path))
 
-            found = counts.case("records", made, read)
-            if isinstance(found, list):
-                counts["records/used"] += sum(isinstance(item, Record) for item in found)
-                counts["records/set aside"] += sum(isinstance(item, Rejected) for item in found)
+            outcome = counts.case("records", written, read)
+            if isinstance(outcome, list):
+                counts["records/used"] += sum(isinstance(item, Record) for item in outcome)
+                counts["records/set aside"] += sum(isinstance(item, Rejected) for item in outcome)
                 nothing = sum(not line.strip(b" \t\r\n\xef\xbb\xbf") for line in lines)
-                whole = path.suffix == ".txt" or len(found) + nothing >= _lines(path)
+                whole = path.suffix == ".txt" or len(outcome) + nothing >= _lines(path)
                 counts["records/lost"] += not whole
-    counts["records/records"] += made
+    counts["records/records"] += written
 
 
 def _lines(path: pathlib.Path) -> int:
@@ -250,9 +250,9 @@ def fuzz_files(rng: random.Random, cases: int, counts: Counts) -> None:
                 data = json.dumps(damaged_tree(rng, json.loads(sound[name]))).encode()
             (folder / name).write_bytes(data)
             read = tokenizer_files.folder_tokenizer if "tokenizer" in name else _read_folder
-            found = counts.case(name, number, lambda read=read: read(folder))
-            if isinstance(found, UserError):
-                counts["files/message without a name"] += place not in str(found)
+            outcome = counts.case(name, number, lambda read=read: read(folder))
+            if isinstance(outcome, UserError):
+                counts["files/message without a name"] += place not in str(outcome)
             (folder / name).write_bytes(sound[name])
 
 
@@ -263,8 +263,8 @@ def _read_folder(folder: pathlib.Path) -> Any:
     model = huggingface.folder_config(folder)
     with shards.Folder(folder) as opened:
         huggingface._check_tensors(model, opened)
-        for name, found in opened.entries.items():
-            opened.read(name, (slice(None),) * len(found.shape))
+        for name, tensor in opened.entries.items():
+            opened.read(name, (slice(None),) * len(tensor.shape))
     return model
 
 

@@ -8,7 +8,6 @@ skipped, rows are run again, and runs roll back. Every checkpoint is kept and re
 
 import contextlib
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -63,7 +62,7 @@ def soak_numbers(folder: pathlib.Path, injected: int = 1000) -> dict:
 def _run(folder: pathlib.Path, method: str, injected: int, seed: int) -> dict:
     from jaxdistill import config, engine
     from jaxdistill.report import read_metrics
-    from jaxdistill.train import poison
+    from tests import inject
 
     rng = np.random.default_rng(seed)
     bad = np.sort(rng.choice(2 * injected, injected, replace=False))
@@ -74,12 +73,9 @@ def _run(folder: pathlib.Path, method: str, injected: int, seed: int) -> dict:
         (folder / f"{name}.txt").write_text(text)
     # Rolled back runs leave batches out: these steps reach behind the last bad batch at the latest.
     text = CONFIG.format(folder=folder, method=method, steps=2 * injected)
-    os.environ[poison.VARIABLE] = plan
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            run = engine.train(config.loads(text, "soak.yaml")).run_dir
-    finally:
-        del os.environ[poison.VARIABLE]
+    with contextlib.redirect_stdout(sys.stderr):
+        loaded = config.loads(text, "soak.yaml")
+        run = engine.train(loaded, hooks=inject.Poison(plan)).run_dir
     lines = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     events = [one["kind"] for one in lines]
     assert read_metrics(run)[-1]["step"] == 2 * injected

@@ -131,7 +131,8 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
     import jax
     import numpy as np
 
-    from jaxdistill import models, objectives, optim, teachers
+    from jaxdistill import models, optim, teachers
+    from jaxdistill.methods import kd
     from jaxdistill.sharding import make_mesh
     from jaxdistill.train import state as states
     from jaxdistill.train import step as steps
@@ -140,7 +141,7 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
     mesh = make_mesh()
     load = lambda name: models.load(folder / name, dtype="float32", mesh=mesh, tokenizer=False)
     teacher, student = load("teacher"), load("student")
-    objective = objectives.kd(vocab=VOCAB)
+    objective = kd.objective(vocab=VOCAB)
     signal = teachers.online(teacher.config, compute_dtype="float32")
     tx = optim.optimizer(
         LEARNING_RATE,

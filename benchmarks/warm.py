@@ -1,7 +1,7 @@
 """Runs commands in children of a process that has imported everything and started nothing.
 
 A command of ours spends seconds on imports. A child that is forked off after them, from one thread
-and before JAX has a backend, goes on exactly as a fresh process would, and dies as one.
+and before JAX has a backend, runs exactly as a fresh process would, and dies as one.
 """
 
 import json
@@ -73,8 +73,8 @@ class Nursery:
 
     def start(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> Command:
         """Starts a command; what it prints goes to the end of `log`."""
-        asked = {"arguments": list(arguments), "log": str(log), "fault": fault}
-        return Command(self, self.ask(asked)["pid"])
+        request = {"arguments": list(arguments), "log": str(log), "fault": fault}
+        return Command(self, self.ask(request)["pid"])
 
     def run(self, arguments: Sequence[str], log: pathlib.Path, fault: str = "") -> int:
         """Runs a command to its end."""
@@ -104,6 +104,8 @@ def _serve() -> None:
 
     from jaxdistill import cli, engine  # noqa: F401
     from jaxdistill.cli import runs  # noqa: F401
+    from jaxdistill.train.hooks import NO_HOOKS
+    from tests import inject
 
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1 and not xla_bridge._backends, "a child would not be as a fresh process"
@@ -111,28 +113,26 @@ def _serve() -> None:
     facts = {"import_seconds": round(time.perf_counter() - began, 2), "threads": threads}
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            status = os.waitpid(asked["wait"], 0)[1]
+        request = json.loads(line)
+        if "wait" in request:
+            status = os.waitpid(request["wait"], 0)[1]
             answer = {"code": os.waitstatus_to_exitcode(status)}
         else:
             pid = os.fork()
             if pid == 0:
-                _become(asked)
-                raise SystemExit(cli.main(asked["arguments"]))
+                _redirect(request["log"])
+                hooks = inject.Fault(request["fault"]) if request["fault"] else NO_HOOKS
+                raise SystemExit(cli.main(request["arguments"], hooks=hooks))
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _become(asked: Mapping[str, str]) -> None:
-    """In the child: output, fault and standard input of the command."""
-    from jaxdistill.train import faults
-
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def _redirect(path: str) -> None:
+    """In the child: the command prints to the end of a file and reads nothing."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    faults.arm(asked["fault"])
 
 
 if __name__ == "__main__":

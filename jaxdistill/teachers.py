@@ -11,8 +11,9 @@ from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import RULES, MeshAxes
 from jaxdistill.types import Batch, TeacherSignal
 
-# teacher parameters (None where there is no teacher), batch -> what the teacher says about it
-Teacher = Callable[[Any, Batch], TeacherSignal]
+# (teacher parameters or None, state before the step, batch) -> what the teacher says about it. The
+# state is there for teachers made of the student itself; it is None outside of training.
+Teacher = Callable[[Any, Any, Batch], TeacherSignal]
 
 
 def online(
@@ -26,7 +27,7 @@ def online(
 ) -> Teacher:
     """A teacher that reads the batch in the step; all that it says is a constant."""
 
-    def teacher(params: Any, batch: Batch) -> TeacherSignal:
+    def teacher(params: Any, state: Any, batch: Batch) -> TeacherSignal:
         outputs = decoder.apply(
             config,
             params,
@@ -44,6 +45,6 @@ def online(
     return teacher
 
 
-def none(params: Any, batch: Batch) -> TeacherSignal:
+def none(params: Any, state: Any, batch: Batch) -> TeacherSignal:
     """No teacher: the data alone."""
     return TeacherSignal()

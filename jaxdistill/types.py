@@ -1,4 +1,4 @@
-"""The words of the library, Batch, Outputs, TeacherSignal and Mean, and the legend of array axes.
+"""The words of the library, Span, Batch, Outputs, TeacherSignal, Mean, and the axes of arrays.
 
 Array axes ("dim") are named by one letter wherever a name carries its shape:
 
@@ -20,6 +20,18 @@ DATA, TEACHER, STUDENT = 0, 1, 2
 ORIGINS = ("data", "teacher", "student")
 
 
+class Span(typing.NamedTuple):
+    """The rows that one step learns from, counted from 0 over the whole run, epoch after epoch.
+
+    Attributes:
+      first_row: the first of them.
+      end_row: the position behind the last one, where the next step begins.
+    """
+
+    first_row: int
+    end_row: int
+
+
 # `no_type_check` keeps run-time shape checkers out of `__init__`: scan, eval_shape and sharding
 # trees rebuild these carriers with stacked arrays, shapes or specs in place of the arrays.
 @typing.no_type_check
@@ -27,6 +39,17 @@ ORIGINS = ("data", "teacher", "student")
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One batch of token rows, several documents packed into a row.
+
+    This is the legend of all that a batch can carry. Leaves that not every method needs are None
+    unless a feed fills them. The first dim of every leaf is the rows of the batch, the second one,
+    if there is one, is the length of the view of the text that the leaf belongs to. That is all
+    that shapes, places, micro-batches and saved batches rely on, so a new leaf is a line here, the
+    feed that fills it and the loss that reads it. A leaf may be a tree, such as a second view of
+    the text with tokens, positions and segment_ids of its own.
+
+        per row        [B]         such as an advantage
+        per token      [B, L]      such as the log-probability that a sampler gave the token
+        per entry      [B, L, K]   such as the ids and log-probabilities of a sparse teacher
 
     Attributes:
       tokens: int32 [B, L], what the model reads.

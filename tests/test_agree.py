@@ -11,6 +11,8 @@ from jaxdistill import agree
 from jaxdistill.cli import launch
 from jaxdistill.errors import DataError
 
+pytestmark = pytest.mark.floor
+
 
 def fail():
     raise DataError("data.train: no file")

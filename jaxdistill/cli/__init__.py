@@ -5,24 +5,35 @@ import os
 import sys
 from collections.abc import Sequence
 
+from jaxdistill import compilation_cache
 from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
-from jaxdistill.cli.output import printable
+from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.redact import redact
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
+_LIGHT = ("ckpt", "init", "launch", "ls", "report", "validate")
+# Whether these keep compiled programs is for their configuration to say, or not worth while.
+_OWN_CACHE = ("bench", "plan", "resume", "train", "workflow")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
+    """Runs one command and returns its exit code; `hooks` are for `train` and `resume`."""
     # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     die_with_launcher()
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
-        code = arguments.run(arguments) or 0
+        arguments.hooks = hooks
+        with narration() as log:
+            if arguments.command not in _LIGHT:
+                log.info("jaxdistill %s: loading JAX", arguments.command)
+                if arguments.command not in _OWN_CACHE:
+                    compilation_cache.start()
+            code = arguments.run(arguments) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -57,7 +68,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     # one come back as extras.
     arguments, extras = parser().parse_known_args(argv)
     if extras and "overrides" in arguments:
-        arguments.overrides += [word for word in extras if not word.startswith("-")]
+        words = [word for word in extras if not word.startswith("-")]
+        arguments.overrides = [*arguments.overrides, *words]
         extras = [word for word in extras if word.startswith("-")]
     if extras:
         arguments.parser.error(f"unrecognized arguments: {' '.join(extras)}")

@@ -5,26 +5,32 @@ import csv
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from jaxdistill.cli import output
-from jaxdistill.cli.values import positive
+from jaxdistill.commands import Flag
+from jaxdistill.section import Count, Section
+
+File = Annotated[str, Flag(metavar="FILE")]
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `jaxdistill bench`."""
-    parser.add_argument(
-        "what", choices=("kernels", "loss"), help="kernels: logits in; loss: hidden states in"
+class Bench(Section):
+    """What is measured, and where the numbers go."""
+
+    what: Annotated[Literal["kernels", "loss"], Flag(positional=True)] = Field(
+        description="kernels: from logits; loss: from hidden states."
     )
-    parser.add_argument(
-        "--shapes", default="auto", help="auto, quick, full, or N=8192,V=128256,S=2048,T=4096"
+    shapes: Annotated[str, Flag(metavar="SHAPES")] = Field(
+        "auto", description="auto, quick, full, or N=8192,V=128256,S=2048,T=4096."
     )
-    parser.add_argument("--rounds", metavar="N", type=positive, default=9)
-    parser.add_argument("--csv", metavar="FILE", help="also write the table here")
-    parser.add_argument("--save", metavar="FILE", help="also write the result here, as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="also draw it: .svg, .png or .pdf")
-    parser.add_argument(
-        "--tune", metavar="FILE", help="first write the fastest tilings of the kernel here"
+    rounds: Annotated[Count, Flag(metavar="N")] = Field(9, description="Timings of each form.")
+    csv: File | None = Field(None, description="Also write the table here.")
+    save: File | None = Field(None, description="Also write the result here, as JSON.")
+    plot: File | None = Field(None, description="Also draw it: .svg, .png or .pdf.")
+    tune: File | None = Field(
+        None, description="First write the fastest tilings of the kernel here."
     )
 
 

@@ -1,50 +1,35 @@
 """The commands that make models smaller and compare them: prune, quantize, compare, workflow."""
 
 import argparse
-from typing import Any
 
+from jaxdistill import commands
+from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, stdout_is_json
 from jaxdistill.errors import ConfigError
 
 
 def importance(arguments: argparse.Namespace) -> None:
     """Measures importance and writes it to a file."""
+    options = read(commands.Importance, arguments)
     with stdout_is_json(True):
         from jaxdistill import engine
         from jaxdistill.compress import importance as scores
 
-        found = engine.importance(
-            arguments.model, _calibration(arguments), without=arguments.without
-        )
-        path = scores.save(found, arguments.output)
-    print(f"wrote {path}: {found.facts['rows']} rows, {found.facts['tokens']} tokens")
-    influence = ", ".join(f"{value:.3f}" for value in found.influence)
+        measured = engine.importance(arguments.model, options)
+        path = scores.save(measured, arguments.output)
+    print(f"wrote {path}: {measured.facts['rows']} rows, {measured.facts['tokens']} tokens")
+    influence = ", ".join(f"{value:.3f}" for value in measured.influence)
     print(f"block influence by layer: {influence}")
 
 
 def prune(arguments: argparse.Namespace) -> None:
     """Writes a pruned model as a folder."""
+    options = read(commands.Prune, arguments)
+    calibration = read(commands.Importance, arguments) if arguments.data else None
     with stdout_is_json(True):
         from jaxdistill import engine
-        from jaxdistill.compress.targets import AXES
 
-        target = engine.Target(
-            sizes={name: size for name in AXES if (size := getattr(arguments, name))},
-            parameters=arguments.parameters,
-            memory=arguments.memory,
-            latency=arguments.latency,
-            axes=arguments.axes,
-            by=arguments.by,
-        )
-        folder = engine.prune(
-            arguments.model,
-            arguments.output,
-            target,
-            importance_file=arguments.importance,
-            calibration=_calibration(arguments) if arguments.data else None,
-            without=arguments.without,
-            dtype=arguments.dtype,
-        )
+        folder = engine.prune(arguments.model, arguments.output, options, calibration)
         note = engine.pruning_note(folder)
     if arguments.json:
         return print_json({"folder": folder, **note})
@@ -56,25 +41,13 @@ def prune(arguments: argparse.Namespace) -> None:
     return None
 
 
-def _calibration(arguments: argparse.Namespace) -> Any:
-    from jaxdistill import engine
-
-    return engine.Calibration(
-        data=arguments.data,
-        rows=arguments.rows,
-        seq_len=arguments.seq_len,
-        batch_size=arguments.batch_size,
-    )
-
-
 def quantize(arguments: argparse.Namespace) -> None:
     """Writes a quantised model as a folder."""
+    options = read(commands.Quantize, arguments)
     with stdout_is_json(True):
         from jaxdistill import engine
 
-        path = engine.quantize(
-            arguments.model, arguments.output, arguments.scheme, dtype=arguments.dtype
-        )
+        path = engine.quantize(arguments.model, arguments.output, options)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")
 
@@ -87,29 +60,20 @@ def compare(arguments: argparse.Namespace) -> None:
         if not (name and equals and source):
             raise ConfigError(f"{word!r}: write NAME=MODEL, such as student=runs/tiny@best")
         named.append((name, source))
+    options = read(commands.Compare, arguments)
     with stdout_is_json(True):
         from jaxdistill import engine, report
 
         result = engine.compare_models(
             named,
-            engine.Settings(
-                data=arguments.data,
-                questions=arguments.questions,
-                prompts=arguments.prompt,
-                seq_len=arguments.seq_len,
-                batch_size=arguments.batch_size,
-                max_rows=arguments.max_rows,
-                dtype=arguments.dtype,
-                speed=not arguments.no_speed,
-            ),
-            teacher=arguments.teacher,
+            options,
             out=arguments.output,
         )
         page = report.write_story(arguments.output) if arguments.output else None
     if arguments.json:
         return print_json(result)
     print(f"on {result['held_out']}")
-    print(report.comparison_table(result["rows"], style="plain"))
+    print(report.comparison_table(result["rows"]))
     if page is not None:
         print(f"wrote {page}")
     return None
@@ -123,9 +87,7 @@ def harness(arguments: argparse.Namespace) -> None:
         results = engine.harness(
             arguments.model,
             arguments.tasks,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            batch_size=arguments.batch_size,
+            read(commands.Harness, arguments),
         )
     if arguments.json:
         return print_json(results)

@@ -1,7 +1,6 @@
 """The commands that need no JAX: ls, init and validate."""
 
 import argparse
-import pathlib
 from collections.abc import Callable, Collection
 
 from jaxdistill.cli.output import print_json
@@ -22,14 +21,16 @@ def ls(arguments: argparse.Namespace) -> None:
 
 
 def init(arguments: argparse.Namespace) -> None:
-    """Copies a recipe."""
-    files = _recipe_files()
+    """Copies a recipe, with what it extends written out."""
+    from jaxdistill.config import inherit, workflow
+
+    files = inherit.recipes()
     if arguments.recipe not in files:
         raise ConfigError(
             f"{arguments.recipe!r} is no recipe{_near(arguments.recipe, files)}; `jaxdistill ls "
             "recipes` lists them"
         )
-    text = files[arguments.recipe].read_text(encoding="utf-8")
+    text = inherit.flattened(files[arguments.recipe])
     out = arguments.output or f"{arguments.recipe}.yaml"
     if out == "-":
         return print(text, end="")
@@ -40,8 +41,6 @@ def init(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{out}: exists already; --force overwrites it") from None
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error.strerror}") from None
-    from jaxdistill.config import workflow
-
     command = "workflow" if workflow.is_workflow(text) else "train"
     print(f"wrote {out}; next: jaxdistill {command} {out}")
     return None
@@ -99,18 +98,12 @@ MODELS = {
 }
 
 
-def _recipe_files() -> dict[str, pathlib.Path]:
-    """Recipe name -> file: inside an installed package, or configs/ beside it in a checkout."""
-    package = pathlib.Path(__file__).resolve().parents[1]
-    folders = (package / "_recipes", package.parent / "configs")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))} if folder else {}
-
-
 def _recipes() -> dict[str, str]:
     """Recipe name -> the first line of its head."""
+    from jaxdistill.config import inherit
+
     heads = {}
-    for name, file in _recipe_files().items():
+    for name, file in inherit.recipes().items():
         with open(file, encoding="utf-8") as lines:
             heads[name] = lines.readline().lstrip("# ").strip()
     return heads
@@ -118,11 +111,11 @@ def _recipes() -> dict[str, str]:
 
 def _methods() -> dict[str, str]:
     """Method name -> how far it has come, and what it is."""
-    from jaxdistill.config import methods
+    from jaxdistill.methods import METHODS
 
     return {
-        name: f"[{methods.MATURITY[name]}] {section.__doc__}"
-        for name, section in methods.METHODS.items()
+        name: f"[{'measured' if method.measured else 'exact'}] {method.options.__doc__}"
+        for name, method in METHODS.items()
     }
 
 

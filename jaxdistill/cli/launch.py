@@ -17,6 +17,7 @@ from typing import IO, Any
 from jaxdistill.errors import ConfigError, StorageError
 
 COMMANDS = ("train", "resume")
+PROGRAM = ("-m", "jaxdistill")  # of every process
 GRACE_SECONDS = 5.0  # for the others to say what they have to say once one has failed
 LINGER_SECONDS = 60.0  # for the others to end once one is done
 _POLL_SECONDS = 0.05
@@ -36,16 +37,17 @@ def launch(arguments: argparse.Namespace) -> int:
             f"{', '.join(COMMANDS)}: jaxdistill launch -n 2 -- train CONFIG"
         )
     logs = None if arguments.log_dir is None else pathlib.Path(arguments.log_dir)
-    for attempt in range(arguments.restart + 1):
+    attempt = 0
+    while True:
         group = Group(words, arguments.processes, arguments.devices_per_process, logs)
         code = group.run()
         if code == 0 or code in _FINAL or group.signals or attempt == arguments.restart:
-            break
+            return code
         pause = _WAITS[min(attempt, len(_WAITS) - 1)]
-        _tell(f"restart {attempt + 1} of {arguments.restart} in {pause:g} s")
+        attempt += 1
+        _tell(f"restart {attempt} of {arguments.restart} in {pause:g} s")
         time.sleep(pause)
         words = _resumed(words)
-    return code
 
 
 def _resumed(words: Sequence[str]) -> list[str]:
@@ -94,7 +96,7 @@ class Group:
             # Process 0 keeps the terminal for its progress, unless what it says is to be kept.
             apart = rank > 0 or self._logs is not None
             process = subprocess.Popen(
-                [sys.executable, "-m", "jaxdistill", *self._words],
+                [sys.executable, *PROGRAM, *self._words],
                 env=_environment(rank, self._count, self._devices, port),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -1,12 +1,17 @@
-"""The command line: every command with its arguments."""
+"""The command line: every command, what it does, and the sections of options that it takes."""
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 import jaxdistill
-from jaxdistill.cli import bench, ckpt, compress, files, launch, reason, runs
-from jaxdistill.cli.values import fraction, natural, positive, temperature
+from jaxdistill import commands
+from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs
+from jaxdistill.commands import Flag
+from jaxdistill.section import Count, Section
 
 EXIT_CODES = """exit codes:
   0 done              5 does not fit           9 cannot write
@@ -14,9 +19,361 @@ EXIT_CODES = """exit codes:
   3 data              7 diverged               130 interrupted
   4 model/tokenizer   8 lost a process"""
 
-RUN_REFERENCE = (
-    "a model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP"
+Positional = Flag(positional=True)
+
+
+class Model(Section):
+    """The model that a command works on."""
+
+    model: Annotated[str, Flag(positional=True, metavar="MODEL")] = Field(
+        description="A model folder, a .gguf file, RUN_DIR, RUN_DIR@best, RUN_DIR@latest or "
+        "RUN_DIR@STEP."
+    )
+
+
+class Folder(Section):
+    """Where a command writes."""
+
+    output: Annotated[str, Flag("-o", "DIR")] = Field(description="A folder, new or empty.")
+
+
+class OptionalFolder(Section):
+    """Where a command writes besides what it prints."""
+
+    output: Annotated[str, Flag("-o", "DIR")] | None = Field(
+        None, description="Also write every number and a page to this folder."
+    )
+
+
+class File(Section):
+    """The file that a command writes."""
+
+    output: Annotated[str, Flag("-o", "FILE")] = Field(description="The file to write.")
+
+
+class RunFile(Section):
+    """A configuration."""
+
+    config: Annotated[str, Flag(positional=True, metavar="CONFIG")] = Field(
+        description="YAML file; `jaxdistill init` writes one."
+    )
+    overrides: Annotated[tuple[str, ...], Flag(positional=True, metavar="KEY=VALUE")] = Field(
+        (), description="Values in place of the file's, such as train.steps=20."
+    )
+
+
+class RunFolder(Section):
+    """A run."""
+
+    run_dir: Annotated[str, Flag(positional=True, metavar="RUN_DIR")] = Field(
+        description="Folder of the run."
+    )
+
+
+class Launch(Section):
+    """Processes of one run on this machine."""
+
+    processes: Annotated[Count, Flag("-n", "N")] = Field(description="How many processes.")
+    devices_per_process: Annotated[Count, Flag(metavar="K")] = Field(
+        1, description="Process P has GPUs P * K to P * K + K - 1, or K CPU devices."
+    )
+    restart: Annotated[int, Field(ge=0, le=10**6), Flag(metavar="R")] = Field(
+        0, description="Resume the run up to R times after a process was lost."
+    )
+    log_dir: Annotated[str, Flag(metavar="DIR")] | None = Field(
+        None, description="Keep what each process prints there."
+    )
+
+
+class Rollback(RunFolder):
+    """Where a run goes back to."""
+
+    step: Annotated[Count, Flag(positional=True, metavar="STEP")] = Field(
+        description="A step that has a checkpoint."
+    )
+
+
+class WorkflowFile(Section):
+    """A workflow and how it is run."""
+
+    file: Annotated[str, Flag(positional=True, metavar="FILE")] = Field(
+        description="YAML file; see configs/compress_smollm2.yaml."
+    )
+    start: Annotated[str, Flag(metavar="STEP", name="--from")] | None = Field(
+        None, description="Run this step and all after it."
+    )
+    dry_run: bool = Field(False, description="Only say what would be done.")
+
+
+class TaskSource(Section):
+    """Which tasks, and where their answers go."""
+
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK")] | None = Field(
+        None, description="Such as svamp gsm8k aqua bbh_navigate."
+    )
+    task_data: Annotated[str, Flag(metavar="DIR")] | None = Field(
+        None, description="Folder of published files; none: $JAXDISTILL_DATA, or `data`."
+    )
+    output: Annotated[str, Flag("-o", "DIR")] | None = Field(
+        None, description="Write every answer there."
+    )
+
+
+class NamedModels(Section):
+    """Models with the names of their rows."""
+
+    models: Annotated[tuple[str, ...], Flag(positional=True, metavar="NAME=MODEL")] = Field(
+        description="Row and model; one name twice: seeds of one thing."
+    )
+
+
+class HarnessTasks(Section):
+    """Which tasks of lm-eval."""
+
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASK")] = Field(
+        description="Names that `lm-eval ls tasks` lists."
+    )
+
+
+class Prompts(Section):
+    """What a model completes."""
+
+    prompt: Annotated[tuple[str, ...], Flag("-p", "TEXT", repeat=True)] = Field(
+        (), description="A prompt; without any, standard input is one."
+    )
+    chat: bool = Field(False, description="The prompt is the user's turn of a chat.")
+
+
+class Samples(Section):
+    """How often a teacher is asked."""
+
+    samples: Annotated[Count, Flag("-n", "N")] | None = Field(
+        None, description="Answers per question; none: as the file says."
+    )
+
+
+class Key(Section):
+    """Who may ask a server."""
+
+    key_env: Annotated[str, Flag(metavar="NAME")] | None = Field(
+        None, description="Variable that holds the key clients must send; none: anybody may ask."
+    )
+
+
+class Adapters(Section):
+    """What of a run is written."""
+
+    adapters: bool = Field(
+        False,
+        description="The LoRA adapters alone, in the format of the package peft, in place of the "
+        "merged model.",
+    )
+
+
+class Pages(Section):
+    """What a page is about, and where it goes."""
+
+    run_dirs: Annotated[tuple[str, ...], Flag(positional=True, metavar="RUN_DIR")] = Field(
+        description="Folders of runs, of a workflow, of a comparison, or of answers."
+    )
+    output: Annotated[str, Flag("-o", "FILE")] | None = Field(
+        None, description="Default: report.html in the run folder, comparison.html for several."
+    )
+
+
+class Recipe(Section):
+    """A recipe and the copy of it."""
+
+    recipe: Annotated[str, Flag(positional=True, metavar="RECIPE")] = Field(
+        description="`jaxdistill ls recipes` lists them."
+    )
+    output: Annotated[str, Flag("-o", "FILE")] | None = Field(
+        None, description="Default: RECIPE.yaml; - is standard output."
+    )
+    force: bool = Field(False, description="Overwrite the file.")
+
+
+class Kind(Section):
+    """What is listed."""
+
+    kind: Annotated[Literal["recipes", "methods", "models"], Positional] | None = Field(
+        None, description="One of the three; none: all."
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the command line.
+
+    Attributes:
+      name: what is typed, such as "train" or "ckpt ls".
+      run: takes the parsed arguments; returns an exit code, or None for 0.
+      about: one sentence.
+      takes: its sections of options.
+      json: whether --json prints one JSON value in place of text.
+      optional: required fields that something else may stand for here.
+      title: section -> heading of its own in the help text.
+      more: adds what no section can say.
+    """
+
+    name: str
+    run: Callable[[argparse.Namespace], int | None]
+    about: str
+    takes: tuple[type[Section], ...] = ()
+    json: bool = True
+    optional: tuple[str, ...] = ()
+    title: dict[type[Section], str] | None = None
+    more: Callable[[argparse.ArgumentParser], None] | None = None
+
+
+def _launched(parser: argparse.ArgumentParser) -> None:
+    text = "train CONFIG [KEY=VALUE ...], or resume RUN_DIR"
+    parser.add_argument("words", metavar="-- COMMAND", nargs=argparse.REMAINDER, help=text)
+
+
+def _validated(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    text = 'say what a key means; "" lists the sections'
+    what.add_argument("--explain", metavar="KEY", help=text)
+    what.add_argument("--resolved", action="store_true", help="print it with every default")
+    what.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+
+
+TASKS_TITLE = "tasks with a right answer, in place of --data"
+COMMANDS = (
+    Command(
+        "plan",
+        runs.plan,
+        "Compile the step of a configuration for devices that need not be here, and say whether it "
+        "fits, what it moves and how fast it can be at most.",
+        (RunFile, commands.Plan),
+    ),
+    Command("train", runs.train, "Train a student from a configuration file.", (RunFile,)),
+    Command("resume", runs.resume, "Resume a run that was stopped.", (RunFolder,)),
+    Command(
+        "launch",
+        launch.launch,
+        "Run train or resume in several processes here.",
+        (Launch,),
+        json=False,
+        more=_launched,
+    ),
+    Command("ckpt ls", ckpt.ls, "List them: step, time, size, metrics.", (RunFolder,)),
+    Command(
+        "ckpt verify",
+        ckpt.verify,
+        "Read every file against its checksum; exit 6 at damage.",
+        (RunFolder,),
+    ),
+    Command(
+        "ckpt rollback",
+        ckpt.rollback,
+        "Put the ones after STEP aside; resume starts from STEP.",
+        (Rollback,),
+        json=False,
+    ),
+    Command(
+        "importance",
+        compress.importance,
+        "Measure what a model's units are worth.",
+        (Model, commands.Importance, File),
+        json=False,
+    ),
+    Command(
+        "prune",
+        compress.prune,
+        "Cut a smaller model out of a model.",
+        (Model, Folder, commands.Prune, commands.Importance),
+        optional=("data",),
+        title={commands.Importance: "measuring importance first, in place of --importance"},
+    ),
+    Command(
+        "quantize",
+        compress.quantize,
+        "Write a model folder in 8-bit or 4-bit numbers.",
+        (Model, Folder, commands.Quantize),
+        json=False,
+    ),
+    Command(
+        "workflow",
+        compress.workflow,
+        "Run the steps of a workflow file that are due.",
+        (WorkflowFile,),
+        json=False,
+    ),
+    Command(
+        "eval",
+        runs.evaluate,
+        "Measure a model on held-out data, or on tasks.",
+        (Model, commands.Evaluate, TaskSource, commands.Tasks),
+        optional=("data",),
+        title={TaskSource: TASKS_TITLE, commands.Tasks: TASKS_TITLE},
+    ),
+    Command(
+        "compare",
+        compress.compare,
+        "Measure several models together.",
+        (NamedModels, commands.Compare, OptionalFolder),
+    ),
+    Command(
+        "harness",
+        compress.harness,
+        "Run lm-eval's tasks on a model.",
+        (Model, HarnessTasks, commands.Harness),
+    ),
+    Command(
+        "generate",
+        runs.generate,
+        "Let a model complete prompts.",
+        (Model, Prompts, commands.Sampling),
+    ),
+    Command(
+        "bench", bench.run, "Measure the losses on this device, beside other forms.", (bench.Bench,)
+    ),
+    Command(
+        "teacher generate",
+        reason.teacher_generate,
+        "Ask a teacher for rationales, filtered, as training data.",
+        (RunFile, Samples),
+    ),
+    Command(
+        "serve",
+        reason.serve,
+        "Serve a model by OpenAI's protocol.",
+        (Model, commands.Serve, Key),
+        json=False,
+    ),
+    Command(
+        "export",
+        runs.export,
+        "Write a model folder that transformers opens.",
+        (Model, Folder, commands.Export, Adapters),
+        json=False,
+    ),
+    Command(
+        "report",
+        runs.report,
+        "Write one HTML page about runs, or about a workflow.",
+        (Pages,),
+        json=False,
+    ),
+    Command(
+        "validate",
+        files.validate,
+        "Check a configuration and the paths in it, training nothing.",
+        (RunFile,),
+        json=False,
+        optional=("config",),
+        more=_validated,
+    ),
+    Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
+    Command("ls", files.ls, "List recipes, methods and models.", (Kind,)),
 )
+GROUPS = {
+    "ckpt": "Look at a run's checkpoints, or go back to one.",
+    "teacher": "Ask a teacher: rationales, filtered, as training data.",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,360 +386,29 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (
-        _add_plan,
-        _add_train,
-        _add_checkpoints,
-        _add_compress,
-        _add_quantize,
-        _add_workflow,
-        _add_measure,
-        _add_reason,
-        _add_results,
-        _add_start,
-    ):
-        add(commands)
+    top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    groups: dict[str, Any] = {}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group and group not in groups:
+            outer = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", required=True)
+        _add(groups.get(group, top), name, command)
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable, description: str) -> argparse.ArgumentParser:
-    """A subcommand that knows its function and its own parser."""
-    parser = commands.add_parser(name, help=description, description=description)
-    parser.set_defaults(run=run, parser=parser)
-    return parser
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON value on stdout")
-
-
-def _add_row_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-len", metavar="TOKENS", type=positive, default=1024)
-    parser.add_argument("--batch-size", metavar="ROWS", type=positive, default=8)
-
-
-def _add_plan(commands: Any) -> None:
-    plan = _command(
-        commands,
-        "plan",
-        runs.plan,
-        "Compile the step of a configuration for devices that need not be here, and say whether it "
-        "fits, what it moves and how fast it can be at most.",
-    )
-    plan.add_argument("config", metavar="CONFIG", help="YAML file; weights and data are not read")
-    plan.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as mesh.tensor=2")
-    plan.add_argument(
-        "--target",
-        required=True,
-        help="what to compile for: tpu:v5p:2x2x4 or tpu:v5e:4x4 (chips; needs the package libtpu), "
-        "gpu:h100:8 (needs JAX's CUDA plugin, no GPU), or cpu:8",
-    )
-    plan.add_argument(
-        "--tries",
-        metavar="N",
-        type=natural,
-        default=8,
-        help="how many changes to compile if it does not fit; default 8, 0 for none",
-    )
-    _add_json(plan)
-
-
-def _add_train(commands: Any) -> None:
-    train = _command(commands, "train", runs.train, "Train a student from a configuration file.")
-    train.add_argument("config", metavar="CONFIG", help="YAML file; `jaxdistill init` writes one")
-    train.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as train.steps=20")
-    _add_json(train)
-    resume = _command(commands, "resume", runs.resume, "Go on with a run that was stopped.")
-    resume.add_argument("run_dir", metavar="RUN_DIR")
-    _add_json(resume)
-    _add_launch(commands)
-
-
-def _add_launch(commands: Any) -> None:
-    start = _command(
-        commands, "launch", launch.launch, "Run train or resume in several processes here."
-    )
-    start.add_argument(
-        "-n", dest="processes", metavar="N", type=positive, required=True, help="processes"
-    )
-    start.add_argument(
-        "--devices-per-process",
-        metavar="K",
-        type=positive,
-        default=1,
-        help="process P has GPUs P * K to P * K + K - 1, or K CPU devices; default: 1",
-    )
-    start.add_argument(
-        "--restart",
-        metavar="R",
-        type=natural,
-        default=0,
-        help="go on with the run up to R times after a process was lost; default: 0",
-    )
-    start.add_argument("--log-dir", metavar="DIR", help="keep what each process says there")
-    start.add_argument(
-        "words",
-        metavar="-- COMMAND",
-        nargs=argparse.REMAINDER,
-        help="train CONFIG [KEY=VALUE ...], or resume RUN_DIR",
-    )
-
-
-def _add_checkpoints(commands: Any) -> None:
-    text = "Look at a run's checkpoints, or go back to one."
-    group = commands.add_parser("ckpt", help=text, description=text)
-    below = group.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, run, said in (
-        ("ls", ckpt.ls, "List them: step, time, size, metrics."),
-        ("verify", ckpt.verify, "Read every file against its checksum; exit 6 at damage."),
-        ("rollback", ckpt.rollback, "Put the ones after STEP aside; resume goes on from STEP."),
-    ):
-        parser = _command(below, name, run, said)
-        parser.add_argument("run_dir", metavar="RUN_DIR")
-        if name == "rollback":
-            parser.add_argument("step", metavar="STEP", type=positive)
-        else:
-            _add_json(parser)
-
-
-def _add_compress(commands: Any) -> None:
-    score = _command(
-        commands, "importance", compress.importance, "Measure what a model's units are worth."
-    )
-    score.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    _add_calibration(score, required=True)
-    score.add_argument("-o", "--output", metavar="FILE", required=True)
-    prune = _command(commands, "prune", compress.prune, "Cut a smaller model out of a model.")
-    prune.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    prune.add_argument("-o", "--output", metavar="DIR", required=True)
-    for name in ("layers", "embed", "mlp", "heads", "kv-heads", "experts"):
-        prune.add_argument(f"--{name}", metavar="N", type=positive, help="how many stay")
-    prune.add_argument("--parameters", metavar="BUDGET", help="such as 60%% or 80M, for sizes")
-    prune.add_argument("--memory", metavar="BUDGET", help="of bfloat16 weights: 4GiB or 50%%")
-    prune.add_argument(
-        "--latency", metavar="BUDGET", help="of a token of one row, measured here: 12ms or 60%%"
-    )
-    prune.add_argument(
-        "--axes", metavar="AXIS", nargs="+", default=("embed", "mlp"), help="shrink for a budget"
-    )
-    prune.add_argument(
-        "--by",
-        choices=("influence", "loss", "range", "range_loss"),
-        default="range",
-        help="how layers are chosen; default: those in a row that change the hidden states least",
-    )
-    prune.add_argument("--importance", metavar="FILE", help="measured before, for any size")
-    prune.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the model's")
-    _add_calibration(prune, required=False)
-    _add_json(prune)
-
-
-def _add_quantize(commands: Any) -> None:
-    quantize = _command(
-        commands, "quantize", compress.quantize, "Write a model folder in 8-bit or 4-bit numbers."
-    )
-    quantize.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    quantize.add_argument("-o", "--output", metavar="DIR", required=True)
-    quantize.add_argument(
-        "--scheme",
-        choices=("int8", "int4", "int8_dynamic"),
-        default="int8",
-        help="int8 and int4 round the weights of the layers, int8_dynamic their inputs too",
-    )
-    quantize.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of everything else; default: as trained"
-    )
-
-
-def _add_workflow(commands: Any) -> None:
-    flow = _command(
-        commands, "workflow", compress.workflow, "Run the steps of a workflow file that are due."
-    )
-    flow.add_argument("file", metavar="FILE", help="YAML; see configs/compress_smollm2.yaml")
-    flow.add_argument("--from", dest="start", metavar="STEP", help="run this step and all after it")
-    flow.add_argument("--dry-run", action="store_true", help="only say what would be done")
-
-
-def _add_calibration(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        action="append",
-        default=None,
-        required=required,
-        help="calibration text; may be given several times",
-    )
-    parser.add_argument("--rows", metavar="ROWS", type=positive, default=1024)
-    _add_row_sizes(parser)
-    parser.add_argument(
-        "--without",
-        metavar="N",
-        type=positive,
-        nargs="+",
-        default=(),
-        help="also measure the loss without N layers in a row, wherever they are",
-    )
-
-
-def _add_measure(commands: Any) -> None:
-    evaluate = _command(commands, "eval", runs.evaluate, "Measure a model on held-out data.")
-    evaluate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    evaluate.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
-    evaluate.add_argument(
-        "--data", metavar="PATH", action="append", help="may be given several times"
-    )
-    _add_tasks(evaluate)
-    evaluate.add_argument(
-        "--format", choices=("auto", "text", "messages", "completion"), default="auto"
-    )
-    evaluate.add_argument("--loss-on", choices=("all", "completion", "assistant"), default="all")
-    _add_row_sizes(evaluate)
-    evaluate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    evaluate.add_argument("--max-rows", metavar="ROWS", type=positive, help="default: all")
-    _add_json(evaluate)
-    compare = _command(commands, "compare", compress.compare, "Measure several models together.")
-    compare.add_argument("models", metavar="NAME=MODEL", nargs="+", help="one name twice: seeds")
-    compare.add_argument("--teacher", metavar="MODEL", help="measure agreement with this model")
-    compare.add_argument("--data", metavar="PATH", action="append", required=True)
-    compare.add_argument(
-        "--questions", metavar="FILE", help="multiple choice; `texts` makes it out of the data"
-    )
-    compare.add_argument("-p", "--prompt", metavar="TEXT", action="append", default=[])
-    _add_row_sizes(compare)
-    compare.add_argument("--max-rows", metavar="ROWS", type=positive, help="default: all")
-    compare.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    compare.add_argument("--no-speed", action="store_true", help="leave latencies out")
-    compare.add_argument(
-        "-o", "--output", metavar="DIR", help="also write its numbers and a page there"
-    )
-    _add_json(compare)
-    harness = _command(commands, "harness", compress.harness, "Run lm-eval's tasks on a model.")
-    harness.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    harness.add_argument("--tasks", metavar="TASK", nargs="+", required=True)
-    harness.add_argument("--limit", metavar="N", type=positive, help="documents of each task")
-    harness.add_argument("--num-fewshot", metavar="N", type=natural)
-    harness.add_argument("--batch-size", metavar="ROWS", type=positive, default=8)
-    _add_json(harness)
-    _add_generate(commands)
-    measured = _command(
-        commands, "bench", bench.run, "Measure the losses on this device, beside other forms."
-    )
-    bench.add(measured)
-    _add_json(measured)
-
-
-def _add_generate(commands: Any) -> None:
-    generate = _command(commands, "generate", runs.generate, "Let a model complete prompts.")
-    generate.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    generate.add_argument(
-        "-p", "--prompt", metavar="TEXT", action="append", help="default: standard input"
-    )
-    generate.add_argument(
-        "--chat", action="store_true", help="the prompt is the user's turn of a chat"
-    )
-    generate.add_argument("--max-new-tokens", metavar="N", type=positive, default=128)
-    generate.add_argument(
-        "--temperature", metavar="T", type=temperature, default=0.0, help="default 0: greedy"
-    )
-    generate.add_argument("--top-k", metavar="K", type=positive)
-    generate.add_argument("--top-p", metavar="P", type=fraction)
-    generate.add_argument("--min-p", metavar="P", type=fraction)
-    generate.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="ends an answer; several may"
-    )
-    generate.add_argument("--seed", type=natural, default=0)
-    _add_json(generate)
-
-
-def _add_tasks(evaluate: argparse.ArgumentParser) -> None:
-    """Options of `eval --tasks`."""
-    about = evaluate.add_argument_group("tasks with a right answer, in place of --data")
-    about.add_argument(
-        "--tasks", metavar="TASK", nargs="+", help="such as svamp gsm8k aqua bbh_navigate"
-    )
-    about.add_argument(
-        "--task-data", metavar="DIR", help="published files; default: as $JAXDISTILL_DATA"
-    )
-    about.add_argument(
-        "--style", default="plain", help="plain, zero_shot, few_shot, predict, chat ..."
-    )
-    about.add_argument("--exemplars", metavar="FILE", help="worked examples, or the preamble")
-    about.add_argument("--self-consistency", metavar="K", type=natural, default=0, help="votes")
-    about.add_argument("--temperature", metavar="T", type=temperature, default=0.7, help="of votes")
-    about.add_argument("--max-new-tokens", metavar="N", type=positive, default=128)
-    about.add_argument("--limit", metavar="N", type=positive, help="questions of each task")
-    about.add_argument("--seed", type=natural, default=0)
-    about.add_argument("-o", "--output", metavar="DIR", help="write every answer there")
-
-
-def _add_reason(commands: Any) -> None:
-    text = "Let a teacher explain: rationales, filtered, as training data."
-    teacher = commands.add_parser("teacher", help=text, description=text)
-    below = teacher.add_subparsers(dest="action", metavar="ACTION", required=True)
-    ask = _command(below, "generate", reason.teacher_generate, text)
-    ask.add_argument("config", metavar="CONFIG", help="YAML file: teacher, task, prompt, sampling")
-    ask.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="such as limit=100")
-    ask.add_argument(
-        "-n", "--samples", metavar="N", type=positive, help="answers per question; default: as set"
-    )
-    _add_json(ask)
-    serve = _command(commands, "serve", reason.serve, "Serve a model by OpenAI's protocol.")
-    serve.add_argument("model", metavar="MODEL", help=RUN_REFERENCE)
-    serve.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    serve.add_argument("--port", type=natural, default=8000, help="0 takes a free one")
-    serve.add_argument("--slots", metavar="ROWS", type=positive, default=32, help="at a time")
-    serve.add_argument("--length", metavar="TOKENS", type=positive, help="prompt and answer")
-    serve.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    serve.add_argument("--key-env", metavar="NAME", help="variable with the key clients must send")
-
-
-def _add_results(commands: Any) -> None:
-    export = _command(
-        commands, "export", runs.export, "Write a model folder that transformers opens."
-    )
-    export.add_argument("model", metavar="RUN", help=RUN_REFERENCE)
-    export.add_argument("-o", "--output", metavar="DIR", required=True)
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: as trained")
-    export.add_argument(
-        "--adapters",
-        action="store_true",
-        help="the LoRA adapters alone, in the format of the package peft; default: merged",
-    )
-    report = _command(
-        commands, "report", runs.report, "Write one HTML page about runs, or about a workflow."
-    )
-    report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
-    report.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="default: report.html in the run folder, comparison.html for several",
-    )
-
-
-def _add_start(commands: Any) -> None:
-    validate = _command(
-        commands,
-        "validate",
-        files.validate,
-        "Check a configuration and the paths in it, training nothing.",
-    )
-    validate.add_argument("config", metavar="CONFIG", nargs="?")
-    validate.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
-    what = validate.add_mutually_exclusive_group()
-    what.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
-    what.add_argument(
-        "--explain", metavar="KEY", help='say what a key means; "" lists the sections'
-    )
-    what.add_argument("--resolved", action="store_true", help="print it with every default")
-    what.add_argument("--json", action="store_true", help="print one JSON value on stdout")
-    init = _command(commands, "init", files.init, "Copy a recipe to start from.")
-    init.add_argument("recipe", metavar="RECIPE", help="`jaxdistill ls recipes` lists them")
-    init.add_argument(
-        "-o", "--output", metavar="FILE", help="default: RECIPE.yaml; - is standard output"
-    )
-    init.add_argument("--force", action="store_true", help="overwrite the file")
-    ls = _command(commands, "ls", files.ls, "List recipes, methods and models.")
-    ls.add_argument("kind", choices=tuple(files.LISTS), nargs="?")
-    _add_json(ls)
+def _add(commands: Any, name: str, command: Command) -> None:
+    """One command with its options."""
+    parser = commands.add_parser(name, help=command.about, description=command.about)
+    parser.set_defaults(run=command.run, parser=parser)
+    headings: dict[str, Any] = {}
+    for section in command.takes:
+        title = (command.title or {}).get(section)
+        if title is not None and title not in headings:
+            headings[title] = parser.add_argument_group(title)
+        place = parser if title is None else headings[title]
+        derive.add(place, section, command.optional)
+    if command.json:
+        parser.add_argument("--json", action="store_true", help="print one JSON value on stdout")
+    if command.more is not None:
+        command.more(parser)

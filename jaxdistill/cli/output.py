@@ -2,11 +2,34 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+
+@contextlib.contextmanager
+def narration() -> Iterator[logging.Logger]:
+    """Writes what the library's loggers say to stderr; of several processes the first one speaks.
+
+    Yields:
+      the logger for what a command itself says.
+    """
+    logger = logging.getLogger("jaxdistill")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level, logger.propagate
+    first = os.environ.get("JAX_PROCESS_ID", "0") == "0"
+    logger.setLevel(logging.INFO if first else logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 @contextlib.contextmanager

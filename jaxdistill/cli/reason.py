@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from jaxdistill import commands
+from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, stdout_is_json
 from jaxdistill.errors import ConfigError
 from jaxdistill.redact import learn
@@ -20,9 +22,9 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
         ],
     )
     with stdout_is_json(True):
-        from jaxdistill.engine import rationales
+        from jaxdistill.engine import teacher_generate
 
-        found = rationales.generate(config)
+        found = teacher_generate.generate(config)
     if arguments.json:
         return print_json(found)
     print(
@@ -37,6 +39,7 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves a model."""
+    options = read(commands.Serve, arguments)
     key = os.environ.get(arguments.key_env) if arguments.key_env else None
     if arguments.key_env and not key:
         raise ConfigError(
@@ -46,34 +49,19 @@ def serve(arguments: argparse.Namespace) -> None:
     from jaxdistill.engine import serving
 
     learn(key or "")
-    serving.serve(
-        arguments.model,
-        host=arguments.host,
-        port=arguments.port,
-        slots=arguments.slots,
-        length=arguments.length,
-        dtype=arguments.dtype,
-        key=key,
-    )
+    serving.serve(arguments.model, options, key=key)
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> None:
     """Measures accuracy on tasks."""
+    options = read(commands.Tasks, arguments)
     with stdout_is_json(True):
-        from jaxdistill.engine import tasks
+        from jaxdistill.evaluate import accuracy
 
-        found = tasks.evaluate(
+        found = accuracy.evaluate(
             arguments.model,
             arguments.tasks,
-            tasks.Ask(
-                style=arguments.style,
-                file=arguments.exemplars,
-                samples=arguments.self_consistency,
-                temperature=arguments.temperature,
-                max_new_tokens=arguments.max_new_tokens,
-                seed=arguments.seed,
-                limit=arguments.limit,
-            ),
+            options,
             folder=arguments.task_data,
             slots=max(arguments.batch_size, 1),
             dtype=arguments.dtype,

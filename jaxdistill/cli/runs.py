@@ -3,10 +3,12 @@
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from jaxdistill import commands
 from jaxdistill.cli import reason
+from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
 from jaxdistill.errors import ConfigError, FitError, ModelError
 from jaxdistill.train import stopping
@@ -16,14 +18,15 @@ def plan(arguments: argparse.Namespace) -> int:
     """Compiles the step for a target and prints what it asks of each device."""
     from jaxdistill import config, targets
 
-    targets.check(targets.parse(arguments.target))  # before anything heavy is imported
+    options = read(commands.Plan, arguments)
+    targets.check(targets.parse(options.target))  # before anything heavy is imported
     loaded = config.load(arguments.config, arguments.overrides)
     with stdout_is_json(True):
         from jaxdistill import engine
         from jaxdistill.plan import describe
 
         notice = lambda line: print(line, file=sys.stderr, flush=True)
-        found = engine.plan(loaded, arguments.target, tries=arguments.tries, notice=notice)
+        found = engine.plan(loaded, options.target, tries=options.tries, notice=notice)
     if arguments.json:
         print_json(found)
     else:
@@ -45,7 +48,9 @@ def train(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        result = engine.train(loaded, input_text=text, overrides=arguments.overrides)
+        result = engine.train(
+            loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
+        )
     _print_run(result, arguments.json)
 
 
@@ -54,7 +59,7 @@ def resume(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        result = engine.resume(arguments.run_dir)
+        result = engine.resume(arguments.run_dir, hooks=arguments.hooks)
     _print_run(result, arguments.json)
 
 
@@ -66,14 +71,14 @@ def _print_run(result: Any, as_json: bool) -> None:
         print_run(result, as_json)
 
 
-_OF_DATA = ("teacher", "format", "loss_on", "seq_len", "max_rows")
-_OF_TASKS = ("task_data", "style", "exemplars", "self_consistency", "temperature",
-             "max_new_tokens", "limit", "seed", "output")  # fmt: skip
+# The tasks' answers are written batch_size at a time, by a model of dtype.
+_OF_DATA = set(commands.Evaluate.model_fields) - {"data", "batch_size", "dtype"}
+_OF_TASKS = {*commands.Tasks.model_fields, "task_data", "output"}
 
 
-def _idle(arguments: argparse.Namespace, used: str, names: Sequence[str]) -> None:
+def _idle(arguments: argparse.Namespace, used: str, names: Collection[str]) -> None:
     """Refuses options without effect beside the one that is used."""
-    for name in names:
+    for name in sorted(names):
         if getattr(arguments, name) != arguments.parser.get_default(name):
             option = name.replace("_", "-")
             raise ConfigError(f"eval: --{option}: has no effect with {used}: leave it out")
@@ -89,22 +94,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _idle(arguments, "--tasks", _OF_DATA)
         return reason.evaluate_tasks(arguments)
     _idle(arguments, "--data", _OF_TASKS)
+    options = read(commands.Evaluate, arguments)
     with stdout_is_json(arguments.json):
         from jaxdistill import engine
 
-        metrics = engine.evaluate(
-            arguments.model,
-            teacher=arguments.teacher,
-            data=arguments.data,
-            format=arguments.format,
-            loss_on=arguments.loss_on,
-            seq_len=arguments.seq_len,
-            batch_size=arguments.batch_size,
-            max_rows=arguments.max_rows,
-            dtype=arguments.dtype,
-        )
+        metrics = engine.evaluate(arguments.model, options)
     if arguments.json:
         return print_json(metrics)
+    metrics.pop("eval/reliability")  # bars of a diagram, for --json
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -117,15 +114,11 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = arguments.prompt or [sys.stdin.read()]
     if not all(prompts):
         raise ConfigError("generate: the prompt is empty: give -p TEXT or text on standard input")
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    }
+    settings = read(commands.Sampling, arguments).model_dump()
     with stdout_is_json(True):
         from jaxdistill import engine
-        from jaxdistill.models import unrolled
 
-        model = unrolled.take(engine.load(arguments.model))
+        model = engine.load(arguments.model).consume_per_layer()
         if arguments.chat:
             ids = model.generate(_chat_tokens(model, prompts), **settings)
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -150,15 +143,16 @@ def _chat_tokens(model: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 def export(arguments: argparse.Namespace) -> None:
     """Writes a run's model as a folder."""
+    options = read(commands.Export, arguments)
     with stdout_is_json(True):
         from jaxdistill import engine
 
-        if arguments.adapters and arguments.dtype:
+        if arguments.adapters and options.dtype:
             raise ConfigError("--dtype: adapters are written as they are trained: leave it out")
         if arguments.adapters:
             path = engine.export_adapters(arguments.model, arguments.output)
         else:
-            path = engine.export(arguments.model, arguments.output, dtype=arguments.dtype)
+            path = engine.export(arguments.model, arguments.output, options)
     print(f"wrote {path}")
 
 

@@ -1,12 +1,12 @@
 """How small a pruned model gets: explicit sizes, or a budget of parameters, memory or latency."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxdistill.budgets import amount
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.families import FAMILIES
@@ -16,16 +16,6 @@ AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "experts")
 MULTIPLES: Mapping[str, int] = {
     "layers": 1, "embed": 64, "mlp": 64, "heads": 1, "kv_heads": 1, "experts": 1
 }  # fmt: skip
-_UNITS: Mapping[str, Mapping[str, int]] = {
-    "parameters": {"": 1, "K": 10**3, "M": 10**6, "B": 10**9},
-    "memory": {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
-    "latency": {"us": 1, "ms": 10**3, "s": 10**6},
-}
-_EXAMPLES = {
-    "parameters": "60%, 80M or 1.5B",
-    "memory": "4GiB, 300MiB or 50%",
-    "latency": "60%, 12ms or 800us",
-}
 
 
 def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
@@ -119,25 +109,6 @@ def _size(config: DecoderConfig, axis: str) -> int:
 def _least(config: DecoderConfig, axis: str) -> int:
     """The smallest number of units that is still such a model."""
     return config.experts.chosen if axis == "experts" and config.experts else 1
-
-
-def amount(text: str | int | float, whole: int | float, of: str = "parameters") -> int:
-    """A budget in words as a number: "60%" of `whole`, 80M or 1.5B; bytes; or microseconds.
-
-    Raises:
-      ConfigError: for anything else, or a share outside of 0% to 100%.
-
-    >>> amount("60%", 1000), amount("80M", 0), amount("4GiB", 0, "memory")
-    (600, 80000000, 4294967296)
-    """
-    units = _UNITS[of]
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*", str(text))
-    number, unit = (float(match[1]), match[2]) if match else (0.0, "")
-    if match and unit == "%" and 0 < number <= 100:
-        return int(whole * number / 100)
-    if not match or unit not in units or number * units[unit] < 1:
-        raise ConfigError(f"prune.{of} = {text!r}: write {_EXAMPLES[of]}")
-    return int(number * units[unit])
 
 
 def fit(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill.config.loader import loads_as, read
-from jaxdistill.config.section import Count, Dtype, Path, Problem, Section, Size
+from jaxdistill.section import Count, Dtype, Path, Problem, Section, Size
 
 
 class Api(Section):

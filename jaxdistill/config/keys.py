@@ -5,6 +5,7 @@ import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from jaxdistill import methods
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
 from jaxdistill.errors import ConfigError
@@ -12,10 +13,45 @@ from jaxdistill.errors import ConfigError
 Schema = dict[str, Any]
 
 
-@functools.cache
+_EXTENDS = {
+    "type": "string",
+    "description": "A recipe, or a path relative to this file, that has what this file leaves out; "
+    "sections merge key by key.",
+}
+
+
+def _schema() -> Schema:
+    """The sections of a configuration, and the key of its file that is none of them."""
+    return _schema_with(methods.rows())
+
+
+@functools.lru_cache(maxsize=4)
+def _schema_with(rows: object) -> Schema:
+    """The schema with the methods that the table holds now."""
+    schema = Config.model_json_schema()
+    return {**schema, "properties": {"extends": _EXTENDS, **schema["properties"]}}
+
+
 def json_schema() -> Schema:
-    """The JSON schema of a configuration file, for editors."""
-    return Config.model_json_schema()
+    """The JSON schema of a configuration file, for editors.
+
+    It requires no key below the top, and none of a file that extends another: the base has it.
+    """
+
+    def relaxed(node: Any) -> Any:
+        if isinstance(node, list):
+            return [relaxed(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        drop = "properties" in node
+        return {
+            "anyOf" if key == "oneOf" else key: relaxed(value)
+            for key, value in node.items()
+            if not (drop and key == "required")
+        }
+
+    needs = {"required": _schema()["required"]}
+    return relaxed(_schema()) | {"anyOf": [{"required": ["extends"]}, needs]}
 
 
 def explain(key: str) -> str:
@@ -25,7 +61,7 @@ def explain(key: str) -> str:
       ConfigError: if there is no such key.
     """
     path = tuple(part for part in key.split(".") if part)
-    found = [json_schema()]
+    found = [_schema()]
     for depth, part in enumerate(path):
         below = _step(found, part)
         if not below:
@@ -45,7 +81,7 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
         has are less likely to be meant.
     """
     given = given if isinstance(given, dict) else {}
-    nodes = [json_schema()]
+    nodes = [_schema()]
     for part in section:
         nodes = _step(nodes, part)
     names = lambda nodes: {name for node in nodes for name in node.get("properties", {})}
@@ -109,7 +145,7 @@ def _alternatives(node: Schema) -> list[Schema]:
     """A schema with references resolved, split into its alternatives if they are sections."""
     reference = node.get("$ref")
     if reference:
-        target = json_schema()["$defs"][reference.rpartition("/")[2]]
+        target = _schema()["$defs"][reference.rpartition("/")[2]]
         node = {**target, **{name: value for name, value in node.items() if name != "$ref"}}
     options = node.get("anyOf") or node.get("oneOf")
     if not options:
@@ -130,10 +166,14 @@ def _named(node: Schema) -> str | None:
     return node.get("properties", {}).get("name", {}).get("const")
 
 
-@functools.cache
 def all_keys() -> tuple[tuple[str, ...], ...]:
     """The path of every key, sections included, each once."""
-    return tuple(_below([json_schema()], ()))
+    return _all_keys(methods.rows())
+
+
+@functools.lru_cache(maxsize=4)
+def _all_keys(rows: object) -> tuple[tuple[str, ...], ...]:
+    return tuple(_below([_schema()], ()))
 
 
 def _below(nodes: Sequence[Schema], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -183,7 +223,7 @@ _TYPES = {
 def _type(schema: Schema) -> str:
     """A type and its range in words."""
     if "$ref" in schema:
-        return _type(json_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
+        return _type(_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
     options = schema.get("options") or schema.get("anyOf") or schema.get("oneOf")
     if options:
         return " or ".join(dict.fromkeys(_type(option) for option in options))

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from jaxdistill.config import keys, syntax
-from jaxdistill.config.methods import METHODS
+from jaxdistill.config import inherit, keys, syntax
+from jaxdistill.config.inherit import Place, read
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import BUDGET_PATTERN, NAME_PATTERN, Section
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import METHODS
+from jaxdistill.section import NAME_PATTERN, Section
 
 Tree = TypeVar("Tree", bound=Section)
 
@@ -21,7 +22,8 @@ Tree = TypeVar("Tree", bound=Section)
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, with `key=value` overrides applied, checked.
 
-    Relative paths inside the configuration are relative to the current directory, not to the file.
+    `extends` merges the file over another one: `config.inherit` has the rules. Other relative paths
+    inside the configuration are relative to the current directory, not to the file.
 
     Args:
       path: the file.
@@ -33,27 +35,6 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     return loads(read(path), os.fspath(path), overrides)
 
 
-def read(path: str | os.PathLike) -> str:
-    """The text of a configuration file.
-
-    Raises:
-      ConfigError: if it cannot be read, is too large, or is not UTF-8.
-    """
-    name = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(syntax.MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{shown(name)}: cannot read this configuration: {reason}") from None
-    try:
-        # Too large a file is refused by its size later, and may end within a character here.
-        return data.decode("utf-8-sig" if len(data) <= syntax.MAX_BYTES else "latin-1")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{name}:{line}: not UTF-8 text: save the file as UTF-8") from None
-
-
 def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML text; `name` stands for the file in messages."""
     return loads_as(Config, text, name, overrides)
@@ -61,15 +42,15 @@ def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Con
 
 def loads_as(schema: type[Tree], text: str, name: str, overrides: Sequence[str] = ()) -> Tree:
     """As `loads`, for a file of another kind: `schema` is the section it holds."""
-    document = syntax.parse(text)
-    report = _Report(name, document.marks, schema)
-    for fault in document.faults:
-        report.at(fault.line, fault.column, fault.message)
-    raw = document.value
-    if raw is None and not document.faults:
-        report.at(1, 1, "the file is empty: `jaxdistill init` writes one to start from")
+    source = inherit.parse(text, name, extends=schema is Config)
+    report = _Report(name, source.places, schema)
+    for place, message in source.faults:
+        report.at(place, message)
+    raw = source.value
+    if raw is None and not source.faults:
+        report.at(report.start, "the file is empty: `jaxdistill init` writes one to start from")
     elif raw is not None and not isinstance(raw, dict):
-        report.at(*document.marks[()], "must be sections, such as `train: {steps: 10}`")
+        report.at(source.places[()], "must be sections, such as `train: {steps: 10}`")
     config = None
     if isinstance(raw, dict):
         for override in overrides:
@@ -78,9 +59,12 @@ def loads_as(schema: type[Tree], text: str, name: str, overrides: Sequence[str] 
             config = schema.model_validate(raw)
         except ValidationError as error:
             for item in error.errors(include_url=False):
-                _translate(raw, dict(item), report)
+                if not (source.incomplete and item["type"] == "missing"):
+                    _translate(raw, dict(item), report)
     if report.lines or config is None:
-        raise ConfigError("\n".join(text for _, text in sorted(report.lines, key=lambda x: x[0])))
+        raise ConfigError(
+            "\n".join(text for _, text in sorted(report.lines, key=lambda line: line[0]))
+        )
     return config
 
 
@@ -91,32 +75,37 @@ def dump(config: Config) -> str:
 
 @dataclasses.dataclass
 class _Report:
-    """Collects messages, each with the place in the file or the override it is about."""
+    """Collects messages, each with the place in a file or the override it is about."""
 
     name: str
-    marks: dict[Path, tuple[int, int]]
+    places: dict[Path, Place]
     schema: type[Section]
     sources: dict[Path, str] = dataclasses.field(default_factory=dict)
     lines: list[tuple[tuple, str]] = dataclasses.field(default_factory=list)
 
-    def at(self, line: int, column: int, message: str) -> None:
-        self.lines.append(((0, line, column), f"{self.name}:{line}:{column}: {message}"))
+    @property
+    def start(self) -> Place:
+        """The beginning of the file."""
+        return Place(0, 1, 1, self.name)
+
+    def at(self, place: Place, message: str) -> None:
+        self.lines.append(((0, place), f"{place}: {message}"))
 
     def override(self, override: str, message: str) -> None:
-        self.lines.append(((1, 0, 0), f"override {shown(override)}: {message}"))
+        self.lines.append(((1, self.start), f"override {shown(override)}: {message}"))
 
     def about(self, path: Path, message: str) -> None:
         """Places a message at the nearest thing the user wrote at or above a path."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.sources:
                 return self.override(self.sources[path[:end]], message)
-            if path[:end] in self.marks:
-                return self.at(*self.marks[path[:end]], message)
-        return self.at(1, 1, message)
+            if path[:end] in self.places:
+                return self.at(self.places[path[:end]], message)
+        return self.at(self.start, message)
 
     def replaced(self, path: Path, override: str) -> None:
         """From now on what stands at and below a path comes from an override."""
-        for places in (self.marks, self.sources):
+        for places in (self.places, self.sources):
             for place in [place for place in places if place[: len(path)] == path]:
                 del places[place]
         self.sources[path] = override
@@ -128,6 +117,8 @@ def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         return report.override(override, "write it as key=value, such as train.steps=20")
+    if parts == [inherit.KEY]:
+        return report.override(override, f"{inherit.KEY} belongs into the file")
     document = syntax.parse(text)
     for fault in document.faults:
         report.override(override, fault.message)
@@ -170,7 +161,7 @@ def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> No
     if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
         return  # its entries are wrong, and each of them is reported
     if item["type"] == "union_tag_not_found":
-        names = {name for method in METHODS.values() for name in method.model_fields}
+        names = {name for method in METHODS.values() for name in method.options.model_fields}
         for key in [key for key in item["input"] if key not in names]:
             unknown = {"type": "extra_forbidden", "loc": ("method", "", key)}
             _translate(raw, unknown, report)
@@ -263,8 +254,6 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
         expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return _choice(value, expected) + _ALTERNATIVES.get(item["loc"][-1], "")
     if kind == "string_pattern_mismatch":
-        if context["pattern"] == BUDGET_PATTERN:
-            return "must be a share or an amount, such as 60%, 80M or 4GiB"
         named = context["pattern"] == NAME_PATTERN
         return "may hold only letters, digits, . _ and -" if named else "holds control characters"
     message = _MESSAGES.get(kind, item["msg"])

@@ -1,11 +1,12 @@
 """The options of the models: teacher, student, random shapes, tokenizer."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.config.section import Budget, Dtype, Path, Problem, Section, Size
+from jaxdistill.commands import Scheme, Sizes
+from jaxdistill.section import Dtype, Path, Problem, Section, Size
 
 
 class RandomModel(Section):
@@ -75,7 +76,7 @@ class Teacher(Section):
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
     attention: Attention = Field("auto", description=ATTENTION)
-    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+    quantize: Scheme | None = Field(
         None,
         description="Hold the kernels of its layers in whole numbers, rounded once it is loaded "
         "(extra quant); int8_dynamic rounds activations too. All else stays in dtype.",
@@ -88,55 +89,13 @@ class Teacher(Section):
             yield ("random", "like"), "a teacher cannot be shaped like itself: give a path"
 
 
-PruneBy = Literal["influence", "loss", "range", "range_loss"]
-PruneAxis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
-PruneAxes = tuple[PruneAxis, ...]
-PRUNE_AXES: tuple[str, ...] = get_args(PruneAxis)
-
-
-class Prune(Section):
+class PrunedTeacher(Sizes):
     """Sizes or a budget that the teacher is pruned to, by the importance of its units."""
 
     importance: Path = Field(
         description="File with the scores of the teacher's units; `jaxdistill importance` measures "
         "them once for any size."
     )
-    layers: Size | None = Field(None, description="Layers that stay.")
-    embed: Size | None = Field(None, description="Channels of the hidden states that stay.")
-    mlp: Size | None = Field(None, description="Neurons of every MLP, or expert, that stay.")
-    heads: Size | None = Field(
-        None, description="Query heads that stay; the same number for every group of keys."
-    )
-    kv_heads: Size | None = Field(None, description="Key and value heads (groups) that stay.")
-    experts: Size | None = Field(
-        None, description="Routed experts of every layer that stay: at least those a token passes."
-    )
-    parameters: Budget | None = Field(
-        None, description="Budget instead of sizes: a share such as 60%, or 80M, 1.5B."
-    )
-    memory: Budget | None = Field(
-        None, description="Budget instead of sizes: bytes of the weights in bfloat16, 4GiB or 50%."
-    )
-    axes: PruneAxes = Field(
-        ("embed", "mlp"), min_length=1, strict=False, description="What shrinks for a budget."
-    )
-    by: PruneBy = Field(
-        "range",
-        description="How layers are chosen: lowest block influence, lowest rise of the loss, or "
-        "the layers in a row that change the hidden states (range) or the loss (range_loss) least.",
-    )
-
-    def sizes(self) -> dict[str, int]:
-        """The sizes that are given."""
-        return {name: size for name in PRUNE_AXES if (size := getattr(self, name)) is not None}
-
-    def problems(self) -> Iterator[Problem]:
-        """Rules: sizes or one budget."""
-        budgets = [name for name in ("parameters", "memory") if getattr(self, name) is not None]
-        if len(budgets) + bool(self.sizes()) != 1:
-            yield (), f"give sizes ({', '.join(PRUNE_AXES)}), or one of parameters, memory"
-        if not budgets and self.axes != ("embed", "mlp"):
-            yield ("axes",), "has no effect without a budget: remove it"
 
 
 class Adapters(Section):
@@ -183,7 +142,7 @@ class Student(Section):
     every: Annotated[int, Field(ge=2, le=999)] | None = Field(
         None, description="Keep the teacher layers 0, n, 2n, ... (layers)."
     )
-    prune: Prune | None = Field(
+    prune: PrunedTeacher | None = Field(
         None, description="Prune the teacher in width and depth by measured importance."
     )
     random: RandomModel | None = Field(None, description="Random weights.")
@@ -191,7 +150,7 @@ class Student(Section):
         "float32", description="Type its weights and optimizer state are held in."
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
-    quantize: Literal["int8", "int4", "int8_dynamic"] | None = Field(
+    quantize: Scheme | None = Field(
         None,
         description="Quantisation-aware: the student computes as it will after `jaxdistill "
         "quantize` by this scheme; int8_dynamic rounds activations too.",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from jaxdistill.config.section import Problem, Section
+from jaxdistill.section import Problem, Section
 
 Warmup = Annotated[
     Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]

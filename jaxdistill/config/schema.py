@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.config.methods import Method
+from jaxdistill import methods
+from jaxdistill.commands import Format
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
-from jaxdistill.config.section import NAME_PATTERN, Count, Path, Problem, Section, Size
+from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 
 class Run(Section):
@@ -21,6 +22,15 @@ class Run(Section):
         default_factory=lambda data: f"runs/{data.get('name', 'run')}",
         description="Run folder; relative to the current directory. Default: runs/NAME.",
     )
+    compilation_cache: Path = Field(
+        "auto",
+        description="Where compiled programs are kept for later runs: auto (the user's cache "
+        "folder), off, or a folder. JAX's own variables win.",
+    )
+
+
+_COMPARING = ", ".join(name for name, method in methods.METHODS.items() if method.sides)
+_ORIGIN = f"Who wrote it; {_COMPARING} treats the student's own text differently."
 
 
 class DataSource(Section):
@@ -30,16 +40,14 @@ class DataSource(Section):
         description="A .jsonl, .ndjson, .parquet, .txt or .md file, or python:docs?split=train and "
         "?split=held_out (the documentation inside the installed Python)."
     )
-    format: Literal["auto", "text", "messages", "completion", "plain", "paragraphs"] = Field(
+    format: Format = Field(
         "auto",
         description="What a record holds: `text`, a chat under `messages`, or `prompt` and "
         "`completion` (auto: as the first record); of a text file plain makes one document (auto "
         "too), paragraphs one of every block between blank lines.",
     )
 
-    origin: Literal["data", "teacher", "student"] = Field(
-        "data", description="Who wrote it; distillm2 treats the student's own text differently."
-    )
+    origin: Literal["data", "teacher", "student"] = Field("data", description=_ORIGIN)
 
     @property
     def is_text(self) -> bool:
@@ -273,7 +281,7 @@ class Config(Section):
         default_factory=Tokenizer, description="What turns text into tokens."
     )
     data: Data = Field(description="What the student reads.")
-    method: Method = Field(description="What is minimised.")
+    method: methods.AnyMethod = Field(description="What is minimised.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="How it is minimised.")
     train: Train = Field(description="How long, and how much at a time.")
     mesh: Mesh = Field(default_factory=Mesh, description="The devices as a grid.")
@@ -294,7 +302,7 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     """What needs a teacher has one, and its tokenizer exists."""
     student, teacher = config.student, config.teacher
     if teacher is None:
-        if config.method.name != "sft" and getattr(config.method, "with_teacher", True):
+        if methods.of(config.method).needs_teacher(config.method):
             yield ("teacher",), f"method {config.method.name} needs a teacher"
         if student.from_ == "teacher":
             yield ("student", "from"), "there is no teacher: add one, or give student.source"
@@ -305,8 +313,9 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     if teacher and teacher.quantize and student.from_ == "teacher":
         rule = "the student would be cut out of rounded weights: give student.source"
         yield ("teacher", "quantize"), rule
-    if config.method.name == "sft" and config.eval.compare:
-        yield ("eval", "compare"), "has no effect with method sft, which is the control itself"
+    if methods.of(config.method).is_control and config.eval.compare:
+        rule = f"has no effect with method {config.method.name}, which is the control itself"
+        yield ("eval", "compare"), rule
     chain = config.tokenizer.from_
     like = student.random.like if student.random else None
     if chain == "student" and "teacher" in (student.from_, like):
@@ -322,15 +331,14 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
 def _origin_problems(config: Config) -> Iterator[Problem]:
     """Who wrote the text is said where, and only where, the method asks for it."""
     origins = {source.origin for source in config.data.train}
-    if config.method.name == "distillm2":
-        if "student" not in origins or origins == {"student"}:
-            rule = (
-                "distillm2 compares responses: mark the student's with origin: student, and add "
-                "the teacher's with origin: teacher"
-            )
+    name, sides = config.method.name, methods.of(config.method).sides
+    if sides:
+        if not all(origins.intersection(side) for side in sides):
+            first, *others = (f"the {side[0]}'s with origin: {side[0]}" for side in sides)
+            rule = f"{name} compares responses: mark {first}, and add {', '.join(others)}"
             yield ("data", "train"), rule
     elif origins != {"data"}:
-        yield ("data", "train"), f"origin has no effect with method {config.method.name}: remove it"
+        yield ("data", "train"), f"origin has no effect with method {name}: remove it"
 
 
 def _size_problems(config: Config) -> Iterator[Problem]:

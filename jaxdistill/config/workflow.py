@@ -1,6 +1,5 @@
 """The workflow file: steps in order, each with its inputs; `${step}` stands for a step's output."""
 
-import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -8,24 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from jaxdistill.config import keys, loader, syntax
-from jaxdistill.config.models import PruneAxes, PruneBy
+from jaxdistill import commands
+from jaxdistill.config import inherit, keys, loader, syntax
 from jaxdistill.config.schema import Config
-from jaxdistill.config.section import (
+from jaxdistill.errors import ConfigError
+from jaxdistill.section import (
     NAME_PATTERN,
-    Budget,
-    Count,
-    Dtype,
     Path,
     Problem,
     Section,
-    Size,
 )
-from jaxdistill.errors import ConfigError
 
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Name = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]
-Paths = Annotated[tuple[Path, ...], Field(min_length=1, max_length=1000, strict=False)]
 
 
 class Step(Section):
@@ -46,76 +40,42 @@ class TrainStep(Step):
     )
 
 
-class ImportanceStep(Step):
+class ModelStep(Step):
+    """A step that works on one model."""
+
+    model: Path = Field(description="The model.")
+
+
+class ImportanceStep(ModelStep, commands.Importance):
     """Measures what a model's units are worth."""
 
     kind: Literal["importance"] = Field(description="The kind of step.")
-    model: Path = Field(description="The model.")
-    data: Paths = Field(description="Calibration text.")
-    rows: Count = Field(1024, description="Samples.")
-    seq_len: int = Field(1024, ge=2, le=2**20, description="Tokens in a sample.")
-    batch_size: Size = Field(8, description="Rows at a time, over all devices.")
-    without: tuple[Size, ...] = Field(
-        (), strict=False, description="Also measure the loss without n layers in a row, for each n."
-    )
 
 
-class PruneStep(Step):
+class PruneStep(ModelStep, commands.Prune):
     """Cuts a student out of a model."""
 
     kind: Literal["prune"] = Field(description="The kind of step.")
-    model: Path = Field(description="The model.")
     importance: Path = Field(description="Its scores: the output of an importance step.")
-    layers: Size | None = Field(None, description="Layers that stay.")
-    embed: Size | None = Field(None, description="Channels that stay.")
-    mlp: Size | None = Field(None, description="Neurons of every MLP, or expert, that stay.")
-    heads: Size | None = Field(None, description="Query heads that stay.")
-    kv_heads: Size | None = Field(None, description="Groups of heads that stay.")
-    experts: Size | None = Field(None, description="Routed experts of every layer that stay.")
-    parameters: Budget | None = Field(None, description="Budget instead: 60% or 80M.")
-    memory: Budget | None = Field(None, description="Budget instead: 4GiB or 50% of the weights.")
-    latency: Budget | None = Field(
-        None, description="Budget instead: 12ms or 60% of the model's for a token, measured here."
-    )
-    axes: PruneAxes = Field(("embed", "mlp"), strict=False, description="Shrink for a budget.")
-    by: PruneBy = Field("range", description="How layers are chosen.")
 
 
-class QuantizeStep(Step):
+class QuantizeStep(ModelStep, commands.Quantize):
     """Writes a model in whole numbers."""
 
     kind: Literal["quantize"] = Field(description="The kind of step.")
-    model: Path = Field(description="The model.")
-    scheme: Literal["int8", "int4", "int8_dynamic"] = Field("int8", description="The numbers.")
-    dtype: Dtype | None = Field(None, description="Of everything else; null: as trained.")
 
 
-class ExportStep(Step):
+class ExportStep(ModelStep, commands.Export):
     """Writes a model as a folder that transformers opens."""
 
     kind: Literal["export"] = Field(description="The kind of step.")
-    model: Path = Field(description="The model.")
-    dtype: Dtype | None = Field(None, description="Of the weights; null: as trained.")
 
 
-class CompareStep(Step):
+class CompareStep(Step, commands.Compare):
     """Measures models side by side."""
 
     kind: Literal["compare"] = Field(description="The kind of step.")
-    teacher: Path | None = Field(None, description="Agreement is measured against it.")
     models: dict[str, Path] = Field(min_length=1, description="Name in the table -> model.")
-    data: Paths = Field(description="Held-out text.")
-    seq_len: int = Field(1024, ge=2, le=2**20, description="Tokens in a row.")
-    batch_size: Size = Field(8, description="Rows at a time, over all devices.")
-    max_rows: Count | None = Field(None, description="Use only so many rows.")
-    questions: Path | None = Field(
-        None, description="Multiple choice: a JSONL file, or texts: made out of the data."
-    )
-    max_questions: Count = Field(200, description="At most so many questions.")
-    prompts: tuple[str, ...] = Field((), strict=False, description="Texts to continue.")
-    repeats: Count = Field(10, description="Timings of each kind.")
-    prompt_tokens: Size = Field(128, description="Of a timed row.")
-    new_tokens: Size = Field(32, description="Of a timed row.")
     contrast: Annotated[tuple[str, ...], Field(min_length=2, max_length=2, strict=False)] | None = (
         Field(None, description="Two names: the page says how much the first is better.")
     )
@@ -185,20 +145,6 @@ def replaced(value: Any, outputs: Mapping[str, str]) -> Any:
     return value
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with sections laid over it; null takes a section of the base away."""
-    result = copy.deepcopy(dict(base))
-    for key, value in over.items():
-        below = result.get(key)
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(below, dict) and isinstance(value, dict) and key not in ("method",):
-            result[key] = merged(below, value)
-        else:
-            result[key] = copy.deepcopy(value)
-    return result
-
-
 def train_config(
     workflow: Workflow, step: TrainStep, run_dir: str, outputs: Mapping[str, str], seed: int | None
 ) -> Config:
@@ -207,7 +153,7 @@ def train_config(
     Raises:
       ConfigError: naming the step and everything that is wrong.
     """
-    raw = replaced(merged(workflow.base, step.config), outputs)
+    raw = replaced(inherit.merge(workflow.base, step.config), outputs)
     raw["run"] = {"name": os.path.basename(run_dir), "dir": run_dir}
     if seed is not None:
         raw["seed"] = seed
@@ -231,7 +177,7 @@ def load(path: str | os.PathLike) -> Workflow:
       ConfigError: with one line for each thing wrong.
     """
     name = os.fspath(path)
-    document = syntax.parse(loader.read(path))
+    document = syntax.parse(inherit.read(path))
     faults = [f"{name}:{f.line}:{f.column}: {f.message}" for f in document.faults]
     if faults or not isinstance(document.value, dict):
         raise ConfigError("\n".join(faults) or f"{name}: must hold name and steps")

@@ -80,27 +80,23 @@ class Dataset:
 
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding with the fields that this data set's rows have."""
-        row = empty_row(self.seq_len, self.pad)
-        return row | ({"origin": np.zeros(self.seq_len, np.int32)} if self.origins else {})
-
-    def epoch(self, step: int, batch_size: int) -> int:
-        """How many times the data has been seen in full when step `step` begins."""
-        return step * batch_size // self.num_rows
+        return empty_row(self.seq_len, self.pad, bool(self.origins))
 
     def fill(self) -> float:
         """The share of the rows' positions that hold tokens."""
         return self.num_tokens / (self.num_rows * self.seq_len)
 
 
-def empty_row(seq_len: int, pad: int) -> dict[str, np.ndarray]:
-    """A row of padding: segment 0, nothing counted."""
-    return {
+def empty_row(seq_len: int, pad: int, origins: bool = False) -> dict[str, np.ndarray]:
+    """A row of padding: segment 0, nothing counted; with `origins` it says who wrote each token."""
+    row = {
         "tokens": np.full(seq_len, pad, np.int32),
         "targets": np.full(seq_len, pad, np.int32),
         "mask": np.zeros(seq_len, bool),
         "positions": np.zeros(seq_len, np.int32),
         "segment_ids": np.zeros(seq_len, np.int32),
     }
+    return row | ({"origin": np.zeros(seq_len, np.int32)} if origins else {})
 
 
 def open_dataset(folder: Path, facts: dict, name: str, notices: tuple[str, ...]) -> Dataset:

@@ -1,4 +1,4 @@
-"""The door of the data room: build a data set once, then take batches of it by step number."""
+"""The door of the data room: build a data set once, then take batches of it by row."""
 
 import logging
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxdistill import manifest
@@ -14,7 +15,7 @@ from jaxdistill.data import encode, store
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, Span
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def build(
     if damage:
         if folder.exists():
             notices.append(f"the cached data is damaged and was built again: {damage}")
+        _log.info("tokenising data.%s", name)
         building.build(
             folder,
             opened,
@@ -130,23 +132,26 @@ def batches(
     *,
     batch_size: int,
     start: int = 0,
-    stop: int | None = None,
+    left_out: Sequence[tuple[int, int]] = (),
     seed: int,
     shuffle: bool = True,
     rows: Sequence[int] | None = None,
     threads: int = 2,
-) -> Iterator[tuple[int, Batch]]:
-    """Batches by step number, epoch after epoch, each epoch in an order of its own.
+) -> Iterator[tuple[Span, Batch]]:
+    """Batches without end, epoch after epoch, each epoch in an order of its own.
 
-    The batch of step s depends on (dataset, seed, s) only: it holds rows s * batch_size to
-    (s + 1) * batch_size of the endless stream of epochs. To resume, start at the step that failed,
-    with any number of processes and threads.
+    The epochs are one stream of rows, whose row r depends on (dataset, seed, r) only. A batch holds
+    the next `batch_size` rows of the stream that are not left out. To resume, start at the row
+    where the batch before ended, with batches of any size and any number of processes and threads.
+
+        batch_size=4, start=0, left_out=[(2, 6)]     rows 0 1 6 7 | 8 9 10 11 | ...
+                                                     Span(0, 8), Span(8, 12), ...
 
     Args:
       dataset: from `build`.
       batch_size: rows of the global batch.
-      start: the first step.
-      stop: the step to stop before; None never stops.
+      start: the row of the stream to start with.
+      left_out: ranges (first row, end) that no batch holds, disjoint and ascending.
       seed: decides the order of every epoch.
       shuffle: False keeps the rows' own order in every epoch.
       rows: which rows of every global batch this process wants, such as
@@ -154,14 +159,14 @@ def batches(
       threads: how many prepare batches ahead; 0 prepares each when it is asked for.
 
     Returns:
-      An iterator of (step, Batch of NumPy arrays [rows, L]).
+      An iterator of (Span, Batch of NumPy arrays [rows, L]).
 
     Raises:
       ConfigError: if a number is out of range.
     """
     wanted = _wanted(batch_size, rows)
-    if start < 0 or (stop is not None and stop < start):
-        raise ConfigError(f"data: steps from {start} to {stop}: must be 0 <= start <= stop")
+    if start < 0:
+        raise ConfigError(f"data: row {start}: must be at least 0")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: {seed}: must lie between 0 and 2**32 - 1")
     # Importing grain takes seconds, which building and inspecting data do not need.
@@ -171,11 +176,22 @@ def batches(
     if shuffle:
         stream = stream.seed(seed).shuffle()
     stream = stream.repeat()
+    gaps = [(max(first, start), end) for first, end in left_out if end > start]
 
-    def batch_of(step: int) -> tuple[int, Batch]:
-        return step, _stack([stream[step * batch_size + row] for row in wanted])
+    def row_at(place: int) -> int:
+        """The row of the stream behind `place` others that are not left out, from `start` on."""
+        row = start + place
+        for first, end in gaps:
+            if row >= first:
+                row += end - first
+        return row
 
-    return _feed(batch_of, start, sys.maxsize if stop is None else stop, threads)
+    def batch_of(number: int) -> tuple[Span, Batch]:
+        first = number * batch_size
+        span = Span(row_at(first), row_at(first + batch_size - 1) + 1)
+        return span, stack([stream[row_at(first + row)] for row in wanted])
+
+    return _feed(batch_of, sys.maxsize, threads)
 
 
 def eval_batches(
@@ -206,9 +222,9 @@ def eval_batches(
 
     def batch_of(number: int) -> tuple[int, Batch]:
         indices = [number * batch_size + row for row in wanted]
-        return number, _stack([dataset[i] if i < len(dataset) else padding for i in indices])
+        return number, stack([dataset[i] if i < len(dataset) else padding for i in indices])
 
-    return _feed(batch_of, 0, -(-len(dataset) // batch_size), threads)
+    return _feed(batch_of, -(-len(dataset) // batch_size), threads)
 
 
 def _wanted(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
@@ -221,15 +237,15 @@ def _wanted(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
     return rows
 
 
-def _stack(rows: Sequence[Any]) -> Batch:
-    fields: dict[str, Any] = {field: np.stack([row[field] for row in rows]) for field in rows[0]}
-    return Batch(**fields)
+def stack(rows: Sequence[Any]) -> Batch:
+    """A batch of rows: trees of arrays by the names of `Batch`, such as `Dataset` gives."""
+    return Batch(**jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
 
 
-def _feed(batch_of: Any, start: int, stop: int, threads: int) -> Iterator[tuple[int, Batch]]:
-    """Runs batch_of over the steps, ahead of the reader, in threads; the order is kept."""
+def _feed(batch_of: Any, count: int, threads: int) -> Iterator[tuple[Any, Batch]]:
+    """batch_of(0), batch_of(1), ..., made ahead of the reader in threads; the order is kept."""
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     # No worker processes: they outlive a killed trainer, and slicing mapped arrays needs none.
-    return iter(grain.MapDataset.range(start, stop).map(batch_of).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(count).map(batch_of).to_iter_dataset(options))

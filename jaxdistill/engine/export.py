@@ -4,10 +4,10 @@ import os
 import pathlib
 from typing import Any
 
-from jaxdistill import models
+from jaxdistill import commands, models
 from jaxdistill.compress import quantize as quantizing
-from jaxdistill.engine.references import adapters_any, load_any
 from jaxdistill.models import peft
+from jaxdistill.references import adapters_any, load_any
 
 
 def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> models.Model:
@@ -20,7 +20,7 @@ def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> model
 
 
 def quantize(
-    source: str, out: str | os.PathLike, scheme: str, dtype: str | None = None
+    source: str, out: str | os.PathLike, options: commands.Quantize | None = None
 ) -> pathlib.Path:
     """Writes a quantised model folder in the compressed-tensors format.
 
@@ -31,30 +31,35 @@ def quantize(
     Args:
       source: as in `export`.
       out: a folder that does not exist yet, or is empty.
-      scheme: int8 or int4 (weights), int8_dynamic (weights, and inputs as they come).
-      dtype: of everything that is not quantised, scales included; None keeps it as trained.
+      options: the scheme (int8 or int4 round weights, int8_dynamic inputs too as they come), and
+        the type of everything that is not quantised, scales included; None: int8, as trained.
 
     Raises:
       ModelError, ConfigError: if there is no such model, or it cannot be quantised here.
       StorageError: if the folder cannot be written.
     """
-    quantizing.check_backend(scheme)
-    return models.save(quantizing.quantized(load(source), scheme, dtype), pathlib.Path(out))
+    options = options or commands.Quantize()
+    quantizing.check_backend(options.scheme)
+    student = quantizing.quantized(load(source), options.scheme, options.dtype)
+    return models.save(student, pathlib.Path(out))
 
 
-def export(source: str, out: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
+def export(
+    source: str, out: str | os.PathLike, options: commands.Export | None = None
+) -> pathlib.Path:
     """Writes a model folder: config.json, safetensors, tokenizer.
 
     Args:
       source: RUN_DIR, RUN_DIR@best, RUN_DIR@latest, RUN_DIR@STEP, or any model.
       out: a folder that does not exist yet, or is empty.
-      dtype: of the written weights; None keeps them as trained.
+      options: the type of the written weights; None keeps them as trained.
 
     Raises:
       ModelError, ConfigError: if there is no such model.
       StorageError: if the folder cannot be written.
     """
-    return models.save(load(source), pathlib.Path(out), dtype=dtype)
+    options = options or commands.Export()
+    return models.save(load(source), pathlib.Path(out), dtype=options.dtype)
 
 
 def export_adapters(source: str, out: str | os.PathLike) -> pathlib.Path:

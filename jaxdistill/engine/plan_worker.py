@@ -22,7 +22,7 @@ from jaxdistill import config as configs
 from jaxdistill import hlo, plan, targets
 from jaxdistill.config import Config
 from jaxdistill.engine import setup, states
-from jaxdistill.engine.setup import Method, Models
+from jaxdistill.engine.setup import Models, RunMethod
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.hlo import live
 from jaxdistill.models import count_parameters, forward_flops_per_token
@@ -48,7 +48,7 @@ def main() -> None:
     os._exit(0)  # whatever the compiler still does is of no use
 
 
-def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models, Method]:
+def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models, RunMethod]:
     """The mesh of described devices, the models without weights, and the method.
 
     Raises:
@@ -68,7 +68,7 @@ def measure(
     target: Target,
     mesh: jax.sharding.Mesh,
     models: Models,
-    method: Method,
+    method: RunMethod,
     dump: str,
 ) -> dict[str, Any]:
     """Compiles the step and counts: the dict that `planning.plan` returns.
@@ -206,7 +206,7 @@ def available(target: Target) -> float | None:
 
 
 def _work(
-    config: Config, models: Models, method: Method, target: Target, cost: plan.Cost, devices: int
+    config: Config, models: Models, method: RunMethod, target: Target, cost: plan.Cost, devices: int
 ) -> dict[str, Any]:
     """FLOPs, bytes, collectives and the floor on the step's time."""
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip

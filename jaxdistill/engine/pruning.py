@@ -1,92 +1,35 @@
 """Measures what a model's units are worth and cuts a student out of it: `jaxdistill prune`."""
 
-import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxdistill import models
+from jaxdistill import commands, models
+from jaxdistill.commands import Sizes
 from jaxdistill.compress import importance as scores
 from jaxdistill.compress import prune as cutting
 from jaxdistill.compress import targets
 from jaxdistill.compress.importance import Importance
-from jaxdistill.config.models import Prune
-from jaxdistill.data import pipeline
-from jaxdistill.data.sources import open_source
-from jaxdistill.engine.held_out import HeldOut
-from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.measure import speed
+from jaxdistill.evaluate import speed
+from jaxdistill.evaluate.held_out import HeldOut, open_rows
 from jaxdistill.models import DecoderConfig, Model, count_parameters
-from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
-from jaxdistill.sharding import make_mesh
+from jaxdistill.references import load_any
+from jaxdistill.sharding import make_mesh, on_mesh
 
 NOTE = "pruning.json"  # in the student's folder: what was kept of which model
 
 
-@dataclasses.dataclass(frozen=True)
-class Calibration:
-    """The text that importance is measured on.
-
-    Attributes:
-      data: files, or names such as python:docs?split=train.
-      rows: samples; the data must have them.
-      seq_len: tokens in a row.
-      batch_size: rows at a time, a multiple of the number of devices.
-      format: what a record holds, as data.format in a configuration.
-      cache_dir: where tokenised rows are kept.
-    """
-
-    data: Sequence[str]
-    rows: int = 1024
-    seq_len: int = 1024
-    batch_size: int = 8
-    format: str = "auto"
-    cache_dir: str = "runs/.cache"
-
-    def open(self, model: Model, mesh: Any) -> HeldOut:
-        """The first `rows` rows, tokenised for a model.
-
-        Raises:
-          ConfigError: if no data is named.
-          DataError: if the data has fewer rows.
-          ModelError: if the model has no tokenizer.
-        """
-        if not self.data:
-            raise ConfigError("calibration: give text to measure importance on (--data)")
-        if model.tokenizer is None:
-            raise ModelError(f"{model.source}: has no tokenizer to read the calibration text with")
-        dataset = pipeline.build(
-            [open_source(path, format=self.format) for path in self.data],
-            model.tokenizer,
-            seq_len=self.seq_len,
-            cache_dir=self.cache_dir,
-            name="calibration",
-        )
-        name = ", ".join(self.data)
-        scores.check_enough(len(dataset), self.rows, name)
-        return HeldOut(dataset, self.batch_size, self.rows, mesh, name)
-
-
 def importance(
-    model: str | Model,
-    calibration: Calibration,
-    *,
-    without: Sequence[int] = (),
-    dtype: str = "float32",
+    model: str | Model, options: commands.Importance, *, dtype: str = "float32"
 ) -> Importance:
     """Importance of every unit of a model, from one forward pass over calibration text.
 
     Args:
       model: a loaded model, or any name `engine.load` understands.
-      calibration: the text.
-      without: also measure the loss without n layers in a row, for every n named; each costs a
-        pass over the text per place.
+      options: the text, how much of it, and which layers are also left out to measure the loss.
       dtype: held and computed in.
 
     Raises:
@@ -94,93 +37,62 @@ def importance(
     """
     mesh = make_mesh(fsdp=-1)
     loaded = load_any(model, dtype=dtype, mesh=mesh)
-    rows = calibration.open(loaded, mesh)
-    noted = {"model": loaded.source, "data": rows.name}
+    rows = _rows(loaded, options, mesh)
+    facts = {"model": loaded.source, "data": rows.name}
     with on_mesh(loaded.params):
-        found = scores.measure(
-            loaded.config, loaded.params, rows.batches(), compute_dtype=dtype, facts=noted
+        measured = scores.measure(
+            loaded.config, loaded.params, rows.batches(), compute_dtype=dtype, facts=facts
         )
-        if without:
-            found = scores.with_losses(
-                found,
+        if options.without:
+            measured = scores.with_losses(
+                measured,
                 loaded.config,
                 loaded.params,
                 rows.batches,
                 vocab=vocabulary_size(loaded.tokenizer),
-                counts=without,
+                counts=options.without,
                 compute_dtype=dtype,
             )
-    return found
+    return measured
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What a student is to be: sizes, or a budget; and how its layers are chosen.
+def _rows(model: Model, options: commands.Importance, mesh: Any) -> HeldOut:
+    """The first rows of the calibration text, tokenised for a model.
 
-    Attributes:
-      sizes: explicit ones, of `targets.AXES`.
-      parameters: "60%" or "80M" instead.
-      memory: "4GiB" or "50%" of the weights instead.
-      latency: "60%" of the model's time for a token of one row, or "12ms", measured here, instead.
-      axes: what shrinks for a budget.
-      by: how layers are chosen, see `Importance.kept_layers`.
-      layers: these layers instead.
-      dtype: of the weights, for `memory`.
+    Raises:
+      DataError: if the data has fewer rows.
+      ModelError: if the model has no tokenizer.
     """
-
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    parameters: str | None = None
-    memory: str | None = None
-    latency: str | None = None
-    axes: Sequence[str] = ("embed", "mlp")
-    by: str = "range"
-    layers: Sequence[int] | None = None
-    dtype: str = "bfloat16"
-
-    def shape(self, config: DecoderConfig) -> DecoderConfig:
-        """The student's configuration, without which layers it keeps.
-
-        Raises:
-          ConfigError: if it cannot be cut out of the model, or the budget cannot be met.
-        """
-        sizes = dict(self.sizes)
-        if self.layers is not None:
-            sizes["layers"] = len(cutting.check_layers(config.layers, self.layers))
-        budgets = [
-            name for name in ("parameters", "memory", "latency") if getattr(self, name) is not None
-        ]
-        if bool(sizes) + len(budgets) != 1:
-            given = ", ".join([*sizes, *budgets]) or "nothing"
-            raise ConfigError(
-                f"prune: give sizes ({', '.join(targets.AXES)}), or one budget (parameters, "
-                f"memory, latency); given: {given}"
-            )
-        assert self.latency is None, "measured before: see `within_latency`"
-        if budgets:
-            return targets.fit(
-                config,
-                parameters=self.parameters,
-                memory=self.memory,
-                axes=self.axes,
-                dtype=jnp.dtype(self.dtype),
-            )
-        return targets.resize(config, sizes)
+    if model.tokenizer is None:
+        raise ModelError(f"{model.source}: has no tokenizer to read the calibration text with")
+    rows = open_rows(options, model.tokenizer, mesh, max_rows=options.rows, name="calibration")
+    scores.check_enough(rows.available, options.rows, ", ".join(options.data))
+    return rows
 
 
-def within_latency(model: Model, target: Target) -> tuple[Target, dict[str, float]]:
-    """A target with the sizes that meet its latency on these devices, and the microseconds found.
+def shape_of(config: DecoderConfig, sizes: Sizes) -> DecoderConfig:
+    """The pruned student's configuration, without which layers it keeps.
+
+    Raises:
+      ConfigError: if it cannot be cut out of the model, or the budget cannot be met.
+    """
+    assert "latency" not in sizes.budgets(), "measured before: see `within_latency`"
+    if sizes.budgets():
+        return targets.fit(
+            config, parameters=sizes.parameters, memory=sizes.memory, axes=sizes.axes
+        )
+    return targets.resize(config, sizes.sizes())
+
+
+def within_latency(model: Model, options: commands.Prune) -> tuple[Sizes, dict[str, float]]:
+    """The sizes that meet a budget of latency on these devices, and the microseconds measured.
 
     Measured are models of the right shapes with random weights, in the model's dtype and places:
     one row, 128 tokens read, the time of a further one by `speed.fastest_token`.
 
     Raises:
-      ConfigError: if it cannot be met or timed, or sizes or another budget are given too.
+      ConfigError: if it cannot be met or timed.
     """
-    others = dataclasses.replace(target, latency=None)
-    if target.sizes or target.layers is not None or others.parameters or others.memory:
-        raise ConfigError(
-            "prune.latency: is a budget of its own: give no sizes and no other budget"
-        )
     leaf = model.params["embedding"]
 
     def measured(config: DecoderConfig) -> float:
@@ -194,54 +106,39 @@ def within_latency(model: Model, target: Target) -> tuple[Target, dict[str, floa
             )
         return 1e6 * seconds
 
-    small, found = targets.fit_latency(
-        model.config, str(target.latency), measured, axes=target.axes
+    small, microseconds = targets.fit_latency(
+        model.config, str(options.latency), measured, axes=options.axes
     )
-    return dataclasses.replace(others, sizes=targets.sizes_of(small)), found
-
-
-def target_of(options: Prune) -> Target:
-    """The target that `student.prune` in a configuration describes."""
-    return Target(
-        sizes=options.sizes(),
-        parameters=options.parameters,
-        memory=options.memory,
-        axes=options.axes,
-        by=options.by,
-    )
+    sizes = targets.sizes_of(small) | {"by": options.by}
+    return Sizes.model_validate(sizes), microseconds
 
 
 def cut(
-    model: Model, target: Target, found: Importance, dtype: Any = None
+    model: Model, sizes: Sizes, measured: Importance, dtype: Any = None
 ) -> tuple[Model, cutting.Kept]:
     """The student as a model in memory, on the same devices, and which units it kept."""
-    small = target.shape(model.config)
-    kept = cutting.choose(model.config, small, found, by=target.by, layers=target.layers)
-    config, params = cutting.cut(model.config, model.params, kept, shares=found.shares, dtype=dtype)
-    return Model(config, params, model.tokenizer, f"pruned {model.source}"), kept
+    small = shape_of(model.config, sizes)
+    units = cutting.choose(model.config, small, measured, by=sizes.by)
+    config, params = cutting.cut(
+        model.config, model.params, units, shares=measured.shares, dtype=dtype
+    )
+    return Model(config, params, model.tokenizer, f"pruned {model.source}"), units
 
 
 def prune(
     model: str | Model,
     out: str | os.PathLike,
-    target: Target,
-    *,
-    importance_file: str | os.PathLike | None = None,
-    calibration: Calibration | None = None,
-    without: Sequence[int] = (),
-    dtype: str | None = None,
+    options: commands.Prune,
+    calibration: commands.Importance | None = None,
 ) -> pathlib.Path:
     """Writes a pruned student as a folder that transformers opens.
 
     Args:
       model: a loaded model, or any name `engine.load` understands.
       out: a folder that does not exist yet, or is empty.
-      target: what the student is to be.
-      importance_file: scores that were measured before; without it they are measured on
+      options: what the student is to be. Without `options.importance` scores are measured on
         `calibration` and written to OUT.importance.safetensors, for any other size.
       calibration: the text to measure on.
-      without: see `importance`.
-      dtype: of the written weights; None keeps the model's.
 
     Raises:
       ModelError, DataError, ConfigError, StorageError: before any work where possible.
@@ -249,34 +146,42 @@ def prune(
     folder = pathlib.Path(out)
     mesh = make_mesh(fsdp=-1)
     loaded = load_any(model, mesh=mesh)
-    took: dict[str, float] | None = None
-    if target.latency is not None:
-        target, took = within_latency(loaded, target)
-    target.shape(loaded.config)  # said before anything else is measured
-    if importance_file is not None:
-        found = scores.load(importance_file)
+    sizes: Sizes = options
+    microseconds: dict[str, float] | None = None
+    if options.latency is not None:
+        sizes, microseconds = within_latency(loaded, options)
+    small = shape_of(loaded.config, sizes)  # refused before anything else is measured
+    if options.importance is not None:
+        measured = scores.load(options.importance)
     else:
         if calibration is None:
             raise ConfigError("prune: give an importance file, or text to measure importance on")
-        if target.by == "range_loss" and not without and target.layers is None:
-            without = (loaded.config.layers - target.shape(loaded.config).layers,)
-        if target.by == "loss" and not without:
-            without = (1,)
-        found = importance(loaded, calibration, without=[n for n in without if n])
-        scores.save(found, folder.with_name(folder.name + ".importance.safetensors"))
-    student, kept = cut(loaded, target, found)
-    written = models.save(student, folder, dtype=dtype)
+        measured = importance(loaded, _with_losses(calibration, options.by, loaded, small))
+        scores.save(measured, folder.with_name(folder.name + ".importance.safetensors"))
+    student, units = cut(loaded, sizes, measured)
+    written = models.save(student, folder, dtype=options.dtype)
     note = {
         "from": loaded.source,
         "parameters": [count_parameters(loaded.config), count_parameters(student.config)],
-        "by": target.by,
-        "layers": kept.layers.tolist(),
-        "channels": kept.channels.tolist(),
-        "experts": None if kept.experts is None else kept.experts.tolist(),
-        "measured_on": dict(found.facts),
-    } | ({} if took is None else {"decode_us": took})
+        "by": options.by,
+        "layers": units.layers.tolist(),
+        "channels": units.channels.tolist(),
+        "experts": None if units.experts is None else units.experts.tolist(),
+        "measured_on": dict(measured.facts),
+    } | ({} if microseconds is None else {"decode_us": microseconds})
     (written / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     return written
+
+
+def _with_losses(
+    calibration: commands.Importance, by: str, model: Model, small: DecoderConfig
+) -> commands.Importance:
+    """The calibration with the losses that choosing layers `by` them needs."""
+    if calibration.without:
+        return calibration
+    removed = model.config.layers - small.layers
+    counts = {"loss": (1,), "range_loss": (removed,) if removed else ()}.get(by, ())
+    return calibration.model_copy(update={"without": counts})
 
 
 def pruning_note(folder: str | os.PathLike) -> dict[str, Any]:

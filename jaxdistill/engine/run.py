@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 import sys
@@ -11,22 +12,24 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, processes, report
+from jaxdistill import agree, compilation_cache, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
-from jaxdistill.config.methods import Sft
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import alike, changes, compare, setup, states
-from jaxdistill.engine.held_out import HeldOut
-from jaxdistill.engine.references import STUDENT
+from jaxdistill.engine import alike, changes, run_table, setup, states
 from jaxdistill.engine.run_dir import RunDir, describe_machine, fingerprint
 from jaxdistill.engine.training import Training
 from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import count_parameters, lora
 from jaxdistill.models.config_json import write_config
-from jaxdistill.train import poison, stopping
+from jaxdistill.references import STUDENT
+from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.stopping import Stop
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,10 @@ class RunResult:
     table: Sequence[Mapping[str, Any]]
 
 
-def distill(config: str | os.PathLike | Config, overrides: Sequence[str] = ()) -> RunResult:
-    """Runs a configuration, given as a file or as an object.
+def distill(
+    config: str | os.PathLike | Config, overrides: Sequence[str] = (), *, hooks: Hooks = NO_HOOKS
+) -> RunResult:
+    """Runs a configuration, given as a file or as an object; `hooks` as in `train`.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -53,13 +58,18 @@ def distill(config: str | os.PathLike | Config, overrides: Sequence[str] = ()) -
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides belong to a configuration file: change the object")
-        return train(config)
+        return train(config, hooks=hooks)
     text = configs.read(config)
-    return train(configs.loads(text, str(config), overrides), input_text=text, overrides=overrides)
+    loaded = configs.loads(text, str(config), overrides)
+    return train(loaded, input_text=text, overrides=overrides, hooks=hooks)
 
 
 def train(
-    config: Config, *, input_text: str | None = None, overrides: Sequence[str] = ()
+    config: Config,
+    *,
+    input_text: str | None = None,
+    overrides: Sequence[str] = (),
+    hooks: Hooks = NO_HOOKS,
 ) -> RunResult:
     """Runs a configuration from the start.
 
@@ -67,6 +77,7 @@ def train(
       config: what to do.
       input_text: the file it came from, kept in the run folder as it was.
       overrides: what changed it, kept beside.
+      hooks: called at named points, given every batch and the loss, see `train.hooks`.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -88,11 +99,13 @@ def train(
         )
 
     agree.by_leader(create)
-    return _execute(config, agree.together(lambda: RunDir.open(config.run.dir)), mesh)
+    run = agree.together(lambda: RunDir.open(config.run.dir, hooks))
+    return _execute(config, run, mesh)
 
 
 def _begin(config: Config) -> Mesh:
     """Joins the other processes of the run, if there are any, and lays out all devices."""
+    compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
     alike.check(config)
     return setup.mesh_of(config)
@@ -104,14 +117,18 @@ def _check(config: Config) -> None:
         raise preflight.combine(errors)
 
 
-def resume(run_dir: str | os.PathLike) -> RunResult:
-    """Goes on with a run from its last checkpoint, or finishes what a finished run still lacks.
+def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:
+    """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
+
+    Args:
+      run_dir: the folder of the run.
+      hooks: as in `train`.
 
     Raises:
       ConfigError: if there is no run, or its data, models or tokenizer have changed.
       DamagedError: if no checkpoint can be read.
     """
-    run = RunDir.open(run_dir)
+    run = RunDir.open(run_dir, hooks)
     config = configs.load(run.path / "config.resolved.yaml")
     return _execute(config, run, _begin(config))
 
@@ -120,7 +137,7 @@ def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
         agree.by_leader(lambda: stack.enter_context(run.held()))
         stop = stack.enter_context(stopping.listening())
-        with _checkpoints(config, run.path) as checkpoints:
+        with _checkpoints(config, run.path, run.hooks) as checkpoints:
             with run.attempt(checkpoints.latest() or 0):
                 result = _Session(config, run, mesh, stop).execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
@@ -128,7 +145,7 @@ def _execute(config: Config, run: RunDir, mesh: Mesh) -> RunResult:
         return result
 
 
-def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
+def _checkpoints(config: Config, folder: pathlib.Path, hooks: Hooks) -> Checkpoints:
     c = config.checkpoint
     return Checkpoints(
         folder / "checkpoints",
@@ -136,6 +153,7 @@ def _checkpoints(config: Config, folder: pathlib.Path) -> Checkpoints:
         keep_best=c.keep.best,
         best_metric=c.best_metric,
         mode=c.mode,
+        hooks=hooks,
     )
 
 
@@ -155,7 +173,6 @@ class _Session:
         run.update(**described)
         agree.by_leader(lambda: _keep_words(config, run, self.models))
         self.dataset = data["train"]
-        self.poison = poison.from_environment()
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
             data["eval"],
@@ -164,12 +181,13 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval),
         )
-        self.table = compare.Comparison(config, run, self.models, self.method, held_out)
+        self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
         table, student = self.table, self.models.student
         if checkpoints.latest() is None:
+            log.info("measuring teacher and student on the held-out data")
             table.add_teacher()
             table.add_student("student before", student.params)
         training = self._training(self.run.path, self.config, self.method, checkpoints, main=True)
@@ -186,7 +204,7 @@ class _Session:
         """The same student, data, steps and optimizer on cross-entropy alone, kept in control/."""
         config = self.config.model_copy(
             update={
-                "method": Sft(name="sft", chunk=self.config.method.chunk),
+                "method": methods.control(self.config.method),
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
@@ -194,7 +212,7 @@ class _Session:
         folder.mkdir(exist_ok=True)
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
-        with _checkpoints(config, folder) as checkpoints:
+        with _checkpoints(config, folder, self.run.hooks) as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
@@ -203,7 +221,7 @@ class _Session:
         self,
         folder: pathlib.Path,
         config: Config,
-        method: setup.Method,
+        method: setup.RunMethod,
         checkpoints: Checkpoints,
         *,
         main: bool,
@@ -216,7 +234,7 @@ class _Session:
             models=self.models,
             mesh=self.mesh,
             dataset=self.dataset,
-            poison=self.poison,
+            hooks=self.run.hooks,
             table=self.table,
             checkpoints=checkpoints,
             stop=self.stop,
@@ -236,7 +254,7 @@ def _report(folder: pathlib.Path) -> None:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows, style="plain"))
+    print(report.comparison_table(rows))
     print(report.recovered(rows))
 
 

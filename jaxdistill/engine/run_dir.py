@@ -16,6 +16,7 @@ from jaxdistill import agree, whole_file
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.redact import redact, redacted
 from jaxdistill.report.writers import append_event
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # A link in a run folder, planted or stale, must not direct writes to a file elsewhere.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -29,11 +30,12 @@ class RunDir:
     Attributes:
       path: the folder.
       record: the content of RUN.json.
+      hooks: what the caller handed in.
     """
 
-    def __init__(self, path: str | os.PathLike, record: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike, record: dict[str, Any], hooks: Hooks = NO_HOOKS):
         self.path = pathlib.Path(path).resolve()
-        self.record = record
+        self.record, self.hooks = record, hooks
 
     @classmethod
     def create(
@@ -74,7 +76,7 @@ class RunDir:
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> "RunDir":
+    def open(cls, path: str | os.PathLike, hooks: Hooks = NO_HOOKS) -> "RunDir":
         """An existing run.
 
         Raises:
@@ -89,7 +91,7 @@ class RunDir:
             raise ConfigError(f"{file}: cannot be read: {error}") from error
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise ConfigError(f"{file}: was written by another version of jaxdistill")
-        return cls(path, record)
+        return cls(path, record, hooks)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -156,7 +158,7 @@ class RunDir:
         if not agree.leads():
             return
         try:
-            append_event(self.path, kind, **fields)
+            append_event(self.path, kind, self.hooks, **fields)
         except OSError as error:
             print(f"events.jsonl cannot be written ({error}): {kind} {fields}", file=sys.stderr)
 

@@ -11,21 +11,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxdistill import objectives, optim, teachers
+from jaxdistill import methods, optim, teachers
 from jaxdistill.compress import importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.sources import open_source
-from jaxdistill.engine import methods, pruning, shapes, states
-from jaxdistill.engine.references import load_any
+from jaxdistill.engine import pruning, shapes, states
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.vocabulary import check_rows, check_same
+from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
 from jaxdistill.types import Batch
@@ -165,7 +164,7 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
             found = importance.load(student.prune.importance)
-            made, _ = pruning.cut(teacher, pruning.target_of(student.prune), found, dtype)
+            made, _ = pruning.cut(teacher, student.prune, found, dtype)
             return dataclasses.replace(made, tokenizer=shape.tokenizer)
         layers = shapes.kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
@@ -201,28 +200,39 @@ def data_of(config: Config, tokenizer: Any, run_dir: pathlib.Path | None) -> dic
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class RunMethod:
     """The method of a run as functions.
 
     Attributes:
       objective: what is minimised.
+      measuring: the knobs that models are measured at.
       teacher: where its signal comes from.
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
     """
 
-    objective: objectives.Objective
+    objective: methods.Objective
+    measuring: Mapping[str, float]
     teacher: teachers.Teacher
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
 
 
-def method_of(config: Config, models: Models) -> Method:
+def method_of(config: Config, models: Models) -> RunMethod:
     """Objective, teacher and optimizer as the configuration says."""
-    objective, knobs = methods.objective_of(config, models)
-    assert set(objective.knobs) == set(knobs), "every knob of the method is scheduled"
+    facts = methods.Facts(
+        student=models.student.config,
+        teacher=None if models.teacher is None else models.teacher.config,
+        student_tokenizer=models.tokenizer,
+        teacher_tokenizer=models.tokenizer,
+        vocab=models.vocab,
+        steps=config.train.steps,
+        learning_rate=config.optimizer.lr,
+    )
+    built = methods.build(config.method, facts)
+    objective = built.objective
     teacher = teachers.none
     if objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
@@ -241,13 +251,13 @@ def method_of(config: Config, models: Models) -> Method:
     )
     tx = optim.optimizer(
         rate,
-        knobs=knobs,
+        knobs=built.knobs,
         clip_norm=o.clip_norm,
         betas=o.betas,
         eps=o.eps,
         weight_decay=o.weight_decay,
-        objective_lr_ratio=methods.objective_lr_ratio(config),
-        trained=methods.trained(config),
+        objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
+        trained=built.trained,
     )
     loss = steps.make_loss(
         models.student.config,
@@ -258,7 +268,8 @@ def method_of(config: Config, models: Models) -> Method:
         quantization=config.student.quantize,
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
-    return Method(objective, teacher, tx, rate, loss)
+    measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
+    return RunMethod(objective, measuring, teacher, tx, rate, loss)
 
 
 def teacher_dtype(config: Config) -> jnp.dtype:
@@ -267,7 +278,7 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.teacher.dtype)
 
 
-def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Mesh) -> Any:
+def abstract_teacher_of(config: Config, models: Models, method: RunMethod, mesh: Mesh) -> Any:
     """The shapes and places of the teacher's parameters, None where the method has no teacher."""
     if models.teacher is None or not method.objective.needs_teacher:
         return None
@@ -279,7 +290,7 @@ def abstract_teacher_of(config: Config, models: Models, method: Method, mesh: Me
 
 def compile_step(
     config: Config,
-    method: Method,
+    method: RunMethod,
     state: Any,
     teacher_params: Any,
     mesh: Mesh,
@@ -294,9 +305,17 @@ def compile_step(
       ConfigError: if a kernel of the loss computes something else than its reference here.
     """
     if check_kernels:
-        _check_kernels(config)
-    step = steps.make(
-        method.loss if poison.from_environment() is None else poison.poisoned(method.loss),
+        check_kernels_of(config)
+    step = make_step(config, method, monitor)
+    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
+
+
+def make_step(
+    config: Config, method: RunMethod, monitor: Callable[[Any], Any] | None = None
+) -> steps.Step:
+    """The training step of a run as a pure function; `monitor` as in `steps.make`."""
+    return steps.make(
+        method.loss,
         method.teacher,
         method.tx,
         micro_batches=config.train.micro_batches,
@@ -305,16 +324,16 @@ def compile_step(
         adapters=states.adapters_of(config),
         offload=config.optimizer.offload,
     )
-    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
 
 
 def abstract_batch_of(config: Config, mesh: Mesh) -> Batch:
     """The shapes and places of a step's batch."""
     origins = any(source.origin != "data" for source in config.data.train)
-    return steps.abstract_batch(config.train.batch_size, config.data.seq_len, mesh, origins)
+    row = pipeline.stack([empty_row(config.data.seq_len, 0, origins)])
+    return steps.abstract_batch(row, config.train.batch_size, mesh)
 
 
-def _check_kernels(config: Config) -> None:
+def check_kernels_of(config: Config) -> None:
     """Runs the self-check where a kernel of our own makes the loss; XLA is its reference."""
     wanted = config.method.implementation
     dtype = config.method.logits_dtype
@@ -343,7 +362,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 
 
-def teacher_params_of(models: Models, method: Method) -> Any:
+def teacher_params_of(models: Models, method: RunMethod) -> Any:
     """The teacher's parameters as the step takes them: None where the method has no teacher."""
     if models.teacher is None or not method.objective.needs_teacher:
         return None

@@ -8,13 +8,13 @@ from jaxdistill.compress import prune
 from jaxdistill.config import Config
 from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.engine import pruning
-from jaxdistill.engine.references import scheme_any, spec_any
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, Model
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.families import FAMILIES
 from jaxdistill.models.quantized import SCHEMES, Scheme
 from jaxdistill.models.vocabulary import vocabulary_size
+from jaxdistill.references import scheme_any, spec_any
 
 
 def of(config: Config, network: bool) -> tuple[Model | None, Model]:
@@ -33,7 +33,7 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
-            small = pruning.target_of(student.prune).shape(teacher.config)
+            small = pruning.shape_of(teacher.config, student.prune)
             return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
         layers = kept_layers(config, teacher.config.layers)
         small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)

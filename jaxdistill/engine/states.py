@@ -6,8 +6,8 @@ from jax.sharding import Mesh
 
 from jaxdistill.config import Config
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, Model, lora
-from jaxdistill.objectives import Objective
 from jaxdistill.sharding import shardings
 from jaxdistill.train import state as states
 from jaxdistill.train.state import TrainState

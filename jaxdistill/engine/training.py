@@ -2,30 +2,37 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxdistill import agree, report
+from jaxdistill import config as configs
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.engine import compare, setup, states
+from jaxdistill.data.feed import CorpusFeed, Feed
+from jaxdistill.engine import run_table, setup, states
 from jaxdistill.engine.run_dir import RunDir
+from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Policy
+from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.meter import Meter
-from jaxdistill.train.poison import Poison
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
-from jaxdistill.train.step import place, recorded
+from jaxdistill.train.step import PerShape, abstract_batch, compiled, place, recorded
 from jaxdistill.train.stopping import Stop
+from jaxdistill.types import Batch, Span
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Training:
       models: who takes part.
       mesh: of all devices.
       dataset: the rows to learn from.
-      poison: which of their batches go wrong, in tests.
+      hooks: what the caller handed in.
       table: measures the student, and lets it speak.
       checkpoints: where its states go.
       stop: whether the process was asked to stop.
@@ -50,12 +57,12 @@ class Training:
     run: RunDir
     folder: pathlib.Path
     config: Config
-    method: setup.Method
+    method: setup.RunMethod
     models: setup.Models
     mesh: Mesh
     dataset: Dataset
-    poison: Poison | None
-    table: compare.Comparison
+    hooks: Hooks
+    table: run_table.RunTable
     checkpoints: Checkpoints
     stop: Stop
     main: bool
@@ -76,8 +83,10 @@ class Training:
         first = int(state.step)
         if first >= self.config.train.steps:
             return state, self.table.evaluate(state)
-        guard = Guard(self.folder, _policy(self.config))
-        guard.begin(first, meta)
+        who = "the student" if self.main else "the SFT control"
+        log.info("training %s: compiling the step", who)
+        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch)
+        guard.begin(meta)
         latest: dict[str, float] = {}
         with contextlib.ExitStack() as stack:
             progress = report.Progress(
@@ -90,7 +99,7 @@ class Training:
             stack.enter_context(writer)
             parts = self._parts(state, guard, writer, progress, latest)
             with self.stop.deferred():
-                state = loop.train(state, parts, _schedule(self.config))
+                state = loop.train(state, meta.get(loop.ROW, 0), parts, _schedule(self.config))
             if self.main:
                 self.run.update(step=self.config.train.steps)
         return state, latest
@@ -103,7 +112,30 @@ class Training:
         shape = states.abstract(self.config, student.config, objective, tx, self.mesh)
         damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
         _, state, meta = self.checkpoints.restore_latest(shape, damaged)
+        if loop.ROW not in meta:  # of a version that counted batches
+            meta[loop.ROW] = meta["data_step"] * self._rows_per_batch()
         return state, meta
+
+    def _rows_per_batch(self) -> int:
+        """The batch size of a run whose files, of an earlier version, count batches.
+
+        Raises:
+          ConfigError: if it has been changed since the run began, so that nobody knows when.
+        """
+        now = self.config.train.batch_size
+        text, overrides = (
+            (self.run.path / name).read_text(encoding="utf-8")
+            for name in ("config.input.yaml", "overrides.txt")
+        )
+        original = configs.loads(text, "config.input.yaml", overrides.splitlines()).train.batch_size
+        if original != now:
+            raise ConfigError(
+                f"train.batch_size = {now}: the run began with {original}, under a version that "
+                "counted batches and not rows, so which rows it has seen is not known: set "
+                f"{original} in config.resolved.yaml and resume; once there is a new checkpoint, "
+                "stop, change it and resume again"
+            )
+        return now
 
     def _writer(self, first: int, progress: report.Progress) -> report.MetricsWriter:
         """What keeps the numbers, in one process of the run."""
@@ -111,7 +143,9 @@ class Training:
             return report.SilentWriter()
         resume_step = first if (self.folder / "metrics.jsonl").exists() else None
         board = self.config.logging.tensorboard
-        return report.MetricsWriter(self.folder, board, resume_step, notice=progress.event)
+        return report.MetricsWriter(
+            self.folder, board, resume_step, notice=progress.event, hooks=self.hooks
+        )
 
     def _parts(
         self,
@@ -131,21 +165,19 @@ class Training:
             return dict(latest)
 
         def restore() -> tuple[TrainState, Mapping[str, Any]]:
-            made = self.models  # the first state took the student's arrays over
-            return self._state(setup.student_of(self.config, made.student, made.teacher, self.mesh))
-
-        def epoch(number: int) -> float:
-            rows = (guard.position(number - 1) + 1) * self.config.train.batch_size
-            return rows / self.dataset.num_rows
+            models = self.models  # the first state took the student's arrays over
+            return self._state(
+                setup.student_of(self.config, models.student, models.teacher, self.mesh)
+            )
 
         return loop.Parts(
-            step=self._compiled(state, teacher_params, writer, progress),
+            step=self._step(state, teacher_params, writer, progress),
             teacher_params=teacher_params,
-            batches=lambda start: self._batches(guard, start),
+            feed=self._feed(guard),
             evaluate=evaluate,
             learning_rate=self.method.learning_rate,
-            epoch=epoch,
-            meta=lambda step: {"data_step": guard.position(step), "seed": self.config.seed},
+            epoch=lambda row: row / self.dataset.num_rows,
+            meta={"seed": self.config.seed},
             restore=restore,
             guard=guard,
             checkpoints=self.checkpoints,
@@ -153,45 +185,56 @@ class Training:
             progress=progress,
             meter=_meter(self.config, self.models, self.method, self.mesh),
             stop=self.stop,
+            hooks=self.hooks,
         )
 
-    def _compiled(
+    def _step(
         self,
         state: TrainState,
         teacher_params: Any,
         writer: report.MetricsWriter,
         progress: report.Progress,
-    ) -> Any:
-        """The compiled step, and how long that took."""
-        config, began = self.config, time.perf_counter()
+    ) -> PerShape:
+        """The step, compiled for the batches of the data; for others when they come."""
+        config = self.config
+        agree.together(lambda: setup.check_kernels_of(config))
         monitor = recorded(config.train.log_every, config.train.steps)
-        # Together: in its first step nobody waits long for one that is still compiling.
-        step = agree.together(
-            lambda: setup.compile_step(
-                config, self.method, state, teacher_params, self.mesh, monitor
+        method = dataclasses.replace(self.method, loss=self.hooks.loss(self.method.loss))
+        pure = setup.make_step(config, method, monitor)
+
+        def compile(state: TrainState, teacher_params: Any, batch: Batch) -> Any:
+            began = time.perf_counter()
+            # Together: in its next step nobody waits long for one that is still compiling.
+            program = agree.together(
+                lambda: compiled(pure, state, teacher_params, batch, self.mesh)
             )
-        )
-        seconds = time.perf_counter() - began
-        writer.event("compiled", seconds=round(seconds, 3), from_step=int(state.step))
-        progress.event(f"compiled in {seconds:.1f} s")
+            seconds = time.perf_counter() - began
+            writer.event("compiled", seconds=round(seconds, 3), from_step=int(state.step))
+            progress.event(f"compiled in {seconds:.1f} s")
+            return program
+
+        step = PerShape(compile)
+        row = pipeline.stack([self.dataset.empty_row()])
+        usual = abstract_batch(row, config.train.batch_size, self.mesh)
+        step.prepare(state, teacher_params, usual)
         return step
 
-    def _batches(self, guard: Guard, start: int) -> Iterator[tuple[int, Any]]:
-        """The batches from that of a step (from 0) to the last one, without those left out."""
+    def _feed(self, guard: Guard) -> Feed:
+        """The batches of the data on the mesh, without the rows that the guard leaves out."""
         size = self.config.train.batch_size
-        for first, stop in guard.stretches(start, self.config.train.steps):
-            feed = pipeline.batches(
-                self.dataset,
-                batch_size=size,
-                start=first,
-                stop=stop,
-                seed=self.config.seed,
-                rows=local_rows(self.mesh, size),
-            )
-            for index, batch in feed:
-                if self.poison is not None:
-                    batch = self.poison.mark(index, batch)
-                yield index, place(batch, self.mesh)
+        corpus = CorpusFeed(
+            self.dataset,
+            batch_size=size,
+            seed=self.config.seed,
+            left_out=lambda: guard.left_out,
+            rows=local_rows(self.mesh, size),
+        )
+
+        def feed(row: int, state: TrainState) -> tuple[Span, Batch]:
+            span, batch = corpus(row, state)
+            return span, place(self.hooks.batch(span.first_row // size, batch), self.mesh)
+
+        return feed
 
 
 def _schedule(config: Config) -> loop.Schedule:
@@ -218,12 +261,12 @@ def _policy(config: Config) -> Policy:
     )
 
 
-def _meter(config: Config, models: setup.Models, method: setup.Method, mesh: Mesh) -> Meter:
-    length, tokens = config.data.seq_len, config.train.batch_size * config.data.seq_len
+def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: Mesh) -> Meter:
+    length = config.data.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
     if method.objective.needs_teacher:
         assert models.teacher is not None, "the configuration has a teacher where one is needed"
         teacher = forward_flops_per_token(models.teacher.config, length)
     total = student + teacher
-    return Meter(tokens, tokens * total, teacher / total, list(mesh.devices.flat))
+    return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

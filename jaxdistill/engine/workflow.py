@@ -13,7 +13,7 @@ from typing import Any
 import jaxdistill
 from jaxdistill import report, whole_file
 from jaxdistill.compress import importance as scores
-from jaxdistill.compress.targets import AXES
+from jaxdistill.config import inherit
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
     CompareStep,
@@ -24,9 +24,10 @@ from jaxdistill.config.workflow import (
     TrainStep,
     Workflow,
 )
-from jaxdistill.engine import pruning, run, side_by_side
+from jaxdistill.engine import pruning, run
 from jaxdistill.engine.export import export, quantize
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.evaluate import comparison
 
 STATE = "workflow.json"
 ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
@@ -192,7 +193,7 @@ class Runner:
         folder = self.folder / step.name
         if isinstance(step, TrainStep) and step.seeds:
             return [str(folder / f"seed_{seed}") for seed in step.seeds]
-        inside = {"importance": scores.FILE, "compare": side_by_side.FILE}.get(step.kind)
+        inside = {"importance": scores.FILE, "compare": comparison.FILE}.get(step.kind)
         return [str(folder / inside if inside else folder)]
 
     def first_outputs(self) -> dict[str, str]:
@@ -210,7 +211,7 @@ class Runner:
         """A digest of all that the step's output depends on."""
         options = step.model_dump(mode="json")
         if isinstance(step, TrainStep):
-            options["config"] = files.merged(self.workflow.base, step.config)
+            options["config"] = inherit.merge(self.workflow.base, step.config)
         marks = {name: f"step {mark}" for name, mark in before.items()}
         told = {
             "options": files.replaced(options, marks),
@@ -232,36 +233,25 @@ class Runner:
 
     def _importance(self, step: ImportanceStep) -> dict[str, Any]:
         step = self.resolved(step)
-        calibration = pruning.Calibration(
-            data=step.data, rows=step.rows, seq_len=step.seq_len, batch_size=step.batch_size
-        )
-        found = pruning.importance(step.model, calibration, without=step.without)
-        scores.save(found, self.folder / step.name / scores.FILE)
-        return {"rows": found.facts["rows"], "tokens": found.facts["tokens"]}
+        measured = pruning.importance(step.model, step)
+        scores.save(measured, self.folder / step.name / scores.FILE)
+        return {"rows": measured.facts["rows"], "tokens": measured.facts["tokens"]}
 
     def _prune(self, step: PruneStep) -> dict[str, Any]:
         step = self.resolved(step)
-        target = pruning.Target(
-            sizes={name: size for name in AXES if (size := getattr(step, name)) is not None},
-            parameters=step.parameters,
-            memory=step.memory,
-            latency=step.latency,
-            axes=step.axes,
-            by=step.by,
-        )
         folder = self.folder / step.name
-        pruning.prune(step.model, folder, target, importance_file=step.importance)
+        pruning.prune(step.model, folder, step)
         note = pruning.pruning_note(folder)
         return {key: note[key] for key in ("parameters", "layers")}
 
     def _quantize(self, step: QuantizeStep) -> dict[str, Any]:
         step = self.resolved(step)
-        quantize(step.model, self.folder / step.name, step.scheme, step.dtype)
+        quantize(step.model, self.folder / step.name, step)
         return {"scheme": step.scheme}
 
     def _export(self, step: ExportStep) -> dict[str, Any]:
         step = self.resolved(step)
-        export(step.model, self.folder / step.name, step.dtype)
+        export(step.model, self.folder / step.name, step)
         return {}
 
     def _compare(self, step: CompareStep) -> dict[str, Any]:
@@ -273,22 +263,8 @@ class Runner:
                 paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
                 models.append((name, files.replaced(source, paths)))
         plain = self.resolved(step)
-        settings = side_by_side.Settings(
-            data=plain.data,
-            seq_len=plain.seq_len,
-            batch_size=plain.batch_size,
-            max_rows=plain.max_rows,
-            questions=plain.questions,
-            max_questions=plain.max_questions,
-            prompts=plain.prompts,
-            prompt_tokens=plain.prompt_tokens,
-            new_tokens=plain.new_tokens,
-            repeats=plain.repeats,
-        )
-        found = side_by_side.compare_models(
-            models, settings, teacher=plain.teacher, out=self.folder / step.name
-        )
-        print(report.comparison_table(found["rows"], style="plain"), file=sys.stderr)
+        found = comparison.compare_models(models, plain, out=self.folder / step.name)
+        print(report.comparison_table(found["rows"]), file=sys.stderr)
         return {"models": len(models)}
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.ranges import ENTRIES
 
 Elementwise = Callable[[Array, Array], Array]
 Parameter = Any  # a Python float, or a traced scalar
@@ -120,7 +121,7 @@ TOTAL_VARIATION = Row(
 )
 
 
-def symmetric_kl(weight: Parameter = 0.5) -> Row:
+def symmetric_kl(weight: Parameter) -> Row:
     """(1 - weight) KL(p || q) + weight KL(q || p)."""
     _check_unit("weight", weight)
 
@@ -137,7 +138,7 @@ def symmetric_kl(weight: Parameter = 0.5) -> Row:
     return Row(value, dlogq, dlogp, Closed(("forward", "reverse"), total, slope_sum))
 
 
-def generalized_jsd(beta: Parameter = 0.5) -> Row:
+def generalized_jsd(beta: Parameter) -> Row:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
     At beta 0 it is KL(p || q) and at beta 1 KL(q || p), the values GKD's users expect there. They
@@ -177,7 +178,7 @@ def _mixed_jsd(beta: Parameter) -> Row:
     return Row(value, dlogq, dlogp)
 
 
-def skew_forward_kl(skew: Parameter = 0.1) -> Row:
+def skew_forward_kl(skew: Parameter) -> Row:
     """KL(p || skew p + (1 - skew) q)."""
     _check_unit("skew", skew)
 
@@ -200,7 +201,7 @@ def skew_forward_kl(skew: Parameter = 0.1) -> Row:
     return Row(value, dlogq, dlogp)
 
 
-def skew_reverse_kl(skew: Parameter = 0.1) -> Row:
+def skew_reverse_kl(skew: Parameter) -> Row:
     """KL(q || (1 - skew) p + skew q), with the gradient through q in both places."""
     mirrored = skew_forward_kl(skew)
     return Row(
@@ -210,7 +211,7 @@ def skew_reverse_kl(skew: Parameter = 0.1) -> Row:
     )
 
 
-def alpha_beta_divergence(alpha: Parameter = 0.2, beta: Parameter = 0.7) -> Row:
+def alpha_beta_divergence(alpha: Parameter, beta: Parameter) -> Row:
     """-1/(a b) sum (p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)), a = alpha, b = beta.
 
     Its limits are (1, 0): KL(p || q), and (0, 1): KL(q || p); they hold at the ends themselves.
@@ -260,7 +261,7 @@ def _quotient(base: Array, moved: Array, order: Array, gap: Array) -> Array:
     return jnp.where(near, _times(base, gap * series), far)
 
 
-def alpha_divergence(alpha: Parameter = 0.5) -> Row:
+def alpha_divergence(alpha: Parameter) -> Row:
     """(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)); 1: KL(p || q), 0: KL(q || p)."""
     _check_unit("alpha", alpha)
     return alpha_beta_divergence(alpha, 1.0 - alpha)
@@ -293,6 +294,8 @@ KINDS: Mapping[str, Callable[..., Row]] = {
 def make(kind: str, *parameters: Parameter) -> Row:
     """The row of a kind by name: make("forward_kl"), make("generalized_jsd", 0.5).
 
+    Without parameters a kind has those of `ranges`.
+
     Raises:
       ConfigError: if there is no such kind; the message lists the kinds.
     """
@@ -300,4 +303,4 @@ def make(kind: str, *parameters: Parameter) -> Row:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         raise ConfigError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}{hint}")
-    return KINDS[kind](*parameters)
+    return KINDS[kind](*(parameters or (one.default for one in ENTRIES[kind].values())))

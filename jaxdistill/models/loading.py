@@ -1,6 +1,7 @@
 """Finds a model by folder, Hub id, GGUF file or package file, and loads it with its reader."""
 
 import importlib.util
+import logging
 import pathlib
 import re
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
 from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import RULES
+
+log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WORDS = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -50,6 +53,7 @@ def load(
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
     place = resolve(path_or_id, allow_network=allow_network, revision=revision)
+    log.info("loading %s", path_or_id)
     if place.is_file():
         from jaxdistill.models import gguf
 
@@ -129,8 +133,8 @@ def _in_package(text: str) -> pathlib.Path:
     relative = pathlib.PurePosixPath(inside)
     if not name.isidentifier() or not inside or relative.is_absolute() or ".." in relative.parts:
         raise ModelError(f"{text}: expected package:NAME/FILE, a file inside the package's folder")
-    found = importlib.util.find_spec(name)  # a top-level name: looks, does not import
-    folders = [] if found is None else list(found.submodule_search_locations or [])
+    package = importlib.util.find_spec(name)  # a top-level name: looks, does not import
+    folders = [] if package is None else list(package.submodule_search_locations or [])
     if not folders:
         raise ModelError(
             f"{text}: the Python package {name} is not installed; run: pip install "

@@ -124,8 +124,8 @@ class Api:
         if hopeless or failures >= self._max_failures:
             count = "" if hopeless else f", {failures} requests in a row"
             raise ModelError(
-                f"teacher {self._name}: {_words(error)}{count}; what was received is kept: mend it "
-                "and run the command again to go on"
+                f"teacher {self._name}: {_reason(error)}{count}; what was received is kept: "
+                "mend it and run the command again to go on"
             ) from error
 
     def _request(self, job: Job) -> list[Answer]:
@@ -139,7 +139,7 @@ class Api:
             except (_Garbled, *self._no_answer) as error:
                 garbled += 1
                 if garbled == _GARBLED_TRIES:
-                    return answers + _failed(job, first, _words(error))
+                    return answers + _failed(job, first, _reason(error))
             except self._errors:
                 if not answers:
                     raise
@@ -214,7 +214,7 @@ def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer],
         return answers, _Garbled(lost[0].reason) if len(lost) == len(answers) else None
     if not isinstance(error, Exception):
         raise error
-    return _failed(job, job.first, _words(error)), error
+    return _failed(job, job.first, _reason(error)), error
 
 
 def _failed(job: Job, first: int, reason: str) -> list[Answer]:
@@ -222,7 +222,7 @@ def _failed(job: Job, first: int, reason: str) -> list[Answer]:
     return [Answer(job, number, "", 0, None, reason, failed=True) for number in numbers]
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # A server may repeat what it was sent, and the reason is kept.
     text = redact(str(error)).splitlines()[0][:200] if str(error) else ""
     return f"{type(error).__name__.lstrip('_')}: {text}"
@@ -230,13 +230,13 @@ def _words(error: Exception) -> str:
 
 def _score(choice: Any, chat: bool) -> tuple[float | None, int]:
     """(sum of log-probabilities or None, number of tokens or 0) of a choice."""
-    told = getattr(choice, "logprobs", None)
+    scores = getattr(choice, "logprobs", None)
     values: list[Any]
     if chat:
-        entries = getattr(told, "content", None) or []
+        entries = getattr(scores, "content", None) or []
         values = [getattr(entry, "logprob", None) for entry in entries]
     else:
-        values = list(getattr(told, "token_logprobs", None) or [])
+        values = list(getattr(scores, "token_logprobs", None) or [])
     if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return None, 0
     return float(sum(values)), len(values)

@@ -1,21 +1,34 @@
-"""A teacher that is asked: jobs go in, answers come out one by one, in any order."""
+"""Asks a model or a server: questions go in, replies come out one by one, in any order.
+
+one stage     prompt -> answer
+two stages    prompt -> rationale;  prompt + rationale + "Therefore, the answer is" -> answer
+
+`ask` is the loop; `Local` and `api.Api` are who can be asked.
+"""
 
 import collections
 import dataclasses
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import DataError, ModelError
-from jaxdistill.models import Model
+from jaxdistill.models import Model, text
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Completion, Request
 from jaxdistill.reasoning.prompts import ANSWER_TOKENS
 
+CHAT_TOKENS = 64  # that a chat template may put around a question
+PROGRESS_SECONDS = 15.0  # between two lines of progress
+
+# (prompt, what was answered) -> the second question.
+SecondStage = Callable[[str, str], str]
+
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamplingParams:
     """How an answer is drawn; the fields mean what they mean in `requests.Request`."""
 
     max_new_tokens: int
@@ -37,12 +50,12 @@ class Job:
       settings: how answers are drawn.
       first: number of the first sample.
       count: how many.
-      tag: whatever the caller wants back.
+      tag: whatever the caller wants to find in `Answer.job` again.
     """
 
     id: str
     prompt: str
-    settings: Settings
+    settings: SamplingParams
     first: int = 0
     count: int = 1
     tag: Any = None
@@ -50,14 +63,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the teacher wrote, or why it did not.
+    """One sample of a job, or why there is none.
 
     Attributes:
       job: what was asked.
       sample: which of its samples.
       text: the answer.
       tokens: how many.
-      logprob: sum of their log-probabilities; None where the teacher does not tell.
+      logprob: sum of their log-probabilities; None where the server does not report them.
       reason: "stop" or "length"; else why there is no answer.
       failed: whether there is none.
     """
@@ -72,7 +85,7 @@ class Answer:
 
 
 @runtime_checkable
-class Teacher(Protocol):
+class Respondent(Protocol):
     """Whoever can be asked."""
 
     def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
@@ -87,8 +100,65 @@ class Teacher(Protocol):
         ...
 
 
+class Reply(NamedTuple):
+    """One sample of a question.
+
+    Attributes:
+      answer: to the question.
+      second: the answer to the second question; None where it was not asked.
+    """
+
+    answer: Answer
+    second: Answer | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why one of the two could not be had, or None."""
+        last = self.second or self.answer
+        return last.reason if last.failed else None
+
+
+def ask(
+    respondent: Respondent, jobs: Iterable[Job], second: SecondStage | None = None
+) -> Iterator[Reply]:
+    """Replies to all samples of all jobs, as they come.
+
+    In two stages every answer is followed by a second question, whose answer is greedy, one line
+    and at most `ANSWER_TOKENS` long. It is asked before further jobs.
+
+    Args:
+      respondent: who is asked.
+      jobs: the questions.
+      second: makes the second question; None: one stage.
+    """
+    waiting = collections.deque(jobs)
+    brief = SamplingParams(ANSWER_TOKENS, stop=("\n",))
+    for answer in respondent.ask(waiting):
+        if isinstance(answer.job.tag, Answer):
+            yield Reply(answer.job.tag, answer)
+        elif second is None or answer.failed:
+            yield Reply(answer)
+        else:
+            question = second(answer.job.prompt, answer.text)
+            waiting.appendleft(Job(answer.job.id, question, brief, answer.sample, 1, answer))
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """A function that is true once in so many seconds; not before the first have passed."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last <= seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
+
+
 def added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """What was spent in both."""
+    """The sums of two records of `spent`, name by name."""
     return {n: first.get(n, 0.0) + second.get(n, 0.0) for n in {**first, **second}}
 
 
@@ -97,21 +167,25 @@ def stream(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
-def room(model: Model, asked: Sequence[str], answer: int, second: str = "") -> int:
-    """Tokens that the longest of some prompts needs with its answer, as far as the context reaches.
+def context_length(
+    model: Model, prompts: Sequence[str], max_new_tokens: int, second: SecondStage
+) -> int:
+    """Tokens that the longest prompt needs with its answers, at most the context of the model.
 
     Args:
       model: with a tokenizer.
-      asked: the prompts.
-      answer: tokens of the longest answer.
-      second: what may be asked behind it, for a short answer more.
+      prompts: the first questions.
+      max_new_tokens: tokens of the longest answer.
+      second: makes the second question, which may be asked too.
     """
     assert model.tokenizer is not None
     longest, behind = (
-        max(map(len, model.tokenizer(list(texts))["input_ids"])) for texts in (asked, [second])
+        max(map(len, model.tokenizer(list(texts))["input_ids"]))
+        for texts in (prompts, [second("", "")])
     )
     # An answer that is read again as text may be some tokens longer.
-    return min(longest + answer + behind + 2 * ANSWER_TOKENS, model.config.max_positions)
+    needed = longest + max_new_tokens + behind + 2 * ANSWER_TOKENS
+    return min(needed, model.config.max_positions)
 
 
 class Local:
@@ -125,7 +199,7 @@ class Local:
       cache_dtype: as in `generator.Generator`.
 
     Raises:
-      ModelError: if the model has no tokenizer, or no chat template where one is asked for.
+      ModelError: if the model has no tokenizer, or no chat template where `chat` needs one.
     """
 
     def __init__(
@@ -141,8 +215,11 @@ class Local:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         if chat and not model.tokenizer.chat_template:
             raise ModelError(f"{model.source}: has no chat template: leave chat out")
-        self._prompter, self._chat = Prompter(model.tokenizer), chat
-        self._generator = Generator(model, slots=slots, length=length, cache_dtype=cache_dtype)
+        self._tokenizer, self._prompter = model.tokenizer, Prompter(model.tokenizer)
+        self._chat = chat
+        self._generator = Generator(
+            model.config, model.params, slots=slots, length=length, cache_dtype=cache_dtype
+        )
         self._slots = slots
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0}
 
@@ -158,6 +235,7 @@ class Local:
         self._spent["requests"] += 1
         given = dataclasses.asdict(job.settings)
         try:
+            given["stop"] = text.stop_at(self._tokenizer, job.settings.stop)
             tokens = self._tokens(job.prompt)
             self._spent["tokens_in"] += len(tokens)
             self._generator.submit(
@@ -184,7 +262,7 @@ class Local:
         return Answer(
             done.request.tag,
             done.sample,
-            done.text or "",
+            text.text_of(self._tokenizer, done),
             len(done.tokens),
             float(sum(done.logprobs)),
             done.reason,
@@ -193,3 +271,23 @@ class Local:
     def spent(self) -> dict[str, float]:
         """Prompts, and tokens read and written."""
         return dict(self._spent)
+
+
+def open_local(
+    model: Model,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    second: SecondStage,
+    *,
+    slots: int,
+    chat: bool,
+    cache_dtype: str | None = None,
+) -> Respondent:
+    """A model on this machine with the context that these prompts and their answers need.
+
+    Raises:
+      ModelError: as `Local`.
+    """
+    longest = max_new_tokens + (CHAT_TOKENS if chat else 0)
+    length = context_length(model, prompts, longest, second)
+    return Local(model, length=length, slots=slots, chat=chat, cache_dtype=cache_dtype)

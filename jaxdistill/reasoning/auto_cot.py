@@ -15,8 +15,8 @@ import numpy as np
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, decoder
 from jaxdistill.models.generator import bucket
-from jaxdistill.models.model import on_mesh
 from jaxdistill.reasoning.prompts import TRIGGERS, Exemplar, plain
+from jaxdistill.sharding import on_mesh
 
 # Number of clusters and longest rationale in lines by task, as published; all others 8 and 5.
 CLUSTERS = {"aqua": 4, "last_letters": 4, "commonsensqa": 7, "strategyqa": 6}
@@ -83,7 +83,7 @@ def select(
 
 
 def tidy(example: Exemplar) -> Exemplar:
-    """The example as it is shown: its rationale on one line, with the trigger in front."""
+    """The example as a prompt has it: its rationale on one line, with the trigger in front."""
     rationale = " ".join(example.rationale.split())
     if not rationale.startswith(TRIGGERS[0]):
         rationale = f"{TRIGGERS[0]} {rationale}"
@@ -157,10 +157,10 @@ def mean_pooled(model: Model, texts: Sequence[str], batch_size: int = 16) -> np.
     if model.tokenizer is None:
         raise ConfigError(f"embeddings: {model.source} has no tokenizer: use tfidf")
     rows: list[list[int]] = model.tokenizer(list(texts))["input_ids"]
-    found = [
+    parts = [
         _pool(model, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)
     ]
-    pooled = np.concatenate(found)
+    pooled = np.concatenate(parts)
     return pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12)
 
 

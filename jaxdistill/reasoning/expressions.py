@@ -60,15 +60,15 @@ class _NoValue(Exception):
 
 
 def _tokens(text: str) -> list[str]:
-    found, place = [], 0
+    tokens, place = [], 0
     text = text.rstrip()
     while place < len(text):
         match = _TOKEN.match(text, place)
         if match is None:
             raise _NoValue
-        found.append(match.group(1) or match.group(2))
+        tokens.append(match.group(1) or match.group(2))
         place = match.end()
-    return found
+    return tokens
 
 
 class _Parser:

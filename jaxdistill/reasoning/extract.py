@@ -39,21 +39,21 @@ def cleanse(text: str, kind: str, *, few_shot: bool = False, choices: str = "ABC
         pieces = text.split(TRIGGER)
         text, flagged = pieces[-1], len(pieces) > 1
     if kind == "number":
-        found = _NUMBER.findall(text.replace(",", ""))
+        matches = _NUMBER.findall(text.replace(",", ""))
     elif kind == "choice":
-        found = re.findall("|".join(choices), text)
+        matches = re.findall("|".join(choices), text)
     elif kind == "yes_no":
         words = re.sub(r"[\"'\n.\s:,]", " ", text.lower()).split(" ")
-        found = [word for word in words if word in ("yes", "no")]
+        matches = [word for word in words if word in ("yes", "no")]
     elif kind == "letters":
-        found = [re.sub(r"[\"'\n.\s]", "", text)]
+        matches = [re.sub(r"[\"'\n.\s]", "", text)]
     elif kind == "text":
-        found = [text.strip()]
+        matches = [text.strip()]
     else:
         raise ConfigError(f"answer kind {kind!r}: is not one of {', '.join(KINDS)}")
-    if not found:
+    if not matches:
         return None
-    answer = found[0] if flagged or not few_shot else found[-1]
+    answer = matches[0] if flagged or not few_shot else matches[-1]
     answer = answer[:-1] if answer.endswith(".") else answer
     return answer or None
 
@@ -134,7 +134,7 @@ def answer(text: str, kind: str, *, choices: str = "ABCDE") -> str | None:
     elif "####" in text:
         text = text.rsplit("####", 1)[1]
     else:
-        # A model that goes on with a question of its own has answered before it.
+        # A model that continues with a question of its own has answered before it.
         text = re.split(r"\n(?:Q|Question):", text)[0]
     if kind == "expression":
         text = re.split("(?i)the answer is", text)[-1]
@@ -151,10 +151,10 @@ def _choice(text: str, choices: str) -> str | None:
     """The option behind the trigger, else the last one in parentheses, else the last alone."""
     behind = re.split(r"(?i)answer is:?", text)
     pattern = rf"\(([{choices}])\)|\b([{choices}])\b(?!')"
-    found = [one or other for one, other in re.findall(pattern, behind[-1])]
-    if not found:
+    matches = [one or other for one, other in re.findall(pattern, behind[-1])]
+    if not matches:
         return None
-    return found[0] if len(behind) > 1 else found[-1]
+    return matches[0] if len(behind) > 1 else matches[-1]
 
 
 def canonical(answer: str | None, kind: str) -> str | None:

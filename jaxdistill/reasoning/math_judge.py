@@ -15,7 +15,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its ow
 def judge(completion: str, gold: str) -> tuple[str | None, bool]:
     """(answer, whether it equals the gold one)."""
     wanted = _math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)
-    found = _math_verify.parse(completion, parsing_timeout=None)
-    if not found:
+    answers = _math_verify.parse(completion, parsing_timeout=None)
+    if not answers:
         return None, False
-    return str(found[-1])[:200], _math_verify.verify(wanted, found, timeout_seconds=None)
+    return str(answers[-1])[:200], _math_verify.verify(wanted, answers, timeout_seconds=None)

@@ -7,7 +7,7 @@ few-shot       Q: {x}\nA: {z} The answer is {y}.\n\n  ...  Q: {question}\nA:
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.errors import ConfigError
@@ -29,6 +29,7 @@ TRIGGERS = (
     "The answer is after the proof.",
     "Let's be realistic and think step by step.",
 )
+STYLES = ("plain", "zero_shot", "few_shot", "preamble")
 RATIONALE_TOKENS, ANSWER_TOKENS = 128, 32  # published limits of the two stages
 FEW_SHOT_TRIGGER = "The answer is"
 SYMBOLIC = "Write the answer as one arithmetic expression in parentheses, such as (7 * 30).\n\n"
@@ -70,6 +71,34 @@ def zero_shot_cot(question: str, trigger: int | str = 1) -> str:
     return f"{plain(question)} {trigger}"
 
 
+def in_style(
+    style: str,
+    *,
+    trigger: int = 1,
+    exemplars: Sequence[Exemplar] = (),
+    preamble: str = "",
+    symbolic: bool = False,
+) -> Callable[[str], str]:
+    """question -> prompt, for a style of `STYLES`.
+
+    Args:
+      style: `plain`; `zero_shot`: with a published trigger; `few_shot`: behind worked examples;
+        `preamble`: behind a text.
+      trigger: number of the zero-shot trigger.
+      exemplars: the worked examples.
+      preamble: the text.
+      symbolic: worked examples ask for an arithmetic expression as the answer.
+    """
+    assert style in STYLES, style
+    if style == "zero_shot":
+        return lambda question: zero_shot_cot(question, trigger)
+    if style == "few_shot":
+        return lambda question: few_shot_cot(question, exemplars, symbolic=symbolic)
+    if style == "preamble":
+        return lambda question: with_preamble(preamble, question)
+    return plain
+
+
 def answer_trigger(kind: str, choices: str = "ABCDE") -> str:
     r"""What asks for the answer in stage two.
 
@@ -97,8 +126,8 @@ def few_shot_cot(question: str, exemplars: Sequence[Exemplar], *, symbolic: bool
 
     Reference: Wei et al. 2022, arXiv 2201.11903; expressions as in Hsieh et al. 2023.
     """
-    shown = "".join(f"{worked(one)}\n\n" for one in exemplars)
-    return (SYMBOLIC if symbolic else "") + shown + plain(question)
+    examples = "".join(f"{worked(one)}\n\n" for one in exemplars)
+    return (SYMBOLIC if symbolic else "") + examples + plain(question)
 
 
 def worked(one: Exemplar) -> str:

@@ -1,4 +1,4 @@
-"""Rationales that a teacher gave: which are kept, and the training records they become.
+"""Rationales of a teacher: which are kept, and the training records they become.
 
 samples (N per question) -> parse, filter, budget -> JSON Lines for the data room
 """
@@ -33,7 +33,7 @@ class Sample:
       rationale: what stands before the answer.
       answer: as it was written, or None.
       correct: by the task's verifier; None where there is no gold answer.
-      logprob: sum over the tokens; None where the teacher does not tell.
+      logprob: sum over the tokens; None where the teacher does not report them.
       tokens: how many.
       reason: why it ended, "stop" or "length".
     """
@@ -62,7 +62,7 @@ class Sample:
 
 
 def split(completion: str, kind: str, choices: str = "ABCDE") -> extract.Parsed:
-    """Rationale and answer of a completion: what precedes the last trigger, and what is found."""
+    """Rationale and answer of a completion: the text before the last trigger, and the answer."""
     text = completion.split("\nQ:")[0]
     thought, closed, behind = text.rpartition("</think>")
     answer = extract.answer(text, kind, choices=choices)
@@ -206,24 +206,24 @@ def records(samples: Sequence[Sample], form: str) -> list[dict[str, Any]]:
     """
     if form not in FORMS:
         raise ConfigError(f"form {form!r}: is not one of {', '.join(FORMS)}")
-    made: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     labelled: set[str] = set()
     for one in samples:
         if form in ("label", "step_by_step") and one.id not in labelled:
             labelled.add(one.id)
-            made.append(_label(one, form))
+            rows.append(_label(one, form))
         if form == "step_by_step":
-            made.append({"prompt": EXPLAIN + one.question, "completion": f" {one.rationale}"})
+            rows.append({"prompt": EXPLAIN + one.question, "completion": f" {one.rationale}"})
         elif form == "sequence_kd":
-            made.append({"prompt": plain(one.question), "completion": one.completion})
+            rows.append({"prompt": plain(one.question), "completion": one.completion})
         elif form == "scotd":
             worked = f" {one.rationale} {FEW_SHOT_TRIGGER} {one.answer}."
-            made.append({"prompt": plain(one.question), "completion": worked})
+            rows.append({"prompt": plain(one.question), "completion": worked})
         elif form == "think":
             text = f"<think>\n{one.rationale}\n</think>\n\n{FEW_SHOT_TRIGGER} {one.answer}."
             turns = [("user", one.question), ("assistant", text)]
-            made.append({"messages": [{"role": r, "content": c} for r, c in turns]})
-    return made
+            rows.append({"messages": [{"role": r, "content": c} for r, c in turns]})
+    return rows
 
 
 def _label(one: Sample, form: str) -> dict[str, str]:
@@ -232,5 +232,5 @@ def _label(one: Sample, form: str) -> dict[str, str]:
     if not answer:
         raise ConfigError(f"form {form}: question {one.id} has neither a gold nor a parsed answer")
     prompt = PREDICT + one.question if form == "step_by_step" else plain(one.question)
-    shown = f" {answer}" if form == "step_by_step" else f" {FEW_SHOT_TRIGGER} {answer}."
-    return {"prompt": prompt, "completion": shown}
+    text = f" {answer}" if form == "step_by_step" else f" {FEW_SHOT_TRIGGER} {answer}."
+    return {"prompt": prompt, "completion": text}

@@ -1,4 +1,4 @@
-"""Samples on disk, one line each, added as they come; a killed run goes on where it was."""
+"""Samples on disk, one line each, added as they come; a killed run resumes where it was."""
 
 import contextlib
 import fcntl
@@ -17,13 +17,15 @@ _FIELDS = set(Sample.__dataclass_fields__)
 
 
 class Store:
-    """The samples of one configuration, what they answer, and what they cost.
+    """The samples of one configuration on disk. One process at a time writes a folder.
 
-    They are `samples.jsonl`, `asked.json` and `spent.json`, which adds up over all runs.
+    samples.jsonl    one sample a line
+    asked.json       what was asked: model, task, prompt and sampling
+    spent.json       requests, tokens and cost of all runs together
 
     Args:
-      folder: made where it is missing.
-      asked: what decides the samples; a folder made for another is refused.
+      folder: created if it is missing.
+      asked: what decides the samples; a folder with another asked.json is refused.
 
     Raises:
       ConfigError: if the folder holds samples of another configuration, another process writes it,
@@ -48,7 +50,7 @@ class Store:
                 raise
 
     def _hold(self) -> None:
-        """Keeps others from asking for the same samples; the lock ends with the process."""
+        """Locks the folder, so that no other process asks for the same samples until this ends."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,7 +106,7 @@ class Store:
         return True
 
     def spend(self, now: Mapping[str, float]) -> dict[str, float]:
-        """Notes what was spent since the store was opened; returns that of all runs together."""
+        """Records what was spent since the store was opened; returns the sum over all runs."""
         total = added(self._before, now)
         with _writing(self.folder):
             whole_file.write_text(self.folder / "spent.json", json.dumps(total) + "\n")
@@ -115,8 +117,8 @@ class Store:
         if not note.exists():
             return {}
         try:
-            told = json.loads(note.read_text(encoding="utf-8"))
-            return {str(name): float(value) for name, value in told.items()}
+            recorded = json.loads(note.read_text(encoding="utf-8"))
+            return {str(name): float(value) for name, value in recorded.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{note}: is damaged, and says what was spent on the samples: mend or remove it "

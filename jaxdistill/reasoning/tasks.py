@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxdistill.data.records import text_problem
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.reasoning import extract, verifiers
+from jaxdistill.reasoning import extract, prompts, verifiers
 
 BBH = {
     "boolean_expressions": "text",
@@ -64,6 +64,10 @@ class Task:
     kind: str
     items: tuple[Item, ...]
     choices: str = "ABCDE"
+
+    def second_stage(self, prompt: str, rationale: str) -> str:
+        """The second question of zero-shot CoT, which asks for the answer alone."""
+        return prompts.second_stage(prompt, rationale, self.kind, self.choices)
 
     def verifier(self) -> verifiers.Verifier:
         """Judges a completion by the task's kind of answer."""

@@ -24,7 +24,7 @@ class Verdict:
     """What a verifier says.
 
     Attributes:
-      answer: what was found, as `extract.canonical` spells it; None: nothing could be parsed.
+      answer: what was parsed, as `extract.canonical` spells it; None: nothing could be parsed.
       correct: whether it is right; never where there is no answer.
     """
 
@@ -49,9 +49,9 @@ def exact(kind: str = "text", *, choices: str = "ABCDE") -> Verifier:
         raise ConfigError(f"answer kind {kind!r}: is not one of {', '.join(extract.KINDS)}")
 
     def verify(completion: str, gold: str) -> Verdict:
-        found = extract.canonical(extract.answer(completion, kind, choices=choices), kind)
+        answer = extract.canonical(extract.answer(completion, kind, choices=choices), kind)
         wanted = extract.canonical(gold, kind)
-        return Verdict(found, found is not None and found == wanted)
+        return Verdict(answer, answer is not None and answer == wanted)
 
     return verify
 
@@ -83,27 +83,29 @@ def numeric(*, rel: float = 1e-6, abs_: float = 1e-6, units: str = "ignore") -> 
         wanted, wanted_unit = quantity(gold)
         if wanted is None:
             raise ConfigError(f"gold answer {gold[:60]!r}: is not a number")
-        found, unit = quantity(_numeric_text(completion))
-        if found is None:
+        answer, unit = quantity(_numeric_text(completion))
+        if answer is None:
             return Verdict(None, False)
-        near = abs(found - wanted) <= max(rel * abs(wanted), abs_)
+        near = abs(answer - wanted) <= max(rel * abs(wanted), abs_)
         same = units == "ignore" or not wanted_unit or unit == wanted_unit
-        return Verdict(str(found), bool(near and same))
+        return Verdict(str(answer), bool(near and same))
 
     return verify
 
 
 def _numeric_text(completion: str) -> str:
     """The part of a completion that states the number: the answer with the word behind it."""
-    found = extract.answer(completion, "number")
-    if found is None:
+    answer = extract.answer(completion, "number")
+    if answer is None:
         return ""
     text = extract.without_thinking(completion)[-extract.LONGEST :]
     text = extract.last_boxed(text) or text.rsplit("####", 1)[-1]
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
-    place = text.rfind(found)
-    behind = re.match(r"\.?[ \t]*([A-Za-z%°]*)", text[place + len(found) :]) if place >= 0 else None
-    return found + (" " + behind.group(1) if behind else "")
+    place = text.rfind(answer)
+    behind = (
+        re.match(r"\.?[ \t]*([A-Za-z%°]*)", text[place + len(answer) :]) if place >= 0 else None
+    )
+    return answer + (" " + behind.group(1) if behind else "")
 
 
 def quantity(text: str) -> tuple[Any, str]:
@@ -141,21 +143,21 @@ def regex(pattern: str, *, seconds: float = 1.0) -> Verifier:
 
     def verify(completion: str, gold: str) -> Verdict:
         try:
-            found = find(pattern, completion[-extract.LONGEST :])
+            answer = find(pattern, completion[-extract.LONGEST :])
         except TimedOut:
-            found = None
-        found = extract.canonical(found, "text")
-        return Verdict(found, found is not None and found == extract.canonical(gold, "text"))
+            answer = None
+        answer = extract.canonical(answer, "text")
+        return Verdict(answer, answer is not None and answer == extract.canonical(gold, "text"))
 
     return verify
 
 
 def search(pattern: str, text: str) -> str | None:
     """The last match of a pattern: its first group where it has one."""
-    found = None
+    last = None
     for match in re.finditer(pattern, text):
-        found = match.group(1) if match.re.groups else match.group(0)
-    return found
+        last = match.group(1) if match.re.groups else match.group(0)
+    return last
 
 
 def math(*, seconds: float = 5.0) -> Verifier:

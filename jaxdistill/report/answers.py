@@ -1,6 +1,5 @@
 """The page about accuracy on tasks: by votes, by rationales, right and wrong side by side."""
 
-import importlib.resources
 import json
 import os
 import pathlib
@@ -8,19 +7,13 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 
-import jinja2
-import markupsafe
-
-from jaxdistill import whole_file
-from jaxdistill.errors import DataError, StorageError
-from jaxdistill.report import html, pictures, wording
-from jaxdistill.report.diagrams import colour
+from jaxdistill.errors import DataError
+from jaxdistill.report import page, pictures, wording
+from jaxdistill.report.curves import colour
 from jaxdistill.report.pictures import PALETTE, dress, render
-from jaxdistill.report.story import Figure, Part
-from jaxdistill.report.table import Column
 
 PAGE = "answers.html"
-SHOWN = 3  # questions of each kind beside each other
+SAMPLES = 3  # questions answered right, and as many answered wrong
 Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
 
 
@@ -41,33 +34,14 @@ def write_answers(
     """
     pictures.require()
     places = [pathlib.Path(folder) for folder in folders]
-    path = places[0] / PAGE if out is None else pathlib.Path(out)
-    page = _page(places)
-    try:
-        whole_file.write_text(path, page)
-    except OSError as error:
-        raise StorageError(f"{path}: the page cannot be written: {error}") from error
-    return path
-
-
-def _page(places: Sequence[pathlib.Path]) -> str:
-    files = importlib.resources.files("jaxdistill.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = wording.visible
-    template = environment.from_string(files.joinpath("story.html.jinja").read_text("utf-8"))
-    found = {place: _numbers(place) for place in places}
-    names = list(dict.fromkeys(task for tasks in found.values() for task in tasks))
-    return template.render(
-        style=markupsafe.Markup(html.palette() + files.joinpath("page.css").read_text("utf-8")),
+    results = {place: _numbers(place) for place in places}
+    tasks = list(dict.fromkeys(task for numbers in results.values() for task in numbers))
+    answers = page.Page(
+        over="Task report",
         title="Answers: " + ", ".join(place.resolve().name for place in places),
-        steps=[],
-        options=[],
-        parts=[_part(task, number, found) for number, task in enumerate(names)],
-        figures=[],
-        as_markup=markupsafe.Markup,
+        sections=[_section(task, number, results) for number, task in enumerate(tasks)],
     )
+    return page.write(answers, places[0] / PAGE if out is None else pathlib.Path(out))
 
 
 def _numbers(place: pathlib.Path) -> dict[str, typing.Any]:
@@ -80,34 +54,35 @@ def _numbers(place: pathlib.Path) -> dict[str, typing.Any]:
     raise DataError(f"{place}: holds no tasks.json; `jaxdistill eval MODEL --tasks ... -o DIR`")
 
 
-def _part(task: str, number: int, found: Mapping[pathlib.Path, Mapping]) -> Part:
+def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.Section:
     """One task: its table, curves and samples."""
-    models = [(place.resolve().name, rows[task]) for place, rows in found.items() if task in rows]
+    models = [(place.resolve().name, rows[task]) for place, rows in results.items() if task in rows]
     head = [
-        Column("greedy", "greedy", wording.percent, "high"),
-        Column("unparsable", "unparsable", wording.percent, "low"),
-        Column("vote", "vote of all samples", wording.percent, "high"),
-        Column("pass", "one sample is right", wording.percent, "high"),
+        ("greedy", "higher is better"),
+        ("unparsable", "lower is better"),
+        ("vote of all samples", "higher is better"),
+        ("one sample is right", "higher is better"),
     ]
     lines = [
-        (name, colour(index), [_cell(share) for share in _shares(row)])
+        page.Row(name, [page.Cell(_interval(share)) for share in _shares(row)], colour(index))
         for index, (name, row) in enumerate(models)
     ]
-    legend = [(name, colour(index)) for index, (name, _) in enumerate(models)]
-    ways = [("greedy", colour(0)), ("vote of all samples", colour(1))]
+    legend = [page.Key(line.name, line.colour) for line in lines]
+    ways = [page.Key("greedy", colour(0)), page.Key("vote of all samples", colour(1))]
     drawn = [
         ("Accuracy by votes", _by_votes(models, f"votes{number}"), legend),
         ("Accuracy by rationales", _by_rationales(models, f"rationales{number}"), ways),
     ]
     note = "Bars are 95 % intervals over questions."
-    return Part(
-        name=task,
-        held_out=f"{models[0][1].get('questions', 0)} questions; brackets are 95 % intervals",
-        sentences=[],
-        head=head,
-        lines=lines,
-        figures=[Figure(title, svg, note, told) for title, svg, told in drawn if svg is not None],
-        samples=_samples(next(iter(found)), task),
+    questions = models[0][1].get("questions", 0)
+    return page.Section(
+        task,
+        [
+            page.Table(head, lines),
+            page.Text(f"Measured on {questions} questions; brackets are 95 % intervals"),
+            page.Pictures([page.Picture(t, svg, keys, note) for t, svg, keys in drawn if svg]),
+            *_samples(next(iter(results)), task),
+        ],
     )
 
 
@@ -116,7 +91,7 @@ def _shares(row: Mapping[str, typing.Any]) -> list[Mapping | None]:
     return [row["greedy"], row.get("unparsable"), last("maj_at"), last("pass_at")]
 
 
-def _cell(share: Mapping[str, float] | None) -> str:
+def _interval(share: Mapping[str, float] | None) -> str:
     if share is None:
         return "-"
     ends = [wording.percent(share[end]) for end in ("value", "low", "high")]
@@ -172,14 +147,12 @@ def _curve(lines: Sequence[tuple[int, Points, str]], label: str, name: str) -> s
         ticks = sorted({place for _, points, _ in lines for place, _ in points})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-        dress(axis, "both")
-        axis.set_xlabel(label, color=PALETTE["muted"][0])
-        axis.set_title("right, %", loc="left", fontsize=8.5, color=PALETTE["muted"][0])
+        dress(axis, "both", "right, %", label)
 
     return render(paint, name, (5.4, 3.0))
 
 
-def _samples(place: pathlib.Path, task: str) -> list[tuple[str, list[tuple[str, str]]]]:
+def _samples(place: pathlib.Path, task: str) -> list[page.Sample]:
     """Questions with right and wrong reasoning of the first model side by side."""
     name = "".join(letter if letter.isalnum() else "_" for letter in task)
     try:
@@ -187,14 +160,14 @@ def _samples(place: pathlib.Path, task: str) -> list[tuple[str, list[tuple[str, 
         rows = [json.loads(line) for line in text.splitlines()]
     except (OSError, ValueError):
         return []
-    told = lambda row, which: f"{which}: gold {row['gold']}, answered {row['answer']}"
-    made = []
-    for right in (True, False):
-        for row in [row for row in rows if row.get("correct") is right][:SHOWN]:
-            texts = [(told(row, "right" if right else "wrong"), str(row["text"]))]
+    samples = []
+    for correct, verdict in ((True, "right"), (False, "wrong")):
+        for row in [row for row in rows if row.get("correct") is correct][:SAMPLES]:
+            title = f"{verdict}: gold {row['gold']}, answered {row['answer']}"
             other = _other(row)
-            made.append((str(row["question"]), texts + ([other] if other else [])))
-    return made
+            texts = [(title, str(row["text"])), *([other] if other else [])]
+            samples.append(page.Sample(str(row["question"]), texts))
+    return samples
 
 
 def _other(row: Mapping[str, typing.Any]) -> tuple[str, str] | None:

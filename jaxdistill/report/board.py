@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 
 from jaxdistill.report.json_lines import Appender
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 
 class Board:
@@ -18,7 +19,13 @@ class Board:
     record in a buffer, which spoils the file.
     """
 
-    def __init__(self, folder: pathlib.Path, resume_step: int | None, wall_time: float):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        resume_step: int | None,
+        wall_time: float,
+        hooks: Hooks = NO_HOOKS,
+    ):
         from tensorboardX.proto import event_pb2, summary_pb2
 
         # Any, because protobuf makes these modules' classes when they are imported.
@@ -29,7 +36,7 @@ class Board:
         # Viewers read all files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}"
         name += f".{len(list(folder.iterdir()))}.{os.getpid()}"
-        self._file = Appender(folder / name)
+        self._file = Appender(folder / name, hooks)
         self._append(file_version="brain.Event:2", wall_time=wall_time)
         self._start = messages.SessionLog(status=messages.SessionLog.START)
         if resume_step is not None:

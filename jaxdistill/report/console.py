@@ -19,7 +19,7 @@ from jaxdistill.report import wording
 
 MODES = ("auto", "rich", "plain", "none")
 
-# Metric -> (label, how to write the value): the words of the live rows, in their order.
+# Metric -> (label, how to write the value): the labels of the live rows, in their order.
 _LEARNING: dict[str, tuple[str, Callable[[float], str]]] = {
     "loss/total": ("loss", wording.number),
     "loss/ce": ("ce", wording.number),
@@ -52,18 +52,18 @@ _MACHINE: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 class Progress:
-    """Shows where a run is; use as a context manager, so a terminal is left as it was found.
+    """Shows where a run is; use as a context manager, which gives a terminal back as it was.
 
-    On a terminal the rows are redrawn in place; in a pipe every shown record is one line of
-    `key=value` with the names of metrics.jsonl. Metrics that are not given are not shown. Nothing
-    that fails here (a closed pipe) stops the run.
+    On a terminal the rows are redrawn in place; in a pipe every record is one line of
+    `key=value` with the names of metrics.jsonl. A failure here (a closed pipe) does not stop the
+    run.
 
     Args:
       total_steps: the step the run ends with.
       mode: "rich", "plain", "none", or "auto": rich on a terminal, plain elsewhere.
       stream: where to write.
       log_every: in plain mode, the steps between lines; the first and the last step, and those
-        with an evaluation, are always shown.
+        with an evaluation, are always printed.
       clock: seconds that never go back.
 
     Raises:
@@ -109,17 +109,17 @@ class Progress:
             if first or evaluation or step % self._log_every == 0 or step >= self._total:
                 self._print(self._record(step, numbers))
         elif self._mode == "rich" and evaluation:
-            words = (f"{k.removeprefix('eval/')} {_value(k, v)}" for k, v in evaluation.items())
-            self._print(Text(f"step {step}  held-out  " + "  ".join(words), style="cyan"))
+            values = (f"{k.removeprefix('eval/')} {_value(k, v)}" for k, v in evaluation.items())
+            self._print(Text(f"step {step}  held-out  " + "  ".join(values), style="cyan"))
 
     def event(self, text: str) -> None:
         """Shows a notice: a checkpoint was saved, a step was skipped, an evaluation begins."""
-        words = wording.clean(text)
+        notice = wording.clean(text)
         step = 0 if self._step is None else self._step
         if self._mode == "plain":
-            self._print(f"step={step}/{self._total} event={json.dumps(words, ensure_ascii=False)}")
+            self._print(f"step={step}/{self._total} event={json.dumps(notice, ensure_ascii=False)}")
         elif self._mode == "rich":
-            self._print(Text(f"step {step}  {words}", style="dim"))
+            self._print(Text(f"step {step}  {notice}", style="dim"))
 
     def close(self) -> None:
         """Leaves the last rows standing and gives the terminal back; may be called again."""
@@ -149,17 +149,17 @@ class Progress:
         """The live rows: bar and times, what is learned, what the machine does."""
         step = self._step or 0
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=24)
-        words = [f"step {step}/{self._total}", wording.percent(step / max(self._total, 1))]
-        words.append(f"{wording.duration(self._clock() - self._began)} so far")
+        facts = [f"step {step}/{self._total}", wording.percent(step / max(self._total, 1))]
+        facts.append(f"{wording.duration(self._clock() - self._began)} so far")
         if self._step is None:
-            words.append("waiting for the first step (compiling)")
+            facts.append("waiting for the first step (compiling)")
         left = self.seconds_left()
         if left is not None:
-            words.append(f"eta {wording.duration(left)}")
+            facts.append(f"eta {wording.duration(left)}")
         separator = " | " if options.ascii_only else " │ "
         head = console.render_lines(bar, options.update(width=24), pad=False, new_lines=False)
         yield from head[0]
-        yield Text(" " + separator.join(words), style="bold", no_wrap=True, overflow="ellipsis")
+        yield Text(" " + separator.join(facts), style="bold", no_wrap=True, overflow="ellipsis")
         for table in (_LEARNING, _MACHINE):
             segments = list(_segments(self._scalars, table))
             yield from _flow(segments, separator, options.max_width)
@@ -258,10 +258,10 @@ def _segments(
             continue
         label, write = row
         style = "bold" if math.isfinite(value) else "bold red"
-        words = [(f"{label} ", "dim"), (write(value), style)]
+        parts = [(f"{label} ", "dim"), (write(value), style)]
         if name in ("perf/tokens_per_second", "perf/tflops_per_second", "perf/memory_gib"):
-            words = [(write(value), style), (f" {label}", "dim")]
-        yield Text.assemble(*words)
+            parts = [(write(value), style), (f" {label}", "dim")]
+        yield Text.assemble(*parts)
 
 
 def _flow(segments: list[Text], separator: str, width: int) -> Iterator[Text]:

@@ -35,7 +35,7 @@ class Line:
     """One line of a chart.
 
     Attributes:
-      label: its words in the legend.
+      label: its name in the legend.
       steps: [P] the steps.
       values: [P] the values; NaN breaks the line.
       colour: a token of `COLOURS`.
@@ -55,7 +55,7 @@ class Line:
 
     @property
     def number(self) -> str:
-        """The number of the legend, in words; a value that was not finite is passed over."""
+        """The number of the legend as text; values that are not finite do not count."""
         finite = self.values[np.isfinite(self.values)]
         if not len(finite):
             return wording.MISSING
@@ -83,7 +83,7 @@ class Panel:
     """One picture of the page: a title, charts above each other, and a remark.
 
     Attributes:
-      title: the words above the picture.
+      title: above the picture.
       charts: top to bottom, with a common axis of steps.
       note: a sentence below, or "".
       end: the last step of the axis, the same for all pictures of a page.
@@ -126,7 +126,7 @@ def skipped_steps(run: RunFiles) -> tuple[int, ...]:
         kind, step, to = str(event.get("kind")), event.get("step"), event.get("to")
         if "skip" in kind and isinstance(step, int):
             named.add(step)
-        elif kind == "rerun" and event.get("verdict") == "fluke" and isinstance(step, int):
+        elif kind == "rerun" and event.get("verdict") == "transient" and isinstance(step, int):
             named = {one for one in named if one < step}
         elif kind == "rollback" and isinstance(to, int):
             named = {one for one in named if one <= to}
@@ -137,13 +137,13 @@ def skipped_steps(run: RunFiles) -> tuple[int, ...]:
 
 def panels(runs: Sequence[RunFiles]) -> list[Panel]:
     """The pictures of one run, or of several runs laid over each other."""
-    made = _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
+    planned = _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
     end = max((record["step"] for run in runs for record in run.records), default=0)
-    kept = [
+    drawable = (
         dataclasses.replace(panel, charts=tuple(filter(_has_points, panel.charts)), end=end)
-        for panel in made
-    ]
-    return [panel for panel in kept if panel.charts]
+        for panel in planned
+    )
+    return [panel for panel in drawable if panel.charts]
 
 
 def _has_points(chart: Chart) -> bool:
@@ -225,15 +225,15 @@ def _of_several(runs: Sequence[RunFiles]) -> list[Panel]:
         ("Learning rate", "optim/lr", "solid", False),
         ("Throughput, tokens/s", "perf/tokens_per_second", "noisy", False),
     ]
-    made = []
+    plotted = []
     for title, metric, style, percent in quantities:
         lines = [
-            Line(run.name, *series(run.records, metric), _colour(index), style, percent)
+            Line(run.name, *series(run.records, metric), colour(index), style, percent)
             for index, run in enumerate(runs)
         ]
         lines = [line for line in lines if len(line.steps)]
-        made.append(Panel(title, (Chart(tuple(lines), percent=percent),)))
-    return made
+        plotted.append(Panel(title, (Chart(tuple(lines), percent=percent),)))
+    return plotted
 
 
 def _lines(
@@ -244,8 +244,8 @@ def _lines(
     for index, metric in enumerate(metrics):
         steps, values = series(run.records, metric)
         if len(steps):
-            label = _NAMES.get(metric) or _words(metric)
-            lines.append(Line(label, steps, values, _colour(first + index), style, percent))
+            label = _NAMES.get(metric) or _label(metric)
+            lines.append(Line(label, steps, values, colour(first + index), style, percent))
     return lines
 
 
@@ -320,11 +320,12 @@ def _time_shares(run: RunFiles) -> Panel:
     return Panel(title, (chart,), note)
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
+    """The token of the colour that line, run or model `index` has in every picture."""
     return COLOURS[index % len(COLOURS)]
 
 
-def _words(metric: str) -> str:
+def _label(metric: str) -> str:
     group, _, name = metric.partition("/")
     if group in ("teacher", "student", "knobs"):
         return name if group == "knobs" else metric

@@ -6,15 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxdistill.report import wording
-from jaxdistill.report.curves import COLOURS
+from jaxdistill.report.curves import colour
 from jaxdistill.report.pictures import PALETTE, dress, render
 
 Row = Mapping[str, typing.Any]
-
-
-def colour(index: int) -> str:
-    """The token of the colour that row `index` of a table has in every picture."""
-    return COLOURS[index % len(COLOURS)]
 
 
 def reliability(rows: Sequence[Row], name: str) -> str | None:
@@ -44,13 +39,11 @@ def reliability(rows: Sequence[Row], name: str) -> str | None:
             axis.scatter(
                 sure, right, s=[6 + 120 * bar["share"] for bar in bars], color=shade, linewidths=0
             )
-        dress(axis, "both")
-        _percent(axis.xaxis)
-        _percent(axis.yaxis)
+        dress(axis, "both", "how often it is right", "probability of the most likely token")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
-        axis.set_xlabel("probability of the most likely token", color=PALETTE["muted"][0])
-        axis.set_title("how often it comes", loc="left", fontsize=8.5, color=PALETTE["muted"][0])
 
     return render(paint, name, (5.4, 3.2))
 
@@ -94,11 +87,9 @@ def pareto(rows: Sequence[Row], name: str) -> str | None:
                 axis.scatter(
                     [x], [y], s=34, color=PALETTE[colour(index)][0], linewidths=0, zorder=2
                 )
-            dress(axis, "both")
+            title = f"{quality[1]}: lower is better" if axis is axes[0] else ""
+            dress(axis, "both", title, label)
             axis.margins(0.12)
-            axis.set_xlabel(label, color=PALETTE["muted"][0])
-        words = f"{quality[1]}: lower is better"
-        axes[0].set_title(words, loc="left", fontsize=8.5, color=PALETTE["muted"][0])
 
     return render(paint, name, (5.4, 2.9))
 
@@ -109,21 +100,21 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     >>> frontier([(1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0)])
     [(1.0, 5.0), (2.0, 3.0), (4.0, 1.0)]
     """
-    kept: list[tuple[float, float]] = []
+    front: list[tuple[float, float]] = []
     for x, y in sorted(points):
-        if not kept or y < kept[-1][1]:
-            kept.append((x, y))
-    return kept
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
 
 
 def layers(
-    influence: np.ndarray, kept: Sequence[int], name: str, loss: np.ndarray | None = None
+    influence: np.ndarray, stay: Sequence[int], name: str, loss: np.ndarray | None = None
 ) -> str:
     """What every layer is worth, and which stay.
 
     Args:
       influence: block influence [layers].
-      kept: the layers of the student, or all.
+      stay: the layers of the student, or all.
       name: unique on the page.
       loss: rise of the loss without each layer [layers], where it was measured.
     """
@@ -134,18 +125,12 @@ def layers(
     def paint(figure: typing.Any) -> None:
         axes = figure.subplots(len(charts), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (title, values) in zip(axes, charts, strict=True):
-            shades = ["blue" if layer in set(kept) else "orange" for layer in range(len(values))]
+            shades = ["blue" if layer in set(stay) else "orange" for layer in range(len(values))]
             axis.bar(range(len(values)), values, color=[PALETTE[shade][0] for shade in shades])
-            dress(axis)
-            axis.set_title(title, loc="left", fontsize=8.5, color=PALETTE["muted"][0])
-        axes[-1].set_xlabel("layer", color=PALETTE["muted"][0])
+            dress(axis, "y", title, "layer" if axis is axes[-1] else "")
 
     return render(paint, name, (5.4, 1.4 + 1.2 * len(charts)))
 
 
 def _count(rows: Sequence[Row], field: str) -> int:
     return sum(wording.is_number(row.get(field)) for row in rows)
-
-
-def _percent(axis: typing.Any) -> None:
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")

@@ -1,33 +1,19 @@
-"""The report of one run or several: one HTML file that needs nothing but itself."""
+"""The page about one run or several: result, curves, samples, remarks, and how to reproduce it."""
 
 import dataclasses
 import datetime
-import importlib.resources
 import math
 import os
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
 
-import jinja2
-import markupsafe
-
-from jaxdistill import whole_file
-from jaxdistill.errors import DataError, StorageError
+from jaxdistill.errors import DataError
 from jaxdistill.redact import redact
-from jaxdistill.report import curves, pictures, run_files, table, wording
-from jaxdistill.report.run_files import RunFiles
+from jaxdistill.report import curves, page, pictures, run_files, table, wording
+from jaxdistill.report.run_files import RunFiles, as_list
 
 _MAX_EVENTS = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A value of the comparison: its words, the length of its bar in percent, if it is best."""
-
-    text: str
-    bar: int | float | None = None
-    best: bool = False
 
 
 def build(
@@ -36,9 +22,9 @@ def build(
 ) -> pathlib.Path:
     """Writes the report of a run, or the comparison of several, as one offline HTML file.
 
-    The page loads nothing and runs no script, and its policy forbids both. Text that comes from a
-    run (samples, configuration, names) is escaped. The same files give the same bytes. A run that
-    is still going on, or lacks some files, gives a page that says what is missing.
+    Text that comes from a run (samples, configuration, names) is escaped. The same files give the
+    same bytes. A run that is not finished, or lacks some files, gives a page that says what is
+    missing.
 
     Args:
       run_dirs: one run directory or several.
@@ -60,59 +46,33 @@ def build(
     runs = _distinct([run_files.load(folder) for folder in folders])
     default = "report.html" if len(runs) == 1 else "comparison.html"
     path = pathlib.Path(folders[0]) / default if out is None else pathlib.Path(out)
-    page = render(runs)
-    try:
-        whole_file.write_text(path, page)
-    except OSError as error:
-        raise StorageError(f"{path}: the report cannot be written: {error}") from error
-    return path
+    return page.write(_page(runs), path)
 
 
-def render(runs: Sequence[RunFiles]) -> str:
-    """The page as text."""
-    files = importlib.resources.files("jaxdistill.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = wording.visible
-    template = environment.from_string(files.joinpath("page.html.jinja").read_text("utf-8"))
-    drawn = [
-        (panel, markupsafe.Markup(pictures.draw(panel, f"panel{index}")))
-        for index, panel in enumerate(curves.panels(runs))
+def _page(runs: Sequence[RunFiles]) -> page.Page:
+    alone = len(runs) == 1
+    ledes = [
+        (_lede(run), "" if alone else run.name, curves.colour(index))
+        for index, run in enumerate(runs)
     ]
-    rows = [row for run in runs for row in run.rows]
-    return template.render(
-        style=markupsafe.Markup(palette() + files.joinpath("page.css").read_text("utf-8")),
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-        runs=runs,
-        ledes=[(run, _lede(run)) for run in runs],
-        facts=_facts(runs[0]) if len(runs) == 1 else [],
-        status=_status(runs[0]) if len(runs) == 1 else "",
-        columns=table.columns(rows),
-        comparison=_comparison(runs, rows),
-        drawn=drawn,
-        samples=_sample_columns(runs),
-        troubles=[(run, _troubles(run)) for run in runs],
-        events=[(run, _events(run)) for run in runs],
-        reproduction=[(run, _reproduction(run)) for run in runs],
-        colours={run.name: curves.COLOURS[i % len(curves.COLOURS)] for i, run in enumerate(runs)},
-        as_of=[_as_of(run) for run in runs],
+    return page.Page(
+        over="Distillation report",
+        title=runs[0].name if alone else f"{len(runs)} runs compared",
+        status=_status(runs[0]) if alone else "",
+        ledes=ledes,
+        facts=_facts(runs[0]) if alone else [],
+        sections=[_result(runs), _training(runs), _samples(runs), _remarks(runs), _reproduce(runs)],
+        sources=[_as_of(run) for run in runs],
     )
 
 
-def palette() -> str:
-    """The colours of page and pictures as CSS variables, light first; paper is always light."""
-    light = "".join(f"--{name}:{pair[0]};" for name, pair in pictures.PALETTE.items())
-    dark = "".join(f"--{name}:{pair[1]};" for name, pair in pictures.PALETTE.items())
-    return (
-        f":root{{{light}--page:#fdfdfc;--card:#f5f6f7;}}\n"
-        f"@media screen and (prefers-color-scheme: dark){{:root{{{dark}"
-        "--page:#15171a;--card:#1d2024;}}\n"
-    )
+def _heading(run: RunFiles, runs: Sequence[RunFiles]) -> list[page.Block]:
+    """The name of a run, where there are several."""
+    return [page.Text(run.name, "heading")] if len(runs) > 1 else []
 
 
 def _distinct(runs: list[RunFiles]) -> list[RunFiles]:
-    """Runs of the same folder name get a number, so that legends and tables tell them apart."""
+    """Runs of the same folder name get a number, so that legends and tables distinguish them."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})")
@@ -136,13 +96,13 @@ def _total_steps(run: RunFiles) -> int | None:
 
 
 def _as_of(run: RunFiles) -> str:
-    """What the page was made from, in words that do not depend on when it was made."""
+    """What the page was made from, in a sentence that does not depend on when that was."""
     times = [r["time"] for r in run.records if wording.is_number(r.get("time"))]
-    words = f"{run.name}: {len(run.records)} records"
+    text = f"{run.name}: {len(run.records)} records"
     if times:
         when = datetime.datetime.fromtimestamp(max(times), datetime.UTC)
-        words += f", the last of step {_step(run)} at {when:%Y-%m-%d %H:%M} UTC"
-    return words
+        text += f", the last of step {_step(run)} at {when:%Y-%m-%d %H:%M} UTC"
+    return text
 
 
 def _lede(run: RunFiles) -> str:
@@ -152,8 +112,10 @@ def _lede(run: RunFiles) -> str:
     where = f"step {step}" + (f" of {total}" if total else "")
     if step is None:
         return "Nothing has been recorded yet."
-    going = f"The run is at {where}" if status in ("running", "") else f"The run ended at {where}"
-    return f"{going}. The comparison with teacher and SFT control has not been made yet."
+    verb = "is" if status in ("running", "") else "ended"
+    return (
+        f"The run {verb} at {where}. The comparison with teacher and SFT control is still missing."
+    )
 
 
 def _row(run: RunFiles, name: str) -> dict[str, typing.Any]:
@@ -211,9 +173,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
 
 
 def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
-    """The time of all attempts; one that was killed, or goes on, counts to its last record."""
+    """The time of all attempts; one that was killed, or still runs, counts to its last record."""
     times = sorted(r["time"] for r in run.records if wording.is_number(r.get("time")))
-    attempts = [a for a in _list(run.info.get("attempts")) if isinstance(a, dict)]
+    attempts = [a for a in as_list(run.info.get("attempts")) if isinstance(a, dict)]
     starts = [start for a in attempts if wording.is_number(start := a.get("started"))]
     if attempts and len(starts) == len(attempts):
         total = 0.0
@@ -228,12 +190,8 @@ def _wall_time(run: RunFiles) -> tuple[int | float | None, str]:
     return None, ""
 
 
-def _list(value: typing.Any) -> list:
-    return value if isinstance(value, list) else []
-
-
 def _phrase(value: typing.Any) -> str:
-    """A small mapping or list in words."""
+    """A small mapping or list as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_phrase(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -241,29 +199,51 @@ def _phrase(value: typing.Any) -> str:
     return str(value)
 
 
-def _comparison(
-    runs: Sequence[RunFiles], rows: Sequence[dict]
-) -> list[tuple[RunFiles, list[tuple[str, list[Cell]]]]]:
-    """Per run the rows of its table; bars share their scale over all runs."""
-    shown = table.columns(rows)
-    made = []
-    for run in runs:
-        lines = [
-            (row["name"], [_cell(column, row, rows, run.rows) for column in shown])
-            for row in table.ordered(run.rows)
-        ]
-        if lines:
-            made.append((run, lines))
-    return made
+def _result(runs: Sequence[RunFiles]) -> page.Section:
+    """The comparison, one table for all runs; bars share their scale."""
+    rows = [row for run in runs for row in run.rows]
+    columns = table.columns(rows)
+    lines, notes = [], []
+    for index, run in enumerate(runs):
+        if not run.rows:
+            continue
+        if len(runs) > 1:
+            lines.append(page.Row(run.name, colour=curves.colour(index)))
+        for row in table.ordered(run.rows):
+            cells = [_cell(column, row, rows, run.rows) for column in columns]
+            lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
+        if run.held_out:
+            about = f"{run.name}: " if len(runs) > 1 else ""
+            notes.append(page.Text(f"{about}measured on {run.held_out}"))
+    head = [(column.title, column.hint) for column in columns]
+    return page.Section("Result", [page.Table(head, lines), *notes] if lines else [])
+
+
+def _training(runs: Sequence[RunFiles]) -> page.Section:
+    """The curves."""
+    drawn = [
+        page.Picture(
+            panel.title,
+            pictures.draw(panel, f"panel{index}"),
+            [page.Key(line.label, line.colour, line.style, line.number) for line in panel.lines],
+            panel.note,
+        )
+        for index, panel in enumerate(curves.panels(runs))
+    ]
+    note = page.Text(
+        "Numbers in the legends are the last recorded values unless a note says otherwise. "
+        "Thin lines are what was recorded, thick lines a running median."
+    )
+    return page.Section("Training", [page.Pictures(drawn), note] if drawn else [])
 
 
 def _cell(
     column: table.Column, row: Mapping, rows: Sequence[Mapping], own: Sequence[Mapping]
-) -> Cell:
+) -> page.Cell:
     """A cell; best is the better one of the two ways to train this student, when both are known."""
     value = row.get(column.field)
     if not isinstance(value, int | float) or isinstance(value, bool):
-        return Cell(wording.MISSING)
+        return page.Cell(wording.MISSING)
     text = column.write(value)
     top = max((r[column.field] for r in rows if wording.is_number(r.get(column.field))), default=0)
     bar = 100 * value / top if column.better and wording.is_number(value) and top > 0 else None
@@ -277,34 +257,45 @@ def _cell(
         best = (column.better == "low" and value == min(rivals) != max(rivals)) or (
             column.better == "high" and value == max(rivals) != min(rivals)
         )
-    return Cell(text, None if bar is None else round(max(bar, 0.0), 2), best)
+    return page.Cell(text, None if bar is None else round(max(bar, 0.0), 2), best)
 
 
-def _sample_columns(
-    runs: Sequence[RunFiles],
-) -> list[tuple[RunFiles, list[tuple[str, list[tuple[str, str]]]]]]:
-    """Per run (prompt, [(name, text), ...]) with teacher before student."""
+def _samples(runs: Sequence[RunFiles]) -> page.Section:
+    """What the models of every run say, teacher before student."""
     order = {"teacher": 0, "student before": 1, "SFT control": 2, "student": 3, "student after": 3}
-    made = []
+    blocks: list[page.Block] = []
     for run in runs:
-        samples = []
+        if not (run.samples or run.samples_page):
+            continue
+        where = [run.name] if len(runs) > 1 else []
+        where += [] if run.samples_step is None else [f"at step {run.samples_step}"]
+        blocks += [page.Text(", ".join(where))] if where else []
         for sample in run.samples:
-            texts = [(name, text) for name, text in sample.items() if name != "prompt"]
-            texts.sort(key=lambda item: order.get(item[0], 9))
-            samples.append((sample.get("prompt", ""), texts))
-        if samples or run.samples_page:
-            made.append((run, samples))
-    return made
+            answers = [(name, text) for name, text in sample.items() if name != "prompt"]
+            answers.sort(key=lambda answer: order.get(answer[0], 9))
+            blocks.append(page.Sample(sample.get("prompt", ""), answers))
+        blocks += [page.Text(run.samples_page, "code")] if run.samples_page else []
+    return page.Section("Samples", blocks)
 
 
-def _troubles(run: RunFiles) -> list[str]:
+def _remarks(runs: Sequence[RunFiles]) -> page.Section:
+    """What went wrong and was survived, and what is missing."""
+    blocks: list[page.Block] = []
+    for run in runs:
+        incidents = _incidents(run)
+        if incidents or run.missing:
+            blocks += [*_heading(run, runs), page.Remarks(incidents, run.missing)]
+    return page.Section("Remarks", blocks)
+
+
+def _incidents(run: RunFiles) -> list[str]:
     """What went wrong and was survived."""
-    words = []
+    lines = []
     skipped = curves.skipped_steps(run)
     if skipped:
         some = ", ".join(str(step) for step in skipped[:12])
         more = f" and {len(skipped) - 12} more" if len(skipped) > 12 else ""
-        words.append(f"{len(skipped)} step(s) skipped: {some}{more}.")
+        lines.append(f"{len(skipped)} step(s) skipped: {some}{more}.")
     for kind, what in (
         ("rerun", "row(s) of steps that were not finite were run again"),
         ("rollback", "rollback(s) to a checkpoint, with batches left out"),
@@ -312,24 +303,39 @@ def _troubles(run: RunFiles) -> list[str]:
     ):
         at = [str(event.get("step")) for event in run.events if event.get("kind") == kind]
         if at:
-            words.append(f"{len(at)} {what}: at step {', '.join(at[:12])}.")
+            lines.append(f"{len(at)} {what}: at step {', '.join(at[:12])}.")
     if run.quarantined:
-        words.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/).")
+        lines.append(f"{run.quarantined:,} record(s) of the data set aside (quarantine/).")
     nonfinite = sum(1 for record in run.records if record.get("nonfinite"))
     if nonfinite:
-        words.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")
-    attempts = _list(run.info.get("attempts"))
+        lines.append(f"{nonfinite} record(s) hold numbers that are not finite; curves break there.")
+    attempts = as_list(run.info.get("attempts"))
     if len(attempts) > 1:
-        words.append(f"The run was resumed {len(attempts) - 1} time(s).")
+        lines.append(f"The run was resumed {len(attempts) - 1} time(s).")
     reason = run.info.get("exit_reason")
     if reason and _status(run) not in ("done", "running"):
-        words.append(f"It ended as {_status(run) or 'unknown'}: {reason}")
-    return words
+        lines.append(f"It ended as {_status(run) or 'unknown'}: {reason}")
+    return lines
+
+
+def _reproduce(runs: Sequence[RunFiles]) -> page.Section:
+    """Command, versions, fingerprints, configurations and events."""
+    blocks: list[page.Block] = []
+    for run in runs:
+        blocks += _heading(run, runs)
+        texts = dict(run.texts)
+        if command := texts.pop("Command", ""):
+            blocks.append(page.Text(command, "code"))
+        blocks.append(page.Pairs(_identity(run)))
+        blocks += [page.Text(text, "code", title) for title, text in texts.items()]
+        if run.events:
+            blocks.append(page.Log(f"Events ({len(run.events)})", _events(run)))
+    return page.Section("Reproduce", blocks)
 
 
 def _events(run: RunFiles) -> list[tuple[str, str, str]]:
     """The last events as (time, kind, the rest)."""
-    made = []
+    lines = []
     for event in run.events[-_MAX_EVENTS:]:
         when = event.get("time")
         clock = (
@@ -338,11 +344,11 @@ def _events(run: RunFiles) -> list[tuple[str, str, str]]:
             else ""
         )
         rest = {key: value for key, value in event.items() if key not in ("time", "kind")}
-        made.append((clock, str(event.get("kind", "")), redact(_phrase(rest))))
-    return made
+        lines.append((clock, str(event.get("kind", "")), redact(_phrase(rest))))
+    return lines
 
 
-def _reproduction(run: RunFiles) -> dict[str, dict[str, str]]:
+def _identity(run: RunFiles) -> dict[str, dict[str, str]]:
     """The short facts that identify the run: code, versions, machine, fingerprints."""
     machine = {
         key: _phrase(run.info[key])

@@ -8,7 +8,7 @@ import pathlib
 import typing
 from collections.abc import Mapping
 
-from jaxdistill.train import faults
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -17,7 +17,8 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 class Appender:
     """A file that grows by whole records, written at once without a buffer of its own."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, hooks: Hooks = NO_HOOKS):
+        self._hooks = hooks
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o644)
         self._end = os.fstat(self._file).st_size
 
@@ -27,12 +28,12 @@ class Appender:
         Raises:
           OSError: it cannot be written.
         """
-        faults.point("metrics.append")
+        self._hooks.at("metrics.append")
         rest = memoryview(record)
         try:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
-                faults.point("metrics.appended")
+                self._hooks.at("metrics.appended")
         except OSError:
             # Half a record would spoil the next one: take it back, which needs no space.
             os.ftruncate(self._file, self._end)
@@ -80,12 +81,12 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def cut(path: pathlib.Path, last_step: int | None) -> None:
+def cut(path: pathlib.Path, last_step: int | None, hooks: Hooks = NO_HOOKS) -> None:
     """Removes the torn last line of a file, and records after `last_step` when one is given."""
     if not os.path.lexists(path):
         return
-    faults.point("metrics.cut")
-    kept: list[bytes] = []
+    hooks.at("metrics.cut")
+    lines: list[bytes] = []
     dropped, apart = False, False
     with open(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
         for line in file:
@@ -94,14 +95,14 @@ def cut(path: pathlib.Path, last_step: int | None) -> None:
                 dropped = True
                 continue
             apart = apart or dropped  # something to keep follows something that goes
-            kept.append(line)
+            lines.append(line)
         if not apart:
             # Cutting the end off needs no space and cannot be interrupted half-way.
-            file.truncate(sum(map(len, kept)))
+            file.truncate(sum(map(len, lines)))
             return
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.writelines(kept)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

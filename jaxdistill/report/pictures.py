@@ -139,8 +139,11 @@ def _draw_chart(axis: typing.Any, chart: Chart) -> None:
         axis.set_title(chart.label, loc="left", fontsize=8.5, color=muted, pad=4)
 
 
-def dress(axis: typing.Any, grid: str = "y") -> None:
-    """Axes in the page's manner: no box, a light grid, no ticks, a transparent background."""
+def dress(axis: typing.Any, grid: str = "y", title: str = "", label: str = "") -> None:
+    """Axes in the page's manner: no box, a light grid, no ticks, a transparent background.
+
+    `title` stands above them at the left, `label` below.
+    """
     muted, rule = PALETTE["muted"][0], PALETTE["rule"][0]
     axis.patch.set_visible(False)
     axis.figure.patch.set_visible(False)
@@ -149,6 +152,10 @@ def dress(axis: typing.Any, grid: str = "y") -> None:
     axis.grid(axis=grid, color=rule, linewidth=0.7)
     axis.set_axisbelow(True)
     axis.tick_params(length=0, labelcolor=muted, color=rule)
+    if title:
+        axis.set_title(title, loc="left", fontsize=8.5, color=muted)
+    if label:
+        axis.set_xlabel(label, color=muted)
 
 
 def _draw_line(axis: typing.Any, line: Line) -> None:
@@ -262,6 +269,5 @@ def _for_page(svg: str) -> str:
     # Its style sheet would hold for the whole page; page.css says the same for pictures.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
+    svg = re.sub(r"^<svg[^>]*", lambda m: re.sub(r' (?:width|height)="[^"]*"', "", m[0]), svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1).strip()

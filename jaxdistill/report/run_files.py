@@ -20,7 +20,7 @@ _MAX_SAMPLE_TEXT = 6_000
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """One run as its files tell it.
+    """What the files of one run say.
 
     Attributes:
       name: the name the run was given, or that of its folder.
@@ -54,7 +54,7 @@ class RunFiles:
 
 
 def load(run_dir: str | os.PathLike) -> RunFiles:
-    """Reads a run directory, of a run that is finished, going on or broken off.
+    """Reads a run directory, of a run that is finished, running or broken off.
 
     Raises:
       DataError: there is no such folder, or nothing in it is a file of a run.
@@ -69,12 +69,12 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
             "give the folder that `jaxdistill train` named at its start"
         )
     missing: list[str] = []
-    info = _json(folder / "RUN.json", missing)
+    info = read_object(folder / "RUN.json", missing)
     records = _lines(folder / "metrics.jsonl", missing)
-    table = _json(folder / "table.json", missing)
+    table = read_object(folder / "table.json", missing)
     rows = [
         row
-        for row in _list(table.get("rows"))
+        for row in as_list(table.get("rows"))
         if isinstance(row, dict) and isinstance(row.get("name"), str)
     ]
     samples, samples_step, samples_page = _samples(folder, missing)
@@ -91,7 +91,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         samples_page=samples_page,
         quarantined=_count_lines(folder / "quarantine"),
         texts=_texts(folder, info),
-        fingerprints=_flat(_json(folder / "fingerprints.json", missing)),
+        fingerprints=_flat(read_object(folder / "fingerprints.json", missing)),
         missing=missing,
     )
 
@@ -112,8 +112,8 @@ def _name_missing(
         missing.append("No config.resolved.yaml: the settings of the run are not known.")
 
 
-def _json(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
-    """A JSON object from a file; {} where there is none, or where it cannot be read."""
+def read_object(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]:
+    """A JSON object from a file; {} where there is none, or where `missing` names a damaged one."""
     if not path.exists():
         return {}
     try:
@@ -134,7 +134,8 @@ def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
     return records
 
 
-def _list(value: typing.Any) -> list:
+def as_list(value: typing.Any) -> list:
+    """The value, or [] where it is no list."""
     return value if isinstance(value, list) else []
 
 
@@ -168,8 +169,8 @@ def _samples(
     pages = sorted((folder / "samples").glob("*.md"))
     page = "" if samples or not pages else _text(pages[-1])
     if page:
-        found = re.search(r"(\d+)", pages[-1].stem)
-        step = int(found.group(1)) if found else None
+        match = re.search(r"(\d+)", pages[-1].stem)
+        step = int(match.group(1)) if match else None
     return samples, step, page
 
 
@@ -192,11 +193,11 @@ def _count_lines(folder: pathlib.Path) -> int | None:
 def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:
     command = _text(folder / "command.txt") or info.get("command") or ""
     if isinstance(command, list):
-        words = [str(word) for word in command]
+        arguments = [str(argument) for argument in command]
         # Where the program was installed is of no use to another reader.
-        names = [pathlib.PurePath(word).name for word in words[:1]]
+        names = [pathlib.PurePath(argument).name for argument in arguments[:1]]
         names = ["jaxdistill" if name == "__main__.py" else name for name in names]
-        command = shlex.join([*names, *words[1:]])
+        command = shlex.join([*names, *arguments[1:]])
     texts = {
         "Command": str(command),
         "Overrides": _text(folder / "overrides.txt"),

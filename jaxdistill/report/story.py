@@ -1,61 +1,21 @@
-"""The page of a workflow: its steps, the models side by side, pictures and samples, in one file."""
+"""The page about a workflow or a comparison: models side by side, importance, steps."""
 
-import dataclasses
-import importlib.resources
 import json
 import os
 import pathlib
 import typing
 from collections.abc import Mapping, Sequence
 
-import jinja2
-import markupsafe
-
-from jaxdistill import whole_file
-from jaxdistill.errors import DataError, StorageError, UserError
+from jaxdistill.errors import DataError, UserError
 from jaxdistill.redact import redact
-from jaxdistill.report import diagrams, html, pictures, table, wording
+from jaxdistill.report import diagrams, page, pictures, run_files, table, wording
+from jaxdistill.report.curves import colour
 
 PAGE = "report.html"
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """A picture with its words and legend."""
-
-    title: str
-    svg: str
-    note: str = ""
-    legend: Sequence[tuple[str, str]] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One comparison of the workflow.
-
-    Attributes:
-      name: of its step.
-      held_out: what it was measured on.
-      sentences: what it shows, in words.
-      head: titles of the columns.
-      lines: per model its name, its colour and its cells.
-      figures: reliability, and quality against size and speed.
-      samples: (prompt, [(name, text), ...]).
-    """
-
-    name: str
-    held_out: str
-    sentences: Sequence[str]
-    head: Sequence[table.Column]
-    lines: Sequence[tuple[str, str, Sequence[str]]]
-    figures: Sequence[Figure]
-    samples: Sequence[tuple[str, Sequence[tuple[str, str]]]]
-
-
 def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> pathlib.Path:
     """Writes the page about a workflow, finished or not, or a comparison, as one HTML file.
-
-    The page loads nothing and runs no script; text that comes from models or files is escaped.
 
     Args:
       folder: of the workflow, or one that holds comparison.json.
@@ -67,7 +27,7 @@ def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None)
       StorageError: if the file cannot be written.
     """
     place = pathlib.Path(folder)
-    state = _json(place / "workflow.json")
+    state = run_files.read_object(place / "workflow.json", [])
     if not state and (place / "comparison.json").is_file():
         state = {"name": place.resolve().name, "steps": {".": {"kind": "compare"}}}
     if not isinstance(state.get("steps"), dict):
@@ -76,12 +36,7 @@ def write_story(folder: str | os.PathLike, out: str | os.PathLike | None = None)
             "`jaxdistill compare ... -o DIR` makes one"
         )
     pictures.require()
-    path = place / PAGE if out is None else pathlib.Path(out)
-    try:
-        whole_file.write_text(path, render(place, state))
-    except OSError as error:
-        raise StorageError(f"{path}: the page cannot be written: {error}") from error
-    return path
+    return page.write(_page(place, state), place / PAGE if out is None else pathlib.Path(out))
 
 
 def is_story(folder: str | os.PathLike) -> bool:
@@ -90,31 +45,36 @@ def is_story(folder: str | os.PathLike) -> bool:
     return any((pathlib.Path(folder) / name).is_file() for name in names)
 
 
-def render(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> str:
-    """The page as text."""
-    files = importlib.resources.files("jaxdistill.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = wording.visible
-    template = environment.from_string(files.joinpath("story.html.jinja").read_text("utf-8"))
+def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
     steps = {name: state["steps"][name] for name in _order(state)}
-    return template.render(
-        style=markupsafe.Markup(html.palette() + files.joinpath("page.css").read_text("utf-8")),
+    comparisons = {
+        name: comparison
+        for name, step in steps.items()
+        if step.get("kind") == "compare"
+        and (comparison := run_files.read_object(folder / name / "comparison.json", []))
+        and _rows(comparison)
+    }
+    sections = [_comparison(name, comparison) for name, comparison in comparisons.items()]
+    sections.append(page.Section("Importance", _prunings(folder, steps)))
+    if len(steps) > 1 or not comparisons:
+        sections.append(_steps(steps))
+    contrasts = {name: (steps[name].get("options") or {}).get("contrast") for name in comparisons}
+    return page.Page(
+        over="Workflow report",
         title=str(state.get("name") or folder.name),
-        steps=[_step(name, step) for name, step in steps.items()],
-        options=[
-            (name, redact(json.dumps(step.get("options", {}), indent=1)))
-            for name, step in steps.items()
+        ledes=[
+            (sentence, "", "")
+            for name, names in contrasts.items()
+            if names
+            for sentence in contrasted(_rows(comparisons[name]), *names)
         ],
-        parts=[
-            part
-            for name, step in steps.items()
-            if step.get("kind") == "compare" and (part := _part(folder, name, step))
-        ],
-        figures=_prunings(folder, steps),
-        as_markup=markupsafe.Markup,
+        sections=sections,
     )
+
+
+def _rows(comparison: Mapping[str, typing.Any]) -> list[dict[str, typing.Any]]:
+    rows = comparison.get("rows", [])
+    return [row for row in rows if isinstance(row, dict) and row.get("name")]
 
 
 def _order(state: Mapping[str, typing.Any]) -> list[str]:
@@ -123,58 +83,80 @@ def _order(state: Mapping[str, typing.Any]) -> list[str]:
     return named + [name for name in have if name not in named]
 
 
-def _step(name: str, step: Mapping[str, typing.Any]) -> tuple[str, str, str, str, str]:
-    """(name, kind, status, time, what came out)."""
-    found = step.get("found") or {}
-    words = []
-    if found.get("parameters"):
-        before, after = found["parameters"]
-        words.append(f"{wording.count(after)} of {wording.count(before)} parameters")
-        words.append(f"{len(found['layers'])} layers")
-    if found.get("rows"):
-        words.append(f"{found['rows']:,} rows, {found['tokens']:,} tokens")
-    for rows in list((found.get("tables") or {}).values())[:1]:
+def _steps(steps: Mapping[str, Mapping[str, typing.Any]]) -> page.Section:
+    """How every step stands, and its options."""
+    rows = []
+    for name, step in steps.items():
+        fields = (step.get("kind", ""), step.get("status", ""))
+        cells = [*fields, wording.duration(step.get("seconds")), _outcome(step)]
+        rows.append(page.Row(name, [page.Cell(str(cell)) for cell in cells]))
+    options = [
+        page.Text(redact(json.dumps(step.get("options", {}), indent=1)), "code", name)
+        for name, step in steps.items()
+    ]
+    head = [(title, "") for title in ("kind", "status", "time", "result")]
+    return page.Section("Steps", [page.Table(head, rows), *options])
+
+
+def _outcome(step: Mapping[str, typing.Any]) -> str:
+    """What came out of a step, in words."""
+    result = step.get("found") or {}
+    facts = []
+    if result.get("parameters"):
+        before, after = result["parameters"]
+        facts.append(f"{wording.count(after)} of {wording.count(before)} parameters")
+        facts.append(f"{len(result['layers'])} layers")
+    if result.get("rows"):
+        facts.append(f"{result['rows']:,} rows, {result['tokens']:,} tokens")
+    for rows in list((result.get("tables") or {}).values())[:1]:
         last = next((row for row in rows if row.get("name") == "student after"), {})
         if wording.is_number(last.get("perplexity")):
-            words.append(f"held-out perplexity {wording.number(last['perplexity'])}")
-    if found.get("scheme"):
-        words.append(str(found["scheme"]))
-    time = wording.duration(step.get("seconds"))
-    return name, str(step.get("kind", "")), str(step.get("status", "")), time, ", ".join(words)
+            facts.append(f"held-out perplexity {wording.number(last['perplexity'])}")
+    if result.get("scheme"):
+        facts.append(str(result["scheme"]))
+    return ", ".join(facts)
 
 
-def _part(folder: pathlib.Path, name: str, step: Mapping[str, typing.Any]) -> Part | None:
-    found = _json(folder / name / "comparison.json")
-    rows = [row for row in found.get("rows", []) if isinstance(row, dict) and row.get("name")]
-    if not rows:
-        return None
-    head = table.columns(rows)
-    legend = [(str(row["name"]), diagrams.colour(i)) for i, row in enumerate(rows)]
-    figures = []
-    svg = diagrams.pareto(rows, f"{name}-pareto")
-    if svg:
-        note = "On the grey line: models that no other beats in both."
-        figures.append(Figure("Quality against size and speed", svg, note, legend))
-    svg = diagrams.reliability(rows, f"{name}-reliability")
-    if svg:
-        note = "On the diagonal a model is as often right as it is sure. Dots: share of tokens."
-        figures.append(Figure("Reliability", svg, note, legend))
-    samples = [
-        (str(one.get("prompt", "")), [(str(n), str(t)) for n, t in one.items() if n != "prompt"])
-        for one in found.get("samples", [])
+def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section:
+    """The table of a comparison, its pictures and its samples."""
+    rows = _rows(comparison)
+    columns = table.columns(rows)
+    lines = [
+        page.Row(
+            str(row["name"]),
+            [page.Cell(table.written(row, column)) for column in columns],
+            colour(index),
+        )
+        for index, row in enumerate(rows)
     ]
-    contrast = (step.get("options") or {}).get("contrast")
-    return Part(
-        name="side by side" if name == "." else name,
-        held_out=str(found.get("held_out", "")),
-        sentences=contrasted(rows, *contrast) if contrast else [],
-        head=head,
-        lines=[
-            (str(row["name"]), colour, [table.written(row, column) for column in head])
-            for row, (_, colour) in zip(rows, legend, strict=True)
+    drawn = (
+        (
+            "Quality against size and speed",
+            diagrams.pareto(rows, f"{name}-pareto"),
+            "Grey line: models that no other model beats in both.",
+        ),
+        (
+            "Reliability",
+            diagrams.reliability(rows, f"{name}-reliability"),
+            "On the diagonal, accuracy equals confidence. Size of the dots: share of tokens.",
+        ),
+    )
+    legend = [page.Key(line.name, line.colour) for line in lines]
+    samples = [
+        page.Sample(
+            str(sample.get("prompt", "")),
+            [(str(model), str(text)) for model, text in sample.items() if model != "prompt"],
+        )
+        for sample in comparison.get("samples", [])
+    ]
+    return page.Section(
+        "side by side" if name == "." else name,
+        [
+            page.Table([(column.title, column.hint) for column in columns], lines),
+            page.Text(f"Measured on {comparison.get('held_out', '')}"),
+            page.Pictures([page.Picture(t, svg, legend, note) for t, svg, note in drawn if svg]),
+            *samples,
         ],
-        figures=figures,
-        samples=samples,
     )
 
 
@@ -188,8 +170,8 @@ def contrasted(rows: Sequence[Mapping[str, typing.Any]], ours: str, theirs: str)
     if ours not in by_name or theirs not in by_name:
         return []
     left, right = by_name[ours], by_name[theirs]
-    made = []
-    for field, words, write, better in (
+    sentences = []
+    for field, quantity, write, better in (
         ("kl_t1", "KL to the teacher", wording.number, "low"),
         ("agree_top1", "top-1 agreement", wording.percent, "high"),
         ("acceptance", "expected acceptance as a draft", wording.percent, "high"),
@@ -201,25 +183,25 @@ def contrasted(rows: Sequence[Mapping[str, typing.Any]], ours: str, theirs: str)
         gain = (b - a) if better == "low" else (a - b)
         side = "better" if gain > 0 else "worse" if gain < 0 else "the same"
         share = f" ({wording.percent(abs(a - b) / abs(b))})" if b and better == "low" else ""
-        text = f"{words}: {ours} {write(a)}, {theirs} {write(b)}: {ours} is {side}"
+        text = f"{quantity}: {ours} {write(a)}, {theirs} {write(b)}: {ours} is {side}"
         text += f" by {write(abs(gain))}{share}" if gain else ""
         spreads = [row.get("spread", {}).get(field) for row in (left, right)]
         if all(map(wording.is_number, spreads)) and abs(gain) < sum(spreads):
             text += ", within the spread of the seeds"
-        made.append(f"{text}.")
-    return made
+        sentences.append(f"{text}.")
+    return sentences
 
 
-def _prunings(folder: pathlib.Path, steps: Mapping[str, Mapping]) -> list[Figure]:
-    """What layers are worth, for every importance step, with what the first pruning kept."""
-    from jaxdistill.compress import importance as scores  # brings JAX, which other pages do without
+def _prunings(folder: pathlib.Path, steps: Mapping[str, Mapping]) -> list[page.Block]:
+    """Layer importance from every importance step, and which layers the prunings kept."""
+    from jaxdistill.compress import importance  # imports JAX, which other pages do without
 
-    figures = []
+    drawn = []
     for name, step in steps.items():
         if step.get("kind") != "importance" or step.get("status") != "done":
             continue
         try:
-            found = scores.load(folder / name / scores.FILE)
+            scores = importance.load(folder / name / importance.FILE)
         except UserError:
             continue
         users = [
@@ -229,19 +211,10 @@ def _prunings(folder: pathlib.Path, steps: Mapping[str, Mapping]) -> list[Figure
             and other.get("found")
             and f"${{{name}}}" in str(other.get("options", {}).get("importance"))
         ]
-        for user, kept in users or [("", range(len(found.influence)))]:
-            svg = diagrams.layers(found.influence, list(kept), f"{name}-{user}", found.loss)
-            legend = [("stay", "blue"), ("left out", "orange")]
-            title = f"What layers are worth ({name}{f', {user}' if user else ''})"
-            note = f"{found.facts.get('rows')} rows of {found.facts.get('data', 'text')}."
-            figures.append(Figure(title, svg, note, legend))
-    return figures
-
-
-def _json(path: pathlib.Path) -> dict[str, typing.Any]:
-    """A JSON object, or {} where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        legend = [page.Key("kept", "blue"), page.Key("removed", "orange")]
+        note = f"{scores.facts.get('rows')} rows of {scores.facts.get('data', 'text')}."
+        for user, layers in users or [("", range(len(scores.influence)))]:
+            svg = diagrams.layers(scores.influence, list(layers), f"{name}-{user}", scores.loss)
+            title = f"Layer importance ({name}{f', {user}' if user else ''})"
+            drawn.append(page.Picture(title, svg, legend, note))
+    return [page.Pictures(drawn)] if drawn else []

@@ -4,13 +4,10 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.table import Table
-
 from jaxdistill.errors import DataError
 from jaxdistill.report import wording
 
 ROWS = ("teacher", "student before", "SFT control", "student after")
-STYLES = ("rich", "plain", "markdown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Column:
 
     Attributes:
       field: the key in a row of table.json.
-      title: the words above the column.
+      title: above the column.
       write: value to text.
       better: "low" or "high" where one end is better, "" where neither is.
     """
@@ -28,6 +25,11 @@ class Column:
     title: str
     write: Callable[[int | float | None], str]
     better: str = ""
+
+    @property
+    def hint(self) -> str:
+        """Which end is better, as a reader sees it."""
+        return {"low": "lower is better", "high": "higher is better", "": ""}[self.better]
 
 
 COLUMNS = (
@@ -74,41 +76,29 @@ def columns(rows: Sequence[Mapping[str, typing.Any]]) -> list[Column]:
     return [c for c in COLUMNS if any(_cell(row, c.field) is not None for row in rows)]
 
 
-def comparison_table(rows: Sequence[Mapping[str, typing.Any]], style: str = "rich") -> Table | str:
-    """The rows of table.json as a table.
+def comparison_table(rows: Sequence[Mapping[str, typing.Any]]) -> str:
+    """The rows of table.json as aligned text without a last line end.
 
     Args:
       rows: mappings with "name" and the fields of `COLUMNS`; a missing or null field shows "-".
-      style: "rich" for a `rich.table.Table`, "plain" for aligned text, "markdown".
-
-    Returns:
-      The Rich table, or the text without a last line end.
 
     Raises:
-      DataError: a row has no name, or `style` is none of the three.
+      DataError: a row has no name.
     """
-    if style not in STYLES:
-        raise DataError(f"style = {style!r}: must be one of {', '.join(STYLES)}")
     rows = ordered(rows)
-    shown = columns(rows)
-    head = ["", *(c.title for c in shown)]
-    body = [[wording.clean(row["name"]), *(written(row, c) for c in shown)] for row in rows]
-    if style == "rich":
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for index, title in enumerate(head):
-            table.add_column(title, justify="right" if index else "left", no_wrap=True)
-        for row, cells in zip(rows, body, strict=True):
-            last = row["name"] == "student after"
-            # Text built from a name must not be read as markup.
-            table.add_row(*(cell.replace("[", r"\[") for cell in cells), style="bold" * last)
-        return table
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    if style == "plain":
-        lines = [_aligned(line, widths, "  ") for line in [head, *body]]
-        return "\n".join(line.rstrip() for line in lines)
-    body = [[cell.replace("|", r"\|") for cell in line] for line in body]
-    rule = ["---", *("---:" for _ in shown)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
+    present = columns(rows)
+    lines = [["", *(column.title for column in present)]]
+    for row in rows:
+        lines.append([wording.clean(row["name"]), *(written(row, column) for column in present)])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    aligned = (
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in aligned)
 
 
 def written(row: Mapping[str, typing.Any], column: Column) -> str:
@@ -142,8 +132,8 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     finite = {name: float(p) for name, p in perplexity.items() if wording.is_number(p)}
     bad = [name for name in needed if name not in finite]
     if bad:
-        words = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
-        return f"No share of the gap can be given: the perplexity of {words} is not finite."
+        names = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
+        return f"No share of the gap can be given: the perplexity of {names} is not finite."
     teacher, before, after = (finite[name] for name in needed)
     sentences = [_gap_sentence(teacher, before, after)]
     sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
@@ -209,7 +199,7 @@ def _control_sentence(
 
 
 def _distance_sentence(before: int | float | None, after: int | float | None) -> str:
-    """Whether the student came nearer to the teacher, which perplexity alone does not tell."""
+    """Whether the student came nearer to the teacher, which perplexity alone does not say."""
     if not (wording.is_number(before) and wording.is_number(after)):
         return ""
     verb = "fell" if after < before else "rose" if after > before else "stayed the same,"
@@ -228,8 +218,3 @@ def _share(share: float) -> str:
 def _cell(row: Mapping[str, typing.Any], field: str) -> int | float | None:
     value = row.get(field)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int], gap: str) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return gap.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])

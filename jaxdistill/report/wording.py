@@ -1,4 +1,4 @@
-"""Numbers, times and foreign text made fit to be shown to a person."""
+"""Numbers, times and foreign text as people should see them."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def clean(text: typing.Any) -> str:
     """One line without terminal sequences, control or reordering characters, for a console.
 
     Args:
-      text: anything; `str(text)` is shown.
+      text: anything; `str(text)` is used.
 
     Returns:
       The text on one line: line breaks and tabs become a space, other controls disappear, halves
@@ -41,7 +41,7 @@ def clean(text: typing.Any) -> str:
 
 
 def visible(text: typing.Any) -> str:
-    """Text with its line breaks kept and every control character made a visible sign, for a page.
+    """Text for a page: line breaks stay, every other control character becomes a visible sign.
 
     A sample that holds an escape character should show it, not act it and not hide it.
     """

@@ -16,6 +16,7 @@ from jaxdistill.errors import DataError, StorageError
 from jaxdistill.redact import redacted
 from jaxdistill.report import json_lines
 from jaxdistill.report.board import Board
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 _logger = logging.getLogger("jaxdistill.report")
 
@@ -26,16 +27,17 @@ class MetricsWriter:
     A record of `metrics.jsonl` is one JSON object on one line, `{"step", "time", ...scalars}`;
     a value that is not finite is written as null and its name is listed under "nonfinite". The
     same scalars go to `tensorboard/`. What cannot be written (the disk is full) is dropped,
-    counted in `dropped`, and told once.
+    counted in `dropped`, and reported once.
 
     Args:
-      run_dir: the folder of the run; made when missing.
+      run_dir: the folder of the run; created when missing.
       tensorboard: whether to write TensorBoard event files too.
-      resume_step: None for a run that begins, otherwise the number of the step the run goes on
-        after: records of later steps, which will be computed again, are removed, so the file
-        continues without gap or repeat. 0 restarts a run that had saved nothing.
+      resume_step: None for a run that begins, otherwise the step that a resumed run has
+        reached: records of later steps, which it computes again, are removed, so the file has no
+        gap and no repeat. 0 restarts a run that had saved nothing.
       notice: called with the one warning; by default it is logged.
       clock: the source of "time", seconds since 1970.
+      hooks: what the caller handed in.
 
     Raises:
       StorageError: the folder or a file cannot be opened, or a new run finds records of another.
@@ -49,21 +51,22 @@ class MetricsWriter:
         *,
         notice: Callable[[str], typing.Any] | None = None,
         clock: Callable[[], float] = time.time,
+        hooks: Hooks = NO_HOOKS,
     ):
         self.run_dir = pathlib.Path(run_dir)
         self.dropped = 0
         self._notice = notice or _logger.warning
         self._warned: set[str] = set()
-        self._clock = clock
+        self._clock, self._hooks = clock, hooks
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics = self.run_dir / "metrics.jsonl"
             if resume_step is None:
                 _refuse_records(metrics)
-            json_lines.cut(metrics, resume_step)
-            json_lines.cut(self.run_dir / "events.jsonl", None)
-            self._metrics = json_lines.Appender(metrics)
-            self._events = json_lines.Appender(self.run_dir / "events.jsonl")
+            json_lines.cut(metrics, resume_step, hooks)
+            json_lines.cut(self.run_dir / "events.jsonl", None, hooks)
+            self._metrics = json_lines.Appender(metrics, self._hooks)
+            self._events = json_lines.Appender(self.run_dir / "events.jsonl", hooks)
         except OSError as error:
             raise StorageError(
                 f"{self.run_dir}: the metric files of the run cannot be opened: {error}; "
@@ -72,7 +75,8 @@ class MetricsWriter:
         self._board = None
         if tensorboard:
             with self._guard("tensorboard"):
-                self._board = Board(self.run_dir / "tensorboard", resume_step, self._clock())
+                folder = self.run_dir / "tensorboard"
+                self._board = Board(folder, resume_step, self._clock(), hooks)
 
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
         """Appends one record: metric names to numbers (Python, numpy or jax scalars)."""
@@ -93,8 +97,8 @@ class MetricsWriter:
         metrics = self.run_dir / "metrics.jsonl"
         with self._guard("metrics.jsonl"):
             self._metrics.close()
-            json_lines.cut(metrics, step)
-            self._metrics = json_lines.Appender(metrics)
+            json_lines.cut(metrics, step, self._hooks)
+            self._metrics = json_lines.Appender(metrics, self._hooks)
         if self._board is not None:
             with self._guard("tensorboard"):
                 self._board.restart(step, self._clock())
@@ -156,39 +160,28 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-    """Takes what a MetricsWriter takes and keeps nothing: for all processes but one."""
+    """Accepts what a MetricsWriter accepts and writes nothing: for all processes but one."""
 
     def __init__(self):
         self.dropped = 0
 
-    def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
+    def write(self, *_: typing.Any, **__: typing.Any) -> None:
         """Nothing."""
 
-    def rewind(self, step: int) -> None:
-        """Nothing."""
-
-    def event(self, kind: str, **fields: typing.Any) -> None:
-        """Nothing."""
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    rewind = event = samples = sync = close = write
 
 
-def append_event(run_dir: str | os.PathLike, kind: str, **fields: typing.Any) -> None:
+def append_event(
+    run_dir: str | os.PathLike, kind: str, hooks: Hooks = NO_HOOKS, **fields: typing.Any
+) -> None:
     """Appends one line to the events.jsonl of a run that no MetricsWriter has open.
 
     Raises:
       OSError: it cannot be written.
     """
     path = pathlib.Path(run_dir) / "events.jsonl"
-    json_lines.cut(path, None)
-    file = json_lines.Appender(path)
+    json_lines.cut(path, None, hooks)
+    file = json_lines.Appender(path, hooks)
     try:
         file.append(_event_line(time.time(), kind, fields))
     finally:

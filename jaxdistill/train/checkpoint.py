@@ -26,12 +26,13 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdistill import agree, manifest
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
-from jaxdistill.train import faults, step_folders
+from jaxdistill.train import step_folders
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.table import check_same, flatten
 
 _STATE = "state"
 
-# A save that fails is told by StorageError, once; Orbax would print its traceback six times before.
+# A save that fails raises one StorageError; Orbax would print its traceback six times before.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
@@ -39,7 +40,7 @@ class Checkpoints:
     """The checkpoints of one run; one writer per folder.
 
         with Checkpoints(folder, keep_latest=2, keep_best=1, best_metric="eval/loss") as saved:
-            saved.save(100, state, {"data_step": 100}, {"eval/loss": 2.5})
+            saved.save(100, state, {"data_row": 800}, {"eval/loss": 2.5})
 
     Every method is called by all processes of a run, from the main thread.
     """
@@ -52,6 +53,7 @@ class Checkpoints:
         keep_best: int = 0,
         best_metric: str | None = None,
         mode: Literal["min", "max"] = "min",
+        hooks: Hooks = NO_HOOKS,
     ):
         """Opens a folder of checkpoints.
 
@@ -62,6 +64,7 @@ class Checkpoints:
           keep_best: how many of the best by `best_metric` stay besides.
           best_metric: a name among the metrics given to `save`.
           mode: whether its smallest or its largest value is the best. NaN and infinities rank last.
+          hooks: what the caller handed in.
 
         Raises:
           ConfigError: if keep_best asks for a ranking without a metric.
@@ -72,6 +75,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._keep_latest, self._keep_best = keep_latest, keep_best
         self._metric, self._mode = best_metric, mode
+        self._hooks = hooks
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         try:
@@ -118,9 +122,9 @@ class Checkpoints:
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> float:
-        """Copies the state to the host and goes on writing it in the background.
+        """Copies the state to the host and writes it in the background.
 
-        Waits first for the save before it, and tells if that one failed.
+        Waits first for the save before it, and raises if that one failed.
 
         Args:
           step: above every step there is.
@@ -145,7 +149,7 @@ class Checkpoints:
                 "`jaxdistill ckpt rollback` moves the later checkpoints away"
             )
         arrays, facts = flatten(state), {"meta": dict(meta), **self._ranked(metrics)}
-        faults.point("checkpoint.begin")
+        self._hooks.at("checkpoint.begin")
         needed = sum(array.nbytes for array in arrays.values())
         agree.together(lambda: self._check_room(step, needed))
         try:
@@ -153,7 +157,7 @@ class Checkpoints:
             response = ocp.save_checkpointables_async(str(staged), {_STATE: arrays})
         except (OSError, ValueError) as error:
             raise self._failure(step, _reason(error)) from error
-        faults.point("checkpoint.copied")
+        self._hooks.at("checkpoint.copied")
         self._pending = step, self._thread.submit(self._finish, response, step, facts)
         return time.perf_counter() - began
 
@@ -169,19 +173,19 @@ class Checkpoints:
         """In the background: waits for the arrays, makes them a checkpoint, removes old ones."""
         response.result()
         if self._writes():
-            step_folders.commit(self.directory, step, facts)
+            step_folders.commit(self.directory, step, facts, self._hooks)
             assert self._keep_latest is not None
             there = step_folders.readable(self.directory)
             keep = step_folders.kept(there, self._keep_latest, self._keep_best)
             with contextlib.suppress(OSError):  # no reason to call the new one a failure
-                step_folders.retire(self.directory, keep)
+                step_folders.retire(self.directory, keep, self._hooks)
 
     def _ranked(self, metrics: Mapping[str, float] | None) -> dict[str, Any]:
         """The metrics with their rank beside them, so that a reader needs no configuration."""
         if metrics is None:
             return {"metrics": None, "rank": None}
         finite: Callable[[float], float | None] = lambda x: x if math.isfinite(x) else None
-        told = {name: finite(float(value)) for name, value in metrics.items()}
+        numbers = {name: finite(float(value)) for name, value in metrics.items()}
         rank = None
         if self._metric is not None:
             if self._metric not in metrics:
@@ -190,7 +194,7 @@ class Checkpoints:
                     f"{', '.join(sorted(metrics))}"
                 )
             rank = finite(float(metrics[self._metric]) * (1 if self._mode == "max" else -1))
-        return {"metrics": told, "rank": rank}
+        return {"metrics": numbers, "rank": rank}
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -214,7 +218,7 @@ class Checkpoints:
         agree.together(finish)
 
     def poll(self) -> None:
-        """Like `wait`, without waiting: tells early that a save has failed.
+        """Like `wait`, without waiting: raises early where a save has failed.
 
         Only where a process is alone: several learn it together, at the next save.
         """
@@ -258,7 +262,7 @@ class Checkpoints:
 
         Args:
           abstract_state: as for `restore`.
-          notice: told of every checkpoint that is damaged: its step, and what is wrong with it.
+          notice: called with the step of every damaged checkpoint and what is wrong with it.
 
         Raises:
           DamagedError: if none is sound, with the reason for each.
@@ -273,8 +277,8 @@ class Checkpoints:
                 notice(step, str(error))
                 if self._writes():
                     step_folders.set_aside(self.directory, step, step_folders.BAD)
-        told = "; ".join(reasons) or "there are no checkpoints"
-        raise DamagedError(f"{self.directory}: no checkpoint can be read: {told}")
+        why = "; ".join(reasons) or "there are no checkpoints"
+        raise DamagedError(f"{self.directory}: no checkpoint can be read: {why}")
 
     def restore_part(
         self,
@@ -303,8 +307,8 @@ class Checkpoints:
         named, shardings = flatten(shapes), jax.tree.leaves(places)
         for (name, leaf), place in zip(named.items(), shardings, strict=True):
             assert isinstance(place, Sharding)
-            kept = dtype or stored.get(prefix + name, leaf).dtype
-            wanted[prefix + name] = jax.ShapeDtypeStruct(leaf.shape, kept, sharding=place)
+            type_ = dtype or stored.get(prefix + name, leaf).dtype
+            wanted[prefix + name] = jax.ShapeDtypeStruct(leaf.shape, type_, sharding=place)
         check_same(stored, wanted, self.directory / str(step), dtypes=False)
         arrays = self._load(step, wanted, partial=True)
         leaves = [arrays[name] for name in wanted]

@@ -1,11 +1,11 @@
 """What a run does when its numbers go wrong: run a batch again, roll back and skip, or stop."""
 
-import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,15 +15,16 @@ from jaxdistill import agree, whole_file
 from jaxdistill.errors import DamagedError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train.spikes import Spikes
-from jaxdistill.types import Batch
+from jaxdistill.train.table import flatten
+from jaxdistill.types import Batch, Span
 
-FILE = "rollbacks.json"  # in the run folder: every rollback, and which batches it left out for good
+FILE = "rollbacks.json"  # in the run folder: every rollback, and which rows it left out for good
 CRASH = "crash"  # in the run folder: batches that ended a run
 
 BATCHES, PARAMETERS = "batches", "parameters"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Policy:
     """When a run is set back, and how often.
 
@@ -41,82 +42,83 @@ class Policy:
     spike_then: Literal["ignore", "warn", "rollback"] = "warn"
 
 
-class Judged(NamedTuple):
-    """A step whose numbers have been read: its number, the index of its batch, and the batch."""
+class StepRecord(NamedTuple):
+    """A step that was dispatched: its number, the rows it learns from, and their batch."""
 
     step: int
-    index: int
+    span: Span
     batch: Batch
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of the global batch."""
+        return self.batch.tokens.shape[0]
 
-class Trouble(NamedTuple):
+
+class Incident(NamedTuple):
     """Steps that the run must go back from.
 
     Attributes:
-      first, last: the numbers of the steps.
-      what: their numbers, in words.
-      culprit: the step whose batch stands for all of them.
-      action: `rerun` the first of them, or `rollback` behind all of them.
+      first, last: the steps; the first stands for all of them.
+      numbers: what went wrong, for people.
+      action: `rerun` the first step, or `rollback` to a checkpoint and leave the rows out.
     """
 
-    first: int
-    last: int
-    what: str
-    culprit: Judged
+    first: StepRecord
+    last: StepRecord
+    numbers: str
     action: Literal["rerun", "rollback"]
 
 
 class Guard:
-    """Judges every step of a run by its numbers, and keeps what was decided.
+    """Judges every step of a run by its numbers, and decides what the run does about them.
 
-    A step that is not finite changes nothing (`train.step`), so that after some of them in a row
-    the state is still the one before the first. That one is run again: when it is finite now, the
-    machine was at fault, and the run goes on from there as if nothing had been. When it is not,
-    the run goes back to its last checkpoint and leaves batches out: those of the row, or, when a
-    batch that was fine a moment ago is not finite any more either, all since the checkpoint.
+    A step with a loss or gradient that is not finite leaves the state as it was (`train.step`).
+    With max_consecutive = 3, and a checkpoint after step 40:
 
-    All that it decides by is summed over all devices, so that every process decides alike.
+        step 51  finite
+        step 52  nan                     skipped, training continues
+        step 53  nan                     skipped, training continues
+        step 54  nan                     the third in a row: step 52 is run again
+        step 52  finite this time        transient: the machine was at fault, training continues
+        step 52  nan again               reproducible: the run rolls back to step 40
+
+    After a rollback the rows of steps 52 to 54 are left out for good. There is one exception: the
+    batch of step 51, which was finite, is run once more before the state is given up. If it is not
+    finite any more, the parameters are at fault, and all rows since the checkpoint are left out.
+
+    Every number that decides is a sum over all devices, so all processes decide alike.
 
     Args:
-      folder: of the run; rollbacks of earlier attempts are read from it.
+      folder: of the run; the rollbacks of earlier attempts are read from it.
       policy: when and how often.
+      rows_per_batch: reads a list of rollbacks that counts batches, as earlier versions wrote it.
 
     Raises:
       DamagedError: if the list of rollbacks cannot be read.
     """
 
-    def __init__(self, folder: str | os.PathLike, policy: Policy):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        policy: Policy,
+        rows_per_batch: Callable[[], int] | None = None,
+    ):
         self.folder = pathlib.Path(folder)
         self.policy = policy
-        self.rollbacks: list[dict[str, Any]] = agree.by_leader(lambda: _read(self.folder / FILE))
+        self.rollbacks: list[dict[str, Any]] = agree.by_leader(
+            lambda: _read(self.folder / FILE, rows_per_batch)
+        )
         self.in_a_row = 0  # steps that were not finite, until now
-        self.begun = 0  # the step before which nothing can be run again
-        self.good: Batch | None = None  # the last batch whose step was finite
+        self.last_good: Batch | None = None  # the last batch whose step was finite
+        self._first_bad: StepRecord | None = None  # of the steps in a row, as far as we saw them
         self._spikes = Spikes(policy.spike_window, policy.spike_factor)
-        self._rerun: Trouble | None = None
+        self._rerun: Incident | None = None
 
     @property
-    def skips(self) -> list[tuple[int, int]]:
-        """Batches left out for good: disjoint ranges (first, end), ascending."""
-        return _union((one["first_batch"], one["end_batch"]) for one in self.rollbacks)
-
-    def position(self, step: int) -> int:
-        """The index of the batch of a step, steps counted from 0: which is the data position."""
-        index = step
-        for first, end in self.skips:
-            if index >= first:
-                index += end - first
-        return index
-
-    def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Ranges of batches for the steps from `start` to before `stop`, counted from 0."""
-        first, end = self.position(start), self.position(stop - 1) + 1
-        edges = [
-            first,
-            *(edge for skip in self.skips for edge in skip if first < skip[0] < end),
-            end,
-        ]
-        return list(zip(edges[::2], edges[1::2], strict=True))
+    def left_out(self) -> list[tuple[int, int]]:
+        """Rows left out for good: disjoint ranges (first, end), ascending."""
+        return _union((one["first_row"], one["end_row"]) for one in self.rollbacks)
 
     @property
     def alert(self) -> bool:
@@ -124,70 +126,77 @@ class Guard:
         return bool(self.in_a_row or self._rerun) or self.policy.max_consecutive == 1
 
     def meta(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON can hold it."""
+        """What a checkpoint keeps of the guard, as JSON can hold it."""
         return {"spikes": self._spikes.state()}
 
-    def begin(self, step: int, meta: Mapping[str, Any]) -> None:
+    def begin(self, meta: Mapping[str, Any]) -> None:
         """Starts from the state of a checkpoint, or from the start, where `meta` is empty."""
-        self.begun, self.in_a_row, self._rerun = step, 0, None
+        self.in_a_row, self._first_bad, self._rerun = 0, None, None
         self._spikes.load(meta.get("spikes", {}))
 
     def judge(
-        self, judged: Judged, numbers: Mapping[str, float], writer: MetricsWriter, show: Progress
-    ) -> Trouble | None:
-        """Notes what is wrong with a step; a Trouble where the run cannot just go on."""
-        number = judged.step
+        self,
+        record: StepRecord,
+        numbers: Mapping[str, float],
+        writer: MetricsWriter,
+        show: Progress,
+    ) -> Incident | None:
+        """Reports what is wrong with a step; an Incident where the run must go back."""
+        number = record.step
         self.in_a_row = int(numbers["guard/in_a_row"])
-        row, self._rerun = self._rerun, None
-        if row is not None:
-            assert number == row.first, "the step after a rerun was asked for is the rerun"
-            verdict = "fact" if self.in_a_row else "fluke"
-            writer.event("rerun", step=number, batch=judged.index, verdict=verdict)
+        rerun, self._rerun = self._rerun, None
+        if rerun is not None:
+            assert number == rerun.first.step, "the step after a rerun was asked for is the rerun"
+            verdict = "reproducible" if self.in_a_row else "transient"
+            writer.event("rerun", step=number, **record.span._asdict(), verdict=verdict)
             show.event(f"step {number} run again: {_VERDICTS[verdict]}")
         if not self.in_a_row:
-            self.good = judged.batch
-            return self._judge_loss(judged, numbers, writer, show)
+            self.last_good, self._first_bad = record.batch, None
+            return self._judge_loss(record, numbers, writer, show)
         what = f"loss {numbers['loss/total']:g}, gradient norm {numbers['optim/grad_norm']:g}"
-        writer.event(
-            "skipped", step=number, batch=judged.index, in_a_row=self.in_a_row, numbers=what
-        )
+        rows = record.span._asdict()
+        writer.event("skipped", step=number, **rows, in_a_row=self.in_a_row, numbers=what)
         show.event(f"step {number} skipped: {what}")
-        if row is not None:
-            return row._replace(what=what, culprit=judged, action="rollback")
+        if rerun is not None:
+            return rerun._replace(numbers=what, action="rollback")
+        if self._first_bad is None:
+            self._first_bad = record
         if self.in_a_row < self.policy.max_consecutive:
             return None
-        first = max(number - self.in_a_row, self.begun) + 1
-        return Trouble(first, number, what, judged, "rerun")
+        return Incident(self._first_bad, record, what, "rerun")
 
     def _judge_loss(
-        self, judged: Judged, numbers: Mapping[str, float], writer: MetricsWriter, show: Progress
-    ) -> Trouble | None:
+        self,
+        record: StepRecord,
+        numbers: Mapping[str, float],
+        writer: MetricsWriter,
+        show: Progress,
+    ) -> Incident | None:
         knobs = {name: value for name, value in numbers.items() if name.startswith("knobs/")}
         spike = self._spikes.see(numbers["loss/total"], knobs)
-        then, number = self.policy.spike_then, judged.step
+        then, number = self.policy.spike_then, record.step
         if spike is None or then == "ignore":
             return None
-        writer.event("spike", step=number, batch=judged.index, then=then, **spike._asdict())
+        rows = record.span._asdict()
+        writer.event("spike", step=number, **rows, then=then, **spike._asdict())
         what = f"loss {spike.loss:g} where {spike.expected:g} was expected"
         show.event(f"step {number} loss spike: {what}")
-        if then == "warn":
-            return None
-        return Trouble(number, number, what, judged, "rollback")
+        return Incident(record, record, what, "rollback") if then == "rollback" else None
 
     def judge_evaluation(
         self, number: int, metrics: Mapping[str, float], writer: MetricsWriter, show: Progress
     ) -> None:
-        """Notes what is not finite; `Checkpoints` never ranks such an evaluation as the best."""
+        """Reports what is not finite; `Checkpoints` never ranks such an evaluation as the best."""
         wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             writer.event("evaluation", step=number, nonfinite=wrong)
             show.event(f"step {number} evaluation not finite: {', '.join(wrong)}")
 
-    def run_again(self, trouble: Trouble) -> None:
+    def run_again(self, incident: Incident) -> None:
         """The next step to be judged is the first of these, once more."""
-        self._rerun = trouble
+        self._rerun = incident
 
-    def check_may_roll_back(self, trouble: Trouble, blamed: str) -> None:
+    def check_may_roll_back(self, incident: Incident, blamed: str) -> None:
         """Counts the rollbacks.
 
         Raises:
@@ -195,29 +204,31 @@ class Guard:
         """
         if len(self.rollbacks) < self.policy.max_rollbacks:
             return
-        saved = save_batch(self.folder, trouble.culprit)
+        step, (first, end), _ = incident.first
+        saved = save_batch(self.folder, incident.first)
         raise DivergedError(
-            f"step {trouble.culprit.step} (batch {trouble.culprit.index}): {trouble.what}; "
-            f"{_told(trouble)}, and {len(self.rollbacks)} rollbacks are spent "
+            f"step {step} (rows {first} to {end - 1}): {incident.numbers}; "
+            f"{_extent(incident)}, and {len(self.rollbacks)} rollbacks are spent "
             f"(guards.nonfinite.max_rollbacks = {self.policy.max_rollbacks}). None of it reached "
             f"a checkpoint: the last one is sound. {saved}. {_REMEDIES[blamed]}; then change "
             "config.resolved.yaml in the run folder and resume, or start a new run"
         )
 
-    def rolled_back(self, trouble: Trouble, blamed: str, to: int, writer: MetricsWriter) -> None:
-        """Leaves the batches at fault out for good, now that the run is back at step `to`.
+    def rolled_back(
+        self, incident: Incident, blamed: str, to: int, row: int, writer: MetricsWriter
+    ) -> None:
+        """Leaves the rows at fault out for good, now that the run is back at step `to`, at `row`.
 
         Raises:
           StorageError: if that cannot be written down.
         """
-        begin = to if blamed == PARAMETERS else trouble.first - 1
         entry = {
-            "step": trouble.last,
+            "step": incident.last.step,
             "to": to,
-            "first_batch": self.position(begin),
-            "end_batch": self.position(trouble.last - 1) + 1,
+            "first_row": row if blamed == PARAMETERS else incident.first.span.first_row,
+            "end_row": incident.last.span.end_row,
             "blamed": blamed,
-            "numbers": trouble.what,
+            "numbers": incident.numbers,
         }
         self.rollbacks.append(entry)
         agree.by_leader(lambda: _write(self.folder / FILE, self.rollbacks))
@@ -225,8 +236,8 @@ class Guard:
 
 
 _VERDICTS = {
-    "fluke": "finite this time: the machine was at fault, the run goes on from here",
-    "fact": "the same once more: the batch or the parameters are at fault",
+    "transient": "finite this time: the machine was at fault, training continues from here",
+    "reproducible": "the same once more: the batch or the parameters are at fault",
 }
 _REMEDIES = {
     BATCHES: "Look at the data of that batch, compute in float32 (student.compute_dtype, "
@@ -237,28 +248,26 @@ _REMEDIES = {
 }
 
 
-def _told(trouble: Trouble) -> str:
-    count = trouble.last - trouble.first + 1
-    if count == 1:
+def _extent(incident: Incident) -> str:
+    first, last = incident.first.step, incident.last.step
+    if first == last:
         return "the step is one too many"
-    return f"steps {trouble.first} to {trouble.last} in a row went wrong"
+    return f"steps {first} to {last} in a row went wrong"
 
 
-def save_batch(folder: pathlib.Path, judged: Judged) -> str:
+def save_batch(folder: pathlib.Path, record: StepRecord) -> str:
     """Writes a batch as arrays by name into crash/; a sentence that says where it is.
 
     Called by all processes. A disk that is full must not hide what ended the run.
     """
-    whole = multihost_utils.process_allgather(judged.batch, tiled=True)
-    path = folder / CRASH / f"batch_{judged.index:08d}.npz"
+    whole = multihost_utils.process_allgather(record.batch, tiled=True)
+    path = folder / CRASH / f"rows_{record.span.first_row:08d}.npz"
     if agree.leads():
-        fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
-        arrays: dict[str, Any] = {
-            name: np.asarray(value) for name, value in fields.items() if value is not None
-        }
+        arrays = {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
+        place: dict[str, Any] = {"step": record.step, **record.span._asdict()}
         try:
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **arrays, step=judged.step, index=judged.index)
+            np.savez(path, **arrays, **place)
         except OSError as error:
             return f"The batch could not be saved ({error})"
     return f"The batch is in {path} (numpy.load)"
@@ -275,19 +284,28 @@ def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: pathlib.Path, rows_per_batch: Callable[[], int] | None) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for one in found:
-            assert 0 <= int(one["first_batch"]) < int(one["end_batch"])
+        rollbacks = json.loads(path.read_text(encoding="utf-8"))
+        units = ["batch" if "first_batch" in one else "row" for one in rollbacks]
+        for one, unit in zip(rollbacks, units, strict=True):
+            assert 0 <= int(one[f"first_{unit}"]) < int(one[f"end_{unit}"])
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise DamagedError(
-            f"{path}: the list of rollbacks cannot be read ({error!r}), and with it which batches "
+            f"{path}: the list of rollbacks cannot be read ({error!r}), and with it which rows "
             "are left out: restore the file, or start a new run"
         ) from error
-    return found
+    if "batch" in units:
+        assert rows_per_batch is not None, "who reads a run knows its batches"
+        rows = rows_per_batch()
+        for one in rollbacks:
+            if "first_batch" in one:
+                for end in ("first", "end"):
+                    one[f"{end}_row"] = one.pop(f"{end}_batch") * rows
+        _write(path, rollbacks)  # before the size of a batch can change
+    return rollbacks
 
 
 def _write(path: pathlib.Path, content: Any) -> None:
@@ -297,5 +315,5 @@ def _write(path: pathlib.Path, content: Any) -> None:
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({error}): without it a resumed run would meet the same "
-            "batches again. Free space or mend the folder, then resume"
+            "rows again. Free space or mend the folder, then resume"
         ) from error

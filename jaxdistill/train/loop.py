@@ -2,19 +2,20 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxdistill import agree
+from jaxdistill.data.feed import Feed
 from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
-from jaxdistill.train import faults
 from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.guard import Guard, Judged, Trouble
+from jaxdistill.train.guard import Guard, Incident, StepRecord
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
@@ -23,6 +24,7 @@ from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Mean
 
 _SAVE, _STOP = 1, 2  # what a process may vote for
+ROW = "data_row"  # in a checkpoint's meta: the position of the step that follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +49,27 @@ class Parts:
     """What the loop works with.
 
     Attributes:
-      step: the compiled step, (state, teacher_params, batch) -> (state, means).
+      step: (state, teacher_params, batch) -> (state, means), compiled for the batch's shape.
       teacher_params: None where there is no teacher.
-      batches: first step index -> iterator of (index of the batch, batch on the mesh), those that
-        the guard leaves out left out.
+      feed: (row, state) -> (span, batch on the mesh), without the rows that the guard leaves out.
       evaluate: (step, state) -> held-out metrics.
       learning_rate: step index -> learning rate, for the record.
-      epoch: step index -> epochs of the data begun so far, for the record.
-      meta: step -> what a checkpoint keeps besides arrays.
+      epoch: position in rows -> epochs of the data, for the record.
+      meta: what every checkpoint keeps besides arrays, the position and the guard's memory.
       restore: the state of the newest sound checkpoint, or of the start, and its meta.
       guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
       stop: whether the process was asked to stop.
+      hooks: what the caller handed in.
     """
 
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
     teacher_params: Any
-    batches: Callable[[int], Iterator[tuple[int, Batch]]]
+    feed: Feed
     evaluate: Callable[[int, TrainState], dict[str, float]]
     learning_rate: Callable[[int], Any]
     epoch: Callable[[int], float]
-    meta: Callable[[int], dict[str, Any]]
+    meta: Mapping[str, Any]
     restore: Callable[[], tuple[TrainState, Mapping[str, Any]]]
     guard: Guard
     checkpoints: Checkpoints
@@ -75,10 +77,17 @@ class Parts:
     progress: Progress
     meter: Meter
     stop: Stop
+    hooks: Hooks = NO_HOOKS
 
 
-def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
+def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> TrainState:
     """Trains from the state's step to `schedule.steps` and returns the last state.
+
+    Args:
+      state: of the start, or of a checkpoint.
+      row: the position in the data that goes with it, `ROW` of the checkpoint's meta.
+      parts: what to train with.
+      schedule: when what is done.
 
     Raises:
       DivergedError: when the numbers went wrong more often than the guard's policy allows; the
@@ -87,21 +96,20 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
       Preempted: if the process was asked to stop; the state of the last step is saved.
     """
     guard, number = parts.guard, int(state.step)
-    feed = parts.batches(number)
     vote = agree.Vote()
     saver = Saver(parts.checkpoints, schedule.save, number, schedule.steps, _unsaved(parts))
-    owed = False  # a save that was due while steps went wrong
+    deferred = False  # whether a save was due while steps went wrong
     unread = _Unread(parts, schedule, number)
 
     while number < schedule.steps:
         number += 1
         with parts.meter.waiting("data"):
-            index, batch = next(feed)
-        assert index == guard.position(number - 1), "the step alone says which batch is its own"
-        faults.point("step.before")
+            span, batch = parts.feed(row, state)
+        row = span.end_row
+        parts.hooks.at("step.before")
         state, means = parts.step(state, parts.teacher_params, batch)
-        faults.point("step.after")
-        unread.add(Judged(number, index, batch), means)
+        parts.hooks.at("step.after")
+        unread.add(StepRecord(number, span, batch), means)
         last = number == schedule.steps
         evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
         saver.poll()
@@ -109,26 +117,25 @@ def train(state: TrainState, parts: Parts, schedule: Schedule) -> TrainState:
             jax.block_until_ready(means)  # nothing may run beside its collectives, see `agree.Vote`
         # Clocks and signals are one process's own: what to do about them is decided together.
         level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
-        save, stopping = owed or level > 0 or saver.due(number), level == _STOP and not last
+        save, stopping = deferred or level > 0 or saver.due(number), level == _STOP and not last
 
         # The step above is only dispatched: while it runs, the numbers of the one before are read.
         # But nothing is evaluated or saved before the step that made it is known to be sound, and
         # nothing is built upon a step that goes wrong before it is known what to do.
-        trouble = unread.read(everything=evaluate or save)
-        if trouble is not None:
-            state = _go_back(state, trouble, parts)
+        incident = unread.read(everything=evaluate or save)
+        if incident is not None:
+            state, row = _go_back(state, incident, parts)
             number = int(state.step)
-            feed = parts.batches(number)
             unread.restart(number)
             continue
 
         metrics = _evaluate(number, state, parts) if evaluate else None
         # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
-        owed = save and guard.in_a_row > 0 and not (last or stopping)
-        if save and not owed:
+        deferred = save and guard.in_a_row > 0 and not (last or stopping)
+        if save and not deferred:
             with parts.meter.waiting("checkpoint"):
                 parts.writer.sync()
-                meta = parts.meta(number) | guard.meta()
+                meta = {**parts.meta, ROW: row, **guard.meta()}
                 sent = saver.save(number, state, meta, metrics, last or stopping)
             if sent:
                 parts.writer.event("save", step=number)
@@ -148,45 +155,46 @@ class _Unread:
         self.restart(number)
 
     def restart(self, number: int) -> None:
-        """Forgets them all: training goes on from the state after step `number`."""
-        self._steps: collections.deque[tuple[Judged, Mapping[str, Mean]]] = collections.deque()
-        self._last_logged = number
+        """Forgets them all: training continues from the state after step `number`."""
+        self._steps: collections.deque[tuple[StepRecord, Mapping[str, Mean]]] = collections.deque()
+        self._last_logged, self._rows = number, 0
         self._parts.meter.restart()
 
-    def add(self, judged: Judged, means: Mapping[str, Mean]) -> None:
+    def add(self, record: StepRecord, means: Mapping[str, Mean]) -> None:
         """Takes the numbers of the step that was just dispatched."""
-        self._steps.append((judged, means))
+        self._steps.append((record, means))
 
-    def read(self, *, everything: bool) -> Trouble | None:
-        """Reads steps until one is trouble; the last is left running where that does no harm."""
-        trouble = None
-        while self._steps and trouble is None:
+    def read(self, *, everything: bool) -> Incident | None:
+        """Reads steps up to an incident; the last is left running where that does no harm."""
+        incident = None
+        while self._steps and incident is None:
             overlap = self._parts.meter.overlaps and not (everything or self._parts.guard.alert)
             if overlap and len(self._steps) == 1:
                 break
-            trouble = self._show(*self._steps.popleft())
-        return trouble
+            incident = self._report(*self._steps.popleft())
+        return incident
 
-    def _show(self, judged: Judged, means: Mapping[str, Mean]) -> Trouble | None:
+    def _report(self, record: StepRecord, means: Mapping[str, Mean]) -> Incident | None:
         """Reads one step's numbers (this waits for the step), judges them, writes them down."""
-        parts, number = self._parts, judged.step
+        parts, number = self._parts, record.step
         numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
-        trouble = parts.guard.judge(judged, numbers, parts.writer, parts.progress)
-        if trouble is None and self._recorded(number):
+        incident = parts.guard.judge(record, numbers, parts.writer, parts.progress)
+        self._rows += record.rows
+        if incident is None and self._recorded(number):
             updates = number - 1 - int(numbers["guard/skipped"])
             numbers["optim/lr"] = float(parts.learning_rate(updates))
-            numbers["data/epoch"] = parts.epoch(number)
-            numbers |= parts.meter.read(number - self._last_logged)
-            self._last_logged = number
+            numbers["data/epoch"] = parts.epoch(record.span.end_row)
+            numbers |= parts.meter.read(number - self._last_logged, self._rows)
+            self._last_logged, self._rows = number, 0
             numbers.pop("guard/in_a_row")
             parts.writer.write(number, numbers)
             parts.progress.step(number, numbers)
-        return trouble
+        return incident
 
 
 def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
-    """Measures a state that is known to be sound, and tells."""
-    faults.point("eval.before")
+    """Measures a state that is known to be sound, and reports."""
+    parts.hooks.at("eval.before")
     with parts.meter.waiting("other"):
         metrics = parts.evaluate(number, state)
     parts.writer.write(number, metrics)
@@ -196,42 +204,42 @@ def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
 
 
 def _unsaved(parts: Parts) -> Callable[[StorageError], None]:
-    """Tells of a save that failed, and that training goes on."""
+    """Reports a save that failed, and that training continues."""
 
-    def tell(error: StorageError) -> None:
+    def report(error: StorageError) -> None:
         parts.writer.event("save_failed", reason=str(error))
         parts.progress.event(f"{error}. Training goes on and tries again in a minute")
 
-    return tell
+    return report
 
 
-def _go_back(state: TrainState, trouble: Trouble, parts: Parts) -> TrainState:
-    """The state to go on from: the one before the row of bad steps, or that of a checkpoint."""
-    guard = parts.guard
-    if trouble.action == "rerun":
-        before = trouble.first - 1
-        guard.run_again(trouble)
+def _go_back(state: TrainState, incident: Incident, parts: Parts) -> tuple[TrainState, int]:
+    """The state and row to continue from: those before the bad steps, or those of a checkpoint."""
+    guard, first = parts.guard, incident.first
+    if incident.action == "rerun":
+        before = first.step - 1
+        guard.run_again(incident)
         parts.writer.rewind(before)
-        # The steps of the row changed nothing but these two numbers.
-        undone = np.int32(trouble.last - before)
+        # The bad steps changed nothing but these two numbers.
+        undone = np.int32(incident.last.step - before)
         step, skipped = jax.device_get((state.step, state.skipped))
         counts = np.asarray(skipped - undone, np.int32), np.asarray(step - undone, np.int32)
         places = state.skipped.sharding, state.step.sharding
         skipped, step = jax.device_put(counts, places)
-        return dataclasses.replace(state, step=step, skipped=skipped)
+        return dataclasses.replace(state, step=step, skipped=skipped), first.span.first_row
     blamed = guards.BATCHES
-    if guard.in_a_row and guard.good is not None:
+    if guard.in_a_row and guard.last_good is not None:
         # Whether or not this changes the state: it is given up below.
-        state, means = parts.step(state, parts.teacher_params, guard.good)
+        state, means = parts.step(state, parts.teacher_params, guard.last_good)
         if int(means["guard/in_a_row"].value):
             blamed = guards.PARAMETERS
-    guard.check_may_roll_back(trouble, blamed)
+    guard.check_may_roll_back(incident, blamed)
     for leaf in jax.tree.leaves(state):
         leaf.delete()  # there may be no room for two states
     state, meta = parts.restore()
-    to = int(state.step)
-    guard.rolled_back(trouble, blamed, to, parts.writer)
-    guard.begin(to, meta)
+    to, row = int(state.step), int(meta.get(ROW, 0))
+    guard.rolled_back(incident, blamed, to, row, parts.writer)
+    guard.begin(meta)
     parts.writer.rewind(to)
-    parts.progress.event(f"step {trouble.last} rolled back to step {to}: {trouble.what}")
-    return state
+    parts.progress.event(f"step {incident.last.step} rolled back to step {to}: {incident.numbers}")
+    return state, row

@@ -31,10 +31,10 @@ class Meter:
     """Wall time since the last reading, split by what the host waited for.
 
     Args:
-      tokens_per_step: positions of the global batch.
-      flops_per_step: matrix FLOPs of the step, teacher included, by formula.
-      teacher_share: the teacher's share of those FLOPs. Inside one compiled program its time
-        cannot be told apart, so this share of the time that is no waiting stands for it.
+      tokens_per_row: positions of a row.
+      flops_per_row: matrix FLOPs of the step per row, teacher included, by formula.
+      teacher_share: the teacher's share of those FLOPs. The teacher's time inside one compiled
+        program cannot be measured, so this share of the computing time is reported for it.
       devices: of the mesh.
 
     Attributes:
@@ -43,13 +43,13 @@ class Meter:
 
     def __init__(
         self,
-        tokens_per_step: int,
-        flops_per_step: float,
+        tokens_per_row: int,
+        flops_per_row: float,
         teacher_share: float,
         devices: list[jax.Device],
     ):
-        self._tokens = tokens_per_step
-        self._flops = flops_per_step
+        self._tokens = tokens_per_row
+        self._flops = flops_per_row
         self._teacher_share = teacher_share
         self._devices = devices
         peak = peak_flops(devices[0])
@@ -77,17 +77,17 @@ class Meter:
         finally:
             self._waited[what] += time.perf_counter() - began
 
-    def read(self, steps: int) -> dict[str, float]:
-        """Rates over the `steps` since the last reading, and begins a new one."""
+    def read(self, steps: int, rows: int) -> dict[str, float]:
+        """Rates over the `steps` since the last reading, of `rows` in all; begins a new one."""
         seconds = time.perf_counter() - self._began - self._waited["other"]
         waited = self._waited
         self.restart()
         if steps < 1 or seconds <= 0:
             return {}
-        rate = self._flops * steps / seconds
+        rate = self._flops * rows / seconds
         result = {
             "perf/step_seconds": seconds / steps,
-            "perf/tokens_per_second": self._tokens * steps / seconds,
+            "perf/tokens_per_second": self._tokens * rows / seconds,
             "perf/tflops_per_second": rate / 1e12,
             "perf/data_share": waited["data"] / seconds,
             "perf/checkpoint_share": waited["checkpoint"] / seconds,

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and how a run goes on that cannot write one."""
+"""When a checkpoint is due, and what a run does that cannot write one."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class SaveSchedule:
 
     Attributes:
       steps, minutes: whichever comes first.
-      max_unsaved_minutes: how long training goes on while no checkpoint can be written.
+      max_unsaved_minutes: how long training continues while no checkpoint can be written.
     """
 
     steps: int | None
@@ -32,14 +32,14 @@ class Saver:
     """Saves by a schedule.
 
     The first save after every start comes after 1 % of the run's steps or two minutes. A save that
-    fails is told, and tried again a minute later; the checkpoints before it stand meanwhile.
+    fails is reported, and tried again a minute later; the checkpoints before it stand meanwhile.
 
     Args:
       checkpoints: where to.
       schedule: when.
       first: the step that the run has come to.
       last: the step to end with.
-      failed: told of a save that failed, before training goes on.
+      failed: called with the error of a save that failed, before training continues.
       clock: seconds, of a clock that never goes back.
     """
 

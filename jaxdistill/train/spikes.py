@@ -52,7 +52,7 @@ class Spikes:
         self._above = False
 
     def see(self, loss: float, knobs: Mapping[str, float]) -> Spike | None:
-        """Takes the finite loss of a step and the knobs it was made with; tells of a new spike."""
+        """Takes a step's finite loss and its knobs; returns a spike at its first step."""
         if any(_jumped(self._knobs.get(name, value), value) for name, value in knobs.items()):
             self._losses.clear()
             self._surprises.clear()
@@ -86,7 +86,7 @@ class Spikes:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Remembers what `state` told, and nothing else."""
+        """Remembers what `state` returned, and nothing else."""
         self._losses = deque(state.get("losses", ()), _RECENT)
         self._surprises = deque(state.get("surprises", ()), self._surprises.maxlen)
         self._knobs = dict(state.get("knobs", {}))

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.losses import load_balancing
+from jaxdistill.methods import CONTROL, MONITOR, Objective
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
-from jaxdistill.objectives import CONTROL, MONITOR, Objective
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState, whole
@@ -118,78 +118,80 @@ def make(
         `recorded`; the others count no tokens. None makes them in every step.
       prepare: of the objective: whole batch -> more knobs; or None.
       adapters: of the student, which are all of it that is trained; None trains all of it.
-      offload: the optimizer's moments come from host memory; that they go back there says the
-        state's sharding.
+      offload: the optimizer's moments come from host memory; the state's sharding takes them back.
     """
 
-    def sums(params, frozen, teacher_params, batch, knobs, key):
-        # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
-        with jax.named_scope(TEACHER):
-            signal = teacher(teacher_params, batch)
-
-        def total(params):
-            means = loss(whole(params, frozen, adapters, key), signal, batch, knobs)
-            return means["loss"].total, means
-
-        (_, means), gradients = jax.value_and_grad(total, has_aux=True)(params)
-        return means, gradients
-
     def step(state: TrainState, teacher_params: Any, batch: Batch):
-        # Fetched where it is used, behind the backward pass: XLA places the copies.
-        here = lambda tree: jax.device_put(tree, jax.memory.Space.Device) if offload else tree
         knobs = optim.knobs(state.opt_state)
-        told = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
+        inputs = knobs if monitor is None else knobs | {MONITOR: monitor(state.step + 1)}
         if prepare is not None:
-            told = {**told, **prepare(batch)}
+            inputs = {**inputs, **prepare(batch)}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        means, gradients = _over_micro_batches(
-            lambda part, number: sums(
-                state.params,
-                state.frozen,
-                teacher_params,
-                part,
-                told,
-                jax.random.fold_in(key, number),
-            ),
-            batch,
-            micro_batches,
-        )
+
+        def sums(part: Batch, number: Any) -> tuple[dict[str, Mean], Any]:
+            # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
+            with jax.named_scope(TEACHER):
+                signal = teacher(teacher_params, state, part)
+            dropout = jax.random.fold_in(key, number)
+
+            def total(params):
+                student = whole(params, state.frozen, adapters, dropout)
+                means = loss(student, signal, part, inputs)
+                return means["loss"].total, means
+
+            (_, means), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
+            return means, gradients
+
+        means, gradients = _over_micro_batches(sums, batch, micro_batches)
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
-        value = means["loss"].value
         # What adaptive knobs read: of the whole batch, all devices and micro-batches.
         control = means.pop(CONTROL, means["loss"]).value
         norm = optax.tree_utils.tree_norm(gradients)
-        # Each is a sum over all devices and micro-batches: all of them decide alike.
-        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(control)
-        told = {name: mean.value for name, mean in means.items()}
-        with jax.named_scope(OPTIMIZER):
-            before = here(state.opt_state)
-            updates, opt_state = tx.update(
-                gradients, before, state.params, value=control, metrics=told
-            )
-            params = optax.apply_updates(state.params, updates)
-        in_a_row, altogether = state.skipped
-        bad = jnp.where(finite, 0, 1)
-        skipped = jnp.stack([(in_a_row + 1) * bad, altogether + bad])
-        new = TrainState(
-            step=state.step + 1,
-            params=_chosen(finite, params, state.params),
-            opt_state=_chosen(finite, opt_state, before),
-            key=state.key,
-            skipped=skipped,
-            frozen=state.frozen,
-        )
+        new = _updated(tx, state, gradients, means, control, norm, offload)
         means["loss/total"] = means.pop("loss")
-        shown = {f"knobs/{name}": knob for name, knob in knobs.items()}
-        shown |= {
+        reported = {f"knobs/{name}": knob for name, knob in knobs.items()}
+        reported |= {
             "optim/grad_norm": norm,
-            "guard/in_a_row": skipped[0],
-            "guard/skipped": skipped[1],
+            "guard/in_a_row": new.skipped[0],
+            "guard/skipped": new.skipped[1],
         }
-        return new, means | {name: _single(value) for name, value in shown.items()}
+        return new, means | {name: _single(value) for name, value in reported.items()}
 
     return step
+
+
+def _updated(
+    tx: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    gradients: Any,
+    means: Mapping[str, Mean],
+    control: Array,
+    norm: Array,
+    offload: bool,
+) -> TrainState:
+    """The state after an update, or the same but for its counters where a number is not finite."""
+    # Each is a sum over all devices and micro-batches: all of them decide alike.
+    finite = jnp.isfinite(means["loss"].value) & jnp.isfinite(norm) & jnp.isfinite(control)
+    values = {name: mean.value for name, mean in means.items()}
+    with jax.named_scope(OPTIMIZER):
+        # Moments are fetched where they are used, behind the backward pass: XLA places the copies.
+        before = state.opt_state
+        before = jax.device_put(before, jax.memory.Space.Device) if offload else before
+        updates, opt_state = tx.update(
+            gradients, before, state.params, value=control, metrics=values
+        )
+        params = optax.apply_updates(state.params, updates)
+    in_a_row, altogether = state.skipped
+    bad = jnp.where(finite, 0, 1)
+    return TrainState(
+        step=state.step + 1,
+        params=_chosen(finite, params, state.params),
+        opt_state=_chosen(finite, opt_state, before),
+        key=state.key,
+        skipped=jnp.stack([(in_a_row + 1) * bad, altogether + bad]),
+        frozen=state.frozen,
+    )
 
 
 def recorded(every: int, last: int) -> Callable[[Any], Any]:
@@ -208,39 +210,71 @@ def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh
         return jitted.lower(state, teacher_params, batch).compile()
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh, origins: bool = False) -> Batch:
-    """The shapes and places of a global batch; with `origins` it says who wrote each token."""
-    place = batch_sharding(mesh)
-    make: Callable[[Any], Any] = lambda dtype: jax.ShapeDtypeStruct(
-        (rows, length), dtype, sharding=place
-    )
-    numbers = make(jnp.int32)
-    return Batch(
-        tokens=numbers,
-        targets=numbers,
-        mask=make(jnp.bool_),
-        positions=numbers,
-        segment_ids=numbers,
-        origin=numbers if origins else None,
+class PerShape:
+    """The step for batches of any shape: one compiled program for each, made when it first comes.
+
+        step = PerShape(lambda *arguments: compiled(pure, *arguments, mesh))
+        step.prepare(state, teacher_params, abstract_batch(row, 32, mesh))   # ahead of training
+        state, means = step(state, teacher_params, batch)
+
+    Args:
+      compile: (state, teacher_params, batch), as arrays or shapes -> a program for them.
+    """
+
+    def __init__(self, compile: Callable[[Any, Any, Any], Any]):
+        self._compile = compile
+        self._programs: dict[Any, Any] = {}
+
+    def prepare(self, state: Any, teacher_params: Any, batch: Any) -> Any:
+        """The program for batches of this one's shape, compiled at the first call."""
+        leaves, structure = jax.tree.flatten(batch)
+        shape = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if shape not in self._programs:
+            self._programs[shape] = self._compile(state, teacher_params, batch)
+        return self._programs[shape]
+
+    def __call__(
+        self, state: TrainState, teacher_params: Any, batch: Batch
+    ) -> tuple[TrainState, dict[str, Mean]]:
+        """Runs the step by the program for the batch's shape."""
+        return self.prepare(state, teacher_params, batch)(state, teacher_params, batch)
+
+
+def abstract_batch(like: Batch, rows: int, mesh: Mesh) -> Batch:
+    """The shapes and places of a global batch of so many rows, each with the leaves of `like`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (rows, *leaf.shape[1:]), leaf.dtype, sharding=_leaf_sharding(mesh, leaf.ndim)
+        ),
+        like,
     )
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
     """The rows of a batch that this process has (`local_rows`), as global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
     blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     here = len(local_rows(mesh, blocks))
 
     def make(rows):
         rows = np.asarray(rows)
         shape = (len(rows) * blocks // here, *rows.shape[1:])
+        sharding = _leaf_sharding(mesh, rows.ndim)
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return jax.tree.map(make, batch)
 
 
+def _leaf_sharding(mesh: Mesh, dims: int) -> NamedSharding:
+    """How a leaf of a batch lies on the mesh: as [B, L] does, or [B] where that is all it has."""
+    whole_rows = batch_sharding(mesh)
+    return whole_rows if dims > 1 else NamedSharding(mesh, PartitionSpec(whole_rows.spec[0]))
+
+
 def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[str, Mean], Any]:
-    """Adds sums, counts and gradients over the parts of a batch: of `one(part, its number)`."""
+    """Adds sums, counts and gradients over the parts of a batch: of `one(part, its number)`.
+
+    `optax.microbatching` adds up the same bits, but its loop needs other memory on some meshes.
+    """
     if parts == 1:
         return one(batch, 0)
 

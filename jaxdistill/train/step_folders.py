@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxdistill import manifest
 from jaxdistill.errors import DamagedError
-from jaxdistill.train import faults
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 BAD = "bad"
 ROLLED_BACK = "rolled_back"
@@ -92,15 +92,17 @@ def staging(directory: pathlib.Path, step: int) -> pathlib.Path:
     return directory / f"{_SAVING}{step}"
 
 
-def commit(directory: pathlib.Path, step: int, facts: Mapping[str, Any]) -> None:
+def commit(
+    directory: pathlib.Path, step: int, facts: Mapping[str, Any], hooks: Hooks = NO_HOOKS
+) -> None:
     """Seals what was staged and gives it its name; from then on it is there, also after a crash."""
     staged = staging(directory, step)
-    faults.point("checkpoint.seal")
+    hooks.at("checkpoint.seal")
     manifest.seal(staged, {"step": step, "time": round(time.time(), 3), **facts})
-    faults.point("checkpoint.commit")
+    hooks.at("checkpoint.commit")
     staged.rename(directory / str(step))
     manifest.sync(directory)
-    faults.point("checkpoint.committed")
+    hooks.at("checkpoint.committed")
 
 
 def kept(all_saved: Iterable[Saved], latest: int, best: int) -> set[int]:
@@ -113,14 +115,14 @@ def kept(all_saved: Iterable[Saved], latest: int, best: int) -> set[int]:
     return {one.step for one in chosen}
 
 
-def retire(directory: pathlib.Path, keep: Collection[int]) -> None:
+def retire(directory: pathlib.Path, keep: Collection[int], hooks: Hooks = NO_HOOKS) -> None:
     """Removes every readable checkpoint that is not to be kept; damaged ones are left."""
     for one in readable(directory):
         if one.step not in keep:
             # A name of its own first: a half-removed checkpoint must not look like one.
             going = directory / f"{_REMOVING}{one.step}"
             (directory / str(one.step)).rename(going)
-            faults.point("checkpoint.remove")
+            hooks.at("checkpoint.remove")
             shutil.rmtree(going, ignore_errors=True)
 
 

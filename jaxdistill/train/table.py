@@ -30,7 +30,7 @@ def check_same(
 ) -> None:
     """Compares names, shapes and dtypes of a checkpoint's table with those that are wanted.
 
-    Orbax would cast a wrong dtype silently, and tell of a wrong name by printing two whole trees.
+    Orbax would cast a wrong dtype silently, and report a wrong name by printing two whole trees.
 
     Raises:
       ModelError: listing the first ten differences.

@@ -142,6 +142,7 @@ def test_silenced_equals_sliced(pair):
     assert count_parameters(sliced.config) == sum(map(np.size, jax.tree.leaves(sliced.params)))
 
 
+@pytest.mark.torch
 def test_transformers_opens_the_student_and_finds_the_same(pair, tmp_path, transformers_logits):
     """Both folders are run by transformers: ours takes no part in what is compared."""
     tokens = variants.tokens()

@@ -88,6 +88,7 @@ def test_masked_equals_sliced(case, load, batches, tmp_path, one_device):
     assert count_parameters(again.config) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("case", ["llama3", "smollm2", "mistral_window", "qwen2_windows", "qwen3"])
 def test_transformers_opens_the_student(case, load, batches, tmp_path, transformers_logits):
     model, _ = load(case)

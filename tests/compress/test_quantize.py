@@ -119,8 +119,10 @@ def test_a_quantised_folder_is_small(model, tmp_path):
     assert abs((whole - int4) - 1.5 * kernels) < 0.08 * kernels
 
 
+@pytest.mark.torch
 def test_packing_equals_compressed_tensors():
-    torch = pytest.importorskip("torch", reason="needs torch")
+    import torch
+
     helpers = pytest.importorskip(
         "compressed_tensors.compressors.pack_quantized.helpers",
         reason="needs compressed-tensors",
@@ -134,9 +136,11 @@ def test_packing_equals_compressed_tensors():
         np.testing.assert_array_equal(compressed.unpack(theirs, bits, 72), values)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", SCHEMES)
 def test_transformers_reads_the_folder(model, name, tmp_path):
-    torch = pytest.importorskip("torch", reason="needs torch")
+    import torch
+
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
     small = quantize.quantized(model, name)
     folder = models.save(small, tmp_path / "q")

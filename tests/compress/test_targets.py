@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxdistill import budgets
 from jaxdistill.compress import targets
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, count_parameters
@@ -43,7 +44,7 @@ def test_the_sizes_of_the_minitron_paper_give_its_parameters():
 def test_a_budget_is_met_and_hardly_missed():
     for budget, axes in (("60%", ("embed", "mlp")), ("100M", ("layers",)), ("75%", ("mlp",))):
         small = targets.fit(SMOLLM2, parameters=budget, axes=axes)
-        limit = targets.amount(budget, count_parameters(SMOLLM2))
+        limit = budgets.amount(budget, count_parameters(SMOLLM2))
         assert count_parameters(small) <= limit
         left = (
             dataclasses.replace(small, mlp=small.mlp + 64)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdistill import config
-from jaxdistill.config import syntax, workflow
+from jaxdistill.config import inherit, syntax, workflow
 from jaxdistill.errors import ConfigError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-TEXTS = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
+TEXTS = [inherit.flattened(path) for path in sorted(CONFIGS.glob("*.yaml"))]
 TEXTS = [text for text in TEXTS if not workflow.is_workflow(text)]
 RESOLVED = [config.dump(config.loads(text)) for text in TEXTS]
 TREES = [syntax.parse(text).value for text in TEXTS + RESOLVED]

@@ -31,7 +31,7 @@ def errors(text, overrides=()):
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in RECIPES} >= {"tiny", "quickstart", "kd", "reverse_kd", "sft"}
+    assert {path.stem for path in FILES} >= {"tiny", "quickstart", "kd", "reverse_kd", "sft"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -57,7 +57,7 @@ def test_every_workflow_loads():
 
 def test_resolved_form_holds_every_default():
     resolved = syntax.parse(config.dump(config.loads(BASE))).value
-    assert resolved["run"] == {"name": "run", "dir": "runs/run"}
+    assert resolved["run"] == {"name": "run", "dir": "runs/run", "compilation_cache": "auto"}
     assert resolved["optimizer"]["lr"] == 1e-4
     assert resolved["student"]["from"] is None
     assert set(resolved) == set(config.Config.model_fields)
@@ -306,20 +306,20 @@ def test_rules_hold_for_configs_made_in_python_too():
         type(loaded.train)(steps=10, batch_size=8, micro_batches=3)
 
 
-def test_every_divergence_of_a_configuration_exists():
-    from typing import get_args
+def test_every_divergence_of_a_configuration_exists_with_its_defaults():
+    import inspect
 
-    from jaxdistill.config import methods
+    from jaxdistill import ranges
     from jaxdistill.kernels import rows
-    from jaxdistill.losses import whole_rows
+    from jaxdistill.losses import divergences, whole_rows
 
-    offered = set(get_args(methods.Divergence))
-    assert offered == set(methods.DIVERGENCES)
-    assert set(rows.KINDS) <= offered <= set(rows.KINDS) | set(whole_rows.FUNCTIONS)
-    assert set(methods.WHOLE_ROWS) == offered - set(rows.KINDS)
-    for name, parameters in methods.DIVERGENCES.items():
-        defaults = {key: entry[0] for key, entry in parameters.items()}
-        if name in rows.KINDS:
-            rows.make(name, *defaults.values())
-        else:
-            whole_rows.bound(name, **defaults)
+    assert set(ranges.ENTRIES) == set(rows.KINDS)
+    assert set(ranges.WHOLE_ROWS) < set(whole_rows.FUNCTIONS)
+    for name, parameters in ranges.ENTRIES.items():
+        assert list(inspect.signature(rows.KINDS[name]).parameters) == list(parameters)
+    functions = {name: getattr(divergences, name) for name in ranges.ENTRIES}
+    functions |= {name: whole_rows.FUNCTIONS[name] for name in ranges.WHOLE_ROWS}
+    for name, function in functions.items():
+        expected = {key: one.default for key, one in ranges.PARAMETERS[name].items()}
+        given = inspect.signature(function).parameters
+        assert {key: given[key].default for key in expected} == expected

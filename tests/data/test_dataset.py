@@ -78,10 +78,9 @@ def test_indices_are_checked(build):
             dataset[index]
 
 
-def test_epoch_and_fill(build):
+def test_fill(build):
     dataset = build([{"text": "a" * 7}] * 6)
     assert len(dataset) == 6 and dataset.fill() == 1.0
-    assert [dataset.epoch(step, 4) for step in range(5)] == [0, 0, 1, 2, 2]
     assert build([{"text": "abc"}]).fill() == 0.5
 
 

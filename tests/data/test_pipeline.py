@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.data import pipeline
+from jaxdistill.data.feed import CorpusFeed
 from jaxdistill.errors import ConfigError
 from jaxdistill.types import Batch
 
@@ -42,8 +43,8 @@ def numbers(dataset, batch):
 
 def test_a_batch_is_rows_stacked(dataset):
     steps = take(dataset, 5, shuffle=False)
-    assert [step for step, _ in steps] == [0, 1, 2, 3, 4]
-    for step, batch in steps:
+    assert [span for span, _ in steps] == [(4 * step, 4 * step + 4) for step in range(5)]
+    for step, (_, batch) in enumerate(steps):
         assert isinstance(batch, Batch) and batch.tokens.shape == (4, 10)
         for place in range(4):
             row = dataset[(4 * step + place) % 23]
@@ -73,15 +74,59 @@ def test_the_order_is_the_seeds(dataset):
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 40])
 def test_resuming_gives_the_tail(dataset, start):
     whole = take(dataset, 46)
-    tail = take(dataset, 46 - start, start=start, threads=0)
-    assert [step for step, _ in tail] == list(range(start, 46))
+    tail = take(dataset, 46 - start, start=4 * start, threads=0)
+    assert [span for span, _ in tail] == [span for span, _ in whole[start:]]
     assert all(same(a[1], b[1]) for a, b in zip(whole[start:], tail, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_batches_of_another_size_go_on_with_the_row_that_follows(dataset, size):
+    stream = [number for _, batch in take(dataset, 30) for number in numbers(dataset, batch)]
+    rest = take(dataset, 5, start=13, batch_size=size)
+    assert [span for span, _ in rest] == [(13 + n * size, 13 + n * size + size) for n in range(5)]
+    rows = [number for _, batch in rest for number in numbers(dataset, batch)]
+    assert rows == stream[13 : 13 + 5 * size]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 7, 9])
+@pytest.mark.parametrize("left_out", [[(3, 5)], [(0, 2), (5, 6), (9, 21)], [(1, 30)]])
+def test_batches_pass_over_the_rows_that_are_left_out(dataset, start, left_out):
+    stream = [number for _, batch in take(dataset, 30) for number in numbers(dataset, batch)]
+    given = [row for row in range(start, 60) if not any(a <= row < b for a, b in left_out)]
+    steps = take(dataset, 6, start=start, left_out=left_out)
+    for step, (span, batch) in enumerate(steps):
+        rows = given[4 * step : 4 * step + 4]
+        assert span == (rows[0], rows[-1] + 1)
+        assert numbers(dataset, batch) == [stream[row] for row in rows]
+
+
+def test_a_corpus_is_read_ahead_and_gives_any_row_again(dataset, monkeypatch):
+    opened, original, gaps = [], pipeline.batches, [(20, 22)]
+    whole = take(dataset, 8, left_out=gaps)
+    after = take(dataset, 1, start=16)[0][1]
+
+    def batches(*arguments, **options):
+        opened.append(options["start"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "batches", batches)
+    feed = CorpusFeed(dataset, batch_size=4, seed=3, left_out=lambda: gaps)
+    row = 0
+    for span, batch in whole[:6]:
+        ours = feed(row, None)
+        assert ours[0] == span and same(ours[1], batch)
+        row = span.end_row
+    assert opened == [0]
+    assert same(feed(8, None)[1], whole[2][1]) and opened == [0, 8]
+    gaps.insert(0, (12, 16))  # of a rollback: what was prepared is not what comes now
+    assert same(feed(12, None)[1], after)
+    assert opened == [0, 8, 12]
 
 
 def test_a_far_step_is_reached_at_once(dataset):
     begin = time.monotonic()
-    [(step, batch)] = take(dataset, 1, start=10**12)
-    assert step == 10**12 and batch.tokens.shape == (4, 10)
+    [(span, batch)] = take(dataset, 1, start=10**12)
+    assert span == (10**12, 10**12 + 4) and batch.tokens.shape == (4, 10)
     assert time.monotonic() - begin < 5
 
 
@@ -104,12 +149,6 @@ def test_fewer_rows_than_the_batch(dataset):
     assert sorted(stream[:92]) == sorted(list(range(23)) * 4)
 
 
-def test_stop_ends(dataset):
-    steps = list(pipeline.batches(dataset, batch_size=4, seed=0, start=2, stop=5))
-    assert [step for step, _ in steps] == [2, 3, 4]
-    assert list(pipeline.batches(dataset, batch_size=4, seed=0, start=5, stop=5)) == []
-
-
 def test_wrong_arguments(dataset):
     for options, words in (
         ({"batch_size": 0}, "batch_size: 0"),
@@ -117,8 +156,7 @@ def test_wrong_arguments(dataset):
         ({"rows": []}, "rows: "),
         ({"seed": -1}, "seed: -1: must lie between"),
         ({"seed": 2**32}, "seed: 4294967296"),
-        ({"start": -1}, "must be 0 <= start"),
-        ({"start": 3, "stop": 2}, "must be 0 <= start"),
+        ({"start": -1}, "row -1: must be at least 0"),
     ):
         # At the call, not at the first batch.
         with pytest.raises(ConfigError, match=words):

@@ -14,12 +14,13 @@ from jaxdistill.train import step_folders
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory):
     cache = jax.config.jax_compilation_cache_dir
-    with soak_faults.Rig(tmp_path_factory.mktemp("rig"), cache) as rig:
+    flags = "--xla_backend_optimization_level=0"  # as in conftest.py, on one device
+    with soak_faults.Rig(tmp_path_factory.mktemp("rig"), cache, flags) as rig:
         yield rig
 
 
 def test_killed_runs_end_as_undisturbed_ones(rig):
-    found = soak_faults.kills(rig, 4, seed=1, per_run=4, told=lambda _: None)
+    found = soak_faults.kills(rig, 4, seed=1, per_run=4, report=lambda _: None)
     assert found["kills"] >= 4
     assert found["bitwise_equal_runs"] == found["runs"]
     assert found["unreadable_run_folders"] == 0

@@ -34,6 +34,7 @@ RUN = (
     "mesh={data: -1, fsdp: 2}",
 )
 GONE_SECONDS = 30
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def launched(folder: pathlib.Path, *words: str, **variables: str):
+def launched(folder: pathlib.Path, *words: str, fault: str = "", **variables: str):
     """A running `jaxdistill launch`; what it says goes to launch.txt, and it never outlives us."""
-    command = [sys.executable, "-m", "jaxdistill", "launch", *words]
+    program = ("tests.inject", fault) if fault else ("jaxdistill",)
+    command = [sys.executable, "-m", *program, "launch", *words]
     with open(folder / "launch.txt", "a") as said:
         process = subprocess.Popen(
-            command, env=environment(**variables), stdout=said, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,  # where `tests` can be imported from
+            env=environment(**variables),
+            stdout=said,
+            stderr=subprocess.STDOUT,
         )
         try:
             yield process
@@ -204,9 +210,8 @@ def test_a_killed_process_ends_the_group_which_goes_on_to_the_same_bits(
 ):
     words = ("-n", "2", "--devices-per-process", "4", "--restart", "1", "--", "train")
     # Step 13 waits, so that the kill falls between two checkpoints.
-    with launched(
-        tmp_path, *words, write_config(tmp_path), JAXDISTILL_FAULT="step.before:13:wait"
-    ) as process:
+    words += (write_config(tmp_path),)
+    with launched(tmp_path, *words, fault="step.before:13:wait") as process:
         reaches(tmp_path / "run", 12, process, tmp_path)
         os.kill(children(process.pid)[1], signal.SIGKILL)
         ended(process, tmp_path, 0)
@@ -222,7 +227,7 @@ def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
     pair, write_config, tmp_path, monkeypatch
 ):
     words = ("-n", "2", "--devices-per-process", "4", "--", "train", write_config(tmp_path))
-    with launched(tmp_path, *words, JAXDISTILL_FAULT="step.before:13:wait") as process:
+    with launched(tmp_path, *words, fault="step.before:13:wait") as process:
         reaches(tmp_path / "run", 12, process, tmp_path)
         os.kill(children(process.pid)[1], signal.SIGSTOP)
         ended(process, tmp_path, 128 + signal.SIGABRT, GONE_SECONDS)
@@ -241,7 +246,7 @@ def test_a_signal_stops_all_at_one_step_and_others_go_on(
     for step in (11, 20):
         shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
     words = ("-n", "2", "--devices-per-process", "2", "--", "resume", str(run))
-    with launched(tmp_path, *words, JAXDISTILL_FAULT="step.before:4:wait") as process:
+    with launched(tmp_path, *words, fault="step.before:4:wait") as process:
         while losses(run).keys() != set(range(1, 14)):
             assert process.poll() is None, told(tmp_path)
             time.sleep(0.02)

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import cli, engine, models
+from jaxdistill import cli, commands, engine, models
 from jaxdistill.compress import importance
 from jaxdistill.config import preflight
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.measure import speed
+from jaxdistill.evaluate import speed
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 
@@ -84,7 +84,7 @@ def test_bad_input_is_told_before_anything_is_measured(finished, data, tmp_path,
         ([], 2, "given: nothing"),
         (["--mlp", "4000"], 2, "the model has 48"),
         (["--mlp", "8", "--parameters", "50%"], 2, "given: mlp, parameters"),
-        (["--mlp", "8", "--latency", "50%"], 2, "prune.latency: is a budget of its own"),
+        (["--mlp", "8", "--latency", "50%"], 2, "given: mlp, latency"),
         (["--mlp", "8"], 2, "give an importance file, or text"),
         (["--mlp", "8", "--data", text, "--rows", "100000", "--seq-len", "32"], 3, "100000 are"),
         (["--mlp", "8", "--importance", text], 2, "is damaged or no importance file"),
@@ -92,10 +92,10 @@ def test_bad_input_is_told_before_anything_is_measured(finished, data, tmp_path,
         assert cli.main(["prune", run, "-o", str(tmp_path / "s"), *words]) == code
         assert message in capsys.readouterr().err
         assert not (tmp_path / "s").exists()
-    with pytest.raises(ConfigError, match="calibration: give text"):
-        engine.importance(run, engine.Calibration(data=[]))
+    with pytest.raises(ValueError, match="at least 1 item"):
+        commands.Importance(data=[])
     with pytest.raises(DataError, match="100000 are wanted"):
-        engine.importance(run, engine.Calibration([text], rows=100000, seq_len=32))
+        engine.importance(run, commands.Importance(data=[text], rows=100000, seq_len=32))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def test_a_run_trains_a_pruned_teacher_and_resumes(load_config, teacher, tmp_pat
 def test_before_the_first_step_it_is_the_pruned_model(load_config, teacher, tmp_path):
     loaded = pruned_config(load_config, teacher, tmp_path)
     student = setup.models_of(loaded, setup.mesh_of(loaded)).student
-    target = engine.Target(sizes={"mlp": 64, "layers": 2})
-    engine.prune(str(teacher / "model"), tmp_path / "s", target, importance_file=teacher / "scores")
+    options = commands.Prune(mlp=64, layers=2, importance=str(teacher / "scores"))
+    engine.prune(str(teacher / "model"), tmp_path / "s", options)
     want = models.load(tmp_path / "s", dtype="float32").params
     for ours, theirs in zip(jax.tree.leaves(student.params), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import engine, models
+from jaxdistill import commands, engine, models
 from jaxdistill.engine import run as running
 from jaxdistill.engine import setup
 from jaxdistill.errors import ConfigError, DivergedError, MismatchError
@@ -85,6 +85,7 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
     np.testing.assert_allclose(after["agree_top1"], agree / count, rtol=1e-9)
 
 
+@pytest.mark.floor
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_path, monkeypatch):
     config = load_config(tmp_path)
     step = Progress.step
@@ -160,10 +161,11 @@ def test_an_exported_run_opens_with_equal_logits(finished, tmp_path):
 
 def test_eval_measures_a_run_against_a_teacher(finished, data):
     run = str(finished.run_dir)
-    options = {"data": [f"{data}/eval.txt"], "format": "paragraphs", "seq_len": 32}
-    options |= {"cache_dir": f"{data}/cache"}
-    alone = engine.evaluate(run, **options)
-    against = engine.evaluate(run, teacher=run, **options)
+    text = commands.Evaluate(
+        data=[f"{data}/eval.txt"], format="paragraphs", seq_len=32, cache_dir=f"{data}/cache"
+    )
+    alone = engine.evaluate(run, text)
+    against = engine.evaluate(run, text, teacher=run)
     assert "eval/kl_t1" not in alone
     np.testing.assert_allclose(against["eval/kl_t1"], 0, atol=1e-6)
     assert against["eval/agree_top1"] == 1
@@ -252,11 +254,13 @@ def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
 
     config = load_config(tmp_path, "guards.nonfinite.max_consecutive=2", "train.eval_every=null")
     monkeypatch.setattr(running.setup, "teacher_params_of", poisoned)
-    with pytest.raises(DivergedError, match=r"step 1 \(batch 4\).*2 rollbacks are spent") as error:
+    with pytest.raises(
+        DivergedError, match=r"step 1 \(rows 32 to 39\).*2 rollbacks are spent"
+    ) as error:
         engine.train(config)
     assert error.value.exit_code == 7
     record = json.loads((tmp_path / "run" / "RUN.json").read_text())
-    assert record["status"] == "failed" and "batch 4" in record["exit_reason"]
+    assert record["status"] == "failed" and "rows 32" in record["exit_reason"]
 
 
 def test_checkpoints_hold_everything_that_moves(finished):

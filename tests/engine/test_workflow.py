@@ -115,7 +115,7 @@ def test_everything_is_there(flow):
 
 def test_the_page_tells_the_story_and_loads_nothing(flow):
     page = (flow.parent / "out" / "report.html").read_text()
-    for words in ("KL to the teacher: KD", "What layers are worth", "Reliability", "±", "correct"):
+    for words in ("KL to the teacher: KD", "Layer importance", "Reliability", "±", "correct"):
         assert words in page, words
     assert (
         page.count("<svg") >= 3

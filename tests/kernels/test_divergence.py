@@ -9,6 +9,7 @@ from jaxdistill import sharding
 from jaxdistill.kernels import choice, divergence, rows
 from jaxdistill.losses import divergences
 
+pytestmark = pytest.mark.floor
 PARAMETERS = {
     "symmetric_kl": (0.3,),
     "generalized_jsd": (0.3,),

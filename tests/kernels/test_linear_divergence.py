@@ -8,6 +8,7 @@ import pytest
 from jaxdistill.kernels import linear_divergence
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size
 
+pytestmark = pytest.mark.floor
 N, V, DS, DT = 40, 53, 16, 24
 
 

@@ -1,4 +1,4 @@
-"""Transformers as an oracle, where torch is installed."""
+"""Transformers as an oracle, for tests marked `torch`."""
 
 import pathlib
 import warnings
@@ -10,7 +10,6 @@ import pytest
 @pytest.fixture(scope="session")
 def transformers_model():
     """A function: folder -> transformers' model in float32, every tensor of the folder used."""
-    pytest.importorskip("torch", reason="needs torch (make test TORCH=1)")
 
     def load(folder: pathlib.Path):
         with warnings.catch_warnings():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import jax
@@ -17,10 +16,6 @@ from jaxdistill.models import DecoderConfig, decoder
 from tests.models import oracle
 
 TOLERANCE = 2e-5
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None,
-    reason="parity with transformers' models needs torch (make test TORCH=1)",
-)
 
 
 @pytest.fixture(params=oracle.CASES)
@@ -42,7 +37,7 @@ def test_logits_equal_the_numpy_decoder(case):
     assert oracle.distance(models.load(folder).logits(tokens), expected) <= TOLERANCE
 
 
-@needs_torch
+@pytest.mark.torch
 def test_logits_equal_transformers(case, transformers_logits):
     raw, folder = case
     tokens = oracle.tokens(raw)
@@ -183,11 +178,11 @@ def test_weights_are_cast_before_they_are_gathered(spread, mesh8):
 
 
 def test_the_structure_is_made_once_per_configuration(small):
-    assert decoder.graphdef(small.config) is decoder.graphdef(small.config)
-    module = nnx.merge(decoder.graphdef(small.config), small.params)
-    assert isinstance(module, decoder.Decoder)
-    pure = nnx.to_pure_dict(nnx.split(module)[1])
-    assert jax.tree.structure(pure) == jax.tree.structure(small.params)
+    structure = decoder.layer_structure(small.config)
+    assert decoder.layer_structure(small.config) is structure
+    layer = nnx.merge(structure, small.params["layers"])
+    pure = nnx.to_pure_dict(nnx.split(layer)[1])
+    assert jax.tree.structure(pure) == jax.tree.structure(small.params["layers"])
 
 
 def test_shapes_axes_and_init_agree(small):

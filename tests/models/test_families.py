@@ -1,7 +1,6 @@
 """Families beyond Llama's form against transformers, on a mesh, in generation; what is refused."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 import warnings
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import losses, models, objectives, sharding
+from jaxdistill import losses, models, sharding
 from jaxdistill.errors import ModelError
+from jaxdistill.methods import kd
 from jaxdistill.models import decoder, experts
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.config_json import read_config, write_config
@@ -21,10 +21,6 @@ from jaxdistill.types import Batch, TeacherSignal
 from tests.models import oracle, variants
 
 TOLERANCE = 2e-5
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None,
-    reason="parity with transformers' models needs torch (make test TORCH=1)",
-)
 PROMPTS = [[5, 9, 11, 30, 2, 8, 17], [40], [3, 3, 3, 21, 22, 23, 24, 25, 7, 8, 9, 10, 11]]
 
 
@@ -46,14 +42,14 @@ def theirs(name, tmp_path_factory):
         return variants.transformers_folder(name, tmp_path_factory.mktemp("theirs") / name)
 
 
-@needs_torch
+@pytest.mark.torch
 def test_logits_equal_transformers(theirs, transformers_logits):
     tokens = variants.tokens()
     expected = transformers_logits(theirs, tokens)
     assert oracle.distance(models.load(theirs).logits(tokens), expected) <= TOLERANCE
 
 
-@needs_torch
+@pytest.mark.torch
 def test_transformers_opens_what_is_saved_with_equal_weights(theirs, tmp_path, transformers_model):
     import torch
 
@@ -65,7 +61,7 @@ def test_transformers_opens_what_is_saved_with_equal_weights(theirs, tmp_path, t
         assert torch.equal(weight, after[path]), path
 
 
-@needs_torch
+@pytest.mark.torch
 def test_gradients_equal_transformers(theirs, tmp_path, transformers_model):
     """Of cross-entropy, by every weight: our gradient, saved as a model, is one that they open."""
     import torch
@@ -88,7 +84,7 @@ def test_gradients_equal_transformers(theirs, tmp_path, transformers_model):
         assert error <= 2e-5 * np.abs(expected).max() + 1e-7, (path, error)
 
 
-@needs_torch
+@pytest.mark.torch
 def test_greedy_equals_transformers(theirs, transformers_model):
     import torch
 
@@ -141,7 +137,7 @@ def test_packed_documents_equal_their_own_forwards(model):
         assert oracle.distance(packed[:, start:stop], alone) <= TOLERANCE
 
 
-@needs_torch
+@pytest.mark.torch
 @pytest.mark.parametrize("length", [31, 32, 33, 48])
 def test_longrope_equals_transformers_on_both_sides(length, tmp_path, transformers_logits):
     with warnings.catch_warnings():
@@ -193,7 +189,7 @@ def test_losses_see_capped_logits(capped):
     student = decoder.apply(config, worse, tokens, compute_dtype="float32")
     knobs = {"alpha": jnp.float32(0.3), "temperature": jnp.float32(1.0)}
     signal = TeacherSignal(outputs=outputs)
-    means = objectives.kd(vocab=61).apply({}, student, signal, batch, knobs)
+    means = kd.objective(vocab=61).apply({}, student, signal, batch, knobs)
     q, p = (jax.nn.log_softmax(decoder.logits(one)) for one in (student, outputs))
     ce = -jnp.take_along_axis(q, tokens[..., None], -1)[..., 0]
     expected = 0.3 * ce + 0.7 * jnp.sum(jnp.exp(p) * (p - q), -1)
@@ -233,7 +229,7 @@ def test_routed_experts_equal_a_loop_over_tokens(normalised, favour):
         np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-4)
 
 
-@needs_torch
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe_unnormalised"])
 def test_load_balancing_equals_transformers(name, tmp_path, transformers_model):
     """Value, and gradient by every weight, of rows with padding."""

@@ -52,6 +52,7 @@ def test_greedy_equals_a_loop_without_a_cache(case):
     assert new == [_without_cache(raw, prompt, 12) for prompt in PROMPTS]
 
 
+@pytest.mark.torch
 def test_greedy_equals_transformers(case, transformers_model):
     import torch
 

@@ -38,9 +38,11 @@ def test_logits_equal_the_numpy_decoder(name, tmp_path):
     assert oracle.distance(model.logits(tokens), expected) <= 2e-5
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["llama2", "smollm2", "qwen2", "qwen3"])
 def test_logits_equal_what_transformers_reads(name, tmp_path):
-    torch = pytest.importorskip("torch", reason="needs torch (make test TORCH=1)")
+    import torch
+
     pytest.importorskip("accelerate", reason="transformers reads GGUF models through accelerate")
     raw = oracle.CASES[name] | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64}
     raw |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -69,9 +71,10 @@ def test_blocks_decode_to_their_documented_values(kind):
     assert kind in reader.KINDS
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"])
 def test_blocks_decode_as_in_transformers(kind):
-    torch = pytest.importorskip("torch", reason="needs torch (make test TORCH=1)")
+    import torch
     from transformers.integrations.gguf.dequant import dequantize
 
     blocks = gguf_files.random_blocks(kind, 40)

@@ -129,8 +129,8 @@ def test_sentencepiece_without_a_leading_space():
     assert _split(metadata, "hell o") == ["hell", SPACE, "o"]
 
 
+@pytest.mark.torch
 def test_sentencepiece_equals_transformers(tmp_path):
-    pytest.importorskip("torch", reason="transformers reads GGUF through torch")
     from transformers.integrations.gguf import convert_gguf_tokenizer
 
     metadata = _sentencepiece()

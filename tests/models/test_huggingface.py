@@ -54,6 +54,7 @@ def test_saving_and_loading_changes_nothing(name, tmp_path):
     assert written.keys() == oracle.tensors(raw).keys()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", oracle.CASES)
 def test_transformers_opens_a_saved_folder_with_equal_logits(name, tmp_path, transformers_logits):
     raw = oracle.CASES[name]
@@ -64,6 +65,7 @@ def test_transformers_opens_a_saved_folder_with_equal_logits(name, tmp_path, tra
     np.testing.assert_array_equal(transformers_logits(tmp_path / "second", tokens), before)
 
 
+@pytest.mark.torch
 def test_a_random_model_is_opened_by_transformers(tmp_path, transformers_logits):
     config = models.DecoderConfig("qwen2", 61, 32, 40, 2, 4, 2, 8, attention_bias=True)
     model = models.random(config, seed=3)

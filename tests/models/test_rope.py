@@ -52,9 +52,9 @@ def _their_settings(settings: Rope) -> dict:
     return {key: value for key, value in table.items() if value is not None}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "default"])
 def test_frequencies_equal_transformers(name):
-    pytest.importorskip("torch", reason="needs torch (make test TORCH=1)")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -8,11 +8,11 @@ import threading
 import pytest
 
 from jaxdistill.errors import ModelError
-from jaxdistill.reasoning.asking import Job, Settings
+from jaxdistill.reasoning.asking import Job, SamplingParams
 
 pytest.importorskip("openai", reason="needs the extra api")
 
-SETTINGS = Settings(max_new_tokens=8, temperature=1.0, top_k=5, stop=("\nQ:",))
+SETTINGS = SamplingParams(max_new_tokens=8, temperature=1.0, top_k=5, stop=("\nQ:",))
 
 
 def _jobs(count, samples=1):
@@ -66,9 +66,9 @@ def test_who_stops_asking_waits_for_no_server_that_hangs(scripted):
     code = (
         "import collections\n"
         "from jaxdistill.reasoning.api import Api\n"
-        "from jaxdistill.reasoning.asking import Job, Settings\n"
+        "from jaxdistill.reasoning.asking import Job, SamplingParams\n"
         f"api = Api({scripted.url!r}, 'm', timeout=60, retries=5, concurrency=2)\n"
-        "jobs = collections.deque(Job(n, n, Settings(8)) for n in 'ab')\n"
+        "jobs = collections.deque(Job(n, n, SamplingParams(8)) for n in 'ab')\n"
         "for answer in api.ask(jobs):\n"
         "    raise KeyboardInterrupt\n"
     )

@@ -50,10 +50,10 @@ def test_skipped_steps_from_events_or_else_from_the_total():
     events = [{"kind": "skipped", "step": s} for s in (17, 33, 35, 33)]
     events += [{"kind": "save", "step": 8}, {"kind": "skipped"}]
     assert curves.skipped_steps(run(totals, events=events)) == (17, 33, 35)
-    events.append({"kind": "rerun", "step": 35, "verdict": "fact"})
+    events.append({"kind": "rerun", "step": 35, "verdict": "reproducible"})
     assert curves.skipped_steps(run(totals, events=events)) == (17, 33, 35)
-    fluke = {"kind": "rerun", "step": 35, "verdict": "fluke"}
-    assert curves.skipped_steps(run(totals, events=[*events, fluke])) == (17, 33)
+    transient = {"kind": "rerun", "step": 35, "verdict": "transient"}
+    assert curves.skipped_steps(run(totals, events=[*events, transient])) == (17, 33)
     events.append({"kind": "rollback", "step": 35, "to": 20})
     assert curves.skipped_steps(run(totals, events=events)) == (17,)
 

@@ -77,7 +77,7 @@ def test_the_page_says_by_how_much(folder):
     assert "KL to the teacher: KD 0.400, SFT 0.550: KD is better by 0.150 (27.3%)." in page
     assert "top-1 agreement: KD 80.0%, SFT 72.5%: KD is better by 7.5%, within the spread" in page
     assert "0.400 ± 0.010" in page and "500 of 1.00k parameters" in page
-    assert page.count("<svg") == 3 and "What layers are worth (scores, cut)" in page
+    assert page.count("<svg") == 3 and "Layer importance (scores, cut)" in page
     assert EVIL not in page and "&lt;script&gt;" in page
     assert page == story.write_story(folder, folder / "again.html").read_text()
 
@@ -118,4 +118,4 @@ def test_a_comparison_alone_has_a_page_too(folder, capsys):
 def test_chromium_shows_it_and_nothing_comes_alive(folder, tmp_path):
     page = story.write_story(folder)
     dom = test_html.browse(tmp_path, page, "--dump-dom", "--virtual-time-budget=2000")
-    assert "- jaxdistill workflow</title>" in dom and "<title>owned" not in dom
+    assert "- jaxdistill report</title>" in dom and "<title>owned" not in dom

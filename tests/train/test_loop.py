@@ -1,6 +1,7 @@
 """The loop: its order, what is recorded when, and which step a number belongs to."""
 
 import contextlib
+import itertools
 import json
 from unittest import mock
 
@@ -17,11 +18,13 @@ from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.stopping import Stop
-from jaxdistill.types import Batch, Mean
+from jaxdistill.types import Batch, Mean, Span
+
+ROWS = 2  # of every batch
 
 
 def at(step, learned=(), skipped=(0, 0)):
-    """A state whose parameters are the indices of the batches that moved them."""
+    """A state whose parameters are the numbers of the batches that moved them."""
     numbers = (jnp.asarray(one, jnp.int32) for one in (step, learned, skipped))
     step, learned, skipped = numbers
     return TrainState(step, learned, None, None, skipped)
@@ -32,8 +35,13 @@ def learned_by(state):
 
 
 def batch_of(index):
-    numbers = np.full((2, 3), index, np.int32)
+    numbers = np.full((ROWS, 3), index, np.int32)
     return Batch(numbers, numbers, numbers > 0, numbers, numbers)
+
+
+def span_of(first, end=None):
+    """The rows of a batch by its number, or of several."""
+    return Span(first * ROWS, (first + 1 if end is None else end) * ROWS)
 
 
 def run(
@@ -47,9 +55,11 @@ def run(
     loss=lambda number, index: 10.0 - number,
     evaluation=None,
     stop_at=None,
+    feed=None,
 ):
     """Trains with stand-ins that note what is asked of them: (state, log).
 
+    The log counts batches of ROWS rows, which is what a feed of one batch after the other gives.
     A batch goes wrong when its index is in `bad`, which may map it to how often; a callable decides
     by the index and the batches learned so far.
     """
@@ -89,7 +99,7 @@ def run(
 
     def restore():
         if not disk:
-            return at(first, (), skipped), {}
+            return at(first, (), skipped), {loop.ROW: first * ROWS}
         *parts, meta = disk[max(disk)]
         return at(*parts), meta
 
@@ -101,22 +111,23 @@ def run(
     checkpoints.save.side_effect = save
     meter = mock.Mock(spec=Meter, overlaps=overlaps)
     meter.waiting.side_effect = lambda what: contextlib.nullcontext()
-    meter.read.side_effect = lambda steps: {"perf/steps_read": steps}
+    meter.read.side_effect = lambda steps, rows: {"perf/steps_read": steps, "perf/rows_read": rows}
     guard = Guard(folder, policy or Policy())
-    guard.begin(first, {})
+    guard.begin({})
 
-    def batches(start):
-        for begin, end in guard.stretches(start, schedule.steps):
-            yield from ((index, batch_of(index)) for index in range(begin, end))
+    def corpus(row, state):
+        gaps = {number for first, end in guard.left_out for number in range(first, end)}
+        index = next(row for row in itertools.count(row) if row not in gaps) // ROWS
+        return span_of(index), batch_of(index)
 
     parts = loop.Parts(
         step=step,
         teacher_params=None,
-        batches=batches,
+        feed=feed or corpus,
         evaluate=lambda number, state: {"eval/loss": evaluation or float(state.step)},
         learning_rate=lambda update: 0.5**update,
-        epoch=lambda number: number / 10,
-        meta=lambda number: {"data_step": number},
+        epoch=lambda row: row / 10,
+        meta={"seed": 3},
         restore=restore,
         guard=guard,
         checkpoints=checkpoints,
@@ -125,7 +136,9 @@ def run(
         meter=meter,
         stop=stop,
     )
-    return loop.train(at(first, (), skipped), parts, schedule), log
+    return loop.train(
+        at(first, (), skipped), corpus(first * ROWS, None)[0][0], parts, schedule
+    ), log
 
 
 def schedule(**changes):
@@ -147,9 +160,11 @@ def test_everything_happens_at_its_step(overlaps):
     for number, numbers in recorded.items():
         assert numbers["loss/total"] == 10.0 - number
         assert numbers["optim/lr"] == 0.5 ** (number - 1)
+        assert numbers["data/epoch"] == number * ROWS / 10
         assert "guard/in_a_row" not in numbers
     read = [recorded[number]["perf/steps_read"] for number in sorted(recorded)]
     assert read == [1, 1, 2, 2, 1]
+    assert [recorded[number]["perf/rows_read"] for number in sorted(recorded)] == [2, 2, 4, 4, 2]
 
 
 def test_numbers_are_read_one_step_late_only_where_that_saves_time():
@@ -191,19 +206,21 @@ def stepped(log):
 
 def test_single_bad_steps_are_noted_and_their_batches_spent():
     state, log = run(schedule(), bad={1, 4})
-    assert [(one["step"], one["batch"]) for one in told(log, "skipped")] == [(2, 1), (5, 4)]
+    skipped = [(one["step"], one["first_row"], one["end_row"]) for one in told(log, "skipped")]
+    assert skipped == [(2, *span_of(1)), (5, *span_of(4))]
     assert learned_by(state) == (0, 2, 3, 5, 6)
     assert stepped(log) == [(number, number - 1) for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_a_fluke_costs_nothing(overlaps):
+def test_a_transient_fault_costs_nothing(overlaps):
     """Two batches go wrong once; run again they are fine, and the run is the undisturbed one."""
     policy = Policy(max_consecutive=2)
     state, log = run(schedule(), bad={2: 1, 3: 1}, overlaps=overlaps, policy=policy)
     assert learned_by(state) == tuple(range(7)) and np.asarray(state.skipped).tolist() == [0, 0]
     (rerun,) = told(log, "rerun")
-    assert rerun == {"step": 3, "batch": 2, "verdict": "fluke"} and not told(log, "rollback")
+    assert rerun == {"step": 3, **span_of(2)._asdict(), "verdict": "transient"}
+    assert not told(log, "rollback")
     assert stepped(log) == [(1, 0), (2, 1), (3, 2), (4, 3), (3, 2), (4, 3), (5, 4), (6, 5), (7, 6)]
     again = log[log.index(("rewind", 2)) :]
     assert [entry[1] for entry in again if entry[0] == "metrics"] == [4, 6, 7]
@@ -217,8 +234,8 @@ def test_batches_that_go_wrong_again_are_left_out(overlaps, tmp_path):
     state, log = run(schedule(steps=9), bad={5, 6}, **options)
     assert learned_by(state) == (0, 1, 2, 3, 4, 7, 8, 9, 10) and int(state.step) == 9
     (rerun,), (back,) = told(log, "rerun"), told(log, "rollback")
-    assert rerun == {"step": 6, "batch": 5, "verdict": "fact"}
-    expected = {"step": 7, "to": 4, "first_batch": 5, "end_batch": 7, "blamed": "batches"}
+    assert rerun == {"step": 6, **span_of(5)._asdict(), "verdict": "reproducible"}
+    expected = {"step": 7, "to": 4, **span_of(5, 7)._asdict(), "blamed": "batches"}
     assert back.items() >= (expected | {"count": 1}).items()
     assert stepped(log)[-5:] == [(5, 4), (6, 7), (7, 8), (8, 9), (9, 10)]
     # What an earlier attempt left out stays left out, wherever the run begins.
@@ -233,7 +250,7 @@ def test_parameters_that_went_wrong_lose_the_batches_since_the_checkpoint(tmp_pa
     options = {"policy": Policy(max_consecutive=2), "folder": tmp_path}
     state, log = run(schedule(steps=9), bad=lambda index, learned: 4 in learned, **options)
     (back,) = told(log, "rollback")
-    expected = {"step": 7, "to": 4, "first_batch": 4, "end_batch": 7, "blamed": "parameters"}
+    expected = {"step": 7, "to": 4, **span_of(4, 7)._asdict(), "blamed": "parameters"}
     assert back.items() >= expected.items()
     assert learned_by(state) == (0, 1, 2, 3, 7, 8, 9, 10, 11)
 
@@ -243,19 +260,26 @@ def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
     with pytest.raises(DivergedError) as error:
         run(schedule(steps=30), bad=range(5, 99), policy=policy, folder=tmp_path)
     assert error.value.exit_code == 7
-    path = tmp_path / "crash" / "batch_00000007.npz"
-    for words in ("step 6 (batch 7)", "steps 6 to 7", "max_rollbacks = 1", str(path), "float32"):
+    path = tmp_path / "crash" / "rows_00000014.npz"
+    for words in (
+        "step 6 (rows 14 to 15)",
+        "steps 6 to 7",
+        "max_rollbacks = 1",
+        str(path),
+        "float32",
+    ):
         assert words in str(error.value)
     with np.load(path, allow_pickle=False) as saved:
-        assert saved["step"] == 6 and saved["index"] == 7
+        assert (saved["step"], saved["first_row"], saved["end_row"]) == (6, 14, 16)
         np.testing.assert_array_equal(saved["tokens"], batch_of(7).tokens)
-        assert set(saved) == {"step", "index", *vars(batch_of(0))} - {"origin"}
+        assert set(saved) == {"step", *Span._fields, *vars(batch_of(0))} - {"origin"}
 
 
 def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(tmp_path):
-    (tmp_path / "rollbacks.json").write_text('[{"first_batch": 3}]')
-    with pytest.raises(DamagedError, match="rollbacks.json.*end_batch"):
-        Guard(tmp_path, Policy())
+    for unit in ("row", "batch"):
+        (tmp_path / "rollbacks.json").write_text(f'[{{"first_{unit}": 3}}]')
+        with pytest.raises(DamagedError, match=f"rollbacks.json.*end_{unit}"):
+            Guard(tmp_path, Policy())
     (tmp_path / "rollbacks.json").unlink()
     (tmp_path / "rollbacks.json.tmp").mkdir()  # in the way of what is written
     with pytest.raises(StorageError, match="rollbacks.json: cannot be written"):
@@ -271,17 +295,50 @@ def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(
         ([(4, 6), (2, 9)], [(2, 9)]),
     ],
 )
-def test_positions_pass_over_what_is_left_out(windows, expected, tmp_path):
-    rollbacks = [{"first_batch": first, "end_batch": end} for first, end in windows]
+def test_ranges_that_are_left_out_are_joined(windows, expected, tmp_path):
+    rollbacks = [{"first_row": first, "end_row": end} for first, end in windows]
     (tmp_path / "rollbacks.json").write_text(json.dumps(rollbacks))
-    guard = Guard(tmp_path, Policy())
-    assert guard.skips == expected
-    left = [n for n in range(40) if not any(first <= n < end for first, end in windows)]
-    assert [guard.position(step) for step in range(20)] == left[:20]
-    for start in range(8):
-        for stop in range(start + 1, 12):
-            stretches = guard.stretches(start, stop)
-            assert [n for pair in stretches for n in range(*pair)] == left[start:stop]
+    assert Guard(tmp_path, Policy()).left_out == expected
+
+
+def test_a_list_of_rollbacks_that_counts_batches_is_read_and_written_by_rows(tmp_path):
+    file = tmp_path / "rollbacks.json"
+    file.write_text(
+        '[{"step": 9, "first_batch": 3, "end_batch": 5}, {"first_row": 9, "end_row": 10}]'
+    )
+    assert Guard(tmp_path, Policy(), lambda: 8).left_out == [(9, 10), (24, 40)]
+    counted = [{"step": 9, "first_row": 24, "end_row": 40}, {"first_row": 9, "end_row": 10}]
+    assert json.loads(file.read_text()) == counted
+    assert Guard(tmp_path, Policy()).left_out == [(9, 10), (24, 40)]
+
+
+class Rollouts:
+    """A feed that writes the rows of two steps at once, with what the student has learned by then.
+
+    Numbers of batches count what was drawn, so that a state that differs gives other batches.
+    """
+
+    def __init__(self):
+        self.drawn = {}  # kept, so that a step in the middle can be asked for again
+
+    def __call__(self, row, state):
+        number, half = divmod(row // ROWS, 2)
+        if not half:
+            self.drawn[number] = 100 * len(learned_by(state)) + sum(learned_by(state)) % 7
+        return span_of(2 * number + half), batch_of(self.drawn[number] + half)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_feed_may_depend_on_the_state_and_going_back_asks_it_again(overlaps):
+    whole, _ = run(schedule(steps=9), feed=Rollouts(), overlaps=overlaps)
+    learned = learned_by(whole)
+    assert learned[:4] == (0, 1, 201, 202) and len(set(learned)) == 9
+    # Two steps go wrong once: the second half of a rollout, and a rollout drawn without it.
+    calls = itertools.count(1)
+    bad = lambda index, learned: next(calls) in (4, 5)
+    policy = Policy(max_consecutive=2)
+    again, log = run(schedule(steps=9), bad, feed=Rollouts(), overlaps=overlaps, policy=policy)
+    assert len(told(log, "rerun")) == 1 and learned_by(again) == learned
 
 
 def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():
@@ -308,7 +365,7 @@ def test_a_loss_spike_is_told_and_its_batch_left_out_where_asked(then, events, t
         folder=tmp_path,
     )
     spikes = told(log, "spike")
-    assert [(one["step"], one["batch"]) for one in spikes] == [(65, 64)] * events
+    assert [(one["step"], one["first_row"]) for one in spikes] == [(65, 64 * ROWS)] * events
     left_out = {64} if then == "rollback" else set()
     assert learned_by(state) == tuple(sorted({*range(70 + len(left_out))} - left_out))
     assert [(one["to"], one["blamed"]) for one in told(log, "rollback")] == (

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import losses, models, objectives, optim, teachers
+from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
+from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import STUDENT as STUDENTS
 from jaxdistill.types import TEACHER as TEACHERS
 from jaxdistill.types import Batch
+from tests import inject
 
 VOCAB, ROWS, LENGTH, STEPS = 37, 8, 12, 20
 SHAPE = {"family": "llama", "vocab_size": VOCAB, "heads": 2, "kv_heads": 2, "head_dim": 8}
@@ -50,33 +51,33 @@ def written(batch):
 
 
 METHODS = {
-    "kd": (lambda: objectives.kd(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
-    "taid": (lambda: objectives.taid(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
+    "kd": (lambda: kd.objective(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
+    "taid": (lambda: taid.objective(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
     "ctkd": (
-        lambda: objectives.ctkd(vocab=VOCAB),
+        lambda: ctkd.objective(vocab=VOCAB),
         {"alpha": 0.1, "reversal": optim.schedule("cosine", 0.0, -1.0, STEPS)},
     ),
     "ctkd_per_token": (
-        lambda: objectives.ctkd(vocab=VOCAB, width=16),
+        lambda: ctkd.objective(vocab=VOCAB, width=16),
         {"alpha": 0.1, "reversal": optim.schedule("cosine", 0.0, -1.0, STEPS)},
     ),
     "skew": (
-        lambda: objectives.kd(
+        lambda: kd.objective(
             vocab=VOCAB, divergence="skew_forward_kl", parameters=(0.1,), label_smoothing=0.1
         ),
         {"alpha": 0.2, "temperature": 1.0},
     ),
     "hidden": (
-        lambda: objectives.hidden(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24), balanced=True),
+        lambda: hidden.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5, "feature_balance": None},
     ),
     "minilm": (
-        lambda: objectives.minilm(vocab=VOCAB, layers=(0, 1), heads=4),
+        lambda: minilm.objective(vocab=VOCAB, layers=(0, 1), heads=4),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5},
     ),
-    "distillm2": (lambda: objectives.distillm2(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
+    "distillm2": (lambda: distillm2.objective(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
     "ted": (
-        lambda: objectives.ted(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
+        lambda: ted.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {
             "alpha": 0.5,
             "temperature": 2.0,
@@ -100,10 +101,10 @@ KINDS = {
     "smoothed_targets": (whole_rows.bound("smoothed_forward_kl"), ()),
 }
 for _name, (_kind, _parameters) in KINDS.items():
-    _make = functools.partial(objectives.kd, vocab=VOCAB, divergence=_kind, parameters=_parameters)
+    _make = functools.partial(kd.objective, vocab=VOCAB, divergence=_kind, parameters=_parameters)
     METHODS[_name] = (_make, {"alpha": 0.2, "temperature": 1.0})
 # Without a teacher, and without a curve here.
-OTHERS = {"sft": (lambda: objectives.sft(vocab=VOCAB), {})}
+OTHERS = {"sft": (lambda: sft.objective(vocab=VOCAB), {})}
 
 
 class Training:
@@ -131,14 +132,14 @@ class Training:
         )
         self.loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
         if poisonable:
-            self.loss = poison.poisoned(self.loss)
+            self.loss = inject.poisoned(self.loss)
         self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps,
             relations=objective.teacher_relations,
         )  # fmt: skip
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
         self.rows = lambda seed: written(rows(seed)) if name == "distillm2" else rows(seed)
-        shape = steps.abstract_batch(ROWS, LENGTH, self.mesh, origins=name == "distillm2")
+        shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
         step = steps.make(
             self.loss,
             self.signal,
@@ -169,6 +170,7 @@ def curve(name):
     return trained(name)[1]
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("name", METHODS)
 def test_the_curve_is_the_committed_one(name):
     """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
@@ -179,8 +181,10 @@ def test_the_curve_is_the_committed_one(name):
 
 
 def test_every_objective_has_a_curve():
-    made = {make().apply.__qualname__.split(".")[0] for make, _ in METHODS.values()}
-    assert made == set(objectives.OBJECTIVES) - {"sft", "step_by_step"}  # of other tests
+    tried = {make().apply.__module__ for make, _ in METHODS.values()}
+    every = {method.build.__module__ for method in methods.METHODS.values()}
+    others = {"jaxdistill.methods.sft", "jaxdistill.methods.step_by_step"}  # of other tests
+    assert tried == every - others
 
 
 @pytest.mark.parametrize("case", ["devices", "micro_batches"])
@@ -220,7 +224,7 @@ def test_evaluating_moves_nothing():
     training.run(3)
     before = jax.device_get(training.state.opt_state)
     knobs = optim.knobs(training.state.opt_state)
-    signal = training.signal(training.teacher, steps.place(rows(0), training.mesh))
+    signal = training.signal(training.teacher, None, steps.place(rows(0), training.mesh))
     training.loss(training.state.params, signal, steps.place(rows(0), training.mesh), knobs)
     for a, b in zip(
         jax.tree.leaves(before), jax.tree.leaves(training.state.opt_state), strict=True
@@ -260,7 +264,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_start_behind():
     training = Training("taid", poisonable=True)
     before = jax.device_get(training.state)
     rows_of = training.rows
-    training.rows = lambda seed: poison.Poison("nan@0").mark(0, rows_of(seed))
+    training.rows = lambda seed: inject.Poison("nan@0").batch(0, rows_of(seed))
     training.run(1)
     unchanged(before, jax.device_get(training.state))
 
@@ -281,8 +285,8 @@ def test_one_token_on_one_device_in_one_micro_batch_stops_the_step_everywhere(
     clean, rows_of = jax.device_get(training.state), training.rows
     for kind in ("nan", "inf", "gradient"):
         for row in (0, ROWS - 1):
-            bad = poison.Poison(f"{kind}@{row}")
-            training.rows = lambda seed, bad=bad, row=row: bad.mark(row, rows_of(seed))
+            bad = inject.Poison(f"{kind}@{row}")
+            training.rows = lambda seed, bad=bad, row=row: bad.batch(row, rows_of(seed))
             (means,) = training.run(1, first=2)
             assert np.isfinite(means["loss/total"]) == (kind == "gradient")
             assert np.isfinite(means["optim/grad_norm"]) == (kind != "gradient")
@@ -313,7 +317,7 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     """d loss / dw = reversal * d(T^2 KL)/dT * dT/dw, by finite differences of kd."""
     training = Training("ctkd")
     batch = steps.place(rows(0), training.mesh)
-    signal = training.signal(training.teacher, batch)
+    signal = training.signal(training.teacher, None, batch)
     knobs = {"alpha": jnp.float32(0.1), "reversal": jnp.float32(-0.3)}
     loss = lambda w: (
         training.loss(

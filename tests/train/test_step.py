@@ -10,13 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import losses, models, objectives, optim, teachers
+from jaxdistill import losses, models, optim, teachers
+from jaxdistill.methods import kd, sft
 from jaxdistill.models import decoder
 from jaxdistill.models.architecture import Experts
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import make_mesh, replicated
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.types import Batch, TeacherSignal
+from jaxdistill.train.guard import StepRecord, save_batch
+from jaxdistill.types import Batch, Mean, Span, TeacherSignal
 
 TEACHER = models.DecoderConfig(
     "llama", vocab_size=64, embed=32, mlp=64, layers=3, heads=4, kv_heads=2, head_dim=8,
@@ -54,11 +56,11 @@ class Training:
         self.tx = optim.optimizer(
             lr, knobs={"alpha": ALPHA, "temperature": TEMPERATURE}, clip_norm=clip_norm
         )
-        objective = objectives.kd(vocab=VOCAB, divergence=kind)
+        objective = kd.objective(vocab=VOCAB, divergence=kind)
         loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
         signal = teachers.online(TEACHER, compute_dtype="float32")
         self.state = states.create(student, {}, self.tx, 7, self.mesh)
-        shape = steps.abstract_batch(ROWS, LENGTH, self.mesh)
+        shape = steps.abstract_batch(rows(0), ROWS, self.mesh)
         step = steps.make(loss, signal, self.tx, micro_batches=micro_batches)
         self.program = steps.compiled(step, self.state, self.teacher, shape, self.mesh)
 
@@ -119,8 +121,8 @@ def test_the_gradient_is_the_slope_of_the_definition():
     mesh = mesh_of(1, 1)
     params = models.random(STUDENT, 0, "float32", mesh).params
     teacher = models.random(TEACHER, 1, "float32", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
-    signal = teachers.online(TEACHER, compute_dtype="float32")(teacher, batch)
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
+    signal = teachers.online(TEACHER, compute_dtype="float32")(teacher, None, batch)
     knobs = {"alpha": jnp.float32(ALPHA), "temperature": jnp.float32(TEMPERATURE)}
     mean = lambda p: loss({"student": p, "objective": {}}, signal, batch, knobs)["loss"].value
     gradient = jax.jit(jax.grad(mean))(params)
@@ -188,12 +190,12 @@ def test_padding_and_packing_change_nothing():
     mesh = mesh_of(1, 1)
     params = {"student": models.random(STUDENT, 0, "float32", mesh).params, "objective": {}}
     teacher = models.random(TEACHER, 1, "float32", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
     signal = teachers.online(TEACHER, compute_dtype="float32")
     knobs = {"alpha": jnp.float32(ALPHA), "temperature": jnp.float32(TEMPERATURE)}
     run = jax.jit(
         lambda batch: jax.value_and_grad(
-            lambda p: loss(p, signal(teacher, batch), batch, knobs)["loss"].value
+            lambda p: loss(p, signal(teacher, None, batch), batch, knobs)["loss"].value
         )(params)
     )
     value, gradient = run(on_device(packed))
@@ -204,7 +206,7 @@ def test_padding_and_packing_change_nothing():
 
 def test_the_balance_of_experts_is_part_of_the_loss_on_any_mesh():
     config = dataclasses.replace(STUDENT, family="mixtral", experts=Experts(4, 2))
-    batch, objective = on_device(rows(0)), objectives.sft(vocab=VOCAB)
+    batch, objective = on_device(rows(0)), sft.objective(vocab=VOCAB)
 
     def means(weight, student, batch):
         loss = steps.make_loss(
@@ -282,9 +284,10 @@ def test_no_buffer_of_tokens_times_vocabulary():
     tx = optim.optimizer(1e-3, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
     state = states.abstract(small, "float32", {}, tx, mesh)
     teacher = states.abstract(wide, "float32", {}, tx, mesh).params["student"]
-    loss = steps.make_loss(small, objectives.kd(vocab=vocab, chunk=32), compute_dtype="float32")
+    loss = steps.make_loss(small, kd.objective(vocab=vocab, chunk=32), compute_dtype="float32")
     step = steps.make(loss, teachers.online(wide, compute_dtype="float32"), tx)
-    shape = steps.abstract_batch(batch, length, mesh)
+    like = jax.tree.map(lambda leaf: np.zeros((1, length), leaf.dtype), rows(0))
+    shape = steps.abstract_batch(like, batch, mesh)
     program = steps.compiled(step, state, teacher, shape, mesh)
     tokens = batch * length
     text = program.as_text()
@@ -293,8 +296,107 @@ def test_no_buffer_of_tokens_times_vocabulary():
     assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4
 
 
+def parts_of(config, **options):
+    """(pure step, state, teacher's parameters, mesh) of a small training."""
+    mesh = mesh_of(2, 1)
+    tx = optim.optimizer(1e-2, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
+    loss = steps.make_loss(config, kd.objective(vocab=VOCAB), compute_dtype="float32")
+    pure = steps.make(loss, teachers.online(TEACHER, compute_dtype="float32"), tx, **options)
+    student = models.random(config, 0, "float32", mesh).params
+    state = states.create(student, {}, tx, 7, mesh)
+    return pure, state, models.random(TEACHER, 1, "float32", mesh).params, mesh
+
+
+def test_batches_of_two_sizes_train_with_two_programs_and_the_numbers_of_padded_ones():
+    whole, half = rows(0), jax.tree.map(lambda leaf: leaf[: ROWS // 2], rows(1))
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.zeros_like(leaf)]), half)
+
+    def train(batches):
+        pure, state, teacher, mesh = parts_of(STUDENT)
+        made, losses = [], []
+
+        def compile(state, teacher, batch):
+            made.append(batch.tokens.shape)
+            return steps.compiled(pure, state, teacher, batch, mesh)
+
+        step = steps.PerShape(compile)
+        step.prepare(state, teacher, steps.abstract_batch(whole, ROWS, mesh))
+        for batch in batches:
+            state, means = step(state, teacher, steps.place(batch, mesh))
+            losses.append(float(means["loss/total"].value))
+        return made, losses, jax.device_get(state.params)
+
+    shapes, losses, params = train([whole, half, half, whole])
+    assert shapes == [(ROWS, LENGTH), (ROWS // 2, LENGTH)]
+    shapes, expected, same_params = train([whole, padded, padded, whole])
+    assert shapes == [(ROWS, LENGTH)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, same_params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored(Batch):
+    """What later feeds may bring: a number per row, entries per token, another view of the text."""
+
+    advantage: jax.Array | None = None
+    top: jax.Array | None = None
+    view: dict[str, jax.Array] | None = None
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_leaf_that_a_batch_carries_reaches_the_loss_with_its_rows(micro_batches, tmp_path):
+    """Shapes, places, micro-batches and saved batches follow from the leaves alone."""
+    rng = np.random.default_rng(5)
+    advantage = rng.normal(size=ROWS).astype(np.float32)
+    top = rng.normal(size=(ROWS, LENGTH, 3)).astype(np.float32)
+    view = rng.integers(0, VOCAB, (ROWS, 10)).astype(np.int32)
+    batch = Scored(**vars(rows(0)), advantage=advantage, top=top, view={"tokens": view})
+
+    def loss(params, signal, batch, knobs):
+        read = batch.advantage[:, None] * batch.top.sum(-1) + batch.view["tokens"].sum(1)[:, None]
+        total = (batch.mask * read * params["student"]).sum()
+        return {"loss": Mean(total, batch.mask.sum().astype(jnp.float32))}
+
+    tx, mesh = optim.optimizer(1e-2, knobs={}), mesh_of(2, 1)
+    one = jax.device_put(jnp.ones(()), replicated(mesh))
+    state = states.create(one, {}, tx, 0, mesh)
+    like = jax.tree.map(lambda leaf: leaf[:1], batch)
+    shape = steps.abstract_batch(like, ROWS, mesh)
+    pure = steps.make(loss, teachers.none, tx, micro_batches=micro_batches)
+    program = steps.compiled(pure, state, None, shape, mesh)
+    placed = steps.place(batch, mesh)
+    _, means = program(state, None, placed)
+    read = advantage[:, None] * top.sum(-1) + view.sum(1)[:, None]
+    expected = (batch.mask * read).sum() / batch.mask.sum()
+    np.testing.assert_allclose(means["loss/total"].value, expected, rtol=1e-5)
+    save_batch(tmp_path, StepRecord(1, Span(0, ROWS), placed))
+    with np.load(tmp_path / "crash" / "rows_00000000.npz", allow_pickle=False) as saved:
+        np.testing.assert_array_equal(saved["advantage"], advantage)
+        np.testing.assert_array_equal(saved["view/tokens"], view)
+        assert "origin" not in saved
+
+
+def test_a_teacher_may_be_made_of_the_student_and_costs_no_copy_of_the_state():
+    """The student's own parameters before the step, on the same rows: no divergence at first."""
+    _, state, _, mesh = parts_of(STUDENT)
+    itself = teachers.online(STUDENT, compute_dtype="float32")
+    teacher = lambda params, state, batch: itself(state.params["student"], state, batch)
+    tx = optim.optimizer(1e-2, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
+    batch = steps.place(rows(0), mesh)
+    program = steps.compiled(steps.make(loss, teacher, tx), state, None, batch, mesh)
+    memory = program.memory_analysis()
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes >= 0.99 * held
+    assert memory.output_size_in_bytes < held + 4096
+    _, means = program(state, None, batch)
+    np.testing.assert_allclose(means["loss/kl_t1"].value, 0, atol=1e-6)
+    assert means["optim/grad_norm"].value > 0  # of the labels
+
+
 def test_an_unknown_remat_is_refused_before_anything_is_compiled():
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), remat="some")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), remat="some")
     params = {"student": decoder.shapes(STUDENT), "objective": {}}
     with pytest.raises(ValueError, match="remat"):
         jax.eval_shape(lambda p: loss(p, None, on_device(rows(0)), {}), params)
@@ -306,12 +408,12 @@ def test_remat_changes_memory_and_not_the_gradient(remat):
     mesh = mesh_of(1, 1)
     params = {"student": models.random(STUDENT, 0, "float32", mesh).params, "objective": {}}
     teacher = models.random(TEACHER, 1, "float32", mesh).params
-    signal = teachers.online(TEACHER, compute_dtype="float32")(teacher, batch)
+    signal = teachers.online(TEACHER, compute_dtype="float32")(teacher, None, batch)
     knobs = {"alpha": jnp.float32(ALPHA), "temperature": jnp.float32(TEMPERATURE)}
 
     def gradient(remat):
         loss = steps.make_loss(
-            STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="float32", remat=remat
+            STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32", remat=remat
         )
         return jax.jit(jax.grad(lambda p: loss(p, signal, batch, knobs)["loss"].value))(params)
 
@@ -326,7 +428,7 @@ def test_bfloat16_compute_keeps_float32_masters_and_moments():
     tx = optim.optimizer(1e-2, knobs={"alpha": ALPHA, "temperature": TEMPERATURE})
     state = states.create(student, {}, tx, 0, mesh)
     teacher = models.random(TEACHER, 1, "bfloat16", mesh).params
-    loss = steps.make_loss(STUDENT, objectives.kd(vocab=VOCAB), compute_dtype="bfloat16")
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="bfloat16")
     step = steps.make(loss, teachers.online(TEACHER), tx)
     batch = steps.place(rows(0), mesh)
     program = steps.compiled(step, state, teacher, batch, mesh)

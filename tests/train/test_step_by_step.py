@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from jaxdistill import config as configs
-from jaxdistill import engine, losses, models, objectives, optim, teachers
-from jaxdistill.engine.methods import explains
+from jaxdistill import engine, losses, models, optim, teachers
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import step_by_step
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.reasoning import rationales
 from jaxdistill.sharding import make_mesh
-from jaxdistill.train import poison
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import Batch, TeacherSignal
+from tests import inject
 
 VOCAB, EXPLAIN, PLACE = 23, 7, 1
 SHAPE = DecoderConfig(
@@ -51,7 +51,7 @@ def _batch(rows=8, length=12, seed=0):
 
 def _step(label_weight, micro_batches=1, lr=0.1, bad=None):
     mesh = make_mesh(devices=jax.devices()[:1])
-    objective = objectives.step_by_step(
+    objective = step_by_step.objective(
         vocab=VOCAB, explains=(PLACE, EXPLAIN), label_weight=label_weight
     )
     tx = optim.optimizer(lr, knobs={}, clip_norm=None, weight_decay=0.0)
@@ -59,7 +59,7 @@ def _step(label_weight, micro_batches=1, lr=0.1, bad=None):
     loss = steps.make_loss(SHAPE, objective, compute_dtype="float32")
     batch, _ = _batch()
     if bad is not None:
-        loss, batch = poison.poisoned(loss), poison.Poison(f"{bad}@3").mark(3, batch)
+        loss, batch = inject.poisoned(loss), inject.Poison(f"{bad}@3").batch(3, batch)
     step = steps.make(
         loss, teachers.none, tx, micro_batches=micro_batches, prepare=objective.prepare
     )
@@ -90,10 +90,10 @@ def test_a_teacher_adds_its_kl_within_each_task():
         SHAPE, models.random(SHAPE, seed, "float32").params, arrays.tokens, compute_dtype="float32"
     )
     student, teacher = run(0), run(1)
-    objective = objectives.step_by_step(
+    objective = step_by_step.objective(
         vocab=VOCAB, explains=(PLACE, EXPLAIN), label_weight=0.3, with_teacher=True
     )
-    assert objective.needs_teacher and objective.knobs == ("alpha", "temperature")
+    assert objective.needs_teacher
     knobs = {"alpha": jnp.float32(0.4), "temperature": jnp.float32(2.0)}
     means = objective.apply({}, student, TeacherSignal(teacher), arrays, knobs)
     s, t = decoder.logits(student), decoder.logits(teacher)
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
 
 
 def test_a_batch_without_one_of_the_tasks_is_finite():
-    objective = objectives.step_by_step(vocab=VOCAB, explains=(PLACE, 0))
+    objective = step_by_step.objective(vocab=VOCAB, explains=(PLACE, 0))
     batch = jax.tree.map(jnp.asarray, _batch()[0])
     params = models.random(SHAPE, 0, "float32").params
     outputs = decoder.apply(SHAPE, params, batch.tokens, compute_dtype="float32")
@@ -130,7 +130,7 @@ def test_a_batch_without_one_of_the_tasks_is_finite():
 
 def test_prompts_are_told_apart_by_one_token():
     tokenizer = byte_tokenizer()
-    place, token = explains(tokenizer)
+    place, token = step_by_step.explain_token(tokenizer)
     codec_ids = lambda text: tokenizer(text)["input_ids"]
     assert codec_ids(rationales.EXPLAIN)[place] == token != codec_ids(rationales.PREDICT)[place]
 

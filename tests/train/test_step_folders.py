@@ -5,24 +5,23 @@ import math
 import pytest
 
 from jaxdistill import manifest
-from jaxdistill.train import faults, step_folders
+from jaxdistill.train import step_folders
+from jaxdistill.train.hooks import NO_HOOKS
+from tests.inject import Fault
 
 
-def commit(directory, step, rank=None, content=b"arrays"):
+def commit(directory, step, rank=None, content=b"arrays", hooks=NO_HOOKS):
     staged = step_folders.staging(directory, step)
     (staged / "state").mkdir(parents=True)
     (staged / "state" / "data").write_bytes(content)
     metrics = None if rank is None else {"eval/loss": -rank}
-    step_folders.commit(directory, step, {"meta": {}, "metrics": metrics, "rank": rank})
+    facts = {"meta": {}, "metrics": metrics, "rank": rank}
+    step_folders.commit(directory, step, facts, hooks)
 
 
 def test_what_is_staged_is_no_checkpoint_until_it_is_committed(tmp_path):
-    faults.arm("checkpoint.commit:1:full")
-    try:
-        with pytest.raises(OSError):
-            commit(tmp_path, 5)
-    finally:
-        faults.arm("")
+    with pytest.raises(OSError):
+        commit(tmp_path, 5, hooks=Fault("checkpoint.commit:1:full"))
     assert step_folders.steps(tmp_path) == []
     step_folders.sweep(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -33,12 +32,8 @@ def test_what_is_staged_is_no_checkpoint_until_it_is_committed(tmp_path):
 def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
     for step in (1, 2, 3):
         commit(tmp_path, step)
-    faults.arm("checkpoint.remove:1:full")
-    try:
-        with pytest.raises(OSError):
-            step_folders.retire(tmp_path, {3})
-    finally:
-        faults.arm("")
+    with pytest.raises(OSError):
+        step_folders.retire(tmp_path, {3}, Fault("checkpoint.remove:1:full"))
     assert step_folders.steps(tmp_path) == [2, 3]
     step_folders.sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]

@@ -1,0 +1,303 @@
+"""What commands take: each set of options once, read by the command line, workflows and Python."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from jaxdistill import budgets as budgets_in_words
+from jaxdistill.section import Budget, Count, Dtype, Path, Problem, Section, Size
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How an option looks on the command line, where its name and its type do not say it.
+
+    Attributes:
+      short: a second spelling, such as -o.
+      metavar: what stands for its value in the help text.
+      name: how it is typed where that is not the field's name, such as --from.
+      positional: the value stands alone, without the option's name.
+      repeat: the option is given once for each of several values, not once for all of them.
+    """
+
+    short: str | None = None
+    metavar: str | None = None
+    name: str | None = None
+    positional: bool = False
+    repeat: bool = False
+
+
+Paths = Annotated[
+    tuple[Path, ...],
+    Field(min_length=1, max_length=1000, strict=False),
+    Flag(metavar="PATH", repeat=True),
+]
+Rows = Annotated[Size, Flag(metavar="ROWS")]
+Number = Annotated[Size, Flag(metavar="N")]
+Scheme = Literal["int8", "int4", "int8_dynamic"]
+Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
+Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
+
+
+class Text(Section):
+    """The text that a model is measured on, as rows of tokens."""
+
+    data: Paths = Field(
+        description="Files, or names such as python:docs?split=held_out; several are joined."
+    )
+    format: Format = Field("auto", description="What a record holds, as data.format in a run.")
+    seq_len: Annotated[int, Field(ge=2, le=2**20), Flag(metavar="TOKENS")] = Field(
+        1024, description="Tokens in a row."
+    )
+    batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
+    cache_dir: Annotated[Path, Flag(metavar="DIR")] = Field(
+        "runs/.cache", description="Folder of tokenised rows, used again."
+    )
+
+
+class Importance(Text):
+    """What importance is measured on, and how thoroughly."""
+
+    rows: Annotated[Count, Flag(metavar="ROWS")] = Field(
+        1024, description="Rows; the data must have them."
+    )
+    without: Annotated[tuple[Size, ...], Flag(metavar="N")] = Field(
+        (),
+        strict=False,
+        description="Also measure the loss without N layers in a row, at every place, for each N.",
+    )
+
+
+class Sizes(Section):
+    """What a model is pruned to: sizes, or one budget; and how its layers are chosen."""
+
+    layers: Number | None = Field(None, description="Layers that stay.")
+    embed: Number | None = Field(None, description="Channels of the hidden states that stay.")
+    mlp: Number | None = Field(None, description="Neurons of every MLP, or expert, that stay.")
+    heads: Number | None = Field(
+        None, description="Query heads that stay; the same number for every group of keys."
+    )
+    kv_heads: Number | None = Field(None, description="Key and value heads (groups) that stay.")
+    experts: Number | None = Field(
+        None, description="Routed experts of every layer that stay: at least those a token passes."
+    )
+    parameters: Budget | None = Field(
+        None, description="Budget instead of sizes: a share such as 60%, or 80M, 1.5B."
+    )
+    memory: Budget | None = Field(
+        None, description="Budget instead of sizes: bytes of the weights in bfloat16, 4GiB or 50%."
+    )
+    axes: Annotated[tuple[Axis, ...], Flag(metavar="AXIS")] = Field(
+        ("embed", "mlp"), min_length=1, strict=False, description="What shrinks for a budget."
+    )
+    by: Literal["influence", "loss", "range", "range_loss"] = Field(
+        "range",
+        description="How layers are chosen: lowest block influence, lowest rise of the loss, or "
+        "the layers in a row that change the hidden states (range) or the loss (range_loss) least.",
+    )
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given, by axis."""
+        return {name: size for name in AXES if (size := getattr(self, name)) is not None}
+
+    def budgets(self) -> dict[str, str]:
+        """The budgets that are given, by name."""
+        names = [name for name in BUDGETS if name in type(self).model_fields]
+        return {name: text for name in names if (text := getattr(self, name)) is not None}
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: sizes, or one budget."""
+        sizes, budgets = self.sizes(), self.budgets()
+        if len(budgets) + bool(sizes) != 1:
+            names = ", ".join(name for name in BUDGETS if name in type(self).model_fields)
+            given = ", ".join([*sizes, *budgets]) or "nothing"
+            rule = f"give sizes ({', '.join(AXES)}), or one budget ({names}); given: {given}"
+            yield (), rule
+        for name, text in budgets.items():
+            if problem := budgets_in_words.problem(text, name):
+                yield (name,), problem
+        if not budgets and self.axes != type(self).model_fields["axes"].default:
+            yield ("axes",), "has no effect without a budget: remove it"
+
+
+AXES: tuple[str, ...] = get_args(Axis)
+BUDGETS = ("parameters", "memory", "latency")
+
+
+class Prune(Sizes):
+    """How a student is cut out of a model."""
+
+    latency: Budget | None = Field(
+        None,
+        description="Budget instead of sizes: the time for a token of one row, measured here, 12ms "
+        "or 60%.",
+    )
+    importance: Annotated[Path, Flag(metavar="FILE")] | None = Field(
+        None, description="Scores that `jaxdistill importance` measured before, for any size."
+    )
+    dtype: Dtype | None = Field(None, description="Of the written weights; none: the model's.")
+
+
+class Quantize(Section):
+    """How a model is written in whole numbers."""
+
+    scheme: Scheme = Field(
+        "int8",
+        description="int8 and int4 round the weights of the layers, int8_dynamic their inputs too.",
+    )
+    dtype: Dtype | None = Field(None, description="Of everything else; none: as trained.")
+
+
+class Export(Section):
+    """How a model folder is written."""
+
+    dtype: Dtype | None = Field(None, description="Of the written weights; none: as trained.")
+
+
+class Evaluate(Text):
+    """What `eval` measures on."""
+
+    teacher: Annotated[Path, Flag(metavar="MODEL")] | None = Field(
+        None, description="Measure KL and agreement against this model."
+    )
+    loss_on: Literal["all", "completion", "assistant"] = Field(
+        "all", description="Which tokens count."
+    )
+    max_rows: Annotated[Count, Flag(metavar="ROWS")] | None = Field(
+        None, description="Use only so many rows; none: all."
+    )
+    dtype: Dtype = Field("float32", description="Of weights and computation.")
+
+
+class Compare(Text):
+    """What models are compared on."""
+
+    teacher: Annotated[Path, Flag(metavar="MODEL")] | None = Field(
+        None, description="Measure KL, agreement and acceptance against this model."
+    )
+    max_rows: Annotated[Count, Flag(metavar="ROWS")] | None = Field(
+        None, description="Use only so many rows; none: all."
+    )
+    questions: Annotated[Path, Flag(metavar="FILE")] | None = Field(
+        None, description="Multiple choice: a JSONL file, or `texts`: made out of the data."
+    )
+    max_questions: Annotated[Count, Flag(metavar="N")] = Field(
+        200, description="At most so many questions."
+    )
+    prompts: Annotated[tuple[str, ...], Flag("-p", "TEXT", "--prompt", repeat=True)] = Field(
+        (), strict=False, description="Texts that every model continues."
+    )
+    speed: bool = Field(True, description="Measure latencies.")
+    repeats: Annotated[Count, Flag(metavar="N")] = Field(10, description="Timings of each kind.")
+    prompt_tokens: Annotated[Size, Flag(metavar="TOKENS")] = Field(
+        128, description="Read in a timed row."
+    )
+    new_tokens: Annotated[Size, Flag(metavar="TOKENS")] = Field(
+        32, description="Written in a timed row."
+    )
+    dtype: Dtype = Field(
+        "float32", description="Of weights and computation, where a model is not quantised."
+    )
+
+
+class Tasks(Section):
+    """How questions with a right answer are put to a model."""
+
+    style: Literal["plain", "zero_shot", "few_shot", "preamble", "predict", "chat"] = Field(
+        "plain",
+        description="plain: Q and A; zero_shot: a published trigger, and a second question for the "
+        "answer; few_shot: worked examples; preamble: a text in front; predict: the label task of "
+        "Distilling Step-by-Step; chat: the user's turn.",
+    )
+    exemplars: Annotated[Path, Flag(metavar="FILE")] | None = Field(
+        None, description="Worked examples for few_shot, or the text for preamble."
+    )
+    trigger: Annotated[int, Field(ge=1, le=14), Flag(metavar="N")] = Field(
+        1, description="Number of the zero-shot trigger."
+    )
+    self_consistency: Annotated[int, Field(ge=0, le=10**6), Flag(metavar="K")] = Field(
+        0, description="Answers that vote, besides the greedy one."
+    )
+    temperature: Temperature = Field(0.7, description="Of the answers that vote.")
+    max_new_tokens: Number = Field(128, description="Longest answer (tokens).")
+    limit: Annotated[Count, Flag(metavar="N")] | None = Field(
+        None, description="Questions of each task; none: all."
+    )
+    seed: Annotated[Seed, Flag(metavar="N")] = Field(0, description="Of the answers that vote.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: a file where one is used, and only there; votes that differ."""
+        if (self.exemplars is not None) != (self.style in ("few_shot", "preamble")):
+            yield ("exemplars",), "a file belongs to few_shot and preamble, and only there"
+        if self.self_consistency and self.temperature == 0:
+            rule = f"{self.self_consistency} answers at temperature 0 would all be equal"
+            yield ("self_consistency",), rule
+
+
+class Harness(Section):
+    """How lm-eval's tasks are run."""
+
+    limit: Annotated[Count, Flag(metavar="N")] | None = Field(
+        None, description="Documents of each task; none: all."
+    )
+    num_fewshot: Annotated[int, Field(ge=0, le=10**4), Flag(metavar="N")] | None = Field(
+        None, description="Examples before each question; none: as the task says."
+    )
+    batch_size: Rows = Field(8, description="Rows at a time.")
+
+
+class Sampling(Section):
+    """How an answer is drawn."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=10**6), Flag(metavar="N")] = Field(
+        128, description="Longest answer (tokens)."
+    )
+    temperature: Temperature = Field(0.0, description="0 is greedy.")
+    top_k: Annotated[Size, Flag(metavar="K")] | None = Field(
+        None, description="Draw among the k most probable tokens."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1), Flag(metavar="P")] | None = Field(
+        None, description="Draw among the fewest tokens whose probability reaches p."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1), Flag(metavar="P")] | None = Field(
+        None, description="Draw among tokens this fraction as probable as the best."
+    )
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...],
+        Flag(metavar="TEXT", repeat=True),
+    ] = Field((), max_length=16, strict=False, description="Strings that end an answer.")
+    seed: Annotated[Seed, Flag(metavar="N")] = Field(0, description="Of the draws.")
+
+
+class Serve(Section):
+    """How a model is served."""
+
+    host: Annotated[str, Flag(metavar="ADDRESS")] = Field(
+        "127.0.0.1", description="Where to listen; 127.0.0.1 is this machine only."
+    )
+    port: Annotated[int, Field(ge=0, le=65535), Flag(metavar="N")] = Field(
+        8000, description="0 takes a free one."
+    )
+    slots: Annotated[int, Field(ge=1, le=4096), Flag(metavar="ROWS")] = Field(
+        32, description="Answers that are written at a time."
+    )
+    length: Annotated[Size, Flag(metavar="TOKENS")] | None = Field(
+        None, description="Prompt and answer together; none: at most 2048 of the model's context."
+    )
+    dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
+
+
+class Plan(Section):
+    """What a run is planned for."""
+
+    target: Annotated[str, Flag(metavar="TARGET")] = Field(
+        description="What to compile for: tpu:v5p:2x2x4 or tpu:v5e:4x4 (chips; needs the package "
+        "libtpu), gpu:h100:8 (needs JAX's CUDA plugin, no GPU), or cpu:8."
+    )
+    tries: Annotated[int, Field(ge=0, le=10**4), Flag(metavar="N")] = Field(
+        8, description="Changes to compile if it does not fit; 0 for none."
+    )

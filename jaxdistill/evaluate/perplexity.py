@@ -1,0 +1,93 @@
+"""Measures any model on any text: `jaxdistill eval`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxdistill.commands import Evaluate
+from jaxdistill.errors import MismatchError, ModelError
+from jaxdistill.evaluate import distributions, meter, speed
+from jaxdistill.evaluate.held_out import HeldOut, open_rows
+from jaxdistill.models import Model
+from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.references import load_any
+from jaxdistill.sharding import make_mesh
+
+
+def on_text(
+    model: Model,
+    teacher: Model | None,
+    rows: HeldOut,
+    *,
+    vocab: int,
+    text_bytes: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """All that the meter measures of a model on text, and its size.
+
+    Args:
+      model: on the mesh of the rows.
+      teacher: to compare with.
+      rows: the text.
+      vocab: tokens that both models have.
+      text_bytes: of the rows, see `HeldOut.text_bytes`.
+      dtype: of activations.
+
+    Returns:
+      eval/perplexity, eval/ce (nats per token), eval/bits_per_byte, eval/ece, eval/reliability,
+      eval/student_entropy, eval/tokens, parameters, parameters_non_embedding, bytes; with a teacher
+      eval/kl_t1 = KL(teacher || student), eval/reverse_kl, eval/agree_top1, eval/agree_top5,
+      eval/acceptance = E[sum_v min(p_v, q_v)], eval/teacher_entropy.
+
+    Raises:
+      DataError: if no token of the rows counts.
+    """
+    config, params = (None, None) if teacher is None else (teacher.config, teacher.params)
+    step = distributions.step(model.config, config, vocab=vocab, compute_dtype=dtype)
+    metrics = rows.measure(step, model.params, params, text_bytes=text_bytes)
+    return metrics | speed.size(model.config, model.params)
+
+
+def evaluate(
+    model: str | Model, options: Evaluate, *, teacher: str | Model | None = None
+) -> dict[str, Any]:
+    """Perplexity, calibration, speed and size of a model; with a teacher also KL and agreement.
+
+    Args:
+      model: a loaded model, or any name `engine.load` understands.
+      options: the text, and how it is read.
+      teacher: in place of `options.teacher`; must have the same vocabulary.
+
+    Returns:
+      What `on_text` measures, and tokens_per_second.
+
+    Raises:
+      ModelError, MismatchError, DataError, ConfigError: whatever cannot be used.
+    """
+    mesh, dtype = make_mesh(fsdp=-1), options.dtype
+    student = load_any(model, dtype=dtype, mesh=mesh)
+    if student.tokenizer is None:
+        raise ModelError(f"{student.source}: has no tokenizer: text cannot be measured without one")
+    vocab = vocabulary_size(student.tokenizer)
+    check_rows("model", student.config.vocab_size, vocab)
+    named = options.teacher if teacher is None else teacher
+    loaded_teacher = None if named is None else load_any(named, dtype=dtype, mesh=mesh)
+    if loaded_teacher is not None:
+        _check_teacher(loaded_teacher, student, vocab)
+    rows = open_rows(
+        options, student.tokenizer, mesh, max_rows=options.max_rows, loss_on=options.loss_on
+    )
+    text_bytes = rows.text_bytes(student.tokenizer)
+    metrics = on_text(
+        student, loaded_teacher, rows, vocab=vocab, text_bytes=text_bytes, dtype=dtype
+    )
+    scoring = meter.scoring_step(student.config, vocab, compute_dtype=jnp.dtype(dtype))
+    return metrics | {"tokens_per_second": rows.speed(scoring, student.params)}
+
+
+def _check_teacher(teacher: Model, student: Model, vocab: int) -> None:
+    """Raises where the two do not mean the same token by the same id."""
+    check_rows("teacher", teacher.config.vocab_size, vocab)
+    if teacher.tokenizer is None:
+        raise MismatchError(f"{teacher.source}: has no tokenizer to compare vocabularies by")
+    check_same(teacher.tokenizer, student.tokenizer)

@@ -1,0 +1,60 @@
+"""A method is a row of one table: its options, its formula, and how a run builds it.
+
+Each file here is one method, or a family. A method of your own needs one file too, imported before
+the configuration is read:
+
+    class Toy(methods.Options):
+        \"\"\"What `jaxdistill ls methods` says of it.\"\"\"
+
+        strength: float = Field(1.0, ge=0, description="Of the loss.")
+
+    def build(options, facts):
+        def apply(params, student, signal, batch, knobs):
+            means = head_loss.from_heads(
+                options.head(facts.vocab), student, signal.outputs, batch, knobs, alpha=0.0
+            )
+            total, count = means["loss"]
+            return means | {"loss": Mean(knobs["strength"] * total, count)}
+
+        return methods.Built(Objective(no_parameters, apply), {"strength": options.strength})
+
+    methods.add("toy", methods.Method(Toy, build))
+
+Then `method: {name: toy, strength: 0.5}` stands in a configuration. `apply` gets hidden states and
+heads, never logits, and returns sums and counts over the batch's counted tokens; the mean "loss" is
+optimised, the others are logged.
+
+Options are read before JAX is loaded: what computes is imported inside `objective` and `build`.
+"""
+
+from jaxdistill.methods.base import (
+    CONTROL,
+    MONITOR,
+    Built,
+    Facts,
+    Head,
+    Method,
+    Objective,
+    Options,
+    no_parameters,
+)
+from jaxdistill.methods.table import METHODS, AnyMethod, add, build, control, of, rows
+
+__all__ = [
+    "CONTROL",
+    "METHODS",
+    "MONITOR",
+    "AnyMethod",
+    "Built",
+    "Facts",
+    "Head",
+    "Method",
+    "Objective",
+    "Options",
+    "add",
+    "build",
+    "control",
+    "no_parameters",
+    "of",
+    "rows",
+]

@@ -1,0 +1,159 @@
+"""Finds a model by any name a user may give it: folder, file, Hub id, or a run's checkpoint."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxdistill import models
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.models import DecoderConfig, Model, decoder, lora
+from jaxdistill.models.huggingface import folder_config, folder_scheme
+from jaxdistill.models.lora import Lora
+from jaxdistill.models.quantized import Scheme
+from jaxdistill.models.tokenizer_files import folder_tokenizer
+from jaxdistill.sharding import make_mesh, shardings
+from jaxdistill.train.checkpoint import Checkpoints
+
+STUDENT = "student"  # the folder inside a run that holds config.json and the tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RunReference:
+    """RUN_DIR, RUN_DIR@best, RUN_DIR@latest or RUN_DIR@STEP."""
+
+    folder: pathlib.Path
+    which: str
+
+    def step(self, checkpoints: Checkpoints) -> int:
+        """The checkpoint that is meant.
+
+        Raises:
+          ConfigError: if the run has no such checkpoint.
+        """
+        have = checkpoints.steps()
+        step = {"best": checkpoints.best, "latest": checkpoints.latest}.get(
+            self.which, lambda: int(self.which)
+        )()
+        if step is None and self.which == "best":
+            step = checkpoints.latest()
+        if step not in have:
+            raise ConfigError(
+                f"{self.folder}@{self.which}: no such checkpoint; the run keeps "
+                f"{', '.join(map(str, have)) or 'none yet'}"
+            )
+        return step
+
+
+def as_run(source: str) -> RunReference | None:
+    """The run that a name stands for, or None if it names no run."""
+    folder, at, which = str(source).rpartition("@")
+    if at and (pathlib.Path(folder) / "RUN.json").is_file():
+        if which not in ("best", "latest") and not which.isdecimal():
+            raise ConfigError(f"{source}: after @ stands best, latest or a step number")
+        return RunReference(pathlib.Path(folder), which)
+    if (pathlib.Path(source) / "RUN.json").is_file():
+        return RunReference(pathlib.Path(source), "latest")
+    return None
+
+
+def load_any(
+    source: str | Model,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    tokenizer: bool = True,
+    allow_network: bool = True,
+) -> Model:
+    """A model from any source, for a run the student of one of its checkpoints.
+
+    A model that is loaded already is returned as it is.
+
+    Raises:
+      ModelError, ConfigError: if there is nothing there, or it cannot be used.
+    """
+    if isinstance(source, Model):
+        return source
+    run = as_run(source)
+    if run is None:
+        return models.load(
+            source, dtype=dtype, mesh=mesh, tokenizer=tokenizer, allow_network=allow_network
+        )
+    config = _run_config(run)
+    mesh = make_mesh(fsdp=-1) if mesh is None else mesh
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        step = run.step(checkpoints)
+        shapes = decoder.shapes(config, dtype or "float32")
+        places = shardings(mesh, decoder.logical_axes(config), shapes)
+        described = run.folder / STUDENT / lora.FILE
+        where = ("frozen",) if described.is_file() else ("params", "student")
+        params = checkpoints.restore_part(step, where, shapes, places, dtype=dtype)
+        if described.is_file():
+            adapters, _ = lora.read(described, config)
+            beside = _adapters(checkpoints, step, config, adapters, mesh)
+            params = lora.merge(params, beside, adapters)
+    own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
+    return Model(config, params, own, f"{run.folder}@{step}")
+
+
+def adapters_any(source: str) -> tuple[Model, Lora]:
+    """A model whose parameters are the adapters of a run's checkpoint, and their description.
+
+    Raises:
+      ModelError, ConfigError: if there is no such run, or its student has none.
+    """
+    run = as_run(source)
+    if run is None or not (run.folder / STUDENT / lora.FILE).is_file():
+        raise ConfigError(
+            f"{source}: has no adapters: name a run whose configuration has student.lora"
+        )
+    config = _run_config(run)
+    adapters, base = lora.read(run.folder / STUDENT / lora.FILE, config)
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        step = run.step(checkpoints)
+        params = _adapters(checkpoints, step, config, adapters, make_mesh(fsdp=-1))
+    return Model(config, params, None, base), adapters
+
+
+def _adapters(
+    checkpoints: Checkpoints, step: int, config: DecoderConfig, adapters: Lora, mesh: Mesh
+) -> Any:
+    shapes = lora.shapes(config, adapters)
+    places = shardings(mesh, lora.logical_axes(config, adapters), shapes)
+    return checkpoints.restore_part(step, ("params", "student"), shapes, places)
+
+
+def spec_any(source: str, *, allow_network: bool, tokenizer_only: bool = False) -> Any:
+    """(configuration, tokenizer) of a model without its weights; or its tokenizer alone.
+
+    Raises:
+      ModelError: if there is nothing there, or it cannot be used.
+    """
+    run = as_run(source)
+    folder = run.folder / STUDENT if run else pathlib.Path(source)
+    if tokenizer_only and (folder / "tokenizer.json").is_file():
+        return folder_tokenizer(folder)
+    if run is not None:
+        return _run_config(run), folder_tokenizer(folder)
+    config, tokenizer = models.spec(source, allow_network=allow_network)
+    return tokenizer if tokenizer_only else (config, tokenizer)
+
+
+def scheme_any(source: str, *, allow_network: bool) -> Scheme | None:
+    """How the kernels of a model's files are quantised; None where they are not.
+
+    Raises:
+      ModelError: if there is nothing there.
+    """
+    if as_run(source) is not None:
+        return None
+    place = models.resolve(source, weights=False, allow_network=allow_network)
+    return folder_scheme(place) if place.is_dir() else None
+
+
+def _run_config(run: RunReference) -> DecoderConfig:
+    folder = run.folder / STUDENT
+    if not folder.is_dir():
+        raise ModelError(f"{run.folder}: the run stopped before its student was made")
+    return folder_config(folder)

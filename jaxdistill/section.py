@@ -1,0 +1,36 @@
+"""What every part of the configuration shares: frozen, strict, and rules between its fields."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Problem = tuple[tuple[str | int, ...], str]
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+PLAIN_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+
+Path = Annotated[str, Field(min_length=1, max_length=1024, pattern=PLAIN_PATTERN)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Size = Annotated[int, Field(ge=1, le=10**7)]
+Budget = Annotated[str, Field(max_length=20)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; no unknown keys, lax types or non-finite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yields (path below this section, message) for each rule between fields that is broken."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Section":
+        found = list(self.problems())
+        if found:
+            text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in found)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": found})
+        return self

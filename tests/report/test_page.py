@@ -1,0 +1,55 @@
+"""The builder of pages: it shows every kind of block, and nothing in any of them comes alive."""
+
+import typing
+
+import pytest
+
+from jaxdistill.errors import StorageError
+from jaxdistill.report import page
+from tests.report.test_html import HOSTILE, Page
+
+EVIL = " ".join(HOSTILE)
+BLOCKS = [
+    page.Text(EVIL),
+    page.Text(EVIL, "heading"),
+    page.Text(EVIL, "code"),
+    page.Text(EVIL, "code", EVIL),
+    page.Table([(EVIL, EVIL)], [page.Row(EVIL, (), "red"), page.Row(EVIL, [page.Cell(EVIL, 5.0)])]),
+    page.Pictures([page.Picture(EVIL, "<svg></svg>", [page.Key(EVIL, "red", "dots", EVIL)], EVIL)]),
+    page.Sample(EVIL, [(EVIL, EVIL)]),
+    page.Remarks([EVIL], [EVIL]),
+    page.Pairs({EVIL: {EVIL: EVIL}}),
+    page.Log(EVIL, [(EVIL, EVIL, EVIL)]),
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
+def test_a_block_shows_all_its_text_as_text(block):
+    source = page.render(page.Page("Report", "One", [page.Section("Part", [block])]))
+    shown = Page(source)
+    fields = repr(block).count(repr(EVIL)[1:-1])
+    assert fields and shown.text.count('<script>document.title="owned"</script>') == fields
+    tags = {tag for tag, _ in shown.tags}
+    assert not tags & {"script", "img", "a", "link"} and "\x1b" not in source
+    assert not [name for _, attributes in shown.tags for name in attributes if name[:2] == "on"]
+    assert {type(one) for one in BLOCKS} == set(typing.get_args(page.Block))
+
+
+def test_the_head_of_a_page_is_text_too():
+    lede, fact = (EVIL, EVIL, "blue"), (EVIL, EVIL, EVIL)
+    head = page.Page(
+        EVIL, EVIL, [page.Section(EVIL, [page.Text("x")])], EVIL, [lede], [fact], [EVIL]
+    )
+    source = page.render(head)
+    assert Page(source).text.count("<script>") == 11
+    assert "<script" not in source and "\x1b" not in source
+
+
+def test_a_section_without_blocks_is_left_out():
+    source = page.render(page.Page("Report", "One", [page.Section("Empty", [])]))
+    assert "Empty" not in source and "<section" not in source
+
+
+def test_a_page_that_cannot_be_written_names_its_file(tmp_path):
+    with pytest.raises(StorageError, match=r"absent.x\.html: the page cannot be written"):
+        page.write(page.Page("Report", "One", []), tmp_path / "absent" / "x.html")
