@@ -225,9 +225,10 @@ class TokenRows:
             from jaxdistill.kernels import mosaic_gpu
 
             assert isinstance(self.spec.kind, str) and self.teacher is not None, "it has a row"
+            make = functools.partial(rows.make, self.spec.kind)  # with the kind's own defaults
             value, slope_sum = mosaic_gpu.row_sums(
-                rows.KINDS[self.spec.kind], self.student, self.teacher, self.coefficients,
-                statistics, self._tiling(2), choice.INTERPRET,
+                make, self.student, self.teacher, self.coefficients, statistics, self._tiling(2),
+                choice.INTERPRET,
             )  # fmt: skip
         else:
             log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))

@@ -182,7 +182,10 @@ def test_the_second_read_sums_a_divergence(kind, parameters, named):
 
 
 @mosaic
-@pytest.mark.parametrize("kind", ["forward_kl", "symmetric_kl", "generalized_jsd"])
+@pytest.mark.parametrize(
+    "kind",
+    ["forward_kl", "symmetric_kl", "generalized_jsd", "skew_forward_kl"],  # the last by default
+)
 def test_divergence_on_the_gpu_kernel_equals_xla(kind, monkeypatch):
     """The whole way, value and gradient: what a GPU would be given, run on a CPU."""
     student, teacher = make(70, 256, "bfloat16")
