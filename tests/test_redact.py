@@ -88,7 +88,7 @@ def test_what_a_server_repeats_is_not_kept(monkeypatch):
     from jaxdistill.reasoning import api
 
     monkeypatch.setattr(redacting, "_learnt", {CANARY})
-    said = api._words(ValueError(f"Bearer {CANARY} is not known, {CANARY}"))
+    said = api._reason(ValueError(f"Bearer {CANARY} is not known, {CANARY}"))
     assert CANARY not in said and said.startswith("ValueError: Bearer [redacted] is not known")
 
 

@@ -43,10 +43,10 @@ def test_every_column_is_measured(result, finished):
 
 def test_eval_shows_all_that_compare_shows(result, finished, data, tmp_path, capsys):
     run, text = str(finished.run_dir), str(data / "eval.txt")
-    metrics = engine.evaluate(
-        f"{run}@6", teacher=f"{run}@3", data=[text], format="paragraphs", seq_len=32, max_rows=8,
-        cache_dir=str(tmp_path),
-    )  # fmt: skip
+    options = commands.Evaluate(
+        data=[text], format="paragraphs", seq_len=32, max_rows=8, cache_dir=str(tmp_path)
+    )
+    metrics = engine.evaluate(f"{run}@6", options, teacher=f"{run}@3")
     row = result[0]["rows"][1]
     shared = {key.removeprefix("eval/"): value for key, value in metrics.items()}
     sizes = {"peak_bytes", "prefill_ms_p50", "prefill_ms_p95", "decode_ms_p50", "decode_ms_p95"}

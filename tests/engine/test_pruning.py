@@ -237,7 +237,7 @@ def test_experts_of_a_model_without_any_are_told(load_config, teacher, tmp_path)
         ("{from: teacher, layers: [0], prune: {importance: x, mlp: 8}}", "give layers, every or"),
         ("{source: a, prune: {importance: x, mlp: 8}}", "no effect without `from: teacher`"),
         ("{from: teacher, prune: {importance: x, mlp: 8, axes: [mlp]}}", "without a budget"),
-        ("{from: teacher, prune: {importance: x, memory: 4GB}}", "60%, 80M or 4GiB"),
+        ("{from: teacher, prune: {importance: x, memory: 4GB}}", "write 4GiB, 300MiB or 50%"),
         ("{from: teacher, prune: {mlp: 8}}", "student.prune.importance: required"),
     ],
 )
