@@ -55,7 +55,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def resume(arguments: argparse.Namespace) -> None:
-    """Goes on with a run."""
+    """Resumes a run."""
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import engine
 

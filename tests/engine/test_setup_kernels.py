@@ -18,7 +18,7 @@ def config(implementation="auto", logits_dtype="auto"):
 def test_the_kernel_is_checked_where_one_runs_and_only_there(monkeypatch):
     asked = []
     monkeypatch.setattr(setup, "self_check", lambda *arguments: asked.append(arguments))
-    run = getattr(setup._check_kernels, "__wrapped__", setup._check_kernels)
+    run = getattr(setup.check_kernels_of, "__wrapped__", setup.check_kernels_of)
     run(config())
     assert asked == []  # XLA serves a CPU
     monkeypatch.setattr(setup.choice, "choose", lambda *arguments: "mosaic_gpu")
@@ -28,6 +28,6 @@ def test_the_kernel_is_checked_where_one_runs_and_only_there(monkeypatch):
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_compiled():
-    run = getattr(setup._check_kernels, "__wrapped__", setup._check_kernels)
+    run = getattr(setup.check_kernels_of, "__wrapped__", setup.check_kernels_of)
     with pytest.raises(ConfigError, match="cannot run"):
         run(config("mosaic_gpu"))
