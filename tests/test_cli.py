@@ -98,7 +98,8 @@ def run(capsys, *arguments):
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
-    return code, out, err.removeprefix(f"jaxdistill {arguments[0]}: loading JAX\n")
+    line = f"jaxdistill {' '.join(arguments[:1])}: loading JAX\n"
+    return code, out, err.removeprefix(line)
 
 
 def python(code, *arguments, **options):
