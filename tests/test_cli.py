@@ -273,7 +273,7 @@ def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine
     (folder / "run.yaml").write_text(RUN.replace("steps: 10", "stesp: 10").replace("kd", "kdd"))
     code, _, err = run(capsys, "train", "run.yaml")
     assert code == 2
-    _, *lines = err.splitlines()  # the first says what is being done
+    lines = err.splitlines()
     assert lines[0] == "error: 3 problems"
     assert all(line.startswith("run.yaml:") for line in lines[1:])
     assert 'did you mean "steps"?' in err
