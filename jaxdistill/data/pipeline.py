@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdistill import manifest
@@ -249,7 +248,14 @@ def _wanted(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
 
 def stack(rows: Sequence[Any]) -> Batch:
     """A batch of rows: trees of arrays by the names of `Batch`, such as `Dataset` gives."""
-    return Batch(**jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+    return Batch(**_stacked(rows))
+
+
+def _stacked(nodes: Sequence[Any]) -> Any:
+    # By hand: jax.tree.map takes half as long again as np.stack alone.
+    if isinstance(nodes[0], np.ndarray):
+        return np.stack(nodes)
+    return {name: _stacked([node[name] for node in nodes]) for name in nodes[0]}
 
 
 def _feed(batch_of: Any, count: int, threads: int) -> Iterator[tuple[Any, Batch]]:

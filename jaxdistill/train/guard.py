@@ -263,11 +263,11 @@ def save_batch(folder: pathlib.Path, record: StepRecord) -> str:
     whole = multihost_utils.process_allgather(record.batch, tiled=True)
     path = folder / CRASH / f"rows_{record.span.first_row:08d}.npz"
     if agree.leads():
-        arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
-        place: dict[str, Any] = {"step": record.step, **record.span._asdict()}
+        arrays: dict[str, Any] = {"step": record.step, **record.span._asdict()}
+        arrays |= {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
         try:
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **arrays, **place)
+            np.savez(path, **arrays)
         except OSError as error:
             return f"The batch could not be saved ({error})"
     return f"The batch is in {path} (numpy.load)"
