@@ -235,11 +235,10 @@ def finish(
     """
     files = {}
     for form in forms:
-        # Sequence-level distillation learns the teacher's text as it is.
-        loose: dict[str, Any] = (
-            {"correct_only": False, "parsable_only": False} if form == "sequence_kd" else {}
-        )
-        kept, dropped = rationales.keep(samples, **{**rule, **loose})
+        options = dict(rule)
+        if form == "sequence_kd":  # it learns the teacher's text as it is
+            options |= {"correct_only": False, "parsable_only": False}
+        kept, dropped = rationales.keep(samples, **options)
         if not kept:
             counts = _most_frequent({**dropped, **failed}) or "none came"
             raise DataError(
