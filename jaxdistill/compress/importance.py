@@ -102,15 +102,15 @@ class Importance:
         }
         if by not in scores:
             raise ConfigError(f"by = {by!r}: must be one of {', '.join(BY)}")
-        found = scores[by]()
-        if found is None:
+        score = scores[by]()
+        if score is None:
             have = ", ".join(map(str, self.range_loss)) or "none"
             raise ConfigError(
                 f"by = {by!r}: the loss without {drop if by == 'range_loss' else 'each'} layer(s) "
                 f"was not measured (ranges that were: {have}): measure it, or use influence or "
                 "range"
             )
-        return found
+        return score
 
 
 def best(scores: np.ndarray, keep: int) -> list[int]:
@@ -157,8 +157,8 @@ def measure(
     """
     total: dict[str, np.ndarray] = {}
     for batch in batches:
-        found = jax.device_get(activations.sums(config, np.dtype(compute_dtype), params, batch))
-        for name, value in found.items():
+        part = jax.device_get(activations.sums(config, np.dtype(compute_dtype), params, batch))
+        for name, value in part.items():
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
     if not total or not total["tokens"]:
         raise DataError("calibration: there are no tokens to measure importance on")

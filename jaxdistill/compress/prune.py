@@ -215,7 +215,7 @@ def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:
         return (index[:, :, None] * config.head_dim + inside).reshape(len(index), -1)
 
     width = "mlp" if config.experts is None else "expert_mlp"
-    found = {
+    cuts = {
         "layers": (kept.layers, config.layers),
         width: (kept.neurons, config.mlp),
         "heads": (blocks(kept.heads), config.heads * config.head_dim),
@@ -223,10 +223,10 @@ def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:
         "embed": (kept.channels, config.embed),
     }
     if config.experts is not None and kept.experts is not None:
-        found |= dict.fromkeys(("experts", "routes"), (kept.experts, config.experts.count))
-    whole = {name: index.shape[-1] == size for name, (index, size) in found.items()}
+        cuts |= dict.fromkeys(("experts", "routes"), (kept.experts, config.experts.count))
+    whole = {name: index.shape[-1] == size for name, (index, size) in cuts.items()}
     others = dict.fromkeys(("vocab", "positions"))
-    return others | {name: None if whole[name] else index for name, (index, _) in found.items()}
+    return others | {name: None if whole[name] else index for name, (index, _) in cuts.items()}
 
 
 def _cut_weight(leaf: jax.Array, axes: Sequence[str | None], indices: dict) -> jax.Array:

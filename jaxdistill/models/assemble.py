@@ -82,18 +82,18 @@ def weight(
       dtype: None keeps its own.
       place: where it lies.
     """
-    found = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
+    dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
-    own = found.pop() if len(found) == 1 and np.dtype(np.float64) not in found else np.float32
-    kept: dict = {}
+    own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
+    parts: dict = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
         key = str(spans)
-        if key not in kept:  # replicas on this host's devices share one reading
-            kept[key] = _read(name, part, spans, tensors, np.dtype(dtype or own))
-        return kept[key]
+        if key not in parts:  # replicas on this host's devices share one reading
+            parts[key] = _read(name, part, spans, tensors, np.dtype(dtype or own))
+        return parts[key]
 
     return jax.make_array_from_callback(row.shape, place, read)
 

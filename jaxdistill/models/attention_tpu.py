@@ -60,12 +60,12 @@ def attention(
 
     def local(query_BLHE, key_BLGE, value_BLGE, segment_ids_BL, kind):
         heads = query_BLHE.shape[2]
-        made = [_kernel(config, length, window, heads, interpret) for window in kinds]
+        kernels = [_kernel(config, length, window, heads, interpret) for window in kinds]
         head_first = lambda x: x.swapaxes(1, 2)
         segments = kernels.SegmentIds(q=segment_ids_BL, kv=segment_ids_BL)
         inputs = (head_first(query_BLHE * scale), head_first(key_BLGE), head_first(value_BLGE))
         branches = [lambda q, k, v, s, run=run: jax.vmap(run)(q, k, v, segment_ids=s)
-                    for run in made]  # fmt: skip
+                    for run in kernels]  # fmt: skip
         return head_first(jax.lax.switch(kind, branches, *inputs, segments))
 
     def mixed(index, query_BLHE, key_BLGE, value_BLGE, segment_ids_BL):

@@ -249,8 +249,8 @@ def _values(
 def _check_shape(files: shards.Folder, name: str, shape: tuple[int, ...]) -> None:
     entry = files.entries.get(name)
     if entry is None or entry.shape != tuple(shape):
-        found = "missing" if entry is None else f"of shape {list(entry.shape)}"
-        raise ModelError(f"{files.folder}: {name} is {found}, expected {list(shape)}")
+        state = "missing" if entry is None else f"of shape {list(entry.shape)}"
+        raise ModelError(f"{files.folder}: {name} is {state}, expected {list(shape)}")
 
 
 def open_folder(folder: pathlib.Path) -> shards.Folder:

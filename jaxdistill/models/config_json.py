@@ -123,14 +123,14 @@ def _family(raw: Mapping[str, Any], where: str) -> str:
 
 def _read_more(row: Family, filled: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields that the family reads beyond the common ones."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for ours, field in row.read.items():
         value = filled.get(field)
         if ours.endswith("softcap"):
-            found[ours] = None if value is None else float(value)
+            fields[ours] = None if value is None else float(value)
         else:
-            found[ours] = value if ours == "query_scalar" else bool(value)
-    return found
+            fields[ours] = value if ours == "query_scalar" else bool(value)
+    return fields
 
 
 def _read_experts(row: Family, filled: Mapping[str, Any]) -> Experts | None:

@@ -115,10 +115,10 @@ def _checked_share(row: Family, raw: Mapping[str, Any], share: Any, where: str) 
 
 def _checked_list(value: Any, count: int, where: str) -> tuple[float, ...]:
     """A factor for each pair of dims that turns."""
-    found = value if isinstance(value, list) else []
-    if len(found) != count or not all(map(_positive, found)):
+    factors = value if isinstance(value, list) else []
+    if len(factors) != count or not all(map(_positive, factors)):
         raise ModelError(f"{where}: {shown(value)} must list {count} numbers above 0")
-    return tuple(map(float, found))
+    return tuple(map(float, factors))
 
 
 def _positive(value: Any) -> bool:

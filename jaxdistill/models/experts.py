@@ -183,8 +183,8 @@ def _look(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD:
     made_NKD = pairs.back(pairs.made_PD).astype(jnp.float32)
     norms_NK = jnp.linalg.norm(_added(made_NKD, (*shared, *split)), axis=-1)
     hidden_NKF = pairs.back(jnp.where(pairs.mine_P1, pairs.hidden_PF, 0))
-    found = (pairs.shares_NK, pairs.expert_NK, _added(hidden_NKF, shared), norms_NK)
-    return tuple(each.reshape(*x_BLD.shape[:2], *each.shape[1:]) for each in found)
+    parts = (pairs.shares_NK, pairs.expert_NK, _added(hidden_NKF, shared), norms_NK)
+    return tuple(each.reshape(*x_BLD.shape[:2], *each.shape[1:]) for each in parts)
 
 
 def _added(part: Array, axes: tuple[str, ...]) -> Array:

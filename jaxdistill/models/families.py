@@ -311,10 +311,10 @@ def tensor_rows(config: DecoderConfig) -> dict[str, tuple[TensorName, Weight]]:
 
 def file_rows(config: DecoderConfig) -> dict[str, dict[str, tuple[TensorName, Weight]]]:
     """The rows by the pattern of their file's tensor: several where it is fused."""
-    found: dict[str, dict[str, tuple[TensorName, Weight]]] = {}
+    tensors: dict[str, dict[str, tuple[TensorName, Weight]]] = {}
     for ours, (name, row) in tensor_rows(config).items():
-        found.setdefault(name.pattern, {})[ours] = (name, row)
-    return found
+        tensors.setdefault(name.pattern, {})[ours] = (name, row)
+    return tensors
 
 
 def numbers(name: TensorName, row: Weight) -> list[tuple[int, ...]]:

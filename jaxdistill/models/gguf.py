@@ -71,8 +71,8 @@ def load_file(
     file.check_tensors(config)
     params = assemble(config, file, dtype=dtype, mesh=mesh, rules=rules)
     jax.block_until_ready(params)
-    words = build_tokenizer(file.metadata, str(path)) if tokenizer else None
-    return Model(config=config, params=params, tokenizer=words, source=str(path))
+    built = build_tokenizer(file.metadata, str(path)) if tokenizer else None
+    return Model(config=config, params=params, tokenizer=built, source=str(path))
 
 
 def file_spec(path: pathlib.Path, *, tokenizer: bool = True) -> tuple[DecoderConfig, Any]:

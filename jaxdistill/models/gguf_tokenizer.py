@@ -177,16 +177,16 @@ def _sentencepiece(metadata, tokens, kinds, where):
 
 def _merges(tokens, kinds, scores, vocabulary) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best result first, then the earliest parts."""
-    found = []
+    merges = []
     for token, kind, score in zip(tokens, kinds, scores, strict=True):
         if kind in (_CONTROL, _BYTE, _UNKNOWN):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
-                found.append((-score, vocabulary[left], vocabulary[right], left, right))
-    found.sort(key=lambda row: row[:3])
-    return [row[3:] for row in found]
+                merges.append((-score, vocabulary[left], vocabulary[right], left, right))
+    merges.sort(key=lambda row: row[:3])
+    return [row[3:] for row in merges]
 
 
 def _add_special(backend, tokens, kinds) -> None:

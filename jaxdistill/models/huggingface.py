@@ -60,8 +60,8 @@ def load_folder(
         with compressed.open_folder(folder) as files:
             params = compressed.load_params(config, files, scheme, **options)
     jax.block_until_ready(params)
-    words = folder_tokenizer(folder) if tokenizer else None
-    return Model(config=config, params=params, tokenizer=words, source=str(folder))
+    loaded = folder_tokenizer(folder) if tokenizer else None
+    return Model(config=config, params=params, tokenizer=loaded, source=str(folder))
 
 
 def folder_config(folder: pathlib.Path) -> DecoderConfig:

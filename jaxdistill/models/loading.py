@@ -129,8 +129,8 @@ def _in_package(text: str) -> pathlib.Path:
     relative = pathlib.PurePosixPath(inside)
     if not name.isidentifier() or not inside or relative.is_absolute() or ".." in relative.parts:
         raise ModelError(f"{text}: expected package:NAME/FILE, a file inside the package's folder")
-    found = importlib.util.find_spec(name)  # a top-level name: looks, does not import
-    folders = [] if found is None else list(found.submodule_search_locations or [])
+    package = importlib.util.find_spec(name)  # a top-level name: looks, does not import
+    folders = [] if package is None else list(package.submodule_search_locations or [])
     if not folders:
         raise ModelError(
             f"{text}: the Python package {name} is not installed; run: pip install "

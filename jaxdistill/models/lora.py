@@ -101,8 +101,8 @@ class LoraKernel:
         read = x
         if self.key is not None:
             share = 1 - self.dropout
-            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.key), share, x.shape)
-            read = jnp.where(kept, x / share, 0)
+            keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key), share, x.shape)
+            read = jnp.where(keep, x / share, 0)
         return x @ self.kernel + self.scale * ((read @ self.down) @ self.up)
 
     def astype(self, dtype: DTypeLike) -> "LoraKernel":
@@ -138,8 +138,8 @@ def rows(config: DecoderConfig, lora: Lora) -> dict[str, Weight]:
             down, up = (*outer, inside, lora.rank), (*outer, lora.rank, outside)
             table[f"{name}.down"] = Weight(down, (*names, first, None), "normal")
             table[f"{name}.up"] = Weight(up, (*names, None, last), "zeros")
-    found = {name.split(".")[-3] for name in table}
-    missing = [target for target in lora.targets if target not in found]
+    parts = {name.split(".")[-3] for name in table}
+    missing = [target for target in lora.targets if target not in parts]
     if missing:
         raise ConfigError(
             f"student.lora.targets: {missing[0]}: a {config.family} model has no such projection; "
@@ -166,14 +166,14 @@ def logical_axes(config: DecoderConfig, lora: Lora) -> dict:
 
 def init(config: DecoderConfig, lora: Lora, key: Array) -> dict:
     """Adapters that change nothing yet: down uniform in +-1 / sqrt(in), up zero."""
-    made = {}
+    adapters = {}
     for number, (name, row) in enumerate(rows(config, lora).items()):
-        made[name] = jnp.zeros(row.shape, jnp.float32)
+        adapters[name] = jnp.zeros(row.shape, jnp.float32)
         if row.initial == "normal":
             bound = 1 / math.sqrt(row.shape[-2])
             own = jax.random.fold_in(key, number)
-            made[name] = jax.random.uniform(own, row.shape, jnp.float32, -bound, bound)
-    return nest(made)
+            adapters[name] = jax.random.uniform(own, row.shape, jnp.float32, -bound, bound)
+    return nest(adapters)
 
 
 def attach(params: Mapping, adapters: Mapping, lora: Lora, key: Array | None = None) -> dict:
@@ -188,11 +188,11 @@ def attach(params: Mapping, adapters: Mapping, lora: Lora, key: Array | None = N
     number = itertools.count()
 
     def make(kernel, down, up):
-        made = LoraKernel(kernel, down, up, lora.scale)
+        adapted = LoraKernel(kernel, down, up, lora.scale)
         if key is None or not lora.dropout:
-            return made
+            return adapted
         keys = jax.random.split(jax.random.fold_in(key, next(number)), kernel.shape[0])
-        return dataclasses.replace(made, dropout=lora.dropout, key=jax.random.key_data(keys))
+        return dataclasses.replace(adapted, dropout=lora.dropout, key=jax.random.key_data(keys))
 
     return _with(params, adapters, make)
 

@@ -91,8 +91,8 @@ def _tensors(config: DecoderConfig, adapters: Mapping, lora: Lora) -> dict[str, 
 def _kernels(config: DecoderConfig, lora: Lora) -> dict[str, TensorName]:
     """Adapted kernels by our dotted name."""
     names = tensor_rows(config)
-    found = dict.fromkeys(name.rpartition(".")[0] for name in rows(config, lora))
-    return {ours: names[ours][0] for ours in found}
+    kernels = dict.fromkeys(name.rpartition(".")[0] for name in rows(config, lora))
+    return {ours: names[ours][0] for ours in kernels}
 
 
 def _module(name: TensorName) -> str:

@@ -128,13 +128,13 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
             "inputs: use int8, or prune to multiples of the group"
         )
     others = tuple(dim for dim in range(kernel.ndim) if dim != kernel.ndim - 2)
-    found = qwix().quantize(
+    quantized = qwix().quantize(
         kernel,
         jnp.int4 if scheme.bits == 4 else jnp.int8,
         channelwise_axes=others,
         tiled_axes={kernel.ndim - 2: scheme.group} if scheme.group else {},
     )
-    return QuantizedKernel(found.qvalue, found.scale, scheme)
+    return QuantizedKernel(quantized.qvalue, quantized.scale, scheme)
 
 
 def scale_place(place: Sharding, shape: tuple[int, ...]) -> Sharding:

@@ -163,8 +163,8 @@ def _without_weights(folder: pathlib.Path) -> ModelError:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     others = [name for name in names if name.endswith(".safetensors")]
-    found = f"found {others[0]}, which no index names" if others else "found no weights"
-    return ModelError(f"{folder}: needs {SINGLE} or {INDEX}; {found}; download the whole model")
+    fault = f"found {others[0]}, which no index names" if others else "found no weights"
+    return ModelError(f"{folder}: needs {SINGLE} or {INDEX}; {fault}; download the whole model")
 
 
 def parts(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

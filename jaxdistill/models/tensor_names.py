@@ -92,13 +92,13 @@ def file_shape(name: TensorName, row: Weight, part: Part | None) -> tuple[int, .
 
 def _projections(layer: str, names: Mapping[str, str], transposed: bool = True) -> dict:
     """Kernel and bias of projections; a name behind `|` says how it is fused."""
-    found = {}
+    table = {}
     for ours, theirs in names.items():
         stem, _, fused = theirs.partition("|")
         for part, ending in {"kernel": "weight", "bias": "bias"}.items():
             turned = transposed and part == "kernel"
-            found[f"layers.{ours}.{part}"] = TensorName(f"{layer}{stem}.{ending}", turned, fused)
-    return found
+            table[f"layers.{ours}.{part}"] = TensorName(f"{layer}{stem}.{ending}", turned, fused)
+    return table
 
 
 def _norms(names: Mapping[str, str]) -> dict:

@@ -65,9 +65,9 @@ def _check_class(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     for file, name in named.items():
         if name is None:
             continue
-        found = tokenizer_class_from_name(name) if isinstance(name, str) else name
-        known[file] = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
-        if found is not None and not known[file]:
+        kind = tokenizer_class_from_name(name) if isinstance(name, str) else name
+        known[file] = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)
+        if kind is not None and not known[file]:
             raise ModelError(
                 f"{file}: tokenizer_class: {str(name)[:80]!r} is no tokenizer of transformers': "
                 "remove the field if tokenizer.json is enough without it"
