@@ -125,12 +125,11 @@ def _our_worker(folder: pathlib.Path, dtype: str, batch: int, length: int, new: 
     import jax
 
     from jaxdistill import models
-    from jaxdistill.models import generate, unrolled
 
-    model = unrolled.take(models.load(folder / "model", dtype=dtype))
+    model = models.load(folder / "model", dtype=dtype).consume_per_layer()
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
     prompts = _prompts(batch, length)
-    step = lambda: generate.generate(model, prompts, max_new_tokens=new + 1)
+    step = lambda: model.generate(prompts, max_new_tokens=new + 1)
     facts = {"tokens": step(), "versions": {"jax": jax.__version__}}
     duel.serve(lambda: len(step()), facts)
 
@@ -141,9 +140,8 @@ def _products_worker(folder: pathlib.Path, dtype: str, batch: int, *_: int) -> N
     import jax.numpy as jnp
 
     from jaxdistill import models
-    from jaxdistill.models import unrolled
 
-    params = unrolled.take(models.load(folder / "model", dtype=dtype)).params
+    params = models.load(folder / "model", dtype=dtype).consume_per_layer().params
 
     @jax.jit
     def products(params, x_BD):

@@ -1,5 +1,6 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -183,3 +184,12 @@ def current_mesh() -> AnyMesh | None:
     if mesh is None or mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.size == 1:
         return None
     return mesh
+
+
+def on_mesh(tree: Any) -> contextlib.AbstractContextManager:
+    """The context of the mesh that arrays lie on, or nothing on a single device."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, "sharding", None)
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
+            return jax.set_mesh(place.mesh)
+    return contextlib.nullcontext()

@@ -42,6 +42,9 @@ def engine(monkeypatch):
         source = "fake"
         tokenizer = None
 
+        def consume_per_layer(self):
+            return self
+
         def generate(self, prompts, **settings):
             calls.append(("generate", list(prompts), settings))
             return [f"{prompt}!\x1b[31m" for prompt in prompts]
@@ -63,7 +66,6 @@ def engine(monkeypatch):
 
         return call
 
-    monkeypatch.setattr("jaxdistill.models.unrolled.take", lambda model: model)
     fake = types.ModuleType("jaxdistill.engine")
     fake.raises, fake.calls = None, calls
     fake.train = answer("train", result)

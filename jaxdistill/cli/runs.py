@@ -123,9 +123,8 @@ def generate(arguments: argparse.Namespace) -> None:
     }
     with stdout_is_json(True):
         from jaxdistill import engine
-        from jaxdistill.models import unrolled
 
-        model = unrolled.take(engine.load(arguments.model))
+        model = engine.load(arguments.model).consume_per_layer()
         if arguments.chat:
             ids = model.generate(_chat_tokens(model, prompts), **settings)
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)

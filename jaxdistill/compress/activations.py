@@ -1,4 +1,4 @@
-"""The decoder run layer by layer, with a look at what flows through it: the sums of importance."""
+"""The sums that importance is made of: what flows through the decoder, layer by layer."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.models import DecoderConfig, attention, decoder, rope, unrolled
+from jaxdistill.models import DecoderConfig, attention, decoder
 from jaxdistill.models.blocks import MLP, Layer
 from jaxdistill.objectives import sft
 from jaxdistill.sharding import RULES
@@ -72,27 +71,29 @@ def sums(config: DecoderConfig, dtype: DTypeLike, params: Any, batch: Batch) -> 
         relative_BLK = squares_BLK / jnp.where(mean_BL1 == 0, 1, mean_BL1)
         return jnp.einsum("BL,BLK->K", real_BL.astype(jnp.float32), relative_BLK)
 
-    def look(mlp: Any, seen: dict[str, Array]) -> dict[str, Array]:
+    def measure(mlp: Any, seen: dict[str, Array]) -> dict[str, Array]:
         heads = square(seen["attention.out"]).reshape(config.heads, config.head_dim)
         channels = jnp.stack([square(seen["attention"]), square(seen["mlp"])])
-        found = {"heads": heads, "channels": channels, "hidden": seen["entering"]}
-        found |= {f"shares.layers.{name}": share(seen[name]) for name in norms(config)}
+        sums = {"heads": heads, "channels": channels, "hidden": seen["entering"]}
+        sums |= {f"shares.layers.{name}": share(seen[name]) for name in norms(config)}
         if isinstance(mlp, MLP):
-            return found | {"neurons": square(mlp.neurons(seen["mlp"], RULES))}
+            return sums | {"neurons": square(mlp.neurons(seen["mlp"], RULES))}
         passed = mlp.passed(seen["mlp"], RULES)
         chosen_BLKX = jax.nn.one_hot(passed.experts, mlp.experts.count)
         chosen_BLKX = chosen_BLKX * real_BL[..., None, None]
         exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         size_BLKF = jnp.abs(passed.neurons.astype(jnp.float32))
         mean_BXF = exact("BL,BLKX,BLKF->BXF", weights_BL, chosen_BLKX, size_BLKF)
-        return found | {
+        return sums | {
             "neurons": jnp.sum(jnp.square(mean_BXF), axis=0),
             "experts": exact("BLK,BLKX->X", passed.shares * passed.norms, chosen_BLKX),
             "routed": jnp.sum(chosen_BLKX, axis=(0, 1, 2)),
         }
 
-    _, last_BLD, seen = _forward(config, dtype, params, batch, look)
-    hidden_SBLD = jnp.concatenate([seen.pop("hidden"), last_BLD[None]])
+    visit = functools.partial(_look, measure)
+    outputs, seen = _forward(config, dtype, params, batch, visit, taps=(config.layers - 1,))
+    (last_BLD,) = outputs.taps
+    hidden_SBLD = jnp.concatenate([seen.pop("hidden"), outputs.taps])
     return seen | {
         "shares.final_norm": share(last_BLD),
         "cosines": _cosines(hidden_SBLD, real_BL),
@@ -121,7 +122,14 @@ def loss_without(
     config: DecoderConfig, vocab: int, dtype: DTypeLike, params: Any, batch: Batch, keep: Array
 ) -> Mean:
     """Cross-entropy of a batch by the model without the layers whose `keep` [layers] is False."""
-    outputs, _, _ = _forward(config, dtype, params, batch, None, keep)
+
+    def visit(layer: Layer, x_BLD: Array, *given: Any) -> tuple[Array, None, None]:
+        *_, index, _ = given
+        # A condition, not a mask: a layer that is left out costs nothing.
+        run = lambda x_BLD: layer(x_BLD, *given)[0]
+        return jax.lax.cond(keep[index], run, lambda x_BLD: x_BLD, x_BLD), None, None
+
+    outputs, _ = _forward(config, dtype, params, batch, visit)
     return sft(vocab=vocab).apply({}, outputs, TeacherSignal(), batch, {})["loss"]
 
 
@@ -130,36 +138,25 @@ def _forward(
     dtype: DTypeLike,
     params: Any,
     batch: Batch,
-    look: Callable[[Any, dict[str, Array]], dict[str, Array]] | None,
-    keep: Array | None = None,
-) -> tuple[Outputs, Array, dict[str, Array]]:
-    """(outputs, hidden states before the final norm, what `look` made of each layer, stacked)."""
+    visit: decoder.Visit,
+    taps: tuple[int, ...] = (),
+) -> tuple[Outputs, Any]:
+    """The outputs, and what the visits saw of every layer, stacked."""
     attend = attention.causal(config, batch.tokens.shape[1], batch.segment_ids, None)
-    turn = rope.per_layer(config, batch.positions)
-    axes = decoder.logical_axes(config)["layers"]
+    outputs, _, seen = decoder.forward(
+        config, params, batch.tokens, batch.positions, attend, compute_dtype=dtype, taps=taps,
+        visit=visit,
+    )  # fmt: skip
+    return outputs, seen
 
-    def run(layer: Layer, x_BLD: Array, index: Array) -> Array:
-        return layer(x_BLD, turn(index), attend, None, index, RULES)[0]
 
-    def body(x_BLD, one):
-        weights, index = one
-        weights = decoder.computing(weights, axes, dtype, RULES)
-        layer = nnx.merge(unrolled.graphdef(config), weights)
-        if keep is not None:
-            # A condition, not a mask: a layer that is left out costs nothing.
-            ran = lambda x_BLD: run(layer, x_BLD, index)
-            return jax.lax.cond(keep[index], ran, lambda x_BLD: x_BLD, x_BLD), {}
-        seen, mlp = {"entering": x_BLD}, layer.mlp
-        _watch(layer, seen)
-        x_BLD = run(layer, x_BLD, index)
-        return x_BLD, look(mlp, seen) if look else {}
-
-    x_BLD = decoder.embed(
-        config, params["embedding"], params.get("positions"), batch.tokens, batch.positions, dtype
-    )
-    xs = (params["layers"], jnp.arange(config.layers))
-    x_BLD, seen = jax.lax.scan(body, x_BLD, xs)
-    return unrolled.outputs(config, unrolled.rest(params), x_BLD), x_BLD, seen
+def _look(
+    measure: Callable[[Any, dict[str, Array]], Any], layer: Layer, x_BLD: Array, *given: Any
+) -> tuple[Array, Any, Any]:
+    """A `decoder.Visit` that measures what each part of a layer is given."""
+    seen, mlp = {"entering": x_BLD}, layer.mlp
+    _watch(layer, seen)
+    return *layer(x_BLD, *given), measure(mlp, seen)
 
 
 def _watch(layer: Layer, seen: dict[str, Array]) -> None:

@@ -22,9 +22,8 @@ from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.measure import speed
 from jaxdistill.models import DecoderConfig, Model, count_parameters
-from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import vocabulary_size
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import make_mesh, on_mesh
 
 NOTE = "pruning.json"  # in the student's folder: what was kept of which model
 

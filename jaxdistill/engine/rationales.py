@@ -11,7 +11,6 @@ from jaxdistill import whole_file
 from jaxdistill.config.generation import Generation
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.models import unrolled
 from jaxdistill.reasoning import api, auto_cot, extract, prompts, rationales, tasks
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, added, room
 from jaxdistill.reasoning.prompts import Exemplar
@@ -192,7 +191,7 @@ class _Run:
             told = self._config.teacher
             assert told.source is not None, "the configuration names a model or a server"
             loaded = load_any(told.source, dtype=told.dtype, mesh=make_mesh())
-            self._model = unrolled.take(loaded)
+            self._model = loaded.consume_per_layer()
         return self._model
 
     def _put(self) -> Put:

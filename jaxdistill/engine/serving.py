@@ -14,7 +14,7 @@ from jaxdistill.engine.references import load_any
 from jaxdistill.engine.streaming import Stream, counts, events
 from jaxdistill.engine.web import BadRequest, Busy, is_loopback, make_server
 from jaxdistill.errors import ModelError
-from jaxdistill.models import Model, unrolled
+from jaxdistill.models import Model, text
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Completion, Request
 from jaxdistill.sharding import make_mesh
@@ -43,7 +43,7 @@ class Service:
         self._prompter = Prompter(model.tokenizer)
         self._length = length
         self._pending, self._counting = 0, threading.Lock()
-        self._generator = Generator(model, slots=slots, length=length)
+        self._generator = Generator(model.config, model.params, slots=slots, length=length)
         self._inbox: queue.Queue[Stream | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self._thread.start()
@@ -145,11 +145,10 @@ class Service:
         finished = self._generator.step()
         for request, sample, tokens in self._generator.written():
             if waiting[request.tag].live:
-                text = self.model.tokenizer.decode(tokens, skip_special_tokens=True)
-                waiting[request.tag].hear(sample, text)
+                waiting[request.tag].hear(sample, text.decode(self.model.tokenizer, tokens))
         for done in finished:
             stream = waiting[done.request.tag]
-            stream.end(done)
+            stream.end(done, text.text_of(self.model.tokenizer, done))
             if stream.finished:
                 del waiting[done.request.tag]
 
@@ -164,7 +163,10 @@ class Service:
             raise BadRequest(f"n: {str(count)[:40]} must be from 1 to {MAX_SAMPLES}")
         tokens = self._chat(body) if chat else self._text(body)
         limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-        heat, seed = _number(body, "temperature", float, 1.0), _number(body, "seed", int, None)
+        temperature, seed = (
+            _number(body, "temperature", float, 1.0),
+            _number(body, "seed", int, None),
+        )
         filters = {
             "top_k": _number(body, "top_k", int, None),
             "top_p": _number(body, "top_p", float, None),
@@ -174,10 +176,10 @@ class Service:
             tokens,
             max_new_tokens=_number(body, limit, int, max(1, self._length - len(tokens))),
             samples=count,
-            temperature=heat,
+            temperature=temperature,
             seed=_fresh() if seed is None else seed,
-            stop=_stops(body.get("stop")),
-            **(filters if heat > 0 else {}),
+            stop=text.stop_at(self.model.tokenizer, _stops(body.get("stop"))),
+            **(filters if temperature > 0 else {}),
         )
 
     def _text(self, body: dict[str, Any]) -> list[int]:
@@ -224,7 +226,7 @@ class Service:
         told = {"tokens": words, "token_logprobs": done.logprobs, "top_logprobs": None}
         return {
             "index": number,
-            "text": done.text,
+            "text": text.text_of(self.model.tokenizer, done),
             "finish_reason": done.reason,
             "logprobs": told if scored else None,
         }
@@ -237,7 +239,7 @@ class Service:
         ]
         return {
             "index": number,
-            "message": {"role": "assistant", "content": done.text},
+            "message": {"role": "assistant", "content": text.text_of(self.model.tokenizer, done)},
             "finish_reason": done.reason,
             "logprobs": {"content": told} if scored else None,
         }
@@ -307,7 +309,7 @@ def serve(
     Raises:
       UserError: if the model cannot be used or the port not be had.
     """
-    model = unrolled.take(load_any(source, dtype=dtype, mesh=make_mesh()))
+    model = load_any(source, dtype=dtype, mesh=make_mesh()).consume_per_layer()
     length = min(length or 2048, model.config.max_positions)
     service = Service(model, slots=slots, length=length)
     server = make_server(service, host=host, port=port, key=key)

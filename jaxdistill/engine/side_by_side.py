@@ -17,9 +17,8 @@ from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError, ModelError, StorageError
 from jaxdistill.measure import agreement, choices, speed
 from jaxdistill.models import Model
-from jaxdistill.models.model import on_mesh
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import make_mesh, on_mesh
 
 FILE = "comparison.json"
 ANSWER_TOKENS = 48

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.models.requests import Completion, Request
+from jaxdistill.models.text import stops_of
 
 DONE = b"data: [DONE]\n\n"
 
@@ -64,14 +65,14 @@ class Stream:
 
     def hear(self, sample: int, text: str) -> None:
         """Takes a sample's whole text so far."""
-        text, shown = settled(text, self.request.stop), self._shown[sample]
+        text, shown = settled(text, stops_of(self.request)), self._shown[sample]
         if len(text) > shown:
             self._shown[sample] = len(text)
             self._pieces.put(Piece(sample, text[shown:]))
 
-    def end(self, done: Completion) -> None:
-        """Takes a sample that is finished."""
-        rest = (done.text or "")[self._shown[done.sample] :]
+    def end(self, done: Completion, text: str) -> None:
+        """Takes a sample that is finished, and its whole text."""
+        rest = text[self._shown[done.sample] :]
         self._unfinished -= 1
         self._pieces.put(Piece(done.sample, rest, done))
 

@@ -16,7 +16,7 @@ from jaxdistill import whole_file
 from jaxdistill.data.store import writing
 from jaxdistill.engine.references import load_any
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.models import Model, unrolled
+from jaxdistill.models import Model
 from jaxdistill.reasoning import extract, prompts, rationales, tasks, votes
 from jaxdistill.reasoning.asking import Answer, Job, Local, Settings, Teacher, room
 from jaxdistill.reasoning.store import write_records
@@ -94,7 +94,7 @@ def evaluate(
         with writing(pathlib.Path(output)):  # now, and not after hours of answers
             pathlib.Path(output).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=output).close()
-    load = lambda name: unrolled.take(load_any(name, dtype=dtype, mesh=make_mesh()))
+    load = lambda name: load_any(name, dtype=dtype, mesh=make_mesh()).consume_per_layer()
     used = load(model) if isinstance(model, str) else model
     results = {}
     for task in loaded:

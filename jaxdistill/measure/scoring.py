@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import DataError
 from jaxdistill.models import DecoderConfig, Model, decoder
-from jaxdistill.models.model import on_mesh
+from jaxdistill.sharding import on_mesh
 from jaxdistill.types import Outputs
 
 # Numbers of one chunk of logits that may exist at a time; 64 MiB of float32.

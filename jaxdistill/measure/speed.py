@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.models import Model, count_non_embedding_parameters, count_parameters, decoder
-from jaxdistill.models.generate import generate_tokens
-from jaxdistill.models.model import on_mesh
+from jaxdistill.sharding import on_mesh
 
 
 def measure(
@@ -64,12 +63,10 @@ def fastest_token(
 
 def _generating(model: Model, length: int, rows: int) -> Callable[[int], Callable[[], Any]]:
     """count -> a call that makes so many tokens after prompts of this shape."""
-    endless = dataclasses.replace(model.config, eos_ids=())
+    endless = Model(dataclasses.replace(model.config, eos_ids=()), model.params)
     drawn = np.random.default_rng(0).integers(0, model.config.vocab_size, (rows, length))
     prompts = drawn.tolist()
-    return lambda count: (
-        lambda: generate_tokens(endless, model.params, prompts, max_new_tokens=count)
-    )
+    return lambda count: lambda: endless.generate(prompts, max_new_tokens=count)
 
 
 def timed(run: Callable[[], Any], repeats: int) -> np.ndarray:

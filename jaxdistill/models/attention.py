@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
+from jaxdistill.kernels.softcap import soft_cap
 from jaxdistill.models import attention_tpu
 from jaxdistill.models.architecture import DecoderConfig
 
@@ -107,13 +108,13 @@ def score_scale(config: DecoderConfig) -> float:
 def _capped(
     query_BLHE: Array, key_BLGE: Array, value_BLGE: Array, mask: Array, scale: float, cap: float
 ) -> Array:
-    """softmax(cap tanh(scale q k / cap)) v: `jax.nn.dot_product_attention` has no soft cap."""
+    """softmax(soft_cap(scale q k)) v: `jax.nn.dot_product_attention` has no soft cap."""
     batch, length, heads, size = query_BLHE.shape
     query_BLGRE = query_BLHE.reshape(batch, length, key_BLGE.shape[2], -1, size)
     score_BGRLM = jnp.einsum(
         "BLGRE,BMGE->BGRLM", query_BLGRE, key_BLGE, preferred_element_type=jnp.float32
     )
-    score_BGRLM = cap * jnp.tanh(score_BGRLM * (scale / cap))
+    score_BGRLM = soft_cap(score_BGRLM, cap, scale)
     lowest = jnp.finfo(jnp.float32).min
     share_BGRLM = jax.nn.softmax(jnp.where(mask[:, :, None], score_BGRLM, lowest))
     mixed = jnp.einsum("BGRLM,BMGE->BLGRE", share_BGRLM.astype(value_BLGE.dtype), value_BLGE)

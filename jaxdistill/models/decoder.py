@@ -1,4 +1,10 @@
-"""One decoder-only Transformer for every family: embedding, one scanned layer, norm, head."""
+"""One decoder-only Transformer for every family, and the one way through it.
+
+    enter (embedding) -> step of layer 0, 1, ... -> leave (final norm, head)
+
+Stacked layers are scanned, as training needs them; split ones (`per_layer`) are walked in turn,
+each with its own state, as generation needs them. A `Visit` may look into a layer or skip it.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +19,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models import rope
+from jaxdistill.kernels.softcap import soft_cap
+from jaxdistill.models import per_layer, rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last
@@ -24,110 +31,138 @@ from jaxdistill.types import Outputs
 REMAT = ("none", "dots", "full")
 WEIGHTS = "weights"  # part of the names of operations that make the weights a layer computes with
 
-
-class Decoder(nnx.Module):
-    """The whole model; `layers` is one Layer whose parameters have a first dim over all layers."""
-
-    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]):
-        self.config = config
-        self.embedding = nnx.Param(params["embedding"])
-        self.positions = nnx.Param(params["positions"]) if config.rope is None else None
-        self.layers = Layer(config, params["layers"])
-        self.final_norm = Norm(config, params["final_norm"])
-        self.head = None if config.tied_head else nnx.Param(params["head"])
-
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array,
-        attend: Attend,
-        state: Any = None,
-        *,
-        compute_dtype: DTypeLike = jnp.bfloat16,
-        remat: str = "none",
-        rules: Mapping[str, MeshAxes] = RULES,
-        taps: tuple[int, ...] = (),
-        relations: tuple[int, ...] = (),
-        routing: bool = False,
-    ) -> tuple[Outputs, Any]:
-        """Outputs and the final state of `attend` for tokens [B, L] at positions [B, L]."""
-        config = self.config
-        turn = rope.per_layer(config, positions)
-        graphdef, stacked = nnx.split(self.layers)
-        axes = logical_axes(config)["layers"]
-
-        def run(carry, one):
-            x_BLD, state = carry
-            params, index = one
-            layer = nnx.merge(graphdef, computing(params, axes, compute_dtype, rules))
-            if not routing:
-                return layer(x_BLD, turn(index), attend, state, index, rules), None
-            *through, scores_BLX = layer.routed(x_BLD, turn(index), attend, state, index, rules)
-            return tuple(through), scores_BLX
-
-        run = _remat(run, remat)
-
-        def body(carry, one):
-            *xs, slot = one
-            through, tapped = carry
-            through, scores_BLX = run(through, xs)
-            # Outside of what is made again: a tap is kept once, not with every layer.
-            if kept:
-                tapped = tapped.at[slot].set(through[0], mode="drop")
-            return (through, tapped), scores_BLX
-
-        places = None
-        if self.positions is not None:
-            with jax.named_scope(WEIGHTS):
-                places = constrain(self.positions[...], ("positions", None), rules)
-        table_VD = self.embedding[...]
-        x_BLD = embed(config, table_VD, places, tokens, positions, compute_dtype, rules)
-        inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
-        kept, first_BLD = (*taps, *inputs), x_BLD
-        slots = np.full(config.layers, len(kept), np.int32)  # of no tap: behind the last one
-        slots[list(kept)] = np.arange(len(kept))
-        tapped = jnp.zeros((len(kept), *x_BLD.shape), compute_dtype) if kept else None
-        xs = (nnx.to_pure_dict(stacked), jnp.arange(config.layers), jnp.asarray(slots))
-        ((x_BLD, state), tapped), routed = jax.lax.scan(body, ((x_BLD, state), tapped), xs)
-        head = self.embedding if self.head is None else self.head
-        outputs = Outputs(
-            self.final_norm(x_BLD),
-            head[...],
-            taps=tapped[: len(taps)] if taps else None,
-            routing=routed,
-            softcap=config.logits_softcap,
-        )
-        if relations:
-            layer = lambda n: nnx.merge(
-                graphdef, computing(_slice(xs[0], n), axes, compute_dtype, rules)
-            )
-            entering = lambda n: tapped[slots[n - 1]] if n else first_BLD
-            related = tuple(_relations(layer(n), entering(n)) for n in relations)
-            outputs = dataclasses.replace(outputs, relations=related)
-        return outputs, state
+# turn(index of a layer) -> its (cos, sin), or None without rotation
+Turn = Callable[[Any], tuple[Array, Array] | None]
+# visit(layer, x [B, L, D], (cos, sin), attend, state, index, rules) -> (x, state, what it saw)
+Visit = Callable[..., tuple[Array, Any, Any]]
+# step(x [B, L, D], state, parameters of one layer, index) -> (x, state, what was seen)
+Step = Callable[[Array, Any, Any, Any], tuple[Array, Any, Any]]
 
 
-def embed(
+def forward(
     config: DecoderConfig,
-    table_VD: Array,
-    places_PD: Array | None,
+    params: Mapping[str, Any],
+    tokens_BL: Array,
+    positions_BL: Array,
+    attend: Attend,
+    states: tuple | None = None,
+    *,
+    compute_dtype: DTypeLike,
+    remat: str = "none",
+    rules: Mapping[str, MeshAxes] = RULES,
+    taps: tuple[int, ...] = (),
+    relations: tuple[int, ...] = (),
+    visit: Visit | None = None,
+) -> tuple[Outputs, tuple | None, Any]:
+    """Hidden states and head of tokens [B, L]; every pass through the whole decoder is this one.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters, stacked or split.
+      tokens_BL: int32 [B, L].
+      positions_BL: int32 [B, L].
+      attend: how queries meet keys; see `attention.Attend`.
+      states: of split layers, what `attend` keeps of each, such as its cache; None: nothing.
+      compute_dtype: as in `apply`.
+      remat: as in `apply`; of stacked layers.
+      rules: as in `apply`.
+      taps: as in `apply`; of stacked layers.
+      relations: as in `apply`; of stacked layers.
+      visit: runs a layer; None calls it.
+
+    Returns:
+      The outputs; the new states of split layers; what the visits of stacked layers saw, stacked.
+    """
+    split = per_layer.is_split(params)
+    # Behind a barrier, or XLA would compute the cosines again in every layer that is not scanned.
+    turn = rotations(config, positions_BL, shared=split)
+    first_BLD = enter(config, params, tokens_BL, positions_BL, compute_dtype, rules)
+    step = _remat(layer_step(config, turn, attend, compute_dtype, rules, visit), remat)
+    if split:
+        assert not (taps or relations or visit) and remat == "none", "of stacked layers alone"
+        x_BLD, states = walk(params["layers"], step, first_BLD, states)
+        return leave(config, params, x_BLD), states, None
+    inputs = tuple(layer - 1 for layer in relations if layer and layer - 1 not in taps)
+    tapped_at = (*taps, *inputs)
+    x_BLD, tapped, seen = _scan(config, params["layers"], step, first_BLD, tapped_at)
+    outputs = leave(config, params, x_BLD)
+    if taps:
+        outputs = dataclasses.replace(outputs, taps=tapped[: len(taps)])
+    if relations:
+        axes = logical_axes(config)["layers"]
+        layer = lambda n: _layer(config, _slice(params["layers"], n), axes, compute_dtype, rules)
+        entering = lambda n: tapped[tapped_at.index(n - 1)] if n else first_BLD
+        related = tuple(_relations(layer(n), entering(n)) for n in relations)
+        outputs = dataclasses.replace(outputs, relations=related)
+    return outputs, None, seen
+
+
+def layer_step(
+    config: DecoderConfig,
+    turn: Turn,
+    attend: Attend,
+    dtype: DTypeLike,
+    rules: Mapping[str, MeshAxes] = RULES,
+    visit: Visit | None = None,
+) -> Step:
+    """How one layer runs, whichever it is: with its weights cast, and by `visit` where given."""
+    axes = logical_axes(config)["layers"]
+    visit = visit or (lambda layer, *given: (*layer(*given), None))
+
+    def step(x_BLD, state, params, index):
+        layer = _layer(config, params, axes, dtype, rules)
+        return visit(layer, x_BLD, turn(index), attend, state, index, rules)
+
+    return step
+
+
+def walk(
+    layers: tuple, step: Step, x_BLD: Array, states: tuple | None = None
+) -> tuple[Array, tuple]:
+    """One layer after the other, each with its own parameters and state; the new states."""
+    new = []
+    for number, params in enumerate(layers):
+        x_BLD, state, _ = step(x_BLD, states and states[number], params, number)
+        new.append(state)
+    return x_BLD, tuple(new)
+
+
+def _scan(
+    config: DecoderConfig, stacked: Any, step: Step, x_BLD: Array, tapped_at: tuple[int, ...]
+) -> tuple[Array, Array | None, Any]:
+    """All layers as one scanned body: hidden states, tapped ones, and what the visits saw."""
+    slots = np.full(config.layers, len(tapped_at), np.int32)  # of no tap: behind the last one
+    slots[list(tapped_at)] = np.arange(len(tapped_at))
+
+    def body(carry, one):
+        x_BLD, tapped = carry
+        params, index, slot = one
+        x_BLD, _, seen = step(x_BLD, None, params, index)
+        # Outside of what is recomputed: a tap is held once, not with every layer.
+        if tapped_at:
+            tapped = tapped.at[slot].set(x_BLD, mode="drop")
+        return (x_BLD, tapped), seen
+
+    tapped = jnp.zeros((len(tapped_at), *x_BLD.shape), x_BLD.dtype) if tapped_at else None
+    xs = (stacked, jnp.arange(config.layers), jnp.asarray(slots))
+    (x_BLD, tapped), seen = jax.lax.scan(body, (x_BLD, tapped), xs)
+    return x_BLD, tapped, seen
+
+
+def enter(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
     tokens_BL: Array,
     positions_BL: Array,
     dtype: DTypeLike,
-    rules: Mapping[str, MeshAxes] | None = None,
+    rules: Mapping[str, MeshAxes] = RULES,
 ) -> Array:
-    """[B, L, D], what enters the first layer.
-
-    Args:
-      config: of the model.
-      table_VD: the embedding.
-      places_PD: learned positions, or None.
-      tokens_BL: int32 [B, L].
-      positions_BL: int32 [B, L].
-      dtype: of the result.
-      rules: how the result lies on the mesh; None leaves that to the compiler.
-    """
-    x_BLD = _lookup(table_VD, tokens_BL, dtype, rules)
+    """What enters the first layer, [B, L, D] in `dtype`: embeddings, and learned positions."""
+    places_PD = params.get("positions")
+    if places_PD is not None:
+        with jax.named_scope(WEIGHTS):
+            places_PD = constrain(places_PD, ("positions", None), rules)
+    x_BLD = _lookup(params["embedding"], tokens_BL, dtype, rules)
     if config.embedding_scaled:
         # The published models were trained with this factor rounded to what they compute in.
         x_BLD = x_BLD * jnp.asarray(config.embed**0.5, dtype)
@@ -136,8 +171,35 @@ def embed(
     return x_BLD
 
 
+def leave(config: DecoderConfig, params: Mapping[str, Any], x_BLD: Array) -> Outputs:
+    """What a model returns, from what comes out of its last layer."""
+    norm = Norm(config, params["final_norm"])
+    head = params["embedding"] if config.tied_head else params["head"]
+    return Outputs(norm(x_BLD), head, softcap=config.logits_softcap)
+
+
+def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> Turn:
+    """The (cos, sin) of every layer, by its index, traced or not.
+
+    Layers with a window may have frequencies of their own. Both tables are computed once; a layer
+    takes one of them by a flag, so that all layers stay one scanned body. `shared` keeps XLA from
+    computing the tables again in every layer where there is no scan.
+    """
+    if config.rope is None:
+        return lambda index: None
+    keep = jax.lax.optimization_barrier if shared else lambda table: table
+    everywhere = keep(rope.tables(config.rope, config.head_dim, positions))
+    if config.local_rope is None or config.windows is None:
+        return lambda index: everywhere
+    local = keep(rope.tables(config.local_rope, config.head_dim, positions))
+    is_local = np.asarray([window is not None for window in config.windows])
+    return lambda index: jax.tree.map(
+        lambda here, there: jnp.where(jnp.asarray(is_local)[index], here, there), local, everywhere
+    )
+
+
 def _lookup(
-    table_VD: Array, tokens_BL: Array, dtype: DTypeLike, rules: Mapping[str, MeshAxes] | None
+    table_VD: Array, tokens_BL: Array, dtype: DTypeLike, rules: Mapping[str, MeshAxes]
 ) -> Array:
     """table[tokens], [B, L, D], of a table that stays where it lies.
 
@@ -145,8 +207,6 @@ def _lookup(
     then exchange: an all-to-all of what is looked up, and back of its gradient, in place of the
     whole table and a whole gradient. The columns add their gradients up in the table's own dtype.
     """
-    if rules is None:
-        return jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
     columns = mesh_axes(rules["embed"])
     rows = tuple(axis for axis in mesh_axes(rules["batch"]) if axis not in columns)
     apart = {**rules, "batch": rows, "act_embed": rules["embed"]}
@@ -160,7 +220,7 @@ def _lookup(
 def _relations(layer: Layer, x_BLD: Array) -> tuple[Array, ...]:
     """Queries, keys and values of a layer, heads side by side.
 
-    Made a second time, from what enters the layer: within the scan every layer's would be kept.
+    Computed a second time, from what enters the layer: the scan would hold those of every layer.
     """
     return tuple(x.reshape(*x_BLD.shape[:2], -1) for x in layer.project(x_BLD))
 
@@ -180,34 +240,32 @@ def _remat(body: Callable, remat: str) -> Callable:
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
-def computing(params: dict, axes: dict, dtype: DTypeLike, rules: Mapping[str, MeshAxes]) -> dict:
-    """One layer's weights as it computes with them: cast while still sharded.
+def _layer(
+    config: DecoderConfig, params: Any, axes: dict, dtype: DTypeLike, rules: Mapping[str, MeshAxes]
+) -> Layer:
+    """One layer with its weights as it computes with them: cast while still sharded.
 
     Casting before the all-gather that the products need halves what travels; the masters stay as
     they are because only this layer's copy is cast.
     """
 
     def cast(path, weight, logical):
-        if kept_wide(path):
+        if per_layer.keeps_dtype(path):
             return weight
         if is_kernel(weight):
             return weight.astype(dtype)
         return constrain(weight.astype(dtype), logical[1:], rules)
 
     with jax.named_scope(WEIGHTS):
-        return jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
-
-
-def kept_wide(path: tuple) -> bool:
-    """Whether a weight of a layer is read in its own dtype: those of norms and routers."""
-    name = path[-2].key if len(path) > 1 else ""
-    return name == "router" or name.endswith("norm")
+        params = jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
+    return nnx.merge(layer_structure(config), params)
 
 
 @functools.lru_cache(maxsize=256)
-def graphdef(config: DecoderConfig) -> nnx.GraphDef:
-    """The structure of the module, made once per configuration: `nnx.merge(graphdef, params)`."""
-    return nnx.split(Decoder(config, shapes(config, jnp.float32)))[0]
+def layer_structure(config: DecoderConfig) -> nnx.GraphDef:
+    """The structure of one layer, made once per configuration: `nnx.merge(structure, params)`."""
+    one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return nnx.split(Layer(config, jax.tree.map(one, shapes(config)["layers"])))[0]
 
 
 def shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict:
@@ -219,11 +277,6 @@ def shapes(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> dict:
 def logical_axes(config: DecoderConfig) -> dict:
     """The parameter tree as tuples of logical axis names, for `sharding.shardings`."""
     return map_weights(lambda row: row.axes, weights(config))
-
-
-def is_apart(params: Mapping[str, Any]) -> bool:
-    """Whether the layers lie side by side, as generation reads them, and not stacked."""
-    return isinstance(params["layers"], tuple)
 
 
 def init(config: DecoderConfig, key: Array, dtype: DTypeLike = jnp.float32) -> dict:
@@ -293,14 +346,21 @@ def apply(
         places = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         positions = places if segment_ids is None else segment_positions(segment_ids)
     attend = causal(config, length, segment_ids, attention)
-    if is_apart(params):
-        params = params | {"layers": jax.tree.map(lambda *one: jnp.stack(one), *params["layers"])}
-    model = nnx.merge(graphdef(config), params)
-    outputs, _ = model(
-        tokens, positions, attend, compute_dtype=compute_dtype, remat=remat, rules=rules, taps=taps,
-        relations=relations, routing=routing,
-    )  # fmt: skip
-    return outputs
+    # One scanned program, however the parameters lie.
+    outputs, _, scores = forward(
+        config,
+        per_layer.stack(params) if per_layer.is_split(params) else params,
+        tokens,
+        positions,
+        attend,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        rules=rules,
+        taps=taps,
+        relations=relations,
+        visit=Layer.routed if routing else None,
+    )
+    return dataclasses.replace(outputs, routing=scores)
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -321,6 +381,4 @@ def logits(outputs: Outputs) -> Array:
     )
     if outputs.head_bias is not None:
         logits_BLV = logits_BLV + last(outputs.head_bias.astype(jnp.float32), logits_BLV)
-    if outputs.softcap is None:
-        return logits_BLV
-    return outputs.softcap * jnp.tanh(logits_BLV / outputs.softcap)
+    return soft_cap(logits_BLV, outputs.softcap)

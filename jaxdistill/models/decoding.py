@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
-from jaxdistill.models import attention, decoder, ring, rope, sampling, unrolled
+from jaxdistill.models import attention, decoder, ring, sampling
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.sharding import RULES, constrain
+from jaxdistill.sharding import constrain
 from jaxdistill.types import Outputs
 
 empty = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))(ring.empty)
@@ -28,28 +27,24 @@ def prefill(
     prompt sees, because attention is causal. All layers run one program, layer after layer: there
     are many lengths, and a program of all layers would take long to compile for each.
     """
-    x_PWD, made = embed(config, unrolled.rest(weights), tokens_PW), []
-    for number, layer in enumerate(weights["layers"]):
-        x_PWD, kept = read(config, layer, x_PWD, np.int32(number), count_P)
-        made.append(kept)
-    return tuple(made), _after(config, unrolled.rest(weights), x_PWD, count_P)
+    rest = {name: leaf for name, leaf in weights.items() if name != "layers"}
+    step = lambda x_PWD, _, layer, number: read(config, layer, x_PWD, np.int32(number), count_P)
+    x_PWD, states = decoder.walk(weights["layers"], step, embed(config, rest, tokens_PW))
+    return states, _after(config, rest, x_PWD, count_P)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def embed(config: DecoderConfig, rest: dict, tokens_BL: Array) -> Array:
     """The first hidden states, of rows that begin at position 0."""
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None, :], tokens_BL.shape)
-    table_VD = rest["embedding"]
-    return decoder.embed(
-        config, table_VD, rest.get("positions"), tokens_BL, positions_BL, table_VD.dtype
-    )
+    return decoder.enter(config, rest, tokens_BL, positions_BL, rest["embedding"].dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(
     config: DecoderConfig, layer: dict, x_PWD: Array, index: Array, count_P: Array
-) -> tuple[Array, tuple[Array, Array]]:
-    """One layer over whole prompts: its output, and its keys and values [P, G, W, E]."""
+) -> tuple[Array, tuple[Array, Array], None]:
+    """One layer over whole prompts, as `decoder.Step`; its state: keys, values [P, G, W, E]."""
     rows, width, _ = x_PWD.shape
     within = attention.causal(config, width, None, None)
 
@@ -60,16 +55,15 @@ def read(
     # Padding begins anew: it is no part of how long a prompt is.
     place_PW = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     positions_PW = jnp.where(place_PW < count_P[:, None], place_PW, 0)
-    turn = rope.per_layer(config, positions_PW)(index)
-    module = nnx.merge(unrolled.graphdef(config), layer)
-    return module(x_PWD, turn, attend, None, index, RULES)
+    turn = decoder.rotations(config, positions_PW)
+    step = decoder.layer_step(config, turn, attend, x_PWD.dtype)
+    return step(x_PWD, None, layer, index)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _after(config: DecoderConfig, rest: dict, x_PWD: Array, count_P: Array) -> Array:
     last_P1D = jnp.take_along_axis(x_PWD, (count_P - 1)[:, None, None], axis=1)
-    outputs = unrolled.outputs(config, rest, last_P1D)
-    return _logits(outputs)
+    return _logits(decoder.leave(config, rest, last_P1D))
 
 
 def _logits(outputs: Outputs) -> Array:
@@ -105,9 +99,9 @@ def first(
     return _choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, scored)
 
 
-def _choose(logits_BV, keys_B2, made_B, settings, scored) -> tuple[Array, Array]:
+def _choose(logits_BV, keys_B2, count_B, settings, scored) -> tuple[Array, Array]:
     """The next token of each row, and log softmax(logits) at it."""
-    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), made_B)
+    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), count_B)
     token_B = sampling.pick(logits_BV, keys_B, settings)
     if not scored:
         return token_B, jnp.zeros(token_B.shape, jnp.float32)
@@ -134,10 +128,10 @@ def advance(
       config: the model's configuration.
       steps: tokens per row at most.
       scored: whether log-probabilities are computed.
-      weights: from `unrolled.weights`.
+      weights: from `per_layer.split`.
       cache: the ring; donated.
-      rows: int32 [B] each: token, the last one chosen; length, how many are in the cache; made, how
-        many were chosen; limit, how many may be; and bool live.
+      rows: int32 [B] each: token, the last one chosen; length, how many are in the cache; count,
+        how many were chosen; limit, how many may be; and bool live.
       ends_BK: tokens that end a row; -1 fills up.
       keys_B2: from `row_keys`.
       enough: the loop ends early once so many rows do not live.
@@ -155,15 +149,21 @@ def advance(
     def body(carry):
         step, cache, rows, tokens_BS, scores_BS = carry
         attend = ring.attention(config, cache, rows["length"])
-        outputs, layers = unrolled.apply(
-            config, weights, rows["token"][:, None], rows["length"][:, None], attend, cache.layers
+        outputs, layers, _ = decoder.forward(
+            config,
+            weights,
+            rows["token"][:, None],
+            rows["length"][:, None],
+            attend,
+            cache.layers,
+            compute_dtype=weights["embedding"].dtype,
         )
-        new_B, score_B = _choose(_logits(outputs), keys_B2, rows["made"], settings, scored)
-        shown_B = jnp.where(rows["live"], new_B, -1)
-        tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, shown_B[:, None], (0, step))
+        new_B, score_B = _choose(_logits(outputs), keys_B2, rows["count"], settings, scored)
+        token_B = jnp.where(rows["live"], new_B, -1)
+        tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, token_B[:, None], (0, step))
         scores_BS = jax.lax.dynamic_update_slice(scores_BS, score_B[:, None], (0, step))
         cache = ring.Ring(layers, (cache.place + 1) % cache.size)
-        return step + 1, cache, _moved(rows, new_B, ends_BK), tokens_BS, scores_BS
+        return step + 1, cache, _next(rows, new_B, ends_BK), tokens_BS, scores_BS
 
     start = (
         jnp.zeros((), jnp.int32),
@@ -176,15 +176,15 @@ def advance(
     return cache, tokens_BS, scores_BS
 
 
-def _moved(rows: dict[str, Array], new_B: Array, ends_BK: Array) -> dict[str, Array]:
+def _next(rows: dict[str, Array], new_B: Array, ends_BK: Array) -> dict[str, Array]:
     """The rows after one more token; those that do not live stay as they are."""
     live_B = rows["live"]
-    made_B = rows["made"] + live_B.astype(jnp.int32)
+    count_B = rows["count"] + live_B.astype(jnp.int32)
     ended_B = jnp.any(new_B[:, None] == ends_BK, axis=-1)
-    moved = rows | {
+    new = rows | {
         "token": jnp.where(live_B, new_B, rows["token"]),
         "length": rows["length"] + live_B.astype(jnp.int32),
-        "made": made_B,
-        "live": live_B & ~ended_B & (made_B < rows["limit"]),
+        "count": count_B,
+        "live": live_B & ~ended_B & (count_B < rows["limit"]),
     }
-    return {name: constrain(value, (None,)) for name, value in moved.items()}
+    return {name: constrain(value, (None,)) for name, value in new.items()}

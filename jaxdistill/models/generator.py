@@ -1,19 +1,19 @@
-"""The generation engine: rows in slots, many samples from one prefill, free slots refilled.
+"""The generation engine on token ids: rows in slots, many samples from one prefill, slots refilled.
 
-    generator = Generator(model, slots=32, length=512)
+    generator = Generator(config, params, slots=32, length=512)
     generator.submit(Request(tokens, max_new_tokens=64, samples=30, temperature=0.7))
-    for finished in generator.run():
-        finished.request, finished.sample, finished.tokens, finished.logprobs
+    for done in generator.run():
+        done.request, done.sample, done.tokens, done.logprobs
+    generator.use(new_params)              # the same compiled programs
 
-The device holds nothing but the weights and the ring of keys and values; what a row is, how far it
-is and whether it lives, the host knows. A call of the compiled step makes several tokens. Weights
-are held a second time, in the form that decoding reads, unless the model is given up for it:
-`Generator(unrolled.take(model), ...)`.
+The device holds the weights and the ring of keys and values; which rows there are and how far they
+are, the host knows. A call of the compiled step makes several tokens. Stacked parameters are held
+a second time, split (see `per_layer`); split ones of the right dtype are used as they are.
 """
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxdistill.models import decoding, unrolled
-from jaxdistill.models.model import Model, on_mesh
+from jaxdistill.errors import ModelError
+from jaxdistill.models import decoding, per_layer
+from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.requests import Completion, Request, check
+from jaxdistill.sharding import on_mesh
 
 SHORTEST = 16
 SLOTS = 32
@@ -53,7 +55,7 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
 
 
-def room(length: int) -> int:
+def cache_length(length: int) -> int:
     """The next multiple of 16, or for long rows of a quarter of the power of two below.
 
     Every step reads this many places of each row, used or not: `bucket` would be too coarse.
@@ -66,7 +68,8 @@ class Generator:
     """Continues prompts of unequal length in a fixed number of slots.
 
     Args:
-      model: the model; stop strings and texts need its tokenizer.
+      config: the model's configuration.
+      params: its parameters, stacked or split.
       slots: rows that are continued at the same time.
       length: tokens of the longest prompt and its continuation together.
       compute_dtype: None computes in the parameters' own.
@@ -76,7 +79,8 @@ class Generator:
 
     def __init__(
         self,
-        model: Model,
+        config: DecoderConfig,
+        params: Any,
         *,
         slots: int = SLOTS,
         length: int,
@@ -84,22 +88,51 @@ class Generator:
         cache_dtype: str | None = None,
         logprobs: bool = True,
     ):
-        dtype = np.dtype(
-            model.params["embedding"].dtype if compute_dtype is None else compute_dtype
-        )
+        held = params["embedding"].dtype
+        dtype = self._dtype = np.dtype(held if compute_dtype is None else compute_dtype)
         # XLA multiplies a single bfloat16 row on a CPU number by number: two are ten times as fast.
         alone = slots == 1 and dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-        self.model, self.length, self.slots = model, length, 2 if alone else slots
+        self.config, self.length, self.slots = config, length, 2 if alone else slots
         self._logprobs = logprobs
         self._queue: collections.deque[tuple[Request, int]] = collections.deque()
         self._rows: dict[int, _Row] = {}  # slots in use
         self._prefilled: dict[int, tuple[Any, int]] = {}  # id(request) -> (prefill, row of it)
         self._keys = np.zeros((self.slots, 2), np.uint32)
-        with on_mesh(model.params):
-            self._weights = unrolled.weights(model.config, model.params, dtype)
+        self._given = _kinds(params)
+        self._params: Any = self._split(params)
+        with on_mesh(params):
             self._ring = decoding.empty(
-                model.config, self.slots, room(length), cache_dtype or dtype.name
+                config, self.slots, cache_length(length), cache_dtype or dtype.name
             )
+
+    def use(self, params: Any) -> None:
+        """Takes other parameters of the same model in place of its own; compiles nothing.
+
+        Rows and samples that are queued begin with the new ones.
+
+        Args:
+          params: in the form of those that the generator was made with, and lying as they do.
+
+        Raises:
+          ModelError: for parameters of another form, or while rows are under way: what they have
+            read stands in the cache as the old parameters made it.
+        """
+        if self._rows or self._prefilled:
+            raise ModelError(
+                f"generate: the parameters cannot change while {len(self._rows)} rows are under "
+                "way: run() to the end, or cancel() them, first"
+            )
+        if _kinds(params) != self._given:
+            raise ModelError(
+                "generate: other parameters must have the names, shapes and dtypes of those that "
+                "the generator was made with: make a new generator"
+            )
+        self._params = None  # goes before its successor comes
+        self._params = self._split(params)
+
+    def _split(self, params: Any) -> dict:
+        with on_mesh(params):
+            return per_layer.split(self.config, params, self._dtype)
 
     def submit(self, request: Request) -> None:
         """Queues a request.
@@ -107,7 +140,7 @@ class Generator:
         Raises:
           ModelError: if its prompt or its settings cannot be used; nothing is queued then.
         """
-        check(self.model, request, self.length)
+        check(self.config, request, self.length)
         numbers = range(request.first, request.first + request.samples)
         self._queue.extend((request, sample) for sample in numbers)
 
@@ -122,7 +155,7 @@ class Generator:
         return bool(self._queue or self._rows)
 
     def written(self) -> Iterator[tuple[Request, int, list[int]]]:
-        """What is under way: request, number of the sample, its tokens so far."""
+        """Of every row under way the request, the number of the sample, its tokens so far."""
         for row in self._rows.values():
             yield row.request, row.sample, row.tokens
 
@@ -130,7 +163,7 @@ class Generator:
         """Forgets every request with this tag, queued or under way."""
         self._queue = collections.deque(item for item in self._queue if item[0].tag != tag)
         queued = {id(request) for request, _ in self._queue}
-        self._prefilled = {key: kept for key, kept in self._prefilled.items() if key in queued}
+        self._prefilled = {key: row for key, row in self._prefilled.items() if key in queued}
         self._rows = {slot: row for slot, row in self._rows.items() if row.request.tag != tag}
 
     def run(self) -> Iterator[Completion]:
@@ -140,7 +173,7 @@ class Generator:
 
     def step(self) -> list[Completion]:
         """Fills free slots, makes up to `STEPS` tokens per row, and returns what has finished."""
-        with on_mesh(self.model.params):
+        with on_mesh(self._params):
             finished = self._refill()
             if self._rows:
                 finished += self._advance()
@@ -157,12 +190,12 @@ class Generator:
             taken: list[int] = []
             while free and self._queue:
                 request, sample = self._queue[0]
-                found = self._prefilled.get(id(request))
-                if found is None or found[0] is not prefill:
+                same, place = self._prefilled.get(id(request), (None, 0))
+                if same is not prefill:
                     break
                 self._queue.popleft()
                 slot = free.pop(0)
-                source[slot], count[slot] = found[1], len(request.tokens)
+                source[slot], count[slot] = place, len(request.tokens)
                 self._rows[slot] = _Row(request, sample, [], [])
                 taken.append(slot)
                 if sample == request.first + request.samples - 1:
@@ -187,9 +220,9 @@ class Generator:
         for number, request in enumerate(batch):
             tokens[number, : len(request.tokens)] = request.tokens
             counts[number] = len(request.tokens)
-        made = decoding.prefill(self.model.config, self._weights, tokens, counts)
+        prefill = decoding.prefill(self.config, self._params, tokens, counts)
         for number, request in enumerate(batch):
-            self._prefilled[id(request)] = (made, number)
+            self._prefilled[id(request)] = (prefill, number)
 
     def _begin(self, prefill, source, count, taken: list[int]) -> list[Completion]:
         """Puts prompts into slots and chooses the first token of each."""
@@ -207,26 +240,27 @@ class Generator:
         return self._settle(np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None], taken)
 
     def _advance(self) -> list[Completion]:
-        told = {name: np.zeros(self.slots, np.int32) for name in ("token", "length", "made")}
-        told |= {"limit": np.zeros(self.slots, np.int32), "live": np.zeros(self.slots, bool)}
-        own = {slot: _ends(self.model, row.request) for slot, row in self._rows.items()}
+        names = ("token", "length", "count", "limit")
+        rows = {name: np.zeros(self.slots, np.int32) for name in names}
+        rows["live"] = np.zeros(self.slots, bool)
+        own = {slot: self._ends(row.request) for slot, row in self._rows.items()}
         width = max(map(len, own.values()))
         ends = np.full((self.slots, 1 << max(width - 1, 0).bit_length()), -1, np.int32)
         for slot, row in self._rows.items():
             ends[slot, : len(own[slot])] = own[slot]
-            told["token"][slot], told["made"][slot] = row.tokens[-1], len(row.tokens)
-            told["length"][slot] = len(row.request.tokens) + len(row.tokens) - 1
-            told["limit"][slot], told["live"][slot] = row.request.max_new_tokens, True
+            rows["token"][slot], rows["count"][slot] = row.tokens[-1], len(row.tokens)
+            rows["length"][slot] = len(row.request.tokens) + len(row.tokens) - 1
+            rows["limit"][slot], rows["live"][slot] = row.request.max_new_tokens, True
         # With rows waiting, a few free slots are worth leaving the loop for; else only all are.
         idle = self.slots - len(self._rows)
         enough = idle + max(1, self.slots // 8) if self._queue else self.slots
         self._ring, tokens, logprobs = decoding.advance(
-            self.model.config,
+            self.config,
             STEPS,
             self._logprobs,
-            self._weights,
+            self._params,
             self._ring,
-            told,
+            rows,
             ends,
             self._keys,
             np.asarray(min(enough, self.slots), np.int32),
@@ -239,16 +273,16 @@ class Generator:
         requests = {slot: row.request for slot, row in self._rows.items()}
         if not any(request.temperature > 0 for request in requests.values()):
             return {}
-        made = {"temperature": np.zeros(self.slots, np.float32)}
+        settings = {"temperature": np.zeros(self.slots, np.float32)}
         for slot, request in requests.items():
-            made["temperature"][slot] = request.temperature
+            settings["temperature"][slot] = request.temperature
         for name, (off, dtype) in _OFF.items():
             given = {slot: getattr(request, name) for slot, request in requests.items()}
             if any(value is not None for value in given.values()):
-                made[name] = np.full(self.slots, off, dtype)
+                settings[name] = np.full(self.slots, off, dtype)
                 for slot, value in given.items():
-                    made[name][slot] = off if value is None else value
-        return made
+                    settings[name][slot] = off if value is None else value
+        return settings
 
     def _settle(self, tokens, logprobs, slots: list[int]) -> list[Completion]:
         """Appends new tokens to their rows; ends rows that are done and frees their slots."""
@@ -266,37 +300,61 @@ class Generator:
         return finished
 
     def _finish(self, row: _Row, before: int) -> Completion | None:
-        request, tokenizer = row.request, self.model.tokenizer
-        decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
-        if request.stop:
-            cut = _find_stop(decode, row.tokens, before, request.stop)
-            if cut is not None:
-                size, text = cut
-                return Completion(
-                    request, row.sample, row.tokens[:size], row.logprobs[:size], "stop", text, False
-                )
-        ended = row.tokens[-1] in _ends(self.model, request)
-        if not ended and len(row.tokens) < request.max_new_tokens:
+        request, tokens, logprobs = row.request, row.tokens, row.logprobs
+        size = request.stop(tokens, before) if request.stop else None
+        if size is not None:
+            cut = tokens[:size], logprobs[:size]
+            return Completion(request, row.sample, *cut, "stop", ended=False)
+        ended = tokens[-1] in self._ends(request)
+        if not ended and len(tokens) < request.max_new_tokens:
             return None
-        text = None
-        if tokenizer is not None:
-            text = decode(row.tokens[:-1] if ended else row.tokens)
         reason = "stop" if ended else "length"
-        return Completion(request, row.sample, row.tokens, row.logprobs, reason, text, ended)
+        return Completion(request, row.sample, tokens, logprobs, reason, ended)
+
+    def _ends(self, request: Request) -> tuple[int, ...]:
+        return (*self.config.eos_ids, *request.stop_tokens)
 
 
-def _ends(model: Model, request: Request) -> tuple[int, ...]:
-    return (*model.config.eos_ids, *request.stop_tokens)
+def _kinds(params: Any) -> tuple:
+    """Names, shapes and dtypes of parameters: what compiled programs depend on."""
+    leaves, tree = jax.tree.flatten(params)
+    return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def _find_stop(decode, tokens, before: int, stops) -> tuple[int, str] | None:
-    """(tokens up to the one that completes a stop string, text before the string), or None."""
-    text = decode(tokens)
-    if not any(stop in text for stop in stops):
-        return None
-    for size in range(before + 1, len(tokens) + 1):
-        text = decode(tokens[:size])
-        places = [text.index(stop) for stop in stops if stop in text]
-        if places:
-            return size, text[: min(places)]
-    return None
+def complete(
+    config: DecoderConfig,
+    params: Any,
+    requests: Sequence[Request],
+    *,
+    slots: int = SLOTS,
+    cache_dtype: str | None = None,
+    logprobs: bool = True,
+) -> list[list[Completion]]:
+    """All completions of some requests, in their order; their tags are numbers from 0.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters, stacked or split.
+      requests: different objects.
+      slots: rows that are continued at the same time, at most.
+      cache_dtype: as `Generator` takes it.
+      logprobs: as `Generator` takes it.
+
+    Raises:
+      ModelError: for a request that cannot be served, by its number; nothing is generated then.
+    """
+    if not requests:
+        return []
+    length = max(len(request.tokens) + request.max_new_tokens for request in requests)
+    for number, request in enumerate(requests):
+        check(config, request, length, f"prompt {number}")
+    rows = min(slots, 1 << (sum(request.samples for request in requests) - 1).bit_length())
+    generator = Generator(
+        config, params, slots=rows, length=length, cache_dtype=cache_dtype, logprobs=logprobs
+    )
+    for number, request in enumerate(requests):
+        generator.submit(dataclasses.replace(request, tag=number))
+    completions: list[dict[int, Completion]] = [{} for _ in requests]
+    for done in generator.run():
+        completions[done.request.tag][done.sample] = done
+    return [[row[sample] for sample in sorted(row)] for row in completions]

@@ -1,6 +1,5 @@
-"""A loaded model: its configuration, parameters and tokenizer in one hand."""
+"""A loaded model: configuration, parameters and tokenizer in one hand, to score and generate."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -8,11 +7,13 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import NamedSharding
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, per_layer, text
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.generator import SLOTS, complete
+from jaxdistill.models.requests import Completion, Request, check_settings
+from jaxdistill.sharding import on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: text.Prompts,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -58,11 +59,29 @@ class Model:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[str] | list[list[int]]:
-        """Continues each prompt; see `generate.generate`."""
-        from jaxdistill.models.generate import generate
+        """Continues each prompt until an end token of the model, or for `max_new_tokens` tokens.
 
-        return generate(
-            self,
+        A row's continuation depends on its prompt, the seed and its place in `prompts` alone.
+
+        Args:
+          prompts: texts, which need the tokenizer, or lists of token ids.
+          max_new_tokens: at least 1.
+          temperature: 0 takes the most probable token; above 0 draws.
+          top_k: draw among the k most probable tokens.
+          top_p: draw among the fewest tokens whose probability reaches p.
+          min_p: draw among tokens at least min_p times as probable as the most probable one.
+          seed: of the random streams.
+          stop: strings that end a continuation.
+
+        Returns:
+          What follows each prompt, without end token and stop string: texts for texts, token ids
+          for token ids.
+
+        Raises:
+          ModelError: for a setting out of range, texts without a tokenizer, or a prompt that does
+            not fit the model's context.
+        """
+        completions = self.complete(
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -71,16 +90,64 @@ class Model:
             min_p=min_p,
             seed=seed,
             stop=stop,
+            logprobs=False,
+        )
+        if len(prompts) and isinstance(prompts[0], str):
+            return [text.text_of(self.tokenizer, row[0]) for row in completions]
+        return [row[0].content for row in completions]
+
+    def complete(
+        self,
+        prompts: text.Prompts,
+        *,
+        streams: Sequence[int] | None = None,
+        slots: int = SLOTS,
+        cache_dtype: str | None = None,
+        logprobs: bool = True,
+        stop: Sequence[str] = (),
+        **settings: Any,
+    ) -> list[list[Completion]]:
+        """Completions of every prompt, with tokens, log-probabilities and reasons.
+
+        Args:
+          prompts: texts, which need the tokenizer, or lists of token ids.
+          streams: numbers that name the random streams of the prompts; None: their places in the
+            list.
+          slots: rows that are continued at the same time, at most.
+          cache_dtype: "float32", "bfloat16" or "int8"; None: the parameters' own.
+          logprobs: whether log-probabilities are wanted.
+          stop: strings that end a continuation.
+          **settings: other fields of `requests.Request`: max_new_tokens, samples, temperature, ...
+
+        Raises:
+          ModelError: as `generate`.
+        """
+        streams = range(len(prompts)) if streams is None else streams
+        ids = text.token_ids(self.tokenizer, prompts, self.source)
+        form = Request((), stop=text.stop_at(self.tokenizer, stop), **settings)
+        check_settings(form)
+        requests = [
+            dataclasses.replace(form, tokens=tokens, stream=stream)
+            for tokens, stream in zip(ids, streams, strict=True)
+        ]
+        return complete(
+            self.config,
+            self._per_layer_params,
+            requests,
+            slots=slots,
+            cache_dtype=cache_dtype,
+            logprobs=logprobs,
         )
 
+    @functools.cached_property
+    def _per_layer_params(self) -> dict:
+        """What generation reads: made once, and held for as long as the model."""
+        with on_mesh(self.params):
+            return per_layer.split(self.config, self.params, self.params["embedding"].dtype)
 
-def on_mesh(params: Any) -> contextlib.AbstractContextManager:
-    """The context of the mesh that the parameters lie on, or nothing on a single device."""
-    for leaf in jax.tree.leaves(params):
-        place = getattr(leaf, "sharding", None)
-        if isinstance(place, NamedSharding) and isinstance(place.mesh, jax.sharding.Mesh):
-            return jax.set_mesh(place.mesh)
-    return contextlib.nullcontext()
+    def consume_per_layer(self) -> "Model":
+        """The model with split parameters, for whoever only generates; its own are deleted."""
+        return dataclasses.replace(self, params=per_layer.consume(self.params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,19 +1,22 @@
-"""What is asked of the generation engine, what it gives back, and what cannot be served."""
+"""Requests to the generation engine and its completions, in token ids; what cannot be served."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.model import Model
+
+# stop(tokens of a row so far, how many of them it has seen) -> how many to keep, which ends the
+# row, or None
+Stop = Callable[[Sequence[int], int], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and how it is to be continued.
+    """One prompt and how to continue it.
 
     Attributes:
       tokens: the prompt.
@@ -24,8 +27,8 @@ class Request:
       top_k, top_p, min_p: as in `sampling.filter_logits`; None keeps all.
       seed, stream: name the random streams, with the number of the sample; nothing else does.
       stop_tokens: token ids that end a continuation, besides the model's own.
-      stop: strings that end a continuation; needs a tokenizer.
-      tag: whatever the caller wants to find on the result.
+      stop: may end a continuation at any token, as `text.StopStrings` does at a string.
+      tag: the caller's own; the completion has it.
     """
 
     tokens: Sequence[int]
@@ -39,7 +42,7 @@ class Request:
     seed: int = 0
     stream: int = 0
     stop_tokens: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    stop: Stop | None = None
     tag: Any = None
 
 
@@ -48,12 +51,11 @@ class Completion:
     """One finished continuation.
 
     Attributes:
-      request: what was asked.
+      request: the request.
       sample: which of its samples, from 0.
       tokens: token ids, the one that ended it included.
       logprobs: log-probability of each token under the model, before temperature and filters.
-      reason: "stop" for an end token or stop string, "length".
-      text: without the end token or stop string; None without a tokenizer.
+      reason: "stop" for an end token or the request's `stop`, "length".
       ended: whether the last token is an end token.
     """
 
@@ -62,7 +64,6 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     reason: str
-    text: str | None
     ended: bool
 
     @property
@@ -71,21 +72,19 @@ class Completion:
         return self.tokens[:-1] if self.ended else self.tokens
 
 
-def check(model: Model, request: Request, length: int, name: str = "the prompt") -> None:
+def check(config: DecoderConfig, request: Request, length: int, name: str = "the prompt") -> None:
     """Refuses a request that cannot be served; `name` is what the message calls its prompt.
 
     Raises:
       ModelError: with field, value, rule and remedy.
     """
-    config, ids = model.config, np.asarray(request.tokens, np.int64)
+    ids = np.asarray(request.tokens, np.int64)
     if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ModelError(
             f"generate: {name} must have tokens, each from 0 to {config.vocab_size - 1}; for "
             "an empty text give the beginning-of-text token"
         )
     check_settings(request)
-    if request.stop and model.tokenizer is None:
-        raise ModelError("generate: stop: needs a tokenizer: use stop_tokens")
     together = ids.size + request.max_new_tokens
     for where, most in (("model's context", config.max_positions), ("generator's rows", length)):
         if together > most:
@@ -124,23 +123,23 @@ def check_settings(request: Request) -> None:
     Raises:
       ModelError: with field, value and rule.
     """
-    top_k, top_p, min_p, heat = request.top_k, request.top_p, request.min_p, request.temperature
+    temperature = request.temperature
+    top_k, top_p, min_p = request.top_k, request.top_p, request.min_p
     wrong = {
         "max_new_tokens": (request.max_new_tokens < 1, "at least 1"),
         "samples": (request.samples < 1, "at least 1"),
         "first": (not 0 <= request.first < 2**31, "0 or more"),
-        "temperature": (not 0 <= heat < np.inf, "0 or more"),
+        "temperature": (not 0 <= temperature < np.inf, "0 or more"),
         "top_k": (top_k is not None and not 1 <= top_k < 2**31, "at least 1"),
         "top_p": (top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),
         "min_p": (min_p is not None and not 0 <= min_p <= 1, "from 0 to 1"),
         "seed": (not 0 <= request.seed < 2**32, "from 0 to 2**32 - 1"),
         "stream": (not 0 <= request.stream < 2**32, "from 0 to 2**32 - 1"),
-        "stop": ("" in request.stop, "strings that are not empty"),
     }
     for name, (bad, rule) in wrong.items():
         if bad:
             raise ModelError(f"generate: {name}: {getattr(request, name)} must be {rule}")
-    if heat == 0 and not (top_k is None and top_p is None and min_p is None):
+    if temperature == 0 and not (top_k is None and top_p is None and min_p is None):
         raise ModelError(
             "generate: top_k, top_p and min_p have no effect at temperature 0: set it above 0 to "
             "draw, or leave them out"

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jaxdistill.errors import ModelError
+from jaxdistill.kernels.softcap import soft_cap
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.attention import Attend, score_scale
 from jaxdistill.sharding import constrain
@@ -27,7 +28,7 @@ Prefilled = tuple[tuple[Array, Array], ...]  # per layer keys and values [P, G, 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Stored:
     """Keys or values of one layer: [B, G, C, E], and a scale [B, G, C] where they are int8."""
 
     values: Array
@@ -45,7 +46,7 @@ class Ring:
       place: int32 [], where the next token of every row goes.
     """
 
-    layers: tuple[tuple[Kept, Kept], ...]
+    layers: tuple[tuple[Stored, Stored], ...]
     place: Array
 
     @property
@@ -64,11 +65,11 @@ def empty(config: DecoderConfig, rows: int, size: int, dtype: str) -> Ring:
         raise ModelError(f"cache dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     shape = (rows, config.kv_heads, size, config.head_dim)
 
-    def one() -> Kept:
+    def one() -> Stored:
         values = constrain(jnp.zeros(shape, dtype), _AXES)
         if dtype != "int8":
-            return Kept(values)
-        return Kept(values, constrain(jnp.zeros(shape[:3], jnp.float32), _AXES[:3]))
+            return Stored(values)
+        return Stored(values, constrain(jnp.zeros(shape[:3], jnp.float32), _AXES[:3]))
 
     return Ring(tuple((one(), one()) for _ in range(config.layers)), jnp.zeros((), jnp.int32))
 
@@ -88,13 +89,13 @@ def insert(ring: Ring, prefilled: Prefilled, source_B: Array, count_B: Array) ->
     from_B = jnp.maximum(source_B, 0)
     index_BGCE = jnp.minimum(number_BC, width - 1)[:, None, :, None]
 
-    def put(kept: Kept, prompts_PGWE: Array) -> Kept:
+    def put(stored: Stored, prompts_PGWE: Array) -> Stored:
         rows_BGCE = jnp.take_along_axis(prompts_PGWE[from_B], index_BGCE, axis=2)
-        new = _pack(rows_BGCE, kept)
+        new = _pack(rows_BGCE, stored)
         fill = lambda value, old: constrain(
             jnp.where(taken_BC.reshape(_between(taken_BC, old)), value, old), _AXES[: old.ndim]
         )
-        return jax.tree.map(fill, new, kept)
+        return jax.tree.map(fill, new, stored)
 
     layers = tuple(
         (put(keys, new_keys), put(values, new_values))
@@ -108,14 +109,14 @@ def _between(mask_BC: Array, like: Array) -> tuple[int, ...]:
     return (batch, 1, size, 1)[: like.ndim]
 
 
-def _pack(values: Array, like: Kept) -> Kept:
+def _pack(values: Array, like: Stored) -> Stored:
     """Values [..., E] as the cache keeps them: cast, or whole numbers with a scale per vector."""
     if like.scale is None:
-        return Kept(values.astype(like.values.dtype))
+        return Stored(values.astype(like.values.dtype))
     wide = values.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / 127.0
     whole = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return Kept(whole.astype(jnp.int8), scale)
+    return Stored(whole.astype(jnp.int8), scale)
 
 
 def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
@@ -125,7 +126,7 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
     it in place, and int8 scales are applied to scores and shares instead of keys and values: that
     is why this is not `jax.nn.dot_product_attention`, which takes [B, C, G, E] in floats.
 
-    What a small cache costs: a number is kept to within r times the largest of its vector, r =
+    What a small cache costs: a number is stored to within r times the largest of its vector, r =
     1 / 254 for int8 and 2 ** -9 for bfloat16. A score then moves by at most
     d = r |query|_1 max |key| / sqrt(E), and the mixed values by (exp(2 d) - 1 + r) max |value|.
     """
@@ -136,8 +137,8 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
 
     def attend(state, layer, query_B1HE, key_B1GE, value_B1GE):
         keys, values = (
-            _write(kept, new.swapaxes(1, 2), ring.place)
-            for kept, new in zip(state, (key_B1GE, value_B1GE), strict=True)
+            _write(stored, new.swapaxes(1, 2), ring.place)
+            for stored, new in zip(state, (key_B1GE, value_B1GE), strict=True)
         )
         batch, _, _, size = query_B1HE.shape
         groups = key_B1GE.shape[2]
@@ -154,8 +155,7 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
         )
         if keys.scale is not None:
             score_BGRC *= keys.scale[:, :, None, :]
-        if cap is not None:
-            score_BGRC = cap * jnp.tanh(score_BGRC / cap)
+        score_BGRC = soft_cap(score_BGRC, cap)
         mask_BC = seen_BC & (age_C < limits[layer])[None, :] if len(limits) else seen_BC
         share_BGRC = jax.nn.softmax(jnp.where(mask_BC[:, None, None], score_BGRC, -jnp.inf))
         if values.scale is not None:
@@ -166,11 +166,11 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
     return attend
 
 
-def _write(kept: Kept, new_BG1E: Array, place: Array) -> Kept:
+def _write(stored: Stored, new_BG1E: Array, place: Array) -> Stored:
     """One token of every row at the common place."""
 
     def put(old: Array, new: Array) -> Array:
         start = (0, 0, place, 0)[: old.ndim]
         return constrain(jax.lax.dynamic_update_slice(old, new, start), _AXES[: old.ndim])
 
-    return jax.tree.map(put, kept, _pack(new_BG1E, kept))
+    return jax.tree.map(put, stored, _pack(new_BG1E, stored))

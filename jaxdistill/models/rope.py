@@ -2,15 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxdistill.models.architecture import DecoderConfig
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -165,28 +160,6 @@ def document_lengths(positions: jax.Array) -> jax.Array:
     goes_on = jnp.pad(positions[:, 1:] == positions[:, :-1] + 1, ((0, 0), (0, 1)))
     end = jax.lax.cummin(jnp.where(goes_on, length, index), axis=1, reverse=True)
     return positions + end - index + 1
-
-
-def per_layer(
-    config: "DecoderConfig", positions: jax.Array, shared: bool = False
-) -> Callable[[Any], tuple[jax.Array, jax.Array] | None]:
-    """A function: number of a layer, traced or not -> its (cos, sin), or None without rotation.
-
-    Layers with a window may have frequencies of their own. Both tables are made once; a layer takes
-    one of them by a flag, so that all layers stay one scanned body. `shared` keeps XLA from making
-    the tables anew in every layer where there is no scan.
-    """
-    if config.rope is None:
-        return lambda index: None
-    keep = jax.lax.optimization_barrier if shared else lambda table: table
-    everywhere = keep(tables(config.rope, config.head_dim, positions))
-    if config.local_rope is None or config.windows is None:
-        return lambda index: everywhere
-    local = keep(tables(config.local_rope, config.head_dim, positions))
-    is_local = np.asarray([window is not None for window in config.windows])
-    return lambda index: jax.tree.map(
-        lambda here, there: jnp.where(jnp.asarray(is_local)[index], here, there), local, everywhere
-    )
 
 
 def rotate(x_BLHE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import DataError, ModelError
-from jaxdistill.models import Model
+from jaxdistill.models import Model, text
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Completion, Request
 from jaxdistill.reasoning.prompts import ANSWER_TOKENS
@@ -141,8 +141,11 @@ class Local:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         if chat and not model.tokenizer.chat_template:
             raise ModelError(f"{model.source}: has no chat template: leave chat out")
-        self._prompter, self._chat = Prompter(model.tokenizer), chat
-        self._generator = Generator(model, slots=slots, length=length, cache_dtype=cache_dtype)
+        self._tokenizer, self._prompter = model.tokenizer, Prompter(model.tokenizer)
+        self._chat = chat
+        self._generator = Generator(
+            model.config, model.params, slots=slots, length=length, cache_dtype=cache_dtype
+        )
         self._slots = slots
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0}
 
@@ -158,6 +161,7 @@ class Local:
         self._spent["requests"] += 1
         given = dataclasses.asdict(job.settings)
         try:
+            given["stop"] = text.stop_at(self._tokenizer, job.settings.stop)
             tokens = self._tokens(job.prompt)
             self._spent["tokens_in"] += len(tokens)
             self._generator.submit(
@@ -184,7 +188,7 @@ class Local:
         return Answer(
             done.request.tag,
             done.sample,
-            done.text or "",
+            text.text_of(self._tokenizer, done),
             len(done.tokens),
             float(sum(done.logprobs)),
             done.reason,

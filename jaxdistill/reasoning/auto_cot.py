@@ -15,8 +15,8 @@ import numpy as np
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, decoder
 from jaxdistill.models.generator import bucket
-from jaxdistill.models.model import on_mesh
 from jaxdistill.reasoning.prompts import TRIGGERS, Exemplar, plain
+from jaxdistill.sharding import on_mesh
 
 # Number of clusters and longest rationale in lines by task, as published; all others 8 and 5.
 CLUSTERS = {"aqua": 4, "last_letters": 4, "commonsensqa": 7, "strategyqa": 6}

@@ -1,6 +1,7 @@
 """Importance against float64 NumPy written from the paper, on one device and on eight."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -128,9 +129,8 @@ def test_the_pass_that_looks_is_the_decoder(case, load, batches):
             batch.segment_ids,
             compute_dtype="float32",
         )
-        got, _, _ = activations._forward(
-            model.config, "float32", model.params, batch, lambda mlp, seen: {}
-        )
+        visit = functools.partial(activations._look, lambda mlp, seen: {})
+        got, _ = activations._forward(model.config, "float32", model.params, batch, visit)
         np.testing.assert_allclose(got.hidden, want.hidden, rtol=1e-5, atol=1e-5)
 
 

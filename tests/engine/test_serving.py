@@ -13,8 +13,8 @@ import pytest
 
 from jaxdistill.engine import serving, streaming, web
 from jaxdistill.errors import ModelError
-from jaxdistill.models.generate import complete
 from jaxdistill.models.requests import Completion
+from jaxdistill.models.text import text_of
 from jaxdistill.reasoning.asking import Job, Settings
 from tests.reasoning import teachers
 
@@ -55,16 +55,17 @@ def test_completions_are_the_engines(server, talker):
     body = {"prompt": "Hello", "max_tokens": 10, "temperature": 0.8, "n": 3, "seed": 5,
             "logprobs": 0, "model": "any"}  # fmt: skip
     code, reply = _post(f"{server}/v1/completions", body)
-    (expected,) = complete(
-        talker, ["Hello"], samples=3, max_new_tokens=10, temperature=0.8, seed=5, slots=4
+    (expected,) = talker.complete(
+        ["Hello"], samples=3, max_new_tokens=10, temperature=0.8, seed=5, slots=4
     )
-    assert code == 200 and [c["text"] for c in reply["choices"]] == [d.text for d in expected]
+    texts = [text_of(talker.tokenizer, done) for done in expected]
+    assert code == 200 and [c["text"] for c in reply["choices"]] == texts
     for choice, done in zip(reply["choices"], expected, strict=True):
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(done.logprobs, abs=1e-5)
         assert choice["finish_reason"] == done.reason
     assert reply["usage"]["prompt_tokens"] == 5
     again = _post(f"{server}/v1/completions", body | {"logprobs": None})[1]
-    assert [c["text"] for c in again["choices"]] == [d.text for d in expected]
+    assert [c["text"] for c in again["choices"]] == texts
     assert again["choices"][0]["logprobs"] is None
 
 
@@ -251,7 +252,7 @@ def test_a_chat_streams_as_openai_does(talker):
     request = serving.Request([1, 2], max_new_tokens=3)
     stream = streaming.Stream(request, live=True)
     stream.hear(0, "Yes")
-    stream.end(Completion(request, 0, [1, 2, 3], [0.0] * 3, "stop", "Yes.", True))
+    stream.end(Completion(request, 0, [1, 2, 3], [0.0] * 3, "stop", True), "Yes.")
     events = list(streaming.events(stream, {"id": "a"}, chat=True, usage=False))
     told = [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
     assert [one["choices"][0]["delta"] for one in told] == [

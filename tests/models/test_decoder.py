@@ -183,11 +183,11 @@ def test_weights_are_cast_before_they_are_gathered(spread, mesh8):
 
 
 def test_the_structure_is_made_once_per_configuration(small):
-    assert decoder.graphdef(small.config) is decoder.graphdef(small.config)
-    module = nnx.merge(decoder.graphdef(small.config), small.params)
-    assert isinstance(module, decoder.Decoder)
-    pure = nnx.to_pure_dict(nnx.split(module)[1])
-    assert jax.tree.structure(pure) == jax.tree.structure(small.params)
+    structure = decoder.layer_structure(small.config)
+    assert decoder.layer_structure(small.config) is structure
+    layer = nnx.merge(structure, small.params["layers"])
+    pure = nnx.to_pure_dict(nnx.split(layer)[1])
+    assert jax.tree.structure(pure) == jax.tree.structure(small.params["layers"])
 
 
 def test_shapes_axes_and_init_agree(small):

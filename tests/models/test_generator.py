@@ -1,7 +1,9 @@
 """The generation engine: as a reference without cache, for any slots, order and batch."""
 
 import dataclasses
+import operator
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,7 @@ import pytest
 
 from jaxdistill import models
 from jaxdistill.errors import ModelError
-from jaxdistill.models import decoding, generator, ring
-from jaxdistill.models.generate import complete
+from jaxdistill.models import decoding, generator, per_layer, ring, text
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Request
 from tests.models import oracle
@@ -93,7 +94,7 @@ def _greedy(raw, prompt, count):
 )
 def test_draws_equal_a_loop_without_a_cache(model, filters):
     raw, settings = oracle.CASES["qwen3"], {"temperature": 1.3, **filters}
-    found = complete(model, PROMPTS[:3], samples=2, max_new_tokens=10, seed=7, **settings)
+    found = model.complete(PROMPTS[:3], samples=2, max_new_tokens=10, seed=7, **settings)
     for number, (prompt, rows) in enumerate(zip(PROMPTS, found, strict=False)):
         for sample, done in enumerate(rows):
             expected = _reference(raw, prompt, number, sample, 10, 7, **settings)
@@ -102,7 +103,7 @@ def test_draws_equal_a_loop_without_a_cache(model, filters):
 
 def test_logprobs_are_those_of_a_training_forward(model):
     for settings in ({"temperature": 1.3, "top_p": 0.9}, {}):
-        for row in complete(model, PROMPTS, samples=2, max_new_tokens=12, **settings):
+        for row in model.complete(PROMPTS, samples=2, max_new_tokens=12, **settings):
             for done in row:
                 whole = [*done.request.tokens, *done.tokens]
                 scores = jax.nn.log_softmax(model.logits(np.asarray([whole]))[0])
@@ -117,18 +118,14 @@ def _by_stream(found):
 
 
 def test_samples_do_not_depend_on_batch_order_or_slots(model):
-    together = _by_stream(complete(model, PROMPTS, samples=3, **DRAWN))
+    together = _by_stream(model.complete(PROMPTS, samples=3, **DRAWN))
     assert len({tuple(tokens) for tokens in together.values()}) == 15
     order = [3, 0, 4, 2, 1]
-    turned = complete(
-        model, [PROMPTS[i] for i in order], streams=order, samples=3, slots=4, **DRAWN
-    )
+    turned = model.complete([PROMPTS[i] for i in order], streams=order, samples=3, slots=4, **DRAWN)
     assert _by_stream(turned) == together
     for number, prompt in enumerate(PROMPTS):  # each alone, each sample from a prefill of its own
         for sample in range(3):
-            alone = complete(
-                model, [prompt], streams=[number], samples=sample + 1, slots=1, **DRAWN
-            )
+            alone = model.complete([prompt], streams=[number], samples=sample + 1, slots=1, **DRAWN)
             assert alone[0][sample].tokens == together[number, sample]
 
 
@@ -136,7 +133,7 @@ def test_free_slots_are_refilled_and_the_ring_wraps(windowed):
     # Rows of unequal length in 2 slots of 32 places: the common place goes round several times.
     raw = oracle.CASES["qwen3_layer_types"]
     expected = [_greedy(raw, prompt, 8 + 3 * number) for number, prompt in enumerate(PROMPTS[:4])]
-    engine = Generator(windowed, slots=2, length=32)
+    engine = Generator(windowed.config, windowed.params, slots=2, length=32)
     for number, prompt in enumerate(PROMPTS[:4]):
         engine.submit(Request(prompt, max_new_tokens=8 + 3 * number, tag=number))
     found = {done.request.tag: done.tokens for done in engine.run()}
@@ -152,12 +149,12 @@ def test_many_samples_come_from_one_prefill(model, monkeypatch):
     monkeypatch.setattr(
         decoding, "prefill", lambda *given: read.append(given[2].shape) or prefill(*given)
     )
-    engine = Generator(model, slots=4, length=32)
+    engine = Generator(model.config, model.params, slots=4, length=32)
     engine.submit(Request(PROMPTS[0], samples=10, **DRAWN))
     found = sorted(engine.run(), key=lambda done: done.sample)
     assert [done.sample for done in found] == list(range(10)) and read == [(1, 16)]
     separate = [
-        complete(model, [PROMPTS[0]], samples=number + 1, streams=[0], **DRAWN)[0][number]
+        model.complete([PROMPTS[0]], samples=number + 1, streams=[0], **DRAWN)[0][number]
         for number in range(10)
     ]
     assert [done.tokens for done in found] == [done.tokens for done in separate]
@@ -165,9 +162,9 @@ def test_many_samples_come_from_one_prefill(model, monkeypatch):
 
 
 def test_stop_tokens_end_a_row_and_count(model):
-    free = complete(model, PROMPTS, max_new_tokens=20)
+    free = model.complete(PROMPTS, max_new_tokens=20)
     end = free[0][0].tokens[5]
-    ended = complete(model, PROMPTS, max_new_tokens=20, stop_tokens=(end,))
+    ended = model.complete(PROMPTS, max_new_tokens=20, stop_tokens=(end,))
     for (before,), (now,) in zip(free, ended, strict=True):
         if end not in before.tokens:
             assert (now.tokens, now.reason) == (before.tokens, "length")
@@ -179,19 +176,20 @@ def test_stop_tokens_end_a_row_and_count(model):
 
 def test_stop_strings_cut_the_text(model):
     spoken = dataclasses.replace(model, tokenizer=Letters())
-    whole = complete(spoken, ["ABC"], max_new_tokens=40)[0][0]
-    stop = whole.text[21:23]
-    place = whole.text.index(stop)
-    done = complete(spoken, ["ABC"], max_new_tokens=40, stop=("never so", stop))[0][0]
-    assert (done.text, done.reason) == (whole.text[:place], "stop")
+    whole = spoken.complete(["ABC"], max_new_tokens=40)[0][0]
+    written = text.text_of(spoken.tokenizer, whole)
+    stop = written[21:23]
+    place = written.index(stop)
+    done = spoken.complete(["ABC"], max_new_tokens=40, stop=("never so", stop))[0][0]
+    assert (text.text_of(spoken.tokenizer, done), done.reason) == (written[:place], "stop")
     assert done.tokens == done.content == whole.tokens[: place + 2]
     assert len(done.logprobs) == place + 2
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("int8", 0.05)])
 def test_small_caches_stay_close(model, dtype, bound):
-    exact = complete(model, PROMPTS, max_new_tokens=8)
-    rough = complete(model, PROMPTS, max_new_tokens=8, cache_dtype=dtype)
+    exact = model.complete(PROMPTS, max_new_tokens=8)
+    rough = model.complete(PROMPTS, max_new_tokens=8, cache_dtype=dtype)
     first = [abs(a[0].logprobs[1] - b[0].logprobs[1]) for a, b in zip(exact, rough, strict=True)]
     assert 0 < max(first) < bound
 
@@ -200,18 +198,71 @@ def test_a_mesh_draws_the_same(model, mesh8, tmp_path):
     models.save(model, tmp_path / "model")
     spread = models.load(tmp_path / "model", mesh=mesh8)
     spread = dataclasses.replace(spread, config=model.config)
-    expected = _by_stream(complete(model, PROMPTS, samples=2, slots=8, **DRAWN))
-    assert _by_stream(complete(spread, PROMPTS, samples=2, slots=8, **DRAWN)) == expected
+    expected = _by_stream(model.complete(PROMPTS, samples=2, slots=8, **DRAWN))
+    assert _by_stream(spread.complete(PROMPTS, samples=2, slots=8, **DRAWN)) == expected
 
 
 def test_a_cancelled_request_is_forgotten(model):
-    engine = Generator(model, slots=2, length=64)
+    engine = Generator(model.config, model.params, slots=2, length=64)
     engine.submit(Request(PROMPTS[0], max_new_tokens=40, samples=4, tag="gone"))
     engine.submit(Request(PROMPTS[1], max_new_tokens=4, tag="kept"))
     engine.step()
     engine.cancel("gone")
     assert [done.request.tag for done in engine.run()] == ["kept"]
     assert not engine._prefilled
+
+
+@pytest.fixture
+def compiled():
+    """What has been compiled since the test began."""
+    names = []
+    note = lambda name, *_, **__: names.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def _changed(params):
+    """Other parameters that lie on their devices as these do."""
+    return jax.tree.map(lambda leaf: -1.5 * leaf, params)
+
+
+def _run(engine):
+    for number, prompt in enumerate(PROMPTS):
+        engine.submit(Request(prompt, max_new_tokens=9, tag=number))
+    return [done.tokens for done in sorted(engine.run(), key=lambda done: done.request.tag)]
+
+
+@pytest.mark.parametrize("on", ["one device", "a mesh"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_parameters_are_taken_without_compiling(model, mesh8, tmp_path, compiled, on, dtype):
+    if on == "a mesh":
+        models.save(model, tmp_path / "model")
+        spread = models.load(tmp_path / "model", mesh=mesh8)
+        model = dataclasses.replace(spread, config=model.config)
+    options = {"slots": 8, "length": 32, "compute_dtype": dtype}
+    other = _changed(model.params)
+    engine = Generator(model.config, model.params, **options)
+    first, before = _run(engine), len(compiled)
+    assert before
+    engine.use(other)
+    second = _run(engine)
+    engine.use(model.params)
+    assert _run(engine) == first and len(compiled) == before
+    assert second == _run(Generator(model.config, other, **options)) != first
+
+
+def test_parameters_change_between_rows_only(model):
+    engine = Generator(model.config, model.params, slots=2, length=32)
+    engine.submit(Request(PROMPTS[0], max_new_tokens=20, samples=3))
+    engine.step()
+    with pytest.raises(ModelError, match="cannot change while 2 rows are under way"):
+        engine.use(model.params)
+    list(engine.run())
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params)
+    with pytest.raises(ModelError, match="must have the names, shapes and dtypes"):
+        engine.use(half)
+    engine.use(model.params)
 
 
 def test_what_does_not_fit_is_refused(model):
@@ -221,8 +272,8 @@ def test_what_does_not_fit_is_refused(model):
         f"{most}"
     )
     with pytest.raises(ModelError, match=re.escape(message)):
-        complete(model, [[1], [1] * 120], max_new_tokens=10)
-    engine = Generator(model, slots=1, length=20)
+        model.complete([[1], [1] * 120], max_new_tokens=10)
+    engine = Generator(model.config, model.params, slots=1, length=20)
     with pytest.raises(ModelError, match="do not fit the generator's rows of 20"):
         engine.submit(Request([1] * 11, max_new_tokens=10))
     assert not engine.busy
@@ -230,42 +281,43 @@ def test_what_does_not_fit_is_refused(model):
         ({"min_p": 2.0, "temperature": 1.0}, "min_p: 2.0 must be from 0 to 1"),
         ({"samples": 0}, "samples: 0 must be at least 1"),
         ({"seed": -1}, "seed: -1 must be from 0"),
-        ({"stop": ("",)}, "strings that are not empty"),
-        ({"stop": ("x",)}, "needs a tokenizer"),
     ):
         with pytest.raises(ModelError, match=re.escape(rule)):
             engine.submit(Request([1], max_new_tokens=2, **settings))
+    for stop, rule in (("", "strings that are not empty"), ("x", "needs a tokenizer")):
+        with pytest.raises(ModelError, match=rule):
+            model.complete([[1]], max_new_tokens=2, stop=(stop,))
     with pytest.raises(ModelError, match="cache dtype: 'int3' is not one of"):
-        Generator(model, slots=1, length=20, cache_dtype="int3")
+        Generator(model.config, model.params, slots=1, length=20, cache_dtype="int3")
 
 
-def test_the_split_weights_go_with_their_model(tmp_path):
-    from jaxdistill.models import unrolled
-
+def test_the_split_weights_belong_to_their_model(tmp_path):
     model = _model(tmp_path, "llama2")
     model.generate([[1]], max_new_tokens=1)
-    first = unrolled.weights(model.config, model.params, "float32")
-    assert unrolled.weights(model.config, model.params, np.float32) is first
-    del model
-    assert not unrolled._kept
+    kept = jax.tree.leaves(model._per_layer_params)
+    model.generate([[1]], max_new_tokens=1)
+    assert all(map(operator.is_, kept, jax.tree.leaves(model._per_layer_params)))
+    again = per_layer.split(model.config, model._per_layer_params, np.float32)
+    assert all(map(operator.is_, kept, jax.tree.leaves(again)))
+    references = [weakref.ref(leaf) for leaf in kept]
+    del model, kept, again
+    assert not any(reference() for reference in references)
     assert generator.bucket(17) == 24
 
 
 def test_a_model_given_up_is_held_once(tmp_path):
-    from jaxdistill.models import unrolled
-
     model = _model(tmp_path, "smollm2")
-    expected = complete(model, PROMPTS, samples=2, **DRAWN)
+    expected = model.complete(PROMPTS, samples=2, **DRAWN)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     model = _model(tmp_path / "again", "smollm2")
     stacked = jax.tree.leaves(model.params["layers"])
-    single = unrolled.take(model)
+    single = model.consume_per_layer()
     assert all(leaf.is_deleted() for leaf in stacked)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(single.params)) == size
-    engine = Generator(single, slots=8, length=40)
+    engine = Generator(single.config, single.params, slots=8, length=40)
     held = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(single.params)}
-    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._weights)} == held
-    found = complete(single, PROMPTS, samples=2, **DRAWN)
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._params)} == held
+    found = single.complete(PROMPTS, samples=2, **DRAWN)
     assert _by_stream(found) == _by_stream(expected)
     tokens, whole = np.asarray([PROMPTS[0]]), _model(tmp_path / "third", "smollm2")
     np.testing.assert_array_equal(single.logits(tokens), whole.logits(tokens))
@@ -275,8 +327,8 @@ def test_a_single_row_in_bfloat16_is_the_row_of_many(model):
     half = dataclasses.replace(
         model, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params)
     )
-    many = complete(half, PROMPTS, max_new_tokens=6)
-    alone = complete(half, PROMPTS[:1], max_new_tokens=6)
+    many = half.complete(PROMPTS, max_new_tokens=6)
+    alone = half.complete(PROMPTS[:1], max_new_tokens=6)
     assert alone[0][0].tokens == many[0][0].tokens
     np.testing.assert_allclose(alone[0][0].logprobs, many[0][0].logprobs, rtol=0, atol=0.02)
 
@@ -320,13 +372,13 @@ def test_attention_to_a_small_cache_is_within_its_bound(model, dtype):
 def test_a_small_cache_is_spread_over_the_mesh(model, mesh8, tmp_path, dtype):
     models.save(model, tmp_path / "model")
     spread = dataclasses.replace(models.load(tmp_path / "model", mesh=mesh8), config=model.config)
-    expected = complete(model, PROMPTS, slots=8, max_new_tokens=8, cache_dtype=dtype)
-    found = complete(spread, PROMPTS, slots=8, max_new_tokens=8, cache_dtype=dtype)
+    expected = model.complete(PROMPTS, slots=8, max_new_tokens=8, cache_dtype=dtype)
+    found = spread.complete(PROMPTS, slots=8, max_new_tokens=8, cache_dtype=dtype)
     for (one,), (other,) in zip(expected, found, strict=True):
         # The second token has read the cache; later ones may part where a rounding turns a tie.
         assert one.tokens[:2] == other.tokens[:2]
         np.testing.assert_allclose(one.logprobs[:2], other.logprobs[:2], rtol=0, atol=0.02)
-    engine = Generator(spread, slots=8, length=32, cache_dtype=dtype)
+    engine = Generator(spread.config, spread.params, slots=8, length=32, cache_dtype=dtype)
     for leaf in jax.tree.leaves(engine._ring.layers):
         (shard, *_) = leaf.addressable_shards
         assert shard.data.size * 8 == leaf.size  # data 2 x fsdp 2 rows, tensor 2 heads
