@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.warm import ROOT, Command, Nursery
-from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import DamagedError
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.hooks import POINTS
 

@@ -72,7 +72,7 @@ def engine(monkeypatch):
 
         return call
 
-    fake = types.ModuleType("jaxdistill.engine")
+    fake = types.ModuleType("jaxdistill.api")
     fake.raises, fake.calls = None, calls
     fake.train = answer("train", result)
     fake.resume = answer("resume", result)
@@ -83,7 +83,7 @@ def engine(monkeypatch):
     fake.export = answer("export", pathlib.Path("out"))
     fake.load = answer("load", Model())
     fake.plan = answer("plan", {"fits": False, "target": "cpu:8"})
-    monkeypatch.setitem(sys.modules, "jaxdistill.engine", fake)
+    monkeypatch.setitem(sys.modules, "jaxdistill.api", fake)
     monkeypatch.setattr(jaxdistill, "engine", fake, raising=False)
     return fake
 
@@ -482,7 +482,7 @@ def test_ls(capsys):
 
 def test_the_listed_models_are_those_that_can_be_read():
     from jaxdistill.cli import files
-    from jaxdistill.models import families
+    from jaxdistill.formats import families
 
     assert set(files.MODELS) == set(families.FAMILIES)
 
