@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from jaxdistill import commands
+from jaxdistill import commands, errors
 from jaxdistill.cli import reason
 from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
@@ -42,9 +42,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     text = config.read(arguments.config)
     loaded = config.loads(text, arguments.config, arguments.overrides)
-    errors = preflight.check(loaded)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(loaded))
     # From before the imports, which take seconds: a signal means the same at any moment.
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import api

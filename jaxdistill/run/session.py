@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, compilation_cache, methods, processes, report
+from jaxdistill import agree, compilation_cache, errors, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
@@ -112,9 +112,7 @@ def _begin(config: Config) -> Mesh:
 
 
 def _check(config: Config) -> None:
-    errors = preflight.check(config)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(config))
 
 
 def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:

@@ -1,7 +1,6 @@
 """Makes the parts of a run from its configuration: models, data, objective, optimizer, step."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxdistill import methods, optim, teachers
+from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
@@ -54,16 +53,10 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch_size // config.train.micro_batches
-    for name, size in (
-        ("train.batch_size / train.micro_batches", rows),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if size % parts:
-            raise ConfigError(
-                f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (there "
-                f"are {mesh.size} devices): change it or the mesh"
-            )
+    train = config.train
+    wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
+    devices = f"there are {mesh.size} devices"
+    errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({devices})") for key, rule in wrong)
     if config.data.seq_len % mesh.shape["context"]:
         raise ConfigError(
             f"data.seq_len = {config.data.seq_len}: must be a multiple of mesh.context = "
@@ -78,18 +71,10 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
     Raises:
       ConfigError: with the numbers and the sizes that would do.
     """
-    parts = mesh.shape["tensor"]
     for who, config in named.items():
         sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
         sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
-        wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
-        if wrong:
-            common = math.gcd(*sizes.values())
-            fits = [n for n in range(1, common + 1) if common % n == 0]
-            raise ConfigError(
-                f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one "
-                f"of {', '.join(map(str, fits[-6:]))}"
-            )
+        errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
 
 
 def shapes_of(config: Config, mesh: Mesh) -> Models:
@@ -109,11 +94,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
             continue
         own, arch = shape.tokenizer, shape.config
         check_rows(name, arch.vocab_size, vocab)
-        if config.data.seq_len > arch.max_positions:
-            raise ConfigError(
-                f"data.seq_len = {config.data.seq_len}: the {name} was made for "
-                f"{arch.max_positions} positions: use at most that"
-            )
+        errors.check(rules.row_length(config.data.seq_len, name, arch.max_positions))
         if own is not None and own is not tokenizer:
             try:
                 check_same(tokenizer, own)
