@@ -11,6 +11,7 @@ from jaxdistill import engine, models
 from jaxdistill.engine import setup, states
 from jaxdistill.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
 WROTE = ("teacher", "student")
 METHODS = {
     "taid": "{name: taid, mode: scaled}",

@@ -19,8 +19,8 @@ from orbax.checkpoint import v1 as ocp
 from jaxdistill import config as configs
 from jaxdistill import engine
 from jaxdistill.cli import launch
-from jaxdistill.engine import setup
 from jaxdistill.report import read_metrics
+from tests.engine.conftest import take_devices
 from tests.engine.test_run import losses
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -129,9 +129,8 @@ def pair(write_config, tmp_path_factory):
 
 def run_here(monkeypatch, devices: int, call) -> engine.RunResult:
     """A run in this process on its first devices."""
-    own = functools.partial(setup.make_mesh, devices=jax.devices()[:devices])
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", own)
+        take_devices(patch, devices)
         return call()
 
 

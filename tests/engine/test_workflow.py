@@ -12,6 +12,8 @@ from jaxdistill.report import Progress, write_story
 
 pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 FILE = """
 version: 1
 name: tiny
