@@ -192,9 +192,7 @@ def test_two_processes_cannot_hold_one_run(finished):
 def test_changed_data_is_refused_on_resume(load_config, data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy, ignore=shutil.ignore_patterns("cache"))
-    config = load_config(
-        tmp_path, f"data.train=[{{path: {copy}/train.txt, format: paragraphs}}]", "train.steps=3"
-    )
+    config = load_config(tmp_path, f"data.train=[{{path: {copy}/train.txt, format: paragraphs}}]")
     folder = api.train(config).run_dir
     (copy / "train.txt").write_text((copy / "train.txt").read_text() + "!")
     with pytest.raises(ConfigError, match=r"data\.train"):
