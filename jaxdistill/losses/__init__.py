@@ -59,6 +59,12 @@ And inside a `shard_map`, each device with its own rows; sums and counts add up 
 True
 """
 
+from jaxdistill.losses.advantages import (
+    group_advantages,
+    overlong_penalty,
+    spread,
+    teacher_advantages,
+)
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -87,7 +93,10 @@ from jaxdistill.losses.pairs import (
     distillm2_skew,
     sequence_weights,
 )
+from jaxdistill.losses.policy import POLICIES, Policy, kl_loss, per_mean, policy_loss
+from jaxdistill.losses.preference import dpo
 from jaxdistill.losses.routing import load_balancing
+from jaxdistill.losses.samplers import SamplerWeights, sampler_weights
 from jaxdistill.losses.sparse import topk_kl
 from jaxdistill.losses.temperature import (
     cosine_lambda,
@@ -109,7 +118,10 @@ from jaxdistill.types import Mean
 
 __all__ = [
     "Mean",
+    "POLICIES",
+    "Policy",
     "Response",
+    "SamplerWeights",
     "adaptive_kl",
     "alpha_beta_divergence",
     "alpha_divergence",
@@ -124,26 +136,35 @@ __all__ = [
     "distillm2",
     "distillm2_balance",
     "distillm2_skew",
+    "dpo",
     "forward_kl",
     "generalized_jsd",
+    "group_advantages",
     "hidden_cosine",
     "hidden_mse",
     "init_filters",
     "init_projectors",
     "init_temperature_head",
+    "kl_loss",
     "layer_map",
     "load_balancing",
     "masked_mean",
+    "overlong_penalty",
+    "per_mean",
+    "policy_loss",
     "project",
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
+    "sampler_weights",
     "sequence_weights",
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",
+    "spread",
     "symmetric_kl",
     "taid",
+    "teacher_advantages",
     "ted_stage1",
     "ted_stage2",
     "temperature_head",
