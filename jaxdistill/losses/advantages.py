@@ -129,7 +129,7 @@ def teacher_advantages(
         return total, total
 
     _, sums = jax.lax.scan(back, jnp.zeros_like(gap[:, 0]), gap.T, reverse=True)
-    return jax.lax.stop_gradient(weight * jnp.where(mask, sums.T, 0.0))
+    return jax.lax.stop_gradient(jnp.where(mask, sums.T, 0.0) * jnp.asarray(weight))
 
 
 def overlong_penalty(lengths: ArrayLike, *, limit: int, ramp: int) -> Array:

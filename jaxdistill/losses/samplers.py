@@ -94,8 +94,9 @@ def sampler_weights(
         weights = jnp.where(bounded, 0.0, ratio)
     else:
         mean = jnp.exp(sequence_sum(sequence_weights(mask, segment_ids) * gap, segment_ids))
-        bounded = (mean > upper) | (mean < lower)
-        weights = jnp.where(bounded, 0.0, jnp.minimum(ratio, upper))
+        dropped = (mean > upper) | (mean < lower)
+        bounded = dropped | (ratio > upper)
+        weights = jnp.where(dropped, 0.0, jnp.minimum(ratio, upper))
     tokens = mask.sum().astype(jnp.float32)
     over = lambda values: Mean(jnp.where(mask, values, 0.0).sum().astype(jnp.float32), tokens)
     return SamplerWeights(
