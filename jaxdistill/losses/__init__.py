@@ -65,6 +65,7 @@ from jaxdistill.losses.advantages import (
     spread,
     teacher_advantages,
 )
+from jaxdistill.losses.cross_tokenizer import alm, chunk_sums, uld
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -123,10 +124,12 @@ __all__ = [
     "Response",
     "SamplerWeights",
     "adaptive_kl",
+    "alm",
     "alpha_beta_divergence",
     "alpha_divergence",
     "alphanet",
     "alphanet_value",
+    "chunk_sums",
     "cosine_lambda",
     "cross_entropy",
     "ctkd_temperature",
@@ -171,4 +174,5 @@ __all__ = [
     "token_log_probability",
     "topk_kl",
     "total_variation",
+    "uld",
 ]
