@@ -88,7 +88,12 @@ from jaxdistill.losses.pairs import (
     sequence_weights,
 )
 from jaxdistill.losses.routing import load_balancing
-from jaxdistill.losses.sparse import topk_kl
+from jaxdistill.losses.sparse import (
+    sampled_cross_entropy,
+    sampled_reverse_kl,
+    topk_generalized_kl,
+    topk_kl,
+)
 from jaxdistill.losses.temperature import (
     cosine_lambda,
     ctkd_temperature,
@@ -96,6 +101,7 @@ from jaxdistill.losses.temperature import (
     reverse_gradient,
     temperature_head,
 )
+from jaxdistill.losses.tokens import entropy, log_mass
 from jaxdistill.losses.whole_rows import (
     adaptive_kl,
     alphanet,
@@ -124,6 +130,7 @@ __all__ = [
     "distillm2",
     "distillm2_balance",
     "distillm2_skew",
+    "entropy",
     "forward_kl",
     "generalized_jsd",
     "hidden_cosine",
@@ -133,11 +140,14 @@ __all__ = [
     "init_temperature_head",
     "layer_map",
     "load_balancing",
+    "log_mass",
     "masked_mean",
     "project",
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
+    "sampled_cross_entropy",
+    "sampled_reverse_kl",
     "sequence_weights",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -148,6 +158,7 @@ __all__ = [
     "ted_stage2",
     "temperature_head",
     "token_log_probability",
+    "topk_generalized_kl",
     "topk_kl",
     "total_variation",
 ]
