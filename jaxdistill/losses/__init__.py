@@ -98,7 +98,12 @@ from jaxdistill.losses.policy import POLICIES, Policy, kl_loss, per_mean, policy
 from jaxdistill.losses.preference import dpo
 from jaxdistill.losses.routing import load_balancing
 from jaxdistill.losses.samplers import SamplerWeights, sampler_weights
-from jaxdistill.losses.sparse import topk_kl
+from jaxdistill.losses.sparse import (
+    sampled_cross_entropy,
+    sampled_reverse_kl,
+    topk_generalized_kl,
+    topk_kl,
+)
 from jaxdistill.losses.temperature import (
     cosine_lambda,
     ctkd_temperature,
@@ -106,6 +111,7 @@ from jaxdistill.losses.temperature import (
     reverse_gradient,
     temperature_head,
 )
+from jaxdistill.losses.tokens import entropy, log_mass
 from jaxdistill.losses.whole_rows import (
     adaptive_kl,
     alphanet,
@@ -140,6 +146,7 @@ __all__ = [
     "distillm2_balance",
     "distillm2_skew",
     "dpo",
+    "entropy",
     "forward_kl",
     "generalized_jsd",
     "group_advantages",
@@ -151,6 +158,7 @@ __all__ = [
     "kl_loss",
     "layer_map",
     "load_balancing",
+    "log_mass",
     "masked_mean",
     "overlong_penalty",
     "per_mean",
@@ -160,6 +168,8 @@ __all__ = [
     "reverse_gradient",
     "reverse_kl",
     "sampler_weights",
+    "sampled_cross_entropy",
+    "sampled_reverse_kl",
     "sequence_weights",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -172,6 +182,7 @@ __all__ = [
     "ted_stage2",
     "temperature_head",
     "token_log_probability",
+    "topk_generalized_kl",
     "topk_kl",
     "total_variation",
     "uld",

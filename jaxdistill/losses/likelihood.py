@@ -52,15 +52,19 @@ def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
 
     Args:
       logits: [..., V].
-      tokens: int [...]; a negative token gives 0, one of V or more NaN.
+      tokens: int [...], or [..., K] for K tokens of each row; a negative token gives 0, one of V or
+        more NaN.
 
     Returns:
-      [...], float32 (float64 for float64 logits), nats, never positive.
+      The shape of `tokens`, float32 (float64 for float64 logits), nats, never positive.
 
     Raises:
       ConfigError: if the shapes do not fit.
     """
-    return -cross_entropy(logits, tokens)
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
+    if tokens.ndim != logits.ndim or tokens.shape[:-1] != logits.shape[:-1]:
+        return -cross_entropy(logits, tokens)
+    return -jnp.stack([cross_entropy(logits, one) for one in jnp.moveaxis(tokens, -1, 0)], axis=-1)
 
 
 def masked_mean(values: ArrayLike, mask: ArrayLike) -> Mean:
