@@ -66,15 +66,17 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
-# Folders whose tests compile the most. They come first, so that no process is left with a long file
-# when the others have nothing more to do.
-_FIRST = ("engine", "train", "models", "compress", "kernels", "losses")
+# Folders whose tests compile the most, behind the one file that takes minutes alone. They come
+# first, so that no process is left with a long file when the others have nothing more to do.
+_LONGEST = "test_readme.py"
+_FIRST = ("run", "train", "formats", "models", "compress", "kernels", "losses")
 
 
 def pytest_collection_modifyitems(items):
     """Orders the files by cost, and skips parity with transformers where torch is missing."""
     order = {name: number for number, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+    cost = lambda item: order.get(item.path.parent.name, len(order))
+    items.sort(key=lambda item: -1 if item.path.name == _LONGEST else cost(item))
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):
