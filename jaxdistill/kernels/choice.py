@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels.tiling import ROWS
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")  # the best first
 FLOATS = ("float32", "bfloat16", "float16")
@@ -55,7 +56,12 @@ def _platform(kind: str) -> str:
 
 
 def support(
-    vocab: int, dtype: DTypeLike, *, device: Device | None = None, scalar_temperature: bool = True
+    vocab: int,
+    dtype: DTypeLike,
+    *,
+    device: Device | None = None,
+    scalar_temperature: bool = True,
+    tokens: int | None = None,
 ) -> dict[str, Support]:
     """Which implementations of the row statistics run here, and why the others do not.
 
@@ -64,6 +70,7 @@ def support(
       dtype: of the logits.
       device: default the one that JAX would use now.
       scalar_temperature: whether one temperature serves all rows.
+      tokens: N, rows of logits on a device; None where it is not known.
 
     Returns:
       name -> (runs, reason), the best first.
@@ -71,14 +78,16 @@ def support(
     device = device or current_device()
     vocab, dtype = int(vocab), jnp.dtype(dtype).name
     checks = {
-        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature),
+        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, tokens),
         "xla": lambda: None,
     }
     obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
     return {name: Support(why is None, why or "runs") for name, why in obstacles.items()}
 
 
-def _mosaic_gpu(vocab: int, dtype: str, device: Device, scalar_temperature: bool) -> str | None:
+def _mosaic_gpu(
+    vocab: int, dtype: str, device: Device, scalar_temperature: bool, tokens: int | None
+) -> str | None:
     """Why the Mosaic GPU kernel cannot run, None if it can."""
     version = importlib.metadata.version("jax")
     if tuple(map(int, version.split(".")[:2])) < (0, 11):
@@ -92,6 +101,11 @@ def _mosaic_gpu(vocab: int, dtype: str, device: Device, scalar_temperature: bool
         return f"takes logits of {', '.join(FLOATS)}, not {dtype}"
     if vocab % 64:
         return f"needs V to be a multiple of 64, not {vocab}; pad the heads, or slice"
+    if tokens is not None and tokens % ROWS and not clips(device):
+        return (
+            f"needs N to be a multiple of {ROWS} on {device.kind}, whose copies are not bounded by "
+            f"the array, not {tokens}; pad the rows, or take `linear_divergence`, which does"
+        )
     if not scalar_temperature:
         return "takes one temperature for all rows"
     return None
@@ -106,6 +120,12 @@ def capability(device: Device) -> tuple[int, int] | None:
     return next((cc for name, cc in _CAPABILITIES.items() if name in device.kind), None)
 
 
+def clips(device: Device) -> bool:
+    """Whether a GPU's bulk copies end where the array ends; before Hopper no copy knows where."""
+    found = capability(device)
+    return found is not None and found >= (9, 0)
+
+
 def choose(
     implementation: str | None,
     vocab: int,
@@ -113,6 +133,7 @@ def choose(
     *,
     device: Device | None = None,
     scalar_temperature: bool = True,
+    tokens: int | None = None,
 ) -> str:
     """The implementation that will run: the named one, or the best that can.
 
@@ -120,7 +141,9 @@ def choose(
       ConfigError: for an unknown name, or a named one that cannot run; the message says why.
     """
     device = device or current_device()
-    states = support(vocab, dtype, device=device, scalar_temperature=scalar_temperature)
+    states = support(
+        vocab, dtype, device=device, scalar_temperature=scalar_temperature, tokens=tokens
+    )
     if implementation is None:
         if device.platform == "gpu" and not states["mosaic_gpu"].runs:
             _warn_once(states["mosaic_gpu"].reason)

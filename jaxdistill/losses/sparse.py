@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.losses import given
 
 TAILS = ("ghost", "drop", "renormalise")
 _LOWEST = -1e30
@@ -49,7 +50,12 @@ def topk_kl(
 
     Reference: arXiv 2503.16870 (what each tail does to the student).
     """
-    logits, ids, log_p = _checked(student_logits, ids, logprobs, tail)
+    came, ids, log_p = _checked(student_logits, ids, logprobs, tail)
+    clamped = jnp.maximum(came, _LOWEST)
+    unknown = jnp.any((ids >= 0) & jnp.isnan(log_p), axis=-1)
+    spoiled = given.unsound(clamped) | unknown
+    logits = jnp.where(spoiled[..., None], 0.0, clamped)
+    log_p = jnp.where(spoiled[..., None], _LOWEST, log_p)
     log_q = jax.nn.log_softmax(logits)
     known = (ids >= 0) & (log_p > _LOWEST / 2)
     picked = jnp.take_along_axis(log_q, jnp.maximum(ids, 0), axis=-1)
@@ -60,13 +66,14 @@ def topk_kl(
         inside = jnp.where(known, picked, _LOWEST)
         picked = picked - jax.nn.logsumexp(inside, axis=-1, keepdims=True)
     value = jnp.sum(jnp.where(known, jnp.exp(log_p) * (log_p - picked), 0.0), axis=-1)
+    finished = lambda value: given.marked(value, spoiled, came)
     if tail != "ghost" or ids.shape[-1] >= logits.shape[-1]:
-        return value
+        return finished(value)
     rest_q = jax.nn.logsumexp(jnp.where(_kept(ids, known, logits), _LOWEST, log_q), axis=-1)
     rest_p = 1.0 - jnp.sum(jnp.where(known, jnp.exp(log_p), 0.0), axis=-1)
     some = rest_p > _LEAST_REST
     rest_p = jnp.where(some, rest_p, 1.0)
-    return value + jnp.where(some, rest_p * (jnp.log(rest_p) - rest_q), 0.0)
+    return finished(value + jnp.where(some, rest_p * (jnp.log(rest_p) - rest_q), 0.0))
 
 
 def _kept(ids: Array, known: Array, logits: Array) -> Array:
@@ -92,5 +99,5 @@ def _checked(logits, ids, logprobs, tail) -> tuple[Array, Array, Array]:
         raise ConfigError(f"ids are {ids.dtype}: they must be integers, the index of a token")
     if tail == "renormalise" and ids.shape[-1] == 1:
         raise ConfigError("tail = renormalise with K = 1 is 0 for any student: keep more, or ghost")
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    return jnp.maximum(logits.astype(wide), _LOWEST), ids, logprobs.astype(wide)
+    logits = given.wide(logits)
+    return logits, ids, logprobs.astype(logits.dtype)

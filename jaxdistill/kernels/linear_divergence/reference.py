@@ -52,7 +52,8 @@ def reference(
         t = logits(x.teacher_hidden, x.teacher_head, x.teacher_bias, softcaps[1])
     y = None if x.labels is None else jnp.where(counted, flat(x.labels), 0)
     temperature = x.coefficients.temperature
-    temperature = flat(temperature) if temperature.ndim else temperature
+    if temperature.ndim:
+        temperature = jnp.where(counted, flat(temperature), 1.0)
     values = terms(spec, s, t, y, x.coefficients._replace(temperature=temperature))
 
     log_softmax = lambda z: jax.nn.log_softmax(z.astype(values.loss.dtype))

@@ -11,7 +11,6 @@ A chunk's logits are made, used for value and gradient, and forgotten: [7, V] ne
 chunk is padded with tokens of weight 0. The way back multiplies the gradients by the cotangent.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -44,9 +43,7 @@ def walk(
         if array is not None
     }
     tokens = per_token["student_hidden"].shape[0]
-    chunk = min(static.chunk, tokens)
-    static = dataclasses.replace(static, chunk=chunk, group=min(static.group, chunk))
-    per_token = {name: _in_chunks(name, array, chunk) for name, array in per_token.items()}
+    per_token = {name: _in_chunks(name, array, static.chunk) for name, array in per_token.items()}
     # One cast for all chunks; without it every chunk would read the float32 master copy.
     operands = operands._replace(
         student_head=operands.student_head.astype(operands.student_hidden.dtype),
