@@ -36,7 +36,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         try:
-            rows += _measure(kind, shape, rounds, device)
+            rows += measure(kind, shape, rounds, device)
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -59,9 +59,10 @@ def label(shape: Shape) -> str:
     return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
 
 
-def _measure(
+def measure(
     kind: str, shape: Shape, rounds: int, device: choice.Device
 ) -> Iterator[dict[str, Any]]:
+    """The rows of one shape, a row for each function."""
     case = KINDS[kind](shape)
     compiled = {
         name: jax.jit(function).lower(*case.arguments).compile()

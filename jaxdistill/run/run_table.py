@@ -50,15 +50,18 @@ class RunTable:
         """The loss without gradient: that of training, if it measures against the teacher too."""
         teacher = self._models.teacher
         objective = method.objective
-        if teacher is None or (objective.needs_teacher and objective.token_means):
+        if objective.token_means and (teacher is None or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
-        # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
+        # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too.
+        measured = measuring.cross_entropy if teacher is None else measuring.against_teacher
         loss = make_loss(
             self._models.student.config,
-            measuring.against_teacher(vocab=self._models.vocab),
+            measured(vocab=self._models.vocab),
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
             quantization=self._config.student.quantize,
         )
+        if teacher is None:
+            return meter.make_step(loss, signals.none)
         signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
         return meter.make_step(loss, signal)
 

@@ -243,6 +243,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
         weight_decay=o.weight_decay,
         objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
         trained=built.trained,
+        scaled=built.scaled,
     )
     loss = steps.make_loss(
         models.student.config,
