@@ -5,8 +5,9 @@ import types
 import jax.numpy as jnp
 import pytest
 
+from jaxdistill import optim, teachers
 from jaxdistill.methods import distillm2, kd, measuring, sft, step_by_step
-from jaxdistill.run import run_table
+from jaxdistill.run import run_table, setup
 from jaxdistill.run.run_table import RunTable
 
 VOCAB = 11
@@ -50,10 +51,13 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
         student=types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None),
         teacher=types.SimpleNamespace(dtype="float32"),
     )
-    method = types.SimpleNamespace(objective=OBJECTIVES[name], loss="training", teacher="signal")
+    training = lambda *_: {}
+    method = setup.RunMethod(
+        OBJECTIVES[name], {}, teachers.none, optim.optimizer(0.1), lambda step: 0.1, training
+    )
     step = table._program(method)
     if want == "own":
-        assert step == ("training", "signal")
+        assert step == (training, teachers.none)
     else:
         assert asked == [(want, VOCAB)]
-        assert step == ("measuring", "online" if teacher else run_table.signals.none)
+        assert step == ("measuring", "online" if teacher else teachers.none)
