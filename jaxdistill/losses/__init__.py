@@ -59,6 +59,7 @@ And inside a `shard_map`, each device with its own rows; sums and counts add up 
 True
 """
 
+from jaxdistill.kernels.columns import shared_columns
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -149,6 +150,7 @@ __all__ = [
     "sampled_cross_entropy",
     "sampled_reverse_kl",
     "sequence_weights",
+    "shared_columns",
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",
