@@ -49,12 +49,12 @@ def main() -> None:
 
 def measured(options: argparse.Namespace) -> dict:
     """The tables of the workflow, with this many steps, rows and seeds."""
-    from jaxdistill import engine
+    from jaxdistill import api
 
     file = options.folder / "workflow.yaml"
     options.folder.mkdir(parents=True, exist_ok=True)
     file.write_text(workflow_text(options), encoding="utf-8")
-    page = engine.run_workflow(file)
+    page = api.run_workflow(file)
     tables = {}
     for name in ("depth_table", "width_table"):
         found = json.loads((page.parent / name / "comparison.json").read_text(encoding="utf-8"))

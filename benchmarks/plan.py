@@ -96,15 +96,14 @@ def _compared(file: str, overrides: tuple[str, ...], target: str) -> dict:
 
 def _asked(text: str, target: str, what: str, head: str) -> dict:
     """The answer of a process with the environment that the target's compiler needs."""
-    from jaxdistill import targets
-    from jaxdistill.engine import planning
+    from jaxdistill.plan import search, targets
 
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as dump:
         question = {"config": text, "target": target, "dump": dump, "what": what, "head": head}
         run = subprocess.run(
             [sys.executable, "-m", "benchmarks.plan", "--child"],
             input=json.dumps(question),
-            env=planning.environment(targets.parse(target), dump),
+            env=search.environment(targets.parse(target), dump),
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -116,17 +115,17 @@ def _child() -> None:
     """Compiles the step, or the loss alone, with one of the two heads."""
     import os
 
-    from jaxdistill import config, targets
-    from jaxdistill.engine import plan_worker
+    from jaxdistill import config
+    from jaxdistill.plan import targets, worker
 
     question = json.load(sys.stdin)
     loaded = config.loads(question["config"])
     target = targets.parse(question["target"])
-    mesh, models, method = plan_worker.parts_of(loaded, target)
+    mesh, models, method = worker.parts_of(loaded, target)
     if question["head"] == "materialised":
         method = _with_logits(loaded, models, method)
     if question["what"] == "step":
-        answer = plan_worker.measure(loaded, target, mesh, models, method, question["dump"])
+        answer = worker.measure(loaded, target, mesh, models, method, question["dump"])
     else:
         answer = {"temporaries": _loss_alone(loaded, mesh, models, method, question["dump"])}
     print(json.dumps(answer), flush=True)
@@ -171,7 +170,8 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
     import jax
     import jax.numpy as jnp
 
-    from jaxdistill.engine import plan_worker, setup
+    from jaxdistill.plan import worker
+    from jaxdistill.run import setup
     from jaxdistill.sharding import batch_sharding, replicated
     from jaxdistill.train import step as steps
     from jaxdistill.train.state import abstract_params
@@ -208,7 +208,7 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
             jitted = jax.jit(step, out_shardings=(None, places))
             return jitted.lower(student, teacher, batch, knobs).compile()
 
-    found = plan_worker.compiled(compile, pathlib.Path(dump))
+    found = worker.compiled(compile, pathlib.Path(dump))
     sizes = re.findall(
         r"allocation \d+: size (\d+),(?! color)[^\n]*preallocated-temp", found.assignment
     )

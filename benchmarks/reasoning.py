@@ -99,7 +99,7 @@ class Experiment:
 
     def train(self, name: str, seed: int, train: pathlib.Path, held_out: pathlib.Path, **fill):
         """A trained student as a name that everything understands; a finished one is kept."""
-        from jaxdistill import config, engine
+        from jaxdistill import api, config
 
         out = self.folder / f"{name}-{seed}"
         if not (out / "checkpoints" / str(fill["steps"])).exists():
@@ -107,7 +107,7 @@ class Experiment:
             text = RUN.format(
                 out=out, seed=seed, train=train, held_out=held_out, cache=self.folder / "c", **fill
             )
-            engine.train(config.loads(text))
+            api.train(config.loads(text))
         return f"{out}@latest"
 
     def note(self, part: str, **facts: Any) -> None:
@@ -242,8 +242,8 @@ def svamp(run: Experiment, data: pathlib.Path) -> None:
 def _asked(run: Experiment, text: str, stand_in: list[dict]) -> dict[str, list[dict]]:
     """Training records by form; a smoke test's teacher knows nothing, and others stand in."""
     from jaxdistill.config import generation, loader
-    from jaxdistill.engine import teacher_generate
     from jaxdistill.errors import DataError
+    from jaxdistill.run import teacher_generate
 
     try:
         found = teacher_generate.generate(loader.loads_as(generation.Generation, text, "ask"))

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.warm import ROOT, Command, Nursery
-from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import DamagedError
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.hooks import POINTS
 
@@ -68,6 +68,7 @@ _CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_HUB_OFFLINE": "1",
+    "XLA_FLAGS": "",
 }
 
 
@@ -77,20 +78,16 @@ class Rig:
     Args:
       folder: an empty one.
       cache: of compiled programs; by default one of the folder's own.
-      flags: XLA_FLAGS of its processes.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, cache: str | os.PathLike | None = None, flags: str = ""
-    ):
+    def __init__(self, folder: pathlib.Path, cache: str | os.PathLike | None = None):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
         compiled = os.fspath(cache or folder / "jax")
-        own = {"JAX_COMPILATION_CACHE_DIR": compiled, "XLA_FLAGS": flags}
-        self.environment = {**_CACHE, **own}
+        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": compiled}
         self.nursery = Nursery(environment=self.environment)
         self.log = folder / "log.txt"
         self._whole: dict[str, tuple[dict, list]] = {}

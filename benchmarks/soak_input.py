@@ -226,7 +226,7 @@ def _line(rng: random.Random, base: Any) -> bytes:
 def fuzz_files(rng: random.Random, cases: int, counts: Counts) -> None:
     """Damaged safetensors, config.json, tokenizers and GGUF: read alike, or refused."""
     from jaxdistill import models
-    from jaxdistill.models import tokenizer_files
+    from jaxdistill.formats import tokenizer_files
 
     with tempfile.TemporaryDirectory() as place:
         folder = hostile.folder(pathlib.Path(place) / "model")
@@ -258,7 +258,7 @@ def fuzz_files(rng: random.Random, cases: int, counts: Counts) -> None:
 
 def _read_folder(folder: pathlib.Path) -> Any:
     """Everything that loading checks and reads, without putting it on a device."""
-    from jaxdistill.models import huggingface, shards
+    from jaxdistill.formats import huggingface, shards
 
     model = huggingface.folder_config(folder)
     with shards.Folder(folder) as opened:

@@ -60,7 +60,7 @@ def soak_numbers(folder: pathlib.Path, injected: int = 1000) -> dict:
 
 
 def _run(folder: pathlib.Path, method: str, injected: int, seed: int) -> dict:
-    from jaxdistill import config, engine
+    from jaxdistill import api, config
     from jaxdistill.report import read_metrics
     from tests import inject
 
@@ -75,7 +75,7 @@ def _run(folder: pathlib.Path, method: str, injected: int, seed: int) -> dict:
     text = CONFIG.format(folder=folder, method=method, steps=2 * injected)
     with contextlib.redirect_stdout(sys.stderr):
         loaded = config.loads(text, "soak.yaml")
-        run = engine.train(loaded, hooks=inject.Poison(plan)).run_dir
+        run = api.train(loaded, hooks=inject.Poison(plan)).run_dir
     lines = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     events = [one["kind"] for one in lines]
     assert read_metrics(run)[-1]["step"] == 2 * injected

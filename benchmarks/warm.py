@@ -102,7 +102,7 @@ def _serve() -> None:
     import transformers  # noqa: F401
     from jax._src import xla_bridge
 
-    from jaxdistill import cli, engine  # noqa: F401
+    from jaxdistill import cli
     from jaxdistill.cli import runs  # noqa: F401
     from jaxdistill.train.hooks import NO_HOOKS
     from tests import inject

@@ -10,18 +10,18 @@ __version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
     from jaxdistill import kernels, losses, models, optim
+    from jaxdistill.api import build, distill, resume
     from jaxdistill.config import load as load_config
-    from jaxdistill.engine import build, distill, resume
 
 _HOMES = {
-    "build": ("jaxdistill.engine", "build"),
-    "distill": ("jaxdistill.engine", "distill"),
+    "build": ("jaxdistill.api", "build"),
+    "distill": ("jaxdistill.api", "distill"),
     "kernels": ("jaxdistill.kernels", None),
     "load_config": ("jaxdistill.config", "load"),
     "losses": ("jaxdistill.losses", None),
     "models": ("jaxdistill.models", None),
     "optim": ("jaxdistill.optim", None),
-    "resume": ("jaxdistill.engine", "resume"),
+    "resume": ("jaxdistill.api", "resume"),
 }
 
 __all__ = [

@@ -4,8 +4,8 @@ import pathlib
 import stat
 from typing import Any
 
-from jaxdistill import strict_json
 from jaxdistill.errors import ModelError
+from jaxdistill.safe import strict_json
 
 MAX_JSON_BYTES = 100_000_000
 MAX_FILES = 10_000

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from jaxdistill import models
 from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.formats.huggingface import folder_config, folder_scheme
+from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models import DecoderConfig, Model, decoder, lora
-from jaxdistill.models.huggingface import folder_config, folder_scheme
 from jaxdistill.models.lora import Lora
 from jaxdistill.models.quantized import Scheme
-from jaxdistill.models.tokenizer_files import folder_tokenizer
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
 

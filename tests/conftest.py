@@ -12,21 +12,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
 os.environ.setdefault("XDG_CACHE_HOME", os.path.join(_CACHE, "xdg"))
 # LLVM's optimiser took more than half of the suite's time. It runs after XLA's own passes, so the
-# HLO that tests read, its memory and its collectives are the same at its lowest level; benchmarks
-# and the soak run at the usual one. Level 0 rounds otherwise: it contracts no products and sums.
-# Processes that tests start inherit both flags.
-_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 1}
+# HLO that tests read, its memory and its collectives are the same without it; benchmarks and the
+# soak run with it. Level 1 is for the tests that ask for `contracted`, all others compile at 0.
+# Processes that tests start inherit these settings.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_backend_optimization_level": 1,
+    "--xla_cpu_parallel_codegen_split_count": 1,  # one core for each process of the suite
+}
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
+import gc
 import hashlib
 import importlib.util
 import pathlib
 import platform
+import warnings
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -58,19 +66,38 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
-# Folders whose tests compile the most. They come first, so that no process is left with a long file
-# when the others have nothing more to do.
-_FIRST = ("engine", "train", "models", "compress", "kernels", "losses")
+# Folders whose tests compile the most, behind the one file that takes minutes alone. They come
+# first, so that no process is left with a long file when the others have nothing more to do.
+_LONGEST = "test_readme.py"
+_FIRST = ("run", "train", "formats", "models", "compress", "kernels", "losses")
 
 
 def pytest_collection_modifyitems(items):
     """Orders the files by cost, and skips parity with transformers where torch is missing."""
     order = {name: number for number, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+    cost = lambda item: order.get(item.path.parent.name, len(order))
+    items.sort(key=lambda item: -1 if item.path.name == _LONGEST else cost(item))
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="needs torch (make test TORCH=1)"))
+
+
+def pytest_collection_finish():
+    """Tracing makes many short-lived objects: those of the imports need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture
+def contracted():
+    """Programs that contract products and sums, for tests that two of them round alike."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,3 +126,35 @@ def reference_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}; set JAXDISTILL_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def transformers_model():
+    """A function: folder -> transformers' model in float32, every tensor of the folder used."""
+
+    def load(folder: pathlib.Path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own
+            from transformers import AutoModelForCausalLM
+
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype="float32", output_loading_info=True, local_files_only=True
+            )
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def transformers_logits(transformers_model):
+    """A function: (folder, tokens [B, L]) -> transformers' logits [B, L, V]."""
+
+    def logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers_model(folder)(torch.tensor(tokens)).logits.numpy()
+
+    return logits

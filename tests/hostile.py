@@ -56,8 +56,8 @@ def folder(path: pathlib.Path, **changes) -> pathlib.Path:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from jaxdistill.models.config_json import read_config
-    from jaxdistill.models.families import expected_tensors
+    from jaxdistill.formats.config_json import read_config
+    from jaxdistill.formats.families import expected_tensors
 
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", CONFIG | changes)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from jaxdistill import cli, manifest
+from jaxdistill import cli
 from jaxdistill.errors import Preempted
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 
 
@@ -99,7 +100,7 @@ def test_rollback_refuses_what_is_damaged_absent_or_in_use(run, capsys):
     assert code == 6 and "arrays is changed" in err
     code, _, err = call(capsys, "rollback", run, 15)
     assert code == 2 and "no checkpoint of step 15; there are: 10, 20, 30" in err
-    from jaxdistill.engine.run_dir import RunDir
+    from jaxdistill.run.folder import RunDir
 
     with RunDir.open(run).held():
         code, _, err = call(capsys, "rollback", run, 20)
@@ -117,6 +118,6 @@ def test_a_run_that_was_asked_to_stop_ends_with_75(monkeypatch, capsys, run):
     def stop(*_, **__):
         raise Preempted("SIGTERM: saved after step 5 of 7")
 
-    monkeypatch.setattr("jaxdistill.engine.resume", stop)
+    monkeypatch.setattr("jaxdistill.api.resume", stop)
     assert cli.main(["resume", str(run)]) == 75
     assert capsys.readouterr().err.endswith("stopped: SIGTERM: saved after step 5 of 7\n")

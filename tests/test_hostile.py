@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from jaxdistill import models
 from jaxdistill.errors import ModelError
-from jaxdistill.models import shards
-from jaxdistill.models.tokenizer_files import folder_tokenizer
+from jaxdistill.formats import shards
+from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from tests import hostile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]

@@ -77,7 +77,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_launcher_passes_its_signal_on_and_waits():
-    """The processes here end by it at once; what a run does is in tests/engine."""
+    """The processes here end by it at once; what a run does is in tests/run."""
     group = launch.Group(["serve", "missing"], 2, 1)
     group._start = lambda: [
         group._running.append(

@@ -10,7 +10,7 @@ from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
-from jaxdistill.redact import redact
+from jaxdistill.safe.redact import redact
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and

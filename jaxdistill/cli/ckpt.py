@@ -5,9 +5,9 @@ import datetime
 import pathlib
 from typing import Any
 
-from jaxdistill import manifest
 from jaxdistill.cli.output import print_json
 from jaxdistill.errors import ConfigError, DamagedError
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 
 
@@ -78,7 +78,7 @@ def rollback(arguments: argparse.Namespace) -> None:
         have = ", ".join(map(str, steps)) or "none"
         raise ConfigError(f"{directory}: no checkpoint of step {arguments.step}; there are: {have}")
     manifest.verify(directory / str(arguments.step))
-    from jaxdistill.engine.run_dir import RunDir  # its package imports JAX
+    from jaxdistill.run.folder import RunDir
 
     run = RunDir.open(arguments.run_dir)
     later = [step for step in steps if step > arguments.step]

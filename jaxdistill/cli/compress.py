@@ -12,10 +12,10 @@ def importance(arguments: argparse.Namespace) -> None:
     """Measures importance and writes it to a file."""
     options = read(commands.Importance, arguments)
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
         from jaxdistill.compress import importance as scores
 
-        measured = engine.importance(arguments.model, options)
+        measured = api.importance(arguments.model, options)
         path = scores.save(measured, arguments.output)
     print(f"wrote {path}: {measured.facts['rows']} rows, {measured.facts['tokens']} tokens")
     influence = ", ".join(f"{value:.3f}" for value in measured.influence)
@@ -27,10 +27,10 @@ def prune(arguments: argparse.Namespace) -> None:
     options = read(commands.Prune, arguments)
     calibration = read(commands.Importance, arguments) if arguments.data else None
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        folder = engine.prune(arguments.model, arguments.output, options, calibration)
-        note = engine.pruning_note(folder)
+        folder = api.prune(arguments.model, arguments.output, options, calibration)
+        note = api.pruning_note(folder)
     if arguments.json:
         return print_json({"folder": folder, **note})
     before, after = note["parameters"]
@@ -45,9 +45,9 @@ def quantize(arguments: argparse.Namespace) -> None:
     """Writes a quantised model as a folder."""
     options = read(commands.Quantize, arguments)
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        path = engine.quantize(arguments.model, arguments.output, options)
+        path = api.quantize(arguments.model, arguments.output, options)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")
 
@@ -62,9 +62,9 @@ def compare(arguments: argparse.Namespace) -> None:
         named.append((name, source))
     options = read(commands.Compare, arguments)
     with stdout_is_json(True):
-        from jaxdistill import engine, report
+        from jaxdistill import api, report
 
-        result = engine.compare_models(
+        result = api.compare_models(
             named,
             options,
             out=arguments.output,
@@ -82,9 +82,9 @@ def compare(arguments: argparse.Namespace) -> None:
 def harness(arguments: argparse.Namespace) -> None:
     """Runs tasks of lm-eval and prints their metrics."""
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        results = engine.harness(
+        results = api.harness(
             arguments.model,
             arguments.tasks,
             read(commands.Harness, arguments),
@@ -100,10 +100,10 @@ def harness(arguments: argparse.Namespace) -> None:
 
 def workflow(arguments: argparse.Namespace) -> None:
     """Runs a workflow, or says what it would do."""
-    from jaxdistill import engine
+    from jaxdistill import api
 
     if not arguments.dry_run:
-        engine.run_workflow(arguments.file, start=arguments.start)
+        api.run_workflow(arguments.file, start=arguments.start)
         return
-    for one in engine.workflow_plan(arguments.file, arguments.start):
+    for one in api.workflow_plan(arguments.file, arguments.start):
         print(f"{one.action:6}  {one.step.name} ({one.step.kind}): {one.why}")

@@ -7,7 +7,7 @@ from jaxdistill import commands
 from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, stdout_is_json
 from jaxdistill.errors import ConfigError
-from jaxdistill.redact import learn
+from jaxdistill.safe.redact import learn
 
 
 def teacher_generate(arguments: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
         ],
     )
     with stdout_is_json(True):
-        from jaxdistill.engine import teacher_generate
+        from jaxdistill.run import teacher_generate
 
         found = teacher_generate.generate(config)
     if arguments.json:
@@ -46,7 +46,7 @@ def serve(arguments: argparse.Namespace) -> None:
             f"serve: --key-env {arguments.key_env}: the variable is not set: export it, or leave "
             "the option out to serve without a key"
         )
-    from jaxdistill.engine import serving
+    from jaxdistill.serve import serving
 
     learn(key or "")
     serving.serve(arguments.model, options, key=key)

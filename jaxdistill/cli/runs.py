@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from jaxdistill import commands
+from jaxdistill import commands, errors
 from jaxdistill.cli import reason
 from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
@@ -16,17 +16,18 @@ from jaxdistill.train import stopping
 
 def plan(arguments: argparse.Namespace) -> int:
     """Compiles the step for a target and prints what it asks of each device."""
-    from jaxdistill import config, targets
+    from jaxdistill import config
+    from jaxdistill.plan import targets
 
     options = read(commands.Plan, arguments)
     targets.check(targets.parse(options.target))  # before anything heavy is imported
     loaded = config.load(arguments.config, arguments.overrides)
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
         from jaxdistill.plan import describe
 
         notice = lambda line: print(line, file=sys.stderr, flush=True)
-        found = engine.plan(loaded, options.target, tries=options.tries, notice=notice)
+        found = api.plan(loaded, options.target, tries=options.tries, notice=notice)
     if arguments.json:
         print_json(found)
     else:
@@ -41,14 +42,12 @@ def train(arguments: argparse.Namespace) -> None:
 
     text = config.read(arguments.config)
     loaded = config.loads(text, arguments.config, arguments.overrides)
-    errors = preflight.check(loaded)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(loaded))
     # From before the imports, which take seconds: a signal means the same at any moment.
     with stopping.listening(), stdout_is_json(arguments.json):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        result = engine.train(
+        result = api.train(
             loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
         )
     _print_run(result, arguments.json)
@@ -57,9 +56,9 @@ def train(arguments: argparse.Namespace) -> None:
 def resume(arguments: argparse.Namespace) -> None:
     """Resumes a run."""
     with stopping.listening(), stdout_is_json(arguments.json):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        result = engine.resume(arguments.run_dir, hooks=arguments.hooks)
+        result = api.resume(arguments.run_dir, hooks=arguments.hooks)
     _print_run(result, arguments.json)
 
 
@@ -96,9 +95,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _idle(arguments, "--data", _OF_TASKS)
     options = read(commands.Evaluate, arguments)
     with stdout_is_json(arguments.json):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        metrics = engine.evaluate(arguments.model, options)
+        metrics = api.evaluate(arguments.model, options)
     if arguments.json:
         return print_json(metrics)
     metrics.pop("eval/reliability")  # bars of a diagram, for --json
@@ -116,9 +115,9 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ConfigError("generate: the prompt is empty: give -p TEXT or text on standard input")
     settings = read(commands.Sampling, arguments).model_dump()
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
 
-        model = engine.load(arguments.model).consume_per_layer()
+        model = api.load(arguments.model).consume_per_layer()
         if arguments.chat:
             ids = model.generate(_chat_tokens(model, prompts), **settings)
             texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -145,14 +144,14 @@ def export(arguments: argparse.Namespace) -> None:
     """Writes a run's model as a folder."""
     options = read(commands.Export, arguments)
     with stdout_is_json(True):
-        from jaxdistill import engine
+        from jaxdistill import api
 
         if arguments.adapters and options.dtype:
             raise ConfigError("--dtype: adapters are written as they are trained: leave it out")
         if arguments.adapters:
-            path = engine.export_adapters(arguments.model, arguments.output)
+            path = api.export_adapters(arguments.model, arguments.output)
         else:
-            path = engine.export(arguments.model, arguments.output, options)
+            path = api.export(arguments.model, arguments.output, options)
     print(f"wrote {path}")
 
 

@@ -8,8 +8,8 @@ from jax.typing import DTypeLike
 
 from jaxdistill.budgets import amount
 from jaxdistill.errors import ConfigError
+from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, count_parameters
-from jaxdistill.models.families import FAMILIES
 
 AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "experts")
 # Sizes that matrix units like; Minitron's manual targets are multiples of 64 too.

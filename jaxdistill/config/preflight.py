@@ -6,12 +6,13 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxdistill import rules
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
-from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
+from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
@@ -30,12 +31,6 @@ def check(config: Config) -> list[UserError]:
         except OSError as error:
             errors.append(ConfigError(f"{error.filename}: cannot be read: {error.strerror}"))
     return errors
-
-
-def combine(errors: list[UserError]) -> UserError:
-    """Several errors as one, of the class with the smallest exit code among them."""
-    first = min(errors, key=lambda error: error.exit_code)
-    return type(first)("\n".join(str(error) for error in errors))
 
 
 def _run_dir_errors(folder: str) -> Iterator[UserError]:
@@ -80,11 +75,19 @@ def _here() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What the small files of a model tell: its folder and shape, if it has them; what is wrong."""
+    """What the small files of a model say.
+
+    Attributes:
+      folder: where it lies, if it is a folder.
+      shape: its config.json.
+      error: what is wrong.
+      own: whether the run's model has this shape, and is not only like it.
+    """
 
     folder: pathlib.Path | None = None
     shape: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: UserError | None = None
+    own: bool = True
 
     def number(self, name: str) -> int | None:
         """A whole number of config.json, if it holds one."""
@@ -100,25 +103,38 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     layers = teacher.number("num_hidden_layers")
     if config.teacher and config.teacher.random and config.teacher.random.layers:
         layers = config.teacher.random.layers
-    if student.layers and layers is not None and student.layers[-1] >= layers:
-        yield ConfigError(
-            f"student.layers: {student.layers[-1]} is too high: the teacher has {layers} layers, "
-            "counted from 0"
-        )
+    if student.layers and layers is not None:
+        yield from rules.kept_layers(student.layers, layers)
     if student.prune and not os.path.isfile(student.prune.importance):
         yield ConfigError(
             f"student.prune.importance = {shown(student.prune.importance)}: no such file "
             f"({_here()}): `jaxdistill importance` measures it"
         )
     for name in ("teacher", "student"):
-        longest = found.get(name, _Found()).number("max_position_embeddings")
-        if longest is not None and config.data.seq_len > longest:
-            yield ConfigError(
-                f"data.seq_len = {config.data.seq_len}: the {name} was made for {longest} "
-                "positions: use at most that"
-            )
+        yield from _fit_errors(config, name, found)
     if "student" in found:
         yield from _vocabulary_errors(teacher.folder, found["student"].folder)
+
+
+def _fit_errors(config: Config, name: str, found: Mapping[str, _Found]) -> Iterator[UserError]:
+    """What config.json says of a model fits the rows, the mesh and the tokenizer."""
+    model = found.get(name, _Found())
+    longest = model.number("max_position_embeddings")
+    if longest is not None:
+        yield from rules.row_length(config.data.seq_len, name, longest)
+    fields = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    if not any("experts" in key for key in model.shape):
+        fields["mlp"] = "intermediate_size"
+    sizes = {name: model.number(field) for name, field in fields.items()}
+    known = {name: size for name, size in sizes.items() if size}
+    if known and config.mesh.tensor > 0 and model.own:
+        yield from rules.tensor_axis(config.mesh.tensor, name, known)
+    named = config.tokenizer.from_
+    chosen = found.get(named if named in ("teacher", "student") else "tokenizer", _Found())
+    words = _vocabulary(chosen.folder / "tokenizer.json") if chosen.folder else {}
+    rows = model.number("vocab_size")
+    if words and rows is not None and model.own:
+        yield from rules.head_rows(name, rows, max(words.values()) + 1)
 
 
 def _models(config: Config) -> dict[str, _Found]:
@@ -129,7 +145,8 @@ def _models(config: Config) -> dict[str, _Found]:
         if model and model.source:
             found[name] = _look(f"{name}.source", model.source, network)
         elif model and model.random and model.random.like not in (None, "teacher"):
-            found[name] = _look(f"{name}.random.like", model.random.like, network, weights=False)
+            like = _look(f"{name}.random.like", model.random.like, network, weights=False)
+            found[name] = dataclasses.replace(like, own=False)
     chosen = config.tokenizer.from_
     if chosen not in ("teacher", "student", "bytes"):
         found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
@@ -146,22 +163,17 @@ def _vocabulary_errors(
     if filecmp.cmp(*files, shallow=False):
         return
     theirs, ours = (_vocabulary(file) for file in files)
-    if theirs and ours and theirs != ours:
-        ids = sorted(i for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i))
-        first = f"{ids[0]}: teacher {shown(theirs.get(ids[0]))}, student {shown(ours.get(ids[0]))}"
-        yield MismatchError(
-            f"student.source: its tokenizer and the teacher's differ at {len(ids)} ids ({first}): "
-            "take a student of the teacher's family, or cut one out of it (student.from: teacher)"
-        )
+    if theirs and ours:
+        yield from rules.same_ids(theirs, ours)
 
 
-def _vocabulary(file: pathlib.Path) -> dict[int, str]:
-    """Id -> token of a tokenizer.json, or {} where it keeps them in another way."""
+def _vocabulary(file: pathlib.Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, or {} where it keeps them in another way."""
     try:
         content = read_json(file)
-        words = {int(index): str(token) for token, index in content["model"]["vocab"].items()}
-        return words | {int(one["id"]): str(one["content"]) for one in content["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        words = {str(token): int(index) for token, index in content["model"]["vocab"].items()}
+        return words | {str(one["content"]): int(one["id"]) for one in content["added_tokens"]}
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}  # other kinds are compared when the tokenizers are loaded
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill import methods
+from jaxdistill import methods, rules
 from jaxdistill.commands import Format
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
@@ -348,8 +348,4 @@ def _size_problems(config: Config) -> Iterator[Problem]:
         rule = f"must be below train.steps ({train.steps}), or a fraction below 1"
         yield ("optimizer", "warmup"), rule
     parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
-    sizes = f"mesh.data * mesh.fsdp ({parts})"
-    if train.batch_size // train.micro_batches % parts:
-        yield ("train", "batch_size"), f"batch_size / micro_batches must be a multiple of {sizes}"
-    if config.eval.batch_size % parts:
-        yield ("eval", "batch_size"), f"must be a multiple of {sizes}"
+    yield from rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)

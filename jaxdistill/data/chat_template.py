@@ -8,7 +8,7 @@ from typing import Any
 from jaxdistill.data import chat_render
 from jaxdistill.data.chat_render import GENERATION_ENDS, GENERATION_STARTS
 from jaxdistill.errors import ModelError
-from jaxdistill.guarded import Guarded, TimedOut
+from jaxdistill.safe.guarded import Guarded, TimedOut
 
 MAX_SOURCE = 1_000_000  # characters
 MAX_SECONDS = 20.0

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import manifest
 from jaxdistill.data import build as building
 from jaxdistill.data import encode, store
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.safe import manifest
 from jaxdistill.types import Batch, Span
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import manifest
 from jaxdistill.errors import DamagedError, StorageError
+from jaxdistill.safe import manifest
 
 ARRAYS = {
     "tokens": np.dtype(np.int32),  # [N], all documents, one after the other

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import whole_file
 from jaxdistill.commands import Tasks
 from jaxdistill.data.store import writing
 from jaxdistill.errors import DataError
@@ -20,6 +19,7 @@ from jaxdistill.reasoning import asking, extract, prompts, rationales, tasks, vo
 from jaxdistill.reasoning.asking import Job, Reply, SamplingParams
 from jaxdistill.reasoning.store import write_records
 from jaxdistill.references import load_any
+from jaxdistill.safe import whole_file
 from jaxdistill.sharding import make_mesh
 
 STYLES = (*prompts.STYLES, "predict", "chat")

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill import whole_file
 from jaxdistill.commands import Compare
 from jaxdistill.errors import ConfigError, DataError, ModelError, StorageError
 from jaxdistill.evaluate import choices, meter, speed
@@ -16,6 +15,7 @@ from jaxdistill.evaluate.perplexity import on_text
 from jaxdistill.models import Model
 from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
 from jaxdistill.references import load_any
+from jaxdistill.safe import whole_file
 from jaxdistill.sharding import make_mesh
 
 FILE = "comparison.json"

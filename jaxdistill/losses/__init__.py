@@ -60,6 +60,13 @@ True
 """
 
 from jaxdistill.kernels.columns import shared_columns
+from jaxdistill.losses.advantages import (
+    group_advantages,
+    overlong_penalty,
+    spread,
+    teacher_advantages,
+)
+from jaxdistill.losses.cross_tokenizer import alm, chunk_sums, uld
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -88,7 +95,10 @@ from jaxdistill.losses.pairs import (
     distillm2_skew,
     sequence_weights,
 )
+from jaxdistill.losses.policy import POLICIES, Policy, kl_loss, per_mean, policy_loss
+from jaxdistill.losses.preference import dpo
 from jaxdistill.losses.routing import load_balancing
+from jaxdistill.losses.samplers import SamplerWeights, sampler_weights
 from jaxdistill.losses.sparse import (
     sampled_cross_entropy,
     sampled_reverse_kl,
@@ -116,12 +126,17 @@ from jaxdistill.types import Mean
 
 __all__ = [
     "Mean",
+    "POLICIES",
+    "Policy",
     "Response",
+    "SamplerWeights",
     "adaptive_kl",
+    "alm",
     "alpha_beta_divergence",
     "alpha_divergence",
     "alphanet",
     "alphanet_value",
+    "chunk_sums",
     "cosine_lambda",
     "cross_entropy",
     "ctkd_temperature",
@@ -131,22 +146,29 @@ __all__ = [
     "distillm2",
     "distillm2_balance",
     "distillm2_skew",
+    "dpo",
     "entropy",
     "forward_kl",
     "generalized_jsd",
+    "group_advantages",
     "hidden_cosine",
     "hidden_mse",
     "init_filters",
     "init_projectors",
     "init_temperature_head",
+    "kl_loss",
     "layer_map",
     "load_balancing",
     "log_mass",
     "masked_mean",
+    "overlong_penalty",
+    "per_mean",
+    "policy_loss",
     "project",
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
+    "sampler_weights",
     "sampled_cross_entropy",
     "sampled_reverse_kl",
     "sequence_weights",
@@ -154,8 +176,10 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",
+    "spread",
     "symmetric_kl",
     "taid",
+    "teacher_advantages",
     "ted_stage1",
     "ted_stage2",
     "temperature_head",
@@ -163,4 +187,5 @@ __all__ = [
     "topk_generalized_kl",
     "topk_kl",
     "total_variation",
+    "uld",
 ]

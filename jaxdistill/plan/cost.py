@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxdistill import hlo
 from jaxdistill.chips import Chip
+from jaxdistill.plan import hlo
 
 
 class Cost(NamedTuple):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.hlo.live import Buffer
 from jaxdistill.models.decoder import WEIGHTS
+from jaxdistill.plan.hlo.live import Buffer
 from jaxdistill.train.step import LOSS, OPTIMIZER, STUDENT, TEACHER
 
 OTHER = "other"

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxdistill import whole_file
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import Model
 from jaxdistill.reasoning import asking, auto_cot, extract, prompts, rationales
@@ -15,6 +14,7 @@ from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write_records
 from jaxdistill.reasoning.tasks import Item, Task
+from jaxdistill.safe import whole_file
 
 _REASONS = 5  # in a message: a reason that names a length may differ for every question
 

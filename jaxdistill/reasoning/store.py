@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill import whole_file
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.rationales import Sample
+from jaxdistill.safe import whole_file
 
 _FIELDS = set(Sample.__dataclass_fields__)
 

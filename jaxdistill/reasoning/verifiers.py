@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.guarded import Guarded, TimedOut
 from jaxdistill.reasoning import extract
 from jaxdistill.reasoning.expressions import evaluate, number
+from jaxdistill.safe.guarded import Guarded, TimedOut
 
 UNITS = ("ignore", "match")
 

@@ -9,9 +9,9 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from jaxdistill.errors import DataError
-from jaxdistill.redact import redact
 from jaxdistill.report import curves, page, pictures, run_files, table, wording
 from jaxdistill.report.run_files import RunFiles, as_list
+from jaxdistill.safe.redact import redact
 
 _MAX_EVENTS = 60
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import jinja2
 import markupsafe
 
-from jaxdistill import whole_file
 from jaxdistill.errors import StorageError
 from jaxdistill.report import pictures, wording
+from jaxdistill.safe import whole_file
 
 _MOODS = {"done": "good", "failed": "bad", "stopped": "bad", "preempted": "bad"}
 

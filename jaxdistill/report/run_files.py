@@ -9,8 +9,8 @@ import shlex
 import typing
 
 from jaxdistill.errors import DataError
-from jaxdistill.redact import redact
 from jaxdistill.report import json_lines
+from jaxdistill.safe.redact import redact
 
 # A page is for reading: what is longer is cut, and says so.
 _MAX_TEXT = 200_000

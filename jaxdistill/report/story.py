@@ -7,9 +7,9 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from jaxdistill.errors import DataError, UserError
-from jaxdistill.redact import redact
 from jaxdistill.report import diagrams, page, pictures, run_files, table, wording
 from jaxdistill.report.curves import colour
+from jaxdistill.safe.redact import redact
 
 PAGE = "report.html"
 

@@ -13,9 +13,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from jaxdistill.errors import DataError, StorageError
-from jaxdistill.redact import redacted
 from jaxdistill.report import json_lines
 from jaxdistill.report.board import Board
+from jaxdistill.safe.redact import redacted
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 _logger = logging.getLogger("jaxdistill.report")

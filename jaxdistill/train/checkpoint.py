@@ -24,8 +24,9 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from jaxdistill import agree, manifest
+from jaxdistill import agree
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.table import check_same, flatten

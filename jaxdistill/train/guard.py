@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxdistill import agree, whole_file
+from jaxdistill import agree
 from jaxdistill.errors import DamagedError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.safe import whole_file
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.train.table import flatten
 from jaxdistill.types import Batch, Span

@@ -17,8 +17,8 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from jaxdistill import manifest
 from jaxdistill.errors import DamagedError
+from jaxdistill.safe import manifest
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 BAD = "bad"

@@ -9,7 +9,6 @@ from jaxdistill.sharding import make_mesh
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
 from tests.models import oracle
-from tests.models.conftest import transformers_logits, transformers_model  # noqa: F401
 
 FAMILIES = (
     "llama2",

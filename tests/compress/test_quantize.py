@@ -13,8 +13,9 @@ import pytest
 from jaxdistill import models
 from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.models import compressed, decoder, quantized
-from jaxdistill.models.families import tensor_rows
+from jaxdistill.formats import compressed
+from jaxdistill.formats.families import tensor_rows
+from jaxdistill.models import decoder, quantized
 from jaxdistill.sharding import make_mesh
 from tests.models import oracle
 

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxdistill import manifest
 from jaxdistill.data import store
 from jaxdistill.errors import StorageError
+from jaxdistill.safe import manifest
 
 
 def fill(folder, value=1):

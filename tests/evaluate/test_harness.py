@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxdistill import engine, models
+from jaxdistill import api, models
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 
@@ -21,7 +21,7 @@ def model():
 @pytest.fixture(scope="module")
 def adapter(model):
     pytest.importorskip("lm_eval.api.model", reason="needs lm-eval (jaxdistill[eval])")
-    return engine.adapter(model, batch_size=2)
+    return api.adapter(model, batch_size=2)
 
 
 def request(*arguments):
@@ -73,7 +73,7 @@ def test_generation_stops_at_the_stop_text(model, adapter):
 def test_what_is_missing_is_told(model, monkeypatch):
     if "lm_eval" in sys.modules:
         with pytest.raises(ModelError, match="no tokenizer"):
-            engine.adapter(dataclasses.replace(model, tokenizer=None))
+            api.adapter(dataclasses.replace(model, tokenizer=None))
     monkeypatch.setitem(sys.modules, "lm_eval.api", None)
     with pytest.raises(ConfigError, match=r"pip install 'jaxdistill\[eval\]'"):
-        engine.adapter(model)
+        api.adapter(model)

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from jaxdistill import targets
+from jaxdistill.plan import targets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))

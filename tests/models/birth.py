@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import models, processes, sharding
-from jaxdistill.models import shards
+from jaxdistill.formats import shards
 from jaxdistill.train import step
 from jaxdistill.types import Batch
 

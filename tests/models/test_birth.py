@@ -14,8 +14,9 @@ import pytest
 from jaxdistill import models
 from jaxdistill.cli import launch
 from jaxdistill.compress import quantize
-from jaxdistill.models import assemble, count_parameters, decoder
-from jaxdistill.models.config_json import read_config
+from jaxdistill.formats import assemble
+from jaxdistill.formats.config_json import read_config
+from jaxdistill.models import count_parameters, decoder
 from tests.models import oracle
 
 RAW = oracle.CASES["llama2"] | {

@@ -13,7 +13,8 @@ import pytest
 
 from jaxdistill import models, sharding
 from jaxdistill.errors import ConfigError, ModelError, StorageError
-from jaxdistill.models import decoder, lora, peft
+from jaxdistill.formats import peft
+from jaxdistill.models import decoder, lora
 from jaxdistill.models.lora import Lora
 from tests.models import oracle, variants
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxdistill import models
-from jaxdistill.models.config_json import read_config
+from jaxdistill.formats.config_json import read_config
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SMALL = {

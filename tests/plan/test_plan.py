@@ -3,9 +3,9 @@
 import pytest
 
 from jaxdistill import chips
-from jaxdistill.hlo.live import Buffer
 from jaxdistill.plan import cost, memory
 from jaxdistill.plan.cost import Cost
+from jaxdistill.plan.hlo.live import Buffer
 
 
 @pytest.mark.parametrize(

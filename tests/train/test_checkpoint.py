@@ -12,8 +12,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill import manifest, sharding
+from jaxdistill import sharding
 from jaxdistill.errors import ConfigError, DamagedError, ModelError, StorageError
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.checkpoint import Checkpoints
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill import api, losses, models, optim, teachers
 from jaxdistill import config as configs
-from jaxdistill import engine, losses, models, optim, teachers
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import step_by_step
 from jaxdistill.models import DecoderConfig, decoder
@@ -165,7 +165,7 @@ def test_a_run_of_records_that_teacher_generate_writes(tmp_path):
     curves = []
     for parts in (1, 2):  # micro-batches whose label and rationale tokens are not in proportion
         change = [f"train.micro_batches={parts}", f"run.dir={tmp_path / f'run{parts}'}"]
-        result = engine.train(configs.loads(CONFIG.format(folder=tmp_path), overrides=change))
+        result = api.train(configs.loads(CONFIG.format(folder=tmp_path), overrides=change))
         lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
         curves.append([row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row])
         assert math.isfinite(result.metrics["eval/ce"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jaxdistill import manifest
+from jaxdistill.safe import manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.hooks import NO_HOOKS
 from tests.inject import Fault

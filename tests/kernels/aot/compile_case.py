@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 
-from jaxdistill import targets
+from jaxdistill.plan import targets
 from tests.kernels.aot import sass
 
 N, V, DS, DT = 8192, 128_256, 2048, 4096
@@ -39,7 +39,7 @@ def main() -> None:
 def compile_case(target: targets.Target, case: str) -> dict:
     import jax
 
-    from jaxdistill import hlo
+    from jaxdistill.plan import hlo
 
     mesh, function, arguments = make(target, case)
     # The abstract mesh tells Pallas, and `kernels.support`, which device this is for.

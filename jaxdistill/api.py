@@ -1,0 +1,34 @@
+"""From a configuration to a finished run: the doors that commands and scripts go through."""
+
+from jaxdistill.compress.command import importance, prune, pruning_note
+from jaxdistill.evaluate.comparison import compare_models
+from jaxdistill.evaluate.harness import adapter, harness
+from jaxdistill.evaluate.perplexity import evaluate
+from jaxdistill.plan.search import plan
+from jaxdistill.run.export import export, export_adapters, load, quantize
+from jaxdistill.run.session import RunResult, distill, resume, train
+from jaxdistill.run.setup import build
+from jaxdistill.run.workflow import plan as workflow_plan
+from jaxdistill.run.workflow import workflow as run_workflow
+
+__all__ = [
+    "RunResult",
+    "adapter",
+    "build",
+    "compare_models",
+    "distill",
+    "evaluate",
+    "export",
+    "export_adapters",
+    "harness",
+    "importance",
+    "load",
+    "plan",
+    "prune",
+    "pruning_note",
+    "quantize",
+    "resume",
+    "run_workflow",
+    "train",
+    "workflow_plan",
+]

@@ -1,0 +1,1 @@
+"""Model files of other tools: Hugging Face, GGUF, compressed-tensors and peft, read and written."""

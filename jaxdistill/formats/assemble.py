@@ -1,0 +1,122 @@
+"""Builds the parameter tree on its devices from named tensors, each reading its own slices."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxdistill import sharding
+from jaxdistill.formats.families import numbers, tensor_rows
+from jaxdistill.formats.tensor_names import Part, TensorName
+from jaxdistill.models import decoder
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The slice `index` of one tensor."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` returns."""
+
+
+def placement(config: DecoderConfig, mesh: Mesh | None, rules: Mapping) -> dict:
+    """The sharding of every weight by its dotted name; without a mesh the first local device."""
+    flat = flat_weights(weights(config))
+    if mesh is None:
+        return dict.fromkeys(flat, SingleDeviceSharding(jax.local_devices()[0]))
+    shapes = {name: jax.ShapeDtypeStruct(row.shape, np.float32) for name, row in flat.items()}
+    axes = {name: row.axes for name, row in flat.items()}
+    return sharding.shardings(mesh, axes, shapes, rules)
+
+
+def assemble(
+    config: DecoderConfig,
+    tensors: Tensors,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Mapping = sharding.RULES,
+) -> dict:
+    """The parameter tree read from `tensors`.
+
+    A host holds at most the slices of one weight that its own devices need: layers are stacked and
+    kernels turned to [in, out] slice by slice.
+
+    Args:
+      config: the configuration; every tensor it asks for must be there with its shape.
+      tensors: where to read.
+      dtype: dtype of all weights; None keeps each one's own.
+      mesh: None puts all on one device.
+      rules: table from logical axes to mesh axes.
+    """
+    places = placement(config, mesh, rules)
+    flat = {
+        ours: weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
+        for ours, (name, row) in tensor_rows(config).items()
+    }
+    return nest(flat)
+
+
+def weight(
+    name: TensorName,
+    row: Weight,
+    part: Part | None,
+    tensors: Tensors,
+    dtype: DTypeLike | None,
+    place: Sharding,
+) -> jax.Array:
+    """One weight of the tree, each device's slice read by itself.
+
+    Args:
+      name: what the file calls it.
+      row: its shape.
+      part: of the file's tensor; None: all.
+      tensors: where to read.
+      dtype: None keeps its own.
+      place: where it lies.
+    """
+    dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
+    # Layers of several dtypes, and float64, meet in float32.
+    own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
+    parts: dict = {}
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
+        key = str(spans)
+        if key not in parts:  # replicas on this host's devices share one reading
+            parts[key] = _read(name, part, spans, tensors, np.dtype(dtype or own))
+        return parts[key]
+
+    return jax.make_array_from_callback(row.shape, place, read)
+
+
+def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:
+    """One slice of a stacked weight, its tensors read one after another into place."""
+    sizes = [span.stop - span.start for span in spans]
+    block = np.empty(sizes, dtype)
+    outer, inner = spans[: name.stacked], spans[name.stacked :]
+    whole = slice(0, sizes[-1]), inner[-1]
+    runs = [whole] if part is None else list(part.runs(inner[-1]))
+    for index in np.ndindex(*sizes[: name.stacked]):
+        tensor = (span.start + at for span, at in zip(outer, index, strict=True))
+        file = name.pattern.format(*tensor)
+        for here, there in runs:
+            wanted = (*inner[:-1], there)
+            values = tensors.read(file, wanted[::-1] if name.transposed else wanted)
+            block[(*index, ..., here)] = values.T if name.transposed else values
+    return block
+
+
+def random(config, seed=0, dtype=np.float32, mesh=None, rules: Mapping = sharding.RULES) -> dict:
+    """Random parameters, made on the devices where they stay: the same numbers on any mesh."""
+    places = nest(placement(config, mesh, rules))
+    make = jax.jit(decoder.init, static_argnums=(0, 2), out_shardings=places)
+    return make(config, jax.random.key(seed), np.dtype(dtype))

@@ -1,0 +1,258 @@
+"""Quantised folders in the compressed-tensors format, which vLLM and transformers read too.
+
+    pack-quantized   weights alone: weight_packed int32 [out, in * bits / 32], lowest bits first,
+                     offset by 2 ** (bits - 1); weight_scale [out, groups]; weight_shape
+    int-quantized    weights int8 [out, in] and weight_scale [out, 1]; inputs by token, dynamic
+
+int8 and int4 are written as the first, int8_dynamic as the second. Other forms are refused.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ModelError
+from jaxdistill.formats import shards
+from jaxdistill.formats.assemble import placement, weight
+from jaxdistill.formats.families import tensor_rows
+from jaxdistill.models.architecture import DecoderConfig, nest
+from jaxdistill.models.quantized import QuantizedKernel, Scheme, scale_place
+
+METHOD = "compressed-tensors"
+
+
+def check_names(config: DecoderConfig) -> None:
+    """Every projection is a tensor of its own in the family's files.
+
+    Raises:
+      ModelError: where it is not.
+    """
+    for ours, (name, _) in tensor_rows(config).items():
+        if name.fused or name.stacked > 1 or (ours.endswith("up.kernel") and not name.transposed):
+            raise ModelError(
+                f"{config.family}: {ours} has no tensor [out, in] of its own in its files, and "
+                f"{METHOD} has no form for that: export the model before it is quantised"
+            )
+
+
+def write_settings(scheme: Scheme) -> dict[str, Any]:
+    """The quantization_config of config.json."""
+    number = {"num_bits": scheme.bits, "type": "int", "symmetric": True}
+    strategy = "group" if scheme.group else "channel"
+    weights = {**number, "strategy": strategy, "group_size": scheme.group, "dynamic": False}
+    inputs = {**number, "strategy": "token", "dynamic": True} if scheme.dynamic else None
+    return {
+        "quant_method": METHOD,
+        "format": "int-quantized" if scheme.dynamic else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": inputs,
+                "output_activations": None,
+            }
+        },
+        "ignore": ["lm_head"],
+    }
+
+
+def read_settings(raw: Any, where: str) -> Scheme | None:
+    """The scheme of a quantization_config; None where there is none.
+
+    Raises:
+      ModelError: for a form that is not read here.
+    """
+    if raw is None:
+        return None
+    scheme = Scheme(8)
+    try:
+        weights = raw["config_groups"]["group_0"]["weights"]
+        inputs = raw["config_groups"]["group_0"].get("input_activations")
+        scheme = Scheme(weights["num_bits"], weights.get("group_size"), inputs is not None)
+        theirs = {key: raw[key] for key in ("quant_method", "format")}
+        ours = write_settings(scheme)
+        known = theirs == {key: ours[key] for key in theirs} and scheme.bits in (4, 8)
+        known &= all(weights.get(k, v) == v for k, v in _weights(ours).items())
+    except (KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise ModelError(
+            f"{where}: quantization_config: only {METHOD} with symmetric int8 or int4 weights is "
+            "read (pack-quantized, int-quantized): use the unquantised model"
+        )
+    return scheme
+
+
+def _weights(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return settings["config_groups"]["group_0"]["weights"]
+
+
+def scheme_of(params: Any) -> Scheme:
+    """The scheme that a quantised model's kernels have."""
+    return params["layers"]["mlp"]["up"]["kernel"].scheme
+
+
+def file_tensors(
+    config: DecoderConfig, flat: Mapping[str, Any], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of a quantised folder with its name, one at a time.
+
+    Args:
+      config: the model's.
+      flat: parameters by dotted name; kernels of the layers are `QuantizedKernel`.
+      dtype: of all that is not a whole number.
+    """
+    for ours, (name, row) in tensor_rows(config).items():
+        leaf = flat[ours]
+        stacked = ours.startswith("layers.")
+        for layer in range(row.shape[0] if stacked else 1):
+            base = name.pattern.format(layer)
+            if isinstance(leaf, QuantizedKernel):
+                values = np.asarray(leaf.values[layer]).astype(np.int8).T
+                scale = np.asarray(leaf.scale[layer]).T.astype(dtype)
+                yield from _kernel_tensors(base, values, scale, leaf)
+            else:
+                one = np.asarray(leaf[layer] if stacked else leaf).astype(dtype)
+                yield base, one.T if name.transposed else one
+
+
+def _kernel_tensors(base, values, scale, leaf) -> Iterator[tuple[str, np.ndarray]]:
+    stem = base.removesuffix("weight")
+    if leaf.scheme.dynamic:
+        yield base, values
+    else:
+        yield stem + "weight_packed", pack(values, leaf.scheme.bits)
+        yield stem + "weight_shape", np.asarray(values.shape, np.int64)
+    yield stem + "weight_scale", scale
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Whole numbers [out, in] as int32 words [out, ceil(in * bits / 32)], lowest bits first.
+
+    >>> pack(np.array([[-8, -7, 0, 7]], np.int8), 4).tolist()
+    [[63504]]
+    """
+    each = 32 // bits
+    rows, columns = values.shape
+    wide = np.zeros((rows, -(-columns // each) * each), np.uint32)
+    wide[:, :columns] = values.astype(np.int32) + (1 << (bits - 1))
+    shifts = np.arange(each, dtype=np.uint32) * np.uint32(bits)
+    words = wide.reshape(rows, -1, each) << shifts
+    return np.bitwise_or.reduce(words, axis=-1).view(np.int32)
+
+
+def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The whole numbers [out, in] of `pack`.
+
+    >>> unpack(np.array([[63504]], np.int32), 4, 4).tolist()
+    [[-8, -7, 0, 7]]
+    """
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    fields = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    values = fields.reshape(len(words), -1)[:, :columns].astype(np.int32)
+    return (values - (1 << (bits - 1))).astype(np.int8)
+
+
+def load_params(
+    config: DecoderConfig,
+    files: shards.Folder,
+    scheme: Scheme,
+    *,
+    dtype: DTypeLike | None,
+    mesh: Mesh | None,
+    rules: Mapping,
+) -> dict:
+    """The parameters of a quantised folder, kernels as `QuantizedKernel`.
+
+    Every device's slices are read by themselves, as `assemble` does; scales lie beside them.
+
+    Raises:
+      ModelError: where a tensor is missing or has another shape.
+    """
+    places = placement(config, mesh, rules)
+    flat: dict[str, Any] = {}
+    for ours, (name, row) in tensor_rows(config).items():
+        stacked = ours.startswith("layers.")
+        bases = [name.pattern.format(layer) for layer in range(row.shape[0] if stacked else 1)]
+        if stacked and ours.endswith(".kernel"):
+            flat[ours] = _kernel(files, bases, scheme, row.shape, places[ours], dtype)
+            continue
+        wanted = row.shape[1:] if stacked else row.shape
+        for base in bases:
+            _check_shape(files, base, wanted[::-1] if name.transposed else wanted)
+        flat[ours] = weight(name, row, None, files, dtype, places[ours])
+    return nest(flat)
+
+
+def _kernel(
+    files: shards.Folder,
+    bases: Sequence[str],
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    place: Sharding,
+    dtype: DTypeLike | None,
+) -> QuantizedKernel:
+    """One projection of all layers, [layers, in, out]."""
+    _, inputs, outputs = shape
+    scales = []
+    for base in bases:
+        _check_shape(files, *_stored(base, scheme, inputs, outputs))
+        name = base.removesuffix("weight") + "weight_scale"
+        _check_shape(files, name, (outputs, inputs // (scheme.group or inputs)))
+        scales.append(files.read(name, (slice(None), slice(None))).T)
+    kind = jax.numpy.int4 if scheme.bits == 4 else jax.numpy.int8
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        layers, rows, columns = (
+            range(*one.indices(size)) for one, size in zip(index, shape, strict=True)
+        )
+        blocks = [_values(files, bases[layer], scheme, rows, columns) for layer in layers]
+        return np.stack(blocks).astype(kind)
+
+    scale = np.stack(scales)
+    return QuantizedKernel(
+        jax.make_array_from_callback(shape, place, read),
+        jax.device_put(scale.astype(dtype or scale.dtype), scale_place(place, scale.shape)),
+        scheme,
+    )
+
+
+def _stored(base: str, scheme: Scheme, inputs: int, outputs: int) -> tuple[str, tuple[int, int]]:
+    """Name and shape of the tensor that holds a projection's whole numbers."""
+    if scheme.dynamic:
+        return base, (outputs, inputs)
+    return base.removesuffix("weight") + "weight_packed", (outputs, -(-inputs * scheme.bits // 32))
+
+
+def _values(
+    files: shards.Folder, base: str, scheme: Scheme, rows: range, columns: range
+) -> np.ndarray:
+    """These inputs and outputs of one projection, [in, out]; words are read as whole ones."""
+    out = slice(columns.start, columns.stop)
+    if scheme.dynamic:
+        return files.read(base, (out, slice(rows.start, rows.stop))).T
+    each = 32 // scheme.bits
+    first, last = rows.start // each, -(-rows.stop // each)
+    name, _ = _stored(base, scheme, 0, 0)
+    values = unpack(files.read(name, (out, slice(first, last))), scheme.bits, (last - first) * each)
+    start = rows.start - first * each
+    return values[:, start : start + len(rows)].T
+
+
+def _check_shape(files: shards.Folder, name: str, shape: tuple[int, ...]) -> None:
+    entry = files.entries.get(name)
+    if entry is None or entry.shape != tuple(shape):
+        state = "missing" if entry is None else f"of shape {list(entry.shape)}"
+        raise ModelError(f"{files.folder}: {name} is {state}, expected {list(shape)}")
+
+
+def open_folder(folder: pathlib.Path) -> shards.Folder:
+    """The tensors of a quantised folder."""
+    return shards.Folder(folder, whole_numbers=True)

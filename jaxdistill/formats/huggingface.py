@@ -1,0 +1,252 @@
+"""Loads and saves Hugging Face folders: configuration, safetensors, tokenizer."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ModelError
+from jaxdistill.formats import compressed, new_folder, shards
+from jaxdistill.formats.assemble import assemble
+from jaxdistill.formats.config_json import read_config, write_config
+from jaxdistill.formats.families import (
+    HARMLESS_TENSORS,
+    expected_tensors,
+    file_rows,
+    head_name,
+    numbers,
+    root_name,
+    tensor_rows,
+)
+from jaxdistill.formats.tokenizer_files import folder_tokenizer
+from jaxdistill.model_folder import check_folder, read_json
+from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
+from jaxdistill.models.model import Model
+from jaxdistill.models.quantized import QuantizedKernel, Scheme
+from jaxdistill.sharding import RULES
+
+SHARD_BYTES = 4_000_000_000
+_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def load_folder(
+    folder: pathlib.Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: Mapping = RULES,
+    tokenizer: bool = True,
+) -> Model:
+    """The model of a local folder; every device reads only its own slices of the files.
+
+    Raises:
+      ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
+        weights, or a feature that this decoder does not build.
+    """
+    config, scheme = folder_config(folder), folder_scheme(folder)
+    options = {"dtype": dtype, "mesh": mesh, "rules": rules}
+    if scheme is None:
+        with shards.Folder(folder, root=root_name(config)) as files:
+            _check_tensors(config, files)
+            params = assemble(config, files, **options)
+    else:
+        compressed.check_names(config)
+        with compressed.open_folder(folder) as files:
+            params = compressed.load_params(config, files, scheme, **options)
+    jax.block_until_ready(params)
+    loaded = folder_tokenizer(folder) if tokenizer else None
+    return Model(config=config, params=params, tokenizer=loaded, source=str(folder))
+
+
+def folder_config(folder: pathlib.Path) -> DecoderConfig:
+    """The configuration of a local folder; generation_config.json has the last word on eos."""
+    check_folder(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
+    raw = read_json(path)
+    if compressed.read_settings(raw.get("quantization_config"), str(path)):
+        raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        extra = read_json(generation)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        raw |= {key: extra[key] for key in ids if extra.get(key) is not None}
+    return read_config(raw, str(path))
+
+
+def folder_scheme(folder: pathlib.Path) -> Scheme | None:
+    """How the kernels of a local folder are quantised; None where they are not."""
+    raw = read_json(folder / "config.json")
+    return compressed.read_settings(raw.get("quantization_config"), str(folder / "config.json"))
+
+
+def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
+    """Every tensor the configuration asks for is there with its shape, and no other."""
+    expected, head = expected_tensors(config), head_name(config)
+    missing = [name for name in expected if name not in files.entries]
+    unknown = [
+        name
+        for name in files.entries
+        if name not in expected
+        and not HARMLESS_TENSORS.match(name)
+        and not (config.tied_head and name == head)
+    ]
+    where = f"{files.folder}: the tensors do not fit config.json"
+    if missing:
+        raise ModelError(f"{where}: {len(missing)} missing, such as {', '.join(missing[:5])}")
+    if unknown:
+        raise ModelError(
+            f"{where}: {len(unknown)} that a {config.family} model of {config.layers} layers does "
+            f"not have, such as {', '.join(unknown[:5])}"
+        )
+    for name, shape in expected.items():
+        if files.entries[name].shape != shape:
+            raise ModelError(
+                f"{where}: {name} has shape {list(files.entries[name].shape)}, expected "
+                f"{list(shape)}"
+            )
+    if config.tied_head and head in files.entries:
+        _check_tied(files, head, tensor_rows(config)["embedding"][0].pattern)
+
+
+def _check_tied(files: shards.Folder, head: str, table: str) -> None:
+    """A head stored beside a tied embedding must be the embedding."""
+    rows = files.entries[table].shape[0]
+    same = files.entries[head].shape == files.entries[table].shape
+    for start in range(0, rows if same else 0, 4096):
+        index = (slice(start, min(start + 4096, rows)), slice(None))
+        same = same and np.array_equal(files.read(head, index), files.read(table, index))
+    if not same:
+        raise ModelError(
+            f"{files.folder}: config.json says tie_word_embeddings: true, but {head} differs from "
+            f"{table}; set tie_word_embeddings to false to use the head"
+        )
+
+
+def save(
+    model: Model,
+    path: str | pathlib.Path,
+    dtype: DTypeLike | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> pathlib.Path:
+    """Writes a folder that transformers opens; it appears whole under its name, or not at all.
+
+    Args:
+      model: what to write; its tokenizer is written where it has one.
+      path: a folder that does not exist yet, or is empty.
+      dtype: float32, bfloat16 or float16; None keeps the parameters' own.
+      shard_bytes: largest size of one safetensors file.
+
+    Returns:
+      The folder.
+
+    Raises:
+      StorageError: where the folder exists with content, or cannot be written.
+      ModelError: where the family cannot express the configuration, or the dtype is another.
+    """
+    out = np.dtype(model.params["embedding"].dtype if dtype is None else dtype)
+    if out.name not in _DTYPE_NAMES:
+        raise ModelError(f"dtype: {out.name} is not one of {', '.join(_DTYPE_NAMES)}")
+    config = write_config(model.config, out.name)
+    flat = _flat(model.params)
+    quantized = any(isinstance(leaf, QuantizedKernel) for leaf in flat.values())
+    folder = new_folder.place(path)
+    if quantized:
+        config["quantization_config"] = compressed.write_settings(
+            compressed.scheme_of(model.params)
+        )
+        compressed.check_names(model.config)
+        named = dict(compressed.file_tensors(model.config, flat, out))
+        sizes = {name: value.nbytes for name, value in named.items()}
+        tensors = iter(named.values())
+    else:
+        sizes = {
+            name: int(np.prod(shape)) * out.itemsize
+            for name, shape in expected_tensors(model.config).items()
+        }
+        tensors = _file_tensors(model, out)
+    if jax.process_index() != 0:  # the others only take part in gathering
+        for _ in tensors:
+            pass
+        return folder
+    with new_folder.filled(folder) as inside:
+        _write_json(inside / "config.json", config)
+        _write_json(inside / "generation_config.json", _generation(config))
+        shards.write(inside, sizes, tensors, shard_bytes)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(str(inside))
+    return folder
+
+
+def _file_tensors(model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Every tensor as its file wants it, in the order of `expected_tensors`, one at a time."""
+    flat = _flat(model.params)
+    table = flat_weights(weights(model.config))
+    assert flat.keys() == table.keys(), "parameters fit the config"
+    for ours, row in table.items():
+        assert flat[ours].shape == row.shape, f"{ours}: {flat[ours].shape}, expected {row.shape}"
+    for rows in file_rows(model.config).values():
+        name, row = next(iter(rows.values()))
+        for index in numbers(name, row):
+            values = _fused(model.config, rows, flat, index)
+            yield (values.T if name.transposed else values).astype(dtype)
+
+
+def _fused(
+    config: DecoderConfig, rows: Mapping, flat: Mapping, index: tuple[int, ...]
+) -> np.ndarray:
+    """One tensor of the file, outputs last: a weight, or several that share it."""
+    values = {ours: _on_host(flat[ours], index) for ours in rows}
+    parts = {ours: name.part(ours, config) for ours, (name, _) in rows.items()}
+    if len(rows) == 1:
+        return values.popitem()[1]
+    ours, first = next(iter(values.items()))
+    whole = np.empty((*first.shape[:-1], parts[ours].total), first.dtype)
+    for ours, part in parts.items():
+        whole[..., part.places(values[ours].shape[-1])] = values[ours]
+    return whole
+
+
+def _on_host(leaf: jax.Array | np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """A weight, or one layer or expert of it, in this host's memory, wherever the weight lies."""
+    if isinstance(leaf, np.ndarray):
+        return leaf[index]
+    place = leaf.sharding
+    whole = (
+        NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    )
+    if not index:
+        return np.asarray(jax.device_put(leaf, whole))
+    return np.asarray(jax.jit(_at, out_shardings=whole)(leaf, index))
+
+
+def _at(leaf: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    return functools.reduce(
+        lambda part, number: jax.lax.dynamic_index_in_dim(part, number, 0, False), index, leaf
+    )
+
+
+def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        inner = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids that generation starts, pads and stops with."""
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: config[key] for key in ids if config[key] is not None}
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

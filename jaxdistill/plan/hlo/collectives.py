@@ -1,0 +1,143 @@
+"""A program's collectives: how often they run, what they carry, and over which axes of the mesh."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxdistill.plan.hlo.text import Operation, Program, elements, nbytes, parse
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+
+
+class Collective(NamedTuple):
+    """One collective of the program.
+
+    Attributes:
+      name: in the text.
+      kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", ...
+      shape: of its result on one device, as text.
+      nbytes: of its result on one device, of one run.
+      times: how often it runs.
+      written_by: the path of JAX's names that it comes from.
+      groups: the devices that take part together, as text.
+    """
+
+    name: str
+    kind: str
+    shape: str
+    nbytes: float
+    times: int
+    written_by: str
+    groups: str
+
+    def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """The axes of the mesh, larger than 1, that it runs over."""
+        return axes_of(self.groups, mesh)
+
+    def link_bytes(self, mesh: Mapping[str, int]) -> float:
+        """Bytes that a device sends in all its runs, by the algorithms that send least.
+
+        With n devices and a result of R bytes: all-gather and all-to-all R (n - 1) / n, all-reduce
+        2 R (n - 1) / n, reduce-scatter R (n - 1), a permutation R.
+        """
+        n = int(np.prod([mesh[axis] for axis in self.axes(mesh)] or [1]))
+        if n == 1:
+            return 0.0
+        share = {
+            "all-reduce": 2 * (n - 1) / n,
+            "reduce-scatter": n - 1,
+            "collective-permute": 1,
+            "collective-broadcast": 1,
+        }.get(self.kind, (n - 1) / n)
+        return self.times * self.nbytes * share
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives; an asynchronous one counts at its start.
+
+    On a TPU one may be cut into pieces that run inside fusions, of one channel: it counts once.
+    """
+    program = parse(text)
+    found: list[Collective] = []
+    pieces: dict[int, Collective] = {}
+    for channel, one in _walk(program, "ENTRY", 1):
+        if channel is None:
+            found.append(one)
+        elif channel not in pieces or one.times < pieces[channel].times:
+            pieces[channel] = one
+    return found + list(pieces.values())
+
+
+def _walk(program: Program, name: str, times: int) -> Iterator[tuple[int | None, Collective]]:
+    """(channel of a piece, or None; collective) of a computation and of those it calls."""
+    for op in program.computations.get(name, ()):
+        kind = op.opcode.removesuffix("-start")
+        if kind in KINDS:
+            channel = op.number("channel_id") if "chain_id=" in op.rest else None
+            yield channel, _collective(op, kind, times)
+        elif op.opcode == "while":
+            yield from _walk(program, op.called("body")[0], times * program.trips(name, op))
+        else:
+            for inside in op.called("calls") + op.called("to_apply") + op.branches:
+                yield from _walk(program, inside, times)
+
+
+def _collective(op: Operation, kind: str, times: int) -> Collective:
+    shape = op.shape
+    if op.opcode.endswith("-start") and kind != "all-reduce":
+        shape = elements(shape)[1]  # (operands, results, ...)
+    pairs = re.search(r"source_target_pairs=(\{\{.*?\}\}|\{\})", op.rest)
+    groups = re.search(r"replica_groups=(.*?)(?:, (?!device_ids=)\w+=|$)", op.rest)
+    who = pairs[1] if pairs else groups[1] if groups else ""
+    return Collective(op.name, kind, shape, nbytes(shape), times, op.written_by, who)
+
+
+def axes_of(groups: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which devices of one group differ; places count in the mesh's order."""
+    sizes = tuple(mesh.values())
+    places = np.stack(np.unravel_index(np.arange(np.prod(sizes)), sizes), axis=-1)
+    differs = np.zeros(len(sizes), bool)
+    for group in _groups(groups, int(np.prod(sizes))):
+        differs |= (places[group] != places[group[0]]).any(axis=0)
+    return tuple(axis for axis, moves in zip(mesh, differs, strict=True) if moves)
+
+
+def _groups(text: str, devices: int) -> list[np.ndarray]:
+    """Lists of devices, or the pairs of a permutation; no text means all devices."""
+    named = re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))?\s*\{(.*?)\}", text)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        chosen = re.findall(r"'(\w+)'", named[3])
+        ids = np.arange(devices) if named[2] is None else _iota(named[2])
+        if ids is None or "device_ids" in named[1] or ":(" in named[3]:
+            return [np.arange(devices)]  # parts of an axis: not told apart from all devices
+        ids = ids.reshape(tuple(sizes.values()))
+        places = [list(sizes).index(name) for name in chosen]
+        ids = np.moveaxis(ids, places, range(-len(places), 0))
+        return list(ids.reshape(-1, int(np.prod([sizes[name] for name in chosen] or [1]))))
+    iota = re.match(r"\[([\d,]+)\]<=(.*)", text)
+    ids = _iota(iota[2]) if iota else None
+    if iota and ids is not None:
+        return list(ids.reshape(_numbers(iota[1])))
+    listed = re.findall(r"\{([\d,\s]+)\}", text)
+    groups = [np.array([int(d) for d in part.split(",")]) for part in listed]
+    return groups or [np.arange(devices)]
+
+
+def _iota(text: str) -> np.ndarray | None:
+    """The devices in the order of `[4,2]T(1,0)`: counted in that shape, its axes then exchanged."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not found:
+        return None
+    shape = _numbers(found[1])
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(found[2])) if found[2] else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

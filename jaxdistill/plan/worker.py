@@ -1,0 +1,238 @@
+"""The process that compiles a step for a target: a JSON question on stdin, its answer on stdout.
+
+`planning` starts it with the environment that the target's compiler needs, and with a folder into
+which the compiler writes when each buffer is alive.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxdistill import config as configs
+from jaxdistill import plan
+from jaxdistill.config import Config
+from jaxdistill.errors import FitError, UserError
+from jaxdistill.models import count_parameters, forward_flops_per_token
+from jaxdistill.plan import hlo, targets
+from jaxdistill.plan.hlo import live
+from jaxdistill.plan.targets import Target
+from jaxdistill.run import setup, states
+from jaxdistill.run.setup import Models, RunMethod
+from jaxdistill.train import step as steps
+
+# The rest of a device's memory is for its runtime, libraries and fragments.
+USABLE = 0.95
+
+
+def main() -> None:
+    """Answers one question; an error of the user's is an answer too."""
+    question = json.load(sys.stdin)
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            config = configs.loads(question["config"])
+            target = targets.parse(question["target"])
+            parts = parts_of(config, target)
+            answer = measure(config, target, *parts, question["dump"])
+        except UserError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # whatever the compiler still does is of no use
+
+
+def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models, RunMethod]:
+    """The mesh of described devices, the models without weights, and the method.
+
+    Raises:
+      UserError: whatever is wrong with the configuration on this target.
+    """
+    warnings.simplefilter("ignore")
+    if target.platform == "gpu":
+        with contextlib.suppress(ImportError):  # JAX 0.10 has no such kernels
+            targets.assume_capability(target)
+    mesh = setup.mesh_of(config, targets.devices(target))
+    models = setup.shapes_of(config, mesh)
+    return mesh, models, setup.method_of(config, models)
+
+
+def measure(
+    config: Config,
+    target: Target,
+    mesh: jax.sharding.Mesh,
+    models: Models,
+    method: RunMethod,
+    dump: str,
+) -> dict[str, Any]:
+    """Compiles the step and counts: the dict that `planning.plan` returns.
+
+    Args:
+      config: of the run.
+      target: what to compile for.
+      mesh: of the target's devices.
+      models: without weights.
+      method: of the configuration, or another in its place.
+      dump: the folder of XLA_FLAGS=--xla_dump_to.
+    """
+    state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
+    teacher_params = setup.abstract_teacher_of(config, models, method, mesh)
+    batch = setup.abstract_batch_of(config, mesh)
+    held = plan.argument_bytes(state, teacher_params, batch, config.student.compute_dtype)
+    tokens = config.train.batch_size * config.data.seq_len
+    facts = {
+        "target": str(target),
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "jax": jax.__version__,
+        "tokens_per_step": tokens,
+        "parameters": _counts(models, state),
+    }
+    monitor = steps.recorded(config.train.log_every, config.train.steps)
+    began = time.perf_counter()
+    try:
+        program = compiled(
+            lambda: setup.compile_step(
+                config, method, state, teacher_params, mesh, monitor, check_kernels=False
+            ),
+            pathlib.Path(dump),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise FitError(f"target = {target}: its compiler gives up: {error}") from None
+    seconds = time.perf_counter() - began
+    memory = _memory(program, held, target)
+    cost = plan.cost(program.text, mesh.shape)
+    work = _work(config, models, method, target, cost, mesh.size)
+    return facts | {
+        "memory": memory,
+        "fits": memory["available"] is None or memory["total"] <= memory["available"],
+        "compile_seconds": seconds,
+        **work,
+    }
+
+
+class Compiled(NamedTuple):
+    """What a compiler wrote down of a program.
+
+    Attributes:
+      text: the scheduled program.
+      assignment: where each value lies.
+      live_ranges: when it is alive.
+      total: bytes of arguments, results and temporaries, as they are laid out in memory.
+    """
+
+    text: str
+    assignment: str
+    live_ranges: str
+    total: int
+
+
+def compiled(work: Callable[[], Any], folder: pathlib.Path) -> Compiled:
+    """The program as soon as its buffers are laid out.
+
+    What a compiler does afterwards is machine code, most of its work on a TPU and nothing that a
+    plan needs: it goes on in a thread that ends with the process.
+    """
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:  # told by the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    before = None
+    while True:
+        finished = not thread.is_alive()
+        found = _dumped(folder)
+        if found is not None and (found == before or finished):
+            return found
+        if failed and found is None:
+            raise failed[0]
+        assert not finished, f"the compiler wrote nothing to {folder}"
+        before = found
+        thread.join(0.5)
+
+
+def _dumped(folder: pathlib.Path) -> Compiled | None:
+    """What is in the folder, once all of it has begun to be there."""
+
+    def read(ending: str) -> str:
+        files = list(folder.glob(f"*jit_step*after_optimizations{ending}.txt"))
+        return files[0].read_text() if files else ""
+
+    text, assignment = read(""), read("-buffer-assignment")
+    live_ranges = read("-live-range")
+    # The first table of the report is that of the large memory.
+    total = re.search(r"Total bytes: (\d+)\s", read("-memory-usage-report"))
+    whole = text.rstrip().endswith("}") and "\nENTRY " in text and "Live ranges at" in live_ranges
+    if not (whole and assignment and total):
+        return None
+    return Compiled(text, assignment, live_ranges, int(total[1]))
+
+
+def _counts(models: Models, state: Any) -> dict[str, int]:
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    trainable, frozen = count(state.params), count(state.frozen)
+    teacher = count_parameters(models.teacher.config) if models.teacher else 0
+    return {"total": trainable + frozen + teacher, "trainable": trainable, "teacher": teacher}
+
+
+def _memory(program: Compiled, held: dict[str, int], target: Target) -> dict[str, Any]:
+    """Bytes of a device, by kind; temporaries by what is alive when most is."""
+    made = live.temporaries(hlo.parse(program.text), program.assignment, program.live_ranges)
+    at_peak, most = plan.temporary_bytes(made)
+    return {
+        "arguments": held,
+        "temporaries": program.total - sum(held.values()),
+        "at_peak": at_peak,
+        "most": most,
+        "total": program.total,
+        "available": available(target),
+    }
+
+
+def available(target: Target) -> float | None:
+    """Bytes of a device that a program may fill, None for a CPU, whose devices share them."""
+    return None if target.chip is None else USABLE * target.chip.memory
+
+
+def _work(
+    config: Config, models: Models, method: RunMethod, target: Target, cost: plan.Cost, devices: int
+) -> dict[str, Any]:
+    """FLOPs, bytes, collectives and the floor on the step's time."""
+    tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
+    length = config.data.seq_len
+    model_flops = 3 * forward_flops_per_token(models.student.config, length)
+    if models.teacher is not None and method.objective.needs_teacher:
+        model_flops += forward_flops_per_token(models.teacher.config, length)
+    seconds = cost.seconds(chip)
+    floor = max(seconds.values(), default=None)
+    known = chip is not None and floor is not None
+    return {
+        "flops": cost.flops,
+        "model_flops": model_flops * tokens / devices,
+        "bytes": cost.nbytes,
+        "sent_bytes": cost.link_bytes,
+        "collectives": cost.collectives,
+        "largest_collectives": cost.largest,
+        "unknown_loops": cost.unknown_loops,
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "tokens_per_second": tokens / floor if known else None,
+        "mfu": model_flops * tokens / devices / (floor * chip.flops) if known else None,
+        "source": chip.source if chip else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

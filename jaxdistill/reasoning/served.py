@@ -1,0 +1,247 @@
+"""A teacher behind a server that speaks OpenAI's protocol: retries, limits, counted tokens."""
+
+import collections
+import concurrent.futures
+import importlib
+import math
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jaxdistill.data.records import text_problem
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.reasoning.asking import Answer, Job, stream
+from jaxdistill.safe.redact import learn, redact
+
+# The key, the name or the request is wrong: another try would fail alike.
+_HOPELESS = ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
+_GARBLED_TRIES = 3
+
+
+class _Garbled(Exception):
+    """The server answered, and it is no answer."""
+
+
+class Api:
+    """A teacher that is asked over HTTP.
+
+    Transport errors, rate limits and server errors are tried again by the client, ever later and as
+    the server asks (`Retry-After`); answers that make no sense are asked for again. What fails for
+    good is one failed answer; many in a row, and the teacher gives up.
+
+    Args:
+      base_url: such as "http://localhost:8000/v1".
+      model: the server's name for the model.
+      key: the key; servers of one's own take any.
+      chat: ask as the user's turn of a chat; else continue the prompt as text.
+      concurrency: requests at the same time.
+      timeout: seconds until a try has failed.
+      retries: further tries.
+      max_failures: failed requests in a row until the teacher gives up.
+      logprobs: ask for log-probabilities.
+      prices: cost of a million tokens read and written.
+
+    Raises:
+      ConfigError: if the client, the extra `api`, is not installed.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key: str = "none",
+        chat: bool = False,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 5,
+        max_failures: int = 20,
+        logprobs: bool = True,
+        prices: tuple[float, float] = (0.0, 0.0),
+    ):
+        try:
+            openai = importlib.import_module("openai")
+        except ImportError as error:
+            raise ConfigError(
+                "teacher.api: needs the client openai, which is not installed: pip install "
+                "'jaxdistill[api]'"
+            ) from error
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=learn(key), timeout=timeout, max_retries=retries
+        )
+        self._errors: Any = openai.OpenAIError
+        self._no_answer: Any = (openai.APIResponseValidationError, ValueError)
+        self._model, self._chat, self._logprobs = model, chat, logprobs
+        self._concurrency, self._max_failures, self._prices = concurrency, max_failures, prices
+        self._lock = threading.Lock()
+        self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0, "cost": 0.0}
+        self._name = redact(f"{model} at {base_url}")
+
+    def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
+        """Answers as they arrive, from up to `concurrency` requests at a time.
+
+        Raises:
+          ModelError: if the server refuses for good, or too many requests in a row failed; what was
+            received before has been yielded.
+        """
+        running: dict[concurrent.futures.Future, Job] = {}
+        failures = 0
+        while jobs or running:
+            while jobs and len(running) < self._concurrency:
+                job = jobs.popleft()
+                running[self._begin(job)] = job
+            done, _ = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                answers, error = _outcome(future, running.pop(future))
+                failures = 0 if error is None else failures + 1
+                yield from answers
+                self._maybe_give_up(error, failures)
+
+    def _begin(self, job: Job) -> concurrent.futures.Future:
+        """Asks in a thread that nobody waits for, as the end of a pool or of Python would.
+
+        A server that hangs could hold up Ctrl-C for the time of all tries.
+        """
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        threading.Thread(target=self._work, args=(future, job), daemon=True).start()
+        return future
+
+    def _work(self, future: concurrent.futures.Future, job: Job) -> None:
+        try:
+            future.set_result(self._request(job))
+        except BaseException as error:
+            future.set_exception(error)
+            del future  # it holds the error, which holds this frame
+
+    def _maybe_give_up(self, error: Exception | None, failures: int) -> None:
+        """Stops where going on cannot help."""
+        if error is None:
+            return
+        hopeless = type(error).__name__ in _HOPELESS
+        if hopeless or failures >= self._max_failures:
+            count = "" if hopeless else f", {failures} requests in a row"
+            raise ModelError(
+                f"teacher {self._name}: {_reason(error)}{count}; what was received is kept: "
+                "mend it and run the command again to go on"
+            ) from error
+
+    def _request(self, job: Job) -> list[Answer]:
+        """All samples of a job; a server may give fewer choices than it was asked for."""
+        answers: list[Answer] = []
+        garbled = 0
+        while len(answers) < job.count:
+            first = job.first + len(answers)
+            try:
+                answers += self._once(job, first, job.count - len(answers))
+            except (_Garbled, *self._no_answer) as error:
+                garbled += 1
+                if garbled == _GARBLED_TRIES:
+                    return answers + _failed(job, first, _reason(error))
+            except self._errors:
+                if not answers:
+                    raise
+                return answers + _failed(job, first, "the server stopped answering")
+        return answers
+
+    def _once(self, job: Job, first: int, count: int) -> list[Answer]:
+        settings = job.settings
+        options: dict[str, Any] = {
+            "model": self._model,
+            "n": count,
+            "max_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "seed": (stream(f"{settings.seed}/{job.id}/{first}")) & 0x7FFFFFFF,
+        }
+        if settings.top_p is not None:
+            options["top_p"] = settings.top_p
+        if settings.stop:
+            options["stop"] = list(settings.stop)
+        extra = {name: getattr(settings, name) for name in ("top_k", "min_p")}
+        options["extra_body"] = {name: value for name, value in extra.items() if value is not None}
+        if self._chat:
+            turns = [{"role": "user", "content": job.prompt}]
+            logprobs = {"logprobs": True} if self._logprobs else {}
+            reply = self._client.chat.completions.create(messages=turns, **options, **logprobs)
+        else:
+            logprobs = {"logprobs": 0} if self._logprobs else {}
+            reply = self._client.completions.create(prompt=job.prompt, **options, **logprobs)
+        return self._read(reply, job, first, count)
+
+    def _read(self, reply: Any, job: Job, first: int, count: int) -> list[Answer]:
+        choices = getattr(reply, "choices", None)
+        if not isinstance(choices, list) or not choices:
+            raise _Garbled("the answer holds no choices")
+        answers = []
+        for number, choice in enumerate(choices[:count]):
+            message = getattr(choice, "message", None)
+            text = (
+                getattr(message, "content", None) if self._chat else getattr(choice, "text", None)
+            )
+            if not isinstance(text, str):
+                raise _Garbled("a choice holds no text")
+            if problem := text_problem(text):
+                raise _Garbled(f"a choice's text {problem}")
+            logprob, tokens = _score(choice, self._chat)
+            reason = "length" if getattr(choice, "finish_reason", None) == "length" else "stop"
+            answers.append(Answer(job, first + number, text, tokens, logprob, reason))
+        usage = getattr(reply, "usage", None)
+        read, written = (
+            float(getattr(usage, name, None) or 0)
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        with self._lock:
+            self._spent["requests"] += 1
+            self._spent["tokens_in"] += read
+            self._spent["tokens_out"] += written
+            self._spent["cost"] += (read * self._prices[0] + written * self._prices[1]) / 1e6
+        return answers
+
+    def spent(self) -> dict[str, float]:
+        """Answered requests, tokens read and written by the server's count, and their cost."""
+        with self._lock:
+            return dict(self._spent)
+
+
+def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer], Exception | None]:
+    """Answers of a request, and the error that made it fail altogether."""
+    error = future.exception()
+    if error is None:
+        answers = future.result()
+        lost = [answer for answer in answers if answer.failed]
+        return answers, _Garbled(lost[0].reason) if len(lost) == len(answers) else None
+    if not isinstance(error, Exception):
+        raise error
+    return _failed(job, job.first, _reason(error)), error
+
+
+def _failed(job: Job, first: int, reason: str) -> list[Answer]:
+    numbers = range(first, job.first + job.count)
+    return [Answer(job, number, "", 0, None, reason, failed=True) for number in numbers]
+
+
+def _reason(error: Exception) -> str:
+    # A server may repeat what it was sent, and the reason is kept.
+    text = redact(str(error)).splitlines()[0][:200] if str(error) else ""
+    return f"{type(error).__name__.lstrip('_')}: {text}"
+
+
+def _score(choice: Any, chat: bool) -> tuple[float | None, int]:
+    """(sum of log-probabilities or None, number of tokens or 0) of a choice."""
+    scores = getattr(choice, "logprobs", None)
+    values: list[Any]
+    if chat:
+        entries = getattr(scores, "content", None) or []
+        values = [getattr(entry, "logprob", None) for entry in entries]
+    else:
+        values = list(getattr(scores, "token_logprobs", None) or [])
+    if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        return None, 0
+    return float(sum(values)), len(values)
+
+
+def key_from(variable: str) -> str:
+    """The key that an environment variable holds; a placeholder where it is not set."""
+    return os.environ.get(variable) or "none"

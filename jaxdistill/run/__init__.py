@@ -1,0 +1,1 @@
+"""One run: its start, its session, its folder, and what is made of it."""

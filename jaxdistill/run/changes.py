@@ -1,0 +1,146 @@
+"""What a run may find changed when it goes on, and what that means: one table of rules."""
+
+import dataclasses
+import hashlib
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxdistill
+from jaxdistill.errors import ConfigError
+from jaxdistill.run.folder import RunDir
+from jaxdistill.train.table import flatten
+
+FILE = "fingerprints.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What follows when something has changed since a run began, or since it last went on.
+
+    Attributes:
+      refused: whether the run does not go on.
+      bitwise: whether its numbers stay the same to the last bit.
+      meaning: in words.
+    """
+
+    refused: bool
+    bitwise: bool
+    meaning: str
+
+
+_OTHER_RUN = "going on would mix two runs: restore what was there, or start a new run"
+_ROUNDING = "state and batches are exact; sums may be rounded otherwise from here on"
+
+# By the first part of a fact's name.
+RULES: Mapping[str, Rule] = {
+    "data": Rule(True, False, _OTHER_RUN),
+    "tokenizer": Rule(True, False, _OTHER_RUN),
+    "teacher": Rule(True, False, _OTHER_RUN),
+    "student": Rule(True, False, _OTHER_RUN),
+    "config": Rule(False, False, "config.resolved.yaml was edited: from here on the new one holds"),
+    "code": Rule(False, False, f"another version of jaxdistill; {_ROUNDING}"),
+    "versions": Rule(False, False, _ROUNDING),
+    "device": Rule(False, False, _ROUNDING),
+    "mesh": Rule(False, False, _ROUNDING),
+    "processes": Rule(False, False, _ROUNDING),
+    "flags": Rule(False, False, _ROUNDING),
+}
+
+
+def check(run: RunDir, facts: Mapping[str, str]) -> None:
+    """Compares the facts with those that the run last had, refuses or tells, and keeps the new.
+
+    Args:
+      run: a new run has no facts yet.
+      facts: name -> value; the name's part before the first dot is a key of RULES.
+
+    Raises:
+      ConfigError: naming everything whose change is refused.
+    """
+    stored = run.read_json(FILE)
+    before = facts if stored is None else stored
+    names = sorted(before.keys() | facts.keys())
+    changed = {name: RULES[name.partition(".")[0]] for name in names}
+    changed = {n: rule for n, rule in changed.items() if before.get(n) != facts.get(n)}
+    refused = [name for name, rule in changed.items() if rule.refused]
+    if refused:
+        raise ConfigError(
+            f"{run.path}: changed since this run began: {', '.join(refused)}: {_OTHER_RUN}"
+        )
+    for name, rule in changed.items():
+        old, new = before.get(name), facts.get(name)
+        run.event("changed", what=name, before=old, after=new, bitwise=rule.bitwise)
+        bits = "the same bits" if rule.bitwise else "not the same bits"
+        what = f"{name} has changed ({_short(old)} -> {_short(new)})"
+        print(f"{what}: {bits}: {rule.meaning}", file=sys.stderr)
+    run.write_json(FILE, dict(facts))
+
+
+def _short(value: str | None) -> str:
+    """A value for people: of a digest the beginning."""
+    return value[:8] if value and len(value) == 64 else str(value)
+
+
+def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str]:
+    """Everything around a run that its last bits depend on.
+
+    Args:
+      mesh: the run's.
+      versions: package -> version.
+    """
+    devices = list(mesh.devices.flat)
+    facts = {f"versions.{name}": version for name, version in versions.items()}
+    return facts | {
+        "code": code(),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "processes": str(jax.process_count()),
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def weights(params: Any) -> str:
+    """A fingerprint of a model's numbers, the same on any mesh; made where they lie.
+
+    Each array is summed as integers modulo 2^32, its elements' bits times 2 * place + 1: integers
+    add up alike in any order, and no change of a single bit can vanish.
+    """
+
+    @jax.jit
+    def sums(leaves):
+        return jnp.stack([_sum(leaf) for leaf in leaves])
+
+    named = flatten(params)
+    numbers = np.asarray(sums(list(named.values()))).tolist()
+    told = [(name, str(leaf.dtype), leaf.shape) for name, leaf in named.items()]
+    return hashlib.sha256(repr((told, numbers)).encode()).hexdigest()
+
+
+def _sum(leaf: jax.Array) -> jax.Array:
+    size = leaf.dtype.itemsize
+    assert size <= 4, "no model of ours has wider numbers"
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * size}"))
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+        stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place + index * np.uint32(stride)
+    return jnp.sum(leaf.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def code() -> str:
+    """A fingerprint of this package's own source."""
+    root = pathlib.Path(jaxdistill.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

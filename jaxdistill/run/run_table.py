@@ -1,0 +1,158 @@
+"""The table of a run: teacher, student before, the control without a teacher, student after."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill import optim
+from jaxdistill import teachers as signals
+from jaxdistill.config import Config
+from jaxdistill.evaluate import meter, speed
+from jaxdistill.evaluate.held_out import HeldOut
+from jaxdistill.methods import measuring
+from jaxdistill.models import Model
+from jaxdistill.report import MetricsWriter
+from jaxdistill.run import setup, states
+from jaxdistill.run.folder import RunDir
+from jaxdistill.train.state import TrainState, whole
+from jaxdistill.train.step import make_loss
+
+ORDER = ("teacher", "student before", "SFT control", "student after")
+PROMPT_TOKENS = 24
+ANSWER_TOKENS = 40
+
+
+class RunTable:
+    """Measures each participant on the same rows and keeps what was measured in table.json."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        models: setup.Models,
+        method: setup.RunMethod,
+        held_out: HeldOut,
+    ):
+        self._config, self._run, self._models, self._held_out = config, run, models, held_out
+        self._own = method.objective.init(jax.random.key(config.seed))
+        self._row_knobs = {**method.measuring, **measuring.KNOBS}
+        self._teacher_params = None if models.teacher is None else models.teacher.params
+        self._step = self._program(method)
+        stored = run.read_json("table.json") or {}
+        self._rows = {row["name"]: row for row in stored.get("rows", [])}
+        self._teacher_answers: list[str] | None = None
+        self._student_speed: float | None = None
+
+    def _program(self, method: setup.RunMethod) -> meter.Step:
+        """The loss without gradient: that of training, if it measures against the teacher too."""
+        teacher = self._models.teacher
+        objective = method.objective
+        if teacher is None or (objective.needs_teacher and objective.token_means):
+            return meter.make_step(method.loss, method.teacher)
+        # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
+        loss = make_loss(
+            self._models.student.config,
+            measuring.against_teacher(vocab=self._models.vocab),
+            compute_dtype=jnp.dtype(self._config.student.compute_dtype),
+            quantization=self._config.student.quantize,
+        )
+        signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
+        return meter.make_step(loss, signal)
+
+    def has(self, name: str) -> bool:
+        """Whether this row has been measured already."""
+        return name in self._rows
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out metrics of a state in training, with the knobs it has now."""
+        knobs = self._row_knobs | dict(optim.knobs(state.opt_state))
+        return self._measure(self._whole(state), knobs)
+
+    def _whole(self, state: TrainState) -> Any:
+        return whole(state.params, state.frozen, states.adapters_of(self._config))
+
+    def student_params(self, state: TrainState) -> Any:
+        """The student of a state, its adapters in place."""
+        return self._whole(state)["student"]
+
+    def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
+        knobs = {name: jnp.float32(value) for name, value in knobs.items()}
+        return self._held_out.measure(self._step, params, self._teacher_params, knobs)
+
+    def add_teacher(self) -> None:
+        """The teacher's own row: how well it models the held-out rows, and how fast."""
+        teacher = self._models.teacher
+        if teacher is None or self.has("teacher"):
+            return
+        scoring = meter.scoring_step(
+            teacher.config, self._models.vocab, compute_dtype=setup.teacher_dtype(self._config)
+        )
+        metrics = self._held_out.measure(scoring, teacher.params)
+        rate = self._held_out.speed(scoring, teacher.params)
+        self._add("teacher", metrics, teacher.config, teacher.params, rate)
+
+    def add_student(
+        self, name: str, params: Any, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """A student's row, from the metrics of its last evaluation where there was one."""
+        model = self._models.student
+        if metrics is None:
+            metrics = self._measure({"student": params, "objective": self._own}, self._row_knobs)
+        if self._student_speed is None:
+            # Every student row has this shape and runs this program: one timing serves them all.
+            scoring = meter.scoring_step(
+                model.config,
+                self._models.vocab,
+                compute_dtype=jnp.dtype(self._config.student.compute_dtype),
+            )
+            self._student_speed = self._held_out.speed(scoring, params)
+        self._add(name, metrics, model.config, params, self._student_speed)
+
+    def _add(self, name: str, metrics: Mapping[str, float], config, params, rate: float) -> None:
+        row = {
+            "name": name,
+            "perplexity": metrics["eval/perplexity"],
+            "kl_t1": metrics.get("eval/kl_t1"),
+            "agree_top1": metrics.get("eval/agree_top1"),
+            "tokens_per_second": rate,
+        }
+        self._rows[name] = row | speed.size(config, params)
+        self._run.write_json("table.json", {"held_out": self._held_out.name, "rows": self.rows})
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """The rows measured so far, in the table's order."""
+        return [self._rows[name] for name in ORDER if name in self._rows]
+
+    def write_samples(self, number: int, state: TrainState, writer: MetricsWriter) -> None:
+        """What teacher and student say to the same prompts, written to samples/."""
+        prompts = self._prompts()
+        if not prompts:
+            return
+        teacher, student = self._models.teacher, self._models.student
+        tokenizer = self._models.tokenizer
+        if teacher is not None and self._teacher_answers is None:
+            self._teacher_answers = self._answers(
+                dataclasses.replace(teacher, tokenizer=tokenizer), prompts
+            )
+        ours = self._answers(Model(student.config, self.student_params(state), tokenizer), prompts)
+        rows = []
+        for index, prompt in enumerate(prompts):
+            row = {"prompt": tokenizer.decode(prompt), "student": ours[index]}
+            if self._teacher_answers is not None:
+                row["teacher"] = self._teacher_answers[index]
+            rows.append(row)
+        writer.samples(number, rows)
+
+    def _prompts(self) -> list[list[int]]:
+        """The configured prompts, and beginnings of held-out rows, as tokens."""
+        tokenizer = self._models.tokenizer
+        own = [list(tokenizer(text)["input_ids"]) for text in self._config.eval.prompts]
+        return own + self._held_out.beginnings(self._config.eval.samples, PROMPT_TOKENS)
+
+    def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
+        answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
+        return [model.tokenizer.decode(answer) for answer in answers]

@@ -1,0 +1,178 @@
+"""Which shapes a run's models have, and their tokenizer, from its configuration: no weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdistill.compress import command, prune
+from jaxdistill.config import Config
+from jaxdistill.config.models import RandomModel, Student, Teacher
+from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.formats.families import FAMILIES
+from jaxdistill.models import DecoderConfig, Model
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.models.quantized import SCHEMES, Scheme
+from jaxdistill.models.vocabulary import vocabulary_size
+from jaxdistill.references import scheme_any, spec_any
+
+
+def of(config: Config, network: bool) -> tuple[Model | None, Model]:
+    """Configurations and tokenizers of teacher and student, without weights.
+
+    Raises:
+      ModelError, ConfigError: for a model that is not there, or numbers that fit no model.
+    """
+    teacher, given, student = None, config.teacher, config.student
+    if given is not None:
+        teacher = (
+            _random_shape(given.random, None, config, network, "teacher.random")
+            if given.random
+            else _spec(source(given), network)
+        )
+    if student.from_ == "teacher":
+        assert teacher is not None, "the configuration has a teacher to cut the student out of"
+        if student.prune:
+            small = command.shape_of(teacher.config, student.prune)
+            return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
+        layers = kept_layers(config, teacher.config.layers)
+        small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
+        return teacher, Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
+    if student.random:
+        return teacher, _random_shape(student.random, teacher, config, network, "student.random")
+    return teacher, _spec(source(student), network)
+
+
+def named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
+    """The tokenizer that `tokenizer.from` names.
+
+    Raises:
+      ModelError: if there is none.
+    """
+    name = config.tokenizer.from_
+    if name == "bytes":
+        return byte_tokenizer()
+    if name in ("teacher", "student"):
+        model = shapes.get(name)
+        tokenizer = model.tokenizer if model else None
+    else:
+        tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+    if tokenizer is None:
+        raise ModelError(
+            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, "
+            "or use bytes"
+        )
+    return tokenizer
+
+
+def vocabulary(config: Config, tokenizer: Any) -> int:
+    """How many rows of the heads are tokens.
+
+    Raises:
+      ConfigError: for `tokenizer.rows` below the tokenizer's own number.
+    """
+    known, rows = vocabulary_size(tokenizer), config.tokenizer.rows
+    if rows is not None and rows < known:
+        raise ConfigError(
+            f"tokenizer.rows = {rows}: the tokenizer has {known} tokens: use at least that, or "
+            "leave it out"
+        )
+    return rows or known
+
+
+def ended(shape: Any, tokenizer: Any) -> Any:
+    """A random model with the tokenizer's end token, so that what it writes ends; others as is."""
+    if shape is None or shape.tokenizer is not None or shape.config.eos_ids:
+        return shape
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return dataclasses.replace(shape, config=dataclasses.replace(shape.config, eos_ids=ends))
+
+
+def source(model: Teacher | Student) -> str:
+    """Where a model is loaded from that is neither random nor cut out of another."""
+    assert model.source is not None, "the configuration gives every model one origin"
+    return model.source
+
+
+def teacher_scheme(teacher: Teacher, network: bool) -> Scheme | None:
+    """How the teacher's kernels are held in whole numbers, by `quantize` or in its own files.
+
+    Raises:
+      ConfigError: where both would round them.
+    """
+    own = None if teacher.random else scheme_any(source(teacher), allow_network=network)
+    if teacher.quantize is None:
+        return own
+    if own is not None:
+        raise ConfigError(
+            f"teacher.quantize = {teacher.quantize}: {teacher.source} is quantised already: leave "
+            "it out, or name the model it was"
+        )
+    return SCHEMES[teacher.quantize]
+
+
+def kept_layers(config: Config, count: int) -> list[int]:
+    student = config.student
+    if student.layers is not None:
+        return prune.check_layers(count, student.layers)
+    return list(range(0, count, student.every or 1))
+
+
+def _spec(source: str, network: bool) -> Model:
+    config, tokenizer = spec_any(source, allow_network=network)
+    return Model(config, None, tokenizer, source)
+
+
+def _random_shape(
+    shape: RandomModel, teacher: Model | None, config: Config, network: bool, key: str
+) -> Model:
+    """The configuration of a random model: numbers given, the rest from the model it is like."""
+    like = None
+    if shape.like == "teacher":
+        like = teacher
+    elif shape.like is not None:
+        like = _spec(shape.like, network)
+    numbers = {
+        name: getattr(shape, name)
+        for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
+        if getattr(shape, name) is not None
+    }
+    for name in ("tied_head", "initializer_range"):
+        if getattr(shape, name) is not None:
+            numbers[name] = getattr(shape, name)
+    if like is not None:
+        base = like.config
+        if "heads" in numbers and "kv_heads" not in numbers:
+            numbers["kv_heads"] = numbers["heads"] // max(1, base.heads // base.kv_heads)
+        if {"heads", "embed"} & numbers.keys() and "head_dim" not in numbers:
+            heads, embed = numbers.get("heads", base.heads), numbers.get("embed", base.embed)
+            numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
+        arch = dataclasses.replace(base, **numbers)
+        if arch.layers != base.layers:
+            arch = dataclasses.replace(arch, windows=_repeated_windows(base, arch.layers, key))
+        return Model(arch, None, like.tokenizer, f"random, like {like.source}")
+    numbers.setdefault("kv_heads", numbers["heads"])
+    numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
+    numbers.setdefault("tied_head", True)
+    numbers.setdefault("max_positions", max(2048, config.data.seq_len))
+    if "vocab_size" not in numbers:
+        numbers["vocab_size"] = vocabulary(config, named_tokenizer(config, {}))
+    family = FAMILIES[shape.family or "llama"]
+    given: dict[str, Any] = {**family.features, **numbers}
+    arch = DecoderConfig(shape.family or "llama", **given)
+    return Model(arch, None, None, "random")
+
+
+def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
+    """The windows of the model it is like, cut or repeated by their shortest pattern."""
+    if base.windows is None or not any(base.windows[:layers]):
+        return None
+    if layers <= base.layers:
+        return base.windows[:layers]
+    old = base.windows
+    for size in range(1, base.layers // 2 + 1):
+        if all(window == old[layer % size] for layer, window in enumerate(old)):
+            return tuple(old[layer % size] for layer in range(layers))
+    raise ConfigError(
+        f"{key}.layers: the windows of the model it is like follow no pattern that would carry "
+        f"over to {layers} layers: take at most its {base.layers}"
+    )

@@ -1,0 +1,152 @@
+"""Collects the rationales that a configuration asks for: `jaxdistill teacher generate`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jaxdistill.config import generation
+from jaxdistill.config.generation import Generation
+from jaxdistill.models import Model
+from jaxdistill.reasoning import asking, collect, prompts, served, tasks
+from jaxdistill.reasoning.asking import Respondent, SamplingParams
+from jaxdistill.reasoning.store import Store
+from jaxdistill.references import load_any
+from jaxdistill.sharding import make_mesh
+
+
+def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any]:
+    """Asks for every sample that is missing, then filters, and writes training files.
+
+    Each sample is kept as soon as it comes: a run that was stopped asks only for the rest, and
+    never for the same sample twice.
+
+    Args:
+      config: the file.
+      samples: per question, in place of sampling.samples.
+
+    Returns:
+      See `collect.finish`.
+
+    Raises:
+      DataError: if no sample can be used; says why.
+      UserError: whatever is wrong with the configuration, the task or the teacher.
+    """
+    count = config.sampling.samples if samples is None else samples
+    task = tasks.load(config.task, limit=config.limit)
+    with Store(config.output, _asked(config)) as store:
+        collect.check_questions(task, store)
+        teacher = _Teacher(config.teacher, task)
+        collector = collect.Collector(task, store, teacher.open)
+        try:
+            failed = _collect(config, collector, teacher, count) if collector.missing(count) else {}
+        finally:
+            spent = store.spend(collector.spent())  # also of a run that fails
+        wanted = [(item.id, number) for item in task.items for number in range(count)]
+        return collect.finish(
+            store,
+            [store.samples[key] for key in wanted if key in store.samples],
+            failed,
+            spent,
+            forms=config.forms,
+            rule=config.filter.model_dump() | {"seed": config.sampling.seed},
+        )
+
+
+def _asked(config: Generation) -> dict[str, Any]:
+    """What decides the samples; the number of them, and what is kept, may change."""
+    tree = config.model_dump(mode="json")
+    tree["sampling"].pop("samples")
+    # What stands in the files, for that may change behind their names.
+    if config.prompt.exemplars is not None:
+        exemplars = prompts.load_exemplars(config.prompt.exemplars)
+        tree["prompt"]["exemplars"] = [one._asdict() for one in exemplars]
+    if config.prompt.preamble is not None:
+        tree["prompt"]["preamble"] = prompts.load_preamble(config.prompt.preamble)
+    teacher = tree["teacher"]
+    named = {"source": teacher["source"], "chat": teacher["chat"]}
+    if teacher["api"] is not None:
+        named = {key: teacher["api"][key] for key in ("model", "chat")}
+    return {"teacher": named, **{key: tree[key] for key in ("task", "prompt", "sampling")}}
+
+
+class _Teacher:
+    """The teacher of a configuration, loaded when it is first asked."""
+
+    def __init__(self, section: generation.AskedTeacher, task: tasks.Task):
+        self._section, self._task = section, task
+
+    def open(self, asked: list[str], max_new_tokens: int) -> Respondent:
+        """The server; or the model, with room for the longest of these prompts and its answers."""
+        section = self._section
+        if section.api is not None:
+            return self._server
+        return asking.open_local(
+            self.model(),
+            asked,
+            max_new_tokens,
+            self._task.second_stage,
+            slots=section.slots,
+            chat=section.chat,
+            cache_dtype=section.cache_dtype,
+        )
+
+    def model(self) -> Model:
+        """The model on this machine."""
+        return self._model
+
+    @functools.cached_property
+    def _model(self) -> Model:
+        section = self._section
+        assert section.source is not None, "the configuration names a model or a server"
+        return load_any(section.source, dtype=section.dtype, mesh=make_mesh()).consume_per_layer()
+
+    @functools.cached_property
+    def _server(self) -> served.Api:
+        server = self._section.api
+        assert server is not None
+        return served.Api(
+            server.base_url,
+            server.model,
+            key=served.key_from(server.key_env),
+            chat=server.chat,
+            concurrency=server.concurrency,
+            timeout=server.timeout_s,
+            retries=server.retries,
+            max_failures=server.max_failures,
+            logprobs=server.logprobs,
+            prices=(server.price_in, server.price_out),
+        )
+
+
+def _collect(
+    config: Generation, collector: collect.Collector, teacher: _Teacher, count: int
+) -> dict[str, int]:
+    """Asks in the style of the configuration; failures by reason."""
+    return collector.collect(
+        _template(config.prompt, collector, teacher),
+        SamplingParams(**config.sampling.model_dump(exclude={"samples"})),
+        count,
+        two_stages=config.prompt.style == "zero_shot",
+    )
+
+
+def _template(
+    prompt: generation.Prompt, collector: collect.Collector, teacher: _Teacher
+) -> Callable[[str], str]:
+    """question -> prompt; for auto_cot the teacher makes the worked examples first."""
+    style, exemplars, preamble = prompt.style, [], ""
+    if prompt.exemplars is not None:
+        exemplars = prompts.load_exemplars(prompt.exemplars)
+    if prompt.preamble is not None:
+        preamble = prompts.load_preamble(prompt.preamble)
+    if style == "auto_cot":
+        style, exemplars = "few_shot", collector.exemplars(
+            pool=prompt.pool, clusters=prompt.clusters, embed=prompt.embed, model=teacher.model
+        )  # fmt: skip
+    return prompts.in_style(
+        style,
+        trigger=prompt.trigger,
+        exemplars=exemplars,
+        preamble=preamble,
+        symbolic=prompt.symbolic,
+    )

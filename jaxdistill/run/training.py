@@ -1,0 +1,272 @@
+"""One training within a run, of its student or of the control: from the last checkpoint on."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxdistill import agree, report
+from jaxdistill import config as configs
+from jaxdistill.config import Config
+from jaxdistill.data import pipeline
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.feed import CorpusFeed, Feed
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import Model, forward_flops_per_token
+from jaxdistill.run import run_table, setup, states
+from jaxdistill.run.folder import RunDir
+from jaxdistill.sharding import local_rows
+from jaxdistill.train import loop
+from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.guard import Guard, Policy
+from jaxdistill.train.hooks import Hooks
+from jaxdistill.train.meter import Meter
+from jaxdistill.train.saving import SaveSchedule
+from jaxdistill.train.state import TrainState
+from jaxdistill.train.step import PerShape, abstract_batch, compiled, place, recorded
+from jaxdistill.train.stopping import Stop
+from jaxdistill.types import Batch, Span
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a training works with.
+
+    Attributes:
+      run: the run it belongs to.
+      folder: where its metrics go, and the list of its rollbacks.
+      config: what to do; the control's differs from the run's.
+      method: its objective, teacher and optimizer.
+      models: who takes part.
+      mesh: of all devices.
+      dataset: the rows to learn from.
+      hooks: what the caller handed in.
+      table: measures the student, and lets it speak.
+      checkpoints: where its states go.
+      stop: whether the process was asked to stop.
+      main: whether it is the student's: that one's samples and last step are kept with the run.
+    """
+
+    run: RunDir
+    folder: pathlib.Path
+    config: Config
+    method: setup.RunMethod
+    models: setup.Models
+    mesh: Mesh
+    dataset: Dataset
+    hooks: Hooks
+    table: run_table.RunTable
+    checkpoints: Checkpoints
+    stop: Stop
+    main: bool
+
+    def train(self, student: Model) -> tuple[TrainState, dict[str, float]]:
+        """Trains from the latest checkpoint, or the start, to the last step.
+
+        Args:
+          student: the one of the start; its arrays are taken over.
+
+        Returns:
+          (the last state, its held-out metrics).
+
+        Raises:
+          DivergedError, StorageError, Preempted: as `loop.train`.
+        """
+        state, meta = self._state(student)
+        first = int(state.step)
+        if first >= self.config.train.steps:
+            return state, self.table.evaluate(state)
+        who = "the student" if self.main else "the SFT control"
+        log.info("training %s: compiling the step", who)
+        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch)
+        guard.begin(meta)
+        latest: dict[str, float] = {}
+        with contextlib.ExitStack() as stack:
+            progress = report.Progress(
+                self.config.train.steps,
+                mode=self.config.logging.progress if agree.leads() else "none",
+                log_every=self.config.train.log_every,
+            )
+            stack.enter_context(progress)
+            writer = agree.together(lambda: self._writer(first, progress))
+            stack.enter_context(writer)
+            parts = self._parts(state, guard, writer, progress, latest)
+            with self.stop.deferred():
+                state = loop.train(state, meta.get(loop.ROW, 0), parts, _schedule(self.config))
+            if self.main:
+                self.run.update(step=self.config.train.steps)
+        return state, latest
+
+    def _state(self, student: Model) -> tuple[TrainState, Mapping[str, Any]]:
+        """The state of the latest sound checkpoint with its meta, or that before the first step."""
+        objective, tx = self.method.objective, self.method.tx
+        if self.checkpoints.latest() is None:
+            return states.create(self.config, student, objective, tx, self.mesh), {}
+        shape = states.abstract(self.config, student.config, objective, tx, self.mesh)
+        damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
+        _, state, meta = self.checkpoints.restore_latest(shape, damaged)
+        if loop.ROW not in meta:  # of a version that counted batches
+            meta[loop.ROW] = meta["data_step"] * self._rows_per_batch()
+        return state, meta
+
+    def _rows_per_batch(self) -> int:
+        """The batch size of a run whose files, of an earlier version, count batches.
+
+        Raises:
+          ConfigError: if it has been changed since the run began, so that nobody knows when.
+        """
+        now = self.config.train.batch_size
+        text, overrides = (
+            (self.run.path / name).read_text(encoding="utf-8")
+            for name in ("config.input.yaml", "overrides.txt")
+        )
+        original = configs.loads(text, "config.input.yaml", overrides.splitlines()).train.batch_size
+        if original != now:
+            raise ConfigError(
+                f"train.batch_size = {now}: the run began with {original}, under a version that "
+                "counted batches and not rows, so which rows it has seen is not known: set "
+                f"{original} in config.resolved.yaml and resume; once there is a new checkpoint, "
+                "stop, change it and resume again"
+            )
+        return now
+
+    def _writer(self, first: int, progress: report.Progress) -> report.MetricsWriter:
+        """What keeps the numbers, in one process of the run."""
+        if not agree.leads():
+            return report.SilentWriter()
+        resume_step = first if (self.folder / "metrics.jsonl").exists() else None
+        board = self.config.logging.tensorboard
+        return report.MetricsWriter(
+            self.folder, board, resume_step, notice=progress.event, hooks=self.hooks
+        )
+
+    def _parts(
+        self,
+        state: TrainState,
+        guard: Guard,
+        writer: report.MetricsWriter,
+        progress: report.Progress,
+        latest: dict[str, float],
+    ) -> loop.Parts:
+        """What the loop works with; the metrics of every evaluation go to `latest`."""
+        teacher_params = setup.teacher_params_of(self.models, self.method)
+
+        def evaluate(number: int, state: TrainState) -> dict[str, float]:
+            latest.update(self.table.evaluate(state))
+            if self.main:
+                self.table.write_samples(number, state, writer)
+            return dict(latest)
+
+        def restore() -> tuple[TrainState, Mapping[str, Any]]:
+            models = self.models  # the first state took the student's arrays over
+            return self._state(
+                setup.student_of(self.config, models.student, models.teacher, self.mesh)
+            )
+
+        return loop.Parts(
+            step=self._step(state, teacher_params, writer, progress),
+            teacher_params=teacher_params,
+            feed=self._feed(guard),
+            evaluate=evaluate,
+            learning_rate=self.method.learning_rate,
+            epoch=lambda row: row / self.dataset.num_rows,
+            meta={"seed": self.config.seed},
+            restore=restore,
+            guard=guard,
+            checkpoints=self.checkpoints,
+            writer=writer,
+            progress=progress,
+            meter=_meter(self.config, self.models, self.method, self.mesh),
+            stop=self.stop,
+            hooks=self.hooks,
+        )
+
+    def _step(
+        self,
+        state: TrainState,
+        teacher_params: Any,
+        writer: report.MetricsWriter,
+        progress: report.Progress,
+    ) -> PerShape:
+        """The step, compiled for the batches of the data; for others when they come."""
+        config = self.config
+        agree.together(lambda: setup.check_kernels_of(config))
+        monitor = recorded(config.train.log_every, config.train.steps)
+        method = dataclasses.replace(self.method, loss=self.hooks.loss(self.method.loss))
+        pure = setup.make_step(config, method, monitor)
+
+        def compile(state: TrainState, teacher_params: Any, batch: Batch) -> Any:
+            began = time.perf_counter()
+            # Together: in its next step nobody waits long for one that is still compiling.
+            program = agree.together(
+                lambda: compiled(pure, state, teacher_params, batch, self.mesh)
+            )
+            seconds = time.perf_counter() - began
+            writer.event("compiled", seconds=round(seconds, 3), from_step=int(state.step))
+            progress.event(f"compiled in {seconds:.1f} s")
+            return program
+
+        step = PerShape(compile)
+        row = pipeline.stack([self.dataset.empty_row()])
+        usual = abstract_batch(row, config.train.batch_size, self.mesh)
+        step.prepare(state, teacher_params, usual)
+        return step
+
+    def _feed(self, guard: Guard) -> Feed:
+        """The batches of the data on the mesh, without the rows that the guard leaves out."""
+        size = self.config.train.batch_size
+        corpus = CorpusFeed(
+            self.dataset,
+            batch_size=size,
+            seed=self.config.seed,
+            left_out=lambda: guard.left_out,
+            rows=local_rows(self.mesh, size),
+        )
+
+        def feed(row: int, state: TrainState) -> tuple[Span, Batch]:
+            span, batch = corpus(row, state)
+            return span, place(self.hooks.batch(span.first_row // size, batch), self.mesh)
+
+        return feed
+
+
+def _schedule(config: Config) -> loop.Schedule:
+    return loop.Schedule(
+        steps=config.train.steps,
+        log_every=config.train.log_every,
+        eval_every=config.train.eval_every,
+        save=SaveSchedule(
+            steps=config.checkpoint.every.steps,
+            minutes=config.checkpoint.every.minutes,
+            max_unsaved_minutes=config.checkpoint.max_unsaved_minutes,
+        ),
+    )
+
+
+def _policy(config: Config) -> Policy:
+    nonfinite, spike = config.guards.nonfinite, config.guards.spike
+    return Policy(
+        max_consecutive=nonfinite.max_consecutive,
+        max_rollbacks=nonfinite.max_rollbacks,
+        spike_window=spike.window,
+        spike_factor=spike.factor,
+        spike_then=spike.then,
+    )
+
+
+def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: Mesh) -> Meter:
+    length = config.data.seq_len
+    student = 3 * forward_flops_per_token(models.student.config, length)
+    teacher = 0.0
+    if method.objective.needs_teacher:
+        assert models.teacher is not None, "the configuration has a teacher where one is needed"
+        teacher = forward_flops_per_token(models.teacher.config, length)
+    total = student + teacher
+    return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

@@ -1,0 +1,323 @@
+"""Runs a workflow: each step once, again only when what it depends on has changed."""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jaxdistill
+from jaxdistill import report
+from jaxdistill.compress import command
+from jaxdistill.compress import importance as scores
+from jaxdistill.config import inherit
+from jaxdistill.config import workflow as files
+from jaxdistill.config.workflow import (
+    CompareStep,
+    ExportStep,
+    ImportanceStep,
+    PruneStep,
+    QuantizeStep,
+    TrainStep,
+    Workflow,
+)
+from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.evaluate import comparison
+from jaxdistill.run import session
+from jaxdistill.run.export import export, quantize
+from jaxdistill.safe import whole_file
+
+STATE = "workflow.json"
+ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
+HASHED_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is to be done about a step.
+
+    Attributes:
+      step: the step.
+      action: "run", "resume" or "skip".
+      why: in a few words.
+      fingerprint: of everything its output depends on.
+    """
+
+    step: Any
+    action: str
+    why: str
+    fingerprint: str
+
+
+class Runner:
+    """One workflow and the state of its folder."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.workflow: Workflow = files.load(path)
+        self.folder = pathlib.Path(self.workflow.dir)
+        self.state: dict[str, Any] = {"name": self.workflow.name, "steps": {}}
+        file = self.folder / STATE
+        if file.exists():
+            try:
+                self.state = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"{file}: is damaged ({error}): remove it, and all steps run again"
+                ) from error
+
+    def plan(self, start: str | None = None) -> list[Planned]:
+        """What each step needs, in order.
+
+        A step's fingerprint covers its options, the fingerprints of the steps it refers to, the
+        files it names and the version of this library.
+
+        Args:
+          start: run this step and all after it, whatever has changed.
+
+        Raises:
+          ConfigError: if there is no step of that name.
+        """
+        names = [step.name for step in self.workflow.steps]
+        if start is not None and start not in names:
+            raise ConfigError(f"--from {start}: no such step; there are {', '.join(names)}")
+        prints: dict[str, str] = {}
+        planned, forced = [], False
+        for step in self.workflow.steps:
+            forced = forced or step.name == start
+            prints[step.name] = mark = self._fingerprint(step, prints)
+            kept = self.state["steps"].get(step.name, {})
+            same = kept.get("fingerprint") == mark
+            if forced:
+                action, why = "run", f"--from {start}"
+            elif not kept:
+                action, why = "run", "not run yet"
+            elif not same:
+                action, why = "run", "its inputs or options have changed"
+            elif kept.get("status") != "done":
+                train = isinstance(step, TrainStep)
+                action, why = ("resume" if train else "run"), f"was {kept.get('status')}"
+            elif not self._outputs_there(step):
+                action, why = "run", "its output is gone"
+            else:
+                action, why = "skip", "unchanged"
+            planned.append(Planned(step, action, why, mark))
+        return self._with_users(planned)
+
+    def _with_users(self, planned: list[Planned]) -> list[Planned]:
+        """A new output is a new input of the steps that use it, whatever their fingerprints say."""
+        anew: set[str] = set()
+        result = []
+        for one in planned:
+            made = [name for name in files.references(one.step.model_dump()) if name in anew]
+            if one.action == "skip" and made:
+                one = Planned(one.step, "run", f"{made[0]} runs again", one.fingerprint)
+            if one.action != "skip":
+                anew.add(one.step.name)
+            result.append(one)
+        return result
+
+    def run(self, start: str | None = None, notice: Callable[[str], None] = print) -> pathlib.Path:
+        """Does what the plan says and writes the page; goes on where an earlier call was stopped.
+
+        Args:
+          start: see `plan`.
+          notice: told about every step.
+
+        Returns:
+          The page.
+
+        Raises:
+          UserError: of the step that failed; the steps before it are kept.
+        """
+        planned = self.plan(start)
+        notice(f"workflow {self.workflow.name}: {len(planned)} steps in {self.folder}")
+        for number, one in enumerate(planned, 1):
+            head = f"[{number}/{len(planned)}] {one.step.name} ({one.step.kind})"
+            if one.action == "skip":
+                notice(f"{head}: unchanged")
+                continue
+            notice(f"{head}: {one.action}, {one.why}")
+            self._do(one)
+        page = report.write_story(self.folder)
+        notice(f"page: {page}")
+        return page
+
+    def _do(self, one: Planned) -> None:
+        """Runs one step and notes how it went."""
+        name, began = one.step.name, time.time()
+        entry = {"kind": one.step.kind, "fingerprint": one.fingerprint, "started": began}
+        entry["options"] = one.step.model_dump(mode="json", exclude={"name", "kind"})
+        earlier = self.state["steps"].get(name, {})
+        spent = earlier.get("seconds", 0.0) if one.action == "resume" else 0.0
+        if one.action == "run":
+            self._make_room(name)
+        self._note(name, entry | {"status": "running", "seconds": spent})
+        status = "failed"
+        try:
+            found = _RUN[one.step.kind](self, one.step)
+            status = "done"
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        finally:
+            entry["seconds"] = round(spent + time.time() - began, 1)
+            entry["status"] = status
+            if status == "done":
+                entry["output"] = self.outputs(one.step)
+                entry["found"] = found
+            self._note(name, entry)
+
+    def _note(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Writes the state in one move."""
+        self.state["steps"][name] = dict(entry)
+        self.state["order"] = [step.name for step in self.workflow.steps]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole_file.write_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.folder}: cannot be written: {error}") from error
+
+    def _make_room(self, name: str) -> None:
+        """Moves an output that is no longer wanted aside."""
+        old = self.folder / name
+        if old.exists():
+            aside = self.folder / ASIDE
+            aside.mkdir(exist_ok=True)
+            count = sum(1 for path in aside.iterdir() if path.name.startswith(f"{name}-"))
+            os.rename(old, aside / f"{name}-{count + 1}")
+
+    def outputs(self, step: Any) -> list[str]:
+        """The paths that `${name}` stands for: several for a train step with seeds."""
+        folder = self.folder / step.name
+        if isinstance(step, TrainStep) and step.seeds:
+            return [str(folder / f"seed_{seed}") for seed in step.seeds]
+        inside = {"importance": scores.FILE, "compare": comparison.FILE}.get(step.kind)
+        return [str(folder / inside if inside else folder)]
+
+    def first_outputs(self) -> dict[str, str]:
+        """Step name -> what `${name}` stands for where one path is wanted."""
+        return {step.name: self.outputs(step)[0] for step in self.workflow.steps}
+
+    def resolved(self, step: Any) -> Any:
+        """The step with its references as paths."""
+        return type(step)(**files.replaced(step.model_dump(), self.first_outputs()))
+
+    def _outputs_there(self, step: Any) -> bool:
+        return all(os.path.exists(path) for path in self.outputs(step))
+
+    def _fingerprint(self, step: Any, before: Mapping[str, str]) -> str:
+        """A digest of all that the step's output depends on."""
+        options = step.model_dump(mode="json")
+        if isinstance(step, TrainStep):
+            options["config"] = inherit.merge(self.workflow.base, step.config)
+        marks = {name: f"step {mark}" for name, mark in before.items()}
+        told = {
+            "options": files.replaced(options, marks),
+            "files": {text: _identity(text) for text in sorted(_texts(options))},
+            "version": jaxdistill.__version__,
+        }
+        text = json.dumps(told, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _train(self, step: TrainStep) -> dict[str, Any]:
+        tables = {}
+        for seed, folder in zip(step.seeds or (None,), self.outputs(step), strict=True):
+            config = files.train_config(self.workflow, step, folder, self.first_outputs(), seed)
+            if (pathlib.Path(folder) / "RUN.json").is_file():
+                tables[folder] = list(session.resume(folder).table)
+            else:
+                tables[folder] = list(session.train(config).table)
+        return {"tables": tables}
+
+    def _importance(self, step: ImportanceStep) -> dict[str, Any]:
+        step = self.resolved(step)
+        measured = command.importance(step.model, step)
+        scores.save(measured, self.folder / step.name / scores.FILE)
+        return {"rows": measured.facts["rows"], "tokens": measured.facts["tokens"]}
+
+    def _prune(self, step: PruneStep) -> dict[str, Any]:
+        step = self.resolved(step)
+        folder = self.folder / step.name
+        command.prune(step.model, folder, step)
+        note = command.pruning_note(folder)
+        return {key: note[key] for key in ("parameters", "layers")}
+
+    def _quantize(self, step: QuantizeStep) -> dict[str, Any]:
+        step = self.resolved(step)
+        quantize(step.model, self.folder / step.name, step)
+        return {"scheme": step.scheme}
+
+    def _export(self, step: ExportStep) -> dict[str, Any]:
+        step = self.resolved(step)
+        export(step.model, self.folder / step.name, step)
+        return {}
+
+    def _compare(self, step: CompareStep) -> dict[str, Any]:
+        by_name = {one.name: self.outputs(one) for one in self.workflow.steps}
+        models = []
+        for name, source in step.models.items():
+            several = max((len(by_name[ref]) for ref in files.references(source)), default=1)
+            for seed in range(several):
+                paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
+                models.append((name, files.replaced(source, paths)))
+        plain = self.resolved(step)
+        found = comparison.compare_models(models, plain, out=self.folder / step.name)
+        print(report.comparison_table(found["rows"]), file=sys.stderr)
+        return {"models": len(models)}
+
+
+_RUN: Mapping[str, Callable[[Runner, Any], dict[str, Any]]] = {
+    "train": Runner._train,
+    "importance": Runner._importance,
+    "prune": Runner._prune,
+    "quantize": Runner._quantize,
+    "export": Runner._export,
+    "compare": Runner._compare,
+}
+
+
+def workflow(
+    path: str | os.PathLike, *, start: str | None = None, notice: Callable[[str], None] = print
+) -> pathlib.Path:
+    """Runs a workflow file, or what is left of it; see `Runner.run`.
+
+    Raises:
+      UserError: whatever is wrong with the file, before any step; or of the step that failed.
+    """
+    return Runner(path).run(start, notice)
+
+
+def plan(path: str | os.PathLike, start: str | None = None) -> list[Planned]:
+    """What `workflow` would do, without doing it."""
+    return Runner(path).plan(start)
+
+
+def _texts(value: Any) -> set[str]:
+    """All texts in a value that may be paths of inputs."""
+    if isinstance(value, str):
+        return {value} if "${" not in value and 0 < len(value) < 1024 else set()
+    if isinstance(value, Mapping):
+        value = [part for key, part in value.items() if key != "cache_dir"]
+    if isinstance(value, list | tuple):
+        return {text for part in value for text in _texts(part)}
+    return set()
+
+
+def _identity(text: str) -> str | None:
+    """What tells whether the file or folder of this name has changed; None where there is none."""
+    path = pathlib.Path(text.rpartition("@")[0] or text) if "@" in text else pathlib.Path(text)
+    try:
+        if path.is_dir():
+            return str([(p.name, _identity(str(p))) for p in sorted(path.glob("*")) if p.is_file()])
+        if not path.is_file():
+            return None
+        size = path.stat().st_size
+        if size > HASHED_BYTES:
+            return f"{size} bytes of {path.stat().st_mtime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError):
+        return None

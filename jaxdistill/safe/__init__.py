@@ -1,0 +1,1 @@
+"""Files and processes that fail safely: whole files, strict JSON, checksums, redaction."""

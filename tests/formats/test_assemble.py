@@ -1,0 +1,68 @@
+"""Parameter trees put together slice by slice, and random ones that no mesh changes."""
+
+import jax
+import numpy as np
+
+from jaxdistill import models
+from jaxdistill.formats import assemble
+from jaxdistill.formats.config_json import read_config
+from jaxdistill.models import decoder
+from tests.models import oracle
+
+RAW = oracle.CASES["qwen3_biases"]
+
+
+class _Memory:
+    """Tensors from a dict, counting what is read."""
+
+    def __init__(self):
+        self.named, self.reads = oracle.tensors(RAW), []
+
+    def read(self, name, index):
+        self.reads.append(name)
+        return self.named[name][index]
+
+    def dtype(self, name):
+        return self.named[name].dtype
+
+
+def test_layers_are_stacked_and_kernels_turned():
+    source = _Memory()
+    params = assemble.assemble(read_config(RAW), source)
+    for layer in range(3):
+        theirs = source.named[f"model.layers.{layer}.self_attn.k_proj.weight"]
+        np.testing.assert_array_equal(
+            params["layers"]["attention"]["key"]["kernel"][layer], theirs.T
+        )
+    assert sorted(source.reads) == sorted(source.named)
+
+
+def test_replicas_are_read_once(mesh8):
+    source = _Memory()
+    assemble.assemble(read_config(RAW), source, mesh=mesh8)
+    assert source.reads.count("model.layers.0.self_attn.q_norm.weight") == 1
+    assert source.reads.count("model.layers.0.mlp.up_proj.weight") == 4  # fsdp 2 x tensor 2
+
+
+def test_random_parameters_do_not_depend_on_the_mesh(mesh8):
+    config = read_config(RAW)
+    one, spread = models.random(config, seed=5), models.random(config, seed=5, mesh=mesh8)
+    jax.tree.map(np.testing.assert_array_equal, one.params, spread.params)
+    assert not spread.params["layers"]["mlp"]["up"]["kernel"].sharding.is_fully_replicated
+    other = models.random(config, seed=6).params
+    assert not np.array_equal(one.params["embedding"], other["embedding"])
+
+
+def test_random_takes_a_dtype():
+    params = models.random(read_config(RAW), dtype="bfloat16").params
+    shapes = decoder.shapes(read_config(RAW), "bfloat16")
+    assert jax.tree.map(lambda x: x.dtype, params) == jax.tree.map(lambda x: x.dtype, shapes)
+
+
+def test_layers_of_two_dtypes_and_float64_meet_in_float32():
+    source = _Memory()
+    for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        dtype = np.float64 if name == "model.norm.weight" else np.float16
+        source.named[name] = source.named[name].astype(dtype)
+    params = assemble.assemble(read_config(RAW), source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}

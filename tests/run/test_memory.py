@@ -1,0 +1,112 @@
+"""Less memory for a run: a teacher in whole numbers, moments that wait on the host."""
+
+import dataclasses
+import importlib.util
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import api
+from jaxdistill.compress import quantize
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import Model
+from jaxdistill.run import setup, states
+from tests.run.conftest import models_of
+from tests.run.test_session import arrays, losses
+
+RANDOM = "student={random: {like: teacher, layers: 2}, compute_dtype: float32}"
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix")
+
+
+def _kl(teacher: Model, other: Model) -> float:
+    """Mean KL(teacher || other) over random tokens, float64."""
+    tokens = np.random.default_rng(0).integers(0, 250, (4, 32))
+    log_p, log_q = (
+        np.asarray(jax.nn.log_softmax(one.logits(tokens)), np.float64) for one in (teacher, other)
+    )
+    return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+@needs_qwix
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 1e-3), ("int4", 0.2)])
+def test_a_rounded_teacher_says_almost_the_same(scheme, limit, load_config, tmp_path):
+    """Weights of size: with those of a fresh model every teacher says nearly nothing."""
+    config = load_config(
+        tmp_path, RANDOM, "teacher.random={layers: 4, embed: 64, mlp: 64, heads: 4}"
+    )
+    teacher = models_of(config, setup.mesh_of(config)).teacher
+    larger = lambda path, leaf: leaf * (1.0 if path[-1].key == "scale" else 6.0)
+    wide = jax.tree_util.tree_map_with_path(larger, teacher.params)
+    wide = dataclasses.replace(teacher, params=wide)
+    again = quantize.quantized(wide, scheme)
+    loss = _kl(wide, again)
+    assert 1e-9 < loss < limit, loss
+    spoken = np.asarray(jax.nn.softmax(wide.logits(np.arange(32)[None])))
+    assert spoken.max() > 3 / spoken.shape[-1]  # it does say something
+
+
+@needs_qwix
+def test_a_run_against_a_rounded_teacher(load_config, tmp_path):
+    plain = api.train(load_config(tmp_path / "plain", RANDOM)).run_dir
+    result = api.train(load_config(tmp_path / "int8", RANDOM, "teacher.quantize=int8"))
+    rounded = result.run_dir
+    before, after = losses(plain), losses(rounded)
+    assert before != after
+    np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=1e-3)
+    config = load_config(tmp_path / "again", RANDOM, "teacher.quantize=int8")
+    teacher = models_of(config, setup.mesh_of(config)).teacher
+    kernel = teacher.params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.values.dtype == np.int8 and kernel.values.shape == (4, 32, 48)
+    assert api.resume(rounded).metrics == result.metrics
+
+
+def test_moments_wait_on_the_host_and_change_nothing(load_config, tmp_path):
+    options = ["mesh={data: 2, fsdp: 2, tensor: 2}"]
+    plain = api.train(load_config(tmp_path / "plain", *options)).run_dir
+    options.append("optimizer.offload=true")
+    config = load_config(tmp_path / "host", *options)
+    away = api.train(config).run_dir
+    assert losses(plain) == losses(away)
+    for name, value in arrays(plain, 6).items():
+        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+    shutil.rmtree(away / "checkpoints" / "6")
+    api.resume(away)
+    for name, value in arrays(plain, 6).items():
+        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+
+
+def test_the_step_takes_and_leaves_moments_on_the_host(load_config, tmp_path):
+    config = load_config(tmp_path, "optimizer.offload=true")
+    step, state, _ = api.build(config)
+
+    def kinds(state):
+        leaves = jax.tree.leaves(state.opt_state)
+        return {leaf.sharding.memory_kind for leaf in leaves if leaf.ndim > 1}
+
+    assert kinds(state) == {states.HOST}
+    outputs = step.output_shardings[0].opt_state
+    large = {
+        place.memory_kind
+        for place, leaf in zip(*map(jax.tree.leaves, (outputs, state.opt_state)), strict=True)
+        if leaf.ndim > 1
+    }
+    assert large == {states.HOST}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+
+
+def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="cut out of rounded weights: give student.source"):
+        load_config(tmp_path, "teacher.quantize=int8")
+    for who in ("teacher", "student"):
+        config = load_config(tmp_path, f"{who}.attention=splash")
+        with pytest.raises(ConfigError, match="attention = 'splash': runs on a tpu, and this is a"):
+            setup.shapes_of(config, setup.mesh_of(config))
+    config = load_config(tmp_path, "student.router_aux_loss_coef=0.02")
+    with pytest.raises(ConfigError, match="coef = 0.02: the student has no routed experts: leave"):
+        setup.shapes_of(config, setup.mesh_of(config))
+    config = load_config(tmp_path, "optimizer.offload=true")
+    monkeypatch.setattr(states, "HOST", "host_of_another_kind")
+    with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):
+        setup.shapes_of(config, setup.mesh_of(config))

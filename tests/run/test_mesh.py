@@ -1,0 +1,54 @@
+"""A run on meshes with tensor and context axes: the same numbers; meshes that cannot work."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from jaxdistill import api
+from jaxdistill.errors import ConfigError
+
+WIDE = (
+    "teacher.random={layers: 4, embed: 32, mlp: 48, heads: 4, kv_heads: 4}",
+    "train.steps=3",
+    "train.eval_every=3",
+)
+
+
+def losses(result):
+    lines = (pathlib.Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "loss/total" in line]
+    return [line["loss/total"] for line in steps] + [result.metrics["eval/kl_t1"]]
+
+
+@pytest.fixture(scope="module")
+def plain(load_config, tmp_path_factory):
+    config = load_config(tmp_path_factory.mktemp("plain"), *WIDE, "mesh={data: 8, fsdp: 1}")
+    return losses(api.train(config))
+
+
+@pytest.mark.parametrize(
+    "mesh", ["{fsdp: 2, tensor: 4}", "{fsdp: 2, context: 4}", "{fsdp: 2, tensor: 2, context: 2}"]
+)
+def test_a_run_is_the_same_on_any_mesh(mesh, plain, load_config, tmp_path):
+    if jax.device_count() != 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    result = api.train(load_config(tmp_path, *WIDE, f"mesh={mesh}"))
+    assert losses(result) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("mesh={fsdp: 2, tensor: 4}",), "kv_heads = 2: take one of 1, 2"),
+        (("mesh={fsdp: 2, context: 4}", "data.seq_len=30"), "multiple of mesh.context = 4"),
+        (("mesh={fsdp: 2, tensor: 2}",), "does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_work_is_told_with_its_numbers(overrides, words, load_config, tmp_path):
+    if jax.device_count() != 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    with pytest.raises(ConfigError, match=words):
+        api.train(load_config(tmp_path, *overrides))
+    assert not (tmp_path / "run").exists()

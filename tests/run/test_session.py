@@ -1,0 +1,293 @@
+"""Whole runs: what they leave, that they resume bit by bit, and how they refuse."""
+
+import collections
+import json
+import math
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import api, commands, models
+from jaxdistill.data import build as building
+from jaxdistill.errors import ConfigError, DivergedError, MismatchError
+from jaxdistill.report import Progress, read_metrics
+from jaxdistill.run import session as running
+from jaxdistill.run import setup
+from jaxdistill.train.checkpoint import Checkpoints
+from tests.run.conftest import models_of
+
+
+def arrays(folder, step):
+    """Every array of a checkpoint, by name, read without the engine."""
+    from orbax.checkpoint import v1 as ocp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it restores to where it was saved from
+        tree = ocp.load(folder / "checkpoints" / str(step), checkpointable_name="state")
+    return {name: np.asarray(value) for name, value in tree.items()}
+
+
+def _buffers(array):
+    return {shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}
+
+
+def losses(folder):
+    return {
+        record["step"]: record["loss/total"]
+        for record in read_metrics(folder)
+        if "loss/total" in record
+    }
+
+
+def test_a_run_leaves_its_table_its_curves_and_its_page(finished):
+    run = finished.run_dir
+    names = [row["name"] for row in finished.table]
+    assert names == ["teacher", "student before", "SFT control", "student after"]
+    assert json.loads((run / "table.json").read_text())["rows"] == list(finished.table)
+    rows = {row["name"]: row for row in finished.table}
+    for row in rows.values():
+        assert math.isfinite(row["perplexity"]) and row["tokens_per_second"] > 0
+    assert rows["teacher"]["kl_t1"] is None and rows["student after"]["kl_t1"] >= 0
+    assert rows["student after"]["perplexity"] < rows["student before"]["perplexity"]
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(losses(run / "control")) == [1, 2, 3, 4, 5, 6]
+    record = json.loads((run / "RUN.json").read_text())
+    assert record["status"] == "done" and record["step"] == 6
+    assert (run / "samples" / "step_000006.md").is_file()
+    assert "student after" in (run / "report.html").read_text()
+
+
+def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data, tmp_path):
+    """Perplexity and KL of the table, recomputed from full logits in float64."""
+    config = load_config(tmp_path)
+    mesh = setup.mesh_of(config)
+    teacher = models_of(config, mesh).teacher
+    student = api.load(str(finished.run_dir))
+    rows = setup.data_of(config, student.tokenizer)["eval"]
+    nll = kl = agree = count = 0.0
+    for index in range(8):
+        row = rows[index]
+        segments = row["segment_ids"][None]
+
+        def log_probs(model, row=row, segments=segments):
+            z = np.asarray(model.logits(row["tokens"][None], segments), np.float64)[0]
+            z = z - z.max(-1, keepdims=True)
+            return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+        lq, lp, mask = log_probs(student), log_probs(teacher), row["mask"]
+        nll -= lq[np.arange(len(mask)), row["targets"]][mask].sum()
+        kl += (np.exp(lp) * (lp - lq)).sum(-1)[mask].sum()
+        agree += (lp.argmax(-1) == lq.argmax(-1))[mask].sum()
+        count += mask.sum()
+    after = finished.table[-1]
+    np.testing.assert_allclose(after["perplexity"], math.exp(nll / count), rtol=1e-5)
+    np.testing.assert_allclose(after["kl_t1"], kl / count, rtol=1e-4)
+    np.testing.assert_allclose(after["agree_top1"], agree / count, rtol=1e-9)
+
+
+@pytest.mark.floor
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_path, monkeypatch):
+    config = load_config(tmp_path)
+    step = Progress.step
+
+    def stop_after_four(self, number, scalars):
+        step(self, number, scalars)
+        if number == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "step", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        api.train(config)
+    folder = tmp_path / "run"
+    assert json.loads((folder / "RUN.json").read_text())["status"] == "stopped"
+    monkeypatch.undo()
+    api.resume(folder)
+    whole = arrays(finished.run_dir, 6)
+    again = arrays(folder, 6)
+    assert whole.keys() == again.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], again[name], err_msg=name)
+    assert losses(folder) == losses(finished.run_dir)
+
+
+def test_resuming_a_finished_run_trains_nothing(finished):
+    before = arrays(finished.run_dir, 6)
+    records = (finished.run_dir / "metrics.jsonl").read_bytes()
+    again = api.resume(finished.run_dir)
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == records
+    for name, value in arrays(finished.run_dir, 6).items():
+        np.testing.assert_array_equal(value, before[name])
+    assert [row["name"] for row in again.table] == [row["name"] for row in finished.table]
+
+
+def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_path):
+    random = "{random: {layers: 2, embed: 32, mlp: 48, heads: 4, initializer_range: 0.125}}"
+    for config in (load_config(tmp_path), load_config(tmp_path, f"student={random}")):
+        made = models_of(config, setup.mesh_of(config))
+        ends = (made.tokenizer.eos_token_id,)
+        assert made.teacher.config.eos_ids == made.student.config.eos_ids == ends
+    assert np.std(made.student.params["embedding"]) == pytest.approx(0.125, rel=0.05)
+    assert np.std(made.teacher.params["embedding"]) == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_student_begins_as_the_layers_it_keeps(load_config, tmp_path):
+    config = load_config(tmp_path)
+    made = models_of(config, setup.mesh_of(config))
+    assert made.student.config.layers == 2
+    pairs = zip(
+        jax.tree.leaves(made.student.params["layers"]),
+        jax.tree.leaves(made.teacher.params["layers"]),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours, theirs[np.array([0, 2])])
+    np.testing.assert_array_equal(
+        made.student.params["embedding"], made.teacher.params["embedding"]
+    )
+    assert _buffers(made.student.params["embedding"]).isdisjoint(
+        _buffers(made.teacher.params["embedding"])
+    )
+
+
+def test_an_exported_run_opens_with_equal_logits(finished, tmp_path):
+    out = api.export(f"{finished.run_dir}@latest", tmp_path / "out")
+    tokens = np.arange(20)[None] % 250
+    exported, trained = models.load(out), api.load(str(finished.run_dir))
+    jax.tree.map(np.testing.assert_array_equal, exported.params, jax.device_get(trained.params))
+    # One of them lies on eight devices, whose sums are added in another order.
+    np.testing.assert_allclose(exported.logits(tokens), trained.logits(tokens), atol=2e-6)
+    assert exported.tokenizer("abc")["input_ids"] == trained.tokenizer("abc")["input_ids"]
+
+
+def test_eval_measures_a_run_against_a_teacher(finished, data):
+    run = str(finished.run_dir)
+    text = commands.Evaluate(
+        data=[f"{data}/eval.txt"], format="paragraphs", seq_len=32, cache_dir=f"{data}/cache"
+    )
+    alone = api.evaluate(run, text)
+    against = api.evaluate(run, text, teacher=run)
+    assert "eval/kl_t1" not in alone
+    np.testing.assert_allclose(against["eval/kl_t1"], 0, atol=1e-6)
+    assert against["eval/agree_top1"] == 1
+    np.testing.assert_allclose(alone["eval/perplexity"], against["eval/perplexity"], rtol=1e-6)
+
+
+def test_a_run_folder_in_use_is_left_as_it_is(finished, load_config):
+    before = (finished.run_dir / "RUN.json").read_bytes()
+    config = load_config(finished.run_dir.parent)
+    with pytest.raises(ConfigError, match="jaxdistill resume"):
+        api.train(config)
+    assert (finished.run_dir / "RUN.json").read_bytes() == before
+
+
+def test_two_processes_cannot_hold_one_run(finished):
+    run = running.RunDir.open(finished.run_dir)
+    with run.held(), pytest.raises(ConfigError, match="being written by process"):
+        api.resume(finished.run_dir)
+
+
+def test_changed_data_is_refused_on_resume(load_config, data, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy, ignore=shutil.ignore_patterns("cache"))
+    config = load_config(tmp_path, f"data.train=[{{path: {copy}/train.txt, format: paragraphs}}]")
+    folder = api.train(config).run_dir
+    (copy / "train.txt").write_text((copy / "train.txt").read_text() + "!")
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        api.resume(folder)
+
+
+def test_other_vocabularies_are_refused_before_anything_is_written(
+    finished, load_config, tmp_path, tmp_path_factory
+):
+    other = api.export(str(finished.run_dir), tmp_path_factory.mktemp("other") / "model")
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    (first, a), (second, b) = list(vocab.items())[:2]
+    vocab[first], vocab[second] = b, a
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    config = load_config(
+        tmp_path,
+        f"teacher={{source: {finished.run_dir}, dtype: float32}}",
+        f"student={{source: {other}}}",
+        "tokenizer.from=teacher",
+    )
+    with pytest.raises(MismatchError, match=rf"2 of 257 ids differ \({a}: teacher"):
+        api.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_longer_than_the_model_was_made_for_are_refused(finished, load_config, tmp_path):
+    config = load_config(
+        tmp_path, f"teacher={{source: {finished.run_dir}, dtype: float32}}", "data.seq_len=4096"
+    )
+    with pytest.raises(ConfigError, match="made for 2048 positions"):
+        api.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["mesh.fsdp=1"], "does not divide the 8 devices"),
+        (["train.batch_size=12"], r"multiple of mesh.data \* mesh.fsdp = 8"),
+        (["student={from: teacher, layers: [1, 7]}"], "layers"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    load_config, tmp_path, overrides, words
+):
+    with pytest.raises(ConfigError, match=words):
+        api.train(load_config(tmp_path, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
+    load_config, tmp_path, monkeypatch
+):
+    original = setup.teacher_params_of
+
+    def poisoned(models, method):
+        params = original(models, method)
+        return jax.tree.map(lambda leaf: leaf * np.nan, params)
+
+    config = load_config(tmp_path, "guards.nonfinite.max_consecutive=2", "train.eval_every=null")
+    monkeypatch.setattr(running.setup, "teacher_params_of", poisoned)
+    with pytest.raises(
+        DivergedError, match=r"step 1 \(rows 32 to 39\).*2 rollbacks are spent"
+    ) as error:
+        api.train(config)
+    assert error.value.exit_code == 7
+    record = json.loads((tmp_path / "run" / "RUN.json").read_text())
+    assert record["status"] == "failed" and "rows 32" in record["exit_reason"]
+
+
+def test_checkpoints_hold_everything_that_moves(finished):
+    with Checkpoints(finished.run_dir / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1, 3, 6]
+    names = set(arrays(finished.run_dir, 6))
+    for part in ("step", "key", "skipped"):
+        assert part in names
+    assert any("params/student" in name for name in names)
+    assert any("temperature" in name for name in names), "knobs are optimizer state"
+    assert not any("teacher" in name for name in names)
+
+
+def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
+    calls = collections.Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(setup.shapes, "of", counted("shapes", setup.shapes.of))
+    fingerprint = counted("data", building.fingerprint)
+    monkeypatch.setattr(building, "fingerprint", fingerprint)
+    loaded = load_config(tmp_path, "train.steps=1", "optimizer.warmup=0", "train.eval_every=null")
+    api.train(loaded)
+    assert calls == {"shapes": 1, "data": 2}  # training and held-out rows

@@ -1,0 +1,102 @@
+"""Keys stay out of whatever is kept: by their looks, by their names, by their values."""
+
+import json
+
+import pytest
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.report.writers import MetricsWriter
+from jaxdistill.safe import redact as redacting
+from jaxdistill.safe.redact import learn, redact, redacted
+
+CANARY = "c4narykey-0123456789"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("api_key: sk-verysecretvalue", "api_key: [redacted]"),
+        ('{"hf_token": "hf_abcdefghijklmnopqrst"}', '{"hf_token": "[redacted]"}'),
+        ("train --api-key abc x=1", "train --api-key [redacted] x=1"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer [redacted]"),
+        ("x hf_abcdefghijklmnopqrst y", "x [redacted] y"),
+        ("PASSWORD=hunter2", "PASSWORD=[redacted]"),
+        ("https://me:word@host/x", "https://[redacted]@host/x"),
+        ("https://host/x?a=1&sig=abc&b=2", "https://host/x?a=1&sig=[redacted]&b=2"),
+        ("http://localhost:8000/v1", "http://localhost:8000/v1"),
+        ("api_key_env: OPENAI_API_KEY", "api_key_env: OPENAI_API_KEY"),
+        ("max_new_tokens: 5\ntokens_per_second: 3", "max_new_tokens: 5\ntokens_per_second: 3"),
+        ("tokenizer: models/a", "tokenizer: models/a"),
+    ],
+)
+def test_secrets_do_not_reach_a_page_that_is_sent_around(text, shown):
+    assert redact(text) == shown
+
+
+def test_redaction_takes_time_in_proportion_to_the_text():
+    """A search that backtracks over the whole text for every place in it would need minutes."""
+    for text in ("x" * 200_000, "secret" * 30_000, "--" * 100_000, "secret" + " " * 200_000):
+        assert redact(text) == text
+
+
+def test_values_of_the_environment_and_keys_in_use_are_known(monkeypatch):
+    text = f"the server said: {CANARY} is no key"
+    assert redact(text) == text
+    for name, hidden in (
+        ("MY_API_KEY", True),
+        ("HF_TOKEN", True),
+        ("DB_PASSWORD", True),
+        ("KEYBOARD", False),
+        ("PATH_TO_X", False),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, CANARY)
+            assert (CANARY not in redact(text)) is hidden
+    monkeypatch.setenv("SOME_KEY", "quickstart-data")  # a plain word is no key
+    assert redact("quickstart-data") == "quickstart-data"
+    monkeypatch.setattr(redacting, "_learnt", set())
+    assert learn(CANARY) == CANARY and redacted({"a": [text, 1]}) == {"a": [redact(text), 1]}
+    assert CANARY not in redact(text)
+
+
+def _kept(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_folder_never_holds_a_key(tmp_path, monkeypatch):
+    from jaxdistill.run.folder import RunDir
+
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    folder = tmp_path / "run"
+    arguments = {"name": "x", "input_text": f"# {CANARY}\n", "overrides": [f"a.api_key={CANARY}"]}
+    with pytest.raises(ConfigError, match=r"base: .*\[redacted\].*: looks like a key") as caught:
+        RunDir.create(str(folder), resolved=f"base: http://{CANARY}/v1\n", **arguments)
+    assert CANARY not in str(caught.value) and not folder.exists()
+    monkeypatch.setattr("sys.argv", ["jaxdistill", "train", f"x={CANARY}"])
+    run = RunDir.create(str(folder), resolved="base: http://localhost/v1\n", **arguments)
+    with pytest.raises(RuntimeError), run.attempt(0):
+        raise RuntimeError(f"401: {CANARY} is wrong")
+    run.event("retried", reason=f"{CANARY} was refused")
+    with MetricsWriter(folder, tensorboard=False) as writer:
+        writer.event("save_failed", reason=f"https://x:{CANARY}@host")
+    held = _kept(folder)
+    assert CANARY.encode() not in held and held.count(b"[redacted]") >= 6
+    assert "401" in json.loads((folder / "RUN.json").read_text())["exit_reason"]
+
+
+def test_what_a_server_repeats_is_not_kept(monkeypatch):
+    from jaxdistill.reasoning import served
+
+    monkeypatch.setattr(redacting, "_learnt", {CANARY})
+    said = served._reason(ValueError(f"Bearer {CANARY} is not known, {CANARY}"))
+    assert CANARY not in said and said.startswith("ValueError: Bearer [redacted] is not known")
+
+
+def test_the_command_line_does_not_repeat_a_key(tmp_path, monkeypatch, capsys):
+    from jaxdistill import cli
+
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    (tmp_path / "x.yaml").write_text(f"run: {{dir: x}}\napi_key: {CANARY}\n")
+    assert cli.main(["validate", str(tmp_path / "x.yaml")]) == 2
+    said = capsys.readouterr()
+    assert CANARY not in said.out + said.err and "unknown key" in said.err
