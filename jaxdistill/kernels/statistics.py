@@ -248,7 +248,7 @@ def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
     A single entry is its own maximum: its sum is 1, its self and gap are 0, and merging does the
     rest.
     """
-    shape = logits["s"].shape
+    shape = next(iter(logits.values())).shape
     entries = {f"max_{model}": logits[model] for model in models(names, "z" in logits)}
     none = dict.fromkeys(entries, jnp.float32(NOTHING))
     for name in names:

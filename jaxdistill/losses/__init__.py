@@ -59,6 +59,7 @@ And inside a `shard_map`, each device with its own rows; sums and counts add up 
 True
 """
 
+from jaxdistill.kernels.columns import shared_columns
 from jaxdistill.losses.advantages import (
     group_advantages,
     overlong_penalty,
@@ -167,10 +168,11 @@ __all__ = [
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
-    "sampler_weights",
     "sampled_cross_entropy",
     "sampled_reverse_kl",
+    "sampler_weights",
     "sequence_weights",
+    "shared_columns",
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels import linear_logprobs, support
+from jaxdistill.kernels import linear_divergence, linear_logprobs, support
 
 pytestmark = pytest.mark.floor
 N, V, D, K, TOP = 24, 53, 8, 3, 2
@@ -222,6 +222,35 @@ def test_no_buffer_of_tokens_times_vocabulary():
     )
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
     assert f"[{tokens},{vocab}]" not in compiled.as_text()
+
+
+def test_no_head_crosses_the_mesh(mesh8):
+    """Tokens are brought together; the heads' rows and what is of their number stay."""
+    vocab = 648
+    place = lambda *axes: jax.NamedSharding(mesh8, jax.P(*axes))
+    shape = lambda spec, dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=place(*spec))
+    whole = (("data", "fsdp"), None, None)
+    hidden = shape(whole, jnp.float32, 8, 8, 16)
+    head = shape((("tensor", "fsdp"), None), jnp.float32, vocab, 16)
+    ids, logprobs = shape(whole, jnp.int32, 8, 8, 4), shape(whole, jnp.float32, 8, 8, 4)
+
+    def loss(hidden, head, ids, logprobs):
+        said = linear_logprobs(hidden, head, ids, sets=[[1, 2]], chunk=8, mesh=mesh8)
+        known = linear_divergence(
+            hidden, head, teacher_ids=ids, teacher_logprobs=logprobs, chunk=8, mesh=mesh8
+        )[0]
+        return known + jnp.mean(said.logprobs) + jnp.mean(said.log_masses * said.entropy[..., None])
+
+    compiled = jax.jit(
+        jax.grad(loss, argnums=(0, 1)), out_shardings=(hidden.sharding, head.sharding)
+    )
+    text = compiled.lower(hidden, head, ids, logprobs).compile().as_text()
+    gathered = [
+        line.split(" all-gather(")[0] for line in text.splitlines() if " all-gather(" in line
+    ]
+    assert gathered, "tokens are brought together"
+    assert not [line for line in gathered if f"{vocab}" in line or f"{vocab // 2}" in line]
+    assert f"[64,{vocab}]" not in text
 
 
 @pytest.mark.parametrize(

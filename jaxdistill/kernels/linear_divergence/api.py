@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks, choice, operands, rows
+from jaxdistill.kernels.columns.definition import pair
 from jaxdistill.kernels.linear_divergence import fused
 from jaxdistill.kernels.linear_divergence.chunk import (
     Operands,
@@ -46,6 +47,9 @@ def linear_divergence(
     teacher_rest: ArrayLike | None = None,
     sampled_ids: ArrayLike | None = None,
     sampled_logprobs: ArrayLike | None = None,
+    student_columns: ArrayLike | None = None,
+    teacher_columns: ArrayLike | None = None,
+    other_columns: str = "mask",
     labels: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     kind: str | DivergenceFunction = "forward_kl",
@@ -79,7 +83,7 @@ def linear_divergence(
       student_head: [V, D_S]; cast to the dtype of the hidden states for the products, its gradient
         is accumulated in float32.
       teacher_hidden: [..., D_T], or None for cross-entropy alone.
-      teacher_head: [V, D_T]; the same V, row by row the same token.
+      teacher_head: [V, D_T]; the same V, row by row the same token; any V with the columns below.
       teacher_ids: int [N, K], in place of the teacher's hidden states and head: the tokens whose
         probabilities are known, different ones in each row; a negative id is none. See below.
       teacher_logprobs: [N, K], log p of these tokens, normalised over the vocabulary at the
@@ -88,6 +92,11 @@ def linear_divergence(
       sampled_ids: int [N], with kind "generalized_reverse_kl": a token that the student has drawn
         at the temperature of the call; a negative id is none.
       sampled_logprobs: [N], log p of it.
+      student_columns: int [C], ascending: the rows of the student's head whose tokens the teacher
+        has too. The divergence then compares these; cross-entropy stays over all of the student's.
+      teacher_columns: int [C], the teacher's rows of the same tokens, each once.
+      other_columns: "mask" compares distributions over the C alone; "bucket" keeps the mass of all
+        others as one more entry of either side.
       labels: int [N], the token each position predicts; None leaves cross-entropy out (alpha must
         then be 0). A label of -100 gives its token the weight 0, in every sum and count. Any other
         counted label that is no row of the heads makes the loss NaN.
@@ -149,7 +158,8 @@ def linear_divergence(
       `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`;
       nats. With `teacher_ids`, in place of what needs whole rows: `teacher/kept_mass` of the known
       tokens, `student/kept_mass` at T = 1, `agree/top_k`: the share of the known tokens that are
-      among the student's K most likely.
+      among the student's K most likely. With columns, `loss/kl_t1` and `agree/top1` are of what is
+      compared, and `student/kept_mass` and `teacher/kept_mass` say how much of either row that is.
 
     Raises:
       ConfigError: for an unknown kind or reduction, shapes or types that do not fit, a number out
@@ -188,18 +198,21 @@ def linear_divergence(
         "sampled_ids": sampled_ids,
         "sampled_logprobs": sampled_logprobs,
     }
-    known = None
+    whole = lambda rows: rows * (jax.lax.axis_size(axes) if axes else 1)
+    known = columns = None
     if any(array is not None for array in sparse.values()):
-        if teacher[0] is not None or taid_t is not None or parameters:
-            raise ConfigError(
-                "teacher_ids stand in place of the teacher's hidden states and head, and go with "
-                "neither taid_t nor parameters"
-            )
-        total = vocab * (jax.lax.axis_size(axes) if axes else 1)
-        known = known_teacher(kind, dims, total, sparse, mask)
-    _check_choices(
-        "forward_kl" if known else kind, parameters, reduction, dims, vocab, teacher, softcaps
-    )
+        _check_partial("teacher_ids", teacher[1] is None and not parameters, kind, taid_t)
+        known = known_teacher(kind, dims, whole(vocab), sparse, mask)
+        kind_of_rows, aligned = "forward_kl", vocab
+    elif student_columns is not None or teacher_columns is not None:
+        _check_partial("student_columns", teacher[1] is not None, kind, taid_t)
+        assert teacher[1] is not None, "checked"
+        kind_of_rows, aligned = kind, teacher[1].shape[0]
+        sizes = (whole(vocab), whole(aligned))
+        columns = pair(student_columns, teacher_columns, sizes, other_columns)
+    else:
+        kind_of_rows, aligned = kind, vocab
+    _check_choices(kind_of_rows, parameters, reduction, dims, aligned, teacher, softcaps)
     operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
     operands.check_alpha(alpha, labels)
     _check_pieces(chunk, logits_dtype, monitor)
@@ -212,6 +225,7 @@ def linear_divergence(
         coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
         known=known,
+        columns=columns,
     )
     has_teacher = x.teacher_head is not None
     loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
@@ -221,12 +235,14 @@ def linear_divergence(
                 f"vocab_axes = {axes}: the reference needs whole heads; None takes an "
                 "implementation that shares them"
             )
-        sums = reference(loss, softcaps, jnp.dtype(logits_dtype or x.student_hidden.dtype), x)
+        dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
+        sums = reference(loss, softcaps, dtype, x, other_columns)
     else:
         operands.check_manual_axes(x)
         place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
         loss = dataclasses.replace(loss, vocab_axes=place.vocab)
         static = static_arguments(x, place, loss, softcaps, chunk, logits_dtype, implementation)
+        static = dataclasses.replace(static, others=other_columns)
         sums = fused.loss_sums((static, place), x)
     total = sums.pop("loss")
     # Constants, and told so: under vmap the examples may share them, and no slope may run there.
@@ -251,7 +267,9 @@ def static_arguments(
 ) -> Static:
     """The static arguments: in which pieces, and by which implementation."""
     logits_dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
-    dims, vocab = x.student_hidden.shape[:-1], x.student_head.shape[0]
+    dims, heads = x.student_hidden.shape[:-1], (x.student_head, x.teacher_head)
+    rows = tuple(heads[0].shape[0] if head is None else head.shape[0] for head in heads)
+    vocab = max(rows)
     device = choice.current_device()
     shards = place.size(place.vocab)
     # The kernels' tiles are 64 columns wide; a device pads its own rows of the heads.
@@ -268,13 +286,14 @@ def static_arguments(
         logits_dtype,
         device=device,
         scalar_temperature=x.coefficients.has_scalar_temperature,
-        models=1 if x.teacher_head is None else 2,
+        models=1 if x.teacher_head is None or x.columns is not None else 2,
         tokens=chunk,
     )
     group = group_size(chunk, local_vocab, device.platform)
     # Inside a shard_map of one's own each device brings its rows, all of them real.
-    total = vocab * (jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1)
-    return Static(loss, chunk, group, tile, total, softcaps, chosen, logits_dtype)
+    own = jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1
+    totals = (own * rows[0], own * rows[1])
+    return Static(loss, chunk, group, tile, totals, softcaps, chosen, logits_dtype)
 
 
 def _arrays(
@@ -295,6 +314,19 @@ def _arrays(
         if value is not None:
             checks.floating(f"{who}_{name}", value)
     return hidden, head, bias
+
+
+def _check_partial(
+    name: str, fits: bool, kind: str | DivergenceFunction, taid_t: ArrayLike | None
+) -> None:
+    """Raises where a teacher known in part meets what needs whole rows of one width."""
+    if not fits or not isinstance(kind, str) or taid_t is not None:
+        head = "in place of" if name == "teacher_ids" else "beside"
+        raise ConfigError(
+            f"{name} stand {head} the teacher's hidden states and head, and go with a named kind, "
+            "without taid_t, and teacher_ids without parameters: a function and TAID's mixture "
+            "need whole rows of one width"
+        )
 
 
 def _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxdistill.kernels.columns.definition import Columns
+from jaxdistill.kernels.columns.rows import ColumnRows
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
 from jaxdistill.kernels.sparse.definition import Known, silence
@@ -48,6 +50,7 @@ class Operands(NamedTuple):
       ids: int [..., K], tokens whose log-probabilities are asked for.
       known: of a teacher of whom only some tokens are known.
       sets: bool [V, M], the columns of M sets of tokens.
+      columns: of the tokens that both heads have, where their vocabularies differ.
     """
 
     student_hidden: Array
@@ -63,6 +66,7 @@ class Operands(NamedTuple):
     ids: Array | None = None
     known: Known | None = None
     sets: Array | None = None
+    columns: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +78,23 @@ class Static:
       chunk: tokens whose logits exist at one time on a device.
       group: rows of a chunk that the elementwise part takes at one time; divides chunk.
       tile: multiple to which a device's part of the vocabulary is padded.
-      vocab: V, of all devices together and without padding.
+      vocabularies: V of the student and of the teacher, of all devices together and without
+        padding.
       softcaps: of the student's and the teacher's logits, None for none.
       implementation: of the row statistics, from `choice.choose`.
       logits_dtype: of the products' results.
+      others: what becomes of columns that only one vocabulary has, of `columns.OTHERS`.
     """
 
     loss: LossSpec
     chunk: int
     group: int
     tile: int
-    vocab: int
+    vocabularies: tuple[int, int]
     softcaps: tuple[float | None, float | None]
     implementation: str
     logits_dtype: DTypeLike
+    others: str = "mask"
 
 
 class Wanted(NamedTuple):
@@ -139,19 +146,26 @@ def group_size(chunk: int, vocab: int, platform: str) -> int:
 
 
 def run(
-    static: Static, wanted: Wanted, x: Operands, shard: VocabularyShard
+    static: Static, wanted: Wanted, x: Operands, shards: tuple[VocabularyShard, VocabularyShard]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name."""
+    """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name.
+
+    Args:
+      static: of the call.
+      wanted: which gradients.
+      x: the operands of the chunk.
+      shards: the student's and the teacher's columns on this device.
+    """
     # A token of weight 0 may hold anything, NaN included: its hidden states become 0.
     counted = x.weights != 0
     silenced = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = silenced(x.student_hidden)
     student_cap, teacher_cap = static.softcaps
-    student = logits(static, shard, hidden, x.student_head, x.student_bias, student_cap)
+    student = logits(static, shards[0], hidden, x.student_head, x.student_bias, student_cap)
     teacher = None
     if x.teacher_hidden is not None and x.teacher_head is not None:
         states = silenced(x.teacher_hidden)
-        teacher = logits(static, shard, states, x.teacher_head, x.teacher_bias, teacher_cap)
+        teacher = logits(static, shards[1], states, x.teacher_head, x.teacher_bias, teacher_cap)
     scalar = x.coefficients.has_scalar_temperature
     # So may its label and its own temperature: 0 * NaN must not reach a slope.
     per_row = (
@@ -168,8 +182,14 @@ def run(
         coefficients = x.coefficients
         if temperature is not None:
             coefficients = coefficients._replace(temperature=temperature)
-        own = (static.loss, static.implementation, coefficients, shard, student, teacher, labels)
-        rows = TokenRows(*own) if known is None else SparseRows(*own, known, static.vocab)
+        own = (static.loss, static.implementation, coefficients, shards[0])
+        own = (*own, student, teacher, labels)
+        if known is not None:
+            rows = SparseRows(*own, known, static.vocabularies[0])
+        elif x.columns is not None:
+            rows = ColumnRows(*own, x.columns, static.others, shards[1])
+        else:
+            rows = TokenRows(*own)
         return _group(static, wanted, rows, weights, x.monitor)
 
     if static.group == static.chunk:
