@@ -15,7 +15,7 @@ from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
 
 from jaxdistill import strict_json
-from jaxdistill.data.records import printable
+from jaxdistill.data.rules import printable
 from jaxdistill.errors import ModelError, UserError
 
 MAX_BODY = 1_000_000  # bytes of a request

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.redact import learn, redact
