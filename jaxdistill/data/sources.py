@@ -112,7 +112,14 @@ def _open(path: str | Path, name: str, format: str, allow_network: bool) -> Sour
         unread: set[str] = set()
         read = lambda: _typed(dataset.objects(format, unread), format, name, unread, table=True)
         return Source(name, format, read, dataset.digest, unread=unread)
-    path = Path(path)
+    try:
+        return _found(Path(path), name, format)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def _found(path: Path, name: str, format: str) -> Source:
+    """The source of a path: a folder, a file, or the files that match."""
     if path.is_dir():
         return _folder(path, name, format)
     if path.is_file():

@@ -171,7 +171,7 @@ def test_the_training_file_under_another_name_is_no_held_out_data(base):
     (base / "copy.jsonl").write_bytes((base / "a.jsonl").read_bytes())
     (base / "data").mkdir()
     (base / "data/b.jsonl").write_bytes((base / "a.jsonl").read_bytes())
-    for path in ("./a.jsonl", base / "a.jsonl", "link.jsonl", "copy.jsonl", "data", "*y.jsonl"):
+    for path in ("./a.jsonl", base / "a.jsonl", "link.jsonl", "copy.jsonl", "data", '"*y.jsonl"'):
         [error] = check(f"data.eval.0.path={path}")
         assert 'is "a.jsonl" of data.train again' in str(error) and "fraction" in str(error)
     assert check("data.eval={fraction: 0.1}") == []

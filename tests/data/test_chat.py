@@ -245,7 +245,7 @@ def test_no_template(byte_tokenizer):
 
 def test_a_conversation_of_endless_turns_is_set_aside(byte_tokenizer, monkeypatch):
     """Rendering up to turns can take the square of their number: 10 MB could take for days."""
-    monkeypatch.setattr("jaxdistill.data.spans.MAX_PREFIXES", 20_000)
+    monkeypatch.setattr("jaxdistill.data.spans.MAX_PREFIXES", 8_000)
     encoder = ChatEncoder(prepare(byte_tokenizer), byte_tokenizer.chat_template, "assistant")
     short, endless = (
         Record("messages", ("a", "b") * turns, 1, ("user", "assistant") * turns)

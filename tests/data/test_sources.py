@@ -249,7 +249,7 @@ def test_a_list_in_json_is_streamed(tmp_path, monkeypatch):
         ('[{"text": "a"}, {"te', "bad JSON behind record 1"),
         ('[{"text": "a"}', "behind record 1: the list is not closed"),
         ('{\n "data": [1]\n}', "one JSON object over several lines"),
-        ("[" * 5000, "nested too deeply"),
+        ("[" * 200_000, "nested too deeply"),
     ):
         path.write_text(broken)
         with pytest.raises(DataError, match=words):
