@@ -11,7 +11,7 @@ from jaxdistill.data.chat_template import ChatTemplate, RenderError
 from jaxdistill.data.conversations import REASONING, RESERVED, called
 from jaxdistill.data.encode import Codec
 from jaxdistill.data.records import Record
-from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.errors import ConfigError, DataError, ModelError
 
 OPEN, CLOSE = "\ue000", "\ue001"
 SENTINEL = re.compile(f"{OPEN}([0-9]{{1,9}}){CLOSE}")
@@ -40,6 +40,25 @@ def read_template(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.chat_template: {path}: cannot be read: {reason}") from error
+
+
+def user_turn(tokenizer: Any) -> str:
+    """What the chat template prints before the text of a user who begins.
+
+    Raises:
+      ModelError: if there is no template, or it does not print the text as it is.
+    """
+    source, text = template_of(tokenizer), "a user's text"
+    if source is None:
+        raise ModelError("the tokenizer has no chat template: set augment.user_turn")
+    template = ChatTemplate(source, tokenizer.special_tokens_map)
+    try:
+        before, found, _ = template.render([{"role": "user", "content": text}]).partition(text)
+    except RenderError as error:
+        raise ModelError(f"{error}: set augment.user_turn") from error
+    if not found:
+        raise ModelError("the chat template does not print a user's text: set augment.user_turn")
+    return before
 
 
 @dataclasses.dataclass
