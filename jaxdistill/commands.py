@@ -37,7 +37,10 @@ Paths = Annotated[
 Rows = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
-Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
+Format = Literal[
+    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "plain",
+    "paragraphs",
+]  # fmt: skip
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
@@ -54,6 +57,9 @@ class Text(Section):
         1024, description="Tokens in a row."
     )
     batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), Flag(metavar="SHARE")] = Field(
+        0.001, description="Stop when more than this fraction of records is broken."
+    )
     cache_dir: Annotated[Path, Flag(metavar="DIR")] = Field(
         "runs/.cache", description="Folder of tokenised rows, used again."
     )
@@ -289,6 +295,11 @@ class Serve(Section):
         None, description="Prompt and answer together; none: at most 2048 of the model's context."
     )
     dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="Special tokens written in the prompt of /v1/completions: text, or (parse) "
+        "special tokens, for clients that render the chat template themselves.",
+    )
 
 
 class Plan(Section):

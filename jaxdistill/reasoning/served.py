@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.safe.redact import learn, redact
@@ -161,30 +161,29 @@ class Api:
             options["stop"] = list(settings.stop)
         extra = {name: getattr(settings, name) for name in ("top_k", "min_p")}
         options["extra_body"] = {name: value for name, value in extra.items() if value is not None}
-        if self._chat:
+        chat = self._chat and not job.raw
+        if chat:
             turns = [{"role": "user", "content": job.prompt}]
             logprobs = {"logprobs": True} if self._logprobs else {}
             reply = self._client.chat.completions.create(messages=turns, **options, **logprobs)
         else:
             logprobs = {"logprobs": 0} if self._logprobs else {}
             reply = self._client.completions.create(prompt=job.prompt, **options, **logprobs)
-        return self._read(reply, job, first, count)
+        return self._read(reply, job, first, count, chat)
 
-    def _read(self, reply: Any, job: Job, first: int, count: int) -> list[Answer]:
+    def _read(self, reply: Any, job: Job, first: int, count: int, chat: bool) -> list[Answer]:
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise _Garbled("the answer holds no choices")
         answers = []
         for number, choice in enumerate(choices[:count]):
             message = getattr(choice, "message", None)
-            text = (
-                getattr(message, "content", None) if self._chat else getattr(choice, "text", None)
-            )
+            text = getattr(message, "content", None) if chat else getattr(choice, "text", None)
             if not isinstance(text, str):
                 raise _Garbled("a choice holds no text")
             if problem := text_problem(text):
                 raise _Garbled(f"a choice's text {problem}")
-            logprob, tokens = _score(choice, self._chat)
+            logprob, tokens = _score(choice, chat)
             reason = "length" if getattr(choice, "finish_reason", None) == "length" else "stop"
             answers.append(Answer(job, first + number, text, tokens, logprob, reason))
         usage = getattr(reply, "usage", None)

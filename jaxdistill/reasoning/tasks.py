@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import extract, prompts, verifiers
 

@@ -199,7 +199,7 @@ class _Session:
             config.eval.batch_size,
             config.eval.max_rows,
             mesh,
-            ", ".join(source.path for source in config.data.eval),
+            ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
         self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.data import pipeline
+from jaxdistill.data import held_out, pipeline
 from jaxdistill.data.dataset import Dataset, empty_row
+from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
@@ -167,20 +168,39 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
 
 
 def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
-    """The training and the held-out rows, built or taken from the cache."""
-    built = {}
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        built[name] = pipeline.build(
-            [open_source(one.path, format=one.format, origin=one.origin) for one in sources],
-            tokenizer,
-            seq_len=config.data.seq_len,
-            packing=config.data.packing,
-            loss_on=config.data.loss_on,
-            cache_dir=config.data.cache_dir,
-            on_bad_record=config.data.on_bad_record,
-            max_bad_fraction=config.data.max_bad_fraction,
-            name=name,
-        )
+    """The training and the held-out rows, built or taken from the cache.
+
+    Raises:
+      DataError: as `pipeline.build`, or if held-out records are trained on.
+    """
+    data, network = config.data, config.security.allow_network
+    train, held = (
+        [
+            open_source(
+                one.path,
+                format=one.format,
+                origin=one.origin,
+                weight=one.weight,
+                allow_network=network,
+            )
+            for one in sources
+        ]
+        for sources in (data.train, data.eval_files)
+    )
+    share = data.held_out_share
+    if share is not None:
+        train, held = held_out.split(train, share)
+    options = data.model_dump(
+        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
+                 "turns", "long_documents", "special_tokens", "template_kwargs"}
+    )  # fmt: skip
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    built = {
+        name: pipeline.build(sources, tokenizer, name=name, **options)
+        for name, sources in (("train", train), ("eval", held))
+    }
+    held_out.check(built["train"], built["eval"])
     return built
 
 
