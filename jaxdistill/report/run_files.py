@@ -91,7 +91,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         samples_page=samples_page,
         quarantined=_count_lines(folder / "quarantine"),
         texts=_texts(folder, info),
-        fingerprints=_flat(read_object(folder / "fingerprints.json", missing)),
+        fingerprints=_facts(read_object(folder / "fingerprints.json", missing)),
         missing=missing,
     )
 
@@ -205,6 +205,17 @@ def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:
         "Configuration with every default": _text(folder / "config.resolved.yaml"),
     }
     return {title: redact(text.strip()) for title, text in texts.items() if text.strip()}
+
+
+def _facts(sealed: dict[str, typing.Any]) -> dict[str, str]:
+    """What a run is made of and ran on; its settings are in the configuration."""
+    facts = _flat(as_object(sealed.get("facts")))
+    return {name: value for name, value in facts.items() if not name.startswith("config.")}
+
+
+def as_object(value: typing.Any) -> dict:
+    """The value, or {} where it is no object."""
+    return value if isinstance(value, dict) else {}
 
 
 def _flat(value: typing.Any, prefix: str = "") -> dict[str, str]:
