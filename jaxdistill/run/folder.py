@@ -16,8 +16,7 @@ from jaxdistill import agree
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
 from jaxdistill.report import json_lines
 from jaxdistill.report.writers import append_event
-from jaxdistill.run import lock
-from jaxdistill.safe import json_file, whole_file
+from jaxdistill.safe import json_file, lock, whole_file
 from jaxdistill.safe.redact import redact, redacted
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -18,8 +19,9 @@ from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
+from jaxdistill.formats import new_folder
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import count_parameters, lora
 from jaxdistill.references import STUDENT
@@ -397,16 +399,12 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
 
 
 def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
-    """The student's small files, so that checkpoints can be read on their own."""
-    folder = run.path / STUDENT
-    described = write_config(models.student.config, "float32")
-    try:
-        folder.mkdir(exist_ok=True)
-        run.write_json(f"{STUDENT}/config.json", described)
-        adapters = states.adapters_of(config)
-        if adapters is not None:
-            described = lora.described(adapters, models.student.source)
-            run.write_json(f"{STUDENT}/{lora.FILE}", described)
-        models.tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error
+    """The student's small files, sealed, so that checkpoints can be read on their own."""
+    described = {"config.json": write_config(models.student.config, "float32")}
+    adapters = states.adapters_of(config)
+    if adapters is not None:
+        described[lora.FILE] = lora.described(adapters, models.student.source)
+    with new_folder.renewed(run.path / STUDENT) as inside:
+        for name, content in described.items():
+            (inside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        models.tokenizer.save_pretrained(str(inside))

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import api
 from jaxdistill.errors import ConfigError, DamagedError
+from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
 from jaxdistill.run import anew, changes, run_table, schedule, session
 from jaxdistill.run.folder import RunDir
@@ -259,6 +260,7 @@ def test_a_teacher_whose_weights_have_changed_is_refused(
         "eval.samples=0",
     )
     _break_off(config, monkeypatch, after=2)
+    (teacher / sums.FILE).unlink()
     weights = teacher / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2] ^= 1  # one bit of one number, which stays finite

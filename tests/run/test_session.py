@@ -14,6 +14,7 @@ import pytest
 from jaxdistill import api, commands, models
 from jaxdistill.data import build as building
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, MismatchError
+from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
 from jaxdistill.run import run_table, setup
 from jaxdistill.run import session as running
@@ -236,6 +237,7 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
     finished, load_config, tmp_path, tmp_path_factory
 ):
     other = api.export(str(finished.run_dir), tmp_path_factory.mktemp("other") / "model")
+    (other / sums.FILE).unlink()
     words = json.loads((other / "tokenizer.json").read_text())
     vocab = words["model"]["vocab"]
     (first, a), (second, b) = list(vocab.items())[:2]
