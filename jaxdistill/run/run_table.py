@@ -1,13 +1,15 @@
 """The table of a run: teacher, student before, the control without a teacher, student after."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import optim
+from jaxdistill import agree, optim
 from jaxdistill import teachers as signals
 from jaxdistill.config import Config
 from jaxdistill.evaluate import meter, speed
@@ -21,6 +23,8 @@ from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
 
 ORDER = ("teacher", "student before", "SFT control", "student after")
+FILE = "table.json"
+_FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "tokens_per_second", "parameters"}
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -41,8 +45,7 @@ class RunTable:
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
         self._teacher_params = None if models.teacher is None else models.teacher.params
         self._step = self._program(method)
-        stored = run.read_json("table.json") or {}
-        self._rows = {row["name"]: row for row in stored.get("rows", [])}
+        self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str] | None = None
         self._student_speed: float | None = None
 
@@ -123,7 +126,7 @@ class RunTable:
             "tokens_per_second": rate,
         }
         self._rows[name] = row | speed.size(config, params)
-        self._run.write_json("table.json", {"held_out": self._held_out.name, "rows": self.rows})
+        self._run.write_json(FILE, {"held_out": self._held_out.name, "rows": self.rows})
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -159,3 +162,27 @@ class RunTable:
     def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [model.tokenizer.decode(answer) for answer in answers]
+
+
+def drop(run: RunDir, names: Collection[str]) -> None:
+    """Forgets rows that are no longer what the configuration says; they are measured again."""
+    rows = _stored(run) if names else {}
+    if rows.keys() & set(names):
+        kept = [row for name, row in rows.items() if name not in names]
+        run.write_json(FILE, run.read_json(FILE) | {"rows": kept})
+
+
+def _stored(run: RunDir) -> dict[str, Any]:
+    """The rows of an earlier attempt; a damaged table is put aside, told, and measured again."""
+    try:
+        stored = run.read_json(FILE, {"rows": list}) or {"rows": []}
+        rows = {row["name"]: row for row in stored["rows"] if row["name"] in ORDER}
+        for row in rows.values():
+            if not _FIELDS <= row.keys():
+                raise ValueError(f"{FILE}: the row {row['name']} is not whole")
+    except (ValueError, TypeError, KeyError) as error:  # DamagedError among them
+        os.replace(run.path / FILE, run.path / "table.damaged.json")
+        run.event("damaged_table", reason=str(error), aside="table.damaged.json")
+        print(f"{run.path / FILE}: is damaged, put aside and measured again", file=sys.stderr)
+        return {}
+    return rows

@@ -250,10 +250,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
             relations=objective.teacher_relations,
         )
     o = config.optimizer
-    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
-    rate = optim.learning_rate(
-        o.schedule, o.lr, config.train.steps, warmup=warmup, end_ratio=o.end_lr_ratio
-    )
+    rate = learning_rate_of(config)
     tx = optim.optimizer(
         rate,
         knobs=built.knobs,
@@ -276,6 +273,13 @@ def method_of(config: Config, models: Models) -> RunMethod:
     )
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
     return RunMethod(objective, measuring, teacher, tx, rate, loss)
+
+
+def learning_rate_of(config: Config) -> Callable[[int], Any]:
+    """Step index -> learning rate."""
+    o, steps = config.optimizer, config.train.steps
+    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
+    return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
 
 
 def teacher_dtype(config: Config) -> jnp.dtype:
