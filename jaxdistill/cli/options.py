@@ -9,7 +9,7 @@ from pydantic import Field
 
 import jaxdistill
 from jaxdistill import commands
-from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs
+from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs, teacher
 from jaxdistill.commands import Flag
 from jaxdistill.section import Count, Section
 
@@ -338,6 +338,12 @@ COMMANDS = (
         (RunFile, Samples),
     ),
     Command(
+        "teacher cache",
+        teacher.cache,
+        "Ask a teacher once about the texts of a run; teacher.cache learns from what it said.",
+        (RunFile, commands.TeacherCache),
+    ),
+    Command(
         "serve",
         reason.serve,
         "Serve a model by OpenAI's protocol.",
@@ -372,7 +378,7 @@ COMMANDS = (
 )
 GROUPS = {
     "ckpt": "Look at a run's checkpoints, or go back to one.",
-    "teacher": "Ask a teacher: rationales, filtered, as training data.",
+    "teacher": "Ask a teacher: rationales as training data, or what it says of given text.",
 }
 
 

@@ -9,27 +9,47 @@ from jax import Array
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
-from jaxdistill.types import Batch, Mean, Outputs
+from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
 
 
 def from_heads(
     head: Any,
     student: Outputs,
-    teacher: Outputs | None,
+    signal: TeacherSignal | None,
     batch: Batch,
     knobs: Mapping[str, Array],
+    sparse: str | None = None,
     **options: Any,
 ) -> dict[str, Mean]:
-    """The fused head loss over a batch of rows; `options` as `linear_divergence` takes them."""
+    """The fused head loss over a batch of rows.
+
+    Args:
+      head: see `base.Head`.
+      student: its hidden states and head.
+      signal: the teacher's; None for cross-entropy alone.
+      batch: the rows.
+      knobs: the one that is read is `base.MONITOR`.
+      sparse: of known tokens, the kind of `kernels.sparse` that stands in place of `kind`.
+      options: as `linear_divergence` takes them.
+    """
     head = dict(head)
     vocab = head.pop("vocab")
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
-    if teacher is not None:
+    if signal is not None and signal.outputs is not None:
+        teacher = signal.outputs
         options |= {
             "teacher_hidden": teacher.hidden,
             "teacher_head": teacher.head[:vocab],
             "teacher_bias": bias(teacher),
             "teacher_softcap": teacher.softcap,
+        }
+    elif signal is not None and signal.known is not None:
+        known = signal.known
+        options |= {
+            "kind": sparse,
+            "teacher_ids": known.ids,
+            "teacher_logprobs": known.logprobs,
+            "teacher_rest": known.rest,
         }
     total, means = linear_divergence(
         student.hidden,

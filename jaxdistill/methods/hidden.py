@@ -4,6 +4,7 @@ from typing import Literal, Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
 from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
 
@@ -65,7 +66,7 @@ def objective(
 
     def apply(params, student, signal, batch, knobs):
         means = from_heads(
-            head, student, signal.outputs, batch, knobs,
+            head, student, signal, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
         ours = student.taps.astype(jnp.float32)
@@ -102,4 +103,4 @@ def build(options: Hidden, facts: Facts) -> Built:
     )
 
 
-METHOD = Method(Hidden, build, measured=True)
+METHOD = Method(Hidden, build, reads=lambda options: signals.LAYERS, measured=True)

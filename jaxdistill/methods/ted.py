@@ -4,6 +4,7 @@ from typing import Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
 from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
 
@@ -66,7 +67,7 @@ def objective(
         ours, theirs = params["student_filters"], params["teacher_filters"]
         taps, wanted, mask = student.taps, signal.outputs.taps, batch.mask
         means = from_heads(
-            head, student, signal.outputs, batch, knobs,
+            head, student, signal, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
         rows = signal.outputs.head[: head["vocab"]]
@@ -108,4 +109,4 @@ def build(options: Ted, facts: Facts) -> Built:
     )
 
 
-METHOD = Method(Ted, build, measured=True)
+METHOD = Method(Ted, build, reads=lambda options: signals.LAYERS, measured=True)

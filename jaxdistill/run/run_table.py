@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import optim
-from jaxdistill import teachers as signals
 from jaxdistill.config import Config
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.methods import measuring
-from jaxdistill.models import Model
+from jaxdistill.methods import measuring, signals
+from jaxdistill.models import Model, decoder
 from jaxdistill.report import MetricsWriter
 from jaxdistill.run import setup, states
 from jaxdistill.run.folder import RunDir
@@ -39,7 +38,7 @@ class RunTable:
         self._config, self._run, self._models, self._held_out = config, run, models, held_out
         self._own = method.objective.init(jax.random.key(config.seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
-        self._teacher_params = None if models.teacher is None else models.teacher.params
+        self._teacher_params = setup.signal_params(models, held_out.mesh)
         self._step = self._program(method)
         stored = run.read_json("table.json") or {}
         self._rows = {row["name"]: row for row in stored.get("rows", [])}
@@ -48,19 +47,20 @@ class RunTable:
 
     def _program(self, method: setup.RunMethod) -> meter.Step:
         """The loss without gradient: that of training, if it measures against the teacher too."""
-        teacher = self._models.teacher
-        objective = method.objective
-        if teacher is None or (objective.needs_teacher and objective.token_means):
+        models, objective = self._models, method.objective
+        alone = models.teacher is None and models.stored is None
+        if alone or (objective.needs_teacher and objective.token_means):
             return meter.make_step(method.loss, method.teacher)
         # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
         loss = make_loss(
             self._models.student.config,
-            measuring.against_teacher(vocab=self._models.vocab),
+            measuring.against_teacher(
+                vocab=models.vocab, sparse=signals.kind("forward_kl", setup.format_of(models))
+            ),
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
             quantization=self._config.student.quantize,
         )
-        signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
-        return meter.make_step(loss, signal)
+        return meter.make_step(loss, setup.signal_of(self._config, models))
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""
@@ -84,6 +84,7 @@ class RunTable:
 
     def add_teacher(self) -> None:
         """The teacher's own row: how well it models the held-out rows, and how fast."""
+        self._add_stored_teacher()
         teacher = self._models.teacher
         if teacher is None or self.has("teacher"):
             return
@@ -93,6 +94,18 @@ class RunTable:
         metrics = self._held_out.measure(scoring, teacher.params)
         rate = self._held_out.speed(scoring, teacher.params)
         self._add("teacher", metrics, teacher.config, teacher.params, rate)
+
+    def _add_stored_teacher(self) -> None:
+        """The row of a stored teacher whose whole rows are known; nobody can time it."""
+        stored = self._models.stored
+        if stored is None or stored.config is None or self.has("teacher"):
+            return
+        if signals.sparse(stored.format.name):
+            return
+        scoring = meter.stored_scoring_step(stored.signal(None), self._models.vocab)
+        metrics = self._held_out.measure(scoring, None, self._teacher_params)
+        shape = decoder.shapes(stored.config, stored.dtype)
+        self._add("teacher", metrics, stored.config, shape, None)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -111,7 +124,9 @@ class RunTable:
             self._student_speed = self._held_out.speed(scoring, params)
         self._add(name, metrics, model.config, params, self._student_speed)
 
-    def _add(self, name: str, metrics: Mapping[str, float], config, params, rate: float) -> None:
+    def _add(
+        self, name: str, metrics: Mapping[str, float], config, params, rate: float | None
+    ) -> None:
         row = {
             "name": name,
             "perplexity": metrics["eval/perplexity"],

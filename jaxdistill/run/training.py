@@ -156,7 +156,7 @@ class Training:
         latest: dict[str, float],
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
-        teacher_params = setup.teacher_params_of(self.models, self.method)
+        teacher_params = setup.teacher_params_of(self.models, self.method, self.mesh)
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update(self.table.evaluate(state))
@@ -266,7 +266,6 @@ def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: 
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
     if method.objective.needs_teacher:
-        assert models.teacher is not None, "the configuration has a teacher where one is needed"
-        teacher = forward_flops_per_token(models.teacher.config, length)
+        teacher = setup.signal_flops_per_token(models, length)
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))
