@@ -2,7 +2,9 @@
 
     divergence/          reference (the definition), fused (statistics forward, slopes backward)
     linear_divergence/   reference (the definition), fused > mesh > walk > chunk
-    both                 token_loss > statistics, mosaic_gpu; rows, softcap
+    linear_logprobs/     reference (the definition), fused > walk > rows
+    sparse/              definition and rows of a teacher of whom only some tokens are known
+    all                  token_loss, logprob_rows > statistics, mosaic_gpu; rows, softcap
 
 `implementation="reference"` runs the definition, None the fused form with the best statistics.
 """
@@ -10,5 +12,6 @@
 from jaxdistill.kernels.choice import support
 from jaxdistill.kernels.divergence import divergence
 from jaxdistill.kernels.linear_divergence import linear_divergence
+from jaxdistill.kernels.linear_logprobs import Logprobs, linear_logprobs
 
-__all__ = ["divergence", "linear_divergence", "support"]
+__all__ = ["Logprobs", "divergence", "linear_divergence", "linear_logprobs", "support"]

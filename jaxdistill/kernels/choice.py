@@ -55,7 +55,12 @@ def _platform(kind: str) -> str:
 
 
 def support(
-    vocab: int, dtype: DTypeLike, *, device: Device | None = None, scalar_temperature: bool = True
+    vocab: int,
+    dtype: DTypeLike,
+    *,
+    device: Device | None = None,
+    scalar_temperature: bool = True,
+    models: int = 2,
 ) -> dict[str, Support]:
     """Which implementations of the row statistics run here, and why the others do not.
 
@@ -64,6 +69,8 @@ def support(
       dtype: of the logits.
       device: default the one that JAX would use now.
       scalar_temperature: whether one temperature serves all rows.
+      models: 2 for student and teacher, 1 for a student alone: `linear_logprobs`, and a teacher of
+        whom only some tokens are known.
 
     Returns:
       name -> (runs, reason), the best first.
@@ -71,15 +78,19 @@ def support(
     device = device or current_device()
     vocab, dtype = int(vocab), jnp.dtype(dtype).name
     checks = {
-        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature),
+        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, models),
         "xla": lambda: None,
     }
     obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
     return {name: Support(why is None, why or "runs") for name, why in obstacles.items()}
 
 
-def _mosaic_gpu(vocab: int, dtype: str, device: Device, scalar_temperature: bool) -> str | None:
+def _mosaic_gpu(
+    vocab: int, dtype: str, device: Device, scalar_temperature: bool, models: int
+) -> str | None:
     """Why the Mosaic GPU kernel cannot run, None if it can."""
+    if models == 1:
+        return "reads the logits of two models together; those of one alone are XLA's"
     version = importlib.metadata.version("jax")
     if tuple(map(int, version.split(".")[:2])) < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is jax {version}"
@@ -113,6 +124,7 @@ def choose(
     *,
     device: Device | None = None,
     scalar_temperature: bool = True,
+    models: int = 2,
 ) -> str:
     """The implementation that will run: the named one, or the best that can.
 
@@ -120,9 +132,11 @@ def choose(
       ConfigError: for an unknown name, or a named one that cannot run; the message says why.
     """
     device = device or current_device()
-    states = support(vocab, dtype, device=device, scalar_temperature=scalar_temperature)
+    states = support(
+        vocab, dtype, device=device, scalar_temperature=scalar_temperature, models=models
+    )
     if implementation is None:
-        if device.platform == "gpu" and not states["mosaic_gpu"].runs:
+        if models == 2 and device.platform == "gpu" and not states["mosaic_gpu"].runs:
             _warn_once(states["mosaic_gpu"].reason)
         return next(name for name, state in states.items() if state.runs)
     if implementation not in states:

@@ -58,6 +58,7 @@ MOMENTS: Mapping[str, Moment] = {
     "sum_z": Moment("z", True, "one"),
     "gap_s": Moment("s", True, "gap"),
     "gap_z": Moment("z", True, "gap"),
+    "self_s": Moment("s", True, "self"),
     "self_z": Moment("z", True, "self"),
     "sum_s1": Moment("s", False, "one"),
     "sum_t1": Moment("t", False, "one"),

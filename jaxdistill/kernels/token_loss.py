@@ -34,12 +34,13 @@ class Divergence(NamedTuple):
     Attributes:
       value: D without its T^2, [n].
       slope_sum: sum_v dlogq of a named kind, [n].
-      vjp: of a function of whole rows: cotangent [n] -> slopes by s / T and z / T, [n, V] each.
+      vjp: of a function of whole rows: cotangent [n] -> slopes by s / T and z / T, [n, V] each;
+        of known tokens: the cotangents of their log-probabilities.
     """
 
     value: Array
     slope_sum: Array | None = None
-    vjp: Callable[[Array], tuple[Array, Array]] | None = None
+    vjp: Callable[[Array], tuple[Any, Any]] | None = None
 
 
 class TokenLosses(NamedTuple):
@@ -79,6 +80,11 @@ class TokenRows:
     student: Array
     teacher: Array | None
     labels: Array | None
+
+    @property
+    def reads_in_passes(self) -> bool:
+        """Whether metrics cost passes of their own, and do not come with the loss's."""
+        return self.implementation == "xla" and choice.reads_in_passes(choice.current_device())
 
     # ------------------------------------------------------------------------------- statistics
 
@@ -169,7 +175,7 @@ class TokenRows:
         if self.labels is not None:
             cross_entropy = self.cross_entropy(statistics)
             loss += alpha * cross_entropy
-        if self.teacher is not None:
+        if self.spec.kind is not None:
             unscaled = self.divergence(statistics)
             divergence = self.t2 * unscaled.value
             loss += (1 - alpha) * divergence

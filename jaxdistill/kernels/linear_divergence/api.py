@@ -24,6 +24,7 @@ from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, chunk_s
 from jaxdistill.kernels.linear_divergence.mesh import Layout, layout
 from jaxdistill.kernels.linear_divergence.reference import reference
 from jaxdistill.kernels.operands import DivergenceFunction, LossSpec
+from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.sharding import AnyMesh
 from jaxdistill.types import Mean
 
@@ -34,6 +35,11 @@ def linear_divergence(
     teacher_hidden: ArrayLike | None = None,
     teacher_head: ArrayLike | None = None,
     *,
+    teacher_ids: ArrayLike | None = None,
+    teacher_logprobs: ArrayLike | None = None,
+    teacher_rest: ArrayLike | None = None,
+    sampled_ids: ArrayLike | None = None,
+    sampled_logprobs: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     kind: str | DivergenceFunction = "forward_kl",
@@ -67,6 +73,14 @@ def linear_divergence(
         is accumulated in float32.
       teacher_hidden: [..., D_T], or None for cross-entropy alone.
       teacher_head: [V, D_T]; the same V, row by row the same token.
+      teacher_ids: int [N, K], in place of the teacher's hidden states and head: the tokens whose
+        probabilities are known, different ones in each row; a negative id is none. See below.
+      teacher_logprobs: [N, K], log p of these tokens, normalised over the vocabulary at the
+        temperature of the call.
+      teacher_rest: [N], the mass of all other tokens; None takes what the known ones leave.
+      sampled_ids: int [N], with kind "generalized_reverse_kl": a token that the student has drawn
+        at the temperature of the call; a negative id is none.
+      sampled_logprobs: [N], log p of it.
       labels: int [N], the token each position predicts; None leaves cross-entropy out (alpha must
         then be 0). A counted token whose label is no row of the heads makes the loss NaN.
       mask: bool or float [N], weight of each token in the loss; default 1. A token of weight 0
@@ -103,16 +117,35 @@ def linear_divergence(
         these axes. The gradient of an array that other devices hold too, such as a head that all
         tokens share, is this device's part: add the parts with psum.
 
+    With `teacher_ids` the kinds are those of `kernels.sparse.KINDS`, sums over the known tokens K:
+
+        forward_kl               sum_K p (log p - log q) + p_rest (log p_rest - log q_rest)
+        generalized_forward_kl   sum_K p (log p - log q) - p + q
+        generalized_reverse_kl   sum_K q (log q - log p) - q + p
+        cross_entropy            -sum_K p log q
+
+    Whatever K is, the first is at most KL(p || q) and grows to it with K, the next two are at most
+    the KL of their direction, are never negative and 0 only where q = p on K, and the last, of
+    tokens drawn from p with their share of the draws as p, has cross-entropy from p as its mean.
+    With `sampled_ids` the third gains [y not in K] l grad log q_y, l = log q_y - log p_y: over
+    y ~ q its mean is KL(q || p) in value and gradient. TAID and divergences of mixtures need whole
+    rows. The gradient by T holds the teacher's numbers as they are. Traced numbers are not checked:
+    an id that stands twice counts once, a log-probability above 0 is 0, a rest outside [0, 1] is
+    brought there, and an id that is no row of the head makes the loss NaN.
+
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:
       `loss/ce`, `loss/divergence` (with its T^2), with TAID `loss/target_entropy` (of its target),
       `loss/kl_t1` (KL(teacher || student) at T = 1),
       `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`;
-      nats.
+      nats. With `teacher_ids`, in place of what needs whole rows: `teacher/kept_mass` of the known
+      tokens, `student/kept_mass` at T = 1, `agree/top_k`: the share of the known tokens that are
+      among the student's K most likely.
 
     Raises:
       ConfigError: for an unknown kind or reduction, shapes that do not fit, alpha without labels,
-        or an implementation that cannot run.
+        an implementation that cannot run, or numbers of `teacher_ids` and its like that are known
+        and break the rules.
 
     >>> import jax.numpy as jnp
     >>> hidden = jnp.ones((1, 1))
@@ -121,7 +154,8 @@ def linear_divergence(
     >>> print(round(float(loss), 4), round(float(means["teacher/entropy"].value), 4))
     0.3681 0.3251
 
-    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
+    Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2); arXiv 2503.16870 (the
+    ghost), 2606.30406, eq. 5 (the generalised forms).
     """
     arrays = _arrays(student_hidden, student_head, student_bias, "student")
     teacher: tuple[Array | None, Array | None, Array | None] = (None, None, None)
@@ -131,7 +165,26 @@ def linear_divergence(
         raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
-    _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps)
+    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+    sparse: dict[str, ArrayLike | None] = {
+        "teacher_ids": teacher_ids,
+        "teacher_logprobs": teacher_logprobs,
+        "teacher_rest": teacher_rest,
+        "sampled_ids": sampled_ids,
+        "sampled_logprobs": sampled_logprobs,
+    }
+    known = None
+    if any(array is not None for array in sparse.values()):
+        if teacher[0] is not None or taid_t is not None or parameters:
+            raise ConfigError(
+                "teacher_ids stand in place of the teacher's hidden states and head, and go with "
+                "neither taid_t nor parameters"
+            )
+        total = vocab * (jax.lax.axis_size(axes) if axes else 1)
+        known = known_teacher(kind, dims, total, sparse, mask)
+    _check_choices(
+        "forward_kl" if known else kind, parameters, reduction, dims, vocab, teacher, softcaps
+    )
     operands.check_alpha(alpha, labels)
     x = Operands(
         *arrays,
@@ -140,10 +193,10 @@ def linear_divergence(
         weights=jnp.ones(dims) if mask is None else jnp.asarray(mask).astype(jnp.float32),
         coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
+        known=known,
     )
-    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
     has_teacher = x.teacher_head is not None
-    loss = LossSpec(kind if has_teacher else None, labels is not None, scale_by_t2)
+    loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
     if implementation == choice.REFERENCE:
         if axes:
             raise ConfigError(
@@ -155,7 +208,7 @@ def linear_divergence(
         operands.check_manual_axes(x)
         place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
         loss = dataclasses.replace(loss, vocab_axes=place.vocab)
-        static = _static(x, place, loss, softcaps, chunk, logits_dtype, implementation)
+        static = static_arguments(x, place, loss, softcaps, chunk, logits_dtype, implementation)
         sums = fused.loss_sums((static, place), x)
     total, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
     if reduction == "mean":
@@ -167,7 +220,7 @@ def linear_divergence(
     }
 
 
-def _static(
+def static_arguments(
     x: Operands,
     place: Layout,
     loss: LossSpec,
@@ -191,6 +244,7 @@ def _static(
         logits_dtype,
         device=device,
         scalar_temperature=x.coefficients.has_scalar_temperature,
+        models=1 if x.teacher_head is None else 2,
     )
     most = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
     chunk = min(chunk or most, tokens)

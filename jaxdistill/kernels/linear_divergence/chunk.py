@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.kernels import choice
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
+from jaxdistill.kernels.sparse.definition import Known, silence
+from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LOWEST, Rows
 from jaxdistill.kernels.token_loss import TokenRows
 
@@ -42,6 +43,9 @@ class Operands(NamedTuple):
       weights: float32 [...].
       coefficients: temperature is [] or [...].
       monitor: bool [], whether metrics are made.
+      ids: int [..., K], tokens whose log-probabilities are asked for.
+      known: of a teacher of whom only some tokens are known.
+      sets: bool [V, M], the columns of M sets of tokens.
     """
 
     student_hidden: Array
@@ -54,6 +58,9 @@ class Operands(NamedTuple):
     weights: Array
     coefficients: Coefficients
     monitor: Array | None
+    ids: Array | None = None
+    known: Known | None = None
+    sets: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +129,11 @@ def run(
     silenced = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = silenced(x.student_hidden)
     student_cap, teacher_cap = static.softcaps
-    student = _logits(static, shard, hidden, x.student_head, x.student_bias, student_cap)
+    student = logits(static, shard, hidden, x.student_head, x.student_bias, student_cap)
     teacher = None
     if x.teacher_hidden is not None and x.teacher_head is not None:
         states = silenced(x.teacher_hidden)
-        teacher = _logits(static, shard, states, x.teacher_head, x.teacher_bias, teacher_cap)
+        teacher = logits(static, shard, states, x.teacher_head, x.teacher_bias, teacher_cap)
     scalar = x.coefficients.has_scalar_temperature
     per_row = (
         student,
@@ -134,16 +141,16 @@ def run(
         x.labels,
         x.weights,
         None if scalar else x.coefficients.temperature,
+        None if x.known is None else silence(x.known, counted),
     )
 
     def one(group):
-        student, teacher, labels, weights, temperature = group
+        student, teacher, labels, weights, temperature, known = group
         coefficients = x.coefficients
         if temperature is not None:
             coefficients = coefficients._replace(temperature=temperature)
-        rows = TokenRows(
-            static.loss, static.implementation, coefficients, shard, student, teacher, labels
-        )
+        own = (static.loss, static.implementation, coefficients, shard, student, teacher, labels)
+        rows = TokenRows(*own) if known is None else SparseRows(*own, known, static.vocab)
         return _group(static, wanted, rows, weights, x.monitor)
 
     if static.group == static.chunk:
@@ -159,11 +166,11 @@ def run(
     if by_temperature is not None:
         gradients["temperature"] = jnp.sum(by_temperature) if scalar else by_temperature
     if slope is not None:
-        gradients |= _pull_back(static, wanted, slope, hidden, x.student_head)
+        gradients |= pull_back(static, wanted, slope, hidden, x.student_head)
     return sums, gradients
 
 
-def _logits(
+def logits(
     static: Static,
     shard: VocabularyShard,
     hidden: Array,
@@ -216,8 +223,7 @@ def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str,
     if "z" in rows.logits and rows.divergence_row is not None:
         loss_names = (*loss_names, "self_z")  # of the target's entropy
     one = jnp.float32(1)
-    passes = rows.implementation == "xla" and choice.reads_in_passes(choice.current_device())
-    if monitor is None or not passes:
+    if monitor is None or not rows.reads_in_passes:
         # A fused pass makes the metrics on its way; leaving them out would save nothing.
         statistics = rows.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
         return statistics, rows.metrics(statistics) | {"monitored": one}
@@ -226,7 +232,7 @@ def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str,
     return rows.measure(loss_names), jax.lax.cond(monitor, metrics, lambda: nothing)
 
 
-def _pull_back(
+def pull_back(
     static: Static, wanted: Wanted, slope: Array, hidden: Array, head: Array
 ) -> dict[str, Array]:
     """From d loss / d logits to the gradients of hidden states, head and bias."""

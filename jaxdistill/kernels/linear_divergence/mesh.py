@@ -44,6 +44,11 @@ class Layout:
         """All axes that divide tokens."""
         return tuple(axis for axes in self.tokens for axis in axes)
 
+    @property
+    def per_token(self) -> PartitionSpec:
+        """How what is per token lies on the mesh."""
+        return PartitionSpec(*(axes or None for axes in self.tokens))
+
 
 def layout(
     mesh: AnyMesh | None,
@@ -104,51 +109,84 @@ def on_mesh(
     static: Static, place: Layout, wanted: Wanted, operands: Operands
 ) -> tuple[dict[str, Array], Gradients]:
     """Sums over all tokens, and the gradients of the summed loss that are wanted."""
-    if place.mesh is None:
-        sums, gradients = walk(static, wanted, operands, place.vocab)
-        if "student_hidden" in gradients and place.vocab:
-            summed = jax.lax.psum(gradients["student_hidden"], place.vocab)
-            gradients["student_hidden"] = summed.astype(operands.student_hidden.dtype)
-        return sums, gradients
-    tokens = PartitionSpec(*(axes or None for axes in place.tokens))
-    heads, whole = PartitionSpec(place.vocab or None), PartitionSpec()
-    by_name = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(HEADS, heads) | {"monitor": whole}
-    # A tree of specifications where the operands are: the same names, other leaves.
-    given: dict[str, Any] = {
-        name: None if getattr(operands, name) is None else spec for name, spec in by_name.items()
-    }
-    specs = Operands(**given, coefficients=operands.coefficients.specs(tokens))
-    scalar_t = operands.coefficients.has_scalar_temperature
-    fsdp_tokens = "fsdp" in place.token_axes
-    split_head = fsdp_tokens and operands.student_head.shape[1] % place.mesh.shape["fsdp"] == 0
 
     def local(operands: Operands):
         sums, gradients = walk(static, wanted, operands, place.vocab)
-        sums = jax.lax.psum(sums, place.token_axes)
-        if "student_head" in gradients:
-            gradients["student_head"] = _sum_head(gradients["student_head"], place, split_head)
-        if "student_bias" in gradients:
-            gradients["student_bias"] = jax.lax.psum(gradients["student_bias"], place.token_axes)
-        if "temperature" in gradients and scalar_t:
-            gradients["temperature"] = jax.lax.psum(gradients["temperature"], place.token_axes)
-        if "student_hidden" in gradients and place.vocab:
-            summed = _sum_hidden(gradients["student_hidden"], place)
-            gradients["student_hidden"] = summed.astype(operands.student_hidden.dtype)
-        return sums, gradients
+        if place.mesh is not None:
+            sums = jax.lax.psum(sums, place.token_axes)
+        return sums, add_up(gradients, operands, place)
 
+    if place.mesh is None:
+        return local(operands)
+    return jax.shard_map(
+        local,
+        mesh=place.mesh,
+        in_specs=(operand_specs(place, operands),),
+        out_specs=(PartitionSpec(), gradient_specs(place, wanted, operands)),
+        check_vma=False,
+    )(operands)
+
+
+def operand_specs(place: Layout, operands: Operands) -> Operands:
+    """How the operands lie on the mesh: a tree of specifications where they are arrays."""
+    heads = PartitionSpec(place.vocab or None)
+    by_name = dict.fromkeys(PER_TOKEN, place.per_token) | dict.fromkeys(HEADS, heads)
+    by_name["monitor"] = PartitionSpec()
+    # The same names, other leaves.
+    given: dict[str, Any] = {
+        name: jax.tree.map(lambda _, spec=spec: spec, getattr(operands, name))
+        for name, spec in by_name.items()
+    }
+    return Operands(**given, coefficients=operands.coefficients.specs(place.per_token))
+
+
+def gradient_specs(place: Layout, wanted: Wanted, operands: Operands) -> dict[str, PartitionSpec]:
+    """How the gradients lie on the mesh that `add_up` leaves there, by name."""
     after = list(place.tokens)
     if "fsdp" in place.vocab:  # the sum over fsdp leaves each device with its own rows
         after[0] = BATCH_AXES
+    scalar_t = operands.coefficients.has_scalar_temperature
+    width = operands.student_head.shape[1]
     out = {
         "student_hidden": PartitionSpec(*(axes or None for axes in after)),
-        "student_head": PartitionSpec(place.vocab or None, "fsdp" if split_head else None),
-        "student_bias": heads,
-        "temperature": whole if scalar_t else tokens,
+        "student_head": PartitionSpec(
+            place.vocab or None, "fsdp" if _splits_head(place, width) else None
+        ),
+        "student_bias": PartitionSpec(place.vocab or None),
+        "temperature": PartitionSpec() if scalar_t else place.per_token,
     }
-    asked = {name: out[name] for name in out if getattr(wanted, name.removeprefix("student_"))}
-    return jax.shard_map(
-        local, mesh=place.mesh, in_specs=(specs,), out_specs=(whole, asked), check_vma=False
-    )(operands)
+    return {name: out[name] for name in out if getattr(wanted, name.removeprefix("student_"))}
+
+
+def add_up(gradients: Gradients, operands: Operands, place: Layout) -> Gradients:
+    """The sums over devices of what each made from its tokens and its rows of the heads.
+
+    Inside a shard_map of the caller's own only hidden states are summed, over the vocabulary.
+    """
+    summed = dict(gradients)
+    hidden = gradients.get("student_hidden")
+    if hidden is not None and place.vocab:
+        total = _sum_hidden(hidden, place)
+        summed["student_hidden"] = total.astype(operands.student_hidden.dtype)
+    if place.mesh is None:
+        return summed
+    if "student_head" in gradients:
+        split = _splits_head(place, operands.student_head.shape[1])
+        summed["student_head"] = _sum_head(gradients["student_head"], place, split)
+    shared = ["student_bias"]
+    if operands.coefficients.has_scalar_temperature:
+        shared.append("temperature")
+    for name in shared:
+        if name in gradients:
+            summed[name] = jax.lax.psum(gradients[name], place.token_axes)
+    return summed
+
+
+def _splits_head(place: Layout, width: int) -> bool:
+    """Whether each device of fsdp keeps a slice of the head's gradient."""
+    if place.mesh is None or "fsdp" not in place.token_axes:
+        return False
+    return width % place.mesh.shape["fsdp"] == 0
 
 
 def _sum_head(gradient: Array, place: Layout, split: bool) -> Array:
@@ -161,7 +199,9 @@ def _sum_head(gradient: Array, place: Layout, split: bool) -> Array:
 
 def _sum_hidden(gradient: Array, place: Layout) -> Array:
     """The sum over the parts of the vocabulary; over fsdp each device keeps its own tokens."""
-    if "fsdp" in place.vocab:
+    if place.mesh is not None and "fsdp" in place.vocab:
         gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=0, tiled=True)
-    rest = tuple(axis for axis in place.vocab if axis != "fsdp")
+        rest = tuple(axis for axis in place.vocab if axis != "fsdp")
+    else:
+        rest = place.vocab
     return jax.lax.psum(gradient, rest) if rest else gradient

@@ -6,15 +6,20 @@
 In float32, or in float64 where the hidden states are float64.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.kernels.divergence.reference import terms
+from jaxdistill.kernels.divergence.reference import Terms, terms
 from jaxdistill.kernels.linear_divergence.chunk import Operands
-from jaxdistill.kernels.operands import LossSpec
+from jaxdistill.kernels.operands import Coefficients, LossSpec
 from jaxdistill.kernels.softcap import soft_cap
+from jaxdistill.kernels.sparse.definition import Known, is_known, silence
+from jaxdistill.kernels.sparse.reference import divergence as sparse_divergence
+from jaxdistill.kernels.statistics import LOWEST
 
 
 def reference(
@@ -53,7 +58,12 @@ def reference(
     y = None if x.labels is None else jnp.where(counted, flat(x.labels), 0)
     temperature = x.coefficients.temperature
     temperature = flat(temperature) if temperature.ndim else temperature
-    values = terms(spec, s, t, y, x.coefficients._replace(temperature=temperature))
+    coefficients = x.coefficients._replace(temperature=temperature)
+    known = None if x.known is None else silence(jax.tree.map(flat, x.known), counted)
+    if known is None:
+        values = terms(spec, s, t, y, coefficients)
+    else:
+        values = _sparse_terms(spec, s, known, y, coefficients)
 
     log_softmax = lambda z: jax.nn.log_softmax(z.astype(values.loss.dtype))
     entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -71,5 +81,35 @@ def reference(
         if x.coefficients.taid_t is not None and isinstance(spec.kind, str):
             column = temperature[:, None] if temperature.ndim else temperature
             per_token["loss/target_entropy"] = entropy(log_softmax(values.target / column))
+    if known is not None:
+        per_token["loss/divergence"] = values.divergence
+        per_token |= _sparse_metrics(log_q, known)
     sums = {name: jnp.sum(weights * jnp.where(counted, x, 0)) for name, x in per_token.items()}
     return sums | {"count": jnp.sum(weights), "monitored": jnp.sum(weights)}
+
+
+def _sparse_terms(
+    spec: LossSpec, s: Array, known: Known, y: Array | None, coefficients: Coefficients
+) -> Terms:
+    """The loss of each row beside a teacher of whom some tokens are known."""
+    alone = dataclasses.replace(spec, kind=None)
+    values, alpha, temperature = terms(alone, s, None, y, coefficients), *coefficients[:2]
+    assert isinstance(spec.kind, str), "checked where it was given"
+    wide = jnp.maximum(s.astype(values.loss.dtype), LOWEST)
+    tempered = wide / (temperature[:, None] if temperature.ndim else temperature)
+    divergence = sparse_divergence(spec.kind, tempered, known)
+    if spec.scale_by_t2:
+        divergence *= temperature**2
+    return values._replace(loss=values.loss + (1 - alpha) * divergence, divergence=divergence)
+
+
+def _sparse_metrics(log_q: Array, known: Known) -> dict[str, Array]:
+    counts = is_known(known)
+    picked = jnp.take_along_axis(log_q, jnp.maximum(known.ids, 0), axis=1)
+    least = jnp.sort(log_q, axis=1)[:, -min(known.ids.shape[1], log_q.shape[1]), None]
+    within = lambda array: jnp.sum(jnp.where(counts, array, 0.0), axis=1)
+    return {
+        "student/kept_mass": within(jnp.exp(picked)),
+        "teacher/kept_mass": within(jnp.exp(known.logprobs)),
+        "agree/top_k": within(picked >= least) / jnp.maximum(within(counts), 1),
+    }

@@ -12,7 +12,8 @@ chunk is padded with tokens of weight 0. The way back multiplies the gradients b
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +24,88 @@ from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
 from jaxdistill.kernels.operands import VocabularyShard
 
 Gradients = dict[str, Array]
-HEADS = ("student_head", "student_bias", "teacher_head", "teacher_bias")
-PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights")
+HEADS = ("student_head", "student_bias", "teacher_head", "teacher_bias", "sets")
+PER_TOKEN = ("student_hidden", "teacher_hidden", "labels", "weights", "ids", "known")
 
 
-def walk(
-    static: Static, wanted: Wanted, operands: Operands, vocab_axes: tuple[str, ...]
-) -> tuple[dict[str, Array], Gradients]:
-    """Sums over a device's tokens on its rows of the heads, and the wanted gradients by name."""
+class Pieces(NamedTuple):
+    """A device's tokens cut into chunks.
+
+    Attributes:
+      static: whose chunk and group fit the tokens.
+      operands: with heads in the dtype of the products, padded to whole tiles.
+      shard: the rows of the heads that are tokens.
+      per_token: by name, [pieces, chunk, ...] each.
+      dims: leading dims of what is per token.
+      rows: of the student's head, without padding.
+    """
+
+    static: Static
+    operands: Operands
+    shard: VocabularyShard
+    per_token: dict[str, Any]
+    dims: tuple[int, ...]
+    rows: int
+
+    def of(self, per_token: dict[str, Any]) -> Operands:
+        """The operands of one chunk."""
+        temperature = per_token.get("temperature", self.operands.coefficients.temperature)
+        coefficients = self.operands.coefficients._replace(temperature=temperature)
+        here = {name: per_token[name] for name in PER_TOKEN if name in per_token}
+        return self.operands._replace(**here, coefficients=coefficients)
+
+    def join(self, array: Array) -> Array:
+        """[pieces, chunk, ...] of all chunks as [*dims, ...], without the padding."""
+        flat = array.reshape(-1, *array.shape[2:])[: math.prod(self.dims)]
+        return flat.reshape(*self.dims, *flat.shape[1:])
+
+    def zeros(self, wanted: Wanted) -> Gradients:
+        """What the gradients that all tokens share are added to, by name."""
+        head = self.operands.student_head
+        totals: Gradients = {}
+        if wanted.head:
+            totals["student_head"] = jnp.zeros(head.shape, jnp.float32)
+        if wanted.bias:
+            totals["student_bias"] = jnp.zeros(head.shape[0], jnp.float32)
+        if wanted.temperature and self.operands.coefficients.has_scalar_temperature:
+            totals["temperature"] = jnp.float32(0)
+        return totals
+
+    def finish(self, totals: Gradients, written: Gradients) -> Gradients:
+        """All gradients of the device's tokens, from sums over chunks and what each chunk wrote."""
+        totals = totals | {name: self.join(array) for name, array in written.items()}
+        for name in ("student_head", "student_bias"):
+            if name in totals:
+                totals[name] = totals[name][: self.rows]
+        return totals
+
+
+def cut(
+    static: Static, operands: Operands, vocab_axes: tuple[str, ...], more: dict[str, Any]
+) -> Pieces:
+    """A device's tokens in chunks, the last one padded with tokens of weight 0.
+
+    Args:
+      static: of the call.
+      operands: this device's tokens and rows of the heads.
+      vocab_axes: that share the heads' rows.
+      more: arrays per token beside the operands, by name.
+    """
     rows = operands.student_head.shape[0]
     operands, shard = _with_tiles(static, operands, vocab_axes)
     dims = operands.student_hidden.shape[:-1]
-    scalar_t = operands.coefficients.has_scalar_temperature
-    per_token = {name: getattr(operands, name) for name in PER_TOKEN}
-    if not scalar_t:
+    per_token = {name: getattr(operands, name) for name in PER_TOKEN} | more
+    if not operands.coefficients.has_scalar_temperature:
         per_token["temperature"] = operands.coefficients.temperature
-    per_token = {
-        name: array.reshape(-1, *array.shape[len(dims) :])
-        for name, array in per_token.items()
-        if array is not None
-    }
-    tokens = per_token["student_hidden"].shape[0]
+    tokens = math.prod(dims)
     chunk = min(static.chunk, tokens)
     static = dataclasses.replace(static, chunk=chunk, group=min(static.group, chunk))
-    per_token = {name: _in_chunks(name, array, chunk) for name, array in per_token.items()}
+    flat = lambda array: array.reshape(-1, *array.shape[len(dims) :])
+    per_token = {
+        name: jax.tree.map(lambda array, name=name: _in_chunks(name, flat(array), chunk), arrays)
+        for name, arrays in per_token.items()
+        if arrays is not None
+    }
     # One cast for all chunks; without it every chunk would read the float32 master copy.
     operands = operands._replace(
         student_head=operands.student_head.astype(operands.student_hidden.dtype),
@@ -54,31 +113,23 @@ def walk(
         if operands.teacher_head is None or operands.teacher_hidden is None
         else operands.teacher_head.astype(operands.teacher_hidden.dtype),
     )
-    totals: Gradients = {}
-    if wanted.head:
-        totals["student_head"] = jnp.zeros(operands.student_head.shape, jnp.float32)
-    if wanted.bias:
-        totals["student_bias"] = jnp.zeros(operands.student_head.shape[0], jnp.float32)
-    if wanted.temperature and scalar_t:
-        totals["temperature"] = jnp.float32(0)
+    return Pieces(static, operands, shard, per_token, dims, rows)
+
+
+def walk(
+    static: Static, wanted: Wanted, operands: Operands, vocab_axes: tuple[str, ...]
+) -> tuple[dict[str, Array], Gradients]:
+    """Sums over a device's tokens on its rows of the heads, and the wanted gradients by name."""
+    pieces = cut(static, operands, vocab_axes, {})
 
     def body(totals, of_chunk):
-        temperature = of_chunk.pop("temperature", operands.coefficients.temperature)
-        coefficients = operands.coefficients._replace(temperature=temperature)
-        here = operands._replace(**of_chunk, coefficients=coefficients)
-        sums, gradients = chunks.run(static, wanted, here, shard)
+        sums, gradients = chunks.run(pieces.static, wanted, pieces.of(of_chunk), pieces.shard)
         written = {name: gradients.pop(name) for name in list(gradients) if name not in totals}
         return {name: totals[name] + gradients[name] for name in totals}, (sums, written)
 
-    totals, (sums, written) = jax.lax.scan(body, totals, per_token)
+    totals, (sums, written) = jax.lax.scan(body, pieces.zeros(wanted), pieces.per_token)
     sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
-    for name, array in written.items():
-        flat = array.reshape(-1, *array.shape[2:])[:tokens]
-        totals[name] = flat.reshape(*dims, *flat.shape[1:])
-    for name in ("student_head", "student_bias"):
-        if name in totals:
-            totals[name] = totals[name][:rows]
-    return sums, totals
+    return sums, pieces.finish(totals, written)
 
 
 def _with_tiles(

@@ -1,0 +1,189 @@
+"""`linear_logprobs`: log-probabilities, entropy and masses of sets from hidden states and a head.
+
+For every token i with logits s = cap(h W^T + b) and q = softmax(s / T), numbers of its own, each
+with a gradient by its own cotangent. Logits exist for one chunk of tokens at a time; the way back
+makes them again.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice, operands
+from jaxdistill.kernels.linear_divergence.api import static_arguments
+from jaxdistill.kernels.linear_divergence.chunk import Operands
+from jaxdistill.kernels.linear_divergence.mesh import layout
+from jaxdistill.kernels.linear_logprobs import fused
+from jaxdistill.kernels.linear_logprobs.outputs import Call, Logprobs
+from jaxdistill.kernels.linear_logprobs.reference import reference
+from jaxdistill.kernels.linear_logprobs.sets import Sets, columns_of
+from jaxdistill.kernels.operands import Coefficients, LossSpec
+from jaxdistill.kernels.sparse.checks import check_ids
+from jaxdistill.sharding import AnyMesh
+
+
+def linear_logprobs(
+    hidden: ArrayLike,
+    head: ArrayLike,
+    ids: ArrayLike | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    sets: Sets | None = None,
+    top_k: int = 0,
+    temperature: ArrayLike = 1.0,
+    bias: ArrayLike | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    logits_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+    mesh: AnyMesh | None = None,
+    vocab_axes: str | Sequence[str] = (),
+) -> Logprobs:
+    """What softmax(cap(h W^T + b) / T) says of each token, exact in value and gradient.
+
+        logprobs      log q_id                          log_sum_exp   log sum_v e^(s_v / T)
+        entropy       -sum_v q_v log q_v                log_masses    log sum_{v in S} q_v
+
+    The largest temporary is a few arrays of [chunk, V]. Each number may have its own cotangent: a
+    ratio to an old log-probability times an advantage, a sum over the tokens of a word. A loss
+    whose token weights are known beforehand is cheaper by `linear_divergence`, which makes its
+    gradient on the way forward. Matrix products take the dtype of the hidden states, the rest is
+    float32.
+
+    Args:
+      hidden: [N, D] or [B, L, D], after the final norm; so are all that is per token.
+      head: [V, D]; cast to the dtype of the hidden states for the products, its gradient is
+        accumulated in float32.
+      ids: int [N] or [N, K], tokens whose log-probability is asked for; a negative one is none and
+        gives 0, one of V or more is refused, or NaN where it is traced.
+      mask: bool or float [N]; a token of weight 0 gives 0, -1 in place of a token, and has gradient
+        0, whatever its hidden states hold. Other weights are all the same.
+      sets: M sets of tokens, the same for all rows: each the ascending ids of its tokens, or a
+        bool [V]; or all as bool [M, V]. They may overlap. A set that differs by token, such as what
+        a sampler kept: give its tokens as `ids` and take logsumexp of their log-probabilities.
+      top_k: how many of the most likely tokens to return.
+      temperature: T > 0, one number or [N]; may be traced and differentiated.
+      bias: [V] added to the logits, or None.
+      softcap: c, of logits c tanh(x / c), as Gemma has them; None for none.
+      chunk: tokens per chunk and device; default from V and the device.
+      logits_dtype: of a chunk's logits in memory; default that of the hidden states.
+      implementation: of the row statistics, see `kernels.support` with models=1; "reference" is the
+        definition itself, with all logits [N, V] in memory.
+      mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
+        the head where that moves less.
+      vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that
+        share the head's rows. `ids` count over all rows; `sets` are then bool [M, rows here]. The
+        gradient of an array that other devices hold too is this device's part: add the parts with
+        psum.
+
+    Returns:
+      `Logprobs`.
+
+    Raises:
+      ConfigError: for shapes that do not fit, ids beyond the vocabulary, a set that is empty, not
+        ascending or not of different tokens, top_k outside 0 to V, or a temperature that is not
+        positive; numbers that are traced are not looked at.
+
+    >>> import jax.numpy as jnp
+    >>> head = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).T
+    >>> said = linear_logprobs(jnp.ones((1, 1)), head, jnp.array([1]), sets=[[1, 2]])
+    >>> print(said.logprobs.round(4), said.entropy.round(4), said.log_masses.round(4), said.argmax)
+    [-1.204] [1.0297] [[-0.6931]] [0]
+
+    Reference: Wijmans et al. 2024 (Cut Your Losses), arXiv 2411.09009, section 4, for logits that
+    are made again on the way back.
+    """
+    arrays = _arrays(hidden, head, bias)
+    dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
+    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+    whole = vocab * (jax.lax.axis_size(axes) if axes else 1)
+    tokens = _ids(ids, dims, whole, mask)
+    _check_numbers(temperature, softcap, top_k, whole, mask, dims)
+    x = Operands(
+        *arrays,
+        teacher_hidden=None,
+        teacher_head=None,
+        teacher_bias=None,
+        labels=None,
+        weights=jnp.ones(dims) if mask is None else jnp.asarray(mask).astype(jnp.float32),
+        coefficients=Coefficients(jnp.float32(0), jnp.asarray(temperature, jnp.float32)),
+        monitor=None,
+        ids=tokens,
+        sets=None if sets is None else columns_of(sets, vocab, bool(axes)),
+    )
+    if implementation == choice.REFERENCE:
+        if axes:
+            raise ConfigError(f"vocab_axes = {axes}: the reference needs a whole head; give None")
+        dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
+        said = reference(x, top_k, softcap, dtype)
+    else:
+        operands.check_manual_axes(x)
+        place = layout(mesh, dims, vocab, False, axes)
+        loss = LossSpec(None, labels=False, vocab_axes=place.vocab)
+        static = static_arguments(
+            x, place, loss, (softcap, None), chunk, logits_dtype, implementation
+        )
+        said = fused.logprobs(Call(static, place, top_k), x)
+    if said.logprobs is not None and np.ndim(ids) == len(dims):
+        said = said._replace(logprobs=said.logprobs[..., 0])
+    return said
+
+
+def _arrays(
+    hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None
+) -> tuple[Array, Array, Array | None]:
+    """Hidden states, head and bias, whose shapes fit."""
+    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+    bias = None if bias is None else jnp.asarray(bias)
+    if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
+        raise ConfigError(
+            f"hidden {list(hidden.shape)} and head {list(head.shape)} must be [N, D] or [B, L, D], "
+            "and [V, D]"
+        )
+    if bias is not None and bias.shape != (head.shape[0],):
+        raise ConfigError(f"bias {list(bias.shape)} must be [V] = [{head.shape[0]}]")
+    return hidden, head, bias
+
+
+def _ids(
+    ids: ArrayLike | None, dims: tuple[int, ...], vocab: int, mask: ArrayLike | None
+) -> Array | None:
+    """Tokens as int [..., K]."""
+    if ids is None:
+        return None
+    tokens = jnp.asarray(ids)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ConfigError(f"ids are {tokens.dtype}: they must be integers, the index of a token")
+    if tokens.shape == dims:
+        tokens = tokens[..., None]
+    if tokens.shape[:-1] != dims or tokens.ndim != len(dims) + 1:
+        raise ConfigError(
+            f"ids {list(np.shape(ids))}: must be {list(dims)} or {[*dims, 'K']}, as the hidden "
+            "states have it"
+        )
+    if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+        counted = np.ones(dims, bool) if mask is None else np.asarray(mask) != 0
+        if counted.shape == dims:
+            check_ids("ids", np.asarray(tokens)[counted], vocab, different=False)
+    return tokens
+
+
+def _check_numbers(temperature, softcap, top_k, vocab, mask, dims) -> None:
+    """Raises for numbers and shapes that break a rule."""
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ConfigError(f"temperature = {temperature}: must be positive")
+    if np.ndim(temperature) and np.shape(temperature) != dims:
+        raise ConfigError(
+            f"temperature {list(np.shape(temperature))}: must be one number or {list(dims)}"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"softcap = {softcap}: must be positive, or None for none")
+    if not 0 <= top_k <= vocab:
+        raise ConfigError(f"top_k = {top_k}: must be from 0 to V = {vocab}")
+    if mask is not None and np.shape(mask) != dims:
+        raise ConfigError(f"mask {list(np.shape(mask))}: must be {list(dims)}")

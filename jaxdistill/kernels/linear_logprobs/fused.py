@@ -1,0 +1,111 @@
+"""The chunked form of `linear_logprobs`: a gradient of its own, from a cotangent per token."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Wanted
+from jaxdistill.kernels.linear_divergence.mesh import (
+    Layout,
+    add_up,
+    gradient_specs,
+    operand_specs,
+)
+from jaxdistill.kernels.linear_divergence.walk import Gradients, pad_vocabulary
+from jaxdistill.kernels.linear_logprobs import walk
+from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Kept, Logprobs
+from jaxdistill.kernels.operands import Coefficients
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Perturbed:
+    """Which gradients are asked for; known when a program is traced, so no array."""
+
+    wanted: Wanted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def logprobs(call: Call, operands: Operands) -> Logprobs:
+    """The answers of every token."""
+    return _forward(call, operands)[0]
+
+
+def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
+    operands = pad_vocabulary(operands, call.place.size(call.place.vocab))
+    if call.place.mesh is None:
+        return walk.forward(call, operands)
+    local = functools.partial(walk.forward, call)
+    # All that comes back is per token; absent answers are no leaves.
+    return jax.shard_map(
+        local,
+        mesh=call.place.mesh,
+        in_specs=(operand_specs(call.place, operands),),
+        out_specs=call.place.per_token,
+        check_vma=False,
+    )(operands)
+
+
+def _logprobs_fwd(call: Call, primals: Any):  # operands with a CustomVJPPrimal for each leaf
+    operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
+    wanted = Wanted(
+        hidden=primals.student_hidden.perturbed,
+        head=primals.student_head.perturbed,
+        bias=primals.student_bias is not None and primals.student_bias.perturbed,
+        temperature=primals.coefficients.temperature.perturbed,
+    )
+    answers, kept = _forward(call, operands)
+    return answers, (operands, kept, _Perturbed(wanted))
+
+
+def _logprobs_bwd(call: Call, residuals: Any, cotangents: Logprobs):
+    operands, kept, perturbed = residuals
+    given = Cotangents(*(_given(getattr(cotangents, name)) for name in Cotangents._fields))
+    if all(cotangent is None for cotangent in given):  # nothing depends on any of them
+        return (jax.tree.map(lambda _: None, operands),)
+    gradients = _back(call, perturbed.wanted, operands, kept, given)
+    like = operands._asdict() | operands.coefficients._asdict()
+    cast = {name: gradient.astype(like[name].dtype) for name, gradient in gradients.items()}
+    coefficients = Coefficients(**{name: cast.get(name) for name in Coefficients._fields})
+    fields: dict[str, Any] = {name: cast.get(name) for name in Operands._fields}
+    return (Operands(**fields | {"coefficients": coefficients}),)
+
+
+def _given(cotangent: Any) -> Array | None:
+    """A cotangent, None where it is a symbolic zero."""
+    return cotangent.astype(jnp.float32) if isinstance(cotangent, jax.Array) else None
+
+
+def _back(
+    call: Call, wanted: Wanted, operands: Operands, kept: Kept, cotangents: Cotangents
+) -> Gradients:
+    """Gradients of whole arrays, without the padding of the vocabulary."""
+    place: Layout = call.place
+    vocab = operands.student_head.shape[0]
+    padded = pad_vocabulary(operands, place.size(place.vocab))
+
+    def local(operands: Operands, kept: Kept, cotangents: Cotangents) -> Gradients:
+        return add_up(walk.back(call, wanted, operands, kept, cotangents), operands, place)
+
+    if place.mesh is not None:
+        tokens: PartitionSpec = place.per_token
+        local = jax.shard_map(
+            local,
+            mesh=place.mesh,
+            in_specs=(operand_specs(place, padded), tokens, tokens),
+            out_specs=gradient_specs(place, wanted, padded),
+            check_vma=False,
+        )
+    gradients = local(padded, kept, cotangents)
+    for name in ("student_head", "student_bias"):
+        if name in gradients:
+            gradients[name] = gradients[name][:vocab]
+    return gradients
+
+
+logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)

@@ -1,0 +1,140 @@
+"""A group of rows of logits: the answers of each, and the slopes that their cotangents make."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdistill.kernels import choice, logprob_rows
+from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.linear_logprobs.outputs import Cotangents, Kept, Logprobs
+from jaxdistill.kernels.logprob_rows import Mass, Picks
+from jaxdistill.kernels.operands import VocabularyShard
+from jaxdistill.kernels.statistics import Rows, Scales
+
+
+def answer(
+    logits: Array,
+    temperature: Any,
+    counted: Array,
+    ids: Array | None,
+    sets: Array | None,
+    top_k: int,
+    vocab: int,
+    shard: VocabularyShard,
+) -> tuple[Logprobs, Kept]:
+    """The answers of n rows, and what their slopes need.
+
+    Args:
+      logits: [n, V] of this device.
+      temperature: [] or [n].
+      counted: bool [n]; the other rows are 0, and -1 where they would name a token.
+      ids: int [n, K], or None.
+      sets: bool [V, M], or None.
+      top_k: how many of the most likely tokens.
+      vocab: V of all devices.
+      shard: the columns here.
+    """
+    s = stats.clamp(logits)
+    measured = _measure(s, temperature, shard)
+    top, total = measured["max_s"], measured["sum_s"]
+    log_sum = jnp.log(total)
+    entropy = log_sum - measured["self_s"] / total
+    of_logits = lambda s: logprob_rows.shifted(s, top, temperature) - log_sum[:, None]
+    logprobs = log_masses = masses = top_ids = top_logprobs = None
+    if ids is not None:
+        logprobs = of_logits(logprob_rows.pick(s, ids, shard)[0])
+        logprobs = jnp.where(ids >= vocab, jnp.nan, jnp.where(ids < 0, 0.0, logprobs))
+    if sets is not None:
+        masses = jnp.stack(
+            [logprob_rows.log_mass(s, inside, top, temperature, shard) for inside in _each(sets)],
+            axis=1,
+        )
+        log_masses = masses - log_sum[:, None]
+    if top_k:
+        values, top_ids = logprob_rows.largest(s, top_k, shard)
+        top_logprobs = of_logits(values)
+    argmax = _argmax(s, top, vocab, shard)
+    answers = Logprobs(
+        logprobs, entropy, top / temperature + log_sum, argmax, log_masses, top_ids, top_logprobs
+    )
+    none = lambda x: 0.0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
+    answers = jax.tree.map(lambda x: _where(counted, x, none(x)), answers)
+    return answers, Kept(top, log_sum, entropy, masses, top_ids)
+
+
+def slope(
+    logits: Array,
+    temperature: Any,
+    counted: Array,
+    ids: Array | None,
+    sets: Array | None,
+    kept: Kept,
+    cotangents: Cotangents,
+    shard: VocabularyShard,
+) -> tuple[Array, Array]:
+    """d / d logits [n, V] and d / d T [n] of the numbers, each with its cotangent.
+
+    Args are those of `answer`; `kept` is what it kept.
+    """
+    s = stats.clamp(logits)
+    by = Cotangents(*(None if c is None else _where(counted, c, 0.0) for c in cotangents))
+    picked = []
+    if by.logprobs is not None and ids is not None:
+        picked.append((ids, by.logprobs))
+    if by.top_logprobs is not None and kept.top_ids is not None:
+        picked.append((kept.top_ids, by.top_logprobs))
+    picks = None
+    if picked:
+        tokens, weights = (jnp.concatenate(parts, axis=1) for parts in zip(*picked, strict=True))
+        weights = jnp.where(tokens < 0, 0.0, weights)
+        picks = Picks(shard.column(tokens), weights)
+    masses = []
+    if by.log_masses is not None and kept.log_masses is not None and sets is not None:
+        for m, inside in enumerate(_each(sets)):
+            log_mass = kept.log_masses[:, m]
+            empty = log_mass == -jnp.inf
+            masses.append(Mass(inside, log_mass, jnp.where(empty, 0.0, by.log_masses[:, m])))
+    by_x = logprob_rows.slopes(
+        logprob_rows.shifted(s, kept.top, temperature),
+        kept.log_sum,
+        by_log_sum=by.log_sum_exp,
+        picks=picks,
+        masses=masses,
+        by_entropy=by.entropy,
+        entropy=kept.entropy,
+    )
+    by_x = _where(counted, by_x, 0.0)
+    # x = s / T. The slope sums to log_sum_exp's cotangent over a row, so shifted logits serve.
+    moved = shard.sum(jnp.sum(by_x * (s - kept.top[:, None]), axis=1))
+    if by.log_sum_exp is not None:
+        moved += jnp.where(counted, by.log_sum_exp * kept.top, 0.0)
+    return by_x / logprob_rows.as_column(temperature), -moved / temperature**2
+
+
+def _measure(s: Array, temperature: Any, shard: VocabularyShard) -> Rows:
+    names, scales = ("sum_s", "self_s"), Scales(1.0 / temperature, 1.0)
+    passes = choice.reads_in_passes(choice.current_device())
+    measured = (stats.in_passes if passes else stats.in_one_pass)(names, {"s": s}, scales)
+    if shard.axes:
+        measured = stats.combine(measured, scales, shard.max, shard.sum)
+    return measured
+
+
+def _argmax(s: Array, top: Array, vocab: int, shard: VocabularyShard) -> Array:
+    """The lowest token whose logit is the largest, int32 [n]."""
+    here = jnp.argmax(s, axis=1).astype(jnp.int32)
+    if not shard.axes:
+        return here
+    own = jnp.take_along_axis(s, here[:, None], axis=1)[:, 0]
+    return -shard.max(-jnp.where(own == top, here + shard.offset, vocab).astype(jnp.int32))
+
+
+def _each(sets: Array) -> list[Array]:
+    """The columns of each set, bool [1, V]."""
+    return [sets[:, m][None, :] for m in range(sets.shape[1])]
+
+
+def _where(counted: Array, x: Array, other: float | int) -> Array:
+    return jnp.where(counted.reshape(-1, *(1,) * (x.ndim - 1)), x, jax.lax.full_like(x, other))

@@ -1,0 +1,258 @@
+"""linear_logprobs against float64 NumPy: every number, every gradient, masks, meshes, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.kernels import linear_logprobs, support
+
+pytestmark = pytest.mark.floor
+N, V, D, K, TOP = 24, 53, 8, 3, 2
+SETS = ([0, 5, 9, 52], [1, 2, 3], [5])
+NUMBERS = ("logprobs", "entropy", "log_sum_exp", "log_masses", "top_logprobs")
+
+
+def make(seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, V, (N, K))
+    ids[3, 1] = -1
+    ids[4, 0] = ids[4, 1]  # a token may be asked for twice
+    return {
+        "hidden": rng.normal(size=(N, D)),
+        "head": rng.normal(size=(V, D)),
+        "bias": rng.normal(size=V),
+        "temperature": np.array(1.7),
+        "ids": ids,
+        "mask": rng.random(N) < 0.7,
+        "by": {
+            name: rng.normal(size=(N, n))
+            for name, n in zip(NUMBERS, (K, 1, 1, 3, TOP), strict=True)
+        },
+    }
+
+
+def said64(x, softcap=None):
+    """Every number in float64, from [N, V] in full."""
+    s = x["hidden"] @ x["head"].T + x["bias"]
+    if softcap:
+        s = softcap * np.tanh(s / softcap)
+    z = s / (x["temperature"][:, None] if x["temperature"].ndim else x["temperature"])
+    top = z.max(1, keepdims=True)
+    lse = top[:, 0] + np.log(np.exp(z - top).sum(1))
+    log_q = z - lse[:, None]
+    order = np.argsort(-s, axis=1, kind="stable")[:, :TOP]
+    rows = np.arange(len(s))[:, None]
+    return {
+        "logprobs": np.where(x["ids"] < 0, 0.0, log_q[rows, x["ids"]]),
+        "entropy": -(np.exp(log_q) * log_q).sum(1),
+        "log_sum_exp": lse,
+        "log_masses": np.stack([np.log(np.exp(log_q[:, c]).sum(1)) for c in SETS], 1),
+        "top_logprobs": log_q[rows, order],
+        "argmax": order[:, 0],
+        "top_ids": order,
+    }
+
+
+def total64(x, numbers=NUMBERS, softcap=None):
+    said = said64(x, softcap)
+    return sum(
+        (x["by"][n] * said[n].reshape(len(said[n]), -1) * x["mask"][:, None]).sum() for n in numbers
+    )
+
+
+def slopes64(x, numbers=NUMBERS, softcap=None, step=1e-6):
+    """By name: the derivative of the total along one random direction, and the direction."""
+    rng, found = np.random.default_rng(7), {}
+    for name in ("hidden", "head", "bias", "temperature"):
+        along = rng.normal(size=x[name].shape)
+        ends = [total64(x | {name: x[name] + e * along}, numbers, softcap) for e in (step, -step)]
+        found[name] = (along, (ends[0] - ends[1]) / (2 * step))
+    return found
+
+
+def ours(x, numbers=NUMBERS, dtype=jnp.float32, shape=(N,), **options):
+    """(the numbers, gradients of their weighted sum by name)."""
+    whole = lambda a: a.reshape(*shape, *a.shape[1:])
+
+    def total(hidden, head, bias, temperature):
+        said = linear_logprobs(
+            whole(hidden), head, whole(jnp.asarray(x["ids"])), mask=whole(jnp.asarray(x["mask"])),
+            sets=SETS, top_k=TOP, bias=bias, **options,
+            temperature=whole(temperature) if temperature.ndim else temperature,
+        )  # fmt: skip
+        flat = {n: getattr(said, n).reshape(N, -1) for n in NUMBERS}
+        return sum(jnp.sum(jnp.float32(x["by"][n]) * flat[n]) for n in numbers), said
+
+    names = ("hidden", "head", "bias", "temperature")
+    arrays = [jnp.asarray(x[n], jnp.float32 if n == "temperature" else dtype) for n in names]
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3), has_aux=True))
+    (_, said), slopes = run(*arrays)
+    said = jax.tree.map(lambda a: np.asarray(a).reshape(N, *a.shape[len(shape) :]), said)
+    return said, dict(zip(names, map(np.asarray, slopes), strict=True))
+
+
+def compare(got, x, numbers=NUMBERS, softcap=None, tolerance=2e-5):
+    said, slopes = got
+    on = x["mask"]
+    for name, want in said64(x, softcap).items():
+        np.testing.assert_allclose(getattr(said, name)[on], want[on], rtol=2e-6, atol=2e-6)
+        assert (getattr(said, name)[~on] == (-1 if name in ("argmax", "top_ids") else 0)).all()
+    for name, (along, want) in slopes64(x, numbers, softcap).items():
+        got = (slopes[name].astype(np.float64) * along).sum()
+        scale = max(1.0, np.abs(slopes[name] * along).sum())
+        np.testing.assert_allclose(got, want, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_numbers_and_gradients_equal_float64(implementation):
+    x = make()
+    compare(ours(x, softcap=3.0, implementation=implementation), x, softcap=3.0)
+
+
+def test_a_temperature_per_token_and_a_chunk_that_divides_nothing():
+    x = make() | {"temperature": np.linspace(0.6, 3.0, N)}
+    spoiled = x | {"hidden": np.where(x["mask"][:, None], x["hidden"], np.nan)}
+    said, slopes = ours(spoiled, chunk=7)
+    compare((said, slopes), x)
+    assert not slopes["hidden"][~x["mask"]].any()
+    assert not slopes["temperature"][~x["mask"]].any()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_each_number_has_a_gradient_of_its_own(name):
+    x = make(1)
+    compare(ours(x, numbers=(name,)), x, numbers=(name,))
+
+
+def test_a_mesh_with_the_vocabulary_split_changes_nothing(mesh8):
+    x = make()
+    compare(ours(x, chunk=4, mesh=mesh8, softcap=3.0, shape=(8, 3)), x, softcap=3.0)
+
+
+def test_inside_a_shard_map_of_ones_own():
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    mesh = jax.make_mesh((2, 4), ("rows", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x = make()
+    x |= {"head": x["head"][:52], "ids": np.minimum(x["ids"], 51)}
+    hidden, head, ids = jnp.float32(x["hidden"]), jnp.float32(x["head"]), jnp.asarray(x["ids"])
+    masks = np.zeros((2, 52), bool)
+    masks[0, [0, 5, 9]] = masks[1, 40:] = True
+
+    def total(hidden, head, ids, masks, **options):
+        said = linear_logprobs(hidden, head, ids, sets=masks, chunk=5, temperature=0.7, **options)
+        return jnp.sum(said.logprobs) + jnp.sum(said.entropy * said.log_masses[:, 1]), said.argmax
+
+    def local(hidden, head, ids, masks):
+        grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+        (value, top), (by_hidden, by_head) = grad(hidden, head, ids, masks, vocab_axes="model")
+        return jax.lax.psum(value, "rows"), top, by_hidden, jax.lax.psum(by_head, "rows")
+
+    tokens, vocab = jax.P("rows"), jax.P("model")
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(tokens, vocab, tokens, jax.P(None, "model")),
+        out_specs=(jax.P(), tokens, tokens, vocab), check_vma=False,
+    )  # fmt: skip
+    got = jax.jit(spread)(hidden, head, ids, jnp.asarray(masks))
+    (value, top), slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+        hidden, head, ids, jnp.asarray(masks), implementation="reference"
+    )
+    np.testing.assert_allclose(got[0], value, rtol=2e-6)
+    np.testing.assert_array_equal(got[1], top)
+    for ours, want in zip(got[2:], slopes, strict=True):
+        np.testing.assert_allclose(ours, want, atol=2e-5)
+
+
+def test_bfloat16_keeps_float32_arithmetic():
+    x = make()
+    rounded = {
+        n: np.asarray(jnp.asarray(x[n], jnp.bfloat16), np.float64)
+        for n in ("hidden", "head", "bias")
+    }
+    said, slopes = ours(x, dtype=jnp.bfloat16, logits_dtype=jnp.float32)
+    compare((said, slopes), x | rounded, tolerance=1e-2)
+    assert slopes["hidden"].dtype == slopes["head"].dtype == jnp.bfloat16
+
+
+def test_masses_too_small_for_a_float_and_logits_of_300():
+    head = jnp.float32([[300.0], [100.0], [99.0], [-300.0]])
+    said = linear_logprobs(jnp.ones((1, 1)), head, jnp.array([3]), sets=[[1, 2], [3]])
+    np.testing.assert_allclose(said.log_masses[0], [-200 + np.log1p(np.exp(-1)), -600], rtol=1e-6)
+    by_head = jax.grad(
+        lambda head: linear_logprobs(jnp.ones((1, 1)), head, sets=[[1, 2]]).log_masses.sum()
+    )(head)
+    np.testing.assert_allclose(by_head[:, 0], [-1, 0.7310586, 0.2689414, 0], rtol=2e-5)
+
+
+def test_ids_that_are_no_tokens_where_they_are_traced():
+    hidden, head = jnp.ones((2, 1)), jnp.ones((4, 1))
+    said = jax.jit(lambda ids: linear_logprobs(hidden, head, ids))(jnp.array([-100, 4]))
+    np.testing.assert_array_equal(said.logprobs, [0.0, np.nan])
+    empty = jax.jit(lambda c: linear_logprobs(hidden, head, sets=[c]))(jnp.array([9]))
+    assert (empty.log_masses == -np.inf).all()
+
+
+def test_vmap_remat_and_scan_keep_the_gradient():
+    x = make()
+    head, ids = jnp.float32(x["head"]), jnp.asarray(x["ids"][:, 0])
+    loss = lambda hidden: jnp.sum(linear_logprobs(hidden, head, ids, chunk=8).logprobs ** 2)
+    hidden = jnp.float32(x["hidden"])
+    plain = jax.jit(jax.grad(loss))(hidden)
+    both = jnp.stack([hidden, hidden])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(both)[1], plain, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(hidden), plain, atol=1e-6)
+    total = lambda both: jax.vmap(loss)(both).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, atol=1e-6)
+
+
+def test_no_buffer_of_tokens_times_vocabulary():
+    tokens, vocab = 512, 2048
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+
+    def loss(hidden, head, ids):
+        said = linear_logprobs(hidden, head, ids, sets=[[1, 2]], top_k=4, chunk=32)
+        return sum(jnp.sum(a) for a in said if jnp.issubdtype(a.dtype, jnp.floating))
+
+    ids = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+    compiled = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        .lower(shape(tokens, 16), shape(vocab, 16), ids)
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
+    assert f"[{tokens},{vocab}]" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ids": jnp.array([0, 53])}, "53 is no token of a vocabulary of 53"),
+        ({"ids": jnp.array([0.0, 1.0])}, "must be integers"),
+        ({"ids": jnp.zeros((3,), int)}, "ids"),
+        ({"sets": []}, "at least one set"),
+        ({"sets": [[]]}, "one or more"),
+        ({"sets": [[3, 1]]}, "3 is followed by 1"),
+        ({"sets": [[1, 1]]}, "1 is followed by 1"),
+        ({"sets": [[1, 53]]}, "within 0 to V - 1 = 52"),
+        ({"sets": [np.zeros(V, bool)]}, "empty"),
+        ({"sets": np.zeros((1, V - 1), bool)}, "a mask must be"),
+        ({"top_k": 54}, "top_k"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": jnp.ones(3)}, "temperature"),
+        ({"mask": jnp.ones(3)}, "mask"),
+        ({"bias": jnp.ones(3)}, "bias"),
+        ({"softcap": -1.0}, "softcap"),
+        ({"head": jnp.ones((V, D + 1))}, "head"),
+        ({"implementation": "mosaic_gpu"}, "of one alone are XLA's"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(change, words):
+    arguments = {"hidden": jnp.ones((2, D)), "head": jnp.ones((V, D)), "ids": jnp.array([0, 1])}
+    with pytest.raises(ValueError, match=words):
+        linear_logprobs(**(arguments | change))
+
+
+def test_support_says_that_one_model_alone_is_xlas():
+    states = support(128, "float32", models=1)
+    assert not states["mosaic_gpu"].runs and states["xla"].runs
