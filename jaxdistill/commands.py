@@ -336,6 +336,17 @@ class TeacherCache(Section):
             yield ("shard",), f"{self.shard}: I must be from 1 to N"
 
 
+class TeacherVerify(Section):
+    """Who is asked again, and about how much."""
+
+    teacher: Annotated[Path, Flag(metavar="MODEL")] = Field(
+        description="The teacher, as teacher.source names it."
+    )
+    segments: Annotated[Count, Flag("-n", "N")] = Field(
+        100, description="Segments, spread over all that are stored."
+    )
+
+
 class Plan(Section):
     """What a run is planned for."""
 

@@ -181,6 +181,14 @@ class Pages(Section):
     )
 
 
+class StoredTeacher(Section):
+    """What a teacher said before."""
+
+    place: Annotated[str, Flag(positional=True, metavar="DIR")] = Field(
+        description="A folder, or gs://... or s3://..., that `jaxdistill teacher cache` filled."
+    )
+
+
 class Recipe(Section):
     """A recipe and the copy of it."""
 
@@ -344,6 +352,18 @@ COMMANDS = (
         (RunFile, commands.TeacherCache),
     ),
     Command(
+        "teacher cache ls",
+        teacher.ls,
+        "Say what is stored, of whom, and how large it is.",
+        (StoredTeacher,),
+    ),
+    Command(
+        "teacher cache verify",
+        teacher.verify,
+        "Read every object, ask the teacher again, and print how far the answers are apart.",
+        (StoredTeacher, commands.TeacherVerify),
+    ),
+    Command(
         "serve",
         reason.serve,
         "Serve a model by OpenAI's protocol.",
@@ -376,6 +396,8 @@ COMMANDS = (
     Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
     Command("ls", files.ls, "List recipes, methods and models.", (Kind,)),
 )
+# Beside "teacher cache CONFIG": argparse takes the last two words as one.
+THREE_WORDS = tuple(command.name for command in COMMANDS if command.name.count(" ") == 2)
 GROUPS = {
     "ckpt": "Look at a run's checkpoints, or go back to one.",
     "teacher": "Ask a teacher: rationales as training data, or what it says of given text.",
@@ -395,7 +417,9 @@ def parser() -> argparse.ArgumentParser:
     top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
-        group, _, name = command.name.rpartition(" ")
+        group, _, name = (
+            command.name.partition(" ") if " " in command.name else ("", "", command.name)
+        )
         if group and group not in groups:
             outer = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", required=True)

@@ -1,4 +1,4 @@
-"""The commands about stored teachers: teacher cache, cache-ls and cache-verify."""
+"""The commands about stored teachers: teacher cache, with its ls and verify."""
 
 import argparse
 from typing import Any
@@ -39,3 +39,48 @@ def _line(found: dict[str, Any]) -> str:
         f"{found['place']}: {found['format']} ({found['dtype']}): {found['segments']:,} segments, "
         f"{found['positions']:,} positions, {size} before compression"
     )
+
+
+def ls(arguments: argparse.Namespace) -> None:
+    """Says what a store holds."""
+    from jaxdistill.data.teacher_cache import catalog
+
+    found = catalog.describe(arguments.place)
+    if arguments.json:
+        return print_json(found)
+    identity, notes, form = found["identity"], found["notes"], found["identity"]["format"]
+    print(f"{found['place']}: {form['name']} ({form['dtype']})")
+    for name in ("k", "temperatures", "draws"):
+        if form[name]:
+            print(f"  {name:<22}{form[name]}")
+    for name, value in {**notes, **identity}.items():
+        if name != "format":
+            print(f"  {name:<22}{catalog.short(value)}")
+    if found["whole"]:
+        each = found["bytes"] / max(1, found["positions"])
+        print(f"  {'segments':<22}{found['segments']:,}")
+        print(f"  {'positions':<22}{found['positions']:,}")
+        print(f"  {'bytes':<22}{found['bytes']:,} ({each:.1f} a position, all objects)")
+    else:
+        print(f"  {'parts':<22}{found['parts']}: the capture has not ended")
+    return None
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Asks the teacher again."""
+    options = read(commands.TeacherVerify, arguments)
+    with stdout_is_json(True):
+        from jaxdistill.run import teacher_verify
+
+        found = teacher_verify.verify(arguments.place, options.teacher, options.segments)
+    if arguments.json:
+        return print_json(found)
+    print(f"{found['segments']} segments, {found['positions']} positions: every object is whole")
+    print(f"weights: {found['weights']}")
+    for name in ("kl_mean", "kl_max", "cross_entropy_gap", "standard_error"):
+        if name in found:
+            print(f"{name:<20}{found[name]:.6g}")
+    for name in ("kept_mass", "entropy"):
+        shares = ", ".join(f"{share} {value:.4g}" for share, value in found.get(name, {}).items())
+        print(f"{name:<20}{shares}") if shares else None
+    return None

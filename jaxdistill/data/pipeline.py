@@ -196,7 +196,8 @@ def batches(
         return row
 
     def of_stream(row: int) -> Any:
-        return dataset.in_epoch(stream[row], row // len(dataset))
+        found: Any = stream[row]
+        return dataset.in_epoch(found, row // len(dataset))
 
     def batch_of(number: int) -> tuple[Span, Batch]:
         first = number * batch_size

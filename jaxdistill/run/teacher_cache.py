@@ -111,7 +111,7 @@ def _check(config: Config) -> None:
 
 def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str, Any]:
     """What is to be asked, and how large it is before compression."""
-    positions = sum(row.positions for row in rows)
+    positions, tokens = sum(row.positions for row in rows), sum(row.tokens for row in rows)
     head = form.vocab * form.embed * 4 if form.name == HIDDEN else 0
     return {
         "place": output,
@@ -120,7 +120,7 @@ def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str,
         "bytes_per_token": form.bytes_per_token(),
         "segments": sum(len(row.pieces) for row in rows),
         "positions": positions,
-        "bytes": positions * form.bytes_per_token() + head,
+        "bytes": positions * form.bytes_per_token() + tokens * form.id_bytes + head,
     }
 
 
@@ -229,7 +229,7 @@ class _Asked:
         def write() -> None:
             if wanted:
                 arrays = {name: np.concatenate([one[name] for one in kept]) for name in kept[0]}
-                note = parts.write(self._objects, wanted, arrays)
+                note = parts.write(self._objects, self._form, wanted, arrays)
                 progress.wrote(sum(size for size, _ in note["objects"].values()))
 
         agree.together(write)

@@ -61,7 +61,7 @@ def differing(place: str, known: Mapping[str, Any], given: Mapping[str, Any]) ->
       MismatchError: naming every field that differs, with both values.
     """
     told = [
-        f"{name}: {_short(known.get(name))} there, {_short(value)} here"
+        f"{name}: {short(known.get(name))} there, {short(value)} here"
         for name, value in given.items()
         if known.get(name) != json.loads(json.dumps(value))
     ]
@@ -72,9 +72,30 @@ def differing(place: str, known: Mapping[str, Any], given: Mapping[str, Any]) ->
         )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value for people: of a digest the beginning."""
     return value[:8] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def describe(place: str) -> dict[str, Any]:
+    """What is stored at a place: identity, notes, and how much, as a dict for JSON.
+
+    Raises:
+      ConfigError: if there is nothing.
+      DamagedError: if it cannot be read.
+    """
+    objects = Objects(place)
+    found = {"place": objects.place, **read_identity(objects)}
+    if objects.get(MANIFEST) is None:
+        return found | {"whole": False, "parts": len(parts.whole(objects))}
+    content = read(objects)
+    return found | {
+        "whole": True,
+        "parts": len(content["parts"]),
+        "segments": content["segments"],
+        "positions": content["rows"],
+        "bytes": sum(size for size, _ in content["objects"].values()),
+    }
 
 
 def seal(objects: Objects) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxdistill.errors import ConfigError
 
+Fields = dict[str, tuple[np.dtype, tuple[int, ...]]]  # name -> (dtype, shape of one position)
+
 VERSION = 1
 HIDDEN, TOPK, SAMPLED = "hidden", "topk", "sampled"
 NAMES = (HIDDEN, TOPK, SAMPLED)
@@ -58,11 +60,14 @@ class Format:
         """Bytes of a token's id."""
         return 2 if self.vocab <= 2**16 else 3
 
-    def fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    def fields(self) -> Fields:
         """Name -> (dtype, shape of one position)."""
+        fields: Fields
         if self.name == HIDDEN:
-            scale = {"scale": (np.dtype(ml_dtypes.bfloat16), ())} if self.dtype == "int8" else {}
-            return {"hidden": (np.dtype(self.dtype), (self.embed,))} | scale
+            fields = {"hidden": (np.dtype(self.dtype), (self.embed,))}
+            if self.dtype == "int8":
+                fields["scale"] = (np.dtype(ml_dtypes.bfloat16), ())
+            return fields
         if self.name == TOPK:
             more = len(self.temperatures)
             fields = {
@@ -70,7 +75,9 @@ class Format:
                 "logprobs": (np.dtype(self.dtype), (self.k,)),
                 "rest": (np.dtype(np.float32), (1 + more,)),
             }
-            return fields | ({"log_z": (np.dtype(np.float32), (more,))} if more else {})
+            if more:
+                fields["log_z"] = (np.dtype(np.float32), (more,))
+            return fields
         kept = (self.draws, min(self.k, self.vocab))
         return {
             "ids": (np.dtype(np.uint8), (*kept, self.id_bytes)),
@@ -83,7 +90,7 @@ class Format:
         sizes = (dtype.itemsize * int(np.prod(shape)) for dtype, shape in self.fields().values())
         return sum(sizes)
 
-    def batch_fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    def batch_fields(self) -> Fields:
         """As `fields`, of what a batch carries: of several draws the one of its epoch."""
         if self.name != SAMPLED:
             return self.fields()
@@ -114,7 +121,8 @@ class Format:
 
 def of_facts(facts: Mapping[str, Any]) -> Format:
     """The format of `Format.facts`."""
-    return Format(**{**facts, "temperatures": tuple(facts["temperatures"])})
+    given: dict[str, Any] = {**facts, "temperatures": tuple(facts["temperatures"])}
+    return Format(**given)
 
 
 def choose(
@@ -161,6 +169,14 @@ def pack_ids(ids: np.ndarray, width: int) -> np.ndarray:
     assert ids.size == 0 or 0 <= int(ids.min()) <= int(ids.max()) < 256**width
     whole = np.ascontiguousarray(ids.astype("<u4"))
     return whole.view(np.uint8).reshape(*ids.shape, 4)[..., :width]
+
+
+def unpack_ids(packed: np.ndarray) -> np.ndarray:
+    """int32 [...], the ids that `pack_ids` made bytes of."""
+    parts = [
+        packed[..., place].astype(np.int32) << (8 * place) for place in range(packed.shape[-1])
+    ]
+    return np.sum(parts, axis=0, dtype=np.int32)
 
 
 def quantised(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

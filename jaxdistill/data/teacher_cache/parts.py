@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdistill.data.teacher_cache.formats import Format
+from jaxdistill.data.teacher_cache.formats import Format, pack_ids
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.segments import KEY_BYTES, Key
 from jaxdistill.errors import DamagedError
@@ -16,6 +16,7 @@ from jaxdistill.errors import DamagedError
 FOLDER = "parts/"
 NOTE = "part.json"
 BYTES = 1 << 26  # of an array, at most about: it is one object
+TOKENS = "tokens"
 _SEGMENTS, _MASKS = "segments.npy", "masks.npy"
 _ROW = np.dtype([("key", "u1", KEY_BYTES), ("length", "<i4"), ("rows", "<i4")])
 
@@ -26,10 +27,12 @@ class Wanted(NamedTuple):
     Attributes:
       key: of its tokens.
       mask: bool [N], the positions to store.
+      tokens: int32 [N]; they are stored too, so that anybody can ask again.
     """
 
     key: Key
     mask: np.ndarray
+    tokens: np.ndarray
 
 
 def name_of(segments: Iterable[Wanted]) -> str:
@@ -50,12 +53,13 @@ def whole(objects: Objects) -> set[str]:
 
 
 def write(
-    objects: Objects, segments: Sequence[Wanted], arrays: Mapping[str, np.ndarray]
+    objects: Objects, form: Format, segments: Sequence[Wanted], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Writes a part; its note comes last, and until then it is none.
 
     Args:
       objects: where.
+      form: what is stored.
       segments: at least one, each with a position that counts.
       arrays: per field [rows, ...]: the counted positions of all segments, in order.
 
@@ -74,11 +78,12 @@ def write(
     masks = np.concatenate([np.packbits(one.mask) for one in segments])
     for name, values in ((_SEGMENTS, table), (_MASKS, masks)):
         objects.put(prefix + name, _npy(values))
-    for field, values in arrays.items():
-        assert len(values) == table["rows"].sum(), f"{field} has a row for every position"
-        objects.put_array(prefix + field, values)
+    assert all(len(values) == table["rows"].sum() for values in arrays.values())
+    text = np.concatenate([one.tokens for one in segments])
+    together = {TOKENS: pack_ids(text, form.id_bytes), **arrays}
     written = [_SEGMENTS, _MASKS]
-    for field, values in arrays.items():
+    for field, values in together.items():
+        objects.put_array(prefix + field, values)
         shard = "/".join(["c"] + ["0"] * values.ndim)
         written += [f"{field}/zarr.json", f"{field}/{shard}"]
     note = {

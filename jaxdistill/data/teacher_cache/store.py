@@ -93,6 +93,22 @@ class Store:
 
         return wait
 
+    def __len__(self) -> int:
+        """How many segments are stored."""
+        return len(self._index.rows)
+
+    def tokens(self, entry: int) -> np.ndarray:
+        """int32 [N], the text of an entry's segment.
+
+        Raises:
+          DamagedError: if it is not as it was written.
+        """
+        part, start = self._index.texts[entry]
+        name = f"{parts.FOLDER}{self.content['parts'][part]}/{parts.TOKENS}"
+        here = slice(int(start), int(start) + len(self.mask(entry)))
+        stored = self.objects.read(name, self._array(name)[here].read())
+        return formats.unpack_ids(stored)
+
     def head(self) -> np.ndarray:
         """The teacher's head [V, D], of `hidden`.
 
@@ -120,6 +136,7 @@ class _Index:
 
     Attributes:
       places: int64 [E, 2], part and first row of each entry.
+      texts: int64 [E, 2], part and first token of each.
       rows: int32 [E].
     """
 
@@ -128,10 +145,15 @@ class _Index:
         self.rows = together([one.rows for one in indices], np.zeros(0, np.int32))
         self._lengths = together([one.lengths for one in indices], np.zeros(0, np.int32))
         self._masks = together([one.masks for one in indices], np.zeros(0, np.uint8))
-        starts = [np.cumsum(one.rows, dtype=np.int64) - one.rows for one in indices]
-        numbers = [np.full(len(one.rows), number) for number, one in enumerate(indices)]
         empty = np.zeros(0, np.int64)
-        self.places = np.stack([together(numbers, empty), together(starts, empty)], axis=1)
+        part = [np.full(len(one.rows), number) for number, one in enumerate(indices)]
+
+        def begins(counts: list[np.ndarray]) -> np.ndarray:
+            starts = [np.cumsum(one, dtype=np.int64) - one for one in counts]
+            return np.stack([together(part, empty), together(starts, empty)], axis=1)
+
+        self.places = begins([one.rows for one in indices])
+        self.texts = begins([one.lengths for one in indices])
         size = -(-self._lengths // 8)
         self._mask_starts = np.cumsum(size, dtype=np.int64) - size
         keys = together([one.keys for one in indices], np.zeros((0, 16), np.uint8))

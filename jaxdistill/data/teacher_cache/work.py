@@ -26,6 +26,11 @@ class Row(NamedTuple):
     pieces: tuple[tuple[int, Wanted], ...]
 
     @property
+    def tokens(self) -> int:
+        """How many the segments have."""
+        return sum(len(one.tokens) for _, one in self.pieces)
+
+    @property
     def positions(self) -> int:
         """How many are wanted."""
         return sum(int(one.mask.sum()) for _, one in self.pieces)
@@ -59,7 +64,7 @@ def _pieces(
         mask = masks.pop(segment.key, None)
         if mask is None or (base is not None and base.find(segment.key, mask) is not None):
             continue
-        yield segment.place, Wanted(segment.key, mask)
+        yield segment.place, Wanted(segment.key, mask, segment.tokens)
 
 
 def in_parts(rows: Sequence[Row], batch_size: int, most: int) -> Iterator[list[list[Row]]]:
