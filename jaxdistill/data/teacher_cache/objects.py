@@ -38,7 +38,7 @@ class Objects:
     def __init__(self, place: str):
         import tensorstore
 
-        self.place = str(place).rstrip("/")
+        self.place = re.sub(r"(?<=[^/:])/+$", "", str(place))
         self._ts: Any = tensorstore
         self._spec = _spec(tensorstore, self.place)
         with self._reading(""):

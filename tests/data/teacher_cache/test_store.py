@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import types
 
 import ml_dtypes
 import numpy as np
@@ -145,7 +146,10 @@ def test_another_identity_is_refused_by_its_fields(tmp_path):
     given = {"format": FORM.facts(), "x": 2}
     with pytest.raises(MismatchError, match="x: 1 there, 2 here"):
         catalog.begin(objects, given, {})
-    given = {"format": formats.choose("hidden", vocab=300, embed=D, dtype="float32").facts(), "x": 1}
+    given = {
+        "format": formats.choose("hidden", vocab=300, embed=D, dtype="float32").facts(),
+        "x": 1,
+    }
     with pytest.raises(MismatchError, match="format: .*bfloat16.* there"):
         catalog.begin(objects, given, {})
     (tmp_path / "d").mkdir()
@@ -212,24 +216,19 @@ def test_a_place_that_cannot_be_is_told():
 
 def test_a_full_disk_is_told_and_leaves_no_part(tmp_path, monkeypatch):
     objects = Objects(str(tmp_path / "c"))
-    catalog.begin(objects, {"format": FORM.facts()}, {})
-    monkeypatch.setattr(
-        objects, "_kv", type("Full", (), {"write": lambda *a: 1 / 0, "delete_range": lambda *a: Done()})()
-    )
     rows = work.lacking({"train": dataset(TEXTS)}, None)
     wanted = work.wanted_of([rows], [0] * 3, 0)
+    arrays = {"hidden": np.concatenate(list(map(answer, wanted)))}
 
-    class Done:
-        def result(self):
-            return None
-
-    def full(*arguments):
+    def full(*arguments, **options):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-    monkeypatch.setattr(objects._kv, "write", full, raising=False)
+    monkeypatch.setattr(
+        objects, "_ts", types.SimpleNamespace(open=full, KvStore=objects._ts.KvStore)
+    )
     with pytest.raises(StorageError, match="No space left on device: free space there"):
-        parts.write(objects, FORM, wanted, {"hidden": np.concatenate(list(map(answer, wanted)))})
-    assert not parts.whole(Objects(str(tmp_path / "c")))
+        parts.write(objects, FORM, wanted, arrays)
+    assert not parts.whole(objects)
 
 
 def test_the_key_of_a_segment_is_that_of_its_tokens_and_positions():
