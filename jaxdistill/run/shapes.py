@@ -29,7 +29,7 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
             teacher = _random_shape(given.random, None, config, network, "teacher.random")
         elif given.source:
             teacher = _spec(given.source, network)
-        else:
+        elif given.cache:
             teacher = stored.spec(given)
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,7 +96,7 @@ def spec(teacher: Teacher) -> Model | None:
     """
     assert teacher.cache is not None, "a teacher has weights, or its answers are stored"
     folder = Store(teacher.cache).teacher
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():  # a server does not show it
         return None
     arch, tokenizer = spec_any(str(folder), allow_network=False)
     return Model(arch, None, tokenizer, teacher.cache)
@@ -128,7 +130,7 @@ def of(config: Config, shape: Any, tokenizer: Any, vocab: int) -> Stored | None:
         if arch is not None and named:
             given |= whose(config, arch)
         catalog.differing(store.place, store.identity, given)
-        dtype = jnp.dtype(store.identity["teacher.dtype"])
+        dtype = jnp.dtype(store.identity.get("teacher.dtype", teacher.dtype))
         found = Stored(teacher.cache, arch, dtype, store.format, store)
     _check_method(config, found)
     return found
@@ -165,6 +167,14 @@ def _check_method(config: Config, stored: Stored) -> None:
         )
     if told:
         raise ConfigError("\n".join(f"{line} (teacher.cache = {stored.place})" for line in told))
+
+
+def put_tokenizer(objects: Objects, tokenizer: Any) -> None:
+    """Writes a tokenizer's files into a store, so that a run needs nothing else of the teacher."""
+    with tempfile.TemporaryDirectory(prefix="jaxdistill-teacher-") as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(pathlib.Path(folder).iterdir()):
+            objects.put(catalog.TEACHER + file.name, file.read_bytes())
 
 
 def words(tokenizer: Any, vocab: int) -> dict[str, Any]:

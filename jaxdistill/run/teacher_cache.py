@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import logging
-import pathlib
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,13 +25,12 @@ from jaxdistill.evaluate import answers_to_store
 from jaxdistill.evaluate.answers_to_store import KEYS
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import Model
-from jaxdistill.run import alike, changes, setup, stored
+from jaxdistill.run import alike, changes, setup, stored, teacher_cache_served
+from jaxdistill.run.capture_progress import Progress
 from jaxdistill.sharding import batch_sharding, local_rows, replicated
 from jaxdistill.train.step import place
 
 log = logging.getLogger(__name__)
-
-_EVERY = 10.0  # seconds between lines of progress
 
 
 def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
@@ -65,11 +61,14 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     mesh = setup.mesh_of(config)
     models = agree.together(lambda: setup.shapes_of(config, mesh))
     data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
-    assert models.teacher is not None, "the configuration has one"
+    server = config.teacher.api if config.teacher else None
+    if server is not None:
+        _check_server(options)
+    assert server is not None or models.teacher is not None, "the configuration has one"
     form = formats.choose(
         options.format,
         vocab=models.vocab,
-        embed=models.teacher.config.embed,
+        embed=models.teacher.config.embed if models.teacher else 0,
         dtype=options.dtype,
         k=options.k,
         temperatures=options.temperatures,
@@ -84,6 +83,11 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
         raise DataError(f"data: no position counts in the loss (loss_on: {config.data.loss_on})")
     if options.dry_run:
         return found | {"whole": not rows}
+    if server is not None:
+        more = lambda: teacher_cache_served.store(
+            config, server, models, form, objects, rows, options.share()
+        )
+        return found | agree.by_leader(more)
     teacher = agree.together(lambda: setup.load_teacher(config, models.teacher, mesh))
     assert teacher is not None
     asked = _Asked(config, teacher, models, mesh, form, objects)
@@ -98,9 +102,26 @@ def _asking(config: Config) -> Config:
       ConfigError: if it names none.
     """
     teacher = config.teacher
-    if teacher is None or not (teacher.source or teacher.random):
-        raise ConfigError("teacher: nobody to ask: give teacher.source")
+    if teacher is None or not (teacher.source or teacher.random or teacher.api):
+        raise ConfigError("teacher: nobody to ask: give teacher.source, or teacher.api")
     return config.model_copy(update={"teacher": teacher.model_copy(update={"cache": None})})
+
+
+def _check_server(options: commands.TeacherCache) -> None:
+    """What a server cannot say.
+
+    Raises:
+      ConfigError: for another format than topk, or for temperatures.
+    """
+    if options.format != formats.TOPK:
+        raise ConfigError(
+            f"format = {options.format}: a server says the likeliest tokens only: use topk"
+        )
+    if set(options.temperatures) - {1.0}:
+        raise ConfigError(
+            "temperatures: a server does not say log Z(T), which another T than 1 needs: leave "
+            "them out"
+        )
 
 
 def _check(config: Config) -> None:
@@ -172,12 +193,8 @@ class _Asked:
         if self._objects.get(catalog.MANIFEST) is not None:
             return  # they are there
         described = write_config(self._teacher.config, section.dtype)
-        with tempfile.TemporaryDirectory(prefix="jaxdistill-teacher-") as folder:
-            path = pathlib.Path(folder)
-            (path / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
-            self._models.tokenizer.save_pretrained(folder)
-            for file in sorted(path.iterdir()):
-                self._objects.put(catalog.TEACHER + file.name, file.read_bytes())
+        self._objects.put(catalog.TEACHER + "config.json", json.dumps(described).encode())
+        stored.put_tokenizer(self._objects, self._models.tokenizer)
         if self._head is not None:
             self._objects.put_array(catalog.TEACHER + catalog.HEAD, self._head)
 
@@ -189,7 +206,7 @@ class _Asked:
         every = list(work.in_parts(rows, self._batch, parts.rows_per_part(self._form)))
         there = set(agree.by_leader(lambda: sorted(parts.whole(self._objects))))
         own = [p for p in every[shard[0] - 1 :: shard[1]] if not work.names(p, owners) <= there]
-        progress = _Progress(sum(row.positions for part in own for b in part for row in b))
+        progress = Progress(sum(row.positions for part in own for b in part for row in b))
         for part in own:
             self._store_part(part, data, owners, progress)
         return agree.by_leader(lambda: self._end(every, owners))
@@ -209,7 +226,7 @@ class _Asked:
         part: Sequence[Sequence[work.Row]],
         data: Mapping[str, Dataset],
         owners: Sequence[int],
-        progress: "_Progress",
+        progress: Progress,
     ) -> None:
         """Asks about the batches of a part, and writes this process's share of the answers."""
         own = [row for row, owner in enumerate(owners) if owner == jax.process_index()]
@@ -276,30 +293,6 @@ class _Asked:
                 )
             taken.append(fields)
         return taken
-
-
-class _Progress:
-    """Tells how far a capture is, now and then."""
-
-    def __init__(self, positions: int):
-        self._all, self._done, self._bytes = positions, 0, 0
-        self._began = self._told = time.monotonic()
-
-    def add(self, positions: int) -> None:
-        """Some positions were answered."""
-        self._done += positions
-        now = time.monotonic()
-        if now - self._told >= _EVERY or self._done == self._all:
-            self._told, spent = now, now - self._began
-            left = spent * (self._all - self._done) / self._done
-            log.info(
-                "captured %d of %d positions, %.1f MB, %.0f/s, %.0f s left",
-                self._done, self._all, self._bytes / 1e6, self._done / max(spent, 1e-9), left,
-            )  # fmt: skip
-
-    def wrote(self, size: int) -> None:
-        """A part is on disk."""
-        self._bytes += size
 
 
 def _owners(mesh: Mesh, rows: int) -> list[int]:

@@ -13,6 +13,7 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"  # written first: whose answers the parts are
 TEACHER = "teacher/"
 HEAD = "head"
+PENDING = "pending/"  # single answers of a server, whose part is not whole yet
 
 
 def begin(objects: Objects, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -169,7 +170,7 @@ def check(objects: Objects, content: Mapping[str, Any], *, thorough: bool = Fals
       DamagedError: naming the first object that is missing, new or changed.
     """
     listed = content["objects"]
-    found = set(objects.names()) - {MANIFEST}
+    found = {n for n in objects.names() if n != MANIFEST and not n.startswith(PENDING)}
     # What a later capture has not sealed yet is no damage.
     sealed = set(content["parts"])
     found = {n for n in found if not n.startswith(parts.FOLDER) or _part(n) in sealed}
