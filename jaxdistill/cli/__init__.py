@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxdistill import compilation_cache
 from jaxdistill.cli.launch import die_with_launcher
-from jaxdistill.cli.options import THREE_WORDS, parser
+from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.safe.redact import redact
@@ -66,8 +66,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options of one command; overrides may stand before and after other options."""
     # argparse gives a `*` argument only the words before the first option: overrides that follow
     # one come back as extras.
-    if " ".join(argv[:3]) in THREE_WORDS:
-        argv = [argv[0], " ".join(argv[1:3]), *argv[3:]]
     arguments, extras = parser().parse_known_args(argv)
     if extras and "overrides" in arguments:
         words = [word for word in extras if not word.startswith("-")]

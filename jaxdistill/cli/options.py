@@ -1,6 +1,7 @@
 """The command line: every command, what it does, and the sections of options that it takes."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -396,17 +397,28 @@ COMMANDS = (
     Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
     Command("ls", files.ls, "List recipes, methods and models.", (Kind,)),
 )
-# Beside "teacher cache CONFIG": argparse takes the last two words as one.
-THREE_WORDS = tuple(command.name for command in COMMANDS if command.name.count(" ") == 2)
 GROUPS = {
     "ckpt": "Look at a run's checkpoints, or go back to one.",
     "teacher": "Ask a teacher: rationales as training data, or what it says of given text.",
 }
 
 
+class _Words(argparse.ArgumentParser):
+    """Takes the last two of a command's three words as one, which argparse cannot.
+
+    So `teacher cache ls DIR` stands beside `teacher cache CONFIG`.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if " ".join(words[:3]) in {one.name for one in COMMANDS if one.name.count(" ") == 2}:
+            words = [words[0], " ".join(words[1:3]), *words[3:]]
+        return super().parse_known_args(words, namespace)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Words(
         prog="jaxdistill",
         description="Distil language models in JAX.",
         epilog=EXIT_CODES,
@@ -414,12 +426,12 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    plain: Any = {"parser_class": argparse.ArgumentParser}
+    top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, **plain)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
-        group, _, name = (
-            command.name.partition(" ") if " " in command.name else ("", "", command.name)
-        )
+        first, _, more = command.name.partition(" ")
+        group, name = (first, more) if more else ("", first)
         if group and group not in groups:
             outer = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", required=True)

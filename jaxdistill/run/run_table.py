@@ -38,7 +38,7 @@ class RunTable:
         self._config, self._run, self._models, self._held_out = config, run, models, held_out
         self._own = method.objective.init(jax.random.key(config.seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
-        self._teacher_params = setup.signal_params(models, held_out.mesh)
+        self._teacher_params = setup.signal_params(models)
         self._step = self._program(method)
         stored = run.read_json("table.json") or {}
         self._rows = {row["name"]: row for row in stored.get("rows", [])}

@@ -16,7 +16,7 @@ from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.sources import open_source
-from jaxdistill.data.teacher_cache import taught
+from jaxdistill.data.teacher_cache import formats, taught
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
@@ -154,7 +154,8 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     teacher = load_teacher(config, models.teacher, mesh)
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
-    return dataclasses.replace(models, teacher=teacher, student=student)
+    answers = None if models.stored is None else models.stored.loaded(mesh)
+    return dataclasses.replace(models, teacher=teacher, student=student, stored=answers)
 
 
 def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
@@ -370,7 +371,7 @@ def compile_step(
     if check_kernels:
         check_kernels_of(config)
     step = make_step(config, method, monitor)
-    batch = abstract_batch_of(config, method, mesh)
+    batch = abstract_batch_of(config, mesh, method.stored)
     return steps.compiled(step, state, teacher_params, batch, mesh)
 
 
@@ -390,10 +391,10 @@ def make_step(
     )
 
 
-def abstract_batch_of(config: Config, method: RunMethod, mesh: Mesh) -> Batch:
-    """The shapes and places of a step's batch."""
+def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) -> Batch:
+    """The shapes and places of a step's batch, with what it carries of a stored teacher."""
     origins = any(source.origin != "data" for source in config.data.train)
-    beside = {} if method.stored is None else taught.empty(method.stored, config.data.seq_len)
+    beside = {} if form is None else taught.empty(form, config.data.seq_len)
     row = pipeline.stack([empty_row(config.data.seq_len, 0, origins) | beside])
     return steps.abstract_batch(row, config.train.batch_size, mesh)
 
@@ -423,19 +424,19 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     models = load_models(config, shapes_of(config, mesh), mesh)
     method = method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
-    teacher_params = teacher_params_of(models, method, mesh)
+    teacher_params = teacher_params_of(models, method)
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 
 
-def teacher_params_of(models: Models, method: RunMethod, mesh: Mesh) -> Any:
+def teacher_params_of(models: Models, method: RunMethod) -> Any:
     """The teacher's parameters as the step takes them: None where the method has no teacher."""
-    return signal_params(models, mesh) if method.objective.needs_teacher else None
+    return signal_params(models) if method.objective.needs_teacher else None
 
 
-def signal_params(models: Models, mesh: Mesh) -> Any:
+def signal_params(models: Models) -> Any:
     """The parameters of what `signal_of` gives; None without a teacher."""
     if models.stored is not None:
-        return models.stored.params(mesh)
+        return models.stored.params
     return None if models.teacher is None else models.teacher.params
 
 
@@ -446,3 +447,20 @@ def signal_flops_per_token(models: Models, length: int) -> float:
         return 0.0 if signals.sparse(form.name) else 2.0 * form.vocab * form.embed
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
     return forward_flops_per_token(models.teacher.config, length)
+
+
+def stored_sizes(config: Config, models: Models) -> dict[str, Any]:
+    """How large the teacher's answers are, in the usual formats, or the one that is stored.
+
+    Returns:
+      tokens: that the run reads, which is at most what is asked; bytes_per_token by format.
+    """
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    if models.stored is not None:
+        forms = [models.stored.format]
+    else:
+        assert models.teacher is not None, "only asked for where there is a teacher"
+        shape = {"vocab": models.vocab, "embed": models.teacher.config.embed}
+        forms = [formats.choose(name, **shape) for name in formats.NAMES]
+    named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
+    return {"tokens": tokens, "bytes_per_token": named}

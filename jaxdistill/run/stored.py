@@ -39,6 +39,7 @@ class Stored:
       dtype: that it computed in.
       format: what is stored.
       store: None while a run is only planned, and nobody was asked yet.
+      params: what the step takes in place of the teacher's parameters: of `hidden` the head.
     """
 
     place: str
@@ -46,6 +47,7 @@ class Stored:
     dtype: Any
     format: Format
     store: Store | None
+    params: Mapping[str, jax.Array] | None = None
 
     def abstract_params(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and places of what the step takes in place of the teacher's parameters."""
@@ -55,15 +57,19 @@ class Stored:
         place = shardings(mesh, {"head": ("vocab", "embed")}, {"head": shape})["head"]
         return {"head": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)}
 
-    def params(self, mesh: Mesh) -> dict[str, jax.Array]:
-        """What the step takes in place of the teacher's parameters: of `hidden` the head."""
-        abstract = self.abstract_params(mesh)
-        if not abstract:
-            return {}
-        assert self.store is not None, "a run that trains has opened it"
-        head, like = self.store.head(), abstract["head"]
-        make = lambda index: np.asarray(head[index])
-        return {"head": jax.make_array_from_callback(like.shape, like.sharding, make)}
+    def loaded(self, mesh: Mesh) -> "Stored":
+        """The same with `params` on the mesh.
+
+        Raises:
+          DamagedError: if the head is not as it was written.
+        """
+        abstract, params = self.abstract_params(mesh), {}
+        if abstract:
+            assert self.store is not None, "a run that trains has opened it"
+            head, like = self.store.head(), abstract["head"]
+            make = lambda index: np.asarray(head[index])
+            params = {"head": jax.make_array_from_callback(like.shape, like.sharding, make)}
+        return dataclasses.replace(self, params=params)
 
     def signal(self, options: Any) -> teachers.Teacher:
         """What the step asks; `options` are the method's, or None for measuring at T = 1."""

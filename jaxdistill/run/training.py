@@ -156,7 +156,7 @@ class Training:
         latest: dict[str, float],
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
-        teacher_params = setup.teacher_params_of(self.models, self.method, self.mesh)
+        teacher_params = setup.teacher_params_of(self.models, self.method)
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update(self.table.evaluate(state))

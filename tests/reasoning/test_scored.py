@@ -1,9 +1,6 @@
 """What a server says of a given text is taken as vLLM says it, or refused with a reason."""
 
 import collections
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -12,77 +9,19 @@ pytest.importorskip("openai", reason="needs the extra api")
 
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.scored import Scorer
-
-V = 50
-
-
-def logprobs_of(tokens):
-    """[N, V] of a teacher that knows the last token only."""
-    logits = np.random.default_rng(0).normal(size=(V, V))[np.asarray(tokens)]
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def entries(tokens, k):
-    """vLLM's prompt_logprobs: the text's own token is there, likely or not."""
-    told = [None]
-    for row, token in zip(logprobs_of(tokens)[:-1], tokens[1:], strict=True):
-        best = np.argsort(-row)[:k]
-        ids = [token, *(int(one) for one in best if one != token)]
-        told.append({str(one): {"logprob": float(row[one]), "rank": 1} for one in ids})
-    return told
-
-
-class Server(ThreadingHTTPServer):
-    """Answers completions; `spoil` changes what it says, `code` refuses."""
-
-    spoil = staticmethod(lambda told: told)
-    code, most = 200, 20
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[dict] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.asked.append(body)
-        code, k = self.server.code, body["prompt_logprobs"]
-        if code == 200 and k > self.server.most:
-            code = 400
-        told = self.server.spoil(entries(body["prompt"], k))
-        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": told}
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1, "total_tokens": 0}
-        reply = {"choices": [choice], "usage": usage, "object": "text_completion", "id": "1",
-                 "created": 1, "model": "m"}  # fmt: skip
-        if code != 200:
-            reply = {"error": {"message": f"prompt logprobs of {k}, more than 20"}}
-        data = json.dumps(reply).encode()
-        self.send_response(code)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+from tests.reasoning import scoring_server
+from tests.reasoning.scoring_server import V, logprobs_of
 
 
 @pytest.fixture
 def server():
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    with scoring_server.running() as made:
+        yield made
 
 
 def scorer(server, k=4, **options):
-    url = f"http://127.0.0.1:{server.server_port}/v1"
     options = {"retries": 0, "max_failures": 100, "timeout": 20.0, "prices": (1.0, 2.0)} | options
-    return Scorer(url, "m", k=k, vocab=V, **options)
+    return Scorer(server.url, "m", k=k, vocab=V, **options)
 
 
 TEXT = [3, 1, 4, 1, 5, 9]

@@ -154,7 +154,7 @@ def choose(
             raise ConfigError(f"{label} = {given}: {rule}")
     if vocab > 2**24:
         raise ConfigError(f"format = {name}: ids of {vocab} tokens do not fit 3 bytes")
-    k = {HIDDEN: 0, TOPK: 64, SAMPLED: 50}[name] if k is None else k
+    k = {HIDDEN: 0, TOPK: min(64, vocab), SAMPLED: 50}[name] if k is None else k
     if name == TOPK and k > vocab:
         raise ConfigError(f"k = {k}: the vocabulary has {vocab} tokens: use at most that")
     if name == SAMPLED and k > MOST_DRAWN:
