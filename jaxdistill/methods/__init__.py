@@ -15,7 +15,7 @@ the configuration is read:
     def build(options, facts):
         def apply(params, student, signal, batch, knobs):
             head = options.head(facts.vocab)
-            means = from_heads(head, student, signal, batch, knobs, alpha=0.0)
+            means = from_heads(head, student, signal.outputs, batch, knobs, alpha=0.0)
             total = knobs["strength"] * means["loss"].total
             return means | {"loss": Mean(total, means["loss"].count)}
 

@@ -58,7 +58,7 @@ def objective(
         w = losses.reverse_gradient(w, knobs["reversal"])
         temperature = losses.ctkd_temperature(w, t_start=t_start, t_range=t_range)
         means = from_heads(
-            head, student, signal, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=temperature,
         )  # fmt: skip
         counted = batch.mask.astype(jnp.float32)

@@ -60,7 +60,7 @@ def objective(*, skew: float = 0.1, **head: Unpack[Head]) -> Objective:
         )
         chosen, rejected = (
             from_heads(
-                head, student, signal, dataclasses.replace(batch, mask=weights), knobs,
+                head, student, signal.outputs, dataclasses.replace(batch, mask=weights), knobs,
                 alpha=knobs["alpha"], **kind,
             )
             for weights, kind in zip(sides(batch), kinds, strict=True)

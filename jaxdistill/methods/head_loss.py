@@ -9,15 +9,16 @@ from jax import Array
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
-from jaxdistill.types import Batch, Mean, Outputs, TeacherSignal
+from jaxdistill.types import Batch, Known, Mean, Outputs
 
 
 def from_heads(
     head: Any,
     student: Outputs,
-    signal: TeacherSignal | None,
+    teacher: Outputs | None,
     batch: Batch,
     knobs: Mapping[str, Array],
+    known: Known | None = None,
     sparse: str | None = None,
     **options: Any,
 ) -> dict[str, Mean]:
@@ -26,25 +27,24 @@ def from_heads(
     Args:
       head: see `base.Head`.
       student: its hidden states and head.
-      signal: the teacher's; None for cross-entropy alone.
+      teacher: the same of the teacher; None for cross-entropy alone, or beside `known`.
       batch: the rows.
       knobs: the one that is read is `base.MONITOR`.
-      sparse: of known tokens, the kind of `kernels.sparse` that stands in place of `kind`.
+      known: what is known of the teacher where there are no hidden states.
+      sparse: the kind of `kernels.sparse` that then stands in place of `kind`.
       options: as `linear_divergence` takes them.
     """
     head = dict(head)
     vocab = head.pop("vocab")
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
-    if signal is not None and signal.outputs is not None:
-        teacher = signal.outputs
+    if teacher is not None:
         options |= {
             "teacher_hidden": teacher.hidden,
             "teacher_head": teacher.head[:vocab],
             "teacher_bias": bias(teacher),
             "teacher_softcap": teacher.softcap,
         }
-    elif signal is not None and signal.known is not None:
-        known = signal.known
+    elif known is not None:
         options |= {
             "kind": sparse,
             "teacher_ids": known.ids,

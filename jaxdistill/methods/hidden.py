@@ -66,7 +66,7 @@ def objective(
 
     def apply(params, student, signal, batch, knobs):
         means = from_heads(
-            head, student, signal, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
         ours = student.taps.astype(jnp.float32)

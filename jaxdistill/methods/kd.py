@@ -94,7 +94,7 @@ def objective(
         return from_heads(
             head,
             student,
-            signal,
+            signal.outputs,
             batch,
             knobs,
             kind=divergence,
@@ -103,6 +103,7 @@ def objective(
             temperature=knobs["temperature"],
             scale_by_t2=scale_by_t2,
             label_smoothing=label_smoothing,
+            known=signal.known,
             sparse=sparse,
         )
 

@@ -64,7 +64,7 @@ def objective(
 
     def apply(params, student, signal, batch, knobs):
         means = from_heads(
-            head, student, signal, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
         pairs = zip(student.relations[0], signal.outputs.relations[0], strict=True)

@@ -93,7 +93,8 @@ def objective(
         weighed = dataclasses.replace(batch, mask=counted * weight)
         soft = {name: knobs[name] for name in ("alpha", "temperature") if with_teacher}
         means = from_heads(
-            head, student, signal if with_teacher else None, weighed, knobs, sparse=sparse,
+            head, student, signal.outputs if with_teacher else None, weighed, knobs,
+            known=signal.known if with_teacher else None, sparse=sparse,
             **(soft or {"alpha": 1.0}),
         )  # fmt: skip
         return means | {"loss": Mean(means["loss"].total, jnp.sum(counted))}

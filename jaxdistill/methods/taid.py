@@ -57,7 +57,7 @@ def objective(**head: Unpack[Head]) -> Objective:
 
     def apply(params, student, signal, batch, knobs):
         means = from_heads(
-            head, student, signal, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], taid_t=knobs["taid_t"],
         )  # fmt: skip
         divergence, entropy = means["loss/divergence"], means["loss/target_entropy"]

@@ -67,7 +67,7 @@ def objective(
         ours, theirs = params["student_filters"], params["teacher_filters"]
         taps, wanted, mask = student.taps, signal.outputs.taps, batch.mask
         means = from_heads(
-            head, student, signal, batch, knobs,
+            head, student, signal.outputs, batch, knobs,
             alpha=knobs["alpha"], temperature=knobs["temperature"],
         )  # fmt: skip
         rows = signal.outputs.head[: head["vocab"]]

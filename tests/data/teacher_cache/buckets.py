@@ -1,4 +1,4 @@
-"""Buckets in memory behind the protocols of Google's and Amazon's storage, as far as we use them."""
+"""Buckets in memory that speak as Google's and Amazon's storage do, as far as we use them."""
 
 import contextlib
 import hashlib
