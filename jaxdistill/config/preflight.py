@@ -21,10 +21,16 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check(config: Config) -> list[UserError]:
-    """Everything that would stop this run later and can be seen now, in milliseconds."""
+def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
+    """Everything that would stop this run later and can be seen now, in milliseconds.
+
+    Args:
+      config: of the run.
+      run_dir: whether there will be a run, whose folder must be free.
+    """
     errors: list[UserError] = []
-    for part in (_run_dir_errors(config.run.dir), _data_errors(config), _model_errors(config)):
+    of_run = _run_dir_errors(config.run.dir) if run_dir else iter(())
+    for part in (of_run, _data_errors(config), _model_errors(config)):
         try:
             errors.extend(part)
         except OSError as error:
@@ -111,6 +117,13 @@ class _Found:
 def _model_errors(config: Config) -> Iterator[UserError]:
     """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
     found = _models(config)
+    if config.teacher and config.teacher.cache and "://" not in config.teacher.cache:
+        place = os.path.expanduser(config.teacher.cache)
+        if not os.path.isfile(os.path.join(place, "identity.json")):
+            yield ConfigError(
+                f"teacher.cache = {shown(config.teacher.cache)}: holds no teacher's answers "
+                f"({_here()}): `jaxdistill teacher cache CONFIG -o DIR` asks for them"
+            )
     yield from (model.error for model in found.values() if model.error)
     teacher, student = found.get("teacher", _Found()), config.student
     layers = teacher.number("num_hidden_layers")

@@ -378,6 +378,21 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
             yield ("student", "random", "like"), "there is no teacher: add one, or give a path"
         if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
             yield ("checkpoint", "best_metric"), "is measured against a teacher, and there is none"
+    named = teacher is not None and bool(teacher.source or teacher.random)
+    if (
+        teacher
+        and teacher.api
+        and not teacher.cache
+        and methods.of(config.method).needs_teacher(config.method)
+    ):
+        yield (
+            ("teacher", "cache"),
+            "a server takes no part in a step: `jaxdistill teacher cache` asks it once, into the "
+            "folder that is named here",
+        )
+    if teacher and not named and student.from_ == "teacher":
+        rule = "a stored teacher has no weights to cut it out of: name them in teacher.source too"
+        yield ("student", "from"), rule
     if teacher and teacher.quantize and student.from_ == "teacher":
         rule = "the student would be cut out of rounded weights: give student.source"
         yield ("teacher", "quantize"), rule

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,10 @@ class Dataset:
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding with the fields that this data set's rows have."""
         return empty_row(self.seq_len, self.pad, bool(self.origins))
+
+    def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """What a batch carries of a row in an epoch, counted from 0; here the row itself."""
+        return row
 
     def fill(self) -> float:
         """The share of the rows' positions that hold tokens."""

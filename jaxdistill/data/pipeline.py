@@ -223,10 +223,14 @@ def batches(
                 row += end - first
         return row
 
+    def of_stream(row: int) -> Any:
+        found: Any = stream[row]
+        return dataset.in_epoch(found, row // len(dataset))
+
     def batch_of(number: int) -> tuple[Span, Batch]:
         first = number * batch_size
         span = Span(row_at(first), row_at(first + batch_size - 1) + 1)
-        return span, stack([stream[row_at(first + row)] for row in wanted])
+        return span, stack([of_stream(row_at(first + row)) for row in wanted])
 
     return _feed(batch_of, sys.maxsize, threads)
 
@@ -259,7 +263,8 @@ def eval_batches(
 
     def batch_of(number: int) -> tuple[int, Batch]:
         indices = [number * batch_size + row for row in wanted]
-        return number, stack([dataset[i] if i < len(dataset) else padding for i in indices])
+        held = [dataset.in_epoch(dataset[i], 0) for i in indices if i < len(dataset)]
+        return number, stack(held + [padding] * (len(indices) - len(held)))
 
     return _feed(batch_of, -(-len(dataset) // batch_size), threads)
 

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import agree, optim
-from jaxdistill import teachers as signals
+from jaxdistill import agree, optim, teachers
 from jaxdistill.config import Config
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.methods import measuring
-from jaxdistill.models import Model
+from jaxdistill.methods import measuring, signals
+from jaxdistill.models import Model, decoder
 from jaxdistill.report import MetricsWriter
 from jaxdistill.run import setup, states
 from jaxdistill.run.folder import RunDir
@@ -43,7 +42,7 @@ class RunTable:
         self._config, self._run, self._models, self._held_out = config, run, models, held_out
         self._own = method.objective.init(jax.random.key(config.seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
-        self._teacher_params = None if models.teacher is None else models.teacher.params
+        self._teacher_params = setup.signal_params(models)
         self._step = self._program(method)
         self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str] | None = None
@@ -51,21 +50,23 @@ class RunTable:
 
     def _program(self, method: setup.RunMethod) -> meter.Step:
         """The loss without gradient: that of training, if it measures against the teacher too."""
-        teacher = self._models.teacher
-        objective = method.objective
-        if objective.token_means and (teacher is None or objective.needs_teacher):
+        models, objective = self._models, method.objective
+        alone = models.teacher is None and models.stored is None
+        if objective.token_means and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
         # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too.
-        measured = measuring.cross_entropy if teacher is None else measuring.against_teacher
+        if alone:
+            objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
+        else:
+            sparse = signals.kind("forward_kl", setup.format_of(models))
+            objective = measuring.against_teacher(vocab=models.vocab, sparse=sparse)
+            signal = setup.signal_of(self._config, models)
         loss = make_loss(
             self._models.student.config,
-            measured(vocab=self._models.vocab),
+            objective,
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
             quantization=self._config.student.quantize,
         )
-        if teacher is None:
-            return meter.make_step(loss, signals.none)
-        signal = signals.online(teacher.config, compute_dtype=setup.teacher_dtype(self._config))
         return meter.make_step(loss, signal)
 
     def has(self, name: str) -> bool:
@@ -90,6 +91,7 @@ class RunTable:
 
     def add_teacher(self) -> None:
         """The teacher's own row: how well it models the held-out rows, and how fast."""
+        self._add_stored_teacher()
         teacher = self._models.teacher
         if teacher is None or self.has("teacher"):
             return
@@ -99,6 +101,18 @@ class RunTable:
         metrics = self._held_out.measure(scoring, teacher.params)
         rate = self._held_out.speed(scoring, teacher.params)
         self._add("teacher", metrics, teacher.config, teacher.params, rate)
+
+    def _add_stored_teacher(self) -> None:
+        """The row of a stored teacher whose whole rows are known; nobody can time it."""
+        stored = self._models.stored
+        if stored is None or stored.config is None or self.has("teacher"):
+            return
+        if signals.sparse(stored.format.name):
+            return
+        scoring = meter.stored_scoring_step(stored.signal(None), self._models.vocab)
+        metrics = self._held_out.measure(scoring, None, self._teacher_params)
+        shape = decoder.shapes(stored.config, stored.dtype)
+        self._add("teacher", metrics, stored.config, shape, None)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -117,7 +131,9 @@ class RunTable:
             self._student_speed = self._held_out.speed(scoring, params)
         self._add(name, metrics, model.config, params, self._student_speed)
 
-    def _add(self, name: str, metrics: Mapping[str, float], config, params, rate: float) -> None:
+    def _add(
+        self, name: str, metrics: Mapping[str, float], config, params, rate: float | None
+    ) -> None:
         row = {
             "name": name,
             "perplexity": metrics["eval/perplexity"],

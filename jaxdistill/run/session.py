@@ -159,18 +159,23 @@ class _Inputs:
       mesh: of all devices.
       models: shapes and tokenizer, without weights.
       data: the training and the held-out rows.
+      taught: the same with what a stored teacher said of them, where there is one.
     """
 
     mesh: Mesh
     models: setup.Models
     data: Mapping[str, Dataset]
+    taught: Mapping[str, Dataset]
 
 
 def _read(config: Config, mesh: Mesh) -> _Inputs:
     """Reads small files and data, and checks all that they can tell."""
     models = agree.together(lambda: setup.shapes_of(config, mesh))
     data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
-    return _Inputs(mesh, models, data)
+    stored, taught = models.stored, data
+    if stored is not None:
+        taught = agree.together(lambda: stored.beside(data, models.tokenizer))
+    return _Inputs(mesh, models, data, taught)
 
 
 def _execute(config: Config, run: RunDir, inputs: _Inputs, from_start: bool = False) -> RunResult:
@@ -236,10 +241,10 @@ class _Session:
         agree.by_leader(lambda: schedule.tell(run, config, changed, step))
         run.update(**described)
         agree.by_leader(lambda: _keep_words(config, run, self.models))
-        self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
+        self.plain, self.taught = data["train"], inputs.taught["train"]
         held_out = HeldOut(
-            data["eval"],
+            inputs.taught["eval"],
             config.eval.batch_size,
             config.eval.max_rows,
             mesh,
@@ -318,7 +323,7 @@ class _Session:
             method=method,
             models=self.models,
             mesh=self.mesh,
-            dataset=self.dataset,
+            dataset=self.plain if method.stored is None else self.taught,
             hooks=self.run.hooks,
             table=self.table,
             checkpoints=checkpoints,
@@ -379,6 +384,8 @@ def _fingerprints(
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
     if models.teacher is not None and config.teacher is not None and not config.teacher.random:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
+    if models.stored is not None and models.stored.store is not None:
+        prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
     prints |= changes.settings(config)
     if config.student.prune:
         file = pathlib.Path(config.student.prune.importance)
@@ -393,6 +400,10 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
         if model is not None:
             count = count_parameters(model.config)
             parts[name] = {"source": model.source, "parameters": count}
+    if models.stored is not None:
+        arch = models.stored.config
+        known = {} if arch is None else {"parameters": count_parameters(arch)}
+        parts["teacher"] = {"source": models.stored.place, **known}
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
 
