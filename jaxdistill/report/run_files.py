@@ -8,7 +8,7 @@ import re
 import shlex
 import typing
 
-from jaxdistill.errors import DamagedError, DataError
+from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.report import json_lines
 from jaxdistill.safe import json_file
 from jaxdistill.safe.redact import redact
@@ -58,14 +58,14 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
     """Reads a run directory, of a run that is finished, running or broken off.
 
     Raises:
-      DataError: there is no such folder, or nothing in it is a file of a run.
+      ConfigError: there is no such folder, or nothing in it is a file of a run.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+        raise ConfigError(f"{folder}: no such run directory; `jaxdistill train` makes one")
     known = ("RUN.json", "metrics.jsonl", "table.json", "config.resolved.yaml", "events.jsonl")
     if not any((folder / name).exists() for name in known):
-        raise DataError(
+        raise ConfigError(
             f"{folder}: not a run directory: it holds none of {', '.join(known)}; "
             "give the folder that `jaxdistill train` named at its start"
         )

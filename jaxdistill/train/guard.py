@@ -300,6 +300,7 @@ def _read(path: pathlib.Path, rows_per_batch: Callable[[], int] | None) -> list[
         if not path.exists():
             return []
         rollbacks = json_file.parse(path.read_bytes())
+        assert isinstance(rollbacks, list) and all(isinstance(one, dict) for one in rollbacks)
         units = ["batch" if "first_batch" in one else "row" for one in rollbacks]
         for one, unit in zip(rollbacks, units, strict=True):
             assert 0 <= int(one[f"first_{unit}"]) < int(one[f"end_{unit}"])
