@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_faults, soak_input, soak_numbers
+from benchmarks import duel, soak_cache, soak_faults, soak_input, soak_numbers
 
 Report = Callable[[dict[str, Any]], Any]
 # (folder of its own, scale of the counts, seed, called with the counts so far)
@@ -34,6 +34,9 @@ PARTS: dict[str, Part] = {
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
     "flips": _on_rig(lambda rig, n, seed, _: soak_faults.flips(rig, n, seed), 500),
+    "cache_flips": lambda folder, scale, seed, _: soak_cache.flips(
+        folder, max(1, round(scale * 500)), seed
+    ),
     "fallbacks": _on_rig(lambda rig, n, seed, _: soak_faults.fallbacks(rig, n, seed), 10),
     "full_disks": _on_rig(lambda rig, *_: soak_faults.full_disks(rig), 1),
     "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),

@@ -40,6 +40,8 @@ NAMES = {
     "agree/top1": "eval/agree_top1",
     "agree/top5": "eval/agree_top5",
     "agree/acceptance": "eval/acceptance",
+    "agree/top_k": "eval/agree_top_k",
+    "teacher/kept_mass": "eval/teacher_kept_mass",
     "teacher/entropy": "eval/teacher_entropy",
     "student/entropy": "eval/student_entropy",
 }

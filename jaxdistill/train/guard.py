@@ -275,13 +275,19 @@ def save_batch(folder: pathlib.Path, record: StepRecord) -> str:
     path = folder / CRASH / f"rows_{record.span.first_row:08d}.npz"
     if agree.leads():
         arrays: dict[str, Any] = {"step": record.step, **record.span._asdict()}
-        arrays |= {name: np.asarray(leaf) for name, leaf in flatten(whole).items()}
+        arrays |= {name: _readable(leaf) for name, leaf in flatten(whole).items()}
         try:
             path.parent.mkdir(exist_ok=True)
             np.savez(path, **arrays)
         except OSError as error:
             return f"The batch could not be saved ({error})"
     return f"The batch is in {path} (numpy.load)"
+
+
+def _readable(leaf: Any) -> np.ndarray:
+    """The array in a type that NumPy alone reads: a stored teacher's bfloat16 becomes float32."""
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

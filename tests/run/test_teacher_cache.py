@@ -1,18 +1,29 @@
 """A stored teacher: captured once, learned from in the same step, with the same numbers."""
 
-import json
-import pathlib
+import contextlib
+import dataclasses
+import io
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from jaxdistill import api, commands, methods
+from jaxdistill import api, cli, commands, methods
 from jaxdistill.data.feed import CorpusFeed
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import ConfigError, DataError, MismatchError
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import signals
-from jaxdistill.run import setup, states, stored, teacher_cache, teacher_verify
+from jaxdistill.run import (
+    run_table,
+    session,
+    setup,
+    states,
+    stored,
+    teacher_cache,
+    teacher_verify,
+)
 from jaxdistill.train.step import place
 
 # A student of its own, so that a stored teacher needs no weights.
@@ -85,25 +96,62 @@ def test_a_stored_teacher_trains_as_the_one_that_runs(
     np.testing.assert_allclose(curve(config, 20), online, rtol=1e-6)
 
 
-def test_a_run_learns_from_a_stored_teacher_and_its_table_stands(captured, load_config, tmp_path):
-    place = exact(captured)
-    config = load_config(tmp_path, *SMALL, f"teacher={{cache: {place}}}", "train.steps=2",
-                         "train.eval_every=2", "optimizer.warmup=1", "eval.samples=1")  # fmt: skip
-    result = api.train(config)
-    rows = {row["name"]: row for row in result.table}
-    assert set(rows) == {"teacher", "student before", "student after"}
-    assert rows["teacher"]["tokens_per_second"] is None
-    assert rows["student after"]["kl_t1"] > 0
-    shapes = setup.shapes_of(load_config(tmp_path / "x", *SMALL), setup.mesh_of(config))
-    assert rows["teacher"]["parameters"] == 4 * (32 * 32 * 3 + 3 * 32 * 48 + 64) + 257 * 32 + 32
-    assert shapes.teacher is not None
-    facts = json.loads((pathlib.Path(result.run_dir) / "fingerprints.json").read_text())
-    assert "teacher.cache" in facts
-    again = teacher_verify.verify(place, shapes_teacher(load_config, tmp_path), 5)
+def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
+    captured, load_config, tmp_path
+):
+    # Packed otherwise than it was captured, on another mesh.
+    config = load_config(
+        tmp_path, *SMALL, "data.packing=none", f"teacher={{cache: {exact(captured)}}}"
+    )
+    mesh = setup.mesh_of(config, jax.devices()[:1])
+    models = setup.shapes_of(config, mesh)
+    data = setup.data_of(config, models.tokenizer)
+    rows = models.stored.beside(data, models.tokenizer)["eval"]
+    models = setup.load_models(config, models, mesh)
+    kept = types.SimpleNamespace(read_json=lambda name: None, write_json=lambda name, value: None)
+    table = run_table.RunTable(
+        config, kept, models, setup.method_of(config, models), HeldOut(rows, 8, None, mesh, "eval")
+    )
+    table.add_teacher()
+    (row,) = table.rows
+    assert row["name"] == "teacher" and row["tokens_per_second"] is None
+    assert row["parameters"] == 4 * (32 * 32 * 3 + 3 * 32 * 48 + 64) + 257 * 32 + 32
+    live, total, count = the_teacher(load_config, tmp_path), 0.0, 0
+    for index in range(len(rows)):
+        one = rows[index]
+        logits = np.asarray(live.logits(one["tokens"][None], one["segment_ids"][None]))[0]
+        wide = logits.astype(np.float64)
+        logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        total -= logp[np.arange(32), one["targets"]][one["mask"]].sum()
+        count += one["mask"].sum()
+    assert row["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+    # What a run goes on with is that store's teacher and no other.
+    assert "teacher.cache" in session._fingerprints(config, models, data)
+
+
+def test_verify_asks_the_teacher_again(captured, load_config, tmp_path):
+    live = the_teacher(load_config, tmp_path)
+    again = teacher_verify.verify(exact(captured), live, 5)
     assert again["weights"] == "same" and again["kl_max"] < 1e-9
+    few = teacher_verify.verify(captured("topk", k=3), live, 5)
+    assert 0 <= few["kl_mean"] <= few["kl_max"] < 1e-4  # float16
+    assert 0 < few["kept_mass"]["min"] < few["kept_mass"]["max"] < 1
+    other = dataclasses.replace(live, params=jax.tree.map(lambda a: a * 1.01, live.params))
+    told = teacher_verify.verify(exact(captured), other, 5)
+    assert told["weights"] == "other" and told["kl_max"] > 1e-6
+    text = capsys_of(exact(captured))
+    assert "hidden (float32)" in text and "positions" in text
 
 
-def shapes_teacher(load_config, folder):
+def capsys_of(place: str) -> str:
+    """What `teacher cache ls` prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main(["teacher", "cache", "ls", place]) == 0
+    return out.getvalue()
+
+
+def the_teacher(load_config, folder):
     """The teacher itself."""
     config = load_config(folder / "live", *SMALL)
     mesh = setup.mesh_of(config)
@@ -182,7 +230,7 @@ def test_a_cut_student_needs_the_weights_and_they_are_those_that_were_asked(
     mesh = setup.mesh_of(config, jax.devices()[:1])
     models = setup.load_models(config, setup.shapes_of(config, mesh), mesh)
     assert models.teacher is None and models.student.config.layers == 2
-    whole = shapes_teacher(load_config, tmp_path).params["layers"]
+    whole = the_teacher(load_config, tmp_path).params["layers"]
     kept = models.student.params["layers"]
     for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs[::2])
@@ -214,7 +262,7 @@ def files(place) -> dict[str, bytes]:
 
 def test_drawn_tokens_train_and_every_epoch_has_its_draw(captured, load_config, tmp_path):
     place = captured("sampled", k=20, draws=2)
-    told = teacher_verify.verify(place, shapes_teacher(load_config, tmp_path), 20)
+    told = teacher_verify.verify(place, the_teacher(load_config, tmp_path), 5)
     assert abs(told["cross_entropy_gap"]) < 5 * told["standard_error"]
     config = load_config(
         tmp_path, STUDENT, "tokenizer.from=bytes", "method={name: kd, alpha: 0.3}",

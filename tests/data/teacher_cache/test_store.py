@@ -140,6 +140,20 @@ def test_a_capture_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
+def test_two_processes_store_a_share_each(tmp_path):
+    data = {"train": dataset(TEXTS)}
+    objects = Objects(str(tmp_path / "c"))
+    catalog.begin(objects, {"format": FORM.facts()}, {})
+    (part,) = work.in_parts(work.lacking(data, None), 2, 100)
+    shares = [work.wanted_of(part, [0, 1], process) for process in range(2)]
+    assert [len(share) for share in shares] == [2, 1]
+    for share in shares:
+        parts.write(objects, FORM, share, {"hidden": np.concatenate(list(map(answer, share)))})
+    assert parts.whole(objects) == work.names(part, [0, 1])
+    catalog.seal(objects)
+    taught.beside(data["train"], Store(str(tmp_path / "c")), Words())
+
+
 def test_another_identity_is_refused_by_its_fields(tmp_path):
     fill(tmp_path / "c", {"train": dataset(TEXTS)})
     objects = Objects(str(tmp_path / "c"))
