@@ -199,11 +199,11 @@ def test_vmap_remat_and_scan_keep_the_gradient():
     loss = lambda hidden: jnp.sum(linear_logprobs(hidden, head, ids, chunk=8).logprobs ** 2)
     hidden = jnp.float32(x["hidden"])
     plain = jax.jit(jax.grad(loss))(hidden)
-    both = jnp.stack([hidden, hidden])
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(both)[1], plain, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(hidden), plain, atol=1e-6)
+    both, near = jnp.stack([hidden, hidden]), {"atol": 1e-6 * float(jnp.abs(plain).max())}
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(both)[1], plain, **near)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(hidden), plain, **near)
     total = lambda both: jax.vmap(loss)(both).sum()
-    np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, **near)
 
 
 def test_no_buffer_of_tokens_times_vocabulary():
@@ -274,6 +274,7 @@ def test_no_head_crosses_the_mesh(mesh8):
         ({"softcap": -1.0}, "softcap"),
         ({"head": jnp.ones((V, D + 1))}, "head"),
         ({"implementation": "mosaic_gpu"}, "of one alone are XLA's"),
+        ({"implementation": "reference", "vocab_axes": "model"}, "a whole head"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(change, words):

@@ -19,7 +19,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks, choice, operands, rows
-from jaxdistill.kernels.columns.definition import pair
 from jaxdistill.kernels.linear_divergence import fused
 from jaxdistill.kernels.linear_divergence.chunk import (
     Operands,
@@ -29,9 +28,9 @@ from jaxdistill.kernels.linear_divergence.chunk import (
     whole_chunk,
 )
 from jaxdistill.kernels.linear_divergence.mesh import Layout, layout
+from jaxdistill.kernels.linear_divergence.partial import known_part, shared_part
 from jaxdistill.kernels.linear_divergence.reference import reference
 from jaxdistill.kernels.operands import DivergenceFunction, LossSpec
-from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.sharding import AnyMesh
 from jaxdistill.types import Mean
 
@@ -191,28 +190,29 @@ def linear_divergence(
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
     axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
-    sparse: dict[str, ArrayLike | None] = {
+    if axes and implementation == choice.REFERENCE:
+        raise ConfigError(
+            f"vocab_axes = {axes}: the reference needs whole heads; None takes an implementation "
+            "that shares them"
+        )
+    tokens: dict[str, ArrayLike | None] = {
         "teacher_ids": teacher_ids,
         "teacher_logprobs": teacher_logprobs,
         "teacher_rest": teacher_rest,
         "sampled_ids": sampled_ids,
         "sampled_logprobs": sampled_logprobs,
     }
+    taid, taught = taid_t is not None, vocab if teacher[1] is None else teacher[1].shape[0]
     whole = lambda rows: rows * (jax.lax.axis_size(axes) if axes else 1)
-    known = columns = None
-    if any(array is not None for array in sparse.values()):
-        _check_partial("teacher_ids", teacher[1] is None and not parameters, kind, taid_t)
-        known = known_teacher(kind, dims, whole(vocab), sparse, mask)
-        kind_of_rows, aligned = "forward_kl", vocab
-    elif student_columns is not None or teacher_columns is not None:
-        _check_partial("student_columns", teacher[1] is not None, kind, taid_t)
-        assert teacher[1] is not None, "checked"
-        kind_of_rows, aligned = kind, teacher[1].shape[0]
-        sizes = (whole(vocab), whole(aligned))
-        columns = pair(student_columns, teacher_columns, sizes, other_columns)
-    else:
-        kind_of_rows, aligned = kind, vocab
-    _check_choices(kind_of_rows, parameters, reduction, dims, aligned, teacher, softcaps)
+    known = known_part(kind, taid or bool(parameters), teacher[1], dims, whole(vocab), tokens, mask)
+    columns = (student_columns, teacher_columns)
+    sizes = (whole(vocab), whole(taught))
+    columns = shared_part(
+        kind, taid or known is not None, teacher[1], sizes, columns, other_columns
+    )
+    rows_of = taught if columns else vocab
+    row_kind = "forward_kl" if known else kind
+    _check_choices(row_kind, parameters, reduction, dims, rows_of, teacher, softcaps)
     operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
     operands.check_alpha(alpha, labels)
     _check_pieces(chunk, logits_dtype, monitor)
@@ -230,11 +230,6 @@ def linear_divergence(
     has_teacher = x.teacher_head is not None
     loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
     if implementation == choice.REFERENCE:
-        if axes:
-            raise ConfigError(
-                f"vocab_axes = {axes}: the reference needs whole heads; None takes an "
-                "implementation that shares them"
-            )
         dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
         sums = reference(loss, softcaps, dtype, x, other_columns)
     else:
@@ -314,19 +309,6 @@ def _arrays(
         if value is not None:
             checks.floating(f"{who}_{name}", value)
     return hidden, head, bias
-
-
-def _check_partial(
-    name: str, fits: bool, kind: str | DivergenceFunction, taid_t: ArrayLike | None
-) -> None:
-    """Raises where a teacher known in part meets what needs whole rows of one width."""
-    if not fits or not isinstance(kind, str) or taid_t is not None:
-        head = "in place of" if name == "teacher_ids" else "beside"
-        raise ConfigError(
-            f"{name} stand {head} the teacher's hidden states and head, and go with a named kind, "
-            "without taid_t, and teacher_ids without parameters: a function and TAID's mixture "
-            "need whole rows of one width"
-        )
 
 
 def _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) -> None:
