@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -81,6 +81,20 @@ def _nothing_usable(name: str, counts: dict[str, int], reasons: list[str]) -> st
     )
 
 
+class _Cut(NamedTuple):
+    """What is kept of a document.
+
+    Attributes:
+      kept: its first so many tokens.
+      counted: how many of them are targets that count.
+      reason: why it cannot be used, or None.
+    """
+
+    kept: int
+    counted: int
+    reason: str | None = None
+
+
 # Why records are left out, by the name of the count; what is said of those that are no fault.
 LEFT_OUT = {
     "quarantined": "",
@@ -134,7 +148,8 @@ class _Build:
                 for item in batch:
                     self._records += 1
                     made = next(encoded) if isinstance(item, Record) else item.reason
-                    reason = made if isinstance(made, str) else self._problem(made)
+                    cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
+                    reason = made if isinstance(made, str) else self._problem(cuts)
                     if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
                         self._reject(index, item.line, reason or "")
                         continue
@@ -143,7 +158,7 @@ class _Build:
                     used += 1
                     self._arrays["records"].append(np.asarray([fingerprint_of(item)], np.uint64))
                     for _ in range(times):
-                        self._add(made)
+                        self._add(made, cuts)
 
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
@@ -277,28 +292,26 @@ class _Build:
             made.append(reason or tuple(part[0] for part in parts if not isinstance(part, str)))
         return made
 
-    def _problem(self, documents: Sequence[encode.Document]) -> str | None:
+    def _problem(self, cuts: Sequence["_Cut"]) -> str | None:
         """Why nothing of a record can be learned, or None."""
-        reasons = [self._cut(document)[1] for document in documents]
-        if not reasons:
+        if not cuts:
             return "no token counts in the loss: the assistant says nothing"
-        return reasons[0] if all(reason is not None for reason in reasons) else None
+        return cuts[0].reason if all(cut.reason is not None for cut in cuts) else None
 
-    def _cut(self, document: encode.Document) -> tuple[int, str | None]:
-        """(tokens of a document that are kept, why it cannot be used)."""
+    def _cut(self, document: encode.Document) -> "_Cut":
         seq_len, policy = self._settings.seq_len, self._policy
         size = len(document.ids)
         too_long = size > seq_len
         if too_long and policy == "reject":
-            return 0, TooLong(f"too long: {size} tokens, seq_len is {seq_len}")
+            return _Cut(0, 0, TooLong(f"too long: {size} tokens, seq_len is {seq_len}"))
         kept = seq_len if too_long and policy == "truncate" else size
-        if _counted(document.loss[:kept], seq_len):
-            return kept, None
-        if _counted(document.loss, size):
-            return 0, TooLong(
-                f"too long: no token counts in the loss within the first {seq_len} tokens (seq_len)"
-            )
-        return 0, "no token counts in the loss"
+        counted = _counted(document.loss[:kept], seq_len)
+        if counted:
+            return _Cut(kept, counted)
+        if kept < size and _counted(document.loss, size):
+            reason = f"no token counts in the loss within the first {seq_len} tokens (seq_len)"
+            return _Cut(0, 0, TooLong(f"too long: {reason}"))
+        return _Cut(0, 0, "no token counts in the loss")
 
     @property
     def _policy(self) -> str:
@@ -307,18 +320,16 @@ class _Build:
             return "split" if self.kind == "text" else "truncate"
         return policy
 
-    def _add(self, documents: Sequence[encode.Document]) -> None:
+    def _add(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> None:
         """Writes the documents of one record, without those that teach nothing."""
-        for document in documents:
-            kept, reason = self._cut(document)
-            if reason is not None:
+        for document, cut in zip(documents, cuts, strict=True):
+            if cut.reason is not None:
                 continue
-            ids, loss = document.ids[:kept], document.loss[:kept]
-            self._truncated += kept < len(document.ids)
-            self._arrays["tokens"].append(ids)
-            self._arrays["loss"].append(loss)
-            self._tokens += len(ids)
-            self._counted += _counted(loss, self._settings.seq_len)
+            self._truncated += cut.kept < len(document.ids)
+            self._arrays["tokens"].append(document.ids[: cut.kept])
+            self._arrays["loss"].append(document.loss[: cut.kept])
+            self._tokens += cut.kept
+            self._counted += cut.counted
             self._offsets.append(self._tokens)
 
     def _reject(self, source: int, line: int, reason: str) -> None:

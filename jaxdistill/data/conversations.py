@@ -16,6 +16,7 @@ FIELDS = (*REASONING, "tool_calls", "name", "tool_call_id")
 # Names that belong to the program that renders, not to a record or a configuration.
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
             "tokenize")  # fmt: skip
+_PLAIN = {"role", "content"}
 _READ = {"role", "content", *FIELDS, *rules.MARKS, *rules.REFUSED}
 
 
@@ -78,8 +79,10 @@ def parse_turns(value: Mapping[str, Any], unread: set[str]) -> Turns:
         made = dataclasses.replace(made, prompt=0)
     if not learned(roles, made):
         raise Unusable(Unlearned("all turns of the assistant are marked as not learned"))
-    plain = Conversation(tuple({} for _ in roles), (None,) * len(roles))
-    return Turns(roles, texts, None if made == plain else made)
+    plain = not (made.tools or made.variables or made.prompt or any(fields)) and not any(
+        mark is not None for mark in marks
+    )
+    return Turns(roles, texts, None if plain else made)
 
 
 def learned(roles: tuple[str, ...], conversation: Conversation) -> bool:
@@ -162,6 +165,10 @@ def _message(
 ) -> tuple[str, str, Mapping[str, Any], bool | None]:
     """(role, text, other fields, mark) of one message."""
     where = f"message {number}"
+    if isinstance(message, dict) and message.keys() == _PLAIN and message["role"] in ROLES:
+        content = message["content"]
+        if isinstance(content, str) and (content.strip() or message["role"] != "assistant"):
+            return message["role"], checked_text(content, f"content of {where}"), {}, None
     if not isinstance(message, Mapping):
         raise Unusable(f"wrong type: {where} must be an object, got {type(message).__name__}")
     unread.update(f"messages.{name}" for name in message if name not in _READ)

@@ -172,8 +172,8 @@ def _list_objects(file: BinaryIO, path: Path) -> Objects:
     """Streams the values of a JSON list: at most about one record more than needed is in memory."""
     reader = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder, number, ended = json.JSONDecoder(), 0, False
-    text, at = reader.read(PIECE_BYTES).lstrip(), 1
     try:
+        text, at = reader.read(PIECE_BYTES).lstrip(), 1
         while True:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1

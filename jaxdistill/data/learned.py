@@ -12,7 +12,7 @@ from jaxdistill.data.conversations import Conversation
 from jaxdistill.data.encode import Codec
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import SENTINEL, ChatRenderer, Shielded
-from jaxdistill.data.spans import MAX_PREFIXES, SpeechFinder, printed_whole
+from jaxdistill.data.spans import MAX_PREFIXES, SpeechFinder, letters, printed_whole
 from jaxdistill.data.turns import Tracer
 
 LOSS_ON = ("all", "assistant", "completion")
@@ -120,7 +120,7 @@ class Learned:
         """Counts what the template leaves out, where not all is seen to be there."""
         if all(printed_whole(messages[turn], text) for turn in turns):
             said = (str(messages[turn].get("content") or "") for turn in turns)
-            return self._count(sum(len("".join(part.split())) for part in said), 0)
+            return self._count(sum(map(letters, said)), 0)
         try:
             speech = finder.find(turns)
         except RenderError:

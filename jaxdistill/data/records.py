@@ -104,10 +104,11 @@ def parse(
 
 
 def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) -> Record:
-    unread.update(name for name in value if name not in READ[kind])
-    rules.check_refused(value, "the record")
-    if rules.mark_of(value, "the record") is False:
-        raise Unusable(Unlearned("the record is marked as not learned"))
+    if len(value) > len(KINDS[kind]):
+        unread.update(name for name in value if name not in READ[kind])
+        rules.check_refused(value, "the record")
+        if rules.mark_of(value, "the record") is False:
+            raise Unusable(Unlearned("the record is marked as not learned"))
     if kind in CONVERTERS:
         kind, convert = CONVERTERS[kind]
         value = convert(value)

@@ -97,7 +97,7 @@ class SpeechFinder:
             return None
         span = len(before), self._end_of_text(len(before))
         content = self._messages[-1].get("content") or ""
-        return Speech({turns[0]: span}, len("".join(content.split())), 0, True)
+        return Speech({turns[0]: span}, letters(content), 0, True)
 
     def _end_of_text(self, start: int) -> int:
         """Behind the last special token, without white space; else the end of the text."""
@@ -192,6 +192,11 @@ _CANNOT_TELL = (
 def _alike(left: str, right: str) -> int:
     """How many characters two texts begin with that are the same."""
     return len(os.path.commonprefix([left, right]))
+
+
+def letters(text: str) -> int:
+    """How many characters of a text are no spaces and line ends."""
+    return len(text) - text.count(" ") - text.count("\n")
 
 
 def last_control(control: re.Pattern[str], text: str, start: int, end: int) -> int | None:
