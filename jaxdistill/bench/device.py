@@ -158,7 +158,7 @@ def parts(sizes: Sizes) -> Iterator[Part]:
             yield Part(name, functools.partial(_statistics, tokens, vocab, split))
     cases = [("forward_kl", first, n, v) for n in sizes.tokens for v in sizes.vocabs]
     cases += [(kind, first, sizes.tokens[0], vocab) for kind in rows.KINDS]
-    cases += [("forward_kl", dtype, sizes.tokens[1], vocab) for dtype in sizes.dtypes]
+    cases += [("forward_kl", dtype, sizes.tokens[:2][-1], vocab) for dtype in sizes.dtypes]
     rest = itertools.product(rows.KINDS, sizes.dtypes, sizes.tokens, sizes.vocabs)
     seen = list(dict.fromkeys(cases))
     yield from map(_dense_part, seen)
