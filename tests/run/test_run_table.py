@@ -35,27 +35,29 @@ OBJECTIVES = {
     ],
 )
 def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypatch):
-    asked = []
+    asked, made = [], []
     for measured in ("cross_entropy", "against_teacher"):
         make = lambda vocab, measured=measured: asked.append((measured, vocab))
         monkeypatch.setattr(measuring, measured, make)
     monkeypatch.setattr(run_table, "make_loss", lambda *_, **__: "measuring")
-    monkeypatch.setattr(run_table.meter, "make_step", lambda loss, signal: (loss, signal))
+    make_step = lambda loss, signal: made.append((loss, signal)) or (lambda *_: {})
+    monkeypatch.setattr(run_table.meter, "make_step", make_step)
     monkeypatch.setattr(run_table.signals, "online", lambda *_, **__: "online")
+    monkeypatch.setattr(setup, "teacher_dtype", lambda _: jnp.float32)
     table = object.__new__(RunTable)
     model = types.SimpleNamespace(config=None, params=None)
     table._models = types.SimpleNamespace(
         teacher=model if teacher else None, student=model, vocab=VOCAB
     )
     table._config = types.SimpleNamespace(
-        student=types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None),
-        teacher=types.SimpleNamespace(dtype="float32"),
+        student=types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None)
     )
     training = lambda *_: {}
     method = setup.RunMethod(
         OBJECTIVES[name], {}, teachers.none, optim.optimizer(0.1), lambda step: 0.1, training
     )
-    step = table._program(method)
+    table._program(method)
+    (step,) = made
     if want == "own":
         assert step == (training, teachers.none)
     else:
