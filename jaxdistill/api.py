@@ -8,6 +8,8 @@ from jaxdistill.plan.search import plan
 from jaxdistill.run.export import export, export_adapters, load, quantize
 from jaxdistill.run.session import RunResult, distill, resume, train
 from jaxdistill.run.setup import build
+from jaxdistill.run.teacher_cache import capture
+from jaxdistill.run.teacher_verify import verify as verify_captured
 from jaxdistill.run.workflow import plan as workflow_plan
 from jaxdistill.run.workflow import workflow as run_workflow
 
@@ -15,6 +17,7 @@ __all__ = [
     "RunResult",
     "adapter",
     "build",
+    "capture",
     "compare_models",
     "distill",
     "evaluate",
@@ -30,5 +33,6 @@ __all__ = [
     "resume",
     "run_workflow",
     "train",
+    "verify_captured",
     "workflow_plan",
 ]

@@ -37,7 +37,10 @@ Paths = Annotated[
 Rows = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
-Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
+Format = Literal[
+    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "plain",
+    "paragraphs",
+]  # fmt: skip
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
@@ -54,6 +57,9 @@ class Text(Section):
         1024, description="Tokens in a row."
     )
     batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), Flag(metavar="SHARE")] = Field(
+        0.001, description="Stop when more than this fraction of records is broken."
+    )
     cache_dir: Annotated[Path, Flag(metavar="DIR")] = Field(
         "runs/.cache", description="Folder of tokenised rows, used again."
     )
@@ -289,6 +295,67 @@ class Serve(Section):
         None, description="Prompt and answer together; none: at most 2048 of the model's context."
     )
     dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
+    special_tokens: Literal["text", "parse"] = Field(
+        "text",
+        description="Special tokens written in the prompt of /v1/completions: text, or (parse) "
+        "special tokens, for clients that render the chat template themselves.",
+    )
+
+
+class TeacherCache(Section):
+    """What is stored of a teacher, and where."""
+
+    output: Annotated[Path, Flag("-o", "DIR")] | None = Field(
+        None, description="A folder, or gs://... or s3://...; none: teacher.cache of the file."
+    )
+    format: Literal["hidden", "topk", "sampled"] = Field(
+        "hidden",
+        description="hidden: last hidden states, exact for every method of logits; topk: the k "
+        "likeliest tokens; sampled: tokens drawn, unbiased.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="Of the stored numbers; auto: bfloat16 of hidden, else float16."
+    )
+    k: Annotated[Size, Flag(metavar="K")] | None = Field(
+        None, description="Tokens of a position: 64 of topk, 50 draws of sampled."
+    )
+    temperatures: Annotated[
+        tuple[Annotated[float, Field(ge=0.01, le=1000)], ...], Flag(metavar="T")
+    ] = Field(
+        (), max_length=16, strict=False, description="Of topk, besides 1: which T losses use."
+    )
+    draws: Annotated[int, Field(ge=1, le=1000), Flag(metavar="N")] | None = Field(
+        None, description="Of sampled: independent draws, one for each epoch in turn."
+    )
+    seed: Annotated[Seed, Flag(metavar="N")] | None = Field(
+        None, description="Of sampled: of the draws; none: 0."
+    )
+    shard: Annotated[
+        str, Field(pattern=r"^[1-9][0-9]{0,5}/[1-9][0-9]{0,5}$"), Flag(metavar="I/N")
+    ] = Field("1/1", description="Ask only for every N-th part, from the I-th on.")
+    dry_run: bool = Field(False, description="Only say how large it is; nobody is asked.")
+
+    def share(self) -> tuple[int, int]:
+        """(I, N) of the shard."""
+        number, count = self.shard.split("/")
+        return int(number), int(count)
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: a shard of those there are."""
+        number, count = self.share()
+        if number > count:
+            yield ("shard",), f"{self.shard}: I must be from 1 to N"
+
+
+class TeacherVerify(Section):
+    """Who is asked again, and about how much."""
+
+    teacher: Annotated[Path, Flag(metavar="MODEL")] = Field(
+        description="The teacher, as teacher.source names it."
+    )
+    segments: Annotated[Count, Flag("-n", "N")] = Field(
+        100, description="Segments, spread over all that are stored."
+    )
 
 
 class Plan(Section):

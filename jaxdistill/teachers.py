@@ -1,15 +1,17 @@
-"""Where the signal comes from: the teacher that runs inside the step, or none."""
+"""Where the signal comes from: a teacher that runs inside the step, one that is stored, or none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
+from jaxdistill.data.teacher_cache.formats import HIDDEN, SAMPLED, TOPK, Format
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import RULES, MeshAxes
-from jaxdistill.types import Batch, TeacherSignal
+from jaxdistill.types import Batch, Known, Outputs, TeacherSignal
 
 # (teacher parameters or None, state before the step, batch) -> what the teacher says about it. The
 # state is there for teachers made of the student itself; it is None outside of training.
@@ -48,3 +50,67 @@ def online(
 def none(params: Any, state: Any, batch: Batch) -> TeacherSignal:
     """No teacher: the data alone."""
     return TeacherSignal()
+
+
+def cached(
+    form: Format,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    compute_dtype: DTypeLike = jnp.bfloat16,
+) -> Teacher:
+    """A teacher that was asked before; its answers are the batch's `teacher`.
+
+    Args:
+      form: how they are stored.
+      temperature: T of the loss, which known tokens are given at: 1, or one of `form`.
+      softcap: of the teacher's logits, of `hidden`.
+      compute_dtype: of hidden states that are stored as int8.
+
+    Parameters are {"head": [V, D]} with "bias" [V] where there is one, of `hidden`; else {}.
+    """
+    read = _READERS[form.name]
+
+    def teacher(params: Any, state: Any, batch: Batch) -> TeacherSignal:
+        signal = read(form, params, batch.teacher, temperature, softcap, compute_dtype)
+        return jax.lax.stop_gradient(signal)
+
+    return teacher
+
+
+def _hidden(form, params, stored, temperature, softcap, dtype) -> TeacherSignal:
+    hidden_BLD = stored["hidden"]
+    if "scale" in stored:
+        scale_BL = stored["scale"].astype(jnp.float32)
+        hidden_BLD = (hidden_BLD.astype(jnp.float32) * scale_BL[..., None]).astype(dtype)
+    outputs = Outputs(hidden_BLD, params["head"], params.get("bias"), softcap=softcap)
+    return TeacherSignal(outputs)
+
+
+def _topk(form, params, stored, temperature, softcap, dtype) -> TeacherSignal:
+    """log p_T = log p / T - log Z(T), with the rest that was stored for this T."""
+    logprobs_BLK = stored["logprobs"].astype(jnp.float32)
+    place = 0
+    if temperature != 1.0:
+        index = form.temperatures.index(temperature)
+        log_z_BL = stored["log_z"][..., index]
+        logprobs_BLK, place = logprobs_BLK / temperature - log_z_BL[..., None], 1 + index
+    return TeacherSignal(known=Known(_ids(stored), logprobs_BLK, stored["rest"][..., place]))
+
+
+def _sampled(form, params, stored, temperature, softcap, dtype) -> TeacherSignal:
+    """The share of the draws as a probability; a token that was not drawn is none."""
+    counts_BLK = stored["counts"].astype(jnp.float32)
+    drawn = counts_BLK > 0
+    logprobs_BLK = jnp.log(jnp.where(drawn, counts_BLK, form.k) / form.k)
+    return TeacherSignal(known=Known(jnp.where(drawn, _ids(stored), -1), logprobs_BLK))
+
+
+def _ids(stored: Mapping[str, Array]) -> Array:
+    """Token ids from their bytes [..., 2 or 3], the low one first."""
+    low_first = stored["ids"].astype(jnp.int32)
+    parts = [low_first[..., place] << (8 * place) for place in range(low_first.shape[-1])]
+    return sum(parts[1:], parts[0])
+
+
+_READERS = {HIDDEN: _hidden, TOPK: _topk, SAMPLED: _sampled}

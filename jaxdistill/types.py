@@ -58,6 +58,7 @@ class Batch:
       positions: int32 [B, L], restarting at 0 in every document.
       segment_ids: int32 [B, L], 1, 2, ... per document within the row; 0 is padding.
       origin: int32 [B, L], who wrote the text: DATA, TEACHER or STUDENT; None: all is DATA.
+      teacher: what a stored teacher said, [B, L, ...] by the fields of its format; None: nothing.
     """
 
     tokens: Array
@@ -66,6 +67,7 @@ class Batch:
     positions: Array
     segment_ids: Array
     origin: Array | None = None
+    teacher: typing.Any = None
 
 
 @typing.no_type_check
@@ -96,14 +98,33 @@ class Outputs:
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """A teacher of whom some tokens' probabilities are known.
+
+    Attributes:
+      ids: int32 [B, L, K], different ones of each position; a negative one is none.
+      logprobs: float32 [B, L, K], log p of these tokens at the temperature of the loss.
+      rest: float32 [B, L], the mass of all other tokens, or None.
+    """
+
+    ids: Array
+    logprobs: Array
+    rest: Array | None = None
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TeacherSignal:
     """What the teacher says about a batch; every array is a constant to the gradient.
 
     Attributes:
-      outputs: the online teacher's hidden states and head, or None when there is no teacher.
+      outputs: hidden states and head, of a teacher that gives whole rows of logits, or None.
+      known: the tokens of which it is known, or None.
     """
 
     outputs: Outputs | None = None
+    known: Known | None = None
 
 
 @typing.no_type_check

@@ -40,8 +40,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         try:
-            for make in KINDS[kind]:
-                rows += _measure(kind, shape, make(shape), rounds, device)
+            rows += measure(kind, shape, rounds, device)
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -62,6 +61,14 @@ def run(
 def label(shape: Shape) -> str:
     """A shape in one word."""
     return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
+
+
+def measure(
+    kind: str, shape: Shape, rounds: int, device: choice.Device
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape, a row for each function of each case."""
+    for make in KINDS[kind]:
+        yield from _measure(kind, shape, make(shape), rounds, device)
 
 
 def _measure(

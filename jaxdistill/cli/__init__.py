@@ -11,6 +11,7 @@ from jaxdistill.cli.options import parser
 from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.safe.redact import redact
+from jaxdistill.train import stopping
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
             os._exit(error.exit_code)  # at its end JAX would wait for the one that is gone
         return error.exit_code
     except Preempted as stop:
+        if argv is None:
+            stopping.end_quietly()
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:

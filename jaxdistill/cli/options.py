@@ -1,6 +1,7 @@
 """The command line: every command, what it does, and the sections of options that it takes."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from pydantic import Field
 
 import jaxdistill
 from jaxdistill import commands
-from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs
+from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs, teacher
 from jaxdistill.commands import Flag
 from jaxdistill.section import Count, Section
 
@@ -67,6 +68,17 @@ class RunFolder(Section):
 
     run_dir: Annotated[str, Flag(positional=True, metavar="RUN_DIR")] = Field(
         description="Folder of the run."
+    )
+
+
+class Resume(RunFolder):
+    """A run, and what changes from here on."""
+
+    overrides: Annotated[tuple[str, ...], Flag(positional=True, metavar="KEY=VALUE")] = Field(
+        (), description="Settings that change from here on, such as train.steps=200."
+    )
+    from_start: bool = Field(
+        False, description="Begin anew at step 0; what the run has is moved to RUN_DIR/earlier."
     )
 
 
@@ -181,6 +193,14 @@ class Pages(Section):
     )
 
 
+class StoredTeacher(Section):
+    """What a teacher said before."""
+
+    place: Annotated[str, Flag(positional=True, metavar="DIR")] = Field(
+        description="A folder, or gs://... or s3://..., that `jaxdistill teacher cache` filled."
+    )
+
+
 class Recipe(Section):
     """A recipe and the copy of it."""
 
@@ -250,7 +270,7 @@ COMMANDS = (
         (RunFile, commands.Plan),
     ),
     Command("train", runs.train, "Train a student from a configuration file.", (RunFile,)),
-    Command("resume", runs.resume, "Resume a run that was stopped.", (RunFolder,)),
+    Command("resume", runs.resume, "Resume a run that was stopped.", (Resume,)),
     Command(
         "launch",
         launch.launch,
@@ -338,6 +358,24 @@ COMMANDS = (
         (RunFile, Samples),
     ),
     Command(
+        "teacher cache",
+        teacher.cache,
+        "Ask a teacher once about the texts of a run; teacher.cache learns from what it said.",
+        (RunFile, commands.TeacherCache),
+    ),
+    Command(
+        "teacher cache ls",
+        teacher.ls,
+        "Say what is stored, of whom, and how large it is.",
+        (StoredTeacher,),
+    ),
+    Command(
+        "teacher cache verify",
+        teacher.verify,
+        "Read every object, ask the teacher again, and print how far the answers are apart.",
+        (StoredTeacher, commands.TeacherVerify),
+    ),
+    Command(
         "serve",
         reason.serve,
         "Serve a model by OpenAI's protocol.",
@@ -372,13 +410,26 @@ COMMANDS = (
 )
 GROUPS = {
     "ckpt": "Look at a run's checkpoints, or go back to one.",
-    "teacher": "Ask a teacher: rationales, filtered, as training data.",
+    "teacher": "Ask a teacher: rationales as training data, or what it says of given text.",
 }
+
+
+class _Words(argparse.ArgumentParser):
+    """Takes the last two of a command's three words as one, which argparse cannot.
+
+    So `teacher cache ls DIR` stands beside `teacher cache CONFIG`.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if " ".join(words[:3]) in {one.name for one in COMMANDS if one.name.count(" ") == 2}:
+            words = [words[0], " ".join(words[1:3]), *words[3:]]
+        return super().parse_known_args(words, namespace)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Words(
         prog="jaxdistill",
         description="Distil language models in JAX.",
         epilog=EXIT_CODES,
@@ -386,10 +437,12 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    plain: Any = {"parser_class": argparse.ArgumentParser}
+    top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, **plain)
     groups: dict[str, Any] = {}
     for command in COMMANDS:
-        group, _, name = command.name.rpartition(" ")
+        first, _, more = command.name.partition(" ")
+        group, name = (first, more) if more else ("", first)
         if group and group not in groups:
             outer = top.add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = outer.add_subparsers(dest="action", metavar="ACTION", required=True)

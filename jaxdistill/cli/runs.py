@@ -58,7 +58,12 @@ def resume(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import api
 
-        result = api.resume(arguments.run_dir, hooks=arguments.hooks)
+        result = api.resume(
+            arguments.run_dir,
+            arguments.overrides,
+            from_start=arguments.from_start,
+            hooks=arguments.hooks,
+        )
     _print_run(result, arguments.json)
 
 

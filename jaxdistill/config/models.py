@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill.commands import Scheme, Sizes
+from jaxdistill.config.server import Api
 from jaxdistill.section import Dtype, Path, Problem, Section, Size
 
 
@@ -74,6 +75,14 @@ class Teacher(Section):
         "RUN_DIR@best.",
     )
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
+    api: Api | None = Field(
+        None, description="A server that `jaxdistill teacher cache` asks; a run learns from cache."
+    )
+    cache: Path | None = Field(
+        None,
+        description="What `jaxdistill teacher cache` asked it before: a folder, or gs://..., "
+        "s3://...; its weights take no part in training then, and need not be named.",
+    )
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
     attention: Attention = Field("auto", description=ATTENTION)
     quantize: Scheme | None = Field(
@@ -83,8 +92,9 @@ class Teacher(Section):
     )
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: one origin."""
-        yield from _one_of(self, ("source", "random"))
+        """Rules: one origin, or none where it was asked before."""
+        if self.cache is None or self.source or self.random or self.api:
+            yield from _one_of(self, ("source", "random", "api"))
         if self.random and self.random.like == "teacher":
             yield ("random", "like"), "a teacher cannot be shaped like itself: give a path"
 
@@ -147,7 +157,10 @@ class Student(Section):
     )
     random: RandomModel | None = Field(None, description="Random weights.")
     param_dtype: Dtype = Field(
-        "float32", description="Type its weights and optimizer state are held in."
+        "float32",
+        description="Type its weights are held in; the optimizer's moments, and sums of gradients "
+        "over micro-batches, are float32 in any case. bfloat16 weights are rounded at random, up "
+        "or down in proportion, so that small updates count on the mean.",
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
     quantize: Scheme | None = Field(

@@ -12,20 +12,25 @@ from typing import Any
 from jaxdistill import rules
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
+from jaxdistill.data.sources import open_source
 from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
-_PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
-_DATA_ENDINGS = (".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check(config: Config) -> list[UserError]:
-    """Everything that would stop this run later and can be seen now, in milliseconds."""
+def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
+    """Everything that would stop this run later and can be seen now, in milliseconds.
+
+    Args:
+      config: of the run.
+      run_dir: whether there will be a run, whose folder must be free.
+    """
     errors: list[UserError] = []
-    for part in (_run_dir_errors(config.run.dir), _data_errors(config), _model_errors(config)):
+    of_run = _run_dir_errors(config.run.dir) if run_dir else iter(())
+    for part in (of_run, _data_errors(config), _model_errors(config)):
         try:
             errors.extend(part)
         except OSError as error:
@@ -48,25 +53,39 @@ def _run_dir_errors(folder: str) -> Iterator[UserError]:
 
 
 def _data_errors(config: Config) -> Iterator[UserError]:
-    """Every source of data is there and of a kind that can be read."""
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+    """Every source of data is there and can be read, and held-out files are no training files."""
+    data, network = config.data, config.security.allow_network
+    files: dict[str, list[tuple[str, pathlib.Path]]] = {"train": [], "eval": []}
+    for name, sources in (("train", data.train), ("eval", data.eval_files)):
         for i, source in enumerate(sources):
-            problem = _data_problem(source.path)
-            if problem:
-                yield DataError(f"data.{name}.{i}.path = {shown(source.path)}: {problem}")
+            key = f"data.{name}.{i}.path = {shown(source.path)}"
+            try:
+                found = open_source(source.path, source.format, allow_network=network)
+            except DataError as error:
+                yield DataError(f"{key}: {str(error).removeprefix(source.path + ': ')}")
+                continue
+            paths = [pathlib.Path(part.name) for part in found.parts or (found,)]
+            files[name] += [(key, path) for path in paths if path.is_file()]
+            if paths and all(path.is_file() and not path.stat().st_size for path in paths):
+                yield DataError(f"{key}: the file is empty")
+    for key, path in files["eval"]:
+        for _, other in files["train"]:
+            if _same_content(path, other):
+                yield DataError(
+                    f"{key}: is {shown(str(other))} of data.train again: held-out data must not be "
+                    "trained on: name another file, or use data.eval: {fraction: 0.01}"
+                )
+                break
+    template = data.chat_template
+    if template is not None and not os.path.isfile(template):
+        yield DataError(f"data.chat_template = {shown(template)}: no such file ({_here()})")
 
 
-def _data_problem(path: str) -> str:
-    if path.startswith("python:"):
-        known = _PYTHON_DATA.match(path)
-        return "" if known else "use python:docs?split=train or ?split=held_out"
-    if os.path.isdir(path):
-        return "is a folder: name the files in it"
-    if not os.path.exists(path):
-        return f"no such file ({_here()})"
-    if not path.lower().endswith(_DATA_ENDINGS):
-        return f"cannot be read: use {', '.join(_DATA_ENDINGS)}"
-    return "" if os.path.getsize(path) else "the file is empty"
+def _same_content(left: pathlib.Path, right: pathlib.Path) -> bool:
+    """Whether two paths lead to one file, or to files with the same bytes."""
+    return os.path.samefile(left, right) or (
+        left.stat().st_size == right.stat().st_size and filecmp.cmp(left, right, shallow=False)
+    )
 
 
 def _here() -> str:
@@ -98,6 +117,13 @@ class _Found:
 def _model_errors(config: Config) -> Iterator[UserError]:
     """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
     found = _models(config)
+    if config.teacher and config.teacher.cache and "://" not in config.teacher.cache:
+        place = os.path.expanduser(config.teacher.cache)
+        if not os.path.isfile(os.path.join(place, "identity.json")):
+            yield ConfigError(
+                f"teacher.cache = {shown(config.teacher.cache)}: holds no teacher's answers "
+                f"({_here()}): `jaxdistill teacher cache CONFIG -o DIR` asks for them"
+            )
     yield from (model.error for model in found.values() if model.error)
     teacher, student = found.get("teacher", _Found()), config.student
     layers = teacher.number("num_hidden_layers")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,15 @@ class Dataset:
       name: what the user calls it, `train`.
       folder: where the arrays lie.
       fingerprint: changes with any byte of the sources, the tokenizer, the template, the settings.
-      kind: of its records: text, messages, completion.
+      kind: of its records: text, messages, completion, dialogue.
       seq_len: the length of a row.
       pad: the token that fills rows.
       num_rows, num_tokens, num_loss_tokens: rows; tokens of documents; predictions that count.
       num_documents: documents, the pieces of long texts counted singly.
-      records, used, quarantined: records found = used + quarantined.
+      records, used: records found = used + quarantined + empty + too_long + unlearned.
+      quarantined: broken records.
+      empty, too_long, unlearned: records without text, without anything to learn within seq_len,
+        and those that are marked as not learned.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
       sources: names of what it was built from.
@@ -41,6 +45,9 @@ class Dataset:
     records: int
     used: int
     quarantined: int
+    empty: int
+    too_long: int
+    unlearned: int
     truncated: int
     notices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
@@ -83,6 +90,10 @@ class Dataset:
     def empty_row(self) -> dict[str, np.ndarray]:
         """A row of padding with the fields that this data set's rows have."""
         return empty_row(self.seq_len, self.pad, bool(self.origins))
+
+    def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """What a batch carries of a row in an epoch, counted from 0; here the row itself."""
+        return row
 
     def fill(self) -> float:
         """The share of the rows' positions that hold tokens."""

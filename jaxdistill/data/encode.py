@@ -156,8 +156,13 @@ def encode_batch(
     return result["input_ids"]
 
 
-def encode_text(codec: Codec, texts: Sequence[str]) -> list[list[int] | str]:
-    """Tokenises raw text: a special token written in it stays text, or the reason comes back."""
+def encode_text(codec: Codec, texts: Sequence[str], parse: bool = False) -> list[list[int] | str]:
+    """Tokenises raw text: a special token written in it stays text, or the reason comes back.
+
+    With `parse` it becomes the special token, as in text that is rendered already.
+    """
+    if parse:
+        return encode_batch(codec, texts, split_special=False)
     encoded = encode_batch(codec, texts, split_special=True)
     for index, ids in enumerate(encoded):
         if not isinstance(ids, str) and codec.inert[ids].any():
@@ -192,23 +197,27 @@ def encode_middle(codec: Codec, text: str) -> list[int] | str:
     return encode_text(codec, [text])[0]
 
 
-def encode_texts(codec: Codec, records: Sequence[Record]) -> list[Document | str]:
-    """Documents of `text` records: the tokenizer's prefix, the text, the end token; all count."""
+def encode_texts(
+    codec: Codec, records: Sequence[Record], parse: bool = False
+) -> list[Document | str]:
+    """Documents of `text` records: the tokenizer's prefix, the text, the end token; all count.
+
+    With `parse` a prefix or an end that is written in the text is not added a second time.
+    """
     documents: list[Document | str] = []
-    for record, ids in zip(
-        records, encode_text(codec, [record.texts[0] for record in records]), strict=True
-    ):
+    encoded = encode_text(codec, [record.texts[0] for record in records], parse)
+    for record, ids in zip(records, encoded, strict=True):
         if isinstance(ids, str):
             documents.append(ids)
             continue
-        before = codec.prefix if record.opens else ()
-        whole = [*before, *ids, *_end(codec, record.closes)]
+        before = prefix_of(codec, ids, parse) if record.opens else ()
+        whole = [*before, *ids, *_end(codec, record.closes, ids if parse else ())]
         documents.append(Document(np.asarray(whole, np.int32), np.ones(len(whole), bool)))
     return documents
 
 
 def encode_completions(
-    codec: Codec, records: Sequence[Record], loss_on: str
+    codec: Codec, records: Sequence[Record], loss_on: str, parse: bool = False
 ) -> list[Document | str]:
     """Documents of `completion` records: prefix, prompt, completion, end token.
 
@@ -216,23 +225,37 @@ def encode_completions(
     tokens unchanged, and by itself otherwise: the boundary always lies between two tokens, and the
     prompt reads as it will when the model is asked.
     """
-    prompts = encode_text(codec, [record.texts[0] for record in records])
-    joined = encode_text(codec, ["".join(record.texts) for record in records])
+    prompts = encode_text(codec, [record.texts[0] for record in records], parse)
+    joined = encode_text(codec, ["".join(record.texts) for record in records], parse)
     documents: list[Document | str] = []
     for record, prompt, both in zip(records, prompts, joined, strict=True):
         if not isinstance(prompt, str) and (isinstance(both, str) or both[: len(prompt)] != prompt):
-            alone = encode_text(codec, [record.texts[1]])[0]
+            alone = encode_text(codec, [record.texts[1]], parse)[0]
             both = alone if isinstance(alone, str) else [*prompt, *alone]
         if isinstance(prompt, str) or isinstance(both, str):
             documents.append(prompt if isinstance(prompt, str) else str(both))
             continue
-        ids = np.asarray([*codec.prefix, *both, *_end(codec, True)], np.int32)
+        before = prefix_of(codec, both, parse)
+        end = _end(codec, True, both if parse else ())
+        ids = np.asarray([*before, *both, *end], np.int32)
         loss = np.ones(len(ids), bool)
         if loss_on == "completion":
-            loss[: len(codec.prefix) + len(prompt)] = False
+            loss[: len(before) + len(prompt)] = False
         documents.append(Document(ids, loss))
     return documents
 
 
-def _end(codec: Codec, closes: bool) -> tuple[int, ...]:
-    return (codec.end,) if closes and codec.end is not None else ()
+def prefix_of(codec: Codec, ids: Sequence[int], parse: bool) -> tuple[int, ...]:
+    """What goes before a text: the tokenizer's prefix, unless a parsed text begins with it."""
+    size = len(codec.prefix)
+    return () if parse and tuple(ids[:size]) == codec.prefix else codec.prefix
+
+
+def _end(codec: Codec, closes: bool, parsed: Sequence[int] = ()) -> tuple[int, ...]:
+    """The end token, unless a parsed text ends with a special one, white space left out."""
+    if not closes or codec.end is None:
+        return ()
+    last = max((i for i, token in enumerate(parsed) if codec.inert[token]), default=None)
+    if last is not None and not codec.tokenizer.decode(list(parsed[last + 1 :])).strip():
+        return ()
+    return (codec.end,)

@@ -4,27 +4,31 @@ import functools
 import threading
 from typing import Any
 
-from jaxdistill.data import chat, encode
+from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
-from jaxdistill.data.records import Record, parse, text_problem
+from jaxdistill.data.records import Record, parse
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import DataError, ModelError
 
 
 class Prompter:
     """Makes prompts for a model the way its training data is made.
 
-    No string in a prompt becomes a special token: those are the tokenizer's and the template's. Any
-    thread may call.
+    No string in a prompt becomes a special token, unless that is asked for: those are the
+    tokenizer's and the template's. Any thread may call.
 
     Args:
       tokenizer: a transformers PreTrainedTokenizerFast.
+      special_tokens: `text`, or `parse`: special tokens written in raw prompts are read as such,
+        for whoever renders the chat template alone.
 
     Raises:
       ModelError: if it is not a fast tokenizer.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, special_tokens: str = "text"):
         self._codec = encode.prepare(tokenizer)
+        self._parse = special_tokens == "parse"
         # Whether special tokens are split is a state of the tokenizer, which calls switch.
         self._lock = threading.Lock()
 
@@ -35,10 +39,10 @@ class Prompter:
           DataError: if the tokenizer cannot encode it.
         """
         with self._lock:
-            ids = text_problem(prompt) or encode.encode_text(self._codec, [prompt])[0]
+            ids = text_problem(prompt) or encode.encode_text(self._codec, [prompt], self._parse)[0]
         if isinstance(ids, str):
             raise DataError(f"prompt: {ids}")
-        return [*self._codec.prefix, *ids]
+        return [*encode.prefix_of(self._codec, ids, self._parse), *ids]
 
     def turns(self, messages: Any) -> list[int]:
         """The ids of a conversation that the assistant is to go on with.
@@ -62,7 +66,7 @@ class Prompter:
 
     @functools.cached_property
     def _chat(self) -> chat.ChatEncoder:
-        source = chat.template_of(self._codec.tokenizer)
+        source = rendering.template_of(self._codec.tokenizer)
         if source is None:
             raise ModelError("the tokenizer has no chat template: use plain prompts")
         return chat.ChatEncoder(self._codec, source, "all")

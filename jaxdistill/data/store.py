@@ -19,6 +19,7 @@ ARRAYS = {
     "documents": np.dtype(np.int64),  # [D + 1], where each document begins
     "segments": np.dtype(np.int64),  # [S, 2], start and length, sorted by row
     "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
+    "records": np.dtype(np.uint64),  # [K], hashes of the records that were used
 }
 QUARANTINE = "quarantine.jsonl"
 

@@ -3,6 +3,7 @@
     program                   measures                                      used by
     `make_step`               the training loss, without a gradient         a run, while it trains
     `scoring_step`            cross-entropy of a model alone                a teacher's row, timing
+    `stored_scoring_step`     the same of a stored teacher                  its row
     `distributions.step`      all of `NAMES` but the training loss          `eval`, `compare`
 
 A program returns {name: Mean}. Programs give a quantity the same name, so `run` reports it by the
@@ -72,6 +73,18 @@ def scoring_step(
     def step(params, teacher_params, batch, knobs):
         params = {"student": params, "objective": {}}
         return loss(params, TeacherSignal(), batch, knobs)
+
+    return jax.jit(step)
+
+
+def stored_scoring_step(teacher: Teacher, vocab: int) -> Step:
+    """Cross-entropy of the data by a stored teacher of whole rows, from its head."""
+    objective = measuring.cross_entropy(vocab=vocab)
+
+    def step(params, teacher_params, batch, knobs):
+        outputs = teacher(teacher_params, None, batch).outputs
+        assert outputs is not None, "only asked for where whole rows are stored"
+        return objective.apply({}, outputs, TeacherSignal(), batch, {})
 
     return jax.jit(step)
 

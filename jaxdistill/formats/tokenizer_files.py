@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
+from jaxdistill.formats import sums
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -22,6 +23,7 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     if not any((folder / name).is_file() for name in FILES):
         return None
     check_folder(folder)
+    sums.check(folder, weights=False)
     settings = tokenizer_settings(folder)
     _check_class(folder, settings)
     from transformers import AutoTokenizer

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 
 # Impossible entries (-inf, padded columns) are clamped here: they add an exact 0, never 0 * inf.
-LOWEST = -1e30
+# A power of two, so that its product with 1 / T is exact: the rounding of another number's would be
+# 1e22, and the exponential of that infinite, where a part of a row holds nothing else.
+LOWEST = -(2.0**100)
 NOTHING = 4 * LOWEST  # the maximum of no entries: below any clamped one, finite when divided by T
 
 Exp = Callable[[Array], Array]

@@ -5,6 +5,8 @@ All take logits at the temperature at which the teacher's log-probabilities were
 by it first.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,8 +15,9 @@ from jax.typing import ArrayLike
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.kernels.sparse.definition import KINDS as _KINDS
-from jaxdistill.kernels.sparse.definition import Known, entries, is_known
+from jaxdistill.kernels.sparse.definition import Known, entries, is_known, silence
 from jaxdistill.kernels.sparse.reference import divergence
+from jaxdistill.losses import given
 
 TAILS = ("ghost", "drop", "renormalise")
 _LOWEST = -1e30
@@ -65,11 +68,11 @@ def topk_kl(
     """
     if tail not in TAILS:
         raise ConfigError(f"tail = {tail!r}: must be one of {', '.join(TAILS)}")
-    logits, known = _checked(
+    logits, known, finished = _checked(
         "forward_kl", student_logits, teacher_ids, teacher_logprobs, teacher_rest
     )
     if tail == "ghost":
-        return divergence("forward_kl", logits, known)
+        return finished(divergence("forward_kl", logits, known))
     if tail == "renormalise" and known.ids.shape[-1] == 1:
         raise ConfigError("tail = renormalise with K = 1 is 0 for any student: keep more, or ghost")
     counts = is_known(known)
@@ -85,7 +88,7 @@ def topk_kl(
         )
         known = known._replace(logprobs=normalised(known.logprobs))
         picked = normalised(picked)
-    return jnp.sum(entries(_KINDS["forward_kl"], known, counts, picked)[0], axis=-1)
+    return finished(jnp.sum(entries(_KINDS["forward_kl"], known, counts, picked)[0], axis=-1))
 
 
 def topk_generalized_kl(
@@ -124,8 +127,8 @@ def topk_generalized_kl(
     Reference: arXiv 2606.30406, eq. 5.
     """
     kind = "generalized_reverse_kl" if reverse else "generalized_forward_kl"
-    logits, known = _checked(kind, student_logits, teacher_ids, teacher_logprobs)
-    return divergence(kind, logits, known)
+    logits, known, finished = _checked(kind, student_logits, teacher_ids, teacher_logprobs)
+    return finished(divergence(kind, logits, known))
 
 
 def sampled_cross_entropy(
@@ -149,8 +152,10 @@ def sampled_cross_entropy(
 
     Reference: arXiv 2503.16870, section 3 (random sampling).
     """
-    logits, known = _checked("cross_entropy", student_logits, teacher_ids, teacher_logprobs)
-    return divergence("cross_entropy", logits, known)
+    logits, known, finished = _checked(
+        "cross_entropy", student_logits, teacher_ids, teacher_logprobs
+    )
+    return finished(divergence("cross_entropy", logits, known))
 
 
 def sampled_reverse_kl(
@@ -184,8 +189,10 @@ def sampled_reverse_kl(
     """
     kind = "generalized_reverse_kl"
     sampled = (sampled_ids, sampled_logprobs)
-    logits, known = _checked(kind, student_logits, teacher_ids, teacher_logprobs, None, *sampled)
-    return divergence(kind, logits, known)
+    logits, known, finished = _checked(
+        kind, student_logits, teacher_ids, teacher_logprobs, None, *sampled
+    )
+    return finished(divergence(kind, logits, known))
 
 
 def _checked(
@@ -196,17 +203,21 @@ def _checked(
     rest: ArrayLike | None = None,
     sampled: ArrayLike | None = None,
     sampled_logprobs: ArrayLike | None = None,
-) -> tuple[Array, Known]:
-    """Float logits and what is known of the teacher, whose shapes and numbers fit."""
+) -> tuple[Array, Known, Callable[[Array], Array]]:
+    """Float logits, what is known of the teacher, and what marks the values of spoiled rows."""
     logits = jnp.asarray(student_logits)
     if logits.ndim == 0:
         raise ConfigError("student_logits []: must be [..., V]")
-    given: dict[str, ArrayLike | None] = {
+    sparse: dict[str, ArrayLike | None] = {
         "teacher_ids": ids,
         "teacher_logprobs": logprobs,
         "teacher_rest": rest,
         "sampled_ids": sampled,
         "sampled_logprobs": sampled_logprobs,
     }
-    known = known_teacher(kind, logits.shape[:-1], logits.shape[-1], given, None)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), known
+    known = known_teacher(kind, logits.shape[:-1], logits.shape[-1], sparse, None)
+    came = given.wide(logits)
+    unknown = jnp.any(is_known(known) & jnp.isnan(known.logprobs), axis=-1)
+    spoiled = given.unsound(jnp.maximum(came, _LOWEST)) | unknown
+    logits = jnp.where(spoiled[..., None], 0.0, came)
+    return logits, silence(known, ~spoiled), lambda value: given.marked(value, spoiled, came)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
 from pydantic import Discriminator, Field, Tag
 
+from jaxdistill.methods import signals
 from jaxdistill.section import Section
 
 # A bool among the knobs: whether the metrics at T = 1 are wanted; absent, they are.
@@ -104,6 +105,7 @@ class Facts:
       vocab: rows of the heads that are tokens.
       steps: optimizer steps of the run.
       learning_rate: the highest of the student's parameters.
+      stored: the format of a stored teacher, or `signals.ONLINE`.
     """
 
     student: Any
@@ -113,6 +115,7 @@ class Facts:
     vocab: int
     steps: int
     learning_rate: float
+    stored: str = signals.ONLINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Built:
       measuring: name -> value of a knob while models are measured; 1 where nothing is said.
       learning_rate: the highest of the objective's own parameters; None: the student's.
       trained: which parameters train when, as `optim.optimizer` takes it; the rest always do.
+      scaled: by how much their updates are multiplied when, as `optim.optimizer` takes it.
     """
 
     objective: Objective
@@ -133,6 +137,7 @@ class Built:
     measuring: Mapping[str, float] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     trained: Mapping[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+    scaled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,7 @@ class Method:
       options: what a configuration may say; the docstring is its line in `jaxdistill ls methods`.
       build: (options, facts) -> the method of a run.
       needs_teacher: options -> whether the run must have a teacher.
+      reads: options -> what of the teacher its loss reads, a row of `signals.TABLE`.
       sides: the origins of the records that it compares, a tuple for each side; the training data
         must hold each side. () where it does not matter who wrote a record.
       is_control: whether it is what distillation is compared with: the same data, no teacher.
@@ -153,6 +159,7 @@ class Method:
     options: type[Options]
     build: Callable[[Any, Facts], Built]
     needs_teacher: Callable[[Any], bool] = lambda options: True
+    reads: Callable[[Any], str] = lambda options: signals.ROWS
     sides: tuple[tuple[str, ...], ...] = ()
     is_control: bool = False
     measured: bool = False

@@ -1,7 +1,7 @@
 """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean."""
 
 import dataclasses
-from typing import Unpack
+from typing import Any, Unpack
 
 from pydantic import Field
 
@@ -54,7 +54,7 @@ def objective(*, skew: float = 0.1, **head: Unpack[Head]) -> Objective:
     def apply(params, student, signal, batch, knobs):
         sums = knobs if "chosen" in knobs else prepare(batch)
         balance, both = knobs["balance"], sums["chosen"] + sums["rejected"]
-        kinds = (
+        kinds: tuple[dict[str, Any], ...] = (
             {"kind": "skew_forward_kl", "parameters": (skew,)},
             {"kind": whole_rows.bound("detached_skew_reverse_kl", skew=skew)},
         )

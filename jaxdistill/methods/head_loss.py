@@ -9,7 +9,7 @@ from jax import Array
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
-from jaxdistill.types import Batch, Mean, Outputs
+from jaxdistill.types import Batch, Known, Mean, Outputs
 
 
 def from_heads(
@@ -18,9 +18,22 @@ def from_heads(
     teacher: Outputs | None,
     batch: Batch,
     knobs: Mapping[str, Array],
+    known: Known | None = None,
+    sparse: str | None = None,
     **options: Any,
 ) -> dict[str, Mean]:
-    """The fused head loss over a batch of rows; `options` as `linear_divergence` takes them."""
+    """The fused head loss over a batch of rows.
+
+    Args:
+      head: see `base.Head`.
+      student: its hidden states and head.
+      teacher: the same of the teacher; None for cross-entropy alone, or beside `known`.
+      batch: the rows.
+      knobs: the one that is read is `base.MONITOR`.
+      known: what is known of the teacher where there are no hidden states.
+      sparse: the kind of `kernels.sparse` that then stands in place of `kind`.
+      options: as `linear_divergence` takes them.
+    """
     head = dict(head)
     vocab = head.pop("vocab")
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
@@ -30,6 +43,13 @@ def from_heads(
             "teacher_head": teacher.head[:vocab],
             "teacher_bias": bias(teacher),
             "teacher_softcap": teacher.softcap,
+        }
+    elif known is not None:
+        options |= {
+            "kind": sparse,
+            "teacher_ids": known.ids,
+            "teacher_logprobs": known.logprobs,
+            "teacher_rest": known.rest,
         }
     total, means = linear_divergence(
         student.hidden,

@@ -4,6 +4,7 @@ from typing import Literal, Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
 from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
 
@@ -102,4 +103,4 @@ def build(options: Hidden, facts: Facts) -> Built:
     )
 
 
-METHOD = Method(Hidden, build, measured=True)
+METHOD = Method(Hidden, build, reads=lambda options: signals.LAYERS, measured=True)

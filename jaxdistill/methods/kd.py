@@ -5,6 +5,7 @@ from typing import Any, Literal, Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
 from jaxdistill.methods.knobs import Alpha, Temperature, Weight, scheduled, schedules
 from jaxdistill.ranges import ENTRIES, PARAMETERS
@@ -49,7 +50,7 @@ class Kd(Options):
             if moves and self.divergence not in ENTRIES:
                 yield ("parameters", name), f"must be a number: {self.divergence} cannot move it"
                 continue
-            _, least, most = ranges[name]
+            least, most = ranges[name].least, ranges[name].most
             for value in (given.start, given.end) if moves else (given,):
                 if not least <= value <= most:
                     yield ("parameters", name), f"{value}: must be in [{least}, {most}]"
@@ -69,6 +70,7 @@ def objective(
     parameters: tuple[float | str, ...] = (),
     scale_by_t2: bool = True,
     label_smoothing: float | None = None,
+    sparse: str | None = None,
     **head: Unpack[Head],
 ) -> Objective:
     """Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * D(teacher, student).
@@ -81,6 +83,7 @@ def objective(
       parameters: the kind's own numbers, or names of knobs that hold them.
       scale_by_t2: multiply the divergence by T^2.
       label_smoothing: eps of the cross-entropy.
+      sparse: the kind of `kernels.sparse` where the teacher's signal is known tokens.
       head: see `Head`.
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
@@ -100,6 +103,8 @@ def objective(
             temperature=knobs["temperature"],
             scale_by_t2=scale_by_t2,
             label_smoothing=label_smoothing,
+            known=signal.known,
+            sparse=sparse,
         )
 
     return Objective(no_parameters, apply)
@@ -122,6 +127,7 @@ def build(options: Kd, facts: Facts) -> Built:
             parameters=parameters,
             scale_by_t2=options.scale_by_t2,
             label_smoothing=options.label_smoothing or None,
+            sparse=signals.kind(reads(options), facts.stored),
             **options.head(facts.vocab),
         ),
         schedules(options, facts.steps, "alpha", "temperature")
@@ -129,4 +135,9 @@ def build(options: Kd, facts: Facts) -> Built:
     )
 
 
-METHOD = Method(Kd, build, measured=True)
+def reads(options: Kd) -> str:
+    """What of the teacher the loss reads."""
+    return options.divergence if options.divergence in signals.TABLE else signals.ROWS
+
+
+METHOD = Method(Kd, build, reads=reads, measured=True)

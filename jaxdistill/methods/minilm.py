@@ -5,6 +5,7 @@ from typing import Annotated, Unpack
 from pydantic import Field
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
 from jaxdistill.methods.knobs import Alpha, Temperature, Weight, schedules
 from jaxdistill.section import Count
@@ -120,4 +121,4 @@ def _heads(options: Minilm, facts: Facts) -> int:
     return heads
 
 
-METHOD = Method(Minilm, build, measured=True)
+METHOD = Method(Minilm, build, reads=lambda options: signals.LAYERS, measured=True)

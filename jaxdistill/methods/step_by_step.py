@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from pydantic import Field
 
 from jaxdistill.errors import MismatchError
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
 from jaxdistill.methods.knobs import Alpha, Temperature, schedules
 from jaxdistill.section import Problem
@@ -42,6 +43,7 @@ def objective(
     explains: tuple[int, int],
     label_weight: float = 0.5,
     with_teacher: bool = False,
+    sparse: str | None = None,
     **head: Unpack[Head],
 ) -> Objective:
     """Distilling Step-by-Step: a * L_label + (1 - a) * L_rationale, each the mean of its tokens.
@@ -55,6 +57,7 @@ def objective(
       explains: (place, token): a document with this token there is a rationale, any other a label.
       label_weight: a, 0 to 1.
       with_teacher: add KL(teacher || student) on the same tokens.
+      sparse: its kind of `kernels.sparse`, where the teacher's signal is known tokens.
       head: see `Head`.
 
     Reference: Hsieh et al. 2023, arXiv 2305.02301; a is its code's alpha.
@@ -91,11 +94,14 @@ def objective(
         soft = {name: knobs[name] for name in ("alpha", "temperature") if with_teacher}
         means = from_heads(
             head, student, signal.outputs if with_teacher else None, weighed, knobs,
+            known=signal.known if with_teacher else None, sparse=sparse,
             **(soft or {"alpha": 1.0}),
         )  # fmt: skip
         return means | {"loss": Mean(means["loss"].total, jnp.sum(counted))}
 
-    return Objective(no_parameters, apply, needs_teacher=with_teacher, prepare=prepare)
+    return Objective(
+        no_parameters, apply, needs_teacher=with_teacher, prepare=prepare, token_means=False
+    )
 
 
 def build(options: StepByStep, facts: Facts) -> Built:
@@ -106,6 +112,7 @@ def build(options: StepByStep, facts: Facts) -> Built:
             explains=explain_token(facts.student_tokenizer),
             label_weight=options.label_weight,
             with_teacher=options.with_teacher,
+            sparse=signals.kind("forward_kl", facts.stored),
             **options.head(facts.vocab),
         ),
         schedules(options, facts.steps, *knobs),
@@ -130,4 +137,9 @@ def explain_token(tokenizer: Any) -> tuple[int, int]:
     raise MismatchError("step_by_step: the tokenizer writes 'explain' and 'predict' alike")
 
 
-METHOD = Method(StepByStep, build, needs_teacher=lambda options: options.with_teacher)
+METHOD = Method(
+    StepByStep,
+    build,
+    needs_teacher=lambda options: options.with_teacher,
+    reads=lambda options: "forward_kl",
+)

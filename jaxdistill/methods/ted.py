@@ -4,6 +4,7 @@ from typing import Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
 from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
 
@@ -108,4 +109,4 @@ def build(options: Ted, facts: Facts) -> Built:
     )
 
 
-METHOD = Method(Ted, build, measured=True)
+METHOD = Method(Ted, build, reads=lambda options: signals.LAYERS, measured=True)

@@ -18,6 +18,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _memory(plan)
     yield ""
     yield from _work(plan)
+    if "teacher_cache" in plan:
+        yield from _stored(plan["teacher_cache"])
     if plan["unknown_loops"]:
         loops = ", ".join(plan["unknown_loops"])
         yield f"counted once, because nothing tells how often they run: {loops}"
@@ -61,6 +63,12 @@ def _work(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.0%} "
             f"({plan['source']})"
         )
+
+
+def _stored(sizes: Mapping[str, Any]) -> Iterator[str]:
+    yield f"the teacher asked once, about at most {sizes['tokens']:,} tokens (teacher cache)"
+    for name, size in sizes["bytes_per_token"].items():
+        yield f"  {name:<28}{size:>8,} B a token   {_size(size * sizes['tokens']):>12}"
 
 
 def _changes(plan: Mapping[str, Any]) -> Iterator[str]:

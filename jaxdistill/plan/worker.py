@@ -84,7 +84,7 @@ def measure(
     """
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     teacher_params = setup.abstract_teacher_of(config, models, method, mesh)
-    batch = setup.abstract_batch_of(config, mesh)
+    batch = setup.abstract_batch_of(config, mesh, method.stored)
     held = plan.argument_bytes(state, teacher_params, batch, config.student.compute_dtype)
     tokens = config.train.batch_size * config.data.seq_len
     facts = {
@@ -95,6 +95,8 @@ def measure(
         "tokens_per_step": tokens,
         "parameters": _counts(models, state),
     }
+    if models.teacher is not None or models.stored is not None:
+        facts["teacher_cache"] = setup.stored_sizes(config, models)
     monitor = steps.recorded(config.train.log_every, config.train.steps)
     began = time.perf_counter()
     try:
@@ -213,8 +215,8 @@ def _work(
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
     length = config.data.seq_len
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
-    if models.teacher is not None and method.objective.needs_teacher:
-        model_flops += forward_flops_per_token(models.teacher.config, length)
+    if method.objective.needs_teacher:
+        model_flops += setup.signal_flops_per_token(models, length)
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

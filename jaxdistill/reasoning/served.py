@@ -9,17 +9,15 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.safe.redact import learn, redact
 
-# The key, the name or the request is wrong: another try would fail alike.
-_HOPELESS = ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
-_GARBLED_TRIES = 3
+GARBLED_TRIES = 3
 
 
-class _Garbled(Exception):
+class Garbled(Exception):
     """The server answered, and it is no answer."""
 
 
@@ -45,6 +43,9 @@ class Api:
     Raises:
       ConfigError: if the client, the extra `api`, is not installed.
     """
+
+    # The key or the name is wrong: another try would fail alike.
+    hopeless: tuple[str, ...] = ("AuthenticationError", "PermissionDeniedError", "NotFoundError")
 
     def __init__(
         self,
@@ -120,11 +121,11 @@ class Api:
         """Stops where going on cannot help."""
         if error is None:
             return
-        hopeless = type(error).__name__ in _HOPELESS
+        hopeless = type(error).__name__ in self.hopeless
         if hopeless or failures >= self._max_failures:
             count = "" if hopeless else f", {failures} requests in a row"
             raise ModelError(
-                f"teacher {self._name}: {_reason(error)}{count}; what was received is kept: "
+                f"teacher {self._name}: {reason_of(error)}{count}; what was received is kept: "
                 "mend it and run the command again to go on"
             ) from error
 
@@ -136,10 +137,10 @@ class Api:
             first = job.first + len(answers)
             try:
                 answers += self._once(job, first, job.count - len(answers))
-            except (_Garbled, *self._no_answer) as error:
+            except (Garbled, *self._no_answer) as error:
                 garbled += 1
-                if garbled == _GARBLED_TRIES:
-                    return answers + _failed(job, first, _reason(error))
+                if garbled == GARBLED_TRIES:
+                    return answers + _failed(job, first, reason_of(error))
             except self._errors:
                 if not answers:
                     raise
@@ -161,32 +162,36 @@ class Api:
             options["stop"] = list(settings.stop)
         extra = {name: getattr(settings, name) for name in ("top_k", "min_p")}
         options["extra_body"] = {name: value for name, value in extra.items() if value is not None}
-        if self._chat:
+        chat = self._chat and not job.raw
+        if chat:
             turns = [{"role": "user", "content": job.prompt}]
             logprobs = {"logprobs": True} if self._logprobs else {}
             reply = self._client.chat.completions.create(messages=turns, **options, **logprobs)
         else:
             logprobs = {"logprobs": 0} if self._logprobs else {}
             reply = self._client.completions.create(prompt=job.prompt, **options, **logprobs)
-        return self._read(reply, job, first, count)
+        return self._read(reply, job, first, count, chat)
 
-    def _read(self, reply: Any, job: Job, first: int, count: int) -> list[Answer]:
+    def _read(self, reply: Any, job: Job, first: int, count: int, chat: bool) -> list[Answer]:
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
-            raise _Garbled("the answer holds no choices")
+            raise Garbled("the answer holds no choices")
         answers = []
         for number, choice in enumerate(choices[:count]):
             message = getattr(choice, "message", None)
-            text = (
-                getattr(message, "content", None) if self._chat else getattr(choice, "text", None)
-            )
+            text = getattr(message, "content", None) if chat else getattr(choice, "text", None)
             if not isinstance(text, str):
-                raise _Garbled("a choice holds no text")
+                raise Garbled("a choice holds no text")
             if problem := text_problem(text):
-                raise _Garbled(f"a choice's text {problem}")
-            logprob, tokens = _score(choice, self._chat)
+                raise Garbled(f"a choice's text {problem}")
+            logprob, tokens = _score(choice, chat)
             reason = "length" if getattr(choice, "finish_reason", None) == "length" else "stop"
             answers.append(Answer(job, first + number, text, tokens, logprob, reason))
+        self._spend(reply)
+        return answers
+
+    def _spend(self, reply: Any) -> None:
+        """Counts what a reply cost."""
         usage = getattr(reply, "usage", None)
         read, written = (
             float(getattr(usage, name, None) or 0)
@@ -197,7 +202,6 @@ class Api:
             self._spent["tokens_in"] += read
             self._spent["tokens_out"] += written
             self._spent["cost"] += (read * self._prices[0] + written * self._prices[1]) / 1e6
-        return answers
 
     def spent(self) -> dict[str, float]:
         """Answered requests, tokens read and written by the server's count, and their cost."""
@@ -211,10 +215,10 @@ def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer],
     if error is None:
         answers = future.result()
         lost = [answer for answer in answers if answer.failed]
-        return answers, _Garbled(lost[0].reason) if len(lost) == len(answers) else None
+        return answers, Garbled(lost[0].reason) if len(lost) == len(answers) else None
     if not isinstance(error, Exception):
         raise error
-    return _failed(job, job.first, _reason(error)), error
+    return _failed(job, job.first, reason_of(error)), error
 
 
 def _failed(job: Job, first: int, reason: str) -> list[Answer]:
@@ -222,7 +226,7 @@ def _failed(job: Job, first: int, reason: str) -> list[Answer]:
     return [Answer(job, number, "", 0, None, reason, failed=True) for number in numbers]
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     # A server may repeat what it was sent, and the reason is kept.
     text = redact(str(error)).splitlines()[0][:200] if str(error) else ""
     return f"{type(error).__name__.lstrip('_')}: {text}"

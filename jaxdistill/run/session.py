@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -17,12 +19,14 @@ from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
+from jaxdistill.formats import new_folder
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import count_parameters, lora
 from jaxdistill.references import STUDENT
-from jaxdistill.run import alike, changes, run_table, setup, states
+from jaxdistill.report import json_lines
+from jaxdistill.run import alike, anew, changes, run_table, schedule, setup, states
 from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
@@ -115,20 +119,36 @@ def _check(config: Config) -> None:
     errors.check(preflight.check(config))
 
 
-def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:
+def resume(
+    run_dir: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    from_start: bool = False,
+    hooks: Hooks = NO_HOOKS,
+) -> RunResult:
     """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
 
     Args:
       run_dir: the folder of the run.
+      overrides: settings that change from here on, such as "train.steps=200": `changes.RULES` says
+        which ones may; they are kept in the run folder.
+      from_start: begin anew at step 0; what the run has is moved to `earlier/` in its folder.
       hooks: as in `train`.
 
     Raises:
-      ConfigError: if there is no run, or its data, models or tokenizer have changed.
-      DamagedError: if no checkpoint can be read.
+      ConfigError: if there is no run, its data, models or tokenizer have changed, or an override
+        would make it another run.
+      DamagedError: if no checkpoint can be read, or none is there any more.
     """
     run = RunDir.open(run_dir, hooks)
-    config = configs.load(run.path / "config.resolved.yaml")
-    return _execute(config, run, _read(config, _begin(config)))
+    file = run.path / "config.resolved.yaml"
+    before, config = configs.load(file), configs.load(file, overrides)
+    if before.run.dir != config.run.dir:
+        raise ConfigError(
+            f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
+            "folder and resume it there"
+        )
+    return _execute(config, run, _read(config, _begin(config)), from_start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,48 +159,70 @@ class _Inputs:
       mesh: of all devices.
       models: shapes and tokenizer, without weights.
       data: the training and the held-out rows.
+      taught: the same with what a stored teacher said of them, where there is one.
     """
 
     mesh: Mesh
     models: setup.Models
     data: Mapping[str, Dataset]
+    taught: Mapping[str, Dataset]
 
 
 def _read(config: Config, mesh: Mesh) -> _Inputs:
     """Reads small files and data, and checks all that they can tell."""
     models = agree.together(lambda: setup.shapes_of(config, mesh))
     data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
-    return _Inputs(mesh, models, data)
+    stored, taught = models.stored, data
+    if stored is not None:
+        taught = agree.together(lambda: stored.beside(data, models.tokenizer))
+    return _Inputs(mesh, models, data, taught)
 
 
-def _execute(config: Config, run: RunDir, inputs: _Inputs) -> RunResult:
+def _execute(config: Config, run: RunDir, inputs: _Inputs, from_start: bool = False) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
-        agree.by_leader(lambda: stack.enter_context(run.held()))
+        agree.by_leader(lambda: stack.enter_context(run.held()) or _prepare(run, from_start))
+        agree.together(run.reread)
         stop = stack.enter_context(stopping.listening())
-        with _checkpoints(config, run.path, run.hooks) as checkpoints:
-            with run.attempt(checkpoints.latest() or 0):
-                result = _Session(config, run, inputs, stop).execute(checkpoints)
+        with _checkpoints(config, run, "student") as checkpoints:
+            latest = checkpoints.latest() or 0
+            if latest > config.train.steps:
+                raise ConfigError(
+                    f"train.steps = {config.train.steps}: the run has come to step {latest}: to go "
+                    f"back, `jaxdistill ckpt rollback {run.path} STEP`"
+                )
+            with run.attempt(latest):
+                result = _Session(config, run, inputs, stop, latest).execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
         agree.by_leader(lambda: _report(run.path))
         return result
 
 
-def _checkpoints(config: Config, folder: pathlib.Path, hooks: Hooks) -> Checkpoints:
+def _prepare(run: RunDir, from_start: bool) -> None:
+    """Looks at what is there, once nobody else can change it."""
+    run.reread()
+    if from_start:
+        place = anew.begin(run)
+        print(f"begins anew at step 0; what was there is kept in {place}", file=sys.stderr)
+    anew.check(run)
+
+
+def _checkpoints(config: Config, run: RunDir, part: str) -> Checkpoints:
     c = config.checkpoint
     return Checkpoints(
-        folder / "checkpoints",
+        run.path / anew.PARTS[part] / "checkpoints",
         keep_latest=c.keep.latest,
         keep_best=c.keep.best,
         best_metric=c.best_metric,
         mode=c.mode,
-        hooks=hooks,
+        hooks=run.hooks,
+        committed=lambda step: run.note_saved(part, step),
     )
 
 
 class _Session:
     """One process's work on a run: what is loaded once and used by training and table alike."""
 
-    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop):
+    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop, step: int):
         self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
         mesh, data = inputs.mesh, inputs.data
         agree.by_leader(lambda: _keep_quarantined(run, data))
@@ -189,24 +231,33 @@ class _Session:
         facts = _fingerprints(config, self.models, data)
         facts |= changes.world(mesh, described["versions"])
         agree.same(facts)
-        agree.by_leader(lambda: changes.check(run, facts))
+        resolved = configs.dump(config)
+
+        def accept(changed: Collection[str]) -> None:
+            run_table.drop(run, _stale(changed))
+            run.configure(resolved)
+
+        changed = agree.by_leader(lambda: changes.check(run, facts, accept))
+        agree.by_leader(lambda: schedule.tell(run, config, changed, step))
         run.update(**described)
         agree.by_leader(lambda: _keep_words(config, run, self.models))
-        self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
+        self.plain, self.taught = data["train"], inputs.taught["train"]
         held_out = HeldOut(
-            data["eval"],
+            inputs.taught["eval"],
             config.eval.batch_size,
             config.eval.max_rows,
             mesh,
-            ", ".join(source.path for source in config.data.eval),
+            ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
         self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
         table, student = self.table, self.models.student
-        if checkpoints.latest() is None:
+        if (metrics := self._finished(checkpoints)) is not None:
+            return RunResult(self.run.path, metrics, table.rows)
+        if checkpoints.latest() is None or not table.has("student before"):
             log.info("measuring teacher and student on the held-out data")
             table.add_teacher()
             table.add_student("student before", student.params)
@@ -220,6 +271,25 @@ class _Session:
             _show(table.rows)
         return RunResult(self.run.path, metrics, table.rows)
 
+    def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
+        """The last metrics of a run of which nothing is left to do, said so; else None."""
+        needed = {"student before", "student after"}
+        needed |= {"teacher"} if self.models.teacher is not None else set()
+        needed |= {"SFT control"} if self.config.eval.compare else set()
+        done = self.run.record["status"] == "done" and all(map(self.table.has, needed))
+        if not done or (checkpoints.latest() or 0) < self.config.train.steps:
+            return None
+        metrics = agree.by_leader(lambda: _last_evaluation(self.run.path))
+        if metrics and agree.leads():
+            print(
+                f"{self.run.path}: is finished, all {self.config.train.steps} steps: nothing was "
+                f"trained or measured again; `jaxdistill resume {self.run.path} train.steps=N` "
+                "goes on to step N",
+                file=sys.stderr,
+            )
+            _show(self.table.rows)
+        return metrics
+
     def _control(self) -> None:
         """The same student, data, steps and optimizer on cross-entropy alone, kept in control/."""
         config = self.config.model_copy(
@@ -228,11 +298,11 @@ class _Session:
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
-        folder = self.run.path / "control"
+        folder = self.run.path / anew.PARTS["control"]
         folder.mkdir(exist_ok=True)
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
-        with _checkpoints(config, folder, self.run.hooks) as checkpoints:
+        with _checkpoints(config, self.run, "control") as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
@@ -253,13 +323,31 @@ class _Session:
             method=method,
             models=self.models,
             mesh=self.mesh,
-            dataset=self.dataset,
+            dataset=self.plain if method.stored is None else self.taught,
             hooks=self.run.hooks,
             table=self.table,
             checkpoints=checkpoints,
             stop=self.stop,
             main=main,
         )
+
+
+def _stale(changed: Collection[str]) -> Sequence[str]:
+    """Rows of the table that other settings made than those that hold now."""
+    if "config.eval.max_rows" in changed:
+        return run_table.ORDER
+    ours = ("config.train", "config.optimizer", "config.method", "config.student")
+    return ("SFT control", "student after") if any(n.startswith(ours) for n in changed) else ()
+
+
+def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
+    """The metrics of the last evaluation in metrics.jsonl, or None."""
+    records, _ = json_lines.scan(folder / "metrics.jsonl")
+    for record in reversed(records):
+        found = {name: value for name, value in record.items() if name.startswith("eval/")}
+        if found:
+            return {name: math.nan if value is None else value for name, value in found.items()}
+    return None
 
 
 def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset]) -> None:
@@ -296,7 +384,9 @@ def _fingerprints(
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
     if models.teacher is not None and config.teacher is not None and not config.teacher.random:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
-    prints["config"] = fingerprint(configs.dump(config))
+    if models.stored is not None and models.stored.store is not None:
+        prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
+    prints |= changes.settings(config)
     if config.student.prune:
         file = pathlib.Path(config.student.prune.importance)
         prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -310,20 +400,20 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
         if model is not None:
             count = count_parameters(model.config)
             parts[name] = {"source": model.source, "parameters": count}
+    if models.stored is not None:
+        arch = models.stored.config
+        known = {} if arch is None else {"parameters": count_parameters(arch)}
+        parts["teacher"] = {"source": models.stored.place, **known}
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
 
 def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
-    """The student's small files, so that checkpoints can be read on their own."""
-    folder = run.path / STUDENT
-    described = write_config(models.student.config, "float32")
-    try:
-        folder.mkdir(exist_ok=True)
-        run.write_json(f"{STUDENT}/config.json", described)
-        adapters = states.adapters_of(config)
-        if adapters is not None:
-            described = lora.described(adapters, models.student.source)
-            run.write_json(f"{STUDENT}/{lora.FILE}", described)
-        models.tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error
+    """The student's small files, sealed, so that checkpoints can be read on their own."""
+    described = {"config.json": write_config(models.student.config, "float32")}
+    adapters = states.adapters_of(config)
+    if adapters is not None:
+        described[lora.FILE] = lora.described(adapters, models.student.source)
+    with new_folder.renewed(run.path / STUDENT) as inside:
+        for name, content in described.items():
+            (inside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        models.tokenizer.save_pretrained(str(inside))

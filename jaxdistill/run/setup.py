@@ -12,16 +12,27 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.data import pipeline
+from jaxdistill.data import held_out, pipeline
 from jaxdistill.data.dataset import Dataset, empty_row
+from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
+from jaxdistill.data.teacher_cache import formats, taught
+from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.models import DecoderConfig, Model, attention, random
+from jaxdistill.methods import signals
+from jaxdistill.models import (
+    DecoderConfig,
+    Model,
+    attention,
+    forward_flops_per_token,
+    random,
+)
 from jaxdistill.models.vocabulary import check_rows, check_same
 from jaxdistill.references import load_any
-from jaxdistill.run import shapes, states
+from jaxdistill.run import changes, shapes, states, stored
+from jaxdistill.run.stored import Stored
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
@@ -33,16 +44,18 @@ class Models:
     """Who takes part.
 
     Attributes:
-      teacher: None where the method needs none.
+      teacher: None where there is none, or its answers are stored.
       student: float32 (or as configured) parameters on the mesh.
       tokenizer: of both.
       vocab: how many rows of the heads are tokens.
+      stored: the teacher whose answers are stored, or None.
     """
 
     teacher: Model | None
     student: Model
     tokenizer: Any
     vocab: int
+    stored: Stored | None = None
 
 
 def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -88,6 +101,8 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     tokenizer = shapes.named_tokenizer(config, {"teacher": teacher, "student": student})
     vocab = shapes.vocabulary(config, tokenizer)
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
+    asked_before = stored.of(config, teacher, tokenizer, vocab)
+    teacher = teacher if asked_before is None else None
     named = {"teacher": teacher, "student": student}
     for name, shape in named.items():
         if shape is None:
@@ -109,7 +124,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
             attention.check(section.attention, shape.config, config.data.seq_len, platform)
-    return Models(teacher, student, tokenizer, vocab)
+    return Models(teacher, student, tokenizer, vocab, asked_before)
 
 
 def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
@@ -118,13 +133,19 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     Raises:
       ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
     """
-    teacher = _load_teacher(config, models.teacher, mesh)
+    teacher = load_teacher(config, models.teacher, mesh)
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
-    return dataclasses.replace(models, teacher=teacher, student=student)
+    answers = None if models.stored is None else models.stored.loaded(mesh)
+    return dataclasses.replace(models, teacher=teacher, student=student, stored=answers)
 
 
-def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
+def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
+    """The teacher of a shape with its parameters on the mesh; None where there is no shape.
+
+    Raises:
+      ModelError, ConfigError: if weights cannot be read, or are not those of the shape.
+    """
     if shape is None or config.teacher is None:
         return None
     source, dtype = config.teacher, config.teacher.dtype
@@ -143,11 +164,26 @@ def _load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | No
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
+def _stored_teacher(config: Config, mesh: Mesh) -> Model:
+    """The weights of a teacher whose answers are stored, which the student is cut out of.
+
+    Raises:
+      MismatchError: if they are not those that were asked.
+    """
+    assert config.teacher is not None and config.teacher.cache is not None
+    teacher = load_teacher(config, shapes.of(config, config.security.allow_network)[0], mesh)
+    assert teacher is not None, "the configuration names the weights to cut the student out of"
+    if not config.teacher.random:  # made anew, on another mesh rounded otherwise
+        stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
+    return teacher
+
+
 def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
     """A student before its first step, with arrays of its own."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
-        assert teacher is not None, "the configuration has a teacher to cut the student out of"
+        if teacher is None:  # its answers are stored: it is read for this alone
+            teacher = _stored_teacher(config, mesh)
         if student.prune:
             found = importance.load(student.prune.importance)
             made, _ = command.cut(teacher, student.prune, found, dtype)
@@ -167,20 +203,39 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
 
 
 def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
-    """The training and the held-out rows, built or taken from the cache."""
-    built = {}
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        built[name] = pipeline.build(
-            [open_source(one.path, format=one.format, origin=one.origin) for one in sources],
-            tokenizer,
-            seq_len=config.data.seq_len,
-            packing=config.data.packing,
-            loss_on=config.data.loss_on,
-            cache_dir=config.data.cache_dir,
-            on_bad_record=config.data.on_bad_record,
-            max_bad_fraction=config.data.max_bad_fraction,
-            name=name,
-        )
+    """The training and the held-out rows, built or taken from the cache.
+
+    Raises:
+      DataError: as `pipeline.build`, or if held-out records are trained on.
+    """
+    data, network = config.data, config.security.allow_network
+    train, held = (
+        [
+            open_source(
+                one.path,
+                format=one.format,
+                origin=one.origin,
+                weight=one.weight,
+                allow_network=network,
+            )
+            for one in sources
+        ]
+        for sources in (data.train, data.eval_files)
+    )
+    share = data.held_out_share
+    if share is not None:
+        train, held = held_out.split(train, share)
+    options = data.model_dump(
+        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
+                 "turns", "long_documents", "special_tokens", "template_kwargs"}
+    )  # fmt: skip
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    built = {
+        name: pipeline.build(sources, tokenizer, name=name, **options)
+        for name, sources in (("train", train), ("eval", held))
+    }
+    held_out.check(built["train"], built["eval"])
     return built
 
 
@@ -195,6 +250,7 @@ class RunMethod:
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
+      stored: the format of the stored signal that its batches carry, or None.
     """
 
     objective: methods.Objective
@@ -203,6 +259,7 @@ class RunMethod:
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
+    stored: Format | None = None
 
 
 def method_of(config: Config, models: Models) -> RunMethod:
@@ -215,25 +272,13 @@ def method_of(config: Config, models: Models) -> RunMethod:
         vocab=models.vocab,
         steps=config.train.steps,
         learning_rate=config.optimizer.lr,
+        stored=format_of(models),
     )
     built = methods.build(config.method, facts)
     objective = built.objective
-    teacher = teachers.none
-    if objective.needs_teacher:
-        assert models.teacher is not None, "the configuration has a teacher where one is needed"
-        assert config.teacher is not None, "it was loaded from there"
-        teacher = teachers.online(
-            models.teacher.config,
-            compute_dtype=teacher_dtype(config),
-            attention=config.teacher.attention,
-            taps=objective.teacher_taps,
-            relations=objective.teacher_relations,
-        )
+    teacher = signal_of(config, models, objective) if objective.needs_teacher else teachers.none
     o = config.optimizer
-    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
-    rate = optim.learning_rate(
-        o.schedule, o.lr, config.train.steps, warmup=warmup, end_ratio=o.end_lr_ratio
-    )
+    rate = learning_rate_of(config)
     tx = optim.optimizer(
         rate,
         knobs=built.knobs,
@@ -243,6 +288,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
         weight_decay=o.weight_decay,
         objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
         trained=built.trained,
+        scaled=built.scaled,
     )
     loss = steps.make_loss(
         models.student.config,
@@ -254,7 +300,43 @@ def method_of(config: Config, models: Models) -> RunMethod:
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
-    return RunMethod(objective, measuring, teacher, tx, rate, loss)
+    form = models.stored.format if models.stored and objective.needs_teacher else None
+    return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
+
+
+def format_of(models: Models) -> str:
+    """How the teacher's answers are stored, or `signals.ONLINE`."""
+    return signals.ONLINE if models.stored is None else models.stored.format.name
+
+
+def signal_of(
+    config: Config, models: Models, objective: methods.Objective | None = None
+) -> teachers.Teacher:
+    """What says what the teacher says of a batch.
+
+    Args:
+      config: of the run.
+      models: with a teacher, or a stored one.
+      objective: that asks; None: for measuring, at T = 1.
+    """
+    if models.stored is not None:
+        return models.stored.signal(None if objective is None else config.method)
+    assert models.teacher is not None, "the configuration has a teacher where one is needed"
+    assert config.teacher is not None, "it was loaded from there"
+    return teachers.online(
+        models.teacher.config,
+        compute_dtype=teacher_dtype(config),
+        attention=config.teacher.attention,
+        taps=() if objective is None else objective.teacher_taps,
+        relations=() if objective is None else objective.teacher_relations,
+    )
+
+
+def learning_rate_of(config: Config) -> optax.Schedule:
+    """Step index -> learning rate."""
+    o, steps = config.optimizer, config.train.steps
+    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
+    return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
 
 
 def teacher_dtype(config: Config) -> jnp.dtype:
@@ -265,8 +347,11 @@ def teacher_dtype(config: Config) -> jnp.dtype:
 
 def abstract_teacher_of(config: Config, models: Models, method: RunMethod, mesh: Mesh) -> Any:
     """The shapes and places of the teacher's parameters, None where the method has no teacher."""
-    if models.teacher is None or not method.objective.needs_teacher:
+    if not method.objective.needs_teacher:
         return None
+    if models.stored is not None:
+        return models.stored.abstract_params(mesh)
+    assert models.teacher is not None, "the configuration has a teacher where one is needed"
     assert config.teacher is not None, "it was loaded from there"
     params = abstract_params(models.teacher.config, teacher_dtype(config), mesh)
     scheme = shapes.teacher_scheme(config.teacher, config.security.allow_network)
@@ -292,7 +377,8 @@ def compile_step(
     if check_kernels:
         check_kernels_of(config)
     step = make_step(config, method, monitor)
-    return steps.compiled(step, state, teacher_params, abstract_batch_of(config, mesh), mesh)
+    batch = abstract_batch_of(config, mesh, method.stored)
+    return steps.compiled(step, state, teacher_params, batch, mesh)
 
 
 def make_step(
@@ -311,10 +397,11 @@ def make_step(
     )
 
 
-def abstract_batch_of(config: Config, mesh: Mesh) -> Batch:
-    """The shapes and places of a step's batch."""
+def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) -> Batch:
+    """The shapes and places of a step's batch, with what it carries of a stored teacher."""
     origins = any(source.origin != "data" for source in config.data.train)
-    row = pipeline.stack([empty_row(config.data.seq_len, 0, origins)])
+    beside = {} if form is None else taught.empty(form, config.data.seq_len)
+    row = pipeline.stack([empty_row(config.data.seq_len, 0, origins) | beside])
     return steps.abstract_batch(row, config.train.batch_size, mesh)
 
 
@@ -349,6 +436,37 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
 
 def teacher_params_of(models: Models, method: RunMethod) -> Any:
     """The teacher's parameters as the step takes them: None where the method has no teacher."""
-    if models.teacher is None or not method.objective.needs_teacher:
-        return None
-    return models.teacher.params
+    return signal_params(models) if method.objective.needs_teacher else None
+
+
+def signal_params(models: Models) -> Any:
+    """The parameters of what `signal_of` gives; None without a teacher."""
+    if models.stored is not None:
+        return models.stored.params
+    return None if models.teacher is None else models.teacher.params
+
+
+def signal_flops_per_token(models: Models, length: int) -> float:
+    """FLOPs of the teacher's part of a step: its forward pass, or what is stored times its head."""
+    if models.stored is not None:
+        form = models.stored.format
+        return 0.0 if signals.sparse(form.name) else 2.0 * form.vocab * form.embed
+    assert models.teacher is not None, "the configuration has a teacher where one is needed"
+    return forward_flops_per_token(models.teacher.config, length)
+
+
+def stored_sizes(config: Config, models: Models) -> dict[str, Any]:
+    """How large the teacher's answers are, in the usual formats, or the one that is stored.
+
+    Returns:
+      tokens: that the run reads, which is at most what is asked; bytes_per_token by format.
+    """
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    if models.stored is not None:
+        forms = [models.stored.format]
+    else:
+        assert models.teacher is not None, "only asked for where there is a teacher"
+        shape = {"vocab": models.vocab, "embed": models.teacher.config.embed}
+        forms = [formats.choose(name, **shape) for name in formats.NAMES]
+    named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
+    return {"tokens": tokens, "bytes_per_token": named}

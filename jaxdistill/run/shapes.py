@@ -14,6 +14,7 @@ from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.quantized import SCHEMES, Scheme
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import scheme_any, spec_any
+from jaxdistill.run import stored
 
 
 def of(config: Config, network: bool) -> tuple[Model | None, Model]:
@@ -24,11 +25,12 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
     """
     teacher, given, student = None, config.teacher, config.student
     if given is not None:
-        teacher = (
-            _random_shape(given.random, None, config, network, "teacher.random")
-            if given.random
-            else _spec(source(given), network)
-        )
+        if given.random:
+            teacher = _random_shape(given.random, None, config, network, "teacher.random")
+        elif given.source:
+            teacher = _spec(given.source, network)
+        elif given.cache:
+            teacher = stored.spec(given)
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
@@ -155,7 +157,7 @@ def _random_shape(
     numbers.setdefault("tied_head", True)
     numbers.setdefault("max_positions", max(2048, config.data.seq_len))
     if "vocab_size" not in numbers:
-        numbers["vocab_size"] = vocabulary(config, named_tokenizer(config, {}))
+        numbers["vocab_size"] = vocabulary(config, named_tokenizer(config, {"teacher": teacher}))
     family = FAMILIES[shape.family or "llama"]
     given: dict[str, Any] = {**family.features, **numbers}
     arch = DecoderConfig(shape.family or "llama", **given)

@@ -32,16 +32,17 @@ class Service:
       model: with a tokenizer.
       slots: answers that are written at the same time.
       length: tokens of a prompt and its answer together.
+      special_tokens: as in `prompting.Prompter`.
 
     Raises:
       ModelError: if the model has no tokenizer.
     """
 
-    def __init__(self, model: Model, *, slots: int, length: int):
+    def __init__(self, model: Model, *, slots: int, length: int, special_tokens: str = "text"):
         if model.tokenizer is None:
             raise ModelError(f"{model.source}: has no tokenizer: texts need one")
         self.model = model
-        self._prompter = Prompter(model.tokenizer)
+        self._prompter = Prompter(model.tokenizer, special_tokens)
         self._length = length
         self._pending, self._counting = 0, threading.Lock()
         self._generator = Generator(model.config, model.params, slots=slots, length=length)
@@ -300,7 +301,9 @@ def serve(source: str, options: Serve | None = None, *, key: str | None = None) 
     options = options or Serve()
     model = load_any(source, dtype=options.dtype, mesh=make_mesh()).consume_per_layer()
     length = min(options.length or 2048, model.config.max_positions)
-    service = Service(model, slots=options.slots, length=length)
+    service = Service(
+        model, slots=options.slots, length=length, special_tokens=options.special_tokens
+    )
     server = make_server(service, host=options.host, port=options.port, key=key)
     if key is None and not is_loopback(options.host):
         print("anybody who reaches this machine can ask: --key-env sets a key", file=sys.stderr)

@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Generator
 from typing import Any, Protocol, runtime_checkable
 
-from jaxdistill.data.records import printable
+from jaxdistill.data.rules import printable
 from jaxdistill.errors import ModelError, UserError
 from jaxdistill.safe import strict_json
 

@@ -35,7 +35,7 @@ def base(tmp_path, monkeypatch):
     longer = LLAMA | {"max_position_embeddings": 128}
     model_folder(tmp_path / "small", longer, tokenizer("a", "b"))
     for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"text": "x"}\n')
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
     return tmp_path
 
 
@@ -178,3 +178,22 @@ def test_several_errors_become_one_with_the_smallest_exit_code():
     error = errors.combined([ModelError("m"), DataError("d"), ModelError("n")])
     assert isinstance(error, DataError)
     assert str(error) == "m\nd\nn"
+
+
+def test_the_training_file_under_another_name_is_no_held_out_data(base):
+    (base / "link.jsonl").symlink_to(base / "a.jsonl")
+    (base / "copy.jsonl").write_bytes((base / "a.jsonl").read_bytes())
+    (base / "data").mkdir()
+    (base / "data/b.jsonl").write_bytes((base / "a.jsonl").read_bytes())
+    for path in ("./a.jsonl", base / "a.jsonl", "link.jsonl", "copy.jsonl", "data", '"*y.jsonl"'):
+        [error] = check(f"data.eval.0.path={path}")
+        assert 'is "a.jsonl" of data.train again' in str(error) and "fraction" in str(error)
+    assert check("data.eval={fraction: 0.1}") == []
+
+
+def test_data_that_needs_more_than_a_file(base):
+    [error] = check("data.chat_template=none.jinja")
+    assert "data.chat_template" in str(error) and "no such file" in str(error)
+    [error] = check('data.train.0.path="hf:org/name"')
+    assert "security.allow_network: true" in str(error)
+    assert check('data.train.0.path="hf:org/name"', "security.allow_network=true") == []

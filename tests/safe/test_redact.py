@@ -88,7 +88,7 @@ def test_what_a_server_repeats_is_not_kept(monkeypatch):
     from jaxdistill.reasoning import served
 
     monkeypatch.setattr(redacting, "_learnt", {CANARY})
-    said = served._reason(ValueError(f"Bearer {CANARY} is not known, {CANARY}"))
+    said = served.reason_of(ValueError(f"Bearer {CANARY} is not known, {CANARY}"))
     assert CANARY not in said and said.startswith("ValueError: Bearer [redacted] is not known")
 
 

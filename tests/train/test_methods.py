@@ -13,6 +13,7 @@ import pytest
 from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
 from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
+from jaxdistill.methods.base import Facts
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
@@ -334,6 +335,16 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     step = 0.1
     numeric = (loss(jnp.float32(1.0 + step)) - loss(jnp.float32(1.0 - step))) / (2 * step)
     np.testing.assert_allclose(slope, -0.3 * numeric, rtol=5e-3)
+
+
+def test_ctkds_curriculum_scales_the_update():
+    facts = Facts(None, None, None, None, vocab=VOCAB, steps=100, learning_rate=1e-3)
+    built = ctkd.METHOD.build(ctkd.Ctkd(name="ctkd"), facts)
+    ((path, factor),) = built.scaled.items()
+    assert path == "objective/temperature"
+    for step in (0, 25, 99):
+        assert factor(step) == -built.knobs["reversal"](step)
+    assert factor(0) == 0
 
 
 def test_distillm2_is_the_mean_of_responses_of_each_side():

@@ -20,6 +20,7 @@ from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
 from jaxdistill.kernels.sparse.definition import Known, silence
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LOWEST, Rows
+from jaxdistill.kernels.tiling import ROWS as KERNEL_ROWS
 from jaxdistill.kernels.token_loss import TokenRows
 
 # Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
@@ -27,6 +28,7 @@ from jaxdistill.kernels.token_loss import TokenRows
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**28
 _CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
+_TILE_TOKENS = 128  # of a product's tile on an accelerator
 # float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
 _GROUP_BYTES_CPU = 2**19
 
@@ -110,13 +112,29 @@ class Wanted(NamedTuple):
 
 
 def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
-    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
+    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget.
+
+    An accelerator's chunks are whole tiles of its products and kernels, and may hold more tokens
+    than there are: `walk` pads the last one with tokens of weight 0.
+    """
     budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
-    most = max(8, budget // (itemsize * vocab))
-    if platform != "cpu":
-        most = min(most, _CHUNK_TOKENS)
-    pieces = -(-tokens // most)
-    return min(tokens, -(-tokens // pieces // 8) * 8)
+    most = budget // (itemsize * vocab)
+    if platform == "cpu":
+        pieces = -(-tokens // max(8, most))
+        return min(tokens, _round_up(-(-tokens // pieces), 8))
+    most = min(most, _CHUNK_TOKENS)
+    tile = _TILE_TOKENS if most >= _TILE_TOKENS and tokens > KERNEL_ROWS else KERNEL_ROWS
+    most = max(tile, most // tile * tile)
+    return _round_up(-(-tokens // -(-tokens // most)), tile)
+
+
+def whole_chunk(chunk: int, tokens: int, platform: str) -> int:
+    """A chunk as asked for, at most all tokens; on a GPU whole tiles of the kernel's rows."""
+    return _round_up(min(chunk, tokens), KERNEL_ROWS if platform == "gpu" else 1)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def group_size(chunk: int, vocab: int, platform: str) -> int:
@@ -149,12 +167,13 @@ def run(
         states = silenced(x.teacher_hidden)
         teacher = logits(static, shards[1], states, x.teacher_head, x.teacher_bias, teacher_cap)
     scalar = x.coefficients.has_scalar_temperature
+    # So may its label and its own temperature: 0 * NaN must not reach a slope.
     per_row = (
         student,
         teacher,
-        x.labels,
+        None if x.labels is None else jnp.where(counted, x.labels, 0),
         x.weights,
-        None if scalar else x.coefficients.temperature,
+        None if scalar else jnp.where(counted, x.coefficients.temperature, 1.0),
         None if x.known is None else silence(x.known, counted),
     )
 
@@ -198,7 +217,7 @@ def logits(
     bias: Array | None,
     softcap: float | None,
 ) -> Array:
-    """hidden . head^T + bias, capped, [chunk, V]; the lowest finite logit in padded columns."""
+    """hidden . head^T + bias, capped, [chunk, V]; padded columns are impossible entries."""
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
@@ -206,8 +225,9 @@ def logits(
     logits = soft_cap(logits, softcap).astype(static.logits_dtype)
     if shard.padded:
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        impossible = max(LOWEST, float(jnp.finfo(logits.dtype).min))
-        logits = jnp.where(column < shard.size, logits, impossible)
+        # float16 has no LOWEST, and its least number is a possible logit.
+        lowest = LOWEST if float(jnp.finfo(logits.dtype).min) <= LOWEST else -jnp.inf
+        logits = jnp.where(column < shard.size, logits, lowest)
     return logits
 
 

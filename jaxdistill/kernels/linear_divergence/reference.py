@@ -61,7 +61,8 @@ def reference(
         t = logits(x.teacher_hidden, x.teacher_head, x.teacher_bias, softcaps[1])
     y = None if x.labels is None else jnp.where(counted, flat(x.labels), 0)
     temperature = x.coefficients.temperature
-    temperature = flat(temperature) if temperature.ndim else temperature
+    if temperature.ndim:
+        temperature = jnp.where(counted, flat(temperature), 1.0)
     coefficients = x.coefficients._replace(temperature=temperature)
     known = None if x.known is None else silence(jax.tree.map(flat, x.known), counted)
     if known is not None:

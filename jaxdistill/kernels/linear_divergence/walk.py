@@ -11,7 +11,6 @@ A chunk's logits are made, used for value and gradient, and forgotten: [7, V] ne
 chunk is padded with tokens of weight 0. The way back multiplies the gradients by the cotangent.
 """
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -97,12 +96,11 @@ def cut(
     per_token = {name: getattr(operands, name) for name in PER_TOKEN} | more
     if not operands.coefficients.has_scalar_temperature:
         per_token["temperature"] = operands.coefficients.temperature
-    tokens = math.prod(dims)
-    chunk = min(static.chunk, tokens)
-    static = dataclasses.replace(static, chunk=chunk, group=min(static.group, chunk))
     flat = lambda array: array.reshape(-1, *array.shape[len(dims) :])
     per_token = {
-        name: jax.tree.map(lambda array, name=name: _in_chunks(name, flat(array), chunk), arrays)
+        name: jax.tree.map(
+            lambda array, name=name: _in_chunks(name, flat(array), static.chunk), arrays
+        )
         for name, arrays in per_token.items()
         if arrays is not None
     }

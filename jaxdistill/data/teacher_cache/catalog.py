@@ -1,0 +1,194 @@
+"""The manifest of a stored teacher: what it is of, every object with its digest, and the checks."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdistill.data.teacher_cache import parts
+from jaxdistill.data.teacher_cache.objects import Objects
+from jaxdistill.errors import ConfigError, DamagedError, MismatchError
+
+MANIFEST = "manifest.json"
+IDENTITY = "identity.json"  # written first: whose answers the parts are
+TEACHER = "teacher/"
+HEAD = "head"
+PENDING = "pending/"  # single answers of a server, whose part is not whole yet
+
+
+def begin(objects: Objects, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Makes a new store, or refuses one of another teacher, tokenizer, template or format.
+
+    Raises:
+      MismatchError: naming every field that differs.
+      ConfigError: if something else is there.
+    """
+    before = objects.get(IDENTITY)
+    if before is None:
+        if objects.names():
+            raise ConfigError(f"{objects.place}: is not empty and holds no teacher's answers")
+        content = {"identity": identity, "notes": notes}
+        objects.put(IDENTITY, json.dumps(content, sort_keys=True, indent=1).encode())
+        return
+    known = read_identity(objects)["identity"]
+    differing(objects.place, known, identity)
+
+
+def read_identity(objects: Objects) -> dict[str, Any]:
+    """The identity, and the notes, of a store that was begun.
+
+    Raises:
+      ConfigError: if there is none.
+      DamagedError: if it cannot be read.
+    """
+    content = objects.get(IDENTITY)
+    if content is None:
+        raise ConfigError(
+            f"teacher.cache = {objects.place}: holds no teacher's answers: "
+            "`jaxdistill teacher cache CONFIG -o DIR` asks for them"
+        )
+    try:
+        found = json.loads(content)
+        assert isinstance(found["identity"], dict) and isinstance(found["notes"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise DamagedError(f"{objects.place}: damaged: {IDENTITY} is no identity") from error
+    return found
+
+
+def differing(place: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Compares fields; those that `given` lacks do not count.
+
+    Raises:
+      MismatchError: naming every field that differs, with both values.
+    """
+    told = [
+        f"{name}: {short(known.get(name))} there, {short(value)} here"
+        for name, value in given.items()
+        if known.get(name) != json.loads(json.dumps(value))
+    ]
+    if told:
+        raise MismatchError(
+            f"{place}: holds the answers of another teacher or to other text ({'; '.join(told)}): "
+            "give the folder that was captured with these, or capture into another one"
+        )
+
+
+def short(value: Any) -> str:
+    """A value for people: of a digest the beginning."""
+    return value[:8] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def describe(place: str) -> dict[str, Any]:
+    """What is stored at a place: identity, notes, and how much, as a dict for JSON.
+
+    Raises:
+      ConfigError: if there is nothing.
+      DamagedError: if it cannot be read.
+    """
+    objects = Objects(place)
+    found = {"place": objects.place, **read_identity(objects)}
+    if objects.get(MANIFEST) is None:
+        return found | {"whole": False, "parts": len(parts.whole(objects))}
+    content = read(objects)
+    return found | {
+        "whole": True,
+        "parts": len(content["parts"]),
+        "segments": content["segments"],
+        "positions": content["rows"],
+        "bytes": sum(size for size, _ in content["objects"].values()),
+    }
+
+
+def seal(objects: Objects) -> dict[str, Any]:
+    """Writes the manifest over all whole parts, and removes what is half-written.
+
+    Returns:
+      The content of the manifest.
+    """
+    names = sorted(parts.whole(objects))
+    listed: dict[str, Any] = {}
+    segments = rows = 0
+    for name in names:
+        note = parts.note(objects, name)
+        segments, rows = segments + note["segments"], rows + note["rows"]
+        prefix = f"{parts.FOLDER}{name}/"
+        listed |= {prefix + own: told for own, told in note["objects"].items()}
+        listed[prefix + parts.NOTE] = objects.digest(prefix + parts.NOTE)
+    found = objects.names()
+    beside = [n for n in found if n.startswith(TEACHER) or n == IDENTITY]
+    listed |= {name: objects.digest(name) for name in beside}
+    for stray in sorted({_part(n) for n in found if n.startswith(parts.FOLDER)} - set(names)):
+        objects.drop(f"{parts.FOLDER}{stray}/")
+    content = {
+        **read_identity(objects),
+        "parts": names,
+        "segments": segments,
+        "rows": rows,
+        "objects": listed,
+    }
+    sealed = {"sha256": _digest(content), "content": content}
+    objects.put(MANIFEST, json.dumps(sealed, sort_keys=True, indent=1).encode())
+    return content
+
+
+def _part(name: str) -> str:
+    return name[len(parts.FOLDER) :].partition("/")[0]
+
+
+def read(objects: Objects) -> dict[str, Any]:
+    """The content of the manifest.
+
+    Raises:
+      ConfigError: if there is no store, or its capture has not ended.
+      DamagedError: if the manifest is not as it was written.
+    """
+    stored = objects.get(MANIFEST)
+    if stored is None:
+        read_identity(objects)
+        raise ConfigError(
+            f"teacher.cache = {objects.place}: its capture has not ended: run `jaxdistill teacher "
+            "cache` again, it goes on where it was"
+        )
+    try:
+        sealed = json.loads(stored)
+        content = sealed["content"]
+        intact = sealed["sha256"] == _digest(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{objects.place}: damaged: {MANIFEST} is no manifest") from error
+    if not intact:
+        raise DamagedError(f"{objects.place}: damaged: {MANIFEST} has another digest")
+    return content
+
+
+def check(objects: Objects, content: Mapping[str, Any], *, thorough: bool = False) -> None:
+    """Compares the objects that are there with the manifest.
+
+    All names; sizes where they can be told; digests of all that has no checksum of its own, which
+    are the small objects. `thorough` reads the shards too.
+
+    Raises:
+      DamagedError: naming the first object that is missing, new or changed.
+    """
+    listed = content["objects"]
+    found = {n for n in objects.names() if n != MANIFEST and not n.startswith(PENDING)}
+    # What a later capture has not sealed yet is no damage.
+    sealed = set(content["parts"])
+    found = {n for n in found if not n.startswith(parts.FOLDER) or _part(n) in sealed}
+    for name in sorted(listed.keys() ^ found):
+        state = "missing" if name in listed else "new"
+        raise DamagedError(f"{objects.place}: damaged: {name} is {state} since it was captured")
+    for name, (size, digest) in listed.items():
+        now = objects.size(name)
+        if now is not None and now != size:
+            told = f"{name} has {now} bytes, not {size}"
+            raise DamagedError(f"{objects.place}: damaged: {told}")
+        if thorough or not parts.is_array_chunk(name):
+            if objects.digest(name) != [size, digest]:
+                raise DamagedError(
+                    f"{objects.place}: damaged: {name} is changed since it was captured: remove "
+                    "its part's folder and capture again"
+                )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

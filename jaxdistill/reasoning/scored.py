@@ -1,0 +1,115 @@
+"""A teacher behind a server that says which tokens it held likely at each place of a given text."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
+from jaxdistill.reasoning.served import GARBLED_TRIES, Api, Garbled, reason_of
+
+_NOTHING = SamplingParams(max_new_tokens=1, temperature=0.0)
+_ABOVE = 1e-3  # a log-probability may be rounded above 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored(Answer):
+    """What a server said of one text, or why it said nothing; of an `Answer` the text is empty.
+
+    Attributes:
+      ids: int32 [N - 1, K], the likeliest tokens behind each of the text's tokens but the last.
+      logprobs: float32 [N - 1, K], log p of each.
+    """
+
+    ids: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
+
+
+class Scorer(Api):
+    """Asks for the K likeliest tokens at every position of given texts, as vLLM reports them.
+
+    The server's `prompt_logprobs` is one entry per token of the prompt, by token id: its first is
+    null, entry i + 1 says what follows token i. An answer that is shorter, shifted or not finite is
+    asked for again, and is then an error.
+
+    Args:
+      k: how many tokens; a server has a limit of its own, vLLM's is --max-logprobs.
+      vocab: tokens of the vocabulary; rows behind them are padding and are left out.
+      options: as `Api` takes them.
+    """
+
+    # More tokens than the server allows, or a text that is too long: it would fail again.
+    hopeless = (*Api.hopeless, "BadRequestError", "UnprocessableEntityError")
+
+    def __init__(self, *args: Any, k: int, vocab: int, **options: Any):
+        super().__init__(*args, **options)
+        self._k, self._vocab = k, vocab
+
+    def score(self, texts: Sequence[tuple[Any, Sequence[int]]]) -> Iterator[Scored]:
+        """What the server says of each (name, token ids), as the answers come; in any order.
+
+        Raises:
+          ModelError: if the server refuses for good, or too many requests in a row failed.
+        """
+        jobs = [Job("", "", _NOTHING, tag=(name, list(tokens))) for name, tokens in texts]
+        for answer in self.ask(collections.deque(jobs)):
+            yield answer if isinstance(answer, Scored) else _failed(answer.job, answer.reason)
+
+    def _request(self, job: Job) -> list[Answer]:
+        tokens = job.tag[1]
+        for number in range(1, GARBLED_TRIES + 1):
+            try:
+                reply = self._client.completions.create(
+                    model=self._model,
+                    prompt=tokens,
+                    max_tokens=1,
+                    temperature=0.0,
+                    extra_body={"prompt_logprobs": self._k},
+                )
+                self._spend(reply)
+                ids, logprobs = self._entries(reply, tokens)
+                return [Scored(job, 0, "", 1, None, "stop", False, ids, logprobs)]
+            except (Garbled, *self._no_answer) as error:
+                if number == GARBLED_TRIES:
+                    return [_failed(job, reason_of(error))]
+        raise AssertionError("the last try returns")
+
+    def _entries(self, reply: Any, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        choices = getattr(reply, "choices", None)
+        entries = getattr(choices[0], "prompt_logprobs", None) if choices else None
+        if not isinstance(entries, list):
+            raise Garbled("the answer holds no prompt_logprobs: the server does not report them")
+        if len(entries) != len(tokens):
+            raise Garbled(f"{len(entries)} prompt_logprobs came for {len(tokens)} tokens")
+        if entries[0]:
+            raise Garbled("prompt_logprobs are shifted: the first token has an entry")
+        rows = [
+            self._row(entry, token) for entry, token in zip(entries[1:], tokens[1:], strict=True)
+        ]
+        ids = np.array([row[0] for row in rows], np.int32).reshape(-1, self._k)
+        logprobs = np.array([row[1] for row in rows], np.float32).reshape(-1, self._k)
+        return ids, logprobs
+
+    def _row(self, entry: Any, token: int) -> tuple[list[int], list[float]]:
+        """The K likeliest of one entry {token id: {"logprob": ...}}, the likeliest first."""
+        try:
+            told = {int(name): float(one["logprob"]) for name, one in entry.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Garbled("an entry of prompt_logprobs is no table of tokens") from error
+        if token not in told:
+            raise Garbled(f"prompt_logprobs are shifted: an entry lacks the text's token {token}")
+        wrong = [value for value in told.values() if not math.isfinite(value) or value > _ABOVE]
+        if wrong:
+            raise Garbled(f"{wrong[0]} is no log-probability")
+        known = sorted((-value, name) for name, value in told.items() if 0 <= name < self._vocab)
+        if len(known) < self._k:
+            raise Garbled(f"an entry of prompt_logprobs has {len(known)} tokens, not {self._k}")
+        best = known[: self._k]
+        return [name for _, name in best], [min(0.0, -value) for value, name in best]
+
+
+def _failed(job: Job, reason: str) -> Scored:
+    return Scored(job, 0, "", 0, None, reason, failed=True)

@@ -1,0 +1,206 @@
+"""A stored teacher in a run: opened, compared with the configuration, its head on the mesh."""
+
+import dataclasses
+import hashlib
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdistill import methods, teachers
+from jaxdistill.config import Config
+from jaxdistill.config.models import Teacher
+from jaxdistill.data import encode, rendering
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.teacher_cache import catalog, formats, taught
+from jaxdistill.data.teacher_cache.formats import Format
+from jaxdistill.data.teacher_cache.objects import Objects
+from jaxdistill.data.teacher_cache.store import Store
+from jaxdistill.errors import ConfigError
+from jaxdistill.methods import signals
+from jaxdistill.models import DecoderConfig, Model
+from jaxdistill.references import spec_any
+from jaxdistill.run.folder import fingerprint
+from jaxdistill.sharding import shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A stored teacher.
+
+    Attributes:
+      place: its folder or URL.
+      config: the teacher's shape; None where a server was asked.
+      dtype: that it computed in.
+      format: what is stored.
+      store: None while a run is only planned, and nobody was asked yet.
+      params: what the step takes in place of the teacher's parameters: of `hidden` the head.
+    """
+
+    place: str
+    config: DecoderConfig | None
+    dtype: Any
+    format: Format
+    store: Store | None
+    params: Mapping[str, jax.Array] | None = None
+
+    def abstract_params(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and places of what the step takes in place of the teacher's parameters."""
+        if signals.sparse(self.format.name):
+            return {}
+        shape = jax.ShapeDtypeStruct((self.format.vocab, self.format.embed), self.dtype)
+        place = shardings(mesh, {"head": ("vocab", "embed")}, {"head": shape})["head"]
+        return {"head": jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)}
+
+    def loaded(self, mesh: Mesh) -> "Stored":
+        """The same with `params` on the mesh.
+
+        Raises:
+          DamagedError: if the head is not as it was written.
+        """
+        abstract, params = self.abstract_params(mesh), {}
+        if abstract:
+            assert self.store is not None, "a run that trains has opened it"
+            head, like = self.store.head(), abstract["head"]
+            make = lambda index: np.asarray(head[index])
+            params = {"head": jax.make_array_from_callback(like.shape, like.sharding, make)}
+        return dataclasses.replace(self, params=params)
+
+    def signal(self, options: Any) -> teachers.Teacher:
+        """What the step asks; `options` are the method's, or None for measuring at T = 1."""
+        temperature = 1.0 if options is None else signals.temperature(options)
+        return teachers.cached(
+            self.format,
+            temperature=1.0 if temperature is None else temperature,
+            softcap=None if self.config is None else self.config.logits_softcap,
+            compute_dtype=self.dtype,
+        )
+
+    def beside(self, data: Mapping[str, Dataset], tokenizer: Any) -> dict[str, Dataset]:
+        """The data sets with what is stored for them.
+
+        Raises:
+          ConfigError: if nobody was asked yet.
+          DataError: if segments are missing.
+        """
+        if self.store is None:
+            catalog.read(Objects(self.place))
+        assert self.store is not None, "what is there has been opened"
+        return {name: taught.beside(rows, self.store, tokenizer) for name, rows in data.items()}
+
+
+def spec(teacher: Teacher) -> Model | None:
+    """The shape and the tokenizer that lie in a store, without weights; None of a server's answers.
+
+    Raises:
+      ConfigError, DamagedError: if there is no whole store.
+    """
+    assert teacher.cache is not None, "a teacher has weights, or its answers are stored"
+    folder = Store(teacher.cache).teacher
+    if not (folder / "config.json").is_file():  # a server does not show it
+        return None
+    arch, tokenizer = spec_any(str(folder), allow_network=False)
+    return Model(arch, None, tokenizer, teacher.cache)
+
+
+def of(config: Config, shape: Any, tokenizer: Any, vocab: int) -> Stored | None:
+    """The stored teacher of a configuration, once it can serve this run; None where it has none.
+
+    Args:
+      config: of the run.
+      shape: the teacher without weights: of `teacher.source`, or out of the store.
+      tokenizer: of the run.
+      vocab: rows of the heads that are tokens.
+
+    Raises:
+      ConfigError: if the method needs more than the format holds, naming one that would do.
+      MismatchError: if it was captured of another teacher, tokenizer or template.
+      DamagedError: if it is not as it was written.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.cache is None:
+        return None
+    arch = None if shape is None else shape.config
+    named = bool(teacher.source or teacher.random)
+    if arch is not None and named and Objects(teacher.cache).get(catalog.IDENTITY) is None:
+        planned = formats.choose(formats.HIDDEN, vocab=vocab, embed=arch.embed)
+        found = Stored(teacher.cache, arch, jnp.dtype(teacher.dtype), planned, None)
+    else:
+        store = Store(teacher.cache)
+        given = words(tokenizer, vocab)
+        if arch is not None and named:
+            given |= whose(config, arch)
+        catalog.differing(store.place, store.identity, given)
+        dtype = jnp.dtype(store.identity.get("teacher.dtype", teacher.dtype))
+        found = Stored(teacher.cache, arch, dtype, store.format, store)
+    _check_method(config, found)
+    return found
+
+
+def check_weights(place: str, weights: str) -> None:
+    """Compares the weights that a student is cut out of with those that were asked.
+
+    Raises:
+      MismatchError: if they differ.
+    """
+    known = catalog.read_identity(Objects(place))["identity"]
+    catalog.differing(place, known, {"teacher.weights": weights})
+
+
+def _check_method(config: Config, stored: Stored) -> None:
+    """What goes with what.
+
+    Raises:
+      ConfigError: for everything that the format cannot give.
+    """
+    row, form = methods.of(config.method), stored.format
+    told = []
+    if row.needs_teacher(config.method):
+        for path, rule in signals.problems(
+            config.method, row.reads(config.method), form.name, form.temperatures
+        ):
+            told.append(f"{'.'.join(['method', *map(str, path)])}: {rule}")
+    best = config.checkpoint.best_metric
+    if signals.sparse(form.name) and best in ("eval/kl_t1", "eval/agree_top1"):
+        told.append(
+            f"checkpoint.best_metric: {best} reads whole rows, which the format {form.name} does "
+            "not hold: use eval/loss, or capture with --format hidden"
+        )
+    if told:
+        raise ConfigError("\n".join(f"{line} (teacher.cache = {stored.place})" for line in told))
+
+
+def put_tokenizer(objects: Objects, tokenizer: Any) -> None:
+    """Writes a tokenizer's files into a store, so that a run needs nothing else of the teacher."""
+    with tempfile.TemporaryDirectory(prefix="jaxdistill-teacher-") as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(pathlib.Path(folder).iterdir()):
+            objects.put(catalog.TEACHER + file.name, file.read_bytes())
+
+
+def words(tokenizer: Any, vocab: int) -> dict[str, Any]:
+    """The fields of an identity that decide which tokens a text is."""
+    codec = encode.prepare(tokenizer)
+    template = rendering.template_of(tokenizer)
+    return {
+        "version": formats.VERSION,
+        "tokenizer": encode.fingerprint(tokenizer),
+        "tokenizer.tokens": vocab,
+        "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+        "text": {"begins": list(codec.prefix), "ends": codec.end},
+    }
+
+
+def whose(config: Config, arch: DecoderConfig) -> dict[str, Any]:
+    """The fields of an identity that say which teacher it is, but for its weights."""
+    assert config.teacher is not None
+    return {
+        "teacher.config": fingerprint(dataclasses.asdict(arch)),
+        "teacher.dtype": config.teacher.dtype,
+        "teacher.quantize": config.teacher.quantize,
+    }

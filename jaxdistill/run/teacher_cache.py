@@ -1,0 +1,323 @@
+"""Asks a teacher once about all texts of a configuration, and stores it: `teacher cache`."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax.sharding import Mesh
+
+import jaxdistill
+from jaxdistill import agree, commands, compilation_cache, errors, processes
+from jaxdistill.config import Config, preflight
+from jaxdistill.data import pipeline
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.teacher_cache import catalog, formats, parts, work
+from jaxdistill.data.teacher_cache.formats import HIDDEN, Format
+from jaxdistill.data.teacher_cache.objects import Objects
+from jaxdistill.data.teacher_cache.store import Store
+from jaxdistill.errors import ConfigError, DataError, ModelError
+from jaxdistill.evaluate import answers_to_store
+from jaxdistill.evaluate.answers_to_store import KEYS
+from jaxdistill.formats.config_json import write_config
+from jaxdistill.models import Model
+from jaxdistill.run import alike, changes, setup, stored, teacher_cache_served
+from jaxdistill.run.capture_progress import Progress
+from jaxdistill.sharding import batch_sharding, local_rows, replicated
+from jaxdistill.train.step import place
+
+log = logging.getLogger(__name__)
+
+
+def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
+    """Stores what the teacher says of the training and held-out texts, as far as it is not there.
+
+    A part is there when it is whole: a capture that was killed goes on at the part it was in, to
+    the same bytes. Several captures of shards may run at the same time.
+
+    Args:
+      config: of the run that will learn from it; its teacher is asked.
+      options: what is stored, and where.
+
+    Returns:
+      place, format, bytes_per_token, and of what is asked: segments, positions, bytes; whole:
+      whether nothing is lacking any more.
+
+    Raises:
+      UserError: whatever is wrong with configuration, data, teacher or store.
+    """
+    output = options.output or (config.teacher and config.teacher.cache)
+    if not output:
+        raise ConfigError("teacher cache: give a folder with -o, or teacher.cache")
+    config = _asking(config)
+    compilation_cache.start(config.run.compilation_cache)
+    processes.start(config.mesh.processes)
+    alike.check(config)
+    agree.together(lambda: _check(config))
+    mesh = setup.mesh_of(config)
+    models = agree.together(lambda: setup.shapes_of(config, mesh))
+    data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    server = config.teacher.api if config.teacher else None
+    if server is not None:
+        _check_server(options)
+    assert server is not None or models.teacher is not None, "the configuration has one"
+    form = formats.choose(
+        options.format,
+        vocab=models.vocab,
+        embed=models.teacher.config.embed if models.teacher else 0,
+        dtype=options.dtype,
+        k=options.k,
+        temperatures=options.temperatures,
+        draws=options.draws,
+        seed=options.seed,
+    )
+    objects = Objects(output)
+    base = Store(output) if objects.get(catalog.MANIFEST) is not None else None
+    rows = work.lacking(data, base)
+    found = _described(output, form, rows)
+    if base is None and not rows:
+        raise DataError(f"data: no position counts in the loss (loss_on: {config.data.loss_on})")
+    if options.dry_run:
+        return found | {"whole": not rows}
+    if server is not None:
+        more = lambda: teacher_cache_served.store(
+            config, server, models, form, objects, rows, options.share()
+        )
+        return found | agree.by_leader(more)
+    teacher = agree.together(lambda: setup.load_teacher(config, models.teacher, mesh))
+    assert teacher is not None
+    asked = _Asked(config, teacher, models, mesh, form, objects)
+    agree.by_leader(asked.begin)
+    return found | {"whole": asked.store(rows, data, options.share())}
+
+
+def _asking(config: Config) -> Config:
+    """The configuration with its teacher online.
+
+    Raises:
+      ConfigError: if it names none.
+    """
+    teacher = config.teacher
+    if teacher is None or not (teacher.source or teacher.random or teacher.api):
+        raise ConfigError("teacher: nobody to ask: give teacher.source, or teacher.api")
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"cache": None})})
+
+
+def _check_server(options: commands.TeacherCache) -> None:
+    """What a server cannot say.
+
+    Raises:
+      ConfigError: for another format than topk, or for temperatures.
+    """
+    if options.format != formats.TOPK:
+        raise ConfigError(
+            f"format = {options.format}: a server says the likeliest tokens only: use topk"
+        )
+    if set(options.temperatures) - {1.0}:
+        raise ConfigError(
+            "temperatures: a server does not say log Z(T), which another T than 1 needs: leave "
+            "them out"
+        )
+
+
+def _check(config: Config) -> None:
+    errors.check(preflight.check(config, run_dir=False))
+
+
+def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str, Any]:
+    """What is to be asked, and how large it is before compression."""
+    positions, tokens = sum(row.positions for row in rows), sum(row.tokens for row in rows)
+    head = form.vocab * form.embed * 4 if form.name == HIDDEN else 0
+    return {
+        "place": output,
+        "format": form.name,
+        "dtype": form.dtype,
+        "bytes_per_token": form.bytes_per_token(),
+        "segments": sum(len(row.pieces) for row in rows),
+        "positions": positions,
+        "bytes": positions * form.bytes_per_token() + tokens * form.id_bytes + head,
+    }
+
+
+class _Asked:
+    """One capture: a teacher on the mesh, and the store that its answers go to."""
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: Model,
+        models: setup.Models,
+        mesh: Mesh,
+        form: Format,
+        objects: Objects,
+    ):
+        self._config, self._teacher, self._models = config, teacher, models
+        self._mesh, self._form, self._objects = mesh, form, objects
+        self._batch = config.train.batch_size // config.train.micro_batches
+        self._identity = stored.words(models.tokenizer, models.vocab) | {
+            **stored.whose(config, teacher.config),
+            "teacher.weights": changes.weights(teacher.params),
+            "format": form.facts(),
+        }
+        section = config.teacher
+        assert section is not None
+        self._step = answers_to_store.step(
+            teacher.config,
+            form,
+            mesh,
+            compute_dtype=setup.teacher_dtype(config),
+            attention=section.attention,
+        )
+        self._head = _whole_head(teacher, models.vocab, mesh) if form.name == HIDDEN else None
+
+    def begin(self) -> None:
+        """Makes the store, or refuses another one; the teacher's small files and head lie in it."""
+        section, c = self._config.teacher, self._config
+        assert section is not None
+        notes = {
+            "source": section.source or "random",
+            "seq_len": c.data.seq_len,
+            "loss_on": c.data.loss_on,
+            "attention": section.attention,
+            "code": changes.code(),
+            "jaxdistill": jaxdistill.__version__,
+            "jaxlib": jaxlib.__version__,
+        }
+        catalog.begin(self._objects, self._identity, notes)
+        if self._objects.get(catalog.MANIFEST) is not None:
+            return  # they are there
+        described = write_config(self._teacher.config, section.dtype)
+        self._objects.put(catalog.TEACHER + "config.json", json.dumps(described).encode())
+        stored.put_tokenizer(self._objects, self._models.tokenizer)
+        if self._head is not None:
+            self._objects.put_array(catalog.TEACHER + catalog.HEAD, self._head)
+
+    def store(
+        self, rows: Sequence[work.Row], data: Mapping[str, Dataset], shard: tuple[int, int]
+    ) -> bool:
+        """Asks for all parts of a shard that are not whole; True once every shard's are."""
+        owners = _owners(self._mesh, self._batch)
+        every = list(work.in_parts(rows, self._batch, parts.rows_per_part(self._form)))
+        there = set(agree.by_leader(lambda: sorted(parts.whole(self._objects))))
+        own = [p for p in every[shard[0] - 1 :: shard[1]] if not work.names(p, owners) <= there]
+        progress = Progress(sum(row.positions for part in own for b in part for row in b))
+        for part in own:
+            self._store_part(part, data, owners, progress)
+        return agree.by_leader(lambda: self._end(every, owners))
+
+    def _end(self, every: Sequence[Any], owners: Sequence[int]) -> bool:
+        """Seals the store if all of it is there."""
+        there = parts.whole(self._objects)
+        lacking = sum(not work.names(part, owners) <= there for part in every)
+        if lacking:
+            log.info("%d of %d parts are other shards', and not there yet", lacking, len(every))
+            return False
+        catalog.seal(self._objects)
+        return True
+
+    def _store_part(
+        self,
+        part: Sequence[Sequence[work.Row]],
+        data: Mapping[str, Dataset],
+        owners: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        """Asks about the batches of a part, and writes this process's share of the answers."""
+        own = [row for row, owner in enumerate(owners) if owner == jax.process_index()]
+        pending = [self._ask(part[0], data)]
+        kept: list[dict[str, np.ndarray]] = []
+        for number, batch in enumerate(part):
+            answers = pending.pop()
+            if number + 1 < len(part):  # the next is on its way while this one is taken in
+                pending.append(self._ask(part[number + 1], data))
+            rows = _local(answers)
+            for place_in_batch in own:
+                if place_in_batch < len(batch):
+                    kept += self._taken(batch[place_in_batch], rows, place_in_batch)
+            progress.add(sum(row.positions for row in batch))
+        wanted = work.wanted_of(part, owners, jax.process_index())
+
+        def write() -> None:
+            if wanted:
+                arrays = {name: np.concatenate([one[name] for one in kept]) for name in kept[0]}
+                note = parts.write(self._objects, self._form, wanted, arrays)
+                progress.wrote(sum(size for size, _ in note["objects"].values()))
+
+        agree.together(write)
+
+    def _ask(self, batch: Sequence[work.Row], data: Mapping[str, Dataset]) -> Any:
+        """The answers to a batch, not waited for."""
+        like = next(iter(data.values()))
+        padding = like.empty_row()
+        padding.pop("origin", None)
+        rows, keys = [], []
+        for number in local_rows(self._mesh, self._batch):
+            row, key = padding, np.zeros(like.seq_len, np.uint32)
+            if number < len(batch):
+                one = batch[number]
+                row = data[one.dataset][one.index]
+                row.pop("origin", None)
+                for first, wanted in one.pieces:
+                    of_segment = np.frombuffer(wanted.key[:4], "<u4")[0]
+                    key[first : first + len(wanted.mask)] = of_segment
+            rows.append(row)
+            keys.append(key)
+        batch_here = dataclasses.replace(pipeline.stack(rows), teacher={KEYS: np.stack(keys)})
+        with jax.set_mesh(self._mesh):
+            return self._step(self._teacher.params, place(batch_here, self._mesh))
+
+    def _taken(
+        self, row: work.Row, answers: Mapping[str, Mapping[int, np.ndarray]], number: int
+    ) -> list[dict[str, np.ndarray]]:
+        """The stored fields of the segments of a row that are wanted.
+
+        Raises:
+          ModelError: if an answer is not a number.
+        """
+        taken = []
+        for first, wanted in row.pieces:
+            places = first + np.flatnonzero(wanted.mask)
+            picked = {name: rows[number][places] for name, rows in answers.items()}
+            fields = answers_to_store.finish(self._form, picked)
+            wrong = [name for name, values in fields.items() if self._form.unsound(name, values)]
+            if wrong:
+                raise ModelError(
+                    f"teacher: its {wrong[0]} for data.{row.dataset} row {row.index} is not "
+                    "finite, and not stored: check its weights, or give it another dtype"
+                )
+            taken.append(fields)
+        return taken
+
+
+def _owners(mesh: Mesh, rows: int) -> list[int]:
+    """Of each row of a batch the process that stores it: the first that has it."""
+    shape = (rows, mesh.shape["context"])
+    owner = [jax.process_count()] * rows
+    for device, index in batch_sharding(mesh).devices_indices_map(shape).items():
+        for row in range(rows)[index[0]]:
+            owner[row] = min(owner[row], device.process_index)
+    return owner
+
+
+def _local(answers: Mapping[str, jax.Array]) -> dict[str, dict[int, np.ndarray]]:
+    """Field -> row of the batch -> [L, ...], of the rows on this process's devices."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in answers.items():
+        rows = found.setdefault(name, {})
+        for shard in array.addressable_shards:
+            first = shard.index[0].start or 0
+            if first not in rows:
+                values = np.asarray(shard.data)
+                rows |= {first + place: row for place, row in enumerate(values)}
+    return found
+
+
+def _whole_head(teacher: Model, vocab: int, mesh: Mesh) -> np.ndarray:
+    """The rows of the teacher's head that are tokens, in every process."""
+    head = teacher.params["embedding" if teacher.config.tied_head else "head"]
+    take = jax.jit(lambda array: array[:vocab], out_shardings=replicated(mesh))
+    return np.asarray(take(head).addressable_data(0))

@@ -1,0 +1,173 @@
+"""Asks a teacher behind a server about all texts of a configuration, and stores its answers."""
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import jaxdistill
+from jaxdistill.config import Config
+from jaxdistill.config.server import Api
+from jaxdistill.data.teacher_cache import catalog, parts, work
+from jaxdistill.data.teacher_cache.formats import Format, pack_ids
+from jaxdistill.data.teacher_cache.objects import Objects
+from jaxdistill.data.teacher_cache.parts import Wanted
+from jaxdistill.errors import DamagedError, ModelError
+from jaxdistill.reasoning import served
+from jaxdistill.reasoning.asking import added
+from jaxdistill.reasoning.scored import Scored, Scorer
+from jaxdistill.run import changes, stored
+from jaxdistill.run.capture_progress import Progress
+
+log = logging.getLogger(__name__)
+
+MOST = 1 << 14  # positions of a part: its answers lie about singly until all of them are there
+_ARRAYS = ("ids", "logprobs")
+
+
+def store(
+    config: Config,
+    server: Api,
+    models: Any,
+    form: Format,
+    objects: Objects,
+    rows: Sequence[work.Row],
+    shard: tuple[int, int],
+) -> dict[str, Any]:
+    """Asks for all that is lacking; every answer is kept as it comes.
+
+    Returns:
+      whole: whether nothing is lacking any more; spent: requests, tokens and cost of all runs.
+
+    Raises:
+      ModelError: if the server refuses, or answers of a part failed; the others are kept.
+    """
+    identity = stored.words(models.tokenizer, models.vocab) | {
+        "teacher.server": server.model,
+        "format": form.facts(),
+    }
+    catalog.begin(objects, identity, _notes(config, server))
+    every = list(work.in_parts(rows, 1, min(MOST, parts.rows_per_part(form))))
+    own = [[wanted for row in part[:] for wanted in _wanted(row)] for part in every]
+    there = parts.whole(objects)
+    mine = [one for one in own[shard[0] - 1 :: shard[1]] if parts.name_of(one) not in there]
+    scorer = _scorer(server, form)
+    progress = Progress(sum(int(one.mask.sum()) for part in mine for one in part))
+    before = _spent(objects)
+    try:
+        for part in mine:
+            _store_part(objects, form, scorer, part, progress)
+    finally:
+        spent = added(before, scorer.spent())
+        objects.put(catalog.PENDING + "spent.json", json.dumps(spent).encode())
+    if {parts.name_of(part) for part in own} <= parts.whole(objects):
+        catalog.seal(objects)
+        return {"whole": True, "spent": spent}
+    return {"whole": False, "spent": spent}
+
+
+def _notes(config: Config, server: Api) -> dict[str, Any]:
+    return {
+        "source": server.base_url,
+        "seq_len": config.data.seq_len,
+        "loss_on": config.data.loss_on,
+        "code": changes.code(),
+        "jaxdistill": jaxdistill.__version__,
+    }
+
+
+def _wanted(batch: Sequence[work.Row]) -> list[Wanted]:
+    return [one for row in batch for _, one in row.pieces]
+
+
+def _scorer(server: Api, form: Format) -> Scorer:
+    return Scorer(
+        server.base_url,
+        server.model,
+        key=served.key_from(server.key_env),
+        concurrency=server.concurrency,
+        timeout=server.timeout_s,
+        retries=server.retries,
+        max_failures=server.max_failures,
+        prices=(server.price_in, server.price_out),
+        k=form.k,
+        vocab=form.vocab,
+    )
+
+
+def _store_part(
+    objects: Objects,
+    form: Format,
+    scorer: Scorer,
+    part: Sequence[Wanted],
+    progress: Progress,
+) -> None:
+    """Asks for what of a part was not answered before, and writes it once all of it is there."""
+    names = {one.key: f"{catalog.PENDING}{one.key.hex()}-{form.k}" for one in part}
+    there = set(objects.names())
+    asked = [one for one in part if names[one.key] not in there]
+    failed: list[Scored] = []
+    for answer in scorer.score([(one.key, one.tokens.tolist()) for one in asked]):
+        if answer.failed:
+            failed.append(answer)
+            continue
+        assert answer.ids is not None and answer.logprobs is not None
+        packed = _packed({"ids": answer.ids, "logprobs": answer.logprobs})
+        objects.put(names[answer.job.tag[0]], packed)
+        progress.wrote(len(packed))
+    if failed:
+        raise ModelError(
+            f"teacher.api: {len(failed)} of {len(part)} segments of a part failed "
+            f"({failed[0].reason}): what was received is kept: mend it and run the command again"
+        )
+    fields = [_fields(form, one, _unpacked(objects, names[one.key])) for one in part]
+    arrays = {name: np.concatenate([one[name] for one in fields]) for name in fields[0]}
+    parts.write(objects, form, part, arrays)
+    for name in names.values():
+        objects.drop(name)
+    progress.add(len(arrays["rest"]))
+
+
+def _fields(form: Format, one: Wanted, answer: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The stored fields of a segment's counted positions."""
+    counted = np.flatnonzero(one.mask)
+    logprobs = answer["logprobs"][counted].astype(np.float64)
+    rest = np.clip(1 - np.exp(logprobs).sum(axis=-1, keepdims=True), 0, 1)
+    types = form.fields()
+    return {
+        "ids": pack_ids(answer["ids"][counted], form.id_bytes),
+        "logprobs": logprobs.astype(types["logprobs"][0]),
+        "rest": rest.astype(types["rest"][0]),
+    }
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    for name in _ARRAYS:
+        np.lib.format.write_array(file, arrays[name], allow_pickle=False)
+    return file.getvalue()
+
+
+def _unpacked(objects: Objects, name: str) -> dict[str, np.ndarray]:
+    """An answer that was kept.
+
+    Raises:
+      DamagedError: if it is none.
+    """
+    file = io.BytesIO(objects.get(name) or b"")
+    try:
+        return {one: np.lib.format.read_array(file, allow_pickle=False) for one in _ARRAYS}
+    except (ValueError, EOFError) as error:
+        raise DamagedError(f"{objects.place}: damaged: {name}: remove it to ask again") from error
+
+
+def _spent(objects: Objects) -> dict[str, float]:
+    """What was spent before."""
+    content = objects.get(catalog.PENDING + "spent.json")
+    try:
+        return {name: float(value) for name, value in json.loads(content or b"{}").items()}
+    except (ValueError, AttributeError, TypeError):
+        return {}

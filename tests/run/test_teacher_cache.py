@@ -1,0 +1,231 @@
+"""A stored teacher: captured once, learned from in the same step, with the same numbers."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import api, commands, methods
+from jaxdistill.data.feed import CorpusFeed
+from jaxdistill.data.teacher_cache.store import Store
+from jaxdistill.errors import ConfigError, DataError, MismatchError
+from jaxdistill.methods import signals
+from jaxdistill.run import setup, states, stored, teacher_cache, teacher_verify
+from jaxdistill.train.step import place
+
+# A student of its own, so that a stored teacher needs no weights.
+STUDENT = "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4}, compute_dtype: float32}"
+FIXED = "method={name: kd, alpha: 0.3, temperature: 2.0}"
+SMALL = (STUDENT, FIXED, "tokenizer.from=bytes")
+
+
+@pytest.fixture(scope="module")
+def captured(load_config, tmp_path_factory):
+    """(format, options) -> the place of what was captured; each once."""
+    made: dict = {}
+
+    def get(name: str, **options) -> str:
+        key = (name, *options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("captured")
+            section = commands.TeacherCache(output=str(folder / "c"), format=name, **options)
+            assert teacher_cache.capture(load_config(folder, *SMALL), section)["whole"]
+            made[key] = str(folder / "c")
+        return made[key]
+
+    return get
+
+
+def exact(captured):
+    return captured("hidden", dtype="float32")
+
+
+def dense(captured):
+    """Every token of 257, and T = 2 as the method has it."""
+    return captured("topk", dtype="float32", k=257, temperatures=(2.0,))
+
+
+def curve(config, steps: int) -> np.ndarray:
+    """[steps, 2] of loss and gradient norm, of a configuration's own step and feed, on a device."""
+    mesh = setup.mesh_of(config, jax.devices()[:1])  # captured on all of them
+    models = setup.shapes_of(config, mesh)
+    data = setup.data_of(config, models.tokenizer)
+    if models.stored is not None:
+        data = models.stored.beside(data, models.tokenizer)
+    models = setup.load_models(config, models, mesh)
+    method = setup.method_of(config, models)
+    state = states.create(config, models.student, method.objective, method.tx, mesh)
+    params = setup.teacher_params_of(models, method)
+    step = setup.compile_step(config, method, state, params, mesh, check_kernels=False)
+    feed = CorpusFeed(
+        data["train"], batch_size=config.train.batch_size, seed=config.seed, left_out=list
+    )
+    row, found = 0, []
+    for _ in range(steps):
+        span, batch = feed(row, None)
+        row = span.end_row
+        state, means = step(state, params, place(batch, mesh))
+        found.append([float(means[n].value) for n in ("loss/total", "optim/grad_norm")])
+    return np.asarray(found)
+
+
+@pytest.fixture(scope="module")
+def online(load_config, tmp_path_factory) -> np.ndarray:
+    return curve(load_config(tmp_path_factory.mktemp("online"), *SMALL), 20)
+
+
+@pytest.mark.parametrize("make", [exact, dense])
+def test_a_stored_teacher_trains_as_the_one_that_runs(
+    make, captured, online, load_config, tmp_path
+):
+    teacher = f"teacher={{cache: {make(captured)}}}"
+    config = load_config(tmp_path, STUDENT, FIXED, teacher, "tokenizer.from=teacher")
+    np.testing.assert_allclose(curve(config, 20), online, rtol=1e-6)
+
+
+def test_a_run_learns_from_a_stored_teacher_and_its_table_stands(captured, load_config, tmp_path):
+    place = exact(captured)
+    config = load_config(tmp_path, *SMALL, f"teacher={{cache: {place}}}", "train.steps=2",
+                         "train.eval_every=2", "optimizer.warmup=1", "eval.samples=1")  # fmt: skip
+    result = api.train(config)
+    rows = {row["name"]: row for row in result.table}
+    assert set(rows) == {"teacher", "student before", "student after"}
+    assert rows["teacher"]["tokens_per_second"] is None
+    assert rows["student after"]["kl_t1"] > 0
+    shapes = setup.shapes_of(load_config(tmp_path / "x", *SMALL), setup.mesh_of(config))
+    assert rows["teacher"]["parameters"] == 4 * (32 * 32 * 3 + 3 * 32 * 48 + 64) + 257 * 32 + 32
+    assert shapes.teacher is not None
+    facts = json.loads((pathlib.Path(result.run_dir) / "fingerprints.json").read_text())
+    assert "teacher.cache" in facts
+    again = teacher_verify.verify(place, shapes_teacher(load_config, tmp_path), 5)
+    assert again["weights"] == "same" and again["kl_max"] < 1e-9
+
+
+def shapes_teacher(load_config, folder):
+    """The teacher itself."""
+    config = load_config(folder / "live", *SMALL)
+    mesh = setup.mesh_of(config)
+    return setup.load_teacher(config, setup.shapes_of(config, mesh).teacher, mesh)
+
+
+REFUSED = {
+    "{name: taid}": "hidden",
+    "{name: ctkd}": "hidden",
+    "{name: jsd}": "hidden",
+    "{name: akl}": "hidden",
+    "{name: kd, temperature: {schedule: linear, start: 1.0, end: 2.0}}": "hidden",
+    "{name: kd, temperature: 3.0}": "--temperatures 3.0",
+    "{name: minilm, teacher_layer: 2}": "without teacher.cache",
+    "{name: hidden}": "without teacher.cache",
+    "{name: ted, layers: 2}": "without teacher.cache",
+}
+
+
+@pytest.mark.parametrize("method", REFUSED)
+def test_a_method_that_needs_more_than_is_stored_is_refused(
+    method, captured, load_config, tmp_path
+):
+    config = load_config(
+        tmp_path, STUDENT, "tokenizer.from=bytes", f"method={method}",
+        f"teacher={{cache: {dense(captured)}}}",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=REFUSED[method]):
+        api.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_method_has_its_row_in_the_table():
+    for name, method in methods.METHODS.items():
+        options = method.options.model_construct(
+            **{
+                n: f.get_default(call_default_factory=True)
+                for n, f in method.options.model_fields.items()
+            }
+        )
+        assert method.reads(options) in signals.TABLE, name
+    for reads, holds in signals.TABLE.items():
+        for form in ("hidden", "topk", "sampled"):
+            assert (signals.problem("m", reads, form) is None) == (form in holds)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (("data.seq_len=16",), DataError, "captured with data.seq_len = 32, here it is 16"),
+        (("teacher.dtype=bfloat16",), MismatchError, "teacher.dtype: 'float32' there, 'bfloat16'"),
+        (("teacher.random.layers=2",), MismatchError, "teacher.config: "),
+        (("checkpoint.best_metric=eval/kl_t1",), ConfigError, "reads whole rows"),
+    ],
+)
+def test_another_teacher_or_other_text_is_refused_by_its_name(
+    overrides, error, words, captured, load_config, tmp_path
+):
+    place = dense(captured)
+    config = load_config(tmp_path, *SMALL, f"teacher.cache={place}", *overrides)
+    with pytest.raises(error, match=words):
+        api.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_student_needs_the_weights_and_they_are_those_that_were_asked(
+    captured, load_config, tmp_path
+):
+    place = exact(captured)
+    with pytest.raises(ConfigError, match="has no weights to cut it out of"):
+        load_config(tmp_path, "student={from: teacher}", f"teacher={{cache: {place}}}")
+    with pytest.raises(MismatchError, match="teacher.weights"):
+        stored.check_weights(place, "0" * 64)
+    # With the weights named it is cut out of them, and the teacher takes no part.
+    config = load_config(tmp_path, "student={from: teacher, every: 2}", f"teacher.cache={place}")
+    mesh = setup.mesh_of(config, jax.devices()[:1])
+    models = setup.load_models(config, setup.shapes_of(config, mesh), mesh)
+    assert models.teacher is None and models.student.config.layers == 2
+    whole = shapes_teacher(load_config, tmp_path).params["layers"]
+    kept = models.student.params["layers"]
+    for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs[::2])
+
+
+def test_shards_together_are_the_whole_and_a_dry_run_asks_nobody(
+    captured, load_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teacher_cache.parts, "BYTES", 1 << 15)  # several parts
+    config = load_config(tmp_path, *SMALL)
+    ask = lambda **options: teacher_cache.capture(
+        config, commands.TeacherCache(output=str(tmp_path / "c"), **options)
+    )
+    told = ask(dry_run=True)
+    assert told["bytes_per_token"] == 64 and not (tmp_path / "c").exists()
+    first, second = ask(shard="1/2"), ask(shard="2/2")
+    assert (first["whole"], second["whole"]) == (False, True)
+    store = Store(str(tmp_path / "c"))
+    assert len(store) == told["segments"] and len(store.content["parts"]) > 2
+    alone = commands.TeacherCache(output=str(tmp_path / "d"))
+    teacher_cache.capture(config, alone)
+    assert files(tmp_path / "c") == files(tmp_path / "d")
+    assert ask()["segments"] == 0  # nothing is lacking, nobody is asked
+
+
+def files(place) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
+
+
+def test_drawn_tokens_train_and_every_epoch_has_its_draw(captured, load_config, tmp_path):
+    place = captured("sampled", k=20, draws=2)
+    told = teacher_verify.verify(place, shapes_teacher(load_config, tmp_path), 20)
+    assert abs(told["cross_entropy_gap"]) < 5 * told["standard_error"]
+    config = load_config(
+        tmp_path, STUDENT, "tokenizer.from=bytes", "method={name: kd, alpha: 0.3}",
+        f"teacher={{cache: {place}}}",
+    )  # fmt: skip
+    mesh = setup.mesh_of(config)
+    models = setup.shapes_of(config, mesh)
+    method = setup.method_of(config, models)
+    state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
+    batch = setup.abstract_batch_of(config, mesh, method.stored)
+    assert batch.teacher["ids"].shape == (8, 32, 20, 2)  # of one draw
+    with jax.set_mesh(mesh):
+        _, means = jax.eval_shape(setup.make_step(config, method), state, {}, batch)
+    assert "teacher/kept_mass" in means and "loss/kl_t1" not in means
