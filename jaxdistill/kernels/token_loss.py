@@ -280,6 +280,12 @@ class TokenRows:
         slope: Any = sum(parts)
         return slope if by_logits else None, moved if by_temperature else None
 
+    def scaled_slope(self, value: Array, moved: Array) -> Array:
+        """d (T^2 D) / dT from D and d D / dT, [n]; d D / dT where the divergence is not scaled."""
+        if not self.spec.scale_by_t2:
+            return moved
+        return self.t2 * moved + 2 * self.coefficients.temperature * value
+
     def _divergence_slopes(
         self, statistics: Rows, divergence: Divergence, by_temperature: bool
     ) -> tuple[Array, Any]:
@@ -287,10 +293,8 @@ class TokenRows:
         if divergence.vjp is not None:
             by_student, by_target = divergence.vjp(jnp.ones_like(divergence.value))
             moved = jnp.sum(by_student * self.logits["s"] + by_target * self.target, axis=1)
-            moved = -self.t2 * moved * (1 / self.coefficients.temperature) ** 2
-            if self.spec.scale_by_t2:
-                moved += 2 * self.coefficients.temperature * divergence.value
-            return by_student, moved
+            moved = -moved * (1 / self.coefficients.temperature) ** 2
+            return by_student, self.scaled_slope(divergence.value, moved)
         assert divergence.slope_sum is not None, "a named kind has one"
         slope = self.divergence_slope(statistics, divergence.slope_sum)
         return slope, self.temperature_slope(statistics) if by_temperature else None

@@ -153,7 +153,7 @@ class ColumnRows(TokenRows):
     def _divergence_slopes(
         self, statistics: Rows, divergence: Divergence, by_temperature: bool
     ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d D / d T [n]."""
+        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n]."""
         assert divergence.vjp is not None, "made with one"
         (student, teacher), compared = divergence.vjp(divergence.value)
         slope = self._spread(student, self._gather(compared.by_student))
@@ -162,7 +162,8 @@ class ColumnRows(TokenRows):
         back = self._spread(teacher, self._gather(compared.by_teacher))
         # d (s / T) / dT = -x / T where top stands still; either slope sums to 0 over a row.
         moved = jnp.sum(slope * student.x, axis=1) + jnp.sum(back * teacher.x, axis=1)
-        return slope, -self.vocabulary.sum(moved) / self.coefficients.temperature
+        moved = -self.vocabulary.sum(moved) / self.coefficients.temperature
+        return slope, self.scaled_slope(divergence.value, moved)
 
     def _spread(self, side: Side, slope: Array) -> Array:
         """The slope by x, [n, V here], from that by all entries, [n, E]."""
