@@ -12,10 +12,11 @@ from typing import Any
 from jaxdistill import rules
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
-from jaxdistill.data.sources import open_source
+from jaxdistill.data import paths, tables
 from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
+_PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -60,13 +61,12 @@ def _data_errors(config: Config) -> Iterator[UserError]:
         for i, source in enumerate(sources):
             key = f"data.{name}.{i}.path = {shown(source.path)}"
             try:
-                found = open_source(source.path, source.format, allow_network=network)
+                found = _data_files(source.path, network)
             except DataError as error:
                 yield DataError(f"{key}: {str(error).removeprefix(source.path + ': ')}")
                 continue
-            paths = [pathlib.Path(part.name) for part in found.parts or (found,)]
-            files[name] += [(key, path) for path in paths if path.is_file()]
-            if paths and all(path.is_file() and not path.stat().st_size for path in paths):
+            files[name] += [(key, path) for path in found]
+            if found and not any(path.stat().st_size for path in found):
                 yield DataError(f"{key}: the file is empty")
     for key, path in files["eval"]:
         for _, other in files["train"]:
@@ -79,6 +79,22 @@ def _data_errors(config: Config) -> Iterator[UserError]:
     template = data.chat_template
     if template is not None and not os.path.isfile(template):
         yield DataError(f"data.chat_template = {shown(template)}: no such file ({_here()})")
+
+
+def _data_files(path: str, network: bool) -> list[pathlib.Path]:
+    """The files of a source; none where it is a set with a name.
+
+    Raises:
+      DataError: if it cannot be read.
+    """
+    if path.startswith("python:"):
+        if not _PYTHON_DATA.match(path):
+            raise DataError("use python:docs?split=train or ?split=held_out")
+        return []
+    if path.startswith("hf:"):
+        tables.HubDataset(path, network)
+        return []
+    return paths.find(path)[0]
 
 
 def _same_content(left: pathlib.Path, right: pathlib.Path) -> bool:

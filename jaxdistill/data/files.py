@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from jaxdistill.data.paths import ending_of
 from jaxdistill.data.records import Rejected
 from jaxdistill.data.rules import MARKS, MAX_RECORD_BYTES
 from jaxdistill.errors import DataError
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # A long text is read in pieces of about this size, so that memory does not grow with the file.
 PIECE_BYTES = 250_000
 _BOM = b"\xef\xbb\xbf"
@@ -29,14 +29,6 @@ _JSON_CELLS = ("messages", "conversations", "tools", "history", "chat_template_k
 _YES_NO = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 Objects = Iterator[tuple[int, Any] | Rejected]
-
-
-def ending_of(path: Path) -> str:
-    """The ending of a file's name without that of its compression, in small letters."""
-    endings = [ending.lower() for ending in path.suffixes]
-    if endings and endings[-1] in COMPRESSED:
-        endings.pop()
-    return endings[-1] if endings else ""
 
 
 @contextlib.contextmanager

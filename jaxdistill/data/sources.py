@@ -1,14 +1,14 @@
 """Where records come from: streams of JSONL, text, Parquet, and the texts Python ships."""
 
 import dataclasses
-import glob
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import files, python_docs, tables
-from jaxdistill.data.files import decode, ending_of, lines, too_large
+from jaxdistill.data import files, paths, python_docs, tables
+from jaxdistill.data.files import decode, lines, too_large
+from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, ending_of
 from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
 from jaxdistill.data.rules import Empty, names_of, text_problem
 from jaxdistill.errors import DataError
@@ -17,14 +17,7 @@ from jaxdistill.types import ORIGINS
 # `plain` makes one document of a text file, `paragraphs` one of every block between blank lines.
 TEXT_FORMATS = ("plain", "paragraphs")
 FORMATS = ("auto", *KINDS, *TEXT_FORMATS)
-JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
-TABLE_ENDINGS = (".csv", ".tsv", ".parquet")
-TEXT_ENDINGS = (".txt", ".text", ".md")
-ENDINGS = JSON_ENDINGS + TABLE_ENDINGS + TEXT_ENDINGS
 PYTHON_DOCS = "python:docs"
-# Beside the data in many folders.
-_NO_DATA = ("readme", "license", "licence", "dataset_infos")
-
 Stream = Iterator[Record | Rejected]
 
 
@@ -112,55 +105,11 @@ def _open(path: str | Path, name: str, format: str, allow_network: bool) -> Sour
         unread: set[str] = set()
         read = lambda: _typed(dataset.objects(format, unread), format, name, unread, table=True)
         return Source(name, format, read, dataset.digest, unread=unread)
-    try:
-        return _found(Path(path), name, format)
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _found(path: Path, name: str, format: str) -> Source:
-    """The source of a path: a folder, a file, or the files that match."""
-    if path.is_dir():
-        return _folder(path, name, format)
-    if path.is_file():
-        return _file(path, name, format)
-    if glob.has_magic(name):
-        found = sorted(Path(one) for one in glob.glob(name, recursive=True))
-        matched = [one for one in found if one.is_file()]
-        if not matched:
-            raise DataError(f"{name}: no file matches (relative paths start at {Path.cwd()})")
-        return _joined(name, format, [_file(one, str(one), format) for one in matched])
-    raise DataError(f"{name}: no such file (relative paths start at {Path.cwd()})")
-
-
-def _folder(path: Path, name: str, format: str) -> Source:
-    """All files of records below a folder, or all of text."""
-    if (path / "config.json").is_file():
-        raise DataError(f"{name}: is a folder of a model: name files of data")
-    files_below = [
-        one
-        for one in sorted(path.rglob("*"))
-        if one.is_file() and not any(p.startswith(".") for p in one.relative_to(path).parts)
-    ]
-    data = [one for one in files_below if not one.name.lower().startswith(_NO_DATA)]
-    known = [one for one in data if ending_of(one) in ENDINGS]
-    if not known:
-        raise DataError(
-            f"{name}: is a folder without files that can be read: their names must end in "
-            f"{', '.join(ENDINGS)}"
-        )
-    texts = [one for one in known if ending_of(one) in TEXT_ENDINGS]
-    if texts and len(texts) < len(known):
-        records = next(one for one in known if one not in texts)
-        raise DataError(
-            f"{name}: is a folder with files of text ({texts[0].name}) and of records "
-            f"({records.name}): name the ones to read, such as {name}/*{ending_of(records)}"
-        )
-    left = [one.name for one in files_below if one not in known]
-    some = ", ".join(left[:5])
-    notes = (f"{name}: {len(left)} files in it are not read: {some}",) if left else ()
-    joined = _joined(name, format, [_file(one, str(one), format) for one in known])
-    return dataclasses.replace(joined, notes=notes)
+    found, notes = paths.find(path)
+    parts = [_file(one, name if one == Path(path) else str(one), format) for one in found]
+    if len(parts) == 1 and not notes:
+        return parts[0]
+    return dataclasses.replace(_joined(name, format, parts), notes=notes)
 
 
 def _joined(name: str, format: str, parts: list[Source]) -> Source:
@@ -185,11 +134,6 @@ def _file(path: Path, name: str, format: str) -> Source:
     ending = ending_of(path)
     if ending in TEXT_ENDINGS:
         return _text_source(path, name, format)
-    if ending not in ENDINGS or (ending == ".parquet" and path.suffix.lower() != ending):
-        raise DataError(
-            f"{name}: files ending in {path.suffix!r} cannot be read: use {', '.join(ENDINGS)} "
-            f"(compressed or not: {', '.join(files.COMPRESSED)})"
-        )
     _check_record_format(name, format)
     unread: set[str] = set()
 
