@@ -158,9 +158,12 @@ def test_a_tokenizer_that_draws_its_tokens_draws_no_more(kind, caplog):
         model = models.BPE(vocab, [("a", "a"), ("aa", "aa")], dropout=0.5)
     else:
         model = models.Unigram([("a", -1.0), ("aa", -1.5), ("aaaa", -2.0)])
-        model.alpha, model.nbest_size = 0.1, 64
-    codec = prepare(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    if kind == "Unigram":  # which no file can say
+        tokenizer.backend_tokenizer.model.alpha = 0.1
+        tokenizer.backend_tokenizer.model.nbest_size = 64
+    codec = prepare(tokenizer)
     assert "makes tokens random, is switched off" in caplog.text
     first, *others = [encode_text(codec, ["a" * 64]) for _ in range(5)]
     for other in others:
-        assert [part.ids.tolist() for part in other] == [part.ids.tolist() for part in first]
+        assert repr(other) == repr(first)
