@@ -42,11 +42,12 @@ def test_a_share_is_held_out_by_what_the_records_say(jsonl, build):
 
 def test_broken_records_are_counted_once_and_files_of_a_folder_are_parted(jsonl, tmp_path):
     (tmp_path / "d").mkdir()
-    jsonl([*rows(0, 100), b"{"], "d/a.jsonl")
+    jsonl([*rows(0, 60), b"{"], "d/a.jsonl")
+    jsonl(rows(60, 100), "d/b.jsonl")
     [train], [held] = held_out.split([open_source(tmp_path / "d")], 0.3)
     assert len(list(train)) + len(list(held)) == 101
     assert all(isinstance(item, Record) for item in held)
-    assert [texts(part) for part in held.parts] == [texts(held)]
+    assert len(held.parts) == 2 and sum(map(texts, held.parts), []) == texts(held)
 
 
 def test_a_share_that_holds_out_nothing_is_refused(jsonl):
