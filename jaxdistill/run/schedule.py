@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill.config import Config
 from jaxdistill.run import setup
@@ -26,7 +26,7 @@ def tell(run: RunDir, config: Config, changed: Mapping[str, str | None], step: i
     old = _before(config, changed)
     if old is None or not step:
         return
-    rates = [float(jnp.asarray(setup.learning_rate_of(one)(step))) for one in (old, config)]
+    rates = [float(np.asarray(setup.learning_rate_of(one)(step))) for one in (old, config)]
     steps = f"{old.train.steps} -> {config.train.steps} steps"
     text = (
         f"step {step}: {steps}, {config.optimizer.schedule} schedule: the learning rate goes from "
