@@ -103,7 +103,9 @@ def _sampled(form, params, stored, temperature, softcap, dtype) -> TeacherSignal
     counts_BLK = stored["counts"].astype(jnp.float32)
     drawn = counts_BLK > 0
     logprobs_BLK = jnp.log(jnp.where(drawn, counts_BLK, form.k) / form.k)
-    return TeacherSignal(known=Known(jnp.where(drawn, _ids(stored), -1), logprobs_BLK))
+    ids_BLK = jnp.where(drawn, _ids(stored), -1)
+    entropy_BL = stored["entropy"][..., 0].astype(jnp.float32)
+    return TeacherSignal(known=Known(ids_BLK, logprobs_BLK, entropy=entropy_BL))
 
 
 def _ids(stored: Mapping[str, Array]) -> Array:

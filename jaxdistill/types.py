@@ -105,11 +105,13 @@ class Known:
       ids: int32 [B, L, K], different ones of each position; a negative one is none.
       logprobs: float32 [B, L, K], log p of these tokens at the temperature of the loss.
       rest: float32 [B, L], the mass of all other tokens, or None.
+      entropy: float32 [B, L], of the teacher, where the ids are drawn from it; or None.
     """
 
     ids: Array
     logprobs: Array
     rest: Array | None = None
+    entropy: Array | None = None
 
 
 @typing.no_type_check

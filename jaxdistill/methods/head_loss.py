@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.linear_divergence import linear_divergence
@@ -64,5 +65,17 @@ def from_heads(
         **head,
         **options,
     )
+    if known is not None and known.entropy is not None:
+        means |= _of_draws(means["loss/divergence"], known.entropy, batch)
     count = jax.lax.stop_gradient(means["loss/ce"].count)
     return {"loss": Mean(total, count), **means}
+
+
+def _of_draws(cross_entropy: Mean, entropy: Array, batch: Batch) -> dict[str, Mean]:
+    """The KL that drawn tokens estimate without bias: their cross-entropy less the entropy."""
+    weights = batch.mask.astype(jnp.float32)
+    total = jax.lax.stop_gradient(jnp.sum(jnp.where(weights > 0, weights * entropy, 0.0)))
+    return {
+        "loss/kl_t1": Mean(cross_entropy.total - total, cross_entropy.count),
+        "teacher/entropy": Mean(total, cross_entropy.count),
+    }

@@ -18,7 +18,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _memory(plan)
     yield ""
     yield from _work(plan)
-    if "teacher_cache" in plan:
+    if plan.get("teacher_cache"):
         yield from _stored(plan["teacher_cache"])
     if plan["unknown_loops"]:
         loops = ", ".join(plan["unknown_loops"])

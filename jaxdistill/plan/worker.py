@@ -26,7 +26,7 @@ from jaxdistill.models import count_parameters, forward_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import setup, states
+from jaxdistill.run import setup, states, stored
 from jaxdistill.run.setup import Models, RunMethod
 from jaxdistill.train import step as steps
 
@@ -95,8 +95,8 @@ def measure(
         "tokens_per_step": tokens,
         "parameters": _counts(models, state),
     }
-    if models.teacher is not None or models.stored is not None:
-        facts["teacher_cache"] = setup.stored_sizes(config, models)
+    embed = models.teacher.config.embed if models.teacher else None
+    answers = stored.sizes(config, models.stored, models.vocab, embed)
     monitor = steps.recorded(config.train.log_every, config.train.steps)
     began = time.perf_counter()
     try:
@@ -113,6 +113,7 @@ def measure(
     cost = plan.cost(program.text, mesh.shape)
     work = _work(config, models, method, target, cost, mesh.size)
     return facts | {
+        "teacher_cache": answers,
         "memory": memory,
         "fits": memory["available"] is None or memory["total"] <= memory["available"],
         "compile_seconds": seconds,
@@ -215,8 +216,10 @@ def _work(
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
     length = config.data.seq_len
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
-    if method.objective.needs_teacher:
-        model_flops += setup.signal_flops_per_token(models, length)
+    if method.objective.needs_teacher and models.stored is not None:
+        model_flops += models.stored.flops_per_token()
+    elif method.objective.needs_teacher and models.teacher is not None:
+        model_flops += forward_flops_per_token(models.teacher.config, length)
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

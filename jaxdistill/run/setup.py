@@ -16,19 +16,13 @@ from jaxdistill.data import held_out, pipeline
 from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
-from jaxdistill.data.teacher_cache import formats, taught
+from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals
-from jaxdistill.models import (
-    DecoderConfig,
-    Model,
-    attention,
-    forward_flops_per_token,
-    random,
-)
+from jaxdistill.models import DecoderConfig, Model, attention, random
 from jaxdistill.models.vocabulary import check_rows, check_same
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, shapes, states, stored
@@ -444,29 +438,3 @@ def signal_params(models: Models) -> Any:
     if models.stored is not None:
         return models.stored.params
     return None if models.teacher is None else models.teacher.params
-
-
-def signal_flops_per_token(models: Models, length: int) -> float:
-    """FLOPs of the teacher's part of a step: its forward pass, or what is stored times its head."""
-    if models.stored is not None:
-        form = models.stored.format
-        return 0.0 if signals.sparse(form.name) else 2.0 * form.vocab * form.embed
-    assert models.teacher is not None, "the configuration has a teacher where one is needed"
-    return forward_flops_per_token(models.teacher.config, length)
-
-
-def stored_sizes(config: Config, models: Models) -> dict[str, Any]:
-    """How large the teacher's answers are, in the usual formats, or the one that is stored.
-
-    Returns:
-      tokens: that the run reads, which is at most what is asked; bytes_per_token by format.
-    """
-    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
-    if models.stored is not None:
-        forms = [models.stored.format]
-    else:
-        assert models.teacher is not None, "only asked for where there is a teacher"
-        shape = {"vocab": models.vocab, "embed": models.teacher.config.embed}
-        forms = [formats.choose(name, **shape) for name in formats.NAMES]
-    named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
-    return {"tokens": tokens, "bytes_per_token": named}

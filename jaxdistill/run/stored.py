@@ -81,6 +81,11 @@ class Stored:
             compute_dtype=self.dtype,
         )
 
+    def flops_per_token(self) -> float:
+        """FLOPs of its part of a step: of `hidden` the head's product."""
+        sparse = signals.sparse(self.format.name)
+        return 0.0 if sparse else 2.0 * self.format.vocab * self.format.embed
+
     def beside(self, data: Mapping[str, Dataset], tokenizer: Any) -> dict[str, Dataset]:
         """The data sets with what is stored for them.
 
@@ -173,6 +178,32 @@ def _check_method(config: Config, stored: Stored) -> None:
         )
     if told:
         raise ConfigError("\n".join(f"{line} (teacher.cache = {stored.place})" for line in told))
+
+
+def sizes(
+    config: Config, stored: Stored | None, vocab: int, embed: int | None
+) -> dict[str, Any] | None:
+    """How large the teacher's answers are, as they are stored or in the usual formats.
+
+    Args:
+      config: of the run.
+      stored: the stored teacher.
+      vocab: tokens of the vocabulary.
+      embed: width of the teacher's hidden states; None without a teacher.
+
+    Returns:
+      tokens: that the run reads, which is at most what is asked; bytes_per_token by format. None
+      without a teacher.
+    """
+    if stored is not None:
+        forms = [stored.format]
+    elif embed is not None:
+        forms = [formats.choose(name, vocab=vocab, embed=embed) for name in formats.NAMES]
+    else:
+        return None
+    named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    return {"tokens": tokens, "bytes_per_token": named}
 
 
 def put_tokenizer(objects: Objects, tokenizer: Any) -> None:

@@ -274,6 +274,10 @@ def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: 
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
     if method.objective.needs_teacher:
-        teacher = setup.signal_flops_per_token(models, length)
+        if models.stored is not None:
+            teacher = models.stored.flops_per_token()
+        else:
+            assert models.teacher is not None, "the configuration has a teacher where one is needed"
+            teacher = forward_flops_per_token(models.teacher.config, length)
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

@@ -1,5 +1,7 @@
 """What is stored of a teacher equals its distribution, counted and summed in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jaxdistill import teachers
 from jaxdistill.data.teacher_cache import formats
 from jaxdistill.evaluate import answers_to_store
+from jaxdistill.methods import kd
 from jaxdistill.types import Batch, Outputs
 
 V, D = 700, 8
@@ -115,3 +118,28 @@ def test_shares_of_draws_are_what_the_step_is_told():
     np.testing.assert_array_equal(known.ids, [[[4, 699, -1, -1]]])
     np.testing.assert_allclose(np.exp(known.logprobs[0, 0, :2]), [0.75, 0.25], rtol=1e-6)
     assert known.rest is None
+
+
+def test_drawn_tokens_give_the_cross_entropy_and_an_estimate_of_the_kl():
+    form = formats.choose("sampled", vocab=V, embed=D, k=50)
+    stored = form.in_epoch(answers(form), 0)
+    batch = batch_of({name: jnp.asarray(array) for name, array in stored.items()})
+    mask = np.ones((2, 5), bool)
+    mask[1, 3:] = False
+    batch = dataclasses.replace(batch, targets=jnp.zeros((2, 5), jnp.int32), mask=jnp.asarray(mask))
+    signal = teachers.cached(form)({}, None, batch)
+    student = Outputs(jnp.asarray(HIDDEN) * 0.5, jnp.asarray(HEAD))
+    objective = kd.objective(sparse="cross_entropy", vocab=V)
+    knobs = {"alpha": jnp.float32(0.25), "temperature": jnp.float32(1.0)}
+    means = objective.apply({}, student, signal, batch, knobs)
+    logq = 0.5 * LOGITS
+    logq = logq - np.log(np.exp(logq).sum(-1, keepdims=True))
+    ids, counts = formats.unpack_ids(stored["ids"]), stored["counts"] / 50
+    drawn = -(counts * np.take_along_axis(logq, ids, -1)).sum(-1)
+    entropy = stored["entropy"][..., 0].astype(np.float64)
+    assert float(means["loss/divergence"].value) == pytest.approx(drawn[mask].mean(), rel=1e-5)
+    expected = (drawn - entropy)[mask].mean()
+    assert float(means["loss/kl_t1"].value) == pytest.approx(expected, rel=1e-4)
+    ce = -logq[..., 0][mask].mean()
+    loss = 0.25 * ce + 0.75 * drawn[mask].mean()
+    assert float(means["loss"].value) == pytest.approx(loss, rel=1e-5)
