@@ -39,6 +39,7 @@ Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
 Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
+ControlTokens = Literal["refuse", "parse", "text"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
 
@@ -287,6 +288,11 @@ class Serve(Section):
     )
     length: Annotated[Size, Flag(metavar="TOKENS")] | None = Field(
         None, description="Prompt and answer together; none: at most 2048 of the model's context."
+    )
+    control_tokens: ControlTokens = Field(
+        "refuse",
+        description="What a special token's string in a plain prompt is, such as <|im_start|>: "
+        "refused, parsed to the token, or kept as text. In messages it is always text.",
     )
     dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
 

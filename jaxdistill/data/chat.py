@@ -1,7 +1,7 @@
 """Conversations to tokens: special tokens from the template, none from the data; exact masks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,15 +93,27 @@ class ChatEncoder:
             for record, item in zip(records, rendered, strict=True)
         ]
 
-    def encode_prompt(self, turns: Record) -> list[int]:
-        """A conversation that the assistant is to go on with.
+    def encode_prompt(self, turns: Record, variables: Mapping[str, Any]) -> list[int]:
+        """A conversation that the assistant is to go on with: in its last turn, or in a new one.
+
+        Args:
+          turns: the conversation.
+          variables: further variables for the template, without strings of special tokens.
 
         Raises:
           RenderError: if the template refuses it, or the tokenizer does.
         """
         messages, stash = self._shielded(turns)
-        marked = self._template.render(messages, add_generation_prompt=True)
+        goes_on, mark = turns.roles[-1] == "assistant", f"{_OPEN}{len(stash)}{_CLOSE}"
+        if goes_on:
+            messages[-1]["content"] += mark
+        marked = self._template.render(
+            messages, add_generation_prompt=not goes_on, variables=variables
+        )
         text = self._template.spans(marked)[0]
+        if goes_on and mark not in text:
+            raise RenderError("chat template: does not print the end of the assistant's last turn")
+        text = text[: text.rindex(mark)] if goes_on else text
         cuts = _cuts(text, len(stash))
         pieces = [text[start:end] for start, end in _between(cuts, len(text))]
         encoded = encode_batch(self._codec, pieces, split_special=False, offsets=self._check)

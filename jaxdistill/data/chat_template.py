@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxdistill.data import chat_render
@@ -60,17 +61,30 @@ class ChatTemplate:
         if problem:
             raise ModelError(f"chat template: {problem}")
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The conversation as one string, generation marks included.
+
+        Args:
+          messages: the conversation.
+          add_generation_prompt: whether the assistant is to begin a turn.
+          variables: what the template may use besides its own.
 
         Raises:
           RenderError: if the template refuses the messages, or prints too much or too long.
           ModelError: if it did not end for several conversations: it would not for the others.
         """
         turns = [dict(message) for message in messages]
+        if taken := sorted({*self._variables, *chat_render.GIVEN} & set(variables)):
+            raise RenderError(f"chat template: {taken[0]}: is not the client's to set")
         asked = (turns, add_generation_prompt, chat_render.MAX_RENDERED)
         try:
-            return self._call("render", self._source, self._variables, *asked)
+            return self._call("render", self._source, {**self._variables, **variables}, *asked)
         except RuntimeError as error:
             # The template is foreign text: whatever it trips over is the conversation's reason.
             raise RenderError(f"chat template: {_words(error)}") from error

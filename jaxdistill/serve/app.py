@@ -1,246 +1,222 @@
-"""The HTTP side of the server: routes, keys, and bounds on what a client may send."""
+"""The routes of the server, who may take them, and bounds on what a client may send."""
 
+import asyncio
 import contextlib
 import hmac
-import http.server
-import ipaddress
-import itertools
 import json
-import socket
 import sys
-import threading
-import time
-import urllib.parse
-from collections.abc import Generator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxdistill import strict_json
 from jaxdistill.data.records import printable
-from jaxdistill.errors import ModelError, UserError
+from jaxdistill.errors import UserError
+from jaxdistill.serve import origin
+from jaxdistill.serve.answering import Answer, EventStream, Gone, while_there
+from jaxdistill.serve.engine import Busy
+from jaxdistill.serve.protocol import BadRequest
+from jaxdistill.serve.service import Service
 
 MAX_BODY = 1_000_000  # bytes of a request
-MAX_CONNECTIONS = 64
-PATIENCE = 60  # seconds that a client may take to send a request
+_READ_ON = 4 * MAX_BODY
+_CLOSE = {"Connection": "close"}
 
 
-class BadRequest(Exception):
-    """What the client sent cannot be served."""
+def make_app(service: Service, *, key: str | None, everywhere: bool = False) -> ASGIApp:
+    """The server as an ASGI application.
 
-
-class Busy(Exception):
-    """Too much is asked at the same time."""
-
-
-@runtime_checkable
-class Answering(Protocol):
-    """What the routes lead to: `serving.Service`."""
-
-    @property
-    def name(self) -> str:
-        """What the model is called."""
-        ...
-
-    def answer(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
-        """The protocol's answer to a request of the protocol.
-
-        Raises:
-          BadRequest, UserError: with what is wrong with it.
-          Busy: where it could be served at another time.
-        """
-        ...
-
-    def stream(self, body: dict[str, Any], chat: bool) -> Generator[bytes, None, None]:
-        """The same as server-sent events; raises when called or with the first event."""
-        ...
-
-
-def is_loopback(name: Any) -> bool:
-    """Whether an address or a name means this machine, for sure."""
-    if str(name).lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(str(name)).is_loopback
-    except ValueError:
-        return False
-
-
-def make_server(
-    service: Answering, *, host: str = "127.0.0.1", port: int = 8000, key: str | None = None
-) -> http.server.ThreadingHTTPServer:
-    """The server, bound and not yet serving; `serve_forever()` and `shutdown()` are its own.
-
-    Raises:
-      ModelError: if host and port cannot be had.
+    Args:
+      service: what the routes lead to.
+      key: what clients must send as their key; None: nothing.
+      everywhere: whether other machines can reach it.
     """
-    handler = type("Handler", (_Handler,), {"service": service, "key": key})
-    try:
-        return _Server((host, port), handler)
-    except (OSError, OverflowError) as error:  # the latter for a port above 65535
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"serve: {host}:{port} cannot be had: {reason}") from error
+    routes = _Routes(service, key)
+    app = Starlette(
+        routes=[
+            Route("/health", routes.health),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: _refused},
+    )
+    app.router.redirect_slashes = False
+    # A page does not know the key, by whatever name it comes.
+    known = (lambda _: True) if key else origin.is_own if everywhere else origin.is_loopback
+    return Patient(_Guard(app, known))
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    """A thread for each of a bounded number of connections."""
+class Patient:
+    """Reads what is left of a body before it refuses: who is cut off while sending sees no answer.
 
-    daemon_threads = True
+    What is longer than some megabytes is cut off all the same.
+    """
 
-    def __init__(self, address: tuple[str, int], handler: Any):
-        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, handler)
+    def __init__(self, app: ASGIApp):
+        self._app = app
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts a thread, or closes the connection where there are enough."""
-        if not self._free.acquire(blocking=False):
-            return self.shutdown_request(request)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        more, length = True, Headers(scope=scope).get("content-length", "0")
+
+        async def receive_on() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
+
+        async def send_after(message: Message) -> None:
+            if message.get("status", 0) >= 400 and len(length) < 9 and int(length) <= _READ_ON:
+                left = _READ_ON
+                while more and left > 0:
+                    left -= len((await receive_on()).get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive_on, send_after)
+
+
+class _Guard:
+    """Looks at what every request must have, before any route does."""
+
+    def __init__(self, app: ASGIApp, host_is_known: Callable[[str], bool]):
+        self._app, self._host_is_known = app, host_is_known
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        length, coded = headers.get("content-length"), "transfer-encoding" in headers
+        if length is not None and coded:
+            refusal = error(400, "Content-Length and Transfer-Encoding: only one may be given")
+        elif scope["method"] != "POST" and (coded or length not in (None, "0")):
+            refusal = error(400, f"{scope['method']}: must not have a body")
+        elif problem := origin.problem(headers, self._host_is_known):
+            refusal = error(403, problem)
+        else:
+            return await self._app(scope, receive, send)
+        return await refusal(scope, receive, send)
+
+
+class _Routes:
+    def __init__(self, service: Service, key: str | None):
+        self._service, self._key = service, key
+
+    async def health(self, _: Request) -> Response:
+        """Whether the server is there, and can answer."""
+        if not self._service.engine.alive:
+            return error(503, "the server's engine has stopped: start it again")
+        return _json(200, {"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """The list of the one model."""
+        self._check_key(request)
+        return _json(200, {"object": "list", "data": [self._row()]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model."""
+        self._check_key(request)
+        if request.path_params["name"] != self._service.name:
+            raise HTTPException(404, f"no such model; there is {self._service.name}")
+        return _json(200, self._row())
+
+    def _row(self) -> dict[str, Any]:
+        return {
+            "id": self._service.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "jaxdistill",
+        }
+
+    async def completions(self, request: Request) -> Response:
+        """Continues texts."""
+        return await self._answer(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Goes on with a conversation."""
+        return await self._answer(request, chat=True)
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
         try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._free.release()
+            self._check_key(request)
+            data = await _body(request)
+            read = lambda: self._service.read(_object(data), chat=chat)
+            asked = await while_there(request.receive, asyncio.to_thread(read))
+            answer = Answer(self._service, asked)
+            if asked.body.stream:
+                return EventStream(answer)
+            with contextlib.closing(answer):
+                return _whole(await while_there(request.receive, answer.whole()))
+        except HTTPException:
             raise
-        return None
+        except (BadRequest, UserError) as problem:
+            return error(400 if self._service.engine.alive else 503, str(problem), close=False)
+        except Busy as problem:
+            return error(503, str(problem), close=False)
+        except (Gone, ClientDisconnect):
+            return Response(status_code=499)  # nobody reads it
+        except Exception as mistake:  # ours: the client learns that there was one
+            words = f"{type(mistake).__name__}: {printable(str(mistake))[:500]}"
+            print(f"serve: {words}", file=sys.stderr, flush=True)
+            return error(500, "the server made a mistake; its terminal says more")
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news for the terminal."""
+    def _check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            raise HTTPException(401, "the key is wrong")
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Routes of the protocol."""
+async def _body(request: Request) -> bytes:
+    if not origin.is_json(request.headers.get("content-type", "")):
+        raise HTTPException(415, "Content-Type: must be application/json")
+    too_large = HTTPException(413, f"the body: must have at most {MAX_BODY} bytes")
+    length = request.headers.get("content-length", "0")
+    if len(length) > 9 or int(length) > MAX_BODY:
+        raise too_large
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY:
+            raise too_large
+    return bytes(data)
 
-    service: Answering
-    key: str | None
-    protocol_version = "HTTP/1.1"
-    timeout = PATIENCE
 
-    def do_GET(self) -> None:
-        """Models, and whether the server is there."""
-        if not self._at_home():
-            return None
-        if self.path == "/health":
-            return self._send(200, {"status": "ok"})
-        if not self._allowed():
-            return None
-        if self.path == "/v1/models":
-            row = {"id": self.service.name, "object": "model", "owned_by": "jaxdistill"}
-            return self._send(200, {"object": "list", "data": [row]})
-        return self._error(404, f"no such path: {self.path[:80]}")
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        body = strict_json.loads(data)
+    except ValueError as problem:
+        raise BadRequest(f"the body is not JSON: {problem}") from problem
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be an object")
+    return body
 
-    def do_POST(self) -> None:
-        """Completions."""
-        chat = self.path == "/v1/chat/completions"
-        if not chat and self.path != "/v1/completions":
-            self.close_connection = True  # its body stays unread
-            return self._error(404, f"no such path: {self.path[:80]}")
-        if not self._at_home() or not self._allowed():
-            return None
-        try:
-            body = self._body()
-            if body.get("stream"):
-                return self._stream(self.service.stream(body, chat))
-            return self._send(200, self.service.answer(body, chat))
-        except (BadRequest, UserError) as error:
-            return self._error(400, str(error))
-        except Busy as error:
-            return self._error(503, str(error))
-        except Exception as error:  # a mistake of ours: the client learns that there was one
-            print(f"serve: {type(error).__name__}: {printable(str(error))[:500]}", file=sys.stderr)
-            return self._error(500, "the server made a mistake; its terminal says more")
 
-    def _at_home(self) -> bool:
-        """Without a key, a page of another site must not reach a server of this machine alone.
+def _refused(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, HTTPException)
+    words = {
+        404: f"no such path: {request.url.path[:80]}",
+        405: f"{request.url.path[:80]} does not take {request.method}",
+    }
+    generic = problem.detail in ("Not Found", "Method Not Allowed")
+    return error(problem.status_code, words[problem.status_code] if generic else problem.detail)
 
-        Whoever owns a name can let it mean 127.0.0.1, but the browser says which name it looked up.
-        """
-        if self.key is not None or not is_loopback(self.connection.getsockname()[0]):
-            return True
-        try:
-            name = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname
-        except ValueError:
-            name = None
-        if is_loopback(name):
-            return True
-        self.close_connection = True
-        self._error(403, "this server answers to localhost only")
-        return False
 
-    def _allowed(self) -> bool:
-        given = self.headers.get("Authorization", "").encode()
-        if self.key is None or hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            return True
-        self.close_connection = True
-        self._error(401, "the key is wrong")
-        return False
+def error(code: int, message: str, *, close: bool = True) -> Response:
+    """The protocol's answer to what cannot be served."""
+    kind = "invalid_request_error" if code < 500 else "server_error"
+    headers = (_CLOSE if close else {}) | ({"Retry-After": "1"} if code == 503 else {})
+    told = {"message": message, "type": kind, "param": None, "code": code}
+    return _json(code, {"error": told}, headers)
 
-    def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        # A page in a browser can send plain forms anywhere, but not JSON to a stranger.
-        if "json" not in self.headers.get("Content-Type", ""):
-            self.close_connection = True
-            raise BadRequest("Content-Type: must be application/json")
-        if not length.isdecimal() or len(length) > 9 or int(length) > MAX_BODY:
-            self.close_connection = True
-            raise BadRequest(f"the body must have a length of at most {MAX_BODY} bytes")
-        try:
-            body = strict_json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from error
-        if not isinstance(body, dict):
-            raise BadRequest("the body must be an object")
-        return body
 
-    def _stream(self, events: Generator[bytes, None, None]) -> None:
-        """Sends events as they come; the end of the connection is the end of the answer."""
-        first = next(events)  # what is wrong is told before the stream begins
-        self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        with contextlib.closing(events):
-            try:
-                for event in itertools.chain([first], events):
-                    self.wfile.write(event)
-            except OSError:  # the client has gone: closing the events ends the work for it
-                return
-            except ModelError as error:  # the engine has stopped
-                told = {"error": {"message": str(error), "type": "server_error"}}
-                self.wfile.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+def _json(code: int, value: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(value).encode(), code, headers, "application/json")
 
-    def _error(self, code: int, message: str) -> None:
-        kind = "invalid_request_error" if code < 500 else "server_error"
-        self._send(code, {"error": {"message": message, "type": kind, "code": code}})
-        if self.close_connection:
-            self._linger()
 
-    def _linger(self) -> None:
-        """Reads on within bounds: who is cut off while it sends may never see the answer."""
-        left, until = 4 * MAX_BODY, time.monotonic() + 2
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)
-            while left > 0 and time.monotonic() < until:
-                found = self.rfile.read1(min(left, 2**16))
-                if not found:
-                    return
-                left -= len(found)
-
-    def _send(self, code: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: the terminal belongs to the command."""
+def _whole(data: bytes) -> Response:
+    return Response(data, 200, None, "application/json")
