@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import python_docs
+from jaxdistill.data import parquet, python_docs
 from jaxdistill.data.records import (
     KINDS,
     MAX_RECORD_BYTES,
@@ -32,7 +32,6 @@ PYTHON_DOCS = "python:docs"
 # A long text is tokenised in pieces of about this size, so that memory does not grow with the file.
 PIECE_BYTES = 250_000
 _BOM = b"\xef\xbb\xbf"
-_NOT_UTF8 = object()
 
 Stream = Iterator[Record | Rejected]
 
@@ -104,7 +103,7 @@ def _open(path: str | Path, name: str, format: str) -> Source:
             raise DataError(
                 f"{name}: format {format!r} is for text files: use auto, {', '.join(KINDS)}"
             )
-        objects = _jsonl_objects if ending in JSON_ENDINGS else _parquet_objects
+        objects = _jsonl_objects if ending in JSON_ENDINGS else parquet.objects
         return Source(
             name, format, lambda: _typed(objects(path, format), format, name), lambda: _digest(path)
         )
@@ -270,54 +269,6 @@ def _piece(chunk: tuple[int, int, bytes], opens: bool, closes: bool) -> Record |
     if opens and closes and not text.strip():
         return Rejected(line, "empty: no text")
     return Record("text", (text,), line, opens=opens, closes=closes)
-
-
-def _parquet_objects(path: Path, format: str) -> Iterator[tuple[int, Any] | Rejected]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'jaxdistill[parquet]'"
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        wanted = {field for fields in KINDS.values() for field in fields} | {"tools"}
-        columns = [column for column in file.schema_arrow.names if column in wanted]
-        kinds = [format] if format != "auto" else kinds_of(dict.fromkeys(columns))
-        if not kinds or not all(field in columns for field in KINDS[kinds[0]]):
-            found = ", ".join(file.schema_arrow.names[:8])
-            need = format if format != "auto" else "text, messages, or prompt and completion"
-            raise DataError(f"{path}: has no columns for {need}: found {found}")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in _rows(batch):
-                number += 1
-                bad = row is _NOT_UTF8
-                yield Rejected(number, "invalid UTF-8") if bad else (number, _without_nulls(row))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
-
-
-def _rows(batch: Any) -> Iterator[Any]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        # One bad string spoils the whole conversion: take the rows one by one.
-        for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield _NOT_UTF8
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drops the nulls with which Parquet fills the fields that a struct does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _digest(path: Path) -> str:
