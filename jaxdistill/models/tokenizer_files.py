@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxdistill.errors import ModelError
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
+from jaxdistill.models import tokenizer_bounds
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -24,6 +25,9 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     check_folder(folder)
     settings = tokenizer_settings(folder)
     _check_class(folder, settings)
+    if (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        tokenizer_bounds.check(path, read_json(path))
     from transformers import AutoTokenizer
 
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,10 @@ class Store:
             return {}
         try:
             recorded = json.loads(note.read_text(encoding="utf-8"))
-            return {str(name): float(value) for name, value in recorded.items()}
+            spent = {str(name): float(value) for name, value in recorded.items()}
+            if wrong := [name for name, value in spent.items() if not 0 <= value < math.inf]:
+                raise ValueError(f"{wrong[0][:40]}: {spent[wrong[0]]} is no amount")
+            return spent
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{note}: is damaged, and says what was spent on the samples: mend or remove it "
