@@ -15,6 +15,7 @@ from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write_records
 from jaxdistill.reasoning.tasks import Item, Task
+from jaxdistill.redact import redacted
 
 _REASONS = 5  # in a message: a reason that names a length may differ for every question
 
@@ -257,5 +258,6 @@ def finish(
         "spent": dict(spent),
         "files": files,
     }
-    whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(redacted(summary), indent=2) + "\n"
+    whole_file.write_text(store.folder / "summary.json", text)
     return summary

@@ -1,6 +1,7 @@
 """Samples on disk, one line each, added as they come; a killed run resumes where it was."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -13,6 +14,7 @@ from jaxdistill import whole_file
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.rationales import Sample
+from jaxdistill.redact import redacted
 
 _FIELDS = set(Sample.__dataclass_fields__)
 
@@ -43,7 +45,7 @@ class Store:
             self._file = self.path.open("a", encoding="utf-8")
             try:
                 self._hold()
-                self._check(dict(asked))
+                self._check(redacted(dict(asked)))
                 self._read()
                 self._before = self._spent_before()
             except BaseException:
@@ -96,10 +98,12 @@ class Store:
             self.samples.setdefault((sample.id, sample.sample), sample)
 
     def add(self, sample: Sample) -> bool:
-        """Keeps a sample; False where it is there already."""
+        """Keeps a sample, without what looks like a key; False where it is there already."""
         key = (sample.id, sample.sample)
         if key in self.samples:
             return False
+        texts = {name: redacted(value) for name, value in sample.json().items() if name != "id"}
+        sample = dataclasses.replace(sample, **texts)
         with _writing(self.path):
             self._file.write(json.dumps(sample.json(), ensure_ascii=False) + "\n")
             self._file.flush()
