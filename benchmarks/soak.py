@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_faults, soak_input, soak_numbers
+from benchmarks import duel, soak_faults, soak_input, soak_numbers, soak_serve
 
 Report = Callable[[dict[str, Any]], Any]
 # (folder of its own, scale of the counts, seed, called with the counts so far)
@@ -39,6 +39,9 @@ PARTS: dict[str, Part] = {
     "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),
     "input": lambda _, scale, seed, __: soak_input.run(
         *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
+    ),
+    "serve": lambda _, scale, seed, __: soak_serve.run(
+        max(10, round(soak_serve.SECONDS * scale)), seed=seed
     ),
     # The larger one is SmolLM2-135M in float32 with AdamW's two moments.
     "digests": lambda folder, scale, *_: {

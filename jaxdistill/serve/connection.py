@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jaxdistill.serve.app import Patient, error
@@ -34,7 +35,7 @@ class Connection(H11Protocol):
         elif len(self.connections) > _MOST:
             self.transport.abort()
         else:
-            self.app = _crowded
+            self.app = _Crowded(self.app)
 
     @property
     def is_late(self) -> bool:
@@ -102,4 +103,13 @@ class Connection(H11Protocol):
         self.loop.call_later(1.0, self.transport.abort)
 
 
-_crowded = Patient(error(503, "too many connections: try again later"))
+class _Crowded:
+    """Tells all but those who ask about the server's health to come again."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+        self._busy = Patient(error(503, "too many connections: try again later"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app if scope["path"] == "/health" else self._busy
+        await app(scope, receive, send)
