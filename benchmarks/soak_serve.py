@@ -32,7 +32,7 @@ def run(seconds: int, clients: int = CLIENTS, seed: int = 0) -> dict[str, Any]:
 
     Raises:
       AssertionError: for any fault, memory that grew by 50 MB, or work that is left. How long
-        /health took says as much about the neighbours as about the server: their load stands beside.
+        /health took says as much about the machine's other work, whose load stands beside it.
     """
     made = service.Service(_model(), slots=8, length=128)
     taken = listening.bind("127.0.0.1", 0)

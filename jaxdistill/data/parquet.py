@@ -136,7 +136,7 @@ def _sizes(array: Any) -> np.ndarray:
         return np.diff(until) + _OBJECT
     plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if any(is_one(kind) for is_one in plain):
-        length = pyarrow.compute.binary_length(array).fill_null(0)
+        length = pyarrow.compute.call_function("binary_length", [array]).fill_null(0)
         return length.to_numpy(zero_copy_only=False).astype(np.int64) + _OBJECT
     return np.full(len(array), _OBJECT, np.int64)
 

@@ -106,8 +106,8 @@ class Connection(H11Protocol):
 class _Crowded:
     """Tells all but those who ask about the server's health to come again."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: Any):
+        self._app: ASGIApp = app
         self._busy = Patient(error(503, "too many connections: try again later"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
