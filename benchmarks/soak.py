@@ -21,6 +21,7 @@ from benchmarks import (
     soak_faults,
     soak_input,
     soak_numbers,
+    soak_serve,
     soak_small_files,
     soak_trust,
 )
@@ -64,6 +65,9 @@ PARTS: dict[str, Part] = {
     "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),
     "input": lambda _, scale, seed, __: soak_input.run(
         *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
+    ),
+    "serve": lambda _, scale, seed, __: soak_serve.run(
+        max(10, round(soak_serve.SECONDS * scale)), seed=seed
     ),
     # The larger one is SmolLM2-135M in float32 with AdamW's two moments.
     "digests": lambda folder, scale, *_: {

@@ -42,6 +42,7 @@ Format = Literal[
     "paragraphs",
 ]  # fmt: skip
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
+SpecialTokens = Literal["refuse", "parse", "text"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
 
@@ -294,12 +295,12 @@ class Serve(Section):
     length: Annotated[Size, Flag(metavar="TOKENS")] | None = Field(
         None, description="Prompt and answer together; none: at most 2048 of the model's context."
     )
-    dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
-    special_tokens: Literal["text", "parse"] = Field(
-        "text",
-        description="Special tokens written in the prompt of /v1/completions: text, or (parse) "
-        "special tokens, for clients that render the chat template themselves.",
+    special_tokens: SpecialTokens = Field(
+        "refuse",
+        description="What a special token's string in a plain prompt is, such as <|im_start|>: "
+        "refused, parsed to the token, or kept as text. In messages it is always text.",
     )
+    dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
 
 
 class TeacherCache(Section):

@@ -57,10 +57,10 @@ def serve(arguments: argparse.Namespace) -> None:
             f"serve: --key-env {arguments.key_env}: the variable is not set: export it, or leave "
             "the option out to serve without a key"
         )
-    from jaxdistill.serve import serving
+    from jaxdistill import serve as server
 
     learn(key or "")
-    serving.serve(arguments.model, options, key=key)
+    server.serve(arguments.model, options, key=key)
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> None:

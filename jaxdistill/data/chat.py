@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxdistill.data.encode import (
 )
 from jaxdistill.data.learned import Learned
 from jaxdistill.data.records import Record
-from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer
+from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
 from jaxdistill.data.spans import last_control
 
 Span = tuple[int, int]
@@ -110,14 +111,27 @@ class ChatEncoder:
             item if isinstance(item, str) else self._assemble(item, encoded) for item in rendered
         ]
 
-    def encode_prompt(self, turns: Record) -> list[int]:
-        """A conversation that the assistant is to go on with.
+    def encode_prompt(
+        self, turns: Record, variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[int]:
+        """A conversation that the assistant is to go on with: in its last turn, or in a new one.
+
+        Args:
+          turns: the conversation.
+          variables: further variables for the template, without strings of special tokens.
 
         Raises:
           RenderError: if the template refuses it, or the tokenizer does.
         """
-        shielded, marked = self._renderer.first(turns, add_generation_prompt=True)
+        goes_on = turns.roles[-1] == "assistant"
+        shielded, marked = self._renderer.first(
+            turns, add_generation_prompt=not goes_on, variables=variables, mark_end=goes_on
+        )
         text, stash = self._renderer.template.spans(marked)[0], shielded.stash
+        end = mark(len(stash))
+        if goes_on and end not in text:
+            raise RenderError("chat template: does not print the end of the assistant's last turn")
+        text = text[: text.rindex(end)] if goes_on else text
         cuts = _cuts(text, len(stash))
         pieces = [text[start:end] for start, end in _between(cuts, len(text))]
         encoded = encode_batch(self._codec, pieces, split_special=False, offsets=self._check)

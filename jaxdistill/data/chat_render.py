@@ -14,6 +14,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+# What `render` gives a template itself.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 MAX_RENDERED = 40_000_000  # characters
 MAX_LITERAL = 200  # characters of a string in a template that is looked for in texts
 # What a template that prints today's date prints: the same data must give the same tokens tomorrow.

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import numpy as np
 from jaxdistill.data.records import Record
 from jaxdistill.errors import ModelError
 from jaxdistill.models.vocabulary import made_steady
+
+MAX_GROWTH = 4  # characters that a normaliser may make of one, on an average of the text
+_SLICE = 1000  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,9 +58,33 @@ class Codec:
         return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
 
     @functools.cached_property
+    def growing(self) -> Any:
+        """The normaliser, if it may make several characters of one; None for most."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return None
+        state = json.loads(normalizer.__getstate__())
+        parts = state["normalizers"] if state["type"] == "Sequence" else [state]
+        return None if all(map(_keeps_size, parts)) else normalizer
+
+    @functools.cached_property
     def newline(self) -> list[int]:
         """The ids of one line end."""
         return self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+
+def _keeps_size(part: Mapping[str, Any]) -> bool:
+    """Whether a normaliser leaves a text about as long as it was."""
+    if part["type"] == "Replace":
+        return len(part["content"]) <= 1 and "String" in part["pattern"]
+    return part["type"] in (
+        "Lowercase",
+        "Strip",
+        "StripAccents",
+        "NFC",
+        "Prepend",
+        "BertNormalizer",
+    )
 
 
 def prepare(tokenizer: Any) -> Codec:
@@ -83,7 +110,8 @@ def prepare(tokenizer: Any) -> Codec:
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     unknown = tokenizer.unk_token_id
-    inert = np.zeros(max([len(tokenizer), *(index + 1 for index in special.values())]), bool)
+    last = max([*tokenizer.get_vocab().values(), *special.values()], default=0)
+    inert = np.zeros(last + 1, bool)
     inert[list(special.values())] = True
     # An unknown character honestly becomes the unknown token, unless that token also ends texts.
     if unknown is not None and unknown not in (end, tokenizer.bos_token_id):
@@ -132,6 +160,13 @@ def encode_batch(
     """
     if not texts:
         return []
+    if any(_grows(codec, text) for text in texts):
+        return [
+            f"the tokenizer makes more than {MAX_GROWTH} times as many characters of the text"
+            if _grows(codec, text)
+            else encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
+            for text in texts
+        ]
     try:
         # verbose=False: longer than the model's window is normal here, rows are cut later.
         result = codec.tokenizer(
@@ -156,6 +191,22 @@ def encode_batch(
     if offsets:
         return list(zip(result["input_ids"], result["offset_mapping"], strict=True))
     return result["input_ids"]
+
+
+def _grows(codec: Codec, text: str) -> bool:
+    """Whether the normaliser makes much more of a text: a rule for one letter is one for all.
+
+    Most cannot, or not much. What is looked at costs a second normalisation, piece by piece.
+    """
+    normalizer = codec.growing
+    if normalizer is None or len(text) < _SLICE:
+        return False
+    room = MAX_GROWTH * len(text)
+    for start in range(0, len(text), _SLICE):
+        room -= len(normalizer.normalize_str(text[start : start + _SLICE]))
+        if room < 0:
+            return True
+    return False
 
 
 def encode_text(codec: Codec, texts: Sequence[str], parse: bool = False) -> list[list[int] | str]:

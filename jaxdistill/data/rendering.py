@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxdistill.data.chat_template import ChatTemplate, RenderError
@@ -61,6 +62,11 @@ def user_turn(tokenizer: Any) -> str:
     return before
 
 
+def mark(number: int) -> str:
+    """The sentinel of this number."""
+    return f"{OPEN}{number}{CLOSE}"
+
+
 @dataclasses.dataclass
 class Shielded:
     """A conversation with sentinels in place of the strings of special tokens.
@@ -107,6 +113,7 @@ class ChatRenderer:
             )
         variables = {**codec.tokenizer.special_tokens_map, **template_kwargs}
         self.template = ChatTemplate(source, variables)
+        self._reserved = frozenset(variables)
         for name in template_kwargs:
             if name in RESERVED or not self.template.mentions(name):
                 raise ConfigError(
@@ -116,12 +123,32 @@ class ChatRenderer:
         self._shield = re.compile(f"{codec.control_pattern.pattern}|[{_PRIVATE}]")
         self.unprinted: set[str] = set()
 
-    def first(self, record: Record, add_generation_prompt: bool = False) -> tuple[Shielded, str]:
+    def first(
+        self,
+        record: Record,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+        mark_end: bool = False,
+    ) -> tuple[Shielded, str]:
         """What the template gets, and what it makes of it, generation marks included.
 
         Templates want tool calls in several spellings: the first that is not refused is used.
+
+        Args:
+          record: the conversation.
+          add_generation_prompt: whether the assistant is to begin a turn.
+          variables: of a stranger, for the template besides its own.
+          mark_end: put `mark(len(stash))` behind the last message.
+
+        Raises:
+          RenderError: if the template refuses it, or a variable is not the stranger's to set.
         """
+        if taken := sorted({*self._reserved, *RESERVED} & set(variables)):
+            raise RenderError(f"chat template: {taken[0]}: is not the client's to set")
         shielded = self._shielded(record)
+        shielded.variables.update(variables)
+        if mark_end:
+            shielded.messages[-1]["content"] += mark(len(shielded.stash))
         for name in record.conversation.variables if record.conversation else ():
             if not self.template.mentions(name):
                 raise RenderError(
@@ -155,7 +182,7 @@ class ChatRenderer:
         def hide(match: re.Match[str]) -> str:
             stash.append(match[0])
             owners.append(owner)
-            return f"{OPEN}{len(stash) - 1}{CLOSE}"
+            return mark(len(stash) - 1)
 
         def hidden(value: Any) -> Any:
             if isinstance(value, str):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import files, paths, python_docs, tables
+from jaxdistill.data import files, parquet, paths, python_docs, tables
 from jaxdistill.data.files import decode, lines, too_large
 from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, ending_of
 from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
@@ -139,7 +139,8 @@ def _file(path: Path, name: str, format: str) -> Source:
 
     def objects() -> Iterable[tuple[int, Any] | Rejected]:
         if ending == ".parquet":
-            return tables.parquet_objects(path, format, unread)
+            columns = lambda names: tables.columns(names, format, name, unread)
+            return parquet.objects(path, columns)
         if ending in TABLE_ENDINGS:
             return files.csv_objects(path)
         return files.json_objects(path) if ending == ".json" else files.jsonl_objects(path)

@@ -1,4 +1,4 @@
-"""Records out of tables: Parquet files, and data sets of the library `datasets`."""
+"""Columns of tables that are records, and data sets of the library `datasets`."""
 
 import functools
 import hashlib
@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from jaxdistill.data import parquet
 from jaxdistill.data.records import KINDS, READ, Rejected, kinds_of
 from jaxdistill.errors import DataError
 
-_NOT_UTF8 = object()
 _BATCH = 1024
 _OPTIONS = ("split", "config", "revision")
 
 Objects = Iterator[tuple[int, Any] | Rejected]
 
 
-def _columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> list[str]:
+def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> list[str]:
     """The columns that are read.
 
     Raises:
@@ -34,55 +34,13 @@ def _columns(names: Iterable[str], format: str, where: str, unread: set[str]) ->
     return [name for name in names if name in wanted]
 
 
-def parquet_objects(path: Path, format: str, unread: set[str]) -> Objects:
-    """The rows of a Parquet file, numbered from 1.
-
-    Raises:
-      DataError: if pyarrow is missing, or the file or its columns cannot be used.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'jaxdistill[parquet]'"
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = _columns(file.schema_arrow.names, format, str(path), unread)
-        yield from _numbered(file.iter_batches(batch_size=_BATCH, columns=columns))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
-
-
 def _numbered(batches: Iterable[Any]) -> Objects:
     number = 0
     for batch in batches:
-        for row in _rows(batch):
+        for row in parquet.rows(batch):
             number += 1
-            bad = row is _NOT_UTF8
-            yield Rejected(number, "invalid UTF-8") if bad else (number, _without_nulls(row))
-
-
-def _rows(batch: Any) -> Iterator[Any]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        # One bad string spoils the whole conversion: take the rows one by one.
-        for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield _NOT_UTF8
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drops the nulls with which a table fills the fields that a struct does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+            bad = isinstance(row, str)
+            yield Rejected(number, row) if bad else (number, parquet.without_nulls(row))
 
 
 class HubDataset:
@@ -136,10 +94,10 @@ class HubDataset:
         """Its rows, numbered from 1.
 
         Raises:
-          DataError: as `_columns`.
+          DataError: as `columns`.
         """
-        columns = _columns(self._dataset.column_names, format, self.name, unread)
-        chosen = self._dataset.select_columns(columns).with_format("arrow")
+        wanted = columns(self._dataset.column_names, format, self.name, unread)
+        chosen = self._dataset.select_columns(wanted).with_format("arrow")
         yield from _numbered(chosen.iter(_BATCH))
 
     def digest(self) -> str:

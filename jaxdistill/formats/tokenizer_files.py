@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import sums
+from jaxdistill.formats import sums, tokenizer_bounds
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
 from jaxdistill.models.vocabulary import made_steady
 
@@ -27,6 +27,9 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     sums.check(folder, weights=False)
     settings = tokenizer_settings(folder)
     _check_class(folder, settings)
+    if (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        tokenizer_bounds.check(path, read_json(path))
     from transformers import AutoTokenizer
 
     try:

@@ -219,7 +219,6 @@ class Local:
             raise ModelError(f"{model.source}: has no chat template: leave chat out")
         self._tokenizer, self._prompter = model.tokenizer, Prompter(model.tokenizer)
         self._chat = chat
-        self._rendered = Prompter(model.tokenizer, "parse")
         self._generator = Generator(
             model.config, model.params, slots=slots, length=length, cache_dtype=cache_dtype
         )
@@ -257,7 +256,7 @@ class Local:
 
     def _tokens(self, job: Job) -> list[int]:
         if job.raw:
-            return self._rendered.text(job.prompt)
+            return self._prompter.text(job.prompt, "parse")
         if not self._chat:
             return self._prompter.text(job.prompt)
         return self._prompter.turns([{"role": "user", "content": job.prompt}])

@@ -15,6 +15,7 @@ from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store, write_records, writing
 from jaxdistill.reasoning.tasks import Item, Task
 from jaxdistill.safe import whole_file
+from jaxdistill.safe.redact import redacted
 
 _REASONS = 5  # in a message: a reason that names a length may differ for every question
 
@@ -257,6 +258,7 @@ def finish(
         "spent": dict(spent),
         "files": files,
     }
+    text = json.dumps(redacted(summary), indent=2) + "\n"
     with writing(store.folder):
-        whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        whole_file.write_text(store.folder / "summary.json", text)
     return summary

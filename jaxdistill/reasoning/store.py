@@ -1,8 +1,10 @@
 """Samples on disk, one line each, added as they come; a killed run resumes where it was."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from jaxdistill.errors import ConfigError, DamagedError, StorageError
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.safe import json_file, whole_file
+from jaxdistill.safe.redact import redacted
 
 _FIELDS = set(Sample.__dataclass_fields__)
 _NONE = type(None)
@@ -48,7 +51,7 @@ class Store:
             self._file = self.path.open("ab", buffering=0)  # what fails once fails no second time
             try:
                 self._hold()
-                self._check(dict(asked))
+                self._check(redacted(dict(asked)))
                 self._read()
                 self._before = self._spent_before()
             except BaseException:
@@ -107,10 +110,12 @@ class Store:
             self.samples.setdefault((sample.id, sample.sample), sample)
 
     def add(self, sample: Sample) -> bool:
-        """Keeps a sample; False where it is there already."""
+        """Keeps a sample, without what looks like a key; False where it is there already."""
         key = (sample.id, sample.sample)
         if key in self.samples:
             return False
+        texts = {name: redacted(value) for name, value in sample.json().items() if name != "id"}
+        sample = dataclasses.replace(sample, **texts)
         with writing(self.path):
             self._append((json.dumps(sample.json(), ensure_ascii=False) + "\n").encode())
         self.samples[key] = sample
@@ -138,8 +143,9 @@ class Store:
         try:
             recorded = json_file.read(note, missing={})
             json_file.check(recorded, dict.fromkeys(recorded, (int, float)))
-            if any(value < 0 for value in recorded.values()):
-                raise ValueError("it holds a number below 0")
+            wrong = [name for name, value in recorded.items() if not 0 <= value < math.inf]
+            if wrong:
+                raise ValueError(f"{wrong[0][:40]}: {recorded[wrong[0]]} is no amount")
         except ValueError as error:
             raise ConfigError(
                 f"{note}: {error}: it says what was spent on the samples: mend or remove it"

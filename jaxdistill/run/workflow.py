@@ -33,6 +33,7 @@ from jaxdistill.report import json_lines
 from jaxdistill.run import session
 from jaxdistill.run.export import export, quantize
 from jaxdistill.safe import json_file, lock, whole_file
+from jaxdistill.safe.redact import redacted
 
 HASHED_BYTES = 1 << 28
 
@@ -196,7 +197,7 @@ class Runner:
         self.state["steps"][name] = dict(entry)
         self.state["order"] = [step.name for step in self.workflow.steps]
         try:
-            text = json.dumps(json_lines.safe(self.state), indent=1) + "\n"
+            text = json.dumps(redacted(json_lines.safe(self.state)), indent=1) + "\n"
             whole_file.write_text(self.folder / STATE, text)
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be written: {error}") from error

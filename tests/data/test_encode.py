@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.data.encode import (
@@ -137,6 +137,21 @@ def test_one_refused_text_does_not_take_the_others_along():
     good, bad, fine = encode_text(prepare(tokenizer), ["a", "b", "a"])
     assert (good, fine) == ([0], [0])
     assert "the tokenizer refuses the text" in bad
+
+
+def test_a_text_that_a_normaliser_blows_up_is_refused_and_others_stay():
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "x": 1, "b": 2}, merges=[]))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("a", "x" * 16)]
+    )
+    codec = prepare(PreTrainedTokenizerFast(tokenizer_object=backend))
+    much, fair, short = "b" * 5000 + "a" * 5000, "b" * 9000 + "a" * 1000, "a" * 60
+    first, second, third = encode_text(codec, [much, fair, short])
+    assert first == "the tokenizer makes more than 4 times as many characters of the text"
+    assert (len(second), len(third)) == (9000 + 16_000, 960)
+    assert (
+        prepare(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))).growing is None
+    )
 
 
 def test_the_fingerprint_follows_behaviour_not_use(byte_tokenizer, bpe_tokenizer):

@@ -3,10 +3,11 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pytest
 
-from jaxdistill.data import files
+from jaxdistill.data import files, parquet
 from jaxdistill.data.records import Record, Rejected
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -166,6 +167,41 @@ def test_parquet_rows_are_records(tmp_path):
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         list(open_source(path))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_small_parquet_file_stays_small(tmp_path, nested):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64), ["ab " * 333_333])
+    if nested:
+        roles = pyarrow.array(["user", "assistant"] * 32)
+        turns = pyarrow.StructArray.from_arrays([roles, long], ["role", "content"])
+        offsets = [*range(0, 41, 2), 64, None, 64]  # rows of 2 MB, one of 24 MB, one that is null
+        table = {"messages": pyarrow.ListArray.from_arrays(offsets, turns)}
+    else:
+        table = {"text": long}
+    path = tmp_path / "a.parquet"
+    write(pyarrow.table(table), path, compression="zstd")
+    assert path.stat().st_size < 3000
+    tracemalloc.start()
+    count = sum(isinstance(item, Record) for item in open_source(path))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == (20 if nested else 64) and most < 50_000_000
+    if nested:
+        assert rejected(open_source(path))[0] == (21, "too large: more than 10 MB in one row")
+
+
+def test_a_parquet_file_that_claims_too_much_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    write(pyarrow.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
+    for name in ("MAX_VALUES", "MAX_DECODED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(parquet, name, 50)
+            with pytest.raises(DataError, match="row group 0 claims 100 values"):
+                list(open_source(tmp_path / "a.parquet"))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):

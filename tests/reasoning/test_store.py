@@ -1,5 +1,6 @@
 """Samples on disk: a torn line is dropped, what was added stays, nothing is doubled."""
 
+import dataclasses
 import json
 
 import pytest
@@ -28,6 +29,17 @@ def test_a_store_goes_on_where_it_was(tmp_path):
         store.add(_sample("q", 2))
     lines = (tmp_path / "a" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0, 1, 3, 2]
+
+
+def test_what_is_kept_is_searched_for_keys(tmp_path):
+    key = "github_pat_" + "0123456789abcdefghij"
+    sample = dataclasses.replace(_sample("q", 0), completion=f"use {key}", rationale=f"{key}.")
+    with Store(tmp_path, {"model": f"x at http://me:{key}@host"}) as store:
+        store.add(sample)
+        assert store.samples["q", 0].completion == "use [redacted]"
+    assert store.samples["q", 0].tokens == 2
+    assert key not in "".join(path.read_text() for path in tmp_path.iterdir())
+    Store(tmp_path, {"model": f"x at http://me:{key}@host"}).close()  # the same configuration
 
 
 def test_another_configuration_or_damage_is_refused(tmp_path):
