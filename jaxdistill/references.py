@@ -57,6 +57,9 @@ def as_run(source: str) -> RunReference | None:
         if which not in ("best", "latest") and not which.isdecimal():
             raise ConfigError(f"{source}: after @ stands best, latest or a step number")
         return RunReference(pathlib.Path(folder), which)
+    known = which in ("best", "latest") or which.isdecimal()
+    if at and known and not pathlib.Path(source).exists() and not folder.startswith("hf:"):
+        raise ConfigError(f"{folder}: holds no run (no RUN.json): give a run folder")
     if (pathlib.Path(source) / "RUN.json").is_file():
         return RunReference(pathlib.Path(source), "latest")
     return None

@@ -230,7 +230,8 @@ def test_importance_and_data_are_no_pickles(tmp_path, canary):
         importance.load(path)
     for name in store.ARRAYS:
         np.save(tmp_path / f"{name}.npy", np.array([hostile.Canary(canary)]), allow_pickle=True)
-    with pytest.raises(ValueError, match="Python objects"):
+    store.seal(tmp_path, {})
+    with pytest.raises(UserError, match="holds object"):
         store.read_arrays(tmp_path)
 
 

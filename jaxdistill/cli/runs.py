@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import signal
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from jaxdistill import commands
 from jaxdistill.cli import reason
 from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
-from jaxdistill.errors import ConfigError, FitError, ModelError
+from jaxdistill.errors import ConfigError, FitError, ModelError, Preempted
 from jaxdistill.train import stopping
 
 
@@ -35,7 +36,7 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0 if found["fits"] else FitError.exit_code
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     """Checks a configuration and runs it."""
     from jaxdistill import config
     from jaxdistill.config import preflight
@@ -46,13 +47,21 @@ def train(arguments: argparse.Namespace) -> None:
     if errors:
         raise preflight.combine(errors)
     # From before the imports, which take seconds: a signal means the same at any moment.
-    with stopping.listening(), stdout_is_json(arguments.json):
-        from jaxdistill import api
+    stop = stopping.Stop()
+    try:
+        with stopping.listening() as stop, stdout_is_json(arguments.json):
+            from jaxdistill import api
 
-        result = api.train(
-            loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
-        )
+            result = api.train(
+                loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
+            )
+    except Preempted:
+        if stop.asked is None or (pathlib.Path(loaded.run.dir) / "RUN.json").exists():
+            raise
+        print(f"stopped: {stop.asked}: before the run began: start it again", file=sys.stderr)
+        return 128 + signal.Signals[stop.asked]
     _print_run(result, arguments.json)
+    return 0
 
 
 def resume(arguments: argparse.Namespace) -> None:

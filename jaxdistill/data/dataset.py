@@ -1,7 +1,8 @@
-"""A built data set: rows of packed tokens, assembled on demand from memory-mapped arrays."""
+"""A built data set: rows of packed tokens, assembled on demand from arrays on disk."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Dataset:
     notices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.num_rows

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdistill.data.records import Record
 from jaxdistill.errors import ModelError
+from jaxdistill.models.vocabulary import made_steady
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ def prepare(tokenizer: Any) -> Codec:
             f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer, which the data needs "
             "to map tokens to text: the model folder must hold a tokenizer.json"
         )
+    made_steady(tokenizer)
     special = {
         token.content: index
         for index, token in tokenizer.added_tokens_decoder.items()

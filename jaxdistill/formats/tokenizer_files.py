@@ -10,6 +10,7 @@ from typing import Any
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import sums
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
+from jaxdistill.models.vocabulary import made_steady
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -43,7 +44,7 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
             f"{str(error)[:300]}); a tokenizer.json is the safest form (custom code is never run)"
         ) from error
     tokenizer.name_or_path = str(folder)
-    return tokenizer
+    return made_steady(tokenizer)
 
 
 def _check_class(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:

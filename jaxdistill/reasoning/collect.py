@@ -12,7 +12,7 @@ from jaxdistill.reasoning import asking, auto_cot, extract, prompts, rationales
 from jaxdistill.reasoning.asking import Job, Reply, Respondent, SamplingParams
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store, write_records
+from jaxdistill.reasoning.store import Store, write_records, writing
 from jaxdistill.reasoning.tasks import Item, Task
 from jaxdistill.safe import whole_file
 
@@ -257,5 +257,6 @@ def finish(
         "spent": dict(spent),
         "files": files,
     }
-    whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    with writing(store.folder):
+        whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -13,7 +13,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from jaxdistill.errors import DataError, StorageError
+from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.report import json_lines
 from jaxdistill.report.board import Board
 from jaxdistill.safe.redact import redacted
@@ -213,11 +213,12 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
       is left out; no file yet gives an empty list.
 
     Raises:
-      DataError: there is no such folder, or a line other than the last is not a record.
+      ConfigError: there is no such folder.
+      DataError: a line other than the last is not a record.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+        raise ConfigError(f"{folder}: no such run directory; `jaxdistill train` makes one")
     records, damaged = json_lines.scan(folder / "metrics.jsonl")
     if damaged:
         raise DataError(

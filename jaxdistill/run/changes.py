@@ -137,7 +137,8 @@ def kept(run: RunDir) -> dict[str, str] | None:
             raise DamagedError(f"{place}: is missing; {remedy}")
         return None
     facts = content["facts"]
-    if content["crc32"] != _crc(facts) or not all(isinstance(x, str) for x in facts.values()):
+    texts = all(isinstance(value, str) for value in facts.values())
+    if not texts or content["crc32"] != _crc(facts):
         raise DamagedError(f"{place}: is damaged: it has another checksum; {remedy}")
     return facts
 

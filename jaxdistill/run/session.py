@@ -358,15 +358,21 @@ def _report(folder: pathlib.Path) -> None:
     try:
         page = report.build([folder], folder / "report.html")
     except UserError as error:
-        print(f"no report.html: {error}", file=sys.stderr)
+        _say(f"no report.html: {error}", sys.stderr)
     else:
-        print(f"report: {page}")
+        _say(f"report: {page}", sys.stdout)
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows))
-    print(report.recovered(rows))
+    _say(report.comparison_table(rows), sys.stdout)
+    _say(report.recovered(rows), sys.stdout)
+
+
+def _say(text: str, stream: Any) -> None:
+    """Prints; that nobody can read it (`| head`, a full disk, a lost terminal) fails no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 def _fingerprints(

@@ -18,21 +18,24 @@ _WAITS = (1.0, 5.0)  # seconds before a read that failed is tried again
 _PIECE = 1 << 20  # bytes read at a time, small enough to be summed in a core's cache
 
 
-def seal(folder: pathlib.Path, facts: Mapping[str, Any], name: str = NAME) -> None:
+def seal(
+    folder: pathlib.Path, facts: Mapping[str, Any], name: str = NAME, block: int = BLOCK
+) -> None:
     """Writes the manifest of a finished folder, and forces all of it to the disk.
 
     Args:
       folder: nothing in it may change from now on.
       facts: anything JSON can hold.
       name: of the manifest's file.
+      block: bytes that have a checksum of their own.
     """
     manifest = name
     sizes = _sizes(folder, manifest)
     files = {name: {"bytes": size, "crc32": []} for name, size in sizes.items()}
-    blocks = _blocks(files, BLOCK)
-    for (name, _), crc in zip(blocks, _sums(folder, blocks, BLOCK), strict=True):
+    blocks = _blocks(files, block)
+    for (name, _), crc in zip(blocks, _sums(folder, blocks, block), strict=True):
         files[name]["crc32"].append(crc)
-    content = {**facts, "block": BLOCK, "files": files}
+    content = {**facts, "block": block, "files": files}
     sealed = {"crc32": zlib.crc32(_canonical(content)), "content": content}
     with open(folder / manifest, "w", encoding="utf-8") as file:
         json.dump(sealed, file, indent=1)

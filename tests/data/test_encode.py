@@ -149,3 +149,21 @@ def test_the_fingerprint_follows_behaviour_not_use(byte_tokenizer, bpe_tokenizer
         tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<|im_end|>"
     )
     assert fingerprint(other) != before
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_a_tokenizer_that_draws_its_tokens_draws_no_more(kind, caplog):
+    if kind == "BPE":
+        vocab = {"a": 0, "aa": 1, "aaaa": 2}
+        model = models.BPE(vocab, [("a", "a"), ("aa", "aa")], dropout=0.5)
+    else:
+        model = models.Unigram([("a", -1.0), ("aa", -1.5), ("aaaa", -2.0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    if kind == "Unigram":  # which no file can say
+        tokenizer.backend_tokenizer.model.alpha = 0.1
+        tokenizer.backend_tokenizer.model.nbest_size = 64
+    codec = prepare(tokenizer)
+    assert "makes tokens random, is switched off" in caplog.text
+    first, *others = [encode_text(codec, ["a" * 64]) for _ in range(5)]
+    for other in others:
+        assert repr(other) == repr(first)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store
 
@@ -54,3 +54,36 @@ def test_one_process_asks_at_a_time(tmp_path):
     ):
         Store(tmp_path, {"task": "x"})
     Store(tmp_path, {"task": "x"}).close()
+
+
+def test_a_full_disk_is_one_message_and_leaves_whole_lines(tmp_path, monkeypatch):
+    class Full:
+        """Takes half a record, and then nothing."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 20
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            written, self.left = self.file.write(data[: self.left]), 0
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with Store(tmp_path, {"task": "x"}) as store:
+        store.add(_sample("q", 0))
+        store._file = Full(store._file)
+        with pytest.raises(StorageError, match="samples.jsonl: cannot be written: No space left"):
+            store.add(_sample("q", 1))
+    with Store(tmp_path, {"task": "x"}) as store:
+        assert sorted(number for _, number in store.samples) == [0]
+
+
+def test_samples_without_what_was_asked_are_refused(tmp_path):
+    with Store(tmp_path, {"task": "x"}) as store:
+        store.add(_sample("q", 0))
+    (tmp_path / "asked.json").unlink()
+    with pytest.raises(ConfigError, match="asked.json: is missing, and says what the samples"):
+        Store(tmp_path, {"task": "y"})

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from jaxdistill.errors import DataError, StorageError
+from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.report.writers import MetricsWriter, SilentWriter, read_metrics
 
 
@@ -159,7 +159,7 @@ def test_read_metrics_names_a_damaged_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00garbage\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:2: not a JSON object"):
         read_metrics(tmp_path)
-    with pytest.raises(DataError, match="no such run directory"):
+    with pytest.raises(ConfigError, match="no such run directory"):
         read_metrics(tmp_path / "absent")
 
 
