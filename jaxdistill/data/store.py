@@ -6,12 +6,12 @@ import math
 import os
 import threading
 import weakref
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import beside, manifest
@@ -189,7 +189,7 @@ class Checked:
             data = os.pread(self._file, size, place)
         except OSError as error:
             raise self._damaged(f"cannot be read: {error.strerror or error}") from error
-        if len(data) != size or zlib.crc32(data) != self._sums[number]:
+        if len(data) != size or isal_zlib.crc32(data) != self._sums[number]:
             raise self._damaged(f"is changed since it was written, in bytes {place}-{place + size}")
         with self._lock:
             self._blocks[number] = data
