@@ -216,7 +216,8 @@ def contrasted(rows: Sequence[Mapping[str, typing.Any]], ours: str, theirs: str)
         text = f"{quantity}: {ours} {write(a)}, {theirs} {write(b)}: {ours} is {side}"
         text += f" by {write(abs(gain))}{share}" if gain else ""
         spreads = [run_files.as_object(row.get("spread")).get(field) for row in (left, right)]
-        if all(map(wording.is_number, spreads)) and abs(gain) < sum(spreads):
+        known = [spread for spread in spreads if wording.is_number(spread)]
+        if len(known) == 2 and abs(gain) < sum(known):
             text += ", within the spread of the seeds"
         sentences.append(f"{text}.")
     return sentences

@@ -96,7 +96,11 @@ class RunDir:
     @contextlib.contextmanager
     def attempt(self, step: int) -> Iterator[None]:
         """Notes when this process started and how it ended."""
-        this = {"started": round(time.time(), 3), "from_step": step, "pid": os.getpid()}
+        this: dict[str, Any] = {
+            "started": round(time.time(), 3),
+            "from_step": step,
+            "pid": os.getpid(),
+        }
         was_done = self.record["status"] == "done"
         with self._changing:
             self.record["attempts"].append(this)

@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Mapping
 
+import numpy as np
+
 from jaxdistill.config import Config
 from jaxdistill.run import setup
 from jaxdistill.run.folder import RunDir
@@ -24,7 +26,7 @@ def tell(run: RunDir, config: Config, changed: Mapping[str, str | None], step: i
     old = _before(config, changed)
     if old is None or not step:
         return
-    rates = [float(setup.learning_rate_of(one)(step)) for one in (old, config)]
+    rates = [float(np.asarray(setup.learning_rate_of(one)(step))) for one in (old, config)]
     steps = f"{old.train.steps} -> {config.train.steps} steps"
     text = (
         f"step {step}: {steps}, {config.optimizer.schedule} schedule: the learning rate goes from "
@@ -41,7 +43,8 @@ def _before(config: Config, changed: Mapping[str, str | None]) -> Config | None:
     optimizer = {
         names[name]: json.loads(value) for name, value in changed.items() if name in names and value
     }
-    steps = {"steps": json.loads(changed[_STEPS])} if changed.get(_STEPS) else {}
+    before = changed.get(_STEPS)
+    steps = {"steps": json.loads(before)} if before else {}
     if not optimizer and not steps:
         return None
     return config.model_copy(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -21,12 +20,9 @@ from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.formats import new_folder
-from jaxdistill.formats.config_json import write_config
-from jaxdistill.models import count_parameters, lora
-from jaxdistill.references import STUDENT
+from jaxdistill.models import count_parameters
 from jaxdistill.report import json_lines
-from jaxdistill.run import alike, anew, changes, run_table, schedule, setup, states
+from jaxdistill.run import alike, anew, changes, run_table, schedule, setup, student_folder
 from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
@@ -237,7 +233,7 @@ class _Session:
         changed = agree.by_leader(lambda: changes.check(run, facts, accept))
         agree.by_leader(lambda: schedule.tell(run, config, changed, step))
         run.update(**described)
-        agree.by_leader(lambda: _keep_words(config, run, self.models))
+        agree.by_leader(lambda: student_folder.keep(config, run, self.models))
         self.dataset = data["train"]
         self.method = setup.method_of(config, self.models)
         held_out = HeldOut(
@@ -402,15 +398,3 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
             count = count_parameters(model.config)
             parts[name] = {"source": model.source, "parameters": count}
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
-
-
-def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
-    """The student's small files, sealed, so that checkpoints can be read on their own."""
-    described = {"config.json": write_config(models.student.config, "float32")}
-    adapters = states.adapters_of(config)
-    if adapters is not None:
-        described[lora.FILE] = lora.described(adapters, models.student.source)
-    with new_folder.renewed(run.path / STUDENT) as inside:
-        for name, content in described.items():
-            (inside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        models.tokenizer.save_pretrained(str(inside))

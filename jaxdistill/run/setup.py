@@ -273,7 +273,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
     return RunMethod(objective, measuring, teacher, tx, rate, loss)
 
 
-def learning_rate_of(config: Config) -> Callable[[int], Any]:
+def learning_rate_of(config: Config) -> optax.Schedule:
     """Step index -> learning rate."""
     o, steps = config.optimizer, config.train.steps
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
