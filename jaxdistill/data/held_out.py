@@ -97,8 +97,8 @@ def check(train: Dataset, held_out: Dataset) -> None:
     Raises:
       DataError: if more than MAX_SHARED of the held-out records are trained on.
     """
-    theirs = np.asarray(held_out.arrays["records"])
-    shared = int(np.isin(theirs, train.arrays["records"]).sum())
+    theirs = held_out.arrays["records"][:]
+    shared = int(np.isin(theirs, train.arrays["records"][:]).sum())
     if not shared:
         return
     told = f"data.eval: {shared} of {len(theirs)} records are in data.train too"
