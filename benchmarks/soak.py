@@ -8,13 +8,23 @@ import argparse
 import json
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import duel, soak_cache, soak_faults, soak_input, soak_numbers
+from benchmarks import (
+    duel,
+    soak_cache,
+    soak_faults,
+    soak_input,
+    soak_numbers,
+    soak_serve,
+    soak_small_files,
+    soak_trust,
+)
 
 Report = Callable[[dict[str, Any]], Any]
 # (folder of its own, scale of the counts, seed, called with the counts so far)
@@ -33,6 +43,19 @@ PARTS: dict[str, Part] = {
     "kills": _on_rig(soak_faults.kills, 200),
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
+    "doubled_stops": _on_rig(
+        lambda rig, n, seed, report: soak_faults.stops(
+            rig, n, seed, report, (signal.SIGTERM, signal.SIGHUP)
+        ),
+        20,
+    ),
+    "group_stops": _on_rig(lambda rig, n, seed, _: soak_trust.group_stops(rig, n, seed), 10),
+    "races": lambda folder, scale, *_: soak_trust.races(folder, round(200 * scale)),
+    "lost_files": _on_rig(lambda rig, *_: soak_trust.lost(rig), 1),
+    "killed_builds": _on_rig(lambda rig, n, seed, _: soak_trust.killed_builds(rig, n, seed), 20),
+    "small_files": lambda folder, scale, seed, _: soak_small_files.soak(
+        folder, round(300 * scale), seed
+    ),
     "flips": _on_rig(lambda rig, n, seed, _: soak_faults.flips(rig, n, seed), 500),
     "cache_flips": lambda folder, scale, seed, _: soak_cache.flips(
         folder, max(1, round(scale * 500)), seed
@@ -42,6 +65,9 @@ PARTS: dict[str, Part] = {
     "numbers": lambda folder, scale, *_: soak_numbers.soak_numbers(folder, round(1000 * scale)),
     "input": lambda _, scale, seed, __: soak_input.run(
         *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
+    ),
+    "serve": lambda _, scale, seed, __: soak_serve.run(
+        max(10, round(soak_serve.SECONDS * scale)), seed=seed
     ),
     # The larger one is SmolLM2-135M in float32 with AdamW's two moments.
     "digests": lambda folder, scale, *_: {

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,7 @@ _CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "HF_HUB_OFFLINE": "1",
+    "XLA_FLAGS": "",
 }
 
 
@@ -77,20 +78,16 @@ class Rig:
     Args:
       folder: an empty one.
       cache: of compiled programs; by default one of the folder's own.
-      flags: XLA_FLAGS of its processes.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, cache: str | os.PathLike | None = None, flags: str = ""
-    ):
+    def __init__(self, folder: pathlib.Path, cache: str | os.PathLike | None = None):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
         compiled = os.fspath(cache or folder / "jax")
-        own = {"JAX_COMPILATION_CACHE_DIR": compiled, "XLA_FLAGS": flags}
-        self.environment = {**_CACHE, **own}
+        self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": compiled}
         self.nursery = Nursery(environment=self.environment)
         self.log = folder / "log.txt"
         self._whole: dict[str, tuple[dict, list]] = {}
@@ -255,7 +252,7 @@ def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) ->
 def _held(run: pathlib.Path) -> bool:
     """Whether a process has its name in the lock of a run."""
     try:
-        return bool((run / "LOCK").read_text())
+        return (run / "RUN.json").exists() and bool((run / "LOCK").read_text())
     except OSError:
         return False
 
@@ -274,7 +271,11 @@ def _live(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> Comm
 
 
 def stops(
-    rig: Rig, count: int, seed: int = 0, report: Callable[[dict], Any] = print
+    rig: Rig,
+    count: int,
+    seed: int = 0,
+    report: Callable[[dict], Any] = print,
+    again: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Asks runs to stop, by SIGTERM at any moment, and compares what they end as.
 
@@ -283,6 +284,7 @@ def stops(
       count: how many signals.
       seed: of the choice of moments.
       report: called with the counts so far, after every run.
+      again: signals that follow each within a fifth of a second, as one stop often comes.
     """
     draw = random.Random(seed)
     clean = asked = runs = equal = unsound = 0
@@ -290,7 +292,7 @@ def stops(
     while asked < count:
         method = list(METHODS)[runs // 3 % len(METHODS)]
         whole = rig.whole(method)
-        run = rig.folder / f"stopped-{seed}-{runs}"
+        run = rig.folder / f"stopped-{len(again)}-{seed}-{runs}"
         while asked < count:
             command = _live(rig, method, run, draw)
             # Before it holds its run, and after, a signal does what it does to any process.
@@ -300,6 +302,9 @@ def stops(
                 break
             began = time.perf_counter()
             command.kill(signal.SIGTERM)
+            for number in again:
+                time.sleep(draw.uniform(0, 0.2))
+                command.kill(number)
             code = command.wait()
             if code == 0:  # its last step was already done
                 break

@@ -37,8 +37,12 @@ Paths = Annotated[
 Rows = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
-Format = Literal["auto", "text", "messages", "completion", "plain", "paragraphs"]
+Format = Literal[
+    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "plain",
+    "paragraphs",
+]  # fmt: skip
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
+SpecialTokens = Literal["refuse", "parse", "text"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
 
@@ -54,6 +58,9 @@ class Text(Section):
         1024, description="Tokens in a row."
     )
     batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), Flag(metavar="SHARE")] = Field(
+        0.001, description="Stop when more than this fraction of records is broken."
+    )
     cache_dir: Annotated[Path, Flag(metavar="DIR")] = Field(
         "runs/.cache", description="Folder of tokenised rows, used again."
     )
@@ -287,6 +294,11 @@ class Serve(Section):
     )
     length: Annotated[Size, Flag(metavar="TOKENS")] | None = Field(
         None, description="Prompt and answer together; none: at most 2048 of the model's context."
+    )
+    special_tokens: SpecialTokens = Field(
+        "refuse",
+        description="What a special token's string in a plain prompt is, such as <|im_start|>: "
+        "refused, parsed to the token, or kept as text. In messages it is always text.",
     )
     dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
 

@@ -1,5 +1,7 @@
 """The errors a user can meet, each with the exit code its command ends with."""
 
+from collections.abc import Iterable
+
 
 class Preempted(KeyboardInterrupt):
     """A signal asked this process to stop, and it did so with its work saved."""
@@ -65,3 +67,19 @@ class StorageError(UserError):
     """A file or folder cannot be written."""
 
     exit_code = 9
+
+
+def combined(errors: Iterable[UserError]) -> UserError | None:
+    """Several errors as one, of the class with the smallest exit code among them; None of none."""
+    errors = list(errors)
+    if not errors:
+        return None
+    first = min(errors, key=lambda error: error.exit_code)
+    return type(first)("\n".join(str(error) for error in errors))
+
+
+def check(errors: Iterable[UserError]) -> None:
+    """Raises `combined` errors, if there are any."""
+    error = combined(errors)
+    if error is not None:
+        raise error

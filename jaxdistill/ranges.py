@@ -1,15 +1,33 @@
-"""The parameters of every divergence: default and range."""
+"""The numbers of losses and their ranges: the parameters of every divergence, and what all take."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """What a parameter may be: its default, and the ends of its range."""
+    """What a number may be: its default, and the ends of its range.
+
+    `above` leaves the least value itself out.
+    """
 
     default: float
     least: float
     most: float
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        """Whether the value is a number in the range; NaN and the infinities never are."""
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (self.least < value if self.above else self.least <= value) and value <= self.most
+
+    def __str__(self) -> str:
+        if math.isinf(self.most):
+            if self.least == 0:
+                return "positive" if self.above else "at least 0, and finite"
+            return f"{'above' if self.above else 'at least'} {self.least:g}"
+        return f"in {'(' if self.above else '['}{self.least:g}, {self.most:g}]"
 
 
 _UNIT = Range(0.5, 0, 1)
@@ -32,5 +50,14 @@ WHOLE_ROWS: Mapping[str, Mapping[str, Range]] = {
     "alphanet": {"clip": Range(5.0, 0.01, 1e6)},
     "decoupled_kl": {"target_weight": Range(1.0, 0, 1e6), "rest_weight": Range(0.5, 0, 1e6)},
     "smoothed_forward_kl": {"target_smoothing": Range(0.1, 0, 1)},
+}
+# What every loss of logits takes beside its own parameters.
+COMMON: Mapping[str, Range] = {
+    "alpha": Range(0.0, 0, 1),
+    "temperature": Range(1.0, 0, math.inf, above=True),
+    "taid_t": Range(1.0, 0, 1),
+    "label_smoothing": Range(0.0, 0, 1),
+    "student_softcap": Range(30.0, 0, math.inf, above=True),
+    "teacher_softcap": Range(30.0, 0, math.inf, above=True),
 }
 PARAMETERS = {**ENTRIES, **WHOLE_ROWS}

@@ -8,7 +8,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxdistill import models
-from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.errors import ConfigError, DamagedError, ModelError
+from jaxdistill.formats import sums
 from jaxdistill.formats.huggingface import folder_config, folder_scheme
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models import DecoderConfig, Model, decoder, lora
@@ -56,6 +57,9 @@ def as_run(source: str) -> RunReference | None:
         if which not in ("best", "latest") and not which.isdecimal():
             raise ConfigError(f"{source}: after @ stands best, latest or a step number")
         return RunReference(pathlib.Path(folder), which)
+    known = which in ("best", "latest") or which.isdecimal()
+    if at and known and not pathlib.Path(source).exists() and not folder.startswith("hf:"):
+        raise ConfigError(f"{folder}: holds no run (no RUN.json): give a run folder")
     if (pathlib.Path(source) / "RUN.json").is_file():
         return RunReference(pathlib.Path(source), "latest")
     return None
@@ -136,10 +140,12 @@ def spec_any(source: str, *, allow_network: bool, tokenizer_only: bool = False) 
     """
     run = as_run(source)
     folder = run.folder / STUDENT if run else pathlib.Path(source)
+    if run is not None:
+        config = _run_config(run)
+        own = folder_tokenizer(folder)
+        return own if tokenizer_only else (config, own)
     if tokenizer_only and (folder / "tokenizer.json").is_file():
         return folder_tokenizer(folder)
-    if run is not None:
-        return _run_config(run), folder_tokenizer(folder)
     config, tokenizer = models.spec(source, allow_network=allow_network)
     return tokenizer if tokenizer_only else (config, tokenizer)
 
@@ -160,4 +166,9 @@ def _run_config(run: RunReference) -> DecoderConfig:
     folder = run.folder / STUDENT
     if not folder.is_dir():
         raise ModelError(f"{run.folder}: the run stopped before its student was made")
+    if not (folder / sums.FILE).is_file():
+        raise DamagedError(
+            f"{folder / sums.FILE}: is missing: what the checkpoints mean cannot be checked; "
+            f"`jaxdistill resume {run.folder}` writes the folder again"
+        )
     return folder_config(folder)

@@ -12,14 +12,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _CACHE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ".cache")
 os.environ.setdefault("XDG_CACHE_HOME", os.path.join(_CACHE, "xdg"))
 # LLVM's optimiser took more than half of the suite's time. It runs after XLA's own passes, so the
-# HLO that tests read, its memory and its collectives are the same at its lowest level; benchmarks
-# and the soak run at the usual one. Level 0 rounds otherwise: it contracts no products and sums.
-# Processes that tests start inherit both flags.
-_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 1}
+# HLO that tests read, its memory and its collectives are the same without it; benchmarks and the
+# soak run with it. Level 1 is for the tests that ask for `contracted`, all others compile at 0.
+# Processes that tests start inherit these settings.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_backend_optimization_level": 1,
+    "--xla_cpu_parallel_codegen_split_count": 1,  # one core for each process of the suite
+}
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
+import gc
 import hashlib
 import importlib.util
 import pathlib
@@ -60,19 +66,38 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
-# Folders whose tests compile the most. They come first, so that no process is left with a long file
-# when the others have nothing more to do.
-_FIRST = ("engine", "train", "models", "compress", "kernels", "losses")
+# Folders whose tests compile the most, behind the one file that takes minutes alone. They come
+# first, so that no process is left with a long file when the others have nothing more to do.
+_LONGEST = "test_readme.py"
+_FIRST = ("run", "train", "formats", "models", "compress", "kernels", "losses")
 
 
 def pytest_collection_modifyitems(items):
     """Orders the files by cost, and skips parity with transformers where torch is missing."""
     order = {name: number for number, name in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+    cost = lambda item: order.get(item.path.parent.name, len(order))
+    items.sort(key=lambda item: -1 if item.path.name == _LONGEST else cost(item))
     if importlib.util.find_spec("torch") is None:
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="needs torch (make test TORCH=1)"))
+
+
+def pytest_collection_finish():
+    """Tracing makes many short-lived objects: those of the imports need not be looked at again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture
+def contracted():
+    """Programs that contract products and sums, for tests that two of them round alike."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,7 +87,39 @@ def test_index_entries_that_leave_the_folder(tmp_path, file):
 def test_tokenizer_json(tmp_path, name):
     folder = hostile.folder(tmp_path / "model")
     hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZERS[name])
-    refused(folder_tokenizer, folder, words="tokenizer cannot be loaded")
+    refused(
+        folder_tokenizer, folder, words="tokenizer cannot be loaded|is not JSON|must hold a JSON"
+    )
+
+
+def _replacing(letter, by):
+    return {"type": "Replace", "pattern": {"String": letter}, "content": by}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": _replacing("a", "x" * 300)}, "normalizer: Replace makes up to 300"),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [_replacing("a", "x" * 6), _replacing("x", "y" * 6)],
+                }
+            },
+            "makes up to 36 characters of one",
+        ),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 99}}, "Prepend makes up to 99"),
+        ({"decoder": _replacing("a", "x" * 300)}, "decoder: Replace makes up to 300"),
+        ({"model": {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}}, "has the id 429496"),
+        ({"model": {"type": "BPE", "vocab": {"a" * 20_000: 0}, "merges": []}}, "20000 characters"),
+        ({"added_tokens": [{"content": "a", "id": 2**31, "special": True}]}, "has the id 21474"),
+    ],
+)
+def test_a_tokenizer_that_makes_much_of_little_is_refused(tmp_path, change, words):
+    folder = hostile.folder(tmp_path / "m")
+    hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZER | change)
+    refused(folder_tokenizer, folder, words=words)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +262,8 @@ def test_importance_and_data_are_no_pickles(tmp_path, canary):
         importance.load(path)
     for name in store.ARRAYS:
         np.save(tmp_path / f"{name}.npy", np.array([hostile.Canary(canary)]), allow_pickle=True)
-    with pytest.raises(ValueError, match="Python objects"):
+    store.seal(tmp_path, {})
+    with pytest.raises(UserError, match="holds object"):
         store.read_arrays(tmp_path)
 
 

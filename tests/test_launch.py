@@ -88,5 +88,11 @@ def test_a_launcher_passes_its_signal_on_and_waits():
     with group._passing_signals():
         group._start()
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)  # of the same request
         assert group._watch() == 128 + signal.SIGTERM
     assert group.signals == [signal.SIGTERM]
+
+
+def test_a_restart_neither_changes_settings_nor_begins_anew_again():
+    words = ["resume", "runs/a", "train.steps=9", "--from-start", "--json"]
+    assert launch._resumed(words) == ["resume", "runs/a", "--json"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill.bench import cases, timing
+from jaxdistill.bench import cases, timing, token_cases
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.kernels import choice
 
@@ -15,7 +15,10 @@ COLUMNS = (
     "shape", "function", "ms", "ms_p10", "ms_p90", "ratio", "gb_per_second", "percent_of_peak",
     "tflop_per_second", "temporary_mib", "error", "clock",
 )  # fmt: skip
-KINDS = {"kernels": cases.dense, "loss": cases.head}
+KINDS: dict[str, tuple[Callable[[Shape], cases.Case], ...]] = {
+    "kernels": (cases.dense,),
+    "loss": (cases.head, token_cases.logprobs, token_cases.known_tokens),
+}
 
 
 def run(
@@ -30,13 +33,14 @@ def run(
       notice: receives one line for each shape.
 
     Returns:
-      {"device", "jax", "date", "rows"}; a row's `ratio` is its time over naive log_softmax's.
+      {"device", "jax", "date", "rows"}; a row's `ratio` is its time over that of naive log_softmax
+      on the same problem.
     """
     device = choice.current_device()
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         try:
-            rows += _measure(kind, shape, rounds, device)
+            rows += measure(kind, shape, rounds, device)
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -59,15 +63,22 @@ def label(shape: Shape) -> str:
     return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
 
 
-def _measure(
+def measure(
     kind: str, shape: Shape, rounds: int, device: choice.Device
 ) -> Iterator[dict[str, Any]]:
-    case = KINDS[kind](shape)
+    """The rows of one shape, a row for each function of each case."""
+    for make in KINDS[kind]:
+        yield from _measure(kind, shape, make(shape), rounds, device)
+
+
+def _measure(
+    kind: str, shape: Shape, case: cases.Case, rounds: int, device: choice.Device
+) -> Iterator[dict[str, Any]]:
     compiled = {
         name: jax.jit(function).lower(*case.arguments).compile()
         for name, function in case.functions.items()
     }
-    truth, small = cases.exact(kind, case)
+    truth, small = cases.exact(case)
     errors = {
         name: abs(float(jax.jit(function)(*small.arguments)[0]) / truth - 1)
         for name, function in small.functions.items()
@@ -75,12 +86,14 @@ def _measure(
     calls = {
         name: lambda program=program: program(*case.arguments) for name, program in compiled.items()
     }
+    if case.naive in token_cases.BESIDE_TORCH:
+        calls |= token_cases.torch_calls(shape)
     times = timing.in_turn(calls, rounds, device.platform)
-    base = times["naive log_softmax"].median
+    base = times[case.naive].median
     peak = timing.peak_bandwidth(device)
     for name, taken in times.items():
         rate = case.algorithm_bytes / taken.median
-        memory = compiled[name].memory_analysis()
+        memory = compiled[name].memory_analysis() if name in compiled else None
         yield {
             "shape": label(shape),
             "function": name,
@@ -92,6 +105,6 @@ def _measure(
             "percent_of_peak": 100 * rate / peak if peak and kind == "kernels" else None,
             "tflop_per_second": case.flops / taken.median / 1e12 if case.flops else None,
             "temporary_mib": memory.temp_size_in_bytes / 2**20 if memory else None,
-            "error": errors[name],
+            "error": errors.get(name),
             "clock": taken.clock,
         }

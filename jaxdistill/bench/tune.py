@@ -44,13 +44,13 @@ def candidates(shape: Shape, device: choice.Device) -> list[tiling.Tiling]:
     first = tiling.heuristic(shape.tokens, shape.vocab, shape.dtype, device.kind)
     splits = sorted({max(1, first.split + d) for d in (-1, 0, 1, 2)} | {2 * first.split})
     neighbours = [
-        tiling.Tiling(columns, stages, split)
+        tiling.within(tiling.Tiling(columns, stages, split), shape.vocab, device.kind)
         for columns in (64, 128)
         for stages in (2, 3, 4, 6)
         for split in splits
         if shape.vocab % columns == 0
     ]
-    return [first, *(one for one in neighbours if one != first)]
+    return list(dict.fromkeys([first, *neighbours]))
 
 
 def _best(shape: Shape, rounds: int, device: choice.Device) -> tiling.Tiling:

@@ -1,21 +1,29 @@
 """The commands: what is typed becomes a call, an exit code, and at most one message of error."""
 
 import argparse
+import contextlib
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from jaxdistill import compilation_cache
 from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
-from jaxdistill.cli.output import narration, printable
-from jaxdistill.errors import LostProcessError, Preempted, StorageError, UserError
+from jaxdistill.cli.output import narration, printable, surviving
+from jaxdistill.errors import ConfigError, LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.safe.redact import redact
+from jaxdistill.train import stopping
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
+# What JAX says of a platform without its plugin or its device.
+_NO_PLATFORM = re.compile(r"(?:initialize backend|Unknown backend:?|backend) '(\w+)'")
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
 _LIGHT = ("ckpt", "init", "launch", "ls", "report", "validate")
+# Their work is in files, and goes on when nobody reads what they print.
+_LASTING = ("launch", "resume", "train", "workflow")
 # Whether these keep compiled programs is for their configuration to say, or not worth while.
 _OWN_CACHE = ("bench", "plan", "resume", "train", "workflow")
 
@@ -28,7 +36,8 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         arguments.hooks = hooks
-        with narration() as log:
+        lasting = surviving() if arguments.command in _LASTING else contextlib.nullcontext()
+        with lasting, narration() as log:
             if arguments.command not in _LIGHT:
                 log.info("jaxdistill %s: loading JAX", arguments.command)
                 if arguments.command not in _OWN_CACHE:
@@ -45,6 +54,8 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
             os._exit(error.exit_code)  # at its end JAX would wait for the one that is gone
         return error.exit_code
     except Preempted as stop:
+        if argv is None:
+            stopping.end_quietly()
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
@@ -54,7 +65,22 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
         # The reader (`| head`) has gone: point stdout elsewhere, or closing it would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RuntimeError as error:
+        platform = _NO_PLATFORM.search(str(error))
+        if platform is None:
+            raise
+        print(
+            f"error: JAX has no platform {platform[1]!r} that works here (JAX_PLATFORMS = "
+            f"{os.environ.get('JAX_PLATFORMS', '')!r})\ninstall its plugin, such as "
+            "`pip install 'jax[cuda13]'`, or unset JAX_PLATFORMS",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            print(f"error: output cannot be written: {error.strerror}", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return StorageError.exit_code
         if error.filename is None:
             raise
         # A file that no command foresaw to be out of reach; its name is all there is to say.

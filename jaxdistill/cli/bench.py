@@ -11,6 +11,7 @@ from pydantic import Field
 
 from jaxdistill.cli import output
 from jaxdistill.commands import Flag
+from jaxdistill.errors import ConfigError
 from jaxdistill.section import Count, Section
 
 File = Annotated[str, Flag(metavar="FILE")]
@@ -19,8 +20,12 @@ File = Annotated[str, Flag(metavar="FILE")]
 class Bench(Section):
     """What is measured, and where the numbers go."""
 
-    what: Annotated[Literal["kernels", "loss"], Flag(positional=True)] = Field(
-        description="kernels: from logits; loss: from hidden states."
+    what: Annotated[Literal["kernels", "loss", "device"], Flag(positional=True)] = Field(
+        description="kernels: from logits; loss: from hidden states; device: first whether all of "
+        "it is right here, then how fast, written to --save as it goes."
+    )
+    minutes: Annotated[float, Field(gt=0, le=1440), Flag(metavar="M")] = Field(
+        8, description="Of `bench device`: no part begins after them."
     )
     shapes: Annotated[str, Flag(metavar="SHAPES")] = Field(
         "auto", description="auto, quick, full, or N=8192,V=128256,S=2048,T=4096."
@@ -36,6 +41,9 @@ class Bench(Section):
 
 def run(options: argparse.Namespace) -> None:
     """Measures and prints one table; notices go to standard error."""
+    if options.what == "device":
+        _device(options)
+        return
     import jax
 
     from jaxdistill.bench import picture, shapes, tune
@@ -57,6 +65,28 @@ def run(options: argparse.Namespace) -> None:
         output.print_json(result)
     else:
         _print_table(result)
+
+
+def _device(options: argparse.Namespace) -> None:
+    """Proves the device; a part that is wrong makes the command fail, at its end."""
+    from jaxdistill.bench import device
+
+    notice = lambda line: print(line, file=sys.stderr, flush=True)
+    path = pathlib.Path(options.save) if options.save else None
+    with output.stdout_is_json(options.json):
+        result = device.run(options.minutes, path, notice)
+    if options.json:
+        output.print_json(result)
+    wrong = [part["name"] for part in result["parts"] if not part["ok"]]
+    if wrong:
+        raise ConfigError(
+            f"bench device: wrong on {result['machine']['device']}: {', '.join(wrong)}; "
+            "--save FILE keeps what was found. Runs are refused where their own check fails; "
+            "method.implementation: xla goes on without the kernel"
+        )
+    if not options.json:
+        count, left = len(result["parts"]), len(result["left_out"])
+        print(f"{result['machine']['device']}: {count} parts are right, {left} were left out")
 
 
 def _write_csv(path: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Collection
 
 from jaxdistill.cli.output import print_json
-from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.errors import ConfigError, StorageError, UserError, check, combined
 
 
 def ls(arguments: argparse.Namespace) -> None:
@@ -59,23 +59,23 @@ def validate(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.config is None:
         raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
-    errors: list[UserError] = []
+    wrong: list[UserError] = []
     text = ""
     try:
         if workflow.is_workflow(config.read(arguments.config)):
             text = syntax.dump(workflow.load(arguments.config).model_dump(mode="json"))
         else:
             loaded = config.load(arguments.config, arguments.overrides)
-            errors = preflight.check(loaded)
+            wrong = preflight.check(loaded)
             text = config.dump(loaded)
     except ConfigError as error:
-        errors = [error]
+        wrong = [error]
     if arguments.json:
-        lines = [line for error in errors for line in str(error).splitlines()]
-        print_json({"ok": not errors, "errors": lines})
-        return preflight.combine(errors).exit_code if errors else 0
-    if errors:
-        raise preflight.combine(errors)
+        lines = [line for error in wrong for line in str(error).splitlines()]
+        print_json({"ok": not wrong, "errors": lines})
+        error = combined(wrong)
+        return error.exit_code if error else 0
+    check(wrong)
     print(text.rstrip() if arguments.resolved else f"{arguments.config}: ok")
     return 0
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.train import stopping
 
 COMMANDS = ("train", "resume")
 PROGRAM = ("-m", "jaxdistill")  # of every process
@@ -55,20 +56,22 @@ def _resumed(words: Sequence[str]) -> list[str]:
     from jaxdistill import cli, config
 
     arguments = cli.parse(list(words))
-    if words[0] == "resume":
-        return list(words)
+    json = ["--json"] if arguments.json else []
+    if words[0] == "resume":  # what is to change has changed, and it begins anew only once
+        return ["resume", arguments.run_dir, *json]
     text = config.read(arguments.config)
     folder = config.loads(text, arguments.config, arguments.overrides).run.dir
     if not (pathlib.Path(folder) / "RUN.json").exists():
         return list(words)  # it failed before there was a run
-    return ["resume", folder, *(["--json"] if arguments.json else [])]
+    return ["resume", folder, *json]
 
 
 class Group:
     """Processes that begin together and end together.
 
     Attributes:
-      signals: what this process was told by others while they ran; passed on to all of them.
+      signals: what this process was told by others while they ran, one for each request; passed
+        on to all of them.
     """
 
     def __init__(
@@ -165,13 +168,21 @@ class Group:
 
     @contextlib.contextmanager
     def _passing_signals(self) -> Iterator[None]:
+        first = None
+
         def passed(number: int, frame: Any) -> None:
+            nonlocal first
+            now = time.monotonic()
+            if first is not None and now - first <= stopping.SAME_SECONDS:
+                return  # the rest of one request, which the processes have
+            first = now if first is None else first
             self.signals.append(number)
             for process in self._running:
                 if process.poll() is None:
                     process.send_signal(number)
 
-        before = {one: signal.signal(one, passed) for one in (signal.SIGINT, signal.SIGTERM)}
+        heard = [one for one in stopping.SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+        before = {one: signal.signal(one, passed) for one in heard}
         try:
             yield
         finally:

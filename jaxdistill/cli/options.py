@@ -71,6 +71,17 @@ class RunFolder(Section):
     )
 
 
+class Resume(RunFolder):
+    """A run, and what changes from here on."""
+
+    overrides: Annotated[tuple[str, ...], Flag(positional=True, metavar="KEY=VALUE")] = Field(
+        (), description="Settings that change from here on, such as train.steps=200."
+    )
+    from_start: bool = Field(
+        False, description="Begin anew at step 0; what the run has is moved to RUN_DIR/earlier."
+    )
+
+
 class Launch(Section):
     """Processes of one run on this machine."""
 
@@ -259,7 +270,7 @@ COMMANDS = (
         (RunFile, commands.Plan),
     ),
     Command("train", runs.train, "Train a student from a configuration file.", (RunFile,)),
-    Command("resume", runs.resume, "Resume a run that was stopped.", (RunFolder,)),
+    Command("resume", runs.resume, "Resume a run that was stopped.", (Resume,)),
     Command(
         "launch",
         launch.launch,

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from jaxdistill import commands
 from jaxdistill.cli.derive import read
@@ -27,6 +28,8 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
         found = teacher_generate.generate(config)
     if arguments.json:
         return print_json(found)
+    if config.augment is not None:
+        return _print_augmented(found)
     print(
         f"{found['samples']} samples of {found['questions']} questions: {found['parsed']} parsed, "
         f"{found['correct']} correct, {sum(found['failed'].values())} failed"
@@ -35,6 +38,14 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
         dropped = ", ".join(f"{count} {why}" for why, count in file["dropped"].items())
         print(f"wrote {file['path']}: {file['samples']} samples ({form}); dropped: {dropped or 0}")
     return None
+
+
+def _print_augmented(found: dict[str, Any]) -> None:
+    spent = ", ".join(f"{name} {value:g}" for name, value in found["spent"].items())
+    print(f"wrote {found['path']}: {found['records']} records of {found['seeds']}; spent: {spent}")
+    for kind, row in found["kinds"].items():
+        dropped = ", ".join(f"{count} {why}" for why, count in row["dropped"].items())
+        print(f"  {kind:12} {row['records']:6} {row['share']:6.1%}; dropped: {dropped or 0}")
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -46,10 +57,10 @@ def serve(arguments: argparse.Namespace) -> None:
             f"serve: --key-env {arguments.key_env}: the variable is not set: export it, or leave "
             "the option out to serve without a key"
         )
-    from jaxdistill.serve import serving
+    from jaxdistill import serve as server
 
     learn(key or "")
-    serving.serve(arguments.model, options, key=key)
+    server.serve(arguments.model, options, key=key)
 
 
 def evaluate_tasks(arguments: argparse.Namespace) -> None:

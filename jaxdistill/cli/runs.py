@@ -2,15 +2,16 @@
 
 import argparse
 import pathlib
+import signal
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from jaxdistill import commands
+from jaxdistill import commands, errors
 from jaxdistill.cli import reason
 from jaxdistill.cli.derive import read
 from jaxdistill.cli.output import print_json, print_run, printable, stdout_is_json
-from jaxdistill.errors import ConfigError, FitError, ModelError
+from jaxdistill.errors import ConfigError, FitError, ModelError, Preempted
 from jaxdistill.train import stopping
 
 
@@ -35,24 +36,30 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0 if found["fits"] else FitError.exit_code
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     """Checks a configuration and runs it."""
     from jaxdistill import config
     from jaxdistill.config import preflight
 
     text = config.read(arguments.config)
     loaded = config.loads(text, arguments.config, arguments.overrides)
-    errors = preflight.check(loaded)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(loaded))
     # From before the imports, which take seconds: a signal means the same at any moment.
-    with stopping.listening(), stdout_is_json(arguments.json):
-        from jaxdistill import api
+    stop = stopping.Stop()
+    try:
+        with stopping.listening() as stop, stdout_is_json(arguments.json):
+            from jaxdistill import api
 
-        result = api.train(
-            loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
-        )
+            result = api.train(
+                loaded, input_text=text, overrides=arguments.overrides, hooks=arguments.hooks
+            )
+    except Preempted:
+        if stop.asked is None or (pathlib.Path(loaded.run.dir) / "RUN.json").exists():
+            raise
+        print(f"stopped: {stop.asked}: before the run began: start it again", file=sys.stderr)
+        return 128 + signal.Signals[stop.asked]
     _print_run(result, arguments.json)
+    return 0
 
 
 def resume(arguments: argparse.Namespace) -> None:
@@ -60,7 +67,12 @@ def resume(arguments: argparse.Namespace) -> None:
     with stopping.listening(), stdout_is_json(arguments.json):
         from jaxdistill import api
 
-        result = api.resume(arguments.run_dir, hooks=arguments.hooks)
+        result = api.resume(
+            arguments.run_dir,
+            arguments.overrides,
+            from_start=arguments.from_start,
+            hooks=arguments.hooks,
+        )
     _print_run(result, arguments.json)
 
 

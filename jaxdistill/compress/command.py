@@ -11,12 +11,13 @@ from jaxdistill.compress import importance as scores
 from jaxdistill.compress import prune as cutting
 from jaxdistill.compress import targets
 from jaxdistill.compress.importance import Importance
-from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.evaluate import speed
 from jaxdistill.evaluate.held_out import HeldOut, open_rows
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import load_any
+from jaxdistill.safe import json_file
 from jaxdistill.sharding import make_mesh, on_mesh
 
 NOTE = "pruning.json"  # in the student's folder: what was kept of which model
@@ -159,7 +160,6 @@ def prune(
         measured = importance(loaded, _with_losses(calibration, options.by, loaded, small))
         scores.save(measured, folder.with_name(folder.name + ".importance.safetensors"))
     student, units = cut(loaded, sizes, measured)
-    written = models.save(student, folder, dtype=options.dtype)
     note = {
         "from": loaded.source,
         "parameters": [count_parameters(loaded.config), count_parameters(student.config)],
@@ -169,8 +169,8 @@ def prune(
         "experts": None if units.experts is None else units.experts.tolist(),
         "measured_on": dict(measured.facts),
     } | ({} if microseconds is None else {"decode_us": microseconds})
-    (written / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
-    return written
+    notes = {NOTE: json.dumps(note, indent=1) + "\n"}
+    return models.save(student, folder, dtype=options.dtype, notes=notes)
 
 
 def _with_losses(
@@ -192,6 +192,6 @@ def pruning_note(folder: str | os.PathLike) -> dict[str, Any]:
     """
     file = pathlib.Path(folder) / NOTE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}): prune the model again") from error
+        return json_file.read(file, {"parameters": list, "layers": list})
+    except DamagedError as error:
+        raise ConfigError(f"{error}: prune the model again") from error

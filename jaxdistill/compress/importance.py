@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jaxdistill.compress import activations
 from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.models import DecoderConfig
+from jaxdistill.safe import json_file, whole_file
 from jaxdistill.types import Batch
 
 FILE = "importance.safetensors"
@@ -278,6 +279,7 @@ def save(importance: Importance, path: str | os.PathLike) -> pathlib.Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, beside, metadata={"jaxdistill": json.dumps(dict(importance.facts))})
+        whole_file.usual_mode(beside)
         os.replace(beside, file)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{file}: cannot be written: {error}") from error
@@ -297,7 +299,7 @@ def load(path: str | os.PathLike) -> Importance:
         )
     try:
         with safe_open(str(file), "np") as opened:
-            facts = json.loads((opened.metadata() or {})["jaxdistill"])
+            facts = json_file.parse((opened.metadata() or {})["jaxdistill"])
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
         groups: dict[str, dict[str, np.ndarray]] = {"shares": {}, "range_loss": {}}
         for name in list(arrays):

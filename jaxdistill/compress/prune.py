@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jaxdistill import sharding
+from jaxdistill import errors, rules, sharding
 from jaxdistill.compress.importance import Importance, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
@@ -194,14 +194,8 @@ def check_layers(count: int, layers: Sequence[int]) -> list[int]:
     Raises:
       ConfigError: for none at all, one that does not exist, or an order that does not rise.
     """
-    kept = list(layers)
-    missing = [layer for layer in kept if not 0 <= layer < count]
-    if missing or not kept or kept != sorted(set(kept)):
-        raise ConfigError(
-            f"student.layers = {kept}: the teacher's layers are 0 to {count - 1}; name at least "
-            "one, each once, in rising order"
-        )
-    return kept
+    errors.check(rules.kept_layers(layers, count))
+    return list(layers)
 
 
 def _indices(config: DecoderConfig, kept: Kept) -> dict[str, np.ndarray | None]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from jaxdistill.commands import Format
 from jaxdistill.config.loader import loads_as, read
 from jaxdistill.config.server import Api
 from jaxdistill.section import Count, Dtype, Path, Problem, Section, Size
@@ -108,12 +109,71 @@ class Filter(Section):
             yield ("budget",), "has no effect by open_endedness, which sets its own"
 
 
+Candidates = Annotated[int, Field(ge=0, le=1000)]
+
+
+class Augment(Section):
+    """What is made out of given records, for task: augment."""
+
+    seeds: Path = Field(description="The records, as data.train in a run.")
+    format: Format = Field("auto", description="What a record holds, as data.format in a run.")
+    paraphrase: Candidates = Field(
+        1, description="Of each record: its question in other words, with its own answer."
+    )
+    continuation: Candidates = Field(
+        1, description="Of each record: the teacher's own answer, or how it goes on with a text."
+    )
+    question: Candidates = Field(
+        1, description="For each record: a new question in the manner of a few, and its answer."
+    )
+    magpie: Candidates = Field(
+        0, description="For each record: what the teacher itself writes as a user, and its answer."
+    )
+    shown: int = Field(3, ge=1, le=32, description="Questions shown for a new one.")
+    user_turn: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="What the chat template prints before a user's text, for magpie from a server; "
+        "a model on this machine knows.",
+    )
+    min_characters: int = Field(1, ge=1, le=10**6, description="Shorter texts are dropped.")
+    max_characters: int = Field(20000, ge=1, le=10**7, description="Longer texts are dropped.")
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = Field(
+        None, description="Code such as en: texts in other languages are dropped (extra augment)."
+    )
+    near: Annotated[float, Field(ge=0.1, lt=1)] | None = Field(
+        0.7,
+        description="Drop what shares this much (Jaccard, of 5-character pieces) with a seed or an "
+        "earlier text (extra augment); null: only what is equal.",
+    )
+    max_dropped: float = Field(
+        0.9, ge=0, le=1, description="Stop when more than this fraction is dropped."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: something is made, within lengths that exist."""
+        if not any(self.candidates.values()):
+            yield (), f"makes nothing: set one of {', '.join(self.candidates)} above 0"
+        if self.min_characters > self.max_characters:
+            yield ("min_characters",), f"must be at most max_characters ({self.max_characters})"
+
+    @property
+    def candidates(self) -> dict[str, int]:
+        """How many of each kind are asked for, for each record."""
+        names = ("paraphrase", "continuation", "question", "magpie")
+        return {name: getattr(self, name) for name in names}
+
+
 class Generation(Section):
     """The whole file."""
 
     version: int = Field(1, ge=1, le=1, description="Version of this format.")
     teacher: AskedTeacher = Field(description="Who explains.")
-    task: Path = Field(description="Questions, such as svamp_train or FILE.jsonl?kind=number.")
+    task: Path = Field(
+        description="Questions, such as svamp_train or FILE.jsonl?kind=number; or augment."
+    )
+    augment: Augment | None = Field(None, description="What task: augment makes.")
     limit: Count | None = Field(None, description="Only so many questions.")
     prompt: Prompt = Field(default_factory=Prompt, description="How a question is put.")
     sampling: Sampling = Field(default_factory=Sampling, description="How answers are drawn.")
@@ -124,7 +184,8 @@ class Generation(Section):
     output: Path = Field("runs/rationales", description="Folder for samples and training files.")
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: what a server cannot do."""
+        """Rules: what a server cannot do, and what belongs to augmentation."""
+        yield from _augment_problems(self)
         if self.teacher.api is None:
             return
         if self.prompt.embed == "hidden":
@@ -133,6 +194,23 @@ class Generation(Section):
             yield ("sampling", "stop"), "must be at most 4 strings: the protocol takes no more"
         if self.filter.by == "likelihood" and not self.teacher.api.logprobs:
             yield ("filter", "by"), "likelihood needs teacher.api.logprobs: true"
+
+
+def _augment_problems(config: Generation) -> Iterator[Problem]:
+    """The section belongs to the task, which reads no others but teacher, sampling and output."""
+    if (config.task == "augment") != (config.augment is not None):
+        missing = config.augment is None
+        rule = "needed by task: augment" if missing else "has no effect without task: augment"
+        yield ("augment",), rule
+    if config.augment is None:
+        return
+    for name in ("prompt", "filter", "forms"):
+        if name in config.model_fields_set:
+            yield (name,), "has no effect with task: augment: remove it"
+    if "samples" in config.sampling.model_fields_set:
+        yield ("sampling", "samples"), "has no effect with task: augment: say augment.question: N"
+    if config.augment.magpie and config.teacher.api and config.augment.user_turn is None:
+        yield ("augment", "user_turn"), "needed for magpie from a server"
 
 
 def load(path: str, overrides: tuple[str, ...] | list[str] = ()) -> Generation:

@@ -225,6 +225,7 @@ _ALTERNATIVES = {
     "<number>": " or {schedule: linear, start: a, end: b}",
     "<auto>": " or a number of tokens",
     "<steps>": " of steps, or a fraction below 1",
+    "<files>": ", or {fraction: 0.01} of the training data",
 }
 
 

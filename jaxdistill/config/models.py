@@ -157,7 +157,10 @@ class Student(Section):
     )
     random: RandomModel | None = Field(None, description="Random weights.")
     param_dtype: Dtype = Field(
-        "float32", description="Type its weights and optimizer state are held in."
+        "float32",
+        description="Type its weights are held in; the optimizer's moments, and sums of gradients "
+        "over micro-batches, are float32 in any case. bfloat16 weights are rounded at random, up "
+        "or down in proportion, so that small updates count on the mean.",
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
     quantize: Scheme | None = Field(

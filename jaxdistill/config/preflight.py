@@ -6,16 +6,17 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxdistill import rules
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
-from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
+from jaxdistill.data import paths, tables
+from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
-_DATA_ENDINGS = (".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".md")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -38,12 +39,6 @@ def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
     return errors
 
 
-def combine(errors: list[UserError]) -> UserError:
-    """Several errors as one, of the class with the smallest exit code among them."""
-    first = min(errors, key=lambda error: error.exit_code)
-    return type(first)("\n".join(str(error) for error in errors))
-
-
 def _run_dir_errors(folder: str) -> Iterator[UserError]:
     """The run folder is free."""
     key = f"run.dir = {shown(folder)}"
@@ -59,25 +54,54 @@ def _run_dir_errors(folder: str) -> Iterator[UserError]:
 
 
 def _data_errors(config: Config) -> Iterator[UserError]:
-    """Every source of data is there and of a kind that can be read."""
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
+    """Every source of data is there and can be read, and held-out files are no training files."""
+    data, network = config.data, config.security.allow_network
+    files: dict[str, list[tuple[str, pathlib.Path]]] = {"train": [], "eval": []}
+    for name, sources in (("train", data.train), ("eval", data.eval_files)):
         for i, source in enumerate(sources):
-            problem = _data_problem(source.path)
-            if problem:
-                yield DataError(f"data.{name}.{i}.path = {shown(source.path)}: {problem}")
+            key = f"data.{name}.{i}.path = {shown(source.path)}"
+            try:
+                found = _data_files(source.path, network)
+            except DataError as error:
+                yield DataError(f"{key}: {str(error).removeprefix(source.path + ': ')}")
+                continue
+            files[name] += [(key, path) for path in found]
+            if found and not any(path.stat().st_size for path in found):
+                yield DataError(f"{key}: the file is empty")
+    for key, path in files["eval"]:
+        for _, other in files["train"]:
+            if _same_content(path, other):
+                yield DataError(
+                    f"{key}: is {shown(str(other))} of data.train again: held-out data must not be "
+                    "trained on: name another file, or use data.eval: {fraction: 0.01}"
+                )
+                break
+    template = data.chat_template
+    if template is not None and not os.path.isfile(template):
+        yield DataError(f"data.chat_template = {shown(template)}: no such file ({_here()})")
 
 
-def _data_problem(path: str) -> str:
+def _data_files(path: str, network: bool) -> list[pathlib.Path]:
+    """The files of a source; none where it is a set with a name.
+
+    Raises:
+      DataError: if it cannot be read.
+    """
     if path.startswith("python:"):
-        known = _PYTHON_DATA.match(path)
-        return "" if known else "use python:docs?split=train or ?split=held_out"
-    if os.path.isdir(path):
-        return "is a folder: name the files in it"
-    if not os.path.exists(path):
-        return f"no such file ({_here()})"
-    if not path.lower().endswith(_DATA_ENDINGS):
-        return f"cannot be read: use {', '.join(_DATA_ENDINGS)}"
-    return "" if os.path.getsize(path) else "the file is empty"
+        if not _PYTHON_DATA.match(path):
+            raise DataError("use python:docs?split=train or ?split=held_out")
+        return []
+    if path.startswith("hf:"):
+        tables.HubDataset(path, network)
+        return []
+    return paths.find(path)[0]
+
+
+def _same_content(left: pathlib.Path, right: pathlib.Path) -> bool:
+    """Whether two paths lead to one file, or to files with the same bytes."""
+    return os.path.samefile(left, right) or (
+        left.stat().st_size == right.stat().st_size and filecmp.cmp(left, right, shallow=False)
+    )
 
 
 def _here() -> str:
@@ -86,11 +110,19 @@ def _here() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What the small files of a model tell: its folder and shape, if it has them; what is wrong."""
+    """What the small files of a model say.
+
+    Attributes:
+      folder: where it lies, if it is a folder.
+      shape: its config.json.
+      error: what is wrong.
+      own: whether the run's model has this shape, and is not only like it.
+    """
 
     folder: pathlib.Path | None = None
     shape: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: UserError | None = None
+    own: bool = True
 
     def number(self, name: str) -> int | None:
         """A whole number of config.json, if it holds one."""
@@ -113,25 +145,38 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     layers = teacher.number("num_hidden_layers")
     if config.teacher and config.teacher.random and config.teacher.random.layers:
         layers = config.teacher.random.layers
-    if student.layers and layers is not None and student.layers[-1] >= layers:
-        yield ConfigError(
-            f"student.layers: {student.layers[-1]} is too high: the teacher has {layers} layers, "
-            "counted from 0"
-        )
+    if student.layers and layers is not None:
+        yield from rules.kept_layers(student.layers, layers)
     if student.prune and not os.path.isfile(student.prune.importance):
         yield ConfigError(
             f"student.prune.importance = {shown(student.prune.importance)}: no such file "
             f"({_here()}): `jaxdistill importance` measures it"
         )
     for name in ("teacher", "student"):
-        longest = found.get(name, _Found()).number("max_position_embeddings")
-        if longest is not None and config.data.seq_len > longest:
-            yield ConfigError(
-                f"data.seq_len = {config.data.seq_len}: the {name} was made for {longest} "
-                "positions: use at most that"
-            )
+        yield from _fit_errors(config, name, found)
     if "student" in found:
         yield from _vocabulary_errors(teacher.folder, found["student"].folder)
+
+
+def _fit_errors(config: Config, name: str, found: Mapping[str, _Found]) -> Iterator[UserError]:
+    """What config.json says of a model fits the rows, the mesh and the tokenizer."""
+    model = found.get(name, _Found())
+    longest = model.number("max_position_embeddings")
+    if longest is not None:
+        yield from rules.row_length(config.data.seq_len, name, longest)
+    fields = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
+    if not any("experts" in key for key in model.shape):
+        fields["mlp"] = "intermediate_size"
+    sizes = {name: model.number(field) for name, field in fields.items()}
+    known = {name: size for name, size in sizes.items() if size}
+    if known and config.mesh.tensor > 0 and model.own:
+        yield from rules.tensor_axis(config.mesh.tensor, name, known)
+    named = config.tokenizer.from_
+    chosen = found.get(named if named in ("teacher", "student") else "tokenizer", _Found())
+    words = _vocabulary(chosen.folder / "tokenizer.json") if chosen.folder else {}
+    rows = model.number("vocab_size")
+    if words and rows is not None and model.own:
+        yield from rules.head_rows(name, rows, max(words.values()) + 1)
 
 
 def _models(config: Config) -> dict[str, _Found]:
@@ -142,7 +187,8 @@ def _models(config: Config) -> dict[str, _Found]:
         if model and model.source:
             found[name] = _look(f"{name}.source", model.source, network)
         elif model and model.random and model.random.like not in (None, "teacher"):
-            found[name] = _look(f"{name}.random.like", model.random.like, network, weights=False)
+            like = _look(f"{name}.random.like", model.random.like, network, weights=False)
+            found[name] = dataclasses.replace(like, own=False)
     chosen = config.tokenizer.from_
     if chosen not in ("teacher", "student", "bytes"):
         found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
@@ -159,22 +205,17 @@ def _vocabulary_errors(
     if filecmp.cmp(*files, shallow=False):
         return
     theirs, ours = (_vocabulary(file) for file in files)
-    if theirs and ours and theirs != ours:
-        ids = sorted(i for i in theirs.keys() | ours.keys() if theirs.get(i) != ours.get(i))
-        first = f"{ids[0]}: teacher {shown(theirs.get(ids[0]))}, student {shown(ours.get(ids[0]))}"
-        yield MismatchError(
-            f"student.source: its tokenizer and the teacher's differ at {len(ids)} ids ({first}): "
-            "take a student of the teacher's family, or cut one out of it (student.from: teacher)"
-        )
+    if theirs and ours:
+        yield from rules.same_ids(theirs, ours)
 
 
-def _vocabulary(file: pathlib.Path) -> dict[int, str]:
-    """Id -> token of a tokenizer.json, or {} where it keeps them in another way."""
+def _vocabulary(file: pathlib.Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, or {} where it keeps them in another way."""
     try:
         content = read_json(file)
-        words = {int(index): str(token) for token, index in content["model"]["vocab"].items()}
-        return words | {int(one["id"]): str(one["content"]) for one in content["added_tokens"]}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        words = {str(token): int(index) for token, index in content["model"]["vocab"].items()}
+        return words | {str(one["content"]): int(one["id"]) for one in content["added_tokens"]}
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}  # other kinds are compared when the tokenizers are loaded
 
 

@@ -18,6 +18,9 @@ from jaxdistill.section import (
     Section,
 )
 
+STATE = "workflow.json"
+ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
+RESERVED = frozenset({STATE, f"{STATE}.tmp", ASIDE, "LOCK", "report.html"})
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Name = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]
 
@@ -114,6 +117,8 @@ class Workflow(Section):
         """Rules: names differ, and a step refers only to steps before it."""
         before: set[str] = set()
         for i, step in enumerate(self.steps):
+            if step.name in RESERVED:
+                yield ("steps", i, "name"), f"{step.name!r} is the name of a file of the workflow's"
             if step.name in before:
                 yield ("steps", i, "name"), f"{step.name!r} is the name of an earlier step"
             for name in references(step.model_dump()):

@@ -1,89 +1,32 @@
 """Builds the tokenised data of a set of sources: stream, check, encode, quarantine, pack, seal."""
 
 import array
-import dataclasses
-import hashlib
+import collections
+import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, packing, store
-from jaxdistill.data.records import Record, Rejected, printable
+from jaxdistill.data import chat, encode, packing, quarantine, rendering, store
+from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.held_out import fingerprint_of
+from jaxdistill.data.learned import each_turn
+from jaxdistill.data.records import Record, Rejected
+from jaxdistill.data.rules import Empty, TooLong, Unlearned, printable
+from jaxdistill.data.settings import LOSS_ON, Settings
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.types import ORIGINS
 
-LOSS_ON = {"all": ("text", "completion", "messages"), "completion": ("completion",),
-           "assistant": ("messages",)}  # fmt: skip
-ON_BAD_RECORD = ("quarantine", "fail")
-LONG_DOCUMENTS = ("auto", "split", "truncate", "reject")
-
-# Part of every fingerprint: raise it when the same input would give other tokens, masks or rows.
-_VERSION = 1
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1_000_000
-_SHOWN_REASONS = 3
 
-Encoder = Callable[[Sequence[Record]], list[encode.Document | str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides, together with the sources and the tokenizer, which rows come out."""
-
-    seq_len: int
-    packing: str
-    loss_on: str
-    long_documents: str
-    chat_template: str | None
-
-    def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-          ConfigError: naming the field, the value and the choices.
-        """
-        if isinstance(self.seq_len, bool) or self.seq_len < 2:
-            raise ConfigError(f"data.seq_len: {self.seq_len}: must be a whole number of at least 2")
-        check_choice("packing", self.packing, packing.PACKINGS)
-        check_choice("loss_on", self.loss_on, tuple(LOSS_ON))
-        check_choice("long_documents", self.long_documents, LONG_DOCUMENTS)
-
-
-def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError unless the value is one of the choices."""
-    if value not in choices:
-        raise ConfigError(f"data.{field}: {value!r}: must be one of {', '.join(choices)}")
-
-
-def fingerprint(sources: Sequence[Source], codec: encode.Codec, settings: Settings) -> str:
-    """A hash over every byte of the sources, the tokenizer, the template and the settings."""
-    content = {
-        "version": _VERSION,
-        "sources": [_identity(source) for source in sources],
-        "tokenizer": encode.fingerprint(codec.tokenizer),
-        "prefix": codec.prefix,
-        "template": chat.template_of(codec.tokenizer, settings.chat_template),
-        "settings": dataclasses.asdict(settings),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(source: Source) -> dict[str, str]:
-    # Who wrote it joins where it matters, so that other data sets keep their fingerprints.
-    whose = {} if source.origin == "data" else {"origin": source.origin}
-    return {"format": source.format, "sha256": _digest(source), **whose}
-
-
-def _digest(source: Source) -> str:
-    try:
-        return source.digest()
-    except OSError as error:
-        raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+# What becomes of each record: its documents, or the reason why there are none.
+Documents = tuple[encode.Document, ...] | str
+Encoder = Callable[[Sequence[Record]], list[Documents]]
 
 
 def build(
@@ -122,8 +65,10 @@ def build(
         }
         if not counts["num_documents"]:
             names = [source.name for source in sources]
-            export_quarantine(temporary, names, quarantine_path)
-            raise DataError(_nothing_usable(name, counts, first_reasons(temporary, names)))
+            quarantine.export(temporary, names, quarantine_path)
+            raise DataError(
+                _nothing_usable(name, counts, quarantine.first_reasons(temporary, names))
+            )
         store.seal(temporary, facts)
 
 
@@ -134,6 +79,30 @@ def _nothing_usable(name: str, counts: dict[str, int], reasons: list[str]) -> st
         f"data.{name}: none of the {counts['records']} records can be used, there is nothing to "
         f"learn from: {'; '.join(reasons)}"
     )
+
+
+class _Cut(NamedTuple):
+    """What is kept of a document.
+
+    Attributes:
+      kept: its first so many tokens.
+      counted: how many of them are targets that count.
+      reason: why it cannot be used, or None.
+    """
+
+    kept: int
+    counted: int
+    reason: str | None = None
+
+
+# Why records are left out, by the name of the count; what is said of those that are no fault.
+LEFT_OUT = {
+    "quarantined": "",
+    "empty": "are empty and were skipped",
+    "too_long": "have nothing to learn within seq_len and were left out: raise seq_len",
+    "unlearned": "are marked as not learned and were left out",
+}
+_NO_FAULT = {Empty: "empty", TooLong: "too_long", Unlearned: "unlearned"}
 
 
 class _Build:
@@ -155,7 +124,9 @@ class _Build:
         self._encoder: Encoder | None = None
         self._chat: chat.ChatEncoder | None = None
         self._kind_from = ""
-        self._records = self._quarantined = self._truncated = self._tokens = self._counted = 0
+        self._records = self._truncated = self._tokens = self._counted = self._rendered = 0
+        self._left_out: collections.Counter[str] = collections.Counter()
+        self._shown_control: str | None = None
         self._offsets = array.array("q", [0])
         self._arrays = {
             part: store.ArrayWriter(
@@ -170,15 +141,24 @@ class _Build:
         """Reads, encodes and writes every record of every source."""
         for index, source in enumerate(self._sources):
             self.origins.append((self._tokens, ORIGINS.index(source.origin)))
+            used = 0
             for batch in _batched(source):
                 good = [item for item in batch if isinstance(item, Record)]
-                documents = iter(self._encode(source, good))
+                encoded = iter(self._encode(source, good))
                 for item in batch:
                     self._records += 1
-                    document = next(documents) if isinstance(item, Record) else item.reason
-                    reason = document if isinstance(document, str) else self._add(document)
-                    if reason is not None:
-                        self._reject(index, item.line, reason)
+                    made = next(encoded) if isinstance(item, Record) else item.reason
+                    cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
+                    reason = made if isinstance(made, str) else self._problem(cuts)
+                    if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
+                        self._reject(index, item.line, reason or "")
+                        continue
+                    # Of n records with weight w, floor(w n) copies: an exact share, by order.
+                    times = int(source.weight * (used + 1)) - int(source.weight * used)
+                    used += 1
+                    self._arrays["records"].append(np.asarray([fingerprint_of(item)], np.uint64))
+                    for _ in range(times):
+                        self._add(made, cuts)
 
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
@@ -198,8 +178,8 @@ class _Build:
             "num_loss_tokens": self._counted,
             "num_documents": len(offsets) - 1,
             "records": self._records,
-            "used": self._records - self._quarantined,
-            "quarantined": self._quarantined,
+            "used": self._records - self._left_out.total(),
+            **{why: self._left_out[why] for why in LEFT_OUT},
             "truncated": self._truncated,
         }
 
@@ -219,79 +199,157 @@ class _Build:
                 f"{self._truncated} of {len(self._offsets) - 1} documents were longer than seq_len "
                 f"{self._settings.seq_len} and were cut there: raise seq_len to keep them whole"
             )
-        if self._chat and not self._chat.ends_turns:
+        for why, words in LEFT_OUT.items():
+            if words and self._left_out[why]:
+                found.append(f"{self._left_out[why]} of {self._records} records {words}")
+        unread = sorted(set().union(*(source.unread for source in self._sources)))
+        if unread:
+            names = ", ".join(f"`{printable(name)[:40]}`" for name in unread[:8])
+            more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+            found.append(f"fields that are not read: {names}{more}")
+        if self._rendered:
             found.append(
-                "the chat template's {% generation %} block leaves out the token that ends a turn: "
-                "the student is not taught when to stop"
+                f"{self._rendered} records hold special tokens as text, such as "
+                f"{self._shown_control!r}: they stay text; data.special_tokens: parse reads them "
+                "as special tokens, for text that is rendered already"
             )
-        return found
+        found += [note for source in self._sources for note in source.notes]
+        return found + (self._chat.notices() if self._chat else [])
 
-    def _encode(self, source: Source, records: list[Record]) -> list[encode.Document | str]:
+    def _encode(self, source: Source, records: list[Record]) -> list[Documents]:
         if not records:
             return []
         if self._encoder is None:
             self._encoder = self._choose(source, records[0])
-        if records[0].kind != self.kind:
-            raise DataError(
-                f"data.{self._name}: mixed kinds of records: {self._kind_from} holds "
-                f"{self.kind!r}, {source.name} holds {records[0].kind!r}: a data set has one kind"
-            )
+        for record in records:
+            if record.kind != self.kind:
+                raise DataError(
+                    f"data.{self._name}: mixed kinds of records: {self._kind_from} holds "
+                    f"{self.kind!r}, {source.name}:{record.line} is {record.kind!r}: a data set "
+                    "has one kind"
+                )
         return self._encoder(records)
 
     def _choose(self, source: Source, record: Record) -> Encoder:
         """The encoder of the first record's kind, which is then the kind of the data set."""
         self.kind, self._kind_from = record.kind, source.name
-        loss_on = self._settings.loss_on
+        loss_on, settings = self._settings.loss_on, self._settings
         if record.kind not in LOSS_ON[loss_on]:
             fitting = [choice for choice, kinds in LOSS_ON.items() if record.kind in kinds]
             raise DataError(
                 f"data.loss_on: {loss_on!r} needs records of kind {' or '.join(LOSS_ON[loss_on])}, "
                 f"but {source.name} holds {record.kind!r}: use {' or '.join(fitting)}"
             )
-        if record.kind == "text":
-            return lambda records: encode.encode_texts(self._codec, records)
-        if record.kind == "completion":
-            return lambda records: encode.encode_completions(self._codec, records, loss_on)
-        template = chat.template_of(self._codec.tokenizer, self._settings.chat_template)
-        self._chat = chat.ChatEncoder(self._codec, template, loss_on)
-        return self._chat.encode
+        chats = record.kind in ("messages", "dialogue")
+        for name, value, plain in (
+            ("turns", settings.turns, "whole"),
+            ("chat_template", settings.chat_template, None),
+            ("template_kwargs", dict(settings.template_kwargs), {}),
+        ):
+            if not chats and value != plain:
+                raise ConfigError(f"data.{name}: has no effect on {record.kind!r}: remove it")
+        parse = settings.special_tokens == "parse"
+        if chats and parse:
+            raise ConfigError(
+                "data.special_tokens: 'parse' is for text and completions: in a conversation the "
+                "chat template writes the special tokens: remove it"
+            )
+        if not chats:
+            return lambda records: self._plain(records, parse)
+        template = rendering.template_of(self._codec.tokenizer, settings.chat_template)
+        self._chat = chat.ChatEncoder(self._codec, template, loss_on, settings.template_kwargs)
+        return self._each_turn if settings.turns == "each" else self._whole
 
-    def _add(self, document: encode.Document) -> str | None:
-        """Writes one document; or the reason why it teaches nothing."""
-        seq_len, policy = self._settings.seq_len, self._settings.long_documents
-        if policy == "auto":
-            policy = "split" if self.kind == "text" else "truncate"
-        ids, loss = document.ids, document.loss
-        too_long = len(ids) > seq_len
+    def _plain(self, records: Sequence[Record], parse: bool) -> list[Documents]:
+        """Texts, or prompts and completions; those that look rendered are counted."""
+        if self._codec.controls and not parse:
+            for record in records:
+                found = filter(None, map(self._codec.control_pattern.search, record.texts))
+                for match in itertools.islice(found, 1):
+                    self._rendered += 1
+                    self._shown_control = self._shown_control or match[0]
+        if self.kind == "text":
+            made = encode.encode_texts(self._codec, records, parse)
+        else:
+            loss_on = self._settings.loss_on
+            made = encode.encode_completions(self._codec, records, loss_on, parse)
+        return [one if isinstance(one, str) else (one,) for one in made]
+
+    def _whole(self, records: Sequence[Record]) -> list[Documents]:
+        assert self._chat is not None
+        made = self._chat.encode(records)
+        return [one if isinstance(one, str) else (one,) for one in made]
+
+    def _each_turn(self, records: Sequence[Record]) -> list[Documents]:
+        """A document for every turn of the assistant; a reason of one is that of its record."""
+        made: list[Documents] = []
+        for record in records:
+            try:
+                parts = self._whole(each_turn(record, self._settings.loss_on))
+            except RenderError as error:
+                parts = [str(error)]
+            reason = next((part for part in parts if isinstance(part, str)), None)
+            made.append(reason or tuple(part[0] for part in parts if not isinstance(part, str)))
+        return made
+
+    def _problem(self, cuts: Sequence["_Cut"]) -> str | None:
+        """Why nothing of a record can be learned, or None."""
+        if not cuts:
+            return "no token counts in the loss: the assistant says nothing"
+        return cuts[0].reason if all(cut.reason is not None for cut in cuts) else None
+
+    def _cut(self, document: encode.Document) -> "_Cut":
+        seq_len, policy = self._settings.seq_len, self._policy
+        size = len(document.ids)
+        too_long = size > seq_len
         if too_long and policy == "reject":
-            return f"too long: {len(ids)} tokens, seq_len is {seq_len}"
-        if too_long and policy == "truncate":
-            ids, loss = ids[:seq_len], loss[:seq_len]
-        # The first token of a document, or of a window of one, is no position's target.
-        counted = int(loss.sum() - loss[::seq_len].sum())
-        if not counted:
-            cut = f" within the first {seq_len} tokens (seq_len)" if too_long else ""
-            return f"no token counts in the loss{cut}"
-        self._truncated += too_long and policy == "truncate"
-        self._arrays["tokens"].append(ids)
-        self._arrays["loss"].append(loss)
-        self._tokens += len(ids)
-        self._counted += counted
-        self._offsets.append(self._tokens)
-        return None
+            return _Cut(0, 0, TooLong(f"too long: {size} tokens, seq_len is {seq_len}"))
+        kept = seq_len if too_long and policy == "truncate" else size
+        counted = _counted(document.loss[:kept], seq_len)
+        if counted:
+            return _Cut(kept, counted)
+        if kept < size and _counted(document.loss, size):
+            reason = f"no token counts in the loss within the first {seq_len} tokens (seq_len)"
+            return _Cut(0, 0, TooLong(f"too long: {reason}"))
+        return _Cut(0, 0, "no token counts in the loss")
+
+    @property
+    def _policy(self) -> str:
+        policy = self._settings.long_documents
+        if policy == "auto":
+            return "split" if self.kind == "text" else "truncate"
+        return policy
+
+    def _add(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> None:
+        """Writes the documents of one record, without those that teach nothing."""
+        for document, cut in zip(documents, cuts, strict=True):
+            if cut.reason is not None:
+                continue
+            self._truncated += cut.kept < len(document.ids)
+            self._arrays["tokens"].append(document.ids[: cut.kept])
+            self._arrays["loss"].append(document.loss[: cut.kept])
+            self._tokens += cut.kept
+            self._counted += cut.counted
+            self._offsets.append(self._tokens)
 
     def _reject(self, source: int, line: int, reason: str) -> None:
         # Reasons quote the data, which must not steer the terminal that shows them.
+        why = next((name for kind, name in _NO_FAULT.items() if isinstance(reason, kind)), "")
         reason = printable(reason).replace("\n", "\\n")
-        if self._fail_fast:
+        if self._fail_fast and not why:
             raise DataError(
                 f"{self._sources[source].name}:{line}: {reason} (data.on_bad_record is 'fail': "
                 "repair the record, or use 'quarantine' to leave it out)"
             )
-        self._quarantined += 1
-        entry = {"source": source, "line": line, "reason": reason}
+        self._left_out[why or "quarantined"] += 1
+        entry = {"source": source, "line": line, "reason": reason, "broken": not why}
         with store.writing(self._folder):
             self._quarantine.write(json.dumps(entry) + "\n")
+
+
+def _counted(loss: np.ndarray, seq_len: int) -> int:
+    """The tokens that count: the first of a document, or of a window of one, is no target."""
+    return int(loss.sum() - loss[::seq_len].sum())
 
 
 def _batched(source: Source) -> Iterator[list[Record | Rejected]]:
@@ -309,44 +367,3 @@ def _batched(source: Source) -> Iterator[list[Record | Rejected]]:
         raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
     if batch:
         yield batch
-
-
-def first_reasons(folder: Path, names: Sequence[str]) -> list[str]:
-    """The first few quarantined records as `file:line: reason`."""
-    reasons = []
-    for entry in _quarantined(folder, names):
-        reasons.append(f"{entry['file']}:{entry['line']}: {entry['reason']}")
-        if len(reasons) == _SHOWN_REASONS:
-            break
-    return reasons
-
-
-def export_quarantine(folder: Path, names: Sequence[str], path: Path | None) -> None:
-    """Writes the quarantined records of a folder for the user: file, line, reason, as JSONL.
-
-    Args:
-      folder: of the data set.
-      names: of its sources, in order.
-      path: the file; nothing is written for None, or where no record was left out.
-    """
-    if path is None or not (folder / store.QUARANTINE).stat().st_size:
-        return
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with store.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            for entry in _quarantined(folder, names):
-                file.write(json.dumps(entry) + "\n")
-        os.replace(temporary, path)
-
-
-def _quarantined(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with (folder / store.QUARANTINE).open(encoding="utf-8") as file:
-        for line in file:
-            entry = json.loads(line)
-            # The folder knows sources by number: the same content may lie elsewhere by now.
-            yield {
-                "file": names[entry["source"]],
-                "line": entry["line"],
-                "reason": entry["reason"],
-            }

@@ -1,76 +1,91 @@
 """Conversations to tokens: special tokens from the template, none from the data; exact masks."""
 
-import re
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.chat_template import ChatTemplate, RenderError
+from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.encode import (
     Codec,
     Document,
     encode_batch,
     encode_middle,
 )
+from jaxdistill.data.learned import Learned
 from jaxdistill.data.records import Record
-from jaxdistill.errors import DataError
-
-_OPEN, _CLOSE = "\ue000", "\ue001"
-# Characters: a conversation is rendered up to each of its turns, which grows as their square.
-_MAX_PREFIXES = 200_000_000
-_PRIVATE = "\ue000-\ue003"
-_SENTINEL = re.compile(f"{_OPEN}([0-9]{{1,9}}){_CLOSE}")
+from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
+from jaxdistill.data.spans import last_control
 
 Span = tuple[int, int]
 
 
-def template_of(tokenizer: Any, chat_template: str | None = None) -> str | None:
-    """The template in use: the one given, else the tokenizer's own (its default), else None."""
-    if chat_template is not None:
-        return chat_template
-    own = tokenizer.chat_template
-    return own.get("default") if isinstance(own, dict) else own
+@dataclasses.dataclass(frozen=True)
+class _Rendered:
+    """A rendered conversation.
+
+    Attributes:
+      text: with sentinels.
+      cuts: where they are.
+      stash: what they stand for.
+      learned: what counts in the loss; None: all but `left`.
+      left: what does not.
+      ends_learned: whether an end token that is added counts.
+    """
+
+    text: str
+    cuts: list[Span]
+    stash: list[str]
+    learned: list[Span] | None
+    left: list[Span]
+    ends_learned: bool
 
 
 class ChatEncoder:
-    """Turns `messages` records into documents.
+    """Turns conversations into documents.
 
     Strings of special tokens that stand in a message are taken out before the template sees it,
     each replaced by a numbered sentinel, and put back as plain text when the result is tokenised;
     special tokens in the result are therefore the template's own. A conversation that holds none
     is tokenised in one piece, exactly as `tokenizer.apply_chat_template` does.
-
-    Attributes:
-      ends_turns: False once an assistant's counted text was seen that ends without a special token.
     """
 
-    def __init__(self, codec: Codec, source: str | None, loss_on: str):
+    def __init__(
+        self,
+        codec: Codec,
+        source: str | None,
+        loss_on: str,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
         """Compiles the template.
 
         Args:
           codec: from `encode.prepare`.
-          source: the template, see `template_of`.
-          loss_on: `all` or `assistant`.
+          source: the template, see `rendering.template_of`.
+          loss_on: a value of `learned.LOSS_ON`.
+          template_kwargs: what the template is given besides, such as `enable_thinking`.
 
         Raises:
-          DataError: if there is no template.
-          ModelError: if the template has a syntax error.
+          DataError, ConfigError, ModelError: as `ChatRenderer`.
         """
-        if source is None:
-            raise DataError(
-                "the records hold `messages`, but the tokenizer has no chat template: use the "
-                "tokenizer of a chat model, give a chat_template, or write prompt and completion"
-            )
         self._codec = codec
-        self._template = ChatTemplate(source, codec.tokenizer.special_tokens_map)
-        self._assistant = loss_on == "assistant"
+        self._renderer = ChatRenderer(codec, source, template_kwargs or {})
+        self._learned = Learned(self._renderer, codec, loss_on)
         # Added tokens that are not special, such as <think>, are the assistant's to write.
         self._control = codec.control_pattern
-        self._shield = re.compile(f"{self._control.pattern}|[{_PRIVATE}]")
         # Only a normaliser can turn other characters into a special token's string.
         self._check = codec.tokenizer.backend_tokenizer.normalizer is not None
-        self.ends_turns = True
+
+    @property
+    def ends_turns(self) -> bool:
+        """False once a turn of the assistant was seen that ends without a special token."""
+        return self._learned.ends_turns
+
+    def notices(self) -> list[str]:
+        """What the user should know about the conversations that were encoded."""
+        return self._learned.notices()
 
     def encode(self, records: Sequence[Record]) -> list[Document | str]:
         """A Document, or the reason why there is none, for every record."""
@@ -79,29 +94,44 @@ class ChatEncoder:
             (text[start:end], start)
             for item in rendered
             if not isinstance(item, str)
-            for text, _, cuts in [item[:3]]
+            for text, cuts in [(item.text, item.cuts)]
             for start, end in _between(cuts, len(text))
         ]
-        offsets = self._assistant or self._check
+        masked = any(
+            not isinstance(item, str) and (item.learned is not None or item.left)
+            for item in rendered
+        )
+        offsets = masked or self._check
         encoded = iter(
             encode_batch(
                 self._codec, [job[0] for job in jobs], split_special=False, offsets=offsets
             )
         )
         return [
-            item if isinstance(item, str) else self._assemble(record, *item, encoded)
-            for record, item in zip(records, rendered, strict=True)
+            item if isinstance(item, str) else self._assemble(item, encoded) for item in rendered
         ]
 
-    def encode_prompt(self, turns: Record) -> list[int]:
-        """A conversation that the assistant is to go on with.
+    def encode_prompt(
+        self, turns: Record, variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[int]:
+        """A conversation that the assistant is to go on with: in its last turn, or in a new one.
+
+        Args:
+          turns: the conversation.
+          variables: further variables for the template, without strings of special tokens.
 
         Raises:
           RenderError: if the template refuses it, or the tokenizer does.
         """
-        messages, stash = self._shielded(turns)
-        marked = self._template.render(messages, add_generation_prompt=True)
-        text = self._template.spans(marked)[0]
+        goes_on = turns.roles[-1] == "assistant"
+        shielded, marked = self._renderer.first(
+            turns, add_generation_prompt=not goes_on, variables=variables, mark_end=goes_on
+        )
+        text, stash = self._renderer.template.spans(marked)[0], shielded.stash
+        end = mark(len(stash))
+        if goes_on and end not in text:
+            raise RenderError("chat template: does not print the end of the assistant's last turn")
+        text = text[: text.rindex(end)] if goes_on else text
         cuts = _cuts(text, len(stash))
         pieces = [text[start:end] for start, end in _between(cuts, len(text))]
         encoded = encode_batch(self._codec, pieces, split_special=False, offsets=self._check)
@@ -110,78 +140,32 @@ class ChatEncoder:
             raise RenderError(joined)
         return joined[0]
 
-    def _render(self, record: Record) -> tuple[str, list[Span], list[Span], list[str]] | str:
-        """(text with sentinels, assistant spans, their spans, their strings), or the reason."""
-        messages, stash = self._shielded(record)
+    def _render(self, record: Record) -> _Rendered | str:
+        """The rendered conversation and what is learned of it, or the reason why there is none."""
         try:
-            marked = self._template.render(messages)
-            text, spans = self._template.spans(marked)
-            if self._assistant and not self._template.marks_generation:
-                spans = self._prefix_spans(messages, text)
-            cuts = _cuts(text, len(stash))
+            shielded, marked = self._renderer.first(record)
+            text, generated = self._renderer.template.spans(marked)
+            cuts = _cuts(text, len(shielded.stash))
+            self._renderer.check(shielded, text)
+            learned, left = self._learned.spans(record, shielded, text, generated)
         except RenderError as error:
             return str(error)
-        return text, spans, cuts, stash
+        ends = self._learned.learns_end(record)
+        return _Rendered(text, cuts, shielded.stash, learned, left, ends)
 
-    def _shielded(self, record: Record) -> tuple[list[dict[str, str]], list[str]]:
-        """Messages with sentinels in place of the strings of special tokens, and those strings."""
-        stash: list[str] = []
-
-        def hide(match: re.Match[str]) -> str:
-            stash.append(match[0])
-            return f"{_OPEN}{len(stash) - 1}{_CLOSE}"
-
-        messages = [
-            {"role": role, "content": self._shield.sub(hide, content)}
-            for role, content in zip(record.roles, record.texts, strict=True)
-        ]
-        return messages, stash
-
-    def _prefix_spans(self, messages: list[dict[str, str]], text: str) -> list[Span]:
-        """Where the assistant speaks: the conversation is rendered up to each of its turns."""
-        spans = []
-        rendered = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            rendered += len(text)
-            if rendered > _MAX_PREFIXES:
-                raise RenderError(
-                    f"too many of the assistant's messages ({len(messages)} in all) for the "
-                    "conversation's length: split it, or use a template with {% generation %} marks"
-                )
-            before = self._template.render(messages[:index], add_generation_prompt=True)
-            last = index + 1 == len(messages)
-            after = text if last else self._template.render(messages[: index + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise RenderError(
-                    f"chat template: cannot tell where the assistant's message {index + 1} lies: "
-                    "the conversation rendered up to it is not the beginning of the whole; use a "
-                    "template with {% generation %} marks, or loss_on: all"
-                )
-            spans.append((len(before), self._trim(text, len(before), len(after))))
-        return spans
-
-    def _trim(self, text: str, start: int, end: int) -> int:
-        """The end of a turn: behind its end token, without the white space that follows it."""
-        return self._last_control(text, start, end) or end
-
-    def _assemble(
-        self,
-        record: Record,
-        text: str,
-        spans: list[Span],
-        cuts: list[Span],
-        stash: list[str],
-        encoded: Any,
-    ) -> Document | str:
+    def _assemble(self, item: _Rendered, encoded: Any) -> Document | str:
         """The document of a rendered conversation, or the reason why there is none."""
-        joined = self._join(text, cuts, stash, encoded)
+        joined = self._join(item.text, item.cuts, item.stash, encoded)
         if isinstance(joined, str):
             return joined
         ids, starts, ends = joined
-        loss = _inside(starts, ends, spans) if self._assistant else np.ones(len(ids), bool)
-        return self._ended(record, text, np.asarray(ids, np.int32), loss)
+        if item.learned is not None:
+            loss = _inside(starts, ends, item.learned)
+        elif item.left:
+            loss = ~_inside(starts, ends, item.left)
+        else:
+            loss = np.ones(len(ids), bool)
+        return self._ended(item, np.asarray(ids, np.int32), loss)
 
     def _join(
         self, text: str, cuts: list[Span], stash: list[str], encoded: Any
@@ -213,11 +197,6 @@ class ChatEncoder:
                 ids += piece
         return problem or (ids, starts, ends)
 
-    def _last_control(self, text: str, start: int, end: int) -> int | None:
-        """Where the last special token in [start, end) ends, if only white space follows it."""
-        found = [match.end() for match in self._control.finditer(text, start, end)]
-        return found[-1] if found and not text[found[-1] : end].strip() else None
-
     def _forged(self, text: str, start: int, ids: list[int], offsets: list[Span]) -> str | None:
         """Finds a special token that a normaliser made from other characters; what to say of it."""
         for index in np.flatnonzero(self._codec.inert[ids]):
@@ -227,23 +206,23 @@ class ChatEncoder:
                 return f"the tokenizer turns the text {written!r} into a special token"
         return None
 
-    def _ended(self, record: Record, text: str, ids: np.ndarray, loss: np.ndarray) -> Document:
+    def _ended(self, item: _Rendered, ids: np.ndarray, loss: np.ndarray) -> Document:
         """Adds the end token where the template ends a conversation with no special token."""
-        ends = self._last_control(text, 0, len(text)) is not None
+        ends = last_control(self._control, item.text, 0, len(item.text)) is not None
         if not ends and self._codec.end is not None:
             ids = np.append(ids, np.int32(self._codec.end))
-            loss = np.append(loss, not self._assistant or record.roles[-1] == "assistant")
-        elif self._assistant and not self._codec.inert[ids[loss]].any():
-            self.ends_turns = False
+            loss = np.append(loss, item.ends_learned)
+        elif item.learned is not None and loss.any() and not self._codec.inert[ids[loss]].any():
+            self._learned.ends_turns = False
         return Document(ids, loss)
 
 
 def _cuts(text: str, count: int) -> list[Span]:
     """Where the sentinels of a rendered text are, all of them whole and of those that were made."""
-    found = list(_SENTINEL.finditer(text))
+    found = list(SENTINEL.finditer(text))
     cuts = [match.span() for match in found]
     outside = "".join(text[start:end] for start, end in _between(cuts, len(text)))
-    whole = _OPEN not in outside and _CLOSE not in outside
+    whole = OPEN not in outside and CLOSE not in outside
     if not whole or not all(int(match[1]) < count for match in found):
         raise RenderError(
             "chat template: cuts through a special token that is written in a message"

@@ -14,7 +14,10 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+# What `render` gives a template itself.
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 MAX_RENDERED = 40_000_000  # characters
+MAX_LITERAL = 200  # characters of a string in a template that is looked for in texts
 # What a template that prints today's date prints: the same data must give the same tokens tomorrow.
 DATE = datetime.datetime(2024, 7, 26)
 # Private-use characters. Data never reaches the template with them, see `chat.ChatEncoder`.
@@ -26,8 +29,8 @@ class TooLong(Exception):
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """`check` or `render`, by name."""
-    return {"check": check, "render": render}[function](*arguments)
+    """`check`, `literals` or `render`, by name."""
+    return {"check": check, "literals": literals, "render": render}[function](*arguments)
 
 
 def check(source: str) -> str | None:
@@ -39,10 +42,19 @@ def check(source: str) -> str | None:
     return None
 
 
+def literals(source: str) -> list[str]:
+    """The strings that a template compares texts with, splits them at, or prints."""
+    tree = _environment().parse(source)
+    found = {node.value for node in tree.find_all(jinja2.nodes.Const)}
+    texts = {text.strip() for text in found if isinstance(text, str)}
+    return sorted(text for text in texts if 0 < len(text) <= MAX_LITERAL)
+
+
 def render(
     source: str,
     variables: Mapping[str, Any],
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
     add_generation_prompt: bool,
     limit: int,
 ) -> str:
@@ -55,7 +67,7 @@ def render(
     parts, size = [], 0
     for part in _compiled(source).generate(
         messages=[dict(message) for message in messages],
-        tools=None,
+        tools=tools,
         documents=None,
         add_generation_prompt=add_generation_prompt,
         **variables,
@@ -69,6 +81,11 @@ def render(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -79,7 +96,7 @@ def _compiled(source: str) -> jinja2.Template:
     provided["raise_exception"] = _refuse
     provided["strftime_now"] = DATE.strftime
     provided["namespace"] = _Namespace
-    return environment.from_string(source)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):

@@ -1,5 +1,6 @@
 """A chat template, a stranger's program kept at a distance, makes one text of a conversation."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ MEMORY = 2 << 30  # bytes; a text of the largest size is held some times over
 _CHILD = "jaxdistill.data.chat_render:call"
 _CALLS = 1_000_000  # the process need not be replaced: rendering leaks nothing
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class RenderError(Exception):
@@ -60,17 +61,43 @@ class ChatTemplate:
         if problem:
             raise ModelError(f"chat template: {problem}")
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    def mentions(self, name: str) -> bool:
+        """Whether a name stands in the template: what it does not name, it cannot print."""
+        return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
+
+    @functools.cached_property
+    def literals(self) -> list[str]:
+        """The strings in the template's code."""
+        try:
+            return self._call("literals", self._source)
+        except (RuntimeError, TimedOut) as error:
+            raise ModelError(f"chat template: {_words(error)}") from error
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as one string, generation marks included.
+
+        Args:
+          messages: objects with `role`, `content` and whatever the template prints besides.
+          add_generation_prompt: end with what the assistant's turn begins with.
+          tools: the functions that the assistant may call.
+          variables: in place of, or besides, those of the constructor.
 
         Raises:
           RenderError: if the template refuses the messages, or prints too much or too long.
           ModelError: if it did not end for several conversations: it would not for the others.
         """
         turns = [dict(message) for message in messages]
-        asked = (turns, add_generation_prompt, chat_render.MAX_RENDERED)
+        given = {**self._variables, **(variables or {})}
+        asked = (turns, list(tools) or None, add_generation_prompt, chat_render.MAX_RENDERED)
         try:
-            return self._call("render", self._source, self._variables, *asked)
+            return self._call("render", self._source, given, *asked)
         except RuntimeError as error:
             # The template is foreign text: whatever it trips over is the conversation's reason.
             raise RenderError(f"chat template: {_words(error)}") from error

@@ -1,4 +1,4 @@
-"""A built data set: rows of packed tokens, assembled on demand from memory-mapped arrays."""
+"""A built data set: rows of packed tokens, assembled on demand from arrays on disk."""
 
 import dataclasses
 from pathlib import Path
@@ -17,12 +17,15 @@ class Dataset:
       name: what the user calls it, `train`.
       folder: where the arrays lie.
       fingerprint: changes with any byte of the sources, the tokenizer, the template, the settings.
-      kind: of its records: text, messages, completion.
+      kind: of its records: text, messages, completion, dialogue.
       seq_len: the length of a row.
       pad: the token that fills rows.
       num_rows, num_tokens, num_loss_tokens: rows; tokens of documents; predictions that count.
       num_documents: documents, the pieces of long texts counted singly.
-      records, used, quarantined: records found = used + quarantined.
+      records, used: records found = used + quarantined + empty + too_long + unlearned.
+      quarantined: broken records.
+      empty, too_long, unlearned: records without text, without anything to learn within seq_len,
+        and those that are marked as not learned.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
       sources: names of what it was built from.
@@ -42,11 +45,14 @@ class Dataset:
     records: int
     used: int
     quarantined: int
+    empty: int
+    too_long: int
+    unlearned: int
     truncated: int
     notices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.num_rows

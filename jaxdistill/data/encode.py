@@ -5,13 +5,17 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.data.records import Record
 from jaxdistill.errors import ModelError
+from jaxdistill.models.vocabulary import made_steady
+
+MAX_GROWTH = 4  # characters that a normaliser may make of one, on an average of the text
+_SLICE = 1000  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,9 +58,33 @@ class Codec:
         return re.compile("|".join(map(re.escape, strings)) or r"(?!)")
 
     @functools.cached_property
+    def growing(self) -> Any:
+        """The normaliser, if it may make several characters of one; None for most."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return None
+        state = json.loads(normalizer.__getstate__())
+        parts = state["normalizers"] if state["type"] == "Sequence" else [state]
+        return None if all(map(_keeps_size, parts)) else normalizer
+
+    @functools.cached_property
     def newline(self) -> list[int]:
         """The ids of one line end."""
         return self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+
+def _keeps_size(part: Mapping[str, Any]) -> bool:
+    """Whether a normaliser leaves a text about as long as it was."""
+    if part["type"] == "Replace":
+        return len(part["content"]) <= 1 and "String" in part["pattern"]
+    return part["type"] in (
+        "Lowercase",
+        "Strip",
+        "StripAccents",
+        "NFC",
+        "Prepend",
+        "BertNormalizer",
+    )
 
 
 def prepare(tokenizer: Any) -> Codec:
@@ -73,6 +101,7 @@ def prepare(tokenizer: Any) -> Codec:
             f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer, which the data needs "
             "to map tokens to text: the model folder must hold a tokenizer.json"
         )
+    made_steady(tokenizer)
     special = {
         token.content: index
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -81,7 +110,8 @@ def prepare(tokenizer: Any) -> Codec:
     special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     unknown = tokenizer.unk_token_id
-    inert = np.zeros(max([len(tokenizer), *(index + 1 for index in special.values())]), bool)
+    last = max([*tokenizer.get_vocab().values(), *special.values()], default=0)
+    inert = np.zeros(last + 1, bool)
     inert[list(special.values())] = True
     # An unknown character honestly becomes the unknown token, unless that token also ends texts.
     if unknown is not None and unknown not in (end, tokenizer.bos_token_id):
@@ -130,6 +160,13 @@ def encode_batch(
     """
     if not texts:
         return []
+    if any(_grows(codec, text) for text in texts):
+        return [
+            f"the tokenizer makes more than {MAX_GROWTH} times as many characters of the text"
+            if _grows(codec, text)
+            else encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
+            for text in texts
+        ]
     try:
         # verbose=False: longer than the model's window is normal here, rows are cut later.
         result = codec.tokenizer(
@@ -156,8 +193,29 @@ def encode_batch(
     return result["input_ids"]
 
 
-def encode_text(codec: Codec, texts: Sequence[str]) -> list[list[int] | str]:
-    """Tokenises raw text: a special token written in it stays text, or the reason comes back."""
+def _grows(codec: Codec, text: str) -> bool:
+    """Whether the normaliser makes much more of a text: a rule for one letter is one for all.
+
+    Most cannot, or not much. What is looked at costs a second normalisation, piece by piece.
+    """
+    normalizer = codec.growing
+    if normalizer is None or len(text) < _SLICE:
+        return False
+    room = MAX_GROWTH * len(text)
+    for start in range(0, len(text), _SLICE):
+        room -= len(normalizer.normalize_str(text[start : start + _SLICE]))
+        if room < 0:
+            return True
+    return False
+
+
+def encode_text(codec: Codec, texts: Sequence[str], parse: bool = False) -> list[list[int] | str]:
+    """Tokenises raw text: a special token written in it stays text, or the reason comes back.
+
+    With `parse` it becomes the special token, as in text that is rendered already.
+    """
+    if parse:
+        return encode_batch(codec, texts, split_special=False)
     encoded = encode_batch(codec, texts, split_special=True)
     for index, ids in enumerate(encoded):
         if not isinstance(ids, str) and codec.inert[ids].any():
@@ -192,23 +250,27 @@ def encode_middle(codec: Codec, text: str) -> list[int] | str:
     return encode_text(codec, [text])[0]
 
 
-def encode_texts(codec: Codec, records: Sequence[Record]) -> list[Document | str]:
-    """Documents of `text` records: the tokenizer's prefix, the text, the end token; all count."""
+def encode_texts(
+    codec: Codec, records: Sequence[Record], parse: bool = False
+) -> list[Document | str]:
+    """Documents of `text` records: the tokenizer's prefix, the text, the end token; all count.
+
+    With `parse` a prefix or an end that is written in the text is not added a second time.
+    """
     documents: list[Document | str] = []
-    for record, ids in zip(
-        records, encode_text(codec, [record.texts[0] for record in records]), strict=True
-    ):
+    encoded = encode_text(codec, [record.texts[0] for record in records], parse)
+    for record, ids in zip(records, encoded, strict=True):
         if isinstance(ids, str):
             documents.append(ids)
             continue
-        before = codec.prefix if record.opens else ()
-        whole = [*before, *ids, *_end(codec, record.closes)]
+        before = prefix_of(codec, ids, parse) if record.opens else ()
+        whole = [*before, *ids, *_end(codec, record.closes, ids if parse else ())]
         documents.append(Document(np.asarray(whole, np.int32), np.ones(len(whole), bool)))
     return documents
 
 
 def encode_completions(
-    codec: Codec, records: Sequence[Record], loss_on: str
+    codec: Codec, records: Sequence[Record], loss_on: str, parse: bool = False
 ) -> list[Document | str]:
     """Documents of `completion` records: prefix, prompt, completion, end token.
 
@@ -216,23 +278,37 @@ def encode_completions(
     tokens unchanged, and by itself otherwise: the boundary always lies between two tokens, and the
     prompt reads as it will when the model is asked.
     """
-    prompts = encode_text(codec, [record.texts[0] for record in records])
-    joined = encode_text(codec, ["".join(record.texts) for record in records])
+    prompts = encode_text(codec, [record.texts[0] for record in records], parse)
+    joined = encode_text(codec, ["".join(record.texts) for record in records], parse)
     documents: list[Document | str] = []
     for record, prompt, both in zip(records, prompts, joined, strict=True):
         if not isinstance(prompt, str) and (isinstance(both, str) or both[: len(prompt)] != prompt):
-            alone = encode_text(codec, [record.texts[1]])[0]
+            alone = encode_text(codec, [record.texts[1]], parse)[0]
             both = alone if isinstance(alone, str) else [*prompt, *alone]
         if isinstance(prompt, str) or isinstance(both, str):
             documents.append(prompt if isinstance(prompt, str) else str(both))
             continue
-        ids = np.asarray([*codec.prefix, *both, *_end(codec, True)], np.int32)
+        before = prefix_of(codec, both, parse)
+        end = _end(codec, True, both if parse else ())
+        ids = np.asarray([*before, *both, *end], np.int32)
         loss = np.ones(len(ids), bool)
         if loss_on == "completion":
-            loss[: len(codec.prefix) + len(prompt)] = False
+            loss[: len(before) + len(prompt)] = False
         documents.append(Document(ids, loss))
     return documents
 
 
-def _end(codec: Codec, closes: bool) -> tuple[int, ...]:
-    return (codec.end,) if closes and codec.end is not None else ()
+def prefix_of(codec: Codec, ids: Sequence[int], parse: bool) -> tuple[int, ...]:
+    """What goes before a text: the tokenizer's prefix, unless a parsed text begins with it."""
+    size = len(codec.prefix)
+    return () if parse and tuple(ids[:size]) == codec.prefix else codec.prefix
+
+
+def _end(codec: Codec, closes: bool, parsed: Sequence[int] = ()) -> tuple[int, ...]:
+    """The end token, unless a parsed text ends with a special one, white space left out."""
+    if not closes or codec.end is None:
+        return ()
+    last = max((i for i, token in enumerate(parsed) if codec.inert[token]), default=None)
+    if last is not None and not codec.tokenizer.decode(list(parsed[last + 1 :])).strip():
+        return ()
+    return (codec.end,)

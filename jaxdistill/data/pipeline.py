@@ -1,15 +1,16 @@
 """The door of the data room: build a data set once, then take batches of it by row."""
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.data import build as building
-from jaxdistill.data import encode, store
+from jaxdistill.data import encode, quarantine, settings, store
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
@@ -35,6 +36,9 @@ def build(
     name: str = "train",
     long_documents: str = "auto",
     chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    turns: str = "whole",
+    special_tokens: str = "text",
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.
 
@@ -44,12 +48,14 @@ def build(
     tokens written in the data stay text.
 
     Args:
-      sources: files, names for `sources.open_source`, or opened sources; their order counts.
+      sources: files, folders and names as in `sources.open_source`, or opened sources; their
+        order counts.
       tokenizer: a transformers PreTrainedTokenizerFast.
       seq_len: tokens in a row.
       packing: `best_fit`: several documents in a row, kept apart by segment_ids; `none`: one.
-      loss_on: `all` tokens; `completion`: not the prompt; `assistant`: only what the assistant
-        says, the token that ends its turn included.
+      loss_on: `all` tokens; `completion`: not the prompt, and of a conversational completion what
+        the assistant says; `assistant`: only what the assistant says, the token that ends its turn
+        included. Marks in the records take turns out.
       cache_dir: results are kept here, in a folder named after their fingerprint.
       on_bad_record: `quarantine` leaves unusable records out and lists them, `fail` stops at one.
       max_bad_fraction: more unusable records than this share of all is an error.
@@ -57,12 +63,17 @@ def build(
       name: for messages and the cache.
       long_documents: what becomes of documents longer than seq_len. `split`: windows of seq_len
         tokens, each a segment of its own; `truncate`: the rest is dropped and the document counted;
-        `reject`: an unusable record. `auto` splits texts and truncates the others, whose later
+        `reject`: left out and counted. `auto` splits texts and truncates the others, whose later
         windows would have lost the question.
       chat_template: Jinja text in place of the tokenizer's own.
+      template_kwargs: what the template is given besides, such as {"enable_thinking": False}.
+      turns: `whole`: a conversation is one document; `each`: every turn of the assistant that is
+        learned is the end of a document of its own, rendered as when the model is asked for it.
+      special_tokens: `text`: special tokens written in texts and completions stay text; `parse`:
+        they become special tokens, for text that is rendered already.
 
     Returns:
-      A Dataset with used + quarantined == records.
+      A Dataset.
 
     Raises:
       ConfigError: if a setting is not one of its choices.
@@ -71,15 +82,24 @@ def build(
       ModelError: if the tokenizer is not a fast one, or the template has a syntax error.
       StorageError: if cache_dir or quarantine_path cannot be written.
     """
-    settings = building.Settings(seq_len, packing, loss_on, long_documents, chat_template)
-    building.check_choice("on_bad_record", on_bad_record, building.ON_BAD_RECORD)
+    chosen = settings.Settings(
+        seq_len=seq_len,
+        packing=packing,
+        loss_on=loss_on,
+        long_documents=long_documents,
+        chat_template=chat_template,
+        template_kwargs=template_kwargs or {},
+        turns=turns,
+        special_tokens=special_tokens,
+    )
+    settings.check_choice("on_bad_record", on_bad_record, settings.ON_BAD_RECORD)
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ConfigError(f"data.max_bad_fraction: {max_bad_fraction}: must lie between 0 and 1")
     opened = _open(sources, name)
     codec = encode.prepare(tokenizer)
-    identity = building.fingerprint(opened, codec, settings)
+    identity = settings.fingerprint(opened, codec, chosen)
     folder = Path(cache_dir) / f"{name}-{identity[:20]}"
-    quarantine = None if quarantine_path is None else Path(quarantine_path)
+    left_out = None if quarantine_path is None else Path(quarantine_path)
     notices = []
     damage = store.problem(folder) if folder.exists() else "not built yet"
     if damage:
@@ -90,11 +110,11 @@ def build(
             folder,
             opened,
             codec,
-            settings,
+            chosen,
             identity,
             fail_fast=on_bad_record == "fail",
             name=name,
-            quarantine_path=quarantine,
+            quarantine_path=left_out,
         )
     facts = manifest.read(folder)
     assert facts["fingerprint"] == identity
@@ -102,9 +122,9 @@ def build(
     for notice in notices:
         _log.warning("data.%s: %s", name, notice)
     names = tuple(source.name for source in opened)
-    building.export_quarantine(folder, names, quarantine)
+    quarantine.export(folder, names, left_out)
     allowed = 0.0 if on_bad_record == "fail" else max_bad_fraction
-    _judge(facts["counts"], building.first_reasons(folder, names), allowed, name, quarantine)
+    _judge(facts["counts"], quarantine.first_reasons(folder, names), allowed, name, left_out)
     return open_dataset(folder, facts, name, tuple(notices), names)
 
 
@@ -114,22 +134,30 @@ def write_quarantine(dataset: Dataset, path: Path) -> None:
     Raises:
       StorageError: if the file cannot be written.
     """
-    building.export_quarantine(dataset.folder, dataset.sources, path)
+    quarantine.export(dataset.folder, dataset.sources, path)
 
 
 def _open(sources: Sources, name: str) -> list[Source]:
     several = [sources] if isinstance(sources, str | Path | Source) else list(sources)
     if not several:
         raise DataError(f"data.{name}: no files are given: name at least one")
-    return [item if isinstance(item, Source) else open_source(item) for item in several]
+    opened = [item if isinstance(item, Source) else open_source(item) for item in several]
+    # The files of a folder are sources of their own: messages name the file. Its notes stay.
+    return [
+        dataclasses.replace(one, notes=source.notes if first else ())
+        for source in opened
+        for first, one in zip(
+            (True, *(False for _ in source.parts)), source.parts or (source,), strict=False
+        )
+    ]
 
 
 def _judge(
-    counts: dict[str, int], reasons: list[str], allowed: float, name: str, quarantine: Path | None
+    counts: dict[str, int], reasons: list[str], allowed: float, name: str, left_out: Path | None
 ) -> None:
     bad, total = counts["quarantined"], counts["records"]
     if bad > allowed * total:
-        where = f"; all of them are listed in {quarantine}" if quarantine else ""
+        where = f"; all of them are listed in {left_out}" if left_out else ""
         raise DataError(
             f"data.{name}: {bad} of {total} records ({bad / total:.2%}) cannot be used, more than "
             f"max_bad_fraction {allowed:g} allows: {'; '.join(reasons)}{where}"

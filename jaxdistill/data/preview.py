@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.records import printable
+from jaxdistill.data.rules import printable
 
 # Around what counts in the loss.
 OPEN, CLOSE = "⟦", "⟧"

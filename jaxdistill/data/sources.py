@@ -2,38 +2,22 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import python_docs
-from jaxdistill.data.records import (
-    KINDS,
-    MAX_RECORD_BYTES,
-    Record,
-    Rejected,
-    kinds_of,
-    names_of,
-    parse,
-    text_problem,
-)
+from jaxdistill.data import files, parquet, paths, python_docs, tables
+from jaxdistill.data.files import decode, lines, too_large
+from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, ending_of
+from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
+from jaxdistill.data.rules import Empty, names_of, text_problem
 from jaxdistill.errors import DataError
 from jaxdistill.types import ORIGINS
 
 # `plain` makes one document of a text file, `paragraphs` one of every block between blank lines.
 TEXT_FORMATS = ("plain", "paragraphs")
 FORMATS = ("auto", *KINDS, *TEXT_FORMATS)
-JSON_ENDINGS = (".jsonl", ".ndjson")
-TEXT_ENDINGS = (".txt", ".text", ".md")
-PARQUET_ENDINGS = (".parquet",)
 PYTHON_DOCS = "python:docs"
-
-# A long text is tokenised in pieces of about this size, so that memory does not grow with the file.
-PIECE_BYTES = 250_000
-_BOM = b"\xef\xbb\xbf"
-_NOT_UTF8 = object()
-
 Stream = Iterator[Record | Rejected]
 
 
@@ -47,6 +31,10 @@ class Source:
       read: starts a new pass over the records, good and rejected, in file order.
       digest: a hash of the content, whatever its path and times.
       origin: who wrote it, a value of `types.ORIGINS`.
+      weight: how often each of its records is read in an epoch.
+      parts: the sources that it joins, the files of a folder.
+      unread: names of fields that passes over it met and did not read.
+      notes: what the user should know about how it was found.
     """
 
     name: str
@@ -54,63 +42,111 @@ class Source:
     read: Callable[[], Stream]
     digest: Callable[[], str]
     origin: str = "data"
+    weight: float = 1.0
+    parts: tuple["Source", ...] = ()
+    unread: set[str] = dataclasses.field(default_factory=set, compare=False)
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Stream:
         return self.read()
 
 
-def open_source(path: str | Path, format: str = "auto", origin: str = "data") -> Source:
-    """Opens a file, or a text set such as `python:docs?split=train`, as a source of records.
+def open_source(
+    path: str | Path,
+    format: str = "auto",
+    origin: str = "data",
+    *,
+    weight: int | float = 1.0,
+    allow_network: bool = False,
+) -> Source:
+    """Opens files, or a named set of records, as a source of records.
 
-    The endings decide how the bytes are read: `.jsonl`, `.ndjson`: one JSON object a line;
-    `.parquet`: one record a row; `.txt`, `.text`, `.md`: text. For JSONL and Parquet, `format` is
-    `text`, `messages` or `completion`, and `auto` takes the kind of the first good record. For text
-    it is `plain` (the file is one document; also what `auto` means) or `paragraphs` (blank lines
-    part the documents). Records are streamed: memory does not grow with the file.
+    The endings decide how the bytes are read: `.jsonl`, `.ndjson`: one JSON object a line; `.json`:
+    one list of them; `.csv`, `.tsv`, `.parquet`: one record a row; `.txt`, `.text`, `.md`: text. A
+    further `.gz`, `.bz2`, `.xz` or `.zst` says that it is compressed. A folder stands for the files
+    below it, by name. For records, `format` is a key of `records.KINDS`, and `auto` takes the kind
+    of the first good one. For text it is `plain` (the file is one document; also what `auto` means)
+    or `paragraphs` (blank lines part the documents). Records are streamed: memory does not grow
+    with the file.
 
     Args:
-      path: the file, or `python:docs` with an optional `?split=train` or `?split=held_out`.
+      path: a file, a folder, a pattern such as `data/*.jsonl`, `python:docs` with an optional
+        `?split=train` or `?split=held_out`, or `hf:NAME?split=train` (extra `hf`).
       format: a value of FORMATS.
       origin: who wrote it: data, teacher or student, for losses that differ by it.
+      weight: how often each record is read in an epoch: 2 twice, 0.5 every other one.
+      allow_network: let `hf:` download.
 
     Returns:
       A Source.
 
     Raises:
-      DataError: if the file is missing, its ending or the format is not supported, or the two do
-        not go together.
+      DataError: if nothing is there, its ending or the format is not supported, or the two do not
+        go together.
     """
     name = str(path)
     if format not in FORMATS:
         raise DataError(f"{name}: format {format!r} is unknown: use one of {', '.join(FORMATS)}")
     if origin not in ORIGINS:
         raise DataError(f"{name}: origin {origin!r} is unknown: use one of {', '.join(ORIGINS)}")
-    return dataclasses.replace(_open(path, name, format), origin=origin)
+    if not 0 < weight <= 1000:
+        raise DataError(f"{name}: weight {weight}: must be above 0 and at most 1000")
+    found, weight = _open(path, name, format, allow_network), float(weight)
+    parts = tuple(dataclasses.replace(part, origin=origin, weight=weight) for part in found.parts)
+    return dataclasses.replace(found, origin=origin, weight=weight, parts=parts)
 
 
-def _open(path: str | Path, name: str, format: str) -> Source:
+def _open(path: str | Path, name: str, format: str, allow_network: bool) -> Source:
     if name.startswith("python:"):
         return _python_source(name, format)
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{name}: is a folder: name the files in it")
-    if not path.is_file():
-        raise DataError(f"{name}: no such file (relative paths start at {Path.cwd()})")
-    ending = path.suffix.lower()
+    if name.startswith("hf:"):
+        _check_record_format(name, format)
+        dataset = tables.HubDataset(name, allow_network)
+        unread: set[str] = set()
+        read = lambda: _typed(dataset.objects(format, unread), format, name, unread, table=True)
+        return Source(name, format, read, dataset.digest, unread=unread)
+    found, notes = paths.find(path)
+    parts = [_file(one, name if one == Path(path) else str(one), format) for one in found]
+    if len(parts) == 1 and not notes:
+        return parts[0]
+    return dataclasses.replace(_joined(name, format, parts), notes=notes)
+
+
+def _joined(name: str, format: str, parts: list[Source]) -> Source:
+    def read() -> Stream:
+        for part in parts:
+            yield from part
+
+    def digest() -> str:
+        return hashlib.sha256(" ".join(part.digest() for part in parts).encode()).hexdigest()
+
+    return Source(name, format, read, digest, parts=tuple(parts))
+
+
+def _check_record_format(name: str, format: str) -> None:
+    if format in TEXT_FORMATS:
+        raise DataError(
+            f"{name}: format {format!r} is for text files: use auto, {', '.join(KINDS)}"
+        )
+
+
+def _file(path: Path, name: str, format: str) -> Source:
+    ending = ending_of(path)
     if ending in TEXT_ENDINGS:
         return _text_source(path, name, format)
-    if ending in JSON_ENDINGS or ending in PARQUET_ENDINGS:
-        if format in TEXT_FORMATS:
-            raise DataError(
-                f"{name}: format {format!r} is for text files: use auto, {', '.join(KINDS)}"
-            )
-        objects = _jsonl_objects if ending in JSON_ENDINGS else _parquet_objects
-        return Source(
-            name, format, lambda: _typed(objects(path, format), format, name), lambda: _digest(path)
-        )
-    known = ", ".join(JSON_ENDINGS + TEXT_ENDINGS + PARQUET_ENDINGS)
-    hint = " (write a JSON list as .jsonl, one object a line)" if ending == ".json" else ""
-    raise DataError(f"{name}: files ending in {ending!r} cannot be read: use {known}{hint}")
+    _check_record_format(name, format)
+    unread: set[str] = set()
+
+    def objects() -> Iterable[tuple[int, Any] | Rejected]:
+        if ending == ".parquet":
+            columns = lambda names: tables.columns(names, format, name, unread)
+            return parquet.objects(path, columns)
+        if ending in TABLE_ENDINGS:
+            return files.csv_objects(path)
+        return files.json_objects(path) if ending == ".json" else files.jsonl_objects(path)
+
+    read = lambda: _typed(objects(), format, name, unread, table=ending in TABLE_ENDINGS)
+    return Source(name, format, read, lambda: _digest(path), unread=unread)
 
 
 def _python_source(name: str, format: str) -> Source:
@@ -137,7 +173,13 @@ def _text_source(path: Path, name: str, format: str) -> Source:
     return Source(name, format, lambda: _documents(path, paragraphs), lambda: _digest(path))
 
 
-def _typed(objects: Iterable[tuple[int, Any] | Rejected], format: str, name: str) -> Stream:
+def _typed(
+    objects: Iterable[tuple[int, Any] | Rejected],
+    format: str,
+    name: str,
+    unread: set[str],
+    table: bool,
+) -> Stream:
     """Turns objects into records of one kind; `auto` takes that of the first object with one."""
     kind, first = (None, 0) if format == "auto" else (format, 0)
     for item in objects:
@@ -153,7 +195,8 @@ def _typed(objects: Iterable[tuple[int, Any] | Rejected], format: str, name: str
                     "one to use with `format`"
                 )
             if not found:
-                yield _no_kind(value, line)
+                null = table and not value
+                yield Rejected(line, Empty("empty: null")) if null else _no_kind(value, line)
                 continue
             kind, first = found[0], line
         elif first and found and kind not in found:
@@ -161,70 +204,24 @@ def _typed(objects: Iterable[tuple[int, Any] | Rejected], format: str, name: str
                 f"{name}:{line}: mixed kinds of records: line {first} is {kind!r}, line {line} is "
                 f"{found[0]!r}: split the file, or set `format: {kind}` to leave the others out"
             )
-        yield parse(value, kind, line)
+        yield parse(value, kind, line, unread, table)
 
 
 def _no_kind(value: Any, line: int) -> Rejected:
     if not isinstance(value, dict):
         return Rejected(line, f"not an object: got {type(value).__name__}")
-    need = "`text`, `messages`, or `prompt` and `completion`"
+    need = (
+        "`text`, `messages`, `prompt` and `completion`, `conversations`, or `instruction` and "
+        "`output`"
+    )
     return Rejected(line, f"missing field: expected {need}; found {names_of(value)}")
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines without their ends; None for a line that is too large to be read."""
-    number = 0
-    while line := file.readline(MAX_RECORD_BYTES + 2):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if len(line.rstrip(b"\r\n")) > MAX_RECORD_BYTES:
-            while not line.endswith(b"\n") and (line := file.readline(PIECE_BYTES)):
-                pass
-            yield number, None
-        else:
-            yield number, line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _too_large(line: int) -> Rejected:
-    return Rejected(line, f"too large: more than {MAX_RECORD_BYTES // 1_000_000} MB in one line")
-
-
-def _decode(data: bytes, line: int) -> str | Rejected:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Rejected(line, f"invalid UTF-8 at byte {error.start}")
-
-
-def _jsonl_objects(path: Path, format: str) -> Iterator[tuple[int, Any] | Rejected]:
-    with path.open("rb") as file:
-        for number, data in _lines(file):
-            if data is None:
-                yield _too_large(number)
-                continue
-            text = _decode(data, number)
-            if isinstance(text, Rejected):
-                yield text
-                continue
-            # Lines of white space are not records: files end with one, and editors leave them.
-            if not text.strip(" \t\r\n"):
-                continue
-            try:
-                value = json.loads(text)
-            except RecursionError:
-                yield Rejected(number, "bad JSON: nested too deeply")
-            except ValueError as error:
-                yield Rejected(number, f"bad JSON: {str(error)[:200]}")
-            else:
-                yield number, value
 
 
 def _documents(path: Path, paragraphs: bool) -> Stream:
     """The texts of a file; long ones in several records, which know whether they open or close."""
     held: tuple[int, int, bytes] | None = None
     opens = True
-    with path.open("rb") as file:
+    with files.opened(path) as file:
         for chunk in _chunks(file, paragraphs):
             if isinstance(chunk, Rejected):
                 yield chunk
@@ -239,85 +236,37 @@ def _documents(path: Path, paragraphs: bool) -> Stream:
 
 
 def _chunks(file: BinaryIO, paragraphs: bool) -> Iterator[tuple[int, int, bytes] | Rejected]:
-    """(document, first line, bytes): whole lines, at most about PIECE_BYTES of one document."""
-    lines: list[bytes] = []
+    """(document, first line, bytes): whole lines, about PIECE_BYTES of one document at most."""
+    held: list[bytes] = []
     document, size, start = 0, 0, 1
-    for number, data in _lines(file):
+    for number, data in lines(file):
         if data is None:
-            yield _too_large(number)
+            yield too_large(number)
             continue
         blank = paragraphs and not data.strip()
         if not blank:
-            start = start if lines else number
-            lines.append(data)
+            start = start if held else number
+            held.append(data)
             size += len(data) + 1
-        if lines and (blank or size >= PIECE_BYTES):
-            yield document, start, b"\n".join(lines)
-            lines, size = [], 0
+        if held and (blank or size >= files.PIECE_BYTES):
+            yield document, start, b"\n".join(held)
+            held, size = [], 0
         document += blank
-    if lines:
-        yield document, start, b"\n".join(lines)
+    if held:
+        yield document, start, b"\n".join(held)
 
 
 def _piece(chunk: tuple[int, int, bytes], opens: bool, closes: bool) -> Record | Rejected:
     _, line, data = chunk
-    text = _decode(data if closes else data + b"\n", line)
+    text = decode(data if closes else data + b"\n", line)
     if isinstance(text, Rejected):
         return text
     problem = text_problem(text)
     if problem:
         return Rejected(line, problem)
     if opens and closes and not text.strip():
-        return Rejected(line, "empty: no text")
+        return Rejected(line, Empty("empty: no text"))
     return Record("text", (text,), line, opens=opens, closes=closes)
-
-
-def _parquet_objects(path: Path, format: str) -> Iterator[tuple[int, Any] | Rejected]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'jaxdistill[parquet]'"
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        wanted = {field for fields in KINDS.values() for field in fields} | {"tools"}
-        columns = [column for column in file.schema_arrow.names if column in wanted]
-        kinds = [format] if format != "auto" else kinds_of(dict.fromkeys(columns))
-        if not kinds or not all(field in columns for field in KINDS[kinds[0]]):
-            found = ", ".join(file.schema_arrow.names[:8])
-            need = format if format != "auto" else "text, messages, or prompt and completion"
-            raise DataError(f"{path}: has no columns for {need}: found {found}")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in _rows(batch):
-                number += 1
-                bad = row is _NOT_UTF8
-                yield Rejected(number, "invalid UTF-8") if bad else (number, _without_nulls(row))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
-
-
-def _rows(batch: Any) -> Iterator[Any]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        # One bad string spoils the whole conversion: take the rows one by one.
-        for index in range(batch.num_rows):
-            try:
-                yield batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield _NOT_UTF8
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drops the nulls with which Parquet fills the fields that a struct does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _digest(path: Path) -> str:

@@ -1,17 +1,20 @@
-"""Tokenised data on disk: flat arrays written as a stream, read back memory-mapped and verified."""
+"""Tokenised data on disk: flat arrays written as a stream, verified block by block when read."""
 
+import collections
 import contextlib
+import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from jaxdistill.errors import DamagedError, StorageError
-from jaxdistill.safe import manifest
+from jaxdistill.safe import beside, manifest
 
 ARRAYS = {
     "tokens": np.dtype(np.int32),  # [N], all documents, one after the other
@@ -19,8 +22,11 @@ ARRAYS = {
     "documents": np.dtype(np.int64),  # [D + 1], where each document begins
     "segments": np.dtype(np.int64),  # [S, 2], start and length, sorted by row
     "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
+    "records": np.dtype(np.uint64),  # [K], hashes of the records that were used
 }
 QUARANTINE = "quarantine.jsonl"
+BLOCK = 1 << 16  # bytes with a checksum of their own: what is read to have a row of them
+_KEPT_BLOCKS = 256  # of an array, in memory: 16 MiB
 
 
 @contextlib.contextmanager
@@ -81,42 +87,116 @@ class ArrayWriter:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside the final one; it takes the final one's place if all went well.
 
-    Another process may finish the same data first: then its folder stays and ours is dropped.
+    Another process may finish the same data first: then its folder stays and ours is dropped. What
+    killed builds of the same data have left is removed, and told.
     """
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:12]}")
     with writing(folder.parent):
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with beside.folder(folder) as temporary:
+            yield temporary
             if folder.exists() and problem(folder) is None:
                 return
             if folder.exists():
-                damaged = temporary.with_name(f"{temporary.name}-damaged")
-                os.replace(folder, damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
+                os.replace(folder, temporary.with_name(beside.OLD))
             os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Writes the manifest of a folder that is complete."""
     with writing(folder):
-        manifest.seal(folder, facts)
+        manifest.seal(folder, facts, block=BLOCK)
 
 
 def problem(folder: Path) -> str | None:
     """What is wrong with a folder, a file missing or of other size or content; or None."""
     try:
-        manifest.verify(folder)
+        facts = manifest.verify(folder)
     except DamagedError as error:
         return str(error)
+    if facts["block"] != BLOCK:
+        return f"{folder}: its checksums are of blocks of {facts['block']} bytes, not {BLOCK}"
     return None
 
 
-def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder, memory-mapped."""
+def read_arrays(folder: Path) -> dict[str, "Checked"]:
+    """The arrays of a folder, each block read against its checksum when it is used."""
+    content = manifest.read(folder)
+    files = content["files"]
     return {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
+        name: Checked(folder / f"{name}.npy", dtype, files[f"{name}.npy"]["crc32"])
+        for name, dtype in ARRAYS.items()
     }
+
+
+class Checked:
+    """An array in a file whose slices are read from there, block by block, each time checked.
+
+    What changes on the disk after the start is found before it is used. No map: a file that is cut
+    off under one ends the process without a message. The blocks used last stay in memory.
+
+    Args:
+      path: a .npy file.
+      dtype: what it must hold.
+      sums: CRC-32 of every block of `BLOCK` bytes of the file.
+
+    Raises:
+      DamagedError: if it is no such file.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, sums: Sequence[int]):
+        self._path, self._sums = path, sums
+        self._blocks: collections.OrderedDict[int, bytes] = collections.OrderedDict()
+        self._lock = threading.Lock()  # several threads make batches
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            self._close = weakref.finalize(self, os.close, self._file)
+            with open(path, "rb") as file:
+                np.lib.format.read_magic(file)
+                self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+                self._start = file.tell()
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"cannot be read: {error}") from error
+        if self.dtype != dtype:
+            raise self._damaged(f"holds {self.dtype}, not {dtype}")
+        self._row = dtype.itemsize * math.prod(self.shape[1:])
+        self._end = self._start + len(self) * self._row
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        """Rows of the array, a copy.
+
+        Raises:
+          DamagedError: if the file has changed since it was written.
+        """
+        first, last, step = index.indices(len(self))
+        assert step == 1, "rows lie one after the other"
+        count = max(last - first, 0)
+        start = self._start + first * self._row
+        end, at = start + count * self._row, start // BLOCK * BLOCK
+        blocks = range(start // BLOCK, -(-end // BLOCK) if count else 0)
+        data = b"".join(map(self._block, blocks))[start - at : end - at]
+        return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+
+    def _block(self, number: int) -> bytes:
+        with self._lock:
+            if number in self._blocks:
+                self._blocks.move_to_end(number)
+                return self._blocks[number]
+        place = number * BLOCK
+        size = min(BLOCK, self._end - place)
+        try:
+            data = os.pread(self._file, size, place)
+        except OSError as error:
+            raise self._damaged(f"cannot be read: {error.strerror or error}") from error
+        if len(data) != size or isal_zlib.crc32(data) != self._sums[number]:
+            raise self._damaged(f"is changed since it was written, in bytes {place}-{place + size}")
+        with self._lock:
+            self._blocks[number] = data
+            while len(self._blocks) > _KEPT_BLOCKS:
+                self._blocks.popitem(last=False)
+        return data
+
+    def _damaged(self, what: str) -> DamagedError:
+        return DamagedError(f"{self._path}: {what}: start again, and the data are built anew")

@@ -1,6 +1,5 @@
 """Multiple choice on local files: the answer that the model finds most likely."""
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxdistill.errors import DataError
 from jaxdistill.evaluate import scoring
 from jaxdistill.models import Model
+from jaxdistill.safe import json_file
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -45,7 +45,7 @@ def read(path: str | os.PathLike, limit: int | None = None) -> list[Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        raw = json.loads(line)
+        raw = json_file.parse(line)
         prompt = raw["prompt"] if "prompt" in raw else f"Question: {raw['question']}\nAnswer: "
         choices, answer = raw.get("choices"), raw.get("answer")
         if "options" in raw:

@@ -141,6 +141,7 @@ def open_rows(
         seq_len=options.seq_len,
         loss_on=loss_on,
         cache_dir=options.cache_dir,
+        max_bad_fraction=options.max_bad_fraction,
         name=name,
     )
     return HeldOut(dataset, options.batch_size, max_rows, mesh, ", ".join(options.data))

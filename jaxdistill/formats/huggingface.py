@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import compressed, new_folder, shards
+from jaxdistill.formats import compressed, new_folder, shards, sums
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config, write_config
 from jaxdistill.formats.families import (
@@ -48,7 +49,10 @@ def load_folder(
     Raises:
       ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
         weights, or a feature that this decoder does not build.
+      DamagedError: if a folder of our own is not as it was written.
     """
+    check_folder(folder)
+    sums.check(folder, weights=True, shared=mesh is not None)
     config, scheme = folder_config(folder), folder_scheme(folder)
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
     if scheme is None:
@@ -67,6 +71,7 @@ def load_folder(
 def folder_config(folder: pathlib.Path) -> DecoderConfig:
     """The configuration of a local folder; generation_config.json has the last word on eos."""
     check_folder(folder)
+    sums.check(folder, weights=False)
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
@@ -136,6 +141,7 @@ def save(
     dtype: DTypeLike | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    notes: Mapping[str, str] = types.MappingProxyType({}),
 ) -> pathlib.Path:
     """Writes a folder that transformers opens; it appears whole under its name, or not at all.
 
@@ -144,6 +150,7 @@ def save(
       path: a folder that does not exist yet, or is empty.
       dtype: float32, bfloat16 or float16; None keeps the parameters' own.
       shard_bytes: largest size of one safetensors file.
+      notes: name -> text of small files that belong to it.
 
     Returns:
       The folder.
@@ -183,6 +190,8 @@ def save(
         shards.write(inside, sizes, tensors, shard_bytes)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(inside))
+        for name, text in notes.items():
+            (inside / name).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -1,14 +1,15 @@
-"""Folders of a model that appear whole under their name, or not at all."""
+"""Folders of a model that appear whole under their name, with checksums, or not at all."""
 
 import contextlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
 from jaxdistill.errors import StorageError
+from jaxdistill.formats import sums
+from jaxdistill.safe import beside, manifest, whole_file
 
 
 def place(path: str | pathlib.Path) -> pathlib.Path:
@@ -30,17 +31,51 @@ def filled(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       StorageError: where it cannot be written.
     """
+    with _written(folder) as inside:
+        yield inside
+        _finish(inside)
+        if folder.exists():
+            folder.rmdir()
+        _move(inside, folder)
+
+
+@contextlib.contextmanager
+def renewed(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """As `filled`, for a folder of ours that may exist: it is replaced where it is another.
+
+    Raises:
+      StorageError: where it cannot be written.
+    """
+    with _written(folder) as inside:
+        yield inside
+        _finish(inside)
+        if sums.same(inside, folder):
+            return
+        if folder.exists():  # beside, from where it goes with the rest
+            os.rename(folder, inside.with_name(beside.OLD))
+        _move(inside, folder)
+
+
+@contextlib.contextmanager
+def _written(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-            inside = pathlib.Path(beside) / "model"
-            inside.mkdir()
+        with beside.folder(folder) as inside:
             yield inside
-            if folder.exists():
-                folder.rmdir()
-            os.rename(inside, folder)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{folder}: cannot be written ({error}); nothing was left there: check the free space "
             "and the permissions"
         ) from error
+
+
+def _finish(inside: pathlib.Path) -> None:
+    """The last touches of a folder that is complete."""
+    for path in inside.glob("*.safetensors"):
+        whole_file.usual_mode(path)
+    sums.seal(inside)
+
+
+def _move(inside: pathlib.Path, folder: pathlib.Path) -> None:
+    os.rename(inside, folder)
+    manifest.sync(folder.parent)

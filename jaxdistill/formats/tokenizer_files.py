@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
+from jaxdistill.formats import sums, tokenizer_bounds
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
+from jaxdistill.models.vocabulary import made_steady
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -22,8 +24,12 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     if not any((folder / name).is_file() for name in FILES):
         return None
     check_folder(folder)
+    sums.check(folder, weights=False)
     settings = tokenizer_settings(folder)
     _check_class(folder, settings)
+    if (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        tokenizer_bounds.check(path, read_json(path))
     from transformers import AutoTokenizer
 
     try:
@@ -41,7 +47,7 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
             f"{str(error)[:300]}); a tokenizer.json is the safest form (custom code is never run)"
         ) from error
     tokenizer.name_or_path = str(folder)
-    return tokenizer
+    return made_steady(tokenizer)
 
 
 def _check_class(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:

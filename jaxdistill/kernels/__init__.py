@@ -3,6 +3,7 @@
     divergence/          reference (the definition), fused (statistics forward, slopes backward)
     linear_divergence/   reference (the definition), fused > mesh > walk > chunk
     linear_logprobs/     reference (the definition), fused > walk > rows
+    columns/             definition and rows of heads that agree only on listed columns
     sparse/              definition and rows of a teacher of whom only some tokens are known
     all                  token_loss, logprob_rows > statistics, mosaic_gpu; rows, softcap
 

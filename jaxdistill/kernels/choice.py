@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels.tiling import ROWS
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")  # the best first
 FLOATS = ("float32", "bfloat16", "float16")
@@ -61,6 +62,7 @@ def support(
     device: Device | None = None,
     scalar_temperature: bool = True,
     models: int = 2,
+    tokens: int | None = None,
 ) -> dict[str, Support]:
     """Which implementations of the row statistics run here, and why the others do not.
 
@@ -71,6 +73,7 @@ def support(
       scalar_temperature: whether one temperature serves all rows.
       models: 2 for student and teacher, 1 for a student alone: `linear_logprobs`, and a teacher of
         whom only some tokens are known.
+      tokens: N, rows of logits on a device; None where it is not known.
 
     Returns:
       name -> (runs, reason), the best first.
@@ -78,7 +81,7 @@ def support(
     device = device or current_device()
     vocab, dtype = int(vocab), jnp.dtype(dtype).name
     checks = {
-        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, models),
+        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, models, tokens),
         "xla": lambda: None,
     }
     obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
@@ -86,7 +89,12 @@ def support(
 
 
 def _mosaic_gpu(
-    vocab: int, dtype: str, device: Device, scalar_temperature: bool, models: int
+    vocab: int,
+    dtype: str,
+    device: Device,
+    scalar_temperature: bool,
+    models: int,
+    tokens: int | None,
 ) -> str | None:
     """Why the Mosaic GPU kernel cannot run, None if it can."""
     if models == 1:
@@ -103,6 +111,11 @@ def _mosaic_gpu(
         return f"takes logits of {', '.join(FLOATS)}, not {dtype}"
     if vocab % 64:
         return f"needs V to be a multiple of 64, not {vocab}; pad the heads, or slice"
+    if tokens is not None and tokens % ROWS and not clips(device):
+        return (
+            f"needs N to be a multiple of {ROWS} on {device.kind}, whose copies are not bounded by "
+            f"the array, not {tokens}; pad the rows, or take `linear_divergence`, which does"
+        )
     if not scalar_temperature:
         return "takes one temperature for all rows"
     return None
@@ -117,6 +130,12 @@ def capability(device: Device) -> tuple[int, int] | None:
     return next((cc for name, cc in _CAPABILITIES.items() if name in device.kind), None)
 
 
+def clips(device: Device) -> bool:
+    """Whether a GPU's bulk copies end where the array ends; before Hopper no copy knows where."""
+    found = capability(device)
+    return found is not None and found >= (9, 0)
+
+
 def choose(
     implementation: str | None,
     vocab: int,
@@ -125,6 +144,7 @@ def choose(
     device: Device | None = None,
     scalar_temperature: bool = True,
     models: int = 2,
+    tokens: int | None = None,
 ) -> str:
     """The implementation that will run: the named one, or the best that can.
 
@@ -133,7 +153,12 @@ def choose(
     """
     device = device or current_device()
     states = support(
-        vocab, dtype, device=device, scalar_temperature=scalar_temperature, models=models
+        vocab,
+        dtype,
+        device=device,
+        scalar_temperature=scalar_temperature,
+        models=models,
+        tokens=tokens,
     )
     if implementation is None:
         if models == 2 and device.platform == "gpu" and not states["mosaic_gpu"].runs:

@@ -19,13 +19,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxdistill.kernels import rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients
-from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, NOTHING, Arithmetic, Rows, Scales
+from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Arithmetic, Rows, Scales
 from jaxdistill.kernels.tiling import Tiling
 from jaxdistill.kernels.token_loss import taid_target
 
 LOG2E = 1.4426950408889634
 ROWS = 64  # of a tile: what one warpgroup's WGMMA layout holds
 _UNIT = Scales(1.0, 1.0)  # maxima that are scaled already
+_BELOW = -(2.0**126)  # the maximum of no entries: below any scaled one, finite less another
 
 
 def statistics(
@@ -80,7 +81,7 @@ def _keys(members: Sequence[str], mixed: bool) -> list[str]:
 
 
 def _start(name: str) -> float:
-    return LOWEST if name == ECHO else NOTHING if name.startswith("max_") else 0.0
+    return LOWEST if name == ECHO else _BELOW if name.startswith("max_") else 0.0
 
 
 def _update(carry: Rows, members: Sequence[str], logits: Rows, tops: Rows, k: Any, by) -> Rows:
@@ -212,11 +213,14 @@ def _stream(
         tokens, vocab = student.shape
         blocks = pl.cdiv(vocab, columns)
         per_split = pl.cdiv(blocks, tiling.split)
+        split = pl.cdiv(blocks, per_split)  # fewer where the last ones would have no tile
         # Compiled in only where some tile has dead columns: uneven splits, a width no tile divides.
-        masked = vocab % columns != 0 or blocks % per_split != 0
+        masked = vocab % columns != 0 or per_split * split != blocks
         padded = pl.cdiv(tokens, ROWS) * ROWS
         per_row = [jnp.pad(x, (0, padded - tokens)) for x in per_row]
-        lowest = max(LOWEST, float(jnp.finfo(student.dtype).min))
+        # float16 has no LOWEST, and its least number is a possible logit: there only -inf is none.
+        has_lowest = float(jnp.finfo(student.dtype).min) <= LOWEST
+        lowest = LOWEST if has_lowest else -jnp.inf
         spread = lambda x: lax.broadcast_in_dim(x, shape, (0,)) if x.ndim else x
         shift = _fused if real else _as_if_fused
         arithmetic = Arithmetic(
@@ -244,8 +248,12 @@ def _stream(
                     )
                     inside = (first + index[0]) * columns + iota < vocab
                     logits = {m: jnp.where(inside, x, lowest) for m, x in logits.items()}
-                # Clamped before they are widened: two 16-bit logits in one instruction.
-                logits = {m: jnp.maximum(x, lowest).astype(jnp.float32) for m, x in logits.items()}
+                if has_lowest:
+                    # Clamped before they are widened: two 16-bit logits in one instruction.
+                    logits = {m: jnp.maximum(x, lowest) for m, x in logits.items()}
+                logits = {m: x.astype(jnp.float32) for m, x in logits.items()}
+                if not has_lowest:
+                    logits = {m: jnp.maximum(x, LOWEST) for m, x in logits.items()}
                 tile = _Tile(
                     arithmetic,
                     lambda ref: spread(load_row(ref)),
@@ -273,8 +281,8 @@ def _stream(
 
         kernel = plgpu.kernel(
             body,
-            out_type=[jax.ShapeDtypeStruct((tiling.split, padded), jnp.float32)] * len(start),
-            grid=(padded // ROWS, tiling.split),
+            out_type=[jax.ShapeDtypeStruct((split, padded), jnp.float32)] * len(start),
+            grid=(padded // ROWS, split),
             grid_names=("row", "split"),
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=interpret,
@@ -293,7 +301,7 @@ def _as_if_fused(x: Array, top: Array, k: Any, spread: Callable[[Array], Array])
     """The same on a CPU, where the interpreter rounds the product."""
     k = jnp.broadcast_to(jnp.asarray(k, jnp.float32), x.shape)
     product = x * k
-    return (product - spread(top)) + jnp.where(x <= LOWEST, 0.0, stats.product_error(x, k, product))
+    return (product - spread(top)) + stats.product_error(x, k, product)
 
 
 def _transforms(array: Array, columns: int, real: bool) -> tuple:
@@ -319,11 +327,19 @@ def _in_natural_units(merged: dict[str, Rows], cold: Array) -> Rows:
             joined |= statistics
             continue
         k = cold if group == "tempered" else jnp.float32(LOG2E)
-        joined = {name: top / k for name, top in tops.items()} | joined
+        # A part of nothing but impossible entries stands at LOWEST, however division rounds.
+        nothing = {name: top <= LOWEST / 2 * k for name, top in tops.items()}
+        joined = {
+            name: jnp.where(nothing[name], LOWEST, top / k) for name, top in tops.items()
+        } | joined
         # What the common logit is when scaled: its product with k, and what rounding took from it.
         product = lax.optimization_barrier({name: joined[name] * k for name in tops})
         before = {
-            name: top - product[name] - stats.product_error(joined[name], k, product[name])
+            name: jnp.where(
+                nothing[name],
+                0.0,
+                top - product[name] - stats.product_error(joined[name], k, product[name]),
+            )
             for name, top in tops.items()
         }
         zero = jax.tree.map(jnp.zeros_like, before)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.statistics import Scales
 
 # A divergence of the caller's own: (student logits / T, teacher logits / T, labels) -> [n].
@@ -115,13 +116,52 @@ def coefficients(
     )
 
 
+def per_token(
+    labels: ArrayLike | None, mask: ArrayLike | None, dims: Sequence[int]
+) -> tuple[Array | None, Array]:
+    """The caller's labels, and each token's float32 weight: its mask, 0 where its label is -100.
+
+    Raises:
+      ConfigError: unless both are [...] as the tokens are, of their types.
+    """
+    weights = jnp.ones(dims) if mask is None else checks.array("mask", mask)
+    checks.per_token("mask", weights, dims, jnp.bool_, jnp.integer, jnp.floating)
+    weights = weights.astype(jnp.float32)
+    if labels is None:
+        return None, weights
+    labels = checks.array("labels", labels)
+    checks.per_token("labels", labels, dims, jnp.integer)
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    return labels, jnp.where(labels == checks.IGNORED, 0.0, weights)
+
+
+def check_numbers(
+    alpha: ArrayLike,
+    temperature: ArrayLike,
+    taid_t: ArrayLike | None,
+    label_smoothing: ArrayLike | None,
+    parameters: Sequence[ArrayLike],
+    dims: Sequence[int],
+) -> None:
+    """Raises where a number of the formula is out of its range, or has dims that it must not have.
+
+    Raises:
+      ConfigError: naming the number.
+    """
+    checks.temperature(temperature, dims)
+    checks.numbers({"alpha": alpha, "taid_t": taid_t, "label_smoothing": label_smoothing})
+    for value in parameters:
+        if jnp.ndim(value):
+            raise ConfigError(f"parameters {list(jnp.shape(value))}: must be numbers, [] each")
+
+
 def check_alpha(alpha: ArrayLike, labels: ArrayLike | None) -> None:
     """Raises where alpha may weigh a cross-entropy and there are no labels.
 
     Raises:
       ConfigError: naming alpha.
     """
-    if labels is None and not (isinstance(alpha, int | float) and alpha == 0):
+    if labels is None and checks.known(alpha) != 0:
         raise ConfigError(f"alpha={alpha} weighs cross-entropy, which needs labels; labels is None")
 
 

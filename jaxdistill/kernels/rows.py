@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.ranges import ENTRIES
 
 Elementwise = Callable[[Array, Array], Array]
@@ -46,18 +47,15 @@ class Row(NamedTuple):
       dlogq: its derivative by the student's log-probability.
       dlogp: its derivative by the teacher's log-probability.
       closed: the sums over the vocabulary without a pass over it, where they have such a form.
+      homogeneous: whether c p and c q have c times the value of p and q, so that an entry can be
+        computed from log p - log q alone.
     """
 
     value: Elementwise
     dlogq: Elementwise
     dlogp: Elementwise
     closed: Closed | None = None
-
-
-def _check_unit(name: str, value: Parameter) -> None:
-    """Python numbers must lie in [0, 1]; a traced value cannot be looked at."""
-    if isinstance(value, int | float) and not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{name} = {value}: must be in [0, 1], for it weighs two distributions")
+    homogeneous: bool = False
 
 
 def _log(x: Parameter) -> Parameter:
@@ -123,7 +121,6 @@ TOTAL_VARIATION = Row(
 
 def symmetric_kl(weight: Parameter) -> Row:
     """(1 - weight) KL(p || q) + weight KL(q || p)."""
-    _check_unit("weight", weight)
 
     def blend(forward: Elementwise, reverse: Elementwise) -> Elementwise:
         return lambda log_p, log_q: (
@@ -144,7 +141,6 @@ def generalized_jsd(beta: Parameter) -> Row:
     At beta 0 it is KL(p || q) and at beta 1 KL(q || p), the values GKD's users expect there. They
     are the limits of D / beta and D / (1 - beta); D itself goes to 0, so D jumps at both ends.
     """
-    _check_unit("beta", beta)
     if isinstance(beta, int | float):
         return FORWARD_KL if beta == 0 else REVERSE_KL if beta == 1 else _mixed_jsd(beta)
 
@@ -157,7 +153,7 @@ def generalized_jsd(beta: Parameter) -> Row:
         return chosen
 
     value, dlogq, dlogp = map(select, FORWARD_KL[:3], REVERSE_KL[:3], _mixed_jsd(beta)[:3])
-    return Row(value, dlogq, dlogp)
+    return Row(value, dlogq, dlogp, homogeneous=True)
 
 
 def _mixed_jsd(beta: Parameter) -> Row:
@@ -175,12 +171,11 @@ def _mixed_jsd(beta: Parameter) -> Row:
     def value(log_p: Array, log_q: Array) -> Array:
         return dlogp(log_p, log_q) + dlogq(log_p, log_q)
 
-    return Row(value, dlogq, dlogp)
+    return Row(value, dlogq, dlogp, homogeneous=True)
 
 
 def skew_forward_kl(skew: Parameter) -> Row:
     """KL(p || skew p + (1 - skew) q)."""
-    _check_unit("skew", skew)
 
     def log_m(log_p: Array, log_q: Array) -> Array:
         return _log_mix(_log(skew), log_p, _log(1.0 - skew), log_q)
@@ -198,7 +193,7 @@ def skew_forward_kl(skew: Parameter) -> Row:
         # p (log p - log m + 1 - skew p / m), and 1 - skew p / m is the student's share of m.
         return _times(jnp.exp(log_p), log_p - log_m(log_p, log_q) + student_share(log_p, log_q))
 
-    return Row(value, dlogq, dlogp)
+    return Row(value, dlogq, dlogp, homogeneous=True)
 
 
 def skew_reverse_kl(skew: Parameter) -> Row:
@@ -208,6 +203,7 @@ def skew_reverse_kl(skew: Parameter) -> Row:
         value=lambda log_p, log_q: mirrored.value(log_q, log_p),
         dlogq=lambda log_p, log_q: mirrored.dlogp(log_q, log_p),
         dlogp=lambda log_p, log_q: mirrored.dlogq(log_q, log_p),
+        homogeneous=True,
     )
 
 
@@ -263,13 +259,12 @@ def _quotient(base: Array, moved: Array, order: Array, gap: Array) -> Array:
 
 def alpha_divergence(alpha: Parameter) -> Row:
     """(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)); 1: KL(p || q), 0: KL(q || p)."""
-    _check_unit("alpha", alpha)
     return alpha_beta_divergence(alpha, 1.0 - alpha)
 
 
 def _check_orders(alpha: Parameter, beta: Parameter) -> None:
     """Python numbers must not be negative, and not both 0."""
-    known = [x for x in (alpha, beta) if isinstance(x, int | float)]
+    known = [x for x in map(checks.known, (alpha, beta)) if x is not None]
     if any(x < 0 for x in known) or (len(known) == 2 and sum(known) == 0):
         raise ConfigError(
             f"alpha = {alpha}, beta = {beta}: must not be negative, and not both 0: a power of an "
@@ -303,4 +298,12 @@ def make(kind: str, *parameters: Parameter) -> Row:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         raise ConfigError(f"kind = {kind!r}: must be one of {', '.join(KINDS)}{hint}")
-    return KINDS[kind](*(parameters or (one.default for one in ENTRIES[kind].values())))
+    named = ENTRIES[kind]
+    if parameters and len(parameters) != len(named):
+        raise ConfigError(
+            f"kind = {kind}: takes {len(named)} parameters ({', '.join(named) or 'none'}), and "
+            f"was given {len(parameters)}"
+        )
+    for (name, allowed), value in zip(named.items(), parameters, strict=False):
+        checks.number(name, value, allowed, f"{kind}: ")
+    return KINDS[kind](*(parameters or (one.default for one in named.values())))

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 
 # Impossible entries (-inf, padded columns) are clamped here: they add an exact 0, never 0 * inf.
-LOWEST = -1e30
+# A power of two, so that its product with 1 / T is exact: the rounding of another number's would be
+# 1e22, and the exponential of that infinite, where a part of a row holds nothing else.
+LOWEST = -(2.0**100)
 NOTHING = 4 * LOWEST  # the maximum of no entries: below any clamped one, finite when divided by T
 
 Exp = Callable[[Array], Array]
@@ -246,7 +248,7 @@ def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
     A single entry is its own maximum: its sum is 1, its self and gap are 0, and merging does the
     rest.
     """
-    shape = logits["s"].shape
+    shape = next(iter(logits.values())).shape
     entries = {f"max_{model}": logits[model] for model in models(names, "z" in logits)}
     none = dict.fromkeys(entries, jnp.float32(NOTHING))
     for name in names:

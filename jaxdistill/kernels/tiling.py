@@ -55,9 +55,23 @@ class Tiling:
 def tiling(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
     """The table's entry for these shapes, or else the heuristic's."""
     entry = _table().get(key(tokens, vocab, dtype, device_kind))
-    if entry is not None:
-        return Tiling(**entry)
-    return heuristic(tokens, vocab, dtype, device_kind, values)
+    if entry is None:
+        return heuristic(tokens, vocab, dtype, device_kind, values)
+    return within(Tiling(**entry), vocab, device_kind)
+
+
+def within(tiling: Tiling, vocab: int, device_kind: str) -> Tiling:
+    """The same tiling, or on a GPU whose copies know no bounds one whose tiles all lie inside V.
+
+    Where a split has fewer tiles than another, or a tile fewer columns, such a GPU would read what
+    lies behind the row, and behind the array at its end.
+    """
+    if "A100" not in device_kind:
+        return tiling
+    columns = tiling.columns if vocab % tiling.columns == 0 else 64
+    blocks = vocab // columns
+    split = max(n for n in range(1, min(tiling.split, max(blocks, 1)) + 1) if blocks % n == 0)
+    return dataclasses.replace(tiling, columns=columns, split=split)
 
 
 def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
@@ -73,7 +87,7 @@ def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int
     resident = max(1, min(3 if values <= 6 else 2, gpu.shared_memory // (2 * stages * tile + 2048)))
     row_blocks = -(-tokens // ROWS)
     split = max(1, gpu.multiprocessors * resident // row_blocks)
-    return Tiling(64, stages, min(split, max(1, vocab // 64 // 4)))
+    return within(Tiling(64, stages, min(split, max(1, vocab // 64 // 4))), vocab, device_kind)
 
 
 def key(tokens: int, vocab: int, dtype: str, device_kind: str) -> str:

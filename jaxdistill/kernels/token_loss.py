@@ -21,11 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill.kernels import by_temperature as by_t
 from jaxdistill.kernels import choice, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, top_of
 from jaxdistill.kernels.tiling import Tiling, tiling
+
+# A share of LOWEST that rounding can leave is below this, a logit never is.
+FARTHEST = -(2.0**60)
 
 
 class Divergence(NamedTuple):
@@ -132,7 +136,7 @@ class TokenRows:
             from jaxdistill.kernels import mosaic_gpu
 
             measured = mosaic_gpu.statistics(
-                names, self.student, self.teacher, self.coefficients,
+                names, *self._of_one_dtype(), self.coefficients,
                 self._tiling(len(names) + 2), choice.INTERPRET,
             )  # fmt: skip
         elif choice.reads_in_passes(choice.current_device()):
@@ -146,7 +150,13 @@ class TokenRows:
     def _tiling(self, values: int) -> Tiling:
         tokens, vocab = self.student.shape
         device = choice.current_device()
-        return tiling(tokens, vocab, self.student.dtype.name, device.kind, values)
+        return tiling(tokens, vocab, self._of_one_dtype()[0].dtype.name, device.kind, values)
+
+    def _of_one_dtype(self) -> tuple[Array, Array]:
+        """Both models' logits as the kernel takes them, whose tiles lie alike in memory."""
+        assert self.teacher is not None, "the kernel measures two models"
+        common = jnp.promote_types(self.student.dtype, self.teacher.dtype)
+        return self.student.astype(common), self.teacher.astype(common)
 
     def log_probs(self, statistics: Rows, name: str) -> Array:
         """log softmax of the model whose sum has this name, at that sum's temperature: [n, V].
@@ -226,21 +236,23 @@ class TokenRows:
                 kl["forward"] = statistics["gap_z"] / statistics["sum_z"] + (log_s - log_z)
             if "reverse" in row.closed.reads:
                 kl["reverse"] = statistics["gap_s"] / statistics["sum_s"] + (log_z - log_s)
-            return Divergence(row.closed.value(kl), row.closed.slope_sum(kl))
+            # Rounding leaves less than nothing of what is nothing; no divergence is below 0.
+            return Divergence(jnp.maximum(row.closed.value(kl), 0.0), row.closed.slope_sum(kl))
         if self.implementation == "mosaic_gpu":
             from jaxdistill.kernels import mosaic_gpu
 
             assert isinstance(self.spec.kind, str) and self.teacher is not None, "it has a row"
             make = functools.partial(rows.make, self.spec.kind)  # with the kind's own defaults
             value, slope_sum = mosaic_gpu.row_sums(
-                make, self.student, self.teacher, self.coefficients, statistics, self._tiling(2),
+                make, *self._of_one_dtype(), self.coefficients, statistics, self._tiling(2),
                 choice.INTERPRET,
             )  # fmt: skip
         else:
             log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))
             value = jnp.sum(row.value(log_p, log_q), axis=1)
             slope_sum = jnp.sum(row.dlogq(log_p, log_q), axis=1)
-        return Divergence(self.vocabulary.sum(value), self.vocabulary.sum(slope_sum))
+        total = jnp.maximum(self.vocabulary.sum(value), 0.0)
+        return Divergence(total, self.vocabulary.sum(slope_sum))
 
     def _function(self) -> Divergence:
         """The divergence by a function of whole rows."""
@@ -264,24 +276,28 @@ class TokenRows:
             slope, moved = self._divergence_slopes(statistics, losses.unscaled, by_temperature)
             parts.append((1 - alpha) * (as_column(self.t2 / temperature) * slope))
             if by_temperature:
-                moved = self.t2 * moved
-                if self.spec.scale_by_t2:
-                    moved += 2 * temperature * losses.unscaled.value
                 moved = (1 - alpha) * moved
         slope: Any = sum(parts)
         return slope if by_logits else None, moved if by_temperature else None
 
+    def scaled_slope(self, value: Array, moved: Array) -> Array:
+        """d (T^2 D) / dT from D and d D / dT, [n]; d D / dT where the divergence is not scaled."""
+        if not self.spec.scale_by_t2:
+            return moved
+        return self.t2 * moved + 2 * self.coefficients.temperature * value
+
     def _divergence_slopes(
         self, statistics: Rows, divergence: Divergence, by_temperature: bool
     ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d D / d T [n] where it is asked for."""
+        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n] where it is asked for."""
         if divergence.vjp is not None:
             by_student, by_target = divergence.vjp(jnp.ones_like(divergence.value))
             moved = jnp.sum(by_student * self.logits["s"] + by_target * self.target, axis=1)
-            return by_student, -moved * (1 / self.coefficients.temperature) ** 2
+            moved = -moved * (1 / self.coefficients.temperature) ** 2
+            return by_student, self.scaled_slope(divergence.value, moved)
         assert divergence.slope_sum is not None, "a named kind has one"
         slope = self.divergence_slope(statistics, divergence.slope_sum)
-        return slope, self.temperature_slope(statistics, slope) if by_temperature else None
+        return slope, self.temperature_slope(statistics) if by_temperature else None
 
     def divergence_slope(self, statistics: Rows, slope_sum: Array) -> Array:
         """d D / d (s / T) = g - q sum(g) of a named kind, g = dlogq, [n, V]."""
@@ -291,20 +307,20 @@ class TokenRows:
         log_p = self.log_probs(statistics, "sum_z")
         return row.dlogq(log_p, log_q) - jnp.exp(log_q) * slope_sum[:, None]
 
-    def temperature_slope(self, statistics: Rows, slope: Array) -> Array:
-        """d D / d T of a named kind, [n], through q and p; `slope` is `divergence_slope`'s."""
+    def temperature_slope(self, statistics: Rows) -> Array:
+        """d (T^2 D) / dT of a named kind, [n], or d D / dT where it is not scaled by T^2."""
         row = self.divergence_row
         assert row is not None, "a function has its vjp"
-        log_q = self.log_probs(statistics, "sum_s")
-        log_p = self.log_probs(statistics, "sum_z")
-        h = row.dlogp(log_p, log_q)
-        h_sum = self.vocabulary.sum(jnp.sum(h, axis=1))
-        back = h - jnp.exp(log_p) * h_sum[:, None]
-        # d (z / T) / dT = -z / T^2; either slope sums to 0 over a row, so shifted logits serve.
-        s = self.logits["s"] - top_of(statistics, "s")[:, None]
-        z = self.target - top_of(statistics, "z")[:, None]
-        moved = self.vocabulary.sum(jnp.sum(slope * s + back * z, axis=1))
-        return -moved / self.coefficients.temperature**2
+        return by_t.slope(
+            row,
+            self.logits["s"] - top_of(statistics, "s")[:, None],
+            self.target - top_of(statistics, "z")[:, None],
+            jnp.log(statistics["sum_s"])[:, None],
+            jnp.log(statistics["sum_z"])[:, None],
+            as_column(self.coefficients.temperature),
+            self.spec.scale_by_t2,
+            lambda entries: self.vocabulary.sum(jnp.sum(entries, axis=1, keepdims=True)),
+        )[:, 0]
 
     # ----------------------------------------------------------------------------------- metrics
 
@@ -318,12 +334,13 @@ class TokenRows:
 
         def entropy(model: str) -> Array:
             total = statistics[f"sum_{model}1"]
-            return jnp.log(total) - statistics[f"self_{model}1"] / total
+            return jnp.maximum(jnp.log(total) - statistics[f"self_{model}1"] / total, 0.0)
 
         metrics = {"student/entropy": entropy("s")}
         if self.spec.kind is not None:
             log_ratio = jnp.log(statistics["sum_s1"]) - jnp.log(statistics["sum_t1"])
-            metrics["loss/kl_t1"] = statistics["gap_t1"] / statistics["sum_t1"] + log_ratio
+            kl = statistics["gap_t1"] / statistics["sum_t1"] + log_ratio
+            metrics["loss/kl_t1"] = jnp.maximum(kl, 0.0)
             agree = statistics[ECHO] == statistics["max_t"]
             metrics["agree/top1"] = agree.astype(jnp.float32)
             metrics["teacher/entropy"] = entropy("t")
@@ -331,8 +348,13 @@ class TokenRows:
 
 
 def taid_target(student: Array, teacher: Array, taid_t: Any) -> Array:
-    """TAID's target, (1 - t) student + t teacher, of logits [n, V] or of a tile of them."""
-    return student + taid_t * (teacher - student)
+    """TAID's target, (1 - t) student + t teacher, of logits [n, V] or of a tile of them.
+
+    Impossible where a model with a share of the mixture says so: `LOWEST` itself, whose products
+    are exact. A model without one, at t = 0 or 1, says nothing.
+    """
+    mixed = (1 - taid_t) * student + taid_t * teacher
+    return jnp.where(mixed <= FARTHEST, LOWEST, mixed)
 
 
 def as_column(x: Any) -> Any:

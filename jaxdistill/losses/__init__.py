@@ -59,6 +59,14 @@ And inside a `shard_map`, each device with its own rows; sums and counts add up 
 True
 """
 
+from jaxdistill.kernels.columns import shared_columns
+from jaxdistill.losses.advantages import (
+    group_advantages,
+    overlong_penalty,
+    spread,
+    teacher_advantages,
+)
+from jaxdistill.losses.cross_tokenizer import alm, chunk_sums, uld
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -87,8 +95,16 @@ from jaxdistill.losses.pairs import (
     distillm2_skew,
     sequence_weights,
 )
+from jaxdistill.losses.policy import POLICIES, Policy, kl_loss, per_mean, policy_loss
+from jaxdistill.losses.preference import dpo
 from jaxdistill.losses.routing import load_balancing
-from jaxdistill.losses.sparse import topk_kl
+from jaxdistill.losses.samplers import SamplerWeights, sampler_weights
+from jaxdistill.losses.sparse import (
+    sampled_cross_entropy,
+    sampled_reverse_kl,
+    topk_generalized_kl,
+    topk_kl,
+)
 from jaxdistill.losses.temperature import (
     cosine_lambda,
     ctkd_temperature,
@@ -96,6 +112,7 @@ from jaxdistill.losses.temperature import (
     reverse_gradient,
     temperature_head,
 )
+from jaxdistill.losses.tokens import entropy, log_mass
 from jaxdistill.losses.whole_rows import (
     adaptive_kl,
     alphanet,
@@ -109,12 +126,17 @@ from jaxdistill.types import Mean
 
 __all__ = [
     "Mean",
+    "POLICIES",
+    "Policy",
     "Response",
+    "SamplerWeights",
     "adaptive_kl",
+    "alm",
     "alpha_beta_divergence",
     "alpha_divergence",
     "alphanet",
     "alphanet_value",
+    "chunk_sums",
     "cosine_lambda",
     "cross_entropy",
     "ctkd_temperature",
@@ -124,30 +146,46 @@ __all__ = [
     "distillm2",
     "distillm2_balance",
     "distillm2_skew",
+    "dpo",
+    "entropy",
     "forward_kl",
     "generalized_jsd",
+    "group_advantages",
     "hidden_cosine",
     "hidden_mse",
     "init_filters",
     "init_projectors",
     "init_temperature_head",
+    "kl_loss",
     "layer_map",
     "load_balancing",
+    "log_mass",
     "masked_mean",
+    "overlong_penalty",
+    "per_mean",
+    "policy_loss",
     "project",
     "relation_kl",
     "reverse_gradient",
     "reverse_kl",
+    "sampled_cross_entropy",
+    "sampled_reverse_kl",
+    "sampler_weights",
     "sequence_weights",
+    "shared_columns",
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",
+    "spread",
     "symmetric_kl",
     "taid",
+    "teacher_advantages",
     "ted_stage1",
     "ted_stage2",
     "temperature_head",
     "token_log_probability",
+    "topk_generalized_kl",
     "topk_kl",
     "total_variation",
+    "uld",
 ]

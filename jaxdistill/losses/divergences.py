@@ -8,7 +8,12 @@ the divergence of each position, [...], unreduced and in float32 (float64 for fl
 with p the teacher's and q the student's distribution. Either side may be differentiated, and so may
 the temperature; parameters such as beta may be traced and are constants to the gradient. A logit of
 -inf is an impossible entry (a padded or forbidden token). An entry that only the teacher can take
-makes the forward direction infinite, one that only the student can take the reverse one.
+makes the forward direction infinite, one that only the student can take the reverse one. A row that
+holds NaN, +inf or nothing but -inf has the value NaN. A position whose value is masked has a slope
+of exactly 0, whatever it holds.
+
+Temperature and parameters are one number, or one for each position, [...]. A number that is traced
+by a transformation of JAX's, such as jit, cannot be looked at.
 """
 
 import functools
@@ -21,8 +26,10 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import rows
+from jaxdistill.kernels import by_temperature, rows
+from jaxdistill.kernels.statistics import LOWEST
+from jaxdistill.losses import given
+from jaxdistill.ranges import ENTRIES
 
 
 def forward_kl(
@@ -39,14 +46,14 @@ def forward_kl(
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2, which keeps the gradient's size as T grows.
 
     Returns:
       [...], nats times T^2.
 
     Raises:
-      ConfigError: if the shapes differ or the temperature is not positive.
+      ConfigError: if the shapes differ, or a number is out of its range or of another shape.
 
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
@@ -90,7 +97,7 @@ def symmetric_kl(
       student_logits: [..., V].
       teacher_logits: [..., V].
       weight: of the reverse direction, 0 to 1.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -116,12 +123,13 @@ def generalized_jsd(
     At beta 0 the value is KL(teacher || student) and at 1 KL(student || teacher), which GKD's users
     expect; D / beta and D / (1 - beta) tend to these, D itself to 0, so the loss jumps at both
     ends: never schedule beta into one. At 1/2 it is bounded by log 2.
+    Rounding leaves about 1e-7 of it, and never less than 0, where the models are equal.
 
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
       beta: weight of the teacher in the mixture, 0 to 1. DistiLLM's `js_distance(lam)` is 1 - lam.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -143,11 +151,13 @@ def skew_forward_kl(
 ) -> Array:
     """KL(p || skew p + (1 - skew) q), bounded by -log skew.
 
+    Rounding leaves about 1e-7 of it, and never less than 0, where the models are equal.
+
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
       skew: weight of the teacher in the mixture, 0 to 1; 0 is `forward_kl`.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -169,11 +179,13 @@ def skew_reverse_kl(
 ) -> Array:
     """KL(q || (1 - skew) p + skew q), the gradient flowing through q in both places.
 
+    Rounding leaves about 1e-7 of it, and never less than 0, where the models are equal.
+
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
       skew: weight of the student in the mixture, 0 to 1; 0 is `reverse_kl`.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -219,7 +231,7 @@ def alpha_divergence(
       teacher_logits: [..., V].
       alpha: 0 to 1; 1 is `forward_kl`, 0 `reverse_kl`, 1/2 four times the squared Hellinger
         distance.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -245,9 +257,9 @@ def alpha_beta_divergence(
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
-      alpha: at least 0; (1, 0) is `forward_kl`.
-      beta: at least 0; (0, 1) is `reverse_kl`.
-      temperature: T > 0, divides both logits.
+      alpha: 0 to 10; (1, 0) is `forward_kl`.
+      beta: 0 to 10; (0, 1) is `reverse_kl`.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Returns and Raises as `forward_kl`.
@@ -274,48 +286,76 @@ def _apply(
     scale_by_t2: bool,
 ) -> Array:
     rows.make(kind, *parameters)  # raises for a number out of range, before it becomes an array
-    student, teacher = _upcast(student_logits), _upcast(teacher_logits)
-    if student.shape != teacher.shape or student.ndim == 0:
-        raise ConfigError(
-            f"{kind}: student_logits {list(student.shape)} and teacher_logits "
-            f"{list(teacher.shape)} must have one shape [..., V]; slice padded vocabulary off first"
-        )
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ConfigError(f"{kind}: temperature = {temperature}: must be positive")
-    log_p, log_q = _log_softmax(teacher, temperature), _log_softmax(student, temperature)
-    values = _divergence(rows.KINDS[kind], log_p, log_q, tuple(map(jnp.asarray, parameters)))
-    return values * jnp.square(temperature).astype(values.dtype) if scale_by_t2 else values
+    where = f"{kind}: "
+    x = given.logits(where, student_logits, teacher_logits, temperature)
+    columns = tuple(
+        given.column(name, value, x.student, allowed, where)
+        for (name, allowed), value in zip(ENTRIES[kind].items(), parameters, strict=True)
+    )
+    make = rows.KINDS[kind]
+    values = _divergence(make, scale_by_t2, x.teacher, x.student, x.temperature, columns)
+    return x.finished(values, scale_by_t2=False)
 
 
-def _upcast(logits: ArrayLike) -> Array:
-    logits = jnp.asarray(logits)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
-def _log_softmax(logits: Array, temperature: ArrayLike) -> Array:
-    # -inf / T has the derivative inf / T^2 by T: an impossible entry is passed by the division.
-    impossible = logits == -jnp.inf
-    tempered = jnp.where(impossible, 0.0, logits) / jnp.asarray(temperature, logits.dtype)
-    return jax.nn.log_softmax(jnp.where(impossible, -jnp.inf, tempered))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _divergence(
-    make_row: Callable[..., rows.Row], log_p: Array, log_q: Array, parameters: tuple[Array, ...]
+    make_row: Callable[..., rows.Row],
+    scale_by_t2: bool,
+    teacher: Array,
+    student: Array,
+    temperature: Array,
+    parameters: tuple[Array, ...],
 ) -> Array:
-    """sum_v value_v; its derivative is the row's, which knows that 0 * inf is 0."""
-    return make_row(*parameters).value(log_p, log_q).sum(-1)
+    """sum_v value_v, times T^2 where asked for, [...]; never below 0, where rounding leaves that.
+
+    Its derivative by the logits is the row's, which knows that 0 * inf is 0.
+    """
+    log_p, log_q = (_log_softmax(logits, temperature) for logits in (teacher, student))
+    values = jnp.maximum(make_row(*parameters).value(log_p, log_q).sum(-1, keepdims=True), 0.0)
+    return (values * temperature**2 if scale_by_t2 else values)[..., 0]
 
 
 @functools.partial(_divergence.defjvp, symbolic_zeros=True)
 def _divergence_jvp(
-    make_row: Callable[..., rows.Row], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    make_row: Callable[..., rows.Row],
+    scale_by_t2: bool,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
 ) -> tuple[Array, Array]:
-    log_p, log_q, parameters = primals
-    row = make_row(*parameters)
-    value = row.value(log_p, log_q).sum(-1)
-    tangent = jnp.zeros_like(value)
-    for derivative, along in ((row.dlogp, tangents[0]), (row.dlogq, tangents[1])):
+    teacher, student, temperature, parameters = primals
+    row, value = make_row(*parameters), _divergence(make_row, scale_by_t2, *primals)
+    log_p, log_q = (_log_softmax(logits, temperature) for logits in (teacher, student))
+    moved = jnp.zeros_like(value)[..., None]
+    sides = ((row.dlogp, log_p, tangents[0]), (row.dlogq, log_q, tangents[1]))
+    for derivative, log_softmax, along in sides:
         if not isinstance(along, SymbolicZero):
-            tangent += (derivative(log_p, log_q) * along).sum(-1)
-    return value, tangent
+            along = along - (jnp.exp(log_softmax) * along).sum(-1, keepdims=True)
+            slope = derivative(log_p, log_q) * (temperature if scale_by_t2 else 1 / temperature)
+            entries = given.endless(along, slope, ~jnp.isfinite(slope))
+            moved += entries.sum(-1, keepdims=True)
+    if not isinstance(tangents[2], SymbolicZero):
+        slope = _by_temperature(row, scale_by_t2, teacher, student, temperature)
+        moved += given.endless(tangents[2], slope, ~jnp.isfinite(slope))
+    return value, moved[..., 0]
+
+
+def _log_softmax(logits: Array, temperature: Array) -> Array:
+    # -inf / T has the derivative inf / T^2 by T: an impossible entry is passed by the division.
+    impossible = logits == -jnp.inf
+    tempered = jnp.where(impossible, 0.0, logits) / temperature.astype(logits.dtype)
+    return jax.nn.log_softmax(jnp.where(impossible, -jnp.inf, tempered))
+
+
+def _by_temperature(
+    row: rows.Row, scale_by_t2: bool, teacher: Array, student: Array, temperature: Array
+) -> Array:
+    """d value / d T, [..., 1]."""
+
+    def shifted(logits: Array) -> tuple[Array, Array]:
+        entries = jnp.maximum(logits - logits.max(-1, keepdims=True), LOWEST)
+        scaled = entries / temperature
+        return entries, jnp.log(jnp.exp(scaled).sum(-1, keepdims=True))
+
+    (s, log_s), (z, log_z) = shifted(student), shifted(teacher)
+    total = lambda entries: entries.sum(-1, keepdims=True)
+    return by_temperature.slope(row, s, z, log_s, log_z, temperature, scale_by_t2, total)

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.losses import given
 
 _LOWEST = -1e30
 
@@ -81,10 +82,10 @@ def hidden_mse(student: ArrayLike, teacher: ArrayLike, *, normalise: bool = True
     Raises:
       ConfigError: if shapes differ.
     """
-    student, teacher = _states(student, teacher)
+    came, spoiled, student, teacher = _states(student, teacher)
     if normalise:
         student, teacher = _unit(student), _unit(teacher)
-    return jnp.mean(jnp.square(student - teacher), axis=-1)
+    return given.marked(jnp.mean(jnp.square(student - teacher), axis=-1), spoiled, came)
 
 
 def hidden_cosine(student: ArrayLike, teacher: ArrayLike) -> Array:
@@ -94,8 +95,9 @@ def hidden_cosine(student: ArrayLike, teacher: ArrayLike) -> Array:
 
     Reference: Sanh et al. 2019 (DistilBERT), arXiv 1910.01108, section 2.
     """
-    student, teacher = _states(student, teacher)
-    return 1 - jnp.mean(_unit(student) * _unit(teacher), axis=-1)
+    came, spoiled, student, teacher = _states(student, teacher)
+    value = 1 - jnp.mean(_unit(student) * _unit(teacher), axis=-1)
+    return given.marked(value, spoiled, came)
 
 
 def relation_kl(
@@ -131,7 +133,9 @@ def relation_kl(
                 f"{who} {list(x.shape)}: must be [B, L, D] with D a multiple of heads = {heads}, "
                 f"and [B, L] = {list(segment_ids.shape)}"
             )
-        split = _wide(x).reshape(*x.shape[:2], heads, -1)
+        # Padding may hold anything: 0 * NaN would reach the slopes of the tokens beside it.
+        sound = jnp.where((segment_ids == 0)[..., None], 0.0, _wide(x))
+        split = sound.reshape(*x.shape[:2], heads, -1)
         scores = jnp.einsum("bqhd,bkhd->bhqk", split, split) / jnp.sqrt(float(split.shape[-1]))
         return jax.nn.log_softmax(jnp.where(seen[:, None], scores, _LOWEST))
 
@@ -141,19 +145,21 @@ def relation_kl(
     return jnp.where(segment_ids == 0, 0.0, values)
 
 
-def _states(student: ArrayLike, teacher: ArrayLike) -> tuple[Array, Array]:
+def _states(student: ArrayLike, teacher: ArrayLike) -> tuple[Array, Array, Array, Array]:
+    """The student's states as they came, which rows are not finite, and both, 0 in these rows."""
     student, teacher = _wide(student), jax.lax.stop_gradient(_wide(teacher))
     if student.shape != teacher.shape or student.ndim == 0:
         raise ConfigError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} must have one shape "
             "[..., D]; project the student to the teacher's width first"
         )
-    return student, teacher
+    spoiled = ~jnp.all(jnp.isfinite(student) & jnp.isfinite(teacher), axis=-1)
+    sound = lambda x: jnp.where(spoiled[..., None], 0.0, x)
+    return student, spoiled, sound(student), sound(teacher)
 
 
 def _wide(x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return given.wide(jnp.asarray(x))
 
 
 def _unit(x: Array) -> Array:

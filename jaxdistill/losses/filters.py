@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels.checks import IGNORED
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.losses.features import hidden_mse
 from jaxdistill.losses.likelihood import masked_mean
@@ -139,6 +140,7 @@ def ted_stage1(
     Reference: Liang et al. 2023 (TED), arXiv 2210.01351.
     """
     mask = jnp.asarray(mask).astype(jnp.float32)
+    mask = jnp.where(jnp.asarray(labels) == IGNORED, 0.0, mask)
     taps = jax.lax.stop_gradient(_unmasked(taps, mask))
     filtered = project(filters, taps)
     filtered = filtered if norm is None else norm(filtered)

@@ -6,6 +6,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
+from jaxdistill.losses import given
 from jaxdistill.types import Mean
 
 
@@ -34,17 +36,18 @@ def cross_entropy(
 
     Reference: Szegedy et al. 2015, arXiv 1512.00567, section 7 (label smoothing).
     """
-    if isinstance(label_smoothing, int | float) and not 0.0 <= label_smoothing <= 1.0:
-        raise ConfigError(f"label_smoothing = {label_smoothing}: must be in [0, 1]")
-    logits, labels = _checked(student_logits, labels)
+    came, labels = _checked(student_logits, labels)
+    checks.numbers({"label_smoothing": label_smoothing})
+    spoiled = given.unsound(came) & (labels >= 0)
+    logits = jnp.where(given.unsound(came)[..., None], 0.0, came)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     values = normalizer - _pick(logits, labels)
-    if not isinstance(label_smoothing, int | float) or label_smoothing > 0:
+    if checks.known(label_smoothing) != 0:
         possible = logits > -jnp.inf
         uniform = normalizer - jnp.where(possible, logits, 0.0).sum(-1) / possible.sum(-1)
         eps = jnp.asarray(label_smoothing, values.dtype)
         values = (1.0 - eps) * values + eps * uniform
-    return jnp.where(labels < 0, 0.0, values)
+    return given.marked(jnp.where(labels < 0, 0.0, values), spoiled, came)
 
 
 def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
@@ -52,15 +55,19 @@ def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
 
     Args:
       logits: [..., V].
-      tokens: int [...]; a negative token gives 0, one of V or more NaN.
+      tokens: int [...], or [..., K] for K tokens of each row; a negative token gives 0, one of V or
+        more NaN.
 
     Returns:
-      [...], float32 (float64 for float64 logits), nats, never positive.
+      The shape of `tokens`, float32 (float64 for float64 logits), nats, never positive.
 
     Raises:
       ConfigError: if the shapes do not fit.
     """
-    return -cross_entropy(logits, tokens)
+    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
+    if tokens.ndim != logits.ndim or tokens.shape[:-1] != logits.shape[:-1]:
+        return -cross_entropy(logits, tokens)
+    return -jnp.stack([cross_entropy(logits, one) for one in jnp.moveaxis(tokens, -1, 0)], axis=-1)
 
 
 def masked_mean(values: ArrayLike, mask: ArrayLike) -> Mean:
@@ -69,7 +76,8 @@ def masked_mean(values: ArrayLike, mask: ArrayLike) -> Mean:
     total = sum(mask * values), count = sum(mask)
 
     Args:
-      values: [...], unreduced losses; what lies under a zero mask may be anything, NaN too.
+      values: [...], unreduced losses; what lies under a zero mask may be anything, NaN too: nothing
+        flows back to it, and through the losses of this package exactly 0 to what it was made of.
       mask: bool or float [...], the same shape: which entries count, or their weights.
 
     Returns:

@@ -8,9 +8,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.losses import divergences
 from jaxdistill.losses.likelihood import masked_mean
 from jaxdistill.losses.whole_rows import detached_skew_reverse_kl
+from jaxdistill.ranges import Range
 from jaxdistill.types import Mean
 
 DIRECTIONS = ("forward", "reverse")
@@ -88,7 +90,7 @@ def distillm2(
       rejected: the student's responses to the same prompts, row by row; another length is fine.
       skew_chosen: a, a scalar or [B], such as `distillm2_skew` gives.
       skew_rejected: b, the same.
-      balance: weight of the rejected side, 1 to 1.5: see `distillm2_balance`.
+      balance: weight of the rejected side, 0 to 2; from 1 to 1.5 by `distillm2_balance`.
 
     Returns:
       "loss", a Mean over the pairs in which either response has a token, and each side's own mean,
@@ -99,6 +101,7 @@ def distillm2(
 
     Reference: Ko et al. 2025, arXiv 2503.07067; the constant q is its code's.
     """
+    checks.number("balance", balance, Range(1.0, 0, 2), "distillm2: ")
     means, rows = [], []
     sides = (
         (chosen, divergences.skew_forward_kl, skew_chosen),
@@ -107,7 +110,13 @@ def distillm2(
     for response, loss, skew in sides:
         weights = sequence_weights(response.mask)
         if jnp.ndim(skew):
-            skew = jnp.reshape(jnp.asarray(skew), (-1, 1, 1))
+            skew = checks.array("skew", skew)
+            if skew.shape != weights.shape[:1]:
+                raise ConfigError(
+                    f"distillm2: a skew {list(skew.shape)}: must be one number, or "
+                    f"{list(weights.shape[:1])}, one for each response"
+                )
+            skew = skew[:, None, None]
         values = loss(response.student_logits, response.teacher_logits, skew=skew)
         rows.append((weights > 0).any(-1))
         total = masked_mean(values, weights).total
@@ -173,7 +182,9 @@ def distillm2_skew(
 
     Args:
       teacher_log_probability: [...], log p, the mean log-probability of a response's tokens.
-      student_log_probability: [...], log q, the same under the student.
+      student_log_probability: [...], log q, the same under the student. For the rejected side the
+        method's code takes student minus teacher: there give log q first and log p second, and a
+        `first_gap` of exp(log q) - exp(log p).
       first_gap: the mean of exp(log p) - exp(log q) over the first batch, which all later ones are
         measured against.
       skew: the largest value, that of the start.

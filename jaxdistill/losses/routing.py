@@ -41,6 +41,7 @@ def load_balancing(scores: ArrayLike, chosen: int, mask: ArrayLike) -> Array:
     if not 1 <= chosen <= experts:
         raise ConfigError(f"load_balancing: chosen = {chosen}: must be from 1 to {experts} experts")
     counted = jnp.asarray(mask, jnp.float32)[None, ..., None]
+    scores = jnp.where(counted == 0, 0.0, scores)  # padding may hold anything
     tokens = jnp.maximum(layers * jnp.sum(counted), 1.0)
     shares = jax.nn.softmax(scores, axis=-1)
     _, expert_K = jax.lax.top_k(shares, chosen)

@@ -1,4 +1,11 @@
-"""KL from a teacher of whom only the most likely tokens are known, such as one that was cached."""
+"""Divergences from a teacher of whom only some tokens are known: cached, served, or sampled.
+
+`kernels.linear_divergence(..., teacher_ids=...)` computes the same from hidden states and head.
+All take logits at the temperature at which the teacher's log-probabilities were taken: divide them
+by it first.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +13,25 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels.sparse.checks import known_teacher
+from jaxdistill.kernels.sparse.definition import KINDS as _KINDS
+from jaxdistill.kernels.sparse.definition import Known, entries, is_known, silence
+from jaxdistill.kernels.sparse.reference import divergence
+from jaxdistill.losses import given
 
 TAILS = ("ghost", "drop", "renormalise")
 _LOWEST = -1e30
-# A teacher's rest below this is what float32 lost of its kept tokens, not mass of others.
-_LEAST_REST = 1e-7
 
 
 def topk_kl(
-    student_logits: ArrayLike, ids: ArrayLike, logprobs: ArrayLike, *, tail: str = "ghost"
+    student_logits: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_logprobs: ArrayLike,
+    *,
+    teacher_rest: ArrayLike | None = None,
+    tail: str = "ghost",
 ) -> Array:
-    """KL(teacher || student) from the teacher's K most likely tokens.
+    """KL(teacher || student) from K tokens of the teacher, such as its most likely ones.
 
         ghost:        sum_K p (log p - log q) + p_rest (log p_rest - log q_rest)
         drop:         sum_K p (log p - log q)
@@ -29,17 +44,19 @@ def topk_kl(
 
     Args:
       student_logits: [..., V].
-      ids: int [..., K], different tokens; a negative one is none (fewer than K are known).
-      logprobs: [..., K], log p at T = 1, normalised over the vocabulary. They cannot be brought to
+      teacher_ids: int [..., K], different tokens; a negative one is none (fewer than K are known).
+      teacher_logprobs: [..., K], log p normalised over the vocabulary. They cannot be brought to
         another temperature: what its normaliser needs of the other tokens is not known.
+      teacher_rest: [...], the mass of all other tokens; None takes what the K leave.
       tail: "ghost", "drop" or "renormalise".
 
     Returns:
       [...], float32 (float64 for float64 logits), nats.
 
     Raises:
-      ConfigError: for another tail, shapes that do not fit, or "renormalise" with K = 1, which is 0
-        whatever the student says.
+      ConfigError: for another tail, shapes that do not fit, "renormalise" with K = 1, which is 0
+        whatever the student says; where the numbers are known, for ids beyond the vocabulary or
+        twice in a row, log-probabilities above 0 and probabilities that sum to more than 1.
 
     >>> import jax, jax.numpy as jnp
     >>> student, teacher = jnp.array([0.0, 1.0, 2.0]), jnp.array([2.0, 1.0, 0.0])
@@ -49,48 +66,158 @@ def topk_kl(
 
     Reference: arXiv 2503.16870 (what each tail does to the student).
     """
-    logits, ids, log_p = _checked(student_logits, ids, logprobs, tail)
-    log_q = jax.nn.log_softmax(logits)
-    known = (ids >= 0) & (log_p > _LOWEST / 2)
-    picked = jnp.take_along_axis(log_q, jnp.maximum(ids, 0), axis=-1)
-    picked = jnp.where(known, jnp.maximum(picked, _LOWEST), 0.0)
-    log_p = jnp.where(known, log_p, _LOWEST)
-    if tail == "renormalise":
-        log_p = log_p - jax.nn.logsumexp(log_p, axis=-1, keepdims=True)
-        inside = jnp.where(known, picked, _LOWEST)
-        picked = picked - jax.nn.logsumexp(inside, axis=-1, keepdims=True)
-    value = jnp.sum(jnp.where(known, jnp.exp(log_p) * (log_p - picked), 0.0), axis=-1)
-    if tail != "ghost" or ids.shape[-1] >= logits.shape[-1]:
-        return value
-    rest_q = jax.nn.logsumexp(jnp.where(_kept(ids, known, logits), _LOWEST, log_q), axis=-1)
-    rest_p = 1.0 - jnp.sum(jnp.where(known, jnp.exp(log_p), 0.0), axis=-1)
-    some = rest_p > _LEAST_REST
-    rest_p = jnp.where(some, rest_p, 1.0)
-    return value + jnp.where(some, rest_p * (jnp.log(rest_p) - rest_q), 0.0)
-
-
-def _kept(ids: Array, known: Array, logits: Array) -> Array:
-    """Which of the V tokens are among the known ones, bool [..., V]."""
-    vocab = logits.shape[-1]
-    columns = jnp.where(known, ids, vocab).reshape(-1, ids.shape[-1])
-    rows = jnp.arange(len(columns))[:, None]
-    none = jnp.zeros((len(columns), vocab), bool)
-    return none.at[rows, columns].set(True, mode="drop").reshape(logits.shape)
-
-
-def _checked(logits, ids, logprobs, tail) -> tuple[Array, Array, Array]:
-    logits, ids, logprobs = jnp.asarray(logits), jnp.asarray(ids), jnp.asarray(logprobs)
     if tail not in TAILS:
         raise ConfigError(f"tail = {tail!r}: must be one of {', '.join(TAILS)}")
-    fits = ids.shape == logprobs.shape and ids.shape[:-1] == logits.shape[:-1]
-    if not fits or ids.ndim == 0 or not 1 <= ids.shape[-1] <= logits.shape[-1]:
-        raise ConfigError(
-            f"student_logits {list(logits.shape)}, ids {list(ids.shape)}, logprobs "
-            f"{list(logprobs.shape)}: must be [..., V], [..., K] and [..., K], K from 1 to V"
-        )
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ConfigError(f"ids are {ids.dtype}: they must be integers, the index of a token")
-    if tail == "renormalise" and ids.shape[-1] == 1:
+    logits, known, finished = _checked(
+        "forward_kl", student_logits, teacher_ids, teacher_logprobs, teacher_rest
+    )
+    if tail == "ghost":
+        return finished(divergence("forward_kl", logits, known))
+    if tail == "renormalise" and known.ids.shape[-1] == 1:
         raise ConfigError("tail = renormalise with K = 1 is 0 for any student: keep more, or ghost")
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    return jnp.maximum(logits.astype(wide), _LOWEST), ids, logprobs.astype(wide)
+    counts = is_known(known)
+    log_q = jax.nn.log_softmax(jnp.maximum(logits, _LOWEST))
+    ids = jnp.where(counts, known.ids, 0)
+    picked = jnp.take_along_axis(log_q, ids, axis=-1, mode="fill", fill_value=jnp.nan)
+    if tail == "renormalise":
+        normalised = lambda log: (
+            log
+            - jax.nn.logsumexp(
+                jnp.where(counts, jnp.maximum(log, _LOWEST), _LOWEST), axis=-1, keepdims=True
+            )
+        )
+        known = known._replace(logprobs=normalised(known.logprobs))
+        picked = normalised(picked)
+    return finished(jnp.sum(entries(_KINDS["forward_kl"], known, counts, picked)[0], axis=-1))
+
+
+def topk_generalized_kl(
+    student_logits: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_logprobs: ArrayLike,
+    *,
+    reverse: bool = False,
+) -> Array:
+    """The generalised KL over K tokens: never negative, 0 only where q = p on all of them.
+
+        forward:  sum_K p (log p - log q) - p + q
+        reverse:  sum_K q (log q - log p) - q + p
+
+    Neither side is renormalised. Whatever tokens are known, the optimum is right, where a plain
+    truncated sum lets q leave the K tokens or pass beyond p.
+
+    Args:
+      student_logits: [..., V].
+      teacher_ids: int [..., K], different tokens; a negative one is none.
+      teacher_logprobs: [..., K], log p normalised over the vocabulary.
+      reverse: the direction of KL(q || p).
+
+    Returns:
+      [...], float32 (float64 for float64 logits), nats.
+
+    Raises:
+      ConfigError: for what `topk_kl` refuses.
+
+    >>> import jax, jax.numpy as jnp
+    >>> student, teacher = jnp.array([1.0, 0.5, 0.0, -1.0]), jnp.array([0.2, 1.2, -0.5, 0.3])
+    >>> logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), 2)
+    >>> print(round(float(topk_generalized_kl(student, ids, logprobs)), 4))
+    0.1709
+
+    Reference: arXiv 2606.30406, eq. 5.
+    """
+    kind = "generalized_reverse_kl" if reverse else "generalized_forward_kl"
+    logits, known, finished = _checked(kind, student_logits, teacher_ids, teacher_logprobs)
+    return finished(divergence(kind, logits, known))
+
+
+def sampled_cross_entropy(
+    student_logits: ArrayLike, teacher_ids: ArrayLike, teacher_logprobs: ArrayLike
+) -> Array:
+    """-sum_K p log q of tokens that were drawn from the teacher, p their share of the draws.
+
+    Over the draws its mean, and that of its gradient, is the cross-entropy from the teacher's whole
+    row.
+
+    Args:
+      student_logits: [..., V].
+      teacher_ids: int [..., K], different tokens; a negative one is none.
+      teacher_logprobs: [..., K], log of the share of the draws, log(count / draws).
+
+    Returns:
+      [...], float32 (float64 for float64 logits), nats.
+
+    Raises:
+      ConfigError: for what `topk_kl` refuses.
+
+    Reference: arXiv 2503.16870, section 3 (random sampling).
+    """
+    logits, known, finished = _checked(
+        "cross_entropy", student_logits, teacher_ids, teacher_logprobs
+    )
+    return finished(divergence("cross_entropy", logits, known))
+
+
+def sampled_reverse_kl(
+    student_logits: ArrayLike,
+    teacher_ids: ArrayLike,
+    teacher_logprobs: ArrayLike,
+    sampled_ids: ArrayLike,
+    sampled_logprobs: ArrayLike,
+) -> Array:
+    """KL(student || teacher) from the teacher's numbers for K tokens and for one drawn token.
+
+        value     sum_K q l + [y not in K] l_y
+        gradient  sum_K l grad q + [y not in K] l_y grad log q_y,     l = log q - log p
+
+    Over y ~ q both have the mean of the whole KL, for any K; with the student's own most likely
+    tokens little is left to chance.
+
+    Args:
+      student_logits: [..., V].
+      teacher_ids: int [..., K], different tokens, such as the student's most likely; a negative one
+        is none.
+      teacher_logprobs: [..., K], log p normalised over the vocabulary.
+      sampled_ids: int [...], y, drawn from softmax(student_logits).
+      sampled_logprobs: [...], log p of it.
+
+    Returns:
+      [...], float32 (float64 for float64 logits), nats.
+
+    Raises:
+      ConfigError: for what `topk_kl` refuses.
+    """
+    kind = "generalized_reverse_kl"
+    sampled = (sampled_ids, sampled_logprobs)
+    logits, known, finished = _checked(
+        kind, student_logits, teacher_ids, teacher_logprobs, None, *sampled
+    )
+    return finished(divergence(kind, logits, known))
+
+
+def _checked(
+    kind: str,
+    student_logits: ArrayLike,
+    ids: ArrayLike,
+    logprobs: ArrayLike,
+    rest: ArrayLike | None = None,
+    sampled: ArrayLike | None = None,
+    sampled_logprobs: ArrayLike | None = None,
+) -> tuple[Array, Known, Callable[[Array], Array]]:
+    """Float logits, what is known of the teacher, and what marks the values of spoiled rows."""
+    logits = jnp.asarray(student_logits)
+    if logits.ndim == 0:
+        raise ConfigError("student_logits []: must be [..., V]")
+    sparse: dict[str, ArrayLike | None] = {
+        "teacher_ids": ids,
+        "teacher_logprobs": logprobs,
+        "teacher_rest": rest,
+        "sampled_ids": sampled,
+        "sampled_logprobs": sampled_logprobs,
+    }
+    known = known_teacher(kind, logits.shape[:-1], logits.shape[-1], sparse, None)
+    came = given.wide(logits)
+    unknown = jnp.any(is_known(known) & jnp.isnan(known.logprobs), axis=-1)
+    spoiled = given.unsound(jnp.maximum(came, _LOWEST)) | unknown
+    logits = jnp.where(spoiled[..., None], 0.0, came)
+    return logits, silence(known, ~spoiled), lambda value: given.marked(value, spoiled, came)

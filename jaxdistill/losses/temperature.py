@@ -92,6 +92,11 @@ def reverse_gradient(x: ArrayLike, factor: ArrayLike) -> Array:
       x: [...], of any float dtype.
       factor: a scalar, may be traced; a constant to the gradient. CTKD takes `cosine_lambda`.
 
+    An optimizer that adapts to the size of gradients, such as Adam, divides a factor out that
+    changes slowly: only its sign is left. There multiply the update instead, as
+    `optim.optimizer(scaled={"objective/temperature": lambda step: -cosine_lambda(step / steps)})`
+    does for parameters under these names, and let the factor here be -1. CTKD's own code has SGD.
+
     >>> import jax
     >>> value, slope = jax.value_and_grad(reverse_gradient)(3.0, -0.5)
     >>> print(float(value), float(slope))

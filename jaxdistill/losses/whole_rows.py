@@ -7,6 +7,7 @@ float32, unreduced, times T^2 where `scale_by_t2`. The fused head loss runs them
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -16,8 +17,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.losses import divergences
+from jaxdistill.kernels import checks
+from jaxdistill.losses import divergences, given
 from jaxdistill.losses.likelihood import cross_entropy
+from jaxdistill.ranges import COMMON, ENTRIES, WHOLE_ROWS, Range
 
 # Logits are clamped here: what is impossible for both counts nothing, and nothing is infinite.
 _LOWEST = -1e30
@@ -41,7 +44,7 @@ def adaptive_kl(
       student_logits: [..., V].
       teacher_logits: [..., V].
       mu: mass of the head, 0 to 1.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Raises:
@@ -49,9 +52,8 @@ def adaptive_kl(
 
     Reference: Wu et al. 2024, arXiv 2404.02657, and its code (LLM_KD_AKL).
     """
-    if not 0 <= mu <= 1:
-        raise ConfigError(f"mu = {mu}: must be in [0, 1], the mass of the head")
-    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    _check("adaptive_kl", mu=mu)
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
     p, q = (jax.lax.stop_gradient(jax.nn.softmax(x)) for x in (teacher, student))
     gap = jnp.abs(p - q)
     in_tail = jnp.sum(jnp.where(_most_likely(p, mu), 0.0, gap), axis=-1)
@@ -59,7 +61,7 @@ def adaptive_kl(
     weight = jnp.where(whole == 0, 0.5, in_tail / jnp.where(whole == 0, 1.0, whole))
     forward = divergences.forward_kl(student, teacher)
     reverse = divergences.reverse_kl(student, teacher)
-    return _scaled((1 - weight) * forward + weight * reverse, temperature, scale_by_t2)
+    return x.finished((1 - weight) * forward + weight * reverse, scale_by_t2)
 
 
 def _most_likely(p: Array, mu: float) -> Array:
@@ -122,7 +124,7 @@ def alphanet(
       teacher_logits: [..., V].
       alphas: the two orders.
       clip: largest r^alpha.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Raises:
@@ -130,11 +132,10 @@ def alphanet(
 
     Reference: Wang et al. 2021, arXiv 2102.07954, and its code for the surrogate.
     """
-    first, second = (
-        _alpha(student_logits, teacher_logits, alpha, clip, temperature) for alpha in alphas
-    )
-    chosen = jnp.where(first[0] > second[0], first[1], second[1])
-    return _scaled(chosen, temperature, scale_by_t2)
+    checks.number("clip", clip, Range(5.0, 0, math.inf, above=True))
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    first, second = (_alpha(student, teacher, alpha, clip) for alpha in alphas)
+    return x.finished(jnp.where(first[0] > second[0], first[1], second[1]), scale_by_t2)
 
 
 def alphanet_value(
@@ -151,34 +152,30 @@ def alphanet_value(
 
     Args and Raises as `alphanet`.
     """
-    values = [_alpha(student_logits, teacher_logits, a, clip, temperature)[0] for a in alphas]
-    return jnp.maximum(*values)
+    checks.number("clip", clip, Range(5.0, 0, math.inf, above=True))
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    values = [_alpha(student, teacher, alpha, clip)[0] for alpha in alphas]
+    return jax.lax.stop_gradient(x.finished(jnp.maximum(*values), scale_by_t2=False))
 
 
-def _alpha(student_logits, teacher_logits, alpha, clip, temperature) -> tuple[Array, Array]:
-    """(divergence, surrogate) of one order."""
-    if not clip > 0:
-        raise ConfigError(f"clip = {clip}: must be positive")
-    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+def _alpha(student: Array, teacher: Array, alpha: float, clip: float) -> tuple[Array, Array]:
+    """(divergence, surrogate) of one order, of logits that are divided by T already."""
     log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    q = jax.lax.stop_gradient(jnp.exp(log_q))
-    log_r = jax.lax.stop_gradient(log_p - log_q)
-    none = q == 0
+    constant = jax.lax.stop_gradient
+    q, p, log_r = constant(jnp.exp(log_q)), constant(jnp.exp(log_p)), constant(log_p - log_q)
     if abs(alpha) < 1e-3:
-        f, base, rho = (
-            -jnp.minimum(log_r, jnp.log(clip)),
-            0.0,
-            jnp.minimum(log_r, jnp.log(clip)) - 1,
-        )
+        held = jnp.minimum(log_r, jnp.log(clip))
+        entries, weight = -q * held, q * (held - 1)
     elif abs(alpha - 1) < 1e-3:
-        r = jnp.exp(jnp.minimum(log_r, 80.0))
-        f, base, rho = r * log_r, 0.0, r
+        # q r is p itself, also where q is too small for float32 and r too large.
+        entries, weight = p * log_r, p
     else:
-        powered = jnp.exp(jnp.minimum(alpha * log_r, jnp.log(clip)))
+        powered = jnp.minimum(alpha * log_r, jnp.log(clip))
         base = 1 / (alpha * (alpha - 1))
-        f, rho = powered * base, powered / alpha + base
-    total = lambda weight, x: jnp.sum(jnp.where(none, 0.0, weight * x), axis=-1)
-    return total(q, f - base), -total(q * rho, log_q)
+        weighed = jnp.exp(constant(log_q) + powered)  # q r^alpha, clipped, as one exponential
+        entries, weight = (weighed - q) * base, weighed / alpha + q * base
+    total = lambda weight, x: jnp.sum(jnp.where(weight == 0, 0.0, weight * x), axis=-1)
+    return jnp.sum(jnp.where(entries == 0, 0.0, entries), axis=-1), -total(weight, log_q)
 
 
 def decoupled_kl(
@@ -202,7 +199,7 @@ def decoupled_kl(
       labels: int [...]; a negative one is no label and gives 0.
       target_weight: of TCKD.
       rest_weight: of NCKD.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Raises:
@@ -210,8 +207,10 @@ def decoupled_kl(
 
     Reference: Zhao et al. 2022, arXiv 2203.08679; the weights are those of TAID's port.
     """
-    student, teacher = _tempered(student_logits, teacher_logits, temperature)
-    labels = jnp.asarray(labels)
+    _check("decoupled_kl", target_weight=target_weight, rest_weight=rest_weight)
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    labels = checks.array("labels", labels)
+    checks.per_token("labels", labels, student.shape[:-1], jnp.integer)
     target = jnp.maximum(labels, 0)
     log_q, log_p = (-cross_entropy(x, target) for x in (student, teacher))
     is_target = jax.nn.one_hot(target, student.shape[-1], dtype=jnp.bool_)
@@ -222,7 +221,7 @@ def decoupled_kl(
     tckd = jnp.exp(log_p) * (log_p - log_q) + jnp.exp(rest_p) * (rest_p - rest_q)
     nckd = divergences.forward_kl(without(student), without(teacher))
     value = jnp.where(labels < 0, 0.0, target_weight * tckd + rest_weight * nckd)
-    return _scaled(value, temperature, scale_by_t2)
+    return x._replace(spoiled=x.spoiled & (labels >= 0)).finished(value, scale_by_t2)
 
 
 def smoothed_forward_kl(
@@ -239,21 +238,20 @@ def smoothed_forward_kl(
       student_logits: [..., V].
       teacher_logits: [..., V].
       target_smoothing: eps, 0 to 1; spread over the tokens that are possible.
-      temperature: T > 0, divides both logits.
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Raises:
       ConfigError: for another eps, or shapes that differ.
     """
-    if not 0 <= target_smoothing <= 1:
-        raise ConfigError(f"target_smoothing = {target_smoothing}: must be in [0, 1]")
-    student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    _check("smoothed_forward_kl", target_smoothing=target_smoothing)
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
     possible = (teacher > _LOWEST / 2) | (student > _LOWEST / 2)
     share = target_smoothing / jnp.sum(possible, axis=-1, keepdims=True)
     p = (1 - target_smoothing) * jax.nn.softmax(teacher) + jnp.where(possible, share, 0.0)
     nothing = p <= 0  # false for NaN, which must stay one: a finite loss would hide it
     log_p = jnp.where(nothing, _LOWEST, jnp.log(jnp.where(nothing, 1.0, p)))
-    return _scaled(divergences.forward_kl(student, log_p), temperature, scale_by_t2)
+    return x.finished(divergences.forward_kl(student, log_p), scale_by_t2)
 
 
 def detached_skew_reverse_kl(
@@ -269,8 +267,8 @@ def detached_skew_reverse_kl(
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
-      skew: weight of the student in the mixture, 0 to 1; may be [..., 1], one per row.
-      temperature: T > 0, divides both logits.
+      skew: weight of the student in the mixture, 0 to 1; one number, or [...].
+      temperature: T > 0, divides both logits; one number, or [...].
       scale_by_t2: multiply by T^2.
 
     Raises:
@@ -278,15 +276,13 @@ def detached_skew_reverse_kl(
 
     Reference: Ko et al. 2025 (DistiLLM-2), arXiv 2503.07067; the constant is its code's.
     """
-    if isinstance(skew, int | float) and not 0 <= skew <= 1:
-        raise ConfigError(f"skew = {skew}: must be in [0, 1], for it weighs two distributions")
-    student, teacher = _tempered(student_logits, teacher_logits, temperature)
-    weight = jnp.asarray(skew, student.dtype)
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    weight = given.column("skew", skew, student, ENTRIES["skew_reverse_kl"]["skew"])
     log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
     # Clamped: a skew of 0 or 1 must leave the entry that only the other side has infinite for none.
     parts = jnp.log1p(-weight) + log_p, jnp.log(weight) + log_q
     mixture = jax.lax.stop_gradient(jnp.maximum(jnp.logaddexp(*parts), _LOWEST))
-    return _scaled(divergences.reverse_kl(student, mixture), temperature, scale_by_t2)
+    return x.finished(divergences.reverse_kl(student, mixture), scale_by_t2)
 
 
 def taid(
@@ -297,24 +293,22 @@ def taid(
     """TAID's loss: KL(softmax((1 - t) sg(student) + t teacher) || softmax(student)).
 
     The target mixes logits, not probabilities, the student in it is a constant, and there is no
-    temperature. At t = 1 it is `forward_kl`; at 0 value and gradient are 0.
+    temperature. At t = 1 it is `forward_kl`; at 0 value and gradient are 0 but for rounding, 1e-7.
 
     Args:
       student_logits: [..., V].
       teacher_logits: [..., V].
-      taid_t: t in [0, 1], may be traced; `optim.taid` adapts it.
+      taid_t: t in [0, 1], one number, or [...]; may be traced; `optim.taid` adapts it.
 
     Raises:
       ConfigError: for a Python number outside [0, 1], or shapes that differ.
 
     Reference: Shing et al. 2025, arXiv 2501.16937, and its code (SakanaAI/TAID).
     """
-    if isinstance(taid_t, int | float) and not 0 <= taid_t <= 1:
-        raise ConfigError(f"taid_t = {taid_t}: must be in [0, 1]")
-    student, teacher = _tempered(student_logits, teacher_logits, 1.0)
-    t = jnp.asarray(taid_t, student.dtype)
-    target = jax.lax.stop_gradient(student + t * (teacher - student))
-    return divergences.forward_kl(student, target)
+    x, student, teacher = _tempered(student_logits, teacher_logits, 1.0)
+    t = given.column("taid_t", taid_t, student, COMMON["taid_t"])
+    target = jax.lax.stop_gradient((1 - t) * student + t * teacher)
+    return x.finished(divergences.forward_kl(student, target), scale_by_t2=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,22 +353,15 @@ def bound(name: str, **options: float) -> Bound:
     return Bound(name, tuple(sorted(options.items())))
 
 
+def _check(name: str, **options: float) -> None:
+    """Raises for an option out of its range."""
+    for option, value in options.items():
+        checks.number(option, value, WHOLE_ROWS[name][option])
+
+
 def _tempered(
     student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: ArrayLike
-) -> tuple[Array, Array]:
-    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
-    if student.shape != teacher.shape or student.ndim == 0:
-        raise ConfigError(
-            f"student_logits {list(student.shape)} and teacher_logits {list(teacher.shape)} must "
-            "have one shape [..., V]; slice padded vocabulary off first"
-        )
-    if isinstance(temperature, int | float) and not temperature > 0:
-        raise ConfigError(f"temperature = {temperature}: must be positive")
-    wide = jnp.promote_types(student.dtype, jnp.float32)
-    clamped = (jnp.maximum(x.astype(wide), _LOWEST) for x in (student, teacher))
-    student, teacher = (x / jnp.asarray(temperature, wide) for x in clamped)
-    return student, teacher
-
-
-def _scaled(values: Array, temperature: ArrayLike, scale_by_t2: bool) -> Array:
-    return values * jnp.square(temperature).astype(values.dtype) if scale_by_t2 else values
+) -> tuple[given.Logits, Array, Array]:
+    """What is given, and both models' logits divided by T."""
+    x = given.logits("", student_logits, teacher_logits, temperature, _LOWEST)
+    return x, x.student / x.temperature, x.teacher / x.temperature

@@ -129,6 +129,7 @@ class Built:
       measuring: name -> value of a knob while models are measured; 1 where nothing is said.
       learning_rate: the highest of the objective's own parameters; None: the student's.
       trained: which parameters train when, as `optim.optimizer` takes it; the rest always do.
+      scaled: by how much their updates are multiplied when, as `optim.optimizer` takes it.
     """
 
     objective: Objective
@@ -136,6 +137,7 @@ class Built:
     measuring: Mapping[str, float] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     trained: Mapping[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+    scaled: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,8 @@ def objective(
 
         alpha * CE + (1 - alpha) * T^2 * KL(teacher || student),    dw = reversal * d loss / dw
 
-    `reversal` <= 0 grows from 0 to -1 on a cosine: w ascends the loss, softly at first. With
+    `reversal` <= 0 grows from 0 to -1 on a cosine: w ascends the loss, softly at first. An adaptive
+    optimizer divides its size out of the gradient, so a run multiplies the update by it too. With
     `width` (of the student's hidden states) every token has its own T, from w . hidden + b.
     Knobs: alpha, reversal.
 
@@ -72,7 +73,7 @@ def build(options: Ctkd, facts: Facts) -> Built:
     """The method of a run."""
     from jaxdistill import optim
 
-    ramp = max(2, round(options.ramp * facts.steps))
+    reversal = optim.schedule("cosine", 0.0, -1.0, max(2, round(options.ramp * facts.steps)))
     return Built(
         objective(
             t_start=options.t_start,
@@ -82,8 +83,10 @@ def build(options: Ctkd, facts: Facts) -> Built:
         ),
         knobs={
             "alpha": scheduled(options.alpha, facts.steps),
-            "reversal": optim.schedule("cosine", 0.0, -1.0, ramp),
+            "reversal": reversal,
         },
+        # AdamW divides a gradient's size out, and with it the curriculum: the update takes it on.
+        scaled={"objective/temperature": lambda step: abs(reversal(step))},
         learning_rate=options.temperature_lr,
     )
 

@@ -50,7 +50,7 @@ class Kd(Options):
             if moves and self.divergence not in ENTRIES:
                 yield ("parameters", name), f"must be a number: {self.divergence} cannot move it"
                 continue
-            _, least, most = ranges[name]
+            least, most = ranges[name].least, ranges[name].most
             for value in (given.start, given.end) if moves else (given,):
                 if not least <= value <= most:
                     yield ("parameters", name), f"{value}: must be in [{least}, {most}]"

@@ -99,7 +99,9 @@ def objective(
         )  # fmt: skip
         return means | {"loss": Mean(means["loss"].total, jnp.sum(counted))}
 
-    return Objective(no_parameters, apply, needs_teacher=with_teacher, prepare=prepare)
+    return Objective(
+        no_parameters, apply, needs_teacher=with_teacher, prepare=prepare, token_means=False
+    )
 
 
 def build(options: StepByStep, facts: Facts) -> Built:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ insert = functools.partial(jax.jit, donate_argnums=0)(ring.insert)
 
 def prefill(
     config: DecoderConfig, weights: dict, tokens_PW: Any, count_P: Any
-) -> tuple[ring.Prefilled, Array]:
-    """Keys and values of prompts [P, W] per layer, and the logits [P, V] after them.
+) -> tuple[ring.Prefilled, Array, Array]:
+    """Keys and values of prompts [P, W] per layer, logits [P, V] after them, last states [P, W, D].
 
     Prompts stand at the left; what is behind one's `count` tokens is padding, which no token of the
     prompt sees, because attention is causal. All layers run one program, layer after layer: there
@@ -30,7 +30,7 @@ def prefill(
     rest = {name: leaf for name, leaf in weights.items() if name != "layers"}
     step = lambda x_PWD, _, layer, number: read(config, layer, x_PWD, np.int32(number), count_P)
     x_PWD, states = decoder.walk(weights["layers"], step, embed(config, rest, tokens_PW))
-    return states, _after(config, rest, x_PWD, count_P)
+    return states, _after(config, rest, x_PWD, count_P), x_PWD
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,10 +63,10 @@ def read(
 @functools.partial(jax.jit, static_argnums=0)
 def _after(config: DecoderConfig, rest: dict, x_PWD: Array, count_P: Array) -> Array:
     last_P1D = jnp.take_along_axis(x_PWD, (count_P - 1)[:, None, None], axis=1)
-    return _logits(decoder.leave(config, rest, last_P1D))
+    return logits_of(decoder.leave(config, rest, last_P1D))
 
 
-def _logits(outputs: Outputs) -> Array:
+def logits_of(outputs: Outputs) -> Array:
     """Float32 [B, V] of one position per row.
 
     XLA multiplies a single bfloat16 row on a CPU number by number, fifteen times as slowly as two.
@@ -90,30 +90,55 @@ def row_keys(names_B3: Array) -> Array:
     return jax.vmap(one)(names_B3)
 
 
+class Chosen(NamedTuple):
+    """The next tokens [B], or [B, S] of several steps.
+
+    Attributes:
+      token: their ids.
+      logprob: log softmax(logits) at them; 0 where none are told.
+      likely: the K most probable tokens beside each, in falling order.
+      likely_logprob: their log-probabilities.
+    """
+
+    token: Array
+    logprob: Array
+    likely: Array
+    likely_logprob: Array
+
+
 @functools.partial(jax.jit, static_argnums=4)
 def first(
-    logits_PV: Array, source_B: Array, keys_B2: Array, settings: dict, scored: bool
-) -> tuple[Array, Array]:
-    """Tokens and log-probabilities [B] that follow the prompts that were put into slots."""
+    logits_PV: Array,
+    source_B: Array,
+    keys_B2: Array,
+    settings: dict,
+    told: int | None,
+    history: dict,
+) -> Chosen:
+    """The tokens that follow the prompts that were put into slots; arguments as in `advance`."""
     logits_BV = logits_PV[jnp.maximum(source_B, 0)]
-    return _choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, scored)
+    seen = sampling.tally(history, logits_BV.shape[1])
+    return _choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, told, seen)
 
 
-def _choose(logits_BV, keys_B2, count_B, settings, scored) -> tuple[Array, Array]:
-    """The next token of each row, and log softmax(logits) at it."""
+def _choose(logits_BV, keys_B2, count_B, settings, told, seen) -> Chosen:
     keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), count_B)
-    token_B = sampling.pick(logits_BV, keys_B, settings)
-    if not scored:
-        return token_B, jnp.zeros(token_B.shape, jnp.float32)
-    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    token_B = sampling.pick(sampling.adjust(logits_BV, settings, seen), keys_B, settings)
+    if told is None:
+        none_B0 = jnp.zeros((len(token_B), 0))
+        nothing_B = jnp.zeros(token_B.shape, jnp.float32)
+        return Chosen(token_B, nothing_B, none_B0.astype(jnp.int32), none_B0)
+    chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)
+    norm_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    best_BK, likely_BK = jax.lax.top_k(logits_BV, told)
+    return Chosen(token_B, (chosen_B1 - norm_B1)[:, 0], likely_BK, best_BK - norm_B1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def advance(
     config: DecoderConfig,
     steps: int,
-    scored: bool,
+    told: int | None,
     weights: dict,
     cache: ring.Ring,
     rows: dict[str, Array],
@@ -121,13 +146,14 @@ def advance(
     keys_B2: Array,
     enough: Array,
     settings: dict[str, Array],
-) -> tuple[ring.Ring, Array, Array]:
+    history: dict[str, Array],
+) -> tuple[ring.Ring, Chosen]:
     """Up to `steps` tokens for every living row, in one loop on the device.
 
     Args:
       config: the model's configuration.
       steps: tokens per row at most.
-      scored: whether log-probabilities are computed.
+      told: None computes no log-probabilities; a number, so many beside the token's own.
       weights: from `per_layer.split`.
       cache: the ring; donated.
       rows: int32 [B] each: token, the last one chosen; length, how many are in the cache; count,
@@ -135,10 +161,11 @@ def advance(
       ends_BK: tokens that end a row; -1 fills up.
       keys_B2: from `row_keys`.
       enough: the loop ends early once so many rows do not live.
-      settings: as `sampling.pick` takes them.
+      settings: as `sampling.pick` and `sampling.adjust` take them.
+      history: as `sampling.tally` takes it; {} where no setting needs it.
 
     Returns:
-      The ring, and tokens and log-probabilities [B, steps]; token -1 where a row did not live.
+      The ring, and what was chosen [B, steps]; token -1 where a row did not live.
     """
     batch = ends_BK.shape[0]
 
@@ -147,7 +174,7 @@ def advance(
         return (step < steps) & (jnp.sum(~rows["live"]) < enough)
 
     def body(carry):
-        step, cache, rows, tokens_BS, scores_BS = carry
+        step, cache, rows, seen, found = carry
         attend = ring.attention(config, cache, rows["length"])
         outputs, layers, _ = decoder.forward(
             config,
@@ -159,22 +186,31 @@ def advance(
             compute_dtype=weights["embedding"].dtype,
         )
         assert layers is not None, "the cache's layers come back with the new token"
-        new_B, score_B = _choose(_logits(outputs), keys_B2, rows["count"], settings, scored)
-        token_B = jnp.where(rows["live"], new_B, -1)
-        tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, token_B[:, None], (0, step))
-        scores_BS = jax.lax.dynamic_update_slice(scores_BS, score_B[:, None], (0, step))
+        new = _choose(logits_of(outputs), keys_B2, rows["count"], settings, told, seen)
+        seen = sampling.counted(seen, new.token, rows["live"])
+        shown = new._replace(token=jnp.where(rows["live"], new.token, -1))
+        put = lambda all_BSX, one_BX: jax.lax.dynamic_update_slice_in_dim(
+            all_BSX, one_BX[:, None], step, 1
+        )
+        found = jax.tree.map(put, found, shown)
         cache = ring.Ring(layers, (cache.place + 1) % cache.size)
-        return step + 1, cache, _next(rows, new_B, ends_BK), tokens_BS, scores_BS
+        return step + 1, cache, _next(rows, new.token, ends_BK), seen, found
 
+    several = lambda *shape: jnp.zeros((batch, steps, *shape), jnp.float32)
     start = (
         jnp.zeros((), jnp.int32),
         cache,
         rows,
-        jnp.full((batch, steps), -1, jnp.int32),
-        jnp.zeros((batch, steps), jnp.float32),
+        sampling.tally(history, config.vocab_size),
+        Chosen(
+            jnp.full((batch, steps), -1, jnp.int32),
+            several(),
+            several(told or 0).astype(jnp.int32),
+            several(told or 0),
+        ),
     )
-    _, cache, _, tokens_BS, scores_BS = jax.lax.while_loop(running, body, start)
-    return cache, tokens_BS, scores_BS
+    _, cache, _, _, found = jax.lax.while_loop(running, body, start)
+    return cache, found
 
 
 def _next(rows: dict[str, Array], new_B: Array, ends_BK: Array) -> dict[str, Array]:

@@ -13,8 +13,8 @@ a second time, split (see `per_layer`); split ones of the right dtype are used a
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.models import decoding, per_layer
+from jaxdistill.models import decoding, per_layer, prompt_scores, slot_settings
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.requests import Completion, Request, check
+from jaxdistill.models.requests import Completion, PromptScores, Request, check
 from jaxdistill.sharding import on_mesh
 
 SHORTEST = 16
 SLOTS = 32
 STEPS = 16  # tokens per call of the compiled step
 PREFILL_TOKENS = 4096  # of prompts that are read together, padding included
-# Settings that leave every token in.
-_OFF: Mapping[str, tuple[float, Any]] = {
-    "top_k": (2**31 - 1, np.int32),
-    "top_p": (1.0, np.float32),
-    "min_p": (0.0, np.float32),
-}
+ALTERNATIVES = 20  # most probable tokens that are found where any row wants some
 
 
 @dataclasses.dataclass
@@ -45,8 +40,19 @@ class _Row:
 
     request: Request
     sample: int
-    tokens: list[int]
-    logprobs: list[float]
+    prompt: PromptScores | None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+
+
+class _Read(NamedTuple):
+    """A prompt that has been read: together with others, its row of them, its scores."""
+
+    states: Any
+    logits: Any
+    row: int
+    scores: PromptScores | None
 
 
 def bucket(length: int) -> int:
@@ -96,7 +102,7 @@ class Generator:
         self._logprobs = logprobs
         self._queue: collections.deque[tuple[Request, int]] = collections.deque()
         self._rows: dict[int, _Row] = {}  # slots in use
-        self._prefilled: dict[int, tuple[Any, int]] = {}  # id(request) -> (prefill, row of it)
+        self._prefilled: dict[int, _Read] = {}  # by id(request)
         self._keys = np.zeros((self.slots, 2), np.uint32)
         self._given = _kinds(params)
         self._params: Any = self._split(params)
@@ -185,18 +191,18 @@ class Generator:
         while free and self._queue:
             if id(self._queue[0][0]) not in self._prefilled:
                 self._prefill(len(free))
-            prefill, _ = self._prefilled[id(self._queue[0][0])]
+            prefill = self._prefilled[id(self._queue[0][0])]
             source, count = np.full(self.slots, -1, np.int32), np.zeros(self.slots, np.int32)
             taken: list[int] = []
             while free and self._queue:
                 request, sample = self._queue[0]
-                same, place = self._prefilled.get(id(request), (None, 0))
-                if same is not prefill:
+                read = self._prefilled.get(id(request))
+                if read is None or read.logits is not prefill.logits:
                     break
                 self._queue.popleft()
                 slot = free.pop(0)
-                source[slot], count[slot] = place, len(request.tokens)
-                self._rows[slot] = _Row(request, sample, [], [])
+                source[slot], count[slot] = read.row, len(request.tokens)
+                self._rows[slot] = _Row(request, sample, read.scores)
                 taken.append(slot)
                 if sample == request.first + request.samples - 1:
                     del self._prefilled[id(request)]
@@ -220,24 +226,24 @@ class Generator:
         for number, request in enumerate(batch):
             tokens[number, : len(request.tokens)] = request.tokens
             counts[number] = len(request.tokens)
-        prefill = decoding.prefill(self.config, self._params, tokens, counts)
+        states, logits, x_PWD = decoding.prefill(self.config, self._params, tokens, counts)
         for number, request in enumerate(batch):
-            self._prefilled[id(request)] = (prefill, number)
+            scores = prompt_scores.scores(self.config, self._params, request, x_PWD, number)
+            self._prefilled[id(request)] = _Read(states, logits, number, scores)
 
-    def _begin(self, prefill, source, count, taken: list[int]) -> list[Completion]:
+    def _begin(self, prefill: _Read, source, count, taken: list[int]) -> list[Completion]:
         """Puts prompts into slots and chooses the first token of each."""
-        states, logits = prefill
-        self._ring = decoding.insert(self._ring, states, source, count)
+        self._ring = decoding.insert(self._ring, prefill.states, source, count)
         names = np.zeros((self.slots, 3), np.uint32)
         for slot in taken:
             row = self._rows[slot]
             names[slot] = row.request.seed, row.request.stream, row.sample
         fresh = np.asarray(decoding.row_keys(names))
         self._keys[taken] = fresh[taken]
-        tokens, logprobs = decoding.first(
-            logits, source, self._keys, self._settings(), self._logprobs
+        found = decoding.first(
+            prefill.logits, source, self._keys, self._settings(), self._told, self._history()
         )
-        return self._settle(np.asarray(tokens)[:, None], np.asarray(logprobs)[:, None], taken)
+        return self._settle([np.asarray(one)[:, None] for one in found], taken)
 
     def _advance(self) -> list[Completion]:
         names = ("token", "length", "count", "limit")
@@ -254,10 +260,10 @@ class Generator:
         # With rows waiting, a few free slots are worth leaving the loop for; else only all are.
         idle = self.slots - len(self._rows)
         enough = idle + max(1, self.slots // 8) if self._queue else self.slots
-        self._ring, tokens, logprobs = decoding.advance(
+        self._ring, found = decoding.advance(
             self.config,
             STEPS,
-            self._logprobs,
+            self._told,
             self._params,
             self._ring,
             rows,
@@ -265,34 +271,43 @@ class Generator:
             self._keys,
             np.asarray(min(enough, self.slots), np.int32),
             self._settings(),
+            self._history(),
         )
-        return self._settle(np.asarray(tokens), np.asarray(logprobs), list(self._rows))
+        return self._settle([np.asarray(one) for one in found], list(self._rows))
+
+    @property
+    def _told(self) -> int | None:
+        """How many log-probabilities are found beside each token's own; None: not even that."""
+        if not self._logprobs:
+            return None
+        most = max((row.request.alternatives for row in self._rows.values()), default=0)
+        wanted = most if most in (0, self.config.vocab_size) else max(most, ALTERNATIVES)
+        return min(wanted, self.config.vocab_size)
 
     def _settings(self) -> dict[str, np.ndarray]:
-        """Sampling settings of all slots: only those that some row uses; {} is greedy."""
-        requests = {slot: row.request for slot, row in self._rows.items()}
-        if not any(request.temperature > 0 for request in requests.values()):
-            return {}
-        settings = {"temperature": np.zeros(self.slots, np.float32)}
-        for slot, request in requests.items():
-            settings["temperature"][slot] = request.temperature
-        for name, (off, dtype) in _OFF.items():
-            given = {slot: getattr(request, name) for slot, request in requests.items()}
-            if any(value is not None for value in given.values()):
-                settings[name] = np.full(self.slots, off, dtype)
-                for slot, value in given.items():
-                    settings[name][slot] = off if value is None else value
-        return settings
+        return slot_settings.settings(
+            {slot: row.request for slot, row in self._rows.items()}, self.slots
+        )
 
-    def _settle(self, tokens, logprobs, slots: list[int]) -> list[Completion]:
+    def _history(self) -> dict[str, np.ndarray]:
+        rows = {slot: (row.request, row.tokens) for slot, row in self._rows.items()}
+        return slot_settings.history(rows, self.slots, cache_length(self.length))
+
+    def _settle(self, found: Sequence[np.ndarray], slots: list[int]) -> list[Completion]:
         """Appends new tokens to their rows; ends rows that are done and frees their slots."""
         finished = []
+        tokens, logprobs, likely, scores = found
         for slot in slots:
             row = self._rows[slot]
             new = tokens[slot][tokens[slot] >= 0]
             before = len(row.tokens)
             row.tokens += new.tolist()
             row.logprobs += logprobs[slot][: len(new)].tolist()
+            if wanted := row.request.alternatives:
+                pairs = zip(likely[slot, : len(new), :wanted], scores[slot], strict=False)
+                row.alternatives += [
+                    list(zip(ids.tolist(), some.tolist(), strict=False)) for ids, some in pairs
+                ]
             done = self._finish(row, before)
             if done is not None:
                 finished.append(done)
@@ -304,12 +319,14 @@ class Generator:
         size = request.stop(tokens, before) if request.stop else None
         if size is not None:
             cut = tokens[:size], logprobs[:size]
-            return Completion(request, row.sample, *cut, "stop", ended=False)
+            more = row.alternatives[:size], row.prompt
+            return Completion(request, row.sample, *cut, "stop", False, *more)
         ended = tokens[-1] in self._ends(request)
         if not ended and len(tokens) < request.max_new_tokens:
             return None
         reason = "stop" if ended else "length"
-        return Completion(request, row.sample, tokens, logprobs, reason, ended)
+        more = row.alternatives, row.prompt
+        return Completion(request, row.sample, tokens, logprobs, reason, ended, *more)
 
     def _ends(self, request: Request) -> tuple[int, ...]:
         return (*self.config.eos_ids, *request.stop_tokens)

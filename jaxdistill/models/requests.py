@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,10 @@ class Request:
       top_k, top_p, min_p: as in `sampling.filter_logits`; None keeps all.
       seed, stream: name the random streams, with the number of the sample; nothing else does.
       stop_tokens: token ids that end a continuation, besides the model's own.
+      bias: (token, what is added to its logit before anything else).
+      repetition_penalty, frequency_penalty, presence_penalty: as in `sampling.adjust`.
+      alternatives: log-probabilities that are told beside that of each token of the continuation.
+      prompt_alternatives: the same of the prompt's own tokens; None tells none of the prompt.
       stop: may end a continuation at any token, as `text.StopStrings` does at a string.
       tag: the caller's own; the completion has it.
     """
@@ -42,8 +46,36 @@ class Request:
     seed: int = 0
     stream: int = 0
     stop_tokens: tuple[int, ...] = ()
+    bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    alternatives: int = 0
+    prompt_alternatives: int | None = None
     stop: Stop | None = None
     tag: Any = None
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was read and written changes what is drawn."""
+        off = (1.0, 0.0, 0.0)
+        return off != (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+
+
+class PromptScores(NamedTuple):
+    """How likely a prompt's tokens were, each after those before it; the first has no such number.
+
+    Attributes:
+      logprob: float32 [N - 1], of the tokens from the second on.
+      rank: int32 [N - 1], 1 for the most probable.
+      likely: int32 [N - 1, K], the most probable tokens in falling order.
+      likely_logprob: float32 [N - 1, K], of those.
+    """
+
+    logprob: np.ndarray
+    rank: np.ndarray
+    likely: np.ndarray
+    likely_logprob: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +89,8 @@ class Completion:
       logprobs: log-probability of each token under the model, before temperature and filters.
       reason: "stop" for an end token or the request's `stop`, "length".
       ended: whether the last token is an end token.
+      alternatives: for each token the most probable ones, (id, log-probability), in falling order.
+      prompt: scores of the prompt, where they were asked for.
     """
 
     request: Request
@@ -65,6 +99,8 @@ class Completion:
     logprobs: list[float]
     reason: str
     ended: bool
+    alternatives: Sequence[Sequence[tuple[int, float]]] = ()
+    prompt: PromptScores | None = None
 
     @property
     def content(self) -> list[int]:
@@ -85,6 +121,7 @@ def check(config: DecoderConfig, request: Request, length: int, name: str = "the
             "an empty text give the beginning-of-text token"
         )
     check_settings(request)
+    _check_tokens(config, request)
     together = ids.size + request.max_new_tokens
     for where, most in (("model's context", config.max_positions), ("generator's rows", length)):
         if together > most:
@@ -93,6 +130,24 @@ def check(config: DecoderConfig, request: Request, length: int, name: str = "the
                 f"{request.max_new_tokens} do not fit the {where} of {most}: shorten either"
             )
     _check_border(config, ids.size, request.max_new_tokens, name)
+
+
+def _check_tokens(config: DecoderConfig, request: Request) -> None:
+    """Refuses settings that name tokens which the model does not have, or more than it has."""
+    named = {"stop_tokens": request.stop_tokens, "bias": tuple(token for token, _ in request.bias)}
+    for name, ids in named.items():
+        if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            raise ModelError(
+                f"generate: {name}: {list(ids)[:8]} must be tokens from 0 to "
+                f"{config.vocab_size - 1}"
+            )
+    counts = {
+        "alternatives": request.alternatives,
+        "prompt_alternatives": request.prompt_alternatives or 0,
+    }
+    for name, count in counts.items():
+        if not 0 <= count <= config.vocab_size:
+            raise ModelError(f"generate: {name}: {count} must be from 0 to {config.vocab_size}")
 
 
 def _check_border(config: DecoderConfig, size: int, new: int, name: str) -> None:
@@ -133,6 +188,10 @@ def check_settings(request: Request) -> None:
         "top_k": (top_k is not None and not 1 <= top_k < 2**31, "at least 1"),
         "top_p": (top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),
         "min_p": (min_p is not None and not 0 <= min_p <= 1, "from 0 to 1"),
+        "repetition_penalty": (not 0 < request.repetition_penalty < np.inf, "above 0"),
+        "frequency_penalty": (not np.isfinite(request.frequency_penalty), "finite"),
+        "presence_penalty": (not np.isfinite(request.presence_penalty), "finite"),
+        "bias": (not all(np.isfinite(added) for _, added in request.bias), "finite"),
         "seed": (not 0 <= request.seed < 2**32, "from 0 to 2**32 - 1"),
         "stream": (not 0 <= request.stream < 2**32, "from 0 to 2**32 - 1"),
     }

@@ -1,4 +1,4 @@
-"""Picks the next token: greedy, or drawn after temperature, top-k, top-p and min-p; row by row."""
+"""Picks the next token: biases, penalties, then greedy or temperature and filters; row by row."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,6 +7,62 @@ import jax.numpy as jnp
 from jax import Array
 
 _BLOCK = 128  # entries of the vocabulary whose weights are added first when one is drawn
+
+
+def tally(history: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """int32 [B, V] for int32 [B, L]: how often each row has each token; -1 fills rows up.
+
+    Args:
+      history: token ids by name: `read`, those of the prompt, and `written`, those after it.
+      size: of the vocabulary.
+    """
+
+    def one(tokens_BL):
+        row_B1 = jnp.arange(len(tokens_BL))[:, None]
+        place_BL = jnp.where(tokens_BL < 0, size, tokens_BL)
+        counts_BV = jnp.zeros((len(tokens_BL), size + 1), jnp.int32).at[row_B1, place_BL].add(1)
+        return counts_BV[:, :size]
+
+    return {name: one(tokens_BL) for name, tokens_BL in history.items()}
+
+
+def counted(seen: Mapping[str, Array], token_B: Array, live_B: Array) -> dict[str, Array]:
+    """The tally after one more token of the rows that live."""
+    if not seen:
+        return {}
+    row_B = jnp.arange(len(token_B))
+    return {**seen, "written": seen["written"].at[row_B, token_B].add(live_B.astype(jnp.int32))}
+
+
+def adjust(logits_BV: Array, settings: Mapping[str, Array], seen: Mapping[str, Array]) -> Array:
+    """Logits after biases and penalties, before temperature and filters; float32 [B, V].
+
+    First `bias` is added at `bias_token`. Then logits of tokens that were read or written are
+    divided by `repetition` where positive and multiplied by it where negative; then `frequency`
+    times how often a token was written is taken off, and `presence` once for each that was.
+
+    Args:
+      logits_BV: float [B, V].
+      settings: bias_token int32 [B, K] and bias [B, K], -1 and 0 filling up; repetition,
+        frequency and presence [B]; any of the two groups may be missing.
+      seen: from `tally`; needed by the second group.
+
+    Reference: repetition, Keskar et al. 2019, arXiv 1909.05858, section 4.1; the others as in
+    OpenAI's API reference.
+    """
+    if "bias" in settings:
+        row_B1 = jnp.arange(len(logits_BV))[:, None]
+        token_BK = jnp.maximum(settings["bias_token"], 0)
+        logits_BV = logits_BV.at[row_B1, token_BK].add(settings["bias"])
+    if "repetition" in settings:
+        by = lambda name: settings[name][:, None]
+        met_BV = (seen["read"] > 0) | (seen["written"] > 0)
+        less_BV = jnp.where(
+            logits_BV > 0, logits_BV / by("repetition"), logits_BV * by("repetition")
+        )
+        logits_BV = jnp.where(met_BV, less_BV, logits_BV)
+        logits_BV -= by("frequency") * seen["written"] + by("presence") * (seen["written"] > 0)
+    return logits_BV
 
 
 def filter_logits(
@@ -128,7 +184,7 @@ def largest(logits_BV: Array) -> Array:
 
 
 def pick(logits_BV: Array, keys_B: Array, settings: Mapping[str, Array]) -> Array:
-    """int32 [B]: the largest logit where `settings` is empty, else one draw per row and key.
+    """int32 [B]: the largest logit where there is no temperature, else one draw per row and key.
 
     Args:
       logits_BV: float [B, V].
@@ -137,7 +193,7 @@ def pick(logits_BV: Array, keys_B: Array, settings: Mapping[str, Array]) -> Arra
         with temperature 0 take their largest logit.
     """
     best_B = largest(logits_BV)
-    if not settings:
+    if "temperature" not in settings:
         return best_B
     temperature_B = jnp.broadcast_to(settings["temperature"], best_B.shape)
     greedy_B = temperature_B <= 0

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.optim import rounding
 from jaxdistill.optim.schedules import knob
 
 Knob = float | optax.Schedule | optax.GradientTransformation
@@ -25,8 +26,13 @@ def optimizer(
     weight_decay: float = 0.1,
     objective_lr_ratio: float = 1.0,
     trained: Mapping[str, tuple[int, int | None]] | None = None,
+    scaled: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
+
+    Moments are float32. Parameters of fewer bits, such as bfloat16, are rounded at random, up or
+    down in proportion to what lies between, so that on the mean they move as float32 would: rounded
+    to the nearest, an update below 1/512 of its parameter would be lost.
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
         p = p - lr (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p)
@@ -46,13 +52,15 @@ def optimizer(
       trained: path into the parameters, such as "student" -> (first, end): the updates, from 0, in
         which it moves; outside of them it stands still, whatever decay and momentum say. An end of
         None is never. What no path names is trained throughout.
+      scaled: path into the parameters -> update number (from 0) -> factor of the update, after
+        AdamW, which would divide a factor of the gradient out again.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
       `value`, for knobs that adapt to it.
 
     Raises:
-      ConfigError: when it is initialised, if a path of `trained` names no parameter.
+      ConfigError: when it is initialised, if a path of `trained` or `scaled` names no parameter.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """
@@ -70,10 +78,11 @@ def optimizer(
     if objective_lr_ratio != 1.0:
         scale = optax.scale(objective_lr_ratio)
         chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
-    for path, (first, end) in (trained or {}).items():
-        moves = optax.scale_by_schedule(_within(first, end))
+    windows = {path: _within(first, end) for path, (first, end) in (trained or {}).items()}
+    for path, factor in (*(scaled or {}).items(), *windows.items()):
+        moves = optax.scale_by_schedule(factor)
         chain.append(optax.masked(moves, functools.partial(_below, path)))
-    return _in_float32(optax.chain(*chain))
+    return rounding.in_float32(optax.chain(*chain))
 
 
 def _under_objective(params: Any, wanted: bool) -> Any:
@@ -104,7 +113,7 @@ def _below(path: str, params: Any) -> Any:
 
     mask = jax.tree_util.tree_map_with_path(one, params)
     if not any(jax.tree.leaves(mask)):
-        raise ConfigError(f"trained: there is no parameter {path!r}")
+        raise ConfigError(f"trained or scaled: there is no parameter {path!r}")
     return mask
 
 
@@ -122,20 +131,6 @@ def decays(params: Any) -> Any:
         return getattr(path[-1], "key", None) not in ("bias", "scale") and leaf.ndim >= 2
 
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _in_float32(
-    inner: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """The same transformation on float32 copies, so that its state and its sums are float32."""
-
-    def raised(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return inner.update(raised(updates), state, raised(params), **extra)
-
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(raised(params)), update)
 
 
 def learning_rate(

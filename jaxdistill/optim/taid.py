@@ -47,8 +47,9 @@ def taid(
         t = min(t_end, max(t_start + (t_end - t_start) n / num_steps, t + alpha sigmoid(m) (1 - t)))
 
     and the first step only remembers its loss. J is the extra argument `value` of `update`: the
-    cross-entropy form of TAID's loss, over all devices and micro-batches. A value that is not
-    finite changes nothing.
+    cross-entropy form of TAID's loss, over all devices and micro-batches: of the means that
+    `kernels.linear_divergence(taid_t=t)` returns, "loss/divergence" + "loss/target_entropy". A
+    value that is not finite changes nothing. "linear" ends at t_end, however long it goes on.
 
     With the paper's alpha = 5e-4 the adaptive part passes the linear floor only in runs of more
     than 2 / alpha = 4,000 steps; below, t is the floor. "scaled" takes alpha = 15 / num_steps,
@@ -73,10 +74,18 @@ def taid(
     >>> tx = optax.chain(optim.taid(100, mode="linear"), optax.sgd(0.1))
     >>> params = {"w": jnp.zeros(2)}
     >>> state = tx.init(params)
-    >>> for loss in (2.0, 1.9, 1.8):
-    ...     updates, state = tx.update(params, state, params, value=jnp.float32(loss))
+    >>> for divergence, target_entropy in ((0.5, 1.5), (0.4, 1.5), (0.35, 1.45)):
+    ...     loss = jnp.float32(divergence + target_entropy)
+    ...     updates, state = tx.update(params, state, params, value=loss)
     >>> print(optim.knobs(state)["taid_t"])
     0.412
+
+    Flax's `TrainState.apply_gradients(grads=...)` has no place for `value`; these lines do what it
+    does, and pass it on:
+
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
     Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, in the order of its code.
     """
@@ -92,7 +101,10 @@ def taid(
         updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, NamedKnobState]:
         if "value" not in extra:
-            raise ConfigError("taid adapts to the loss: call update(..., value=loss)")
+            raise ConfigError(
+                "taid adapts to the cross-entropy form of its loss: call update(..., value=J), J = "
+                'the means "loss/divergence" + "loss/target_entropy" of `linear_divergence`'
+            )
         value = extra["value"]
         return updates, NamedKnobState({"taid_t": moved(state.knobs["taid_t"], value)})
 
@@ -104,7 +116,7 @@ def taid(
         momentum = beta * old.momentum + (1 - beta) * relative
         floor = t_start + (t_end - t_start) * old.step.astype(jnp.float32) / num_steps
         ahead = old.value + step_size * jax.nn.sigmoid(momentum) * (1 - old.value)
-        t = floor if mode == "linear" else jnp.minimum(t_end, jnp.maximum(floor, ahead))
+        t = jnp.minimum(t_end, floor if mode == "linear" else jnp.maximum(floor, ahead))
         new = TaidState(old.step, t, loss, momentum)
         new = _choose(first, old._replace(previous=loss), new)
         new = _choose(jnp.isfinite(loss), new, old)

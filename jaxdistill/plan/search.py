@@ -114,8 +114,6 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
         if mesh["fsdp"] % tensor == 0:
             fsdp, parts = mesh["fsdp"] // tensor, mesh["tensor"] * tensor
             yield _Change("mesh", (f"mesh.fsdp={fsdp}", f"mesh.tensor={parts}"))
-    if config.student.param_dtype == "float32":
-        yield _Change("master weights", ("student.param_dtype=bfloat16",))
     if config.data.seq_len % 2 == 0 and (config.data.seq_len // 2) % mesh["context"] == 0:
         yield _Change("length", (f"data.seq_len={config.data.seq_len // 2}",))
 

@@ -51,6 +51,7 @@ class Job:
       first: number of the first sample.
       count: how many.
       tag: whatever the caller wants to find in `Answer.job` again.
+      raw: whether the prompt is a rendered one: continued as text, its special tokens read.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Job:
     first: int = 0
     count: int = 1
     tag: Any = None
+    raw: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ class Local:
         given: dict[str, Any] = dataclasses.asdict(job.settings)
         try:
             given["stop"] = text.stop_at(self._tokenizer, job.settings.stop)
-            tokens = self._tokens(job.prompt)
+            tokens = self._tokens(job)
             self._spent["tokens_in"] += len(tokens)
             self._generator.submit(
                 Request(
@@ -252,10 +254,12 @@ class Local:
             for sample in range(job.first, job.first + job.count):
                 yield Answer(job, sample, "", 0, None, str(error), failed=True)
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def _tokens(self, job: Job) -> list[int]:
+        if job.raw:
+            return self._prompter.text(job.prompt, "parse")
         if not self._chat:
-            return self._prompter.text(prompt)
-        return self._prompter.turns([{"role": "user", "content": prompt}])
+            return self._prompter.text(job.prompt)
+        return self._prompter.turns([{"role": "user", "content": job.prompt}])
 
     def _answer(self, done: Completion) -> Answer:
         self._spent["tokens_out"] += len(done.tokens)

@@ -12,9 +12,10 @@ from jaxdistill.reasoning import asking, auto_cot, extract, prompts, rationales
 from jaxdistill.reasoning.asking import Job, Reply, Respondent, SamplingParams
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store, write_records
+from jaxdistill.reasoning.store import Store, write_records, writing
 from jaxdistill.reasoning.tasks import Item, Task
 from jaxdistill.safe import whole_file
+from jaxdistill.safe.redact import redacted
 
 _REASONS = 5  # in a message: a reason that names a length may differ for every question
 
@@ -257,5 +258,7 @@ def finish(
         "spent": dict(spent),
         "files": files,
     }
-    whole_file.write_text(store.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(redacted(summary), indent=2) + "\n"
+    with writing(store.folder):
+        whole_file.write_text(store.folder / "summary.json", text)
     return summary

@@ -5,12 +5,12 @@ stage two      {stage one}{rationale} \nTherefore, the answer (arabic numerals) 
 few-shot       Q: {x}\nA: {z} The answer is {y}.\n\n  ...  Q: {question}\nA:
 """
 
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.safe import json_file
 
 # Zero-shot-CoT's triggers 1 to 14 in its own order; Kojima et al. 2022, arXiv 2205.11916.
 TRIGGERS = (
@@ -147,8 +147,11 @@ def load_exemplars(path: str | pathlib.Path) -> list[Exemplar]:
     path = pathlib.Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        demos = json.loads(text)["demo"] if text.lstrip().startswith("{\n") else None
-        rows = demos or [json.loads(line) for line in text.split("\n") if line.strip()]
+        whole = text.lstrip().startswith("{\n")
+        demos = json_file.parse(text)["demo"] if whole else None
+        rows = demos or [json_file.parse(line) for line in text.split("\n") if line.strip()]
+        if not isinstance(rows, list):
+            raise ValueError("`demo` is no list")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"exemplars {path}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -162,7 +165,8 @@ def load_exemplars(path: str | pathlib.Path) -> list[Exemplar]:
 
 def _exemplar(row: Any, number: int, path: pathlib.Path) -> Exemplar:
     """Checks one worked example."""
-    fields = ("question", "rationale", "pred_ans" if "pred_ans" in (row or {}) else "answer")
+    theirs = isinstance(row, dict) and "pred_ans" in row
+    fields = ("question", "rationale", "pred_ans" if theirs else "answer")
     for field in fields:
         value = row.get(field) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():

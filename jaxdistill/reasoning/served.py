@@ -6,11 +6,13 @@ import importlib
 import math
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.reasoning import bounded_http
 from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.safe.redact import learn, redact
 
@@ -34,7 +36,7 @@ class Api:
       key: the key; servers of one's own take any.
       chat: ask as the user's turn of a chat; else continue the prompt as text.
       concurrency: requests at the same time.
-      timeout: seconds until a try has failed.
+      timeout: seconds until a try has failed, from its beginning to the last byte.
       retries: further tries.
       max_failures: failed requests in a row until the teacher gives up.
       logprobs: ask for log-probabilities.
@@ -68,8 +70,14 @@ class Api:
                 "teacher.api: needs the client openai, which is not installed: pip install "
                 "'jaxdistill[api]'"
             ) from error
+        http = bounded_http.client(openai, seconds=timeout)
+        weakref.finalize(self, http.close)
         self._client = openai.OpenAI(
-            base_url=base_url, api_key=learn(key), timeout=timeout, max_retries=retries
+            base_url=base_url,
+            api_key=learn(key),
+            timeout=timeout,
+            max_retries=retries,
+            http_client=http,
         )
         self._errors: Any = openai.OpenAIError
         self._no_answer: Any = (openai.APIResponseValidationError, ValueError)
@@ -162,30 +170,29 @@ class Api:
             options["stop"] = list(settings.stop)
         extra = {name: getattr(settings, name) for name in ("top_k", "min_p")}
         options["extra_body"] = {name: value for name, value in extra.items() if value is not None}
-        if self._chat:
+        chat = self._chat and not job.raw
+        if chat:
             turns = [{"role": "user", "content": job.prompt}]
             logprobs = {"logprobs": True} if self._logprobs else {}
             reply = self._client.chat.completions.create(messages=turns, **options, **logprobs)
         else:
             logprobs = {"logprobs": 0} if self._logprobs else {}
             reply = self._client.completions.create(prompt=job.prompt, **options, **logprobs)
-        return self._read(reply, job, first, count)
+        return self._read(reply, job, first, count, chat)
 
-    def _read(self, reply: Any, job: Job, first: int, count: int) -> list[Answer]:
+    def _read(self, reply: Any, job: Job, first: int, count: int, chat: bool) -> list[Answer]:
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise Garbled("the answer holds no choices")
         answers = []
         for number, choice in enumerate(choices[:count]):
             message = getattr(choice, "message", None)
-            text = (
-                getattr(message, "content", None) if self._chat else getattr(choice, "text", None)
-            )
+            text = getattr(message, "content", None) if chat else getattr(choice, "text", None)
             if not isinstance(text, str):
                 raise Garbled("a choice holds no text")
             if problem := text_problem(text):
                 raise Garbled(f"a choice's text {problem}")
-            logprob, tokens = _score(choice, self._chat)
+            logprob, tokens = _score(choice, chat)
             reason = "length" if getattr(choice, "finish_reason", None) == "length" else "stop"
             answers.append(Answer(job, first + number, text, tokens, logprob, reason))
         self._spend(reply)
@@ -194,10 +201,7 @@ class Api:
     def _spend(self, reply: Any) -> None:
         """Counts what a reply cost."""
         usage = getattr(reply, "usage", None)
-        read, written = (
-            float(getattr(usage, name, None) or 0)
-            for name in ("prompt_tokens", "completion_tokens")
-        )
+        read, written = (_count(usage, name) for name in ("prompt_tokens", "completion_tokens"))
         with self._lock:
             self._spent["requests"] += 1
             self._spent["tokens_in"] += read
@@ -208,6 +212,16 @@ class Api:
         """Answered requests, tokens read and written by the server's count, and their cost."""
         with self._lock:
             return dict(self._spent)
+
+
+def _count(usage: Any, name: str) -> float:
+    """A number of tokens by the server's count, which goes into the bill; 0 where it tells none."""
+    value = getattr(usage, name, None)
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise Garbled(f"usage: {name}: {str(value)[:40]} is no number of tokens")
+    return float(value)
 
 
 def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer], Exception | None]:
@@ -229,7 +243,9 @@ def _failed(job: Job, first: int, reason: str) -> list[Answer]:
 
 def reason_of(error: Exception) -> str:
     # A server may repeat what it was sent, and the reason is kept.
-    text = redact(str(error)).splitlines()[0][:200] if str(error) else ""
+    # The client says "Connection error." and means what caused it.
+    words = [str(one) for one in (error, error.__cause__) if one is not None and str(one)]
+    text = redact(": ".join(words)).splitlines()[0][:200] if words else ""
     return f"{type(error).__name__.lstrip('_')}: {text}"
 
 

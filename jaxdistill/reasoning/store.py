@@ -1,19 +1,28 @@
 """Samples on disk, one line each, added as they come; a killed run resumes where it was."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.errors import ConfigError, DamagedError, StorageError
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.safe import whole_file
+from jaxdistill.safe import json_file, whole_file
+from jaxdistill.safe.redact import redacted
 
 _FIELDS = set(Sample.__dataclass_fields__)
+_NONE = type(None)
+_SHAPE: json_file.Shape = {
+    **dict.fromkeys(("id", "question", "gold", "completion", "rationale", "reason"), str),
+    **{"sample": int, "tokens": int, "answer": (str, _NONE), "correct": (bool, _NONE)},
+    "logprob": (int, float, _NONE),
+}
 
 
 class Store:
@@ -37,12 +46,12 @@ class Store:
         self.folder = pathlib.Path(folder)
         self.path = self.folder / "samples.jsonl"
         self.samples: dict[tuple[str, int], Sample] = {}
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)  # what fails once fails no second time
             try:
                 self._hold()
-                self._check(dict(asked))
+                self._check(redacted(dict(asked)))
                 self._read()
                 self._before = self._spent_before()
             except BaseException:
@@ -61,14 +70,19 @@ class Store:
 
     def _check(self, asked: dict[str, Any]) -> None:
         note = self.folder / "asked.json"
-        if note.exists():
-            try:
-                before = dict(json.loads(note.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(
-                    f"{note}: is damaged, and says what the samples beside it answer: restore it, "
-                    f"or remove the folder ({error})"
-                ) from error
+        try:
+            before = json_file.read(note, missing=None)
+        except DamagedError as error:
+            raise ConfigError(
+                f"{error}: it says what the samples beside it answer: restore it, or remove the "
+                "folder"
+            ) from error
+        if before is None and self.path.stat().st_size:
+            raise ConfigError(
+                f"{note}: is missing, and says what the samples beside it answer: restore it, or "
+                "remove the folder"
+            )
+        if before is not None:
             changed = [name for name in asked if before.get(name) != asked[name]]
             if changed:
                 raise ConfigError(
@@ -84,46 +98,59 @@ class Store:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.truncate(self.path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line)
+                row = json_file.parse(line)
+                json_file.check(row, _SHAPE)
                 sample = Sample(**{name: row[name] for name in _FIELDS})
-            except (ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 raise ConfigError(
-                    f"{self.path}:{number}: is no sample ({type(error).__name__}): remove the line"
+                    f"{self.path}:{number}: is no sample: {error}: remove the line"
                 ) from error
             self.samples.setdefault((sample.id, sample.sample), sample)
 
     def add(self, sample: Sample) -> bool:
-        """Keeps a sample; False where it is there already."""
+        """Keeps a sample, without what looks like a key; False where it is there already."""
         key = (sample.id, sample.sample)
         if key in self.samples:
             return False
-        with _writing(self.path):
-            self._file.write(json.dumps(sample.json(), ensure_ascii=False) + "\n")
-            self._file.flush()
+        texts = {name: redacted(value) for name, value in sample.json().items() if name != "id"}
+        sample = dataclasses.replace(sample, **texts)
+        with writing(self.path):
+            self._append((json.dumps(sample.json(), ensure_ascii=False) + "\n").encode())
         self.samples[key] = sample
         return True
+
+    def _append(self, record: bytes) -> None:
+        """Adds a line, all of it or nothing."""
+        end, rest = os.fstat(self._file.fileno()).st_size, memoryview(record)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
 
     def spend(self, now: Mapping[str, float]) -> dict[str, float]:
         """Records what was spent since the store was opened; returns the sum over all runs."""
         total = added(self._before, now)
-        with _writing(self.folder):
+        with writing(self.folder):
             whole_file.write_text(self.folder / "spent.json", json.dumps(total) + "\n")
         return total
 
     def _spent_before(self) -> dict[str, float]:
         note = self.folder / "spent.json"
-        if not note.exists():
-            return {}
         try:
-            recorded = json.loads(note.read_text(encoding="utf-8"))
-            return {str(name): float(value) for name, value in recorded.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            recorded = json_file.read(note, missing={})
+            json_file.check(recorded, dict.fromkeys(recorded, (int, float)))
+            wrong = [name for name, value in recorded.items() if not 0 <= value < math.inf]
+            if wrong:
+                raise ValueError(f"{wrong[0][:40]}: {recorded[wrong[0]]} is no amount")
+        except ValueError as error:
             raise ConfigError(
-                f"{note}: is damaged, and says what was spent on the samples: mend or remove it "
-                f"({error})"
+                f"{note}: {error}: it says what was spent on the samples: mend or remove it"
             ) from error
+        return {name: float(value) for name, value in recorded.items()}
 
     def missing(self, name: str, count: int) -> list[tuple[int, int]]:
         """(first, how many) of each run of samples that a question still lacks.
@@ -152,7 +179,8 @@ class Store:
 
 
 @contextlib.contextmanager
-def _writing(place: pathlib.Path):
+def writing(place: pathlib.Path):
+    """Turns a failure to write into a StorageError that names the place."""
     try:
         yield
     except OSError as error:
@@ -165,7 +193,7 @@ def write_records(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None
     Raises:
       StorageError: if it cannot be written.
     """
-    with _writing(path):
+    with writing(path):
         whole_file.write_text(
             path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )

@@ -8,7 +8,6 @@ FILE.jsonl?kind=number                                                objects wi
 
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import re
@@ -18,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.records import text_problem
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import extract, prompts, verifiers
+from jaxdistill.safe import json_file
 
 BBH = {
     "boolean_expressions": "text",
@@ -143,7 +143,7 @@ def _lines(path: pathlib.Path, source: str) -> list[Any]:
     # `splitlines` would cut at U+2028 and others, which JSON allows within a text.
     for number, line in enumerate(_read(path, source).split("\n"), start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [json_file.parse(line)] if line.strip() else []
         except ValueError as error:
             raise DataError(f"{path}:{number}: bad JSON: {str(error)[:200]}") from error
     return rows
@@ -184,7 +184,10 @@ def _aqua(root: pathlib.Path, split: str) -> Task:
     items = []
     for number, row in enumerate(_lines(path, "google-deepmind/AQuA"), start=1):
         question, gold = _fields(row, ("question", "correct"), path, number)
-        options = " ".join(f"({option}".replace(")", ") ", 1) for option in row.get("options", ()))
+        given = row.get("options", [])
+        if not isinstance(given, list):
+            raise DataError(f"{path}:{number}: field `options` must be a list")
+        options = " ".join(f"({option}".replace(")", ") ", 1) for option in given)
         asked = f"{question} Answer Choices: {options}"
         items.append(Item(f"{split}-{number}", asked, gold, str(row.get("rationale", ""))))
     return Task("aqua", "choice", tuple(items))
@@ -193,7 +196,9 @@ def _aqua(root: pathlib.Path, split: str) -> Task:
 def _bbh(root: pathlib.Path, name: str) -> Task:
     path = root / "bbh" / "bbh" / f"{name}.json"
     try:
-        rows = json.loads(_read(path, "suzgunmirac/BIG-Bench-Hard"))["examples"]
+        rows = json_file.parse(_read(path, "suzgunmirac/BIG-Bench-Hard"))["examples"]
+        if not isinstance(rows, list):
+            raise ValueError("`examples` is no list")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: is no BIG-Bench Hard file: {error}") from error
     items = []

@@ -1,6 +1,5 @@
 """The page about accuracy on tasks: by votes, by rationales, right and wrong side by side."""
 
-import json
 import os
 import pathlib
 import re
@@ -8,12 +7,15 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from jaxdistill.errors import DataError
-from jaxdistill.report import page, pictures, wording
+from jaxdistill.report import page, pictures, run_files, wording
 from jaxdistill.report.curves import colour
 from jaxdistill.report.pictures import PALETTE, dress, render
+from jaxdistill.safe import json_file
 
 PAGE = "answers.html"
 SAMPLES = 3  # questions answered right, and as many answered wrong
+_SHARE = dict.fromkeys(("value", "low", "high"), (int, float))
+_ROW = {"gold": str, "text": str, "question": str}
 Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
 
 
@@ -46,12 +48,34 @@ def write_answers(
 
 def _numbers(place: pathlib.Path) -> dict[str, typing.Any]:
     try:
-        value = json.loads((place / "tasks.json").read_text(encoding="utf-8"))
-        if isinstance(value, dict) and all("greedy" in row for row in value.values()):
-            return value
-    except (OSError, ValueError, TypeError):
+        value = json_file.read(place / "tasks.json")
+        return {task: _whole(row) for task, row in value.items()}
+    except ValueError:
         pass
     raise DataError(f"{place}: holds no tasks.json; `jaxdistill eval MODEL --tasks ... -o DIR`")
+
+
+def _whole(row: typing.Any) -> dict[str, typing.Any]:
+    """The numbers of one task; what is not of its type, in a damaged file, is left out.
+
+    Raises:
+      ValueError: if the share of right greedy answers is not there.
+    """
+    json_file.check(row, {"greedy": dict})
+    json_file.check(row["greedy"], _SHARE)
+    found = run_files.fields(row, {"greedy": dict, "questions": int})
+    unparsable = run_files.fields(row.get("unparsable"), _SHARE)
+    if len(unparsable) == len(_SHARE):
+        found["unparsable"] = unparsable
+    for name in ("maj_at", "pass_at"):
+        shares = run_files.fields(row, {name: dict}).get(name, {})
+        if all(_is_share(k, share) for k, share in shares.items()):
+            found[name] = shares
+    return found
+
+
+def _is_share(k: str, share: typing.Any) -> bool:
+    return k.isdecimal() and len(run_files.fields(share, _SHARE)) == len(_SHARE)
 
 
 def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.Section:
@@ -157,13 +181,15 @@ def _samples(place: pathlib.Path, task: str) -> list[page.Sample]:
     name = "".join(letter if letter.isalnum() else "_" for letter in task)
     try:
         text = (place / f"answers_{name}.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = [json_file.parse(line) for line in text.split("\n") if line.strip()]
+        for row in rows:
+            json_file.check(row, _ROW)
     except (OSError, ValueError):
         return []
     samples = []
     for correct, verdict in ((True, "right"), (False, "wrong")):
         for row in [row for row in rows if row.get("correct") is correct][:SAMPLES]:
-            title = f"{verdict}: gold {row['gold']}, answered {row['answer']}"
+            title = f"{verdict}: gold {row['gold']}, answered {row.get('answer')}"
             other = _other(row)
             texts = [(title, str(row["text"])), *([other] if other else [])]
             samples.append(page.Sample(str(row["question"]), texts))
@@ -172,7 +198,8 @@ def _samples(place: pathlib.Path, task: str) -> list[page.Sample]:
 
 def _other(row: Mapping[str, typing.Any]) -> tuple[str, str] | None:
     """A sample of the same question that came to another answer, if there is one."""
-    for vote, text in zip(row.get("votes", []), row.get("texts", []), strict=False):
+    votes, texts = (run_files.as_list(row.get(name)) for name in ("votes", "texts"))
+    for vote, text in zip(votes, texts, strict=False):
         if vote is not None and vote != row.get("answer"):
             return f"another sample: {vote}", str(text)
     return None

@@ -35,7 +35,8 @@ def build(
       The path of the file.
 
     Raises:
-      DataError: a folder is not a run directory, or none is given.
+      ConfigError: a folder is not a run directory.
+      DataError: none is given.
       UserError: matplotlib is not installed (`pip install jaxdistill[report]`).
       StorageError: the file cannot be written.
     """

@@ -8,6 +8,7 @@ import pathlib
 import typing
 from collections.abc import Mapping
 
+from jaxdistill.safe import strict_json
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 # A link in a run directory, planted or stale, must not direct writes to a file elsewhere.
@@ -71,41 +72,79 @@ def scan(path: pathlib.Path) -> tuple[list[dict], list[int]]:
 
 
 def _parse(line: bytes) -> dict | None:
-    """The record on a line, or None where there is no whole one."""
+    """The record on a line, or None where there is no whole one; null for what is no number."""
     if not line.endswith(b"\n"):
         return None
     try:
-        record = json.loads(line, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
+        record = strict_json.loads(line, nonfinite=True)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
 
 
-def cut(path: pathlib.Path, last_step: int | None, hooks: Hooks = NO_HOOKS) -> None:
-    """Removes the torn last line of a file, and records after `last_step` when one is given."""
+def cut(path: pathlib.Path, last_step: int | None, hooks: Hooks = NO_HOOKS) -> list[int]:
+    """Removes the torn last line of a file, and records after `last_step` when one is given.
+
+    A damaged line is not lost: it goes to `aside(path)`. Damaged is what is no record, and with
+    `last_step` also what has no step, or a later one than a record that follows.
+
+    Returns:
+      the numbers of the lines that were put aside.
+
+    Raises:
+      OSError: it cannot be read or written; then nothing is removed.
+    """
     if not os.path.lexists(path):
-        return
+        return []
     hooks.at("metrics.cut")
-    lines: list[bytes] = []
-    dropped, apart = False, False
     with open(os.open(path, os.O_RDWR | _NOFOLLOW), "r+b") as file:
-        for line in file:
-            record = _parse(line)
-            if record is None or (last_step is not None and not _until(record, last_step)):
-                dropped = True
-                continue
-            apart = apart or dropped  # something to keep follows something that goes
-            lines.append(line)
-        if not apart:
+        lines = file.readlines()
+        keeps, damaged = _sorted(lines, last_step)
+        kept = [line for line, keep in zip(lines, keeps, strict=True) if keep]
+        if damaged:
+            _put_aside(path, [lines[number - 1] for number in damaged])
+        if keeps == sorted(keeps, reverse=True):
             # Cutting the end off needs no space and cannot be interrupted half-way.
-            file.truncate(sum(map(len, lines)))
-            return
+            file.truncate(sum(map(len, kept)))
+            return damaged
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        file.writelines(lines)
+        file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    return damaged
+
+
+def aside(path: pathlib.Path) -> pathlib.Path:
+    """Where the damaged lines of a file are kept."""
+    return path.with_suffix(".damaged.jsonl")
+
+
+def _sorted(lines: list[bytes], last_step: int | None) -> tuple[list[bool], list[int]]:
+    """Which lines stay, and the numbers of those that are damaged."""
+    records = [_parse(line) for line in lines]
+    keeps = [
+        record is not None and (last_step is None or _until(record, last_step))
+        for record in records
+    ]
+    last_kept = max((place for place, keep in enumerate(keeps) if keep), default=-1)
+    damaged = []
+    for place, (line, record) in enumerate(zip(lines, records, strict=True)):
+        whole = line.endswith(b"\n") and line.strip()
+        later = record is not None and isinstance(record.get("step"), int) and place > last_kept
+        if whole and not keeps[place] and not later:
+            damaged.append(place + 1)
+    return keeps, damaged
+
+
+def _put_aside(path: pathlib.Path, lines: list[bytes]) -> None:
+    """Keeps lines, on the disk before they go from where they were."""
+    place = os.open(aside(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NOFOLLOW, 0o644)
+    with open(place, "ab") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _until(record: dict, last_step: int) -> bool:

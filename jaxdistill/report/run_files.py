@@ -1,15 +1,16 @@
 """What a run directory holds, read into one value; anything may be missing, and is then named."""
 
+import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import shlex
 import typing
 
-from jaxdistill.errors import DataError
+from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.report import json_lines
+from jaxdistill.safe import json_file
 from jaxdistill.safe.redact import redact
 
 # A page is for reading: what is longer is cut, and says so.
@@ -57,14 +58,14 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
     """Reads a run directory, of a run that is finished, running or broken off.
 
     Raises:
-      DataError: there is no such folder, or nothing in it is a file of a run.
+      ConfigError: there is no such folder, or nothing in it is a file of a run.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+        raise ConfigError(f"{folder}: no such run directory; `jaxdistill train` makes one")
     known = ("RUN.json", "metrics.jsonl", "table.json", "config.resolved.yaml", "events.jsonl")
     if not any((folder / name).exists() for name in known):
-        raise DataError(
+        raise ConfigError(
             f"{folder}: not a run directory: it holds none of {', '.join(known)}; "
             "give the folder that `jaxdistill train` named at its start"
         )
@@ -91,7 +92,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         samples_page=samples_page,
         quarantined=_count_lines(folder / "quarantine"),
         texts=_texts(folder, info),
-        fingerprints=_flat(read_object(folder / "fingerprints.json", missing)),
+        fingerprints=_facts(read_object(folder / "fingerprints.json", missing)),
         missing=missing,
     )
 
@@ -117,13 +118,10 @@ def read_object(path: pathlib.Path, missing: list[str]) -> dict[str, typing.Any]
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        return json_file.read(path)
+    except DamagedError:
         missing.append(f"{path.name} is damaged (no JSON object) and was left out.")
         return {}
-    return value
 
 
 def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
@@ -137,6 +135,17 @@ def _lines(path: pathlib.Path, missing: list[str]) -> list[dict]:
 def as_list(value: typing.Any) -> list:
     """The value, or [] where it is no list."""
     return value if isinstance(value, list) else []
+
+
+def fields(value: typing.Any, shape: json_file.Shape) -> dict[str, typing.Any]:
+    """The fields of an object that are of their types; of what is no object, none."""
+    found = as_object(value)
+    kept = {}
+    for name, types in shape.items():
+        with contextlib.suppress(ValueError):
+            json_file.check(found, {name: types})
+            kept[name] = found[name]
+    return kept
 
 
 def _text(path: pathlib.Path, limit: int = _MAX_TEXT) -> str:
@@ -205,6 +214,17 @@ def _texts(folder: pathlib.Path, info: dict[str, typing.Any]) -> dict[str, str]:
         "Configuration with every default": _text(folder / "config.resolved.yaml"),
     }
     return {title: redact(text.strip()) for title, text in texts.items() if text.strip()}
+
+
+def _facts(sealed: dict[str, typing.Any]) -> dict[str, str]:
+    """What a run is made of and ran on; its settings are in the configuration."""
+    facts = _flat(as_object(sealed.get("facts")))
+    return {name: value for name, value in facts.items() if not name.startswith("config.")}
+
+
+def as_object(value: typing.Any) -> dict:
+    """The value, or {} where it is no object."""
+    return value if isinstance(value, dict) else {}
 
 
 def _flat(value: typing.Any, prefix: str = "") -> dict[str, str]:

@@ -46,7 +46,7 @@ def is_story(folder: str | os.PathLike) -> bool:
 
 
 def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
-    steps = {name: state["steps"][name] for name in _order(state)}
+    steps = {name: _step(state["steps"][name]) for name in _order(state)}
     comparisons = {
         name: comparison
         for name, step in steps.items()
@@ -58,7 +58,7 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
     sections.append(page.Section("Importance", _prunings(folder, steps)))
     if len(steps) > 1 or not comparisons:
         sections.append(_steps(steps))
-    contrasts = {name: (steps[name].get("options") or {}).get("contrast") for name in comparisons}
+    contrasts = {name: _contrast(steps[name]) for name in comparisons}
     return page.Page(
         over="Workflow report",
         title=str(state.get("name") or folder.name),
@@ -72,14 +72,31 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
     )
 
 
+_STEP = {"kind": str, "status": str, "seconds": (int, float), "options": dict, "found": dict}
+_BAR = dict.fromkeys(("confidence", "accuracy", "share"), (int, float))
+
+
+def _step(entry: typing.Any) -> dict[str, typing.Any]:
+    """What the state says of a step; what is not of its type, in a damaged file, is left out."""
+    return run_files.fields(entry, _STEP)
+
+
 def _rows(comparison: Mapping[str, typing.Any]) -> list[dict[str, typing.Any]]:
-    rows = comparison.get("rows", [])
-    return [row for row in rows if isinstance(row, dict) and row.get("name")]
+    """The rows that have a name, without values of a wrong type."""
+    rows = []
+    for row in run_files.as_list(comparison.get("rows")):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            continue
+        bars = run_files.as_list(row.get("reliability"))
+        whole = all(len(run_files.fields(bar, _BAR)) == len(_BAR) for bar in bars)
+        rows.append(row | {"reliability": bars if whole else []})
+    return rows
 
 
 def _order(state: Mapping[str, typing.Any]) -> list[str]:
     have = state["steps"]
-    named = [name for name in state.get("order", []) if name in have]
+    order = [name for name in run_files.as_list(state.get("order")) if isinstance(name, str)]
+    named = [name for name in dict.fromkeys(order) if name in have]
     return named + [name for name in have if name not in named]
 
 
@@ -100,21 +117,33 @@ def _steps(steps: Mapping[str, Mapping[str, typing.Any]]) -> page.Section:
 
 def _outcome(step: Mapping[str, typing.Any]) -> str:
     """What came out of a step, in words."""
-    result = step.get("found") or {}
+    result = step.get("found", {})
     facts = []
-    if result.get("parameters"):
-        before, after = result["parameters"]
+    counts = run_files.as_list(result.get("parameters"))
+    if len(counts) == 2:
+        before, after = counts
         facts.append(f"{wording.count(after)} of {wording.count(before)} parameters")
-        facts.append(f"{len(result['layers'])} layers")
-    if result.get("rows"):
+        facts.append(f"{len(_layers(step))} layers")
+    if all(wording.is_number(result.get(name)) for name in ("rows", "tokens")):
         facts.append(f"{result['rows']:,} rows, {result['tokens']:,} tokens")
-    for rows in list((result.get("tables") or {}).values())[:1]:
+    for rows in list(run_files.as_object(result.get("tables")).values())[:1]:
+        rows = [row for row in run_files.as_list(rows) if isinstance(row, dict)]
         last = next((row for row in rows if row.get("name") == "student after"), {})
         if wording.is_number(last.get("perplexity")):
             facts.append(f"held-out perplexity {wording.number(last['perplexity'])}")
     if result.get("scheme"):
         facts.append(str(result["scheme"]))
     return ", ".join(facts)
+
+
+def _layers(step: Mapping[str, typing.Any]) -> list[int]:
+    layers = run_files.as_list(step.get("found", {}).get("layers"))
+    return [layer for layer in layers if isinstance(layer, int)]
+
+
+def _contrast(step: Mapping[str, typing.Any]) -> list[str]:
+    names = run_files.as_list(step.get("options", {}).get("contrast"))
+    return names if len(names) == 2 and all(isinstance(name, str) for name in names) else []
 
 
 def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section:
@@ -147,7 +176,8 @@ def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section
             str(sample.get("prompt", "")),
             [(str(model), str(text)) for model, text in sample.items() if model != "prompt"],
         )
-        for sample in comparison.get("samples", [])
+        for sample in run_files.as_list(comparison.get("samples"))
+        if isinstance(sample, dict)
     ]
     return page.Section(
         "side by side" if name == "." else name,
@@ -185,8 +215,9 @@ def contrasted(rows: Sequence[Mapping[str, typing.Any]], ours: str, theirs: str)
         share = f" ({wording.percent(abs(a - b) / abs(b))})" if b and better == "low" else ""
         text = f"{quantity}: {ours} {write(a)}, {theirs} {write(b)}: {ours} is {side}"
         text += f" by {write(abs(gain))}{share}" if gain else ""
-        spreads = [row.get("spread", {}).get(field) for row in (left, right)]
-        if all(map(wording.is_number, spreads)) and abs(gain) < sum(spreads):
+        spreads = [run_files.as_object(row.get("spread")).get(field) for row in (left, right)]
+        known = [spread for spread in spreads if wording.is_number(spread)]
+        if len(known) == 2 and abs(gain) < sum(known):
             text += ", within the spread of the seeds"
         sentences.append(f"{text}.")
     return sentences
@@ -205,7 +236,7 @@ def _prunings(folder: pathlib.Path, steps: Mapping[str, Mapping]) -> list[page.B
         except UserError:
             continue
         users = [
-            (user, other["found"]["layers"])
+            (user, _layers(other))
             for user, other in steps.items()
             if other.get("kind") == "prune"
             and other.get("found")

@@ -72,7 +72,7 @@ def number(value: int | float | None, digits: int = 4) -> str:
     >>> number(1.84321), number(0.000091), number(12345.6), number(None), number(float("inf"))
     ('1.843', '9.1e-05', '12346', '-', 'inf')
     """
-    if value is None:
+    if not isinstance(value, int | float):
         return MISSING
     if not math.isfinite(value) or value == 0 or isinstance(value, int):
         return str(value) if value else "0"
@@ -88,7 +88,7 @@ def count(value: int | float | None) -> str:
     >>> count(1_235_814_400), count(41_234), count(999_999), count(12), count(None)
     ('1.24B', '41.2k', '1.00M', '12', '-')
     """
-    if value is None:
+    if not isinstance(value, int | float):
         return MISSING
     if not math.isfinite(value):
         return str(value)
@@ -105,7 +105,7 @@ def size(value: int | float | None) -> str:
     >>> size(2_471_645_608), size(2048), size(None)
     ('2.30 GiB', '2.00 KiB', '-')
     """
-    if value is None:
+    if not isinstance(value, int | float):
         return MISSING
     if not math.isfinite(value):
         return str(value)
@@ -121,7 +121,7 @@ def percent(share: int | float | None, digits: int = 1) -> str:
     >>> percent(0.7123), percent(None)
     ('71.2%', '-')
     """
-    if share is None:
+    if not isinstance(share, int | float):
         return MISSING
     if not math.isfinite(share):
         return str(share)
@@ -134,7 +134,7 @@ def duration(seconds: int | float | None) -> str:
     >>> duration(8012), duration(59.4), duration(3 * 86400 + 7200), duration(0.25), duration(None)
     ('2h13m', '59s', '3d02h', '0.25s', '-')
     """
-    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds < 0:
         return MISSING
     if seconds < 1:
         return f"{seconds:.2f}s"

@@ -8,11 +8,12 @@ import numbers
 import os
 import pathlib
 import re
+import sys
 import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from jaxdistill.errors import DataError, StorageError
+from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.report import json_lines
 from jaxdistill.report.board import Board
 from jaxdistill.safe.redact import redacted
@@ -63,10 +64,11 @@ class MetricsWriter:
             metrics = self.run_dir / "metrics.jsonl"
             if resume_step is None:
                 _refuse_records(metrics)
-            json_lines.cut(metrics, resume_step, hooks)
-            json_lines.cut(self.run_dir / "events.jsonl", None, hooks)
+            events = self.run_dir / "events.jsonl"
+            found = {metrics: json_lines.cut(metrics, resume_step, hooks)}
+            found[events] = json_lines.cut(events, None, hooks)
             self._metrics = json_lines.Appender(metrics, self._hooks)
-            self._events = json_lines.Appender(self.run_dir / "events.jsonl", hooks)
+            self._events = json_lines.Appender(events, hooks)
         except OSError as error:
             raise StorageError(
                 f"{self.run_dir}: the metric files of the run cannot be opened: {error}; "
@@ -77,6 +79,8 @@ class MetricsWriter:
             with self._guard("tensorboard"):
                 folder = self.run_dir / "tensorboard"
                 self._board = Board(folder, resume_step, self._clock(), hooks)
+        for path, lines in found.items():
+            self._tell_damaged(path, lines)
 
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:
         """Appends one record: metric names to numbers (Python, numpy or jax scalars)."""
@@ -97,11 +101,17 @@ class MetricsWriter:
         metrics = self.run_dir / "metrics.jsonl"
         with self._guard("metrics.jsonl"):
             self._metrics.close()
-            json_lines.cut(metrics, step, self._hooks)
+            damaged = json_lines.cut(metrics, step, self._hooks)
             self._metrics = json_lines.Appender(metrics, self._hooks)
+            self._tell_damaged(metrics, damaged)
         if self._board is not None:
             with self._guard("tensorboard"):
                 self._board.restart(step, self._clock())
+
+    def _tell_damaged(self, path: pathlib.Path, lines: Sequence[int]) -> None:
+        if lines:
+            self._notice(_damaged(path, lines))
+            self.event("damaged_records", **_damage(path, lines))
 
     def event(self, kind: str, **fields: typing.Any) -> None:
         """Appends one line to events.jsonl: `{"time", "kind", ...fields}`."""
@@ -180,9 +190,13 @@ def append_event(
       OSError: it cannot be written.
     """
     path = pathlib.Path(run_dir) / "events.jsonl"
-    json_lines.cut(path, None, hooks)
+    damaged = json_lines.cut(path, None, hooks)
     file = json_lines.Appender(path, hooks)
     try:
+        if damaged:
+            print(_damaged(path, damaged), file=sys.stderr)
+            told = _damage(path, damaged)
+            file.append(_event_line(time.time(), "damaged_records", told))
         file.append(_event_line(time.time(), kind, fields))
     finally:
         file.close()
@@ -199,11 +213,12 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
       is left out; no file yet gives an empty list.
 
     Raises:
-      DataError: there is no such folder, or a line other than the last is not a record.
+      ConfigError: there is no such folder.
+      DataError: a line other than the last is not a record.
     """
     folder = pathlib.Path(run_dir)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such run directory; `jaxdistill train` makes one")
+        raise ConfigError(f"{folder}: no such run directory; `jaxdistill train` makes one")
     records, damaged = json_lines.scan(folder / "metrics.jsonl")
     if damaged:
         raise DataError(
@@ -220,6 +235,19 @@ def _refuse_records(path: pathlib.Path) -> None:
             f"{path}: holds {len(records)} records of another run, the last of step "
             f"{records[-1].get('step')}; resume that run or choose another run directory"
         )
+
+
+def _damaged(path: pathlib.Path, lines: Sequence[int]) -> str:
+    """What is told about lines that were put aside."""
+    where = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
+    return (
+        f"{path}: {len(lines)} damaged line(s) (line {where}) were put aside in "
+        f"{json_lines.aside(path).name}; the other records stand"
+    )
+
+
+def _damage(path: pathlib.Path, lines: Sequence[int]) -> dict[str, typing.Any]:
+    return {"file": path.name, "lines": list(lines[:100]), "aside": json_lines.aside(path).name}
 
 
 def _event_line(now: float, kind: str, fields: Mapping[str, typing.Any]) -> bytes:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdistill
-from jaxdistill.errors import ConfigError
+from jaxdistill.config import Config
+from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.table import flatten
 
@@ -39,13 +42,20 @@ class Rule:
 _OTHER_RUN = "going on would mix two runs: restore what was there, or start a new run"
 _ROUNDING = "state and batches are exact; sums may be rounded otherwise from here on"
 
-# By the first part of a fact's name.
+# By the beginning of a fact's name; the longest one holds.
 RULES: Mapping[str, Rule] = {
     "data": Rule(True, False, _OTHER_RUN),
     "tokenizer": Rule(True, False, _OTHER_RUN),
     "teacher": Rule(True, False, _OTHER_RUN),
     "student": Rule(True, False, _OTHER_RUN),
-    "config": Rule(False, False, "config.resolved.yaml was edited: from here on the new one holds"),
+    "config": Rule(False, False, "from here on the new value holds"),
+    "config.seed": Rule(True, False, _OTHER_RUN),
+    "config.method.name": Rule(True, False, _OTHER_RUN),
+    "config.teacher.random": Rule(True, False, _OTHER_RUN),
+    "config.data": Rule(False, True, "the tokens are the same"),  # or "data" refuses
+    "config.run": Rule(False, True, "a name or a place"),
+    "config.logging": Rule(False, True, "what is shown"),
+    "config.checkpoint": Rule(False, True, "what is kept"),
     "code": Rule(False, False, f"another version of jaxdistill; {_ROUNDING}"),
     "versions": Rule(False, False, _ROUNDING),
     "device": Rule(False, False, _ROUNDING),
@@ -55,38 +65,108 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def check(run: RunDir, facts: Mapping[str, str]) -> None:
+def check(
+    run: RunDir,
+    facts: Mapping[str, str],
+    accepted: Callable[[Collection[str]], Any] = lambda changed: None,
+) -> dict[str, str | None]:
     """Compares the facts with those that the run last had, refuses or tells, and keeps the new.
 
     Args:
       run: a new run has no facts yet.
-      facts: name -> value; the name's part before the first dot is a key of RULES.
+      facts: name -> value; the beginning of every name is a key of RULES.
+      accepted: called with the names of what has changed, when nothing of it is refused, before
+        anything is told or kept.
+
+    Returns:
+      what has changed -> the value it had.
 
     Raises:
       ConfigError: naming everything whose change is refused.
+      DamagedError: if the run has facts, and they cannot be read.
     """
-    stored = run.read_json(FILE)
-    before = facts if stored is None else stored
+    stored = kept(run)
+    before = dict(facts) if stored is None else stored
     names = sorted(before.keys() | facts.keys())
-    changed = {name: RULES[name.partition(".")[0]] for name in names}
-    changed = {n: rule for n, rule in changed.items() if before.get(n) != facts.get(n)}
+    changed = {n: rule_of(n) for n in names if before.get(n) != facts.get(n)}
     refused = [name for name, rule in changed.items() if rule.refused]
     if refused:
         raise ConfigError(
             f"{run.path}: changed since this run began: {', '.join(refused)}: {_OTHER_RUN}"
         )
+    accepted(changed)
     for name, rule in changed.items():
         old, new = before.get(name), facts.get(name)
         run.event("changed", what=name, before=old, after=new, bitwise=rule.bitwise)
         bits = "the same bits" if rule.bitwise else "not the same bits"
         what = f"{name} has changed ({_short(old)} -> {_short(new)})"
         print(f"{what}: {bits}: {rule.meaning}", file=sys.stderr)
-    run.write_json(FILE, dict(facts))
+    if stored is None or changed:
+        run.write_json(FILE, {"crc32": _crc(facts), "facts": dict(facts)})
+    if not run.record.get("sealed"):
+        run.update(sealed=True)
+    return {name: before.get(name) for name in changed}
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of a fact: that of the longest beginning of its name."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        if rule := RULES.get(".".join(parts[:count])):
+            return rule
+    raise KeyError(name)
+
+
+def kept(run: RunDir) -> dict[str, str] | None:
+    """The facts that a run last had; None before it has had any.
+
+    Raises:
+      DamagedError: if there were some, and they are gone or not as they were written.
+    """
+    remedy = (
+        "without it nobody can tell whether data, teacher and tokenizer are those that the run "
+        f"began with: restore it, or begin anew with `jaxdistill resume {run.path} --from-start`"
+    )
+    place = run.path / FILE
+    try:
+        content = run.read_json(FILE, {"crc32": int, "facts": dict})
+    except DamagedError as error:
+        raise DamagedError(f"{error}; {remedy}") from error
+    if content is None:
+        if run.record.get("sealed") or run.record.get("saved"):
+            raise DamagedError(f"{place}: is missing; {remedy}")
+        return None
+    facts = content["facts"]
+    texts = all(isinstance(value, str) for value in facts.values())
+    if not texts or content["crc32"] != _crc(facts):
+        raise DamagedError(f"{place}: is damaged: it has another checksum; {remedy}")
+    return facts
+
+
+def _crc(facts: Mapping[str, str]) -> int:
+    return zlib.crc32(json.dumps(dict(facts), sort_keys=True).encode())
 
 
 def _short(value: str | None) -> str:
     """A value for people: of a digest the beginning."""
     return value[:8] if value and len(value) == 64 else str(value)
+
+
+def flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Keys as they are overridden, such as data.train.0.path, with their values."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for name, value in items:
+        below = (*path, str(name))
+        if isinstance(value, Mapping | list | tuple):
+            yield from flat(value, below)
+        else:
+            yield ".".join(below), value
+
+
+def settings(config: Config) -> dict[str, str]:
+    """Every setting as a fact."""
+    dumped = config.model_dump(mode="json", by_alias=True)
+    return {f"config.{name}": json.dumps(value) for name, value in flat(dumped)}
 
 
 def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str]:

@@ -1,27 +1,27 @@
 """The folder of a run: who holds it, what it was asked, how it stands."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 from jaxdistill import agree
-from jaxdistill.errors import ConfigError, StorageError
+from jaxdistill.errors import ConfigError, DamagedError, StorageError
+from jaxdistill.report import json_lines
 from jaxdistill.report.writers import append_event
-from jaxdistill.safe import whole_file
+from jaxdistill.safe import json_file, lock, whole_file
 from jaxdistill.safe.redact import redact, redacted
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
-# A link in a run folder, planted or stale, must not direct writes to a file elsewhere.
-_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 SCHEMA = 1
+_SHAPE = {"name": str, "status": str, "step": int, "attempts": list}  # of RUN.json
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -37,6 +37,7 @@ class RunDir:
     def __init__(self, path: str | os.PathLike, record: dict[str, Any], hooks: Hooks = NO_HOOKS):
         self.path = pathlib.Path(path).resolve()
         self.record, self.hooks = record, hooks
+        self._changing = threading.RLock()  # the thread that writes checkpoints notes them here
 
     @classmethod
     def create(
@@ -50,30 +51,21 @@ class RunDir:
           StorageError: if it cannot be written.
         """
         folder = pathlib.Path(path)
-        secrets = [line.strip() for line in resolved.splitlines() if redact(line) != line]
-        if secrets:
-            raise ConfigError(
-                f"{redact(secrets[0])}: looks like a key or a password, and the run folder keeps "
-                "the configuration: put it into an environment variable, or change that value"
-            )
-        if (folder / "RUN.json").exists():
-            raise ConfigError(
-                f"run.dir = {path!r}: holds a run already: `jaxdistill resume {path}` goes on with "
-                "it, another run.dir starts a new one"
-            )
-        if folder.exists() and not (folder.is_dir() and _only_begun(folder)):
-            raise ConfigError(f"run.dir = {path!r}: is not an empty folder: give another one")
+        _refuse_secrets(resolved)
+        _check_free(folder, path)
         record = {"schema": SCHEMA, "name": name, "status": "new", "step": 0, "attempts": []}
         record["command"] = redacted(sys.argv)
+        run = cls(folder, record)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run = cls(folder, record)
+        except OSError as error:
+            raise lock.cannot_write(folder, error) from error
+        with lock.held(folder):
+            _check_free(folder, path)  # another process may have been faster
             run.write_text("config.input.yaml", redact(input_text))
             run.write_text("config.resolved.yaml", resolved)
             run.write_text("overrides.txt", redact("".join(f"{line}\n" for line in overrides)))
             run.update()  # last: a folder without RUN.json is none of a run yet
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
         return run
 
     @classmethod
@@ -81,78 +73,89 @@ class RunDir:
         """An existing run.
 
         Raises:
-          ConfigError: if there is none, or its RUN.json cannot be read.
+          ConfigError: if there is none, or another version wrote it.
+          DamagedError: if its RUN.json is damaged.
         """
         file = pathlib.Path(path) / "RUN.json"
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: holds no run (no RUN.json): give a run folder") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: cannot be read: {error}") from error
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        if not file.exists():
+            raise ConfigError(f"{path}: holds no run (no RUN.json): give a run folder")
+        record = json_file.read(file)
+        if record.get("schema") != SCHEMA:
             raise ConfigError(f"{file}: was written by another version of jaxdistill")
+        try:
+            json_file.check(record, _SHAPE)
+            json_file.check(record.get("saved", {}), {})
+        except ValueError as error:
+            raise DamagedError(f"{file}: is damaged: {error}") from error
         return cls(path, record, hooks)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds the folder, so that no second process writes into it.
-
-        The operating system lets go of the lock of a process that has died; its name, which is
-        still in the file, is then noted as an event. Names of processes on other hosts are trusted
-        as far as the file system carries locks between them.
-
-        Raises:
-          ConfigError: naming the process that holds it.
-          StorageError: if the folder cannot be written.
-        """
-        try:
-            lock = open(
-                os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o644), "r+"
-            )
-        except OSError as error:
-            raise _cannot_write(self.path / "LOCK", error) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                holder = _holder(lock) or "another process"
-                raise ConfigError(
-                    f"{self.path}: is being written by {holder}: wait until it ends, or stop it"
-                ) from None
-            if dead := _holder(lock):
-                self.event("taken_over", of=dead)
-            own = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
-            try:
-                _rewrite(lock, json.dumps(own))
-            except OSError as error:
-                raise _cannot_write(self.path / "LOCK", error) from error
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # the lock ends with the process anyway
-                    _rewrite(lock, "")
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Holds the folder as `lock.held`; that a dead process held it is noted as an event."""
+        return lock.held(self.path, lambda dead: self.event("taken_over", of=dead))
 
     @contextlib.contextmanager
     def attempt(self, step: int) -> Iterator[None]:
         """Notes when this process started and how it ended."""
-        this = {"started": round(time.time(), 3), "from_step": step, "pid": os.getpid()}
-        self.record["attempts"].append(this)
-        self.update(status="running")
+        this: dict[str, Any] = {
+            "started": round(time.time(), 3),
+            "from_step": step,
+            "pid": os.getpid(),
+        }
+        was_done = self.record["status"] == "done"
+        with self._changing:
+            self.record["attempts"].append(this)
+            self.update(**({} if was_done else {"status": "running"}))
         try:
             yield
         except BaseException as error:
-            this["ended"] = round(time.time(), 3)
             reason = redact(str(error)) or type(error).__name__
             stopped = isinstance(error, KeyboardInterrupt)
+            status = "stopped" if stopped else "failed"
             try:
-                self.update(status="stopped" if stopped else "failed", exit_reason=reason)
+                with self._changing:
+                    this |= {"ended": round(time.time(), 3)}
+                    if was_done and self.record["status"] == "done":
+                        this["refused"] = reason  # nothing was begun: the run is as it was
+                        self.update()
+                    else:
+                        self.update(status=status, exit_reason=reason)
             except StorageError as failure:
                 error.add_note(str(failure))  # what ended the run comes first
             raise
-        this["ended"] = round(time.time(), 3)
-        self.record.pop("exit_reason", None)
-        self.update(status="done")
+        with self._changing:
+            this["ended"] = round(time.time(), 3)
+            self.record.pop("exit_reason", None)
+            self.update(status="done")
+
+    def reread(self) -> None:
+        """Takes RUN.json as it is now: who held the folder before has changed it."""
+        self.record = RunDir.open(self.path).record
+
+    def configure(self, resolved: str) -> None:
+        """Replaces the configuration as understood.
+
+        Raises:
+          ConfigError: if it holds what looks like a key.
+        """
+        _refuse_secrets(resolved)
+        self.write_text("config.resolved.yaml", resolved)
+
+    def note_saved(self, part: str, step: int) -> None:
+        """Keeps that a training of the run has a checkpoint; from any thread.
+
+        Where that cannot be written, the next one is noted instead.
+        """
+        with self._changing, contextlib.suppress(StorageError):
+            saved = self.record.get("saved", {})
+            if part not in saved:
+                self.update(saved=saved | {part: step})
+
+    def forget(self) -> None:
+        """Makes the record that of a run which has not begun."""
+        kept = ("schema", "name", "attempts", "command")
+        with self._changing:
+            self.record = {name: self.record[name] for name in kept if name in self.record}
+            self.update(status="new", step=0)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl, before or after training; told where it cannot be."""
@@ -165,19 +168,21 @@ class RunDir:
 
     def update(self, **fields: Any) -> None:
         """Changes RUN.json in one move."""
-        self.record |= fields
-        self.write_json("RUN.json", self.record)
+        with self._changing:
+            self.record |= fields
+            self.write_json("RUN.json", self.record)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Writes a JSON file that appears whole or not at all."""
-        self.write_text(name, json.dumps(content, indent=2) + "\n")
+        """Writes a JSON file that appears whole or not at all; null for what is not finite."""
+        self.write_text(name, json.dumps(json_lines.safe(content), indent=2) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file of this folder, or None where there is none."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
+    def read_json(self, name: str, shape: json_file.Shape | None = None) -> Any:
+        """The object in a JSON file of this folder, or None where there is none.
+
+        Raises:
+          DamagedError: as `json_file.read`.
+        """
+        return json_file.read(self.path / name, shape, missing=None)
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file that appears whole or not at all; process 0 does it for all.
@@ -190,36 +195,33 @@ class RunDir:
         try:
             whole_file.write_text(self.path / name, text)
         except OSError as error:
-            raise _cannot_write(self.path / name, error) from error
+            raise lock.cannot_write(self.path / name, error) from error
+
+
+def _refuse_secrets(resolved: str) -> None:
+    secrets = [line.strip() for line in resolved.splitlines() if redact(line) != line]
+    if secrets:
+        raise ConfigError(
+            f"{redact(secrets[0])}: looks like a key or a password, and the run folder keeps "
+            "the configuration: put it into an environment variable, or change that value"
+        )
+
+
+def _check_free(folder: pathlib.Path, path: str) -> None:
+    """Raises ConfigError where a folder holds a run, or anything that is not ours."""
+    if (folder / "RUN.json").exists():
+        raise ConfigError(
+            f"run.dir = {path!r}: holds a run already: `jaxdistill resume {path}` goes on with "
+            "it, another run.dir starts a new one"
+        )
+    if folder.exists() and not (folder.is_dir() and _only_begun(folder)):
+        raise ConfigError(f"run.dir = {path!r}: is not an empty folder: give another one")
 
 
 def _only_begun(folder: pathlib.Path) -> bool:
     """Whether a folder holds nothing but what a process that died in `create` has left."""
-    ours = {"config.input.yaml", "config.resolved.yaml", "overrides.txt", "RUN.json"}
+    ours = {"config.input.yaml", "config.resolved.yaml", "overrides.txt", "RUN.json", lock.FILE}
     return all(path.name.removesuffix(".tmp") in ours for path in folder.iterdir())
-
-
-def _cannot_write(path: pathlib.Path, error: OSError) -> StorageError:
-    reason = error.strerror or str(error)
-    return StorageError(f"{path}: cannot be written: {reason}: free space or mend the folder")
-
-
-def _holder(lock: IO[str]) -> str:
-    """Who wrote a lock file, or "" where it was let go."""
-    lock.seek(0)
-    text = lock.read(1000).strip()
-    try:
-        owner = json.loads(text)
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
-        return f"process {owner['pid']} on {owner['host']}, since {since}"
-    except (ValueError, TypeError, KeyError):
-        return text
-
-
-def _rewrite(lock: IO[str], text: str) -> None:
-    # Without a buffer, which would be written once more, and fail once more, when it is closed.
-    os.ftruncate(lock.fileno(), 0)
-    os.pwrite(lock.fileno(), text.encode(), 0)
 
 
 def describe_machine(devices: Sequence[Any], mesh_shape: Mapping[str, int]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The table of a run: teacher, student before, the control without a teacher, student after."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import optim
+from jaxdistill import agree, optim, teachers
 from jaxdistill.config import Config
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
@@ -20,6 +22,8 @@ from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
 
 ORDER = ("teacher", "student before", "SFT control", "student after")
+FILE = "table.json"
+_FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "tokens_per_second", "parameters"}
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -40,8 +44,7 @@ class RunTable:
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
         self._teacher_params = setup.signal_params(models)
         self._step = self._program(method)
-        stored = run.read_json("table.json") or {}
-        self._rows = {row["name"]: row for row in stored.get("rows", [])}
+        self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str] | None = None
         self._student_speed: float | None = None
 
@@ -49,18 +52,22 @@ class RunTable:
         """The loss without gradient: that of training, if it measures against the teacher too."""
         models, objective = self._models, method.objective
         alone = models.teacher is None and models.stored is None
-        if alone or (objective.needs_teacher and objective.token_means):
+        if objective.token_means and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
-        # Cross-entropy training beside a teacher: alpha = 1 makes this the same loss.
+        # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too.
+        if alone:
+            objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
+        else:
+            sparse = signals.kind("forward_kl", setup.format_of(models))
+            objective = measuring.against_teacher(vocab=models.vocab, sparse=sparse)
+            signal = setup.signal_of(self._config, models)
         loss = make_loss(
             self._models.student.config,
-            measuring.against_teacher(
-                vocab=models.vocab, sparse=signals.kind("forward_kl", setup.format_of(models))
-            ),
+            objective,
             compute_dtype=jnp.dtype(self._config.student.compute_dtype),
             quantization=self._config.student.quantize,
         )
-        return meter.make_step(loss, setup.signal_of(self._config, models))
+        return meter.make_step(loss, signal)
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""
@@ -135,7 +142,7 @@ class RunTable:
             "tokens_per_second": rate,
         }
         self._rows[name] = row | speed.size(config, params)
-        self._run.write_json("table.json", {"held_out": self._held_out.name, "rows": self.rows})
+        self._run.write_json(FILE, {"held_out": self._held_out.name, "rows": self.rows})
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -171,3 +178,27 @@ class RunTable:
     def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [model.tokenizer.decode(answer) for answer in answers]
+
+
+def drop(run: RunDir, names: Collection[str]) -> None:
+    """Forgets rows that are no longer what the configuration says; they are measured again."""
+    rows = _stored(run) if names else {}
+    if rows.keys() & set(names):
+        kept = [row for name, row in rows.items() if name not in names]
+        run.write_json(FILE, run.read_json(FILE) | {"rows": kept})
+
+
+def _stored(run: RunDir) -> dict[str, Any]:
+    """The rows of an earlier attempt; a damaged table is put aside, told, and measured again."""
+    try:
+        stored = run.read_json(FILE, {"rows": list}) or {"rows": []}
+        rows = {row["name"]: row for row in stored["rows"] if row["name"] in ORDER}
+        for row in rows.values():
+            if not _FIELDS <= row.keys():
+                raise ValueError(f"{FILE}: the row {row['name']} is not whole")
+    except (ValueError, TypeError, KeyError) as error:  # DamagedError among them
+        os.replace(run.path / FILE, run.path / "table.damaged.json")
+        run.event("damaged_table", reason=str(error), aside="table.damaged.json")
+        print(f"{run.path / FILE}: is damaged, put aside and measured again", file=sys.stderr)
+        return {}
+    return rows

@@ -4,25 +4,25 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, compilation_cache, methods, processes, report
+from jaxdistill import agree, compilation_cache, errors, methods, processes, report
 from jaxdistill import config as configs
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.errors import ConfigError, StorageError, UserError
+from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.formats.config_json import write_config
-from jaxdistill.models import count_parameters, lora
-from jaxdistill.references import STUDENT
-from jaxdistill.run import alike, changes, run_table, setup, states
+from jaxdistill.models import count_parameters
+from jaxdistill.report import json_lines
+from jaxdistill.run import alike, anew, changes, run_table, schedule, setup, student_folder
 from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
@@ -112,25 +112,39 @@ def _begin(config: Config) -> Mesh:
 
 
 def _check(config: Config) -> None:
-    errors = preflight.check(config)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(config))
 
 
-def resume(run_dir: str | os.PathLike, *, hooks: Hooks = NO_HOOKS) -> RunResult:
+def resume(
+    run_dir: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    *,
+    from_start: bool = False,
+    hooks: Hooks = NO_HOOKS,
+) -> RunResult:
     """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
 
     Args:
       run_dir: the folder of the run.
+      overrides: settings that change from here on, such as "train.steps=200": `changes.RULES` says
+        which ones may; they are kept in the run folder.
+      from_start: begin anew at step 0; what the run has is moved to `earlier/` in its folder.
       hooks: as in `train`.
 
     Raises:
-      ConfigError: if there is no run, or its data, models or tokenizer have changed.
-      DamagedError: if no checkpoint can be read.
+      ConfigError: if there is no run, its data, models or tokenizer have changed, or an override
+        would make it another run.
+      DamagedError: if no checkpoint can be read, or none is there any more.
     """
     run = RunDir.open(run_dir, hooks)
-    config = configs.load(run.path / "config.resolved.yaml")
-    return _execute(config, run, _read(config, _begin(config)))
+    file = run.path / "config.resolved.yaml"
+    before, config = configs.load(file), configs.load(file, overrides)
+    if before.run.dir != config.run.dir:
+        raise ConfigError(
+            f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
+            "folder and resume it there"
+        )
+    return _execute(config, run, _read(config, _begin(config)), from_start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,34 +174,51 @@ def _read(config: Config, mesh: Mesh) -> _Inputs:
     return _Inputs(mesh, models, data, taught)
 
 
-def _execute(config: Config, run: RunDir, inputs: _Inputs) -> RunResult:
+def _execute(config: Config, run: RunDir, inputs: _Inputs, from_start: bool = False) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
-        agree.by_leader(lambda: stack.enter_context(run.held()))
+        agree.by_leader(lambda: stack.enter_context(run.held()) or _prepare(run, from_start))
+        agree.together(run.reread)
         stop = stack.enter_context(stopping.listening())
-        with _checkpoints(config, run.path, run.hooks) as checkpoints:
-            with run.attempt(checkpoints.latest() or 0):
-                result = _Session(config, run, inputs, stop).execute(checkpoints)
+        with _checkpoints(config, run, "student") as checkpoints:
+            latest = checkpoints.latest() or 0
+            if latest > config.train.steps:
+                raise ConfigError(
+                    f"train.steps = {config.train.steps}: the run has come to step {latest}: to go "
+                    f"back, `jaxdistill ckpt rollback {run.path} STEP`"
+                )
+            with run.attempt(latest):
+                result = _Session(config, run, inputs, stop, latest).execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
         agree.by_leader(lambda: _report(run.path))
         return result
 
 
-def _checkpoints(config: Config, folder: pathlib.Path, hooks: Hooks) -> Checkpoints:
+def _prepare(run: RunDir, from_start: bool) -> None:
+    """Looks at what is there, once nobody else can change it."""
+    run.reread()
+    if from_start:
+        place = anew.begin(run)
+        print(f"begins anew at step 0; what was there is kept in {place}", file=sys.stderr)
+    anew.check(run)
+
+
+def _checkpoints(config: Config, run: RunDir, part: str) -> Checkpoints:
     c = config.checkpoint
     return Checkpoints(
-        folder / "checkpoints",
+        run.path / anew.PARTS[part] / "checkpoints",
         keep_latest=c.keep.latest,
         keep_best=c.keep.best,
         best_metric=c.best_metric,
         mode=c.mode,
-        hooks=hooks,
+        hooks=run.hooks,
+        committed=lambda step: run.note_saved(part, step),
     )
 
 
 class _Session:
     """One process's work on a run: what is loaded once and used by training and table alike."""
 
-    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop):
+    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop, step: int):
         self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
         mesh, data = inputs.mesh, inputs.data
         agree.by_leader(lambda: _keep_quarantined(run, data))
@@ -196,9 +227,16 @@ class _Session:
         facts = _fingerprints(config, self.models, data)
         facts |= changes.world(mesh, described["versions"])
         agree.same(facts)
-        agree.by_leader(lambda: changes.check(run, facts))
+        resolved = configs.dump(config)
+
+        def accept(changed: Collection[str]) -> None:
+            run_table.drop(run, _stale(changed))
+            run.configure(resolved)
+
+        changed = agree.by_leader(lambda: changes.check(run, facts, accept))
+        agree.by_leader(lambda: schedule.tell(run, config, changed, step))
         run.update(**described)
-        agree.by_leader(lambda: _keep_words(config, run, self.models))
+        agree.by_leader(lambda: student_folder.keep(config, run, self.models))
         self.method = setup.method_of(config, self.models)
         self.plain, self.taught = data["train"], inputs.taught["train"]
         held_out = HeldOut(
@@ -206,14 +244,16 @@ class _Session:
             config.eval.batch_size,
             config.eval.max_rows,
             mesh,
-            ", ".join(source.path for source in config.data.eval),
+            ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
         self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
         table, student = self.table, self.models.student
-        if checkpoints.latest() is None:
+        if (metrics := self._finished(checkpoints)) is not None:
+            return RunResult(self.run.path, metrics, table.rows)
+        if checkpoints.latest() is None or not table.has("student before"):
             log.info("measuring teacher and student on the held-out data")
             table.add_teacher()
             table.add_student("student before", student.params)
@@ -227,6 +267,25 @@ class _Session:
             _show(table.rows)
         return RunResult(self.run.path, metrics, table.rows)
 
+    def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
+        """The last metrics of a run of which nothing is left to do, said so; else None."""
+        needed = {"student before", "student after"}
+        needed |= {"teacher"} if self.models.teacher is not None else set()
+        needed |= {"SFT control"} if self.config.eval.compare else set()
+        done = self.run.record["status"] == "done" and all(map(self.table.has, needed))
+        if not done or (checkpoints.latest() or 0) < self.config.train.steps:
+            return None
+        metrics = agree.by_leader(lambda: _last_evaluation(self.run.path))
+        if metrics and agree.leads():
+            print(
+                f"{self.run.path}: is finished, all {self.config.train.steps} steps: nothing was "
+                f"trained or measured again; `jaxdistill resume {self.run.path} train.steps=N` "
+                "goes on to step N",
+                file=sys.stderr,
+            )
+            _show(self.table.rows)
+        return metrics
+
     def _control(self) -> None:
         """The same student, data, steps and optimizer on cross-entropy alone, kept in control/."""
         config = self.config.model_copy(
@@ -235,11 +294,11 @@ class _Session:
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
-        folder = self.run.path / "control"
+        folder = self.run.path / anew.PARTS["control"]
         folder.mkdir(exist_ok=True)
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
-        with _checkpoints(config, folder, self.run.hooks) as checkpoints:
+        with _checkpoints(config, self.run, "control") as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
@@ -269,6 +328,24 @@ class _Session:
         )
 
 
+def _stale(changed: Collection[str]) -> Sequence[str]:
+    """Rows of the table that other settings made than those that hold now."""
+    if "config.eval.max_rows" in changed:
+        return run_table.ORDER
+    ours = ("config.train", "config.optimizer", "config.method", "config.student")
+    return ("SFT control", "student after") if any(n.startswith(ours) for n in changed) else ()
+
+
+def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
+    """The metrics of the last evaluation in metrics.jsonl, or None."""
+    records, _ = json_lines.scan(folder / "metrics.jsonl")
+    for record in reversed(records):
+        found = {name: value for name, value in record.items() if name.startswith("eval/")}
+        if found:
+            return {name: math.nan if value is None else value for name, value in found.items()}
+    return None
+
+
 def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset]) -> None:
     """Lists the records that were left out beside the run."""
     for name, dataset in data.items():
@@ -280,15 +357,21 @@ def _report(folder: pathlib.Path) -> None:
     try:
         page = report.build([folder], folder / "report.html")
     except UserError as error:
-        print(f"no report.html: {error}", file=sys.stderr)
+        _say(f"no report.html: {error}", sys.stderr)
     else:
-        print(f"report: {page}")
+        _say(f"report: {page}", sys.stdout)
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
-    print(report.comparison_table(rows))
-    print(report.recovered(rows))
+    _say(report.comparison_table(rows), sys.stdout)
+    _say(report.recovered(rows), sys.stdout)
+
+
+def _say(text: str, stream: Any) -> None:
+    """Prints; that nobody can read it (`| head`, a full disk, a lost terminal) fails no run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 def _fingerprints(
@@ -305,7 +388,7 @@ def _fingerprints(
         prints["teacher.weights"] = changes.weights(models.teacher.params)
     if models.stored is not None and models.stored.store is not None:
         prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
-    prints["config"] = fingerprint(configs.dump(config))
+    prints |= changes.settings(config)
     if config.student.prune:
         file = pathlib.Path(config.student.prune.importance)
         prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -324,19 +407,3 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
         known = {} if arch is None else {"parameters": count_parameters(arch)}
         parts["teacher"] = {"source": models.stored.place, **known}
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
-
-
-def _keep_words(config: Config, run: RunDir, models: setup.Models) -> None:
-    """The student's small files, so that checkpoints can be read on their own."""
-    folder = run.path / STUDENT
-    described = write_config(models.student.config, "float32")
-    try:
-        folder.mkdir(exist_ok=True)
-        run.write_json(f"{STUDENT}/config.json", described)
-        adapters = states.adapters_of(config)
-        if adapters is not None:
-            described = lora.described(adapters, models.student.source)
-            run.write_json(f"{STUDENT}/{lora.FILE}", described)
-        models.tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be written: {error}") from error

@@ -1,7 +1,6 @@
 """Makes the parts of a run from its configuration: models, data, objective, optimizer, step."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxdistill import methods, optim, teachers
+from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.data import pipeline
+from jaxdistill.data import held_out, pipeline
 from jaxdistill.data.dataset import Dataset, empty_row
+from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
@@ -60,16 +60,10 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch_size // config.train.micro_batches
-    for name, size in (
-        ("train.batch_size / train.micro_batches", rows),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if size % parts:
-            raise ConfigError(
-                f"{name} = {size}: must be a multiple of mesh.data * mesh.fsdp = {parts} (there "
-                f"are {mesh.size} devices): change it or the mesh"
-            )
+    train = config.train
+    wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
+    devices = f"there are {mesh.size} devices"
+    errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({devices})") for key, rule in wrong)
     if config.data.seq_len % mesh.shape["context"]:
         raise ConfigError(
             f"data.seq_len = {config.data.seq_len}: must be a multiple of mesh.context = "
@@ -84,18 +78,10 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
     Raises:
       ConfigError: with the numbers and the sizes that would do.
     """
-    parts = mesh.shape["tensor"]
     for who, config in named.items():
         sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
         sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
-        wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
-        if wrong:
-            common = math.gcd(*sizes.values())
-            fits = [n for n in range(1, common + 1) if common % n == 0]
-            raise ConfigError(
-                f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one "
-                f"of {', '.join(map(str, fits[-6:]))}"
-            )
+        errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
 
 
 def shapes_of(config: Config, mesh: Mesh) -> Models:
@@ -117,11 +103,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
             continue
         own, arch = shape.tokenizer, shape.config
         check_rows(name, arch.vocab_size, vocab)
-        if config.data.seq_len > arch.max_positions:
-            raise ConfigError(
-                f"data.seq_len = {config.data.seq_len}: the {name} was made for "
-                f"{arch.max_positions} positions: use at most that"
-            )
+        errors.check(rules.row_length(config.data.seq_len, name, arch.max_positions))
         if own is not None and own is not tokenizer:
             try:
                 check_same(tokenizer, own)
@@ -215,20 +197,39 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
 
 
 def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
-    """The training and the held-out rows, built or taken from the cache."""
-    built = {}
-    for name, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        built[name] = pipeline.build(
-            [open_source(one.path, format=one.format, origin=one.origin) for one in sources],
-            tokenizer,
-            seq_len=config.data.seq_len,
-            packing=config.data.packing,
-            loss_on=config.data.loss_on,
-            cache_dir=config.data.cache_dir,
-            on_bad_record=config.data.on_bad_record,
-            max_bad_fraction=config.data.max_bad_fraction,
-            name=name,
-        )
+    """The training and the held-out rows, built or taken from the cache.
+
+    Raises:
+      DataError: as `pipeline.build`, or if held-out records are trained on.
+    """
+    data, network = config.data, config.security.allow_network
+    train, held = (
+        [
+            open_source(
+                one.path,
+                format=one.format,
+                origin=one.origin,
+                weight=one.weight,
+                allow_network=network,
+            )
+            for one in sources
+        ]
+        for sources in (data.train, data.eval_files)
+    )
+    share = data.held_out_share
+    if share is not None:
+        train, held = held_out.split(train, share)
+    options = data.model_dump(
+        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
+                 "turns", "long_documents", "special_tokens", "template_kwargs"}
+    )  # fmt: skip
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    built = {
+        name: pipeline.build(sources, tokenizer, name=name, **options)
+        for name, sources in (("train", train), ("eval", held))
+    }
+    held_out.check(built["train"], built["eval"])
     return built
 
 
@@ -271,10 +272,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
     objective = built.objective
     teacher = signal_of(config, models, objective) if objective.needs_teacher else teachers.none
     o = config.optimizer
-    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * config.train.steps)
-    rate = optim.learning_rate(
-        o.schedule, o.lr, config.train.steps, warmup=warmup, end_ratio=o.end_lr_ratio
-    )
+    rate = learning_rate_of(config)
     tx = optim.optimizer(
         rate,
         knobs=built.knobs,
@@ -284,6 +282,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
         weight_decay=o.weight_decay,
         objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
         trained=built.trained,
+        scaled=built.scaled,
     )
     loss = steps.make_loss(
         models.student.config,
@@ -325,6 +324,13 @@ def signal_of(
         taps=() if objective is None else objective.teacher_taps,
         relations=() if objective is None else objective.teacher_relations,
     )
+
+
+def learning_rate_of(config: Config) -> optax.Schedule:
+    """Step index -> learning rate."""
+    o, steps = config.optimizer, config.train.steps
+    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
+    return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
 
 
 def teacher_dtype(config: Config) -> jnp.dtype:

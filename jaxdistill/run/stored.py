@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxdistill import methods, teachers
 from jaxdistill.config import Config
 from jaxdistill.config.models import Teacher
-from jaxdistill.data import chat, encode
+from jaxdistill.data import encode, rendering
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.teacher_cache import catalog, formats, taught
 from jaxdistill.data.teacher_cache.formats import Format
@@ -217,7 +217,7 @@ def put_tokenizer(objects: Objects, tokenizer: Any) -> None:
 def words(tokenizer: Any, vocab: int) -> dict[str, Any]:
     """The fields of an identity that decide which tokens a text is."""
     codec = encode.prepare(tokenizer)
-    template = chat.template_of(tokenizer)
+    template = rendering.template_of(tokenizer)
     return {
         "version": formats.VERSION,
         "tokenizer": encode.fingerprint(tokenizer),

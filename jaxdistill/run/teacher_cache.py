@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxdistill
-from jaxdistill import agree, commands, compilation_cache, processes
+from jaxdistill import agree, commands, compilation_cache, errors, processes
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
@@ -125,9 +125,7 @@ def _check_server(options: commands.TeacherCache) -> None:
 
 
 def _check(config: Config) -> None:
-    errors = preflight.check(config, run_dir=False)
-    if errors:
-        raise preflight.combine(errors)
+    errors.check(preflight.check(config, run_dir=False))
 
 
 def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ from typing import Any
 
 from jaxdistill.config import generation
 from jaxdistill.config.generation import Generation
+from jaxdistill.data import rendering
+from jaxdistill.data.sources import open_source
 from jaxdistill.models import Model
-from jaxdistill.reasoning import asking, collect, prompts, served, tasks
+from jaxdistill.reasoning import asking, augment, collect, prompts, served, tasks
 from jaxdistill.reasoning.asking import Respondent, SamplingParams
+from jaxdistill.reasoning.duplicates import Sieve
 from jaxdistill.reasoning.store import Store
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
@@ -25,17 +28,19 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
       samples: per question, in place of sampling.samples.
 
     Returns:
-      See `collect.finish`.
+      See `collect.finish`; for task: augment see `augment.finish`.
 
     Raises:
       DataError: if no sample can be used; says why.
       UserError: whatever is wrong with the configuration, the task or the teacher.
     """
+    if config.augment is not None:
+        return _augmented(config, config.augment)
     count = config.sampling.samples if samples is None else samples
     task = tasks.load(config.task, limit=config.limit)
     with Store(config.output, _asked(config)) as store:
         collect.check_questions(task, store)
-        teacher = _Teacher(config.teacher, task)
+        teacher = _Teacher(config.teacher, task.second_stage)
         collector = collect.Collector(task, store, teacher.open)
         try:
             failed = _collect(config, collector, teacher, count) if collector.missing(count) else {}
@@ -52,6 +57,55 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
         )
 
 
+def _augmented(config: Generation, section: generation.Augment) -> dict[str, Any]:
+    """New records out of given ones: what `generate` does for task: augment."""
+    source = open_source(section.seeds, section.format)
+    seeds, _ = augment.load_seeds(source, config.limit)
+    sieve = Sieve(
+        min_characters=section.min_characters,
+        max_characters=section.max_characters,
+        language=section.language,
+        near=section.near,
+    )
+    teacher = _Teacher(config.teacher, lambda prompt, answer: "")
+    user_turn = section.user_turn or ""
+    if section.magpie and section.user_turn is None:
+        user_turn = rendering.user_turn(teacher.model().tokenizer)
+    sampling = config.sampling.model_dump(exclude={"samples"})
+    named = _named_teacher(config)
+    asked = {
+        "teacher": named,
+        "task": "augment",
+        "augment": {"seeds": sorted(seed.id for seed in seeds), "shown": section.shown,
+                    "user_turn": user_turn},
+        "sampling": config.sampling.model_dump(mode="json", exclude={"samples"}),
+    }  # fmt: skip
+    with Store(config.output, asked) as store:
+        maker = augment.Augmenter(
+            seeds,
+            store,
+            teacher.open,
+            SamplingParams(**sampling),
+            section.candidates,
+            shown=section.shown,
+            user_turn=user_turn,
+        )
+        try:
+            made, dropped = maker.make(sieve)
+        finally:
+            spent = store.spend(maker.spent())  # also of a run that fails
+        return augment.finish(
+            store,
+            made,
+            dropped,
+            maker.failed,
+            spent,
+            seeds=len(seeds),
+            teacher=str(named.get("source") or named["model"]),
+            max_dropped=section.max_dropped,
+        )
+
+
 def _asked(config: Generation) -> dict[str, Any]:
     """What decides the samples; the number of them, and what is kept, may change."""
     tree = config.model_dump(mode="json")
@@ -62,18 +116,25 @@ def _asked(config: Generation) -> dict[str, Any]:
         tree["prompt"]["exemplars"] = [one._asdict() for one in exemplars]
     if config.prompt.preamble is not None:
         tree["prompt"]["preamble"] = prompts.load_preamble(config.prompt.preamble)
-    teacher = tree["teacher"]
-    named = {"source": teacher["source"], "chat": teacher["chat"]}
+    return {
+        "teacher": _named_teacher(config),
+        **{key: tree[key] for key in ("task", "prompt", "sampling")},
+    }
+
+
+def _named_teacher(config: Generation) -> dict[str, Any]:
+    """What of a teacher decides its answers."""
+    teacher = config.teacher.model_dump(mode="json")
     if teacher["api"] is not None:
-        named = {key: teacher["api"][key] for key in ("model", "chat")}
-    return {"teacher": named, **{key: tree[key] for key in ("task", "prompt", "sampling")}}
+        return {key: teacher["api"][key] for key in ("model", "chat")}
+    return {"source": teacher["source"], "chat": teacher["chat"]}
 
 
 class _Teacher:
     """The teacher of a configuration, loaded when it is first asked."""
 
-    def __init__(self, section: generation.AskedTeacher, task: tasks.Task):
-        self._section, self._task = section, task
+    def __init__(self, section: generation.AskedTeacher, second: asking.SecondStage):
+        self._section, self._second = section, second
 
     def open(self, asked: list[str], max_new_tokens: int) -> Respondent:
         """The server; or the model, with room for the longest of these prompts and its answers."""
@@ -84,7 +145,7 @@ class _Teacher:
             self.model(),
             asked,
             max_new_tokens,
-            self._task.second_stage,
+            self._second,
             slots=section.slots,
             chat=section.chat,
             cache_dtype=section.cache_dtype,

@@ -18,7 +18,7 @@ from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import CorpusFeed, Feed
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
-from jaxdistill.run import run_table, setup, states
+from jaxdistill.run import anew, run_table, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
@@ -88,6 +88,7 @@ class Training:
         guard = Guard(self.folder, _policy(self.config), self._rows_per_batch)
         guard.begin(meta)
         latest: dict[str, float] = {}
+        self.run.update(status="running")
         with contextlib.ExitStack() as stack:
             progress = report.Progress(
                 self.config.train.steps,
@@ -107,6 +108,8 @@ class Training:
     def _state(self, student: Model) -> tuple[TrainState, Mapping[str, Any]]:
         """The state of the latest sound checkpoint with its meta, or that before the first step."""
         objective, tx = self.method.objective, self.method.tx
+        part = "student" if self.main else "control"
+        agree.by_leader(lambda: anew.check_part(self.run, part))
         if self.checkpoints.latest() is None:
             return states.create(self.config, student, objective, tx, self.mesh), {}
         shape = states.abstract(self.config, student.config, objective, tx, self.mesh)
@@ -141,7 +144,12 @@ class Training:
         """What keeps the numbers, in one process of the run."""
         if not agree.leads():
             return report.SilentWriter()
-        resume_step = first if (self.folder / "metrics.jsonl").exists() else None
+        there = (self.folder / "metrics.jsonl").exists()
+        resume_step = first if there else None
+        if first and not there:
+            told = f"metrics.jsonl is gone: there are no records of the steps up to {first}"
+            progress.event(told)
+            self.run.event("records_missing", until=first)
         board = self.config.logging.tensorboard
         return report.MetricsWriter(
             self.folder, board, resume_step, notice=progress.event, hooks=self.hooks

@@ -17,6 +17,8 @@ from jaxdistill.compress import importance as scores
 from jaxdistill.config import inherit
 from jaxdistill.config import workflow as files
 from jaxdistill.config.workflow import (
+    ASIDE,
+    STATE,
     CompareStep,
     ExportStep,
     ImportanceStep,
@@ -27,12 +29,12 @@ from jaxdistill.config.workflow import (
 )
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.evaluate import comparison
+from jaxdistill.report import json_lines
 from jaxdistill.run import session
 from jaxdistill.run.export import export, quantize
-from jaxdistill.safe import whole_file
+from jaxdistill.safe import json_file, lock, whole_file
+from jaxdistill.safe.redact import redacted
 
-STATE = "workflow.json"
-ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
 HASHED_BYTES = 1 << 28
 
 
@@ -59,15 +61,25 @@ class Runner:
     def __init__(self, path: str | os.PathLike):
         self.workflow: Workflow = files.load(path)
         self.folder = pathlib.Path(self.workflow.dir)
-        self.state: dict[str, Any] = {"name": self.workflow.name, "steps": {}}
+        self.state = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        """What is noted of the steps.
+
+        Raises:
+          ConfigError: if it cannot be read.
+        """
         file = self.folder / STATE
-        if file.exists():
-            try:
-                self.state = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"{file}: is damaged ({error}): remove it, and all steps run again"
-                ) from error
+        nothing = {"name": self.workflow.name, "steps": {}}
+        try:
+            state = json_file.read(file, {"steps": dict}, missing=nothing)
+            for entry in state["steps"].values():
+                json_file.check(entry, {"fingerprint": str, "status": str, "seconds": (int, float)})
+        except ValueError as error:
+            raise ConfigError(
+                f"{file}: is damaged ({error}): remove it, and all steps run again"
+            ) from error
+        return state
 
     def plan(self, start: str | None = None) -> list[Planned]:
         """What each step needs, in order.
@@ -132,8 +144,17 @@ class Runner:
 
         Raises:
           UserError: of the step that failed; the steps before it are kept.
+          ConfigError: if another process runs the workflow.
         """
-        planned = self.plan(start)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise lock.cannot_write(self.folder, error) from error
+        with lock.held(self.folder):
+            self.state = self._read()  # another process may have held it until now
+            return self._run(self.plan(start), notice)
+
+    def _run(self, planned: list[Planned], notice: Callable[[str], None]) -> pathlib.Path:
         notice(f"workflow {self.workflow.name}: {len(planned)} steps in {self.folder}")
         for number, one in enumerate(planned, 1):
             head = f"[{number}/{len(planned)}] {one.step.name} ({one.step.kind})"
@@ -176,8 +197,8 @@ class Runner:
         self.state["steps"][name] = dict(entry)
         self.state["order"] = [step.name for step in self.workflow.steps]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            whole_file.write_text(self.folder / STATE, json.dumps(self.state, indent=1) + "\n")
+            text = json.dumps(redacted(json_lines.safe(self.state)), indent=1) + "\n"
+            whole_file.write_text(self.folder / STATE, text)
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be written: {error}") from error
 

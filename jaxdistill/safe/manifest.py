@@ -9,7 +9,10 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from isal import isal_zlib  # zlib's CRC-32, in the processor's own instructions
+
 from jaxdistill.errors import DamagedError
+from jaxdistill.safe import json_file
 
 NAME = "manifest.json"
 BLOCK = 1 << 25  # bytes that have a checksum of their own: cores, and processes, share a file
@@ -17,20 +20,26 @@ _WAITS = (1.0, 5.0)  # seconds before a read that failed is tried again
 _PIECE = 1 << 20  # bytes read at a time, small enough to be summed in a core's cache
 
 
-def seal(folder: pathlib.Path, facts: Mapping[str, Any]) -> None:
+def seal(
+    folder: pathlib.Path, facts: Mapping[str, Any], name: str = NAME, block: int = BLOCK
+) -> None:
     """Writes the manifest of a finished folder, and forces all of it to the disk.
 
     Args:
       folder: nothing in it may change from now on.
       facts: anything JSON can hold.
+      name: of the manifest's file.
+      block: bytes that have a checksum of their own.
     """
-    files = {name: {"bytes": size, "crc32": []} for name, size in _sizes(folder).items()}
-    blocks = _blocks(files, BLOCK)
-    for (name, _), crc in zip(blocks, _sums(folder, blocks, BLOCK), strict=True):
+    manifest = name
+    sizes = _sizes(folder, manifest)
+    files = {name: {"bytes": size, "crc32": []} for name, size in sizes.items()}
+    blocks = _blocks(files, block)
+    for (name, _), crc in zip(blocks, _sums(folder, blocks, block), strict=True):
         files[name]["crc32"].append(crc)
-    content = {**facts, "block": BLOCK, "files": files}
+    content = {**facts, "block": block, "files": files}
     sealed = {"crc32": zlib.crc32(_canonical(content)), "content": content}
-    with open(folder / NAME, "w", encoding="utf-8") as file:
+    with open(folder / manifest, "w", encoding="utf-8") as file:
         json.dump(sealed, file, indent=1)
     for path in [folder, *folder.rglob("*")]:
         sync(path)
@@ -45,25 +54,30 @@ def sync(path: pathlib.Path) -> None:
         os.close(handle)
 
 
-def read(folder: pathlib.Path) -> dict[str, Any]:
+def read(folder: pathlib.Path, name: str = NAME) -> dict[str, Any]:
     """The facts of a folder and its `files`, without looking at these.
 
     Raises:
       DamagedError: if the manifest is missing, or is not as it was written.
     """
-    try:
-        sealed = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        intact = sealed["crc32"] == zlib.crc32(_canonical(sealed["content"]))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{folder / NAME}: cannot be read: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise DamagedError(f"{folder / NAME}: damaged: is no manifest") from error
-    if not intact:
-        raise DamagedError(f"{folder / NAME}: damaged: it has another checksum")
+    path = folder / name
+    sealed = json_file.read(path, {"crc32": int, "content": dict})
+    if sealed["crc32"] != zlib.crc32(_canonical(sealed["content"])):
+        raise DamagedError(f"{path}: damaged: it has another checksum")
+    if not isinstance(sealed["content"].get("files"), dict):
+        raise DamagedError(f"{path}: damaged: is no manifest")
     return sealed["content"]
 
 
-def verify(folder: pathlib.Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+def verify(
+    folder: pathlib.Path,
+    part: int = 0,
+    parts: int = 1,
+    *,
+    name: str = NAME,
+    wanted: Callable[[str], bool] = lambda name: True,
+    alone: bool = True,
+) -> dict[str, Any]:
     """Reads the files of a folder against its manifest, and returns that.
 
     Args:
@@ -71,24 +85,30 @@ def verify(folder: pathlib.Path, part: int = 0, parts: int = 1) -> dict[str, Any
       part: of several processes that share the reading, which one this is; each sees all names and
         sizes, and every `parts`-th block.
       parts: how many they are.
+      name: of the manifest's file.
+      wanted: which of its files are looked at, by name.
+      alone: whether a file that the manifest does not name is damage.
 
     Raises:
       DamagedError: naming the first file that is missing, new or changed, and where.
     """
-    content = read(folder)
+    content = read(folder, name)
     files, block = _known(content)
+    files = {file: facts for file, facts in files.items() if wanted(file)}
     try:
-        found = _sizes(folder)
-        _check_names(folder, {name: file["bytes"] for name, file in files.items()}, found)
+        found = {file: size for file, size in _sizes(folder, name).items() if wanted(file)}
+        if not alone:
+            found = {file: size for file, size in found.items() if file in files}
+        _check_names(folder, {file: facts["bytes"] for file, facts in files.items()}, found)
         own = _blocks(files, block)[part::parts]
         sums = _patiently(lambda: _sums(folder, own, block))
     except OSError as error:
         raise DamagedError(f"{folder}: cannot be read: {error}") from error
-    for (name, start), crc in zip(own, sums, strict=True):
-        if crc != files[name]["crc32"][start // block]:
-            end = min(start + block, found[name])
+    for (file, start), crc in zip(own, sums, strict=True):
+        if crc != files[file]["crc32"][start // block]:
+            end = min(start + block, found[file])
             raise DamagedError(
-                f"{folder}: damaged: {name} is changed since it was saved, "
+                f"{folder}: damaged: {file} is changed since it was saved, "
                 f"in bytes {start} to {end}"
             )
     return content
@@ -113,9 +133,9 @@ def _check_names(folder: pathlib.Path, known: Mapping[str, int], found: Mapping[
         raise DamagedError(f"{folder}: damaged: {name} is {state} since it was saved{sizes}")
 
 
-def _sizes(folder: pathlib.Path) -> dict[str, int]:
-    """Name -> bytes, in the order of names."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / NAME]
+def _sizes(folder: pathlib.Path, manifest: str) -> dict[str, int]:
+    """Name -> bytes of all files but the manifest, in the order of names."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / manifest]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
@@ -149,7 +169,7 @@ def _sum(path: pathlib.Path, start: int, count: int) -> int:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while count and (got := file.readinto(piece[: min(_PIECE, count)])):
-            count, crc = count - got, zlib.crc32(piece[:got], crc)
+            count, crc = count - got, isal_zlib.crc32(piece[:got], crc)
     return crc
 
 

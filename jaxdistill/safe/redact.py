@@ -1,20 +1,48 @@
-"""Takes keys and passwords out of text before it is kept or shown."""
+"""Takes keys and passwords out of text before it is kept or shown.
 
+secret_rules.toml has what the keys of many services look like; the patterns here know secrets by
+the names in front of them, and common beginnings of keys whatever follows.
+"""
+
+import functools
 import os
+import pathlib
 import re
-from typing import Any
+import tomllib
+from typing import Any, NamedTuple
 
 _SHOWN = "[redacted]"
 _SHORTEST = 12  # characters of a value of the environment that can be told from a plain word
 # Every part is bounded: a hostile text must not be able to make the search take for ever.
-_NAME = r"(?:secret|passw(?:or)?d|api[_-]?key|(?:auth|access|hf)[_-]?token)"
-_SECRET = re.compile(
-    rf"(?i)(--[\w-]{{0,40}}{_NAME}\s{{1,9}}"
-    rf"|{_NAME}[\"']?\s{{0,9}}[:=]\s{{0,9}}[\"']?"
-    r"|\bbearer\s{1,9}"
-    r"|[?&](?:token|key|sig|signature|x-amz-signature)=)[^\s\"',}&]+"
-    r"|\b(?:hf_|sk-|ghp_|gho_|AKIA)[A-Za-z0-9_-]{16,}"
-    r"|(?<=://)[^\s/:@]{1,100}:[^\s/@]{1,200}(?=@)"
+_NAME = (
+    r"(?:secret|passw(?:or)?d|passphrase|mysql_pwd|credentials?"
+    r"|(?:api|access|account|private|encryption|signing|auth)[_-]?key"
+    r"|(?:api|auth|access|hf|refresh|session|bearer|bot|private|personal|oauth)[_-]?token)"
+)
+_QUOTE = r"(?P<quote>[\"'])?"
+_VALUE = r"(?(quote)[^\"'\n]{1,1000}|[^\s\"',}&]+)"
+_BEGINNINGS = (
+    r"hf_|api_org_|sk-|sk_live_|rk_live_|sk_test_|gh[opsur]_|github_pat_|gl(?:pat|dt|rt|ft|soat|cbt|ptt|agent|imt|oas)-|npm_|pypi-"
+    r"|xox[a-z]-|xapp-|AKIA|ASIA|AIza|ya29\.|SG\.|dop_v1_|doo_v1_|hv[sb]\.|dckr_pat_|whsec_"
+    r"|sntry[su]_|lin_api_|shp(?:at|ss|ca|pa)_|r8_|gsk_|nvapi-|PMAK-|SK(?=[0-9a-f]{32})"
+)
+_SECRETS = (
+    # By name: an option, a field, a header, a part of an address, a line of .netrc.
+    rf"(?i:(--(?=\w)[\w-]{{0,40}}{_NAME}\s{{1,9}}|{_NAME}[\"']?\s{{0,9}}(?:=>|:=|[:=])\s{{0,9}}"
+    r"|\bauthorization[\"']?\s{0,9}[:=]\s{0,9}[\"']?(?:(?:bearer|basic|digest|token|apikey)\s{1,9})?"
+    r"|\bbearer\s{1,9}(?=[\w.~+/=-]{16})|\bbasic\s{1,9}(?=[a-z0-9+/]{6,500}={1,2}(?![\w=]))"
+    r"|\"auth\"\s{0,9}:\s{0,9}(?=\"[a-z0-9+/]{8,500}=)"
+    r"|\blogin\s{1,9}[^\s]{1,100}\s{1,9}password\s{1,9}"
+    rf"|[?&](?:token|key|sig|signature|x-amz-signature)=){_QUOTE}{_VALUE})",
+    r"(?i:(\b(?:set-)?cookie\s{0,9}:\s{0,9})[^\r\n\"']{1,5000})",
+    # By its looks.
+    rf"()\b(?:{_BEGINNINGS})[A-Za-z0-9_.-]{{16,}}",
+    r"()(?<![\w-])eyJ[\w-]{5,5000}\.[\w-]{5,5000}(?:\.[\w-]{0,5000})?",
+    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----[^-]{0,20000}"
+    r"(?:-----END [A-Z0-9 ]{0,60}-----)?",
+    r"()\b[0-9]{8,10}:AA[\w-]{33}(?![\w-])",  # Telegram's
+    r"()\b[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])",  # Discord's
+    r"()(?<=://)[^\s/:@]{0,100}:[^\s/@]{1,200}(?=@)",
 )
 _VARIABLE = re.compile(r"(?i)(?:^|_)(?:key|token|secret|passw(?:or)?d|credentials?)$|api_?key")
 _learnt: set[str] = set()
@@ -37,7 +65,54 @@ def redact(text: str) -> str:
     """
     for value in sorted(_known(), key=len, reverse=True):
         text = text.replace(value, _SHOWN)
-    return _SECRET.sub(lambda match: (match.group(1) or "") + _SHOWN, text)
+    lowered = text.lower()
+    for rule in _rules():
+        if any(word in lowered for word in rule.keywords):
+            text = rule.pattern.sub(rule.hide, text)
+    for pattern in _patterns():
+        text = pattern.sub(_hide, text)
+    return text
+
+
+def _hide(match: re.Match[str]) -> str:
+    """What stands for a secret: what names it, and a quote that opens it, stay."""
+    quote = match.groupdict().get("quote") or ""
+    return f"{match[1] or ''}{quote}{_SHOWN}"
+
+
+class _Rule(NamedTuple):
+    """One of the list: a pattern that is looked for where one of the words is."""
+
+    keywords: tuple[str, ...]
+    regex: str
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Compiled when it is first needed."""
+        return _compiled(self.regex)
+
+    @staticmethod
+    def hide(match: re.Match[str]) -> str:
+        """The match without its secret, which is the last group or all of it."""
+        start, end = match.span(match.lastindex or 0)
+        return match[0][: start - match.start()] + _SHOWN + match[0][end - match.start() :]
+
+
+@functools.cache
+def _compiled(regex: str) -> re.Pattern[str]:
+    return re.compile(regex)
+
+
+@functools.cache
+def _rules() -> tuple[_Rule, ...]:
+    text = pathlib.Path(__file__).with_name("secret_rules.toml").read_text(encoding="utf-8")
+    rules = tomllib.loads(text).values()
+    return tuple(_Rule(tuple(rule["keywords"]), rule["regex"]) for rule in rules)
+
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], ...]:
+    return tuple(map(re.compile, _SECRETS))
 
 
 def redacted(value: Any) -> Any:

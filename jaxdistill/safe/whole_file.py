@@ -22,3 +22,15 @@ def write_text(path: pathlib.Path, text: str) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
+
+
+def usual_mode(path: pathlib.Path) -> None:
+    """Gives a file the mode that new files have here: some writers make theirs private."""
+    probe = path.with_name(path.name + ".mode")
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        mode = os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        probe.unlink()
+    os.chmod(path, mode)

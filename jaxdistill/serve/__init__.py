@@ -1,1 +1,5 @@
-"""The server that speaks OpenAI's protocol: `jaxdistill serve`."""
+"""Serves a model by OpenAI's protocol: `jaxdistill serve`."""
+
+from jaxdistill.serve.command import serve
+
+__all__ = ["serve"]

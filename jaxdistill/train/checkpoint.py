@@ -55,6 +55,7 @@ class Checkpoints:
         best_metric: str | None = None,
         mode: Literal["min", "max"] = "min",
         hooks: Hooks = NO_HOOKS,
+        committed: Callable[[int], Any] = lambda step: None,
     ):
         """Opens a folder of checkpoints.
 
@@ -66,6 +67,7 @@ class Checkpoints:
           best_metric: a name among the metrics given to `save`.
           mode: whether its smallest or its largest value is the best. NaN and infinities rank last.
           hooks: what the caller handed in.
+          committed: called with every step that has its checkpoint, in the thread that writes.
 
         Raises:
           ConfigError: if keep_best asks for a ranking without a metric.
@@ -76,7 +78,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._keep_latest, self._keep_best = keep_latest, keep_best
         self._metric, self._mode = best_metric, mode
-        self._hooks = hooks
+        self._hooks, self._committed = hooks, committed
         self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         try:
@@ -175,6 +177,7 @@ class Checkpoints:
         response.result()
         if self._writes():
             step_folders.commit(self.directory, step, facts, self._hooks)
+            self._committed(step)
             assert self._keep_latest is not None
             there = step_folders.readable(self.directory)
             keep = step_folders.kept(there, self._keep_latest, self._keep_best)

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jaxdistill import agree
 from jaxdistill.errors import DamagedError, DivergedError, StorageError
 from jaxdistill.report import MetricsWriter, Progress
-from jaxdistill.safe import whole_file
+from jaxdistill.safe import json_file, whole_file
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.train.table import flatten
 from jaxdistill.types import Batch, Span
@@ -128,10 +128,20 @@ class Guard:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps of the guard, as JSON can hold it."""
-        return {"spikes": self._spikes.state()}
+        return {"spikes": self._spikes.state(), "rollbacks": len(self.rollbacks)}
 
     def begin(self, meta: Mapping[str, Any]) -> None:
-        """Starts from the state of a checkpoint, or from the start, where `meta` is empty."""
+        """Starts from the state of a checkpoint, or from the start, where `meta` is empty.
+
+        Raises:
+          DamagedError: if the checkpoint knows of more rollbacks than the list has.
+        """
+        if len(self.rollbacks) < meta.get("rollbacks", 0):
+            raise DamagedError(
+                f"{self.folder / FILE}: holds {len(self.rollbacks)} rollbacks, and the checkpoint "
+                f"was made after {meta['rollbacks']}: rows that were left out for good would be "
+                "met again: restore the file, or start a new run"
+            )
         self.in_a_row, self._first_bad, self._rerun = 0, None, None
         self._spikes.load(meta.get("spikes", {}))
 
@@ -293,12 +303,13 @@ def _union(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _read(path: pathlib.Path, rows_per_batch: Callable[[], int] | None) -> list[dict[str, Any]]:
     try:
-        rollbacks = json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            return []
+        rollbacks = json_file.parse(path.read_bytes())
+        assert isinstance(rollbacks, list) and all(isinstance(one, dict) for one in rollbacks)
         units = ["batch" if "first_batch" in one else "row" for one in rollbacks]
         for one, unit in zip(rollbacks, units, strict=True):
             assert 0 <= int(one[f"first_{unit}"]) < int(one[f"end_{unit}"])
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise DamagedError(
             f"{path}: the list of rollbacks cannot be read ({error!r}), and with it which rows "

@@ -282,12 +282,15 @@ def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[s
     def split(array):
         return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
 
+    # In bfloat16 the later parts would be lost beside the sum of the earlier ones.
+    wide = lambda leaf: jnp.promote_types(leaf.dtype, jnp.float32)
+
     def body(carry, part):
-        return jax.tree.map(jnp.add, carry, one(*part)), None
+        return jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), carry, one(*part)), None
 
     numbered = jax.tree.map(split, batch), jnp.arange(parts)
     shapes = jax.eval_shape(one, *jax.tree.map(lambda array: array[0], numbered))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf)), shapes)
     return jax.lax.scan(body, zeros, numbered)[0]
 
 

@@ -13,7 +13,7 @@ import pytest
 from jaxdistill import models
 from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.formats import compressed
+from jaxdistill.formats import compressed, sums
 from jaxdistill.formats.families import tensor_rows
 from jaxdistill.models import decoder, quantized
 from jaxdistill.sharding import make_mesh
@@ -213,6 +213,7 @@ def test_bad_input_is_told(model, tmp_path, monkeypatch):
         quantize.check_backend("int8_dynamic")
     monkeypatch.undo()
     folder = models.save(small, tmp_path / "q")
+    (folder / sums.FILE).unlink()
     raw = json.loads((folder / "config.json").read_text())
     for key, value in (("quant_method", "gptq"), ("format", "marlin-24"), ("config_groups", {})):
         changed = raw | {"quantization_config": raw["quantization_config"] | {key: value}}

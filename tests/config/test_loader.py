@@ -122,6 +122,12 @@ logging: {tensorboard: yes}
         ("data.train=[]", "needs 1 or more entries"),
         ("data.train={path: x}", "must be a list"),
         ("data.eval=[{path: a.jsonl}]", "must not be trained on"),
+        ("data.eval={fraction: 0}", "data.eval.fraction = 0: must be above 0"),
+        ("data.eval={part: 0.1}", "data.eval.fraction: required, but missing"),
+        ("data.eval=a.jsonl", "must be a list, such as [a, b], or {fraction: 0.01}"),
+        ("data.eval=[{path: c.jsonl, weight: 2}]", "held-out records are measured once"),
+        ("data.template_kwargs={a: [1]}", "data.template_kwargs.a: must be text, a number"),
+        ("data.turns=each", "learns single turns: use data.loss_on: assistant"),
         (
             'data={train: [{path: "python:docs"}], eval: [{path: "python:docs?split=held_out"}]}',
             "must not be trained on",

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from jaxdistill import config
+from jaxdistill import config, errors, rules
 from jaxdistill.config import preflight
 from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError
 
@@ -35,7 +35,7 @@ def base(tmp_path, monkeypatch):
     longer = LLAMA | {"max_position_embeddings": 128}
     model_folder(tmp_path / "small", longer, tokenizer("a", "b"))
     for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"text": "x"}\n')
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}\n')
     return tmp_path
 
 
@@ -75,11 +75,11 @@ def test_a_complete_run_has_no_errors(base):
         ("teacher.source=pickled", ModelError, "can run code when it is read"),
         ("teacher.source=broken", ModelError, "config.json: is not JSON"),
         ("teacher.source=list", ModelError, "must hold a JSON object"),
-        ("teacher.source=other", MismatchError, 'differ at 1 ids (1: teacher "c", student "b")'),
+        ("teacher.source=other", MismatchError, "1 of 3 ids differ (1: teacher 'c', student 'b')"),
         ("teacher.source=package:no_such_package/x.gguf", ModelError, "is not installed"),
         ("teacher.source=package:jaxdistill/../../x", ModelError, "has no file"),
         ("teacher.source=package:jaxdistill", ModelError, "write it as package:NAME/FILE"),
-        ("student={from: teacher, layers: [0, 4]}", ConfigError, "4 is too high"),
+        ("student={from: teacher, layers: [0, 4]}", ConfigError, "the teacher's layers are 0 to 3"),
         ("student={random: {like: nowhere}}", ModelError, "student.random.like"),
         ("tokenizer.from=nowhere", ModelError, "tokenizer.from"),
         ("run.dir=held", ConfigError, "jaxdistill resume held"),
@@ -160,7 +160,40 @@ def test_a_long_path_is_an_error_and_no_crash(base):
     assert [type(error) for error in check(f"data.train.0.path={'x' * 1000}")] == [DataError]
 
 
+def test_what_a_start_would_refuse_of_the_shapes_is_said_already(base):
+    """The sentences are those of `rules`, which a start asks with the loaded models."""
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 12}
+    shape = LLAMA | sizes | {"vocab_size": 2}
+    model_folder(base / "odd", shape, tokenizer("a", "b"))
+    found = check("teacher.source=odd", "mesh={fsdp: 4, tensor: 2}", "train.batch_size=8")
+    expected = [
+        *rules.tensor_axis(2, "teacher", {"heads": 6, "kv_heads": 3, "mlp": 12}),
+        *rules.head_rows("teacher", 2, 3),
+    ]
+    assert [str(error) for error in found] == [str(error) for error in expected]
+    assert "kv_heads = 3: take one of 1, 3" in str(expected[0])
+
+
 def test_several_errors_become_one_with_the_smallest_exit_code():
-    error = preflight.combine([ModelError("m"), DataError("d"), ModelError("n")])
+    error = errors.combined([ModelError("m"), DataError("d"), ModelError("n")])
     assert isinstance(error, DataError)
     assert str(error) == "m\nd\nn"
+
+
+def test_the_training_file_under_another_name_is_no_held_out_data(base):
+    (base / "link.jsonl").symlink_to(base / "a.jsonl")
+    (base / "copy.jsonl").write_bytes((base / "a.jsonl").read_bytes())
+    (base / "data").mkdir()
+    (base / "data/b.jsonl").write_bytes((base / "a.jsonl").read_bytes())
+    for path in ("./a.jsonl", base / "a.jsonl", "link.jsonl", "copy.jsonl", "data", '"*y.jsonl"'):
+        [error] = check(f"data.eval.0.path={path}")
+        assert 'is "a.jsonl" of data.train again' in str(error) and "fraction" in str(error)
+    assert check("data.eval={fraction: 0.1}") == []
+
+
+def test_data_that_needs_more_than_a_file(base):
+    [error] = check("data.chat_template=none.jinja")
+    assert "data.chat_template" in str(error) and "no such file" in str(error)
+    [error] = check('data.train.0.path="hf:org/name"')
+    assert "security.allow_network: true" in str(error)
+    assert check('data.train.0.path="hf:org/name"', "security.allow_network=true") == []

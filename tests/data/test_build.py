@@ -74,14 +74,19 @@ def test_any_file_is_used_and_quarantined_to_the_last_line(lines, tmp_path_facto
         "quarantine_path": folder / "bad.jsonl",
     }
     source = open_source(path, "text")
+    if path.read_bytes().startswith((b"\xff\xfe", b"\xfe\xff")):
+        with pytest.raises(DataError, match="written in UTF-16"):
+            pipeline.build(source, byte_tokenizer, **options)
+        return
     if not good:
         with pytest.raises(DataError, match="none of the|is empty"):
             pipeline.build(source, byte_tokenizer, **options)
         return
     dataset = pipeline.build(source, byte_tokenizer, **options)
     assert (dataset.records, dataset.used) == (len(records), len(good))
-    assert dataset.quarantined == len(records) - len(good)
-    if dataset.quarantined:
+    left_out = dataset.quarantined + dataset.empty
+    assert left_out == len(records) - len(good)
+    if left_out:
         bad = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
         assert [entry["line"] for entry in bad] == sorted(set(records) - good)
         assert all(entry["file"] == str(path) and entry["reason"] for entry in bad)
@@ -106,12 +111,13 @@ def test_any_conversations_are_used_or_quarantined(data, tmp_path_factory, byte_
     except DataError as error:
         assert "none of the" in str(error)
     else:
-        assert dataset.records == len(records) == dataset.used + dataset.quarantined
+        assert dataset.records == len(records)
+        assert dataset.records == dataset.used + dataset.quarantined + dataset.empty
         assert all(row["mask"].any() for row in dataset)
 
 
 def test_too_many_bad_records_are_an_error_with_reasons(build, jsonl, tmp_path):
-    lines = [{"text": "a"}] * 96 + [b"{", {"text": 1}, {"no": 1}, {"text": ""}]
+    lines = [{"text": "a"}] * 96 + [b"{", {"text": 1}, {"no": 1}, {"text": "\0"}]
     path, bad = jsonl(lines), tmp_path / "bad.jsonl"
     with pytest.raises(DataError) as caught:
         build(path, max_bad_fraction=0.03, quarantine_path=bad)
@@ -181,6 +187,8 @@ def test_wrong_settings_name_the_field(build, jsonl):
         "packing": "first",
         "loss_on": "user",
         "long_documents": "drop",
+        "turns": "all",
+        "special_tokens": "keep",
         "on_bad_record": "skip",
         "max_bad_fraction": 1.5,
     }.items():
@@ -198,10 +206,10 @@ def test_long_documents(build, jsonl, caplog):
     assert "1 of 2 documents" in caplog.text
     split = build(path, long_documents="split")
     assert (split.truncated, split.num_tokens, split.notices) == (0, 42 + 3, ())
-    refused = build(path, long_documents="reject", max_bad_fraction=1.0)
-    assert (refused.used, refused.quarantined) == (1, 1)
+    refused = build(path, long_documents="reject")
+    assert (refused.used, refused.quarantined, refused.too_long) == (1, 0, 1)
     with pytest.raises(DataError, match="too long: 42 tokens, seq_len is 16"):
-        build(path, long_documents="reject")
+        build(jsonl(lines[:1], "long.jsonl"), long_documents="reject")
     text = build(jsonl([{"text": "a" * 40}], "t.jsonl"))
     assert (text.truncated, text.num_tokens) == (0, 41)
     assert build(jsonl([{"text": "a" * 15}], "t.jsonl"), long_documents="truncate").truncated == 0
@@ -232,7 +240,7 @@ def test_the_fingerprint_sees_every_byte_and_setting(fingerprints, byte_tokenize
         fingerprints(seq_len=17),
         fingerprints(packing="none"),
         fingerprints(long_documents="truncate"),
-        fingerprints(chat_template="x"),
+        fingerprints(special_tokens="parse"),
     ]
     assert len({base, *others}) == len(others) + 1
     # What does not change the rows does not change the fingerprint.
@@ -316,3 +324,78 @@ def test_real_questions(reference_data, build, tmp_path):
     expected = sum(len(row["answer"].encode()) + 1 for row in rows)
     assert dataset.num_loss_tokens == expected
     assert dataset.fill() > 0.98
+
+
+def test_empty_long_and_marked_records_are_counted_apart_from_broken_ones(build, jsonl, tmp_path):
+    chat = lambda size, **more: {
+        "messages": [
+            {"role": "user", "content": "x" * size},
+            {"role": "assistant", "content": "a"},
+        ],
+        **more,
+    }
+    lines = [chat(2)] * 6 + [chat(200), {"messages": []}, chat(2, weight=0), chat(2, id=7)]
+    options = {"loss_on": "assistant", "seq_len": 64, "on_bad_record": "fail"}
+    made = build(jsonl(lines), quarantine_path=tmp_path / "left.jsonl", **options)
+    counts = (made.used, made.quarantined, made.empty, made.too_long, made.unlearned)
+    assert counts == (7, 0, 1, 1, 1) and made.records == 10
+    told = " ".join(made.notices)
+    assert "1 of 10 records are empty" in told and "nothing to learn within seq_len" in told
+    assert "marked as not learned" in told and "fields that are not read: `id`" in told
+    assert len((tmp_path / "left.jsonl").read_text().splitlines()) == 3
+    assert build(jsonl(lines), **options).notices == made.notices  # from the cache
+
+
+RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+
+
+@pytest.mark.parametrize("special_tokens", ["text", "parse"])
+def test_text_that_is_rendered_already(build, jsonl, byte_tokenizer, special_tokens):
+    path = jsonl([{"text": RENDERED}, {"text": "plain"}])
+    made = build(path, seq_len=96, packing="none", special_tokens=special_tokens)
+    tokens = made[0]["tokens"][made[0]["segment_ids"] > 0].tolist()
+    if special_tokens == "text":
+        assert "1 records hold special tokens as text, such as '<|im_start|>'" in made.notices[0]
+        assert byte_tokenizer.convert_tokens_to_ids("<|im_start|>") not in tokens
+    else:
+        # No second end token behind the one that is there.
+        assert tokens == byte_tokenizer(RENDERED)["input_ids"] and made.notices == ()
+        plain = made[1]["tokens"][made[1]["segment_ids"] > 0].tolist()
+        assert byte_tokenizer.decode(plain) == "plain<|end|>"
+    pair = {"prompt": RENDERED.removesuffix("yo<|im_end|>\n"), "completion": "yo<|im_end|>\n"}
+    made = build(
+        jsonl([pair], "p.jsonl"), seq_len=96, loss_on="completion", special_tokens=special_tokens
+    )
+    learned = made[0]["targets"][made[0]["mask"]].tolist()
+    whole = byte_tokenizer("yo<|im_end|>\n")["input_ids"]
+    assert (learned == whole) is (special_tokens == "parse")
+
+
+def test_settings_that_a_kind_cannot_have(build, jsonl):
+    chat, text = jsonl([talk(("assistant", "x"))], "c.jsonl"), jsonl([{"text": "a"}])
+    with pytest.raises(ConfigError, match="special_tokens: 'parse' is for text"):
+        build(chat, special_tokens="parse")
+    for field, value in (("chat_template", "x"), ("template_kwargs", {"a": 1})):
+        with pytest.raises(ConfigError, match=f"data.{field}: has no effect on 'text'"):
+            build(text, **{field: value})
+
+
+@pytest.mark.parametrize(("weight", "copies"), [(1.0, 5), (2.0, 10), (2.5, 12), (0.5, 2), (0.1, 0)])
+def test_the_weight_of_a_source_is_how_often_its_records_are_read(build, jsonl, weight, copies):
+    ours = jsonl([{"text": f"a{number}"} for number in range(5)], "a.jsonl")
+    sources = [open_source(ours, weight=weight), jsonl([{"text": "b"}], "b.jsonl")]
+    made = build(sources, packing="none")
+    assert (made.used, made.num_documents) == (6, copies + 1)
+    with pytest.raises(DataError, match="weight 0.0: must be above 0"):
+        open_source(ours, weight=0.0)
+
+
+def test_the_files_of_a_folder_are_named_one_by_one(build, jsonl, tmp_path):
+    (tmp_path / "d").mkdir()
+    jsonl([{"text": "a"}], "d/a.jsonl")
+    jsonl([b"{"], "d/b.jsonl")
+    with pytest.raises(DataError, match=r"d/b.jsonl:1: bad JSON"):
+        build(tmp_path / "d")
+    jsonl([talk(("assistant", "x"))], "d/b.jsonl")
+    with pytest.raises(DataError, match="mixed kinds.*a.jsonl holds 'text'.*b.jsonl:1 is 'messag"):
+        build(tmp_path / "d")

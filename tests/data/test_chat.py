@@ -3,9 +3,10 @@ import copy
 import pytest
 from tokenizers import processors
 
-from jaxdistill.data.chat import ChatEncoder, template_of
+from jaxdistill.data.chat import ChatEncoder
 from jaxdistill.data.encode import prepare
 from jaxdistill.data.records import Record
+from jaxdistill.data.rendering import template_of
 from jaxdistill.errors import DataError
 
 GENERATION = (
@@ -158,24 +159,35 @@ def test_added_tokens_that_are_not_special_are_the_assistants_to_write(bpe_token
     assert tokenizer.convert_tokens_to_ids("<think>") in document.ids[document.loss]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(byte_tokenizer):
+def test_a_turn_that_the_template_does_not_print_is_not_learned_and_counted(byte_tokenizer):
     forgetful = (
         "{% for m in messages %}[{{ m.role }}]"
         "{{ m.content if loop.last or m.role == 'user' else '...' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    reason = encode(byte_tokenizer, SHORT, template=forgetful)
-    assert "cannot tell where the assistant's message 3 lies" in reason and "generation" in reason
-    assert not isinstance(encode(byte_tokenizer, SHORT, "all", forgetful), str)
-    one = talk(("user", "a"), ("assistant", "b"))
-    document = encode(byte_tokenizer, one, template=forgetful)
-    assert counted(byte_tokenizer, document) == ["b<|im_end|>"]
+    codec = prepare(byte_tokenizer)
+    for loss_on, learned in (("assistant", ["e f<|im_end|>"]), ("all", None)):
+        encoder = ChatEncoder(codec, forgetful, loss_on)
+        [document] = encoder.encode([SHORT])
+        assert learned is None or counted(byte_tokenizer, document) == learned
+        assert "leaves out 1 of 3 characters" in encoder.notices()[0]
     # A generation prompt that the turn itself does not begin with.
     thoughtful = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
     )
-    assert "cannot tell" in encode(byte_tokenizer, one, template=thoughtful)
+    document = encode(byte_tokenizer, talk(("user", "a"), ("assistant", "b")), template=thoughtful)
+    assert counted(byte_tokenizer, document) == ["b<|end|>"]
+
+
+def test_a_template_that_depends_on_the_letters_is_refused(byte_tokenizer):
+    moody = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '!' if 'c' in m.content }}"
+        "<|im_end|>{% endfor %}"
+    )
+    assert "depends on the letters" in encode(byte_tokenizer, SHORT, template=moody)
+    shuffled = "{% for m in messages|reverse %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+    assert isinstance(encode(byte_tokenizer, SHORT, template=shuffled), str)
 
 
 def test_a_template_that_refuses_gives_its_reason(byte_tokenizer):
@@ -232,8 +244,8 @@ def test_no_template(byte_tokenizer):
 
 
 def test_a_conversation_of_endless_turns_is_set_aside(byte_tokenizer, monkeypatch):
-    """Rendering up to each turn takes the square of their number: 10 MB could take for days."""
-    monkeypatch.setattr("jaxdistill.data.chat._MAX_PREFIXES", 100_000)
+    """Rendering up to turns can take the square of their number: 10 MB could take for days."""
+    monkeypatch.setattr("jaxdistill.data.spans.MAX_PREFIXES", 8_000)
     encoder = ChatEncoder(prepare(byte_tokenizer), byte_tokenizer.chat_template, "assistant")
     short, endless = (
         Record("messages", ("a", "b") * turns, 1, ("user", "assistant") * turns)

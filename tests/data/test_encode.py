@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.data.encode import (
@@ -139,6 +139,21 @@ def test_one_refused_text_does_not_take_the_others_along():
     assert "the tokenizer refuses the text" in bad
 
 
+def test_a_text_that_a_normaliser_blows_up_is_refused_and_others_stay():
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "x": 1, "b": 2}, merges=[]))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace("a", "x" * 16)]
+    )
+    codec = prepare(PreTrainedTokenizerFast(tokenizer_object=backend))
+    much, fair, short = "b" * 5000 + "a" * 5000, "b" * 9000 + "a" * 1000, "a" * 60
+    first, second, third = encode_text(codec, [much, fair, short])
+    assert first == "the tokenizer makes more than 4 times as many characters of the text"
+    assert (len(second), len(third)) == (9000 + 16_000, 960)
+    assert (
+        prepare(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))).growing is None
+    )
+
+
 def test_the_fingerprint_follows_behaviour_not_use(byte_tokenizer, bpe_tokenizer):
     before = fingerprint(byte_tokenizer)
     byte_tokenizer.backend_tokenizer.enable_padding()
@@ -149,3 +164,21 @@ def test_the_fingerprint_follows_behaviour_not_use(byte_tokenizer, bpe_tokenizer
         tokenizer_object=byte_tokenizer.backend_tokenizer, eos_token="<|im_end|>"
     )
     assert fingerprint(other) != before
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_a_tokenizer_that_draws_its_tokens_draws_no_more(kind, caplog):
+    if kind == "BPE":
+        vocab = {"a": 0, "aa": 1, "aaaa": 2}
+        model = models.BPE(vocab, [("a", "a"), ("aa", "aa")], dropout=0.5)
+    else:
+        model = models.Unigram([("a", -1.0), ("aa", -1.5), ("aaaa", -2.0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    if kind == "Unigram":  # which no file can say
+        tokenizer.backend_tokenizer.model.alpha = 0.1
+        tokenizer.backend_tokenizer.model.nbest_size = 64
+    codec = prepare(tokenizer)
+    assert "makes tokens random, is switched off" in caplog.text
+    first, *others = [encode_text(codec, ["a" * 64]) for _ in range(5)]
+    for other in others:
+        assert repr(other) == repr(first)

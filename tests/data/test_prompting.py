@@ -62,7 +62,7 @@ def test_what_cannot_be_a_prompt_is_said(tokenizer, monkeypatch):
     for turns, words in (
         ([], "holds no message"),
         ([{"role": "<|im_end|>", "content": "a"}], "unknown role"),
-        ([{"role": "user", "content": ["a"]}], "must be a string"),
+        ([{"role": "user", "content": ["a"]}], "must be an object"),
         ([3], "must be an object"),
     ):
         with pytest.raises(DataError, match=f"messages: .*{words}"):
@@ -80,3 +80,13 @@ def test_a_template_cannot_forge_the_place_of_a_special_token(byte_tokenizer, mo
     monkeypatch.setattr(byte_tokenizer, "chat_template", forged + "{{ messages[0].content }}")
     with pytest.raises(DataError, match="cuts through a special token"):
         Prompter(byte_tokenizer).turns([{"role": "user", "content": "<|im_end|>"}])
+
+
+def test_whoever_renders_alone_may_have_special_tokens_read(prefix_tokenizer):
+    text = "<|im_start|>user\nhi<|im_end|>\n"
+    prompter = Prompter(prefix_tokenizer, "parse")
+    assert prompter.text(text) == prefix_tokenizer(text)["input_ids"]
+    # What the template prints first is not put there twice; messages are as ever.
+    assert prompter.text("<s>" + text) == prefix_tokenizer("<s>" + text)["input_ids"][1:]
+    turns = [{"role": "user", "content": ATTACK}]
+    assert prompter.turns(turns) == Prompter(prefix_tokenizer).turns(turns)

@@ -1,8 +1,13 @@
 import builtins
+import bz2
+import gzip
+import json
+import lzma
+import tracemalloc
 
 import pytest
 
-from jaxdistill.data import sources
+from jaxdistill.data import files, parquet
 from jaxdistill.data.records import Record, Rejected
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -80,12 +85,10 @@ def test_a_record_of_two_kinds_asks_for_the_format(jsonl):
 def test_what_cannot_be_opened_says_why(tmp_path, jsonl):
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
         open_source(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="is a folder"):
-        open_source(tmp_path)
-    for ending, hint in ((".json", "write a JSON list as .jsonl"), (".csv", "use .jsonl")):
-        (tmp_path / f"a{ending}").write_text("x")
-        with pytest.raises(DataError, match=hint):
-            open_source(tmp_path / f"a{ending}")
+    for name in ("a.xlsx", "a.parquet.gz", "a"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(DataError, match="cannot be read: use .jsonl"):
+            open_source(tmp_path / name)
     with pytest.raises(DataError, match="format 'chat' is unknown"):
         open_source(jsonl([]), "chat")
     with pytest.raises(DataError, match="'plain' is for text files"):
@@ -106,7 +109,7 @@ def test_a_text_file_is_one_document_or_one_of_each_paragraph(tmp_path):
 
 @pytest.mark.parametrize("format", ["plain", "paragraphs"])
 def test_a_long_text_comes_in_pieces_that_join_to_the_whole(tmp_path, monkeypatch, format):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 40)
+    monkeypatch.setattr(files, "PIECE_BYTES", 40)
     lines = [f"line {number} of a text" for number in range(20)]
     path = tmp_path / "a.txt"
     path.write_text("\n".join(lines) + "\n\nlast\n")
@@ -166,6 +169,41 @@ def test_parquet_rows_are_records(tmp_path):
         list(open_source(path))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_small_parquet_file_stays_small(tmp_path, nested):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64), ["ab " * 333_333])
+    if nested:
+        roles = pyarrow.array(["user", "assistant"] * 32)
+        turns = pyarrow.StructArray.from_arrays([roles, long], ["role", "content"])
+        offsets = [*range(0, 41, 2), 64, None, 64]  # rows of 2 MB, one of 24 MB, one that is null
+        table = {"messages": pyarrow.ListArray.from_arrays(offsets, turns)}
+    else:
+        table = {"text": long}
+    path = tmp_path / "a.parquet"
+    write(pyarrow.table(table), path, compression="zstd")
+    assert path.stat().st_size < 3000
+    tracemalloc.start()
+    count = sum(isinstance(item, Record) for item in open_source(path))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == (20 if nested else 64) and most < 50_000_000
+    if nested:
+        assert rejected(open_source(path))[0] == (21, "too large: more than 10 MB in one row")
+
+
+def test_a_parquet_file_that_claims_too_much_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    write(pyarrow.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
+    for name in ("MAX_VALUES", "MAX_DECODED"):
+        with monkeypatch.context() as patch:
+            patch.setattr(parquet, name, 50)
+            with pytest.raises(DataError, match="row group 0 claims 100 values"):
+                list(open_source(tmp_path / "a.parquet"))
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"x")
     original = builtins.__import__
@@ -196,3 +234,142 @@ def test_real_files(reference_data):
     reasons = rejected(open_source(path))
     assert len(reasons) == len(lines) == 7473
     assert all("found `question`, `answer`" in reason for _, reason in reasons)
+
+
+LINES = b'{"text": "a b"}\n{"text": "c"}\n'
+PACKED = {"jsonl": lambda data: data, "jsonl.gz": gzip.compress, "jsonl.bz2": bz2.compress,
+          "ndjson.xz": lzma.compress}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", PACKED)
+def test_compressed_lines(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(PACKED[ending](LINES))
+    assert texts(open_source(path)) == ["a b", "c"]
+    if ending != "jsonl":
+        for broken in (path.read_bytes()[:-5], b"nonsense"):
+            path.write_bytes(broken)
+            with pytest.raises(DataError, match="compression is damaged"):
+                list(open_source(path))
+
+
+def test_zstandard_and_compressed_text(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(pyarrow.compress(LINES, codec="zstd", asbytes=True))
+    assert texts(open_source(path)) == ["a b", "c"]
+    path.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="compression is damaged"):
+        list(open_source(path))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo"))
+    assert texts(open_source(tmp_path / "a.txt.gz", "paragraphs")) == ["one", "two"]
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'jaxdistill\[parquet\]', or compress"):
+        list(open_source(path))
+
+
+def test_a_list_in_json_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_BYTES", 7)
+    path = tmp_path / "a.json"
+    rows = [{"text": f"é \\ ] [ {number}" * number} for number in range(1, 30)]
+    for indent in (None, 2):
+        path.write_text(" " + json.dumps(rows, indent=indent, ensure_ascii=indent is None) + "\n")
+        source = open_source(path)
+        assert texts(source) == [row["text"] for row in rows]
+    assert [item.line for item in source][-1] == 29
+    path.write_bytes(LINES)  # lines under another name
+    assert texts(open_source(path)) == ["a b", "c"]
+    path.write_text("[]")
+    assert list(open_source(path)) == []
+    for broken, words in (
+        ('[{"text": "a"}, {"te', "bad JSON behind record 1"),
+        ('[{"text": "a"}', "behind record 1: the list is not closed"),
+        ('{\n "data": [1]\n}', "one JSON object over several lines"),
+        ("[" * 200_000, "nested too deeply"),
+    ):
+        path.write_text(broken)
+        with pytest.raises(DataError, match=words):
+            list(open_source(path))
+    path.write_bytes(b'["\xff"]')
+    with pytest.raises(DataError, match="invalid UTF-8"):
+        list(open_source(path))
+
+
+def test_tables_of_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbftext,id\r\n"a ""b\nx",1\r\nc,2\nz\n,3\n\xff,4\n')
+    source = open_source(path)
+    assert texts(source) == ['a "b\nx', "c"] and source.unread == {"id"}
+    assert rejected(source) == [
+        (5, "has 1 cells, but the first row names 2 fields"),
+        (6, "empty: field `text` has no text"),
+        (7, "invalid UTF-8"),
+    ]
+    other = tmp_path / "a.tsv"
+    other.write_text('messages\tweight\n"[{""role"": ""assistant"", ""content"": ""hi""}]"\t1\n')
+    assert texts(open_source(other)) == ["hi"]
+    for broken in ("text,text\na,b\n", "", 'text\n"a\n'):
+        path.write_text(broken)
+        with pytest.raises(DataError, match="must name the fields, each once|not a readable table"):
+            list(open_source(path))
+
+
+def test_folders_and_patterns(tmp_path):
+    for name, content in {
+        "d/b.jsonl": '{"text": "b"}', "d/sub/a.csv": "text\na\n", "d/README.md": "words",
+        "d/LICENSE.txt": "words", "d/x.bin": "x", "d/.hidden/c.jsonl": '{"text": "no"}',
+        "e/a.txt": "one", "e/b.md": "two", "mixed/a.txt": "x", "mixed/b.jsonl": "{}",
+        "none/x.bin": "x", "model/config.json": "{}",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = open_source(tmp_path / "d")
+    assert texts(found) == ["b", "a"] and len(found.parts) == 2
+    assert "3 files in it are not read: LICENSE.txt, README.md, x.bin" in found.notes[0]
+    assert texts(open_source(tmp_path / "e")) == ["one", "two"]
+    assert texts(open_source(f"{tmp_path}/**/*.csv")) == ["a"]
+    for name, words in {
+        "mixed": "files of text .a.txt. and of records .b.jsonl.: name the ones to read",
+        "none": "folder without files that can be read",
+        "model": "is a folder of a model",
+        "*.nothing": "no file matches",
+    }.items():
+        with pytest.raises(DataError, match=words):
+            open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.json"])
+def test_other_encodings_are_called_by_their_name(tmp_path, encoding, name):
+    path = tmp_path / name
+    path.write_bytes(('{"text": "hello"}\n' * 2).encode(encoding))
+    with pytest.raises(DataError, match=rf"written in {encoding[:6].upper()}, not in UTF-8: iconv"):
+        list(open_source(path))
+
+
+def test_data_sets_of_the_library(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the extra `hf` is not installed")
+    made = datasets.Dataset.from_dict({"text": ["a", None, "c"], "id": [1, 2, 3]})
+    made.save_to_disk(tmp_path / "saved")
+    source = open_source(f"hf:{tmp_path}/saved")
+    assert texts(source) == ["a", "c"] and source.unread == {"id"}
+    assert rejected(source) == [(2, "empty: field `text` is null")]
+    split = datasets.DatasetDict({"train": made, "test": made.select([0])})
+    split.save_to_disk(tmp_path / "parts")
+    part = open_source(f"hf:{tmp_path}/parts?split=test", "text")
+    assert texts(part) == ["a"] and part.digest() != source.digest()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/train.jsonl").write_bytes(LINES)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert texts(open_source(f"hf:{tmp_path}/files")) == ["a b", "c"]
+    with pytest.raises(DataError, match="cannot be read as a data set"):
+        list(open_source(f"hf:{tmp_path}/parts?split=none"))
+
+
+def test_a_name_on_the_hub_needs_leave_and_its_options_are_known(tmp_path):
+    with pytest.raises(DataError, match="security.allow_network: true"):
+        open_source("hf:org/name")
+    with pytest.raises(DataError, match="write it as hf:NAME"):
+        open_source(f"hf:{tmp_path}?spilt=train")
+    with pytest.raises(DataError, match="'plain' is for text files"):
+        open_source(f"hf:{tmp_path}", "plain")

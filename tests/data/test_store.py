@@ -1,10 +1,13 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from jaxdistill.data import store
-from jaxdistill.errors import StorageError
+from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import manifest
 
 
@@ -40,7 +43,7 @@ def test_a_sealed_folder_is_whole(tmp_path):
     assert store.problem(folder) is None
     assert manifest.read(folder)["fingerprint"] == "f"
     arrays = store.read_arrays(folder)
-    assert all(isinstance(array, np.memmap) and len(array) == 5 for array in arrays.values())
+    assert all(len(array) == 5 for array in arrays.values())
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -107,5 +110,69 @@ def test_what_cannot_be_written_names_the_place(tmp_path):
 def test_arrays_with_objects_are_refused(tmp_path):
     folder = sealed(tmp_path)
     np.save(folder / "tokens.npy", np.asarray([{}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="pickle|Object|object"):
+    with pytest.raises(DamagedError, match="holds object, not int32"):
         store.read_arrays(folder)
+
+
+def long(tmp_path, monkeypatch, kept):
+    """A set with several blocks in each array, read once."""
+    monkeypatch.setattr(store, "_KEPT_BLOCKS", kept)
+    values = np.random.default_rng(0).integers(0, 99, 3 * store.BLOCK // 4).astype(np.int32)
+    folder = tmp_path / "set"
+    with store.new_folder(folder) as temporary:
+        for name, dtype in store.ARRAYS.items():
+            writer = store.ArrayWriter(temporary / f"{name}.npy", dtype)
+            writer.append(values.astype(dtype))
+            writer.finish()
+        store.seal(temporary, {})
+    array = store.read_arrays(folder)["tokens"]
+    np.testing.assert_array_equal(array[:], values)
+    return folder / "tokens.npy", array, values
+
+
+def test_slices_are_those_of_numpy(tmp_path, monkeypatch):
+    _, array, values = long(tmp_path, monkeypatch, kept=2)
+    draw = np.random.default_rng(1)
+    edge = store.BLOCK // 4
+    cuts = [(0, 0), (5, 2), (edge - 40, edge), (0, len(values)), (len(values) - 1, len(values) + 9)]
+    cuts += [tuple(sorted(draw.integers(0, len(values), 2).tolist())) for _ in range(20)]
+    for first, last in cuts:
+        np.testing.assert_array_equal(array[first:last], values[first:last])
+
+
+def test_what_changes_after_the_start_is_found_before_it_is_used(tmp_path, monkeypatch):
+    path, array, values = long(tmp_path, monkeypatch, kept=1)
+    raw = path.read_bytes()
+    for place in np.random.default_rng(2).integers(0, len(raw), 12):
+        changed = bytearray(raw)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        with pytest.raises(DamagedError, match="tokens.npy: is changed since it was written"):
+            array[:], array[:]
+        path.write_bytes(raw)
+    np.testing.assert_array_equal(array[:], values)
+    os.truncate(path, 100)
+    with pytest.raises(DamagedError, match="tokens.npy"):
+        array[:]
+
+
+def test_a_small_set_is_read_once(tmp_path, monkeypatch):
+    path, array, values = long(tmp_path, monkeypatch, kept=100)
+    os.truncate(path, 100)
+    np.testing.assert_array_equal(array[:], values)
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path, caplog):
+    program = """
+import os, pathlib, signal, sys
+from jaxdistill.data import store
+with store.new_folder(pathlib.Path(sys.argv[1])) as inside:
+    (inside / "tokens.npy").write_bytes(b"x" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "set")]
+    assert subprocess.run(command, check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    sealed(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert str(left) in caplog.text

@@ -260,9 +260,11 @@ def test_remat_scan_and_vmap_keep_the_gradient():
         jax.grad(lambda hs: jax.lax.scan(lambda c, _: (c + loss(hs), None), 0.0, None, length=3)[0])
     )(x["hs"])
     mapped = jax.jit(jax.vmap(jax.grad(loss)))(jnp.stack([x["hs"], x["hs"]]))
+    summed = jax.jit(jax.grad(lambda hs: jax.vmap(loss)(hs).sum()))(jnp.stack([x["hs"]] * 2))
     np.testing.assert_allclose(rematted, plain, atol=1e-7)
     np.testing.assert_allclose(scanned, 3 * plain, atol=1e-6)
     np.testing.assert_allclose(mapped[1], plain, atol=1e-7)
+    np.testing.assert_allclose(summed[1], plain, atol=1e-7)
 
 
 def test_no_buffer_of_tokens_times_vocabulary():
@@ -286,6 +288,13 @@ def test_chunks_are_equal_and_within_the_budget():
     assert chunk_size(1024, 32_000, "cpu") * 32_000 * 4 <= 2**25 + 8 * 32_000 * 4
     assert chunk_size(8192, 128_256, "gpu") == 512
     assert chunk_size(8192, 128_256, "gpu", itemsize=2) == 1024
+    for tokens, vocab in ((8192, 151_936), (4096, 151_936), (8192, 128_256), (1000, 2_000_000)):
+        for itemsize in (2, 4):
+            chunk = chunk_size(tokens, vocab, "gpu", itemsize)
+            assert chunk % (128 if vocab < 10**6 else 64) == 0
+            assert chunk * vocab * itemsize <= max(2**28, 64 * vocab * itemsize)
+    assert chunk_size(100, 640, "gpu") == 128
+    assert chunk_size(64, 640, "gpu") == chunk_size(3, 640, "gpu") == 64
     for tokens in (1, 5, 8, 100, 1000, 4096):
         chunk = chunk_size(tokens, 32_000, "cpu")
         assert 1 <= chunk <= tokens

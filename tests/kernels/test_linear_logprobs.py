@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels import linear_logprobs, support
+from jaxdistill.kernels import linear_divergence, linear_logprobs, support
 
 pytestmark = pytest.mark.floor
 N, V, D, K, TOP = 24, 53, 8, 3, 2
@@ -199,11 +199,11 @@ def test_vmap_remat_and_scan_keep_the_gradient():
     loss = lambda hidden: jnp.sum(linear_logprobs(hidden, head, ids, chunk=8).logprobs ** 2)
     hidden = jnp.float32(x["hidden"])
     plain = jax.jit(jax.grad(loss))(hidden)
-    both = jnp.stack([hidden, hidden])
-    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(both)[1], plain, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(hidden), plain, atol=1e-6)
+    both, near = jnp.stack([hidden, hidden]), {"atol": 1e-6 * float(jnp.abs(plain).max())}
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(loss)))(both)[1], plain, **near)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.checkpoint(loss)))(hidden), plain, **near)
     total = lambda both: jax.vmap(loss)(both).sum()
-    np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, **near)
 
 
 def test_no_buffer_of_tokens_times_vocabulary():
@@ -222,6 +222,35 @@ def test_no_buffer_of_tokens_times_vocabulary():
     )
     assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
     assert f"[{tokens},{vocab}]" not in compiled.as_text()
+
+
+def test_no_head_crosses_the_mesh(mesh8):
+    """Tokens are brought together; the heads' rows and what is of their number stay."""
+    vocab = 648
+    place = lambda *axes: jax.NamedSharding(mesh8, jax.P(*axes))
+    shape = lambda spec, dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=place(*spec))
+    whole = (("data", "fsdp"), None, None)
+    hidden = shape(whole, jnp.float32, 8, 8, 16)
+    head = shape((("tensor", "fsdp"), None), jnp.float32, vocab, 16)
+    ids, logprobs = shape(whole, jnp.int32, 8, 8, 4), shape(whole, jnp.float32, 8, 8, 4)
+
+    def loss(hidden, head, ids, logprobs):
+        said = linear_logprobs(hidden, head, ids, sets=[[1, 2]], chunk=8, mesh=mesh8)
+        known = linear_divergence(
+            hidden, head, teacher_ids=ids, teacher_logprobs=logprobs, chunk=8, mesh=mesh8
+        )[0]
+        return known + jnp.mean(said.logprobs) + jnp.mean(said.log_masses * said.entropy[..., None])
+
+    compiled = jax.jit(
+        jax.grad(loss, argnums=(0, 1)), out_shardings=(hidden.sharding, head.sharding)
+    )
+    text = compiled.lower(hidden, head, ids, logprobs).compile().as_text()
+    gathered = [
+        line.split(" all-gather(")[0] for line in text.splitlines() if " all-gather(" in line
+    ]
+    assert gathered, "tokens are brought together"
+    assert not [line for line in gathered if f"{vocab}" in line or f"{vocab // 2}" in line]
+    assert f"[64,{vocab}]" not in text
 
 
 @pytest.mark.parametrize(
@@ -245,6 +274,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
         ({"softcap": -1.0}, "softcap"),
         ({"head": jnp.ones((V, D + 1))}, "head"),
         ({"implementation": "mosaic_gpu"}, "of one alone are XLA's"),
+        ({"implementation": "reference", "vocab_axes": "model"}, "a whole head"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(change, words):

@@ -185,18 +185,19 @@ def test_metrics_can_be_left_out_and_change_nothing_else(x):
 
 
 MESHES = [(1, 8, 1, 1), (8, 1, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)]
+KL = {"kind": "forward_kl", "alpha": 0.3, "temperature": 2.0, "label_smoothing": 0.1}
+OPTIONS = [
+    {"kind": "generalized_jsd", "parameters": (0.3,), "alpha": 0.3},
+    {"taid_t": 0.4, "alpha": 0.1, "student_softcap": 2.5, "teacher_softcap": 4.0},
+    {"kind": cubed_gap, "alpha": 0.2},
+]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"kind": "forward_kl", "alpha": 0.3, "temperature": 2.0, "label_smoothing": 0.1},
-        {"kind": "generalized_jsd", "parameters": (0.3,), "alpha": 0.3},
-        {"taid_t": 0.4, "alpha": 0.1, "student_softcap": 2.5, "teacher_softcap": 4.0},
-        {"kind": cubed_gap, "alpha": 0.2},
-    ],
-    ids=["kl", "jsd", "taid", "function"],
+    ("sizes", "options"),
+    [(sizes, KL) for sizes in MESHES]
+    + [((1, 2, 2, 2), options) for options in OPTIONS]
+    + [((2, 1, 1, 4), options) for options in OPTIONS],
 )
 def test_every_mesh_gives_the_same(x, sizes, options):
     if jax.device_count() < 8:
@@ -304,3 +305,21 @@ def test_inside_a_shard_map_of_ones_own(x):
     np.testing.assert_allclose(got[0], value, rtol=2e-6)
     for ours, want in zip(got[1:], slopes[:2], strict=True):
         np.testing.assert_allclose(ours, want, atol=3e-6 * float(jnp.abs(want).max()))
+
+
+def test_padded_columns_of_float16_are_no_tokens():
+    """V of no multiple of the devices, smoothed over the real columns alone."""
+    rng = np.random.default_rng(0)
+    h, w = (jnp.asarray(rng.normal(size=shape), jnp.float16) for shape in ((4, 8), (11, 8)))
+    mesh = sharding.make_mesh(1, 1, 2, 1, devices=jax.devices()[:2])
+    run = jax.jit(
+        lambda h: linear_divergence(
+            h, w, labels=jnp.arange(4), alpha=1.0, label_smoothing=0.1, mesh=mesh
+        )[0]
+    )
+    with jax.set_mesh(mesh):
+        value = run(h)
+    logits = np.float64(np.float16(np.float32(h) @ np.float32(w).T))
+    log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    want = (-0.9 * log_q[range(4), range(4)] - 0.1 * log_q.mean(1)).mean()
+    np.testing.assert_allclose(value, want, rtol=1e-5)

@@ -287,7 +287,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
         ({"sampled_ids": [1]}, "sampled_ids and sampled_logprobs"),
         ({"sampled_ids": [1], "sampled_logprobs": [-1.0]}, "only generalized_reverse_kl"),
         ({"teacher_hidden": np.ones((1, 2)), "teacher_head": np.ones((V, 2))}, "in place of"),
-        ({"taid_t": 0.5}, "in place of"),
+        ({"taid_t": 0.5}, "taid_t"),
     ],
 )
 def test_bad_input_is_named(change, words):

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels import choice, divergence, rows
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice, divergence, linear_divergence, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients
-from jaxdistill.kernels.tiling import Tiling
+from jaxdistill.kernels.tiling import Tiling, heuristic, within
 from jaxdistill.losses import divergences
 
 NAMES = (*stats.MOMENTS, stats.ECHO)
@@ -211,3 +212,117 @@ def test_divergence_on_the_gpu_kernel_equals_xla(kind, monkeypatch):
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
     np.testing.assert_allclose(np.float32(got[1][0]), np.float32(want[1][0]), rtol=1e-2, atol=1e-6)
     np.testing.assert_allclose(got[1][1], want[1][1], rtol=2e-5)
+
+
+KL = ("sum_s", "sum_z", "gap_z")
+
+
+def kl_of(found, temperature):
+    logs = np.log(np.float64(found["sum_s"])) - np.log(np.float64(found["sum_z"]))
+    return temperature**2 * (np.float64(found["gap_z"]) / np.float64(found["sum_z"]) + logs)
+
+
+@mosaic
+@pytest.mark.parametrize("taid_t", [None, 0.3])
+def test_parts_of_nothing_but_impossible_entries_change_nothing(taid_t):
+    """A shard of the vocabulary, a first tile, a whole row; at any temperature, T is traced."""
+    from jaxdistill.kernels import mosaic_gpu
+
+    taid_t = None if taid_t is None else jnp.float32(taid_t)
+
+    @jax.jit
+    def run(student, teacher, temperature):
+        coefficients = Coefficients(jnp.float32(0), temperature, (), taid_t)
+        return mosaic_gpu.statistics(
+            KL, student, teacher, coefficients, Tiling(64, 1, 1), interpreted()
+        )
+
+    student, teacher = make(64, 128)
+    none = jnp.full((64, 128), -jnp.inf)
+    one_tile = [x.at[:, :64].set(-jnp.inf) for x in (student, teacher)]
+    if taid_t is not None:
+        one_tile[1] = teacher.at[:, 64:].set(
+            one_tile[1][:, 64:]
+        )  # impossible for the student alone
+    one_tile = [x.at[7].set(-jnp.inf) for x in one_tile]
+    axis0 = (lambda x: jnp.max(x, 0), lambda x: jnp.sum(x, 0))
+    for temperature in (0.3, 0.7, 0.9, 1.0, 1.7, 2.0, 3.3):
+        T = jnp.float32(temperature)
+        found = run(*one_tile, T)
+        want = exact(clamped(*one_tile, taid_t), temperature)
+        if taid_t is None:
+            np.testing.assert_allclose(kl_of(found, temperature)[7], 0)
+        rows_ = np.arange(64) != 7
+        for name in KL:
+            error = np.abs(found[name] - want[name]) / (1 + np.abs(want[name]))
+            assert error[rows_].max() < 1e-5, (temperature, name)
+        whole = run(student, teacher, T)
+        merged = stats.combine(
+            jax.tree.map(lambda *x: jnp.stack(x), run(none, none, T), whole),
+            stats.Scales(1 / T, 1.0),
+            *axis0,
+        )
+        np.testing.assert_allclose(kl_of(merged, temperature), kl_of(whole, temperature), rtol=1e-6)
+
+
+@mosaic
+def test_splits_without_a_tile_read_nothing():
+    from jaxdistill.kernels import mosaic_gpu
+
+    student, teacher = make(64, 256)
+    coefficients = Coefficients(jnp.float32(0), jnp.float32(2))
+    found = mosaic_gpu.statistics(  # two tiles each for two splits, none for the third
+        KL, student - 9, teacher - 9, coefficients, Tiling(64, 1, 3), interpreted()
+    )
+    want = exact(clamped(student - 9, teacher - 9), 2.0)
+    for name in KL:
+        np.testing.assert_allclose(found[name], want[name], rtol=1e-5)
+
+
+def test_tiles_lie_inside_the_array_where_copies_know_no_bounds():
+    for tokens, vocab in ((8192, 151_936), (64, 50_304), (1024, 640), (128, 128_256)):
+        for columns, split in ((64, 1), (128, 7), (256, 3)):
+            one = within(Tiling(columns, 4, split), vocab, "NVIDIA A100-SXM4-80GB")
+            assert vocab % one.columns == 0
+            assert vocab // one.columns % one.split == 0
+            assert 1 <= one.split <= split
+            assert within(one, vocab, "NVIDIA H100") == one
+        chosen = heuristic(tokens, vocab, "bfloat16", "NVIDIA A100-SXM4-80GB")
+        assert vocab // chosen.columns % chosen.split == 0
+
+
+A100, H100 = (choice.Device("gpu", f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB"))
+
+
+@mosaic
+def test_rows_that_an_a100_would_read_past_the_end_are_refused():
+    for tokens, runs in ((64, True), (100, False), (824, False)):
+        state = choice.support(640, "bfloat16", device=A100, tokens=tokens)["mosaic_gpu"]
+        assert state.runs == runs
+        assert choice.support(640, "bfloat16", device=H100, tokens=tokens)["mosaic_gpu"].runs
+    assert "multiple of 64" in state.reason
+    with pytest.raises(ConfigError, match="multiple of 64"):
+        choice.choose("mosaic_gpu", 640, "bfloat16", device=A100, tokens=100)
+
+
+@mosaic
+def test_the_kernel_of_the_head_loss_is_given_whole_tiles_of_rows(monkeypatch):
+    """In the program lowered for a GPU; TAID's target and float16 take their own ways there."""
+    monkeypatch.setattr(choice, "current_device", lambda: A100)
+    shape = jax.ShapeDtypeStruct
+    arguments = (
+        shape((100, 8), jnp.float16), shape((100, 8), jnp.float16), shape((650, 8), jnp.float16)
+    )  # fmt: skip
+    loss = lambda s, t, head: linear_divergence(s, head, t, head, taid_t=0.5, temperature=2.0)[0]
+    text = jax.jit(loss).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    given = [line for line in text.splitlines() if "mosaic_gpu_v2" in line]
+    assert given
+    assert all("(tensor<128x704xf16>, tensor<128x704xf16>, " in line for line in given)
+    dense = lambda s, t: divergence(s, t).sum()
+    apart = shape((128, 640), jnp.float32), shape((128, 640), jnp.bfloat16)  # read as one type
+    text = jax.jit(lambda *x: dense(*x)).trace(*apart).lower(lowering_platforms=("cuda",)).as_text()
+    assert "(tensor<128x640xf32>, tensor<128x640xf32>, " in text
+    logits = shape((100, 640), jnp.bfloat16)
+    with pytest.warns(UserWarning, match="multiple of 64"):
+        text = jax.jit(dense).trace(logits, logits).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu_v2" not in text

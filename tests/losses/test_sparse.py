@@ -105,13 +105,65 @@ def test_hard_logits_are_finite(tail, dtype):
     ("change", "words"),
     [
         ({"tail": "zero"}, "must be one of ghost"),
-        ({"ids": jnp.zeros((2, 5, 3), jnp.int32)}, "K from 1 to V"),
-        ({"ids": jnp.zeros((2, 5, 2))}, "must be integers"),
-        ({"student_logits": jnp.zeros((5, 7))}, r"\[5, 7\]"),
+        ({"teacher_ids": jnp.zeros((2, 5, 3), jnp.int32)}, "K from 1 to V"),
+        ({"teacher_ids": jnp.zeros((2, 5, 2), jnp.int32)}, "stands twice"),
+        ({"teacher_logprobs": jnp.ones((2, 5, 2))}, "must be at most 0"),
+        ({"teacher_logprobs": jnp.full((2, 5, 2), -0.1)}, "sum to 1.81"),
+        ({"teacher_ids": jnp.zeros((2, 5, 2))}, "must be integers"),
+        ({"student_logits": jnp.zeros((5, 7))}, r"\[5, 'K'\]"),
     ],
 )
 def test_what_does_not_fit_is_named(change, words):
     student, teacher, _ = inputs()
     ids, logprobs = kept(teacher, 2)
+    given = {"student_logits": student, "teacher_ids": ids, "teacher_logprobs": logprobs}
     with pytest.raises(ValueError, match=words):
-        losses.topk_kl(**({"student_logits": student, "ids": ids, "logprobs": logprobs} | change))
+        losses.topk_kl(**(given | change))
+
+
+# Of z = (1, .5, 0, -1) and z_T = (.2, 1.2, -.5, .3), from a float64 program of somebody else.
+STUDENT, TEACHER = jnp.array([1, 0.5, 0, -1]), jnp.array([0.2, 1.2, -0.5, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("ids", "reverse", "value", "slope"),
+    [
+        ([0, 1], True, 0.210508, (0.308968, -0.243836, -0.047615, -0.017517)),
+        ([1, 3], True, 0.126341, (0.114095, -0.096130, 0.041973, -0.059938)),
+        ([1, 3], False, 0.170900, (0.173979, -0.117938, 0.064003, -0.120044)),
+    ],
+)
+def test_the_generalised_kl_has_the_oracles_values(ids, reverse, value, slope):
+    ids = jnp.array(ids)
+    logprobs = jax.nn.log_softmax(TEACHER)[ids]
+    loss = lambda s: losses.topk_generalized_kl(s, ids, logprobs, reverse=reverse)
+    got, by_logits = jax.value_and_grad(loss)(STUDENT)
+    np.testing.assert_allclose(got, value, atol=1e-6)
+    np.testing.assert_allclose(by_logits, slope, atol=1e-6)
+    given = losses.topk_kl(STUDENT, ids, logprobs, teacher_rest=1 - jnp.exp(logprobs).sum())
+    np.testing.assert_allclose(given, losses.topk_kl(STUDENT, ids, logprobs), rtol=1e-6)
+
+
+def test_sub_measures_that_a_truncated_kl_would_put_below_zero():
+    student = jnp.log(jnp.array([0.30, 0.25, 0.45]))
+    ids, logprobs = jnp.array([0, 1]), jnp.log(jnp.array([0.02, 0.01]))
+    truncated = losses.topk_kl(student, ids, logprobs, tail="drop")
+    np.testing.assert_allclose(truncated, -0.0863, atol=1e-4)
+    np.testing.assert_allclose(
+        losses.topk_generalized_kl(student, ids, logprobs), 0.4337, atol=1e-4
+    )
+
+
+def test_drawn_tokens_have_the_whole_rows_mean():
+    """By enumeration: each token drawn, weighed by its probability."""
+    p, q = jax.nn.softmax(TEACHER), jax.nn.softmax(STUDENT)
+    one = lambda s, y: losses.sampled_cross_entropy(s, jnp.array([y]), jnp.zeros(1))
+    mean = lambda s: sum(p[y] * one(s, y) for y in range(4))
+    whole = lambda s: -jnp.sum(p * jax.nn.log_softmax(s))
+    np.testing.assert_allclose(jax.grad(mean)(STUDENT), jax.grad(whole)(STUDENT), atol=1e-6)
+    ids, log_p = jnp.array([1, 3]), jnp.log(p)
+    tail = lambda s, y: losses.sampled_reverse_kl(s, ids, log_p[ids], jnp.array(y), log_p[y])
+    mean = lambda s: sum(q[y] * tail(s, y) for y in range(4))
+    value, slope = jax.value_and_grad(mean)(STUDENT)
+    np.testing.assert_allclose(value, 0.306657, atol=1e-6)
+    np.testing.assert_allclose(slope, (0.293048, -0.253492, 0.055495, -0.095050), atol=1e-6)

@@ -248,3 +248,17 @@ def test_it_runs_in_the_fused_head_loss(name):
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError):
         call(*logits())
+
+
+@pytest.mark.parametrize("alphas", [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.5)])
+def test_alphanet_pulls_across_gaps_that_float32_cannot_hold(alphas):
+    s, t = jnp.array([[0.0, -90.0, -120.0]]), jnp.array([[-90.0, 0.0, -1.0]])
+    run = jax.value_and_grad(lambda s, t: losses.alphanet(s, t, alphas=alphas).sum())
+    value, slope = run(s, t)
+    with jax.enable_x64(True):
+        want, wide = run(*(jnp.asarray(np.float64(x)) for x in (s, t)))
+        want, wide = np.asarray(want), np.asarray(wide)
+    np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(slope, wide, atol=1e-6)
+    if 1.0 in alphas:
+        np.testing.assert_allclose(slope, [[1.0, -0.7310586, -0.2689414]], rtol=1e-5)

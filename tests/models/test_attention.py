@@ -43,6 +43,7 @@ def _expected(config, layer, query, key, value, segments):
     return mixed
 
 
+@pytest.mark.usefixtures("contracted")
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("config", [CONFIG, CAPPED], ids=["plain", "capped"])
 def test_xla_and_splash_equal_the_definition(config, layer):
@@ -57,6 +58,7 @@ def test_xla_and_splash_equal_the_definition(config, layer):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.usefixtures("contracted")
 def test_splash_has_the_gradient_of_xla_also_on_a_mesh():
     query, key, value, segments = map(jnp.asarray, _arrays(4))
     weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)

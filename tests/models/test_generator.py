@@ -101,6 +101,7 @@ def test_draws_equal_a_loop_without_a_cache(model, filters):
             assert done.tokens == expected
 
 
+@pytest.mark.usefixtures("contracted")
 def test_logprobs_are_those_of_a_training_forward(model):
     for settings in ({"temperature": 1.3, "top_p": 0.9}, {}):
         for row in model.complete(PROMPTS, samples=2, max_new_tokens=12, **settings):

@@ -204,3 +204,69 @@ def test_rates_that_cannot_be_meant_raise(arguments, message):
     shape, peak, steps, warmup = arguments
     with pytest.raises(ConfigError, match=message):
         optim.learning_rate(shape, peak, steps, warmup=warmup)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_few_bits_move_as_float32_would(dtype):
+    """100 updates of 3e-5 on weights of 0.02, each below the half of what bfloat16 tells apart."""
+    draw = lambda seed: jnp.asarray(np.random.default_rng(seed).normal(size=(64, 64)), jnp.float32)
+    gradients = [{"student": {"w": draw(n) + 0.3}} for n in range(4)]
+    tx = optim.optimizer(3e-5, weight_decay=0.0, clip_norm=None)
+
+    @jax.jit
+    def one(gradient, state, params):
+        updates, state = tx.update(gradient, state, params, value=jnp.float32(1), metrics={})
+        return optax.apply_updates(params, updates), state
+
+    def moved(dtype):
+        first = params = {"student": {"w": (draw(9) * 0.02).astype(dtype)}}
+        state = tx.init(params)
+        for n in range(100):
+            params, state = one(gradients[n % 4], state, params)
+        assert params["student"]["w"].dtype == dtype
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("int32"), jnp.float32}
+        wide = [np.float64(tree["student"]["w"].astype(jnp.float32)) for tree in (first, params)]
+        return wide[1] - wide[0]
+
+    want, got = moved("float32"), moved(dtype)
+    assert (got == 0).mean() < 0.05
+    np.testing.assert_allclose(np.abs(got).mean(), np.abs(want).mean(), rtol=0.02)
+    np.testing.assert_allclose(got.mean(), want.mean(), rtol=0.02)
+
+
+def test_what_is_frozen_or_not_finite_is_not_rounded():
+    params = {"w": jnp.full((64,), 0.3, jnp.bfloat16)}
+    tx = optim.optimizer(0.0, clip_norm=None, weight_decay=0.0)
+    updates, state = tx.update({"w": jnp.ones(64)}, tx.init(params), params)
+    np.testing.assert_array_equal(optax.apply_updates(params, updates)["w"], params["w"])
+    updates, _ = tx.update({"w": jnp.full(64, jnp.nan)}, state, params)
+    assert np.isnan(np.float32(optax.apply_updates(params, updates)["w"])).all()
+
+
+def test_a_scaled_update_keeps_the_curriculum_that_adam_divides_out():
+    """CTKD's w of slope 1 is the sum of lr |lambda| after 25 of 100 steps, not lr times 25."""
+    ramp = optim.schedule("cosine", 0.0, -1.0, 100)
+    scaled = {"objective/temperature": lambda step: -ramp(step)}
+    params = {"student": {"w": jnp.zeros(())}, "objective": {"temperature": {"w": jnp.zeros(())}}}
+
+    def run(tx, reversed_by):
+        tree, state = params, tx.init(params)
+        for n in range(25):
+            slope = {
+                "student": {"w": jnp.float32(-1)},
+                "objective": {"temperature": {"w": jnp.float32(reversed_by(n))}},
+            }
+            updates, state = tx.update(slope, state, tree)
+            tree = optax.apply_updates(tree, updates)
+        return float(tree["objective"]["temperature"]["w"]), float(tree["student"]["w"])
+
+    plain = optim.optimizer(0.01, clip_norm=None)
+    tx = optim.optimizer(0.01, clip_norm=None, scaled=scaled)
+    want = 0.01 * sum(-float(ramp(n)) for n in range(25))
+    for factor in (ramp, lambda n: -1.0):
+        w, student = run(tx, factor)
+        assert w == pytest.approx(want, rel=0.35 if factor is ramp else 1e-3)
+        assert student == pytest.approx(0.25, rel=1e-3)
+    assert run(plain, ramp)[0] > 4 * want
+    with pytest.raises(ConfigError, match="scaled"):
+        optim.optimizer(0.01, scaled={"objective/other": ramp}).init(params)

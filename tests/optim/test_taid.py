@@ -85,3 +85,13 @@ def test_it_must_be_given_the_loss():
     tx = optim.taid(10)
     with pytest.raises(ValueError, match="value=loss"):
         tx.update({}, tx.init({}), {})
+
+
+def test_linear_ends_at_t_end_and_the_error_names_the_value():
+    tx = optim.taid(10, t_end=0.9, mode="linear")
+    state = tx.init({})
+    for _ in range(20):
+        _, state = tx.update({}, state, {}, value=jnp.float32(2.0))
+    assert state.knobs["taid_t"].value == jnp.float32(0.9)
+    with pytest.raises(ConfigError, match="loss/divergence.*loss/target_entropy"):
+        tx.update({}, state, {})

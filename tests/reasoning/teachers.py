@@ -1,6 +1,7 @@
 """A scripted teacher, a tiny model that speaks, and a server with scripted faults."""
 
 import dataclasses
+import gzip
 import http.server
 import json
 import threading
@@ -57,7 +58,16 @@ class Script(http.server.BaseHTTPRequestHandler):
             self.connection.close()
             return
         if isinstance(fault, int):
-            return self._send(fault, {"error": {"message": f"scripted {fault}"}}, retry="0")
+            told = {"error": {"message": f"scripted {fault}"}}
+            return self._send(fault, told, **{"Retry-After": "0"})
+        if fault in ("drip", "drip headers"):
+            return self._drip(headers=fault == "drip headers")
+        if fault == "redirect":
+            return self._send(307, "", Location="http://localhost:1/v1/completions")
+        if fault == "gzip":
+            return self._send(200, gzip.compress(b" " * 1000), **{"Content-Encoding": "gzip"})
+        if fault == "large":
+            return self._send(200, " " * 100_000)
         if fault == "not json":
             return self._send(200, "<html>")
         if fault == "no choices":
@@ -67,6 +77,8 @@ class Script(http.server.BaseHTTPRequestHandler):
         answer = self._answer(body, 1 if fault == "one" else body["n"])
         if fault == "half a character":
             answer["choices"][0]["text"] = "\ud83d"
+        if isinstance(fault, dict):
+            answer["usage"] |= fault
         if fault == "no number":
             answer["choices"][0]["logprobs"]["token_logprobs"] = [-0.5, float("nan")]
         self._send(200, answer)
@@ -86,13 +98,22 @@ class Script(http.server.BaseHTTPRequestHandler):
         return {"id": "x", "object": "text_completion", "created": 0, "model": "m",
                 "choices": choices, "usage": usage}  # fmt: skip
 
-    def _send(self, code, value, retry=None):
-        data = (value if isinstance(value, str) else json.dumps(value)).encode()
+    def _drip(self, headers):
+        """A byte now and then, for as long as somebody takes them."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n"
+        self.wfile.write(head + (b"X: " if headers else b"\r\n"))
+        for _ in range(200):
+            self.wfile.write(b" ")
+            self.server.released.wait(0.1)
+
+    def _send(self, code, value, **headers):
+        data = value if isinstance(value, str | bytes) else json.dumps(value)
+        data = data if isinstance(data, bytes) else data.encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        if retry is not None:
-            self.send_header("Retry-After", retry)
+        for name, text in headers.items():
+            self.send_header(name, text)
         self.end_headers()
         self.wfile.write(data)
 
@@ -108,9 +129,11 @@ def scripted():
     server.handle_error = lambda *_: None
     server.seen, server.faults, server.lock = [], [], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.released = threading.Event()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
     thread.join()

@@ -1,13 +1,16 @@
 """A teacher over HTTP: every fault is survived or counted, nothing is asked or counted twice."""
 
 import collections
+import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from jaxdistill.errors import ModelError
+from jaxdistill.reasoning import bounded_http
 from jaxdistill.reasoning.asking import Job, SamplingParams
 
 pytest.importorskip("openai", reason="needs the extra api")
@@ -54,6 +57,35 @@ def test_a_server_that_hangs_costs_its_time(scripted):
     scripted.faults = ["hang"]
     (answer,) = _api(scripted, timeout=0.5, retries=1).ask(_jobs(1))
     assert not answer.failed and len(scripted.seen) == 2
+
+
+@pytest.mark.parametrize("fault", ["drip", "drip headers"])
+def test_a_server_that_drips_costs_its_time(scripted, fault):
+    scripted.faults = [fault]
+    began = time.monotonic()
+    (answer,) = _api(scripted, timeout=0.5, retries=1).ask(_jobs(1))
+    assert not answer.failed and len(scripted.seen) == 2
+    assert time.monotonic() - began < 15  # it drips for twenty
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("gzip", "the answer is compressed"),
+        ("large", "more than 50000 bytes"),
+        ("redirect", "Redirect|307"),
+        ({"prompt_tokens": -5}, "usage: prompt_tokens: -5 is no number of tokens"),
+        ({"completion_tokens": float("nan")}, "usage: completion_tokens: nan is no number"),
+        ({"completion_tokens": 10**400}, "usage: completion_tokens: 1000"),
+    ],
+)
+def test_what_no_server_should_say_is_one_failed_answer(scripted, monkeypatch, fault, words):
+    monkeypatch.setattr(bounded_http, "MAX_ANSWER", 50_000)
+    scripted.faults = [fault] * 3
+    api = _api(scripted, retries=2)
+    (answer,) = api.ask(_jobs(1))
+    assert answer.failed and re.search(words, answer.reason), answer.reason
+    assert set(api.spent().values()) == {0.0}
 
 
 def test_a_score_that_is_no_number_is_not_known(scripted):

@@ -1,10 +1,11 @@
 """Samples on disk: a torn line is dropped, what was added stays, nothing is doubled."""
 
+import dataclasses
 import json
 
 import pytest
 
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import Store
 
@@ -28,6 +29,17 @@ def test_a_store_goes_on_where_it_was(tmp_path):
         store.add(_sample("q", 2))
     lines = (tmp_path / "a" / "samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [0, 1, 3, 2]
+
+
+def test_what_is_kept_is_searched_for_keys(tmp_path):
+    key = "github_pat_" + "0123456789abcdefghij"
+    sample = dataclasses.replace(_sample("q", 0), completion=f"use {key}", rationale=f"{key}.")
+    with Store(tmp_path, {"model": f"x at http://me:{key}@host"}) as store:
+        store.add(sample)
+        assert store.samples["q", 0].completion == "use [redacted]"
+    assert store.samples["q", 0].tokens == 2
+    assert key not in "".join(path.read_text() for path in tmp_path.iterdir())
+    Store(tmp_path, {"model": f"x at http://me:{key}@host"}).close()  # the same configuration
 
 
 def test_another_configuration_or_damage_is_refused(tmp_path):
@@ -54,3 +66,36 @@ def test_one_process_asks_at_a_time(tmp_path):
     ):
         Store(tmp_path, {"task": "x"})
     Store(tmp_path, {"task": "x"}).close()
+
+
+def test_a_full_disk_is_one_message_and_leaves_whole_lines(tmp_path, monkeypatch):
+    class Full:
+        """Takes half a record, and then nothing."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 20
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            written, self.left = self.file.write(data[: self.left]), 0
+            return written
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with Store(tmp_path, {"task": "x"}) as store:
+        store.add(_sample("q", 0))
+        store._file = Full(store._file)
+        with pytest.raises(StorageError, match="samples.jsonl: cannot be written: No space left"):
+            store.add(_sample("q", 1))
+    with Store(tmp_path, {"task": "x"}) as store:
+        assert sorted(number for _, number in store.samples) == [0]
+
+
+def test_samples_without_what_was_asked_are_refused(tmp_path):
+    with Store(tmp_path, {"task": "x"}) as store:
+        store.add(_sample("q", 0))
+    (tmp_path / "asked.json").unlink()
+    with pytest.raises(ConfigError, match="asked.json: is missing, and says what the samples"):
+        Store(tmp_path, {"task": "y"})

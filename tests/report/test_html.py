@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 
-from jaxdistill.errors import DataError, StorageError, UserError
+from jaxdistill.errors import ConfigError, DataError, StorageError, UserError
 from jaxdistill.report import build, pictures
 
 HOSTILE = (
@@ -107,7 +107,7 @@ def run_dir(tmp_path):
     put(folder, "RUN.json", info)
     put(folder, "command.txt", "jaxdistill train configs/taid.yaml api_key=sk-shouldnotbeseen0000")
     put(folder, "config.resolved.yaml", "method:\n  name: taid\n")
-    put(folder, "fingerprints.json", {"data": "sha256:9f86d081"})
+    put(folder, "fingerprints.json", {"facts": {"data": "sha256:9f86d081"}})
     put(folder, "quarantine/train.jsonl", "{}\n" * 3)
     rollback = '{"time": 1780000000, "kind": "rollback", "step": 47, "to": 42}\n'
     save = '{"time": 1780000000, "kind": "checkpoint", "step": 50}\n'
@@ -220,7 +220,7 @@ def plant(run_dir):
     put(run_dir, "RUN.json", info)
     put(run_dir, "command.txt", text)
     put(run_dir, "config.input.yaml", text)
-    put(run_dir, "fingerprints.json", {text: text})
+    put(run_dir, "fingerprints.json", {"facts": {text: text}})
     put(run_dir, "events.jsonl", json.dumps({"kind": text, text: text}) + "\n")
     extra = {"step": 100, "time": 1.78e9, f"knobs/{text}": 0.5, f"loss/{text}": 1.0}
     extra[f"knobs/still {text}"] = 2.0
@@ -323,7 +323,7 @@ def test_runs_of_the_same_name_are_told_apart(run_dir, tmp_path):
 def test_errors_name_the_remedy(run_dir, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no run directory given"):
         build([])
-    with pytest.raises(DataError, match="no such run directory"):
+    with pytest.raises(ConfigError, match="no such run directory"):
         build(tmp_path / "absent")
     with pytest.raises(StorageError, match="cannot be written") as caught:
         build(run_dir, out=tmp_path / "no" / "folder" / "x.html")

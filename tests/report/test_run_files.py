@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxdistill.errors import DataError
+from jaxdistill.errors import ConfigError
 from jaxdistill.report import run_files
 
 
@@ -13,9 +13,9 @@ def write(folder, name, value):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no such run directory"):
+    with pytest.raises(ConfigError, match="no such run directory"):
         run_files.load(tmp_path / "absent")
-    with pytest.raises(DataError, match="not a run directory: it holds none of RUN.json"):
+    with pytest.raises(ConfigError, match="not a run directory: it holds none of RUN.json"):
         run_files.load(tmp_path)
 
 
@@ -79,7 +79,8 @@ def test_quarantine_fingerprints_and_command(tmp_path):
     assert run_files.load(tmp_path).quarantined is None
     write(tmp_path, "quarantine/train.jsonl", "{}\n\n")
     write(tmp_path, "quarantine/eval.jsonl", "{}\n")
-    write(tmp_path, "fingerprints.json", {"data": "a", "weights": {"teacher": "b"}})
+    facts = {"data": "a", "weights": {"teacher": "b"}, "config.seed": "3"}
+    write(tmp_path, "fingerprints.json", {"crc32": 1, "facts": facts})
     run = run_files.load(tmp_path)
     assert run.quarantined == 2
     assert run.fingerprints == {"data": "a", "weights.teacher": "b"}

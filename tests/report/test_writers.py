@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from jaxdistill.errors import DataError, StorageError
+from jaxdistill.errors import ConfigError, DataError, StorageError
 from jaxdistill.report.writers import MetricsWriter, SilentWriter, read_metrics
 
 
@@ -159,7 +159,7 @@ def test_read_metrics_names_a_damaged_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00garbage\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:2: not a JSON object"):
         read_metrics(tmp_path)
-    with pytest.raises(DataError, match="no such run directory"):
+    with pytest.raises(ConfigError, match="no such run directory"):
         read_metrics(tmp_path / "absent")
 
 
@@ -305,3 +305,36 @@ def test_close_twice_and_sync(tmp_path):
 def test_the_silent_writer_leaves_out_nothing_that_a_writer_does():
     public = {name for name in vars(MetricsWriter) if not name.startswith("_")}
     assert public <= set(vars(SilentWriter))
+
+
+def test_damaged_lines_are_put_aside_and_told(tmp_path):
+    """A line that is no record, one of another step, and zeros of a power cut; and a torn end."""
+    good = [f'{{"step": {step}, "loss/total": 1.0}}\n'.encode() for step in range(1, 6)]
+    cut = good[1].replace(b"}", b"")
+    jumped = good[2].replace(b'"step": 3', b'"step": 773')
+    huge = b'{"step": 1' + b"0" * 400 + b"}\n"
+    lines = [good[0], cut, jumped, b"\0" * 9 + b"\n", b"\xff\n", huge, good[3], good[4]]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 6')
+    (tmp_path / "events.jsonl").write_bytes(b'{"kind": "a"}\nnothing\n{"kind": "b"}\n{"ki')
+    told = []
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=4, notice=told.append).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good[0] + good[3]
+    kept = (tmp_path / "metrics.damaged.jsonl").read_bytes()
+    assert kept == b"".join(lines[1:6])
+    assert (tmp_path / "events.damaged.jsonl").read_bytes() == b"nothing\n"
+    assert "5 damaged line(s) (line 2, 3, 4, 5, 6)" in told[0] and len(told) == 2
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [one["kind"] for one in events] == ["a", "b", *["damaged_records"] * 2]
+    assert events[2]["lines"] == [2, 3, 4, 5, 6]
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=4, notice=told.append).close()
+    assert len(told) == 2 and (tmp_path / "metrics.damaged.jsonl").read_bytes() == kept
+
+
+def test_later_records_are_computed_again_and_are_no_damage(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 7):
+            writer.write(step, {"loss/total": 1.0})
+    told = []
+    MetricsWriter(tmp_path, tensorboard=False, resume_step=4, notice=told.append).close()
+    assert not told and not (tmp_path / "metrics.damaged.jsonl").exists()
+    assert [one["step"] for one in read_metrics(tmp_path)] == [1, 2, 3, 4]

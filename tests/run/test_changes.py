@@ -1,6 +1,7 @@
 """What may change between two attempts: the table of rules, and fingerprints of weights."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import api
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, DamagedError
+from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.run import changes
+from jaxdistill.run import anew, changes, run_table, schedule, session
 from jaxdistill.run.folder import RunDir
+from jaxdistill.run.run_table import ORDER
 
 
 @pytest.fixture
@@ -27,7 +30,8 @@ FACTS = {
     "teacher.shape": "d",
     "teacher.weights": "e",
     "student.shape": "f",
-    "config": "g",
+    "config.train.steps": "100",
+    "config.optimizer.lr": "0.1",
     "code": "h",
     "versions.jax": "0.12.0",
     "device": "8 x cpu",
@@ -40,7 +44,7 @@ FACTS = {
 def test_the_first_attempt_only_keeps_its_facts(run, capsys):
     changes.check(run, FACTS)
     changes.check(run, FACTS)
-    assert run.read_json(changes.FILE) == FACTS
+    assert changes.kept(run) == FACTS
     assert not (run.path / "events.jsonl").exists() and not capsys.readouterr().err
 
 
@@ -53,12 +57,12 @@ def test_what_a_run_is_made_of_must_not_change(run, name):
     for other in (FACTS | {name: "new"}, {n: v for n, v in FACTS.items() if n != name}):
         with pytest.raises(ConfigError, match=f"changed since this run began: {name}: going on"):
             changes.check(run, other | {"versions.jax": "0.13.0"})
-    assert run.read_json(changes.FILE) == FACTS
+    assert changes.kept(run) == FACTS
     assert not (run.path / "events.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "code", "versions.jax", "device", "mesh", "processes", "flags"]
+    "name", ["config.train.steps", "code", "versions.jax", "device", "mesh", "processes", "flags"]
 )
 def test_what_is_around_a_run_may_change_and_is_told_once(run, name, capsys):
     changes.check(run, FACTS)
@@ -75,7 +79,99 @@ def test_what_is_around_a_run_may_change_and_is_told_once(run, name, capsys):
 
 def test_every_fact_has_a_rule(mesh8):
     world = changes.world(mesh8, {"jax": jax.__version__})
-    assert {name.partition(".")[0] for name in world | FACTS} == set(changes.RULES)
+    assert {name.partition(".")[0] for name in world | FACTS} == {
+        name.partition(".")[0] for name in changes.RULES
+    }
+
+
+def test_the_longest_name_decides_and_every_setting_has_a_rule(load_config, tmp_path):
+    assert changes.rule_of("config.method.name").refused and changes.rule_of("config.seed").refused
+    assert not changes.rule_of("config.method.alpha").refused
+    assert changes.rule_of("config.run.dir").bitwise
+    settings = changes.settings(load_config(tmp_path))
+    assert settings["config.train.steps"] == "6" and settings["config.method.name"] == '"kd"'
+    for name in settings:
+        changes.rule_of(name)
+
+
+def test_what_becomes_of_the_learning_rate_is_told(run, load_config, tmp_path, capsys):
+    """Cosine, to zero in the last step, which is steps - 1."""
+    longer = load_config(tmp_path, "train.steps=200", "optimizer.end_lr_ratio=0")
+    changed = {"config.train.steps": "100", "config.train.log_every": "5"}
+    schedule.tell(run, longer, changed, step=95)
+    half_cosine = lambda steps: 1e-2 / 2 * (1 + math.cos(math.pi * (95 - 2) / (steps - 1 - 2)))
+    (event,) = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
+    np.testing.assert_allclose(event["before"], half_cosine(100), rtol=1e-5)
+    np.testing.assert_allclose(event["after"], half_cosine(200), rtol=1e-5)
+    assert "step 95: 100 -> 200 steps, cosine schedule: the learning rate goes from 4" in (
+        capsys.readouterr().err
+    )
+    schedule.tell(run, longer, {"config.train.log_every": "5"}, step=95)
+    schedule.tell(run, longer, changed, step=0)
+    assert not capsys.readouterr().err
+
+
+def test_rows_that_other_settings_made_are_measured_again(run):
+    rows = [{"name": name} | dict.fromkeys(run_table._FIELDS - {"name"}, 1.0) for name in ORDER]
+    run.write_json("table.json", {"held_out": "x", "rows": rows})
+    for changed, left in (
+        ({"config.logging.progress", "versions.jax"}, ORDER),
+        ({"config.train.steps"}, ORDER[:2]),
+        ({"config.eval.max_rows"}, ()),
+    ):
+        run_table.drop(run, session._stale(changed))
+        assert tuple(run_table._stored(run)) == tuple(left)
+    run.write_text("table.json", "[]")
+    assert run_table._stored(run) == {}
+    assert (run.path / "table.damaged.json").read_text() == "[]"
+
+
+def test_changed_settings_are_kept_before_they_hold(run):
+    changes.check(run, FACTS)
+    order = []
+    longer = FACTS | {"config.train.steps": "200"}
+    changed = changes.check(run, longer, lambda names: order.append((*names, changes.kept(run))))
+    assert order == [("config.train.steps", FACTS)] and changed == {"config.train.steps": "100"}
+    with pytest.raises(ConfigError, match="config.seed"):
+        changes.check(run, longer | {"config.seed": "4"}, order.append)
+    assert len(order) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        b"",
+        b"null",
+        b"{}",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b'{"crc32": 1, "facts": {}}',
+        b'{"crc32": 1, "facts": null}',
+        b'{"crc32": 1e999, "facts": {}}',
+    ],
+)
+def test_without_its_facts_a_run_does_not_go_on(run, damage):
+    changes.check(run, FACTS)
+    again = RunDir.open(run.path)
+    assert again.record["sealed"]
+    if damage is None:
+        (run.path / changes.FILE).unlink()
+    else:
+        (run.path / changes.FILE).write_bytes(damage)
+    with pytest.raises(DamagedError, match="fingerprints.json.*--from-start"):
+        changes.check(again, FACTS)
+    anew.begin(again)  # the way out
+    changes.check(again, FACTS | {"data.train": "new"})
+    assert changes.kept(again)["data.train"] == "new"
+
+
+def test_a_changed_fact_is_noticed_as_damage(run):
+    changes.check(run, FACTS)
+    file = run.path / changes.FILE
+    file.write_text(file.read_text().replace('"e"', '"x"'))
+    with pytest.raises(DamagedError, match="another checksum"):
+        changes.check(run, FACTS | {"teacher.weights": "x"})
 
 
 def _params(dtype=jnp.float32):
@@ -142,7 +238,8 @@ def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     api.resume(folder)
     told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     changed = {event["what"]: event for event in told if event["kind"] == "changed"}
-    assert changed.keys() - {"code"} == {"config", "mesh"}  # who edits while tests run changes it
+    edited = {"config.mesh.data", "config.mesh.fsdp"}
+    assert changed.keys() - {"code"} == edited | {"mesh"}  # who edits while tests run changes it
     assert changed["mesh"]["after"].startswith("data 2, fsdp 4")
     losses = [
         {r["step"]: r["loss/total"] for r in read_metrics(place) if "loss/total" in r}
@@ -163,6 +260,7 @@ def test_a_teacher_whose_weights_have_changed_is_refused(
         "eval.samples=0",
     )
     _break_off(config, monkeypatch, after=2)
+    (teacher / sums.FILE).unlink()
     weights = teacher / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2] ^= 1  # one bit of one number, which stays finite

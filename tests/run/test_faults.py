@@ -14,8 +14,7 @@ from jaxdistill.train import step_folders
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory):
     cache = jax.config.jax_compilation_cache_dir
-    flags = "--xla_backend_optimization_level=1"  # as in conftest.py, on one device
-    with soak_faults.Rig(tmp_path_factory.mktemp("rig"), cache, flags) as rig:
+    with soak_faults.Rig(tmp_path_factory.mktemp("rig"), cache) as rig:
         yield rig
 
 

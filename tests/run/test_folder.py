@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
-from jaxdistill.errors import ConfigError, Preempted, StorageError
-from jaxdistill.run import folder
+from jaxdistill.errors import ConfigError, DamagedError, Preempted, StorageError, UserError
+from jaxdistill.run import anew, folder
 from jaxdistill.run.folder import RunDir
 
 
@@ -73,6 +75,7 @@ with RunDir.open(sys.argv[1]).held():
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     run = make(tmp_path / "run")
     (tmp_path / "precious").write_text("keep")
+    (run.path / "LOCK").unlink()
     (run.path / "LOCK").symlink_to(tmp_path / "precious")
     with pytest.raises(StorageError, match="LOCK: cannot be written"):
         with run.held():
@@ -116,3 +119,129 @@ def test_how_an_attempt_ended_is_noted_and_never_hides_why(tmp_path, monkeypatch
             )
             raise KeyError("the cause")
     assert failed.value.__notes__ == ["RUN.json: cannot be written"]
+
+
+def test_of_several_that_make_one_folder_one_does_and_it_is_whole(tmp_path):
+    def attempt(place, name, barrier, outcome):
+        barrier.wait()
+        try:
+            RunDir.create(
+                str(place), name=name, input_text=name, resolved=f"a: {name}\n", overrides=[]
+            )
+            outcome.append(name)
+        except ConfigError as error:
+            assert "is being written by process" in str(error) or "holds a run" in str(error)
+
+    for number in range(20):
+        place, made, barrier = tmp_path / str(number), [], threading.Barrier(3)
+        several = [
+            threading.Thread(target=attempt, args=(place, name, barrier, made))
+            for name in ("first", "second", "third")
+        ]
+        for one in several:
+            one.start()
+        for one in several:
+            one.join()
+        (name,) = made
+        assert (place / "config.resolved.yaml").read_text() == f"a: {name}\n"
+        assert RunDir.open(place).record["name"] == name
+        assert not list(place.glob("*.tmp"))
+
+
+def test_who_only_looked_whether_a_folder_is_free_stops_nobody(tmp_path):
+    run, held = make(tmp_path / "run"), threading.Event()
+
+    def look():
+        with run.held():
+            held.set()
+            time.sleep(0.05)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    held.wait()
+    with RunDir.open(run.path).held():
+        pass
+    looking.join()
+
+
+@pytest.mark.parametrize("part", ["student", "control"])
+def test_a_run_whose_checkpoints_are_gone_is_begun_anew_only_on_request(tmp_path, part):
+    run = make(tmp_path / "run")
+    checkpoints = run.path / anew.PARTS[part] / "checkpoints"
+    anew.check(run)  # it has not saved anything yet
+    (checkpoints / "3").mkdir(parents=True)
+    run.note_saved(part, 3)
+    run.note_saved(part, 6)
+    (run.path / "metrics.jsonl").write_text("kept")
+    run = RunDir.open(run.path)
+    anew.check(run)
+    (checkpoints / "3").rmdir()
+    with pytest.raises(DamagedError, match="no checkpoint is there.*from step 3 on.*--from-start"):
+        anew.check(run)
+    place = anew.begin(run)
+    anew.check(RunDir.open(run.path))
+    assert (place / "metrics.jsonl").read_text() == "kept"
+    assert json.loads((place / "RUN.json").read_text())["saved"] == {part: 3}
+    assert (run.path / "config.resolved.yaml").exists()
+    assert (
+        not (run.path / "metrics.jsonl").exists() and events(run.path)[-1]["kind"] == "from_start"
+    )
+
+
+def test_checkpoints_that_were_all_damaged_are_no_reason_to_begin_anew(tmp_path):
+    run = make(tmp_path / "run")
+    (run.path / "checkpoints" / "bad" / "3-1").mkdir(parents=True)
+    with pytest.raises(DamagedError, match=r"is there \(1 damaged ones are in bad/\)"):
+        anew.check(run)
+
+
+def test_a_refused_attempt_leaves_a_finished_run_finished(tmp_path):
+    run = make(tmp_path / "run")
+    with run.attempt(0):
+        pass
+    with pytest.raises(ConfigError):
+        with run.attempt(6):
+            raise ConfigError("data.train changed")
+    record = RunDir.open(run.path).record
+    assert record["status"] == "done" and record["attempts"][1]["refused"] == "data.train changed"
+    with pytest.raises(KeyError):
+        with run.attempt(6):
+            run.update(status="running")  # as training does when it goes on
+            raise KeyError
+    assert RunDir.open(run.path).record["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"\xff\xfe{}",
+        b'{"schema": 1',
+        b"[" * 100_000,
+        b'{"schema": 1, "name": "x", "status": "done", "step": 1e999, "attempts": []}',
+        b'{"schema": 1, "name": "x", "status": "done", "step": 1'
+        + b"0" * 400
+        + b', "attempts": []}',
+        b'{"schema": 1, "name": "x", "status": "done", "step": 1, "attempts": {}}',
+        b'{"schema": 1, "name": "\\ud800", "status": "done", "step": 1, "attempts": []}',
+        b'{"schema": 1, "name": "x", "status": "done", "step": true, "attempts": []}',
+        b'{"schema": 1, "name": "x", "status": "new", "step": 1, "attempts": [], "saved": 3}',
+    ],
+)
+def test_a_damaged_record_is_one_message(tmp_path, damage):
+    run = make(tmp_path / "run")
+    (run.path / "RUN.json").write_bytes(damage)
+    with pytest.raises(UserError, match="RUN.json: "):
+        RunDir.open(run.path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"[" * 100_000, b'{"started": 1e300, "pid": 1}', b"9"]
+)
+def test_whatever_stands_in_a_lock_it_is_taken_over(tmp_path, text):
+    run = make(tmp_path / "run")
+    (run.path / "LOCK").write_bytes(text)
+    with run.held():
+        assert events(run.path)[0]["kind"] == "taken_over"

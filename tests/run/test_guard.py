@@ -18,6 +18,7 @@ from jaxdistill.types import Span
 from tests.inject import Poison
 from tests.run.test_session import arrays
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
 OPTIONS = (
     "train.steps=10",
     "train.eval_every=4",
@@ -193,7 +194,7 @@ def edit(folder, *pairs):
 def test_a_run_that_resumes_with_another_batch_size_reads_the_rows_that_follow(
     load_config, monkeypatch, tmp_path
 ):
-    config = load_config(tmp_path, "mesh.tensor=2", "train.steps=12", "train.eval_every=null")
+    config = load_config(tmp_path, "train.steps=12", "train.eval_every=null")
     dataset = setup.data_of(config, byte_tokenizer())["train"]
     stream = pipeline.batches(dataset, batch_size=1, seed=3)
     rows = np.concatenate([batch.tokens for _, batch in itertools.islice(stream, 120)])

@@ -11,6 +11,7 @@ from jaxdistill import api, models
 from jaxdistill.errors import UserError
 from jaxdistill.run import setup, states
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
 WROTE = ("teacher", "student")
 METHODS = {
     "taid": "{name: taid, mode: scaled}",

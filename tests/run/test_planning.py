@@ -117,7 +117,7 @@ def on_first(tree):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "int8_dynamic"])
+@pytest.mark.parametrize("scheme", ["int4", "int8_dynamic"])
 def test_a_teacher_in_whole_numbers_is_planned_as_a_run_holds_it(scheme):
     pytest.importorskip("qwix", reason="needs qwix")
     teacher = f"{{random: {written(SMALLER)}, dtype: float32, quantize: {scheme}}}"

@@ -20,7 +20,7 @@ from jaxdistill import api
 from jaxdistill import config as configs
 from jaxdistill.cli import launch
 from jaxdistill.report import read_metrics
-from jaxdistill.run import setup
+from tests.run.conftest import take_devices
 from tests.run.test_session import losses
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -129,9 +129,8 @@ def pair(write_config, tmp_path_factory):
 
 def run_here(monkeypatch, devices: int, call) -> api.RunResult:
     """A run in this process on its first devices."""
-    own = functools.partial(setup.make_mesh, devices=jax.devices()[:devices])
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "make_mesh", own)
+        take_devices(patch, devices)
         return call()
 
 

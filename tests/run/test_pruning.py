@@ -16,6 +16,7 @@ from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.run import setup
 from tests.run.conftest import models_of
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
 CALIBRATION = ["--rows", "8", "--seq-len", "32", "--batch-size", "8"]
 
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import pathlib
 import shutil
 import warnings
 
@@ -12,10 +13,11 @@ import pytest
 
 from jaxdistill import api, commands, models
 from jaxdistill.data import build as building
-from jaxdistill.errors import ConfigError, DivergedError, MismatchError
+from jaxdistill.errors import ConfigError, DamagedError, DivergedError, MismatchError
+from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
+from jaxdistill.run import run_table, setup
 from jaxdistill.run import session as running
-from jaxdistill.run import setup
 from jaxdistill.train.checkpoint import Checkpoints
 from tests.run.conftest import models_of
 
@@ -113,14 +115,44 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_
     assert losses(folder) == losses(finished.run_dir)
 
 
-def test_resuming_a_finished_run_trains_nothing(finished):
+def test_resuming_a_finished_run_trains_and_measures_nothing(finished, capsys, monkeypatch):
     before = arrays(finished.run_dir, 6)
     records = (finished.run_dir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(run_table.RunTable, "_measure", None)
     again = api.resume(finished.run_dir)
+    assert "is finished, all 6 steps" in capsys.readouterr().err
     assert (finished.run_dir / "metrics.jsonl").read_bytes() == records
     for name, value in arrays(finished.run_dir, 6).items():
         np.testing.assert_array_equal(value, before[name])
-    assert [row["name"] for row in again.table] == [row["name"] for row in finished.table]
+    assert again.table == finished.table
+    assert again.metrics == pytest.approx(finished.metrics)
+
+
+def _copy(finished, tmp_path):
+    return pathlib.Path(shutil.copytree(finished.run_dir, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("part", ["", "control"])
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(finished, tmp_path, part):
+    run = _copy(finished, tmp_path)
+    shutil.rmtree(run / part / "checkpoints")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "LOCK"}
+    with pytest.raises(DamagedError, match="from step 1 on.*--from-start"):
+        api.resume(run)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_resumed_run_stays_where_it_is_and_never_goes_back_by_itself(finished, tmp_path):
+    run = _copy(finished, tmp_path)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "LOCK"}
+    for override, words in (
+        ("train.steps=3", "the run has come to step 6: to go back"),
+        ("run.dir=elsewhere", "stays where it is"),
+        ("train.steps=many", "train.steps"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            api.resume(run, [override])
+        assert {p: p.read_bytes() for p in before} == before
 
 
 def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_path):
@@ -192,9 +224,7 @@ def test_two_processes_cannot_hold_one_run(finished):
 def test_changed_data_is_refused_on_resume(load_config, data, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data, copy, ignore=shutil.ignore_patterns("cache"))
-    config = load_config(
-        tmp_path, f"data.train=[{{path: {copy}/train.txt, format: paragraphs}}]", "train.steps=3"
-    )
+    config = load_config(tmp_path, f"data.train=[{{path: {copy}/train.txt, format: paragraphs}}]")
     folder = api.train(config).run_dir
     (copy / "train.txt").write_text((copy / "train.txt").read_text() + "!")
     with pytest.raises(ConfigError, match=r"data\.train"):
@@ -205,6 +235,7 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
     finished, load_config, tmp_path, tmp_path_factory
 ):
     other = api.export(str(finished.run_dir), tmp_path_factory.mktemp("other") / "model")
+    (other / sums.FILE).unlink()
     words = json.loads((other / "tokenizer.json").read_text())
     vocab = words["model"]["vocab"]
     (first, a), (second, b) = list(vocab.items())[:2]

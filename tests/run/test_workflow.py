@@ -12,6 +12,8 @@ from jaxdistill.run import workflow as workflows
 
 pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 FILE = """
 version: 1
 name: tiny

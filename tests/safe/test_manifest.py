@@ -121,5 +121,5 @@ def test_a_manifest_from_before_blocks_is_still_good(tmp_path):
 @pytest.mark.parametrize("text", ["{}", "[]", "7", '{"crc32": 1}'])
 def test_another_file_by_that_name_is_no_manifest(tmp_path, text):
     (tmp_path / manifest.NAME).write_text(text)
-    with pytest.raises(DamagedError, match=r"manifest.json: damaged: is no manifest"):
+    with pytest.raises(DamagedError, match=r"manifest.json: is damaged: it"):
         manifest.read(tmp_path)

@@ -33,10 +33,82 @@ def test_secrets_do_not_reach_a_page_that_is_sent_around(text, shown):
     assert redact(text) == shown
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789" * 4
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFU"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        (text.replace("@@", secret), secret)
+        for text, secret in [
+            ("@@", "github_pat_" + "11ABCDEFG0abcdefghij_klmnopqrst"),
+            ("@@", "ghp_" + LETTERS[:36]),
+            ("@@", "glpat-" + LETTERS[:20]),
+            ("token @@.", JWT),
+            ("Authorization: Basic @@", "dXNlcjpodW50ZXIy"),
+            ("auth = basic @@", "dXNlcjpodW50ZXI="),
+            ("PGPASSWORD=@@ psql", "hunter2"),
+            ("password: '@@'", "correct horse battery"),
+            ("MYSQL_PWD=@@", "hunter2"),
+            ("AWS_SECRET_ACCESS_KEY=@@", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"),
+            ("@@", "AKIAIOSFODNN7EXAMPLE"),
+            ("@@", "ASIAIOSFODNN7EXAMPLE"),
+            ("@@", "AIza" + LETTERS[:35]),
+            ("@@", "xoxb-123456789012-123456789012-" + LETTERS[:24]),
+            ("https://hooks.slack.com/services/@@", f"T0000/B0000/{LETTERS[:34]}"),
+            ("@@", "sk_live_" + LETTERS[:24]),
+            ("@@", "npm_" + LETTERS[:36]),
+            ("@@", "pypi-AgEIcHlwaS5vcmc" + LETTERS[:60]),
+            ("@@", "sk-proj-" + LETTERS[:60]),
+            ("@@", "sk-ant-api03-" + LETTERS[:60]),
+            ("@@", PEM.format(LETTERS)),
+            ("postgres://me:@@@db/x", "hunter2"),
+            ("redis://:@@@cache:6379", "hunter2"),
+            ("AccountName=a;AccountKey=@@;EndpointSuffix=x", LETTERS[:40] + "=="),
+            ("@@", f"SG.{LETTERS[:22]}.{LETTERS[:43]}"),
+            ("@@", "123456789:AA" + LETTERS[:33]),
+            ("@@", f"M{LETTERS[:23]}.{LETTERS[:6]}.{LETTERS[:27]}"),
+            ("@@", "dop_v1_" + "0123456789abcdef" * 4),
+            ("@@", "hvs." + LETTERS[:60]),
+            ("@@", "hf_" + LETTERS[:34]),
+            ('{"auths": {"x": {"auth": "@@"}}}', "dXNlcjpodW50ZXIyMzQ="),
+            ("machine x login me password @@", "hunter2"),
+            ("//registry.npmjs.org/:_authToken=@@", "hunter2"),
+            ("Cookie: a=1; @@", "session=hunter2"),
+            ("X-Api-Key: @@", "hunter2"),
+            ("client_secret => @@", "hunter2"),
+            ("@@", "AGE-" + f"SECRET-KEY-1{'QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L' * 2}"[:74]),
+        ]
+    ],
+)  # fmt: skip
+def test_one_of_each_kind_of_secret_is_known(text, secret):
+    assert secret in text and secret not in redact(text) and "[redacted]" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the bearer of bad news needs basic arithmetic and a token",
+        "task-0123456789-0123456789 of run 2026-11-29T01:02:03",
+        "eos_token: <end>, pad_token_id: 3, max_new_tokens: 5, key: value",
+        "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "global-batch-size-and-more-of-it",
+        "models/SmolLM2-135M-Instruct@best https://host:8000/v1?model=a",
+    ],
+)
+def test_plain_words_are_no_secrets(text):
+    assert redact(text) == text
+
+
 def test_redaction_takes_time_in_proportion_to_the_text():
     """A search that backtracks over the whole text for every place in it would need minutes."""
     for text in ("x" * 200_000, "secret" * 30_000, "--" * 100_000, "secret" + " " * 200_000):
         assert redact(text) == text
+    words = sorted({word for rule in redacting._rules() for word in rule.keywords})
+    for text in (" ".join(words) * 100, "eyJ-" * 40_000, "sk-" * 60_000, "://" * 60_000):
+        redact(text)
 
 
 def test_values_of_the_environment_and_keys_in_use_are_known(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
 from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
+from jaxdistill.methods.base import Facts
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
@@ -148,6 +149,10 @@ class Training:
             prepare=objective.prepare,
         )
         self.program = steps.compiled(step, self.state, self.teacher, shape, self.mesh)
+
+    def restore(self, state):
+        """Continues from a state that was copied to the host."""
+        self.state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, self.state))
 
     def run(self, count=STEPS, first=0):
         """The metrics of each step."""
@@ -293,12 +298,12 @@ def test_one_token_on_one_device_in_one_micro_batch_stops_the_step_everywhere(
             unchanged(clean, jax.device_get(training.state))
     assert counted(training.state) == (8, 6, 6)
     training.rows = rows_of
-    after = Training(name, mesh=mesh, micro_batches=micro_batches, poisonable=True)
-    after.run(2)
-    for one in (training, after):
-        one.run(1, first=2)
-    unchanged(*(jax.device_get(one.state) for one in (after, training)))
-    assert counted(training.state) == (9, 0, 6)
+    training.run(1, first=2)
+    after = jax.device_get(training.state)
+    assert counted(after) == (9, 0, 6)
+    training.restore(clean)
+    training.run(1, first=2)
+    unchanged(jax.device_get(training.state), after)
 
 
 @pytest.mark.parametrize("name", ["ctkd", "ctkd_per_token"])
@@ -330,6 +335,16 @@ def test_ctkds_slope_is_the_reversed_slope_of_the_loss():
     step = 0.1
     numeric = (loss(jnp.float32(1.0 + step)) - loss(jnp.float32(1.0 - step))) / (2 * step)
     np.testing.assert_allclose(slope, -0.3 * numeric, rtol=5e-3)
+
+
+def test_ctkds_curriculum_scales_the_update():
+    facts = Facts(None, None, None, None, vocab=VOCAB, steps=100, learning_rate=1e-3)
+    built = ctkd.METHOD.build(ctkd.Ctkd(name="ctkd"), facts)
+    ((path, factor),) = built.scaled.items()
+    assert path == "objective/temperature"
+    for step in (0, 25, 99):
+        assert factor(step) == -built.knobs["reversal"](step)
+    assert factor(0) == 0
 
 
 def test_distillm2_is_the_mean_of_responses_of_each_side():
@@ -389,14 +404,10 @@ def test_teds_stages_train_what_they_should_and_nothing_else():
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one():
-    whole = Training("taid")
-    whole.run(10)
-    first = Training("taid")
-    first.run(5)
-    second = Training("taid")
-    second.state = jax.device_put(
-        jax.device_get(first.state), jax.tree.map(lambda x: x.sharding, second.state)
-    )
+    whole, second = Training("taid"), Training("taid")
+    whole.run(5)
+    second.restore(jax.device_get(whole.state))
+    whole.run(5, first=5)
     second.run(5, first=5)
     for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(second.state), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -174,6 +174,7 @@ def test_equal_runs_are_equal(plain):
     jax.tree.map(np.testing.assert_array_equal, params, plain[1])
 
 
+@pytest.mark.usefixtures("contracted")
 def test_padding_and_packing_change_nothing():
     """The same documents, two in a row or one in a row, give the same loss and gradient."""
     packed = rows(0, count=2)

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import choice, operands, rows
+from jaxdistill.kernels import checks, choice, operands, rows
 from jaxdistill.kernels.divergence import fused
 from jaxdistill.kernels.divergence.reference import reference
 from jaxdistill.sharding import AnyMesh
@@ -35,13 +34,15 @@ def divergence(
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student) of each position, from logits.
 
     The same loss as `linear_divergence`, for logits that exist anyway. `alpha` and `temperature`
-    may be traced and differentiated; the teacher's logits, labels and mask are constants.
+    may be traced and differentiated; the teacher's logits, labels and mask are constants. It has
+    reverse mode alone (grad, vjp, and both under vmap), once: no jvp, no second derivative.
 
     Args:
       student_logits: [..., V] float32, bfloat16 or float16; -inf marks an impossible entry, which
-        counts as a logit of -1e30.
+        counts as a logit of -2^100 (about -1.3e30).
       teacher_logits: [..., V].
-      labels: int [...], or None for the divergence alone (alpha must then be 0).
+      labels: int [...], or None for the divergence alone (alpha must then be 0). A label of -100
+        gives its position the weight 0; any other that is no column gives NaN.
       mask: bool or float [...], multiplies each position; where 0, value and gradient are exactly
         0, whatever the logits hold.
       kind: the divergence, a key of `kernels.rows.KINDS`; `forward_kl` is KL(teacher || student).
@@ -62,8 +63,9 @@ def divergence(
       [...], float32, nats, unreduced: average with `losses.masked_mean`.
 
     Raises:
-      ConfigError: for shapes that do not fit, an unknown kind, alpha without labels, or an
-        implementation that cannot run.
+      ConfigError: for shapes or types that do not fit, a number out of its range, an unknown kind,
+        alpha without labels, or an implementation that cannot run. A number that is traced by a
+        transformation of JAX's, such as jit, cannot be looked at.
 
     >>> import jax.numpy as jnp
     >>> student, teacher = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
@@ -72,16 +74,14 @@ def divergence(
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2).
     """
-    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
-    _check(kind, parameters, student, teacher, labels, alpha)
+    student = checks.array("student_logits", student_logits)
+    teacher = checks.array("teacher_logits", teacher_logits)
+    _check(kind, parameters, student, teacher)
+    dims = student.shape[:-1]
+    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
+    operands.check_alpha(alpha, labels)
     coefficients = operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing)
-    arrays = fused.Operands(
-        student,
-        teacher,
-        None if labels is None else jnp.asarray(labels),
-        jnp.ones(student.shape[:-1]) if mask is None else jnp.asarray(mask, jnp.float32),
-        coefficients,
-    )
+    arrays = fused.Operands(student, teacher, *operands.per_token(labels, mask, dims), coefficients)
     if implementation == choice.REFERENCE:
         if vocab_axes:
             raise ConfigError(
@@ -94,13 +94,12 @@ def divergence(
     return fused.losses(static, arrays)
 
 
-def _check(kind, parameters, student, teacher, labels, alpha) -> None:
+def _check(kind, parameters, student, teacher) -> None:
     rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
     if student.shape != teacher.shape or student.ndim == 0:
         raise ConfigError(
             f"student_logits {list(student.shape)} and teacher_logits {list(teacher.shape)} must "
             "have one shape [..., V]; slice padded vocabulary off first"
         )
-    operands.check_alpha(alpha, labels)
-    if labels is not None and jnp.shape(labels) != student.shape[:-1]:
-        raise ConfigError(f"labels {list(jnp.shape(labels))} must be {list(student.shape[:-1])}")
+    checks.floating("student_logits", student)
+    checks.floating("teacher_logits", teacher)

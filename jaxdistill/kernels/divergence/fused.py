@@ -127,12 +127,16 @@ def static(
     spec = PartitionSpec(*spec, *(None,) * (ndim - len(spec)))
     axes = spec[-1] or ()
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    shards = math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
+    parts = lambda axes: math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
+    shards = parts(axes)
+    rows = [(one,) if isinstance(one, str) else one or () for one in spec[:-1]]
+    tokens = math.prod(operands.student.shape[:-1]) // parts(axis for row in rows for axis in row)
     chosen = choice.choose(
         implementation,
         operands.student.shape[-1] // shards,
-        operands.student.dtype,
+        jnp.promote_types(operands.student.dtype, operands.teacher.dtype),
         scalar_temperature=operands.coefficients.has_scalar_temperature,
+        tokens=tokens,
     )
     loss = LossSpec(kind, operands.labels is not None, scale_by_t2, axes)
     return Static(loss, chosen, mesh, spec)
@@ -203,9 +207,7 @@ def _rows_backward(rows: TokenRows, residuals: Rows, along: Array) -> tuple[Arra
     """
     alpha, temperature, t2 = rows.coefficients.alpha, rows.coefficients.temperature, rows.t2
     pull = rows.divergence_slope(residuals, residuals["slope_sum"])
-    by_temperature = t2 * rows.temperature_slope(residuals, pull)
-    if rows.spec.scale_by_t2:
-        by_temperature += 2 / temperature * residuals["divergence"]
+    by_temperature = rows.temperature_slope(residuals)
     slope = as_column((1 - alpha) * t2 / temperature) * pull
     by_alpha = -residuals["divergence"]
     if rows.labels is not None:

@@ -48,6 +48,9 @@ def reference(
     s, t = (jnp.where(counted[..., None], logits, 0) for logits in (student, teacher))
     y = None if labels is None else jnp.where(counted, labels, 0)
     weights = jax.lax.stop_gradient(weights)
+    if not coefficients.has_scalar_temperature:
+        temperature = jnp.where(counted, coefficients.temperature, 1.0)
+        coefficients = coefficients._replace(temperature=temperature)
     return jnp.where(counted, weights * terms(spec, s, t, y, coefficients).loss, 0.0)
 
 
@@ -71,6 +74,9 @@ def terms(
         if isinstance(spec.kind, str):
             entry = rows.make(spec.kind, *parameters).value
             divergence = jnp.sum(entry(jax.nn.log_softmax(w), jax.nn.log_softmax(u)), axis=-1)
+            # Never below 0, where rounding leaves that; the slope is the sum's own.
+            below = jnp.minimum(jax.lax.stop_gradient(divergence), 0.0)
+            divergence -= below
         else:
             assert spec.kind is not None, "with a teacher there is a divergence"
             divergence = spec.kind(u, w, y)

@@ -18,13 +18,19 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import choice, operands, rows
+from jaxdistill.kernels import checks, choice, operands, rows
 from jaxdistill.kernels.linear_divergence import fused
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, chunk_size, group_size
+from jaxdistill.kernels.linear_divergence.chunk import (
+    Operands,
+    Static,
+    chunk_size,
+    group_size,
+    whole_chunk,
+)
 from jaxdistill.kernels.linear_divergence.mesh import Layout, layout
+from jaxdistill.kernels.linear_divergence.partial import known_part, shared_part
 from jaxdistill.kernels.linear_divergence.reference import reference
 from jaxdistill.kernels.operands import DivergenceFunction, LossSpec
-from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.sharding import AnyMesh
 from jaxdistill.types import Mean
 
@@ -40,6 +46,9 @@ def linear_divergence(
     teacher_rest: ArrayLike | None = None,
     sampled_ids: ArrayLike | None = None,
     sampled_logprobs: ArrayLike | None = None,
+    student_columns: ArrayLike | None = None,
+    teacher_columns: ArrayLike | None = None,
+    other_columns: str = "mask",
     labels: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     kind: str | DivergenceFunction = "forward_kl",
@@ -66,13 +75,14 @@ def linear_divergence(
     Exact in value and gradient; the largest temporary is a few arrays of [chunk, V]. `alpha` and
     `temperature` may be traced and differentiated. Nothing flows to the teacher's arrays: they are
     constants. Matrix products take the dtype of the hidden states, everything else is float32.
+    It has reverse mode alone (grad, vjp, and both under vmap), once: no jvp, no second derivative.
 
     Args:
       student_hidden: [N, D_S] or [B, L, D_S], after the final norm; so are all that is per token.
       student_head: [V, D_S]; cast to the dtype of the hidden states for the products, its gradient
         is accumulated in float32.
       teacher_hidden: [..., D_T], or None for cross-entropy alone.
-      teacher_head: [V, D_T]; the same V, row by row the same token.
+      teacher_head: [V, D_T]; the same V, row by row the same token; any V with the columns below.
       teacher_ids: int [N, K], in place of the teacher's hidden states and head: the tokens whose
         probabilities are known, different ones in each row; a negative id is none. See below.
       teacher_logprobs: [N, K], log p of these tokens, normalised over the vocabulary at the
@@ -81,8 +91,14 @@ def linear_divergence(
       sampled_ids: int [N], with kind "generalized_reverse_kl": a token that the student has drawn
         at the temperature of the call; a negative id is none.
       sampled_logprobs: [N], log p of it.
+      student_columns: int [C], ascending: the rows of the student's head whose tokens the teacher
+        has too. The divergence then compares these; cross-entropy stays over all of the student's.
+      teacher_columns: int [C], the teacher's rows of the same tokens, each once.
+      other_columns: "mask" compares distributions over the C alone; "bucket" keeps the mass of all
+        others as one more entry of either side.
       labels: int [N], the token each position predicts; None leaves cross-entropy out (alpha must
-        then be 0). A counted token whose label is no row of the heads makes the loss NaN.
+        then be 0). A label of -100 gives its token the weight 0, in every sum and count. Any other
+        counted label that is no row of the heads makes the loss NaN.
       mask: bool or float [N], weight of each token in the loss; default 1. A token of weight 0
         contributes exactly 0 to value and gradient, whatever its hidden states hold.
       kind: the divergence: a key of `kernels.rows.KINDS` (`forward_kl` is KL(teacher || student)),
@@ -101,7 +117,8 @@ def linear_divergence(
       student_softcap: c, of logits c tanh(x / c), as Gemma has them; None for none.
       teacher_softcap: the same of the teacher.
       reduction: "mean" over the weights, or "sum" (to add micro-batches before dividing).
-      chunk: tokens per chunk and device; default from V and the device.
+      chunk: tokens per chunk and device; default from V and the device. On a GPU it is rounded up
+        to whole tiles of 64 tokens, and the last chunk padded.
       logits_dtype: of a chunk's logits in memory; default that of the hidden states. Products
         accumulate in float32 and the arithmetic on logits is float32 in any case. With float32 a
         bfloat16 model's logits are not rounded, at twice the traffic.
@@ -140,12 +157,14 @@ def linear_divergence(
       `agree/top1` (both have a common most likely token), `teacher/entropy`, `student/entropy`;
       nats. With `teacher_ids`, in place of what needs whole rows: `teacher/kept_mass` of the known
       tokens, `student/kept_mass` at T = 1, `agree/top_k`: the share of the known tokens that are
-      among the student's K most likely.
+      among the student's K most likely. With columns, `loss/kl_t1` and `agree/top1` are of what is
+      compared, and `student/kept_mass` and `teacher/kept_mass` say how much of either row that is.
 
     Raises:
-      ConfigError: for an unknown kind or reduction, shapes that do not fit, alpha without labels,
-        an implementation that cannot run, or numbers of `teacher_ids` and its like that are known
-        and break the rules.
+      ConfigError: for an unknown kind or reduction, shapes or types that do not fit, a number out
+        of its range, alpha without labels, an implementation that cannot run, or numbers of
+        `teacher_ids` and its like that break the rules. A number that is traced by a
+        transformation of JAX's, such as jit, cannot be looked at.
 
     >>> import jax.numpy as jnp
     >>> hidden = jnp.ones((1, 1))
@@ -163,54 +182,66 @@ def linear_divergence(
         teacher = _arrays(teacher_hidden, teacher_head, teacher_bias, "teacher")
     elif teacher_hidden is not None or teacher_head is not None:
         raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
+    else:
+        of_teacher = {"teacher_bias": teacher_bias, "teacher_softcap": teacher_softcap}
+        for name, value in (of_teacher | {"taid_t": taid_t}).items():
+            if value is not None:
+                raise ConfigError(f"{name} has no effect without teacher_hidden and teacher_head")
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
     axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
-    sparse: dict[str, ArrayLike | None] = {
+    if axes and implementation == choice.REFERENCE:
+        raise ConfigError(
+            f"vocab_axes = {axes}: the reference needs whole heads; None takes an implementation "
+            "that shares them"
+        )
+    tokens: dict[str, ArrayLike | None] = {
         "teacher_ids": teacher_ids,
         "teacher_logprobs": teacher_logprobs,
         "teacher_rest": teacher_rest,
         "sampled_ids": sampled_ids,
         "sampled_logprobs": sampled_logprobs,
     }
-    known = None
-    if any(array is not None for array in sparse.values()):
-        if teacher[0] is not None or taid_t is not None or parameters:
-            raise ConfigError(
-                "teacher_ids stand in place of the teacher's hidden states and head, and go with "
-                "neither taid_t nor parameters"
-            )
-        total = vocab * (jax.lax.axis_size(axes) if axes else 1)
-        known = known_teacher(kind, dims, total, sparse, mask)
-    _check_choices(
-        "forward_kl" if known else kind, parameters, reduction, dims, vocab, teacher, softcaps
+    taid, taught = taid_t is not None, vocab if teacher[1] is None else teacher[1].shape[0]
+    whole = lambda rows: rows * (jax.lax.axis_size(axes) if axes else 1)
+    known = known_part(kind, taid or bool(parameters), teacher[1], dims, whole(vocab), tokens, mask)
+    columns = (student_columns, teacher_columns)
+    sizes = (whole(vocab), whole(taught))
+    columns = shared_part(
+        kind, taid or known is not None, teacher[1], sizes, columns, other_columns
     )
+    rows_of = taught if columns else vocab
+    row_kind = "forward_kl" if known else kind
+    _check_choices(row_kind, parameters, reduction, dims, rows_of, teacher, softcaps)
+    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
     operands.check_alpha(alpha, labels)
+    _check_pieces(chunk, logits_dtype, monitor)
+    labels, weights = operands.per_token(labels, mask, dims)
     x = Operands(
         *arrays,
         *teacher,
-        labels=None if labels is None else jnp.asarray(labels),
-        weights=jnp.ones(dims) if mask is None else jnp.asarray(mask).astype(jnp.float32),
+        labels=labels,
+        weights=weights,
         coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
         known=known,
+        columns=columns,
     )
     has_teacher = x.teacher_head is not None
     loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
     if implementation == choice.REFERENCE:
-        if axes:
-            raise ConfigError(
-                f"vocab_axes = {axes}: the reference needs whole heads; None takes an "
-                "implementation that shares them"
-            )
-        sums = reference(loss, softcaps, jnp.dtype(logits_dtype or x.student_hidden.dtype), x)
+        dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
+        sums = reference(loss, softcaps, dtype, x, other_columns)
     else:
         operands.check_manual_axes(x)
         place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
         loss = dataclasses.replace(loss, vocab_axes=place.vocab)
         static = static_arguments(x, place, loss, softcaps, chunk, logits_dtype, implementation)
+        static = dataclasses.replace(static, others=other_columns)
         sums = fused.loss_sums((static, place), x)
-    total, count, monitored = (sums.pop(name) for name in ("loss", "count", "monitored"))
+    total = sums.pop("loss")
+    # Constants, and told so: under vmap the examples may share them, and no slope may run there.
+    count, monitored = (jax.lax.stop_gradient(sums.pop(name)) for name in ("count", "monitored"))
     if reduction == "mean":
         total = Mean(total, count).value
     counts = {name: count for name in ("loss/ce", "loss/divergence", "loss/target_entropy")}
@@ -231,35 +262,42 @@ def static_arguments(
 ) -> Static:
     """The static arguments: in which pieces, and by which implementation."""
     logits_dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
-    dims, vocab = x.student_hidden.shape[:-1], x.student_head.shape[0]
+    dims, heads = x.student_hidden.shape[:-1], (x.student_head, x.teacher_head)
+    rows = tuple(heads[0].shape[0] if head is None else head.shape[0] for head in heads)
+    vocab = max(rows)
     device = choice.current_device()
     shards = place.size(place.vocab)
     # The kernels' tiles are 64 columns wide; a device pads its own rows of the heads.
     tile = 64 if device.platform == "gpu" else 1
     local_vocab = -(-vocab // (shards * tile)) * tile
     tokens = math.prod(dims) // place.size(place.token_axes)
+    if chunk is None:
+        chunk = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
+    else:
+        chunk = whole_chunk(chunk, tokens, device.platform)
     chosen = choice.choose(
         implementation,
         local_vocab,
         logits_dtype,
         device=device,
         scalar_temperature=x.coefficients.has_scalar_temperature,
-        models=1 if x.teacher_head is None else 2,
+        models=1 if x.teacher_head is None or x.columns is not None else 2,
+        tokens=chunk,
     )
-    most = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
-    chunk = min(chunk or most, tokens)
     group = group_size(chunk, local_vocab, device.platform)
     # Inside a shard_map of one's own each device brings its rows, all of them real.
-    total = vocab * (jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1)
-    return Static(loss, chunk, group, tile, total, softcaps, chosen, logits_dtype)
+    own = jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1
+    totals = (own * rows[0], own * rows[1])
+    return Static(loss, chunk, group, tile, totals, softcaps, chosen, logits_dtype)
 
 
 def _arrays(
     hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str
 ) -> tuple[Array, Array, Array | None]:
     """One model's hidden states, head and bias, whose shapes fit."""
-    hidden, head = jnp.asarray(hidden), jnp.asarray(head)
-    bias = None if bias is None else jnp.asarray(bias)
+    hidden = checks.array(f"{who}_hidden", hidden)
+    head = checks.array(f"{who}_head", head)
+    bias = None if bias is None else checks.array(f"{who}_bias", bias)
     if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ConfigError(
             f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] or [B, L, D], "
@@ -267,6 +305,9 @@ def _arrays(
         )
     if bias is not None and bias.shape != (head.shape[0],):
         raise ConfigError(f"{who}_bias {bias.shape} must be [V] = [{head.shape[0]}]")
+    for name, value in (("hidden", hidden), ("head", head), ("bias", bias)):
+        if value is not None:
+            checks.floating(f"{who}_{name}", value)
     return hidden, head, bias
 
 
@@ -283,7 +324,16 @@ def _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) 
             "slice padded head rows off first"
         )
     for name, softcap in zip(("student", "teacher"), softcaps, strict=True):
-        if softcap is not None and not softcap > 0:
-            raise ConfigError(f"{name}_softcap = {softcap}: must be positive, or None for none")
+        checks.softcap(f"{name}_softcap", softcap)
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+
+
+def _check_pieces(chunk, logits_dtype, monitor) -> None:
+    """Raises for a chunk of no tokens, logits that are no floats, or a `monitor` of several."""
+    if chunk is not None:
+        checks.whole("chunk", chunk)
+    if logits_dtype is not None and not jnp.issubdtype(logits_dtype, jnp.floating):
+        raise ConfigError(f"logits_dtype = {logits_dtype}: must be a float type")
+    if jnp.ndim(monitor if monitor is not None else True):
+        raise ConfigError(f"monitor {list(jnp.shape(monitor))}: must be one bool, []")

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxdistill.kernels.columns.definition import Columns
+from jaxdistill.kernels.columns.rows import ColumnRows
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
 from jaxdistill.kernels.sparse.definition import Known, silence
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LOWEST, Rows
+from jaxdistill.kernels.tiling import ROWS as KERNEL_ROWS
 from jaxdistill.kernels.token_loss import TokenRows
 
 # Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
@@ -25,6 +28,7 @@ from jaxdistill.kernels.token_loss import TokenRows
 _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**28
 _CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
+_TILE_TOKENS = 128  # of a product's tile on an accelerator
 # float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
 _GROUP_BYTES_CPU = 2**19
 
@@ -46,6 +50,7 @@ class Operands(NamedTuple):
       ids: int [..., K], tokens whose log-probabilities are asked for.
       known: of a teacher of whom only some tokens are known.
       sets: bool [V, M], the columns of M sets of tokens.
+      columns: of the tokens that both heads have, where their vocabularies differ.
     """
 
     student_hidden: Array
@@ -61,6 +66,7 @@ class Operands(NamedTuple):
     ids: Array | None = None
     known: Known | None = None
     sets: Array | None = None
+    columns: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +78,23 @@ class Static:
       chunk: tokens whose logits exist at one time on a device.
       group: rows of a chunk that the elementwise part takes at one time; divides chunk.
       tile: multiple to which a device's part of the vocabulary is padded.
-      vocab: V, of all devices together and without padding.
+      vocabularies: V of the student and of the teacher, of all devices together and without
+        padding.
       softcaps: of the student's and the teacher's logits, None for none.
       implementation: of the row statistics, from `choice.choose`.
       logits_dtype: of the products' results.
+      others: what becomes of columns that only one vocabulary has, of `columns.OTHERS`.
     """
 
     loss: LossSpec
     chunk: int
     group: int
     tile: int
-    vocab: int
+    vocabularies: tuple[int, int]
     softcaps: tuple[float | None, float | None]
     implementation: str
     logits_dtype: DTypeLike
+    others: str = "mask"
 
 
 class Wanted(NamedTuple):
@@ -103,13 +112,29 @@ class Wanted(NamedTuple):
 
 
 def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
-    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget."""
+    """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget.
+
+    An accelerator's chunks are whole tiles of its products and kernels, and may hold more tokens
+    than there are: `walk` pads the last one with tokens of weight 0.
+    """
     budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
-    most = max(8, budget // (itemsize * vocab))
-    if platform != "cpu":
-        most = min(most, _CHUNK_TOKENS)
-    pieces = -(-tokens // most)
-    return min(tokens, -(-tokens // pieces // 8) * 8)
+    most = budget // (itemsize * vocab)
+    if platform == "cpu":
+        pieces = -(-tokens // max(8, most))
+        return min(tokens, _round_up(-(-tokens // pieces), 8))
+    most = min(most, _CHUNK_TOKENS)
+    tile = _TILE_TOKENS if most >= _TILE_TOKENS and tokens > KERNEL_ROWS else KERNEL_ROWS
+    most = max(tile, most // tile * tile)
+    return _round_up(-(-tokens // -(-tokens // most)), tile)
+
+
+def whole_chunk(chunk: int, tokens: int, platform: str) -> int:
+    """A chunk as asked for, at most all tokens; on a GPU whole tiles of the kernel's rows."""
+    return _round_up(min(chunk, tokens), KERNEL_ROWS if platform == "gpu" else 1)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def group_size(chunk: int, vocab: int, platform: str) -> int:
@@ -121,26 +146,34 @@ def group_size(chunk: int, vocab: int, platform: str) -> int:
 
 
 def run(
-    static: Static, wanted: Wanted, x: Operands, shard: VocabularyShard
+    static: Static, wanted: Wanted, x: Operands, shards: tuple[VocabularyShard, VocabularyShard]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name."""
+    """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name.
+
+    Args:
+      static: of the call.
+      wanted: which gradients.
+      x: the operands of the chunk.
+      shards: the student's and the teacher's columns on this device.
+    """
     # A token of weight 0 may hold anything, NaN included: its hidden states become 0.
     counted = x.weights != 0
     silenced = lambda hidden: jnp.where(counted[:, None], hidden, 0)
     hidden = silenced(x.student_hidden)
     student_cap, teacher_cap = static.softcaps
-    student = logits(static, shard, hidden, x.student_head, x.student_bias, student_cap)
+    student = logits(static, shards[0], hidden, x.student_head, x.student_bias, student_cap)
     teacher = None
     if x.teacher_hidden is not None and x.teacher_head is not None:
         states = silenced(x.teacher_hidden)
-        teacher = logits(static, shard, states, x.teacher_head, x.teacher_bias, teacher_cap)
+        teacher = logits(static, shards[1], states, x.teacher_head, x.teacher_bias, teacher_cap)
     scalar = x.coefficients.has_scalar_temperature
+    # So may its label and its own temperature: 0 * NaN must not reach a slope.
     per_row = (
         student,
         teacher,
-        x.labels,
+        None if x.labels is None else jnp.where(counted, x.labels, 0),
         x.weights,
-        None if scalar else x.coefficients.temperature,
+        None if scalar else jnp.where(counted, x.coefficients.temperature, 1.0),
         None if x.known is None else silence(x.known, counted),
     )
 
@@ -149,8 +182,14 @@ def run(
         coefficients = x.coefficients
         if temperature is not None:
             coefficients = coefficients._replace(temperature=temperature)
-        own = (static.loss, static.implementation, coefficients, shard, student, teacher, labels)
-        rows = TokenRows(*own) if known is None else SparseRows(*own, known, static.vocab)
+        own = (static.loss, static.implementation, coefficients, shards[0])
+        own = (*own, student, teacher, labels)
+        if known is not None:
+            rows = SparseRows(*own, known, static.vocabularies[0])
+        elif x.columns is not None:
+            rows = ColumnRows(*own, x.columns, static.others, shards[1])
+        else:
+            rows = TokenRows(*own)
         return _group(static, wanted, rows, weights, x.monitor)
 
     if static.group == static.chunk:
@@ -178,7 +217,7 @@ def logits(
     bias: Array | None,
     softcap: float | None,
 ) -> Array:
-    """hidden . head^T + bias, capped, [chunk, V]; the lowest finite logit in padded columns."""
+    """hidden . head^T + bias, capped, [chunk, V]; padded columns are impossible entries."""
     logits = jnp.einsum("nd,vd->nv", hidden, head, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)[None, :]
@@ -186,8 +225,9 @@ def logits(
     logits = soft_cap(logits, softcap).astype(static.logits_dtype)
     if shard.padded:
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-        impossible = max(LOWEST, float(jnp.finfo(logits.dtype).min))
-        logits = jnp.where(column < shard.size, logits, impossible)
+        # float16 has no LOWEST, and its least number is a possible logit.
+        lowest = LOWEST if float(jnp.finfo(logits.dtype).min) <= LOWEST else -jnp.inf
+        logits = jnp.where(column < shard.size, logits, lowest)
     return logits
 
 

@@ -131,7 +131,7 @@ def operand_specs(place: Layout, operands: Operands) -> Operands:
     """How the operands lie on the mesh: a tree of specifications where they are arrays."""
     heads = PartitionSpec(place.vocab or None)
     by_name = dict.fromkeys(PER_TOKEN, place.per_token) | dict.fromkeys(HEADS, heads)
-    by_name["monitor"] = PartitionSpec()
+    by_name |= {"monitor": PartitionSpec(), "columns": PartitionSpec()}
     # The same names, other leaves.
     given: dict[str, Any] = {
         name: jax.tree.map(lambda _, spec=spec: spec, getattr(operands, name))

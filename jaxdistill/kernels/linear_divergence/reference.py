@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxdistill.kernels import rows
+from jaxdistill.kernels.columns.definition import Columns, shared_columns
 from jaxdistill.kernels.divergence.reference import Terms, terms
 from jaxdistill.kernels.linear_divergence.chunk import Operands
 from jaxdistill.kernels.operands import Coefficients, LossSpec
@@ -27,6 +29,7 @@ def reference(
     softcaps: tuple[float | None, float | None],
     logits_dtype: DTypeLike,
     x: Operands,
+    others: str = "mask",
 ) -> dict[str, Array]:
     """Sums over the tokens by name: "loss", "count", "monitored" and the metrics, [].
 
@@ -35,6 +38,7 @@ def reference(
       softcaps: of the student's and the teacher's logits.
       logits_dtype: in which logits are rounded.
       x: all arrays; metrics are made whatever `monitor` is.
+      others: what becomes of columns that only one vocabulary has.
     """
     dims = x.student_hidden.ndim - 1
 
@@ -57,13 +61,16 @@ def reference(
         t = logits(x.teacher_hidden, x.teacher_head, x.teacher_bias, softcaps[1])
     y = None if x.labels is None else jnp.where(counted, flat(x.labels), 0)
     temperature = x.coefficients.temperature
-    temperature = flat(temperature) if temperature.ndim else temperature
+    if temperature.ndim:
+        temperature = jnp.where(counted, flat(temperature), 1.0)
     coefficients = x.coefficients._replace(temperature=temperature)
     known = None if x.known is None else silence(jax.tree.map(flat, x.known), counted)
-    if known is None:
-        values = terms(spec, s, t, y, coefficients)
-    else:
+    if known is not None:
         values = _sparse_terms(spec, s, known, y, coefficients)
+    elif x.columns is not None and t is not None:
+        values = _column_terms(spec, s, t, y, coefficients, x.columns, others)
+    else:
+        values = terms(spec, s, t, y, coefficients)
 
     log_softmax = lambda z: jax.nn.log_softmax(z.astype(values.loss.dtype))
     entropy = lambda log_p: -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -84,6 +91,9 @@ def reference(
     if known is not None:
         per_token["loss/divergence"] = values.divergence
         per_token |= _sparse_metrics(log_q, known)
+    elif x.columns is not None and t is not None:
+        per_token["loss/divergence"] = values.divergence
+        per_token |= _column_metrics(log_q, log_softmax(t), x.columns, others)
     sums = {name: jnp.sum(weights * jnp.where(counted, x, 0)) for name, x in per_token.items()}
     return sums | {"count": jnp.sum(weights), "monitored": jnp.sum(weights)}
 
@@ -101,6 +111,49 @@ def _sparse_terms(
     if spec.scale_by_t2:
         divergence *= temperature**2
     return values._replace(loss=values.loss + (1 - alpha) * divergence, divergence=divergence)
+
+
+def _column_terms(
+    spec: LossSpec,
+    s: Array,
+    t: Array,
+    y: Array | None,
+    coefficients: Coefficients,
+    columns: Columns,
+    others: str,
+) -> Terms:
+    """The loss of each row of two models that share only some columns."""
+    alone = dataclasses.replace(spec, kind=None)
+    values, alpha, temperature = terms(alone, s, None, y, coefficients), *coefficients[:2]
+    column = temperature[:, None] if temperature.ndim else temperature
+    wide = lambda z: jnp.maximum(z.astype(values.loss.dtype), LOWEST) / column
+    assert isinstance(spec.kind, str), "checked where it was given"
+    log_q, log_p = _shared(wide(s), jax.lax.stop_gradient(t) / column, columns, others)
+    row = rows.make(spec.kind, *jax.lax.stop_gradient(coefficients.parameters))
+    divergence = jnp.sum(row.value(log_p, log_q), axis=1)
+    if spec.scale_by_t2:
+        divergence *= temperature**2
+    return values._replace(loss=values.loss + (1 - alpha) * divergence, divergence=divergence)
+
+
+def _shared(s: Array, t: Array, columns: Columns, others: str) -> tuple[Array, Array]:
+    """Log-probabilities of what both rows share."""
+    seen = (shared_columns(z, c, others=others) for z, c in zip((s, t), columns, strict=True))
+    log_q, log_p = map(jax.nn.log_softmax, seen)
+    return log_q, log_p
+
+
+def _column_metrics(log_q: Array, log_p: Array, columns: Columns, others: str) -> dict[str, Array]:
+    mass = lambda log, columns: jnp.sum(jnp.exp(log[:, columns]), axis=1)
+    shared_q, shared_p = _shared(log_q, log_p, columns, others)
+    leads = lambda log: log == log.max(1, keepdims=True)
+    return {
+        "teacher/entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=1),
+        "student/kept_mass": mass(log_q, columns.student),
+        "teacher/kept_mass": mass(log_p, columns.teacher),
+        "loss/kl_t1": jnp.sum(jnp.exp(shared_p) * (shared_p - shared_q), axis=1),
+        "agree/top1": jnp.any(leads(shared_q) & leads(shared_p), axis=1),
+    }
 
 
 def _sparse_metrics(log_q: Array, known: Known) -> dict[str, Array]:

@@ -11,7 +11,6 @@ A chunk's logits are made, used for value and gradient, and forgotten: [7, V] ne
 chunk is padded with tokens of weight 0. The way back multiplies the gradients by the cotangent.
 """
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ class Pieces(NamedTuple):
     Attributes:
       static: whose chunk and group fit the tokens.
       operands: with heads in the dtype of the products, padded to whole tiles.
-      shard: the rows of the heads that are tokens.
+      shards: the rows of the student's and the teacher's head that are tokens.
       per_token: by name, [pieces, chunk, ...] each.
       dims: leading dims of what is per token.
       rows: of the student's head, without padding.
@@ -42,7 +41,7 @@ class Pieces(NamedTuple):
 
     static: Static
     operands: Operands
-    shard: VocabularyShard
+    shards: tuple[VocabularyShard, VocabularyShard]
     per_token: dict[str, Any]
     dims: tuple[int, ...]
     rows: int
@@ -92,17 +91,16 @@ def cut(
       more: arrays per token beside the operands, by name.
     """
     rows = operands.student_head.shape[0]
-    operands, shard = _with_tiles(static, operands, vocab_axes)
+    operands, shards = _with_tiles(static, operands, vocab_axes)
     dims = operands.student_hidden.shape[:-1]
     per_token = {name: getattr(operands, name) for name in PER_TOKEN} | more
     if not operands.coefficients.has_scalar_temperature:
         per_token["temperature"] = operands.coefficients.temperature
-    tokens = math.prod(dims)
-    chunk = min(static.chunk, tokens)
-    static = dataclasses.replace(static, chunk=chunk, group=min(static.group, chunk))
     flat = lambda array: array.reshape(-1, *array.shape[len(dims) :])
     per_token = {
-        name: jax.tree.map(lambda array, name=name: _in_chunks(name, flat(array), chunk), arrays)
+        name: jax.tree.map(
+            lambda array, name=name: _in_chunks(name, flat(array), static.chunk), arrays
+        )
         for name, arrays in per_token.items()
         if arrays is not None
     }
@@ -113,7 +111,7 @@ def cut(
         if operands.teacher_head is None or operands.teacher_hidden is None
         else operands.teacher_head.astype(operands.teacher_hidden.dtype),
     )
-    return Pieces(static, operands, shard, per_token, dims, rows)
+    return Pieces(static, operands, shards, per_token, dims, rows)
 
 
 def walk(
@@ -123,7 +121,7 @@ def walk(
     pieces = cut(static, operands, vocab_axes, {})
 
     def body(totals, of_chunk):
-        sums, gradients = chunks.run(pieces.static, wanted, pieces.of(of_chunk), pieces.shard)
+        sums, gradients = chunks.run(pieces.static, wanted, pieces.of(of_chunk), pieces.shards)
         written = {name: gradients.pop(name) for name in list(gradients) if name not in totals}
         return {name: totals[name] + gradients[name] for name in totals}, (sums, written)
 
@@ -134,26 +132,31 @@ def walk(
 
 def _with_tiles(
     static: Static, operands: Operands, vocab_axes: tuple[str, ...]
-) -> tuple[Operands, VocabularyShard]:
+) -> tuple[Operands, tuple[VocabularyShard, VocabularyShard]]:
     """Heads padded to whole tiles, and which of their rows are tokens."""
-    rows = operands.student_head.shape[0]
-    offset = jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0
-    operands = pad_vocabulary(operands, static.tile)
-    uneven = bool(vocab_axes) and static.vocab < rows * jax.lax.axis_size(vocab_axes)
-    here = jnp.clip(static.vocab - offset, 0, rows) if uneven else rows
-    padded = uneven or operands.student_head.shape[0] > rows
-    return operands, VocabularyShard(vocab_axes, offset, here, padded)
+    padded = pad_vocabulary(operands, static.tile)
+
+    def shard(head: Array | None, tiles: Array | None, vocab: int) -> VocabularyShard | None:
+        if head is None or tiles is None:
+            return None
+        rows = head.shape[0]
+        offset = jax.lax.axis_index(vocab_axes) * rows if vocab_axes else 0
+        uneven = bool(vocab_axes) and vocab < rows * jax.lax.axis_size(vocab_axes)
+        here = jnp.clip(vocab - offset, 0, rows) if uneven else rows
+        return VocabularyShard(vocab_axes, offset, here, uneven or tiles.shape[0] > rows)
+
+    student = shard(operands.student_head, padded.student_head, static.vocabularies[0])
+    teacher = shard(operands.teacher_head, padded.teacher_head, static.vocabularies[1])
+    assert student is not None, "every call has a student"
+    return padded, (student, teacher or student)
 
 
 def pad_vocabulary(operands: Operands, multiple: int) -> Operands:
     """Heads whose rows are a multiple of something; `VocabularyShard.size` says which are real."""
-    extra = -operands.student_head.shape[0] % multiple
-    if not extra:
-        return operands
     padded: dict[str, Any] = {
-        name: jnp.pad(array, ((0, extra), (0, 0))[: array.ndim])
+        name: jnp.pad(array, ((0, -array.shape[0] % multiple), (0, 0))[: array.ndim])
         for name in HEADS
-        if (array := getattr(operands, name)) is not None
+        if (array := getattr(operands, name)) is not None and array.shape[0] % multiple
     }
     return operands._replace(**padded)
 

@@ -101,6 +101,8 @@ def linear_logprobs(
     arrays = _arrays(hidden, head, bias)
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
+    if axes and implementation == choice.REFERENCE:
+        raise ConfigError(f"vocab_axes = {axes}: the reference needs a whole head; give None")
     whole = vocab * (jax.lax.axis_size(axes) if axes else 1)
     tokens = _ids(ids, dims, whole, mask)
     _check_numbers(temperature, softcap, top_k, whole, mask, dims)
@@ -117,8 +119,6 @@ def linear_logprobs(
         sets=None if sets is None else columns_of(sets, vocab, bool(axes)),
     )
     if implementation == choice.REFERENCE:
-        if axes:
-            raise ConfigError(f"vocab_axes = {axes}: the reference needs a whole head; give None")
         dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
         said = reference(x, top_k, softcap, dtype)
     else:

@@ -34,7 +34,7 @@ def forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
             temperature = x.coefficients.temperature if temperature is None else temperature
             return rows.answer(
                 logits, temperature, counted, ids, pieces.operands.sets, call.top_k,
-                pieces.static.vocab, pieces.shard,
+                pieces.static.vocabularies[0], pieces.shards[0],
             )  # fmt: skip
 
         return None, _in_groups(pieces, one, (logits, _per_row(x), counted, x.ids))
@@ -60,7 +60,7 @@ def back(
             temperature = x.coefficients.temperature if temperature is None else temperature
             slope, moved = rows.slope(
                 logits, temperature, counted, ids, pieces.operands.sets, kept, cotangents,
-                pieces.shard,
+                pieces.shards[0],
             )  # fmt: skip
             if softcap is not None:
                 slope = slope * soft_cap_slope(logits.astype(jnp.float32), softcap)
@@ -85,7 +85,7 @@ def _logits(pieces: Pieces, x: Operands) -> tuple[Array, Array, Array]:
     hidden = jnp.where(counted[:, None], x.student_hidden, 0)
     static = pieces.static
     logits = chunks.logits(
-        static, pieces.shard, hidden, x.student_head, x.student_bias, static.softcaps[0]
+        static, pieces.shards[0], hidden, x.student_head, x.student_bias, static.softcaps[0]
     )
     return counted, hidden, logits
 

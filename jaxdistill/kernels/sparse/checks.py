@@ -69,7 +69,7 @@ def _check_shapes(arrays: dict[str, Array | None], dims: tuple[int, ...], vocab:
         if shape != dims or array.ndim != len(dims) + of_set:
             raise ConfigError(
                 f"{name} {list(array.shape)}: must be {[*dims, 'K'] if of_set else list(dims)}, "
-                "as the hidden states have it"
+                "as the student has it"
             )
         whole = jnp.issubdtype(array.dtype, jnp.integer)
         if name.endswith("ids") != whole:

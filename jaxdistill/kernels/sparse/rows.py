@@ -104,7 +104,7 @@ class SparseRows(TokenRows):
     def _divergence_slopes(
         self, statistics: Rows, divergence: Divergence, by_temperature: bool
     ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d D / d T [n], the teacher's numbers held as they are."""
+        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n], the teacher's numbers held."""
         assert divergence.vjp is not None, "made with one"
         cotangents, rest = divergence.vjp(divergence.value)
         temperature, top = self.coefficients.temperature, statistics["max_s"]
@@ -122,7 +122,7 @@ class SparseRows(TokenRows):
             return slope, None
         # d (s / T) / dT = -s / T^2; the slope sums to 0 over a row, so shifted logits serve.
         moved = self.vocabulary.sum(jnp.sum(slope * (s - top[:, None]), axis=1))
-        return slope, -moved / temperature**2
+        return slope, self.scaled_slope(divergence.value, -moved / temperature**2)
 
     def metrics(self, statistics: Rows) -> dict[str, Array]:
         """At T = 1, [n] each: entropy, mass on the known tokens, and which of them lead."""

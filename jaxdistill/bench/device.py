@@ -1,0 +1,364 @@
+"""Proves the losses on the device at hand, then times them: what tells most first, within minutes.
+
+Every value and gradient is compared with the definition in float64. Rows are apart from each other,
+so a few of them are enough of a reference, at any size.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import kernels
+from jaxdistill.bench import run as timed
+from jaxdistill.bench.shapes import Shape
+from jaxdistill.kernels import choice, rows
+from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.operands import Coefficients
+from jaxdistill.kernels.self_check import self_check
+from jaxdistill.kernels.tiling import Tiling
+from jaxdistill.safe import whole_file
+
+TEMPERATURES = (0.3, 0.7, 1.0, 2.0)
+
+
+class Part(NamedTuple):
+    """One thing that is found out: its name, and the function that returns the facts."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the problems are: a GPU's, or small ones for a CPU.
+
+    Attributes:
+      tokens: N of the checks.
+      vocabs: V of the checks.
+      dtypes: of logits.
+      head: (N, V, D) of the checks of the head loss.
+      shapes: of what is timed.
+      rounds: of timing.
+    """
+
+    tokens: tuple[int, ...]
+    vocabs: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    head: tuple[tuple[int, int, int], ...]
+    shapes: tuple[Shape, ...]
+    rounds: int
+
+
+LARGE = Sizes(
+    (64, 100, 824, 8192),
+    (640, 50_304, 151_936),
+    ("bfloat16", "float32", "float16"),
+    ((100, 640, 64), (824, 50_304, 64)),
+    (
+        Shape("llama-3", 8192, 128_256, 2048, 4096, "bfloat16"),
+        Shape("qwen", 4096, 151_936, 2560, 5120, "bfloat16"),
+    ),
+    9,
+)
+SMALL = Sizes(
+    (64, 9), (128, 93), ("float32", "bfloat16"), ((9, 93, 8),),
+    (Shape("tiny", 16, 128, 8, 16, "float32"),), 1,
+)  # fmt: skip
+
+
+def run(
+    minutes: float,
+    path: pathlib.Path | None,
+    notice: Callable[[str], None],
+    chosen: list[Part] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Finds out in turn what can be found out in so many minutes.
+
+    The file holds after every part all that is known; it may be stopped at any second. A part that
+    fails is a finding, with its error, and the rest goes on.
+
+    Args:
+      minutes: no part begins after them.
+      path: of the JSON file; None writes none.
+      notice: receives one line for each part.
+      chosen: what is found out; None: all of `parts`, in sizes for the device.
+      clock: seconds.
+
+    Returns:
+      What the file holds: {"machine", "parts": [{"name", "ok", "seconds", ...}], "left_out", "ok"}.
+    """
+    sizes = LARGE if choice.current_device().platform == "gpu" else SMALL
+    ends = clock() + 60 * minutes
+    todo = list(parts(sizes) if chosen is None else chosen)
+    result: dict[str, Any] = {"machine": machine(), "parts": [], "ok": True, "left_out": []}
+    while todo and clock() < ends:
+        part, began = todo.pop(0), clock()
+        try:
+            facts = part.run()
+        except Exception as error:  # a kernel that does not compile or run is what is looked for
+            facts = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        facts = {"name": part.name, "seconds": round(clock() - began, 2), **facts}
+        result["parts"].append(facts)
+        result["ok"] = result["ok"] and facts["ok"]
+        result["left_out"] = [one.name for one in todo]
+        notice(f"{part.name}: {'ok' if facts['ok'] else 'WRONG'} ({facts['seconds']:.1f} s)")
+        if path is not None:
+            whole_file.write_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """The device, the versions, and which implementations run on it, or why not."""
+    device = choice.current_device()
+    first = jax.devices()[0]
+    distributions = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "numpy")
+    versions = {}
+    for name in (*distributions, "jaxdistill"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": device.kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "memory": (first.memory_stats() or {}).get("bytes_limit"),
+        "backend": getattr(first.client, "platform_version", None),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "support": {
+            name: state.reason
+            for name, state in choice.support(128_256, "bfloat16", device=device).items()
+        },
+    }
+
+
+def parts(sizes: Sizes) -> Iterator[Part]:
+    """Everything, what tells most first."""
+    first, vocab = sizes.dtypes[0], sizes.vocabs[0]
+    for dtype in sizes.dtypes:
+        yield Part(f"self-check {dtype}", functools.partial(_self_check, dtype))
+    if choice.support(vocab - vocab % 64, first)["mosaic_gpu"].runs or _interpreter():
+        for split, tokens in ((1, sizes.tokens[0]), (3, sizes.tokens[-1])):
+            name = f"statistics {tokens}x{vocab} split {split}"
+            yield Part(name, functools.partial(_statistics, tokens, vocab, split))
+    cases = [("forward_kl", first, n, v) for n in sizes.tokens for v in sizes.vocabs]
+    cases += [(kind, first, sizes.tokens[0], vocab) for kind in rows.KINDS]
+    cases += [("forward_kl", dtype, sizes.tokens[:2][-1], vocab) for dtype in sizes.dtypes]
+    rest = itertools.product(rows.KINDS, sizes.dtypes, sizes.tokens, sizes.vocabs)
+    seen = list(dict.fromkeys(cases))
+    yield from map(_dense_part, seen)
+    for tokens, vocab, width in sizes.head:
+        for taid_t in (None, 0.4):
+            name = f"linear_divergence {tokens}x{vocab} {'taid' if taid_t else 'kd'}"
+            yield Part(name, functools.partial(_head, tokens, vocab, width, taid_t))
+    yield Part("attention", _attention)
+    for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
+        name = f"time {kind} {timed.label(shape)}"
+        yield Part(name, functools.partial(_time, kind, shape, sizes.rounds))
+    if sizes is not SMALL:
+        yield from map(_dense_part, [case for case in rest if case not in seen])
+
+
+def _self_check(dtype: str) -> dict[str, Any]:
+    return {"ok": True, "implementation": self_check(dtype)}
+
+
+def _interpreter() -> Any:
+    """JAX's interpreter of GPU kernels where it has one; on a GPU itself nothing interprets."""
+    if choice.current_device().platform == "gpu":
+        return None
+    try:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+    except ImportError:
+        return None
+    return plgpu.InterpretGPUParams() if hasattr(plgpu, "InterpretGPUParams") else None
+
+
+def _statistics(tokens: int, vocab: int, split: int) -> dict[str, Any]:
+    """All statistics of the kernel, with a first tile and last columns of nothing possible."""
+    from jaxdistill.kernels import mosaic_gpu
+
+    student, teacher = (_spoiled(x) for x in _logits(tokens, vocab, "float32"))
+    names, worst = (*stats.MOMENTS, stats.ECHO), 0.0
+
+    @jax.jit
+    def measured(student, teacher, temperature):
+        coefficients = Coefficients(jnp.float32(0), temperature)
+        return mosaic_gpu.statistics(
+            names, student, teacher, coefficients, Tiling(64, 2, split), _interpreter()
+        )
+
+    for temperature in TEMPERATURES:
+        found = measured(student, teacher, jnp.float32(temperature))
+        picked = _some(tokens)
+        with jax.enable_x64(True):
+            logits = {
+                model: jnp.maximum(jnp.asarray(np.float64(x[picked])), stats.LOWEST)
+                for model, x in (("s", student), ("t", teacher))
+            }
+            want = stats.in_passes(names, logits, stats.Scales(1 / temperature, 1.0))
+        for name in names:
+            error = np.abs(np.asarray(found[name], np.float64)[picked] - np.asarray(want[name]))
+            worst = max(worst, float((error / (1 + np.abs(want[name]))).max()))
+    return {"ok": worst < 1e-5, "error": worst}
+
+
+def _dense_part(case: tuple[str, str, int, int]) -> Part:
+    kind, dtype, tokens, vocab = case
+    return Part(f"{kind} {dtype} {tokens}x{vocab}", functools.partial(_dense, *case))
+
+
+def _dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
+    """Value and gradients of `divergence` at every temperature, with impossible entries."""
+    student, teacher = (_spoiled(x) for x in _logits(tokens, vocab, dtype))
+    labels = 64 + jnp.arange(tokens) % (vocab - 67)  # of possible entries
+    picked = _some(tokens)
+
+    def total(student, temperature, teacher, labels, implementation):
+        values = kernels.divergence(
+            student, teacher, kind=kind, labels=labels, alpha=0.3, temperature=temperature,
+            implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(values), values
+
+    run = jax.jit(
+        jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnames="implementation"
+    )
+    chosen = choice.choose(None, vocab, dtype, tokens=tokens)
+    found = _Errors(dtype)
+    for temperature in TEMPERATURES:
+        T = jnp.full(tokens, temperature) if chosen == "xla" else jnp.float32(temperature)
+        (_, values), (slope, by_t) = run(student, T, teacher, labels, implementation=chosen)
+        with jax.enable_x64(True):
+            wide = (jnp.asarray(np.float64(x[picked])) for x in (student, teacher))
+            s, t = wide
+            (_, want), (exact, exact_t) = run(
+                s, jnp.full(len(picked), temperature), t, labels[picked],
+                implementation=choice.REFERENCE,
+            )  # fmt: skip
+        found.value(np.asarray(values)[picked], want)
+        found.slope(np.asarray(slope)[picked], exact)
+        if chosen == "xla":
+            found.by_temperature(np.asarray(by_t)[picked], exact_t)
+    return found.facts() | {"implementation": chosen}
+
+
+def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str, Any]:
+    """Value and all gradients of `linear_divergence`, some tokens masked."""
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    hidden, head = draw(tokens, width), draw(vocab, width) / np.sqrt(width)
+    teacher_hidden, teacher_head = draw(tokens, width), draw(vocab, width) / np.sqrt(width)
+    labels = jnp.where(jnp.arange(tokens) % 5 == 0, -100, jnp.arange(tokens) % vocab)
+    mask = jnp.arange(tokens) % 7 > 0
+
+    def loss(hidden, head, temperature, teacher_hidden, teacher_head, implementation):
+        return kernels.linear_divergence(
+            hidden, head, teacher_hidden, teacher_head, labels=labels, mask=mask, alpha=0.4,
+            temperature=temperature, taid_t=taid_t, label_smoothing=0.1,
+            implementation=implementation,
+        )[0]  # fmt: skip
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnames="implementation")
+    found = _Errors("float32")
+    arrays = (hidden, head, teacher_hidden, teacher_head)
+    with jax.default_matmul_precision("highest"):
+        for temperature in TEMPERATURES:
+            h, w, ht, wt = arrays
+            value, slopes = run(h, w, jnp.float32(temperature), ht, wt, implementation=None)
+            with jax.enable_x64(True):
+                h, w, ht, wt = (jnp.asarray(np.float64(x)) for x in arrays)
+                T = jnp.float64(temperature)
+                want, exact = run(h, w, T, ht, wt, implementation=choice.REFERENCE)
+            found.value(np.asarray(value), want)
+            for got, expected in zip(slopes[:2], exact[:2], strict=True):
+                found.slope(np.asarray(got), expected)
+            found.by_temperature(np.asarray(slopes[2]), exact[2])
+    return found.facts()
+
+
+def _attention() -> dict[str, Any]:
+    """The device's own attention kernel beside XLA's, value and gradient."""
+    gpu = choice.current_device().platform == "gpu"
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, 128, 4, 64), jnp.bfloat16) for key in keys)
+
+    def total(q, k, v, implementation):
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+    run = jax.jit(jax.grad(total, argnums=(0, 1, 2)), static_argnames="implementation")
+    found = _Errors("bfloat16")
+    wanted = run(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="xla")
+    for got, want in zip(
+        run(q, k, v, implementation="cudnn" if gpu else None), wanted, strict=True
+    ):
+        found.slope(np.asarray(got.astype(jnp.float32)), want, ulps=16)
+    return found.facts() | {"implementation": "cudnn" if gpu else "xla"}
+
+
+def _time(kind: str, shape: Shape, rounds: int) -> dict[str, Any]:
+    return {"ok": True, "rows": list(timed.measure(kind, shape, rounds, choice.current_device()))}
+
+
+class _Errors:
+    """The largest errors of a part, each beside what its dtype allows."""
+
+    def __init__(self, dtype: str):
+        self._eps = float(jnp.finfo(dtype).eps)
+        self._found = {"value": 0.0, "slope": 0.0, "temperature": 0.0}
+        self._ok = True
+
+    def value(self, got: Any, want: Any) -> None:
+        want = np.asarray(want)
+        self._add("value", np.abs(np.float64(got) - want) / (1 + np.abs(want)), 1e-5)
+
+    def slope(self, got: Any, want: Any, ulps: int = 2) -> None:
+        want = np.asarray(want)
+        error = np.abs(np.asarray(got, np.float64) - want) / max(np.abs(want).max(), 1e-30)
+        self._add("slope", error, max(ulps * self._eps, 2e-5))
+
+    def by_temperature(self, got: Any, want: Any) -> None:
+        want = np.asarray(want)
+        self._add("temperature", np.abs(np.float64(got) - want) / (1 + np.abs(want)), 1e-3)
+
+    def _add(self, name: str, error: Any, most: float) -> None:
+        largest = float(np.max(error))
+        self._ok = self._ok and largest <= most  # false for NaN
+        self._found[name] = max(self._found[name], largest) if largest == largest else largest
+
+    def facts(self) -> dict[str, Any]:
+        return {"ok": self._ok, "error": self._found}
+
+
+def _logits(tokens: int, vocab: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(tokens), 2)
+    draw = lambda key: 3 * jax.random.normal(key, (tokens, vocab), jnp.float32)
+    return draw(keys[0]).astype(dtype), draw(keys[1]).astype(dtype)
+
+
+def _spoiled(logits: jax.Array) -> jax.Array:
+    """With a first tile and a tail of impossible entries, as a shard or padding has them."""
+    return logits.at[:, :64].set(-jnp.inf).at[:, -3:].set(-jnp.inf)
+
+
+def _some(tokens: int) -> np.ndarray:
+    """Rows that are compared: the first, the last, and those at the edge of a tile."""
+    wanted = {0, 1, 63, 64, tokens // 2, tokens - 2, tokens - 1}
+    return np.array(sorted(row for row in wanted if 0 <= row < tokens))

@@ -1,0 +1,110 @@
+"""Held-out records: chosen by their content, and compared with what is trained on."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.records import Record
+from jaxdistill.data.sources import Source, Stream
+from jaxdistill.errors import DataError
+
+_log = logging.getLogger(__name__)
+
+# More held-out records than this share in the training data too, and the numbers mean nothing.
+MAX_SHARED = 0.1
+
+
+def fingerprint_of(record: Record) -> int:
+    """64 bits of a hash of what a record says, whatever its file and its place in it."""
+    more = record.conversation
+    parts = [record.roles, record.texts, more and (more.fields, more.tools)]
+    text = json.dumps(parts, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def split(sources: Sequence[Source], fraction: float) -> tuple[list[Source], list[Source]]:
+    """(what is trained on, what is held out) of sources.
+
+    Raises:
+      DataError: if one of the two would hold no record.
+    """
+    _check_fraction(sources, fraction)
+    return (
+        [part(source, fraction, held_out=False) for source in sources],
+        [part(source, fraction, held_out=True) for source in sources],
+    )
+
+
+def part(source: Source, fraction: float, held_out: bool) -> Source:
+    """The records of a source that are held out, or the others.
+
+    The hash of a record alone decides: it stays on its side when other files are added.
+
+    Args:
+      source: the whole.
+      fraction: about how many are held out.
+      held_out: which of the two.
+    """
+    limit = int(fraction * 2**64)
+
+    def read() -> Stream:
+        for item in source:
+            # What cannot be read counts once, on the side of the training data.
+            theirs = isinstance(item, Record) and fingerprint_of(item) < limit
+            if theirs is held_out:
+                yield item
+
+    def digest() -> str:
+        side = "held out" if held_out else "trained on"
+        return hashlib.sha256(f"{source.digest()} {fraction!r} {side}".encode()).hexdigest()
+
+    parts = tuple(part(one, fraction, held_out) for one in source.parts)
+    return dataclasses.replace(source, read=read, digest=digest, parts=parts, weight=(
+        1.0 if held_out else source.weight))  # fmt: skip
+
+
+def _check_fraction(sources: Sequence[Source], fraction: float) -> None:
+    """Refuses a fraction that leaves one side without a record.
+
+    Raises:
+      DataError: with the numbers.
+    """
+    total = held = 0
+    limit = int(fraction * 2**64)
+    for source in sources:
+        for item in source:
+            if isinstance(item, Record):
+                total += 1
+                held += fingerprint_of(item) < limit
+            if 0 < held < total:
+                return
+    side = "none" if not held else "all"
+    if total:
+        raise DataError(
+            f"data.eval.fraction: {fraction:g} holds out {side} of the {total} records: "
+            f"{'raise' if not held else 'lower'} it, or name files under data.eval"
+        )
+
+
+def check(train: Dataset, held_out: Dataset) -> None:
+    """Compares the records of the two; warns of those that are in both.
+
+    Raises:
+      DataError: if more than MAX_SHARED of the held-out records are trained on.
+    """
+    theirs = np.asarray(held_out.arrays["records"])
+    shared = int(np.isin(theirs, train.arrays["records"]).sum())
+    if not shared:
+        return
+    told = f"data.eval: {shared} of {len(theirs)} records are in data.train too"
+    if shared > MAX_SHARED * len(theirs):
+        raise DataError(
+            f"{told}: held-out data must not be trained on: take them out of one of the two, or "
+            "let data.eval: {fraction: 0.01} choose"
+        )
+    _log.warning("%s", told)

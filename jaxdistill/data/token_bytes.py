@@ -1,0 +1,136 @@
+"""The bytes that each token of a tokenizer stands for: what two tokenizers have in common."""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxdistill.errors import MismatchError
+
+_HEX = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+_SPACE = "\u2581"  # how SentencePiece writes a space
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenBytes:
+    """The bytes of every token.
+
+    Attributes:
+      table: id -> bytes; an id without a token is missing.
+      special: ids of special tokens, which stand for no text.
+      dummy_prefix: whether the tokenizer puts a space before a text that has none.
+    """
+
+    table: dict[int, bytes]
+    special: frozenset[int]
+    dummy_prefix: bool
+
+    def spell(self, ids: Sequence[int], text: str) -> list[bytes]:
+        """The bytes of the tokens of a text; those of special tokens are empty.
+
+        Args:
+          ids: of the text, with or without special tokens around it.
+          text: what was encoded.
+
+        Raises:
+          MismatchError: if the tokens do not spell the text byte for byte, with the first
+            difference: the tokenizer changes what it reads (lower case, other normal forms).
+        """
+        spelled = [b"" if i in self.special else self.table.get(int(i), b"") for i in ids]
+        wanted = text.encode()
+        got = b"".join(spelled)
+        if got != wanted and self.dummy_prefix and got.startswith(b" "):
+            first = next(i for i, piece in enumerate(spelled) if piece)
+            spelled[first] = spelled[first][1:]
+            got = got[1:]
+        if got != wanted:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),
+                min(len(got), len(wanted)),
+            )
+            near = slice(max(0, at - 8), at + 8)
+            raise MismatchError(
+                f"tokens do not spell their text: from byte {at} on the text has {wanted[near]!r}, "
+                f"the tokens {got[near]!r}: this tokenizer changes what it reads and cannot be "
+                "aligned by bytes"
+            )
+        return spelled
+
+
+def token_bytes(tokenizer: Any) -> TokenBytes:
+    """The bytes of the tokens of a byte-level or SentencePiece-like tokenizer.
+
+    Args:
+      tokenizer: a transformers PreTrainedTokenizerFast.
+
+    Raises:
+      MismatchError: for tokenizers whose tokens stand for no fixed bytes (WordPiece and others).
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise MismatchError("a tokenizer without tokenizer.json cannot be aligned by bytes")
+    described = json.loads(backend.to_str())
+    kinds = _kinds(described.get("decoder"))
+    added = {one["id"]: one for one in described["added_tokens"]}
+    if "ByteLevel" in kinds:
+        spell, dummy = _byte_level, False
+    elif kinds & {"Metaspace", "Replace", "ByteFallback"}:
+        spell = _sentence_piece
+        dummy = _has_dummy_prefix(described)
+    else:
+        found = ", ".join(sorted(kinds)) or "no decoder"
+        raise MismatchError(
+            f"tokenizer ({described['model'].get('type')}, {found}): its tokens stand for no fixed "
+            "bytes: byte-level and SentencePiece-like tokenizers can be aligned"
+        )
+    table = {
+        index: token.encode() if index in added and not _HEX.match(token) else spell(token)
+        for token, index in tokenizer.get_vocab().items()
+    }
+    special = frozenset(i for i, one in added.items() if one["special"])
+    return TokenBytes(table, special, dummy)
+
+
+def _kinds(part: Any) -> set[str]:
+    """The types of a decoder, normalizer or pre-tokenizer and of what it is made of."""
+    if not isinstance(part, dict):
+        return set()
+    inner = part.get("decoders") or part.get("normalizers") or part.get("pretokenizers") or []
+    return {part["type"]}.union(*map(_kinds, inner))
+
+
+def _has_dummy_prefix(described: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by a normalizer, or by Metaspace."""
+    if "Prepend" in _kinds(described.get("normalizer")):
+        return True
+    parts = described.get("pre_tokenizer")
+    inner = [parts, *(parts or {}).get("pretokenizers", [])]
+    return any(
+        part and part["type"] == "Metaspace" and part.get("prepend_scheme") != "never"
+        for part in inner
+    )
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    """The letter by which byte-level tokenizers write each byte: printable ones stand for
+    themselves, the others follow from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return letters | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+def _byte_level(token: str) -> bytes:
+    alphabet = _alphabet()
+    if all(letter in alphabet for letter in token):
+        return bytes(alphabet[letter] for letter in token)
+    return token.encode()
+
+
+def _sentence_piece(token: str) -> bytes:
+    byte = _HEX.match(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()

@@ -1,0 +1,149 @@
+"""The checks of what a caller passes: numbers by one table of ranges, arrays by their shapes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.ranges import COMMON, Range
+
+IGNORED = -100  # the label of a token that counts nothing, as everywhere in this field
+
+
+def known(value: Any) -> int | float | None:
+    """A number whose value can be looked at; None for a traced one, and for an array of several.
+
+    Numbers of Python, NumPy and JAX alike. What is under a mask may be anything, so the numbers of
+    an array with dims are not looked at.
+    """
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, jax.core.Tracer) or not isinstance(
+        value, np.generic | np.ndarray | jax.Array
+    ):
+        return None
+    return float(value) if np.ndim(value) == 0 and _is_real(value.dtype) else None
+
+
+def _is_real(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, one) for one in (jnp.floating, jnp.integer, jnp.bool_))
+
+
+def array(name: str, value: ArrayLike) -> Array:
+    """The caller's array.
+
+    Raises:
+      ConfigError: naming it, for what is none.
+    """
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is no array: {error}") from error
+
+
+def number(name: str, value: Any, allowed: Range | None = None, where: str = "") -> None:
+    """Raises unless a number lies in its range; a traced one cannot be looked at.
+
+    Args:
+      name: of the number.
+      value: a number, or an array.
+      allowed: its range; None takes the common one of this name.
+      where: what the message begins with, such as the name of a function and a colon.
+
+    Raises:
+      ConfigError: naming the number, its value and its range.
+    """
+    allowed = COMMON[name] if allowed is None else allowed
+    if not isinstance(value, bool | int | float | np.generic | np.ndarray | jax.Array):
+        raise ConfigError(f"{where}{name} = {value!r}: must be a number {allowed}".rstrip())
+    found = known(value)
+    if found is not None and found not in allowed:
+        raise ConfigError(f"{where}{name} = {value}: must be {allowed}")
+    if not _is_real(jnp.result_type(value)):
+        raise ConfigError(f"{where}{name} is {jnp.result_type(value)}: must be {allowed}")
+
+
+def numbers(values: Mapping[str, Any]) -> None:
+    """Raises unless each number that is given lies in its common range, and is one number.
+
+    Raises:
+      ConfigError: naming the number.
+    """
+    for name, value in values.items():
+        if value is not None:
+            number(name, value)
+            if jnp.ndim(value):
+                raise ConfigError(f"{name} {list(jnp.shape(value))}: must be one number, []")
+
+
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless a size is a whole number.
+
+    Raises:
+      ConfigError: naming the size.
+    """
+    sound = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not sound or value < least:
+        raise ConfigError(f"{name} = {value!r}: must be a whole number, at least {least}")
+
+
+def per_token(name: str, value: Array | None, dims: Sequence[int], *kinds: Any) -> None:
+    """Raises unless an array has one entry for each token.
+
+    Args:
+      name: of the array.
+      value: or None, which is none.
+      dims: [N] or [B, L] of the tokens.
+      kinds: what its entries may be: jnp.integer, jnp.floating, jnp.bool_.
+
+    Raises:
+      ConfigError: naming the array, its shape or type, and what it must be.
+    """
+    if value is None:
+        return
+    if value.shape != tuple(dims):
+        raise ConfigError(
+            f"{name} {list(value.shape)} must be {list(dims)}: one for each token, in their order"
+        )
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        words = {jnp.integer: "integers", jnp.floating: "floats", jnp.bool_: "bool"}
+        allowed = " or ".join(words[kind] for kind in kinds)
+        raise ConfigError(f"{name} are {value.dtype}: must be {allowed}")
+
+
+def temperature(value: ArrayLike, dims: Sequence[int]) -> None:
+    """Raises unless T is positive, one number or one for each token.
+
+    Raises:
+      ConfigError: naming the temperature.
+    """
+    number("temperature", value)
+    if jnp.ndim(value):
+        per_token("temperature", jnp.asarray(value), dims, jnp.floating, jnp.integer)
+
+
+def floating(name: str, value: Array) -> None:
+    """Raises unless an array holds floats.
+
+    Raises:
+      ConfigError: naming the array.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ConfigError(f"{name} is {value.dtype}: must be of a float type")
+
+
+def softcap(name: str, value: Any) -> None:
+    """Raises unless a cap is positive, or None for none; it is part of the compiled program.
+
+    Raises:
+      ConfigError: naming the cap.
+    """
+    if value is not None:
+        number(name, value)
+        if known(value) is None:
+            raise ConfigError(f"{name}: must be a number that is known when a program is compiled")

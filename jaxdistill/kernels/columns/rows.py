@@ -1,0 +1,204 @@
+"""Rows of two models' logits whose vocabularies share only listed columns."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxdistill.kernels import choice, logprob_rows, rows
+from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.columns.definition import Columns, listed
+from jaxdistill.kernels.operands import VocabularyShard
+from jaxdistill.kernels.statistics import LOWEST, MOMENTS, Rows
+from jaxdistill.kernels.token_loss import Divergence, TokenRows
+
+
+class Side(NamedTuple):
+    """One model's rows over a temperature, and what the divergence sees of them.
+
+    Attributes:
+      x: (logits - top) / T, [n, V here].
+      columns: where the shared tokens are here, -1 for one of another device, [C].
+      others: the columns of all other tokens, bool [1, V here].
+      rest: log of the others' sum, of x, [n], or None where they are masked.
+      entries: this device's share of the shared tokens, and of the bucket behind them, [n, E].
+    """
+
+    x: Array
+    columns: Array
+    others: Array
+    rest: Array | None
+    entries: Array
+
+
+class Compared(NamedTuple):
+    """A divergence of two sides: value [n], and the slopes by their entries, [n, E] each."""
+
+    value: Array
+    by_student: Array
+    by_teacher: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ColumnRows(TokenRows):
+    """n rows on one device, the teacher's of another width than the student's.
+
+    Attributes:
+      columns: of the tokens that both have.
+      others: "mask" or "bucket".
+      teacher_vocabulary: the teacher's columns on this device.
+    """
+
+    columns: Columns
+    others: str
+    teacher_vocabulary: VocabularyShard
+
+    @functools.cached_property
+    def logits(self) -> Rows:
+        """Clamped float32 logits by model."""
+        assert self.teacher is not None, "columns are of two models"
+        return {"s": stats.clamp(self.student), "t": stats.clamp(self.teacher)}
+
+    @property
+    def reads_in_passes(self) -> bool:
+        """Whether metrics cost passes of their own: the columns are brought together anew."""
+        return True
+
+    def loss_statistics(self) -> tuple[str, ...]:
+        """The statistics that the loss and its slopes are made of."""
+        return ("sum_s1", "sum_t1")
+
+    def metric_statistics(self) -> tuple[str, ...]:
+        """The statistics that the metrics at T = 1 are made of."""
+        return ("sum_s1", "self_s1", "sum_t1", "self_t1")
+
+    def measure(self, names: Sequence[str]) -> Rows:
+        """Statistics of whole rows by name, [n] each; either model has a width of its own."""
+        passes = choice.reads_in_passes(choice.current_device())
+        take, scales = stats.in_passes if passes else stats.in_one_pass, self.coefficients.scales
+        measured: Rows = {}
+        for model, logits in self.logits.items():
+            mine = [name for name in names if MOMENTS[name].model == model]
+            if mine:
+                measured |= take(mine, {model: logits}, scales)
+        if self.vocabulary.axes:
+            shard = self.vocabulary
+            measured = stats.combine(measured, scales, shard.max, shard.sum)
+        return measured
+
+    def _side(self, model: str, top: Array, temperature: Any) -> Side:
+        s, width = self.logits[model], self.logits[model].shape[1]
+        shard = self.vocabulary if model == "s" else self.teacher_vocabulary
+        columns = shard.column(self.columns.student if model == "s" else self.columns.teacher)
+        others = ~listed(columns, width)[None, :]
+        x = logprob_rows.shifted(s, top, temperature)
+        parts = [jnp.where(columns >= 0, x[:, jnp.maximum(columns, 0)], 0.0)]
+        rest = None
+        if self.others == "bucket":
+            rest = logprob_rows.log_mass(s, others, top, temperature, shard)
+            mine = jax.lax.axis_index(shard.axes) == 0 if shard.axes else True
+            parts.append(jnp.where(mine, jnp.maximum(rest, LOWEST), 0.0)[:, None])
+        whole = jnp.concatenate(parts, axis=1)
+        return Side(x, columns, others, rest, self._scatter(whole))
+
+    def _scatter(self, whole: Array) -> Array:
+        """Each device's share of entries [n, C] of which each device has some, the others 0."""
+        axes, entries = self.vocabulary.axes, whole.shape[1]
+        if not axes:
+            return whole
+        size = jax.lax.axis_size(axes)
+        share = -(-entries // size)
+        whole = jnp.pad(whole, ((0, 0), (0, share * size - entries)))
+        mine = jax.lax.psum_scatter(whole, axes, scatter_dimension=1, tiled=True)
+        index = jax.lax.axis_index(axes) * share + jnp.arange(share)
+        return jnp.where(index[None, :] < entries, mine, LOWEST)
+
+    def _gather(self, mine: Array) -> Array:
+        """Entries [n, C] of all devices."""
+        axes = self.vocabulary.axes
+        if axes:
+            mine = jax.lax.all_gather(mine, axes, axis=1, tiled=True)
+        return mine[:, : len(self.columns.student) + (self.others == "bucket")]
+
+    def _compare(self, row: rows.Row, student: Side, teacher: Side) -> Compared:
+        shard = self.vocabulary
+
+        def log_softmax(entries: Array) -> Array:
+            top = shard.max(jnp.max(entries, axis=1))[:, None]
+            total = shard.sum(jnp.sum(jnp.exp(entries - top), axis=1))[:, None]
+            return (entries - top) - jnp.log(total)
+
+        log_q, log_p = log_softmax(student.entries), log_softmax(teacher.entries)
+        total = lambda entries: shard.sum(jnp.sum(entries, axis=1))
+        g, h = row.dlogq(log_p, log_q), row.dlogp(log_p, log_q)
+        return Compared(
+            total(row.value(log_p, log_q)),
+            g - jnp.exp(log_q) * total(g)[:, None],
+            h - jnp.exp(log_p) * total(h)[:, None],
+        )
+
+    def divergence(self, statistics: Rows) -> Divergence:
+        """D of each row, without its T^2; its vjp gives both sides and their comparison."""
+        row = self.divergence_row
+        assert row is not None, "a named kind has one"
+        temperature = self.coefficients.temperature
+        sides = tuple(self._side(m, statistics[f"max_{m}"], temperature) for m in "st")
+        compared = self._compare(row, *sides)
+        return Divergence(compared.value, vjp=lambda _: (sides, compared))
+
+    def _divergence_slopes(
+        self, statistics: Rows, divergence: Divergence, by_temperature: bool
+    ) -> tuple[Array, Any]:
+        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n]."""
+        assert divergence.vjp is not None, "made with one"
+        (student, teacher), compared = divergence.vjp(divergence.value)
+        slope = self._spread(student, self._gather(compared.by_student))
+        if not by_temperature:
+            return slope, None
+        back = self._spread(teacher, self._gather(compared.by_teacher))
+        # d (s / T) / dT = -x / T where top stands still; either slope sums to 0 over a row.
+        moved = jnp.sum(slope * student.x, axis=1) + jnp.sum(back * teacher.x, axis=1)
+        moved = -self.vocabulary.sum(moved) / self.coefficients.temperature
+        return slope, self.scaled_slope(divergence.value, moved)
+
+    def _spread(self, side: Side, slope: Array) -> Array:
+        """The slope by x, [n, V here], from that by all entries, [n, E]."""
+        width, shared = side.x.shape[1], len(side.columns)
+        at = jnp.where(side.columns < 0, width, side.columns)
+        spread = jnp.zeros_like(side.x).at[:, at].set(slope[:, :shared], mode="drop")
+        if side.rest is None:
+            return spread
+        share = jnp.where(side.others, jnp.exp(side.x - side.rest[:, None]), 0.0)
+        return spread + share * slope[:, shared:]
+
+    def metrics(self, statistics: Rows) -> dict[str, Array]:
+        """At T = 1, [n] each: entropies of whole rows; the rest of what both sides share."""
+
+        def entropy(model: str) -> Array:
+            total = statistics[f"sum_{model}1"]
+            return jnp.log(total) - statistics[f"self_{model}1"] / total
+
+        def mass(model: str, side: Side, shard: VocabularyShard) -> Array:
+            outside = logprob_rows.log_mass(
+                self.logits[model], ~side.others, statistics[f"max_{model}"], one, shard
+            )
+            return jnp.exp(outside) / statistics[f"sum_{model}1"]
+
+        one = jnp.float32(1)
+        student, teacher = (self._side(m, statistics[f"max_{m}"], one) for m in "st")
+        leads = lambda side: (
+            side.entries == self.vocabulary.max(jnp.max(side.entries, axis=1))[:, None]
+        )
+        both = jnp.any(leads(student) & leads(teacher), axis=1).astype(jnp.float32)
+        return {
+            "student/entropy": entropy("s"),
+            "teacher/entropy": entropy("t"),
+            "student/kept_mass": mass("s", student, self.vocabulary),
+            "teacher/kept_mass": mass("t", teacher, self.teacher_vocabulary),
+            "loss/kl_t1": self._compare(rows.FORWARD_KL, student, teacher).value,
+            "agree/top1": self.vocabulary.max(both),
+        }

@@ -1,0 +1,82 @@
+"""What configuration, small files and loaded models are all held to: each rule once, as numbers.
+
+A rule yields what is wrong. `config.preflight` asks it with what small files say, without JAX; a
+start asks it again with the models in hand, so that `validate` and `train` say the same.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxdistill.errors import ConfigError, MismatchError, ModelError
+
+_SHOWN = 5
+
+
+def batches(
+    batch_size: int, micro_batches: int, eval_batch_size: int, parts: int
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Every device of `data` and `fsdp` has as many rows as the others: (key, what it must be)."""
+    sizes = f"mesh.data * mesh.fsdp ({parts})"
+    if batch_size // micro_batches % parts:
+        yield ("train", "batch_size"), f"batch_size / micro_batches must be a multiple of {sizes}"
+    if eval_batch_size % parts:
+        yield ("eval", "batch_size"), f"must be a multiple of {sizes}"
+
+
+def row_length(seq_len: int, who: str, longest: int) -> Iterator[ConfigError]:
+    """Rows are no longer than a model was made for."""
+    if seq_len > longest:
+        yield ConfigError(
+            f"data.seq_len = {seq_len}: the {who} was made for {longest} positions: use at most "
+            "that"
+        )
+
+
+def kept_layers(kept: Sequence[int], count: int) -> Iterator[ConfigError]:
+    """The layers of a cut student are some of its teacher's, in order."""
+    kept = list(kept)
+    missing = any(not 0 <= layer < count for layer in kept)
+    if missing or not kept or kept != sorted(set(kept)):
+        yield ConfigError(
+            f"student.layers = {kept}: the teacher's layers are 0 to {count - 1}; name at least "
+            "one, each once, in rising order"
+        )
+
+
+def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[ConfigError]:
+    """The tensor axis divides what of a model lies along it; the vocabulary may be any size."""
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
+    if wrong:
+        common = math.gcd(*sizes.values())
+        fits = [n for n in range(1, common + 1) if common % n == 0]
+        yield ConfigError(
+            f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one of "
+            f"{', '.join(map(str, fits[-6:]))}"
+        )
+
+
+def same_ids(teacher: Mapping[str, int], student: Mapping[str, int]) -> Iterator[MismatchError]:
+    """Both vocabularies (token -> id) give every id the same token; sizes alone say nothing."""
+    theirs = {index: token for token, index in teacher.items()}
+    ours = {index: token for token, index in student.items()}
+    if ours == theirs:
+        return
+    ids = ours.keys() | theirs.keys()
+    differing = sorted(i for i in ids if ours.get(i) != theirs.get(i))
+    shown = ", ".join(
+        f"{i}: teacher {theirs.get(i)!r}, student {ours.get(i)!r}" for i in differing[:_SHOWN]
+    )
+    yield MismatchError(
+        f"teacher and student have different vocabularies: {len(differing)} of {len(ids)} ids "
+        f"differ ({shown}). Probabilities can only be compared token by token: take a student of "
+        "the teacher's family, or cut one out of the teacher (student.from: teacher)"
+    )
+
+
+def head_rows(who: str, rows: int, vocab: int) -> Iterator[ModelError]:
+    """A model's head has a row for every token; rows behind them are padding and are left out."""
+    if rows < vocab:
+        yield ModelError(
+            f"{who}: its embedding has {rows} rows, but the tokenizer's ids reach {vocab - 1}; "
+            "this tokenizer does not belong to this model: set tokenizer.from to the model's own"
+        )

@@ -1,0 +1,234 @@
+"""What a client may ask for: OpenAI's and vLLM's fields that are served; all others are refused."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from jaxdistill.section import Problem, Section
+
+MAX_SAMPLES = 256  # of all prompts of a request together
+MAX_STOPS, MAX_STOP = 16, 256  # strings, and characters of each
+MAX_BIASES = 1024
+MAX_ALTERNATIVES = 20  # tokens whose log-probabilities are told beside the chosen one's
+MAX_PROMPT_ALTERNATIVES = 1024
+
+Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+B = TypeVar("B", bound="Body")
+
+
+class BadRequest(Exception):
+    """What the client sent cannot be served; the message names the field."""
+
+
+class StreamOptions(Section):
+    """What a stream tells besides texts."""
+
+    include_usage: bool = False
+
+
+class Part(Section):
+    """A piece of a turn's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Turn(Section):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(max_length=40)]
+    content: str | list[Part] = ""
+
+    @property
+    def text(self) -> str:
+        """The content, its parts joined."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class TextFormat(Section):
+    """The form of an answer: free text."""
+
+    type: Literal["text"]
+
+
+class Body(Section):
+    """What both routes take."""
+
+    model: Annotated[str, Field(max_length=1000)] = ""
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    max_tokens: Number | None = None
+    temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOPS)] = Field(
+        default_factory=list
+    )
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] = Field(
+        default_factory=dict
+    )
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str = ""  # says who asks, and changes no answer
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to the logits of tokens."""
+        return {int(token): added for token, added in self.logit_bias.items()}
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens an answer may have; None: as many as fit."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many log-probabilities are told beside each token's own; None: not even that."""
+        return None
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules between fields."""
+        wrong = [name for name in self.logit_bias if not re.fullmatch("[0-9]{1,9}", name)]
+        if wrong:
+            yield ("logit_bias",), f"{wrong[0][:40]!r} must be the id of a token"
+        if self.stream and self.alternatives is not None:
+            yield ("logprobs",), "do not come in a stream: leave one of them out"
+        if not self.stream and "stream_options" in self.model_fields_set:
+            yield ("stream_options",), "have a meaning with stream only: set it or leave them out"
+
+
+class CompletionBody(Body):
+    """A request to /v1/completions."""
+
+    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_ALTERNATIVES)] | None = None
+    # What others may answer with is taken where it asks for nothing.
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in OpenAI's protocol: a number, and 0 is one."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts: texts, or token ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt  # pyrefly: ignore
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules between fields."""
+        yield from super().problems()
+        if len(self.prompts) * self.n > MAX_SAMPLES:
+            rule = f"{len(self.prompts)} prompts times n = {self.n} must be at most {MAX_SAMPLES}"
+            yield ("prompt",), rule
+        if self.stream and self.prompt_logprobs is not None:
+            yield ("prompt_logprobs",), "do not come in a stream: leave one of them out"
+
+
+class ChatBody(Body):
+    """A request to /v1/chat/completions."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_completion_tokens: Number | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] = Field(
+        default_factory=dict
+    )
+    # What others may answer with is taken where it asks for nothing.
+    response_format: TextFormat = TextFormat(type="text")
+    tools: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+
+    @property
+    def limit(self) -> int | None:
+        """The newer name counts."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """As in OpenAI's protocol: a switch and a number."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules between fields."""
+        yield from super().problems()
+        if self.top_logprobs is not None and not self.logprobs:
+            yield ("top_logprobs",), "needs logprobs: true"
+
+
+def read(kind: type[B], given: Mapping[str, Any]) -> B:
+    """The request in a JSON object; null is as good as absent.
+
+    Raises:
+      BadRequest: naming field, value and rule.
+    """
+    try:
+        return kind.model_validate(_without_nulls(given))
+    except ValidationError as error:
+        # Of the alternatives of a union the first one is told.
+        told = dict(reversed([_words(kind, one) for one in error.errors(include_url=False)]))
+        problems = [f"{name}: {rule}" if name else rule for name, rule in reversed(told.items())]
+        raise BadRequest("; ".join(problems[:4])) from None
+
+
+def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without nulls, nor what is null or empty in its turns: clients send them back."""
+    made = {name: value for name, value in given.items() if value is not None}
+    options, turns = made.get("stream_options"), made.get("messages")
+    if isinstance(options, dict):
+        made["stream_options"] = {k: v for k, v in options.items() if v is not None}
+    if isinstance(turns, list):
+        full = lambda turn: {k: v for k, v in turn.items() if v is not None and v != []}
+        made["messages"] = [full(turn) if isinstance(turn, dict) else turn for turn in turns]
+    return made
+
+
+def _words(kind: type[Body], error: Any) -> tuple[str, str]:
+    """A broken rule: where, and what was given and what is right."""
+    # Of a union pydantic names the alternative, too; only fields and places are the client's.
+    kinds = ("str", "int", "list")
+    plain = lambda part: part not in kinds and (part.isidentifier() or part.isdigit())
+    where = [part for part in error["loc"] if isinstance(part, int) or plain(part)]
+    name = ".".join(str(part)[:60] for part in where)
+    if error["type"] == "rules":
+        return "", str(error["ctx"]["text"])
+    if error["type"] == "extra_forbidden":
+        name = ".".join(str(part)[:60] for part in error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), kind.model_fields, 1)
+        hint = f"did you mean {near[0]}?" if near and len(where) == 1 else "leave it out"
+        return name, f"is not supported by this server: {hint}"
+    if error["type"] == "missing":
+        return name, "is missing"
+    if error["type"] == "string_unicode":
+        return name, "contains a lone surrogate, which is not Unicode text"
+    rule = error["msg"].replace("Input should", "must")
+    return name, f"{_short(error['input'])} {rule[0].lower()}{rule[1:]}"
+
+
+def _short(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:40]

@@ -1,0 +1,148 @@
+"""Heads that agree only on listed columns, against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import losses
+from jaxdistill.kernels import linear_divergence
+
+pytestmark = pytest.mark.floor
+N, VS, VT, D, T = 24, 23, 31, 6, 1.7
+STUDENT = np.array([0, 2, 3, 7, 11, 12, 20, 22])
+TEACHER = np.array([5, 0, 30, 8, 9, 1, 17, 2])
+
+
+def make():
+    rng = np.random.default_rng(2)
+    return {
+        "hidden": rng.normal(size=(N, D)),
+        "head": rng.normal(size=(VS, D)),
+        "bias": rng.normal(size=VS),
+        "taught": rng.normal(size=(N, D)),
+        "teacher": rng.normal(size=(VT, D)),
+        "labels": rng.integers(0, VS, N),
+        "mask": (rng.random(N) < 0.7).astype(float),
+    }
+
+
+def log_softmax(z):
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def loss64(x, kind, others, temperature=T, alpha=0.3):
+    s, t = x["hidden"] @ x["head"].T + x["bias"], x["taught"] @ x["teacher"].T
+    ce = -log_softmax(s)[np.arange(N), x["labels"]]
+
+    def shared(z, columns):
+        z = log_softmax(z / temperature)
+        if others == "mask":
+            return log_softmax(z[:, columns])
+        rest = 1 - np.exp(z[:, columns]).sum(1, keepdims=True)
+        return np.concatenate([z[:, columns], np.log(rest)], axis=1)
+
+    lq, lp = shared(s, STUDENT), shared(t, TEACHER)
+    divergence = {
+        "forward_kl": (np.exp(lp) * (lp - lq)).sum(1),
+        "total_variation": 0.5 * np.abs(np.exp(lp) - np.exp(lq)).sum(1),
+    }[kind]
+    per_token = alpha * ce + (1 - alpha) * temperature**2 * divergence
+    return (per_token * x["mask"]).sum() / x["mask"].sum()
+
+
+def ours(x, kind, others, shape=(N,), **options):
+    whole = lambda a: jnp.asarray(a).reshape(*shape, *np.shape(a)[1:])
+
+    def loss(hidden, head, bias, temperature):
+        return linear_divergence(
+            whole(hidden), head, whole(jnp.float32(x["taught"])), jnp.float32(x["teacher"]),
+            kind=kind, other_columns=others, student_columns=STUDENT, teacher_columns=TEACHER,
+            labels=whole(x["labels"]), mask=whole(np.float32(x["mask"])), alpha=0.3,
+            temperature=temperature, student_bias=bias, **options,
+        )  # fmt: skip
+
+    names = ("hidden", "head", "bias")
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    (value, means), slopes = run(*(jnp.float32(x[n]) for n in names), jnp.float32(T))
+    return value, means, dict(zip((*names, "temperature"), map(np.asarray, slopes), strict=True))
+
+
+def compare(got, x, kind, others):
+    value, _, slopes = got
+    np.testing.assert_allclose(value, loss64(x, kind, others), rtol=2e-6)
+    rng, step = np.random.default_rng(7), 1e-6
+    for name in ("hidden", "head", "bias"):
+        along = rng.normal(size=x[name].shape)
+        ends = [loss64(x | {name: x[name] + e * along}, kind, others) for e in (step, -step)]
+        slope = slopes[name].astype(np.float64) * along
+        atol = 1e-5 * max(1, abs(slope).sum())
+        np.testing.assert_allclose(slope.sum(), (ends[0] - ends[1]) / (2 * step), atol=atol)
+    ends = [loss64(x, kind, others, T + e) for e in (step, -step)]
+    np.testing.assert_allclose(slopes["temperature"], (ends[0] - ends[1]) / 2e-6, rtol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others"), [("forward_kl", "bucket"), ("total_variation", "mask")]
+)
+def test_value_and_gradients_equal_float64(kind, others):
+    x = make()
+    compare(ours(x, kind, others, chunk=7), x, kind, others)
+
+
+def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8):
+    x = make()
+    got = ours(x, "forward_kl", "bucket", chunk=2, mesh=mesh8, shape=(8, 3))
+    compare(got, x, "forward_kl", "bucket")
+    plain = ours(x, "forward_kl", "bucket", implementation="reference")
+    compare(plain, x, "forward_kl", "bucket")
+    assert got[1].keys() == plain[1].keys()
+    for name, mean in plain[1].items():
+        np.testing.assert_allclose(got[1][name].value, mean.value, rtol=5e-6, err_msg=name)
+
+
+def test_all_columns_in_another_order_are_the_same_vocabulary():
+    rng = np.random.default_rng(0)
+    hidden, head, teacher = (jnp.float32(rng.normal(size=s)) for s in ((9, 5), (11, 5), (11, 5)))
+    order = rng.permutation(11)
+    mapped = linear_divergence(
+        hidden, head, hidden, teacher[order], student_columns=jnp.arange(11),
+        teacher_columns=np.argsort(order), temperature=2.0,
+    )[0]  # fmt: skip
+    plain = linear_divergence(hidden, head, hidden, teacher, temperature=2.0)[0]
+    np.testing.assert_allclose(mapped, plain, rtol=1e-6)
+
+
+def test_the_plain_function_holds_the_mass_of_the_others():
+    z = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
+    np.testing.assert_allclose(
+        jax.nn.softmax(losses.shared_columns(z, [1, 3], others="bucket")),
+        [[0.2, 0.4, 0.4]],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        jax.nn.softmax(losses.shared_columns(z, [1, 3])), [[1 / 3, 2 / 3]], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"student_columns": [1, 0]}, "must ascend"),
+        ({"student_columns": [0, 23]}, "23 is no column"),
+        ({"teacher_columns": [3, 3]}, "3 stands twice"),
+        ({"teacher_columns": [3]}, "lengths agree"),
+        ({"teacher_columns": None}, "go together"),
+        ({"other_columns": "drop"}, "must be one of mask, bucket"),
+        ({"taid_t": 0.5}, "named kind"),
+        ({"student_columns": []}, "one or more columns"),
+    ],
+)
+def test_bad_input_is_named(change, words):
+    given = {"student_columns": [0, 1], "teacher_columns": [4, 2]} | change
+    given = {n: np.array(a, int) if isinstance(a, list) else a for n, a in given.items()}
+    with pytest.raises(ValueError, match=words):
+        linear_divergence(
+            jnp.ones((1, D)), jnp.ones((VS, D)), jnp.ones((1, D)), jnp.ones((VT, D)), **given
+        )

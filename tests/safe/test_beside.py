@@ -1,0 +1,57 @@
+"""Folders filled beside their place: a kill's leavings are swept; what lives, and others', stay."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxdistill.safe import beside
+
+KILLED = """
+import os, pathlib, signal, sys
+from jaxdistill.safe import beside
+with beside.folder(pathlib.Path(sys.argv[1])) as inside:
+    (inside / "model.safetensors").write_bytes(b"x" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_told(tmp_path):
+    place, told = tmp_path / "student", []
+    command = [sys.executable, "-c", KILLED, str(place)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".student-")
+    beside.sweep(tmp_path / "teacher", told.append)
+    assert left.exists() and not told
+    with beside.folder(place, told.append) as inside:
+        assert inside.is_dir() and not left.exists()
+    assert "bytes that a killed process had left" in told[0] and str(left) in told[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_lives_or_is_not_ours_stays(tmp_path):
+    told, place = [], tmp_path / "out"
+    for name in (".out-backup", ".out-0123456789ab", ".out-0123456789abc"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
+    (tmp_path / ".out-aaaaaaaaaaaa").symlink_to(tmp_path / ".out-backup")
+    (tmp_path / ".out-bbbbbbbbbbbb").mkdir()  # just made, its lock not yet
+    before = set(tmp_path.iterdir())
+    with beside.folder(place, told.append) as inside:
+        beside.sweep(place, told.append)
+        assert inside.is_dir() and not told
+    assert set(tmp_path.iterdir()) == before
+    os.utime(tmp_path / ".out-bbbbbbbbbbbb", (0, 0))
+    beside.sweep(place, told.append)
+    assert before - set(tmp_path.iterdir()) == {tmp_path / ".out-bbbbbbbbbbbb"}
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError):
+        with beside.folder(pathlib.Path(tmp_path / "x")):
+            raise KeyError
+    assert not list(tmp_path.iterdir())
