@@ -122,8 +122,8 @@ def test_shares_of_draws_are_what_the_step_is_told():
 
 def test_drawn_tokens_give_the_cross_entropy_and_an_estimate_of_the_kl():
     form = formats.choose("sampled", vocab=V, embed=D, k=50)
-    stored = form.in_epoch(answers(form), 0)
-    batch = batch_of({name: jnp.asarray(array) for name, array in stored.items()})
+    stored = {n: a if n == "entropy" else a[:, :, 0] for n, a in answers(form).items()}
+    batch = batch_of(stored)
     mask = np.ones((2, 5), bool)
     mask[1, 3:] = False
     batch = dataclasses.replace(batch, targets=jnp.zeros((2, 5), jnp.int32), mask=jnp.asarray(mask))
