@@ -47,7 +47,7 @@ def of_row(dataset: Dataset, row: int) -> Iterator[Segment]:
     first, last = arrays["rows"][row : row + 2]
     place = 0
     for number in range(int(first), int(last)):
-        start, length = (int(one) for one in arrays["segments"][number])
+        start, length = map(int, arrays["segments"][number : number + 1][0])
         mask = np.zeros(length, bool)
         mask[:-1] = arrays["loss"][start + 1 : start + length]
         yield Segment(number, place, np.asarray(arrays["tokens"][start : start + length]), mask)
