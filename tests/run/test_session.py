@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import api, commands, models
-from jaxdistill.data import build as building
+from jaxdistill.data import settings as data_settings
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, MismatchError
 from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
@@ -319,8 +319,8 @@ def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(setup.shapes, "of", counted("shapes", setup.shapes.of))
-    fingerprint = counted("data", building.fingerprint)
-    monkeypatch.setattr(building, "fingerprint", fingerprint)
+    fingerprint = counted("data", data_settings.fingerprint)
+    monkeypatch.setattr(data_settings, "fingerprint", fingerprint)
     loaded = load_config(tmp_path, "train.steps=1", "optimizer.warmup=0", "train.eval_every=null")
     api.train(loaded)
     assert calls == {"shapes": 1, "data": 2}  # training and held-out rows
