@@ -188,11 +188,13 @@ class _Asked:
             "jaxlib": jaxlib.__version__,
         }
         catalog.begin(self._objects, self._identity, notes)
-        if self._objects.get(catalog.MANIFEST) is not None:
-            return  # they are there
+        small = catalog.TEACHER + "config.json"
+        last = f"{catalog.TEACHER}{catalog.HEAD}/c/0/0" if self._head is not None else small
+        if last in self._objects.names():
+            return  # all of them are there, and another shard's capture may read them
         described = write_config(self._teacher.config, section.dtype)
-        self._objects.put(catalog.TEACHER + "config.json", json.dumps(described).encode())
         stored.put_tokenizer(self._objects, self._models.tokenizer)
+        self._objects.put(small, json.dumps(described).encode())
         if self._head is not None:
             self._objects.put_array(catalog.TEACHER + catalog.HEAD, self._head)
 
@@ -230,18 +232,21 @@ class _Asked:
         own = [row for row, owner in enumerate(owners) if owner == jax.process_index()]
         pending = [self._ask(part[0], data)]
         kept: list[dict[str, np.ndarray]] = []
+        failure: ModelError | None = None  # told to all: no other may wait for this one's batches
         for number, batch in enumerate(part):
             answers = pending.pop()
             if number + 1 < len(part):  # the next is on its way while this one is taken in
                 pending.append(self._ask(part[number + 1], data))
-            rows = _local(answers)
-            for place_in_batch in own:
-                if place_in_batch < len(batch):
-                    kept += self._taken(batch[place_in_batch], rows, place_in_batch)
+            try:
+                kept += self._taken_of(batch, own, _local(answers))
+            except ModelError as error:
+                failure = failure or error
             progress.add(sum(row.positions for row in batch))
         wanted = work.wanted_of(part, owners, jax.process_index())
 
         def write() -> None:
+            if failure is not None:
+                raise failure
             if wanted:
                 arrays = {name: np.concatenate([one[name] for one in kept]) for name in kept[0]}
                 note = parts.write(self._objects, self._form, wanted, arrays)
@@ -269,6 +274,16 @@ class _Asked:
         batch_here = dataclasses.replace(pipeline.stack(rows), teacher={KEYS: np.stack(keys)})
         with jax.set_mesh(self._mesh):
             return self._step(self._teacher.params, place(batch_here, self._mesh))
+
+    def _taken_of(
+        self,
+        batch: Sequence[work.Row],
+        own: Sequence[int],
+        answers: Mapping[str, Mapping[int, np.ndarray]],
+    ) -> list[dict[str, np.ndarray]]:
+        """`_taken` of every row of a batch that this process stores."""
+        here = [number for number in own if number < len(batch)]
+        return [one for number in here for one in self._taken(batch[number], answers, number)]
 
     def _taken(
         self, row: work.Row, answers: Mapping[str, Mapping[int, np.ndarray]], number: int

@@ -40,7 +40,8 @@ def store(
     """Asks for all that is lacking; every answer is kept as it comes.
 
     Returns:
-      whole: whether nothing is lacking any more; spent: requests, tokens and cost of all runs.
+      whole: whether nothing is lacking any more; spent: requests, tokens and cost of all runs of
+      this shard.
 
     Raises:
       ModelError: if the server refuses, or answers of a part failed; the others are kept.
@@ -51,18 +52,20 @@ def store(
     }
     catalog.begin(objects, identity, _notes(config, server))
     every = list(work.in_parts(rows, 1, min(MOST, parts.rows_per_part(form))))
-    own = [[wanted for row in part[:] for wanted in _wanted(row)] for part in every]
+    own = [[one for batch in part for one in _wanted(batch)] for part in every]
+    number, count = shard
     there = parts.whole(objects)
-    mine = [one for one in own[shard[0] - 1 :: shard[1]] if parts.name_of(one) not in there]
+    mine = [one for one in own[number - 1 :: count] if parts.name_of(one) not in there]
     scorer = _scorer(server, form)
     progress = Progress(sum(int(one.mask.sum()) for part in mine for one in part))
-    before = _spent(objects)
+    purse = "spent.json" if count == 1 else f"spent-{number}-of-{count}.json"
+    before = _spent(objects, purse)
     try:
         for part in mine:
             _store_part(objects, form, scorer, part, progress)
     finally:
         spent = added(before, scorer.spent())
-        objects.put(catalog.PENDING + "spent.json", json.dumps(spent).encode())
+        objects.put(catalog.PENDING + purse, json.dumps(spent).encode())
     if {parts.name_of(part) for part in own} <= parts.whole(objects):
         catalog.seal(objects)
         return {"whole": True, "spent": spent}
@@ -164,9 +167,9 @@ def _unpacked(objects: Objects, name: str) -> dict[str, np.ndarray]:
         raise DamagedError(f"{objects.place}: damaged: {name}: remove it to ask again") from error
 
 
-def _spent(objects: Objects) -> dict[str, float]:
+def _spent(objects: Objects, name: str) -> dict[str, float]:
     """What was spent before."""
-    content = objects.get(catalog.PENDING + "spent.json")
+    content = objects.get(catalog.PENDING + name)
     try:
         return {name: float(value) for name, value in json.loads(content or b"{}").items()}
     except (ValueError, AttributeError, TypeError):

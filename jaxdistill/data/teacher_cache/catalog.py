@@ -1,8 +1,9 @@
 """The manifest of a stored teacher: what it is of, every object with its digest, and the checks."""
 
+import concurrent.futures
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.data.teacher_cache import parts
@@ -13,6 +14,7 @@ MANIFEST = "manifest.json"
 IDENTITY = "identity.json"  # written first: whose answers the parts are
 TEACHER = "teacher/"
 HEAD = "head"
+_READERS = 8
 PENDING = "pending/"  # single answers of a server, whose part is not whole yet
 
 
@@ -116,7 +118,7 @@ def seal(objects: Objects) -> dict[str, Any]:
         listed[prefix + parts.NOTE] = objects.digest(prefix + parts.NOTE)
     found = objects.names()
     beside = [n for n in found if n.startswith(TEACHER) or n == IDENTITY]
-    listed |= {name: objects.digest(name) for name in beside}
+    listed |= dict(zip(beside, _digests(objects, beside), strict=True))
     for stray in sorted({_part(n) for n in found if n.startswith(parts.FOLDER)} - set(names)):
         objects.drop(f"{parts.FOLDER}{stray}/")
     content = {
@@ -177,17 +179,24 @@ def check(objects: Objects, content: Mapping[str, Any], *, thorough: bool = Fals
     for name in sorted(listed.keys() ^ found):
         state = "missing" if name in listed else "new"
         raise DamagedError(f"{objects.place}: damaged: {name} is {state} since it was captured")
-    for name, (size, digest) in listed.items():
+    for name, (size, _) in listed.items():
         now = objects.size(name)
         if now is not None and now != size:
             told = f"{name} has {now} bytes, not {size}"
             raise DamagedError(f"{objects.place}: damaged: {told}")
-        if thorough or not parts.is_array_chunk(name):
-            if objects.digest(name) != [size, digest]:
-                raise DamagedError(
-                    f"{objects.place}: damaged: {name} is changed since it was captured: remove "
-                    "its part's folder and capture again"
-                )
+    compared = [name for name in listed if thorough or not parts.is_array_chunk(name)]
+    for name, now in zip(compared, _digests(objects, compared), strict=True):
+        if now != listed[name]:
+            raise DamagedError(
+                f"{objects.place}: damaged: {name} is changed since it was captured: remove "
+                "its part's folder and capture again"
+            )
+
+
+def _digests(objects: Objects, names: Sequence[str]) -> Iterator[list[Any]]:
+    """The digest of each object, several read at a time: a bucket answers slowly, and many."""
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(objects.digest, names)
 
 
 def _digest(content: Any) -> str:
