@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxdistill import optim, teachers
-from jaxdistill.methods import distillm2, kd, measuring, sft, step_by_step
+from jaxdistill.methods import distillm2, kd, measuring, sft, signals, step_by_step
 from jaxdistill.run import run_table, setup
 from jaxdistill.run.run_table import RunTable
 
@@ -37,17 +37,17 @@ OBJECTIVES = {
 def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypatch):
     asked, made = [], []
     for measured in ("cross_entropy", "against_teacher"):
-        make = lambda vocab, measured=measured: asked.append((measured, vocab))
+        make = lambda vocab, measured=measured, **sparse: asked.append((measured, vocab))
         monkeypatch.setattr(measuring, measured, make)
     monkeypatch.setattr(run_table, "make_loss", lambda *_, **__: "measuring")
     make_step = lambda loss, signal: made.append((loss, signal)) or (lambda *_: {})
     monkeypatch.setattr(run_table.meter, "make_step", make_step)
-    monkeypatch.setattr(run_table.signals, "online", lambda *_, **__: "online")
-    monkeypatch.setattr(setup, "teacher_dtype", lambda _: jnp.float32)
+    monkeypatch.setattr(setup, "signal_of", lambda *_: "online")
+    monkeypatch.setattr(setup, "format_of", lambda _: signals.ONLINE)
     table = object.__new__(RunTable)
     model = types.SimpleNamespace(config=None, params=None)
     table._models = types.SimpleNamespace(
-        teacher=model if teacher else None, student=model, vocab=VOCAB
+        teacher=model if teacher else None, student=model, stored=None, vocab=VOCAB
     )
     table._config = types.SimpleNamespace(
         student=types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None)
