@@ -19,6 +19,8 @@ PAGES = [ROOT / folder / "README.md" for folder in ("", "configs", "benchmarks",
 README, TREE_PAGE = PAGES[0], PAGES[-1]
 TREE = re.compile(r"(?<=^```\n)jaxdistill/\n.*?(?=^```)", re.DOTALL | re.MULTILINE)
 NOT_PASTED = "# Not pasted by the test of this page"
+# Without the suite's settings, under which programs compile fast and run slowly.
+AS_USERS = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
 def module_tree() -> str:
@@ -61,7 +63,7 @@ def fresh(tmp_path):
     folder = tmp_path / "fresh"
     folder.mkdir()
     path = f"{tools}:{os.environ['PATH']}"
-    return folder, {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return folder, {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **AS_USERS}
 
 
 def test_the_tree_is_the_packages():

@@ -136,7 +136,7 @@ def test_a_folder_without_a_tokenizer_has_none(folder):
 
 def test_a_broken_tokenizer_is_named(folder):
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+    with pytest.raises(ModelError, match="tokenizer.json: is not JSON"):
         models.load(folder)
 
 
