@@ -84,9 +84,7 @@ def test_a_template_cannot_forge_the_place_of_a_special_token(byte_tokenizer, mo
 
 def test_whoever_renders_alone_may_have_special_tokens_read(prefix_tokenizer):
     text = "<|im_start|>user\nhi<|im_end|>\n"
-    prompter = Prompter(prefix_tokenizer, "parse")
-    assert prompter.text(text) == prefix_tokenizer(text)["input_ids"]
-    # What the template prints first is not put there twice; messages are as ever.
-    assert prompter.text("<s>" + text) == prefix_tokenizer("<s>" + text)["input_ids"][1:]
-    turns = [{"role": "user", "content": ATTACK}]
-    assert prompter.turns(turns) == Prompter(prefix_tokenizer).turns(turns)
+    prompter = Prompter(prefix_tokenizer)
+    assert prompter.text(text, "parse") == prefix_tokenizer(text)["input_ids"]
+    # What the template prints first is not put there twice.
+    assert prompter.text("<s>" + text, "parse") == prefix_tokenizer("<s>" + text)["input_ids"][1:]

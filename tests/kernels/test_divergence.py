@@ -280,7 +280,9 @@ def test_the_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
 # ------------------------------------------------------------------------ nearly equal models
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if "skew" not in kind and "jsd" not in kind]
+)
 @pytest.mark.parametrize("gap", [1.0, 0.1])
 def test_the_slope_by_a_high_temperature_is_no_rounding_noise(kind, gap):
     """At T = 20 its leading terms cancel to a part in 10^5, against the definition in float64."""
@@ -297,12 +299,9 @@ def test_the_slope_by_a_high_temperature_is_no_rounding_noise(kind, gap):
         wide = (jnp.asarray(np.float64(x)) for x in (s, t))
         definition = functools.partial(dense, implementation="reference")
         want = np.asarray(jax.jit(jax.grad(definition, 2))(*wide, jnp.float64(20.0)))
-    # A mixture's own logarithm is rounded; before, noise was several times these slopes.
-    rounded = "skew" in kind or "jsd" in kind
-    most = (0.02 if gap == 1 else 0.15) if rounded else 0.002
     for loss in (dense, plain):
         got = jax.jit(jax.grad(loss, 2))(s, t, jnp.float32(20.0))
-        np.testing.assert_allclose(got, want, rtol=most)
+        np.testing.assert_allclose(got, want, rtol=0.002)
 
 
 @pytest.mark.parametrize("scale_by_t2", [True, False])

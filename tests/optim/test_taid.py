@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxdistill import optim
+from jaxdistill.errors import ConfigError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "taid.json").read_text())
 
@@ -83,7 +84,7 @@ def test_wrong_numbers_are_named(change, words):
 
 def test_it_must_be_given_the_loss():
     tx = optim.taid(10)
-    with pytest.raises(ValueError, match="value=loss"):
+    with pytest.raises(ValueError, match="value=J"):
         tx.update({}, tx.init({}), {})
 
 

@@ -72,7 +72,7 @@ def terms(
             z = jax.lax.stop_gradient((1 - taid_t) * s + taid_t * z)
         u, w = (x / (temperature[..., None] if temperature.ndim else temperature) for x in (s, z))
         if isinstance(spec.kind, str):
-            entry = rows.make(spec.kind, *parameters).value
+            entry = rows.make(spec.kind, *(one.astype(s.dtype) for one in parameters)).value
             divergence = jnp.sum(entry(jax.nn.log_softmax(w), jax.nn.log_softmax(u)), axis=-1)
             # Never below 0, where rounding leaves that; the slope is the sum's own.
             below = jnp.minimum(jax.lax.stop_gradient(divergence), 0.0)
