@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from jaxdistill.data import parquet
 from jaxdistill.data.records import KINDS, READ, Rejected, kinds_of
 from jaxdistill.errors import DataError
 
@@ -35,6 +34,8 @@ def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> 
 
 
 def _numbered(batches: Iterable[Any]) -> Objects:
+    from jaxdistill.data import parquet  # NumPy, which `validate` does without
+
     number = 0
     for batch in batches:
         for row in parquet.rows(batch):

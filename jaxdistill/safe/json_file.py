@@ -51,7 +51,10 @@ def parse(data: str | bytes) -> Any:
     text = data.decode("utf-8") if isinstance(data, bytes) else data
     value = strict_json.loads(text)
     if "\\u" in text:  # an escape may name half a character, which nothing can print or keep
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("it holds a lone surrogate, half a character") from None
     return value
 
 

@@ -21,7 +21,7 @@ _PIECE = 1 << 20  # bytes read at a time, small enough to be summed in a core's 
 
 
 def seal(
-    folder: pathlib.Path, facts: Mapping[str, Any], name: str = NAME, block: int = BLOCK
+    folder: pathlib.Path, facts: Mapping[str, Any], name: str = NAME, block: int | None = None
 ) -> None:
     """Writes the manifest of a finished folder, and forces all of it to the disk.
 
@@ -29,9 +29,9 @@ def seal(
       folder: nothing in it may change from now on.
       facts: anything JSON can hold.
       name: of the manifest's file.
-      block: bytes that have a checksum of their own.
+      block: bytes that have a checksum of their own; None: `BLOCK`.
     """
-    manifest = name
+    manifest, block = name, block or BLOCK
     sizes = _sizes(folder, manifest)
     files = {name: {"bytes": size, "crc32": []} for name, size in sizes.items()}
     blocks = _blocks(files, block)

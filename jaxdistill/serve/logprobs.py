@@ -134,8 +134,8 @@ class Told:
 def shown(data: bytes, mark: str) -> str:
     r"""A token's text; where it is no whole text its bytes, behind a mark.
 
-    >>> shown("\u00e9".encode(), ""), shown(b"\xc3", "bytes:")
-    ('\u00e9', 'bytes:\\xc3')
+    >>> shown("é".encode(), ""), shown(b"\xc3", "bytes:")
+    ('é', 'bytes:\\xc3')
     """
     try:
         return data.decode()

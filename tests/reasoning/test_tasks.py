@@ -90,7 +90,10 @@ def test_own_files(tmp_path):
             [{"question": "x?", "answer": "yes"}],
             "mine.jsonl:1: answer 'yes': no number, so nothing",
         ),
-        ([{"question": "a\ud800", "answer": 1}], "mine.jsonl:1: field `question` contains a lone"),
+        (
+            [{"question": "a\ud800", "answer": 1}],
+            "mine.jsonl:1: bad JSON: it holds a lone surrogate",
+        ),
     ],
 )
 def test_own_questions_that_could_not_be_told_apart_judged_or_asked(tmp_path, rows, message):
