@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """An engine that notes how it was called; tests give it what to answer or raise."""
+    """Doors that note how they were called; tests give it what to answer or raise."""
 
     class Model:
         source = "fake"
@@ -84,7 +84,7 @@ def engine(monkeypatch):
     fake.load = answer("load", Model())
     fake.plan = answer("plan", {"fits": False, "target": "cpu:8"})
     monkeypatch.setitem(sys.modules, "jaxdistill.api", fake)
-    monkeypatch.setattr(jaxdistill, "engine", fake, raising=False)
+    monkeypatch.setattr(jaxdistill, "api", fake, raising=False)
     return fake
 
 
@@ -317,7 +317,8 @@ def test_resume(capsys, folder, engine):
     code, out, _ = run(capsys, "resume", "runs/run", "--json")
     assert code == 0
     assert json.loads(out)["run_dir"] == "runs/run"
-    assert engine.calls == [("resume", ("runs/run",), {"hooks": NO_HOOKS})]
+    options = {"from_start": False, "hooks": NO_HOOKS}
+    assert engine.calls == [("resume", ("runs/run", []), options)]
 
 
 def test_eval(capsys, folder, engine):
