@@ -18,10 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxdistill.kernels import rows
 from jaxdistill.kernels import statistics as stats
-from jaxdistill.kernels.operands import Coefficients
+from jaxdistill.kernels.operands import Coefficients, taid_target
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Arithmetic, Rows, Scales
 from jaxdistill.kernels.tiling import Tiling
-from jaxdistill.kernels.token_loss import taid_target
 
 LOG2E = 1.4426950408889634
 ROWS = 64  # of a tile: what one warpgroup's WGMMA layout holds

@@ -12,7 +12,10 @@ from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
-from jaxdistill.kernels.statistics import Scales
+from jaxdistill.kernels.statistics import LOWEST, Scales
+
+# A share of LOWEST that rounding can leave is below this, a logit never is.
+FARTHEST = -(2.0**60)
 
 # A divergence of the caller's own: (student logits / T, teacher logits / T, labels) -> [n].
 DivergenceFunction = Callable[[Array, Array, Array | None], Array]
@@ -177,3 +180,13 @@ def check_manual_axes(operands: Any) -> None:
             "called inside a shard_map with check_vma=True: pass check_vma=False to the shard_map, "
             "and add up the gradients of arrays that are the same on several devices (psum)"
         )
+
+
+def taid_target(student: Array, teacher: Array, taid_t: Any) -> Array:
+    """TAID's target, (1 - t) student + t teacher, of logits [n, V] or of a tile of them.
+
+    Impossible where a model with a share of the mixture says so: `LOWEST` itself, whose products
+    are exact. A model without one, at t = 0 or 1, says nothing.
+    """
+    mixed = (1 - taid_t) * student + taid_t * teacher
+    return jnp.where(mixed <= FARTHEST, LOWEST, mixed)

@@ -24,12 +24,9 @@ from jax import Array
 from jaxdistill.kernels import by_temperature as by_t
 from jaxdistill.kernels import choice, rows
 from jaxdistill.kernels import statistics as stats
-from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
+from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard, taid_target
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, top_of
 from jaxdistill.kernels.tiling import Tiling, tiling
-
-# A share of LOWEST that rounding can leave is below this, a logit never is.
-FARTHEST = -(2.0**60)
 
 
 class Divergence(NamedTuple):
@@ -345,16 +342,6 @@ class TokenRows:
             metrics["agree/top1"] = agree.astype(jnp.float32)
             metrics["teacher/entropy"] = entropy("t")
         return metrics
-
-
-def taid_target(student: Array, teacher: Array, taid_t: Any) -> Array:
-    """TAID's target, (1 - t) student + t teacher, of logits [n, V] or of a tile of them.
-
-    Impossible where a model with a share of the mixture says so: `LOWEST` itself, whose products
-    are exact. A model without one, at t = 0 or 1, says nothing.
-    """
-    mixed = (1 - taid_t) * student + taid_t * teacher
-    return jnp.where(mixed <= FARTHEST, LOWEST, mixed)
 
 
 def as_column(x: Any) -> Any:
