@@ -96,12 +96,14 @@ class Chosen(NamedTuple):
     Attributes:
       token: their ids.
       logprob: log softmax(logits) at them; 0 where none are told.
+      drawn_logprob: log mu at them, as `sampling.pick`; 0 where none are told.
       likely: the K most probable tokens beside each, in falling order.
       likely_logprob: their log-probabilities.
     """
 
     token: Array
     logprob: Array
+    drawn_logprob: Array
     likely: Array
     likely_logprob: Array
 
@@ -123,15 +125,17 @@ def first(
 
 def _choose(logits_BV, keys_B2, count_B, settings, told, seen) -> Chosen:
     keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_B2), count_B)
-    token_B = sampling.pick(sampling.adjust(logits_BV, settings, seen), keys_B, settings)
+    adjusted_BV = sampling.adjust(logits_BV, settings, seen)
+    token_B, log_mu_B = sampling.pick(adjusted_BV, keys_B, settings)
     if told is None:
         none_B0 = jnp.zeros((len(token_B), 0))
         nothing_B = jnp.zeros(token_B.shape, jnp.float32)
-        return Chosen(token_B, nothing_B, none_B0.astype(jnp.int32), none_B0)
+        return Chosen(token_B, nothing_B, nothing_B, none_B0.astype(jnp.int32), none_B0)
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)
     norm_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     best_BK, likely_BK = jax.lax.top_k(logits_BV, told)
-    return Chosen(token_B, (chosen_B1 - norm_B1)[:, 0], likely_BK, best_BK - norm_B1)
+    logprob_B = (chosen_B1 - norm_B1)[:, 0]
+    return Chosen(token_B, logprob_B, log_mu_B, likely_BK, best_BK - norm_B1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -204,6 +208,7 @@ def advance(
         sampling.tally(history, config.vocab_size),
         Chosen(
             jnp.full((batch, steps), -1, jnp.int32),
+            several(),
             several(),
             several(told or 0).astype(jnp.int32),
             several(told or 0),

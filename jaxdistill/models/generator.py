@@ -43,6 +43,7 @@ class _Row:
     prompt: PromptScores | None
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    drawn_logprobs: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
@@ -296,13 +297,14 @@ class Generator:
     def _settle(self, found: Sequence[np.ndarray], slots: list[int]) -> list[Completion]:
         """Appends new tokens to their rows; ends rows that are done and frees their slots."""
         finished = []
-        tokens, logprobs, likely, scores = found
+        tokens, logprobs, drawn_logprobs, likely, scores = found
         for slot in slots:
             row = self._rows[slot]
             new = tokens[slot][tokens[slot] >= 0]
             before = len(row.tokens)
             row.tokens += new.tolist()
             row.logprobs += logprobs[slot][: len(new)].tolist()
+            row.drawn_logprobs += drawn_logprobs[slot][: len(new)].tolist()
             if wanted := row.request.alternatives:
                 pairs = zip(likely[slot, : len(new), :wanted], scores[slot], strict=False)
                 row.alternatives += [
@@ -315,10 +317,11 @@ class Generator:
         return finished
 
     def _finish(self, row: _Row, before: int) -> Completion | None:
-        request, tokens, logprobs = row.request, row.tokens, row.logprobs
+        request, tokens = row.request, row.tokens
+        told = row.logprobs, row.drawn_logprobs
         size = request.stop(tokens, before) if request.stop else None
         if size is not None:
-            cut = tokens[:size], logprobs[:size]
+            cut = tokens[:size], *(one[:size] for one in told)
             more = row.alternatives[:size], row.prompt
             return Completion(request, row.sample, *cut, "stop", False, *more)
         ended = tokens[-1] in self._ends(request)
@@ -326,7 +329,7 @@ class Generator:
             return None
         reason = "stop" if ended else "length"
         more = row.alternatives, row.prompt
-        return Completion(request, row.sample, tokens, logprobs, reason, ended, *more)
+        return Completion(request, row.sample, tokens, *told, reason, ended, *more)
 
     def _ends(self, request: Request) -> tuple[int, ...]:
         return (*self.config.eos_ids, *request.stop_tokens)

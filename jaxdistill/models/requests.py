@@ -87,6 +87,8 @@ class Completion:
       sample: which of its samples, from 0.
       tokens: token ids, the one that ended it included.
       logprobs: log-probability of each token under the model, before temperature and filters.
+      drawn_logprobs: the same under the distribution that was sampled: after bias, penalties,
+        temperature and filters, normalised over the tokens that these keep; 0 of a greedy token.
       reason: "stop" for an end token or the request's `stop`, "length".
       ended: whether the last token is an end token.
       alternatives: for each token the most probable ones, (id, log-probability), in falling order.
@@ -97,6 +99,7 @@ class Completion:
     sample: int
     tokens: list[int]
     logprobs: list[float]
+    drawn_logprobs: list[float]
     reason: str
     ended: bool
     alternatives: Sequence[Sequence[tuple[int, float]]] = ()

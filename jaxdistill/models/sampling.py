@@ -183,18 +183,23 @@ def largest(logits_BV: Array) -> Array:
     return jnp.min(jnp.where(is_best_BV, numbers_BV, last), axis=-1)
 
 
-def pick(logits_BV: Array, keys_B: Array, settings: Mapping[str, Array]) -> Array:
-    """int32 [B]: the largest logit where there is no temperature, else one draw per row and key.
+def pick(logits_BV: Array, keys_B: Array, settings: Mapping[str, Array]) -> tuple[Array, Array]:
+    """The largest logit where there is no temperature, else one draw per row and key.
 
     Args:
       logits_BV: float [B, V].
       keys_B: random keys [B].
       settings: temperature, and where wanted top_k, top_p and min_p, each a scalar or [B]; rows
         with temperature 0 take their largest logit.
+
+    Returns:
+      int32 [B], the tokens, and float32 [B], log mu of each: its log-probability under the
+      distribution it was drawn from, after temperature and filters, normalised over the tokens
+      that are kept; 0 where nothing was drawn.
     """
     best_B = largest(logits_BV)
     if "temperature" not in settings:
-        return best_B
+        return best_B, jnp.zeros(best_B.shape, jnp.float32)
     temperature_B = jnp.broadcast_to(settings["temperature"], best_B.shape)
     greedy_B = temperature_B <= 0
     filtered_BV = filter_logits(
@@ -205,4 +210,7 @@ def pick(logits_BV: Array, keys_B: Array, settings: Mapping[str, Array]) -> Arra
         settings.get("min_p"),
     )
     uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-    return jnp.where(greedy_B, best_B, draw(filtered_BV, uniform_B))
+    drawn_B = draw(filtered_BV, uniform_B)
+    at_B = jnp.take_along_axis(filtered_BV, drawn_B[:, None], axis=1)[:, 0]
+    log_mu_B = at_B - jax.nn.logsumexp(filtered_BV, axis=-1)
+    return jnp.where(greedy_B, best_B, drawn_B), jnp.where(greedy_B, 0.0, log_mu_B)

@@ -103,15 +103,22 @@ def test_draws_equal_a_loop_without_a_cache(model, filters):
 
 @pytest.mark.usefixtures("contracted")
 def test_logprobs_are_those_of_a_training_forward(model):
-    for settings in ({"temperature": 1.3, "top_p": 0.9}, {}):
+    for settings in ({"temperature": 0.7, "top_p": 0.8}, {}):
         for row in model.complete(PROMPTS, samples=2, max_new_tokens=12, **settings):
             for done in row:
                 whole = [*done.request.tokens, *done.tokens]
-                scores = jax.nn.log_softmax(model.logits(np.asarray([whole]))[0])
+                logits = model.logits(np.asarray([whole]))[0]
+                scores = jax.nn.log_softmax(logits)
                 places = np.arange(len(done.request.tokens) - 1, len(whole) - 1)
                 np.testing.assert_allclose(
                     done.logprobs, np.asarray(scores)[places, done.tokens], rtol=0, atol=1e-5
                 )
+                drawn = [1.0] * len(done.tokens)
+                if settings:
+                    pairs = zip(np.asarray(logits)[places], done.tokens, strict=True)
+                    drawn = [_filtered(scores, **settings)[token] for scores, token in pairs]
+                bound = 1e-5 / settings.get("temperature", 1.0)  # logits are divided by it
+                np.testing.assert_allclose(done.drawn_logprobs, np.log(drawn), rtol=0, atol=bound)
 
 
 def _by_stream(found):

@@ -42,17 +42,19 @@ def test_filters_keep_what_their_definitions_keep(temperature, top_k, top_p):
 def test_draws_follow_their_probabilities():
     keys = jax.random.split(jax.random.key(0), 20_000)
     logits = jnp.broadcast_to(jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]])), (20_000, 4))
-    drawn = sampling.pick(
-        logits, keys, {"temperature": jnp.asarray(1.0), "top_p": jnp.asarray(0.9)}
-    )
+    settings = {"temperature": jnp.asarray(1.0), "top_p": jnp.asarray(0.9)}
+    drawn, log_mu = sampling.pick(logits, keys, settings)
     share = np.bincount(np.asarray(drawn), minlength=4) / 20_000
     np.testing.assert_allclose(share, np.asarray([0.5, 0.3, 0.15, 0.0]) / 0.95, atol=0.012)
     assert share[3] == 0
+    kept = np.log(np.asarray([0.5, 0.3, 0.15]) / 0.95)
+    np.testing.assert_allclose(log_mu, kept[np.asarray(drawn)], atol=1e-6)
 
 
 def test_no_settings_take_the_largest():
     keys = jax.random.split(jax.random.key(0), 4)
-    assert sampling.pick(jnp.asarray(LOGITS), keys, {}).tolist() == LOGITS.argmax(-1).tolist()
+    token, log_mu = sampling.pick(jnp.asarray(LOGITS), keys, {})
+    assert token.tolist() == LOGITS.argmax(-1).tolist() and not np.asarray(log_mu).any()
 
 
 def test_the_largest_is_the_first_of_equals():

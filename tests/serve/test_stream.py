@@ -33,7 +33,7 @@ def test_pieces_are_numbered_by_prompt_and_sample_and_add_up():
     made.hear(made.requests[1], 0, "Yes")
     made.hear(made.requests[1], 0, "Yes\ufffd")
     done = [
-        Completion(request, sample, [1], [0.0], "stop", True)
+        Completion(request, sample, [1], [0.0], [0.0], "stop", True)
         for request in made.requests
         for sample in range(2)
     ]
