@@ -9,7 +9,8 @@ from jaxdistill.data.conversations import Conversation, parse_turns
 from jaxdistill.data.converters import CONVERTERS
 from jaxdistill.data.rules import Empty, Unlearned, Unusable, checked_text
 
-# The fields that make a record of each kind. The last three are converted into the others.
+# The fields that make a record of each kind. sharegpt and alpaca are converted into the others;
+# of prompts one of two fields is needed.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
     "messages": ("messages",),
@@ -17,11 +18,14 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "alpaca_prompt": ("instruction", "output"),
+    "prompts": (),
 }
-# What `auto` looks for: alpaca_prompt is a choice that a record cannot show.
+# What `auto` looks for: alpaca_prompt and prompts are choices that a record cannot show.
 SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca")
 _ALWAYS = (*rules.MARKS, *rules.REFUSED)
 _BESIDE = ("tools", "system", "chat_template_kwargs")
+# What is kept beside a prompt: for who judges answers, gives them context, or routes them.
+NOTES = ("answer", "solution", "teacher")
 # What a record may have besides the fields of its kind. Of what else it has the names are listed.
 READ: Mapping[str, frozenset[str]] = {
     "text": frozenset({"text", *_ALWAYS}),
@@ -30,6 +34,7 @@ READ: Mapping[str, frozenset[str]] = {
     "sharegpt": frozenset({"conversations", *_BESIDE, *_ALWAYS}),
     "alpaca": frozenset({"instruction", "input", "output", "history", *_BESIDE, *_ALWAYS}),
     "alpaca_prompt": frozenset({"instruction", "input", "output", *_ALWAYS}),
+    "prompts": frozenset({"prompt", "completion", "messages", *NOTES, *_BESIDE, *_ALWAYS}),
 }
 
 
@@ -38,13 +43,15 @@ class Record:
     """A usable record.
 
     Attributes:
-      kind: text, messages, completion, or dialogue: prompt and completion of a conversation.
+      kind: text, messages, completion, or dialogue: prompt and completion of a conversation; or
+        prompt, a text or messages that somebody is to answer.
       texts: one text; or prompt and completion; or the contents of the messages.
       line: where it stands in its file, from 1 (a line, a row of a table, a document).
       roles: the roles of the messages, else empty.
       opens: False for the later pieces of one long text: no beginning-of-text token.
       closes: False for all but the last piece of one long text: no end-of-text token.
       conversation: what messages hold besides roles and texts; None: nothing.
+      notes: of a prompt, those of NOTES that it has.
     """
 
     kind: str
@@ -54,6 +61,7 @@ class Record:
     opens: bool = True
     closes: bool = True
     conversation: Conversation | None = None
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +117,8 @@ def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) ->
         rules.check_refused(value, "the record")
         if rules.mark_of(value, "the record") is False:
             raise Unusable(Unlearned("the record is marked as not learned"))
+    if kind == "prompts":
+        return _prompt(value, line, unread)
     if kind in CONVERTERS:
         kind, convert = CONVERTERS[kind]
         value = convert(value)
@@ -126,3 +136,40 @@ def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) ->
     if not texts[-1].strip():
         raise Unusable(Empty(f"empty: field `{KINDS[kind][-1]}` has no text"))
     return Record(kind, texts, line)
+
+
+def _prompt(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:
+    """A prompt: a text, or messages up to the last answer, which is not read."""
+    notes = {
+        name: checked_text(value[name], f"field `{name}`")
+        for name in NOTES
+        if value.get(name) is not None
+    }
+    given = [name for name in ("prompt", "messages") if value.get(name) is not None]
+    if len(given) != 1:
+        found = rules.names_of(value) if not given else "both"
+        raise Unusable(f"a prompt stands in `prompt` or in `messages`: found {found}")
+    asked = value[given[0]]
+    if isinstance(asked, str) and given == ["prompt"]:
+        for name in _BESIDE:
+            if value.get(name):
+                raise Unusable(f"field `{name}` belongs to a conversation, not to plain text")
+        text = checked_text(asked, "field `prompt`")
+        if not text.strip():
+            raise Unusable(Empty("empty: field `prompt` has no text"))
+        return Record("prompt", (text,), line, notes=notes)
+    others = {name: value[name] for name in _BESIDE if name in value}
+    turns = parse_turns({"messages": asked, **others}, unread)
+    count = len(turns.roles)
+    while count and turns.roles[count - 1] == "assistant":
+        count -= 1
+    if not count:
+        raise Unusable(Empty("empty: there is no message before the assistant's"))
+    more = turns.conversation and dataclasses.replace(
+        turns.conversation,
+        fields=turns.conversation.fields[:count],
+        marks=turns.conversation.marks[:count],
+    )
+    return Record(
+        "prompt", turns.texts[:count], line, turns.roles[:count], conversation=more, notes=notes
+    )

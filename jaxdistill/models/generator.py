@@ -321,7 +321,7 @@ class Generator:
         told = row.logprobs, row.drawn_logprobs
         size = request.stop(tokens, before) if request.stop else None
         if size is not None:
-            cut = tokens[:size], *(one[:size] for one in told)
+            cut = tokens[:size], told[0][:size], told[1][:size]
             more = row.alternatives[:size], row.prompt
             return Completion(request, row.sample, *cut, "stop", False, *more)
         ended = tokens[-1] in self._ends(request)
