@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ METHODS = {
     "sft": "{name: sft}",
 }
 STEPS = 30
+# Whether a run stops at once when it cannot save: the minutes that it may stay unsaved.
+FULL_DISKS = {"stops": 0.0, "goes_on": 60.0}
 CONFIG = """
 version: 1
 seed: 3
@@ -394,11 +396,11 @@ def fallbacks(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     return {"damaged": count, "bitwise_equal_runs": equal, "put_aside_and_told": aside}
 
 
-def full_disks(rig: Rig, seed: int = 0) -> dict[str, Any]:
+def full_disks(rig: Rig, unsaved_minutes: Mapping[str, float] = FULL_DISKS) -> dict[str, Any]:
     """Fills the disk under a run, on a small file system of its own; needs root."""
     whole = rig.whole("kd")
     outcome = {}
-    for name, unsaved in (("stops", 0.0), ("goes_on", 60.0)):
+    for name, unsaved in unsaved_minutes.items():
         with small_disk(rig.folder / f"disk-{name}", "4m") as disk:
             run = disk / "run"
             config = rig.config("kd", rig.folder / f"run-{name}", unsaved)

@@ -19,8 +19,8 @@ def rig(tmp_path_factory):
 
 
 def test_killed_runs_end_as_undisturbed_ones(rig):
-    found = soak_faults.kills(rig, 4, seed=1, per_run=4, report=lambda _: None)
-    assert found["kills"] >= 4
+    found = soak_faults.kills(rig, 2, seed=1, per_run=2, report=lambda _: None)
+    assert found["kills"] == 2
     assert found["bitwise_equal_runs"] == found["runs"]
     assert found["unreadable_run_folders"] == 0
 
@@ -40,8 +40,8 @@ def test_a_run_killed_while_it_commits_goes_on_from_the_checkpoint_before(rig):
 
 
 def test_signals_save_and_exit_75(rig):
-    found = soak_faults.stops(rig, 2, seed=1)
-    assert found["exits_75"] == found["signals"] == 2
+    found = soak_faults.stops(rig, 1, seed=1)
+    assert found["exits_75"] == found["signals"] == 1
     assert found["bitwise_equal_runs"] == found["runs"]
 
 
@@ -67,7 +67,7 @@ def test_a_full_disk_ends_a_run_with_what_was_saved(rig):
             pass
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the right to mount a small file system")
-    found = soak_faults.full_disks(rig)
+    found = soak_faults.full_disks(rig, {"stops": 0.0})
     for name, outcome in found.items():
         assert outcome["exit_code"] == 9, name
         assert outcome["sound"] and outcome["newest_checkpoint"] >= 1, name
