@@ -323,7 +323,8 @@ class Generator:
         if size is not None:
             cut = tokens[:size], told[0][:size], told[1][:size]
             more = row.alternatives[:size], row.prompt
-            return Completion(request, row.sample, *cut, "stop", False, *more)
+            ended = tokens[size - 1] in self._ends(request)
+            return Completion(request, row.sample, *cut, "stop", ended, *more)
         ended = tokens[-1] in self._ends(request)
         if not ended and len(tokens) < request.max_new_tokens:
             return None

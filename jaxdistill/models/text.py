@@ -12,24 +12,35 @@ Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """Ends a row where one of some strings is complete in its text; a `requests.Stop`."""
+    """Ends a row where one of some strings is complete in its text; a `requests.Stop`.
+
+    Attributes:
+      tokenizer: of the model.
+      strings: what ends a row.
+      special: ids of those strings that are one special token, which the text does not show.
+    """
 
     tokenizer: Any
     strings: tuple[str, ...]
+    special: frozenset[int] = frozenset()
 
     def __call__(self, tokens: Sequence[int], seen: int) -> int | None:
         """How many tokens there are up to the one that completes a string, or None."""
-        if not self._has_one(decode(self.tokenizer, tokens)):
-            return None
         sizes = range(seen + 1, len(tokens) + 1)
-        return next((n for n in sizes if self._has_one(decode(self.tokenizer, tokens[:n]))), None)
+        ended = next((n for n in sizes if tokens[n - 1] in self.special), None)
+        if not self._has_one(decode(self.tokenizer, tokens[:ended])):
+            return ended
+        sizes = range(seen + 1, len(tokens[:ended]) + 1)
+        return next((n for n in sizes if self._has_one(decode(self.tokenizer, tokens[:n]))), ended)
 
     def _has_one(self, text: str) -> bool:
         return any(stop in text for stop in self.strings)
 
     def before(self, text: str) -> str:
-        """What stands before the first of the strings."""
-        return text[: min(text.index(stop) for stop in self.strings if stop in text)]
+        """What stands before the first of the strings; all, where a special token ended it."""
+        return text[
+            : min((text.index(stop) for stop in self.strings if stop in text), default=None)
+        ]
 
 
 def stop_at(tokenizer: Any, strings: Iterable[str]) -> StopStrings | None:
@@ -43,7 +54,11 @@ def stop_at(tokenizer: Any, strings: Iterable[str]) -> StopStrings | None:
         raise ModelError(f"generate: stop: {strings} must be strings that are not empty")
     if strings and tokenizer is None:
         raise ModelError("generate: stop: needs a tokenizer: use stop_tokens")
-    return StopStrings(tokenizer, strings) if strings else None
+    if not strings:
+        return None
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = (id_ for id_, token in added.items() if token.special and token.content in strings)
+    return StopStrings(tokenizer, strings, frozenset(special))
 
 
 def stops_of(request: Request) -> tuple[str, ...]:
@@ -58,9 +73,12 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 def text_of(tokenizer: Any, done: Completion) -> str:
     """The text of a completion, without the end token and the stop string."""
-    text, stop = decode(tokenizer, done.content), done.request.stop
-    stopped = done.reason == "stop" and not done.ended
-    return stop.before(text) if stopped and isinstance(stop, StopStrings) else text
+    stop = done.request.stop
+    if done.reason == "stop" and isinstance(stop, StopStrings):
+        whole = decode(tokenizer, done.tokens)  # a token that ends a text may be the stop's last
+        if (cut := stop.before(whole)) != whole:
+            return cut
+    return decode(tokenizer, done.content)
 
 
 def token_ids(tokenizer: Any, prompts: Prompts, source: str = "") -> list[list[int]]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from jaxdistill import models
 from jaxdistill.errors import ModelError
@@ -192,6 +193,29 @@ def test_stop_strings_cut_the_text(model):
     assert (text.text_of(spoken.tokenizer, done), done.reason) == (written[:place], "stop")
     assert done.tokens == done.content == whole.tokens[: place + 2]
     assert len(done.logprobs) == place + 2
+
+
+def test_a_special_token_as_a_stop_string_ends_the_row(model):
+    """Texts do not show it. Where it is an end token as well, the content is without it."""
+
+    class Special(Letters):
+        def decode(self, row, skip_special_tokens):
+            return super().decode([token for token in row if token != end], True)
+
+    free = model.complete(PROMPTS[:1], max_new_tokens=20)[0][0]
+    end = free.tokens[5]
+    place = free.tokens.index(end)
+    Special.added_tokens_decoder = {
+        end: AddedToken("<|eot_id|>", special=True),
+        free.tokens[0]: AddedToken("<|plain|>", special=False),
+    }
+    spoken = dataclasses.replace(model, tokenizer=Special())
+    stop = {"max_new_tokens": 20, "stop": ("<|plain|>", "<|eot_id|>")}
+    done = spoken.complete(PROMPTS[:1], **stop)[0][0]
+    assert (done.tokens, done.reason, done.ended) == (free.tokens[: place + 1], "stop", False)
+    assert text.text_of(spoken.tokenizer, done) == Letters().decode(free.tokens[:place], True)
+    ends = dataclasses.replace(spoken, config=dataclasses.replace(model.config, eos_ids=(end,)))
+    assert ends.generate(PROMPTS[:1], **stop) == [free.tokens[:place]]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.05), ("int8", 0.05)])
