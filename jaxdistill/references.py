@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxdistill import models
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.formats import sums
-from jaxdistill.formats.huggingface import folder_config, folder_scheme
+from jaxdistill.formats.huggingface import folder_config, folder_generation, folder_scheme
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models import DecoderConfig, Model, decoder, lora
 from jaxdistill.models.lora import Lora
@@ -102,7 +102,8 @@ def load_any(
             beside = _adapters(checkpoints, step, config, adapters, mesh)
             params = lora.merge(params, beside, adapters)
     own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
-    return Model(config, params, own, f"{run.folder}@{step}")
+    drawn = folder_generation(run.folder / STUDENT)
+    return Model(config, params, own, f"{run.folder}@{step}", drawn)
 
 
 def adapters_any(source: str) -> tuple[Model, Lora]:
@@ -160,6 +161,19 @@ def scheme_any(source: str, *, allow_network: bool) -> Scheme | None:
         return None
     place = models.resolve(source, weights=False, allow_network=allow_network)
     return folder_scheme(place) if place.is_dir() else None
+
+
+def generation_any(source: str, *, allow_network: bool) -> dict[str, Any]:
+    """How the publisher draws from a model, as its files say it; {} where they say nothing.
+
+    Raises:
+      ModelError: if there is nothing there, or what they say is no setting.
+    """
+    run = as_run(source)
+    if run is not None:
+        return folder_generation(run.folder / STUDENT)
+    place = models.resolve(source, weights=False, allow_network=allow_network)
+    return folder_generation(place) if place.is_dir() else {}
 
 
 def _run_config(run: RunReference) -> DecoderConfig:

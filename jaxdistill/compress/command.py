@@ -1,5 +1,6 @@
 """Measures what a model's units are worth and cuts a student out of it: `jaxdistill prune`."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -123,7 +124,8 @@ def cut(
     config, params = cutting.cut(
         model.config, model.params, units, shares=measured.shares, dtype=dtype
     )
-    return Model(config, params, model.tokenizer, f"pruned {model.source}"), units
+    source = f"pruned {model.source}"
+    return dataclasses.replace(model, config=config, params=params, source=source), units
 
 
 def prune(

@@ -4,7 +4,7 @@ import functools
 import json
 import pathlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxdistill.errors import ModelError
 from jaxdistill.formats import compressed, new_folder, shards, sums
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config, write_config
+from jaxdistill.formats.config_json_fields import shown
 from jaxdistill.formats.families import (
     HARMLESS_TENSORS,
     expected_tensors,
@@ -34,6 +35,12 @@ from jaxdistill.sharding import RULES
 
 SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
+_GENERATION_FILE = "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "max_new_tokens",
+)  # fmt: skip
 
 
 def load_folder(
@@ -65,7 +72,7 @@ def load_folder(
             params = compressed.load_params(config, files, scheme, **options)
     jax.block_until_ready(params)
     loaded = folder_tokenizer(folder) if tokenizer else None
-    return Model(config=config, params=params, tokenizer=loaded, source=str(folder))
+    return Model(config, params, loaded, str(folder), folder_generation(folder))
 
 
 def folder_config(folder: pathlib.Path) -> DecoderConfig:
@@ -78,12 +85,31 @@ def folder_config(folder: pathlib.Path) -> DecoderConfig:
     raw = read_json(path)
     if compressed.read_settings(raw.get("quantization_config"), str(path)):
         raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        extra = read_json(generation)
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        raw |= {key: extra[key] for key in ids if extra.get(key) is not None}
+    raw |= _generation_file(folder, _IDS)
     return read_config(raw, str(path))
+
+
+def folder_generation(folder: pathlib.Path) -> dict[str, Any]:
+    """How the publisher draws from a local folder's model, as generation_config.json says it.
+
+    Raises:
+      ModelError: for a setting that is neither a number nor true or false.
+    """
+    found = _generation_file(folder, GENERATION)
+    for name, value in found.items():
+        if not isinstance(value, int | float):
+            raise ModelError(
+                f"{folder / _GENERATION_FILE}: {name}: {shown(value)} must be a number, true or "
+                "false: correct it, or remove the field"
+            )
+    return found
+
+
+def _generation_file(folder: pathlib.Path, fields: Sequence[str]) -> dict[str, Any]:
+    """What generation_config.json says of some fields; {} without the file."""
+    path = folder / _GENERATION_FILE
+    extra = read_json(path) if path.is_file() else {}
+    return {key: extra[key] for key in fields if extra.get(key) is not None}
 
 
 def folder_scheme(folder: pathlib.Path) -> Scheme | None:
@@ -186,7 +212,7 @@ def save(
         return folder
     with new_folder.filled(folder) as inside:
         _write_json(inside / "config.json", config)
-        _write_json(inside / "generation_config.json", _generation(config))
+        _write_json(inside / _GENERATION_FILE, described_generation(config, model.generation))
         shards.write(inside, sizes, tensors, shard_bytes)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(inside))
@@ -251,10 +277,9 @@ def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The token ids that generation starts, pads and stops with."""
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: config[key] for key in ids if config[key] is not None}
+def described_generation(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says: ids that start, pad and stop a text, and settings."""
+    return {key: config[key] for key in _IDS if config[key] is not None} | dict(settings)
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:

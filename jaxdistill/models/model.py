@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,15 @@ class Model:
       params: the parameter tree (see `decoder.shapes`).
       tokenizer: transformers tokenizer with its chat template, or None where there is none.
       source: where it came from, for messages and run records.
+      generation: how its publisher draws from it (temperature, top_p, ...): what the files say, for
+        the files that are written of it; nothing here draws by it unasked.
     """
 
     config: DecoderConfig
     params: Any
     tokenizer: Any = None
     source: str = ""
+    generation: Mapping[str, Any] = types.MappingProxyType({})
 
     def logits(
         self,

@@ -64,11 +64,7 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
     devices = f"there are {mesh.size} devices"
     errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({devices})") for key, rule in wrong)
-    if config.data.seq_len % mesh.shape["context"]:
-        raise ConfigError(
-            f"data.seq_len = {config.data.seq_len}: must be a multiple of mesh.context = "
-            f"{mesh.shape['context']}: change one of them"
-        )
+    errors.check(rules.context_axis(config.data.seq_len, mesh.shape["context"]))
     return mesh
 
 
@@ -184,7 +180,7 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
             return dataclasses.replace(made, tokenizer=shape.tokenizer)
         layers = shapes.kept_layers(config, teacher.config.layers)
         arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
-        return Model(arch, params, shape.tokenizer, shape.source)
+        return dataclasses.replace(shape, config=arch, params=params)
     if student.random:
         return random(shape.config, config.seed, dtype, mesh)
     return load_any(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdistill import errors, rules
 from jaxdistill.compress import command, prune
 from jaxdistill.config import Config
 from jaxdistill.config.models import RandomModel, Student, Teacher
@@ -13,7 +14,7 @@ from jaxdistill.models import DecoderConfig, Model
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.quantized import SCHEMES, Scheme
 from jaxdistill.models.vocabulary import vocabulary_size
-from jaxdistill.references import scheme_any, spec_any
+from jaxdistill.references import generation_any, scheme_any, spec_any
 from jaxdistill.run import stored
 
 
@@ -35,10 +36,10 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
             small = command.shape_of(teacher.config, student.prune)
-            return teacher, Model(small, None, teacher.tokenizer, "pruned teacher")
+            return teacher, _cut(teacher, small, "pruned teacher")
         layers = kept_layers(config, teacher.config.layers)
         small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
-        return teacher, Model(small, None, teacher.tokenizer, f"layers {layers} of the teacher")
+        return teacher, _cut(teacher, small, f"layers {layers} of the teacher")
     if student.random:
         return teacher, _random_shape(student.random, teacher, config, network, "student.random")
     return teacher, _spec(source(student), network)
@@ -73,11 +74,7 @@ def vocabulary(config: Config, tokenizer: Any) -> int:
       ConfigError: for `tokenizer.rows` below the tokenizer's own number.
     """
     known, rows = vocabulary_size(tokenizer), config.tokenizer.rows
-    if rows is not None and rows < known:
-        raise ConfigError(
-            f"tokenizer.rows = {rows}: the tokenizer has {known} tokens: use at least that, or "
-            "leave it out"
-        )
+    errors.check(rules.tokenizer_rows(rows, known))
     return rows or known
 
 
@@ -119,9 +116,15 @@ def kept_layers(config: Config, count: int) -> list[int]:
     return list(range(0, count, student.every or 1))
 
 
+def _cut(teacher: Model, small: DecoderConfig, source: str) -> Model:
+    """The shape of a student cut out of its teacher, with all else that is the teacher's."""
+    return dataclasses.replace(teacher, config=small, source=source)
+
+
 def _spec(source: str, network: bool) -> Model:
     config, tokenizer = spec_any(source, allow_network=network)
-    return Model(config, None, tokenizer, source)
+    drawn = generation_any(source, allow_network=network)
+    return Model(config, None, tokenizer, source, drawn)
 
 
 def _random_shape(

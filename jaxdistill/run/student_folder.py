@@ -17,10 +17,13 @@ def keep(config: Config, run: RunDir, models: setup.Models) -> None:
     Raises:
       StorageError: if they cannot be written.
     """
-    described = {"config.json": write_config(models.student.config, "float32")}
+    student = models.student
+    described = {"config.json": write_config(student.config, "float32")}
+    if student.generation:
+        described["generation_config.json"] = dict(student.generation)
     adapters = states.adapters_of(config)
     if adapters is not None:
-        described[lora.FILE] = lora.described(adapters, models.student.source)
+        described[lora.FILE] = lora.described(adapters, student.source)
     with new_folder.renewed(run.path / STUDENT) as inside:
         for name, content in described.items():
             (inside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -149,6 +149,22 @@ def test_generation_settings_have_the_last_word_on_ends(folder, tmp_path):
     assert written == {"bos_token_id": 1, "eos_token_id": [2, 7]}
 
 
+def test_settings_of_generation_survive(folder, tmp_path):
+    """Those that Qwen and Llama publish; ends that stand beside them still have the last word."""
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    settings |= {"repetition_penalty": 1.05}
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(settings | {"eos_token_id": [2, 7], "transformers_version": "5"}))
+    model = models.load(folder)
+    assert model.generation == settings
+    models.save(model, tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": [2, 7], **settings}
+    file.write_text(json.dumps({"temperature": "warm"}))
+    with pytest.raises(ModelError, match='temperature: "warm" must be a number'):
+        models.load(folder)
+
+
 def test_missing_configuration_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"config.json: missing; .*download the whole model"):

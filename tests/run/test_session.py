@@ -1,6 +1,7 @@
 """Whole runs: what they leave, that they resume bit by bit, and how they refuse."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -14,10 +15,12 @@ import pytest
 from jaxdistill import api, commands, models
 from jaxdistill.data import settings as data_settings
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, MismatchError
-from jaxdistill.formats import sums
+from jaxdistill.formats import huggingface, sums
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.run import run_table, setup
+from jaxdistill.run import run_table, setup, student_folder
 from jaxdistill.run import session as running
+from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
 from tests.run.conftest import models_of
 
@@ -182,6 +185,26 @@ def test_the_student_begins_as_the_layers_it_keeps(load_config, tmp_path):
     assert _buffers(made.student.params["embedding"]).isdisjoint(
         _buffers(made.teacher.params["embedding"])
     )
+
+
+def test_a_student_keeps_how_its_teacher_is_drawn_from(load_config, tmp_path):
+    """Also one that is read from a folder; a random one has nothing to keep."""
+    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    shape = models.DecoderConfig("llama", 259, 32, 48, 4, 4, 2, 8)
+    made = models.random(shape, tokenizer=byte_tokenizer())
+    source = models.save(dataclasses.replace(made, generation=settings), tmp_path / "model")
+    ways = {
+        "{from: teacher, every: 2}": settings,
+        f"{{source: {source}}}": settings,
+        "{random: {like: teacher, layers: 1}}": {},
+    }
+    for number, (student, expected) in enumerate(ways.items()):
+        config = load_config(tmp_path, f"teacher={{source: {source}}}", f"student={student}")
+        parts = setup.shapes_of(config, setup.make_mesh(fsdp=-1))
+        run = RunDir(tmp_path / str(number), {})
+        student_folder.keep(config, run, parts)
+        assert huggingface.folder_generation(run.path / "student") == expected
+        assert parts.student.generation == expected
 
 
 def test_an_exported_run_opens_with_equal_logits(finished, tmp_path):
