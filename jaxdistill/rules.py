@@ -55,6 +55,34 @@ def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[Conf
         )
 
 
+def context_axis(seq_len: int, parts: int) -> Iterator[ConfigError]:
+    """Every device of `context` has as much of a row as the others."""
+    if seq_len % parts:
+        yield ConfigError(
+            f"data.seq_len = {seq_len}: must be a multiple of mesh.context = {parts}: change one "
+            "of them"
+        )
+
+
+def local(key: str, path: str) -> Iterator[ConfigError]:
+    """A place that is written to is a folder of a file system, no address of an object store."""
+    scheme, separator, _ = path.partition("://")
+    if separator:
+        yield ConfigError(
+            f"{key} = {path}: {scheme}:// is no folder of this machine, and only folders are "
+            "written to: give one, of a mounted bucket if need be, and copy it afterwards"
+        )
+
+
+def tokenizer_rows(rows: int | None, known: int) -> Iterator[ConfigError]:
+    """The rows that the loss takes for tokens are no fewer than the tokenizer has."""
+    if rows is not None and rows < known:
+        yield ConfigError(
+            f"tokenizer.rows = {rows}: the tokenizer has {known} tokens: use at least that, or "
+            "leave it out"
+        )
+
+
 def same_ids(teacher: Mapping[str, int], student: Mapping[str, int]) -> Iterator[MismatchError]:
     """Both vocabularies (token -> id) give every id the same token; sizes alone say nothing."""
     theirs = {index: token for token, index in teacher.items()}

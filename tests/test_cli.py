@@ -499,6 +499,9 @@ def test_init_takes_names_and_no_paths(capsys, folder, name):
 
 def test_validate(capsys, folder):
     assert run(capsys, "validate", "run.yaml") == (0, "run.yaml: ok\n", "")
+    sized = ("validate", "run.yaml", "mesh={data: 2, fsdp: 2}", "train.batch_size=8")
+    expected = "run.yaml: ok (for exactly 4 devices, which are counted at the start)\n"
+    assert run(capsys, *sized) == (0, expected, "")
     code, out, _ = run(capsys, "validate", "run.yaml", "--resolved", "train.steps=7")
     assert code == 0
     (folder / "resolved.yaml").write_text(out)

@@ -1,6 +1,7 @@
 """The commands that need no JAX: ls, init and validate."""
 
 import argparse
+import math
 from collections.abc import Callable, Collection
 
 from jaxdistill.cli.output import print_json
@@ -60,7 +61,7 @@ def validate(arguments: argparse.Namespace) -> int:
     if arguments.config is None:
         raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
     wrong: list[UserError] = []
-    text = ""
+    text = devices = ""
     try:
         if workflow.is_workflow(config.read(arguments.config)):
             text = syntax.dump(workflow.load(arguments.config).model_dump(mode="json"))
@@ -68,6 +69,7 @@ def validate(arguments: argparse.Namespace) -> int:
             loaded = config.load(arguments.config, arguments.overrides)
             wrong = preflight.check(loaded)
             text = config.dump(loaded)
+            devices = _devices(loaded.mesh.sizes)
     except ConfigError as error:
         wrong = [error]
     if arguments.json:
@@ -76,8 +78,16 @@ def validate(arguments: argparse.Namespace) -> int:
         error = combined(wrong)
         return error.exit_code if error else 0
     check(wrong)
-    print(text.rstrip() if arguments.resolved else f"{arguments.config}: ok")
+    print(text.rstrip() if arguments.resolved else f"{arguments.config}: ok{devices}")
     return 0
+
+
+def _devices(sizes: Collection[int]) -> str:
+    """What is left to the start: to count devices takes JAX, and often another machine."""
+    count = math.prod(sizes)
+    if -1 in sizes or count == 1:
+        return ""
+    return f" (for exactly {count} devices, which are counted at the start)"
 
 
 # The families that jaxdistill.models reads and writes; a test compares the two, because importing

@@ -10,16 +10,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill import rules
+from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
 from jaxdistill.data import paths, tables
-from jaxdistill.errors import ConfigError, DataError, ModelError, UserError
+from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_BYTES = 257  # tokens of `models.byte_tokenizer`, which would take seconds to import
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "mlp": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
 
 
 def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
@@ -42,7 +51,9 @@ def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
 def _run_dir_errors(folder: str) -> Iterator[UserError]:
     """The run folder is free."""
     key = f"run.dir = {shown(folder)}"
-    if os.path.exists(os.path.join(folder, "RUN.json")):
+    if "://" in folder:
+        yield from rules.local("run.dir", folder)
+    elif os.path.exists(os.path.join(folder, "RUN.json")):
         yield ConfigError(
             f"{key}: holds a run already: `jaxdistill resume {folder}` goes on with it, another "
             "run.dir starts a new one"
@@ -116,18 +127,22 @@ class _Found:
       folder: where it lies, if it is a folder.
       shape: its config.json.
       error: what is wrong.
-      own: whether the run's model has this shape, and is not only like it.
     """
 
     folder: pathlib.Path | None = None
     shape: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: UserError | None = None
-    own: bool = True
 
     def number(self, name: str) -> int | None:
         """A whole number of config.json, if it holds one."""
         value = self.shape.get(name)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def words_file(self) -> pathlib.Path | None:
+        """Its tokenizer.json, if there is one."""
+        file = self.folder / "tokenizer.json" if self.folder else None
+        return file if file is not None and file.is_file() else None
 
 
 def _model_errors(config: Config) -> Iterator[UserError]:
@@ -143,8 +158,6 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     yield from (model.error for model in found.values() if model.error)
     teacher, student = found.get("teacher", _Found()), config.student
     layers = teacher.number("num_hidden_layers")
-    if config.teacher and config.teacher.random and config.teacher.random.layers:
-        layers = config.teacher.random.layers
     if student.layers and layers is not None:
         yield from rules.kept_layers(student.layers, layers)
     if student.prune and not os.path.isfile(student.prune.importance):
@@ -152,15 +165,20 @@ def _model_errors(config: Config) -> Iterator[UserError]:
             f"student.prune.importance = {shown(student.prune.importance)}: no such file "
             f"({_here()}): `jaxdistill importance` measures it"
         )
+    if config.mesh.context > 0:
+        yield from rules.context_axis(config.data.seq_len, config.mesh.context)
+    words = _vocabulary(found.get("tokenizer", _Found()))
+    known = _BYTES if config.tokenizer.from_ == "bytes" else max(words.values(), default=-1) + 1
+    if known:
+        yield from rules.tokenizer_rows(config.tokenizer.rows, known)
+        known = max(known, config.tokenizer.rows or 0)
     for name in ("teacher", "student"):
-        yield from _fit_errors(config, name, found)
-    if "student" in found:
-        yield from _vocabulary_errors(teacher.folder, found["student"].folder)
+        yield from _fit_errors(config, name, found.get(name, _Found()), known)
+    yield from _vocabulary_errors(config, found, words)
 
 
-def _fit_errors(config: Config, name: str, found: Mapping[str, _Found]) -> Iterator[UserError]:
-    """What config.json says of a model fits the rows, the mesh and the tokenizer."""
-    model = found.get(name, _Found())
+def _fit_errors(config: Config, name: str, model: _Found, known: int) -> Iterator[UserError]:
+    """What config.json says of a model fits the rows, the mesh and `known` tokens."""
     longest = model.number("max_position_embeddings")
     if longest is not None:
         yield from rules.row_length(config.data.seq_len, name, longest)
@@ -168,51 +186,86 @@ def _fit_errors(config: Config, name: str, found: Mapping[str, _Found]) -> Itera
     if not any("experts" in key for key in model.shape):
         fields["mlp"] = "intermediate_size"
     sizes = {name: model.number(field) for name, field in fields.items()}
-    known = {name: size for name, size in sizes.items() if size}
-    if known and config.mesh.tensor > 0 and model.own:
-        yield from rules.tensor_axis(config.mesh.tensor, name, known)
-    named = config.tokenizer.from_
-    chosen = found.get(named if named in ("teacher", "student") else "tokenizer", _Found())
-    words = _vocabulary(chosen.folder / "tokenizer.json") if chosen.folder else {}
+    sizes = {name: size for name, size in sizes.items() if size}
+    if sizes and config.mesh.tensor > 0:
+        yield from rules.tensor_axis(config.mesh.tensor, name, sizes)
     rows = model.number("vocab_size")
-    if words and rows is not None and model.own:
-        yield from rules.head_rows(name, rows, max(words.values()) + 1)
+    if known and rows is not None:
+        yield from rules.head_rows(name, rows, known)
 
 
 def _models(config: Config) -> dict[str, _Found]:
-    """What can be told of the models and the tokenizer that are named by path."""
+    """What can be told of the models that are named by path or by numbers, and of the tokenizer."""
     network = config.security.allow_network
     found: dict[str, _Found] = {}
     for name, model in (("teacher", config.teacher), ("student", config.student)):
         if model and model.source:
             found[name] = _look(f"{name}.source", model.source, network)
-        elif model and model.random and model.random.like not in (None, "teacher"):
-            like = _look(f"{name}.random.like", model.random.like, network, weights=False)
-            found[name] = dataclasses.replace(like, own=False)
+        elif model and model.random:
+            like = model.random.like
+            if like == "teacher":
+                base = dataclasses.replace(found.get("teacher", _Found()), error=None)
+            elif like:
+                base = _look(f"{name}.random.like", like, network, weights=False)
+            else:
+                base = _Found()
+            found[name] = dataclasses.replace(base, shape=_random_shape(model.random, base.shape))
+    student, teacher = config.student, found.get("teacher")
+    if student.prune and teacher:  # the sizes it has not from the teacher
+        sizes = student.prune.sizes().items()
+        cut = {_FIELDS[axis]: size for axis, size in sizes if axis in _FIELDS}
+        found["student"] = dataclasses.replace(teacher, shape=cut, error=None)
     chosen = config.tokenizer.from_
-    if chosen not in ("teacher", "student", "bytes"):
+    if chosen == "student" and student.from_ == "teacher":
+        chosen = "teacher"
+    if chosen in ("teacher", "student"):
+        # A model that is like another has its tokenizer; what is wrong with it is said once.
+        found["tokenizer"] = dataclasses.replace(found.get(chosen, _Found()), error=None)
+    elif chosen != "bytes":
         found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
     return found
 
 
+def _random_shape(random: RandomModel, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json that follow from the numbers of a random model."""
+    given = {field: getattr(random, name) for name, field in _FIELDS.items()}
+    given = {field: size for field, size in given.items() if size is not None}
+    heads, groups = _FIELDS["heads"], _FIELDS["kv_heads"]
+    if heads in given and groups not in given:
+        old, few = like.get(heads), like.get(groups)
+        if random.like is None:
+            given[groups] = given[heads]
+        elif isinstance(old, int) and isinstance(few, int) and few > 0:
+            given[groups] = given[heads] // max(1, old // few)
+    return {**like, **given}
+
+
 def _vocabulary_errors(
-    teacher: pathlib.Path | None, student: pathlib.Path | None
+    config: Config, found: Mapping[str, _Found], words: Mapping[str, int]
 ) -> Iterator[UserError]:
-    """Two folders whose tokenizers give one id to different tokens cannot be compared."""
-    files = [folder / "tokenizer.json" for folder in (teacher, student) if folder]
-    if len(files) < 2 or not all(file.is_file() for file in files):
+    """Tokenizers that give one id to different tokens cannot be compared."""
+    chosen = found.get("tokenizer", _Found()).words_file
+    if chosen is None or not words:
         return
-    if filecmp.cmp(*files, shallow=False):
-        return
-    theirs, ours = (_vocabulary(file) for file in files)
-    if theirs and ours:
-        yield from rules.same_ids(theirs, ours)
+    for name in ("teacher", "student"):
+        model = found.get(name, _Found())
+        own = model.words_file
+        if own is None or filecmp.cmp(chosen, own, shallow=False) or not _vocabulary(model):
+            continue
+        pair = words, _vocabulary(model)
+        if config.tokenizer.from_ in ("teacher", "student"):
+            yield from rules.same_ids(*(pair if name == "student" else pair[::-1]))
+            continue
+        for error in rules.same_ids(*pair):
+            yield MismatchError(f"{name} ({model.folder}): {error}")
 
 
-def _vocabulary(file: pathlib.Path) -> dict[str, int]:
-    """Token -> id of a tokenizer.json, or {} where it keeps them in another way."""
+def _vocabulary(model: _Found) -> dict[str, int]:
+    """Token -> id of a model's tokenizer.json, or {} where it keeps them in another way."""
+    if model.words_file is None:
+        return {}
     try:
-        content = read_json(file)
+        content = read_json(model.words_file)
         words = {str(token): int(index) for token, index in content["model"]["vocab"].items()}
         return words | {str(one["content"]): int(one["id"]) for one in content["added_tokens"]}
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OverflowError):

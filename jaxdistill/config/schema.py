@@ -207,6 +207,11 @@ class Mesh(Section):
         "GKE or `jaxdistill launch` started.",
     )
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along data, fsdp, tensor and context."""
+        return self.data, self.fsdp, self.tensor, self.context
+
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes that exist."""
         axes = ("data", "fsdp", "tensor", "context")

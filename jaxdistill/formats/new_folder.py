@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
+from jaxdistill import errors, rules
 from jaxdistill.errors import StorageError
 from jaxdistill.formats import sums
 from jaxdistill.safe import beside, manifest, whole_file
@@ -17,7 +18,9 @@ def place(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
       StorageError: where it exists with content.
+      ConfigError: for the address of an object store.
     """
+    errors.check(rules.local("the new folder", str(path)))
     folder = pathlib.Path(path).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder}: exists and is not empty; name a new folder")

@@ -85,6 +85,19 @@ def test_a_complete_run_has_no_errors(base):
         ("run.dir=held", ConfigError, "jaxdistill resume held"),
         ("run.dir=big", ConfigError, "is not empty and holds no run"),
         ("run.dir=a.jsonl", ConfigError, "is a file"),
+        ("run.dir=gs://bucket/run", ConfigError, "run.dir = gs://bucket/run: gs:// is no folder"),
+        ("mesh={fsdp: 1, context: 3}", ConfigError, "must be a multiple of mesh.context = 3"),
+        ("tokenizer={from: tokens, rows: 2}", ConfigError, "tokenizer.rows = 2: the tokenizer has"),
+        (
+            "student={random: {like: small, vocab_size: 2}}",
+            ModelError,
+            "student: its embedding has 2 rows, but the tokenizer's ids reach 2",
+        ),
+        (
+            "student={random: {layers: 1, embed: 8, mlp: 8, heads: 2, vocab_size: 2}}",
+            ModelError,
+            "student: its embedding has 2 rows",
+        ),
     ],
 )
 def test_what_is_found(base, override, kind, words):
@@ -96,6 +109,7 @@ def test_what_is_found(base, override, kind, words):
     model_folder(base / "pickled", weights="pytorch_model.bin")
     model_folder(base / "list", shape=[])
     model_folder(base / "other", words=tokenizer("a", "c"))
+    model_folder(base / "tokens", {}, tokenizer("a", "b"), weights=None)
     for name in ("other", "small"):  # nothing but their content tells the two apart
         os.utime(base / name / "tokenizer.json", (1, 1))
     model_folder(base / "broken")
@@ -172,6 +186,43 @@ def test_what_a_start_would_refuse_of_the_shapes_is_said_already(base):
     ]
     assert [str(error) for error in found] == [str(error) for error in expected]
     assert "kv_heads = 3: take one of 1, 3" in str(expected[0])
+
+
+def test_the_mesh_fits_models_that_are_made_from_numbers(base):
+    """Heads of a random student, of one that is like the teacher, and of one that is pruned."""
+    (base / "scores").write_bytes(b"")
+    groups = LLAMA | {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 16}
+    model_folder(base / "even", groups, tokenizer("a", "b"))
+    for student, sizes in {
+        "{random: {layers: 1, embed: 12, mlp: 16, heads: 6}}": {"heads": 6, "kv_heads": 6},
+        "{random: {like: teacher, heads: 4}}": {"kv_heads": 2},
+        "{from: teacher, prune: {importance: scores, kv_heads: 2, heads: 4}}": {"kv_heads": 2},
+    }.items():
+        mesh = "mesh={fsdp: 1, tensor: 4}"
+        [error] = check("teacher.source=even", mesh, f"student={student}")
+        assert str(error).startswith("mesh.tensor = 4 does not divide the student's ")
+        assert all(f"{name} = {size}" in str(error) for name, size in sizes.items()), error
+        assert check("teacher.source=even", f"student={student}") == []
+
+
+def test_models_are_compared_with_the_tokenizer_that_is_named(base):
+    """As a start does it: each of them, under its name."""
+    model_folder(base / "tokens", {}, tokenizer("a", "c"), weights=None)
+    found = check("tokenizer={from: tokens}")
+    assert [str(error).partition(" have ")[0] for error in found] == [
+        "teacher (big): teacher and student",
+        "student (small): teacher and student",
+    ]
+
+
+def test_the_byte_tokenizer_has_as_many_tokens_as_is_assumed(base):
+    from jaxdistill.models.byte_tokenizer import byte_tokenizer
+    from jaxdistill.models.vocabulary import vocabulary_size
+
+    assert vocabulary_size(byte_tokenizer()) == preflight._BYTES
+    student = "student={random: {layers: 1, embed: 8, mlp: 8, heads: 2, vocab_size: 256}}"
+    [error] = check(student, "tokenizer={from: bytes}")
+    assert "has 256 rows, but the tokenizer's ids reach 256" in str(error)
 
 
 def test_several_errors_become_one_with_the_smallest_exit_code():
