@@ -1,16 +1,17 @@
 """Builds the tokenised data of a set of sources: stream, check, encode, quarantine, pack, seal."""
 
 import array
-import collections
 import itertools
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, packing, quarantine, rendering, store
+from jaxdistill.data import chat, encode, packing, progress, quarantine, rendering, store
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.held_out import fingerprint_of
 from jaxdistill.data.learned import each_turn
@@ -23,6 +24,8 @@ from jaxdistill.types import ORIGINS
 
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1_000_000
+_NOTE_SECONDS = 1.0  # of work that a kill may cost
+_log = logging.getLogger(__name__)
 
 # What becomes of each record: its documents, or the reason why there are none.
 Documents = tuple[encode.Document, ...] | str
@@ -40,7 +43,7 @@ def build(
     name: str,
     quarantine_path: Path | None,
 ) -> None:
-    """Builds and seals one folder.
+    """Builds and seals one folder; what a killed build of the same data has done is not done again.
 
     Raises:
       DataError: if no record is usable, records of several kinds are mixed, `loss_on` does not suit
@@ -48,7 +51,7 @@ def build(
       StorageError: if the folder cannot be written.
     """
     with store.new_folder(folder) as temporary:
-        work = _Build(temporary, sources, codec, settings, fail_fast, name)
+        work = _Build(temporary, sources, codec, settings, identity, fail_fast, name)
         try:
             work.run()
             counts = work.finish()
@@ -56,12 +59,12 @@ def build(
             work.close()
         facts = {
             "fingerprint": identity,
-            "kind": work.kind,
+            "kind": work.progress.kind,
             "seq_len": settings.seq_len,
             "pad": codec.pad,
             "counts": counts,
             "notices": work.notices(),
-            "origins": work.origins,
+            "origins": work.progress.origins,
         }
         if not counts["num_documents"]:
             names = [source.name for source in sources]
@@ -114,140 +117,159 @@ class _Build:
         sources: Sequence[Source],
         codec: encode.Codec,
         settings: Settings,
+        identity: str,
         fail_fast: bool,
         name: str,
     ):
-        self.kind: str | None = None
-        self.origins: list[tuple[int, int]] = []  # (first token, who wrote it) of every source
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
         self._encoder: Encoder | None = None
         self._chat: chat.ChatEncoder | None = None
-        self._kind_from = ""
-        self._records = self._truncated = self._tokens = self._counted = self._rendered = 0
-        self._left_out: collections.Counter[str] = collections.Counter()
-        self._shown_control: str | None = None
-        self._offsets = array.array("q", [0])
-        self._arrays = {
-            part: store.ArrayWriter(
-                folder / f"{part}.npy", dtype, (2,) if part == "segments" else ()
-            )
-            for part, dtype in store.ARRAYS.items()
-        }
-        with store.writing(folder):
-            self._quarantine: TextIO = (folder / store.QUARANTINE).open("w", encoding="utf-8")
+        self._identity, self._noted = identity, time.monotonic()
+        self.progress, self._files = progress.begin(folder, identity)
+        self._offsets = array.array("q", self._files.written("documents").tolist() or [0])
 
     def run(self) -> None:
-        """Reads, encodes and writes every record of every source."""
+        """Reads, encodes and writes every record of every source that is not done yet."""
+        at = self.progress
+        if at.records:
+            _log.info("data.%s: %s records are done by a killed build", self._name, at.records)
+        if at.kind is not None:
+            self._encoder = self._choose(at.kind)
+        if self._chat is not None:
+            self._chat.accounts = at.conversations
         for index, source in enumerate(self._sources):
-            self.origins.append((self._tokens, ORIGINS.index(source.origin)))
-            used = 0
-            for batch in _batched(source):
-                good = [item for item in batch if isinstance(item, Record)]
-                encoded = iter(self._encode(source, good))
-                for item in batch:
-                    self._records += 1
-                    made = next(encoded) if isinstance(item, Record) else item.reason
-                    cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
-                    reason = made if isinstance(made, str) else self._problem(cuts)
-                    if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
-                        self._reject(index, item.line, reason or "")
-                        continue
-                    # Of n records with weight w, floor(w n) copies: an exact share, by order.
-                    times = int(source.weight * (used + 1)) - int(source.weight * used)
-                    used += 1
-                    self._arrays["records"].append(np.asarray([fingerprint_of(item)], np.uint64))
-                    for _ in range(times):
-                        self._add(made, cuts)
+            if index + 1 < len(at.origins):
+                continue
+            if index == len(at.origins):
+                at.origins.append((at.tokens, ORIGINS.index(source.origin)))
+                at.items = at.used = 0
+            for batch in _batched(source, at.items):
+                self._take(index, batch)
+                at.items += len(batch)
+                if time.monotonic() - self._noted >= _NOTE_SECONDS:
+                    self._note()
+
+    def _take(self, index: int, batch: list[Record | Rejected]) -> None:
+        """Encodes a batch of a source's records and writes what can be learned of them."""
+        at, source = self.progress, self._sources[index]
+        good = [item for item in batch if isinstance(item, Record)]
+        encoded = iter(self._encode(index, good))
+        for item in batch:
+            at.records += 1
+            made = next(encoded) if isinstance(item, Record) else item.reason
+            cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
+            reason = made if isinstance(made, str) else self._problem(cuts)
+            if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
+                self._reject(index, item.line, reason or "")
+                continue
+            # Of n records with weight w, floor(w n) copies: an exact share, by order.
+            times = int(source.weight * (at.used + 1)) - int(source.weight * at.used)
+            at.used += 1
+            self._files.append("records", np.asarray([fingerprint_of(item)], np.uint64))
+            for _ in range(times):
+                self._add(made, cuts)
+
+    def _note(self) -> None:
+        """Notes how far this build is, should it be killed."""
+        at = self.progress
+        at.unread = at.unread.union(*(source.unread for source in self._sources))
+        at.conversations = self._chat.accounts if self._chat else {}
+        self._write_offsets()
+        progress.write(self._folder, self._identity, at, self._files)
+        self._noted = time.monotonic()
+
+    def _write_offsets(self) -> None:
+        """Writes the ends of documents that are not written yet."""
+        done = len(self._files.arrays["documents"])
+        self._files.append("documents", np.asarray(self._offsets[done:], np.int64))
 
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
-        offsets = np.asarray(self._offsets, np.int64)
+        at, offsets = self.progress, np.asarray(self._offsets, np.int64)
         pieces = packing.windows(offsets, self._settings.seq_len)
         segments, rows = packing.plan(pieces, self._settings.seq_len, self._settings.packing)
-        self._arrays["documents"].append(offsets)
-        self._arrays["segments"].append(segments.astype(np.int64))
-        self._arrays["rows"].append(rows.astype(np.int64))
-        for writer in self._arrays.values():
-            writer.finish()
-        with store.writing(self._folder):
-            self._quarantine.close()
+        self._write_offsets()
+        self._files.append("segments", segments.astype(np.int64))
+        self._files.append("rows", rows.astype(np.int64))
+        self._files.finish()
         return {
             "num_rows": len(rows) - 1,
-            "num_tokens": self._tokens,
-            "num_loss_tokens": self._counted,
+            "num_tokens": at.tokens,
+            "num_loss_tokens": at.counted,
             "num_documents": len(offsets) - 1,
-            "records": self._records,
-            "used": self._records - self._left_out.total(),
-            **{why: self._left_out[why] for why in LEFT_OUT},
-            "truncated": self._truncated,
+            "records": at.records,
+            "used": at.records - at.left_out.total(),
+            **{why: at.left_out[why] for why in LEFT_OUT},
+            "truncated": at.truncated,
         }
 
     def close(self) -> None:
         """Closes the files, finished or not."""
-        for writer in self._arrays.values():
-            writer.close()
-        self._quarantine.close()
+        self._files.close()
 
     def notices(self) -> list[str]:
         """What the user should know about the result."""
-        found = []
+        found, at = [], self.progress
         if self._codec.end is None:
             found.append("the tokenizer has no end-of-text token: documents end without one")
-        if self._truncated:
+        if at.truncated:
             found.append(
-                f"{self._truncated} of {len(self._offsets) - 1} documents were longer than seq_len "
+                f"{at.truncated} of {len(self._offsets) - 1} documents were longer than seq_len "
                 f"{self._settings.seq_len} and were cut there: raise seq_len to keep them whole"
             )
         for why, words in LEFT_OUT.items():
-            if words and self._left_out[why]:
-                found.append(f"{self._left_out[why]} of {self._records} records {words}")
-        unread = sorted(set().union(*(source.unread for source in self._sources)))
+            if words and at.left_out[why]:
+                found.append(f"{at.left_out[why]} of {at.records} records {words}")
+        unread = sorted(at.unread.union(*(source.unread for source in self._sources)))
         if unread:
             names = ", ".join(f"`{printable(name)[:40]}`" for name in unread[:8])
             more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
             found.append(f"fields that are not read: {names}{more}")
-        if self._rendered:
+        if at.rendered:
             found.append(
-                f"{self._rendered} records hold special tokens as text, such as "
-                f"{self._shown_control!r}: they stay text; data.special_tokens: parse reads them "
+                f"{at.rendered} records hold special tokens as text, such as "
+                f"{at.shown_control!r}: they stay text; data.special_tokens: parse reads them "
                 "as special tokens, for text that is rendered already"
             )
         found += [note for source in self._sources for note in source.notes]
         return found + (self._chat.notices() if self._chat else [])
 
-    def _encode(self, source: Source, records: list[Record]) -> list[Documents]:
+    def _encode(self, index: int, records: list[Record]) -> list[Documents]:
+        """What becomes of records; the first one's kind is then the kind of the data set."""
         if not records:
             return []
+        at, names = self.progress, [source.name for source in self._sources]
         if self._encoder is None:
-            self._encoder = self._choose(source, records[0])
+            at.kind, at.kind_from = records[0].kind, index
+            self._encoder = self._choose(at.kind)
         for record in records:
-            if record.kind != self.kind:
+            if record.kind != at.kind:
                 raise DataError(
-                    f"data.{self._name}: mixed kinds of records: {self._kind_from} holds "
-                    f"{self.kind!r}, {source.name}:{record.line} is {record.kind!r}: a data set "
+                    f"data.{self._name}: mixed kinds of records: {names[at.kind_from]} holds "
+                    f"{at.kind!r}, {names[index]}:{record.line} is {record.kind!r}: a data set "
                     "has one kind"
                 )
         return self._encoder(records)
 
-    def _choose(self, source: Source, record: Record) -> Encoder:
-        """The encoder of the first record's kind, which is then the kind of the data set."""
-        self.kind, self._kind_from = record.kind, source.name
+    def _choose(self, kind: str) -> Encoder:
+        """The encoder of a kind of records."""
         loss_on, settings = self._settings.loss_on, self._settings
-        if record.kind not in LOSS_ON[loss_on]:
-            fitting = [choice for choice, kinds in LOSS_ON.items() if record.kind in kinds]
+        if kind not in LOSS_ON[loss_on]:
+            fitting = [choice for choice, kinds in LOSS_ON.items() if kind in kinds]
+            name = self._sources[self.progress.kind_from].name
             raise DataError(
                 f"data.loss_on: {loss_on!r} needs records of kind {' or '.join(LOSS_ON[loss_on])}, "
-                f"but {source.name} holds {record.kind!r}: use {' or '.join(fitting)}"
+                f"but {name} holds {kind!r}: use {' or '.join(fitting)}"
             )
-        chats = record.kind in ("messages", "dialogue")
+        chats = kind in ("messages", "dialogue")
         for name, value, plain in (
             ("turns", settings.turns, "whole"),
             ("chat_template", settings.chat_template, None),
             ("template_kwargs", dict(settings.template_kwargs), {}),
         ):
             if not chats and value != plain:
-                raise ConfigError(f"data.{name}: has no effect on {record.kind!r}: remove it")
+                raise ConfigError(f"data.{name}: has no effect on {kind!r}: remove it")
         parse = settings.special_tokens == "parse"
         if chats and parse:
             raise ConfigError(
@@ -266,9 +288,9 @@ class _Build:
             for record in records:
                 found = filter(None, map(self._codec.control_pattern.search, record.texts))
                 for match in itertools.islice(found, 1):
-                    self._rendered += 1
-                    self._shown_control = self._shown_control or match[0]
-        if self.kind == "text":
+                    self.progress.rendered += 1
+                    self.progress.shown_control = self.progress.shown_control or match[0]
+        if self.progress.kind == "text":
             made = encode.encode_texts(self._codec, records, parse)
         else:
             loss_on = self._settings.loss_on
@@ -317,7 +339,7 @@ class _Build:
     def _policy(self) -> str:
         policy = self._settings.long_documents
         if policy == "auto":
-            return "split" if self.kind == "text" else "truncate"
+            return "split" if self.progress.kind == "text" else "truncate"
         return policy
 
     def _add(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> None:
@@ -325,12 +347,13 @@ class _Build:
         for document, cut in zip(documents, cuts, strict=True):
             if cut.reason is not None:
                 continue
-            self._truncated += cut.kept < len(document.ids)
-            self._arrays["tokens"].append(document.ids[: cut.kept])
-            self._arrays["loss"].append(document.loss[: cut.kept])
-            self._tokens += cut.kept
-            self._counted += cut.counted
-            self._offsets.append(self._tokens)
+            at = self.progress
+            at.truncated += cut.kept < len(document.ids)
+            self._files.append("tokens", document.ids[: cut.kept])
+            self._files.append("loss", document.loss[: cut.kept])
+            at.tokens += cut.kept
+            at.counted += cut.counted
+            self._offsets.append(at.tokens)
 
     def _reject(self, source: int, line: int, reason: str) -> None:
         # Reasons quote the data, which must not steer the terminal that shows them.
@@ -341,10 +364,9 @@ class _Build:
                 f"{self._sources[source].name}:{line}: {reason} (data.on_bad_record is 'fail': "
                 "repair the record, or use 'quarantine' to leave it out)"
             )
-        self._left_out[why or "quarantined"] += 1
+        self.progress.left_out[why or "quarantined"] += 1
         entry = {"source": source, "line": line, "reason": reason, "broken": not why}
-        with store.writing(self._folder):
-            self._quarantine.write(json.dumps(entry) + "\n")
+        self._files.quarantine.append((json.dumps(entry) + "\n").encode())
 
 
 def _counted(loss: np.ndarray, seq_len: int) -> int:
@@ -352,12 +374,12 @@ def _counted(loss: np.ndarray, seq_len: int) -> int:
     return int(loss.sum() - loss[::seq_len].sum())
 
 
-def _batched(source: Source) -> Iterator[list[Record | Rejected]]:
-    """The source in lists that bound both the number of records and the characters in memory."""
+def _batched(source: Source, done: int) -> Iterator[list[Record | Rejected]]:
+    """The source behind what is `done`, in lists of a bounded number of records and characters."""
     batch: list[Record | Rejected] = []
     characters = 0
     try:
-        for item in source:
+        for item in itertools.islice(source, done, None):
             batch.append(item)
             characters += sum(map(len, item.texts)) if isinstance(item, Record) else 0
             if len(batch) >= _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:

@@ -14,7 +14,7 @@ from jaxdistill.data.encode import (
     encode_batch,
     encode_middle,
 )
-from jaxdistill.data.learned import Learned
+from jaxdistill.data.learned import Account, Learned
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
 from jaxdistill.data.spans import last_control
@@ -81,7 +81,18 @@ class ChatEncoder:
     @property
     def ends_turns(self) -> bool:
         """False once a turn of the assistant was seen that ends without a special token."""
-        return self._learned.ends_turns
+        return self._learned.account.ends_turns
+
+    @property
+    def accounts(self) -> dict[str, Any]:
+        """What `notices` go by, as JSON: given to a new encoder, it goes on with them."""
+        unprinted = sorted(self._renderer.unprinted)
+        return {"learned": dataclasses.asdict(self._learned.account), "unprinted": unprinted}
+
+    @accounts.setter
+    def accounts(self, kept: Mapping[str, Any]) -> None:
+        self._learned.account = Account(**kept["learned"])
+        self._renderer.unprinted = set(kept["unprinted"])
 
     def notices(self) -> list[str]:
         """What the user should know about the conversations that were encoded."""
@@ -213,7 +224,7 @@ class ChatEncoder:
             ids = np.append(ids, np.int32(self._codec.end))
             loss = np.append(loss, item.ends_learned)
         elif item.learned is not None and loss.any() and not self._codec.inert[ids[loss]].any():
-            self._learned.ends_turns = False
+            self._learned.account.ends_turns = False
         return Document(ids, loss)
 
 

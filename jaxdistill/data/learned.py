@@ -20,6 +20,25 @@ LOSS_ON = ("all", "assistant", "completion")
 Span = tuple[int, int]
 
 
+@dataclasses.dataclass
+class Account:
+    """What was seen of the conversations so far, for `Learned.notices`.
+
+    Attributes:
+      ends_turns: False once a turn of the assistant was seen that ends without a special token.
+      said: characters of the assistant's messages.
+      dropped: those that the template leaves out.
+      shortened: conversations in which it leaves some out.
+      altered: conversations in which it changes some, who knows how.
+    """
+
+    ends_turns: bool = True
+    said: int = 0
+    dropped: int = 0
+    shortened: int = 0
+    altered: int = 0
+
+
 class Learned:
     """Decides what counts in the loss, conversation by conversation, and keeps the accounts.
 
@@ -29,16 +48,12 @@ class Learned:
       loss_on: a value of LOSS_ON.
 
     Attributes:
-      ends_turns: False once a turn of the assistant was seen that ends without a special token.
+      account: what was seen so far.
     """
 
     def __init__(self, renderer: ChatRenderer, codec: Codec, loss_on: str):
         self._renderer, self._control, self._loss_on = renderer, codec.control_pattern, loss_on
-        self.ends_turns = True
-        # Characters of the assistant's messages, and those that the template leaves out.
-        self._said = self._dropped = 0
-        # Conversations in which it leaves some out; in which it changes some, who knows how.
-        self._shortened = self._altered = 0
+        self.account = Account()
 
     def spans(
         self, record: Record, shielded: Shielded, text: str, generated: list[Span]
@@ -111,7 +126,7 @@ class Learned:
         """The spans of turns, while what the template leaves out of them is counted."""
         speech = finder.find(turns)
         self._count(speech.said, speech.dropped)
-        self.ends_turns &= speech.stops
+        self.account.ends_turns &= speech.stops
         return speech.spans
 
     def _measure(
@@ -124,14 +139,14 @@ class Learned:
         try:
             speech = finder.find(turns)
         except RenderError:
-            self._altered += 1
+            self.account.altered += 1
             return None
         return self._count(speech.said, speech.dropped)
 
     def _count(self, said: int, dropped: int) -> None:
-        self._said += said
-        self._dropped += dropped
-        self._shortened += dropped > 0
+        self.account.said += said
+        self.account.dropped += dropped
+        self.account.shortened += dropped > 0
 
     @functools.cached_property
     def _tracer(self) -> Tracer:
@@ -139,23 +154,24 @@ class Learned:
 
     def notices(self) -> list[str]:
         """What the user should know about the conversations that were encoded."""
-        found = []
-        if not self.ends_turns:
+        found, account = [], self.account
+        if not account.ends_turns:
             found.append(
                 "some turns of the assistant end without a special token in the chat template "
                 "({% generation %} may leave it out): the student is not taught when to stop there"
             )
-        if self._dropped:
+        if account.dropped:
             found.append(
-                f"the chat template leaves out {self._dropped} of {self._said} characters "
-                f"({self._dropped / self._said:.2%}) of the assistant's text, in {self._shortened} "
-                "conversations, such as the thinking of earlier turns: data.turns: each learns "
-                "every turn as the last one, as it is written when the model is asked; "
-                "data.chat_template takes another template"
+                f"the chat template leaves out {account.dropped} of {account.said} characters "
+                f"({account.dropped / account.said:.2%}) of the assistant's text, in "
+                f"{account.shortened} conversations, such as the thinking of earlier turns: "
+                "data.turns: each learns every turn as the last one, as it is written when the "
+                "model is asked; data.chat_template takes another template"
             )
-        if self._altered:
+        if account.altered:
             found.append(
-                f"the chat template changes the assistant's text in {self._altered} conversations: "
+                "the chat template changes the assistant's text in "
+                f"{account.altered} conversations: "
                 "look at rows with `preview`"
             )
         if self._renderer.unprinted:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import io
 import math
 import os
 import threading
@@ -16,6 +17,7 @@ from isal import isal_zlib
 from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import beside, manifest
 
+Mark = tuple[int, int]  # bytes behind a header, and their CRC-32
 ARRAYS = {
     "tokens": np.dtype(np.int32),  # [N], all documents, one after the other
     "loss": np.dtype(np.bool_),  # [N], whether the token counts as a target
@@ -41,46 +43,105 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-class ArrayWriter:
-    """A .npy file whose length is known only when it is finished."""
+class Appender:
+    """A file that only grows behind its header, and knows the checksum of what it holds.
 
-    def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...] = ()):
-        """Creates the file."""
-        self._path, self._dtype, self._row_shape, self._count = path, dtype, row_shape, 0
+    Args:
+      path: where.
+      header: bytes before what is appended.
+      mark: where an earlier writer was; what stands behind it is cut off. None: a new file.
+    """
+
+    def __init__(self, path: Path, header: bytes = b"", mark: Mark | None = None):
+        self._path, (self.size, self._sum) = path, mark or (0, 0)
         with writing(path):
-            self._file = path.open("wb")
-            self._header()
-        self._header_size = self._file.tell()
+            self._file = path.open("wb" if mark is None else "r+b")
+            if mark is None:
+                self._file.write(header)
+            else:
+                self._file.truncate(len(header) + self.size)
+                self._file.seek(0, os.SEEK_END)
 
-    def append(self, values: np.ndarray) -> None:
-        """Adds rows at the end."""
-        assert values.dtype == self._dtype and values.shape[1:] == self._row_shape
+    def append(self, data: Any) -> None:
+        """Adds bytes at the end."""
         with writing(self._path):
-            self._file.write(np.ascontiguousarray(values).data)
-        self._count += len(values)
+            self._file.write(data)
+        self._sum = isal_zlib.crc32(data, self._sum)
+        self.size += len(data)
 
-    def finish(self) -> None:
-        """Writes the true length into the header and closes."""
+    def mark(self) -> Mark:
+        """How far the file is, once all of it is the system's to write."""
+        with writing(self._path):
+            self._file.flush()
+        return self.size, self._sum
+
+    def finish(self, header: bytes = b"") -> None:
+        """Writes the header that holds for the whole, and closes."""
         with writing(self._path):
             self._file.seek(0)
-            self._header()
-            # NumPy pads the header so that the first dim can grow in place.
-            assert self._file.tell() == self._header_size
+            self._file.write(header)
             self._file.close()
 
     def close(self) -> None:
         """Closes a file that will not be finished."""
         self._file.close()
 
-    def _header(self) -> None:
-        np.lib.format.write_array_header_1_0(
-            self._file,
-            {
-                "descr": np.lib.format.dtype_to_descr(self._dtype),
-                "fortran_order": False,
-                "shape": (self._count, *self._row_shape),
-            },
-        )
+
+def holds(path: Path, header: int, mark: Mark) -> bool:
+    """Whether a file still holds what was appended up to a mark, behind `header` bytes."""
+    with path.open("rb") as file:
+        file.seek(header)
+        left, found = mark[0], 0
+        while left and (data := file.read(min(left, 1 << 20))):
+            left, found = left - len(data), isal_zlib.crc32(data, found)
+    return not left and found == mark[1]
+
+
+class ArrayWriter:
+    """A .npy file whose length is known only when it is finished.
+
+    Args:
+      path: where.
+      dtype: of its values.
+      row_shape: of what is appended, [n, *row_shape].
+      mark: as for `Appender`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype,
+        row_shape: tuple[int, ...] = (),
+        mark: Mark | None = None,
+    ):
+        self._dtype, self._row_shape = dtype, row_shape
+        self._row = dtype.itemsize * math.prod(row_shape)
+        self._file = Appender(path, npy_header(dtype, row_shape), mark)
+        self.mark, self.close = self._file.mark, self._file.close
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds rows at the end."""
+        assert values.dtype == self._dtype and values.shape[1:] == self._row_shape
+        self._file.append(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+    def finish(self) -> None:
+        """Writes the true length into the header and closes."""
+        self._file.finish(npy_header(self._dtype, self._row_shape, len(self)))
+
+    def __len__(self) -> int:
+        return self._file.size // self._row
+
+
+def npy_header(dtype: np.dtype, row_shape: tuple[int, ...], count: int = 0) -> bytes:
+    """The header of a .npy file of `count` rows; NumPy pads it so that the first dim can grow."""
+    file = io.BytesIO()
+    facts = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (count, *row_shape),
+    }
+    np.lib.format.write_array_header_1_0(file, facts)
+    return file.getvalue()
 
 
 @contextlib.contextmanager
@@ -88,11 +149,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside the final one; it takes the final one's place if all went well.
 
     Another process may finish the same data first: then its folder stays and ours is dropped. What
-    killed builds of the same data have left is removed, and told.
+    a killed build of the same data has left is in it; what others have left is removed, and told.
     """
     with writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with beside.folder(folder) as temporary:
+        with beside.folder(folder, resumes=True) as temporary:
             yield temporary
             if folder.exists() and problem(folder) is None:
                 return

@@ -22,43 +22,76 @@ _log = logging.getLogger("jaxdistill")
 
 @contextlib.contextmanager
 def folder(
-    place: pathlib.Path, told: Callable[[str], Any] = _log.warning
+    place: pathlib.Path, told: Callable[[str], Any] = _log.warning, *, resumes: bool = False
 ) -> Iterator[pathlib.Path]:
-    """An empty folder beside `place`, to be filled and moved there; gone afterwards, if it is not.
+    """A folder beside `place`, to be filled and moved there; gone afterwards, if it is not.
 
     Args:
       place: its parent exists.
       told: called with a sentence for every leftover that was removed.
+      resumes: whether the folder may hold what a killed process had put into it, the newest of
+        several; it then also stays where this process is asked to stop. Otherwise it is empty.
 
     Raises:
       OSError: if it cannot be made.
     """
-    sweep(place, told)
-    made = place.with_name(f"{_prefix(place)}{uuid.uuid4().hex[:12]}")
-    made.mkdir()
-    try:
-        with lock.held(made):
-            inside = made / CONTENT
-            inside.mkdir()
-            yield inside
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        made = _taken_over(place, stack) if resumes else None
+        sweep(place, told, but=made)
+        if made is None:
+            made = place.with_name(f"{_prefix(place)}{uuid.uuid4().hex[:12]}")
+            made.mkdir()
+            stack.enter_context(lock.held(made))
+            (made / CONTENT).mkdir()
+        stays = False
+        try:
+            yield made / CONTENT
+        except (KeyboardInterrupt, SystemExit):
+            stays = resumes
+            raise
+        finally:
+            if not stays:  # under its lock: nobody takes over what goes
+                shutil.rmtree(made, ignore_errors=True)
 
 
-def sweep(place: pathlib.Path, told: Callable[[str], Any] = _log.warning) -> None:
-    """Removes what killed processes left beside a place; what a live one fills stays."""
-    if not place.parent.is_dir():
-        return
-    for left in sorted(place.parent.iterdir()):
-        if not _ours(left, place):
+def _taken_over(place: pathlib.Path, stack: contextlib.ExitStack) -> pathlib.Path | None:
+    """The newest folder that a killed process was filling, now held by this one; or None."""
+    for left in sorted(_left(place), key=_age, reverse=True):
+        with contextlib.ExitStack() as mine, contextlib.suppress(OSError, UserError):
+            mine.enter_context(lock.held(left))
+            if (left / CONTENT).is_dir() and not (left / OLD).exists():
+                stack.push(mine.pop_all())
+                return left
+    return None
+
+
+def sweep(
+    place: pathlib.Path,
+    told: Callable[[str], Any] = _log.warning,
+    but: pathlib.Path | None = None,
+) -> None:
+    """Removes what killed processes left beside a place, `but` one; what a live one fills stays."""
+    for left in _left(place):
+        if left == but:
             continue
         with contextlib.suppress(OSError, UserError):  # its process lives, or it is not ours
-            if not (left / lock.FILE).exists() and time.time() - _age(left) < _YOUNG_SECONDS:
-                continue
             with lock.held(left):
                 size = sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
                 shutil.rmtree(left)
             told(f"{left}: removed, {size} bytes that a killed process had left")
+
+
+def _left(place: pathlib.Path) -> list[pathlib.Path]:
+    """The folders of ours beside a place, without those that are being made at this moment."""
+    if not place.parent.is_dir():
+        return []
+    found = []
+    for left in sorted(place.parent.iterdir()):
+        with contextlib.suppress(OSError):  # another process has just removed it
+            young = time.time() - _age(left) < _YOUNG_SECONDS
+            if _ours(left, place) and ((left / lock.FILE).exists() or not young):
+                found.append(left)
+    return found
 
 
 def _ours(left: pathlib.Path, place: pathlib.Path) -> bool:
@@ -75,4 +108,5 @@ def _prefix(place: pathlib.Path) -> str:
 
 
 def _age(path: pathlib.Path) -> float:
-    return os.stat(path).st_mtime
+    content = path / CONTENT
+    return os.stat(content if content.is_dir() else path).st_mtime

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -160,19 +158,3 @@ def test_a_small_set_is_read_once(tmp_path, monkeypatch):
     path, array, values = long(tmp_path, monkeypatch, kept=100)
     os.truncate(path, 100)
     np.testing.assert_array_equal(array[:], values)
-
-
-def test_what_a_killed_build_left_is_removed(tmp_path, caplog):
-    program = """
-import os, pathlib, signal, sys
-from jaxdistill.data import store
-with store.new_folder(pathlib.Path(sys.argv[1])) as inside:
-    (inside / "tokens.npy").write_bytes(b"x" * 1000)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "set")]
-    assert subprocess.run(command, check=False).returncode == -9
-    (left,) = tmp_path.iterdir()
-    sealed(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    assert str(left) in caplog.text

@@ -55,3 +55,21 @@ def test_what_fails_leaves_nothing(tmp_path):
         with beside.folder(pathlib.Path(tmp_path / "x")):
             raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_of_what_killed_processes_left_is_filled_further(tmp_path):
+    place, told = tmp_path / "data", []
+    command = [sys.executable, "-c", KILLED, str(place)]
+    for _ in range(2):  # the second run sweeps what the first left
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    older = tmp_path / ".data-0123456789ab"
+    (older / beside.CONTENT).mkdir(parents=True)
+    for path in (older / beside.CONTENT, older):
+        os.utime(path, (0, 0))
+    with beside.folder(place, told.append, resumes=True) as inside:
+        assert inside == left / beside.CONTENT and not older.exists() and len(told) == 1
+        assert (inside / "model.safetensors").read_bytes() == b"x" * 1000
+        with beside.folder(place, told.append, resumes=True) as second:  # what lives stays
+            assert second != inside and not list(second.iterdir())
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,182 @@
+"""How far a build of data has come, noted beside its files: a killed build resumes there."""
+
+import collections
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data import store
+from jaxdistill.errors import UserError
+from jaxdistill.safe import json_file
+
+FILE = "progress.json"
+_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a build knows of the records behind it, beside what is in its files.
+
+    Attributes:
+      items: records of the source that is read, good and bad, that are done.
+      used: records of it that were used.
+      kind: of all records, once one was seen.
+      kind_from: the number of the source of that one.
+      records: of all sources, good and bad.
+      truncated: documents that were cut.
+      tokens: that were written.
+      counted: tokens that count in the loss.
+      rendered: records that hold special tokens as text.
+      shown_control: one of these.
+      left_out: records that were left out, by reason.
+      origins: (first token, who wrote it) of every source that was begun.
+      unread: names of fields that were met and not read.
+      conversations: accounts of `chat.ChatEncoder`.
+    """
+
+    items: int = 0
+    used: int = 0
+    kind: str | None = None
+    kind_from: int = 0
+    records: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    counted: int = 0
+    rendered: int = 0
+    shown_control: str | None = None
+    left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    origins: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    unread: set[str] = dataclasses.field(default_factory=set)
+    conversations: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Files:
+    """The files of a build, which grow together.
+
+    Args:
+      folder: where.
+      marks: what is kept of each, by its name; without it they begin anew.
+    """
+
+    def __init__(self, folder: Path, marks: Mapping[str, store.Mark]):
+        self._folder = folder
+        self.arrays = {
+            part: store.ArrayWriter(_array(folder, part), dtype, _row(part), marks.get(part))
+            for part, dtype in store.ARRAYS.items()
+        }
+        path = folder / store.QUARANTINE
+        self.quarantine = store.Appender(path, mark=marks.get(store.QUARANTINE))
+
+    def append(self, part: str, values: np.ndarray) -> None:
+        """Adds rows to an array."""
+        self.arrays[part].append(values)
+
+    def written(self, part: str) -> np.ndarray:
+        """The values of a flat array so far."""
+        self.arrays[part].mark()  # written by now
+        dtype = store.ARRAYS[part]
+        return np.fromfile(_array(self._folder, part), dtype, offset=_header(part))
+
+    def marks(self) -> dict[str, store.Mark]:
+        """How far each file is."""
+        found = {part: writer.mark() for part, writer in self.arrays.items()}
+        return {**found, store.QUARANTINE: self.quarantine.mark()}
+
+    def finish(self) -> None:
+        """Completes the files, and removes the note of how far they were."""
+        for file in (*self.arrays.values(), self.quarantine):
+            file.finish()
+        with store.writing(self._folder):
+            (self._folder / FILE).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the files, finished or not."""
+        for file in (*self.arrays.values(), self.quarantine):
+            file.close()
+
+
+def _array(folder: Path, part: str) -> Path:
+    return folder / f"{part}.npy"
+
+
+def _row(part: str) -> tuple[int, ...]:
+    return (2,) if part == "segments" else ()
+
+
+def _header(part: str) -> int:
+    """Bytes before the values."""
+    return len(store.npy_header(store.ARRAYS[part], _row(part)))
+
+
+def begin(folder: Path, identity: str) -> tuple[Progress, Files]:
+    """Where a killed build of the same data was, and its files; or the beginning.
+
+    Args:
+      folder: empty, or what the killed build was filling.
+      identity: the fingerprint of the data.
+
+    Raises:
+      StorageError: if the folder cannot be written.
+    """
+    found = _read(folder, identity)
+    if found:
+        return found[0], Files(folder, found[1])
+    with store.writing(folder):
+        if any(folder.iterdir()):
+            _log.info("what a killed build left cannot be resumed: begun anew")
+            shutil.rmtree(folder)
+            folder.mkdir()
+    return Progress(), Files(folder, {})
+
+
+def write(folder: Path, identity: str, progress: Progress, files: Files) -> None:
+    """Notes how far a build is; what it has written is the system's already.
+
+    Not forced to the disk, which would cost more than the note saves: where a power cut keeps the
+    note and loses what it speaks of, the checksums differ.
+    """
+    content = {
+        "version": _VERSION,
+        "identity": identity,
+        "marks": files.marks(),
+        "progress": vars(progress) | {"unread": sorted(progress.unread)},
+    }
+    text = json.dumps(content)
+    temporary = folder / f"{FILE}.tmp"
+    with store.writing(folder):
+        temporary.write_text(
+            f'{{"crc32": {zlib.crc32(text.encode())}, "content": {text}}}', encoding="utf-8"
+        )
+        os.replace(temporary, folder / FILE)
+
+
+def _read(folder: Path, identity: str) -> tuple[Progress, dict[str, store.Mark]] | None:
+    """What a killed build noted, if it was of this data and its files hold it; or None."""
+    try:
+        note = json_file.read(folder / FILE, {"crc32": int, "content": dict})
+        content = note["content"]
+        if note["crc32"] != zlib.crc32(json.dumps(content).encode()):
+            return None
+        if (content["version"], content["identity"]) != (_VERSION, identity):
+            return None
+        marks = {name: (size, crc) for name, (size, crc) in content["marks"].items()}
+        places = {part: (_array(folder, part), _header(part)) for part in store.ARRAYS}
+        places[store.QUARANTINE] = folder / store.QUARANTINE, 0
+        if not all(store.holds(*places[name], mark) for name, mark in marks.items()):
+            return None
+    except (UserError, OSError):
+        return None
+    facts = content["progress"]  # a sound note is one that we wrote
+    facts["left_out"] = collections.Counter(facts["left_out"])
+    facts["origins"] = [(first, origin) for first, origin in facts["origins"]]
+    facts["unread"] = set(facts["unread"])
+    return Progress(**facts), marks

@@ -1,0 +1,137 @@
+"""A killed build of data resumes: the same bytes, and nothing done twice."""
+
+import shutil
+
+import pytest
+
+from jaxdistill.data import build as building
+from jaxdistill.data import pipeline, progress
+from jaxdistill.data.sources import open_source
+from jaxdistill.errors import DataError
+
+# Prints no message but the last whole: what earlier ones lose is counted for a notice.
+DROPS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+)
+
+
+def texts(jsonl):
+    """Good, rejected, empty, rendered and repeated records in two sources; a field not read."""
+    lines = [{"text": f"line {i} of a text", "url": "u"} for i in range(11)]
+    lines[2] = {"text": ""}
+    lines[3] = {"text": 7}
+    lines[5] = {"text": "<|im_start|>user"}
+    other = [{"text": f"again {i}", "page": i} for i in range(9)]
+    other[8] = {"nothing": 1}
+    return [
+        open_source(jsonl(lines, "one.jsonl"), weight=1.5),
+        open_source(jsonl(other, "two.jsonl"), origin="teacher"),
+    ], {}
+
+
+def chats(jsonl):
+    """Conversations whose template leaves text out."""
+    turn = lambda role, text: {"role": role, "content": text}
+    lines = [
+        {
+            "messages": [
+                turn("user", f"q{i}"),
+                turn("assistant", f"<think>why</think>a{i}"),
+                turn("user", "and"),
+                turn("assistant", f"b{i}"),
+            ]
+        }
+        for i in range(14)
+    ]
+    lines[1] = {"messages": []}
+    lines[6]["messages"][1]["weight"] = 0
+    return [jsonl(lines)], {"loss_on": "assistant", "chat_template": DROPS, "seq_len": 64}
+
+
+class Watched:
+    """Builds in batches of three records, each noted; the folder as a kill would leave it."""
+
+    def __init__(self, tmp_path, tokenizer, monkeypatch, sources, options):
+        self.tmp_path, self.tokenizer, self.sources = tmp_path, tokenizer, sources
+        self.options = {"seq_len": 16, "max_bad_fraction": 1.0, **options}
+        self.notes, self.taken, self.stop_at = [], 0, None
+        monkeypatch.setattr(building, "_BATCH_RECORDS", 3)
+        monkeypatch.setattr(building, "_NOTE_SECONDS", 0.0)
+        write, take = progress.write, building._Build._take
+
+        def noted(folder, *rest):
+            write(folder, *rest)
+            copy = tmp_path / f"note-{len(self.notes)}" / folder.parent.name
+            shutil.copytree(folder.parent, copy)
+            self.notes.append(copy)
+            if len(self.notes) == self.stop_at:
+                raise KeyboardInterrupt
+
+        def counted(work, index, batch):
+            self.taken += len(batch)
+            return take(work, index, batch)
+
+        monkeypatch.setattr(progress, "write", noted)
+        monkeypatch.setattr(building._Build, "_take", counted)
+
+    def files(self, cache):
+        """Builds in a cache and returns the bytes of every file there."""
+        self.taken = 0
+        folder = pipeline.build(
+            self.sources, self.tokenizer, cache_dir=cache, **self.options
+        ).folder
+        assert [path.name for path in cache.iterdir()] == [folder.name]
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(params=[texts, chats])
+def watched(request, tmp_path, byte_tokenizer, monkeypatch, jsonl):
+    return Watched(tmp_path, byte_tokenizer, monkeypatch, *request.param(jsonl))
+
+
+def test_a_kill_behind_any_note_ends_in_the_same_bytes_and_repeats_no_record(watched, tmp_path):
+    whole = watched.files(tmp_path / "whole")
+    total, notes = watched.taken, list(watched.notes)
+    assert len(notes) >= 5 and progress.FILE not in whole
+    assert b"characters" in whole["manifest.json"] or b"empty" in whole["manifest.json"]  # notices
+    left = []
+    for number, note in enumerate(notes):
+        cache = tmp_path / f"cache-{number}"
+        shutil.copytree(note.parent, cache)
+        for path in (cache / note.name / "content").iterdir():
+            if path.name != progress.FILE:  # what was written behind the note when the kill came
+                path.write_bytes(path.read_bytes() + b"torn")
+        assert watched.files(cache) == whole
+        left.append(watched.taken)
+    assert left == sorted(left, reverse=True) and left[0] < total and left[-1] == 0
+
+
+def test_what_is_damaged_or_noted_of_other_data_is_begun_anew(watched, tmp_path):
+    whole = watched.files(tmp_path / "whole")
+    total, note = watched.taken, watched.notes[3]
+    for number, name in enumerate(path.name for path in (note / "content").iterdir()):
+        if name in ("segments.npy", "rows.npy"):
+            continue  # nothing stands there before the end
+        cache = tmp_path / f"cache-{number}"
+        shutil.copytree(note.parent, cache)
+        path = cache / note.name / "content" / name
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+        assert watched.files(cache) == whole
+        assert watched.taken == total
+
+
+def test_ctrl_c_keeps_what_is_done_and_an_error_keeps_nothing(watched, tmp_path, monkeypatch):
+    whole = watched.files(tmp_path / "whole")
+    total, cache = watched.taken, tmp_path / "cache"
+    watched.stop_at = len(watched.notes) + 3
+    with pytest.raises(KeyboardInterrupt):
+        watched.files(cache)
+    watched.stop_at = None
+    assert watched.files(cache) == whole and 0 < watched.taken < total
+    monkeypatch.setattr(building._Build, "finish", lambda self: (_ for _ in ()).throw(DataError))
+    with pytest.raises(DataError):
+        watched.files(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
