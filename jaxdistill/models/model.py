@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ class Model:
     params: Any
     tokenizer: Any = None
     source: str = ""
-    generation: Mapping[str, Any] = types.MappingProxyType({})
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def logits(
         self,
