@@ -54,7 +54,7 @@ PARTS: dict[str, Part] = {
     "lost_files": _on_rig(lambda rig, *_: soak_trust.lost(rig), 1),
     "killed_builds": _on_rig(lambda rig, n, seed, _: soak_trust.killed_builds(rig, n, seed), 20),
     "small_files": lambda folder, scale, seed, _: soak_small_files.soak(
-        folder, round(300 * scale), seed
+        folder, max(1, round(100 * scale)), seed
     ),
     "flips": _on_rig(lambda rig, n, seed, _: soak_faults.flips(rig, n, seed), 500),
     "cache_flips": lambda folder, scale, seed, _: soak_cache.flips(

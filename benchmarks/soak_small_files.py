@@ -5,6 +5,7 @@ A reader reads around the damage or ends with one message: anything else is a tr
 
 import contextlib
 import copy
+import io
 import json
 import pathlib
 
@@ -287,7 +288,8 @@ def fuzz(
     for data in variants:
         (folder / name).write_bytes(data)
         try:
-            read(folder)
+            with contextlib.redirect_stderr(io.StringIO()):  # what readers tell of the damage
+                read(folder)
         except UserError as error:
             str(error).encode()  # it can be printed
         except Exception as error:

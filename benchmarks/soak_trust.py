@@ -1,5 +1,7 @@
 """Faults between processes and in small files: stops to whole groups, races, lost files, builds."""
 
+import contextlib
+import json
 import os
 import pathlib
 import random
@@ -9,19 +11,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import soak_faults
 from benchmarks.soak_faults import Rig
+from benchmarks.warm import LIFE, Command
 from jaxdistill.errors import ConfigError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.safe import json_file
 
+SENTENCES = 60_000  # some seconds of tokenising
 LOST = {
     "checkpoints": 6,
     "fingerprints.json": 6,
-    "student/config.json": 0,  # written again from what the facts vouch for
+    "student": 0,  # written again from what the facts vouch for
+    "student/config.json": 0,
+    "student/tokenizer.json": 0,
     "metrics.jsonl": 0,
+    "events.jsonl": 0,
+    "table.json": 0,  # measured again
+    "config.resolved.yaml": 2,
     "RUN.json": 2,
 }
 
@@ -43,7 +53,7 @@ def group_stops(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
         time.sleep(draw.uniform(0, 2))
         for pid in _family(launcher.pid):
             os.kill(pid, signal.SIGTERM)
-        code = launcher.wait()
+        code = launcher.wait(timeout=LIFE)
         clean += code in (0, 75) and json_file.read(run / "RUN.json")["status"] in (
             "done",
             "stopped",
@@ -102,19 +112,71 @@ def lost(rig: Rig) -> dict[str, Any]:
     return found
 
 
-def killed_builds(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
-    """Kills in the middle of tokenising: the next build leaves nothing of them."""
+def killed_builds(rig: Rig, count: int, seed: int = 0, per_build: int = 5) -> dict[str, Any]:
+    """Kills and stops in the middle of tokenising: what is resumed ends with the same bytes."""
     draw = random.Random(seed)
-    cache, left = rig.folder / "cache", 0
-    for number in range(count):
-        shutil.rmtree(cache, ignore_errors=True)
-        run = rig.folder / f"build-{seed}-{number}"
-        command = rig.nursery.start(rig.command("kd", run), rig.log)
-        while command.running() and not list(cache.glob(".*")):
-            time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.01))
-        command.kill(signal.SIGKILL)
-        command.wait()
-        rig.nursery.run(rig.command("kd", run), rig.log)
+    (rig.folder / "train.txt").write_text(soak_faults._sentences(0, SENTENCES))
+    whole, seconds = _built(rig, rig.folder / f"built-{seed}")
+    cache, kills, grown, equal, left, builds = rig.folder / "cache", 0, 0, 0, 0, 0
+    while kills < count:
+        shutil.rmtree(cache)
+        run = rig.folder / f"build-{seed}-{builds}"
+        for _ in range(min(per_build, count - kills)):
+            command = rig.nursery.start(rig.command("kd", run), rig.log)
+            _until(command, lambda at=command: _building(cache, at.pid))
+            before = _done(cache)
+            until = time.monotonic() + draw.uniform(0, 1.5 * seconds / per_build)
+            while command.running() and time.monotonic() < until:
+                time.sleep(0.001)
+            command.kill(draw.choice((signal.SIGKILL, signal.SIGTERM)))
+            kills += command.wait() != 0
+            grown += _done(cache) > before
+        equal += _built(rig, run)[0] == whole
         left += len(list(cache.glob(".*")))
-    return {"kills": count, "left_behind": left}
+        builds += 1
+    return {
+        "kills": kills,
+        "builds": builds,
+        "kills_that_left_progress": grown,
+        "equal_builds": equal,
+        "left_behind": left,
+        "undisturbed_seconds": round(seconds, 1),
+    }
+
+
+def _until(command: Command, seen: Callable[[], Any]) -> None:
+    """Waits until something is seen, or the command has ended."""
+    while command.running() and not seen():
+        time.sleep(0.001)
+
+
+def _building(cache: pathlib.Path, pid: int) -> bool:
+    """Whether a process tokenises the training data, or they are finished."""
+    with contextlib.suppress(OSError):  # it is finished at this moment
+        held = [path.read_text() for path in cache.glob(".train-*/LOCK")]
+        return any(f'"pid": {pid},' in text for text in held) or any(cache.glob("train-*"))
+    return True
+
+
+def _done(cache: pathlib.Path) -> int:
+    """The records that a killed build has noted as done."""
+    notes = cache.glob(".train-*/content/progress.json")
+    return max(
+        (json.loads(path.read_text())["content"]["progress"]["records"] for path in notes),
+        default=0,
+    )
+
+
+def _built(rig: Rig, run: pathlib.Path) -> tuple[dict[str, bytes], float]:
+    """The bytes of the training data that a run builds, by file, and how long that took."""
+    command = rig.nursery.start(rig.command("kd", run), rig.log)
+    cache = rig.folder / "cache"
+    _until(command, lambda: _building(cache, command.pid))
+    began = time.monotonic()
+    _until(command, lambda: list(cache.glob("train-*")))
+    seconds = time.monotonic() - began
+    _until(command, (run / "RUN.json").exists)
+    command.kill(signal.SIGKILL)  # what comes behind the data is no part of this
+    command.wait()
+    (folder,) = cache.glob("train-*")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}, seconds

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+LIFE = 900.0  # seconds that any command may take: a tiny run on a busy machine takes a tenth
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -28,8 +29,18 @@ class Command:
             os.kill(self.pid, number)  # the nursery has not waited for it yet: the pid is its own
 
     def wait(self) -> int:
-        """The exit code, once it has ended."""
+        """The exit code, once it has ended.
+
+        Raises:
+          TimeoutError: if that takes longer than LIFE; it is then killed.
+        """
         if self._code is None:
+            until = time.monotonic() + LIFE
+            while self.running() and time.monotonic() < until:
+                time.sleep(0.002)
+            if self.running():
+                self.kill()
+                raise TimeoutError(f"process {self.pid} has not ended after {LIFE:.0f} s")
             self._code = self._nursery.ask({"wait": self.pid})["code"]
         return self._code
 
@@ -122,7 +133,8 @@ def _serve() -> None:
             if pid == 0:
                 _redirect(request["log"])
                 hooks = inject.Fault(request["fault"]) if request["fault"] else NO_HOOKS
-                raise SystemExit(cli.main(request["arguments"], hooks=hooks))
+                sys.argv[1:] = request["arguments"]  # as typed: so ends a process of its own
+                raise SystemExit(cli.main(hooks=hooks))
             answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
 
