@@ -19,7 +19,15 @@ TINY = device.Sizes(
 def test_everything_is_right_here_and_stands_in_the_file(tmp_path):
     """The short list of a CPU, the kernel's statistics in the interpreter where there is one."""
     path, lines = tmp_path / "device.json", []
-    wanted = ("self-check", "statistics", "forward_kl", "generalized_jsd", "linear", "attention")
+    wanted = (
+        "self-check",
+        "statistics",
+        "forward_kl",
+        "generalized_jsd",
+        "linear_divergence",
+        "linear_logprobs",
+        "attention",
+    )
     found = [part for part in device.parts(TINY) if part.name.startswith(wanted)]
     found = {part.name.split()[0]: part for part in found}.values()
     result = device.run(60.0, path, lines.append, chosen=list(found))

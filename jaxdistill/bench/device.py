@@ -167,6 +167,8 @@ def parts(sizes: Sizes) -> Iterator[Part]:
         for taid_t in (None, 0.4):
             name = f"linear_divergence {tokens}x{vocab} {'taid' if taid_t else 'kd'}"
             yield Part(name, functools.partial(_head, tokens, vocab, width, taid_t))
+        name = f"linear_logprobs {tokens}x{vocab}"
+        yield Part(name, functools.partial(_logprobs, tokens, vocab, width))
     yield Part("attention", _attention)
     for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
         name = f"time {kind} {timed.label(shape)}"
@@ -200,8 +202,9 @@ def _statistics(tokens: int, vocab: int, split: int) -> dict[str, Any]:
     @jax.jit
     def measured(student, teacher, temperature):
         coefficients = Coefficients(jnp.float32(0), temperature)
+        logits = {"s": student, "t": teacher}
         return mosaic_gpu.statistics(
-            names, student, teacher, coefficients, Tiling(64, 2, split), _interpreter()
+            names, logits, coefficients, Tiling(64, 2, split), _interpreter()
         )
 
     for temperature in TEMPERATURES:
@@ -261,10 +264,8 @@ def _dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
 
 def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str, Any]:
     """Value and all gradients of `linear_divergence`, some tokens masked."""
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    hidden, head = draw(tokens, width), draw(vocab, width) / np.sqrt(width)
-    teacher_hidden, teacher_head = draw(tokens, width), draw(vocab, width) / np.sqrt(width)
+    hidden, head = _states_and_head(1, tokens, vocab, width)
+    teacher_hidden, teacher_head = _states_and_head(2, tokens, vocab, width)
     labels = jnp.where(jnp.arange(tokens) % 5 == 0, -100, jnp.arange(tokens) % vocab)
     mask = jnp.arange(tokens) % 7 > 0
 
@@ -291,6 +292,43 @@ def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str
                 found.slope(np.asarray(got), expected)
             found.by_temperature(np.asarray(slopes[2]), exact[2])
     return found.facts()
+
+
+def _logprobs(tokens: int, vocab: int, width: int) -> dict[str, Any]:
+    """Every number of `linear_logprobs`, and all gradients of their sum, some tokens masked."""
+    arrays = _states_and_head(1, tokens, vocab, width)
+    ids, mask = jnp.arange(tokens) * 7 % vocab, jnp.arange(tokens) % 7 > 0
+
+    def total(hidden, head, temperature, implementation):
+        said = kernels.linear_logprobs(
+            hidden, head, ids, mask=mask, sets=[range(3, 9)], top_k=2, temperature=temperature,
+            implementation=implementation,
+        )  # fmt: skip
+        numbers = (said.logprobs, said.entropy, said.log_sum_exp, said.log_masses[:, 0])
+        return sum(jnp.sum(one) for one in (*numbers, said.top_logprobs)), said
+
+    run = jax.jit(
+        jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), static_argnames="implementation"
+    )
+    found = _Errors("float32")
+    with jax.default_matmul_precision("highest"):
+        for temperature in TEMPERATURES:
+            (_, said), slopes = run(*arrays, jnp.float32(temperature), implementation=None)
+            with jax.enable_x64(True):
+                wide = (*(jnp.asarray(np.float64(x)) for x in arrays), jnp.float64(temperature))
+                (_, want), exact = run(*wide, implementation=choice.REFERENCE)
+            for got, expected in zip(said, want, strict=True):
+                found.value(np.asarray(got), expected)
+            for got, expected in zip(slopes[:2], exact[:2], strict=True):
+                found.slope(np.asarray(got), expected)
+            found.by_temperature(np.asarray(slopes[2]), exact[2])
+    return found.facts()
+
+
+def _states_and_head(seed: int, tokens: int, vocab: int, width: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return draw(tokens, width), draw(vocab, width) / np.sqrt(width)
 
 
 def _attention() -> dict[str, Any]:

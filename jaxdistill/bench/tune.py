@@ -60,7 +60,9 @@ def _best(shape: Shape, rounds: int, device: choice.Device) -> tiling.Tiling:
     coefficients = Coefficients(jnp.float32(0), jnp.float32(cases.TEMPERATURE))
     programs = {}
     for one in candidates(shape, device):
-        run = lambda s, t, one=one: mosaic_gpu.statistics(NAMES, s, t, coefficients, one)
+        run = lambda s, t, one=one: mosaic_gpu.statistics(
+            NAMES, {"s": s, "t": t}, coefficients, one
+        )
         try:
             programs[one] = jax.jit(run).lower(student, teacher).compile()
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):

@@ -5,7 +5,7 @@
     linear_logprobs/     reference (the definition), fused > walk > rows
     columns/             definition and rows of heads that agree only on listed columns
     sparse/              definition and rows of a teacher of whom only some tokens are known
-    all                  token_loss, logprob_rows > statistics, mosaic_gpu; rows, softcap
+    all                  token_loss, logprob_rows > measure > statistics, mosaic_gpu > mosaic_stream
 
 `implementation="reference"` runs the definition, None the fused form with the best statistics.
 """

@@ -61,18 +61,18 @@ def support(
     *,
     device: Device | None = None,
     scalar_temperature: bool = True,
-    models: int = 2,
     tokens: int | None = None,
 ) -> dict[str, Support]:
     """Which implementations of the row statistics run here, and why the others do not.
+
+    The same holds for two models together (`divergence`, `linear_divergence`) and for one alone
+    (`linear_logprobs`, cross-entropy, a teacher of whom only a part is known).
 
     Args:
       vocab: V, columns of the logits.
       dtype: of the logits.
       device: default the one that JAX would use now.
       scalar_temperature: whether one temperature serves all rows.
-      models: 2 for student and teacher, 1 for a student alone: `linear_logprobs`, and a teacher of
-        whom only some tokens are known.
       tokens: N, rows of logits on a device; None where it is not known.
 
     Returns:
@@ -81,7 +81,7 @@ def support(
     device = device or current_device()
     vocab, dtype = int(vocab), jnp.dtype(dtype).name
     checks = {
-        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, models, tokens),
+        "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, tokens),
         "xla": lambda: None,
     }
     obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
@@ -93,12 +93,9 @@ def _mosaic_gpu(
     dtype: str,
     device: Device,
     scalar_temperature: bool,
-    models: int,
     tokens: int | None,
 ) -> str | None:
     """Why the Mosaic GPU kernel cannot run, None if it can."""
-    if models == 1:
-        return "reads the logits of two models together; those of one alone are XLA's"
     version = importlib.metadata.version("jax")
     if tuple(map(int, version.split(".")[:2])) < (0, 11):
         return f"needs jax 0.11 or newer (Python 3.12 or newer); this is jax {version}"
@@ -143,7 +140,6 @@ def choose(
     *,
     device: Device | None = None,
     scalar_temperature: bool = True,
-    models: int = 2,
     tokens: int | None = None,
 ) -> str:
     """The implementation that will run: the named one, or the best that can.
@@ -157,11 +153,10 @@ def choose(
         dtype,
         device=device,
         scalar_temperature=scalar_temperature,
-        models=models,
         tokens=tokens,
     )
     if implementation is None:
-        if models == 2 and device.platform == "gpu" and not states["mosaic_gpu"].runs:
+        if device.platform == "gpu" and not states["mosaic_gpu"].runs:
             _warn_once(states["mosaic_gpu"].reason)
         return next(name for name, state in states.items() if state.runs)
     if implementation not in states:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.operands import VocabularyShard
-from jaxdistill.kernels.statistics import NOTHING
+from jaxdistill.kernels.statistics import NOTHING, clamp
 from jaxdistill.kernels.token_loss import as_column
 
 
@@ -47,10 +47,13 @@ def shifted(s: Array, top: Array, temperature: Any) -> Array:
     return (s - as_column(top)) / as_column(temperature)
 
 
-def pick(s: Array, ids: Array, vocabulary: VocabularyShard) -> tuple[Array, Array]:
-    """The logits [n, K] of tokens, 0 for one of no column, and their columns here or -1."""
+def pick(logits: Array, ids: Array, vocabulary: VocabularyShard) -> tuple[Array, Array]:
+    """The clamped logits [n, K] of tokens, 0 for one of no column; and their columns here or -1.
+
+    From logits as they came and clamped after, so that no row is widened for a few of its entries.
+    """
     columns = vocabulary.column(ids)
-    here = jnp.take_along_axis(s, jnp.maximum(columns, 0), axis=1)
+    here = clamp(jnp.take_along_axis(logits, jnp.maximum(columns, 0), axis=1))
     return vocabulary.sum(jnp.where(columns >= 0, here, 0.0)), columns
 
 

@@ -68,9 +68,12 @@ MOMENTS: Mapping[str, Moment] = {
     "self_t1": Moment("t", False, "self"),
     "gap_t1": Moment("t", False, "gap"),
 }
-# And "echo": the largest teacher logit where the student's is largest; it equals the teacher's
-# maximum exactly where both models have a common most likely token.
-ECHO = "echo"
+# And two of where the student's logit is largest. "echo": the largest teacher logit there; it
+# equals the teacher's maximum exactly where both models have a common most likely token. "lead":
+# minus the lowest column there, so that parts of a row merge by the maximum.
+ECHO, LEAD = "echo", "lead"
+AT_TOP = (ECHO, LEAD)
+MOST_COLUMNS = 2**24  # numbers of columns are float32 among the statistics
 
 
 class Scales(NamedTuple):
@@ -109,8 +112,8 @@ def models(names: Sequence[str], mixed: bool) -> list[str]:
     """The models whose maxima these statistics need; z is t where there is no mixture."""
     found = set()
     for name in names:
-        if name == ECHO:
-            found |= {"s", "t"}
+        if name in AT_TOP:
+            found |= {"s", "t"} if name == ECHO else {"s"}
         else:
             found.add(MOMENTS[name].model)
             if MOMENTS[name].of == "gap":
@@ -132,7 +135,7 @@ def measure(
     """The moments of a tile relative to given maxima, its own or those of more entries.
 
     Args:
-      names: of the moments.
+      names: of the moments, and "echo".
       logits: by model; "z" may be left out where it is the teacher.
       tops: holds the maxima, as `statistics` do.
       scales: of the moments.
@@ -183,7 +186,7 @@ def rescale(statistics: Rows, tops: Rows, scales: Scales, exp: Exp = jnp.exp) ->
         if name.startswith("max_"):
             result[name] = tops[name]
             continue
-        if name == ECHO:
+        if name in AT_TOP:
             kept = top_of(statistics, "s") == top_of(tops, "s")
             result[name] = jnp.where(kept, value, LOWEST)
             continue
@@ -199,7 +202,7 @@ def rescale(statistics: Rows, tops: Rows, scales: Scales, exp: Exp = jnp.exp) ->
 
 def is_maximum(name: str) -> bool:
     """Whether parts of this statistic merge by their maximum; the others add."""
-    return name == ECHO or name.startswith("max_")
+    return name in AT_TOP or name.startswith("max_")
 
 
 def combine(
@@ -238,8 +241,10 @@ def merge(a: Rows, b: Rows, scales: Scales) -> Rows:
 def in_passes(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
     """The statistics of whole rows, one reduction after the other: a CPU's form, from its cache."""
     found = models(names, "z" in logits)
-    tops = {f"max_{model}": PLAIN.largest(logits[model]) for model in found}
-    return tops | measure(names, logits, tops, scales)
+    measured = {f"max_{model}": PLAIN.largest(logits[model]) for model in found}
+    if LEAD in names:
+        measured[LEAD] = -jnp.argmax(logits["s"], axis=1).astype(jnp.float32)
+    return measured | measure([name for name in names if name != LEAD], logits, measured, scales)
 
 
 def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
@@ -249,12 +254,18 @@ def in_one_pass(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
     rest.
     """
     shape = next(iter(logits.values())).shape
+    assert shape[1] < MOST_COLUMNS, shape
     entries = {f"max_{model}": logits[model] for model in models(names, "z" in logits)}
     none = dict.fromkeys(entries, jnp.float32(NOTHING))
     for name in names:
-        one = 1.0 if name != ECHO and MOMENTS[name].of == "one" else 0.0
-        entries[name] = logits["t"] if name == ECHO else jnp.full(shape, one, jnp.float32)
-        none[name] = jnp.float32(LOWEST if name == ECHO else 0.0)
+        none[name] = jnp.float32(LOWEST if name in AT_TOP else 0.0)
+        if name == ECHO:
+            entries[name] = logits["t"]
+        elif name == LEAD:
+            entries[name] = -jax.lax.broadcasted_iota(jnp.float32, shape, 1)
+        else:
+            one = 1.0 if MOMENTS[name].of == "one" else 0.0
+            entries[name] = jnp.full(shape, one, jnp.float32)
     # A reduction cannot close over a traced number: the scale travels beside the entries.
     tempered = jnp.asarray(scales.tempered, jnp.float32)
     entries["k"] = jnp.broadcast_to(tempered[:, None] if tempered.ndim else tempered, shape)

@@ -52,11 +52,13 @@ class Tiling:
             raise ConfigError(f"split = {self.split}: must be at least 1")
 
 
-def tiling(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
+def tiling(
+    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
+) -> Tiling:
     """The table's entry for these shapes, or else the heuristic's."""
     entry = _table().get(key(tokens, vocab, dtype, device_kind))
     if entry is None:
-        return heuristic(tokens, vocab, dtype, device_kind, values)
+        return heuristic(tokens, vocab, dtype, device_kind, values, models)
     return within(Tiling(**entry), vocab, device_kind)
 
 
@@ -74,7 +76,9 @@ def within(tiling: Tiling, vocab: int, device_kind: str) -> Tiling:
     return dataclasses.replace(tiling, columns=columns, split=split)
 
 
-def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5) -> Tiling:
+def heuristic(
+    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
+) -> Tiling:
     """Tiles of 64 x 64, four in flight, and as many blocks to a row as run at one time.
 
     A second wave that is partly empty costs more than a smaller split: 128 row blocks on 132
@@ -84,7 +88,8 @@ def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, values: int
     gpu = next((gpu for name, gpu in GPUS.items() if name in device_kind), GPUS["H100"])
     stages = 4
     tile = ROWS * 64 * (4 if dtype == "float32" else 2)
-    resident = max(1, min(3 if values <= 6 else 2, gpu.shared_memory // (2 * stages * tile + 2048)))
+    fitting = gpu.shared_memory // (models * stages * tile + 2048)
+    resident = max(1, min(3 if values <= 6 else 2, fitting))
     row_blocks = -(-tokens // ROWS)
     split = max(1, gpu.multiprocessors * resident // row_blocks)
     return within(Tiling(64, stages, min(split, max(1, vocab // 64 // 4))), vocab, device_kind)

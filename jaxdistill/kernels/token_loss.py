@@ -23,10 +23,10 @@ from jax import Array
 
 from jaxdistill.kernels import by_temperature as by_t
 from jaxdistill.kernels import choice, rows
+from jaxdistill.kernels import measure as measuring
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard, taid_target
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, top_of
-from jaxdistill.kernels.tiling import Tiling, tiling
 
 
 class Divergence(NamedTuple):
@@ -124,36 +124,18 @@ class TokenRows:
         names = ("sum_s1", "self_s1")
         return names if self.spec.kind is None else (*names, "sum_t1", "self_t1", "gap_t1", ECHO)
 
+    @property
+    def given(self) -> Rows:
+        """Logits as they came, by model."""
+        return (
+            {"s": self.student} if self.teacher is None else {"s": self.student, "t": self.teacher}
+        )
+
     def measure(self, names: Sequence[str]) -> Rows:
         """Statistics of whole rows by name, [n] each, merged over the shards of the vocabulary."""
-        if not names:
-            return {}
-        scales = self.coefficients.scales
-        if self.implementation == "mosaic_gpu" and self.teacher is not None:
-            from jaxdistill.kernels import mosaic_gpu
-
-            measured = mosaic_gpu.statistics(
-                names, *self._of_one_dtype(), self.coefficients,
-                self._tiling(len(names) + 2), choice.INTERPRET,
-            )  # fmt: skip
-        elif choice.reads_in_passes(choice.current_device()):
-            measured = stats.in_passes(names, self.logits, scales)
-        else:
-            measured = stats.in_one_pass(names, self.logits, scales)
-        if self.vocabulary.axes:
-            measured = stats.combine(measured, scales, self.vocabulary.max, self.vocabulary.sum)
-        return measured
-
-    def _tiling(self, values: int) -> Tiling:
-        tokens, vocab = self.student.shape
-        device = choice.current_device()
-        return tiling(tokens, vocab, self._of_one_dtype()[0].dtype.name, device.kind, values)
-
-    def _of_one_dtype(self) -> tuple[Array, Array]:
-        """Both models' logits as the kernel takes them, whose tiles lie alike in memory."""
-        assert self.teacher is not None, "the kernel measures two models"
-        common = jnp.promote_types(self.student.dtype, self.teacher.dtype)
-        return self.student.astype(common), self.teacher.astype(common)
+        return measuring.measure(
+            names, self.given, self.logits, self.coefficients, self.implementation, self.vocabulary
+        )
 
     def log_probs(self, statistics: Rows, name: str) -> Array:
         """log softmax of the model whose sum has this name, at that sum's temperature: [n, V].
@@ -240,8 +222,9 @@ class TokenRows:
 
             assert isinstance(self.spec.kind, str) and self.teacher is not None, "it has a row"
             make = functools.partial(rows.make, self.spec.kind)  # with the kind's own defaults
+            alike = measuring.of_one_dtype(self.given)
             value, slope_sum = mosaic_gpu.row_sums(
-                make, *self._of_one_dtype(), self.coefficients, statistics, self._tiling(2),
+                make, alike, self.coefficients, statistics, measuring.tiling_of(alike, 2),
                 choice.INTERPRET,
             )  # fmt: skip
         else:

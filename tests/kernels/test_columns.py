@@ -126,6 +126,24 @@ def test_the_plain_function_holds_the_mass_of_the_others():
     )
 
 
+def test_no_buffer_of_tokens_times_vocabulary():
+    tokens, vocab, taught = 512, 2048, 3072
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
+    shared = np.arange(0, vocab, 2)
+    loss = lambda *arrays: linear_divergence(
+        *arrays, student_columns=shared, teacher_columns=shared, other_columns="bucket", chunk=32
+    )[0]
+    compiled = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        .lower(shape(tokens, 16), shape(vocab, 16), shape(tokens, 8), shape(taught, 8))
+        .compile()
+    )
+    both = tokens * (vocab + taught) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < both / 4
+    text = compiled.as_text()
+    assert not [width for width in (vocab, taught, len(shared)) if f"[{tokens},{width}]" in text]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,14 +1,17 @@
 """linear_logprobs against float64 NumPy: every number, every gradient, masks, meshes, memory."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels import linear_divergence, linear_logprobs, support
+from jaxdistill.kernels import choice, linear_divergence, linear_logprobs
 
 pytestmark = pytest.mark.floor
 N, V, D, K, TOP = 24, 53, 8, 3, 2
+JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
 SETS = ([0, 5, 9, 52], [1, 2, 3], [5])
 NUMBERS = ("logprobs", "entropy", "log_sum_exp", "log_masses", "top_logprobs")
 
@@ -125,6 +128,26 @@ def test_each_number_has_a_gradient_of_its_own(name):
     compare(ours(x, numbers=(name,)), x, numbers=(name,))
 
 
+def test_one_pass_of_an_accelerator_equals_float64(monkeypatch):
+    monkeypatch.setattr(choice, "reads_in_passes", lambda device: False)
+    x = make()
+    compare(ours(x, chunk=5), x)
+
+
+@pytest.mark.skipif(JAX < (0, 11), reason="Pallas kernels for GPUs need jax 0.11")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_gpus_kernel_equals_float64(monkeypatch, softcap):
+    """The whole way, value and gradient: what a GPU would be given, run on a CPU."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    device = choice.Device("gpu", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(choice, "current_device", lambda: device)
+    monkeypatch.setattr(choice, "INTERPRET", plgpu.InterpretGPUParams())
+    assert choice.choose(None, 64, "float32") == "mosaic_gpu"
+    x = make()
+    compare(ours(x, softcap=softcap), x, softcap=softcap)
+
+
 def test_a_mesh_with_the_vocabulary_split_changes_nothing(mesh8):
     x = make()
     compare(ours(x, chunk=4, mesh=mesh8, softcap=3.0, shape=(8, 3)), x, softcap=3.0)
@@ -234,23 +257,36 @@ def test_no_head_crosses_the_mesh(mesh8):
     head = shape((("tensor", "fsdp"), None), jnp.float32, vocab, 16)
     ids, logprobs = shape(whole, jnp.int32, 8, 8, 4), shape(whole, jnp.float32, 8, 8, 4)
 
-    def loss(hidden, head, ids, logprobs):
+    taught, width = 712, 24
+    states = shape(whole, jnp.float32, 8, 8, width)
+    teacher = shape((("tensor", "fsdp"), None), jnp.float32, taught, width)
+    shared = np.arange(0, 500, 5)
+
+    def loss(hidden, head, ids, logprobs, states, teacher):
         said = linear_logprobs(hidden, head, ids, sets=[[1, 2]], chunk=8, mesh=mesh8)
         known = linear_divergence(
             hidden, head, teacher_ids=ids, teacher_logprobs=logprobs, chunk=8, mesh=mesh8
         )[0]
-        return known + jnp.mean(said.logprobs) + jnp.mean(said.log_masses * said.entropy[..., None])
+        mapped = linear_divergence(
+            hidden, head, states, teacher, student_columns=shared, teacher_columns=shared,
+            other_columns="bucket", chunk=8, mesh=mesh8,
+        )[0]  # fmt: skip
+        said = jnp.mean(said.logprobs) + jnp.mean(said.log_masses * said.entropy[..., None])
+        return known + mapped + said
 
     compiled = jax.jit(
         jax.grad(loss, argnums=(0, 1)), out_shardings=(hidden.sharding, head.sharding)
     )
-    text = compiled.lower(hidden, head, ids, logprobs).compile().as_text()
+    text = compiled.lower(hidden, head, ids, logprobs, states, teacher).compile().as_text()
     gathered = [
         line.split(" all-gather(")[0] for line in text.splitlines() if " all-gather(" in line
     ]
     assert gathered, "tokens are brought together"
-    assert not [line for line in gathered if f"{vocab}" in line or f"{vocab // 2}" in line]
-    assert f"[64,{vocab}]" not in text
+    rows = [str(whole // parts) for whole in (vocab, taught) for parts in (1, 2, 4)]
+    assert not [
+        line for line in gathered for count in rows if f"[{count}," in line or f",{count}" in line
+    ]
+    assert f"[64,{vocab}]" not in text and f"[64,{taught}]" not in text
 
 
 @pytest.mark.parametrize(
@@ -273,7 +309,7 @@ def test_no_head_crosses_the_mesh(mesh8):
         ({"bias": jnp.ones(3)}, "bias"),
         ({"softcap": -1.0}, "softcap"),
         ({"head": jnp.ones((V, D + 1))}, "head"),
-        ({"implementation": "mosaic_gpu"}, "of one alone are XLA's"),
+        ({"implementation": "mosaic_gpu"}, "mosaic_gpu' cannot run"),
         ({"implementation": "reference", "vocab_axes": "model"}, "a whole head"),
     ],
 )  # fmt: skip
@@ -281,8 +317,3 @@ def test_bad_input_is_named(change, words):
     arguments = {"hidden": jnp.ones((2, D)), "head": jnp.ones((V, D)), "ids": jnp.array([0, 1])}
     with pytest.raises(ValueError, match=words):
         linear_logprobs(**(arguments | change))
-
-
-def test_support_says_that_one_model_alone_is_xlas():
-    states = support(128, "float32", models=1)
-    assert not states["mosaic_gpu"].runs and states["xla"].runs

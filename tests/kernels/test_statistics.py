@@ -16,7 +16,7 @@ from jaxdistill.kernels.operands import Coefficients
 from jaxdistill.kernels.tiling import Tiling, heuristic, within
 from jaxdistill.losses import divergences
 
-NAMES = (*stats.MOMENTS, stats.ECHO)
+NAMES = (*stats.MOMENTS, stats.ECHO, stats.LEAD)
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
 mosaic = pytest.mark.skipif(
     JAX < (0, 11), reason=f"Pallas kernels for GPUs need jax 0.11, this is {JAX[0]}.{JAX[1]}"
@@ -36,6 +36,7 @@ def exact(logits, temperature):
     logits.setdefault("z", logits["t"])
     s, t = logits["s"], logits["t"]
     found = {stats.ECHO: np.where(s == s.max(1, keepdims=True), t, stats.LOWEST).max(1)}
+    found[stats.LEAD] = -np.argmax(s, axis=1)
     for name, moment in stats.MOMENTS.items():
         k = 1 / temperature if moment.tempered else 1.0
         x = {m: (v - v.max(1, keepdims=True)) * k for m, v in logits.items()}
@@ -45,8 +46,8 @@ def exact(logits, temperature):
     return found
 
 
-def check(found, want, tolerance):
-    for name in NAMES:
+def check(found, want, tolerance, names=NAMES):
+    for name in names:
         error = np.abs(np.asarray(found[name], np.float64) - want[name]) / (1 + np.abs(want[name]))
         assert error.max() < tolerance, (name, error.max())
 
@@ -77,6 +78,8 @@ def test_parts_of_any_size_merge_to_the_whole(sizes, seed, at_once):
         stats.in_passes(NAMES, {m: x[:, end - size : end] for m, x in logits.items()}, scales)
         for size, end in zip(sizes, ends, strict=True)
     ]
+    for part, end, size in zip(parts, ends, sizes, strict=True):
+        part[stats.LEAD] -= end - size
     if at_once:
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
         axis0 = (lambda x: jnp.max(x, 0), lambda x: jnp.sum(x, 0))
@@ -93,9 +96,8 @@ def test_merging_with_nothing_changes_nothing():
     scales = stats.Scales(jnp.float32(1.0), 1.0)
     found = stats.in_passes(NAMES, logits, scales)
     start = lambda name: stats.NOTHING if name.startswith("max_") else 0.0
-    nothing = {name: jnp.full(4, start(name)) for name in found} | {
-        stats.ECHO: jnp.full(4, stats.LOWEST)
-    }
+    nothing = {name: jnp.full(4, start(name)) for name in found}
+    nothing |= {name: jnp.full(4, stats.LOWEST) for name in stats.AT_TOP}
     for merged in (stats.merge(found, nothing, scales), stats.merge(nothing, found, scales)):
         for name, value in found.items():
             np.testing.assert_array_equal(merged[name], value)
@@ -141,11 +143,35 @@ def test_the_gpu_kernel_equals_the_definitions(tokens, vocab, dtype, split, taid
         taid_t = jnp.float32(taid_t)
     coefficients = Coefficients(jnp.float32(0), jnp.float32(temperature), (), taid_t)
     found = mosaic_gpu.statistics(
-        NAMES, student, teacher, coefficients, Tiling(64, 2, split), interpreted()
+        NAMES, {"s": student, "t": teacher}, coefficients, Tiling(64, 2, split), interpreted()
     )
     # The mixture itself is float32, fused here and not there: a last digit before any statistic.
     tolerance = 2e-6 if taid_t is None else 1e-5
     check(found, exact(clamped(student, teacher, taid_t), temperature), tolerance)
+
+
+@mosaic
+@pytest.mark.parametrize(
+    ("model", "names", "tokens", "vocab", "dtype", "tiling"),
+    [
+        ("s", ("sum_s", "self_s", stats.LEAD), 100, 250, "bfloat16", Tiling(64, 2, 3)),
+        ("s", ("sum_s1", "sum_s", "self_s1"), 64, 192, "float16", Tiling(64, 1, 1)),
+        ("s", ("sum_s", "self_s", stats.LEAD), 9, 640, "float32", Tiling(128, 2, 2)),
+        ("t", ("sum_t1", "self_t1"), 64, 128, "bfloat16", Tiling(64, 2, 1)),
+    ],
+)
+def test_the_gpu_kernel_measures_one_model_alone(model, names, tokens, vocab, dtype, tiling):
+    from jaxdistill.kernels import mosaic_gpu
+
+    logits = make(tokens, vocab, dtype)[0]
+    logits = logits.at[2, -3:].set(-jnp.inf).at[4, 0].set(-300.0)
+    if stats.LEAD in names:  # which is relative to the maximum itself, not to one beside it
+        logits = logits.at[3, 0].set(300.0)
+    logits = logits.at[5].set(1.0).at[6, :-1].set(-jnp.inf).at[7, 70:].set(logits[7].max())  # ties
+    coefficients = Coefficients(jnp.float32(0), jnp.float32(0.7))
+    found = mosaic_gpu.statistics(names, {model: logits}, coefficients, tiling, interpreted())
+    want = exact(clamped(logits, logits), 0.7)
+    check(found, want, 2e-6, names)
 
 
 @mosaic
@@ -171,8 +197,9 @@ def test_the_second_read_sums_a_divergence(kind, parameters, named):
     )
     found = stats.in_passes(("sum_s", "sum_z"), clamped(student, teacher), coefficients.scales)
     value, slope_sum = mosaic_gpu.row_sums(
-        rows.KINDS[kind], student, teacher, coefficients, found, Tiling(64, 2, 2), interpreted()
-    )
+        rows.KINDS[kind], {"s": student, "t": teacher}, coefficients, found, Tiling(64, 2, 2),
+        interpreted(),
+    )  # fmt: skip
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.float64(x)) for x in (student, teacher))
         want = getattr(divergences, kind)(*wide, temperature=1.5, scale_by_t2=False, **named)
@@ -234,7 +261,7 @@ def test_parts_of_nothing_but_impossible_entries_change_nothing(taid_t):
     def run(student, teacher, temperature):
         coefficients = Coefficients(jnp.float32(0), temperature, (), taid_t)
         return mosaic_gpu.statistics(
-            KL, student, teacher, coefficients, Tiling(64, 1, 1), interpreted()
+            KL, {"s": student, "t": teacher}, coefficients, Tiling(64, 1, 1), interpreted()
         )
 
     student, teacher = make(64, 128)
@@ -272,7 +299,7 @@ def test_splits_without_a_tile_read_nothing():
     student, teacher = make(64, 256)
     coefficients = Coefficients(jnp.float32(0), jnp.float32(2))
     found = mosaic_gpu.statistics(  # two tiles each for two splits, none for the third
-        KL, student - 9, teacher - 9, coefficients, Tiling(64, 1, 3), interpreted()
+        KL, {"s": student - 9, "t": teacher - 9}, coefficients, Tiling(64, 1, 3), interpreted()
     )
     want = exact(clamped(student - 9, teacher - 9), 2.0)
     for name in KL:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.kernels import choice, logprob_rows, rows
+from jaxdistill.kernels import logprob_rows, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.columns.definition import Columns, listed
+from jaxdistill.kernels.measure import measure
 from jaxdistill.kernels.operands import VocabularyShard
 from jaxdistill.kernels.statistics import LOWEST, MOMENTS, Rows
 from jaxdistill.kernels.token_loss import Divergence, TokenRows
@@ -78,16 +79,11 @@ class ColumnRows(TokenRows):
 
     def measure(self, names: Sequence[str]) -> Rows:
         """Statistics of whole rows by name, [n] each; either model has a width of its own."""
-        passes = choice.reads_in_passes(choice.current_device())
-        take, scales = stats.in_passes if passes else stats.in_one_pass, self.coefficients.scales
         measured: Rows = {}
-        for model, logits in self.logits.items():
+        for model, shard in (("s", self.vocabulary), ("t", self.teacher_vocabulary)):
             mine = [name for name in names if MOMENTS[name].model == model]
-            if mine:
-                measured |= take(mine, {model: logits}, scales)
-        if self.vocabulary.axes:
-            shard = self.vocabulary
-            measured = stats.combine(measured, scales, shard.max, shard.sum)
+            given, clamped = {model: self.given[model]}, {model: self.logits[model]}
+            measured |= measure(mine, given, clamped, self.coefficients, self.implementation, shard)
         return measured
 
     def _side(self, model: str, top: Array, temperature: Any) -> Side:

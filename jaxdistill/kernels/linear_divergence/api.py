@@ -281,7 +281,6 @@ def static_arguments(
         logits_dtype,
         device=device,
         scalar_temperature=x.coefficients.has_scalar_temperature,
-        models=1 if x.teacher_head is None or x.columns is not None else 2,
         tokens=chunk,
     )
     group = group_size(chunk, local_vocab, device.platform)

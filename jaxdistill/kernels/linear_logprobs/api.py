@@ -72,8 +72,8 @@ def linear_logprobs(
       softcap: c, of logits c tanh(x / c), as Gemma has them; None for none.
       chunk: tokens per chunk and device; default from V and the device.
       logits_dtype: of a chunk's logits in memory; default that of the hidden states.
-      implementation: of the row statistics, see `kernels.support` with models=1; "reference" is the
-        definition itself, with all logits [N, V] in memory.
+      implementation: of the row statistics, see `kernels.support`; None takes the best that runs.
+        "reference" is the definition itself, with all logits [N, V] in memory.
       mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
         the head where that moves less.
       vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that

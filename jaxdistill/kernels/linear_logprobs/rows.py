@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.kernels import choice, logprob_rows
+from jaxdistill.kernels import logprob_rows
 from jaxdistill.kernels import statistics as stats
+from jaxdistill.kernels.linear_divergence.chunk import Static
 from jaxdistill.kernels.linear_logprobs.outputs import Cotangents, Kept, Logprobs
 from jaxdistill.kernels.logprob_rows import Mass, Picks
-from jaxdistill.kernels.operands import VocabularyShard
-from jaxdistill.kernels.statistics import Rows, Scales
+from jaxdistill.kernels.measure import measure
+from jaxdistill.kernels.operands import Coefficients, VocabularyShard
+from jaxdistill.kernels.statistics import LEAD
 
 
 def answer(
@@ -21,7 +23,7 @@ def answer(
     ids: Array | None,
     sets: Array | None,
     top_k: int,
-    vocab: int,
+    static: Static,
     shard: VocabularyShard,
 ) -> tuple[Logprobs, Kept]:
     """The answers of n rows, and what their slopes need.
@@ -33,18 +35,26 @@ def answer(
       ids: int [n, K], or None.
       sets: bool [V, M], or None.
       top_k: how many of the most likely tokens.
-      vocab: V of all devices.
+      static: of the call: V of all devices, and the implementation of the statistics.
       shard: the columns here.
     """
-    s = stats.clamp(logits)
-    measured = _measure(s, temperature, shard)
+    s, vocab = stats.clamp(logits), static.vocabularies[0]
+    coefficients = Coefficients(jnp.float32(0), temperature)
+    measured = measure(
+        ("sum_s", "self_s", LEAD),
+        {"s": logits},
+        {"s": s},
+        coefficients,
+        static.implementation,
+        shard,
+    )
     top, total = measured["max_s"], measured["sum_s"]
     log_sum = jnp.log(total)
     entropy = log_sum - measured["self_s"] / total
     of_logits = lambda s: logprob_rows.shifted(s, top, temperature) - log_sum[:, None]
     logprobs = log_masses = masses = top_ids = top_logprobs = None
     if ids is not None:
-        logprobs = of_logits(logprob_rows.pick(s, ids, shard)[0])
+        logprobs = of_logits(logprob_rows.pick(logits, ids, shard)[0])
         logprobs = jnp.where(ids >= vocab, jnp.nan, jnp.where(ids < 0, 0.0, logprobs))
     if sets is not None:
         masses = jnp.stack(
@@ -55,7 +65,8 @@ def answer(
     if top_k:
         values, top_ids = logprob_rows.largest(s, top_k, shard)
         top_logprobs = of_logits(values)
-    argmax = _argmax(s, top, vocab, shard)
+    # A row of NaN has no place of its largest logit.
+    argmax = jnp.clip(-measured[LEAD], 0, vocab - 1).astype(jnp.int32)
     answers = Logprobs(
         logprobs, entropy, top / temperature + log_sum, argmax, log_masses, top_ids, top_logprobs
     )
@@ -111,24 +122,6 @@ def slope(
     if by.log_sum_exp is not None:
         moved += jnp.where(counted, by.log_sum_exp * kept.top, 0.0)
     return by_x / logprob_rows.as_column(temperature), -moved / temperature**2
-
-
-def _measure(s: Array, temperature: Any, shard: VocabularyShard) -> Rows:
-    names, scales = ("sum_s", "self_s"), Scales(1.0 / temperature, 1.0)
-    passes = choice.reads_in_passes(choice.current_device())
-    measured = (stats.in_passes if passes else stats.in_one_pass)(names, {"s": s}, scales)
-    if shard.axes:
-        measured = stats.combine(measured, scales, shard.max, shard.sum)
-    return measured
-
-
-def _argmax(s: Array, top: Array, vocab: int, shard: VocabularyShard) -> Array:
-    """The lowest token whose logit is the largest, int32 [n]."""
-    here = jnp.argmax(s, axis=1).astype(jnp.int32)
-    if not shard.axes:
-        return here
-    own = jnp.take_along_axis(s, here[:, None], axis=1)[:, 0]
-    return -shard.max(-jnp.where(own == top, here + shard.offset, vocab).astype(jnp.int32))
 
 
 def _each(sets: Array) -> list[Array]:

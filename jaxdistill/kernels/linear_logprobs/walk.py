@@ -34,7 +34,7 @@ def forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
             temperature = x.coefficients.temperature if temperature is None else temperature
             return rows.answer(
                 logits, temperature, counted, ids, pieces.operands.sets, call.top_k,
-                pieces.static.vocabularies[0], pieces.shards[0],
+                pieces.static, pieces.shards[0],
             )  # fmt: skip
 
         return None, _in_groups(pieces, one, (logits, _per_row(x), counted, x.ids))

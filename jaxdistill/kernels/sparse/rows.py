@@ -58,7 +58,7 @@ class SparseRows(TokenRows):
         ids = jnp.where(self.counts, self.known.ids, -1)
         if self.known.sampled is not None:
             ids = jnp.concatenate([ids, self.known.sampled[:, None]], axis=1)
-        return logprob_rows.pick(self.logits["s"], ids, self.vocabulary)
+        return logprob_rows.pick(self.student, ids, self.vocabulary)
 
     @property
     def has_ghost(self) -> bool:

@@ -17,7 +17,7 @@ import warnings
 from jaxdistill.plan import targets
 from tests.kernels.aot import sass
 
-N, V, DS, DT = 8192, 128_256, 2048, 4096
+N, V, DS, DT, K = 8192, 128_256, 2048, 4096, 8
 
 
 def main() -> None:
@@ -64,6 +64,8 @@ def make(target: targets.Target, case: str):
     import jax.numpy as jnp
 
     from jaxdistill import kernels, sharding
+    from jaxdistill.kernels import choice, measure, statistics
+    from jaxdistill.kernels.operands import Coefficients, VocabularyShard
 
     found = targets.devices(target)
     name, _, option = case.partition("-")
@@ -89,15 +91,29 @@ def make(target: targets.Target, case: str):
         )  # fmt: skip
         return jnp.sum(values * weights)
 
+    def alone(logits, temperature):
+        given, numbers = {"s": logits}, Coefficients(jnp.float32(0), temperature)
+        names, shard = ("sum_s", "self_s", statistics.LEAD), VocabularyShard((), 0, V)
+        chosen = choice.choose(None, V, logits.dtype)
+        return measure.measure(
+            names, given, {"s": statistics.clamp(logits)}, numbers, chosen, shard
+        )
+
+    if name == "alone":
+        return mesh, alone, (logits, scalar)
     if name == "value":
         return mesh, dense, (logits, logits, per_token, scalar)
     if name == "gradient":
         return mesh, jax.value_and_grad(dense), (logits, logits, per_token, scalar)
-    assert name == "linear", case
     batch, head = ("fsdp", None) if eight else (), ("tensor", "fsdp") if eight else ()
     hidden = lambda width: array((N, width), jnp.bfloat16, *batch)
     heads = lambda width: array((V, width), jnp.bfloat16, *head)
     labels = array((N,), jnp.int32, *batch[:1])
+    if name != "linear":
+        known = array((N, K), jnp.int32, *batch), array((N, K), jnp.float32, *batch)
+        function, taught = given_in_part(name, mesh.abstract_mesh if eight else None)
+        arguments = (hidden(DS), heads(DS), *(known if not taught else (hidden(DT), heads(DT))))
+        return mesh, jax.value_and_grad(function, (0, 1)), arguments
 
     def linear(hs, ws, ht, wt, labels, temperature):
         return kernels.linear_divergence(
@@ -107,6 +123,37 @@ def make(target: targets.Target, case: str):
 
     arguments = (hidden(DS), heads(DS), hidden(DT), heads(DT), labels, scalar)
     return mesh, jax.value_and_grad(linear, (0, 1), has_aux=True), arguments
+
+
+def given_in_part(name: str, mesh):
+    """(a loss of the head that says more than a divergence, whether it has a teacher's head)."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxdistill import kernels
+
+    def logprobs(hidden, head, ids, weights):
+        said = kernels.linear_logprobs(hidden, head, ids, temperature=1.5, mesh=mesh)
+        return jnp.sum(weights * said.logprobs) + jnp.sum(said.entropy + said.argmax)
+
+    def sets(hidden, head, ids, weights):
+        said = kernels.linear_logprobs(hidden, head, sets=[[1, 2, 3], [7]], mesh=mesh)
+        return jnp.sum(weights[:, :2] * said.log_masses)
+
+    def sparse(hidden, head, ids, logprobs):
+        return kernels.linear_divergence(
+            hidden, head, teacher_ids=ids, teacher_logprobs=logprobs, mesh=mesh
+        )[0]
+
+    def columns(hidden, head, taught, teacher):
+        shared = np.arange(0, V, 2)
+        return kernels.linear_divergence(
+            hidden, head, taught, teacher, student_columns=shared, teacher_columns=shared,
+            other_columns="bucket", mesh=mesh,
+        )[0]  # fmt: skip
+
+    found = {"logprobs": logprobs, "sets": sets, "sparse": sparse, "columns": columns}
+    return found[name], name == "columns"
 
 
 def kernel_facts(dump: str) -> dict:
