@@ -319,8 +319,7 @@ def test_the_package_has_no_way_to_run_what_it_reads():
         for path in files
         for complaint in _complaints(ast.parse(path.read_text()))
     }
-    # A peer of `bench loss`, where torch is installed anyway: it makes arrays and reads no file.
-    assert found <= {"jaxdistill/bench/token_cases.py: torch"}
+    assert not found
 
 
 @pytest.mark.parametrize(

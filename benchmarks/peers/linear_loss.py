@@ -12,6 +12,7 @@ the high-water mark of memory.
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -22,12 +23,24 @@ from benchmarks import duel
 
 TEMPERATURE = 2.0
 NAMES = ("hidden", "head", "teacher_hidden", "teacher_head")
-PEERS = ("trl", "liger", "torch")
+BASELINE = "TRL 1.16 chunked divergence, Liger 0.8.5 chunked loss, plain PyTorch"
 
 
 def main() -> None:
     """Starts the workers and prints times, memory and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    race("linear_loss", __doc__, WORKERS, BASELINE)
+
+
+def race(module: str, doc: str, workers: dict, baseline: str) -> None:
+    """The command of a problem: runs its workers in turn, and saves the result where asked.
+
+    Args:
+      module: of `benchmarks.peers`, which this very command starts the workers of.
+      doc: what it says of itself.
+      workers: name -> function of the folder with the arrays, "jaxdistill" among them.
+      baseline: what the peers are.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--peers-python", default=sys.executable)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=32_000)
@@ -35,20 +48,21 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    parser.add_argument("--worker", choices=("jaxdistill", *PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=workers, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        return WORKERS[options.worker](options.folder)
+        workers[options.worker](options.folder)
+        return
     with tempfile.TemporaryDirectory() as folder:
         _write_arrays(pathlib.Path(folder), options)
-        result = _race(folder, options)
+        result = {"baseline": baseline, "load_average": os.getloadavg()[0]}
+        result |= _in_turn(module, folder, tuple(workers), options)
     print(json.dumps(result, indent=2))
     values = [entry["value"] for entry in result["losses"].values()]
-    assert max(values) / min(values) - 1 < 1e-4, f"they do not compute the same: {values}"
+    assert max(map(abs, values)) / min(map(abs, values)) - 1 < 1e-4, f"not the same: {values}"
     if options.save:
         print(duel.save(options.save, result))
-    return None
 
 
 def _write_arrays(folder: pathlib.Path, options: argparse.Namespace) -> None:
@@ -60,20 +74,23 @@ def _write_arrays(folder: pathlib.Path, options: argparse.Namespace) -> None:
         "head": (options.vocab, options.student),
         "teacher_hidden": (options.tokens, options.teacher),
         "teacher_head": (options.vocab, options.teacher),
+        "advantages": (options.tokens,),
     }
     for name, shape in shapes.items():
         array = rng.standard_normal(shape, np.float32)
         if "head" in name:
             array *= 2 / shape[1] ** 0.5
         np.save(folder / f"{name}.npy", array)
+    np.save(folder / "ids.npy", rng.integers(0, options.vocab, options.tokens))
 
 
-def _race(folder: str, options: argparse.Namespace) -> dict:
+def _in_turn(module: str, folder: str, names: tuple[str, ...], options: argparse.Namespace) -> dict:
     """All workers in turn, round after round."""
     workers, facts = {}, {}
-    for name in (*PEERS, "jaxdistill"):
+    peers = [name for name in names if name != "jaxdistill"]
+    for name in names:
         python = sys.executable if name == "jaxdistill" else options.peers_python
-        command = [python, "-m", "benchmarks.peers.linear_loss", "--folder", folder]
+        command = [python, "-m", f"benchmarks.peers.{module}", "--folder", folder]
         workers[name] = duel.Worker([*command, "--worker", name])
         facts[name] = workers[name].read()
     seconds: dict[str, list[float]] = {name: [] for name in workers}
@@ -94,15 +111,18 @@ def _race(folder: str, options: argparse.Namespace) -> dict:
         for name in workers
     }
     ours = losses["jaxdistill"]
-    ratio = lambda key, name: ours[key] / losses[name][key]
-    fastest = min(PEERS, key=lambda name: losses[name]["seconds"])
-    smallest = min(PEERS, key=lambda name: losses[name]["peak_mib"])
+
+    def time_ratio(name: str) -> float:
+        pairs = zip(seconds["jaxdistill"], seconds[name], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    fastest = min(peers, key=lambda name: losses[name]["seconds"])
+    smallest = min(peers, key=lambda name: losses[name]["peak_mib"])
     return {
-        "baseline": "TRL 1.16 chunked divergence, Liger 0.8.5 chunked loss, plain PyTorch",
         "shape": {k: getattr(options, k) for k in ("tokens", "vocab", "student", "teacher")},
         "losses": losses,
-        "time_ratios": {name: ratio("seconds", name) for name in PEERS},
-        "peak_ratios": {name: ratio("peak_mib", name) for name in PEERS},
+        "time_ratios": {name: time_ratio(name) for name in peers},
+        "peak_ratios": {name: ours["peak_mib"] / losses[name]["peak_mib"] for name in peers},
         "fastest_peer": fastest,
         "smallest_peer": smallest,
     }
@@ -117,32 +137,28 @@ def _serve(step, facts: dict) -> None:
     duel.serve(step, facts)
 
 
-def _our_worker(folder: pathlib.Path) -> None:
-    import jax
-    import numpy as np
+def jax_worker(loss_of, names: tuple[str, ...]):
+    """A worker that differentiates a JAX loss of the named arrays by the first two."""
 
-    from jaxdistill.kernels import linear_divergence
+    def work(folder: pathlib.Path) -> None:
+        import jax
+        import numpy as np
 
-    arrays = [jax.numpy.asarray(np.load(folder / f"{name}.npy")) for name in NAMES]
+        arrays = [jax.numpy.asarray(np.load(folder / f"{name}.npy")) for name in names]
+        program = jax.jit(jax.value_and_grad(loss_of(), argnums=(0, 1))).lower(*arrays).compile()
 
-    def loss(hidden, head, teacher_hidden, teacher_head):
-        return linear_divergence(
-            hidden, head, teacher_hidden, teacher_head,
-            temperature=TEMPERATURE, scale_by_t2=False,
-        )[0]  # fmt: skip
+        def step() -> float:
+            value, gradients = program(*arrays)
+            jax.block_until_ready(gradients)
+            return float(value)
 
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arrays).compile()
+        _serve(step, {"jax": jax.__version__})
 
-    def step() -> float:
-        value, gradients = program(*arrays)
-        jax.block_until_ready(gradients)
-        return float(value)
-
-    _serve(step, {"jax": jax.__version__})
+    return work
 
 
-def _torch_worker(loss_of, version: str):
-    """A worker that differentiates a torch loss of the four arrays."""
+def torch_worker(loss_of, version: str, names: tuple[str, ...]):
+    """A worker that differentiates a torch loss of the named arrays by the first two."""
 
     def work(folder: pathlib.Path) -> None:
         import importlib.metadata
@@ -150,22 +166,32 @@ def _torch_worker(loss_of, version: str):
         import numpy as np
         import torch
 
-        hidden, head, teacher_hidden, teacher_head = (
-            torch.from_numpy(np.load(folder / f"{name}.npy")) for name in NAMES
-        )
+        hidden, head, *rest = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in names)
         hidden.requires_grad_()
         head.requires_grad_()
         loss = loss_of()
 
         def step() -> float:
             hidden.grad = head.grad = None
-            value = loss(hidden, head, teacher_hidden, teacher_head)
+            value = loss(hidden, head, *rest)
             value.backward()
             return value.item()
 
         _serve(step, {version: importlib.metadata.version(version), "torch": torch.__version__})
 
     return work
+
+
+def _ours():
+    from jaxdistill.kernels import linear_divergence
+
+    def loss(hidden, head, teacher_hidden, teacher_head):
+        return linear_divergence(
+            hidden, head, teacher_hidden, teacher_head,
+            temperature=TEMPERATURE, scale_by_t2=False,
+        )[0]  # fmt: skip
+
+    return loss
 
 
 def _plain():
@@ -209,10 +235,10 @@ def _liger():
 
 
 WORKERS = {
-    "jaxdistill": _our_worker,
-    "trl": _torch_worker(_trl, "trl"),
-    "liger": _torch_worker(_liger, "liger-kernel"),
-    "torch": _torch_worker(_plain, "torch"),
+    "trl": torch_worker(_trl, "trl", NAMES),
+    "liger": torch_worker(_liger, "liger-kernel", NAMES),
+    "torch": torch_worker(_plain, "torch", NAMES),
+    "jaxdistill": jax_worker(_ours, NAMES),
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs a benchmark over its shapes and returns rows: time, bandwidth, products, memory, error."""
 
 import datetime
+import os
 import platform
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,11 +34,13 @@ def run(
       notice: receives one line for each shape.
 
     Returns:
-      {"device", "jax", "date", "rows"}; a row's `ratio` is its time over that of naive log_softmax
-      on the same problem.
+      {"device", "jax", "date", "load", "rows"}; `load` is the machine's load average before it
+      began, None where there is none; a row's `ratio` is its time over that of naive log_softmax on
+      the same problem.
     """
     device = choice.current_device()
     rows: list[dict[str, Any]] = []
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     for shape in shapes:
         try:
             rows += measure(kind, shape, rounds, device)
@@ -54,6 +57,7 @@ def run(
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "rounds": rounds,
+        "load": load,
         "rows": rows,
     }
 
@@ -86,14 +90,12 @@ def _measure(
     calls = {
         name: lambda program=program: program(*case.arguments) for name, program in compiled.items()
     }
-    if case.naive in token_cases.BESIDE_TORCH:
-        calls |= token_cases.torch_calls(shape)
     times = timing.in_turn(calls, rounds, device.platform)
     base = times[case.naive].median
     peak = timing.peak_bandwidth(device)
     for name, taken in times.items():
         rate = case.algorithm_bytes / taken.median
-        memory = compiled[name].memory_analysis() if name in compiled else None
+        memory = compiled[name].memory_analysis()
         yield {
             "shape": label(shape),
             "function": name,
@@ -105,6 +107,6 @@ def _measure(
             "percent_of_peak": 100 * rate / peak if peak and kind == "kernels" else None,
             "tflop_per_second": case.flops / taken.median / 1e12 if case.flops else None,
             "temporary_mib": memory.temp_size_in_bytes / 2**20 if memory else None,
-            "error": errors.get(name),
+            "error": errors[name],
             "clock": taken.clock,
         }

@@ -1,6 +1,5 @@
 """What else the head is asked for: log-probabilities of tokens, and a teacher known in part."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ from jaxdistill.bench.cases import Case, log_softmax64
 from jaxdistill.bench.shapes import Shape
 
 KNOWN = 64  # tokens of a teacher, as caches keep them
-BESIDE_TORCH = ("log q, naive log_softmax",)  # of problems that `torch_calls` solves too
 
 
 def logprobs(shape: Shape) -> Case:
@@ -32,14 +30,14 @@ def logprobs(shape: Shape) -> Case:
         log_q = log_softmax64(hidden @ head.T)[np.arange(len(ids)), ids]
         return float((advantage * log_q).mean())
 
-    losses = {BESIDE_TORCH[0]: naive, "log q, jaxdistill": ours}
+    losses = {"log q, naive log_softmax": naive, "log q, jaxdistill": ours}
     # The logits are made a second time on the way back.
     pairs, width = shape.tokens * shape.vocab, shape.student
     least = jnp.dtype(shape.dtype).itemsize * 2 * width * (shape.tokens + shape.vocab)
     functions = _with_gradients(losses)
     return Case(
         (hidden, head, ids, advantage), functions, float(least), 2.0 * 3 * pairs * width,
-        (0, 2, 3), value64, BESIDE_TORCH[0],
+        (0, 2, 3), value64, "log q, naive log_softmax",
     )  # fmt: skip
 
 
@@ -79,45 +77,6 @@ def known_tokens(shape: Shape) -> Case:
         (hidden, head, ids, log_p), functions, float(least), 2.0 * 3 * pairs * width,
         (0, 2, 3), value64, f"top {count}, naive log_softmax",
     )  # fmt: skip
-
-
-def torch_calls(shape: Shape) -> dict[str, Callable[[], Any]]:
-    """The policy's loss in torch on a CPU, each call with its gradients; none without torch.
-
-    "selective" is TRL's form: the logits of the ids, and a logsumexp for one row after the other.
-    """
-    if importlib.util.find_spec("torch") is None or jax.default_backend() != "cpu":
-        return {}
-    import torch
-
-    def tensor(array: Array) -> Any:
-        wide = np.asarray(array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array)
-        made = torch.from_numpy(wide.copy())
-        return made.to(torch.bfloat16) if array.dtype == jnp.bfloat16 else made
-
-    hidden, head, ids, advantage = map(tensor, _policy(shape))
-    hidden.requires_grad_()
-    head.requires_grad_()
-    ids = ids.long()
-
-    def gathered(logits: Any) -> Any:
-        return torch.log_softmax(logits.float(), -1).gather(1, ids[:, None])[:, 0]
-
-    def selective(logits: Any) -> Any:
-        picked = logits.gather(1, ids[:, None])[:, 0]
-        return picked - torch.stack([torch.logsumexp(row, -1) for row in logits])
-
-    def call(log_q: Callable[[Any], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            loss = (advantage * log_q(hidden @ head.T)).mean()
-            torch.autograd.grad(loss, (hidden, head))
-
-        return run
-
-    return {
-        "log q, torch log_softmax": call(gathered),
-        "log q, torch selective": call(selective),
-    }
 
 
 def _policy(shape: Shape) -> tuple[Array, Array, Array, Array]:
