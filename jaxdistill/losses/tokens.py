@@ -48,7 +48,8 @@ def log_mass(logits: ArrayLike, sets: Sets, *, temperature: ArrayLike = 1.0) -> 
 
     Raises:
       ConfigError: for a set that is empty, not ascending or not of different tokens of the
-        vocabulary, or a temperature that is not positive.
+        vocabulary, or a temperature that is not positive. Of a traced set an id counts once and one
+        that is no token is left out.
 
     >>> import jax.numpy as jnp
     >>> print(log_mass(jnp.log(jnp.array([0.5, 0.3, 0.2])), [[0], [1, 2]]).round(4))

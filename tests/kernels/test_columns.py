@@ -52,12 +52,13 @@ def loss64(x, kind, others, temperature=T, alpha=0.3):
     return (per_token * x["mask"]).sum() / x["mask"].sum()
 
 
-def ours(x, kind, others, shape=(N,), **options):
+def ours(x, kind, others, shape=(N,), dtype=jnp.float32, **options):
     whole = lambda a: jnp.asarray(a).reshape(*shape, *np.shape(a)[1:])
 
     def loss(hidden, head, bias, temperature):
         return linear_divergence(
-            whole(hidden), head, whole(jnp.float32(x["taught"])), jnp.float32(x["teacher"]),
+            whole(hidden), head, whole(jnp.asarray(x["taught"], dtype)),
+            jnp.asarray(x["teacher"], dtype),
             kind=kind, other_columns=others, student_columns=STUDENT, teacher_columns=TEACHER,
             labels=whole(x["labels"]), mask=whole(np.float32(x["mask"])), alpha=0.3,
             temperature=temperature, student_bias=bias, **options,
@@ -65,11 +66,11 @@ def ours(x, kind, others, shape=(N,), **options):
 
     names = ("hidden", "head", "bias")
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
-    (value, means), slopes = run(*(jnp.float32(x[n]) for n in names), jnp.float32(T))
+    (value, means), slopes = run(*(jnp.asarray(x[n], dtype) for n in names), jnp.float32(T))
     return value, means, dict(zip((*names, "temperature"), map(np.asarray, slopes), strict=True))
 
 
-def compare(got, x, kind, others):
+def compare(got, x, kind, others, tolerance=1e-5):
     value, _, slopes = got
     np.testing.assert_allclose(value, loss64(x, kind, others), rtol=2e-6)
     rng, step = np.random.default_rng(7), 1e-6
@@ -77,10 +78,12 @@ def compare(got, x, kind, others):
         along = rng.normal(size=x[name].shape)
         ends = [loss64(x | {name: x[name] + e * along}, kind, others) for e in (step, -step)]
         slope = slopes[name].astype(np.float64) * along
-        atol = 1e-5 * max(1, abs(slope).sum())
+        atol = tolerance * max(1, abs(slope).sum())
         np.testing.assert_allclose(slope.sum(), (ends[0] - ends[1]) / (2 * step), atol=atol)
     ends = [loss64(x, kind, others, T + e) for e in (step, -step)]
-    np.testing.assert_allclose(slopes["temperature"], (ends[0] - ends[1]) / 2e-6, rtol=5e-5)
+    np.testing.assert_allclose(
+        slopes["temperature"], (ends[0] - ends[1]) / 2e-6, rtol=5 * tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,18 @@ def compare(got, x, kind, others):
 )
 def test_value_and_gradients_equal_float64(kind, others):
     x = make()
-    compare(ours(x, kind, others, chunk=7), x, kind, others)
+    spoiled = x | {name: x[name].copy() for name in ("hidden", "taught")}
+    spoiled["hidden"][x["mask"] == 0] = spoiled["taught"][x["mask"] == 0] = np.nan
+    got = ours(spoiled, kind, others, chunk=7)
+    compare(got, x, kind, others)
+    assert not got[2]["hidden"][x["mask"] == 0].any()
+
+
+def test_bfloat16_keeps_float32_arithmetic():
+    x, names = make(), ("hidden", "head", "bias", "taught", "teacher")
+    rounded = {n: np.asarray(jnp.asarray(x[n], jnp.bfloat16), np.float64) for n in names}
+    got = ours(x, "forward_kl", "mask", dtype=jnp.bfloat16, logits_dtype=jnp.float32)
+    compare(got, x | rounded, "forward_kl", "mask", tolerance=1e-2)
 
 
 def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8):
@@ -112,6 +126,26 @@ def test_all_columns_in_another_order_are_the_same_vocabulary():
     )[0]  # fmt: skip
     plain = linear_divergence(hidden, head, hidden, teacher, temperature=2.0)[0]
     np.testing.assert_allclose(mapped, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("others", ["mask", "bucket"])
+def test_traced_columns_that_are_none_or_stand_twice_are_left_out(others):
+    x = make()
+    arrays = [jnp.float32(x[name]) for name in ("hidden", "head", "taught", "teacher")]
+
+    def run(student, teacher, implementation=None):
+        loss = lambda head: linear_divergence(
+            arrays[0], head, *arrays[2:], student_columns=student, teacher_columns=teacher,
+            other_columns=others, implementation=implementation,
+        )  # fmt: skip
+        (value, means), slope = jax.value_and_grad(loss, has_aux=True)(arrays[1])
+        return value, slope, [mean.value for mean in means.values()]
+
+    want = run(STUDENT, TEACHER)
+    more = [23, 1, -1, *STUDENT, 9, 0], [6, 99, 7, *TEACHER, 5, 3]
+    for implementation in (None, "reference"):
+        got = jax.jit(lambda *lists, i=implementation: run(*lists, i))(*map(jnp.array, more))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-7), got, want)
 
 
 def test_the_plain_function_holds_the_mass_of_the_others():

@@ -210,6 +210,21 @@ def test_oracle_values(kind, ids, value, slope):
         np.testing.assert_allclose(by_logits, slope, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "slope"),
+    [
+        ("forward_kl", 0.305765, (0.286022, -0.223462, 0.081029, -0.143590)),
+        ("reverse_kl", 0.306657, (0.293048, -0.253492, 0.055495, -0.095050)),
+    ],
+)
+def test_oracle_values_of_whole_rows(kind, value, slope):
+    teacher = jnp.float32(TEACHER)[None], jnp.eye(4)
+    loss = lambda hidden: linear_divergence(hidden, jnp.eye(4), *teacher, kind=kind)[0]
+    got, by_logits = jax.value_and_grad(loss)(jnp.float32(STUDENT)[None])
+    np.testing.assert_allclose(got, value, atol=1e-6)
+    np.testing.assert_allclose(by_logits[0], slope, atol=1e-6)
+
+
 def test_the_sampled_tail_makes_the_set_exact_in_expectation():
     """All tokens are drawn, each weighed by its probability."""
     q, log_p = np.exp(log_softmax(STUDENT[None])[0]), np.float32(log_softmax(TEACHER[None])[0])

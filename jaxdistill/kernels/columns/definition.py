@@ -16,7 +16,7 @@ OTHERS = ("mask", "bucket")
 
 
 class Columns(NamedTuple):
-    """Entry i of both lists is the same token: int [C] each."""
+    """Entry i of both lists is the same token, -1 in both for none: int [C] each."""
 
     student: Array
     teacher: Array
@@ -42,7 +42,8 @@ def shared_columns(
       [..., C] or [..., C + 1], float32 (float64 for float64 logits).
 
     Raises:
-      ConfigError: for another word, or columns that are none of the row's or stand twice.
+      ConfigError: for another word, or columns that are none of the row's or stand twice; where the
+        list is traced, such a column is impossible, and the row's own stays with the others.
 
     >>> import jax, jax.numpy as jnp
     >>> z = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
@@ -52,11 +53,16 @@ def shared_columns(
     logits = jnp.asarray(logits)
     columns = check("columns", columns, logits.shape[-1], others)
     wide = jnp.maximum(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), LOWEST)
-    picked = wide[..., columns]
+    picked = pick(wide, columns)
     if others == "mask":
         return picked
     rest = jnp.where(listed(columns, wide.shape[-1]), LOWEST, wide)
     return jnp.concatenate([picked, jax.nn.logsumexp(rest, axis=-1, keepdims=True)], axis=-1)
+
+
+def pick(z: Array, columns: Array) -> Array:
+    """The entries [..., C] of listed columns; one of no column, -1, is impossible."""
+    return jnp.where(columns < 0, LOWEST, z[..., columns])
 
 
 def listed(columns: Array, width: int) -> Array:
@@ -67,6 +73,8 @@ def listed(columns: Array, width: int) -> Array:
 
 def check(name: str, columns: ArrayLike | Sequence[int], vocab: int, others: str) -> Array:
     """A list of columns as an array; its numbers are looked at where they are no tracers.
+
+    In a traced list what is no column, or stood before, becomes -1, which is none.
 
     Raises:
       ConfigError: naming the list, the column and the rule.
@@ -79,7 +87,7 @@ def check(name: str, columns: ArrayLike | Sequence[int], vocab: int, others: str
             f"{name} {array.dtype} {list(array.shape)}: must be int [C], one or more columns"
         )
     if isinstance(array, jax.core.Tracer):
-        return array
+        return jnp.where((array < 0) | (array >= vocab) | _again(array), -1, array)
     numbers = np.sort(np.asarray(array))
     if numbers[0] < 0 or numbers[-1] >= vocab:
         wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
@@ -88,6 +96,14 @@ def check(name: str, columns: ArrayLike | Sequence[int], vocab: int, others: str
     if twice.size:
         raise ConfigError(f"{name}: {twice[0]} stands twice; a column has one partner")
     return array
+
+
+def _again(array: Array) -> Array:
+    """Which entries of a list stood before in it, bool [C]."""
+    order = jnp.argsort(array, stable=True)
+    ordered = array[order]
+    again = jnp.concatenate([jnp.zeros(1, bool), ordered[1:] == ordered[:-1]])
+    return jnp.zeros(len(array), bool).at[order].set(again)
 
 
 def pair(
@@ -113,6 +129,9 @@ def pair(
             f"{list(columns.teacher.shape)}: entry i of both is one token, so their lengths agree"
         )
     first = columns.student
-    if not isinstance(first, jax.core.Tracer) and (np.diff(np.asarray(first)) <= 0).any():
+    if isinstance(first, jax.core.Tracer):
+        none = (columns.student < 0) | (columns.teacher < 0)
+        return Columns(*(jnp.where(none, -1, list_) for list_ in columns))
+    if (np.diff(np.asarray(first)) <= 0).any():
         raise ConfigError("student_columns must ascend; sort both lists by the student's")
     return columns

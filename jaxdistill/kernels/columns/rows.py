@@ -92,11 +92,12 @@ class ColumnRows(TokenRows):
         columns = shard.column(self.columns.student if model == "s" else self.columns.teacher)
         others = ~listed(columns, width)[None, :]
         x = logprob_rows.shifted(s, top, temperature)
-        parts = [jnp.where(columns >= 0, x[:, jnp.maximum(columns, 0)], 0.0)]
+        mine = jax.lax.axis_index(shard.axes) == 0 if shard.axes else jnp.bool_(True)
+        none = jnp.where(mine & (self.columns.student < 0), LOWEST, 0.0)
+        parts = [jnp.where(columns >= 0, x[:, jnp.maximum(columns, 0)], none)]
         rest = None
         if self.others == "bucket":
             rest = logprob_rows.log_mass(s, others, top, temperature, shard)
-            mine = jax.lax.axis_index(shard.axes) == 0 if shard.axes else True
             parts.append(jnp.where(mine, jnp.maximum(rest, LOWEST), 0.0)[:, None])
         whole = jnp.concatenate(parts, axis=1)
         return Side(x, columns, others, rest, self._scatter(whole))

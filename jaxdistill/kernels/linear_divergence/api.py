@@ -148,7 +148,8 @@ def linear_divergence(
     y ~ q its mean is KL(q || p) in value and gradient. TAID and divergences of mixtures need whole
     rows. The gradient by T holds the teacher's numbers as they are. Traced numbers are not checked:
     an id that stands twice counts once, a log-probability above 0 is 0, a rest outside [0, 1] is
-    brought there, and an id that is no row of the head makes the loss NaN.
+    brought there, and an id that is no row of the head makes the loss NaN. A traced column that is
+    no row of its head, or stands twice, is left out with its partner; any order will do.
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.kernels import rows
-from jaxdistill.kernels.columns.definition import Columns, shared_columns
+from jaxdistill.kernels.columns.definition import Columns, pick, shared_columns
 from jaxdistill.kernels.divergence.reference import Terms, terms
 from jaxdistill.kernels.linear_divergence.chunk import Operands
 from jaxdistill.kernels.operands import Coefficients, LossSpec
@@ -144,7 +144,7 @@ def _shared(s: Array, t: Array, columns: Columns, others: str) -> tuple[Array, A
 
 
 def _column_metrics(log_q: Array, log_p: Array, columns: Columns, others: str) -> dict[str, Array]:
-    mass = lambda log, columns: jnp.sum(jnp.exp(log[:, columns]), axis=1)
+    mass = lambda log, columns: jnp.sum(jnp.exp(pick(log, columns)), axis=1)
     shared_q, shared_p = _shared(log_q, log_p, columns, others)
     leads = lambda log: log == log.max(1, keepdims=True)
     return {

@@ -87,7 +87,8 @@ def linear_logprobs(
     Raises:
       ConfigError: for shapes that do not fit, ids beyond the vocabulary, a set that is empty, not
         ascending or not of different tokens, top_k outside 0 to V, or a temperature that is not
-        positive; numbers that are traced are not looked at.
+        positive. Numbers that are traced are not looked at: of a traced set an id counts once, one
+        that is no token is left out, and a set of none has the log-mass -inf, without a gradient.
 
     >>> import jax.numpy as jnp
     >>> head = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).T

@@ -51,7 +51,8 @@ def _column(m: int, one: Array | np.ndarray, vocab: int, shared: bool) -> Array:
         )
     if known:
         check_columns(f"sets[{m}]", np.asarray(one), vocab)
-    return jnp.zeros(vocab, bool).at[one].set(True, mode="drop")
+    # Of a traced list: what is no token is left out; a negative index would count from the end.
+    return jnp.zeros(vocab, bool).at[jnp.where(one < 0, vocab, one)].set(True, mode="drop")
 
 
 def check_columns(name: str, ids: np.ndarray, vocab: int) -> None:
