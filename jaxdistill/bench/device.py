@@ -304,8 +304,8 @@ def _logprobs(tokens: int, vocab: int, width: int) -> dict[str, Any]:
             hidden, head, ids, mask=mask, sets=[range(3, 9)], top_k=2, temperature=temperature,
             implementation=implementation,
         )  # fmt: skip
-        numbers = (said.logprobs, said.entropy, said.log_sum_exp, said.log_masses[:, 0])
-        return sum(jnp.sum(one) for one in (*numbers, said.top_logprobs)), said
+        numbers = (x for x in jax.tree.leaves(said) if jnp.issubdtype(x.dtype, jnp.floating))
+        return sum(jnp.sum(x) for x in numbers), said
 
     run = jax.jit(
         jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), static_argnames="implementation"

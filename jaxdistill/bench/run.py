@@ -36,7 +36,7 @@ def run(
     Returns:
       {"device", "jax", "date", "load", "rows"}; `load` is the machine's load average before it
       began, None where there is none; a row's `ratio` is its time over that of naive log_softmax on
-      the same problem.
+      the same problem in the same round, the median of all rounds.
     """
     device = choice.current_device()
     rows: list[dict[str, Any]] = []
@@ -91,7 +91,6 @@ def _measure(
         name: lambda program=program: program(*case.arguments) for name, program in compiled.items()
     }
     times = timing.in_turn(calls, rounds, device.platform)
-    base = times[case.naive].median
     peak = timing.peak_bandwidth(device)
     for name, taken in times.items():
         rate = case.algorithm_bytes / taken.median
@@ -102,7 +101,7 @@ def _measure(
             "ms": taken.median * 1e3,
             "ms_p10": taken.low * 1e3,
             "ms_p90": taken.high * 1e3,
-            "ratio": taken.median / base,
+            "ratio": taken.over(times[case.naive]),
             "gb_per_second": rate / 1e9 if kind == "kernels" else None,
             "percent_of_peak": 100 * rate / peak if peak and kind == "kernels" else None,
             "tflop_per_second": case.flops / taken.median / 1e12 if case.flops else None,

@@ -20,12 +20,22 @@ class Timing(NamedTuple):
       low: the 10th percentile.
       high: the 90th.
       clock: "cupti" or "wall".
+      seconds: of each round.
     """
 
     median: float
     low: float
     high: float
     clock: str
+    seconds: tuple[float, ...]
+
+    def over(self, other: "Timing") -> float:
+        """Time over another's of the same rounds: the median of each round's ratio.
+
+        What slows the machine for a while slows both sides of a round, and leaves their ratio.
+        """
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 def peak_bandwidth(device: Device) -> float | None:
@@ -53,7 +63,7 @@ def in_turn(
 def _summary(values: list[float], clock: str) -> Timing:
     ordered = sorted(values)
     at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-    return Timing(statistics.median(ordered), at(0.1), at(0.9), clock)
+    return Timing(statistics.median(ordered), at(0.1), at(0.9), clock, tuple(values))
 
 
 def _wall(function: Callable[[], Any]) -> float:
