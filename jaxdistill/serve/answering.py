@@ -138,6 +138,9 @@ class EventStream(Response):
         try:
             async for event in self._answer.events():
                 await send(body(event, True))
+                # Neither line waits while pieces are there: others, and news that the client is
+                # gone, come in between.
+                await asyncio.sleep(0)
         except ModelError as error:  # the engine has stopped
             told = {"error": {"message": str(error), "type": "server_error", "code": 500}}
             await send(body(_event(told), True))

@@ -1,9 +1,11 @@
 """Texts that are shown before they are finished."""
 
+import asyncio
+
 import pytest
 
 from jaxdistill.models.requests import Completion, Request
-from jaxdistill.serve import stream
+from jaxdistill.serve import answering, stream
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,37 @@ def test_pieces_are_numbered_by_prompt_and_sample_and_add_up():
         (3, "Yes."),
     ]
     assert [piece.done for piece in found[1:]] == done
+
+
+class _AllThere(answering.Answer):
+    """An answer of which every piece is there already."""
+
+    def __init__(self):
+        pass
+
+    async def events(self):
+        for _ in range(20):
+            yield b"data"
+
+    def close(self):
+        pass
+
+
+def test_who_hangs_up_is_written_to_no_more_even_if_all_pieces_are_there():
+    sent = []
+
+    async def main():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+            asyncio.get_running_loop().call_soon(gone.set)  # as asyncio tells of a broken pipe
+
+        await answering.EventStream(_AllThere())({}, receive, send)
+
+    asyncio.run(main())
+    assert len(sent) < 8  # asyncio warns of the fifth write into a pipe that is broken
