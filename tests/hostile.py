@@ -57,7 +57,7 @@ def folder(path: pathlib.Path, **changes) -> pathlib.Path:
     from safetensors.numpy import save_file
 
     from jaxdistill.formats.config_json import read_config
-    from jaxdistill.formats.families import expected_tensors
+    from jaxdistill.formats.tensor_table import expected_tensors
 
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "config.json", CONFIG | changes)

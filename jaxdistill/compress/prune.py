@@ -15,7 +15,7 @@ from jaxdistill import errors, rules, sharding
 from jaxdistill.compress.importance import Importance, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.models.architecture import Experts, flat_weights, nest, weights
+from jaxdistill.models.architecture import Experts, flat_weights, nest, picked, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +123,12 @@ def cut(
     Raises:
       ModelError: if a weight has an axis that pruning does not understand.
     """
-    windows = config.windows and tuple(config.windows[layer] for layer in kept.layers)
-    windows = windows if windows and any(windows) else None
     small = dataclasses.replace(
-        config,
-        layers=len(kept.layers),
+        picked(config, kept.layers.tolist()),
         mlp=kept.neurons.shape[-1],
         heads=kept.heads.shape[1],
         kv_heads=kept.groups.shape[1],
         embed=len(kept.channels),
-        windows=windows,
         experts=_fewer(config.experts, kept.experts),
     )
     table = flat_weights(weights(config))

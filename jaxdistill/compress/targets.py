@@ -10,6 +10,7 @@ from jaxdistill.budgets import amount
 from jaxdistill.errors import ConfigError
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, count_parameters
+from jaxdistill.models.architecture import picked
 
 AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "experts")
 # Sizes that matrix units like; Minitron's manual targets are multiples of 64 too.
@@ -45,20 +46,16 @@ def resize(config: DecoderConfig, sizes: Mapping[str, int]) -> DecoderConfig:
             f"prune.heads = {heads}: must be a multiple of kv_heads ({groups}) and at most "
             f"{groups * per_group} ({per_group} a group): heads that share keys stay together"
         )
-    windows = config.windows
-    if windows is not None and "layers" in sizes:
-        windows = windows[: sizes["layers"]]  # which ones is known when the layers are chosen
     experts = config.experts
     if experts is not None and "experts" in sizes:
         experts = dataclasses.replace(experts, count=sizes["experts"])
+    # Which layers stay is known when they are chosen: until then the first ones.
     small = dataclasses.replace(
-        config,
-        layers=sizes.get("layers", config.layers),
+        picked(config, range(sizes.get("layers", config.layers))),
         embed=sizes.get("embed", config.embed),
         mlp=sizes.get("mlp", config.mlp),
         heads=heads,
         kv_heads=groups,
-        windows=windows,
         experts=experts,
     )
     _check_family(config, small)

@@ -331,7 +331,9 @@ def _look_into(key: str, folder: pathlib.Path, weights: bool) -> _Found:
         )
         return _Found(error=ModelError(f"{key}: holds no .safetensors file{hint}"))
     try:
-        return _Found(folder, read_json(folder / "config.json"))
+        shape = read_json(folder / "config.json")
+        text = shape.get("text_config")  # of a model that sees as well
+        return _Found(folder, {**shape, **text} if isinstance(text, dict) else shape)
     except ModelError as error:
         return _Found(error=ModelError(f"{key}: {error}"))
 

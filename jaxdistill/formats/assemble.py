@@ -9,8 +9,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxdistill import sharding
-from jaxdistill.formats.families import numbers, tensor_rows
 from jaxdistill.formats.tensor_names import Part, TensorName
+from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models import decoder
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 

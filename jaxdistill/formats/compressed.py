@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import shards
 from jaxdistill.formats.assemble import placement, weight
-from jaxdistill.formats.families import tensor_rows
+from jaxdistill.formats.tensor_table import tensor_rows
 from jaxdistill.models.architecture import DecoderConfig, nest
 from jaxdistill.models.quantized import QuantizedKernel, Scheme, scale_place
 
@@ -68,8 +68,8 @@ def read_settings(raw: Any, where: str) -> Scheme | None:
     Raises:
       ModelError: for a form that is not read here.
     """
-    if raw is None:
-        return None
+    if raw is None or (isinstance(raw, Mapping) and raw.get("quant_method") != METHOD):
+        return None  # of other tools: `config_json_fields.check_quantised` has their remedies
     scheme = Scheme(8)
     try:
         weights = raw["config_groups"]["group_0"]["weights"]

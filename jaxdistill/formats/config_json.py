@@ -8,17 +8,22 @@ from jaxdistill.errors import ModelError
 from jaxdistill.formats.config_json_fields import (
     ACTIVATIONS,
     COPIED,
+    NUMBERS,
     assumed,
     check_known,
     check_only,
+    check_quantised,
     check_ranges,
     shown,
     written_activation,
 )
 from jaxdistill.formats.config_json_rope import read_ropes, write_ropes
-from jaxdistill.formats.families import FAMILIES, Family
+from jaxdistill.formats.families import FAMILIES, WRAPPERS, Family
 from jaxdistill.models.architecture import DecoderConfig, Experts, count_parameters
 
+_NO_ROPE = "no_rope_layer_interval"
+# What the configuration of a model that sees says of its text model outside of `text_config`.
+_OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config", "quantization")
 MAX_PARAMETERS = 10**13  # ten times the largest model that was ever published
 
 
@@ -32,6 +37,8 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
       ModelError: for an unknown `model_type`, a field out of range or unknown, or a feature not
         built here.
     """
+    raw = unwrapped(raw, where)
+    check_quantised(raw, where)
     family = _family(raw, where)
     row = FAMILIES[family]
     check_known(row, raw, where)
@@ -43,15 +50,17 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderCo
     check_ranges(row, filled, where)
     eos = filled["eos_token_id"]
     rope, local_rope = read_ropes(row, filled, where)
+    fields: dict[str, Any] = {"activation": ACTIVATIONS[filled["hidden_act"]]}
+    fields |= {**row.features, **_read_more(row, filled)}
     config = DecoderConfig(
         family=family,
         rope=rope,
         local_rope=local_rope,
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         windows=_read_windows(row, filled, where),
-        activation=ACTIVATIONS[filled["hidden_act"]],
+        turned=_read_turned(row, filled, where),
         experts=_read_experts(row, filled),
-        **{**row.features, **_read_more(row, filled)},
+        **fields,
         **{ours: filled[theirs] for ours, theirs in COPIED.items()},
     )
     if (size := count_parameters(config)) > MAX_PARAMETERS:
@@ -74,6 +83,7 @@ def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for ours, theirs in COPIED.items()},
         **write_ropes(row, config),
         **_write_windows(row, config),
+        **_write_turned(row, config),
         **_write_experts(row, config),
     }
     eos = list(config.eos_ids)
@@ -98,6 +108,25 @@ def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
                 f"(it would read back as {got!r}); save it under a family that has it"
             )
     return raw
+
+
+def unwrapped(raw: Mapping[str, Any], where: str = "config.json") -> Mapping[str, Any]:
+    """The configuration of the text model in a folder of one that sees as well; others as is.
+
+    Raises:
+      ModelError: where such a folder has none.
+    """
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in WRAPPERS:
+        return raw
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ModelError(
+            f"{where}: text_config: {shown(text)} must hold the text model of this {kind} model"
+        )
+    outside = {key: raw[key] for key in _OUTSIDE if raw.get(key) is not None}
+    own = {key: value for key, value in text.items() if key != "architectures"}
+    return {"model_type": WRAPPERS[kind], **own, **outside}
 
 
 def _family(raw: Mapping[str, Any], where: str) -> str:
@@ -126,7 +155,7 @@ def _read_more(row: Family, filled: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for ours, field in row.read.items():
         value = filled.get(field)
-        if ours.endswith("softcap"):
+        if ours.endswith(NUMBERS):
             fields[ours] = None if value is None else float(value)
         else:
             fields[ours] = value if ours == "query_scalar" else bool(value)
@@ -167,7 +196,7 @@ def _read_windows(row: Family, filled: Mapping[str, Any], where: str):
                 f"sliding_attention for each of the {layers} layers"
             )
         given = [known[name] for name in names]
-        if row.windowed not in ("chosen", "pattern") and given != chosen:
+        if row.windowed not in ("chosen", "listed", "pattern") and given != chosen:
             raise ModelError(
                 f"{where}: layer_types: {shown(types)} differs from what sliding_window: {window} "
                 "means for this model_type"
@@ -194,6 +223,32 @@ def _windowed_layers(row: Family, filled: Mapping[str, Any], layers: int) -> lis
     return [given and layer >= start for layer in range(layers)]
 
 
+def _read_turned(row: Family, filled: Mapping[str, Any], where: str) -> tuple[bool, ...] | None:
+    """Per layer whether positions turn its heads; None where they do in all."""
+    if _NO_ROPE not in row.assumed:
+        return None
+    layers, every = filled["num_hidden_layers"], filled[_NO_ROPE]
+    flags = filled.get("no_rope_layers")
+    if flags is None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ModelError(f"{where}: {_NO_ROPE}: {shown(every)} must be a whole number from 1")
+        flags = [int((layer + 1) % every != 0) for layer in range(layers)]
+    known = isinstance(flags, list) and all(flag in (0, 1) for flag in flags)
+    if not known or len(flags) < layers:
+        raise ModelError(
+            f"{where}: no_rope_layers: {shown(flags)} must have a 1 for each of the {layers} "
+            "layers whose heads turn, and a 0 for the others"
+        )
+    turned = tuple(bool(flag) for flag in flags[:layers])
+    return None if all(turned) else turned
+
+
+def _write_turned(row: Family, config: DecoderConfig) -> dict[str, Any]:
+    if _NO_ROPE not in row.assumed:
+        return {}
+    return {"no_rope_layers": [int(one) for one in config.turned or (True,) * config.layers]}
+
+
 def _write_windows(row: Family, config: DecoderConfig) -> dict[str, Any]:
     if row.windowed == "never":
         return {}
@@ -210,7 +265,7 @@ def _write_windows(row: Family, config: DecoderConfig) -> dict[str, Any]:
         return {"use_sliding_window": window is not None, "sliding_window": window}
     chosen = [here is not None for here in config.windows or (None,) * config.layers]
     types = ["sliding_attention" if here else "full_attention" for here in chosen]
-    if row.windowed == "pattern":
+    if row.windowed in ("listed", "pattern"):
         return {"sliding_window": window, "layer_types": types}
     first = chosen.index(True) if any(chosen) else config.layers
     return {

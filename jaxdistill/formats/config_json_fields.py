@@ -35,7 +35,9 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "relu2": "relu2",
 }
+NUMBERS = ("softcap", "multiplier", "divisor")  # how our fields end that hold a number above 0
 
 # What their configuration classes assume where a file leaves a field out.
 _ASSUMED: Mapping[str, Any] = {
@@ -53,6 +55,21 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0, None),
     "rope_interleaved": (False, None),
     "quantization_config": (None,),
+    "quantization": (None,),
+}
+
+# How weights that other tools made smaller are made whole again, by their method.
+_DEQUANTISED = (
+    "transformers' AutoModelForCausalLM.from_pretrained(folder, quantization_config={}(dequantize="
+    "True)).save_pretrained(new_folder)"
+)
+_REMEDIES: Mapping[str, str] = {
+    "fp8": f"8-bit floats: make bfloat16 of them by {_DEQUANTISED.format('FineGrainedFP8Config')}",
+    "mxfp4": f"4-bit floats: make bfloat16 of them by {_DEQUANTISED.format('Mxfp4Config')}",
+    "bitsandbytes": "made smaller by bitsandbytes: load them with transformers, call "
+    "model.dequantize() and save that",
+    "mlx": "made smaller by MLX: `mlx_lm.convert --hf-path folder --mlx-path new_folder "
+    "--dequantize` makes them whole",
 }
 
 # Common fields that are read elsewhere.
@@ -60,6 +77,7 @@ _READ = ("model_type", "architectures", "hidden_act", "layer_types", "eos_token_
 _ROPE = ("rope_scaling", "rope_parameters", "rope_theta", "partial_rotary_factor")
 _WINDOWS: Mapping[str, tuple[str, ...]] = {
     "all": ("sliding_window",),
+    "listed": ("sliding_window",),
     "switched": ("sliding_window", "use_sliding_window"),
     "chosen": ("sliding_window", "use_sliding_window", "max_window_layers"),
     "pattern": ("sliding_window", "sliding_window_pattern", "_sliding_window_pattern"),
@@ -79,6 +97,28 @@ _HARMLESS = frozenset(
 )
 
 
+def check_quantised(raw: Mapping[str, Any], where: str) -> None:
+    """Weights are whole; those that other tools made smaller are refused with the way back.
+
+    Raises:
+      ModelError: naming the field, the method and what can be done.
+    """
+    for field in ("quantization_config", "quantization"):
+        given = raw.get(field)
+        if given is None:
+            continue
+        # MLX writes {"bits": 4, "group_size": 64} into both, and names no method.
+        is_mlx = isinstance(given, Mapping) and "bits" in given and "quant_method" not in given
+        kind = given.get("quant_method") if isinstance(given, Mapping) else None
+        name = "mlx" if is_mlx else str(kind)
+        known = f"the weights are {_REMEDIES[name]}; or" if name in _REMEDIES else "weights of"
+        other = "" if name in _REMEDIES else f" {shown(kind)} are not read:"
+        raise ModelError(
+            f"{where}: {field}: {shown(given)} is not supported: {known}{other} use the model that "
+            "these were made from, which its page on the Hub names"
+        )
+
+
 def check_known(row: Family, raw: Mapping[str, Any], where: str) -> None:
     """Every field that is set is understood; null and false are not set.
 
@@ -91,6 +131,7 @@ def check_known(row: Family, raw: Mapping[str, Any], where: str) -> None:
     known |= set(map(row.field, _ROPE)) if row.ropes else set()
     known |= {"original_max_position_embeddings"} if "yarn" in row.ropes else set()
     known |= {row.field("num_experts")} if "num_experts_per_tok" in row.assumed else set()
+    known |= {"no_rope_layers"} if "no_rope_layer_interval" in row.assumed else set()
     for field, value in raw.items():
         fixed = row.features.get(field) == value  # what these models have anyway
         if field in known or value is None or value is False or fixed:
@@ -137,7 +178,7 @@ def assumed(row: Family, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_only(row: Family, family: str, filled: Mapping[str, Any], where: str) -> None:
     """Fields that change the mathematics have values that are built here."""
-    allowed = {**_ONLY, **row.only, "hidden_act": tuple(ACTIVATIONS)}
+    allowed = {**_ONLY, "hidden_act": tuple(ACTIVATIONS), **row.only}
     if "attention_dropout" in row.ignored:
         del allowed["attention_dropout"]
     if "partial" not in row.ropes:
@@ -215,9 +256,10 @@ def _check_numbers(row: Family, filled: dict[str, Any], where: str) -> None:
                 f"{where}: {row.field(field)}: {shown(value)} must be a number from 0 to 1"
             )
         filled[field] = float(value)
-    for ours in ("attention_softcap", "logits_softcap"):
-        field = row.read.get(ours)
-        value = None if field is None else filled.get(field)
+    for ours, field in row.read.items():
+        value = filled.get(field) if ours.endswith(NUMBERS) else None
+        if value is None and ours.endswith(NUMBERS) and not ours.endswith("softcap"):
+            filled[field] = value = row.assumed[field]
         if value is not None and not (number(value) and 0 < value < 1e18):
             raise ModelError(f"{where}: {field}: {shown(value)} must be a number above 0, or null")
 

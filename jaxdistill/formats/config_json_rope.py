@@ -48,7 +48,8 @@ def read_ropes(row: Family, raw: Mapping[str, Any], where: str) -> tuple[Rope | 
         if nested:
             raise ModelError(f"{where}: {field}: {shown(given)}: expected one table for all layers")
         return _read_rope(row, raw, given, f"{where}: {field}"), None
-    local = {"rope_theta": raw["rope_local_base_freq"]}
+    # Where windows have a base of their own, or the base of all, which is not stretched there.
+    local = {"rope_theta": raw.get("rope_local_base_freq", raw.get("rope_theta"))}
     if nested:
         if set(given) != {"full_attention", "sliding_attention"} or len(nested) != len(given):
             raise ModelError(
@@ -93,7 +94,7 @@ def _read_rope(row: Family, raw: Mapping[str, Any], given: Mapping[str, Any], wh
             values[ours] = _checked_list(value, dims // 2, f"{where}.{_FIELDS[ours][0]}")
         elif ours not in ("original_max_positions", "truncate"):
             values[ours] = float(value)
-    return Rope(kind=kind, **values)
+    return Rope(kind=kind, interleaved="interleaved" in row.ropes, **values)
 
 
 def _checked_share(row: Family, raw: Mapping[str, Any], share: Any, where: str) -> float:
@@ -142,8 +143,12 @@ def write_ropes(row: Family, config: DecoderConfig) -> dict[str, Any]:
         written["partial_rotary_factor"] = rope.share
     if rope.kind == "longrope":  # where transformers looks first
         written["original_max_position_embeddings"] = rope.original_max_positions
-    if local is not None:
+    if local is not None and "rope_local_base_freq" in row.assumed:
         written["rope_local_base_freq"] = local.theta
+    elif local is not None:  # transformers 5 takes `rope_theta` for the other layers alone
+        full = {"rope_theta": rope.theta, **(table or {"rope_type": "default"})}
+        own = {"rope_theta": local.theta, "rope_type": local.kind}
+        written["rope_parameters"] = {"full_attention": full, "sliding_attention": own}
     return written
 
 

@@ -1,18 +1,11 @@
 """Per model family the table: Hugging Face configuration fields and tensor names <-> ours."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxdistill.formats import tensor_names
-from jaxdistill.formats.tensor_names import Names, TensorName
-from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, weights
-
-# Buffers that old exporters wrote beside the weights; they follow from the configuration.
-HARMLESS_TENSORS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+from jaxdistill.formats.tensor_names import Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +24,11 @@ class Family:
       absent: common configuration fields that it lacks.
       only: fields that change the mathematics -> the values under which this decoder is the same.
       ignored: fields that change nothing in a forward pass.
-      windowed: "never"; "all" layers where `sliding_window` is set; "switched": only where
-        `use_sliding_window` says so too; "chosen" layers; or "pattern": all but every n-th.
+      windowed: "never"; "all" layers where `sliding_window` is set; "listed": or those that
+        `layer_types` lists; "switched": only where `use_sliding_window` says so too; "chosen"
+        layers; or "pattern": all but every n-th.
       ropes: which kinds of position scaling it has; "partial": its heads may turn in part; "local":
-        windows have frequencies of their own.
+        windows have frequencies of their own; "interleaved": neighbours turn together.
     """
 
     architecture: str
@@ -77,6 +71,15 @@ _GEMMA_ASSUMED = {
     "pad_token_id": 0,
 }
 _GEMMA_FEATURES = {"norm": "rms_offset", "post_norm": True, "embedding_scaled": True}
+# Folders of models that see as well: their model_type -> that of the text model inside, where
+# `text_config` does not say it.
+WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# What stands before the names of its tensors there -> what stands before them alone.
+TEXT_MODEL: Mapping[str, str] = {
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "lm_head.": "lm_head.",
+}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -112,6 +115,29 @@ FAMILIES: Mapping[str, Family] = {
         read=_BOTH_BIASES,
         windowed="chosen",
     ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        published="Gemma 1",
+        assumed={
+            **{k: v for k, v in _GEMMA_ASSUMED.items() if k in ("head_dim", "bos_token_id")},
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+        features={"norm": "rms_offset", "embedding_scaled": True, "activation": "gelu_tanh"},
+        read=_BOTH_BIASES,
+        only={
+            "hidden_act": (
+                "gelu_pytorch_tanh",
+                "gelu",
+            ),  # published as gelu, and meant as the other
+            "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
+            "use_bidirectional_attention": (False, None),
+        },
+    ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         published="Gemma 2",
@@ -135,6 +161,8 @@ FAMILIES: Mapping[str, Family] = {
         published="Gemma 3 (text)",
         assumed={
             **_GEMMA_ASSUMED,
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
             "max_position_embeddings": 131_072,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
@@ -153,7 +181,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        published="Phi-3",
+        published="Phi-3, Phi-4, Phi-4-mini",
         assumed={
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
@@ -168,6 +196,7 @@ FAMILIES: Mapping[str, Family] = {
             "embd_pdrop": (0, None),
             "resid_pdrop": (0, None),
         },
+        ignored=("full_attn_mod", "interpolate_factor"),
         windowed="all",
         ropes=("default", "longrope", "partial"),
     ),
@@ -257,6 +286,106 @@ FAMILIES: Mapping[str, Family] = {
         features={"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_whole": True},
         read=_BOTH_BIASES,
     ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        published="OLMo 3",
+        assumed={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "eos_token_id": 50279,
+            "pad_token_id": 1,
+        },
+        names=tensor_names.OLMO2,
+        features={"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_whole": True},
+        read=_BOTH_BIASES,
+        only={"sliding_window_pattern": (4,)},
+        windowed="pattern",
+        ropes=("default", "linear", "llama3", "yarn", "local"),
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        published="SmolLM3",
+        assumed={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+        read={**_BOTH_BIASES, "mlp_bias": "mlp_bias"},
+        only={"use_sliding_window": (False, None)},
+        ignored=("sliding_window", "max_window_layers", "pretraining_tp"),
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        published="Granite 3 and 4 (dense)",
+        assumed={
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        read={
+            **_BOTH_BIASES,
+            "mlp_bias": "mlp_bias",
+            "embedding_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "attention_multiplier": "attention_multiplier",
+            "logits_divisor": "logits_scaling",
+        },
+    ),
+    "ministral": Family(
+        architecture="MinistralForCausalLM",
+        published="Ministral 8B",
+        assumed={
+            "max_position_embeddings": 4096 * 32,
+            "sliding_window": 4096,
+            "num_key_value_heads": 8,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        windowed="listed",
+    ),
+    "arcee": Family(
+        architecture="ArceeForCausalLM",
+        published="Arcee AFM",
+        assumed={
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        features={"gated": False},
+        read={**_BOTH_BIASES, "mlp_bias": "mlp_bias"},
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        published="GLM-4 (0414)",
+        assumed={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-7,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "eos_token_id": [151329, 151336, 151338],
+            "pad_token_id": 151329,
+        },
+        names=tensor_names.GLM4,
+        features={"post_norm": True},
+        read={"attention_bias": "attention_bias"},
+        ropes=("default", "linear", "yarn", "partial", "interleaved"),
+    ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         published="Mixtral",
@@ -300,44 +429,3 @@ FAMILIES: Mapping[str, Family] = {
         windowed="switched",
     ),
 }
-
-
-def tensor_rows(config: DecoderConfig) -> dict[str, tuple[TensorName, Weight]]:
-    """Our dotted weight name -> its name in the file and its row of the table."""
-    names = FAMILIES[config.family].names
-    rows = flat_weights(weights(config))
-    return {ours: (names[ours], row) for ours, row in rows.items()}
-
-
-def file_rows(config: DecoderConfig) -> dict[str, dict[str, tuple[TensorName, Weight]]]:
-    """The rows by the pattern of their file's tensor: several where it is fused."""
-    tensors: dict[str, dict[str, tuple[TensorName, Weight]]] = {}
-    for ours, (name, row) in tensor_rows(config).items():
-        tensors.setdefault(name.pattern, {})[ours] = (name, row)
-    return tensors
-
-
-def numbers(name: TensorName, row: Weight) -> list[tuple[int, ...]]:
-    """Of a weight's tensors in the file: (), or layers, or layers with their experts."""
-    return list(np.ndindex(*row.shape[: name.stacked]))
-
-
-def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a folder of this model holds, with its shape there."""
-    expected = {}
-    for pattern, rows in file_rows(config).items():
-        ours, (name, row) = next(iter(rows.items()))
-        shape = tensor_names.file_shape(name, row, name.part(ours, config))
-        for index in numbers(name, row):
-            expected[pattern.format(*index)] = shape
-    return expected
-
-
-def head_name(config: DecoderConfig) -> str:
-    """The file's name of a head, tied ones included."""
-    return FAMILIES[config.family].names["head"].pattern
-
-
-def root_name(config: DecoderConfig) -> str:
-    """What all names but the head's begin with; files of a model without its head lack it."""
-    return FAMILIES[config.family].names["embedding"].pattern.partition(".")[0] + "."

@@ -14,9 +14,9 @@ from jaxdistill.errors import ModelError
 from jaxdistill.formats import tensor_names
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config
-from jaxdistill.formats.families import expected_tensors
 from jaxdistill.formats.gguf_header import read_header
 from jaxdistill.formats.gguf_tokenizer import build_tokenizer
+from jaxdistill.formats.tensor_table import expected_tensors
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model

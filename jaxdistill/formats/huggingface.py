@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import compressed, new_folder, shards, sums
 from jaxdistill.formats.assemble import assemble
-from jaxdistill.formats.config_json import read_config, write_config
+from jaxdistill.formats.config_json import read_config, unwrapped, write_config
 from jaxdistill.formats.config_json_fields import shown
-from jaxdistill.formats.families import (
+from jaxdistill.formats.families import TEXT_MODEL, WRAPPERS
+from jaxdistill.formats.tensor_table import (
     HARMLESS_TENSORS,
     expected_tensors,
     file_rows,
@@ -63,7 +64,9 @@ def load_folder(
     config, scheme = folder_config(folder), folder_scheme(folder)
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
     if scheme is None:
-        with shards.Folder(folder, root=root_name(config)) as files:
+        kind = read_json(folder / "config.json").get("model_type")
+        inside = TEXT_MODEL if kind in WRAPPERS else {}
+        with shards.Folder(folder, root=root_name(config), inside=inside) as files:
             _check_tensors(config, files)
             params = assemble(config, files, **options)
     else:
@@ -85,8 +88,7 @@ def folder_config(folder: pathlib.Path) -> DecoderConfig:
     raw = read_json(path)
     if compressed.read_settings(raw.get("quantization_config"), str(path)):
         raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
-    raw |= _generation_file(folder, _IDS)
-    return read_config(raw, str(path))
+    return read_config({**unwrapped(raw, str(path)), **_generation_file(folder, _IDS)}, str(path))
 
 
 def folder_generation(folder: pathlib.Path) -> dict[str, Any]:
@@ -131,7 +133,9 @@ def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
     ]
     where = f"{files.folder}: the tensors do not fit config.json"
     if missing:
-        raise ModelError(f"{where}: {len(missing)} missing, such as {', '.join(missing[:5])}")
+        shown_names = ", ".join(missing[:5])
+        hint = _prefix_hint(missing, files)
+        raise ModelError(f"{where}: {len(missing)} missing, such as {shown_names}{hint}")
     if unknown:
         raise ModelError(
             f"{where}: {len(unknown)} that a {config.family} model of {config.layers} layers does "
@@ -145,6 +149,21 @@ def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
             )
     if config.tied_head and head in files.entries:
         _check_tied(files, head, tensor_rows(config)["embedding"][0].pattern)
+
+
+def _prefix_hint(missing: Sequence[str], files: shards.Folder) -> str:
+    """Where all that is missing is there under a prefix: whose it is, and how it goes away."""
+    there = {entry.name for entry in files.entries.values()}
+    ends = [name for name in there if name.endswith(missing[0])]
+    for prefix in (name.removesuffix(missing[0]) for name in ends):
+        if all(prefix + name in there for name in missing):
+            maker = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel"}
+            by = f", which {maker[prefix]} puts there" if prefix in maker else ""
+            return (
+                f". All of them are there under names that begin with {prefix!r}{by}: save the "
+                "state of the model inside, or rename the tensors without it"
+            )
+    return ""
 
 
 def _check_tied(files: shards.Folder, head: str, table: str) -> None:

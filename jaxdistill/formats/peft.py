@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import new_folder
-from jaxdistill.formats.families import tensor_rows
 from jaxdistill.formats.tensor_names import TensorName
+from jaxdistill.formats.tensor_table import tensor_rows
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.lora import Lora, rows
 

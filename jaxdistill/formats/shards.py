@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import struct
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,15 +48,30 @@ class Folder:
 
     Whole numbers are no weights, except where the caller knows that the folder is quantised. With a
     `root`, names of a folder where none begins with it get it: GPT-2's was saved without its head.
+    With `inside`, only the tensors whose names begin with one of its keys are there, under names
+    that begin with its value instead: the text model of a larger one.
     """
 
-    def __init__(self, folder: pathlib.Path, whole_numbers: bool = False, root: str = ""):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        whole_numbers: bool = False,
+        root: str = "",
+        inside: Mapping[str, str] = types.MappingProxyType({}),
+    ):
         self.folder = folder
         self._dtypes = {**DTYPES, **(WHOLE if whole_numbers else {})}
         self.entries: dict[str, Entry] = {}
         self._files = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
         self._index()
+        if inside:
+            self.entries = {
+                ours + name.removeprefix(theirs): entry
+                for name, entry in self.entries.items()
+                for theirs, ours in inside.items()
+                if name.startswith(theirs)
+            }
         if root and not any(name.startswith(root) for name in self.entries):
             self.entries = {root + name: entry for name, entry in self.entries.items()}
 

@@ -178,6 +178,26 @@ PHI3: Names = {
         },
     ),
 }
+GLM4: Names = {
+    **_ENDS,
+    **_scales(
+        {
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        }
+    ),
+    **_ATTENTION,
+    **_projections(
+        _LAYER,
+        {
+            "mlp.gate": "mlp.gate_up_proj|side by side",
+            "mlp.up": "mlp.gate_up_proj|side by side",
+            "mlp.down": "mlp.down_proj",
+        },
+    ),
+}
 GPT2: Names = {
     "embedding": TensorName("transformer.wte.weight"),
     "positions": TensorName("transformer.wpe.weight"),

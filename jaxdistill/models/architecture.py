@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.models.rope import Rope
@@ -38,17 +38,22 @@ class DecoderConfig:
       norm_eps: epsilon of every norm.
       pre_norm, post_norm: norms before, and behind, attention and MLP.
       parallel: the MLP reads what attention reads, not what it has added.
-      activation: "silu", "gelu" or "gelu_tanh".
+      activation: "silu", "gelu", "gelu_tanh" or "relu2", relu(x) ** 2.
       gated: down(activation(gate(x)) * up(x)); else down(activation(up(x))).
       experts: routed experts in place of the one MLP of a layer; `mlp` is the width of one.
       rope: position embedding; None: a learned table of `max_positions` rows.
       local_rope: of layers with a window, where theirs is another.
+      turned: per layer whether positions turn its heads; None: all layers'.
       attention_bias, attention_out_bias, mlp_bias: which projections add a bias.
       qk_norm: RMSNorm over each query and key head.
       qk_norm_whole: over all heads of a token together instead.
       query_scalar: scores are divided by its root; None: head_dim.
+      attention_multiplier: scores are multiplied by it instead.
       attention_softcap, logits_softcap: c, of c tanh(x / c); None for none.
       embedding_scaled: embeddings are multiplied by sqrt(D).
+      embedding_multiplier: or by this.
+      residual_multiplier: what attention and MLP add is multiplied by it.
+      logits_divisor: logits are divided by it, before any cap.
       tied_head: the head is the embedding.
       windows: per layer how many tokens it sees (itself included), None = all; or None for no
         window anywhere.
@@ -91,6 +96,11 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     embedding_scaled: bool = False
+    turned: tuple[bool, ...] | None = None
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
 
 class Weight(NamedTuple):
@@ -208,6 +218,18 @@ def nest(flat: Mapping[str, Any]) -> dict:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def picked(config: DecoderConfig, layers: Sequence[int]) -> DecoderConfig:
+    """The configuration of these layers in this order: what a layer has of its own goes with it."""
+    windows = config.windows and tuple(config.windows[layer] for layer in layers)
+    turned = config.turned and tuple(config.turned[layer] for layer in layers)
+    return dataclasses.replace(
+        config,
+        layers=len(layers),
+        windows=windows if windows and any(windows) else None,
+        turned=turned if turned and not all(turned) else None,
+    )
 
 
 def count_parameters(config: DecoderConfig) -> int:

@@ -102,6 +102,8 @@ def _splash(config: DecoderConfig, length: int, segment_ids: Array | None) -> At
 
 def score_scale(config: DecoderConfig) -> float:
     """What query times key is multiplied with."""
+    if config.attention_multiplier is not None:
+        return config.attention_multiplier
     return float((config.query_scalar or config.head_dim) ** -0.5)
 
 

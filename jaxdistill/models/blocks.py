@@ -19,12 +19,18 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
 def last(vector: Array, like: Array) -> Array:
     """A vector shaped to meet the last dim of `like` without implicit rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def multiplied(x: Array, factor: float) -> Array:
+    """x * factor in the dtype of x; x itself for 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _rows(x_BLD: Array) -> Array:
@@ -123,7 +129,10 @@ class Attention(nnx.Module):
         )
         query_BLHE, key_BLGE, value_BLGE = self.project(x_BLD)
         if turn is not None:
-            query_BLHE, key_BLGE = rope.rotate(query_BLHE, *turn), rope.rotate(key_BLGE, *turn)
+            assert self.config.rope is not None, "what turns them"
+            pairs = self.config.rope.interleaved
+            query_BLHE = rope.rotate(query_BLHE, *turn, interleaved=pairs)
+            key_BLGE = rope.rotate(key_BLGE, *turn, interleaved=pairs)
         state, mixed_BLHE = attend(
             state, index, heads(query_BLHE), heads(key_BLGE), heads(value_BLGE)
         )
@@ -182,7 +191,7 @@ class Layer(nnx.Module):
         else:
             activate = ACTIVATIONS[config.activation]
             self.mlp = RoutedMLP(config.experts, activate, params["mlp"])
-        self.parallel = config.parallel
+        self.parallel, self.multiplier = config.parallel, config.residual_multiplier
 
     def project(self, x_BLD):
         """Queries, keys and values of what enters the layer."""
@@ -204,13 +213,14 @@ class Layer(nnx.Module):
         state, mixed_BLD = self.attention(
             _normed(self.attention_norm, x_BLD), turn, attend, state, index, rules
         )
-        between_BLD = x_BLD + _normed(self.attention_post_norm, mixed_BLD)
+        mixed_BLD = multiplied(_normed(self.attention_post_norm, mixed_BLD), self.multiplier)
+        between_BLD = x_BLD + mixed_BLD
         entering_BLD = x_BLD if self.parallel else between_BLD
         return between_BLD, _normed(self.mlp_norm, entering_BLD), state
 
     def _close(self, between_BLD, entering_BLD, rules):
-        made_BLD = self.mlp(entering_BLD, rules)
-        x_BLD = between_BLD + _normed(self.mlp_post_norm, made_BLD)
+        made_BLD = _normed(self.mlp_post_norm, self.mlp(entering_BLD, rules))
+        x_BLD = between_BLD + multiplied(made_BLD, self.multiplier)
         return constrain(x_BLD, ("batch", "length", "act_embed"), rules)
 
 

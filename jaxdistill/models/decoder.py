@@ -23,7 +23,7 @@ from jaxdistill.kernels.softcap import soft_cap
 from jaxdistill.models import per_layer, rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
-from jaxdistill.models.blocks import Layer, Norm, last
+from jaxdistill.models.blocks import Layer, Norm, last, multiplied
 from jaxdistill.models.quantized import is_kernel
 from jaxdistill.sharding import RULES, MeshAxes, constrain, mesh_axes
 from jaxdistill.types import Outputs
@@ -168,6 +168,7 @@ def enter(
     if config.embedding_scaled:
         # The published models were trained with this factor rounded to what they compute in.
         x_BLD = x_BLD * jnp.asarray(config.embed**0.5, dtype)
+    x_BLD = multiplied(x_BLD, config.embedding_multiplier)
     if places_PD is not None:
         x_BLD = x_BLD + jnp.take(places_PD, positions_BL, axis=0).astype(dtype)
     return x_BLD
@@ -177,27 +178,37 @@ def leave(config: DecoderConfig, params: Mapping[str, Any], x_BLD: Array) -> Out
     """What a model returns, from what comes out of its last layer."""
     norm = Norm(config, params["final_norm"])
     head = params["embedding"] if config.tied_head else params["head"]
-    return Outputs(norm(x_BLD), head, softcap=config.logits_softcap)
+    hidden_BLD = multiplied(norm(x_BLD), 1 / config.logits_divisor)
+    return Outputs(hidden_BLD, head, softcap=config.logits_softcap)
 
 
 def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> Turn:
     """The (cos, sin) of every layer, by its index, traced or not.
 
-    Layers with a window may have frequencies of their own. Both tables are computed once; a layer
-    takes one of them by a flag, so that all layers stay one scanned body. `shared` keeps XLA from
-    computing the tables again in every layer where there is no scan.
+    Layers with a window may have frequencies of their own, and some layers none. All tables are
+    computed once; a layer takes one of them by its kind, so that all layers stay one scanned body.
+    `shared` keeps XLA from computing the tables again in every layer where there is no scan.
     """
     if config.rope is None:
         return lambda index: None
     keep = jax.lax.optimization_barrier if shared else lambda table: table
     everywhere = keep(rope.tables(config.rope, config.head_dim, positions))
-    if config.local_rope is None or config.windows is None:
-        return lambda index: everywhere
-    local = keep(rope.tables(config.local_rope, config.head_dim, positions))
-    is_local = np.asarray([window is not None for window in config.windows])
-    return lambda index: jax.tree.map(
-        lambda here, there: jnp.where(jnp.asarray(is_local)[index], here, there), local, everywhere
-    )
+    kinds, others = np.zeros(config.layers, np.int32), {}
+    if config.local_rope is not None and config.windows is not None:
+        kinds[[window is not None for window in config.windows]] = 1
+        others[1] = keep(rope.tables(config.local_rope, config.head_dim, positions))
+    if config.turned is not None:
+        kinds[[not turned for turned in config.turned]] = 2
+        others[2] = jnp.ones_like(everywhere[0]), jnp.zeros_like(everywhere[1])
+
+    def turn(index):
+        table = everywhere
+        for kind, other in others.items():
+            here = jnp.asarray(kinds)[index] == kind
+            table = jax.tree.map(functools.partial(jnp.where, here), other, table)
+        return table
+
+    return turn
 
 
 def _lookup(

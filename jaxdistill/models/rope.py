@@ -27,6 +27,7 @@ class Rope:
       short_factors, long_factors: longrope's wavelengths over plain ones, in documents of up to
         `original_max_positions` tokens and in longer ones.
       share: the part of each head's dims that is turned, the first ones; the others stay.
+      interleaved: dims 2 j and 2 j + 1 turn together; else j and j + d / 2.
     """
 
     theta: float = 10_000.0
@@ -44,6 +45,7 @@ class Rope:
     short_factors: tuple[float, ...] | None = None
     long_factors: tuple[float, ...] | None = None
     share: float = 1.0
+    interleaved: bool = False
 
     def dims(self, head_dim: int) -> int:
         """How many dims of a head are turned."""
@@ -162,14 +164,24 @@ def document_lengths(positions: jax.Array) -> jax.Array:
     return positions + end - index + 1
 
 
-def rotate(x_BLHE: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns dim j together with dim j + d / 2 (the Hugging Face pairing), in float32.
+def rotate(
+    x_BLHE: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False
+) -> jax.Array:
+    """Turns dim j together with dim j + d / 2, or 2 j with 2 j + 1, in float32.
 
     d is twice the width of `cos`; dims from d on stay as they are.
     """
     size = 2 * cos.shape[-1]
-    first, second = jnp.split(x_BLHE[..., :size].astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    wide = x_BLHE[..., :size].astype(jnp.float32)
+    if interleaved:
+        first, second = wide[..., ::2], wide[..., 1::2]
+    else:
+        first, second = jnp.split(wide, 2, axis=-1)
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    if interleaved:
+        turned = jnp.stack(parts, axis=-1).reshape(wide.shape)
+    else:
+        turned = jnp.concatenate(parts, axis=-1)
     turned = turned.astype(x_BLHE.dtype)
     if size == x_BLHE.shape[-1]:
         return turned

@@ -11,6 +11,7 @@ from jaxdistill.config.models import RandomModel, Student, Teacher
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, Model
+from jaxdistill.models.architecture import picked
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.quantized import SCHEMES, Scheme
 from jaxdistill.models.vocabulary import vocabulary_size
@@ -38,7 +39,7 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
             small = command.shape_of(teacher.config, student.prune)
             return teacher, _cut(teacher, small, "pruned teacher")
         layers = kept_layers(config, teacher.config.layers)
-        small = dataclasses.replace(teacher.config, layers=len(layers), windows=None)
+        small = picked(teacher.config, layers)
         return teacher, _cut(teacher, small, f"layers {layers} of the teacher")
     if student.random:
         return teacher, _random_shape(student.random, teacher, config, network, "student.random")
@@ -151,9 +152,8 @@ def _random_shape(
         if {"heads", "embed"} & numbers.keys() and "head_dim" not in numbers:
             heads, embed = numbers.get("heads", base.heads), numbers.get("embed", base.embed)
             numbers["head_dim"] = base.head_dim if "embed" not in numbers else embed // heads
-        arch = dataclasses.replace(base, **numbers)
-        if arch.layers != base.layers:
-            arch = dataclasses.replace(arch, windows=_repeated_windows(base, arch.layers, key))
+        layers = _like_layers(base, numbers.get("layers", base.layers), key)
+        arch = dataclasses.replace(picked(base, layers), **numbers)
         return Model(arch, None, like.tokenizer, f"random, like {like.source}")
     numbers.setdefault("kv_heads", numbers["heads"])
     numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
@@ -167,17 +167,16 @@ def _random_shape(
     return Model(arch, None, None, "random")
 
 
-def _repeated_windows(base: DecoderConfig, layers: int, key: str) -> tuple[int | None, ...] | None:
-    """The windows of the model it is like, cut or repeated by their shortest pattern."""
-    if base.windows is None or not any(base.windows[:layers]):
-        return None
-    if layers <= base.layers:
-        return base.windows[:layers]
-    old = base.windows
-    for size in range(1, base.layers // 2 + 1):
-        if all(window == old[layer % size] for layer, window in enumerate(old)):
-            return tuple(old[layer % size] for layer in range(layers))
+def _like_layers(base: DecoderConfig, count: int, key: str) -> list[int]:
+    """Which layer of the model it is like each of `count` layers is like: the first, or again."""
+    if count <= base.layers:
+        return list(range(count))
+    all_of = (None,) * base.layers
+    own = list(zip(base.windows or all_of, base.turned or all_of, strict=True))
+    for size in range(1, max(2, base.layers // 2 + 1)):
+        if all(one == own[layer % size] for layer, one in enumerate(own)):
+            return [layer % size for layer in range(count)]
     raise ConfigError(
         f"{key}.layers: the windows of the model it is like follow no pattern that would carry "
-        f"over to {layers} layers: take at most its {base.layers}"
+        f"over to {count} layers: take at most its {base.layers}"
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import losses, models, sharding
+from jaxdistill.compress import prune
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import sums
 from jaxdistill.formats.config_json import read_config, write_config
@@ -35,6 +36,12 @@ def name(request):
 @pytest.fixture(scope="module")
 def model(name):
     return variants.model(name)
+
+
+@pytest.fixture(scope="module", params=sorted(variants.CASES.keys() - variants.LIKE_OTHERS))
+def own(request):
+    """Of families with a part that no other has: these run everywhere, all are compared."""
+    return variants.model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +110,11 @@ def test_greedy_equals_transformers(theirs, transformers_model):
         assert found == expected[0, len(prompt) :].tolist()
 
 
-def test_greedy_equals_a_loop_without_a_cache(model):
-    free = dataclasses.replace(model, config=dataclasses.replace(model.config, eos_ids=()))
+def test_greedy_equals_a_loop_without_a_cache(own):
+    free = dataclasses.replace(own, config=dataclasses.replace(own.config, eos_ids=()))
     found = free.generate(PROMPTS[:1], max_new_tokens=9)[0]
     row = [*PROMPTS[0], *found]
-    best = np.asarray(model.logits(np.asarray([row]))[0]).argmax(-1)
+    best = np.asarray(own.logits(np.asarray([row]))[0]).argmax(-1)
     assert found == best[len(PROMPTS[0]) - 1 : -1].tolist()
 
 
@@ -118,22 +125,22 @@ def test_saving_and_loading_changes_nothing(model, name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
-def test_a_mesh_changes_nothing(model, mesh8, tmp_path):
+def test_a_mesh_changes_nothing(own, mesh8, tmp_path):
     """Read slice by slice into its places, fused tensors too; packed rows, all axes in use."""
-    models.save(model, tmp_path / "model")
+    models.save(own, tmp_path / "model")
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    if model.config.heads % 2:
+    if own.config.heads % 2:
         mesh = sharding.make_mesh(data=1, fsdp=4, context=2)
     spread = models.load(tmp_path / "model", mesh=mesh)
-    assert oracle.distance(spread.logits(*PACKED), model.logits(*PACKED)) < 1e-5
+    assert oracle.distance(spread.logits(*PACKED), own.logits(*PACKED)) < 1e-5
     kernel = spread.params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
-def test_packed_documents_equal_their_own_forwards(model):
-    packed = model.logits(*PACKED)
+def test_packed_documents_equal_their_own_forwards(own):
+    packed = own.logits(*PACKED)
     for start in (0, 16):
-        alone = model.logits(PACKED[0][:1, start : start + 16])
+        alone = own.logits(PACKED[0][:1, start : start + 16])
         assert oracle.distance(packed[:1, start : start + 16], alone) <= TOLERANCE
 
 
@@ -341,6 +348,112 @@ def test_fused_tensors_are_laid_out_as_published(tmp_path):
     np.testing.assert_array_equal(fused, np.concatenate(kernels, axis=1))
 
 
+def _renamed(folder, name, rename, beside=()):
+    """A saved model whose tensors have other names; its configuration, and the file of that."""
+    from safetensors.numpy import load_file, save_file
+
+    models.save(variants.model(name), folder)
+    (folder / sums.FILE).unlink()
+    (folder / "generation_config.json").unlink()
+    file, config = folder / "model.safetensors", folder / "config.json"
+    named = {rename(key): value for key, value in load_file(file).items()}
+    save_file(named | {key: np.ones(3, np.float32) for key in beside}, file)
+    return json.loads(config.read_text()), config
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_folder_that_sees_is_read(prefix, tmp_path):
+    """Old and new names of Gemma 3's folders of 4B and more; what sees is left where it is."""
+    folder, tower = tmp_path / "model", ("vision_tower.x.weight", "multi_modal_projector.y")
+    rename = lambda key: prefix + key.removeprefix("model.")
+    text, file = _renamed(folder, "gemma3", rename, tower)
+    ends = {"eos_token_id": [1, 2]}
+    text.pop("eos_token_id")
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 8}}
+    whole |= {"architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256}
+    file.write_text(json.dumps(whole | ends))
+    found, made = models.load(folder), variants.model("gemma3")
+    assert found.config == dataclasses.replace(made.config, eos_ids=(1, 2))
+    jax.tree.map(np.testing.assert_array_equal, found.params, made.params)
+    models.save(found, tmp_path / "alone")
+    assert models.load(tmp_path / "alone").config == found.config
+    file.write_text(json.dumps(whole | {"text_config": None}))
+    with pytest.raises(ModelError, match="text_config: null must hold the text model"):
+        models.load(folder)
+
+
+@pytest.mark.torch
+def test_gemma_3_that_sees_equals_transformers(tmp_path):
+    """Its language model, from a folder that transformers wrote."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    raw = {key: value for key, value in variants.CASES["gemma3"].items() if key != "model_type"}
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sees |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = Gemma3Config(text_config=raw, vision_config=sees, mm_tokens_per_image=4)
+        theirs = Gemma3ForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for weight in theirs.parameters():
+                weight.copy_(torch.randn_like(weight) * (0.3 if weight.ndim == 1 else 0.2))
+        theirs.save_pretrained(str(tmp_path / "model"))
+        tokens = variants.tokens()
+        with torch.no_grad():
+            expected = theirs(input_ids=torch.tensor(tokens)).logits.numpy()
+    found = models.load(tmp_path / "model")
+    assert oracle.distance(found.logits(tokens), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "policy.module."])
+def test_weights_under_a_prefix_are_named(prefix, tmp_path):
+    _renamed(tmp_path / "model", "olmo2", lambda key: prefix + key)
+    by = ", which torch.compile puts there" if prefix == "_orig_mod." else ""
+    hint = f"names that begin with '{prefix}'{by}: save the state of the model inside"
+    with pytest.raises(ModelError, match=re.escape(hint)):
+        models.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "FineGrainedFP8Config(dequantize=True)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            'weights of "awq" are not read: use the',
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx_lm.convert"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "model.dequantize()"),
+    ],
+)
+def test_weights_of_other_tools_have_a_way_back(fields, remedy, tmp_path):
+    folder = models.save(variants.model("olmo2"), tmp_path / "model")
+    (folder / sums.FILE).unlink()
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ModelError, match=re.escape(remedy)):
+        models.load(folder)
+
+
+def test_layers_that_positions_do_not_turn_stay_so_when_others_go():
+    model = variants.model("smollm3")
+    config, params = prune.keep_layers(model.config, model.params, [1, 2])
+    assert (config.turned, config.layers) == ((False, True), 2)
+    assert prune.keep_layers(model.config, model.params, [0, 2])[0].turned is None
+    rope = dataclasses.replace(model.config.rope, theta=100.0)  # of no consequence to layer 1
+    tokens = variants.tokens()
+    first = prune.keep_layers(model.config, model.params, [1])
+    other = dataclasses.replace(first[0], rope=rope)
+    logits = [models.Model(one, first[1]).logits(tokens) for one in (first[0], other)]
+    np.testing.assert_array_equal(*logits)
+    changed = dataclasses.replace(config, rope=rope)
+    logits = [models.Model(one, params).logits(tokens) for one in (config, changed)]
+    assert oracle.distance(*logits) > 1e-2
+
+
 REFUSED = {
     ("llama2", "rope_theta_extra: 3 is not a field that llama models"): {"rope_theta_extra": 3},
     ("gemma2", "final_logit_softcapping: 0 must be a number above 0"): {
@@ -387,6 +500,13 @@ REFUSED = {
     ("pythia", "rotary_pct: 0.1 must turn an even number"): {"rotary_pct": 0.1},
     ("pythia", "num_key_value_heads: 2 differs from 4"): {"num_key_value_heads": 2},
     ("olmo2", "clip_qkv: 8.0 is not a field that olmo2 models"): {"clip_qkv": 8.0},
+    ("smollm3", "no_rope_layers: [1, 0] must have a 1 for each of the 3 layers"): {
+        "no_rope_layers": [1, 0]
+    },
+    ("smollm3", "use_sliding_window: true is not supported"): {"use_sliding_window": True},
+    ("granite", "logits_scaling: 0 must be a number above 0"): {"logits_scaling": 0},
+    ("gemma", 'hidden_act: "silu" is not supported'): {"hidden_act": "silu"},
+    ("olmo3", "sliding_window_pattern: 3 is not supported"): {"sliding_window_pattern": 3},
     ("mixtral", "num_experts_per_tok: 5 must be a whole number, 1 to 4"): {
         "num_experts_per_tok": 5
     },
@@ -434,7 +554,8 @@ def test_defaults_equal_those_of_transformers(family):
     assert config.max_positions == their("max_position_embeddings")
     assert config.tied_head == theirs.tie_word_embeddings
     assert (config.bos_id, config.pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
-    assert config.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    ends = theirs.eos_token_id
+    assert config.eos_ids == tuple(ends if isinstance(ends, list) else [ends] if ends else [])
     assert config.kv_heads == (their("num_key_value_heads") or 32)
     for ours, field in row.read.items():
         assert getattr(config, ours) == getattr(theirs, field), field

@@ -58,6 +58,8 @@ CASES = {
         "model_type": "phi3",
         **_SMALL,
         "original_max_position_embeddings": 32,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
         "rope_scaling": {
             "type": "longrope",
             "short_factor": [1.0, 1.1, 1.2, 1.5],
@@ -94,6 +96,61 @@ CASES = {
         "hidden_act": "gelu_fast",
     },
     "olmo2": {"model_type": "olmo2", **_SMALL, "rope_theta": 500000},
+    "olmo3": {
+        "model_type": "olmo3",
+        **_SMALL,
+        "num_hidden_layers": 4,
+        "rope_theta": 500000,
+        "sliding_window": 5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.2,
+        },
+    },
+    "gemma": {
+        "model_type": "gemma",
+        **_SMALL,
+        "head_dim": 16,
+        "hidden_act": "gelu",
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        **_SMALL,
+        "rope_theta": 5000000.0,
+        "no_rope_layers": [1, 0, 1],
+        "no_rope_layer_interval": 4,
+        "layer_types": ["full_attention"] * 3,
+        "max_window_layers": 28,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "pretraining_tp": 2,
+    },
+    "granite": {
+        "model_type": "granite",
+        **_SMALL,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 4.0,
+        "tie_word_embeddings": True,
+    },
+    "ministral": {
+        "model_type": "ministral",
+        **_SMALL,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "arcee": {"model_type": "arcee", **_SMALL, "hidden_act": "relu2", "head_dim": 8},
+    "glm4": {
+        "model_type": "glm4",
+        **_SMALL,
+        "head_dim": 16,
+        "eos_token_id": [2, 5],
+        "partial_rotary_factor": 0.5,
+    },
     "mixtral": {
         "model_type": "mixtral",
         **_EXPERTS,
@@ -124,6 +181,9 @@ CASES = {
         "norm_topk_prob": False,
     },
 }
+
+# Whose every part stands in another case as well.
+LIKE_OTHERS = {"gemma", "arcee", "ministral", "phi3_partial", "neox_serial", "olmo2"}
 
 
 def model(name: str) -> models.Model:
