@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 if typing.TYPE_CHECKING:
     from jaxdistill import kernels, losses, models, optim
     from jaxdistill.api import build, distill, resume
+    from jaxdistill.callbacks import Callback
     from jaxdistill.config import load as load_config
 
 _HOMES = {
+    "Callback": ("jaxdistill.callbacks", "Callback"),
     "build": ("jaxdistill.api", "build"),
     "distill": ("jaxdistill.api", "distill"),
     "kernels": ("jaxdistill.kernels", None),
@@ -25,6 +27,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "__version__",
     "build",
     "distill",

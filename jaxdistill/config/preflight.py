@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill import rules
+from jaxdistill.config import trackers
 from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
@@ -40,7 +41,8 @@ def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
     """
     errors: list[UserError] = []
     of_run = _run_dir_errors(config.run.dir) if run_dir else iter(())
-    for part in (of_run, _data_errors(config), _model_errors(config)):
+    tracked = trackers.missing(config.logging) if run_dir else iter(())
+    for part in (of_run, tracked, _data_errors(config), _model_errors(config)):
         try:
             errors.extend(part)
         except OSError as error:

@@ -9,6 +9,7 @@ from jaxdistill import methods, rules
 from jaxdistill.commands import Format
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
+from jaxdistill.config.trackers import Trackers
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 
@@ -307,8 +308,8 @@ class Guards(Section):
     spike: Spike = Field(default_factory=Spike, description="A loss that jumps up.")
 
 
-class Logging(Section):
-    """What a run tells while it runs."""
+class Logging(Trackers):
+    """What a run reports while it runs."""
 
     progress: Literal["auto", "rich", "plain", "none"] = Field(
         "auto", description="Console: live rows, one line per log_every, nothing; auto by terminal."

@@ -22,6 +22,17 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 _logger = logging.getLogger("jaxdistill.report")
 
 
+@typing.runtime_checkable
+class Listener(typing.Protocol):
+    """What a writer tells besides its files."""
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Is called with every record."""
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Is called with what was written after prompts."""
+
+
 class MetricsWriter:
     """Appends what a run measures to its folder, and never stops the run for it.
 
@@ -39,6 +50,7 @@ class MetricsWriter:
       notice: called with the one warning; by default it is logged.
       clock: the source of "time", seconds since 1970.
       hooks: what the caller handed in.
+      listener: is told of every record and of samples, after they are written.
 
     Raises:
       StorageError: the folder or a file cannot be opened, or a new run finds records of another.
@@ -53,12 +65,13 @@ class MetricsWriter:
         notice: Callable[[str], typing.Any] | None = None,
         clock: Callable[[], float] = time.time,
         hooks: Hooks = NO_HOOKS,
+        listener: Listener | None = None,
     ):
         self.run_dir = pathlib.Path(run_dir)
         self.dropped = 0
         self._notice = notice or _logger.warning
         self._warned: set[str] = set()
-        self._clock, self._hooks = clock, hooks
+        self._clock, self._hooks, self._listener = clock, hooks, listener
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             metrics = self.run_dir / "metrics.jsonl"
@@ -95,6 +108,8 @@ class MetricsWriter:
         if self._board is not None:
             with self._guard("tensorboard"):
                 self._board.write(int(step), values, record["time"])
+        if self._listener is not None:
+            self._listener.record(int(step), values)
 
     def rewind(self, step: int) -> None:
         """Removes the records after a step, which will be computed again; events stay."""
@@ -133,6 +148,8 @@ class MetricsWriter:
             stem.with_suffix(".md").write_text(
                 _samples_page(step, rows), encoding="utf-8", errors="replace"
             )
+        if self._listener is not None:
+            self._listener.samples(step, rows)
 
     def sync(self) -> None:
         """Forces both files to the disk: call it before a checkpoint that counts on them."""

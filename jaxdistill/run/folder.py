@@ -9,6 +9,7 @@ import platform
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class RunDir:
         _refuse_secrets(resolved)
         _check_free(folder, path)
         record = {"schema": SCHEMA, "name": name, "status": "new", "step": 0, "attempts": []}
+        record["id"] = uuid.uuid4().hex
         record["command"] = redacted(sys.argv)
         run = cls(folder, record)
         try:
@@ -152,7 +154,7 @@ class RunDir:
 
     def forget(self) -> None:
         """Makes the record that of a run which has not begun."""
-        kept = ("schema", "name", "attempts", "command")
+        kept = ("schema", "name", "id", "attempts", "command")
         with self._changing:
             self.record = {name: self.record[name] for name in kept if name in self.record}
             self.update(status="new", step=0)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxdistill import agree, compilation_cache, errors, methods, processes, report
 from jaxdistill import config as configs
+from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
@@ -22,7 +23,7 @@ from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import count_parameters
 from jaxdistill.report import json_lines
-from jaxdistill.run import alike, anew, changes, run_table, schedule, setup, student_folder
+from jaxdistill.run import alike, anew, changes, hearing, run_table, schedule, setup, student_folder
 from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
@@ -49,9 +50,13 @@ class RunResult:
 
 
 def distill(
-    config: str | os.PathLike | Config, overrides: Sequence[str] = (), *, hooks: Hooks = NO_HOOKS
+    config: str | os.PathLike | Config,
+    overrides: Sequence[str] = (),
+    *,
+    callbacks: Sequence[Callback] = (),
+    hooks: Hooks = NO_HOOKS,
 ) -> RunResult:
-    """Runs a configuration, given as a file or as an object; `hooks` as in `train`.
+    """Runs a configuration, given as a file or as an object; the rest as in `train`.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -59,10 +64,10 @@ def distill(
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides belong to a configuration file: change the object")
-        return train(config, hooks=hooks)
+        return train(config, callbacks=callbacks, hooks=hooks)
     text = configs.read(config)
     loaded = configs.loads(text, str(config), overrides)
-    return train(loaded, input_text=text, overrides=overrides, hooks=hooks)
+    return train(loaded, input_text=text, overrides=overrides, callbacks=callbacks, hooks=hooks)
 
 
 def train(
@@ -70,6 +75,7 @@ def train(
     *,
     input_text: str | None = None,
     overrides: Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
     hooks: Hooks = NO_HOOKS,
 ) -> RunResult:
     """Runs a configuration from the start.
@@ -78,6 +84,7 @@ def train(
       config: what to do.
       input_text: the file it came from, kept in the run folder as it was.
       overrides: what changed it, kept beside.
+      callbacks: hear what the run does, beside the trackers of `logging`.
       hooks: called at named points, given every batch and the loss, see `train.hooks`.
 
     Raises:
@@ -100,7 +107,7 @@ def train(
 
     agree.by_leader(create)
     run = agree.together(lambda: RunDir.open(config.run.dir, hooks))
-    return _execute(config, run, inputs)
+    return _execute(config, run, inputs, callbacks)
 
 
 def _begin(config: Config) -> Mesh:
@@ -120,6 +127,7 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     from_start: bool = False,
+    callbacks: Sequence[Callback] = (),
     hooks: Hooks = NO_HOOKS,
 ) -> RunResult:
     """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
@@ -129,6 +137,7 @@ def resume(
       overrides: settings that change from here on, such as "train.steps=200": `changes.RULES` says
         which ones may; they are kept in the run folder.
       from_start: begin anew at step 0; what the run has is moved to `earlier/` in its folder.
+      callbacks: as in `train`.
       hooks: as in `train`.
 
     Raises:
@@ -144,7 +153,7 @@ def resume(
             f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
             "folder and resume it there"
         )
-    return _execute(config, run, _read(config, _begin(config)), from_start)
+    return _execute(config, run, _read(config, _begin(config)), callbacks, from_start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +183,19 @@ def _read(config: Config, mesh: Mesh) -> _Inputs:
     return _Inputs(mesh, models, data, taught)
 
 
-def _execute(config: Config, run: RunDir, inputs: _Inputs, from_start: bool = False) -> RunResult:
+def _execute(
+    config: Config,
+    run: RunDir,
+    inputs: _Inputs,
+    callbacks: Sequence[Callback],
+    from_start: bool = False,
+) -> RunResult:
     with processes.lost_ones_told(), contextlib.ExitStack() as stack:
         agree.by_leader(lambda: stack.enter_context(run.held()) or _prepare(run, from_start))
         agree.together(run.reread)
         stop = stack.enter_context(stopping.listening())
-        with _checkpoints(config, run, "student") as checkpoints:
+        told = agree.together(lambda: hearing.broadcast(config, run, callbacks))
+        with _checkpoints(config, run, "student", told) as checkpoints:
             latest = checkpoints.latest() or 0
             if latest > config.train.steps:
                 raise ConfigError(
@@ -187,7 +203,8 @@ def _execute(config: Config, run: RunDir, inputs: _Inputs, from_start: bool = Fa
                     f"back, `jaxdistill ckpt rollback {run.path} STEP`"
                 )
             with run.attempt(latest):
-                result = _Session(config, run, inputs, stop, latest).execute(checkpoints)
+                session = _Session(config, run, inputs, stop, latest, told)
+                result = session.execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
         agree.by_leader(lambda: _report(run.path))
         return result
@@ -202,24 +219,39 @@ def _prepare(run: RunDir, from_start: bool) -> None:
     anew.check(run)
 
 
-def _checkpoints(config: Config, run: RunDir, part: str) -> Checkpoints:
+def _checkpoints(config: Config, run: RunDir, part: str, told: Broadcast) -> Checkpoints:
     c = config.checkpoint
+    folder = run.path / anew.PARTS[part] / "checkpoints"
+
+    def committed(step: int) -> None:
+        run.note_saved(part, step)
+        told.saved(step, folder / str(step))
+
     return Checkpoints(
-        run.path / anew.PARTS[part] / "checkpoints",
+        folder,
         keep_latest=c.keep.latest,
         keep_best=c.keep.best,
         best_metric=c.best_metric,
         mode=c.mode,
         hooks=run.hooks,
-        committed=lambda step: run.note_saved(part, step),
+        committed=committed,
     )
 
 
 class _Session:
     """One process's work on a run: what is loaded once and used by training and table alike."""
 
-    def __init__(self, config: Config, run: RunDir, inputs: _Inputs, stop: Stop, step: int):
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        inputs: _Inputs,
+        stop: Stop,
+        step: int,
+        told: Broadcast,
+    ):
         self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
+        self.step, self.told = step, told
         mesh, data = inputs.mesh, inputs.data
         agree.by_leader(lambda: _keep_quarantined(run, data))
         self.models = agree.together(lambda: setup.load_models(config, inputs.models, mesh))
@@ -250,9 +282,18 @@ class _Session:
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
-        table, student = self.table, self.models.student
         if (metrics := self._finished(checkpoints)) is not None:
-            return RunResult(self.run.path, metrics, table.rows)
+            return RunResult(self.run.path, metrics, self.table.rows)
+        with hearing.attempt(self.told, self.config, self.run, self.step):
+            metrics = self._work(checkpoints)
+            self.told.measured(self.table.rows)
+        if agree.leads():
+            _show(self.table.rows)
+        return RunResult(self.run.path, metrics, self.table.rows)
+
+    def _work(self, checkpoints: Checkpoints) -> Mapping[str, float]:
+        """Trains and measures; returns the metrics of the last evaluation."""
+        table, student = self.table, self.models.student
         if checkpoints.latest() is None or not table.has("student before"):
             log.info("measuring teacher and student on the held-out data")
             table.add_teacher()
@@ -263,9 +304,7 @@ class _Session:
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
-        if agree.leads():
-            _show(table.rows)
-        return RunResult(self.run.path, metrics, table.rows)
+        return metrics
 
     def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
         """The last metrics of a run of which nothing is left to do, said so; else None."""
@@ -298,7 +337,7 @@ class _Session:
         folder.mkdir(exist_ok=True)
         fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
-        with _checkpoints(config, self.run, "control") as checkpoints:
+        with _checkpoints(config, self.run, "control", self.told) as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
@@ -321,6 +360,7 @@ class _Session:
             mesh=self.mesh,
             dataset=self.plain if method.stored is None else self.taught,
             hooks=self.run.hooks,
+            callbacks=self.told,
             table=self.table,
             checkpoints=checkpoints,
             stop=self.stop,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxdistill import agree, report
 from jaxdistill import config as configs
+from jaxdistill.callbacks import CONTROL, Broadcast
 from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
@@ -48,6 +49,7 @@ class Training:
       mesh: of all devices.
       dataset: the rows to learn from.
       hooks: what the caller handed in.
+      callbacks: hear every number; the control's names begin with `callbacks.CONTROL`.
       table: measures the student, and lets it speak.
       checkpoints: where its states go.
       stop: whether the process was asked to stop.
@@ -62,6 +64,7 @@ class Training:
     mesh: Mesh
     dataset: Dataset
     hooks: Hooks
+    callbacks: Broadcast
     table: run_table.RunTable
     checkpoints: Checkpoints
     stop: Stop
@@ -151,8 +154,14 @@ class Training:
             progress.event(told)
             self.run.event("records_missing", until=first)
         board = self.config.logging.tensorboard
+        listener = self.callbacks.listener("" if self.main else CONTROL)
         return report.MetricsWriter(
-            self.folder, board, resume_step, notice=progress.event, hooks=self.hooks
+            self.folder,
+            board,
+            resume_step,
+            notice=progress.event,
+            hooks=self.hooks,
+            listener=listener,
         )
 
     def _parts(

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxdistill import api, config
+from jaxdistill.callbacks import Callback
 from jaxdistill.run import session, setup
 
 CONFIG = """
@@ -82,11 +83,44 @@ def load_config(data):
     return load
 
 
+class Heard(Callback):
+    """Writes down what a run reports: (method, step, names of the numbers)."""
+
+    def __init__(self):
+        self.calls, self.began, self.ended = [], None, None
+
+    def start(self, run):
+        self.began = run
+        return {"note": "mine"}
+
+    def record(self, step, values):
+        self.calls.append(("record", step, set(values)))
+
+    def evaluation(self, step, values):
+        self.calls.append(("evaluation", step, set(values)))
+
+    def samples(self, step, rows):
+        self.calls.append(("samples", step, len(rows)))
+
+    def checkpoint(self, step, path):
+        self.calls.append(("checkpoint", step, path))
+
+    def end(self, ending):
+        self.ended = ending
+
+
 @pytest.fixture(scope="session")
-def finished(load_config, tmp_path_factory) -> api.RunResult:
-    """A run with everything: control, samples, table, report."""
+def heard() -> Heard:
+    """What `finished` reported to the callback that it was given."""
+    return Heard()
+
+
+@pytest.fixture(scope="session")
+def finished(load_config, tmp_path_factory, heard) -> api.RunResult:
+    """A run with everything: control, samples, table, report, a callback."""
     folder = tmp_path_factory.mktemp("finished")
-    return api.train(load_config(folder, "eval.compare=true", "eval.samples=2"))
+    config = load_config(folder, "eval.compare=true", "eval.samples=2")
+    return api.train(config, callbacks=[heard])
 
 
 def models_of(loaded, mesh):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 import warnings
 
@@ -22,7 +23,7 @@ from jaxdistill.run import run_table, setup, student_folder
 from jaxdistill.run import session as running
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
-from tests.run.conftest import models_of
+from tests.run.conftest import Heard, models_of
 
 
 def arrays(folder, step):
@@ -93,6 +94,31 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
     np.testing.assert_allclose(after["agree_top1"], agree / count, rtol=1e-9)
 
 
+def test_callbacks_hear_the_whole_run(finished, heard):
+    began, record = heard.began, json.loads((finished.run_dir / "RUN.json").read_text())
+    assert (began.run_dir, began.name, began.step, began.kept) == (finished.run_dir, "tiny", 0, {})
+    assert began.run_id == record["id"] and re.fullmatch("[0-9a-f]{32}", began.run_id)
+    assert began.config["method"]["name"] == "kd" and began.config["train"]["steps"] == 6
+    assert record["callbacks"] == {"Heard.0": {"note": "mine"}}
+    steps = {
+        (method, prefix): [
+            call[1]
+            for call in heard.calls
+            if call[0] == method and all(n.startswith("control/") == prefix for n in call[2])
+        ]
+        for method in ("record", "evaluation")
+        for prefix in (False, True)
+    }
+    assert steps["record", False] == steps["record", True] == [1, 2, 3, 4, 5, 6]
+    assert steps["evaluation", False] == [3, 6] and steps["evaluation", True] == [6]
+    assert [call[1:] for call in heard.calls if call[0] == "samples"] == [(3, 2), (6, 2)]
+    saved = [call[1:] for call in heard.calls if call[0] == "checkpoint"]
+    folders = finished.run_dir / "checkpoints", finished.run_dir / "control" / "checkpoints"
+    assert saved == [(step, folder / str(step)) for folder in folders for step in (1, 3, 6)]
+    assert (heard.ended.status, heard.ended.reason) == ("done", None)
+    assert list(heard.ended.table) == list(finished.table)
+
+
 @pytest.mark.floor
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_path, monkeypatch):
     config = load_config(tmp_path)
@@ -109,7 +135,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_
     folder = tmp_path / "run"
     assert json.loads((folder / "RUN.json").read_text())["status"] == "stopped"
     monkeypatch.undo()
-    api.resume(folder)
+    heard = Heard()
+    api.resume(folder, callbacks=[heard])
+    assert heard.began.step == 3 and heard.ended.status == "done"
+    assert [call[1] for call in heard.calls if call[0] == "record"] == [4, 5, 6]
     whole = arrays(finished.run_dir, 6)
     again = arrays(folder, 6)
     assert whole.keys() == again.keys()

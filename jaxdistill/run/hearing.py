@@ -1,0 +1,55 @@
+"""Who hears a run: the trackers of its configuration, and the callbacks that were handed in."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxdistill import agree
+from jaxdistill.callbacks import Broadcast, Callback, Start, build_trackers
+from jaxdistill.config import Config
+from jaxdistill.errors import ConfigError
+from jaxdistill.run.folder import RunDir
+from jaxdistill.safe.redact import redacted
+
+KEPT = "callbacks"  # in RUN.json: what each of them keeps from one attempt to the next
+
+
+def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Broadcast:
+    """All that hear this run; in one process of it, the others have none.
+
+    Raises:
+      ConfigError: one of the callbacks is none.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks: {callback!r}: is no callback: give objects of subclasses of "
+                "jaxdistill.Callback"
+            )
+
+    def notice(text: str) -> None:
+        print(text, file=sys.stderr)
+        run.event("callback_failed", reason=text)
+
+    named: dict[str, Callback] = {}
+    if agree.leads():
+        named |= build_trackers(config.logging)
+        named |= {f"{type(one).__name__}.{i}": one for i, one in enumerate(callbacks)}
+    return Broadcast(named, notice)
+
+
+@contextlib.contextmanager
+def attempt(told: Broadcast, config: Config, run: RunDir, step: int) -> Iterator[None]:
+    """Reports the start and the end of an attempt, and keeps what callbacks want kept."""
+    kept = dict(run.record.get(KEPT) or {})
+    before = dict(kept)
+
+    def start(own: Mapping[str, Any]) -> Start:
+        options = redacted(config.model_dump(mode="json"))
+        return Start(run.path, config.run.name, run.record["id"], options, step, own)
+
+    with told.attempt(start, kept):
+        if kept != before:
+            run.update(**{KEPT: kept})
+        yield
