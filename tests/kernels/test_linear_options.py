@@ -246,7 +246,7 @@ def test_vocabulary_parallel_moves_no_head_and_no_logits():
         ({"student_softcap": 0.0}, "softcap"),
         ({"implementation": "triton"}, "must be one of"),
         ({"implementation": "mosaic_gpu"}, "cannot run"),
-        ({"implementation": "reference", "vocab_axes": "model"}, "whole heads"),
+        ({"implementation": "reference", "vocab_axes": "model"}, "whole head"),
     ],
 )
 def test_bad_choices_are_named(x, change, words):

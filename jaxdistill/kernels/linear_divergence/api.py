@@ -9,7 +9,6 @@ computed twice, and the teacher's head is read once.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -17,17 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import checks, choice, operands, rows
-from jaxdistill.kernels.linear_divergence import fused
-from jaxdistill.kernels.linear_divergence.chunk import (
-    Operands,
-    Static,
-    chunk_size,
-    group_size,
-    whole_chunk,
-)
-from jaxdistill.kernels.linear_divergence.mesh import Layout, layout
+from jaxdistill.kernels import choice, operands
+from jaxdistill.kernels.linear_divergence import arguments, fused
+from jaxdistill.kernels.linear_divergence.chunk import Operands
+from jaxdistill.kernels.linear_divergence.mesh import layout
 from jaxdistill.kernels.linear_divergence.partial import known_part, shared_part
 from jaxdistill.kernels.linear_divergence.reference import reference
 from jaxdistill.kernels.operands import DivergenceFunction, LossSpec
@@ -177,25 +169,11 @@ def linear_divergence(
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2); arXiv 2503.16870 (the
     ghost), 2606.30406, eq. 5 (the generalised forms).
     """
-    arrays = _arrays(student_hidden, student_head, student_bias, "student")
-    teacher: tuple[Array | None, Array | None, Array | None] = (None, None, None)
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = _arrays(teacher_hidden, teacher_head, teacher_bias, "teacher")
-    elif teacher_hidden is not None or teacher_head is not None:
-        raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
-    else:
-        of_teacher = {"teacher_bias": teacher_bias, "teacher_softcap": teacher_softcap}
-        for name, value in (of_teacher | {"taid_t": taid_t}).items():
-            if value is not None:
-                raise ConfigError(f"{name} has no effect without teacher_hidden and teacher_head")
+    arrays = arguments.arrays("student", student_hidden, student_head, student_bias)
+    teacher = arguments.teacher(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, taid_t)
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
-    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
-    if axes and implementation == choice.REFERENCE:
-        raise ConfigError(
-            f"vocab_axes = {axes}: the reference needs whole heads; None takes an implementation "
-            "that shares them"
-        )
+    axes = arguments.vocabulary_axes(vocab_axes, implementation)
     tokens: dict[str, ArrayLike | None] = {
         "teacher_ids": teacher_ids,
         "teacher_logprobs": teacher_logprobs,
@@ -206,40 +184,36 @@ def linear_divergence(
     taid, taught = taid_t is not None, vocab if teacher[1] is None else teacher[1].shape[0]
     whole = lambda rows: rows * (jax.lax.axis_size(axes) if axes else 1)
     known = known_part(kind, taid or bool(parameters), teacher[1], dims, whole(vocab), tokens, mask)
-    columns = (student_columns, teacher_columns)
-    sizes = (whole(vocab), whole(taught))
     columns = shared_part(
-        kind, taid or known is not None, teacher[1], sizes, columns, other_columns
-    )
-    rows_of = taught if columns else vocab
-    row_kind = "forward_kl" if known else kind
-    _check_choices(row_kind, parameters, reduction, dims, rows_of, teacher, softcaps)
+        kind, taid or known is not None, teacher[1], (whole(vocab), whole(taught)),
+        (student_columns, teacher_columns), other_columns,
+    )  # fmt: skip
+    rows_of, row_kind = taught if columns else vocab, "forward_kl" if known else kind
+    arguments.check_choices(row_kind, parameters, reduction, dims, rows_of, teacher, softcaps)
     operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
     operands.check_alpha(alpha, labels)
-    _check_pieces(chunk, logits_dtype, monitor)
+    arguments.check_pieces(chunk, logits_dtype, monitor)
     labels, weights = operands.per_token(labels, mask, dims)
     x = Operands(
-        *arrays,
-        *teacher,
-        labels=labels,
-        weights=weights,
+        *arrays, *teacher, labels=labels, weights=weights, known=known, columns=columns,
         coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
-        known=known,
-        columns=columns,
-    )
+    )  # fmt: skip
     has_teacher = x.teacher_head is not None
     loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
     if implementation == choice.REFERENCE:
         dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
-        sums = reference(loss, softcaps, dtype, x, other_columns)
-    else:
-        operands.check_manual_axes(x)
-        place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
-        loss = dataclasses.replace(loss, vocab_axes=place.vocab)
-        static = static_arguments(x, place, loss, softcaps, chunk, logits_dtype, implementation)
-        static = dataclasses.replace(static, others=other_columns)
-        sums = fused.loss_sums((static, place), x)
+        return _means(reference(loss, softcaps, dtype, x, other_columns), reduction)
+    operands.check_manual_axes(x)
+    place = layout(mesh, dims, vocab, has_teacher and not isinstance(kind, str), axes)
+    loss = dataclasses.replace(loss, vocab_axes=place.vocab)
+    static = arguments.static(x, place, loss, softcaps, chunk, logits_dtype, implementation)
+    static = dataclasses.replace(static, others=other_columns)
+    return _means(fused.loss_sums((static, place), x), reduction)
+
+
+def _means(sums: dict[str, Array], reduction: str) -> tuple[Array, dict[str, Mean]]:
+    """The loss, a sum or the mean over the weights, and the means for monitoring."""
     total = sums.pop("loss")
     # Constants, and told so: under vmap the examples may share them, and no slope may run there.
     count, monitored = (jax.lax.stop_gradient(sums.pop(name)) for name in ("count", "monitored"))
@@ -250,90 +224,3 @@ def linear_divergence(
         name: Mean(jax.lax.stop_gradient(part), counts.get(name, monitored))
         for name, part in sums.items()
     }
-
-
-def static_arguments(
-    x: Operands,
-    place: Layout,
-    loss: LossSpec,
-    softcaps: tuple[float | None, float | None],
-    chunk: int | None,
-    logits_dtype: DTypeLike | None,
-    implementation: str | None,
-) -> Static:
-    """The static arguments: in which pieces, and by which implementation."""
-    logits_dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
-    dims, heads = x.student_hidden.shape[:-1], (x.student_head, x.teacher_head)
-    rows = tuple(heads[0].shape[0] if head is None else head.shape[0] for head in heads)
-    vocab = max(rows)
-    device = choice.current_device()
-    shards = place.size(place.vocab)
-    # The kernels' tiles are 64 columns wide; a device pads its own rows of the heads.
-    tile = 64 if device.platform == "gpu" else 1
-    local_vocab = -(-vocab // (shards * tile)) * tile
-    tokens = math.prod(dims) // place.size(place.token_axes)
-    if chunk is None:
-        chunk = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
-    else:
-        chunk = whole_chunk(chunk, tokens, device.platform)
-    chosen = choice.choose(
-        implementation,
-        local_vocab,
-        logits_dtype,
-        device=device,
-        scalar_temperature=x.coefficients.has_scalar_temperature,
-        tokens=chunk,
-    )
-    group = group_size(chunk, local_vocab, device.platform)
-    # Inside a shard_map of one's own each device brings its rows, all of them real.
-    own = jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1
-    totals = (own * rows[0], own * rows[1])
-    return Static(loss, chunk, group, tile, totals, softcaps, chosen, logits_dtype)
-
-
-def _arrays(
-    hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, who: str
-) -> tuple[Array, Array, Array | None]:
-    """One model's hidden states, head and bias, whose shapes fit."""
-    hidden = checks.array(f"{who}_hidden", hidden)
-    head = checks.array(f"{who}_head", head)
-    bias = None if bias is None else checks.array(f"{who}_bias", bias)
-    if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
-        raise ConfigError(
-            f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] or [B, L, D], "
-            "and [V, D]"
-        )
-    if bias is not None and bias.shape != (head.shape[0],):
-        raise ConfigError(f"{who}_bias {bias.shape} must be [V] = [{head.shape[0]}]")
-    for name, value in (("hidden", hidden), ("head", head), ("bias", bias)):
-        if value is not None:
-            checks.floating(f"{who}_{name}", value)
-    return hidden, head, bias
-
-
-def _check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) -> None:
-    """Raises for what does not fit together."""
-    if isinstance(kind, str):
-        rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
-    elif parameters:
-        raise ConfigError("parameters belong to named kinds; bind them to the function")
-    if teacher[0] is not None and (teacher[1].shape[0] != vocab or teacher[0].shape[:-1] != dims):
-        raise ConfigError(
-            f"student logits would be {[*dims, vocab]}, the teacher's "
-            f"{[*teacher[0].shape[:-1], teacher[1].shape[0]]}: tokens and vocabulary must agree; "
-            "slice padded head rows off first"
-        )
-    for name, softcap in zip(("student", "teacher"), softcaps, strict=True):
-        checks.softcap(f"{name}_softcap", softcap)
-    if reduction not in ("mean", "sum"):
-        raise ConfigError(f"reduction={reduction!r} must be 'mean' or 'sum'")
-
-
-def _check_pieces(chunk, logits_dtype, monitor) -> None:
-    """Raises for a chunk of no tokens, logits that are no floats, or a `monitor` of several."""
-    if chunk is not None:
-        checks.whole("chunk", chunk)
-    if logits_dtype is not None and not jnp.issubdtype(logits_dtype, jnp.floating):
-        raise ConfigError(f"logits_dtype = {logits_dtype}: must be a float type")
-    if jnp.ndim(monitor if monitor is not None else True):
-        raise ConfigError(f"monitor {list(jnp.shape(monitor))}: must be one bool, []")

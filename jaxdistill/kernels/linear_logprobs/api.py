@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice, operands
-from jaxdistill.kernels.linear_divergence.api import static_arguments
+from jaxdistill.kernels.linear_divergence import arguments
 from jaxdistill.kernels.linear_divergence.chunk import Operands
 from jaxdistill.kernels.linear_divergence.mesh import layout
 from jaxdistill.kernels.linear_logprobs import fused
@@ -101,9 +101,7 @@ def linear_logprobs(
     """
     arrays = _arrays(hidden, head, bias)
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
-    axes = (vocab_axes,) if isinstance(vocab_axes, str) else tuple(vocab_axes)
-    if axes and implementation == choice.REFERENCE:
-        raise ConfigError(f"vocab_axes = {axes}: the reference needs a whole head; give None")
+    axes = arguments.vocabulary_axes(vocab_axes, implementation)
     whole = vocab * (jax.lax.axis_size(axes) if axes else 1)
     tokens = _ids(ids, dims, whole, mask)
     _check_numbers(temperature, softcap, top_k, whole, mask, dims)
@@ -126,7 +124,7 @@ def linear_logprobs(
         operands.check_manual_axes(x)
         place = layout(mesh, dims, vocab, False, axes)
         loss = LossSpec(None, labels=False, vocab_axes=place.vocab)
-        static = static_arguments(
+        static = arguments.static(
             x, place, loss, (softcap, None), chunk, logits_dtype, implementation
         )
         said = fused.logprobs(Call(static, place, top_k), x)
