@@ -37,7 +37,7 @@ def measure(
         from jaxdistill.kernels import mosaic_gpu
 
         alike = of_one_dtype(given)
-        cut = tiling_of(alike, len(names) + len(alike))
+        cut = tiling_of(alike, values(names, len(alike)))
         measured = mosaic_gpu.statistics(names, alike, coefficients, cut, choice.INTERPRET)
     elif choice.reads_in_passes(choice.current_device()):
         measured = stats.in_passes(names, clamped, scales)
@@ -48,6 +48,11 @@ def measure(
     if shard.axes:
         measured = stats.combine(measured, scales, shard.max, shard.sum)
     return measured
+
+
+def values(names: Sequence[str], models: int) -> int:
+    """How many values a kernel carries for each row: the statistics, and a maximum per model."""
+    return len(names) + models
 
 
 def of_one_dtype(logits: Rows) -> Rows:

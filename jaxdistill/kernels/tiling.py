@@ -56,7 +56,7 @@ def tiling(
     tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
 ) -> Tiling:
     """The table's entry for these shapes, or else the heuristic's."""
-    entry = _table().get(key(tokens, vocab, dtype, device_kind))
+    entry = _table().get(key(tokens, vocab, dtype, device_kind, values, models))
     if entry is None:
         return heuristic(tokens, vocab, dtype, device_kind, values, models)
     return within(Tiling(**entry), vocab, device_kind)
@@ -82,22 +82,26 @@ def heuristic(
     """Tiles of 64 x 64, four in flight, and as many blocks to a row as run at one time.
 
     A second wave that is partly empty costs more than a smaller split: 128 row blocks on 132
-    multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. A kernel that
-    carries many values per row needs registers that leave room for 2 blocks.
+    multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. A kernel of two
+    models that carries more than 5 values per row needs 199 registers and more, which leave room
+    for 2 blocks of 128 threads; one model's needs no more than 152.
     """
     gpu = next((gpu for name, gpu in GPUS.items() if name in device_kind), GPUS["H100"])
     stages = 4
     tile = ROWS * 64 * (4 if dtype == "float32" else 2)
     fitting = gpu.shared_memory // (models * stages * tile + 2048)
-    resident = max(1, min(3 if values <= 6 else 2, fitting))
+    resident = max(1, min(3 if values <= 5 or models == 1 else 2, fitting))
     row_blocks = -(-tokens // ROWS)
     split = max(1, gpu.multiprocessors * resident // row_blocks)
     return within(Tiling(64, stages, min(split, max(1, vocab // 64 // 4))), vocab, device_kind)
 
 
-def key(tokens: int, vocab: int, dtype: str, device_kind: str) -> str:
-    """How a table names a problem; tokens by the power of two below them."""
-    return f"{device_kind}|{1 << (tokens.bit_length() - 1)}|{vocab}|{dtype}"
+def key(
+    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
+) -> str:
+    """How a table names a problem; tokens, those of a chunk, by the power of two below them."""
+    rows = 1 << (tokens.bit_length() - 1)
+    return f"{device_kind}|{rows}|{vocab}|{dtype}|{models} models, {values} values"
 
 
 def load(path: str | os.PathLike) -> dict[str, dict[str, int]]:

@@ -140,6 +140,21 @@ def test_metrics_equal_numpy():
         np.testing.assert_allclose(means[name].value, want, rtol=1e-5)
 
 
+def test_metrics_can_be_left_out():
+    x = make()
+    given = {"teacher_ids": x["ids"], "teacher_logprobs": np.float32(x["logprobs"])}
+    loss = lambda hidden, monitor: linear_divergence(
+        hidden, jnp.float32(x["head"]), chunk=7, monitor=monitor, **given
+    )
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    hidden = jnp.float32(x["hidden"])
+    (on, means), slope = run(hidden, True)
+    (off, none), same = run(hidden, False)
+    np.testing.assert_array_equal(on, off)
+    np.testing.assert_array_equal(slope, same)
+    assert means["teacher/kept_mass"].count == N and none["teacher/kept_mass"].count == 0
+
+
 @pytest.mark.parametrize(
     ("kind", "dense"),
     [

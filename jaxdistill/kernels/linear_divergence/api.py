@@ -116,8 +116,8 @@ def linear_divergence(
         bfloat16 model's logits are not rounded, at twice the traffic.
       implementation: of the row statistics, see `kernels.support`; None takes the best that runs.
         "reference" is the definition itself, in plain jnp, with all logits [N, V] in memory.
-      monitor: traced bool: whether the metrics at T = 1 are made. False saves their time on a CPU,
-        and their means count 0 tokens; elsewhere they come with the loss. None makes them.
+      monitor: traced bool: whether the metrics at T = 1 are made. False saves their sums, and their
+        means count 0 tokens. None makes them.
       mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
         the heads where that moves less; a function as `kind` always sees whole rows.
       vocab_axes: inside a shard_map of your own (check_vma=False), with `mesh` None: its axes that

@@ -263,13 +263,31 @@ def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str,
     if "z" in rows.logits and rows.divergence_row is not None:
         loss_names = (*loss_names, "self_z")  # of the target's entropy
     one = jnp.float32(1)
-    if monitor is None or not rows.reads_in_passes:
-        # A fused pass makes the metrics on its way; leaving them out would save nothing.
+    if monitor is None:
         statistics = rows.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
         return statistics, rows.metrics(statistics) | {"monitored": one}
-    metrics = lambda: rows.metrics(rows.measure(metric_names)) | {"monitored": one}
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(metrics))
-    return rows.measure(loss_names), jax.lax.cond(monitor, metrics, lambda: nothing)
+    # A branch has rows of its own: what they keep of what they made must not leave it.
+    apart = lambda: dataclasses.replace(rows)
+
+    def metrics() -> dict[str, Array]:
+        own = apart()
+        return own.metrics(own.measure(metric_names)) | {"monitored": one}
+
+    none = lambda shapes: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if rows.reads_in_passes:
+        nothing = none(jax.eval_shape(metrics))
+        return rows.measure(loss_names), jax.lax.cond(monitor, metrics, lambda: nothing)
+    # One read makes all of them; one with fewer sums makes the loss's.
+    kept = jax.eval_shape(lambda: apart().measure(loss_names))
+
+    def both() -> tuple[Rows, dict[str, Array]]:
+        own = apart()
+        statistics = own.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
+        found = own.metrics(statistics) | {"monitored": one}
+        return {name: statistics[name] for name in kept}, found
+
+    nothing = none(jax.eval_shape(both)[1])
+    return jax.lax.cond(monitor, both, lambda: (apart().measure(loss_names), nothing))
 
 
 def pull_back(

@@ -1,0 +1,75 @@
+"""Tilings of the kernel: what is tuned is what training and `divergence` look up."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxdistill.bench import tune
+from jaxdistill.bench.shapes import LISTS
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice, divergence, linear_divergence, linear_logprobs, tiling
+
+H100 = choice.Device("gpu", "NVIDIA H100 80GB HBM3")
+if jax.__version_info__ < (0, 11):
+    pytest.skip("Pallas kernels for GPUs need jax 0.11", allow_module_level=True)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "gpt-2"])
+def test_every_kernel_of_a_loss_finds_its_entry(name, monkeypatch):
+    """Traced for a described GPU: no key is looked up that was not tuned."""
+    monkeypatch.setattr(choice, "current_device", lambda: H100)
+    shape = next(shape for shape in LISTS["full"] if shape.name == name)
+    looked_up, right = set(), tiling.key
+
+    def key(*problem):
+        looked_up.add(right(*problem))
+        return right(*problem)
+
+    tuned = {problem.key(H100) for problem in tune.problems(shape)}
+    monkeypatch.setattr(tiling, "key", key)
+    array = lambda *dims: jax.ShapeDtypeStruct(dims, shape.dtype)
+    tokens, vocab = shape.tokens, shape.vocab
+    ids = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def head(hidden, head, taught, teacher, labels, monitor):
+        return linear_divergence(
+            hidden, head, taught, teacher, labels=labels, alpha=0.5, monitor=monitor
+        )
+
+    student = array(tokens, shape.student), array(vocab, shape.student)
+    teacher = array(tokens, shape.teacher), array(vocab, shape.teacher)
+    jax.eval_shape(head, *student, *teacher, ids, jax.ShapeDtypeStruct((), bool))
+    jax.eval_shape(linear_logprobs, *student, ids)
+    if vocab % 64 == 0:
+        jax.eval_shape(lambda s, t: divergence(s, t, temperature=2.0), *[array(tokens, vocab)] * 2)
+    assert looked_up
+    assert looked_up <= tuned
+    assert len(tuned) == 3 + (vocab % 64 == 0)
+
+
+def test_a_dozen_programs_are_compiled_for_a_problem():
+    for shape in LISTS["full"]:
+        for problem in tune.problems(shape):
+            found = tune.candidates(problem, H100)
+            assert 4 <= len(found) <= 13
+            assert found[0] == tiling.heuristic(
+                problem.tokens, problem.vocab, problem.dtype, H100.kind,
+                len(problem.names) + problem.models, problem.models,
+            )  # fmt: skip
+
+
+def test_where_no_kernel_runs_there_is_nothing_to_tune(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to tune"):
+        tune.tune(str(tmp_path / "table.json"), LISTS["quick"], 1, print)
+
+
+def test_a_table_is_read_by_the_whole_problem(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    entry = tiling.Tiling(128, 2, 5)
+    tiling.save(path, {tiling.key(1024, 640, "bfloat16", H100.kind, 9, 2): entry})
+    monkeypatch.setenv(tiling.TABLE_VARIABLE, str(path))
+    tiling._table.cache_clear()
+    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 9, 2) == entry
+    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 5, 2) != entry
+    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 9, 1) != entry
+    tiling._table.cache_clear()
