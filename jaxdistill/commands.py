@@ -303,6 +303,19 @@ class Serve(Section):
     dtype: Dtype = Field("bfloat16", description="Of weights, computation and cache.")
 
 
+class Align(Section):
+    """A text, and the two models that cut it into tokens."""
+
+    text: Annotated[str, Flag(positional=True, metavar="TEXT")] = Field(
+        description="The text itself; - reads it from standard input."
+    )
+    student: Annotated[Path, Flag(metavar="S")] = Field(
+        description="A model folder, a .gguf file, a run, or bytes, for one token per byte."
+    )
+    teacher: Annotated[Path, Flag(metavar="T")] = Field(description="The same of the teacher.")
+    allow_network: bool = Field(False, description="Download what is named and not here.")
+
+
 class TeacherCache(Section):
     """What is stored of a teacher, and where."""
 

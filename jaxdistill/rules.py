@@ -7,9 +7,7 @@ start asks it again with the models in hand, so that `validate` and `train` say 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxdistill.errors import ConfigError, MismatchError, ModelError
-
-_SHOWN = 5
+from jaxdistill.errors import ConfigError, ModelError
 
 
 def batches(
@@ -83,28 +81,10 @@ def tokenizer_rows(rows: int | None, known: int) -> Iterator[ConfigError]:
         )
 
 
-def same_ids(teacher: Mapping[str, int], student: Mapping[str, int]) -> Iterator[MismatchError]:
-    """Both vocabularies (token -> id) give every id the same token; sizes alone say nothing."""
-    theirs = {index: token for token, index in teacher.items()}
-    ours = {index: token for token, index in student.items()}
-    if ours == theirs:
-        return
-    ids = ours.keys() | theirs.keys()
-    differing = sorted(i for i in ids if ours.get(i) != theirs.get(i))
-    shown = ", ".join(
-        f"{i}: teacher {theirs.get(i)!r}, student {ours.get(i)!r}" for i in differing[:_SHOWN]
-    )
-    yield MismatchError(
-        f"teacher and student have different vocabularies: {len(differing)} of {len(ids)} ids "
-        f"differ ({shown}). Probabilities can only be compared token by token: take a student of "
-        "the teacher's family, or cut one out of the teacher (student.from: teacher)"
-    )
-
-
 def head_rows(who: str, rows: int, vocab: int) -> Iterator[ModelError]:
     """A model's head has a row for every token; rows behind them are padding and are left out."""
     if rows < vocab:
         yield ModelError(
-            f"{who}: its embedding has {rows} rows, but the tokenizer's ids reach {vocab - 1}; "
-            "this tokenizer does not belong to this model: set tokenizer.from to the model's own"
+            f"{who}: its embedding has {rows} rows, but the tokenizer's ids reach {vocab - 1}: set "
+            "tokenizer.from to the model's own"
         )

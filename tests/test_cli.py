@@ -10,6 +10,7 @@ import types
 import typing
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import jaxdistill
 from jaxdistill import cli, commands, errors
@@ -509,9 +510,26 @@ def test_validate(capsys, folder):
     assert "steps: 7\n" in out
 
 
+def test_data_align_shows_which_tokens_spell_the_same(capsys, tmp_path):
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2, "ab": 3, "Ċ": 4}, [("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.save(str(tmp_path / "tokenizer.json"))
+    command = ("data", "align", "ab ba\n", "--student", "bytes", "--teacher", str(tmp_path))
+    code, out, _ = run(capsys, *command)
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("vocabularies, the student's beside the teacher's: di")
+    assert lines[1].endswith(
+        "6 tokens of the student, 5 of the teacher; 5 groups, 4 of one token each"
+    )
+    assert lines[2:] == ["a|b    ab", "_    _", "b    b", "a    a", r"\n    \n"]
+    found = json.loads(run(capsys, *command, "--json")[1])
+    assert found["groups"][0] == [0, 1, 0, 0] and found["tokens"] == {"student": 6, "teacher": 5}
+
+
 def test_validate_as_json(capsys, folder):
     code, out, _ = run(capsys, "validate", "run.yaml", "--json")
-    assert (code, json.loads(out)) == (0, {"ok": True, "errors": []})
+    assert (code, json.loads(out)) == (0, {"ok": True, "errors": [], "notes": []})
     code, out, err = run(capsys, "validate", "run.yaml", "train.steps=x", "--json")
     assert (code, err) == (2, "")
     found = json.loads(out)

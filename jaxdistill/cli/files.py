@@ -62,23 +62,25 @@ def validate(arguments: argparse.Namespace) -> int:
         raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
     wrong: list[UserError] = []
     text = devices = ""
+    notes: list[str] = []
     try:
         if workflow.is_workflow(config.read(arguments.config)):
             text = syntax.dump(workflow.load(arguments.config).model_dump(mode="json"))
         else:
             loaded = config.load(arguments.config, arguments.overrides)
-            wrong = preflight.check(loaded)
+            wrong, notes = preflight.check(loaded), preflight.notes(loaded)
             text = config.dump(loaded)
             devices = _devices(loaded.mesh.sizes)
     except ConfigError as error:
         wrong = [error]
     if arguments.json:
         lines = [line for error in wrong for line in str(error).splitlines()]
-        print_json({"ok": not wrong, "errors": lines})
+        print_json({"ok": not wrong, "errors": lines, "notes": notes})
         error = combined(wrong)
         return error.exit_code if error else 0
     check(wrong)
-    print(text.rstrip() if arguments.resolved else f"{arguments.config}: ok{devices}")
+    ok = f"{arguments.config}: ok{devices}"
+    print(text.rstrip() if arguments.resolved else "\n".join([*notes, ok]))
     return 0
 
 

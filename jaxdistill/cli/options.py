@@ -10,7 +10,7 @@ from pydantic import Field
 
 import jaxdistill
 from jaxdistill import commands
-from jaxdistill.cli import bench, ckpt, compress, derive, files, launch, reason, runs, teacher
+from jaxdistill.cli import bench, ckpt, compress, data, derive, files, launch, reason, runs, teacher
 from jaxdistill.commands import Flag
 from jaxdistill.section import Count, Section
 
@@ -376,6 +376,12 @@ COMMANDS = (
         (StoredTeacher, commands.TeacherVerify),
     ),
     Command(
+        "data align",
+        data.align,
+        "Show which tokens of two models spell the same bytes of a text.",
+        (commands.Align,),
+    ),
+    Command(
         "serve",
         reason.serve,
         "Serve a model by OpenAI's protocol.",
@@ -409,6 +415,7 @@ COMMANDS = (
     Command("ls", files.ls, "List recipes, methods and models.", (Kind,)),
 )
 GROUPS = {
+    "data": "Look at data as models see them.",
     "ckpt": "Look at a run's checkpoints, or go back to one.",
     "teacher": "Ask a teacher: rationales as training data, or what it says of given text.",
 }

@@ -14,7 +14,8 @@ from jaxdistill.config import trackers
 from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
-from jaxdistill.data import paths, tables
+from jaxdistill.data import paths, tables, vocabularies
+from jaxdistill.data.vocabularies import Vocabulary
 from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
 from jaxdistill.model_folder import check_folder, read_json
 
@@ -30,6 +31,13 @@ _FIELDS = {
     "mlp": "intermediate_size",
     "vocab_size": "vocab_size",
 }
+
+
+def notes(config: Config) -> list[str]:
+    """What small files say of a run that is no error: how its vocabularies go together."""
+    found = _models(config)
+    pairs = _pairs(config, found, _vocabulary(found.get("tokenizer", _Found())))
+    return [f"{name}: vocabulary: {pair}" for name, pair in pairs.items()]
 
 
 def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
@@ -170,12 +178,15 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     if config.mesh.context > 0:
         yield from rules.context_axis(config.data.seq_len, config.mesh.context)
     words = _vocabulary(found.get("tokenizer", _Found()))
-    known = _BYTES if config.tokenizer.from_ == "bytes" else max(words.values(), default=-1) + 1
+    known = _BYTES if config.tokenizer.from_ == "bytes" else words.size if words else 0
     if known:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
     for name in ("teacher", "student"):
-        yield from _fit_errors(config, name, found.get(name, _Found()), known)
+        own = name == "teacher" and config.tokenizer.from_ != "teacher" and found.get(name)
+        # A teacher with a tokenizer of its own is read through what both share.
+        tokens = 0 if own and own.words_file else known
+        yield from _fit_errors(config, name, found.get(name, _Found()), tokens)
     yield from _vocabulary_errors(config, found, words)
 
 
@@ -243,35 +254,44 @@ def _random_shape(random: RandomModel, like: Mapping[str, Any]) -> dict[str, Any
 
 
 def _vocabulary_errors(
-    config: Config, found: Mapping[str, _Found], words: Mapping[str, int]
+    config: Config, found: Mapping[str, _Found], words: Vocabulary | None
 ) -> Iterator[UserError]:
-    """Tokenizers that give one id to different tokens cannot be compared."""
-    chosen = found.get("tokenizer", _Found()).words_file
-    if chosen is None or not words:
-        return
-    for name in ("teacher", "student"):
+    """No text can be read by a model that shares no ordinary token with the run's tokenizer."""
+    for name, pair in _pairs(config, found, words).items():
+        assert words is not None, "there are pairs"
+        if len(pair.ours.ordinary) == len(words.table.keys() - words.added):
+            yield MismatchError(
+                f"{name} ({found[name].folder}): its vocabulary has none of the tokenizer's "
+                f"ordinary tokens ({pair}): take a student of the teacher's family, or cut one out "
+                "of the teacher (student.from: teacher)"
+            )
+
+
+def _pairs(
+    config: Config, found: Mapping[str, _Found], words: Vocabulary | None
+) -> dict[str, vocabularies.Pair]:
+    """The run's vocabulary beside each model's own, where files say that they are two."""
+    chosen, pairs = found.get("tokenizer", _Found()).words_file, {}
+    names = ("teacher",) if config.student.random else ("teacher", "student")
+    for name in names:
         model = found.get(name, _Found())
         own = model.words_file
-        if own is None or filecmp.cmp(chosen, own, shallow=False) or not _vocabulary(model):
+        if chosen is None or words is None or own is None:
             continue
-        pair = words, _vocabulary(model)
-        if config.tokenizer.from_ in ("teacher", "student"):
-            yield from rules.same_ids(*(pair if name == "student" else pair[::-1]))
-            continue
-        for error in rules.same_ids(*pair):
-            yield MismatchError(f"{name} ({model.folder}): {error}")
+        other = None if filecmp.cmp(chosen, own, shallow=False) else _vocabulary(model)
+        if other is not None:
+            pairs[name] = vocabularies.compare(words, other)
+    return pairs
 
 
-def _vocabulary(model: _Found) -> dict[str, int]:
-    """Token -> id of a model's tokenizer.json, or {} where it keeps them in another way."""
+def _vocabulary(model: _Found) -> Vocabulary | None:
+    """What a model's tokenizer.json says, None where there is none, or of another kind."""
     if model.words_file is None:
-        return {}
+        return None
     try:
-        content = read_json(model.words_file)
-        words = {str(token): int(index) for token, index in content["model"]["vocab"].items()}
-        return words | {str(one["content"]): int(one["id"]) for one in content["added_tokens"]}
+        return vocabularies.described(read_json(model.words_file))
     except (ModelError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return {}  # other kinds are compared when the tokenizers are loaded
+        return None  # other kinds are compared when the tokenizers are loaded
 
 
 def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:

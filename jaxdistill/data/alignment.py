@@ -71,6 +71,7 @@ def shown(student: Sequence[bytes], teacher: Sequence[bytes], groups: np.ndarray
 
     def side(tokens: Sequence[bytes], first: int, last: int) -> str:
         pieces = (token.decode("utf-8", "backslashreplace") for token in tokens[first : last + 1])
-        return "|".join(repr(piece)[1:-1].replace(" ", "_") for piece in pieces)
+        seen = lambda sign: sign if sign.isprintable() else repr(sign)[1:-1]
+        return "|".join("".join(map(seen, piece)).replace(" ", "_") for piece in pieces)
 
     return [f"{side(student, a, b)}    {side(teacher, c, d)}" for a, b, c, d in groups.tolist()]

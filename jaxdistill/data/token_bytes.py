@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.errors import MismatchError
@@ -73,24 +73,33 @@ def token_bytes(tokenizer: Any) -> TokenBytes:
         raise MismatchError("a tokenizer without tokenizer.json cannot be aligned by bytes")
     described = json.loads(backend.to_str())
     kinds = _kinds(described.get("decoder"))
-    added = {one["id"]: one for one in described["added_tokens"]}
-    if "ByteLevel" in kinds:
-        spell, dummy = _byte_level, False
-    elif kinds & {"Metaspace", "Replace", "ByteFallback"}:
-        spell = _sentence_piece
-        dummy = _has_dummy_prefix(described)
-    else:
+    spell = speller(described)
+    if spell is None:
         found = ", ".join(sorted(kinds)) or "no decoder"
         raise MismatchError(
             f"tokenizer ({described['model'].get('type')}, {found}): its tokens stand for no fixed "
             "bytes: byte-level and SentencePiece-like tokenizers can be aligned"
         )
+    added = {one["id"]: one for one in described["added_tokens"]}
     table = {
-        index: token.encode() if index in added and not _HEX.match(token) else spell(token)
+        index: token.encode() if index in added and not is_byte(token) else spell(token)
         for token, index in tokenizer.get_vocab().items()
     }
     special = frozenset(i for i, one in added.items() if one["special"])
-    return TokenBytes(table, special, dummy)
+    return TokenBytes(table, special, "ByteLevel" not in kinds and _has_dummy_prefix(described))
+
+
+def speller(described: Mapping[str, Any]) -> Callable[[str], bytes] | None:
+    """Token -> its bytes, by the decoder of a tokenizer.json; None where they are not fixed."""
+    kinds = _kinds(described.get("decoder"))
+    if "ByteLevel" in kinds:
+        return _byte_level
+    return _sentence_piece if kinds & {"Metaspace", "Replace", "ByteFallback"} else None
+
+
+def is_byte(token: str) -> bool:
+    """Whether a token is SentencePiece's spelling of a single byte, such as <0x0A>."""
+    return bool(_HEX.match(token))
 
 
 def _kinds(part: Any) -> set[str]:

@@ -12,8 +12,9 @@ from jaxdistill.errors import ConfigError, DataError, ModelError, StorageError
 from jaxdistill.evaluate import choices, meter, speed
 from jaxdistill.evaluate.held_out import open_rows
 from jaxdistill.evaluate.perplexity import on_text
+from jaxdistill.evaluate.seats import seated
 from jaxdistill.models import Model
-from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.safe import whole_file
 from jaxdistill.sharding import make_mesh
@@ -124,20 +125,17 @@ class _TestSet:
 
     def measure(self, model: Model, teacher: Model | None, *, times: bool) -> dict[str, Any]:
         """Everything about one model, under the names of `eval` without "eval/"."""
-        check_rows(model.source, model.config.vocab_size, self.vocab)
-        if model.tokenizer is not None and model.tokenizer is not self.tokenizer:
-            check_same(self.tokenizer, model.tokenizer)
         s = self.options
+        placed, columns = seated(model, self.tokenizer, self.rows)
         metrics = on_text(
-            model, teacher, self.rows,
-            vocab=self.vocab, text_bytes=self.text_bytes, dtype=s.dtype,
+            placed, teacher, self.rows,
+            vocab=self.vocab, text_bytes=self.text_bytes, dtype=s.dtype, columns=columns,
         )  # fmt: skip
         row: dict[str, Any] = {key.removeprefix("eval/"): v for key, v in metrics.items()}
         row["peak_bytes"] = speed.peak_bytes(model, s.batch_size, s.seq_len)
         if self.questions:
-            row |= choices.accuracy(
-                model, self.questions, vocab=self.vocab, batch_size=s.batch_size
-            )
+            own = vocabulary_size(model.tokenizer or self.tokenizer)
+            row |= choices.accuracy(model, self.questions, vocab=own, batch_size=s.batch_size)
         if times:
             row |= speed.measure(
                 model,

@@ -23,6 +23,7 @@ def step(
     *,
     vocab: int,
     compute_dtype: DTypeLike = jnp.bfloat16,
+    columns: tuple[int, ...] | None = None,
 ) -> Step:
     """step(params, teacher_params, batch, {}) -> named means of a model, beside a teacher or alone.
 
@@ -33,9 +34,11 @@ def step(
       teacher: of the model to compare with.
       vocab: how many rows of the heads are tokens.
       compute_dtype: dtype of activations.
+      columns: the tokens that both have, which are compared; None: all.
     """
     means = functools.partial(_means, config, teacher, vocab, np.dtype(compute_dtype))
-    return lambda params, teacher_params, batch, knobs: means(params, teacher_params, batch)
+    shared = None if columns is None else np.asarray(columns, np.int32)
+    return lambda params, teacher_params, batch, knobs: means(params, teacher_params, batch, shared)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -47,6 +50,7 @@ def _means(
     params: Any,
     teacher_params: Any,
     batch: Batch,
+    columns: Array | None,
 ) -> dict[str, Mean]:
     """Means over the counted tokens of a batch; one chunk of logits exists at a time.
 
@@ -74,7 +78,11 @@ def _means(
         values = {"loss/ce": -picked_BC, "student/entropy": _entropy(logq_BCV)}
         if teacher_outputs is not None:
             p_BCV = chunk_logits(teacher_BCD, teacher_outputs, vocab)
-            values |= _compared(q_BCV, p_BCV, logq_BCV)
+            if columns is None:
+                values |= _compared(q_BCV, p_BCV, logq_BCV)
+            else:
+                q_BCS, p_BCS = q_BCV[..., columns], p_BCV[..., columns]
+                values |= _compared(q_BCS, p_BCS, jax.nn.log_softmax(q_BCS, axis=-1))
         totals = {name: jnp.sum(value * weights_BC) for name, value in values.items()}
         totals[CALIBRATION] = _bins(logq_BCV, targets_BC, weights_BC)
         return totals, jnp.sum(weights_BC)

@@ -22,13 +22,14 @@ class HeldOut:
     Attributes:
       name: what the rows are, for the table.
       mesh: where they are put.
+      dataset: the data that they are of.
       available: rows that the data has, measured or not.
     """
 
     def __init__(
         self, dataset: Dataset, batch_size: int, max_rows: int | None, mesh: Mesh, name: str
     ):
-        self._dataset = dataset
+        self.dataset = dataset
         self._batch_size = batch_size
         self.available = len(dataset)
         self._rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
@@ -38,7 +39,7 @@ class HeldOut:
     def batches(self) -> Iterator[Batch]:
         """Every row once, in order; whole batches, so up to batch_size - 1 rows more."""
         feed = pipeline.eval_batches(
-            self._dataset,
+            self.dataset,
             batch_size=self._batch_size,
             rows=local_rows(self.mesh, self._batch_size),
         )
@@ -75,8 +76,8 @@ class HeldOut:
     def _measured(self) -> Iterator[dict[str, np.ndarray]]:
         """The rows that `batches` has, padding left out."""
         batches = -(-self._rows // self._batch_size)
-        for index in range(min(batches * self._batch_size, len(self._dataset))):
-            yield self._dataset[index]
+        for index in range(min(batches * self._batch_size, len(self.dataset))):
+            yield self.dataset[index]
 
     def measure(
         self,
@@ -107,7 +108,7 @@ class HeldOut:
         chosen = range(0, self._rows, max(1, self._rows // max(1, count)))[:count]
         beginnings = []
         for index in chosen:
-            row = self._dataset[index]
+            row = self.dataset[index]
             length = min(tokens, int((row["segment_ids"] == 1).sum()) // 2 + 1)
             beginnings.append([int(token) for token in row["tokens"][:length]])
         return beginnings

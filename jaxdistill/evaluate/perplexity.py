@@ -8,8 +8,9 @@ from jaxdistill.commands import Evaluate
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.evaluate import distributions, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut, open_rows
+from jaxdistill.evaluate.seats import seated
 from jaxdistill.models import Model
-from jaxdistill.models.vocabulary import check_rows, check_same, vocabulary_size
+from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
@@ -22,6 +23,7 @@ def on_text(
     vocab: int,
     text_bytes: int,
     dtype: str,
+    columns: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
     """All that the meter measures of a model on text, and its size.
 
@@ -32,6 +34,7 @@ def on_text(
       vocab: tokens that both models have.
       text_bytes: of the rows, see `HeldOut.text_bytes`.
       dtype: of activations.
+      columns: the tokens that both models have; None: all.
 
     Returns:
       eval/perplexity, eval/ce (nats per token), eval/bits_per_byte, eval/ece, eval/reliability,
@@ -43,7 +46,9 @@ def on_text(
       DataError: if no token of the rows counts.
     """
     config, params = (None, None) if teacher is None else (teacher.config, teacher.params)
-    step = distributions.step(model.config, config, vocab=vocab, compute_dtype=dtype)
+    step = distributions.step(
+        model.config, config, vocab=vocab, compute_dtype=dtype, columns=columns
+    )
     metrics = rows.measure(step, model.params, params, text_bytes=text_bytes)
     return metrics | speed.size(model.config, model.params)
 
@@ -56,7 +61,7 @@ def evaluate(
     Args:
       model: a loaded model, or any name `engine.load` understands.
       options: the text, and how it is read.
-      teacher: in place of `options.teacher`; must have the same vocabulary.
+      teacher: in place of `options.teacher`; its vocabulary must cover the text.
 
     Returns:
       What `on_text` measures, and tokens_per_second.
@@ -72,22 +77,24 @@ def evaluate(
     check_rows("model", student.config.vocab_size, vocab)
     named = options.teacher if teacher is None else teacher
     loaded_teacher = None if named is None else load_any(named, dtype=dtype, mesh=mesh)
-    if loaded_teacher is not None:
-        _check_teacher(loaded_teacher, student, vocab)
     rows = open_rows(
         options, student.tokenizer, mesh, max_rows=options.max_rows, loss_on=options.loss_on
     )
-    text_bytes = rows.text_bytes(student.tokenizer)
+    columns = None
+    if loaded_teacher is not None:
+        if loaded_teacher.tokenizer is None:
+            raise MismatchError(
+                f"{loaded_teacher.source}: has no tokenizer to compare vocabularies by"
+            )
+        loaded_teacher, columns = seated(loaded_teacher, student.tokenizer, rows)
     metrics = on_text(
-        student, loaded_teacher, rows, vocab=vocab, text_bytes=text_bytes, dtype=dtype
+        student,
+        loaded_teacher,
+        rows,
+        vocab=vocab,
+        text_bytes=rows.text_bytes(student.tokenizer),
+        dtype=dtype,
+        columns=columns,
     )
     scoring = meter.scoring_step(student.config, vocab, compute_dtype=jnp.dtype(dtype))
     return metrics | {"tokens_per_second": rows.speed(scoring, student.params)}
-
-
-def _check_teacher(teacher: Model, student: Model, vocab: int) -> None:
-    """Raises where the two do not mean the same token by the same id."""
-    check_rows("teacher", teacher.config.vocab_size, vocab)
-    if teacher.tokenizer is None:
-        raise MismatchError(f"{teacher.source}: has no tokenizer to compare vocabularies by")
-    check_same(teacher.tokenizer, student.tokenizer)

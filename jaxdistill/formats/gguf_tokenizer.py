@@ -120,6 +120,12 @@ def _words(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[int
     return tokens, kinds
 
 
+def _vocabulary(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+    """Token -> id, without what only fills the embedding up: such rows are no tokens."""
+    pairs = enumerate(zip(tokens, kinds, strict=True))
+    return {token: number for number, (token, kind) in pairs if kind != _UNUSED}
+
+
 def _valid(token: Any, tokens: list[str]) -> bool:
     whole = isinstance(token, int) and not isinstance(token, bool)
     return whole and 0 <= token < len(tokens)
@@ -136,7 +142,7 @@ def _byte_level(metadata, tokens, kinds, where):
             "load with tokenizer=False, or use the model's folder"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    vocabulary = _vocabulary(tokens, kinds)
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     )
@@ -154,7 +160,7 @@ def _sentencepiece(metadata, tokens, kinds, where):
     scores = metadata.get("tokenizer.ggml.scores")
     if not scores or len(scores) != len(tokens):
         raise ModelError(f"{where}: tokenizer.ggml.scores must be a list as long as the tokens")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    vocabulary = _vocabulary(tokens, kinds)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = Tokenizer(
         models.BPE(

@@ -14,7 +14,7 @@ the configuration is read:
 
     def build(options, facts):
         def apply(params, student, signal, batch, knobs):
-            head = options.head(facts.vocab)
+            head = options.head(facts)
             means = from_heads(head, student, signal.outputs, batch, knobs, alpha=0.0)
             total = knobs["strength"] * means["loss"].total
             return means | {"loss": Mean(total, means["loss"].count)}

@@ -27,12 +27,15 @@ class Head(TypedDict, total=False):
 
     Attributes:
       vocab: how many rows of both heads are real tokens; padded rows behind them are left out.
+      columns: the rows that both models have, rising; None: all. Divergences compare these alone,
+        cross-entropy is over all of the student's.
       chunk: tokens whose logits exist at one time on a device; None chooses.
       implementation: of the row statistics, see `kernels.support`; None chooses.
       logits_dtype: dtype of a chunk's logits; None: that of the hidden states.
     """
 
     vocab: Required[int]
+    columns: tuple[int, ...] | None
     chunk: int | None
     implementation: str | None
     logits_dtype: str | None
@@ -52,11 +55,12 @@ class Options(Section):
     )
     name: str = Field(description="The method.")
 
-    def head(self, vocab: int) -> Head:
-        """The options of the head loss, for heads whose first `vocab` rows are tokens."""
+    def head(self, facts: "Facts") -> Head:
+        """The options of the head loss, for the vocabularies of a run."""
         given = lambda value: None if value == "auto" else value
         return {
-            "vocab": vocab,
+            "vocab": facts.vocab,
+            "columns": facts.columns,
             "chunk": given(self.chunk),
             "implementation": given(self.implementation),
             "logits_dtype": given(self.logits_dtype),
@@ -106,6 +110,7 @@ class Facts:
       steps: optimizer steps of the run.
       learning_rate: the highest of the student's parameters.
       stored: the format of a stored teacher, or `signals.ONLINE`.
+      columns: the rows of tokens that both models have, rising, or None: all of them.
     """
 
     student: Any
@@ -116,6 +121,7 @@ class Facts:
     steps: int
     learning_rate: float
     stored: str = signals.ONLINE
+    columns: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

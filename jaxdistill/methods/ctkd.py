@@ -79,7 +79,7 @@ def build(options: Ctkd, facts: Facts) -> Built:
             t_start=options.t_start,
             t_range=options.t_range,
             width=facts.student.embed if options.per_token else None,
-            **options.head(facts.vocab),
+            **options.head(facts),
         ),
         knobs={
             "alpha": scheduled(options.alpha, facts.steps),

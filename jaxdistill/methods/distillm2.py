@@ -77,7 +77,7 @@ def objective(*, skew: float = 0.1, **head: Unpack[Head]) -> Objective:
 def build(options: Distillm2, facts: Facts) -> Built:
     """The method of a run."""
     return Built(
-        objective(skew=options.skew, **options.head(facts.vocab)),
+        objective(skew=options.skew, **options.head(facts)),
         schedules(options, facts.steps, "alpha", "balance"),
     )
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
@@ -36,7 +38,7 @@ def from_heads(
       options: as `linear_divergence` takes them.
     """
     head = dict(head)
-    vocab = head.pop("vocab")
+    vocab, columns = head.pop("vocab"), head.pop("columns", None)
     bias = lambda outputs: None if outputs.head_bias is None else outputs.head_bias[:vocab]
     if teacher is not None:
         options |= {
@@ -45,6 +47,8 @@ def from_heads(
             "teacher_bias": bias(teacher),
             "teacher_softcap": teacher.softcap,
         }
+        if columns is not None:
+            options |= _shared(columns, options)
     elif known is not None:
         options |= {
             "kind": sparse,
@@ -69,6 +73,22 @@ def from_heads(
         means |= _of_draws(means["loss/divergence"], known.entropy, batch)
     count = jax.lax.stop_gradient(means["loss/ce"].count)
     return {"loss": Mean(total, count), **means}
+
+
+def _shared(columns: tuple[int, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What both heads have; a token is the same row in both.
+
+    Raises:
+      ConfigError: for a divergence that needs rows of one width.
+    """
+    kind = options.get("kind", "forward_kl")
+    if not isinstance(kind, str) or options.get("taid_t") is not None:
+        raise ConfigError(
+            "method: this divergence needs every token of the student in the teacher, which lacks "
+            "some: use kd, reverse_kd or distillm, or tokenizer.from: teacher"
+        )
+    rows = np.asarray(columns, np.int32)
+    return {"student_columns": rows, "teacher_columns": rows}
 
 
 def _of_draws(cross_entropy: Mean, entropy: Array, batch: Batch) -> dict[str, Mean]:

@@ -96,7 +96,7 @@ def build(options: Hidden, facts: Facts) -> Built:
             layers=losses.layer_map(student.layers, teacher.layers, options.layers),
             widths=(student.embed, teacher.embed),
             distance=options.distance,
-            **options.head(facts.vocab),
+            **options.head(facts),
         ),
         knobs,
         learning_rate=options.projector_lr,

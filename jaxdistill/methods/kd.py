@@ -128,7 +128,7 @@ def build(options: Kd, facts: Facts) -> Built:
             scale_by_t2=options.scale_by_t2,
             label_smoothing=options.label_smoothing or None,
             sparse=signals.kind(reads(options), facts.stored),
-            **options.head(facts.vocab),
+            **options.head(facts),
         ),
         schedules(options, facts.steps, "alpha", "temperature")
         | {f"divergence_{n}": scheduled(value, facts.steps) for n, value in moving.items()},

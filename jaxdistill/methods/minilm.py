@@ -88,9 +88,7 @@ def build(options: Minilm, facts: Facts) -> Built:
     student = _layer("student", options.student_layer, facts.student)
     teacher = _layer("teacher", options.teacher_layer, facts.teacher)
     return Built(
-        objective(
-            layers=(student, teacher), heads=_heads(options, facts), **options.head(facts.vocab)
-        ),
+        objective(layers=(student, teacher), heads=_heads(options, facts), **options.head(facts)),
         schedules(options, facts.steps, "alpha", "temperature", "feature_weight"),
     )
 

@@ -21,7 +21,7 @@ def objective(**head: Unpack[Head]) -> Objective:
 
 def build(options: Sft, facts: Facts) -> Built:
     """The method of a run; it has no knobs."""
-    return Built(objective(**options.head(facts.vocab)))
+    return Built(objective(**options.head(facts)))
 
 
 METHOD = Method(Sft, build, needs_teacher=lambda options: False, is_control=True, measured=True)

@@ -113,7 +113,7 @@ def build(options: StepByStep, facts: Facts) -> Built:
             label_weight=options.label_weight,
             with_teacher=options.with_teacher,
             sparse=signals.kind("forward_kl", facts.stored),
-            **options.head(facts.vocab),
+            **options.head(facts),
         ),
         schedules(options, facts.steps, *knobs),
     )

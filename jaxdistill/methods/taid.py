@@ -79,7 +79,7 @@ def build(options: Taid, facts: Facts) -> Built:
         mode=options.mode,
     )
     knobs = {"alpha": scheduled(options.alpha, facts.steps), "taid_t": t}
-    return Built(objective(**options.head(facts.vocab)), knobs)
+    return Built(objective(**options.head(facts)), knobs)
 
 
 METHOD = Method(Taid, build, measured=True)

@@ -100,7 +100,7 @@ def build(options: Ted, facts: Facts) -> Built:
         objective(
             layers=losses.layer_map(student.layers, teacher.layers, options.layers),
             widths=(student.embed, teacher.embed),
-            **options.head(facts.vocab),
+            **options.head(facts),
         ),
         knobs | {"stage": lambda step: jnp.where(step < first, 1.0, 2.0)},
         measuring={"stage": 2.0},

@@ -178,8 +178,9 @@ def leave(config: DecoderConfig, params: Mapping[str, Any], x_BLD: Array) -> Out
     """What a model returns, from what comes out of its last layer."""
     norm = Norm(config, params["final_norm"])
     head = params["embedding"] if config.tied_head else params["head"]
+    bias = params.get("head_bias")  # of `reseat` alone: no family here has one of its own
     hidden_BLD = multiplied(norm(x_BLD), 1 / config.logits_divisor)
-    return Outputs(hidden_BLD, head, softcap=config.logits_softcap)
+    return Outputs(hidden_BLD, head, bias, softcap=config.logits_softcap)
 
 
 def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> Turn:

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxdistill.models import decoder, per_layer, text
+from jaxdistill.models import decoder, per_layer, text, vocabulary
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.generator import SLOTS, complete
 from jaxdistill.models.requests import Completion, Request, check_settings
@@ -145,12 +145,14 @@ class Model:
     @functools.cached_property
     def _per_layer_params(self) -> dict:
         """What generation reads: made once, and held for as long as the model."""
-        with on_mesh(self.params):
-            return per_layer.split(self.config, self.params, self.params["embedding"].dtype)
+        params = vocabulary.only_tokens(self.params, self.tokenizer)
+        with on_mesh(params):
+            return per_layer.split(self.config, params, params["embedding"].dtype)
 
     def consume_per_layer(self) -> "Model":
         """The model with split parameters, for whoever only generates; its own are deleted."""
-        return dataclasses.replace(self, params=per_layer.consume(self.params))
+        params = vocabulary.only_tokens(self.params, self.tokenizer)
+        return dataclasses.replace(self, params=per_layer.consume(params))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

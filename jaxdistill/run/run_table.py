@@ -59,7 +59,9 @@ class RunTable:
             objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
         else:
             sparse = signals.kind("forward_kl", setup.format_of(models))
-            objective = measuring.against_teacher(vocab=models.vocab, sparse=sparse)
+            objective = measuring.against_teacher(
+                vocab=models.vocab, columns=models.pairing.columns, sparse=sparse
+            )
             signal = setup.signal_of(self._config, models)
         loss = make_loss(
             self._models.student.config,

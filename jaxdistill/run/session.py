@@ -177,6 +177,10 @@ def _read(config: Config, mesh: Mesh) -> _Inputs:
     """Reads small files and data, and checks all that they can tell."""
     models = agree.together(lambda: setup.shapes_of(config, mesh))
     data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    agree.together(lambda: models.pairing.check(data))
+    if agree.leads():
+        for name, line in models.pairing.lines().items():
+            _say(f"{name}: vocabulary: {line}", sys.stderr)
     stored, taught = models.stored, data
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
@@ -446,4 +450,6 @@ def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any
         arch = models.stored.config
         known = {} if arch is None else {"parameters": count_parameters(arch)}
         parts["teacher"] = {"source": models.stored.place, **known}
+    if vocabularies := models.pairing.lines():
+        parts["vocabularies"] = vocabularies
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)

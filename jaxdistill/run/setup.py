@@ -18,14 +18,15 @@ from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
-from jaxdistill.errors import ConfigError, MismatchError
+from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals
 from jaxdistill.models import DecoderConfig, Model, attention, random
-from jaxdistill.models.vocabulary import check_rows, check_same
+from jaxdistill.models.vocabulary import check_rows
 from jaxdistill.references import load_any
-from jaxdistill.run import changes, shapes, states, stored
+from jaxdistill.run import changes, pairing, shapes, states, stored
+from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.stored import Stored
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
@@ -43,6 +44,7 @@ class Models:
       tokenizer: of both.
       vocab: how many rows of the heads are tokens.
       stored: the teacher whose answers are stored, or None.
+      pairing: how the tokenizer fits those that the models come with.
     """
 
     teacher: Model | None
@@ -50,6 +52,7 @@ class Models:
     tokenizer: Any
     vocab: int
     stored: Stored | None = None
+    pairing: Pairing = Pairing()
 
 
 def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -93,18 +96,13 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
     asked_before = stored.of(config, teacher, tokenizer, vocab)
     teacher = teacher if asked_before is None else None
+    pairs, teacher = pairing.of(config, tokenizer, teacher, student)
     named = {"teacher": teacher, "student": student}
     for name, shape in named.items():
         if shape is None:
             continue
-        own, arch = shape.tokenizer, shape.config
-        check_rows(name, arch.vocab_size, vocab)
-        errors.check(rules.row_length(config.data.seq_len, name, arch.max_positions))
-        if own is not None and own is not tokenizer:
-            try:
-                check_same(tokenizer, own)
-            except MismatchError as error:
-                raise MismatchError(f"{name} ({shape.source}): {error}") from None
+        check_rows(name, shape.config.vocab_size, vocab)
+        errors.check(rules.row_length(config.data.seq_len, name, shape.config.max_positions))
     states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
     if config.teacher and config.teacher.quantize:
@@ -114,7 +112,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
             attention.check(section.attention, shape.config, config.data.seq_len, platform)
-    return Models(teacher, student, tokenizer, vocab, asked_before)
+    return Models(teacher, student, tokenizer, vocab, asked_before, pairs)
 
 
 def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
@@ -123,7 +121,8 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     Raises:
       ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
     """
-    teacher = load_teacher(config, models.teacher, mesh)
+    teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
+    teacher = models.pairing.seated(teacher)
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
     answers = None if models.stored is None else models.stored.loaded(mesh)
@@ -260,6 +259,7 @@ def method_of(config: Config, models: Models) -> RunMethod:
         student_tokenizer=models.tokenizer,
         teacher_tokenizer=models.tokenizer,
         vocab=models.vocab,
+        columns=models.pairing.columns,
         steps=config.train.steps,
         learning_rate=config.optimizer.lr,
         stored=format_of(models),
@@ -344,6 +344,7 @@ def abstract_teacher_of(config: Config, models: Models, method: RunMethod, mesh:
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
     assert config.teacher is not None, "it was loaded from there"
     params = abstract_params(models.teacher.config, teacher_dtype(config), mesh)
+    params = models.pairing.abstract(params, mesh)
     scheme = shapes.teacher_scheme(config.teacher, config.security.allow_network)
     return params if scheme is None else quantize.abstract(params, scheme)
 

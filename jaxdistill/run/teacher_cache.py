@@ -61,6 +61,7 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     mesh = setup.mesh_of(config)
     models = agree.together(lambda: setup.shapes_of(config, mesh))
     data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:
         _check_server(options)
@@ -105,6 +106,21 @@ def _asking(config: Config) -> Config:
     if teacher is None or not (teacher.source or teacher.random or teacher.api):
         raise ConfigError("teacher: nobody to ask: give teacher.source, or teacher.api")
     return config.model_copy(update={"teacher": teacher.model_copy(update={"cache": None})})
+
+
+def _check_vocabularies(models: setup.Models, data: Mapping[str, Dataset]) -> None:
+    """What is stored is in the teacher's own ids, of which the data hold no others.
+
+    Raises:
+      ConfigError, MismatchError: with what is not shared.
+    """
+    if models.pairing.teacher is not None:
+        raise ConfigError(
+            f"tokenizer.from: the teacher has another vocabulary "
+            f"({models.pairing.pairs['teacher']}): a stored teacher is asked in its own ids: use "
+            "tokenizer.from: teacher, or the teacher online"
+        )
+    models.pairing.check(data)
 
 
 def _check_server(options: commands.TeacherCache) -> None:

@@ -75,7 +75,11 @@ def test_a_complete_run_has_no_errors(base):
         ("teacher.source=pickled", ModelError, "can run code when it is read"),
         ("teacher.source=broken", ModelError, "config.json: is not JSON"),
         ("teacher.source=list", ModelError, "must hold a JSON object"),
-        ("teacher.source=other", MismatchError, "1 of 3 ids differ (1: teacher 'c', student 'b')"),
+        (
+            "teacher.source=other",
+            MismatchError,
+            "none of the tokenizer's ordinary tokens (different",
+        ),
         ("teacher.source=package:no_such_package/x.gguf", ModelError, "is not installed"),
         ("teacher.source=package:jaxdistill/../../x", ModelError, "has no file"),
         ("teacher.source=package:jaxdistill", ModelError, "write it as package:NAME/FILE"),
@@ -108,7 +112,7 @@ def test_what_is_found(base, override, kind, words):
     (base / "empty.txt").write_text("")
     model_folder(base / "pickled", weights="pytorch_model.bin")
     model_folder(base / "list", shape=[])
-    model_folder(base / "other", words=tokenizer("a", "c"))
+    model_folder(base / "other", words=tokenizer("c", "d"))
     model_folder(base / "tokens", {}, tokenizer("a", "b"), weights=None)
     for name in ("other", "small"):  # nothing but their content tells the two apart
         os.utime(base / name / "tokenizer.json", (1, 1))
@@ -207,12 +211,23 @@ def test_the_mesh_fits_models_that_are_made_from_numbers(base):
 
 def test_models_are_compared_with_the_tokenizer_that_is_named(base):
     """As a start does it: each of them, under its name."""
-    model_folder(base / "tokens", {}, tokenizer("a", "c"), weights=None)
+    model_folder(base / "tokens", {}, tokenizer("c", "d"), weights=None)
     found = check("tokenizer={from: tokens}")
-    assert [str(error).partition(" have ")[0] for error in found] == [
-        "teacher (big): teacher and student",
-        "student (small): teacher and student",
+    assert [str(error).partition(" has ")[0] for error in found] == [
+        "teacher (big): its vocabulary",
+        "student (small): its vocabulary",
     ]
+
+
+def test_notes_say_how_vocabularies_go_together(base):
+    assert preflight.notes(config.loads(TEXT)) == []
+    model_folder(base / "longer", words=tokenizer("a", "b", added=("<end>", "<x>")))
+    [note] = preflight.notes(config.loads(TEXT, overrides=("teacher.source=longer",)))
+    assert note == (
+        "student: vocabulary: shared: 3 of 4 tokens are shared; the tokenizer's alone, masked: 0 "
+        "ordinary and 1 control tokens"
+    )
+    assert check("teacher.source=longer") == []
 
 
 def test_the_byte_tokenizer_has_as_many_tokens_as_is_assumed(base):

@@ -32,6 +32,17 @@ def _split(metadata, text):
     return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
 
 
+def test_rows_that_fill_the_embedding_up_are_no_tokens():
+    """A file and the folder it was made of have one vocabulary, whatever pads the file."""
+    plain = _byte_level()
+    tokens = [*plain["tokenizer.ggml.tokens"], "[PAD108]", "[PAD109]"]
+    kinds = [*plain["tokenizer.ggml.token_type"], 5, 5]
+    lists = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    filled = build_tokenizer(plain | lists, "file")
+    assert filled.get_vocab() == build_tokenizer(plain, "file").get_vocab()
+    assert filled("[PAD108]").input_ids == build_tokenizer(plain, "file")("[PAD108]").input_ids
+
+
 def test_merges_follow_their_order():
     assert _split(_byte_level(), "hell wo") == ["he", "ll", "Ġw", "o"]
 

@@ -129,6 +129,9 @@ def test_texts_go_through_the_tokenizer(model):
             assert skip_special_tokens
             return "".join(chr(token + 60) for token in row)
 
+        def get_vocab(self):
+            return {str(row): row for row in range(model.config.vocab_size)}
+
     spoken = dataclasses.replace(model, tokenizer=Letters())
     texts = spoken.generate(["ABC", "Z"], max_new_tokens=5)
     rows = model.generate([[5, 6, 7], [30]], max_new_tokens=5)

@@ -52,6 +52,9 @@ class Letters:
     def decode(self, row, skip_special_tokens):
         return "".join(chr(token + 60) for token in row)
 
+    def get_vocab(self):
+        return {}
+
 
 def _filtered(row, temperature, top_k=None, top_p=None, min_p=None):
     """Probabilities by the definitions, in float64, token by token."""

@@ -39,7 +39,7 @@ def objective(**head) -> methods.Objective:
 
 def build(options: ToyOptions, facts: methods.Facts) -> methods.Built:
     knobs = {"strength": scheduled(options.strength, facts.steps)}
-    return methods.Built(objective(**options.head(facts.vocab)), knobs)
+    return methods.Built(objective(**options.head(facts)), knobs)
 
 
 CONFIG = """\

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill import optim, teachers
 from jaxdistill.methods import distillm2, kd, measuring, sft, signals, step_by_step
-from jaxdistill.run import run_table, setup
+from jaxdistill.run import pairing, run_table, setup
 from jaxdistill.run.run_table import RunTable
 
 VOCAB = 11
@@ -47,7 +47,11 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
     table = object.__new__(RunTable)
     model = types.SimpleNamespace(config=None, params=None)
     table._models = types.SimpleNamespace(
-        teacher=model if teacher else None, student=model, stored=None, vocab=VOCAB
+        teacher=model if teacher else None,
+        student=model,
+        stored=None,
+        vocab=VOCAB,
+        pairing=pairing.Pairing(),
     )
     table._config = types.SimpleNamespace(
         student=types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None)

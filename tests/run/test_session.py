@@ -290,8 +290,7 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
     (other / sums.FILE).unlink()
     words = json.loads((other / "tokenizer.json").read_text())
     vocab = words["model"]["vocab"]
-    (first, a), (second, b) = list(vocab.items())[:2]
-    vocab[first], vocab[second] = b, a
+    vocab["q"], vocab["z"] = vocab["z"], vocab["q"]
     (other / "tokenizer.json").write_text(json.dumps(words))
     config = load_config(
         tmp_path,
@@ -299,7 +298,10 @@ def test_other_vocabularies_are_refused_before_anything_is_written(
         f"student={{source: {other}}}",
         "tokenizer.from=teacher",
     )
-    with pytest.raises(MismatchError, match=rf"2 of 257 ids differ \({a}: teacher"):
+    with pytest.raises(
+        MismatchError,
+        match=r"student: \d+ of \d+ tokens of data.train \(.*'q'.*tokenizer.from: student",
+    ):
         api.train(config)
     assert not (tmp_path / "run").exists()
 

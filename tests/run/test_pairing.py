@@ -1,0 +1,182 @@
+"""One rule of vocabularies: what is added, renamed, padded or in another order changes no loss."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from jaxdistill import config, models
+from jaxdistill.data import pipeline
+from jaxdistill.errors import ConfigError, MismatchError
+from jaxdistill.evaluate import meter
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.run import setup
+from jaxdistill.train.step import place
+
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
+CONFIG = """
+run: {{name: pair, dir: {folder}/run}}
+teacher: {{source: {teacher}, dtype: float32}}
+student: {{source: {student}, compute_dtype: float32}}
+tokenizer: {{from: student}}
+data:
+  train: [{{path: {data}/train.txt, format: paragraphs}}]
+  eval: [{{path: {data}/eval.txt, format: paragraphs}}]
+  seq_len: 32
+  cache_dir: {data}/cache
+method: {{name: kd, alpha: 0.3}}
+train: {{steps: 1, batch_size: 8}}
+"""
+SHAPE = models.DecoderConfig(
+    "llama", vocab_size=257, embed=16, mlp=16, layers=1, heads=2, kv_heads=1, head_dim=8,
+    tied_head=False,
+)  # fmt: skip
+
+
+def with_tokens(model, *names):
+    """The model with control tokens more, and random rows for them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
+    rng, params = np.random.default_rng(7), dict(model.params)
+    for name in ("embedding", "head"):
+        more = rng.normal(size=(len(names), SHAPE.embed)).astype(np.float32)
+        params[name] = np.concatenate([params[name], more])
+    arch = models.DecoderConfig(**{**SHAPE.__dict__, "vocab_size": 257 + len(names)})
+    return models.Model(arch, params, tokenizer, "made")
+
+
+def in_other_order(model, seed):
+    """The same model under other ids: the tokenizer's and the rows' alike."""
+    order = np.random.default_rng(seed).permutation(257)
+    content = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    new = {int(old): place for place, old in enumerate(order)}
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {word: new[index] for word, index in vocab.items()}
+    for one in content["added_tokens"]:
+        one["id"] = new[one["id"]]
+    content["model"]["vocab"]["<end>"] = new[256]  # an added token keeps the id it has there
+    rows = {name: model.params[name][order] for name in ("embedding", "head")}
+    return models.Model(SHAPE, {**model.params, **rows}, tokenizer_of(content), "made")
+
+
+def tokenizer_of(content):
+    core = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+def padded(model, rows):
+    params = dict(model.params)
+    for name in ("embedding", "head"):
+        params[name] = np.pad(params[name], ((0, rows), (0, 0)), constant_values=0.5)
+    arch = models.DecoderConfig(**{**SHAPE.__dict__, "vocab_size": 257 + rows})
+    return models.Model(arch, params, model.tokenizer, "made")
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(teacher, student): random models of one shape over bytes."""
+    one = lambda seed: models.random(SHAPE, seed, "float32")
+    return tuple(
+        models.Model(SHAPE, jax.tree.map(np.asarray, one(seed).params), byte_tokenizer(), "made")
+        for seed in (1, 2)
+    )
+
+
+@pytest.fixture
+def loss_of(data, tmp_path_factory):
+    """(teacher, student, overrides) -> named means of the first batch, and the models."""
+
+    def measure(teacher, student, *overrides):
+        folder = tmp_path_factory.mktemp("pair")
+        for name, model in (("teacher", teacher), ("student", student)):
+            models.save(model, folder / name)
+        text = CONFIG.format(
+            folder=folder, data=data, teacher=folder / "teacher", student=folder / "student"
+        )
+        loaded = config.loads(text, overrides=overrides)
+        mesh = setup.mesh_of(loaded)
+        shapes = setup.shapes_of(loaded, mesh)
+        dataset = setup.data_of(loaded, shapes.tokenizer)
+        shapes.pairing.check(dataset)
+        both = setup.load_models(loaded, shapes, mesh)
+        method = setup.method_of(loaded, both)
+        step = meter.make_step(method.loss, method.teacher)
+        _, batch = next(iter(pipeline.eval_batches(dataset["train"], batch_size=8, rows=range(8))))
+        params = {"student": both.student.params, "objective": {}}
+        with jax.set_mesh(mesh):
+            means = step(params, both.teacher.params, place(batch, mesh), method_knobs(loaded))
+        return {name: float(mean.value) for name, mean in means.items()}, both
+
+    return measure
+
+
+def method_knobs(loaded):
+    return {"alpha": np.float32(loaded.method.alpha), "temperature": np.float32(1.0)}
+
+
+def test_order_padding_and_the_teachers_additions_change_nothing(made, loss_of):
+    teacher, student = made
+    expected, _ = loss_of(teacher, student)
+    for theirs, ours in [
+        (in_other_order(teacher, 3), student),
+        (in_other_order(teacher, 3), in_other_order(student, 4)),
+        (padded(teacher, 7), student),
+        (teacher, padded(student, 63)),
+        (with_tokens(teacher, "[PAD]", "<think>"), student),
+    ]:
+        found, both = loss_of(theirs, ours)
+        assert both.pairing.columns is None
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
+
+
+def test_a_token_that_the_student_adds_is_masked(made, loss_of):
+    teacher, student = made
+    expected, _ = loss_of(teacher, student, "method.alpha=0")
+    longer = with_tokens(student, "<think>")
+    found, both = loss_of(in_other_order(teacher, 3), longer, "method.alpha=0")
+    assert both.pairing.columns == tuple(range(257))
+    assert both.pairing.lines()["teacher"].startswith("shared: 257 of 258 tokens are shared")
+    for name in ("loss", "loss/divergence", "loss/kl_t1"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, err_msg=name)
+    # The tokenizer of the teacher leaves the added row out of cross-entropy too.
+    fewer, _ = loss_of(teacher, longer, "tokenizer.from=teacher")
+    plain, _ = loss_of(teacher, student)
+    np.testing.assert_allclose(fewer["loss"], plain["loss"], rtol=2e-5)
+
+
+def test_a_divergence_of_whole_rows_says_what_it_needs(made, loss_of):
+    with pytest.raises(ConfigError, match="tokenizer.from: teacher"):
+        loss_of(made[0], with_tokens(made[1], "<think>"), "method={name: akl}")
+
+
+def test_data_that_hold_what_is_not_shared_are_refused(made, loss_of):
+    teacher, student = made
+    words = json.loads(teacher.tokenizer.backend_tokenizer.to_str())
+    words["model"]["vocab"]["\u0123"] = words["model"]["vocab"].pop("e")  # no letter of a byte
+    without = models.Model(SHAPE, teacher.params, tokenizer_of(words), "made")
+    with pytest.raises(MismatchError, match=r"teacher: \d+ of \d+ tokens of data.train .*'e'"):
+        loss_of(without, student)
+
+
+def test_a_student_without_rows_for_the_tokenizer_is_refused(made, loss_of):
+    with pytest.raises(Exception, match="257 rows, but the tokenizer's ids reach 257"):
+        loss_of(with_tokens(made[0], "<think>"), made[1], "tokenizer.from=teacher")
+
+
+def test_rows_that_are_no_tokens_are_never_written(made):
+    """A head whose padding rows win everywhere else."""
+    model = padded(made[0], 7)
+    head = model.params["head"].copy()
+    head[257:] *= 1e4
+    params = jax.tree.map(jax.numpy.asarray, {**model.params, "head": head})
+    loud = models.Model(model.config, params, model.tokenizer)
+    tokens = loud.generate([[104, 105]], max_new_tokens=8)[0]
+    assert len(tokens) and max(tokens) < 257
+    bare = models.Model(model.config, params).generate([[104, 105]], max_new_tokens=8)[0]
+    assert max(bare) >= 257
