@@ -155,6 +155,16 @@ class Student(Section):
     prune: PrunedTeacher | None = Field(
         None, description="Prune the teacher in width and depth by measured importance."
     )
+    tokenizer: Path | None = Field(
+        None,
+        description="Of a student cut out of the teacher: a model folder whose tokenizer it gets "
+        "in place of the teacher's, or bytes. tokenizer.from must then be student.",
+    )
+    embeddings: Literal["mean", "random"] = Field(
+        "mean",
+        description="Rows of the tokens of `tokenizer`: mean of the teacher's rows that spell the "
+        "token, which leaves those that both have as they are, or random.",
+    )
     random: RandomModel | None = Field(None, description="Random weights.")
     param_dtype: Dtype = Field(
         "float32",
@@ -186,9 +196,11 @@ class Student(Section):
     def problems(self) -> Iterator[Problem]:
         """Rules: one origin; kept layers rise; no setting without effect."""
         yield from _one_of(self, ("source", "from", "random"))
-        for name in ("layers", "every", "prune"):
+        for name in ("layers", "every", "prune", "tokenizer"):
             if getattr(self, name) is not None and self.from_ is None:
                 yield (name,), "has no effect without `from: teacher`: add it or remove this"
+        if self.embeddings != "mean" and self.tokenizer is None:
+            yield ("embeddings",), "has no effect without tokenizer: add it or remove this"
         if self.prune is not None and (self.layers is not None or self.every is not None):
             yield ("prune",), "give layers, every or prune, not several of them"
         if self.lora is not None and self.quantize is not None:

@@ -183,10 +183,10 @@ def _model_errors(config: Config) -> Iterator[UserError]:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
     for name in ("teacher", "student"):
-        own = name == "teacher" and config.tokenizer.from_ != "teacher" and found.get(name)
+        model = found.get(name, _Found())
         # A teacher with a tokenizer of its own is read through what both share.
-        tokens = 0 if own and own.words_file else known
-        yield from _fit_errors(config, name, found.get(name, _Found()), tokens)
+        own = name == "teacher" != config.tokenizer.from_ and model.words_file
+        yield from _fit_errors(config, name, model, 0 if own else known)
     yield from _vocabulary_errors(config, found, words)
 
 
@@ -230,12 +230,13 @@ def _models(config: Config) -> dict[str, _Found]:
         found["student"] = dataclasses.replace(teacher, shape=cut, error=None)
     chosen = config.tokenizer.from_
     if chosen == "student" and student.from_ == "teacher":
-        chosen = "teacher"
+        chosen = student.tokenizer or "teacher"
     if chosen in ("teacher", "student"):
         # A model that is like another has its tokenizer; what is wrong with it is said once.
         found["tokenizer"] = dataclasses.replace(found.get(chosen, _Found()), error=None)
     elif chosen != "bytes":
-        found["tokenizer"] = _look("tokenizer.from", chosen, network, weights=False)
+        key = "student.tokenizer" if student.tokenizer else "tokenizer.from"
+        found["tokenizer"] = _look(key, chosen, network, weights=False)
     return found
 
 
@@ -272,7 +273,8 @@ def _pairs(
 ) -> dict[str, vocabularies.Pair]:
     """The run's vocabulary beside each model's own, where files say that they are two."""
     chosen, pairs = found.get("tokenizer", _Found()).words_file, {}
-    names = ("teacher",) if config.student.random else ("teacher", "student")
+    alone = config.student.random or config.student.from_
+    names = ("teacher",) if alone else ("teacher", "student")
     for name in names:
         model = found.get(name, _Found())
         own = model.words_file

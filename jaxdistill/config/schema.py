@@ -407,9 +407,13 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
         yield ("eval", "compare"), rule
     chain = config.tokenizer.from_
     like = student.random.like if student.random else None
-    if chain == "student" and "teacher" in (student.from_, like):
+    if student.tokenizer is not None and chain != "student":
+        rule = "must be student: student.tokenizer gives it a tokenizer of its own"
+        yield ("tokenizer", "from"), rule
+        return
+    if chain == "student" and student.tokenizer is None and "teacher" in (student.from_, like):
         chain = "teacher"
-    if chain in ("teacher", "student"):
+    if chain in ("teacher", "student") and student.tokenizer is None:
         model = teacher if chain == "teacher" else student
         if model is None:
             yield ("tokenizer", "from"), "there is no teacher: use student, bytes or a path"

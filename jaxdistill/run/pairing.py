@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill import errors
+from jaxdistill import errors, methods
 from jaxdistill.config import Config
 from jaxdistill.data import coverage, vocabularies
 from jaxdistill.data.dataset import Dataset
@@ -32,11 +32,14 @@ class Pairing:
       ours: the run's; None where every model has it.
       pairs: of it and a model's own, by "teacher" and "student".
       teacher: the teacher's configuration in its files, where it is put into the run's ids.
+      aside: whether the teacher lacks ordinary tokens of the run's, and the method asks for none:
+        it is neither loaded nor measured, but for the student that is cut out of it.
     """
 
     ours: Vocabulary | None = None
     pairs: Mapping[str, Pair] = dataclasses.field(default_factory=dict)
     teacher: DecoderConfig | None = None
+    aside: bool = False
 
     @property
     def columns(self) -> tuple[int, ...] | None:
@@ -45,7 +48,10 @@ class Pairing:
 
     def lines(self) -> dict[str, str]:
         """What there is to know of each model's vocabulary, by its name."""
-        return {name: str(pair) for name, pair in self.pairs.items() if pair.kind != "same"}
+        lines = {name: str(pair) for name, pair in self.pairs.items() if pair.kind != "same"}
+        if self.aside:
+            lines["teacher"] += "; the method asks for no teacher, and it is not measured"
+        return lines
 
     def check(self, data: Mapping[str, Dataset]) -> None:
         """The data hold no token that a model cannot take for what it is.
@@ -57,6 +63,8 @@ class Pairing:
 
     def _errors(self, data: Mapping[str, Dataset]) -> Iterator[errors.UserError]:
         for name, pair in self.pairs.items():
+            if name == "teacher" and self.aside:
+                continue
             assert self.ours is not None, "pairs are with it"
             ids = pair.unreadable if name == "teacher" else pair.misplaced
             yield from coverage.errors(name, pair, self.ours, ids, data, _REMEDIES[name])
@@ -86,7 +94,7 @@ class Pairing:
 def of(
     config: Config, tokenizer: Any, teacher: Model | None, student: Model
 ) -> tuple[Pairing, Model | None]:
-    """The pairing of a run, and the teacher's shape in the run's ids.
+    """The pairing of a run, and the teacher's shape in the run's ids; None where it is aside.
 
     Raises:
       ConfigError: for a student cut out of a teacher that has other ids than the run.
@@ -111,10 +119,13 @@ def of(
     pair = pairs.get("teacher")
     if teacher is None or pair is None or pair.in_place:
         return Pairing(ours, pairs), teacher
-    if config.student.from_ == "teacher":
+    if pair.ours.ordinary and not methods.of(config.method).needs_teacher(config.method):
+        return Pairing(ours, pairs, aside=True), None
+    if config.student.from_ == "teacher" and config.student.tokenizer is None:
         raise ConfigError(
             f"tokenizer.from = {config.tokenizer.from_!r}: the student is cut out of the teacher "
-            f"and has its rows, of another vocabulary ({pair}): use tokenizer.from: teacher"
+            f"and has its rows, of another vocabulary ({pair}): use tokenizer.from: teacher, or "
+            "student.tokenizer and tokenizer.from: student, which makes it rows of its own"
         )
     seated = dataclasses.replace(teacher, config=reseat.shape(teacher.config, pair.read))
     return Pairing(ours, pairs, teacher.config), seated

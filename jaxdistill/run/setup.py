@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.data import held_out, pipeline
+from jaxdistill.data import held_out, pipeline, spelling
 from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
@@ -22,7 +22,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals
-from jaxdistill.models import DecoderConfig, Model, attention, random
+from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
 from jaxdistill.models.vocabulary import check_rows
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, pairing, shapes, states, stored
@@ -153,33 +153,60 @@ def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | Non
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
-def _stored_teacher(config: Config, mesh: Mesh) -> Model:
-    """The weights of a teacher whose answers are stored, which the student is cut out of.
+def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
+    """The weights that the student is cut out of, read for this alone, as their files have them.
 
     Raises:
       MismatchError: if they are not those that were asked.
     """
-    assert config.teacher is not None and config.teacher.cache is not None
+    assert config.teacher is not None
     teacher = load_teacher(config, shapes.of(config, config.security.allow_network)[0], mesh)
     assert teacher is not None, "the configuration names the weights to cut the student out of"
-    if not config.teacher.random:  # made anew, on another mesh rounded otherwise
+    # A random one is made anew, on another mesh rounded otherwise.
+    if config.teacher.cache and not config.teacher.random:
         stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
     return teacher
+
+
+def _cut_out(config: Config, shape: Model, teacher: Model) -> Model:
+    """The layers, or the units, of a teacher that make a student."""
+    student, dtype = config.student, config.student.param_dtype
+    if student.prune:
+        found = importance.load(student.prune.importance)
+        made, _ = command.cut(teacher, student.prune, found, dtype)
+        return dataclasses.replace(made, tokenizer=shape.tokenizer)
+    layers = shapes.kept_layers(config, teacher.config.layers)
+    arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
+    return dataclasses.replace(shape, config=arch, params=params)
+
+
+def _respelled(config: Config, made: Model, shape: Model, teacher: Model) -> Model:
+    """A student with rows for the tokens of its own tokenizer.
+
+    Raises:
+      ConfigError: for rows of a teacher whose tokens nobody knows.
+    """
+    if config.student.embeddings == "random":
+        none: list[list[int]] = [[]] * shape.config.vocab_size
+        return reseat.respelled(made, none, shape.config, jax.random.key(config.seed))
+    if teacher.tokenizer is None:
+        raise ConfigError(
+            "student.embeddings = mean: the teacher has no tokenizer that says what its rows "
+            "spell: use random"
+        )
+    rows = spelling.spelled(shape.tokenizer, teacher.tokenizer, teacher.config.vocab_size)
+    rows += [[]] * (shape.config.vocab_size - len(rows))
+    return reseat.respelled(made, rows, shape.config)
 
 
 def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
     """A student before its first step, with arrays of its own."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
-        if teacher is None:  # its answers are stored: it is read for this alone
-            teacher = _stored_teacher(config, mesh)
-        if student.prune:
-            found = importance.load(student.prune.importance)
-            made, _ = command.cut(teacher, student.prune, found, dtype)
-            return dataclasses.replace(made, tokenizer=shape.tokenizer)
-        layers = shapes.kept_layers(config, teacher.config.layers)
-        arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
-        return dataclasses.replace(shape, config=arch, params=params)
+        if teacher is None or student.tokenizer:  # stored, aside, or in other ids
+            teacher = _uncut_teacher(config, mesh)
+        made = _cut_out(config, shape, teacher)
+        return made if student.tokenizer is None else _respelled(config, made, shape, teacher)
     if student.random:
         return random(shape.config, config.seed, dtype, mesh)
     return load_any(

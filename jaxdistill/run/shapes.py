@@ -37,10 +37,10 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
             small = command.shape_of(teacher.config, student.prune)
-            return teacher, _cut(teacher, small, "pruned teacher")
+            return teacher, _cut(config, teacher, small, "pruned teacher")
         layers = kept_layers(config, teacher.config.layers)
         small = picked(teacher.config, layers)
-        return teacher, _cut(teacher, small, f"layers {layers} of the teacher")
+        return teacher, _cut(config, teacher, small, f"layers {layers} of the teacher")
     if student.random:
         return teacher, _random_shape(student.random, teacher, config, network, "student.random")
     return teacher, _spec(source(student), network)
@@ -117,9 +117,32 @@ def kept_layers(config: Config, count: int) -> list[int]:
     return list(range(0, count, student.every or 1))
 
 
-def _cut(teacher: Model, small: DecoderConfig, source: str) -> Model:
-    """The shape of a student cut out of its teacher, with all else that is the teacher's."""
-    return dataclasses.replace(teacher, config=small, source=source)
+def _cut(config: Config, teacher: Model, small: DecoderConfig, source: str) -> Model:
+    """The shape of a student cut out of its teacher, with all else that is the teacher's.
+
+    A tokenizer of its own brings as many rows as it has tokens, and its ends of texts.
+    """
+    cut = dataclasses.replace(teacher, config=small, source=source)
+    name = config.student.tokenizer
+    if name is None:
+        return cut
+    if name == "bytes":
+        own = byte_tokenizer()
+    else:
+        own = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+    if own is None:
+        raise ModelError(
+            f"student.tokenizer = {name!r}: there is no tokenizer: name a model folder that has "
+            "one, or use bytes"
+        )
+    arch = dataclasses.replace(
+        small,
+        vocab_size=vocabulary(config, own),
+        bos_id=own.bos_token_id,
+        eos_ids=() if own.eos_token_id is None else (own.eos_token_id,),
+        pad_id=own.pad_token_id,
+    )
+    return dataclasses.replace(cut, config=arch, tokenizer=own)
 
 
 def _spec(source: str, network: bool) -> Model:

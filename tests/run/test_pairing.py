@@ -5,11 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
+from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill import config, models
-from jaxdistill.data import pipeline
+from jaxdistill.data import pipeline, spelling
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.evaluate import meter
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
@@ -180,3 +181,73 @@ def test_rows_that_are_no_tokens_are_never_written(made):
     assert len(tokens) and max(tokens) < 257
     bare = models.Model(model.config, params).generate([[104, 105]], max_new_tokens=8)[0]
     assert max(bare) >= 257
+
+
+def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
+    """Rows of new tokens are means of those that spell them; the teacher is not compared."""
+    teacher, _ = made
+    models.save(teacher, tmp_path / "teacher")
+    content = json.loads(teacher.tokenizer.backend_tokenizer.to_str())
+    letters = sorted(content["model"]["vocab"], reverse=True)
+    content["model"]["vocab"] = {word: place for place, word in enumerate([*letters, "th", "the"])}
+    content["model"]["merges"] = [["t", "h"], ["th", "e"]]
+    content["added_tokens"][0]["id"] = 258
+    folder = tmp_path / "words"
+    tokenizer_of(content).save_pretrained(folder)
+    text = CONFIG.format(folder=tmp_path, data=data, teacher=tmp_path / "teacher", student="")
+    cut = f"student={{from: teacher, tokenizer: {folder}, compute_dtype: float32}}"
+    loaded = config.loads(text, overrides=(cut, "method={name: sft}", "eval.compare=false"))
+    mesh = setup.mesh_of(loaded)
+    shapes = setup.shapes_of(loaded, mesh)
+    assert shapes.vocab == 259 and shapes.teacher is None and shapes.pairing.aside
+    shapes.pairing.check(setup.data_of(loaded, shapes.tokenizer))
+    student = setup.load_models(loaded, shapes, mesh).student
+    assert student.config.vocab_size == 259 and student.config.eos_ids == (258,)
+    old = teacher.tokenizer.get_vocab()
+    for name in ("embedding", "head"):
+        rows, before = np.asarray(student.params[name]), teacher.params[name]
+        for token, index in shapes.tokenizer.get_vocab().items():
+            spelled = [old[token]] if token in old else [old[letter] for letter in token]
+            np.testing.assert_allclose(rows[index], before[spelled].mean(0), rtol=1e-6)
+    drawn = config.loads(
+        text,
+        overrides=(cut[:-1] + ", embeddings: random}", "method={name: sft}", "eval.compare=false"),
+    )
+    other = setup.load_models(drawn, setup.shapes_of(drawn, mesh), mesh).student
+    spread = np.asarray(other.params["embedding"]).std()
+    assert other.params["embedding"].shape == (259, 16) and 0.018 < spread < 0.022
+    kept = lambda model: model.params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(kept(other), kept(teacher))
+
+
+def test_the_tokens_that_spell_a_token():
+    class Made:
+        bos_token_id = pad_token_id = unk_token_id = None
+
+        def __init__(self, words, eos):
+            core = Tokenizer(bpe.BPE({word: index for index, word in enumerate(words)}, []))
+            core.decoder = decoders.ByteLevel()
+            core.add_special_tokens([eos])
+            self.backend_tokenizer, self.eos_token_id = core, core.token_to_id(eos)
+
+    old = Made(["a", "b", "ab", "c"], "<end>")
+    new = Made(["ab", "abc", "cab", "bx", "x"], "<stop>")
+    assert spelling.spelled(new, old, 5) == [[2], [2, 3], [3, 2], [1], [], [4]]
+    assert spelling.spelled(new, old, 3) == [[2], [2], [2], [1], [], []]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("student={from: teacher, tokenizer: b}", "tokenizer.from=teacher"),
+            "must be student",
+        ),
+        (("student={source: x, tokenizer: bytes}",), "has no effect without `from: teacher`"),
+        (("student={from: teacher, embeddings: random}",), "has no effect without tokenizer"),
+    ],
+)
+def test_what_a_tokenizer_of_its_own_goes_with(overrides, words):
+    text = CONFIG.format(folder="f", data="d", teacher="t", student="s")
+    with pytest.raises(ConfigError, match=words):
+        config.loads(text, overrides=overrides)
