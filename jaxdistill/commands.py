@@ -255,6 +255,10 @@ class Harness(Section):
         None, description="Examples before each question; none: as the task says."
     )
     batch_size: Rows = Field(8, description="Rows at a time.")
+    chat: bool = Field(
+        False,
+        description="Ask in turns of the tokenizer's chat template, examples as turns before.",
+    )
 
 
 class Sampling(Section):

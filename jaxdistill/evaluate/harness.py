@@ -1,16 +1,28 @@
 """Our models in EleutherAI's lm-eval: its tasks, few-shot prompts and metrics, our forward pass."""
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.commands import Harness
-from jaxdistill.errors import ConfigError, ModelError
+from jaxdistill.data.chat_template import ChatTemplate, RenderError
+from jaxdistill.data.rendering import template_of
+from jaxdistill.errors import ConfigError, DataError, ModelError
 from jaxdistill.evaluate import scoring
-from jaxdistill.models import Model
+from jaxdistill.models import Model, text
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import load_any
 
 MAX_NEW_TOKENS = 256
+# Options of a generation that lm-eval's tasks name, and the values that change nothing here.
+_WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "use_cache": (None, True),
+    "length_penalty": (None, 1.0),
+    "num_return_sequences": (None, 1),
+}
+_log = logging.getLogger(__name__)
 
 
 def harness(
@@ -42,6 +54,8 @@ def harness(
         tasks=list(tasks),
         limit=options.limit,
         num_fewshot=options.num_fewshot,
+        apply_chat_template=options.chat,
+        fewshot_as_multiturn=options.chat,
     )
     return results["results"]
 
@@ -57,67 +71,135 @@ def adapter(model: Model, batch_size: int = 8) -> Any:
     if model.tokenizer is None:
         raise ModelError(f"{model.source}: has no tokenizer: lm-eval asks in text")
     vocab = vocabulary_size(model.tokenizer)
+    score = functools.partial(scoring.continuations, model, vocab=vocab, batch_size=batch_size)
 
     class Adapter(base):
-        """Answers lm-eval's three kinds of request."""
+        """Answers lm-eval's three kinds of request as its own `hf` model does, token for token."""
 
         tokenizer = model.tokenizer
 
         @property
         def eot_token_id(self) -> int:
-            """What stands before a text that has no context."""
-            ids = (self.tokenizer.eos_token_id, model.config.bos_id, *model.config.eos_ids)
+            """What ends a text."""
+            ids = (self.tokenizer.eos_token_id, *model.config.eos_ids, model.config.bos_id)
             return next(int(one) for one in ids if one is not None)
+
+        @property
+        def prefix_token_id(self) -> int:
+            """What stands before a text that has no context: BOS, or EOS where there is none."""
+            begins = self.tokenizer.bos_token_id
+            return self.eot_token_id if begins is None else int(begins)
+
+        @property
+        def tokenizer_name(self) -> str:
+            """The model's name, which lm-eval keeps prompts under."""
+            return model.source.replace("/", "__")
 
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, **options: Any
         ) -> list[int]:
-            """Token ids, without special tokens unless asked for."""
-            return list(
-                self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
-            )
+            """Token ids, begun as the tokenizer begins a text unless it is begun already."""
+            if add_special_tokens is None:
+                begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+                add_special_tokens = not begun
+            return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
-            pairs = [(context, rest) for _, context, rest in requests]
-            return scoring.continuations(model, pairs, vocab=vocab, batch_size=batch_size)
+            return score([(context, rest) for _, context, rest in requests])
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             """Log-probability of whole texts; long ones in windows that do not overlap."""
-            size = model.config.max_positions - 1
-            totals = []
-            for request in requests:
+            from lm_eval import utils
+
+            windows, size = [], model.config.max_positions
+            for number, request in enumerate(requests):
                 ids = self.tok_encode(request.args[0])
-                pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-                pairs = [([self.eot_token_id], piece) for piece in pieces]
-                scores = scoring.continuations(model, pairs, vocab=vocab, batch_size=batch_size)
-                totals.append(sum(score for score, _ in scores))
+                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, size, 1):
+                    windows.append((number, utils.make_disjoint_window(window)))
+            totals = [0.0] * len(requests)
+            scores = score([pair for _, pair in windows])
+            for (number, _), (logprob, _) in zip(windows, scores, strict=True):
+                totals[number] += logprob
             return totals
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Continuations up to the first of the stop texts."""
-            return [_continued(model, *request.args) for request in requests]
+            """Continuations up to the first of the stop texts; those asked for alike together."""
+            alike: dict[str, list[int]] = {}
+            for number, request in enumerate(requests):
+                alike.setdefault(repr(request.args[1]), []).append(number)
+            found: dict[int, str] = {}
+            for numbers in alike.values():
+                settings = _settings(model, requests[numbers[0]].args[1])
+                room = model.config.max_positions - settings["max_new_tokens"]
+                ids = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+                ids = [one or [self.prefix_token_id] for one in ids]
+                done = model.complete(
+                    ids, slots=batch_size, streams=numbers, logprobs=False, **settings
+                )
+                texts = [text.text_of(model.tokenizer, row[0]) for row in done]
+                found |= dict(zip(numbers, texts, strict=True))
+            return [found[number] for number in range(len(requests))]
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            """The conversation as one text; a system turn goes where the template refuses it."""
+            source = template_of(self.tokenizer)
+            if source is None:
+                raise ConfigError(f"lm-eval: {model.source}: has no chat template: leave chat out")
+            template = ChatTemplate(source, self.tokenizer.special_tokens_map)
+            options = {"add_generation_prompt": add_generation_prompt}
+            try:
+                made = template.render(chat_history, **options)
+            except RenderError as error:
+                turns = [turn for turn in chat_history if turn["role"] != "system"]
+                if turns == chat_history:
+                    raise DataError(f"lm-eval: {error}") from error
+                _log.warning("lm-eval: %s; asked again without the system turn", error)
+                made = template.render(turns, **options)
+            made = template.spans(made)[0]
+            if not add_generation_prompt:  # the last turn goes on
+                last = chat_history[-1]["content"].lstrip()
+                place = made.rindex(last.rstrip())
+                kept = last if made[place:].startswith(last) else last.rstrip()
+                made = made[: place + len(kept)]
+            return made
 
     return Adapter()
 
 
-def _continued(model: Model, prompt: str, options: dict[str, Any]) -> str:
-    """One continuation by lm-eval's options: until, max_gen_toks, do_sample, temperature, top_p."""
-    count = int(options.get("max_gen_toks") or MAX_NEW_TOKENS)
-    limit = model.config.max_positions - count
-    if limit < 1:
+def _settings(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Model.complete` takes, from lm-eval's options of a generation.
+
+    Raises:
+      ConfigError: for an option that changes what is drawn and is not built, or no room to draw in.
+    """
+    options = dict(given)
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    counts = [value for name in names if (value := options.pop(name, None)) is not None]
+    count = int(counts[0]) if counts else MAX_NEW_TOKENS
+    if count >= model.config.max_positions:
         raise ConfigError(
-            f"lm-eval: max_gen_toks = {count}: the model has {limit + count} positions"
+            f"lm-eval: max_gen_toks = {count}: the model has {model.config.max_positions} positions"
         )
-    ids = list(model.tokenizer(prompt, add_special_tokens=False)["input_ids"])[-limit:]
-    draws = bool(options.get("do_sample")) and float(options.get("temperature") or 0) > 0
-    temperature = float(options["temperature"]) if draws else 0.0
-    top_p = options.get("top_p") if draws else None
-    new = model.generate([ids], max_new_tokens=count, temperature=temperature, top_p=top_p)
-    text = str(model.tokenizer.decode(new[0], skip_special_tokens=True))
-    stops = options.get("until") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.split(stop)[0] if stop else text
-    return text
+    until = options.pop("until", None) or []
+    until = [until] if isinstance(until, str) else list(until)
+    temperature = float(options.pop("temperature", None) or 0)
+    draws = options.pop("do_sample", temperature > 0) and temperature > 0
+    settings: dict[str, Any] = {"max_new_tokens": count, "stop": [one for one in until if one]}
+    for name in ("top_k", "top_p", "min_p"):
+        value = options.pop(name, None)
+        if draws and value:
+            settings[name] = value
+    penalty = options.pop("repetition_penalty", None)
+    settings |= {"temperature": temperature if draws else 0.0, "repetition_penalty": penalty or 1.0}
+    for name, value in options.items():
+        if value not in _WITHOUT_EFFECT.get(name, (None,)):
+            raise ConfigError(
+                f"lm-eval: {name} = {value!r}: this option of generation is not built: take it out "
+                "of the task's generation_kwargs"
+            )
+    return settings
 
 
 def _library() -> Any:

@@ -100,7 +100,7 @@ def continuations(
     Raises:
       DataError: for an empty context or continuation, or a continuation longer than the model.
     """
-    limit = model.config.max_positions
+    limit = model.config.max_positions + 1  # the last token is predicted, and not read
     cut = []
     for number, (context, continuation) in enumerate(pairs):
         if not context or not continuation or len(continuation) >= limit:
@@ -115,7 +115,7 @@ def continuations(
         chosen = order[start : start + batch_size]
         part = [cut[i] for i in chosen] + [([0], [0])] * (batch_size - len(chosen))
         longest = max(len(context) + len(rest) for context, rest in part)
-        width = min(max(16, 1 << (longest - 2).bit_length()), limit)
+        width = min(max(16, 1 << (longest - 2).bit_length()), limit - 1)
         rows = np.zeros((3, batch_size, width), np.int32)
         for row, (context, rest) in enumerate(part):
             whole = context + rest
