@@ -24,6 +24,16 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca")
 _ALWAYS = (*rules.MARKS, *rules.REFUSED)
 _BESIDE = ("tools", "system", "chat_template_kwargs")
+# What would be missing in what the student reads, by kind: where it goes.
+_LOST: Mapping[str, Mapping[str, str]] = {
+    "completion": dict.fromkeys(("input", "context"), "write it into `prompt`")
+    | {"suffix": "write what stands before the completion into `prompt`"},
+    "alpaca": {"context": "write it as `input`"},
+    "alpaca_prompt": {
+        "context": "write it as `input`",
+        "history": "use `format: alpaca`, or write it into `instruction`",
+    },
+}
 # What is kept beside a prompt: for who judges answers, gives them context, or routes them.
 NOTES = ("answer", "solution", "teacher")
 # What a record may have besides the fields of its kind. Of what else it has the names are listed.
@@ -115,6 +125,7 @@ def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) ->
     if len(value) > len(KINDS[kind]):
         unread.update(name for name in value if name not in READ[kind])
         rules.check_refused(value, "the record")
+        rules.check_refused(value, "the record", _LOST.get(kind, {}))
         if rules.mark_of(value, "the record") is False:
             raise Unusable(Unlearned("the record is marked as not learned"))
     if kind == "prompts":

@@ -15,6 +15,14 @@ REFUSED: Mapping[str, str] = {
     "train_detail": "write `weight` 0 or 1 for a whole message",
     "training_detail": "write `weight` 0 or 1 for a whole message",
     "mask": "say `masked` (true: not learned) or `weight` (0: not learned)",
+    **dict.fromkeys(
+        ("train_on", "train_on_turn", "learn", "is_masked", "ignore_loss"),
+        "say `masked` (true: not learned) or `weight` (0: not learned)",
+    ),
+    **dict.fromkeys(
+        ("weights", "loss_weight", "loss_weights", "masks", "loss_masks", "assistant_masks"),
+        "write `weight` 0 or 1 for each message",
+    ),
     "labels": "say with data.loss_on and `weight` what is learned",
     "documents": "write them into a message",
     "chosen": "write the chosen text as `completion`",
@@ -117,12 +125,14 @@ def mark_of(value: Mapping[str, Any], where: str) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def check_refused(value: Mapping[str, Any], where: str) -> None:
-    """Refuses fields that change the meaning and are not read.
+def check_refused(
+    value: Mapping[str, Any], where: str, refused: Mapping[str, str] = REFUSED
+) -> None:
+    """Refuses fields that change the meaning and are not read, each with its remedy.
 
     Raises:
       Unusable: naming the field and the remedy.
     """
-    for name, remedy in REFUSED.items():
+    for name, remedy in refused.items():
         if value.get(name) not in (None, [], {}, ""):
             raise Unusable(f"field `{name}` of {where} is not supported: {remedy}")

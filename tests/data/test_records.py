@@ -124,6 +124,9 @@ def test_marks_of_turns_and_records_in_all_spellings(fields, mark):
         (chat(user(), bot(), loss=2.31), "field `loss` of the record is '2.31'"),
         (chat(user(), bot(), functions=[{"name": "f"}]), "`functions` of the record is not"),
         (chat(user(), bot(function_call={"name": "f"})), "write it as `tool_calls`"),
+        (chat(user(), bot(train_on_turn=False)), "message 2 is not supported: say `masked`"),
+        (chat(user(), bot(is_masked=True)), "`is_masked` of message 2 is not supported"),
+        (chat(user(), bot(), weights=[0, 1]), "write `weight` 0 or 1 for each message"),
         (chat(user(), bot(), images=["a.png"]), "`images` of the record is not supported"),
         (chat(user(), bot(), chat_template_kwargs={"messages": 1}), "must not set `messages`"),
         (chat(user([{"type": "image_url"}]), bot()), "is of type 'image_url': only texts are read"),
@@ -137,6 +140,20 @@ def test_marks_of_turns_and_records_in_all_spellings(fields, mark):
 )  # fmt: skip
 def test_what_changes_the_meaning_and_is_not_read_is_refused(value, reason):
     assert reason in parse(value, "messages", 1).reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "remedy"),
+    [("completion", "input", "write it into `prompt`"), ("completion", "suffix", "into `prompt`"),
+     ("completion", "context", "write it into `prompt`"), ("alpaca", "context", "as `input`"),
+     ("alpaca_prompt", "history", "use `format: alpaca`")],
+)  # fmt: skip
+def test_what_the_student_would_not_be_shown_is_refused(kind, field, remedy):
+    names = ("prompt", "completion") if kind == "completion" else ("instruction", "output")
+    value = dict.fromkeys(names, "a")
+    assert not isinstance(parse({**value, field: ""}, kind, 1), Rejected)
+    reason = parse({**value, field: "b"}, kind, 1).reason
+    assert f"`{field}` of the record" in reason and remedy in reason
 
 
 def test_what_a_chat_holds_today():
