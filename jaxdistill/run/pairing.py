@@ -97,7 +97,8 @@ def of(
     """The pairing of a run, and the teacher's shape in the run's ids; None where it is aside.
 
     Raises:
-      ConfigError: for a student cut out of a teacher that has other ids than the run.
+      ConfigError: for a student cut out of a teacher that has other ids than the run, or a metric
+        against a teacher that is aside.
     """
     own = {"teacher": teacher, "student": student}
     if config.student.random or config.student.from_ == "teacher":
@@ -120,6 +121,11 @@ def of(
     if teacher is None or pair is None or pair.in_place:
         return Pairing(ours, pairs), teacher
     if pair.ours.ordinary and not methods.of(config.method).needs_teacher(config.method):
+        if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
+            raise ConfigError(
+                f"checkpoint.best_metric = {config.checkpoint.best_metric}: is measured against a "
+                f"teacher, and this one lacks tokens of the run's ({pair}): use eval/loss"
+            )
         return Pairing(ours, pairs, aside=True), None
     if config.student.from_ == "teacher" and config.student.tokenizer is None:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """One rule of vocabularies: what is added, renamed, padded or in another order changes no loss."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from jaxdistill import config, models
 from jaxdistill.data import pipeline, spelling
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.evaluate import meter
+from jaxdistill.models import reseat
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.run import setup
 from jaxdistill.train.step import place
@@ -203,6 +205,11 @@ def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
     shapes.pairing.check(setup.data_of(loaded, shapes.tokenizer))
     student = setup.load_models(loaded, shapes, mesh).student
     assert student.config.vocab_size == 259 and student.config.eos_ids == (258,)
+    ranked = config.loads(
+        text, overrides=(cut, "method={name: sft}", "checkpoint.best_metric=eval/kl_t1")
+    )
+    with pytest.raises(ConfigError, match="measured against a teacher, and this one lacks"):
+        setup.shapes_of(ranked, mesh)
     old = teacher.tokenizer.get_vocab()
     for name in ("embedding", "head"):
         rows, before = np.asarray(student.params[name]), teacher.params[name]
@@ -218,6 +225,27 @@ def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
     assert other.params["embedding"].shape == (259, 16) and 0.018 < spread < 0.022
     kept = lambda model: model.params["layers"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(kept(other), kept(teacher))
+
+
+def test_rows_on_a_mesh_are_those_of_one_device(mesh8):
+    """Other numbers of rows, which the axes divide or not; none has a row of zeros, unsaid."""
+    model = models.random(SHAPE, 1, "float32", mesh8)
+    for count in (264, 255):
+        ids = np.random.default_rng(count).permutation(257)[:count].tolist()
+        ids += [-1] * (count - len(ids))
+        moved = reseat.reseated(model, ids, masked=[3])
+        spelled = [[i, 5] if i >= 0 else [] for i in ids]
+        arch = dataclasses.replace(SHAPE, vocab_size=count)
+        means = reseat.respelled(model, spelled, arch)
+        for name in ("embedding", "head"):
+            before, after = np.asarray(model.params[name]), np.asarray(moved.params[name])
+            wanted = np.stack([before[i] if i >= 0 else np.zeros(16) for i in ids])
+            np.testing.assert_array_equal(after, wanted)
+            rows = [before[row].mean(0) if row else before.mean(0) for row in spelled]
+            np.testing.assert_allclose(means.params[name], rows, rtol=1e-5, atol=1e-8)
+            assert moved.params[name].sharding.spec[0] == ("tensor" if count == 264 else None)
+        unsaid = np.flatnonzero(np.asarray(moved.params["head_bias"]) < -1e29)
+        assert unsaid.tolist() == [3, *range(257, count)]
 
 
 def test_the_tokens_that_spell_a_token():
