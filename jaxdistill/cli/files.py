@@ -4,12 +4,14 @@ import argparse
 import math
 from collections.abc import Callable, Collection
 
-from jaxdistill.cli.output import print_json
+from jaxdistill.cli.output import print_json, printable
 from jaxdistill.errors import ConfigError, StorageError, UserError, check, combined
 
 
 def ls(arguments: argparse.Namespace) -> None:
     """Lists what there is, with one line on each."""
+    if arguments.kind == "runs":
+        return _ls_runs(arguments)
     found = {kind: LISTS[kind]() for kind in ([arguments.kind] if arguments.kind else LISTS)}
     if arguments.json:
         return print_json(found)
@@ -19,6 +21,19 @@ def ls(arguments: argparse.Namespace) -> None:
         for name, description in entries.items():
             print(f"  {name:{width}}  {description}")
     return None
+
+
+def _ls_runs(arguments: argparse.Namespace) -> None:
+    """Lists runs: state, method, result, and with --diff what sets them apart."""
+    from jaxdistill.cli import run_list
+
+    runs = run_list.found(arguments.folder)
+    if arguments.json:
+        found: dict[str, object] = {"runs": [run_list.summary(run) for run in runs]}
+        return print_json(found | {"differences": run_list.differences(runs)})
+    if not runs:
+        return print(f"{arguments.folder}: holds no runs")
+    return print(printable(run_list.page(runs, arguments.diff)))
 
 
 def init(arguments: argparse.Namespace) -> None:

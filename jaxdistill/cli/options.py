@@ -216,9 +216,13 @@ class Recipe(Section):
 class Kind(Section):
     """What is listed."""
 
-    kind: Annotated[Literal["recipes", "methods", "models"], Positional] | None = Field(
-        None, description="One of the three; none: all."
+    kind: Annotated[Literal["recipes", "methods", "models", "runs"], Positional] | None = Field(
+        None, description="One of the four; none: the first three."
     )
+    folder: Annotated[str, Flag(metavar="DIR", name="--in")] = Field(
+        "runs", description="Folder whose runs `ls runs` lists, with those in folders below."
+    )
+    diff: bool = Field(False, description="Also list the settings in which the runs differ.")
 
 
 @dataclass(frozen=True)
@@ -412,7 +416,7 @@ COMMANDS = (
         more=_validated,
     ),
     Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
-    Command("ls", files.ls, "List recipes, methods and models.", (Kind,)),
+    Command("ls", files.ls, "List recipes, methods and models, or runs.", (Kind,)),
 )
 GROUPS = {
     "data": "Look at data as models see them.",
