@@ -160,12 +160,10 @@ def encode_batch(
     """
     if not texts:
         return []
-    if any(_grows(codec, text) for text in texts):
+    if any(found := [_unfit(codec, text) for text in texts]):
         return [
-            f"the tokenizer makes more than {MAX_GROWTH} times as many characters of the text"
-            if _grows(codec, text)
-            else encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
-            for text in texts
+            reason or encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
+            for reason, text in zip(found, texts, strict=True)
         ]
     try:
         # verbose=False: longer than the model's window is normal here, rows are cut later.
@@ -180,10 +178,13 @@ def encode_batch(
             return_offsets_mapping=offsets,
             verbose=False,
         )
-    except Exception as error:
-        # The backend raises bare exceptions for a text it cannot encode, and names none of them.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # The backend raises bare exceptions for a text it cannot encode, and names none of them; a
+        # search pattern that gives up is a panic, which Python sees as a BaseException.
         if len(texts) == 1:
-            return [f"the tokenizer refuses the text: {str(error)[:200]}"]
+            return [_refusal(error)]
         return [
             encode_batch(codec, [text], split_special=split_special, offsets=offsets)[0]
             for text in texts
@@ -193,20 +194,32 @@ def encode_batch(
     return result["input_ids"]
 
 
-def _grows(codec: Codec, text: str) -> bool:
-    """Whether the normaliser makes much more of a text: a rule for one letter is one for all.
+def _refusal(error: BaseException) -> str:
+    return f"the tokenizer refuses the text: {str(error)[:200]}"
 
-    Most cannot, or not much. What is looked at costs a second normalisation, piece by piece.
+
+def _unfit(codec: Codec, text: str) -> str | None:
+    """Why the normaliser cannot be given a text: it makes much more of it, or fails; or None.
+
+    Most make no more, or not much. What is looked at costs a second normalisation, piece by piece:
+    a rule for one letter is one for all.
     """
     normalizer = codec.growing
     if normalizer is None or len(text) < _SLICE:
-        return False
+        return None
     room = MAX_GROWTH * len(text)
     for start in range(0, len(text), _SLICE):
-        room -= len(normalizer.normalize_str(text[start : start + _SLICE]))
+        try:
+            room -= len(normalizer.normalize_str(text[start : start + _SLICE]))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic
+            return _refusal(error)
         if room < 0:
-            return True
-    return False
+            return (
+                f"the tokenizer makes more than {MAX_GROWTH} times as many characters of the text"
+            )
+    return None
 
 
 def encode_text(codec: Codec, texts: Sequence[str], parse: bool = False) -> list[list[int] | str]:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.data.encode import (
@@ -182,3 +182,18 @@ def test_a_tokenizer_that_draws_its_tokens_draws_no_more(kind, caplog):
     first, *others = [encode_text(codec, ["a" * 64]) for _ in range(5)]
     for other in others:
         assert repr(other) == repr(first)
+
+
+@pytest.mark.parametrize("where", ["normalizer", "pre_tokenizer"])
+def test_a_search_pattern_that_gives_up_refuses_the_text_and_no_other(where):
+    backend = Tokenizer(
+        models.BPE(vocab={"<unk>": 0, "a": 1, "c": 2}, merges=[], unk_token="<unk>")
+    )
+    pattern = Regex("(a+)+$b")  # tries every way to part the letters
+    if where == "normalizer":
+        backend.normalizer = normalizers.Replace(pattern, "xx")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    codec = prepare(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    bad, good = encode_text(codec, ["a" * 1000 + "c", "ac"])
+    assert "the tokenizer refuses the text: " in bad and good == [1, 2]
