@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
-from jaxdistill import config, models
+from jaxdistill import commands, config, models
 from jaxdistill.data import pipeline, spelling
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.evaluate import meter
+from jaxdistill.evaluate.perplexity import evaluate
 from jaxdistill.models import reseat
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.run import setup
@@ -246,6 +247,32 @@ def test_rows_on_a_mesh_are_those_of_one_device(mesh8):
             assert moved.params[name].sharding.spec[0] == ("tensor" if count == 264 else None)
         unsaid = np.flatnonzero(np.asarray(moved.params["head_bias"]) < -1e29)
         assert unsaid.tolist() == [3, *range(257, count)]
+
+
+def test_models_of_other_ids_are_measured_side_by_side(made, data, tmp_path):
+    """KL to a teacher in another order, which lacks a token, is that of the shared ones."""
+    teacher, student = made
+    options = commands.Evaluate(
+        data=(str(data / "eval.txt"),), seq_len=32, batch_size=8, max_rows=8,
+        cache_dir=str(data / "cache"),
+    )  # fmt: skip
+    named = {"student": student, "teacher": teacher, "moved": in_other_order(teacher, 5)}
+    named["longer"] = with_tokens(student, "<think>")
+    for name, model in named.items():
+        models.save(model, tmp_path / name)
+    measure = lambda ours, theirs: evaluate(
+        str(tmp_path / ours), options, teacher=str(tmp_path / theirs)
+    )
+    plain, longer = measure("student", "teacher"), measure("longer", "moved")
+    for name in ("eval/kl_t1", "eval/reverse_kl", "eval/agree_top1", "eval/teacher_entropy"):
+        assert longer[name] == pytest.approx(plain[name], rel=1e-4), name
+    assert longer["eval/ce"] > plain["eval/ce"]  # of all its tokens, one of them more
+    with pytest.raises(MismatchError, match="tokens of data.text .* are none of its vocabulary"):
+        content = json.loads(teacher.tokenizer.backend_tokenizer.to_str())
+        content["model"]["vocab"]["\u0123"] = content["model"]["vocab"].pop("e")
+        without = models.Model(SHAPE, teacher.params, tokenizer_of(content), "made")
+        models.save(without, tmp_path / "without")
+        measure("student", "without")
 
 
 def test_the_tokens_that_spell_a_token():
