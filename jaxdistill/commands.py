@@ -160,9 +160,22 @@ class Quantize(Section):
 
 
 class Export(Section):
-    """How a model folder is written."""
+    """How a model is written."""
 
     dtype: Dtype | None = Field(None, description="Of the written weights; none: as trained.")
+    format: Literal["folder", "gguf"] = Field(
+        "folder", description="A folder that transformers opens, or one file for llama.cpp."
+    )
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = Field(
+        "F16", description="Of the matrices in a GGUF file."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: options of the format that is written."""
+        if self.format == "gguf" and self.dtype:
+            yield ("dtype",), "a GGUF file's weights have gguf_type: leave dtype out"
+        if self.format == "folder" and self.gguf_type != "F16":
+            yield ("gguf_type",), "is of GGUF files: set format to gguf"
 
 
 class Evaluate(Text):

@@ -160,8 +160,10 @@ def export(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill import api
 
-        if arguments.adapters and options.dtype:
-            raise ConfigError("--dtype: adapters are written as they are trained: leave it out")
+        if arguments.adapters and (options.dtype or options.format != "folder"):
+            raise ConfigError(
+                "--dtype, --format: adapters are written as they are trained: leave it out"
+            )
         if arguments.adapters:
             path = api.export_adapters(arguments.model, arguments.output)
         else:

@@ -73,6 +73,12 @@ class ExportStep(ModelStep, commands.Export):
 
     kind: Literal["export"] = Field(description="The kind of step.")
 
+    def problems(self) -> Iterator[Problem]:
+        """Rules: a step gives a folder."""
+        yield from super().problems()
+        if self.format == "gguf":
+            yield ("format",), "gguf is one file, and a step gives a folder: `jaxdistill export`"
+
 
 class CompareStep(Step, commands.Compare):
     """Measures models side by side."""

@@ -43,7 +43,7 @@ _STEMS: Mapping[str, str] = {
     "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
     "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def load_file(
@@ -156,8 +156,8 @@ class _File:
         return size
 
     def _stops(self) -> list[int] | None:
-        """End of text, and end of turn where it is another token."""
-        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        """Ends of text, of turn and of message, where they are several tokens."""
+        keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
         stops = [self.metadata[key] for key in keys if self.metadata.get(key) is not None]
         return list(dict.fromkeys(stops)) or None
 
@@ -177,12 +177,12 @@ class _File:
             if kind == "yarn":
                 table["original_max_position_embeddings"] = length
                 table["attention_factor"] = self.setting("rope.scaling.attn_factor")
-        elif _ROPE_FACTORS in self.tensors:
+        elif ROPE_FACTORS in self.tensors:
             table = self._llama3(theta, raw["head_dim"])
         return {"rope_theta": theta, "rope_scaling": table}
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
-        given = self._rows(_ROPE_FACTORS, slice(None)).reshape(-1).astype(np.float64)
+        given = self._rows(ROPE_FACTORS, slice(None)).reshape(-1).astype(np.float64)
         factor = float(given.max())
         band = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
         plain, _ = rope.frequencies(rope.Rope(theta=theta), head_dim)
@@ -191,7 +191,7 @@ class _File:
         )
         if given.shape != plain.shape or not np.allclose(plain / scaled, given, rtol=1e-4):
             raise ModelError(
-                f"{self.path}: {_ROPE_FACTORS}: its factors are not those of Llama 3.1 scaling "
+                f"{self.path}: {ROPE_FACTORS}: its factors are not those of Llama 3.1 scaling "
                 f"(factor {factor:g}, band 1 to 4 of 8192 tokens); use the safetensors folder"
             )
         return {
@@ -204,9 +204,9 @@ class _File:
 
     def check_tensors(self, config: DecoderConfig) -> None:
         """Every tensor is there, in its shape and a supported type, and none is left over."""
-        expected = {_gguf_name(name): shape for name, shape in expected_tensors(config).items()}
+        expected = {gguf_name(name): shape for name, shape in expected_tensors(config).items()}
         missing = [name for name in expected if name not in self.tensors]
-        unknown = [name for name in self.tensors if name not in (*expected, _ROPE_FACTORS)]
+        unknown = [name for name in self.tensors if name not in (*expected, ROPE_FACTORS)]
         for problem, names in (("missing", missing), ("unknown", unknown)):
             if names:
                 raise ModelError(
@@ -231,12 +231,12 @@ class _File:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The slice `index` of the tensor with this Hugging Face name, in that layout."""
-        name = _gguf_name(name)
+        name = gguf_name(name)
         size = self.tensors[name].shape[0]
         rows = np.arange(size)[index[0]]
         stem = name.split(".")[-2]
         if self.architecture == "llama" and stem in self.heads:
-            rows = _interleaved(rows, size // self.heads[stem])
+            rows = interleaved(rows, size // self.heads[stem])
         if len(index) == 1:  # a vector is one row in the file
             return self._rows(name, slice(None)).reshape(-1)[rows]
         return self._rows(name, rows)[:, index[1]]
@@ -251,7 +251,7 @@ class _File:
         return quants.dequantize(packed[rows], GGMLQuantizationType[place.kind])
 
 
-def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Where llama.cpp keeps these rows: it stores the two halves of each head pair by pair."""
     head, place = rows // head_dim, rows % head_dim
     half, pair = place // (head_dim // 2), place % (head_dim // 2)
@@ -269,7 +269,7 @@ def _patterns() -> dict[str, str]:
 _PATTERNS = _patterns()
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     """The GGUF name of a tensor with this Hugging Face name."""
     parts = name.split(".")
     layer = next((part for part in parts if part.isdigit()), "")

@@ -1,7 +1,8 @@
-"""Builds a tokenizer from the metadata of a GGUF file."""
+"""Builds a tokenizer from the metadata of a GGUF file, and describes one in its words."""
 
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxdistill.errors import ModelError
 
@@ -229,3 +230,80 @@ def _add_ends(backend, metadata, tokens, kind) -> None:
         pair=f"{first}$A{last} {first}$B{last}",
         special_tokens=list(ends.values()),
     )
+
+
+class Described(NamedTuple):
+    """A byte-level BPE tokenizer in the words of a GGUF file.
+
+    Attributes:
+      pre: how text is cut before merges.
+      tokens: by id, as many as the embedding has rows.
+      kinds: of each.
+      merges: in order.
+      begins, ends: whether a text gets BOS before it, and EOS behind.
+    """
+
+    pre: str
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    begins: bool
+    ends: bool
+
+
+def described(tokenizer: Any, rows: int) -> Described:
+    """What a GGUF file says of a tokenizer; ids that are no token are rows of padding.
+
+    Raises:
+      ModelError: for one that is no byte-level BPE, or cuts text as llama.cpp cannot.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ModelError(
+            f"the tokenizer is {model['type']}, and no byte-level BPE, the only kind that is "
+            "written as GGUF: export a folder, and convert it with llama.cpp's "
+            "convert_hf_to_gguf.py"
+        )
+    known = tokenizer.get_vocab()
+    if max(known.values()) >= rows:
+        raise ModelError(
+            f"the tokenizer's ids reach {max(known.values())}: the model has {rows} rows"
+        )
+    tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [_UNUSED] * rows
+    for token, number in known.items():
+        tokens[number], kinds[number] = token, _NORMAL
+    for number, added in tokenizer.added_tokens_decoder.items():
+        kinds[number] = _CONTROL if added.special else _USER_DEFINED
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    ids = tokenizer("a")["input_ids"]
+    begins = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    ends = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    return Described(_pre_of(state, bool(merges)), tokens, kinds, merges, begins, ends)
+
+
+def _pre_of(state: Mapping[str, Any], merges: bool) -> str:
+    """llama.cpp's name of how a tokenizer cuts text; without merges every way is the same."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if not merges:
+        return "gpt-2"
+    found = _cut(state["pre_tokenizer"])
+    for name, build in _PRE.items():
+        one = Tokenizer(models.BPE())
+        one.pre_tokenizer = build(pre_tokenizers)
+        normalizer = {"type": "NFC"} if name == "qwen2" else None
+        same = _cut(json.loads(one.to_str())["pre_tokenizer"]) == found
+        if same and state["normalizer"] == normalizer:
+            return "gpt-2" if name == "default" else name
+    raise ModelError(
+        f"the tokenizer cuts text in a way that is none of {', '.join(_PRE)}: export a folder, and "
+        "convert it with llama.cpp's convert_hf_to_gguf.py"
+    )
+
+
+def _cut(state: Any) -> Any:
+    """The settings of a pre-tokenizer that change its tokens; offsets do not."""
+    if isinstance(state, Mapping):
+        return {key: _cut(value) for key, value in state.items() if key != "trim_offsets"}
+    return [_cut(one) for one in state] if isinstance(state, list) else state

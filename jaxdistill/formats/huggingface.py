@@ -224,7 +224,7 @@ def save(
             name: int(np.prod(shape)) * out.itemsize
             for name, shape in expected_tensors(model.config).items()
         }
-        tensors = _file_tensors(model, out)
+        tensors = file_tensors(model, out)
     if jax.process_index() != 0:  # the others only take part in gathering
         for _ in tensors:
             pass
@@ -240,7 +240,7 @@ def save(
     return folder
 
 
-def _file_tensors(model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
+def file_tensors(model: Model, dtype: np.dtype) -> Iterator[np.ndarray]:
     """Every tensor as its file wants it, in the order of `expected_tensors`, one at a time."""
     flat = _flat(model.params)
     table = flat_weights(weights(model.config))

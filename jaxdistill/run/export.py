@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxdistill import commands, models
 from jaxdistill.compress import quantize as quantizing
-from jaxdistill.formats import peft
+from jaxdistill.formats import gguf_write, peft
 from jaxdistill.references import adapters_any, load_any
 
 
@@ -47,18 +47,20 @@ def quantize(
 def export(
     source: str, out: str | os.PathLike, options: commands.Export | None = None
 ) -> pathlib.Path:
-    """Writes a model folder: config.json, safetensors, tokenizer.
+    """Writes a model folder, config.json, safetensors and tokenizer, or one GGUF file.
 
     Args:
       source: RUN_DIR, RUN_DIR@best, RUN_DIR@latest, RUN_DIR@STEP, or any model.
-      out: a folder that does not exist yet, or is empty.
-      options: the type of the written weights; None keeps them as trained.
+      out: a folder that does not exist yet, or is empty; NAME.gguf.
+      options: the format and the type of the written weights; None keeps them as trained.
 
     Raises:
-      ModelError, ConfigError: if there is no such model.
-      StorageError: if the folder cannot be written.
+      ModelError, ConfigError: if there is no such model, or the format cannot hold it.
+      StorageError: if it cannot be written.
     """
     options = options or commands.Export()
+    if options.format == "gguf":
+        return gguf_write.save(load(source), out, options.gguf_type)
     return models.save(load(source), pathlib.Path(out), dtype=options.dtype)
 
 

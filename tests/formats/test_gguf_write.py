@@ -1,0 +1,155 @@
+"""GGUF files that we write: read back to the bit, tokenizer and template included; refusals."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import api, commands, models
+from jaxdistill.errors import ConfigError, ModelError, StorageError
+from jaxdistill.formats import gguf_tokenizer, gguf_write
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.models.rope import Rope
+from tests.models import oracle
+
+pytest.importorskip("gguf")
+TEXTS = ["Hello, world 2024!", " caf\u00e9 it's\n\n<|eot|>yes", "12345"]
+
+
+def words(pre="qwen2"):
+    """A byte-level BPE with a few merges, cut as a model family does, and special tokens."""
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("l", "l"), ("h", "e"), ("he", "ll"), ("1", "2"), ("\u0120", "w")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *map("".join, merges)])}
+    core = Tokenizer(kinds.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    core.pre_tokenizer = gguf_tokenizer._PRE[pre](pre_tokenizers)
+    core.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    made.add_tokens(["<think>"])
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    return made
+
+
+def model(family="llama", **fields):
+    """A random model of a case whose rows the tokenizer fits, its ends two tokens."""
+    shape = models.DecoderConfig(
+        family, 288, 64, 96, 2, 4, 2, 16, max_positions=128, norm_eps=1e-5, **fields
+    )
+    made = models.random(shape, dtype="float32")
+    tokenizer = words()
+    ends = (tokenizer.eos_token_id, tokenizer.get_vocab()["<|eot|>"])
+    ids = {"eos_ids": ends, "bos_id": tokenizer.bos_token_id, "pad_id": tokenizer.pad_token_id}
+    return dataclasses.replace(made, config=dataclasses.replace(shape, **ids), tokenizer=tokenizer)
+
+
+CASES = {
+    "llama": {"rope": Rope(500_000.0, "llama3", 8.0, 8192, 1.0, 4.0), "tied_head": True},
+    "mistral": {},
+    "qwen2": {"attention_bias": True, "rope": Rope(1e6, "yarn", 4.0, 32)},
+    "qwen3": {"qk_norm": True, "rope": Rope(1e4, "linear", 2.0)},
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_is_written_is_read_back_to_the_bit(family, tmp_path):
+    """Configuration, weights, tokens of texts, chat template; no trace of the way there."""
+    made = model(family, **CASES[family])
+    file = gguf_write.save(made, tmp_path / "model.gguf", "F32")
+    again = models.load(file)
+    # Mistral without a window is the architecture llama, which is the family it is read as.
+    fixed = {"family": again.config.family, "initializer_range": 0.02}
+    assert again.config == dataclasses.replace(made.config, **fixed)
+    jax.tree.map(np.testing.assert_array_equal, again.params, made.params)
+    assert again.tokenizer.get_vocab() == made.tokenizer.get_vocab()
+    for text in TEXTS:
+        ids = made.tokenizer(text)["input_ids"]
+        assert again.tokenizer(text)["input_ids"] == ids
+        assert again.tokenizer.decode(ids) == made.tokenizer.decode(ids)
+    assert again.tokenizer.chat_template == made.tokenizer.chat_template
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("BF16", 4e-3), ("F16", 5e-4), ("Q8_0", 8e-3)])
+def test_smaller_types_stay_close(kind, bound, tmp_path):
+    made = model()
+    again = models.load(gguf_write.save(made, tmp_path / "model.gguf", kind))
+    for path in ("gate", "up", "down"):
+        want = np.asarray(made.params["layers"]["mlp"][path]["kernel"])
+        got = np.asarray(again.params["layers"]["mlp"][path]["kernel"])
+        assert 0 < np.abs(got - want).max() <= bound * np.abs(want).max()
+    np.testing.assert_array_equal(
+        again.params["final_norm"]["scale"], made.params["final_norm"]["scale"]
+    )
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_every_way_to_cut_text_has_its_name(pre):
+    assert gguf_tokenizer.described(words(pre), 288).pre == pre
+
+
+REFUSED = {
+    "windows": ({"windows": (8, None)}, "has windows (8 tokens)"),
+    "family": ({"family": "gemma2"}, "gemma2 models are not written as GGUF here"),
+    "rope": ({"rope": Rope(1e4, "llama3", 8.0, 64, 1.0, 4.0)}, "band of llama3"),
+    "yarn": ({"rope": Rope(1e4, "yarn", 8.0, 64, attention_factor=2.0)}, "settings of yarn"),
+    "ends": ({"eos_ids": (1, 2, 3, 4)}, "4 tokens that end a text"),
+    "rows": ({"vocab_size": 200}, "the model has 200 rows"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_file_cannot_say_is_refused_and_leaves_nothing(name, tmp_path):
+    fields, message = REFUSED[name]
+    made = model()
+    wrong = dataclasses.replace(made, config=dataclasses.replace(made.config, **fields))
+    with pytest.raises(ModelError) as caught:
+        gguf_write.save(wrong, tmp_path / "model.gguf", "F32")
+    assert message in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_places_types_and_tokenizers_are_checked(tmp_path):
+    made = model()
+    with pytest.raises(StorageError, match="NAME.gguf"):
+        gguf_write.save(made, tmp_path / "model")
+    (tmp_path / "there.gguf").write_text("")
+    with pytest.raises(StorageError, match="exists already"):
+        gguf_write.save(made, tmp_path / "there.gguf")
+    with pytest.raises(ConfigError, match="gs:// is no folder"):
+        gguf_write.save(made, "gs://bucket/x.gguf")
+    with pytest.raises(ModelError, match="no tokenizer"):
+        gguf_write.save(dataclasses.replace(made, tokenizer=None), tmp_path / "x.gguf")
+    other = words()
+    from tokenizers import pre_tokenizers
+
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ModelError, match="none of default, gpt-2"):
+        gguf_write.save(dataclasses.replace(made, tokenizer=other), tmp_path / "x.gguf")
+    narrow = models.random(models.DecoderConfig("llama", 288, 36, 40, 1, 2, 2, 18))
+    with pytest.raises(ModelError, match="Q8_0 packs 32 numbers"):
+        gguf_write.save(dataclasses.replace(narrow, tokenizer=words()), tmp_path / "x.gguf", "Q8_0")
+
+
+def test_the_command_writes_it_too(tmp_path):
+    folder = models.save(model(), tmp_path / "folder")
+    options = commands.Export(format="gguf", gguf_type="F32")
+    file = api.export(str(folder), tmp_path / "model.gguf", options)
+    logits = [
+        models.load(one).logits(oracle.tokens(oracle.CASES["llama2"])) for one in (folder, file)
+    ]
+    np.testing.assert_array_equal(*logits)
+    for wrong in ({"format": "gguf", "dtype": "bfloat16"}, {"gguf_type": "Q8_0"}):
+        with pytest.raises(ValueError, match="gguf"):
+            commands.Export(**wrong)
+
+
+def test_bytes_alone_need_no_way_to_cut(tmp_path):
+    assert gguf_tokenizer.described(byte_tokenizer(), 257).pre == "gpt-2"
