@@ -50,6 +50,7 @@ WHOLE_ROWS: Mapping[str, Mapping[str, Range]] = {
     "alphanet": {"clip": Range(5.0, 0.01, 1e6)},
     "decoupled_kl": {"target_weight": Range(1.0, 0, 1e6), "rest_weight": Range(0.5, 0, 1e6)},
     "smoothed_forward_kl": {"target_smoothing": Range(0.1, 0, 1)},
+    "logit_mse": {},
 }
 # What every loss of logits takes beside its own parameters.
 COMMON: Mapping[str, Range] = {

@@ -1,4 +1,4 @@
-"""The options of the optimizer: AdamW and its learning rate."""
+"""The options of the optimizer: its rule and its learning rate."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -16,9 +16,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Section):
-    """AdamW and its learning rate."""
+    """The rule that makes updates of gradients, and its learning rate."""
 
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    name: Literal["adamw", "lion", "adafactor", "muon"] = Field(
+        "adamw",
+        description="adamw; lion (one moment, a third of the learning rate or less); adafactor (a "
+        "row and a column in place of moments); muon (of kernels; adamw of all else).",
+    )
     lr: float = Field(1e-4, gt=0, le=10, description="Highest learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after the warmup."
@@ -37,6 +41,9 @@ class Optimizer(Section):
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.95), strict=False, description="Decay of the first and second moment."
     )
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the first moment; the second is float32."
+    )
     eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         1.0, description="Largest global gradient norm; null: no clipping."
@@ -51,3 +58,7 @@ class Optimizer(Section):
         """Rules: no setting without effect."""
         if self.schedule == "constant" and self.end_lr_ratio != 0.1:
             yield ("end_lr_ratio",), "has no effect with schedule: constant: remove it"
+        without = {"adafactor": ("betas", "eps", "moments"), "lion": ("eps",)}.get(self.name, ())
+        for key in without:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                yield (key,), f"has no effect with name: {self.name}: remove it"

@@ -119,6 +119,7 @@ from jaxdistill.losses.whole_rows import (
     alphanet_value,
     decoupled_kl,
     detached_skew_reverse_kl,
+    logit_mse,
     smoothed_forward_kl,
     taid,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "layer_map",
     "load_balancing",
     "log_mass",
+    "logit_mse",
     "masked_mean",
     "overlong_penalty",
     "per_mean",

@@ -254,6 +254,36 @@ def smoothed_forward_kl(
     return x.finished(divergences.forward_kl(student, log_p), scale_by_t2)
 
 
+def logit_mse(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    scale_by_t2: bool = True,
+) -> Array:
+    """mean_v ((s_v - t_v) / T)^2: the logits themselves are compared, not the distributions.
+
+    A constant that is added to all logits of one side counts, as no divergence would have it. With
+    `scale_by_t2` T cancels out. A token that either side holds for impossible is left out.
+
+    Args:
+      student_logits: [..., V].
+      teacher_logits: [..., V].
+      temperature: T > 0, divides both logits; one number, or [...].
+      scale_by_t2: multiply by T^2.
+
+    Raises:
+      ConfigError: if shapes differ.
+
+    Reference: Ba, Caruana 2014, arXiv 1312.6184; Kim et al. 2021, arXiv 2105.08919.
+    """
+    x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
+    possible = (x.student > _LOWEST / 2) & (x.teacher > _LOWEST / 2)
+    gap = jnp.where(possible, student - teacher, 0.0)
+    count = jnp.maximum(jnp.sum(possible, axis=-1), 1)
+    return x.finished(jnp.sum(gap**2, axis=-1) / count, scale_by_t2)
+
+
 def detached_skew_reverse_kl(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -339,6 +369,7 @@ FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "decoupled_kl": decoupled_kl,
     "detached_skew_reverse_kl": detached_skew_reverse_kl,
     "smoothed_forward_kl": smoothed_forward_kl,
+    "logit_mse": logit_mse,
 }
 
 

@@ -1,4 +1,4 @@
-"""The chain: knobs, clipping, AdamW with decay on matrices alone, learning-rate schedule."""
+"""The chain: knobs, clipping, a rule with decay on matrices alone, learning-rate schedule."""
 
 import functools
 from collections.abc import Mapping
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.optim import rounding
+from jaxdistill.optim import rounding, rules
 from jaxdistill.optim.schedules import knob
 
 Knob = float | optax.Schedule | optax.GradientTransformation
@@ -19,28 +20,32 @@ Knob = float | optax.Schedule | optax.GradientTransformation
 def optimizer(
     learning_rate: float | optax.Schedule,
     *,
+    name: str = "adamw",
     knobs: Mapping[str, Knob] | None = None,
     clip_norm: float | None = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    moments: DTypeLike = "float32",
     objective_lr_ratio: float = 1.0,
     trained: Mapping[str, tuple[int, int | None]] | None = None,
     scaled: Mapping[str, optax.Schedule] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Knobs, then clipping by the global norm, then AdamW, in float32 for parameters of any dtype.
+    """Knobs, then clipping by the global norm, then a rule, in float32 for parameters of any dtype.
 
-    Moments are float32. Parameters of fewer bits, such as bfloat16, are rounded at random, up or
-    down in proportion to what lies between, so that on the mean they move as float32 would: rounded
-    to the nearest, an update below 1/512 of its parameter would be lost.
+    The rule is AdamW, or another of `optim.rules`. Parameters of fewer bits, such as bfloat16, are
+    rounded at random, up or down in proportion to what lies between, so that on the mean they move
+    as float32 would: rounded to the nearest, an update below 1/512 of its parameter would be lost.
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
         p = p - lr (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay p)
 
-    Moments in bfloat16 would stand still: with b2 = 0.95 an update of v below 1/256 of it is lost.
+    v is float32: in bfloat16, with b2 = 0.95, an update below 1/256 of it would be lost. m may be
+    bfloat16: what is lost of it is small beside a gradient's own noise.
 
     Args:
       learning_rate: a number, or update number (from 0) -> number.
+      name: of the rule: "adamw", "lion", "adafactor" or "muon".
       knobs: name -> number or schedule, see `schedules.knob`, or a transformation of its own that
         keeps the knob's state, such as `taid`.
       clip_norm: largest global norm of the gradient; None does not clip. Under "objective" nothing
@@ -48,12 +53,13 @@ def optimizer(
       betas: decay of the first and second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled; for the leaves that `decays` names.
+      moments: type of the first moment, float32 or bfloat16.
       objective_lr_ratio: learning rate under "objective" over that of the rest.
       trained: path into the parameters, such as "student" -> (first, end): the updates, from 0, in
         which it moves; outside of them it stands still, whatever decay and momentum say. An end of
         None is never. What no path names is trained throughout.
       scaled: path into the parameters -> update number (from 0) -> factor of the update, after
-        AdamW, which would divide a factor of the gradient out again.
+        the rule, which would divide a factor of the gradient out again.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -71,10 +77,11 @@ def optimizer(
     if clip_norm is not None:
         clip = optax.clip_by_global_norm(clip_norm)
         chain.append(optax.masked(clip, lambda params: _under_objective(params, False)))
-    adamw = optax.adamw(
-        learning_rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decays
+    chain.append(
+        rules.rule(
+            name, learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments
+        )
     )
-    chain.append(adamw)
     if objective_lr_ratio != 1.0:
         scale = optax.scale(objective_lr_ratio)
         chain.append(optax.masked(scale, lambda params: _under_objective(params, True)))
@@ -115,22 +122,6 @@ def _below(path: str, params: Any) -> Any:
     if not any(jax.tree.leaves(mask)):
         raise ConfigError(f"trained or scaled: there is no parameter {path!r}")
     return mask
-
-
-def decays(params: Any) -> Any:
-    """Which leaves decay: matrices and embeddings, never biases, norm scales or single numbers.
-
-    Nothing of the objective's own decays: a decayed temperature would drift to its middle.
-
-    Layers are stacked on a first dim, so a bias may have two: names tell, not the number of dims.
-    """
-
-    def one(path: tuple[Any, ...], leaf: Any) -> bool:
-        if getattr(path[0], "key", None) == "objective":
-            return False
-        return getattr(path[-1], "key", None) not in ("bias", "scale") and leaf.ndim >= 2
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def learning_rate(

@@ -298,6 +298,8 @@ def method_of(config: Config, models: Models) -> RunMethod:
     rate = learning_rate_of(config)
     tx = optim.optimizer(
         rate,
+        name=o.name,
+        moments=o.moments,
         knobs=built.knobs,
         clip_norm=o.clip_norm,
         betas=o.betas,

@@ -123,15 +123,23 @@ def abstract_params(
 
 def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh, offload: bool) -> Any:
     """Moments like their parameters, or on their host; counters and knobs on every device."""
-    place = lambda leaf: leaf.sharding.with_memory_kind(HOST) if offload else leaf.sharding
     everywhere = replicated(mesh)
+
+    def place(leaf: Any, param: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # another rule's parameter
+            return leaf
+        if leaf.shape != param.shape:  # a factored moment, small, without a dim for each of its own
+            return everywhere
+        return param.sharding.with_memory_kind(HOST) if offload else param.sharding
+
     state = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
         tx.init,
-        lambda _, param: place(param),
+        place,
         state,
         params,
         transform_non_params=lambda _: everywhere,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
 
 

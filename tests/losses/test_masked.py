@@ -25,6 +25,7 @@ OF_LOGITS = {
     "alphanet": losses.alphanet,
     "decoupled_kl": lambda s, t: losses.decoupled_kl(s, t, LABELS),
     "smoothed_forward_kl": losses.smoothed_forward_kl,
+    "logit_mse": losses.logit_mse,
     "detached_skew_reverse_kl": losses.detached_skew_reverse_kl,
     "taid": lambda s, t: losses.taid(s, t, 0.5),
     "cross_entropy": lambda s, t: losses.cross_entropy(s, LABELS, label_smoothing=0.1),

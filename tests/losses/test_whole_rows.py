@@ -111,12 +111,27 @@ def test_taid_mixes_logits_and_holds_the_student_still(taid_t):
     np.testing.assert_allclose(slope, q - p, atol=1e-6)
 
 
+def test_logits_are_compared_as_they_are():
+    student, teacher = logits()
+    s, t = (np.asarray(x, np.float64) for x in (student, teacher))
+    want = ((s - t) ** 2).mean(1)
+    np.testing.assert_allclose(losses.logit_mse(student, teacher), want, rtol=1e-6)
+    np.testing.assert_allclose(losses.logit_mse(student, teacher, temperature=3.0), want, rtol=1e-6)
+    plain = losses.logit_mse(student, teacher, temperature=3.0, scale_by_t2=False)
+    np.testing.assert_allclose(plain, want / 9, rtol=1e-6)
+    spoiled = losses.logit_mse(student.at[0, 1].set(-jnp.inf), teacher.at[1, 2].set(-jnp.inf))
+    for row, column in enumerate((1, 2)):
+        left = np.delete((s - t)[row] ** 2, column).mean()
+        np.testing.assert_allclose(spoiled[row], left, rtol=1e-6)
+
+
 CASES = {
     "adaptive_kl": lambda s, t, y, **o: losses.adaptive_kl(s, t, **o),
     "alphanet": lambda s, t, y, **o: losses.alphanet(s, t, **o),
     "decoupled_kl": lambda s, t, y, **o: losses.decoupled_kl(s, t, y, **o),
     "detached_skew_reverse_kl": lambda s, t, y, **o: losses.detached_skew_reverse_kl(s, t, **o),
     "smoothed_forward_kl": lambda s, t, y, **o: losses.smoothed_forward_kl(s, t, **o),
+    "logit_mse": lambda s, t, y, **o: losses.logit_mse(s, t, **o),
 }
 
 
@@ -133,7 +148,8 @@ def test_the_teacher_itself_has_no_gradient_and_order_does_not_matter(name):
     order = np.random.default_rng(1).permutation(23)
     moved = jnp.asarray(np.argsort(order))[labels]
     value = CASES[name](student, teacher, labels)
-    again = CASES[name](student[:, order] + 7, teacher[:, order] - 3, moved)
+    shift = 0 if name == "logit_mse" else 7  # which counts what no distribution shows
+    again = CASES[name](student[:, order] + shift, teacher[:, order] - shift, moved)
     np.testing.assert_allclose(again, value, rtol=2e-5, atol=1e-5)
 
 
@@ -162,13 +178,16 @@ def test_a_nan_of_either_model_is_not_hidden(name, side):
     assert np.isnan(value[2]) and np.isfinite(np.delete(np.asarray(value), 2)).all()
 
 
-@pytest.mark.parametrize("name", ["decoupled_kl", "smoothed_forward_kl", "alphanet"])
+@pytest.mark.parametrize("name", ["decoupled_kl", "smoothed_forward_kl", "alphanet", "logit_mse"])
 def test_gradients_are_finite_differences_in_float64(name):
     rng, step = np.random.default_rng(0), 1e-6
     labels = jnp.arange(4)
     with jax.enable_x64(True):
         at = tuple(jnp.asarray(2 * rng.normal(size=(4, 9))) for _ in range(2)) + (jnp.asarray(1.7),)
-        loss = lambda s, t, temperature: CASES[name](s, t, labels, temperature=temperature).sum()
+        more = {"scale_by_t2": False} if name == "logit_mse" else {}  # else T cancels out
+        loss = lambda s, t, temperature: CASES[name](
+            s, t, labels, temperature=temperature, **more
+        ).sum()
         value = loss
         if name == "alphanet":  # a surrogate: its slope is that of the unclipped divergence
             loss = lambda s, t, _: losses.alphanet(s, t, alphas=(-0.5, -0.5), clip=1e30).sum()

@@ -8,7 +8,7 @@ import pytest
 
 from jaxdistill import optim
 from jaxdistill.errors import ConfigError
-from jaxdistill.optim.optimizer import decays
+from jaxdistill.optim.rules import decays
 
 
 def _params(dtype=jnp.float32):

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxdistill import api, models
+from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.errors import UserError
 from jaxdistill.run import setup, states
 
@@ -22,6 +23,7 @@ METHODS = {
     "jsd": "{name: jsd, parameters: {beta: {schedule: linear, start: 0.2, end: 0.8}}}",
     "adaptive_kl": "{name: kd, divergence: adaptive_kl, parameters: {mu: 0.6}}",
     "decoupled_kl": "{name: kd, divergence: decoupled_kl}",
+    "logit_mse": "{name: kd, divergence: logit_mse, alpha: 0.1}",
     "hidden": "{name: hidden, balance: true}",
     "hidden_pairs": "{name: hidden, layers: [[0, 1], [1, 3]], distance: mse}",
     "distillm2": "{name: distillm2, balance: {schedule: linear, start: 1.0, end: 1.5}}",
@@ -106,3 +108,28 @@ def test_layers_that_do_not_exist_are_named_before_anything_trains(
 ):
     with pytest.raises(UserError, match=message):
         api.train(load_config(tmp_path, f"method={method}"))
+
+
+@pytest.mark.parametrize("rule", ["lion", "adafactor"])
+def test_the_step_of_a_rule_is_traced(rule, configured):
+    config = configured("decoupled_kl")
+    config = config.model_copy(update={"optimizer": Optimizer(name=rule)})
+    mesh = setup.mesh_of(config)
+    models = setup.shapes_of(config, mesh)
+    method = setup.method_of(config, models)
+    state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
+    teacher = setup.abstract_teacher_of(config, models, method, mesh)
+    with jax.set_mesh(mesh):
+        step = setup.make_step(config, method)
+        after, _ = jax.eval_shape(step, state, teacher, setup.abstract_batch_of(config, mesh))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
+    assert all(jax.tree.leaves(same))
+
+
+def test_muon_with_bfloat16_moments_runs_and_resumes(load_config, tmp_path):
+    options = ["train.steps=4", "train.eval_every=4"]
+    options += ["optimizer.name=muon", "optimizer.moments=bfloat16"]
+    result = api.train(load_config(tmp_path, *options))
+    assert math.isfinite(result.metrics["eval/kl_t1"])
+    longer = api.resume(result.run_dir)
+    assert longer.metrics["eval/kl_t1"] == pytest.approx(result.metrics["eval/kl_t1"], rel=1e-5)
