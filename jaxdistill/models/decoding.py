@@ -120,7 +120,12 @@ def first(
     """The tokens that follow the prompts that were put into slots; arguments as in `advance`."""
     logits_BV = logits_PV[jnp.maximum(source_B, 0)]
     seen = sampling.tally(history, logits_BV.shape[1])
-    return _choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, told, seen)
+    return _everywhere(_choose(logits_BV, keys_B2, jnp.zeros_like(source_B), settings, told, seen))
+
+
+def _everywhere(chosen: Chosen) -> Chosen:
+    """The same on every device: each process of a run reads what was chosen for all rows."""
+    return jax.tree.map(lambda leaf: constrain(leaf, (None,) * leaf.ndim), chosen)
 
 
 def _choose(logits_BV, keys_B2, count_B, settings, told, seen) -> Chosen:
@@ -215,7 +220,7 @@ def advance(
         ),
     )
     _, cache, _, _, found = jax.lax.while_loop(running, body, start)
-    return cache, found
+    return cache, _everywhere(found)
 
 
 def _next(rows: dict[str, Array], new_B: Array, ends_BK: Array) -> dict[str, Array]:
