@@ -20,6 +20,19 @@ _EXTENDS = {
 }
 
 
+# What other tools call a key, and what it is called here.
+SYNONYMS = {
+    "lmbda": "rollout.share",
+    "lambda": "rollout.share",
+    "num_generations": "rollout.samples",
+    "max_completion_length": "rollout.max_new_tokens",
+    "on-policy": "rollout",
+    "on_policy": "rollout",
+    "gkd": "rollout",
+    "opd": "rollout",
+}
+
+
 def _schema() -> Schema:
     """The sections of a configuration, and the key of its file that is none of them."""
     return _schema_with(methods.rows())
@@ -60,6 +73,8 @@ def explain(key: str) -> str:
     Raises:
       ConfigError: if there is no such key.
     """
+    if key in SYNONYMS:
+        return f"{key} is {SYNONYMS[key]} here\n\n{explain(SYNONYMS[key])}"
     path = tuple(part for part in key.split(".") if part)
     found = [_schema()]
     for depth, part in enumerate(path):
@@ -91,6 +106,8 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
         owners = [_named(node) for node in nodes if best in node.get("properties", {})]
         some = ", ".join(map(str, owners[:3])) + (" and others" if len(owners) > 3 else "")
         return f'did you mean "{best}" of {some}?'
+    if best is None and key in SYNONYMS:
+        return f'here it is "{SYNONYMS[key]}"'
     if best is None:
         homes = [path for path in all_keys() if path[-1] == key]
         best = ".".join(homes[0]) if len(homes) == 1 else None

@@ -77,8 +77,9 @@ def _run_dir_errors(folder: str) -> Iterator[UserError]:
 def _data_errors(config: Config) -> Iterator[UserError]:
     """Every source of data is there and can be read, and held-out files are no training files."""
     data, network = config.data, config.security.allow_network
-    files: dict[str, list[tuple[str, pathlib.Path]]] = {"train": [], "eval": []}
-    for name, sources in (("train", data.train), ("eval", data.eval_files)):
+    files: dict[str, list[tuple[str, pathlib.Path]]] = {"train": [], "prompts": [], "eval": []}
+    groups = (("train", data.train), ("prompts", data.prompts), ("eval", data.eval_files))
+    for name, sources in groups:
         for i, source in enumerate(sources):
             key = f"data.{name}.{i}.path = {shown(source.path)}"
             try:
@@ -90,10 +91,11 @@ def _data_errors(config: Config) -> Iterator[UserError]:
             if found and not any(path.stat().st_size for path in found):
                 yield DataError(f"{key}: the file is empty")
     for key, path in files["eval"]:
-        for _, other in files["train"]:
+        for other_key, other in files["train"] + files["prompts"]:
             if _same_content(path, other):
+                section = ".".join(other_key.split(".")[:2])
                 yield DataError(
-                    f"{key}: is {shown(str(other))} of data.train again: held-out data must not be "
+                    f"{key}: is {shown(str(other))} of {section} again: held-out data must not be "
                     "trained on: name another file, or use data.eval: {fraction: 0.01}"
                 )
                 break

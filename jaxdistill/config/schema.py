@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from jaxdistill import methods, rules
 from jaxdistill.commands import Format
+from jaxdistill.config import rollout as rollouts
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
+from jaxdistill.config.rollout import PromptSources, Rollout
 from jaxdistill.config.trackers import Trackers
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
@@ -92,7 +94,10 @@ def _overlap(left: str, right: str) -> bool:
 class Data(Section):
     """What the student reads."""
 
-    train: Sources = Field(description="What it is trained on.")
+    train: Annotated[tuple[DataSource, ...], Field(max_length=1000, strict=False)] = Field(
+        (), description="What it is trained on; where it writes all its text itself, nothing."
+    )
+    prompts: PromptSources = Field((), description="What it answers, where rollout is given.")
     eval: HeldOut = Field(
         description="Held-out data that the result table is measured on: files, or "
         "{fraction: 0.01} of the training data, which then is not trained on."
@@ -166,7 +171,11 @@ class Data(Section):
             yield ("loss_on",), "plain text has no completions to learn: use all"
         if self.on_bad_record == "fail" and self.max_bad_fraction not in (0.0, 0.001):
             yield ("max_bad_fraction",), "has no effect with on_bad_record: fail"
+        asked = [source.path for source in self.prompts]
         for i, source in enumerate(self.eval_files):
+            if source.path in asked:
+                rule = "is in data.prompts too: held-out data must not be trained on"
+                yield ("eval", i, "path"), rule
             if source.weight != 1:
                 yield ("eval", i, "weight"), "held-out records are measured once: remove it"
             if any(_overlap(source.path, trained.path) for trained in self.train):
@@ -178,7 +187,11 @@ class Train(Section):
     """How long, and how much at a time."""
 
     steps: Count = Field(description="Optimizer steps.")
-    batch_size: Size = Field(32, description="Rows in a step, over all devices.")
+    batch_size: Size = Field(
+        32,
+        description="Rows in a step, over all devices; with rollout it is prompts_per_step * "
+        "samples, the most that a step can have.",
+    )
     micro_batches: Size = Field(
         1, description="Parts a batch is computed in, one after the other; must divide batch_size."
     )
@@ -355,6 +368,9 @@ class Config(Section):
         default_factory=Tokenizer, description="What turns text into tokens."
     )
     data: Data = Field(description="What the student reads.")
+    rollout: Rollout | None = Field(
+        None, description="On-policy distillation: the student learns from what it writes itself."
+    )
     method: methods.AnyMethod = Field(description="What is minimised.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="How it is minimised.")
     train: Train = Field(description="How long, and how much at a time.")
@@ -365,11 +381,17 @@ class Config(Section):
     eval: Eval = Field(default_factory=Eval, description="How the held-out data is used.")
     security: Security = Field(default_factory=Security, description="What the run may do.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        return rollouts.with_batch_size(raw)
+
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
         yield from _teacher_problems(self)
         yield from _origin_problems(self)
         yield from _size_problems(self)
+        yield from rollouts.problems(self)
 
 
 def _teacher_problems(config: Config) -> Iterator[Problem]:
@@ -423,7 +445,7 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
 
 def _origin_problems(config: Config) -> Iterator[Problem]:
     """Who wrote the text is said where, and only where, the method asks for it."""
-    origins = {source.origin for source in config.data.train}
+    origins = {source.origin for source in config.data.train} or {"data"}
     name, sides = config.method.name, methods.of(config.method).sides
     if sides:
         if not all(origins.intersection(side) for side in sides):

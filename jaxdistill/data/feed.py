@@ -14,7 +14,8 @@ from jaxdistill.types import Batch, Span
 # earlier row. A feed that draws the rows of several steps from one state must be able to give any
 # of them again, so it keeps what it drew. Batches may differ in their number of rows; each number
 # costs one compiled program.
-Feed = Callable[[int, Any], tuple[Span, Batch]]
+# None instead says that the process was asked to stop while the batch was made.
+Feed = Callable[[int, Any], tuple[Span, Batch] | None]
 
 
 class CorpusFeed:

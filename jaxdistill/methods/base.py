@@ -157,6 +157,7 @@ class Method:
       reads: options -> what of the teacher its loss reads, a row of `signals.TABLE`.
       sides: the origins of the records that it compares, a tuple for each side; the training data
         must hold each side. () where it does not matter who wrote a record.
+      any_text: whether it can learn from any text; if not, its records are of a form of their own.
       is_control: whether it is what distillation is compared with: the same data, no teacher.
       measured: whether its numbers on a real model are in benchmarks/results, for better or worse;
         if not, its loss and gradient equal the authors' code or the paper's formula.
@@ -167,6 +168,7 @@ class Method:
     needs_teacher: Callable[[Any], bool] = lambda options: True
     reads: Callable[[Any], str] = lambda options: signals.ROWS
     sides: tuple[tuple[str, ...], ...] = ()
+    any_text: bool = True
     is_control: bool = False
     measured: bool = False
 

@@ -142,4 +142,5 @@ METHOD = Method(
     build,
     needs_teacher=lambda options: options.with_teacher,
     reads=lambda options: "forward_kl",
+    any_text=False,
 )

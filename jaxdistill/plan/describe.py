@@ -16,6 +16,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"parameters: {counts['total']:,}, of which {counts['trainable']:,} are trained"
     yield ""
     yield from _memory(plan)
+    if plan.get("rollout"):
+        yield from _writing(plan["rollout"])
     yield ""
     yield from _work(plan)
     if plan.get("teacher_cache"):
@@ -45,6 +47,16 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"  {'total':<28}{_size(memory['total']):>12}   of {_size(memory['available'])}: {verdict}"
     )
+
+
+def _writing(writing: Mapping[str, Any]) -> Iterator[str]:
+    yield f"while the student writes {writing['slots']} answers, in place of temporaries"
+    for name, key in (
+        ("weights of the decoder", "weights"),
+        ("cache of keys and values", "cache"),
+        ("total", "total"),
+    ):
+        yield f"  {name:<28}{_size(writing[key]):>12}"
 
 
 def _work(plan: Mapping[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from jaxdistill.models import count_parameters, forward_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import setup, states, stored
+from jaxdistill.run import on_policy, setup, states, stored
 from jaxdistill.run.setup import Models, RunMethod
 from jaxdistill.train import step as steps
 
@@ -96,7 +96,9 @@ def measure(
         "parameters": _counts(models, state),
     }
     embed = models.teacher.config.embed if models.teacher else None
-    answers = stored.sizes(config, models.stored, models.vocab, embed)
+    answers = None  # nobody can ask before about what the student will write
+    if config.rollout is None:
+        answers = stored.sizes(config, models.stored, models.vocab, embed)
     monitor = steps.recorded(config.train.log_every, config.train.steps)
     began = time.perf_counter()
     try:
@@ -110,12 +112,17 @@ def measure(
         raise FitError(f"target = {target}: its compiler gives up: {error}") from None
     seconds = time.perf_counter() - began
     memory = _memory(program, held, target)
+    writing = on_policy.memory(config, models.student.config, mesh)
+    if writing is not None:
+        writing["total"] = sum(held.values()) + writing["cache"] + writing["weights"]
+    largest = max(memory["total"], writing["total"] if writing else 0)
     cost = plan.cost(program.text, mesh.shape)
     work = _work(config, models, method, target, cost, mesh.size)
     return facts | {
         "teacher_cache": answers,
         "memory": memory,
-        "fits": memory["available"] is None or memory["total"] <= memory["available"],
+        "rollout": writing,
+        "fits": memory["available"] is None or largest <= memory["available"],
         "compile_seconds": seconds,
         **work,
     }

@@ -52,6 +52,16 @@ RULES: Mapping[str, Rule] = {
     "config.seed": Rule(True, False, _OTHER_RUN),
     "config.method.name": Rule(True, False, _OTHER_RUN),
     "config.teacher.random": Rule(True, False, _OTHER_RUN),
+    "config.rollout": Rule(True, False, _OTHER_RUN),  # which prompt is whose turn
+    **dict.fromkeys(
+        (
+            f"config.rollout.{name}"
+            for name in ("share", "temperature", "top_k", "top_p", "min_p", "distilled_tokens")
+        ),
+        Rule(False, False, "from here on the new value holds"),
+    ),
+    "config.rollout.slots": Rule(False, False, _ROUNDING),
+    "config.rollout.cache_dtype": Rule(False, False, _ROUNDING),
     "config.data": Rule(False, True, "the tokens are the same"),  # or "data" refuses
     "config.run": Rule(False, True, "a name or a place"),
     "config.logging": Rule(False, True, "what is shown"),
@@ -166,6 +176,8 @@ def flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 def settings(config: Config) -> dict[str, str]:
     """Every setting as a fact."""
     dumped = config.model_dump(mode="json", by_alias=True)
+    if config.rollout is None:  # as in runs that began before there was such a section
+        del dumped["rollout"]
     return {f"config.{name}": json.dumps(value) for name, value in flat(dumped)}
 
 

@@ -19,11 +19,22 @@ from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import count_parameters
 from jaxdistill.report import json_lines
-from jaxdistill.run import alike, anew, changes, hearing, run_table, schedule, setup, student_folder
+from jaxdistill.run import (
+    alike,
+    anew,
+    changes,
+    hearing,
+    on_policy,
+    run_table,
+    schedule,
+    setup,
+    student_folder,
+)
 from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
@@ -165,12 +176,14 @@ class _Inputs:
       models: shapes and tokenizer, without weights.
       data: the training and the held-out rows.
       taught: the same with what a stored teacher said of them, where there is one.
+      prompts: what the student answers, where it writes.
     """
 
     mesh: Mesh
     models: setup.Models
     data: Mapping[str, Dataset]
     taught: Mapping[str, Dataset]
+    prompts: Prompts | None = None
 
 
 def _read(config: Config, mesh: Mesh) -> _Inputs:
@@ -184,7 +197,15 @@ def _read(config: Config, mesh: Mesh) -> _Inputs:
     stored, taught = models.stored, data
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
-    return _Inputs(mesh, models, data, taught)
+    prompts = agree.together(lambda: _prompts(config, models, mesh))
+    return _Inputs(mesh, models, data, taught, prompts)
+
+
+def _prompts(config: Config, models: setup.Models, mesh: Mesh) -> Prompts | None:
+    """What the student answers, once it can; None where it does not write."""
+    prompts = setup.prompts_of(config, models.tokenizer)
+    on_policy.check(config, models, prompts, mesh)
+    return prompts
 
 
 def _execute(
@@ -257,10 +278,12 @@ class _Session:
         self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
         self.step, self.told = step, told
         mesh, data = inputs.mesh, inputs.data
-        agree.by_leader(lambda: _keep_quarantined(run, data))
+        agree.by_leader(lambda: _keep_quarantined(run, data, inputs.prompts))
         self.models = agree.together(lambda: setup.load_models(config, inputs.models, mesh))
         described = _describe(config, self.models, mesh)
         facts = _fingerprints(config, self.models, data)
+        if inputs.prompts is not None:
+            facts["data.prompts"] = inputs.prompts.fingerprint
         facts |= changes.world(mesh, described["versions"])
         agree.same(facts)
         resolved = configs.dump(config)
@@ -274,7 +297,8 @@ class _Session:
         run.update(**described)
         agree.by_leader(lambda: student_folder.keep(config, run, self.models))
         self.method = setup.method_of(config, self.models)
-        self.plain, self.taught = data["train"], inputs.taught["train"]
+        self.plain, self.taught = data.get("train"), inputs.taught.get("train")
+        self.prompts = inputs.prompts
         held_out = HeldOut(
             inputs.taught["eval"],
             config.eval.batch_size,
@@ -334,6 +358,7 @@ class _Session:
         config = self.config.model_copy(
             update={
                 "method": methods.control(self.config.method),
+                "rollout": None,  # it learns from given answers
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
@@ -363,6 +388,7 @@ class _Session:
             models=self.models,
             mesh=self.mesh,
             dataset=self.plain if method.stored is None else self.taught,
+            prompts=None if config.rollout is None else self.prompts,
             hooks=self.run.hooks,
             callbacks=self.told,
             table=self.table,
@@ -377,7 +403,9 @@ def _stale(changed: Collection[str]) -> Sequence[str]:
     if "config.eval.max_rows" in changed:
         return run_table.ORDER
     ours = ("config.train", "config.optimizer", "config.method", "config.student")
-    return ("SFT control", "student after") if any(n.startswith(ours) for n in changed) else ()
+    if any(name.startswith(ours) for name in changed):
+        return ("SFT control", "student after")
+    return ("student after",) if any(n.startswith("config.rollout") for n in changed) else ()
 
 
 def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
@@ -390,8 +418,10 @@ def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
     return None
 
 
-def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset]) -> None:
+def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset], prompts: Prompts | None) -> None:
     """Lists the records that were left out beside the run."""
+    if prompts is not None:
+        prompts.write_left_out(run.path / "quarantine" / "prompts.jsonl")
     for name, dataset in data.items():
         pipeline.write_quarantine(dataset, run.path / "quarantine" / f"{name}.jsonl")
 

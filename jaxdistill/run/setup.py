@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
-from jaxdistill.data import held_out, pipeline, spelling
+from jaxdistill.data import held_out, pipeline, prompts, spelling
 from jaxdistill.data.dataset import Dataset, empty_row
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
@@ -219,7 +219,7 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
 
 
 def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
-    """The training and the held-out rows, built or taken from the cache.
+    """The training rows, where there are any, and the held-out ones, built or from the cache.
 
     Raises:
       DataError: as `pipeline.build`, or if held-out records are trained on.
@@ -250,9 +250,34 @@ def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
     built = {
         name: pipeline.build(sources, tokenizer, name=name, **options)
         for name, sources in (("train", train), ("eval", held))
+        if sources
     }
-    held_out.check(built["train"], built["eval"])
+    if "train" in built:
+        held_out.check(built["train"], built["eval"])
     return built
+
+
+def prompts_of(config: Config, tokenizer: Any) -> prompts.Prompts | None:
+    """What the student answers, where it writes its own text.
+
+    Raises:
+      DataError, ModelError: as `prompts.read`.
+    """
+    rollout, data = config.rollout, config.data
+    if rollout is None:
+        return None
+    network = config.security.allow_network
+    options = data.model_dump(
+        include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
+    )
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    return prompts.read(
+        [open_source(one.path, "prompts", allow_network=network) for one in data.prompts],
+        tokenizer,
+        longest=data.seq_len - rollout.max_new_tokens,
+        **options,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

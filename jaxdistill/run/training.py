@@ -17,9 +17,11 @@ from jaxdistill.config import Config
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import CorpusFeed, Feed
+from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
-from jaxdistill.run import anew, run_table, setup, states
+from jaxdistill.rollouts.feed import RolloutFeed
+from jaxdistill.run import anew, on_policy, run_table, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
@@ -47,7 +49,8 @@ class Training:
       method: its objective, teacher and optimizer.
       models: who takes part.
       mesh: of all devices.
-      dataset: the rows to learn from.
+      dataset: the rows to learn from; None where the student writes all its text.
+      prompts: what the student answers; None where it learns from the data set alone.
       hooks: what the caller handed in.
       callbacks: hear every number; the control's names begin with `callbacks.CONTROL`.
       table: measures the student, and lets it speak.
@@ -62,7 +65,8 @@ class Training:
     method: setup.RunMethod
     models: setup.Models
     mesh: Mesh
-    dataset: Dataset
+    dataset: Dataset | None
+    prompts: Prompts | None
     hooks: Hooks
     callbacks: Broadcast
     table: run_table.RunTable
@@ -88,7 +92,10 @@ class Training:
             return state, self.table.evaluate(state)
         who = "the student" if self.main else "the SFT control"
         log.info("training %s: compiling the step", who)
-        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch)
+        whose = {}
+        if self.config.rollout is not None:
+            whose["origin"] = on_policy.plan_of(self.config).origin
+        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch, **whose)
         guard.begin(meta)
         latest: dict[str, float] = {}
         self.run.update(status="running")
@@ -101,7 +108,7 @@ class Training:
             stack.enter_context(progress)
             writer = agree.together(lambda: self._writer(first, progress))
             stack.enter_context(writer)
-            parts = self._parts(state, guard, writer, progress, latest)
+            parts = self._parts(state, meta, guard, writer, progress, latest)
             with self.stop.deferred():
                 state = loop.train(state, meta.get(loop.ROW, 0), parts, _schedule(self.config))
             if self.main:
@@ -167,6 +174,7 @@ class Training:
     def _parts(
         self,
         state: TrainState,
+        meta: Mapping[str, Any],
         guard: Guard,
         writer: report.MetricsWriter,
         progress: report.Progress,
@@ -174,6 +182,14 @@ class Training:
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
         teacher_params = setup.teacher_params_of(self.models, self.method)
+        corpus = None if self.dataset is None else self._corpus(self.dataset, guard)
+        rollouts = self._rollouts(corpus, guard)
+        feed = corpus if rollouts is None else rollouts
+        assert feed is not None, "checked before: who has no data writes its own"
+        more: dict[str, Any] = {}
+        if rollouts is not None:
+            rollouts.begin(meta)
+            more = {"kept": rollouts.kept, "told": rollouts.told}
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update(self.table.evaluate(state))
@@ -183,17 +199,19 @@ class Training:
 
         def restore() -> tuple[TrainState, Mapping[str, Any]]:
             models = self.models  # the first state took the student's arrays over
-            return self._state(
-                setup.student_of(self.config, models.student, models.teacher, self.mesh)
-            )
+            student = setup.student_of(self.config, models.student, models.teacher, self.mesh)
+            state, meta = self._state(student)
+            if rollouts is not None:
+                rollouts.begin(meta)
+            return state, meta
 
         return loop.Parts(
             step=self._step(state, teacher_params, writer, progress),
             teacher_params=teacher_params,
-            feed=self._feed(guard),
+            feed=self._placed(feed),
             evaluate=evaluate,
             learning_rate=self.method.learning_rate,
-            epoch=lambda row: row / self.dataset.num_rows,
+            epoch=lambda row: row / self._rows_per_epoch,
             meta={"seed": self.config.seed},
             restore=restore,
             guard=guard,
@@ -203,7 +221,17 @@ class Training:
             meter=_meter(self.config, self.models, self.method, self.mesh),
             stop=self.stop,
             hooks=self.hooks,
+            **more,
         )
+
+    @property
+    def _rows_per_epoch(self) -> int:
+        """Rows after which every prompt was asked or, with none, every row was read."""
+        rollout = self.config.rollout
+        if rollout is not None and self.prompts is not None:
+            return len(self.prompts) * rollout.samples
+        assert self.dataset is not None, "checked before"
+        return self.dataset.num_rows
 
     def _step(
         self,
@@ -231,24 +259,49 @@ class Training:
             return program
 
         step = PerShape(compile)
-        row = pipeline.stack([self.dataset.empty_row()])
-        usual = abstract_batch(row, config.train.batch_size, self.mesh)
-        step.prepare(state, teacher_params, usual)
+        if self.dataset is not None:  # answers come in numbers of rows that nobody knows yet
+            row = pipeline.stack([self.dataset.empty_row()])
+            usual = abstract_batch(row, config.train.batch_size, self.mesh)
+            step.prepare(state, teacher_params, usual)
         return step
 
-    def _feed(self, guard: Guard) -> Feed:
-        """The batches of the data on the mesh, without the rows that the guard leaves out."""
+    def _corpus(self, dataset: Dataset, guard: Guard) -> CorpusFeed:
+        """The batches of the data, without the rows that the guard leaves out."""
         size = self.config.train.batch_size
-        corpus = CorpusFeed(
-            self.dataset,
+        return CorpusFeed(
+            dataset,
             batch_size=size,
             seed=self.config.seed,
             left_out=lambda: guard.left_out,
             rows=local_rows(self.mesh, size),
         )
 
-        def feed(row: int, state: TrainState) -> tuple[Span, Batch]:
-            span, batch = corpus(row, state)
+    def _rollouts(self, corpus: CorpusFeed | None, guard: Guard) -> RolloutFeed | None:
+        """The batches of a student that writes; None where it reads alone."""
+        if self.config.rollout is None:
+            return None
+        assert self.prompts is not None, "checked before"
+        return on_policy.feed_of(
+            self.config,
+            self.models,
+            self.prompts,
+            self.mesh,
+            corpus=corpus,
+            params_of=self.table.student_params,
+            left_out=lambda: guard.left_out,
+            stop=lambda: self.stop.asked is not None,
+            hooks=self.hooks,
+        )
+
+    def _placed(self, source: Feed) -> Feed:
+        """The batches of a feed on the mesh, as the hooks want them."""
+        size = self.config.train.batch_size
+
+        def feed(row: int, state: TrainState) -> tuple[Span, Batch] | None:
+            found = source(row, state)
+            if found is None:
+                return None
+            span, batch = found
             return span, place(self.hooks.batch(span.first_row // size, batch), self.mesh)
 
         return feed

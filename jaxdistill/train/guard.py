@@ -17,12 +17,14 @@ from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.safe import json_file, whole_file
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.train.table import flatten
-from jaxdistill.types import Batch, Span
+from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
 FILE = "rollbacks.json"  # in the run folder: every rollback, and which rows it left out for good
 CRASH = "crash"  # in the run folder: batches that ended a run
 
 BATCHES, PARAMETERS = "batches", "parameters"
+# Who wrote the text of a step -> the name of what its losses were, in a checkpoint's meta.
+_SPIKES = {ORIGINS[DATA]: "spikes", ORIGINS[STUDENT]: "spikes_student"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Guard:
       folder: of the run; the rollbacks of earlier attempts are read from it.
       policy: when and how often.
       rows_per_batch: reads a list of rollbacks that counts batches, as earlier versions wrote it.
+      origin: rows of a step -> who wrote its text: the losses of each are judged apart.
 
     Raises:
       DamagedError: if the list of rollbacks cannot be read.
@@ -104,6 +107,7 @@ class Guard:
         folder: str | os.PathLike,
         policy: Policy,
         rows_per_batch: Callable[[], int] | None = None,
+        origin: Callable[[Span], str] = lambda span: ORIGINS[DATA],
     ):
         self.folder = pathlib.Path(folder)
         self.policy = policy
@@ -113,7 +117,8 @@ class Guard:
         self.in_a_row = 0  # steps that were not finite, until now
         self.last_good: Batch | None = None  # the last batch whose step was finite
         self._first_bad: StepRecord | None = None  # of the steps in a row, as far as we saw them
-        self._spikes = Spikes(policy.spike_window, policy.spike_factor)
+        self._spikes = {who: Spikes(policy.spike_window, policy.spike_factor) for who in _SPIKES}
+        self._origin = origin
         self._rerun: Incident | None = None
 
     @property
@@ -128,7 +133,8 @@ class Guard:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint keeps of the guard, as JSON can hold it."""
-        return {"spikes": self._spikes.state(), "rollbacks": len(self.rollbacks)}
+        spikes = {_SPIKES[who]: one.state() for who, one in self._spikes.items()}
+        return {**spikes, "rollbacks": len(self.rollbacks)}
 
     def begin(self, meta: Mapping[str, Any]) -> None:
         """Starts from the state of a checkpoint, or from the start, where `meta` is empty.
@@ -143,7 +149,8 @@ class Guard:
                 "met again: restore the file, or start a new run"
             )
         self.in_a_row, self._first_bad, self._rerun = 0, None, None
-        self._spikes.load(meta.get("spikes", {}))
+        for who, one in self._spikes.items():
+            one.load(meta.get(_SPIKES[who], {}))
 
     def judge(
         self,
@@ -184,7 +191,7 @@ class Guard:
         show: Progress,
     ) -> Incident | None:
         knobs = {name: value for name, value in numbers.items() if name.startswith("knobs/")}
-        spike = self._spikes.see(numbers["loss/total"], knobs)
+        spike = self._spikes[self._origin(record.span)].see(numbers["loss/total"], knobs)
         then, number = self.policy.spike_then, record.step
         if spike is None or then == "ignore":
             return None

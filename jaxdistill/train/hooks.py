@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 # Where a run calls `Hooks.at`, in the order in which a step comes by.
 POINTS = (
+    "rollout.before",  # the student is about to write answers
+    "rollout.call",  # a call of the decoder has made some tokens of them
+    "rollout.after",  # all are written, and not yet in a batch
     "step.before",  # the batch is there, the step is not dispatched
     "step.after",  # the step is dispatched, its numbers are not read
     "metrics.append",  # a record is about to be written

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jaxdistill.train.saving import Saver, SaveSchedule
 from jaxdistill.train.state import TrainState
 from jaxdistill.train.step import recorded
 from jaxdistill.train.stopping import Stop
-from jaxdistill.types import Batch, Mean
+from jaxdistill.types import Batch, Mean, Span
 
 _SAVE, _STOP = 1, 2  # what a process may vote for
 ROW = "data_row"  # in a checkpoint's meta: the position of the step that follows
@@ -56,6 +56,8 @@ class Parts:
       learning_rate: step index -> learning rate, for the record.
       epoch: position in rows -> epochs of the data, for the record.
       meta: what every checkpoint keeps besides arrays, the position and the guard's memory.
+      kept: position of the next step -> what a checkpoint there keeps of the feed.
+      told: rows of a step -> what the feed says of them, for the record.
       restore: the state of the newest sound checkpoint, or of the start, and its meta.
       guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
@@ -78,6 +80,8 @@ class Parts:
     meter: Meter
     stop: Stop
     hooks: Hooks = NO_HOOKS
+    kept: Callable[[int], Mapping[str, Any]] = lambda row: {}
+    told: Callable[[Span], Mapping[str, float]] = lambda span: {}
 
 
 def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> TrainState:
@@ -98,34 +102,45 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
     guard, number = parts.guard, int(state.step)
     vote = agree.Vote()
     saver = Saver(parts.checkpoints, schedule.save, number, schedule.steps, _unsaved(parts))
+    saved = number  # the step of the newest checkpoint; before the first one there is no step
     deferred = False  # whether a save was due while steps went wrong
     unread = _Unread(parts, schedule, number)
 
     while number < schedule.steps:
-        number += 1
+        last = evaluate = save = stopping = False
         with parts.meter.waiting("data"):
-            span, batch = parts.feed(row, state)
-        row = span.end_row
-        parts.hooks.at("step.before")
-        state, means = parts.step(state, parts.teacher_params, batch)
-        parts.hooks.at("step.after")
-        unread.add(StepRecord(number, span, batch), means)
-        last = number == schedule.steps
-        evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
-        saver.poll()
-        if not parts.meter.overlaps:
-            jax.block_until_ready(means)  # nothing may run beside its collectives, see `agree.Vote`
-        # Clocks and signals are one process's own: what to do about them is decided together.
-        level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
-        save, stopping = deferred or level > 0 or saver.due(number), level == _STOP and not last
+            found = parts.feed(row, state)
+        if found is None:  # asked to stop while the batch was made, in all processes alike
+            incident = unread.read(everything=True)
+            if incident is None:
+                if number != saved:
+                    _save(number, state, row, saver, parts, None, final=True)
+                _preempted(number, parts, schedule)
+        else:
+            number += 1
+            span, batch = found
+            row = span.end_row
+            parts.hooks.at("step.before")
+            state, means = parts.step(state, parts.teacher_params, batch)
+            parts.hooks.at("step.after")
+            unread.add(StepRecord(number, span, batch), means)
+            last = number == schedule.steps
+            evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
+            saver.poll()
+            if not parts.meter.overlaps:
+                jax.block_until_ready(means)  # nothing may run beside its collectives: `agree.Vote`
+            # Clocks and signals are one process's own: what to do about them is decided together.
+            level = vote(_STOP if parts.stop.asked else _SAVE if saver.overdue() else 0)
+            save, stopping = deferred or level > 0 or saver.due(number), level == _STOP and not last
 
-        # The step above is only dispatched: while it runs, the numbers of the one before are read.
-        # But nothing is evaluated or saved before the step that made it is known to be sound, and
-        # nothing is built upon a step that goes wrong before it is known what to do.
-        incident = unread.read(everything=evaluate or save)
+            # The step above is only dispatched: while it runs, the numbers of the one before are
+            # read. But nothing is evaluated or saved before the step that made it is known to be
+            # sound, and nothing is built upon a step that goes wrong before it is known what to do.
+            incident = unread.read(everything=evaluate or save)
         if incident is not None:
             state, row = _go_back(state, incident, parts)
             number = int(state.step)
+            saved = number if incident.action == "rollback" else saved
             unread.restart(number)
             continue
 
@@ -133,17 +148,46 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
         # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
         deferred = save and guard.in_a_row > 0 and not (last or stopping)
         if save and not deferred:
-            with parts.meter.waiting("checkpoint"):
-                parts.writer.sync()
-                meta = {**parts.meta, ROW: row, **guard.meta()}
-                sent = saver.save(number, state, meta, metrics, last or stopping)
-            if sent:
-                parts.writer.event("save", step=number)
+            sent = _save(number, state, row, saver, parts, metrics, final=last or stopping)
+            saved = number if sent else saved
         if stopping:
-            why = parts.stop.asked or "another process was asked to stop"
-            parts.writer.event("stopped", step=number, why=why)
-            raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
+            _preempted(number, parts, schedule)
     return state
+
+
+def _save(
+    number: int,
+    state: TrainState,
+    row: int,
+    saver: Saver,
+    parts: Parts,
+    metrics: Mapping[str, float] | None,
+    *,
+    final: bool,
+) -> bool:
+    """Saves the state after a step, where the next one begins at a row; whether it is on its way.
+
+    Raises:
+      StorageError: as `Saver.save`.
+    """
+    with parts.meter.waiting("checkpoint"):
+        parts.writer.sync()
+        meta = {**parts.meta, ROW: row, **parts.guard.meta(), **parts.kept(row)}
+        sent = saver.save(number, state, meta, metrics, final)
+    if sent:
+        parts.writer.event("save", step=number)
+    return sent
+
+
+def _preempted(number: int, parts: Parts, schedule: Schedule) -> NoReturn:
+    """Ends the run after a step.
+
+    Raises:
+      Preempted: always.
+    """
+    why = parts.stop.asked or "another process was asked to stop"
+    parts.writer.event("stopped", step=number, why=why)
+    raise Preempted(f"{why}: saved after step {number} of {schedule.steps}")
 
 
 class _Unread:
@@ -185,6 +229,7 @@ class _Unread:
             numbers["optim/lr"] = float(parts.learning_rate(updates))
             numbers["data/epoch"] = parts.epoch(record.span.end_row)
             numbers |= parts.meter.read(number - self._last_logged, self._rows)
+            numbers |= parts.told(record.span)
             self._last_logged, self._rows = number, 0
             numbers.pop("guard/in_a_row")
             parts.writer.write(number, numbers)

@@ -250,8 +250,11 @@ def abstract_batch(like: Batch, rows: int, mesh: Mesh) -> Batch:
     )
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
-    """The rows of a batch that this process has (`local_rows`), as global arrays on the mesh."""
+def place(batch: Any, mesh: Mesh) -> Any:
+    """The rows of a batch that this process has (`local_rows`), as global arrays on the mesh.
+
+    The batch is a `Batch` or any other tree of arrays whose first dim is its rows.
+    """
     blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     here = len(local_rows(mesh, blocks))
 

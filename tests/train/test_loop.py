@@ -196,6 +196,16 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
     assert state.step == 7 and log[-1][:2] == ("event", "save")
 
 
+@pytest.mark.parametrize("done", [4, 5])  # saved already, and not
+def test_a_stop_while_a_batch_is_made_saves_the_step_before_it(done):
+    def feed(row, state):
+        index = row // ROWS
+        return None if state.step == done else (span_of(index), batch_of(index))
+
+    with pytest.raises(Preempted, match=f"saved after step {done} of 7"):
+        run(schedule(), feed=feed)
+
+
 def told(log, kind):
     return [entry[2] for entry in log if entry[:2] == ("event", kind)]
 

@@ -1,0 +1,172 @@
+"""The options of on-policy distillation, `rollout:`, and everything that cannot go with it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jaxdistill import methods
+from jaxdistill.section import Count, Path, Problem, Section, Size
+
+
+class PromptSource(Section):
+    """One file or collection of prompts."""
+
+    path: Path = Field(
+        description="As data.train.path. A record holds `prompt`, a text or messages, or "
+        "`messages`, of which the last answer is not read; `answer`, `solution` and `teacher` are "
+        "kept."
+    )
+
+
+PromptSources = Annotated[tuple[PromptSource, ...], Field(max_length=1000, strict=False)]
+
+
+class Rollout(Section):
+    """Text that the student writes itself, answers to data.prompts, in place of given text."""
+
+    share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="GKD's lambda (lmbda): the chance that an update learns from the student's "
+        "answers, drawn once for each update; the others learn from data.train.",
+    )
+    prompts_per_step: Size = Field(description="Prompts that an update learns from.")
+    samples: Size = Field(1, description="Answers to each prompt (num_generations).")
+    max_new_tokens: Size = Field(description="Tokens of an answer at most, its end included.")
+    temperature: float = Field(
+        1.0, ge=0, le=1000, description="T of the sampling; the loss has its own. 0 is greedy."
+    )
+    top_k: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        None, description="Draw among the k most probable tokens."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Draw among the fewest tokens whose probability reaches p."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Draw among tokens at least min_p times as probable as the likeliest."
+    )
+    max_age: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Updates by which an answer may be older than the parameters that learn from "
+        "it: the prompts of max_age + 1 updates are answered at once.",
+    )
+    distilled_tokens: Count | None = Field(
+        None, description="Only so many tokens at the beginning of an answer count; null: all."
+    )
+    slots: Count | None = Field(
+        None,
+        description="Answers that are written at the same time, over all devices; null: all of "
+        "them, at most 64 for each device of mesh.data * mesh.fsdp.",
+    )
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto",
+        description="In which keys and values are kept while answers are written; auto: "
+        "student.compute_dtype.",
+    )
+
+    @property
+    def answers(self) -> int:
+        """Answers that an update learns from, the rows of its batch at most."""
+        return self.prompts_per_step * self.samples
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: no setting without effect."""
+        if self.temperature == 0:
+            for name in ("top_k", "top_p", "min_p"):
+                if getattr(self, name) is not None:
+                    yield (name,), "has no effect at temperature 0: remove it"
+            if self.samples > 1:
+                yield ("samples",), "would all be the same at temperature 0: use 1"
+        if self.distilled_tokens is not None and self.distilled_tokens > self.max_new_tokens:
+            rule = f"has no effect above max_new_tokens ({self.max_new_tokens}): remove it"
+            yield ("distilled_tokens",), rule
+
+
+def with_batch_size(raw: Any) -> Any:
+    """A configuration as it is given, with the batch size that its rollouts need.
+
+    What is given stays: `problems` says so where it is another one.
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    rollout, train = raw.get("rollout"), raw.get("train")
+    if isinstance(rollout, Mapping):
+        sizes = rollout.get("prompts_per_step"), rollout.get("samples", 1)
+        if not all(type(size) is int and 0 < size <= 10**7 for size in sizes):
+            return raw  # which is reported
+        rows = sizes[0] * sizes[1]
+    elif isinstance(rollout, Rollout):
+        rows = rollout.answers
+    else:
+        return raw
+    if isinstance(train, Mapping) and "batch_size" not in train:
+        return {**raw, "train": {**train, "batch_size": rows}}
+    if isinstance(train, Section) and "batch_size" not in train.model_fields_set:
+        return {**raw, "train": train.model_copy(update={"batch_size": rows})}
+    return raw
+
+
+def problems(config: Any) -> Iterator[Problem]:
+    """What is wrong between `rollout` and the other sections of a `Config`."""
+    rollout, data = config.rollout, config.data
+    if rollout is None:
+        if data.prompts:
+            yield ("data", "prompts"), "has no effect without a section rollout: remove it"
+        if not data.train:
+            given = "train" in data.model_fields_set
+            yield ("data", "train"), "needs 1 or more entries" if given else "required, but missing"
+        return
+    if not data.prompts:
+        rule = "rollout answers prompts, and there are none: name files, such as [{path: p.jsonl}]"
+        yield ("data", "prompts"), rule
+    if not data.train and rollout.share < 1:
+        rule = f"rollout.share = {rollout.share:g} leaves updates to data.train, which is empty"
+        yield ("data", "train"), f"{rule}: name files, or use share: 1.0"
+    if not data.train and config.eval.compare:
+        rule = "the SFT control learns from given answers, and data.train is empty"
+        yield ("eval", "compare"), f"{rule}: name files there, or remove it"
+    if data.held_out_share is not None:
+        rule = "a share of data.train may be among data.prompts: name files of its own"
+        yield ("data", "eval"), rule
+    if rollout.max_new_tokens >= data.seq_len:
+        rule = f"leaves no room for a prompt within data.seq_len ({data.seq_len}): lower it"
+        yield ("rollout", "max_new_tokens"), rule
+    if config.train.batch_size != rollout.answers:
+        rule = f"follows from rollout: prompts_per_step * samples = {rollout.answers}: remove it"
+        yield ("train", "batch_size"), rule
+    yield from _method_problems(config)
+    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    yield from slots(rollout, parts)
+
+
+def _method_problems(config: Any) -> Iterator[Problem]:
+    """The method minimises a divergence from a teacher that can read any text."""
+    name, row = config.method.name, methods.of(config.method)
+    if not row.needs_teacher(config.method):
+        rule = f"{name} has no teacher: the student would learn its own words from itself"
+        yield ("method", "name"), f"{rule}: use a method with a teacher"
+    elif row.sides or not row.any_text:
+        rule = f"{name} needs text that is given and marked, and the student writes its own"
+        yield ("method", "name"), f"{rule}: use another method"
+    elif config.rollout.share == 1 and _most(getattr(config.method, "alpha", 0.0)) > 0:
+        rule = "with rollout.share: 1.0 there are no labels but the student's own words: use 0"
+        yield ("method", "alpha"), rule
+    if config.teacher is not None and config.teacher.cache:
+        rule = "was never asked about what the student will write: remove it, and name the model"
+        yield ("teacher", "cache"), rule
+
+
+def _most(alpha: Any) -> float:
+    """The largest value of a knob."""
+    return alpha if isinstance(alpha, int | float) else max(alpha.start, alpha.end)
+
+
+def slots(rollout: Rollout, parts: int) -> Iterator[Problem]:
+    """Every device of `data` and `fsdp` has as many slots as the others."""
+    if rollout.slots is not None and rollout.slots % parts:
+        rule = f"must be a multiple of mesh.data * mesh.fsdp ({parts})"
+        yield ("rollout", "slots"), rule

@@ -1,0 +1,1 @@
+"""The student's own text as a source of batches: prompts answered, packed, and made again alike."""

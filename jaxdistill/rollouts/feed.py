@@ -1,0 +1,197 @@
+"""On-policy distillation as a feed: which update learns from whose text, and the batch of it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data import pipeline
+from jaxdistill.data.prompts import Prompts
+from jaxdistill.rollouts import answers as records
+from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.rows import buckets, rows_of
+from jaxdistill.rollouts.writing import Writer
+from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
+
+META = "rollouts"  # in a checkpoint's meta: answers that later updates learn from
+_UNREAD = 4  # updates whose record may not be written yet
+RECALLED = 64  # updates whose answers are recalled, should the run go back to them
+
+Corpus = Callable[[int, Any], tuple[Span, Batch]]
+Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which text an update learns from.
+
+    Update u stands for `prompts * samples` rows of the run's stream of rows. Where it is the
+    student's it learns from answers to as many prompts, those at places u * prompts and on; else
+    from the corpus' rows at the same positions.
+
+    Attributes:
+      share: the chance that an update is the student's.
+      prompts, samples: of an update.
+      max_age: answers for so many further updates are written at once.
+      seed: of the run.
+    """
+
+    share: float
+    prompts: int
+    samples: int
+    max_age: int
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the stream that an update stands for."""
+        return self.prompts * self.samples
+
+    def update(self, row: int) -> int:
+        """The update that begins at a row of the stream."""
+        assert row % self.rows == 0, "updates lie one behind the other"
+        return row // self.rows
+
+    def origin(self, span: Span) -> str:
+        """Who wrote the text of a step, a value of `types.ORIGINS`."""
+        return ORIGINS[STUDENT if self.of_student(self.update(span.first_row)) else DATA]
+
+    def of_student(self, update: int) -> bool:
+        """Whether an update learns from the student's text: one draw from a stream of its own."""
+        name = f"{self.seed} rollout.share {update}"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.share * 2**64
+
+    def written_with(self, update: int) -> list[int]:
+        """The student's updates whose answers are written at once, from an update on."""
+        last = (update // (self.max_age + 1) + 1) * (self.max_age + 1)
+        return [one for one in range(update, last) if self.of_student(one)]
+
+
+class RolloutFeed:
+    """Batches of the student's answers and of a corpus, as `data.feed.Feed`.
+
+    An iteration is a function of the state before it, the position and the seed: asked again it
+    answers with what it recalls, or writes the same once more. Answers that later updates learn
+    from are kept in checkpoints, because the parameters that wrote them are gone by then.
+
+    Args:
+      plan: whose turn it is.
+      prompts: what is answered.
+      writer: answers.
+      corpus: gives the other batches; None: there are none.
+      params_of: state -> the student's parameters.
+      shape: arguments of `rows_of` but for its answers and sizes.
+      unit: of the numbers of rows, see `buckets`.
+      rows: number of rows of a global batch -> which of them this process wants.
+      left_out: the ranges of rows that no batch holds, as they are now.
+      difference: (parameters, rows of this process, log q of the sampler) -> numbers for the
+        record; None: not asked.
+      recorded: whether a step is recorded, by its number.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        prompts: Prompts,
+        writer: Writer,
+        *,
+        corpus: Corpus | None,
+        params_of: Callable[[Any], Any],
+        shape: Mapping[str, Any],
+        unit: int,
+        rows: Callable[[int], Sequence[int]],
+        left_out: Callable[[], Sequence[tuple[int, int]]],
+        difference: Difference | None = None,
+        recorded: Callable[[int], bool] = lambda step: True,
+    ):
+        self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
+        self._params_of, self._shape = params_of, shape
+        self._sizes, self._rows = buckets(plan.rows, unit), rows
+        self._left_out, self._difference, self._recorded = left_out, difference, recorded
+        self._told: dict[int, dict[str, float]] = {}
+        self.begin({})
+
+    def begin(self, meta: Mapping[str, Any]) -> None:
+        """Starts from a checkpoint's meta, or from the start, where it is empty."""
+        at = lambda place: self._prompts.at(place, self.plan.seed)
+        stored = meta.get(META, [])
+        # Of every update its answers, and the update before which they were written.
+        self._answers = {
+            one["update"]: (one["before"], records.unpacked(one, at)) for one in stored
+        }
+
+    def kept(self, row: int) -> dict[str, Any]:
+        """What a checkpoint keeps whose next step begins at a row."""
+        following = row // self.plan.rows
+        ahead = [
+            {"update": update, "before": before, **records.packed(answers)}
+            for update, (before, answers) in sorted(self._answers.items())
+            if before < following <= update
+        ]
+        return {META: ahead} if ahead else {}
+
+    def told(self, span: Span) -> dict[str, float]:
+        """What the record of a step says of its text."""
+        return self._told.get(self.plan.update(span.first_row), {})
+
+    def __call__(self, row: int, state: Any) -> tuple[Span, Batch] | None:
+        """The batch at a row of the stream; None: a process was asked to stop meanwhile."""
+        for first, end in self._left_out():
+            row = end if first <= row < end else row
+        update = self.plan.update(row)
+        if not self.plan.of_student(update):
+            assert self._corpus is not None, "checked before: who has none writes all its text"
+            self._tell(update, {"rollout/student": 0.0})
+            return self._corpus(row, state)
+        step = int(state.step)
+        params = self._params_of(state)
+        answers, written = self._answers_of(update, step, params)
+        if answers is None:
+            return None
+        rows, logprobs = rows_of(answers, sizes=self._sizes, **self._shape)
+        mine = self._rows(len(rows))
+        batch = pipeline.stack([rows[number] for number in mine])
+        told = {"rollout/student": 1.0, "rollout/rows": float(len(rows)), **written}
+        told |= dict(records.numbers(answers, step))
+        if self._difference is not None and self._recorded(step + 1):
+            told |= self._difference(params, batch, logprobs[list(mine)])
+        self._tell(update, told)
+        return Span(row, row + self.plan.rows), batch
+
+    def _tell(self, update: int, numbers: dict[str, float]) -> None:
+        """Keeps the numbers of an update until its record is written, a few updates later."""
+        self._told[update] = numbers
+        self._told = {one: told for one, told in self._told.items() if one > update - _UNREAD}
+
+    def _answers_of(
+        self, update: int, step: int, params: Any
+    ) -> tuple[list[Answer] | None, dict[str, float]]:
+        """The answers of an update, recalled or written now, and what it took to write them."""
+        plan = self.plan
+        # Whoever goes back meets another state: what was written after that is not known yet.
+        self._answers = {
+            one: (before, answers)
+            for one, (before, answers) in self._answers.items()
+            if before <= update and one > update - RECALLED
+        }
+        if update in self._answers:
+            return self._answers[update][1], {}
+        updates = plan.written_with(update)
+        places = {
+            place: self._prompts.at(place, plan.seed)
+            for one in updates
+            for place in range(one * plan.prompts, (one + 1) * plan.prompts)
+        }
+        answers = self._writer.write(params, step, places)
+        if answers is None:
+            return None, {}
+        for number, one in enumerate(updates):
+            theirs = answers[number * plan.rows : (number + 1) * plan.rows]
+            self._answers[one] = update, theirs
+        seconds = self._writer.seconds
+        tokens = sum(len(one.tokens) for one in answers)
+        took = {"perf/rollout_seconds": seconds, "perf/rollout_tokens_per_second": tokens / seconds}
+        return self._answers[update][1], took

@@ -1,0 +1,85 @@
+"""Answers as rows of a batch: packed behind their prompts, in one of few numbers of rows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxdistill.data import packing
+from jaxdistill.data.dataset import empty_row
+from jaxdistill.rollouts.answers import Answer
+
+
+def buckets(most: int, unit: int) -> tuple[int, ...]:
+    """The numbers of rows that batches may have, ascending: most, 3/4, 1/2, 3/8, 1/4, ... of it.
+
+    Each costs one compiled step, and a batch is filled up by half of what it needs at most.
+
+    Args:
+      most: rows of the largest.
+      unit: every number is a multiple of it; `most` is one.
+    """
+    assert most % unit == 0, "checked before"
+    parts = most // unit
+    halves = range(parts.bit_length() + 1)
+    found = {-(-parts // 2**n) for n in halves} | {-(-3 * parts // 2 ** (n + 2)) for n in halves}
+    return tuple(unit * size for size in sorted(found))
+
+
+def rows_of(
+    answers: Sequence[Answer],
+    *,
+    seq_len: int,
+    pad: int,
+    packing_by: str,
+    sizes: Sequence[int],
+    distilled: int | None,
+) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """The rows of a batch, and log q of every target in them.
+
+    A document is a prompt and its answer. What is masked: the prompt, padding, and what follows the
+    last token; the token that ended an answer counts.
+
+    Args:
+      answers: in the order in which their rows stand; `Answer.length` at most seq_len.
+      seq_len: the length of a row.
+      pad: the token that fills rows.
+      packing_by: `best_fit`: several documents share a row; `none`: one each.
+      sizes: of `buckets`; the last is at least the number of answers.
+      distilled: so many tokens of each answer count; None: all.
+
+    Returns:
+      Rows as `Dataset` gives them, as many as one of `sizes`; and float32 [rows, seq_len], the
+      sampler's log q where the mask is true, else 0.
+    """
+    lengths = np.asarray([one.length for one in answers])
+    pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
+    placed, ends = packing.plan(pieces, seq_len, packing_by)
+    count = next(size for size in sizes if size >= len(ends) - 1)
+    rows = [empty_row(seq_len, pad) for _ in range(count)]
+    logprobs = np.zeros((count, seq_len), np.float32)
+    for number, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        place = 0
+        for segment, (index, length) in enumerate(placed[first:last].tolist(), start=1):
+            _put(rows[number], logprobs[number], answers[index], place, segment, distilled)
+            place += length
+    return rows, logprobs
+
+
+def _put(
+    row: dict[str, np.ndarray],
+    logprobs: np.ndarray,
+    answer: Answer,
+    place: int,
+    segment: int,
+    distilled: int | None,
+) -> None:
+    """Writes a prompt and its answer into a row, from a place on."""
+    text = np.concatenate([answer.prompt.tokens, answer.tokens])
+    counted = min(len(answer.tokens), distilled or len(answer.tokens))
+    first = place + len(answer.prompt.tokens) - 1  # predicts the answer's first token
+    row["tokens"][place : place + len(text)] = text
+    row["targets"][place : place + len(text) - 1] = text[1:]
+    row["mask"][first : first + counted] = True
+    row["positions"][place : place + len(text)] = np.arange(len(text))
+    row["segment_ids"][place : place + len(text)] = segment
+    logprobs[first : first + counted] = answer.logprobs[:counted]

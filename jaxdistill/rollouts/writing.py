@@ -1,0 +1,150 @@
+"""The student writes: prompts in slots that are refilled, all processes in lockstep."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import agree
+from jaxdistill.compress import quantize
+from jaxdistill.data.prompts import Prompt
+from jaxdistill.models import DecoderConfig, Model, per_layer
+from jaxdistill.models.generator import Generator
+from jaxdistill.models.requests import Request, check
+from jaxdistill.rollouts.answers import Answer
+from jaxdistill.sharding import on_mesh
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the fields mean what they mean in `requests.Request`."""
+
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+
+class Writer:
+    """Answers prompts with given parameters.
+
+    Weights in the decoder's form and the cache of keys and values live while `write` runs, and are
+    gone when it returns.
+
+    Args:
+      config: the student's.
+      vocab: rows of its head that are tokens; the others are never drawn.
+      sampling: how answers are drawn.
+      slots: answers that are written at the same time.
+      longest: tokens of the longest prompt.
+      compute_dtype: that the student computes in.
+      cache_dtype: of keys and values; None: compute_dtype.
+      quantization: the scheme that the student will be quantised by, or None.
+      stop: whether this process was asked to stop.
+      hooks: what the caller handed in.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        vocab: int,
+        sampling: Sampling,
+        slots: int,
+        longest: int,
+        compute_dtype: Any,
+        cache_dtype: str | None = None,
+        quantization: str | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        hooks: Hooks = NO_HOOKS,
+    ):
+        self._whole, self._config = config, dataclasses.replace(config, vocab_size=vocab)
+        self._sampling, self._slots = sampling, slots
+        self._length = longest + sampling.max_new_tokens
+        self._dtype, self._cache_dtype = compute_dtype, cache_dtype
+        self._quantization, self._stop = quantization, stop
+        self._vote, self._hooks = agree.Vote(), hooks
+        self.seconds = 0.0  # of the last `write`
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses prompts that the student cannot answer.
+
+        Raises:
+          ModelError: naming the first of them by its number.
+        """
+        for number, prompt in enumerate(prompts):
+            check(self._config, self._request(0, prompt), self._length, f"prompt {number}")
+
+    def _request(self, place: int, prompt: Prompt) -> Request:
+        return Request(
+            prompt.tokens.tolist(), stream=place, tag=place, **dataclasses.asdict(self._sampling)
+        )
+
+    def write(
+        self, params: Any, version: int, prompts: Mapping[int, Prompt]
+    ) -> list[Answer] | None:
+        """Answers in the order of places and samples; None: a process was asked to stop.
+
+        What is written depends on the parameters, the seed and the places alone. What was under way
+        when the stop came is dropped.
+
+        Args:
+          params: the student's, stacked, its adapters in place.
+          version: the step that made them.
+          prompts: by their places, which name the random streams.
+        """
+        hooks, began = self._hooks, time.perf_counter()
+        hooks.at("rollout.before")
+        generator = self._generator(params)
+        for place in sorted(prompts):
+            generator.submit(self._request(place, prompts[place]))
+        found: dict[tuple[int, int], Answer] = {}
+        while generator.busy:
+            for done in generator.step():
+                place = done.request.tag
+                found[place, done.sample] = Answer(
+                    prompts[place],
+                    place,
+                    done.sample,
+                    version,
+                    np.asarray(done.tokens, np.int32),
+                    done.ended,
+                    np.asarray(done.logprobs, np.float32),
+                    np.asarray(done.drawn_logprobs, np.float32),
+                )
+            hooks.at("rollout.call")
+            if self._vote(int(self._stop())):
+                return None
+        hooks.at("rollout.after")
+        self.seconds = time.perf_counter() - began
+        return [found[name] for name in sorted(found)]
+
+    def _generator(self, params: Any) -> Generator:
+        if self._quantization is not None:
+            model = Model(self._whole, params, None, "the student")
+            params = quantize.quantized(model, self._quantization).params
+        with on_mesh(params):
+            params = per_layer.split(self._whole, params, self._dtype)
+            if self._config != self._whole:
+                params = _tokens_alone(params, self._config.vocab_size)
+        return Generator(
+            self._config,
+            params,
+            slots=self._slots,
+            length=self._length,
+            compute_dtype=self._dtype,
+            cache_dtype=self._cache_dtype,
+        )
+
+
+def _tokens_alone(params: dict, vocab: int) -> dict:
+    """The parameters without rows of padding in embedding and head, which nobody may draw."""
+    cut = {name: params[name] for name in ("embedding", "head") if name in params}
+    return params | jax.jit(lambda tables: jax.tree.map(lambda one: one[:vocab], tables))(cut)

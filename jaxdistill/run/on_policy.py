@@ -1,0 +1,191 @@
+"""The feed of a run whose student learns from its own answers, made from its configuration."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdistill import errors
+from jaxdistill.config import Config
+from jaxdistill.config import rollout as rules
+from jaxdistill.data import encode
+from jaxdistill.data.prompts import Prompts
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import DecoderConfig, count_parameters
+from jaxdistill.models.generator import cache_length
+from jaxdistill.rollouts import difference
+from jaxdistill.rollouts.feed import Corpus, Plan, RolloutFeed
+from jaxdistill.rollouts.writing import Sampling, Writer
+from jaxdistill.run import setup
+from jaxdistill.sharding import local_rows
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
+from jaxdistill.train.step import place, recorded
+
+SLOTS_PER_DEVICE = 64
+
+
+def plan_of(config: Config) -> Plan:
+    """Which update of a run learns from whose text."""
+    rollout = config.rollout
+    assert rollout is not None, "only asked for where there are rollouts"
+    return Plan(
+        rollout.share, rollout.prompts_per_step, rollout.samples, rollout.max_age, config.seed
+    )
+
+
+def check(config: Config, models: setup.Models, prompts: Prompts | None, mesh: Mesh) -> None:
+    """Refuses slots that the mesh does not divide, and what student or teacher cannot read.
+
+    Raises:
+      ConfigError, ModelError: with the numbers.
+    """
+    if config.rollout is None or prompts is None:
+        return
+    wrong = rules.slots(config.rollout, _parts(mesh))
+    told = [f"{'.'.join(map(str, key))}: {rule} ({mesh.size} devices)" for key, rule in wrong]
+    errors.check(map(ConfigError, [*told, *unread(models.pairing.pairs)]))
+    writer_of(config, models, prompts, mesh).check(prompts.prompts)
+
+
+def unread(pairs: Mapping[str, Any]) -> Iterator[str]:
+    """Why a student may write what a model takes for something else; nothing where it cannot.
+
+    Given text is searched for such tokens before a run; what the student will write nobody knows.
+
+    Args:
+      pairs: of the run's vocabulary and a model's own, as `Pairing.pairs`.
+    """
+    for name, ids in (("teacher", "unreadable"), ("student", "misplaced")):
+        found = getattr(pairs[name], ids) if name in pairs else ()
+        if found:
+            yield (
+                f"rollout: the student may write {len(found)} tokens that the {name} has no row "
+                f"for, such as {found[0]}: take a {name} with the tokenizer of the run, or leave "
+                "rollout out"
+            )
+
+
+def writer_of(
+    config: Config,
+    models: setup.Models,
+    prompts: Prompts,
+    mesh: Mesh,
+    stop: Callable[[], bool] = lambda: False,
+    hooks: Hooks = NO_HOOKS,
+) -> Writer:
+    """Who answers the prompts of a run."""
+    rollout, student = config.rollout, config.student
+    assert rollout is not None, "only asked for where there are rollouts"
+    sampling = Sampling(
+        samples=rollout.samples,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        seed=config.seed,
+    )
+    return Writer(
+        models.student.config,
+        vocab=models.vocab,
+        sampling=sampling,
+        slots=slots_of(config, mesh),
+        longest=max(len(prompt.tokens) for prompt in prompts.prompts),
+        compute_dtype=jnp.dtype(student.compute_dtype),
+        cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
+        quantization=student.quantize,
+        stop=stop,
+        hooks=hooks,
+    )
+
+
+def slots_of(config: Config, mesh: Mesh) -> int:
+    """How many answers are written at the same time, over all devices."""
+    rollout, parts = config.rollout, _parts(mesh)
+    assert rollout is not None, "only asked for where there are rollouts"
+    at_once = rollout.answers * (rollout.max_age + 1)
+    return rollout.slots or min(-(-at_once // parts), SLOTS_PER_DEVICE) * parts
+
+
+def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int] | None:
+    """Bytes of a device that writing takes beside state and teacher; None where nobody writes.
+
+        cache    2 * layers * kv_heads * head_dim * bytes * slots * data.seq_len
+        weights  parameters * bytes of student.compute_dtype
+
+    Both shared out over the mesh. The cache is for prompts that leave just enough room.
+
+    Args:
+      config: of the run.
+      student: its shape.
+      mesh: of the devices.
+    """
+    rollout = config.rollout
+    if rollout is None:
+        return None
+    kept = config.student.compute_dtype if rollout.cache_dtype == "auto" else rollout.cache_dtype
+    number = jnp.dtype(kept).itemsize
+    a_token = 2 * student.layers * student.kv_heads * (student.head_dim * number)
+    a_token += 2 * student.layers * student.kv_heads * 4 * (kept == "int8")  # scales
+    slots, tensor = slots_of(config, mesh), mesh.shape["tensor"]
+    copy = count_parameters(student) * jnp.dtype(config.student.compute_dtype).itemsize
+    return {
+        "slots": slots,
+        "cache": a_token * slots * cache_length(config.data.seq_len) // (_parts(mesh) * tensor),
+        "weights": copy // (mesh.shape["fsdp"] * tensor),
+    }
+
+
+def feed_of(
+    config: Config,
+    models: setup.Models,
+    prompts: Prompts,
+    mesh: Mesh,
+    *,
+    corpus: Corpus | None,
+    params_of: Callable[[Any], Any],
+    left_out: Callable[[], Sequence[tuple[int, int]]],
+    stop: Callable[[], bool],
+    hooks: Hooks,
+) -> RolloutFeed:
+    """The batches of a run whose student writes.
+
+    Args:
+      config: of the run.
+      models: who takes part.
+      prompts: what is answered.
+      mesh: of all devices.
+      corpus: the batches of data.train, or None.
+      params_of: state -> the student's parameters, adapters in place.
+      left_out: rows that no batch holds, as they are now.
+      stop: whether this process was asked to stop.
+      hooks: what the caller handed in.
+    """
+    rollout = config.rollout
+    assert rollout is not None, "only asked for where there are rollouts"
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return RolloutFeed(
+        plan_of(config),
+        prompts,
+        writer_of(config, models, prompts, mesh, stop, hooks),
+        corpus=corpus,
+        params_of=params_of,
+        shape={
+            "seq_len": config.data.seq_len,
+            "pad": encode.prepare(models.tokenizer).pad,
+            "packing_by": config.data.packing,
+            "distilled": rollout.distilled_tokens,
+        },
+        unit=_parts(mesh) * config.train.micro_batches,
+        rows=lambda size: local_rows(mesh, size),
+        left_out=left_out,
+        difference=difference.of_batches(
+            models.student.config, models.vocab, dtype, lambda tree: place(tree, mesh)
+        ),
+        recorded=recorded(config.train.log_every, config.train.steps),
+    )
+
+
+def _parts(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,0 +1,82 @@
+"""The section rollout: what follows from it, and what cannot go with it."""
+
+import pytest
+
+from jaxdistill import config
+from jaxdistill.config import keys
+from jaxdistill.errors import ConfigError
+
+BASE = """
+teacher: {source: t}
+student: {source: s}
+data:
+  prompts: [{path: p.jsonl}]
+  eval: [{path: e.jsonl}]
+  seq_len: 64
+method: {name: reverse_kd, alpha: 0.0}
+train: {steps: 10, micro_batches: 2}
+rollout: {prompts_per_step: 4, samples: 2, max_new_tokens: 32}
+"""
+
+
+def told(*overrides, text=BASE):
+    with pytest.raises(ConfigError) as caught:
+        config.loads(text, "conf.yaml", overrides)
+    return str(caught.value)
+
+
+def test_the_batch_size_follows_and_what_is_written_out_loads_again():
+    loaded = config.loads(BASE)
+    assert loaded.train.batch_size == loaded.rollout.answers == 8
+    assert loaded.rollout.share == 1.0 and loaded.data.train == ()
+    assert config.loads(config.dump(loaded)) == loaded
+    parts = {name: getattr(loaded, name) for name in type(loaded).model_fields}
+    parts["train"] = type(loaded.train)(steps=10)
+    assert type(loaded)(**parts).train.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.batch_size=9", "train.micro_batches=1"], "prompts_per_step * samples = 8: remove"),
+        (["data.prompts=[]"], "data.prompts: rollout answers prompts, and there are none"),
+        (["rollout=null"], "data.prompts: has no effect without a section rollout"),
+        (["rollout=null"], "data.train: required, but missing"),
+        (["rollout=null", "data.train=[]"], "data.train: needs 1 or more entries"),
+        (["rollout.share=0.5"], "rollout.share = 0.5 leaves updates to data.train, which is empty"),
+        (["eval.compare=true"], "eval.compare = true: the SFT control learns from given answers"),
+        (["data.eval={fraction: 0.1}"], "data.eval: a share of data.train may be among"),
+        (["data.eval=[{path: p.jsonl}]"], "is in data.prompts too"),
+        (["rollout.max_new_tokens=64"], "leaves no room for a prompt within data.seq_len (64)"),
+        (["rollout.distilled_tokens=33"], "has no effect above max_new_tokens (32)"),
+        (["rollout.temperature=0"], "samples = 2: would all be the same at temperature 0"),
+        (["rollout.temperature=0", "rollout.top_p=0.9"], "top_p = 0.9: has no effect at temperat"),
+        (["mesh.data=4", "rollout.slots=6"], "slots = 6: must be a multiple of mesh.data * mesh"),
+        (["mesh.data=8"], "batch_size / micro_batches must be a multiple of mesh.data"),
+        (["method={name: sft}"], "sft has no teacher: the student would learn its own words"),
+        (["method={name: step_by_step, alpha: 0.5}"], "needs text that is given and marked"),
+        (["method.alpha=0.5"], "there are no labels but the student's own words: use 0"),
+        (["method.alpha={schedule: linear, start: 0.5, end: 0.0}"], "no labels but the student's"),
+        (["teacher.cache=c"], "was never asked about what the student will write"),
+        (["rollout.lmbda=1"], 'unknown key; here it is "rollout.share"'),
+        (["rollout.num_generations=1"], 'unknown key; here it is "rollout.samples"'),
+        (["rollout.share=1.5"], "must be at most 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_sentence(overrides, words):
+    assert words in told(*overrides)
+
+
+def test_labels_may_count_where_there_are_some():
+    mixed = ("rollout.share=0.5", "data.train=[{path: d.jsonl}]", "method.alpha=0.5")
+    assert config.loads(BASE, "c.yaml", [*mixed, "eval.compare=true"]).method.alpha == 0.5
+    assert "alpha" in told("data.train=[{path: d.jsonl}]", "method.alpha=0.5")
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("lmbda", "rollout.share"), ("num_generations", "rollout.samples"), ("on-policy", "rollout")],
+)
+def test_the_names_of_other_tools_are_found(word, key):
+    assert keys.explain(word).startswith(f"{word} is {key} here\n\n{key}: ")
