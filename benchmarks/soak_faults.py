@@ -39,6 +39,8 @@ METHODS = {
     "akl": "{name: akl, alpha: 0.2}",
     "jsd": "{name: jsd, alpha: 0.2}",
     "sft": "{name: sft}",
+    "on_policy": "{name: reverse_kd, alpha: 0.0}\n"
+    "rollout: {share: 0.7, prompts_per_step: 4, samples: 2, max_new_tokens: 12, max_age: 1}",
 }
 STEPS = 30
 # Whether a run stops at once when it cannot save: the minutes that it may stay unsaved.
@@ -57,7 +59,7 @@ data:
   eval: [{{path: {data}/eval.txt, format: paragraphs}}]
   seq_len: 32
   cache_dir: {data}/cache
-method: {method}
+{prompts}method: {method}
 optimizer: {{lr: 1e-2, warmup: 2, weight_decay: 0.0}}
 train: {{steps: {steps}, batch_size: 8, eval_every: 10, log_every: 1}}
 checkpoint: {{every: {{steps: 4}}, keep: {{latest: 2}}, max_unsaved_minutes: {unsaved}}}
@@ -87,6 +89,8 @@ class Rig:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
+        prompts = [json.dumps({"prompt": word}) + "\n" for word in _WORDS]
+        (folder / "prompts.jsonl").write_text("".join(prompts))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
         compiled = os.fspath(cache or folder / "jax")
         self.environment = {**_CACHE, "JAX_COMPILATION_CACHE_DIR": compiled}
@@ -103,8 +107,14 @@ class Rig:
 
     def config(self, method: str, run: pathlib.Path, unsaved: float = 60.0) -> pathlib.Path:
         """A configuration file for a run in a folder that does not exist yet."""
+        asked = f"  prompts: [{{path: {self.folder}/prompts.jsonl}}]\n"
         text = CONFIG.format(
-            folder=run, data=self.folder, method=METHODS[method], steps=STEPS, unsaved=unsaved
+            folder=run,
+            data=self.folder,
+            method=METHODS[method],
+            prompts=asked if "rollout:" in METHODS[method] else "",
+            steps=STEPS,
+            unsaved=unsaved,
         )
         path = run.with_suffix(".yaml")
         path.write_text(text)
