@@ -33,7 +33,14 @@ _SECRETS = (
     r"|\bbearer\s{1,9}(?=[\w.~+/=-]{16})|\bbasic\s{1,9}(?=[a-z0-9+/]{6,500}={1,2}(?![\w=]))"
     r"|\"auth\"\s{0,9}:\s{0,9}(?=\"[a-z0-9+/]{8,500}=)"
     r"|\blogin\s{1,9}[^\s]{1,100}\s{1,9}password\s{1,9}"
+    r"|\bclient-key-data:\s{0,9}|\bpwd\s{0,9}=\s{0,9}(?![/$~.\s])"
     rf"|[?&](?:token|key|sig|signature|x-amz-signature)=){_QUOTE}{_VALUE})",
+    # By a word that is often plain: as a variable of a shell, or where the value is a long number.
+    r"(\b[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)=)[^\s\"',}&]{6,1000}",
+    r"(?i:(\btoken[\"']?\s{0,9}[:=]\s{0,9}[\"']?)(?=[a-z_-]{0,100}[0-9])[a-z0-9_.~+/=-]{16,1000})",
+    # By the option of a command.
+    r"(?i:(\bcurl\b[^\n]{0,200}?\s(?:-u|--user)\s{0,3})[^\s:]{1,100}:(?!//)[^\s]{1,200})",
+    r"(\b(?:mysql(?:dump|admin)?|sshpass|docker login)\b[^\n]{0,200}?\s-p\s{0,3})[^\s]{1,200}",
     r"(?i:(\b(?:set-)?cookie\s{0,9}:\s{0,9})[^\r\n\"']{1,5000})",
     # By its looks.
     rf"()\b(?:{_BEGINNINGS})[A-Za-z0-9_.-]{{16,}}",

@@ -79,6 +79,16 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"
             ("Cookie: a=1; @@", "session=hunter2"),
             ("X-Api-Key: @@", "hunter2"),
             ("client_secret => @@", "hunter2"),
+            ('{"token": "@@"}', "s3cr3t-0123456789"),
+            ("MY_TOKEN=@@", "hunter2hunter"),
+            ("DB_PASS=@@ make", "hunter2"),
+            ("Server=x;Uid=me;Pwd=@@;", "hunter2"),
+            ("curl -s -u @@ https://host", "me:hunter2"),
+            ("curl --user @@ https://host", "me:hunter2"),
+            ("mysql -u root -p@@ db", "hunter2"),
+            ("sshpass -p @@ ssh host", "hunter2"),
+            ("docker login -u me -p @@", "hunter2"),
+            ("client-key-data: @@", LETTERS[:60]),
             ("@@", "AGE-" + f"SECRET-KEY-1{'QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L' * 2}"[:74]),
         ]
     ],
@@ -95,6 +105,9 @@ def test_one_of_each_kind_of_secret_is_known(text, secret):
         "eos_token: <end>, pad_token_id: 3, max_new_tokens: 5, key: value",
         "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
         "global-batch-size-and-more-of-it",
+        "PWD=/home/me/run, token: <|end_of_text|>, token=words-without-any-digit-in-them",
+        "curl -u https://host:8000 and mkdir -p runs/a, docker run -p 8000:8000 x",
+        "stop_token = 128001, bos_token: <s>, one token: 0.123456 nats",
         "models/SmolLM2-135M-Instruct@best https://host:8000/v1?model=a",
     ],
 )
@@ -107,7 +120,16 @@ def test_redaction_takes_time_in_proportion_to_the_text():
     for text in ("x" * 200_000, "secret" * 30_000, "--" * 100_000, "secret" + " " * 200_000):
         assert redact(text) == text
     words = sorted({word for rule in redacting._rules() for word in rule.keywords})
-    for text in (" ".join(words) * 100, "eyJ-" * 40_000, "sk-" * 60_000, "://" * 60_000):
+    for text in (
+        " ".join(words) * 100,
+        "eyJ-" * 40_000,
+        "sk-" * 60_000,
+        "://" * 60_000,
+        "curl " * 40_000,
+        "mysql -p" * 20_000,
+        "token=" * 30_000,
+        "A_PASS" * 30_000,
+    ):
         redact(text)
 
 
