@@ -1,6 +1,8 @@
 """GGUF files that we write: read back to the bit, tokenizer and template included; refusals."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 from jaxdistill import api, commands, models
 from jaxdistill.errors import ConfigError, ModelError, StorageError
-from jaxdistill.formats import gguf_tokenizer, gguf_write
+from jaxdistill.formats import gguf, gguf_tokenizer, gguf_write
+from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.rope import Rope
 from tests.models import oracle
@@ -153,3 +156,12 @@ def test_the_command_writes_it_too(tmp_path):
 
 def test_bytes_alone_need_no_way_to_cut(tmp_path):
     assert gguf_tokenizer.described(byte_tokenizer(), 257).pre == "gpt-2"
+
+
+def test_the_table_of_families_says_what_is_built():
+    page = (pathlib.Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (yes)? ?\| (yes)? ?\|$", page, re.MULTILINE)
+    assert {family for family, _, _ in rows} == set(FAMILIES)
+    read = {"mistral", *gguf.ARCHITECTURES}  # the architecture llama with a window
+    assert {family for family, yes, _ in rows if yes} == read
+    assert {family for family, _, yes in rows if yes} == set(gguf_write.WRITTEN)
