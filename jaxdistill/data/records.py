@@ -28,6 +28,7 @@ _BESIDE = ("tools", "system", "chat_template_kwargs")
 _LOST: Mapping[str, Mapping[str, str]] = {
     "completion": dict.fromkeys(("input", "context"), "write it into `prompt`")
     | {"suffix": "write what stands before the completion into `prompt`"},
+    "prompts": dict.fromkeys(("input", "context", "suffix"), "write it into `prompt`"),
     "alpaca": {"context": "write it as `input`"},
     "alpaca_prompt": {
         "context": "write it as `input`",

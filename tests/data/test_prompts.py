@@ -57,7 +57,7 @@ def test_what_cannot_be_asked_is_left_out_counted_and_listed(byte_tokenizer, jso
             {"prompt": "a", "weight": 0},
             {"text": "no prompt"},
             {"prompt": "a", "messages": [ASK]},
-            {"prompt": 3},
+            {"prompt": "a", "context": "of it"},
         ]
     )
     found = read(byte_tokenizer, path, longest=4, max_bad_fraction=0.5)
@@ -66,7 +66,12 @@ def test_what_cannot_be_asked_is_left_out_counted_and_listed(byte_tokenizer, jso
     listed = [json.loads(line) for line in (tmp_path / "left.jsonl").read_text().splitlines()]
     assert [one["line"] for one in listed] == [2, 3, 4, 5, 6, 7, 8]
     reasons = " | ".join(one["reason"] for one in listed)
-    for words in ("13 tokens, and 4 leave room", "found `text`", "found both", "must be a list"):
+    for words in (
+        "13 tokens, and 4 leave room",
+        "found `text`",
+        "found both",
+        "write it into `prompt`",
+    ):
         assert words in reasons
     with pytest.raises(DataError, match=r"3 of 8 records \(37\.50%\) cannot be used"):
         read(byte_tokenizer, path, longest=4)
