@@ -143,16 +143,16 @@ def _worker(form: str, folder: pathlib.Path, options: argparse.Namespace) -> Non
     import jax
 
     from jaxdistill.data.feed import CorpusFeed
-    from jaxdistill.run import setup, states
+    from jaxdistill.run import participants, setup, states, texts
     from jaxdistill.train.step import place
 
     config = _config(folder, options, form)
     mesh = setup.mesh_of(config)
-    models = setup.shapes_of(config, mesh)
-    data = setup.data_of(config, models.tokenizer)
+    models = participants.shapes_of(config, mesh)
+    data = texts.data_of(config, models.tokenizer)
     if models.stored is not None:
         data = models.stored.beside(data, models.tokenizer)
-    models = setup.load_models(config, models, mesh)
+    models = participants.load_models(config, models, mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
     params = setup.teacher_params_of(models, method)

@@ -52,12 +52,12 @@ def main() -> None:
 def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     from jaxdistill import config as configs
     from jaxdistill.rollouts import rows
-    from jaxdistill.run import on_policy, setup, states
+    from jaxdistill.run import on_policy, participants, setup, states, texts
     from jaxdistill.train import step as steps
 
     asked = folder / "prompts.jsonl"
-    texts = [f"Explain in one sentence what number {n} is used for." for n in range(64)]
-    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    questions = [f"Explain in one sentence what number {n} is used for." for n in range(64)]
+    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
     config = configs.load(
         ROOT / "configs" / "quickstart.yaml",
         (
@@ -71,10 +71,10 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
         ),
     )
     mesh = setup.mesh_of(config)
-    models = setup.load_models(config, setup.shapes_of(config, mesh), mesh)
+    models = participants.load_models(config, participants.shapes_of(config, mesh), mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
-    prompts = setup.prompts_of(config, models.tokenizer)
+    prompts = texts.prompts_of(config, models.tokenizer)
     assert prompts is not None and models.teacher is not None
     feed = on_policy.feed_of(
         config,

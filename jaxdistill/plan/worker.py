@@ -26,8 +26,9 @@ from jaxdistill.models import count_parameters, forward_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import on_policy, setup, states, stored
-from jaxdistill.run.setup import Models, RunMethod
+from jaxdistill.run import on_policy, participants, setup, states, stored
+from jaxdistill.run.participants import Models
+from jaxdistill.run.setup import RunMethod
 from jaxdistill.train import step as steps
 
 # The rest of a device's memory is for its runtime, libraries and fragments.
@@ -60,7 +61,7 @@ def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models,
         with contextlib.suppress(ImportError):  # JAX 0.10 has no such kernels
             targets.assume_capability(target)
     mesh = setup.mesh_of(config, targets.devices(target))
-    models = setup.shapes_of(config, mesh)
+    models = participants.shapes_of(config, mesh)
     return mesh, models, setup.method_of(config, models)
 
 

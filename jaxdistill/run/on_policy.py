@@ -17,7 +17,7 @@ from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Corpus, Plan, RolloutFeed
 from jaxdistill.rollouts.writing import Sampling, Writer
-from jaxdistill.run import setup
+from jaxdistill.run import participants
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.step import place, recorded
@@ -34,7 +34,7 @@ def plan_of(config: Config) -> Plan:
     )
 
 
-def check(config: Config, models: setup.Models, prompts: Prompts | None, mesh: Mesh) -> None:
+def check(config: Config, models: participants.Models, prompts: Prompts | None, mesh: Mesh) -> None:
     """Refuses slots that the mesh does not divide, and what student or teacher cannot read.
 
     Raises:
@@ -68,7 +68,7 @@ def unread(pairs: Mapping[str, Any]) -> Iterator[str]:
 
 def writer_of(
     config: Config,
-    models: setup.Models,
+    models: participants.Models,
     prompts: Prompts,
     mesh: Mesh,
     stop: Callable[[], bool] = lambda: False,
@@ -139,7 +139,7 @@ def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int]
 
 def feed_of(
     config: Config,
-    models: setup.Models,
+    models: participants.Models,
     prompts: Prompts,
     mesh: Mesh,
     *,

@@ -16,7 +16,7 @@ from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
 from jaxdistill.models import Model, decoder
 from jaxdistill.report import MetricsWriter
-from jaxdistill.run import setup, states
+from jaxdistill.run import participants, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
@@ -35,7 +35,7 @@ class RunTable:
         self,
         config: Config,
         run: RunDir,
-        models: setup.Models,
+        models: participants.Models,
         method: setup.RunMethod,
         held_out: HeldOut,
     ):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import os
@@ -22,20 +21,22 @@ from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, UserError
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.models import count_parameters
 from jaxdistill.report import json_lines
 from jaxdistill.run import (
     alike,
     anew,
     changes,
     hearing,
+    identity,
     on_policy,
+    participants,
     run_table,
     schedule,
     setup,
     student_folder,
+    texts,
 )
-from jaxdistill.run.folder import RunDir, describe_machine, fingerprint
+from jaxdistill.run.folder import RunDir
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
@@ -180,7 +181,7 @@ class _Inputs:
     """
 
     mesh: Mesh
-    models: setup.Models
+    models: participants.Models
     data: Mapping[str, Dataset]
     taught: Mapping[str, Dataset]
     prompts: Prompts | None = None
@@ -188,8 +189,8 @@ class _Inputs:
 
 def _read(config: Config, mesh: Mesh) -> _Inputs:
     """Reads small files and data, and checks all that they can tell."""
-    models = agree.together(lambda: setup.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    models = agree.together(lambda: participants.shapes_of(config, mesh))
+    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
     agree.together(lambda: models.pairing.check(data))
     if agree.leads():
         for name, line in models.pairing.lines().items():
@@ -201,9 +202,9 @@ def _read(config: Config, mesh: Mesh) -> _Inputs:
     return _Inputs(mesh, models, data, taught, prompts)
 
 
-def _prompts(config: Config, models: setup.Models, mesh: Mesh) -> Prompts | None:
+def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts | None:
     """What the student answers, once it can; None where it does not write."""
-    prompts = setup.prompts_of(config, models.tokenizer)
+    prompts = texts.prompts_of(config, models.tokenizer)
     on_policy.check(config, models, prompts, mesh)
     return prompts
 
@@ -279,9 +280,9 @@ class _Session:
         self.step, self.told = step, told
         mesh, data = inputs.mesh, inputs.data
         agree.by_leader(lambda: _keep_quarantined(run, data, inputs.prompts))
-        self.models = agree.together(lambda: setup.load_models(config, inputs.models, mesh))
-        described = _describe(config, self.models, mesh)
-        facts = _fingerprints(config, self.models, data)
+        self.models = agree.together(lambda: participants.load_models(config, inputs.models, mesh))
+        described = identity.describe(config, self.models, mesh)
+        facts = identity.fingerprints(config, self.models, data)
         if inputs.prompts is not None:
             facts["data.prompts"] = inputs.prompts.fingerprint
         facts |= changes.world(mesh, described["versions"])
@@ -364,7 +365,7 @@ class _Session:
         )
         folder = self.run.path / anew.PARTS["control"]
         folder.mkdir(exist_ok=True)
-        fresh = setup.student_of(config, self.models.student, self.models.teacher, self.mesh)
+        fresh = participants.student_of(config, self.models.student, self.models.teacher, self.mesh)
         method = setup.method_of(config, self.models)
         with _checkpoints(config, self.run, "control", self.told) as checkpoints:
             training = self._training(folder, config, method, checkpoints, main=False)
@@ -446,40 +447,3 @@ def _say(text: str, stream: Any) -> None:
     """Prints; that nobody can read it (`| head`, a full disk, a lost terminal) fails no run."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, flush=True)
-
-
-def _fingerprints(
-    config: Config, models: setup.Models, data: Mapping[str, Dataset]
-) -> dict[str, str]:
-    """What a run is made of: `changes.RULES` says which of it must stay the same."""
-    prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
-    prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
-    for name, model in (("teacher", models.teacher), ("student", models.student)):
-        if model is not None:
-            prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
-    # Random weights are made anew from the seed, and on another mesh rounded otherwise.
-    if models.teacher is not None and config.teacher is not None and not config.teacher.random:
-        prints["teacher.weights"] = changes.weights(models.teacher.params)
-    if models.stored is not None and models.stored.store is not None:
-        prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
-    prints |= changes.settings(config)
-    if config.student.prune:
-        file = pathlib.Path(config.student.prune.importance)
-        prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return prints
-
-
-def _describe(config: Config, models: setup.Models, mesh: Mesh) -> dict[str, Any]:
-    """What RUN.json says of the run's parts."""
-    parts: dict[str, Any] = {"total_steps": config.train.steps, "method": config.method.name}
-    for name, model in (("teacher", models.teacher), ("student", models.student)):
-        if model is not None:
-            count = count_parameters(model.config)
-            parts[name] = {"source": model.source, "parameters": count}
-    if models.stored is not None:
-        arch = models.stored.config
-        known = {} if arch is None else {"parameters": count_parameters(arch)}
-        parts["teacher"] = {"source": models.stored.place, **known}
-    if vocabularies := models.pairing.lines():
-        parts["vocabularies"] = vocabularies
-    return parts | describe_machine(list(mesh.devices.flat), mesh.shape)

@@ -4,55 +4,26 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from jaxdistill import errors, methods, optim, rules, teachers
-from jaxdistill.compress import command, importance, prune, quantize
+from jaxdistill.compress import quantize
 from jaxdistill.config import Config
-from jaxdistill.data import held_out, pipeline, prompts, spelling
-from jaxdistill.data.dataset import Dataset, empty_row
-from jaxdistill.data.rendering import read_template
-from jaxdistill.data.sources import open_source
+from jaxdistill.data import pipeline
+from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals
-from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
-from jaxdistill.models.vocabulary import check_rows
-from jaxdistill.references import load_any
-from jaxdistill.run import changes, pairing, shapes, states, stored
-from jaxdistill.run.pairing import Pairing
-from jaxdistill.run.stored import Stored
+from jaxdistill.run import participants, shapes, states
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
 from jaxdistill.types import Batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """Who takes part.
-
-    Attributes:
-      teacher: None where there is none, or its answers are stored.
-      student: float32 (or as configured) parameters on the mesh.
-      tokenizer: of both.
-      vocab: how many rows of the heads are tokens.
-      stored: the teacher whose answers are stored, or None.
-      pairing: how the tokenizer fits those that the models come with.
-    """
-
-    teacher: Model | None
-    student: Model
-    tokenizer: Any
-    vocab: int
-    stored: Stored | None = None
-    pairing: Pairing = Pairing()
 
 
 def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,215 +40,6 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({devices})") for key, rule in wrong)
     errors.check(rules.context_axis(config.data.seq_len, mesh.shape["context"]))
     return mesh
-
-
-def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
-    """Raises where the tensor axis does not divide a model; the vocabulary may be any size.
-
-    Raises:
-      ConfigError: with the numbers and the sizes that would do.
-    """
-    for who, config in named.items():
-        sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
-        sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
-        errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
-
-
-def shapes_of(config: Config, mesh: Mesh) -> Models:
-    """The models without parameters, from their small files, once they can work together.
-
-    Raises:
-      ModelError, MismatchError, ConfigError: for what is missing or does not fit.
-    """
-    network = config.security.allow_network
-    teacher, student = shapes.of(config, network)
-    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher, "student": student})
-    vocab = shapes.vocabulary(config, tokenizer)
-    teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
-    asked_before = stored.of(config, teacher, tokenizer, vocab)
-    teacher = teacher if asked_before is None else None
-    pairs, teacher = pairing.of(config, tokenizer, teacher, student)
-    named = {"teacher": teacher, "student": student}
-    for name, shape in named.items():
-        if shape is None:
-            continue
-        check_rows(name, shape.config.vocab_size, vocab)
-        errors.check(rules.row_length(config.data.seq_len, name, shape.config.max_positions))
-    states.check(config, student.config, mesh)
-    check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
-    if config.teacher and config.teacher.quantize:
-        quantize.check_backend(config.teacher.quantize)
-    for section, shape in ((config.teacher, teacher), (config.student, student)):
-        if section is not None and shape is not None:
-            with jax.set_mesh(mesh):
-                platform = choice.current_device().platform
-            attention.check(section.attention, shape.config, config.data.seq_len, platform)
-    return Models(teacher, student, tokenizer, vocab, asked_before, pairs)
-
-
-def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
-    """The models of `shapes_of` with parameters on the mesh, read from their files or made.
-
-    Raises:
-      ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
-    """
-    teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
-    teacher = models.pairing.seated(teacher)
-    student = student_of(config, models.student, teacher, mesh)
-    student = dataclasses.replace(student, tokenizer=models.tokenizer)
-    answers = None if models.stored is None else models.stored.loaded(mesh)
-    return dataclasses.replace(models, teacher=teacher, student=student, stored=answers)
-
-
-def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
-    """The teacher of a shape with its parameters on the mesh; None where there is no shape.
-
-    Raises:
-      ModelError, ConfigError: if weights cannot be read, or are not those of the shape.
-    """
-    if shape is None or config.teacher is None:
-        return None
-    source, dtype = config.teacher, config.teacher.dtype
-    if source.random:
-        model = random(shape.config, config.seed + 1, dtype, mesh)
-    else:
-        model = load_any(
-            shapes.source(source),
-            dtype=dtype,
-            mesh=mesh,
-            tokenizer=False,
-            allow_network=config.security.allow_network,
-        )
-    if source.quantize:
-        model = quantize.quantized(model, source.quantize)
-    return dataclasses.replace(model, tokenizer=shape.tokenizer)
-
-
-def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
-    """The weights that the student is cut out of, read for this alone, as their files have them.
-
-    Raises:
-      MismatchError: if they are not those that were asked.
-    """
-    assert config.teacher is not None
-    teacher = load_teacher(config, shapes.of(config, config.security.allow_network)[0], mesh)
-    assert teacher is not None, "the configuration names the weights to cut the student out of"
-    # A random one is made anew, on another mesh rounded otherwise.
-    if config.teacher.cache and not config.teacher.random:
-        stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
-    return teacher
-
-
-def _cut_out(config: Config, shape: Model, teacher: Model) -> Model:
-    """The layers, or the units, of a teacher that make a student."""
-    student, dtype = config.student, config.student.param_dtype
-    if student.prune:
-        found = importance.load(student.prune.importance)
-        made, _ = command.cut(teacher, student.prune, found, dtype)
-        return dataclasses.replace(made, tokenizer=shape.tokenizer)
-    layers = shapes.kept_layers(config, teacher.config.layers)
-    arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
-    return dataclasses.replace(shape, config=arch, params=params)
-
-
-def _respelled(config: Config, made: Model, shape: Model, teacher: Model) -> Model:
-    """A student with rows for the tokens of its own tokenizer.
-
-    Raises:
-      ConfigError: for rows of a teacher whose tokens nobody knows.
-    """
-    if config.student.embeddings == "random":
-        none: list[list[int]] = [[]] * shape.config.vocab_size
-        return reseat.respelled(made, none, shape.config, jax.random.key(config.seed))
-    if teacher.tokenizer is None:
-        raise ConfigError(
-            "student.embeddings = mean: the teacher has no tokenizer that says what its rows "
-            "spell: use random"
-        )
-    rows = spelling.spelled(shape.tokenizer, teacher.tokenizer, teacher.config.vocab_size)
-    rows += [[]] * (shape.config.vocab_size - len(rows))
-    return reseat.respelled(made, rows, shape.config)
-
-
-def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
-    """A student before its first step, with arrays of its own."""
-    student, dtype = config.student, config.student.param_dtype
-    if student.from_ == "teacher":
-        if teacher is None or student.tokenizer:  # stored, aside, or in other ids
-            teacher = _uncut_teacher(config, mesh)
-        made = _cut_out(config, shape, teacher)
-        return made if student.tokenizer is None else _respelled(config, made, shape, teacher)
-    if student.random:
-        return random(shape.config, config.seed, dtype, mesh)
-    return load_any(
-        shapes.source(student),
-        dtype=dtype,
-        mesh=mesh,
-        tokenizer=False,
-        allow_network=config.security.allow_network,
-    )
-
-
-def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
-    """The training rows, where there are any, and the held-out ones, built or from the cache.
-
-    Raises:
-      DataError: as `pipeline.build`, or if held-out records are trained on.
-    """
-    data, network = config.data, config.security.allow_network
-    train, held = (
-        [
-            open_source(
-                one.path,
-                format=one.format,
-                origin=one.origin,
-                weight=one.weight,
-                allow_network=network,
-            )
-            for one in sources
-        ]
-        for sources in (data.train, data.eval_files)
-    )
-    share = data.held_out_share
-    if share is not None:
-        train, held = held_out.split(train, share)
-    options = data.model_dump(
-        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
-                 "turns", "long_documents", "special_tokens", "template_kwargs"}
-    )  # fmt: skip
-    if data.chat_template is not None:
-        options["chat_template"] = read_template(data.chat_template)
-    built = {
-        name: pipeline.build(sources, tokenizer, name=name, **options)
-        for name, sources in (("train", train), ("eval", held))
-        if sources
-    }
-    if "train" in built:
-        held_out.check(built["train"], built["eval"])
-    return built
-
-
-def prompts_of(config: Config, tokenizer: Any) -> prompts.Prompts | None:
-    """What the student answers, where it writes its own text.
-
-    Raises:
-      DataError, ModelError: as `prompts.read`.
-    """
-    rollout, data = config.rollout, config.data
-    if rollout is None:
-        return None
-    network = config.security.allow_network
-    options = data.model_dump(
-        include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
-    )
-    if data.chat_template is not None:
-        options["chat_template"] = read_template(data.chat_template)
-    return prompts.read(
-        [open_source(one.path, "prompts", allow_network=network) for one in data.prompts],
-        tokenizer,
-        longest=data.seq_len - rollout.max_new_tokens,
-        **options,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +65,7 @@ class RunMethod:
     stored: Format | None = None
 
 
-def method_of(config: Config, models: Models) -> RunMethod:
+def method_of(config: Config, models: participants.Models) -> RunMethod:
     """Objective, teacher and optimizer as the configuration says."""
     facts = methods.Facts(
         student=models.student.config,
@@ -348,13 +110,13 @@ def method_of(config: Config, models: Models) -> RunMethod:
     return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
 
 
-def format_of(models: Models) -> str:
+def format_of(models: participants.Models) -> str:
     """How the teacher's answers are stored, or `signals.ONLINE`."""
     return signals.ONLINE if models.stored is None else models.stored.format.name
 
 
 def signal_of(
-    config: Config, models: Models, objective: methods.Objective | None = None
+    config: Config, models: participants.Models, objective: methods.Objective | None = None
 ) -> teachers.Teacher:
     """What says what the teacher says of a batch.
 
@@ -389,7 +151,9 @@ def teacher_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(config.teacher.dtype)
 
 
-def abstract_teacher_of(config: Config, models: Models, method: RunMethod, mesh: Mesh) -> Any:
+def abstract_teacher_of(
+    config: Config, models: participants.Models, method: RunMethod, mesh: Mesh
+) -> Any:
     """The shapes and places of the teacher's parameters, None where the method has no teacher."""
     if not method.objective.needs_teacher:
         return None
@@ -472,19 +236,19 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
       UserError: whatever is wrong with the configuration, the models or the mesh.
     """
     mesh = mesh_of(config) if mesh is None else mesh
-    models = load_models(config, shapes_of(config, mesh), mesh)
+    models = participants.load_models(config, participants.shapes_of(config, mesh), mesh)
     method = method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
     teacher_params = teacher_params_of(models, method)
     return compile_step(config, method, state, teacher_params, mesh), state, teacher_params
 
 
-def teacher_params_of(models: Models, method: RunMethod) -> Any:
+def teacher_params_of(models: participants.Models, method: RunMethod) -> Any:
     """The teacher's parameters as the step takes them: None where the method has no teacher."""
     return signal_params(models) if method.objective.needs_teacher else None
 
 
-def signal_params(models: Models) -> Any:
+def signal_params(models: participants.Models) -> Any:
     """The parameters of what `signal_of` gives; None without a teacher."""
     if models.stored is not None:
         return models.stored.params

@@ -7,11 +7,11 @@ from jaxdistill.formats import new_folder
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import lora
 from jaxdistill.references import STUDENT
-from jaxdistill.run import setup, states
+from jaxdistill.run import participants, states
 from jaxdistill.run.folder import RunDir
 
 
-def keep(config: Config, run: RunDir, models: setup.Models) -> None:
+def keep(config: Config, run: RunDir, models: participants.Models) -> None:
     """Writes configuration, tokenizer and adapters, where they are not there as they should be.
 
     Raises:

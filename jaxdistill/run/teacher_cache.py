@@ -25,7 +25,7 @@ from jaxdistill.evaluate import answers_to_store
 from jaxdistill.evaluate.answers_to_store import KEYS
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import Model
-from jaxdistill.run import alike, changes, setup, stored, teacher_cache_served
+from jaxdistill.run import alike, changes, participants, setup, stored, teacher_cache_served, texts
 from jaxdistill.run.capture_progress import Progress
 from jaxdistill.sharding import batch_sharding, local_rows, replicated
 from jaxdistill.train.step import place
@@ -59,8 +59,8 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     alike.check(config)
     agree.together(lambda: _check(config))
     mesh = setup.mesh_of(config)
-    models = agree.together(lambda: setup.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: setup.data_of(config, models.tokenizer))
+    models = agree.together(lambda: participants.shapes_of(config, mesh))
+    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
     agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:
@@ -89,7 +89,7 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
             config, server, models, form, objects, rows, options.share()
         )
         return found | agree.by_leader(more)
-    teacher = agree.together(lambda: setup.load_teacher(config, models.teacher, mesh))
+    teacher = agree.together(lambda: participants.load_teacher(config, models.teacher, mesh))
     assert teacher is not None
     asked = _Asked(config, teacher, models, mesh, form, objects)
     agree.by_leader(asked.begin)
@@ -108,7 +108,7 @@ def _asking(config: Config) -> Config:
     return config.model_copy(update={"teacher": teacher.model_copy(update={"cache": None})})
 
 
-def _check_vocabularies(models: setup.Models, data: Mapping[str, Dataset]) -> None:
+def _check_vocabularies(models: participants.Models, data: Mapping[str, Dataset]) -> None:
     """What is stored is in the teacher's own ids, of which the data hold no others.
 
     Raises:
@@ -166,7 +166,7 @@ class _Asked:
         self,
         config: Config,
         teacher: Model,
-        models: setup.Models,
+        models: participants.Models,
         mesh: Mesh,
         form: Format,
         objects: Objects,

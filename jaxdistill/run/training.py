@@ -21,7 +21,7 @@ from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.rollouts.feed import RolloutFeed
-from jaxdistill.run import anew, on_policy, run_table, setup, states
+from jaxdistill.run import anew, on_policy, participants, run_table, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
@@ -63,7 +63,7 @@ class Training:
     folder: pathlib.Path
     config: Config
     method: setup.RunMethod
-    models: setup.Models
+    models: participants.Models
     mesh: Mesh
     dataset: Dataset | None
     prompts: Prompts | None
@@ -199,7 +199,9 @@ class Training:
 
         def restore() -> tuple[TrainState, Mapping[str, Any]]:
             models = self.models  # the first state took the student's arrays over
-            student = setup.student_of(self.config, models.student, models.teacher, self.mesh)
+            student = participants.student_of(
+                self.config, models.student, models.teacher, self.mesh
+            )
             state, meta = self._state(student)
             if rollouts is not None:
                 rollouts.begin(meta)
@@ -331,7 +333,9 @@ def _policy(config: Config) -> Policy:
     )
 
 
-def _meter(config: Config, models: setup.Models, method: setup.RunMethod, mesh: Mesh) -> Meter:
+def _meter(
+    config: Config, models: participants.Models, method: setup.RunMethod, mesh: Mesh
+) -> Meter:
     length = config.data.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0

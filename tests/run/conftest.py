@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill import api, config
 from jaxdistill.callbacks import Callback
-from jaxdistill.run import session, setup
+from jaxdistill.run import participants, session, setup
 
 CONFIG = """
 version: 1
@@ -125,4 +125,4 @@ def finished(load_config, tmp_path_factory, heard) -> api.RunResult:
 
 def models_of(loaded, mesh):
     """The models of a configuration with their parameters."""
-    return setup.load_models(loaded, setup.shapes_of(loaded, mesh), mesh)
+    return participants.load_models(loaded, participants.shapes_of(loaded, mesh), mesh)

@@ -12,7 +12,7 @@ from jaxdistill import api
 from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
-from jaxdistill.run import setup, states
+from jaxdistill.run import participants, setup, states
 from tests.run.conftest import models_of
 from tests.run.test_session import arrays, losses
 
@@ -102,11 +102,11 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
     for who in ("teacher", "student"):
         config = load_config(tmp_path, f"{who}.attention=splash")
         with pytest.raises(ConfigError, match="attention = 'splash': runs on a tpu, and this is a"):
-            setup.shapes_of(config, setup.mesh_of(config))
+            participants.shapes_of(config, setup.mesh_of(config))
     config = load_config(tmp_path, "student.router_aux_loss_coef=0.02")
     with pytest.raises(ConfigError, match="coef = 0.02: the student has no routed experts: leave"):
-        setup.shapes_of(config, setup.mesh_of(config))
+        participants.shapes_of(config, setup.mesh_of(config))
     config = load_config(tmp_path, "optimizer.offload=true")
     monkeypatch.setattr(states, "HOST", "host_of_another_kind")
     with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):
-        setup.shapes_of(config, setup.mesh_of(config))
+        participants.shapes_of(config, setup.mesh_of(config))

@@ -10,7 +10,7 @@ import pytest
 from jaxdistill import api, models
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.errors import UserError
-from jaxdistill.run import setup, states
+from jaxdistill.run import participants, setup, states
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
 WROTE = ("teacher", "student")
@@ -56,7 +56,7 @@ def test_the_step_of_a_method_reads_the_knobs_that_it_is_given(name, configured)
     """Traced, not compiled: every knob is there that the formula reads, and is reported."""
     config = configured(name)
     mesh = setup.mesh_of(config)
-    models = setup.shapes_of(config, mesh)
+    models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     teacher = setup.abstract_teacher_of(config, models, method, mesh)
@@ -115,7 +115,7 @@ def test_the_step_of_a_rule_is_traced(rule, configured):
     config = configured("decoupled_kl")
     config = config.model_copy(update={"optimizer": Optimizer(name=rule)})
     mesh = setup.mesh_of(config)
-    models = setup.shapes_of(config, mesh)
+    models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     teacher = setup.abstract_teacher_of(config, models, method, mesh)

@@ -17,7 +17,7 @@ from jaxdistill.evaluate import meter
 from jaxdistill.evaluate.perplexity import evaluate
 from jaxdistill.models import reseat
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
-from jaxdistill.run import setup
+from jaxdistill.run import participants, setup, texts
 from jaxdistill.train.step import place
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
@@ -103,10 +103,10 @@ def loss_of(data, tmp_path_factory):
         )
         loaded = config.loads(text, overrides=overrides)
         mesh = setup.mesh_of(loaded)
-        shapes = setup.shapes_of(loaded, mesh)
-        dataset = setup.data_of(loaded, shapes.tokenizer)
+        shapes = participants.shapes_of(loaded, mesh)
+        dataset = texts.data_of(loaded, shapes.tokenizer)
         shapes.pairing.check(dataset)
-        both = setup.load_models(loaded, shapes, mesh)
+        both = participants.load_models(loaded, shapes, mesh)
         method = setup.method_of(loaded, both)
         step = meter.make_step(method.loss, method.teacher)
         _, batch = next(iter(pipeline.eval_batches(dataset["train"], batch_size=8, rows=range(8))))
@@ -201,16 +201,16 @@ def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
     cut = f"student={{from: teacher, tokenizer: {folder}, compute_dtype: float32}}"
     loaded = config.loads(text, overrides=(cut, "method={name: sft}", "eval.compare=false"))
     mesh = setup.mesh_of(loaded)
-    shapes = setup.shapes_of(loaded, mesh)
+    shapes = participants.shapes_of(loaded, mesh)
     assert shapes.vocab == 259 and shapes.teacher is None and shapes.pairing.aside
-    shapes.pairing.check(setup.data_of(loaded, shapes.tokenizer))
-    student = setup.load_models(loaded, shapes, mesh).student
+    shapes.pairing.check(texts.data_of(loaded, shapes.tokenizer))
+    student = participants.load_models(loaded, shapes, mesh).student
     assert student.config.vocab_size == 259 and student.config.eos_ids == (258,)
     ranked = config.loads(
         text, overrides=(cut, "method={name: sft}", "checkpoint.best_metric=eval/kl_t1")
     )
     with pytest.raises(ConfigError, match="measured against a teacher, and this one lacks"):
-        setup.shapes_of(ranked, mesh)
+        participants.shapes_of(ranked, mesh)
     old = teacher.tokenizer.get_vocab()
     for name in ("embedding", "head"):
         rows, before = np.asarray(student.params[name]), teacher.params[name]
@@ -221,7 +221,7 @@ def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
         text,
         overrides=(cut[:-1] + ", embeddings: random}", "method={name: sft}", "eval.compare=false"),
     )
-    other = setup.load_models(drawn, setup.shapes_of(drawn, mesh), mesh).student
+    other = participants.load_models(drawn, participants.shapes_of(drawn, mesh), mesh).student
     spread = np.asarray(other.params["embedding"]).std()
     assert other.params["embedding"].shape == (259, 16) and 0.018 < spread < 0.022
     kept = lambda model: model.params["layers"]["mlp"]["up"]["kernel"]

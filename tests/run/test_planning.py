@@ -10,7 +10,7 @@ import pytest
 from jaxdistill import api, config, models
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.plan import describe, hlo, search, targets
-from jaxdistill.run import setup, states
+from jaxdistill.run import participants, setup, states
 from jaxdistill.train.step import recorded
 from tests.run.conftest import models_of
 
@@ -45,7 +45,7 @@ mesh: {fields["mesh"]}
 
 def compiled(loaded, mesh):
     """The step as `train` compiles it, and its arguments."""
-    models = setup.shapes_of(loaded, mesh)
+    models = participants.shapes_of(loaded, mesh)
     method = setup.method_of(loaded, models)
     state = states.abstract(loaded, models.student.config, method.objective, method.tx, mesh)
     teacher = setup.abstract_teacher_of(loaded, models, method, mesh)

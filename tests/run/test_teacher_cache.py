@@ -15,13 +15,15 @@ from jaxdistill.errors import ConfigError, DataError, MismatchError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import signals
 from jaxdistill.run import (
+    identity,
+    participants,
     run_table,
-    session,
     setup,
     states,
     stored,
     teacher_cache,
     teacher_verify,
+    texts,
 )
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.step import place
@@ -61,11 +63,11 @@ def dense(captured):
 def curve(config, steps: int) -> np.ndarray:
     """[steps, 2] of loss and gradient norm, of a configuration's own step and feed, on a device."""
     mesh = setup.mesh_of(config, jax.devices()[:1])  # captured on all of them
-    models = setup.shapes_of(config, mesh)
-    data = setup.data_of(config, models.tokenizer)
+    models = participants.shapes_of(config, mesh)
+    data = texts.data_of(config, models.tokenizer)
     if models.stored is not None:
         data = models.stored.beside(data, models.tokenizer)
-    models = setup.load_models(config, models, mesh)
+    models = participants.load_models(config, models, mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
     params = setup.teacher_params_of(models, method)
@@ -104,10 +106,10 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
         tmp_path, *SMALL, "data.packing=none", f"teacher={{cache: {exact(captured)}}}"
     )
     mesh = setup.mesh_of(config, jax.devices()[:1])
-    models = setup.shapes_of(config, mesh)
-    data = setup.data_of(config, models.tokenizer)
+    models = participants.shapes_of(config, mesh)
+    data = texts.data_of(config, models.tokenizer)
     rows = models.stored.beside(data, models.tokenizer)["eval"]
-    models = setup.load_models(config, models, mesh)
+    models = participants.load_models(config, models, mesh)
     (tmp_path / "kept").mkdir()
     kept = RunDir(tmp_path / "kept", {})
     table = run_table.RunTable(
@@ -127,7 +129,7 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
         count += one["mask"].sum()
     assert row["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
     # What a run goes on with is that store's teacher and no other.
-    assert "teacher.cache" in session._fingerprints(config, models, data)
+    assert "teacher.cache" in identity.fingerprints(config, models, data)
 
 
 def test_verify_asks_the_teacher_again(captured, load_config, tmp_path):
@@ -156,7 +158,7 @@ def the_teacher(load_config, folder):
     """The teacher itself."""
     config = load_config(folder / "live", *SMALL)
     mesh = setup.mesh_of(config)
-    return setup.load_teacher(config, setup.shapes_of(config, mesh).teacher, mesh)
+    return participants.load_teacher(config, participants.shapes_of(config, mesh).teacher, mesh)
 
 
 REFUSED = {
@@ -229,7 +231,7 @@ def test_a_cut_student_needs_the_weights_and_they_are_those_that_were_asked(
     # With the weights named it is cut out of them, and the teacher takes no part.
     config = load_config(tmp_path, "student={from: teacher, every: 2}", f"teacher.cache={place}")
     mesh = setup.mesh_of(config, jax.devices()[:1])
-    models = setup.load_models(config, setup.shapes_of(config, mesh), mesh)
+    models = participants.load_models(config, participants.shapes_of(config, mesh), mesh)
     assert models.teacher is None and models.student.config.layers == 2
     whole = the_teacher(load_config, tmp_path).params["layers"]
     kept = models.student.params["layers"]
@@ -270,7 +272,7 @@ def test_drawn_tokens_train_and_every_epoch_has_its_draw(captured, load_config, 
         f"teacher={{cache: {place}}}",
     )  # fmt: skip
     mesh = setup.mesh_of(config)
-    models = setup.shapes_of(config, mesh)
+    models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     batch = setup.abstract_batch_of(config, mesh, method.stored)

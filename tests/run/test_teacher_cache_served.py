@@ -11,7 +11,7 @@ from jaxdistill import commands
 from jaxdistill.data.teacher_cache import catalog, formats
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import ConfigError, MismatchError, ModelError
-from jaxdistill.run import setup, teacher_cache, teacher_cache_served
+from jaxdistill.run import participants, setup, teacher_cache, teacher_cache_served, texts
 from tests.reasoning import scoring_server
 
 STUDENT = "student={random: {layers: 1, embed: 8, mlp: 8, heads: 1}}"
@@ -61,8 +61,8 @@ def test_a_servers_answers_are_stored_once_and_learned_from(asking, server, tmp_
         np.testing.assert_allclose(stored["rest"][:, 0], 1 - np.exp(expected).sum(-1), atol=1e-6)
     config = asking.config()
     mesh = setup.mesh_of(config)
-    models = setup.shapes_of(config, mesh)
-    data = setup.data_of(config, models.tokenizer)
+    models = participants.shapes_of(config, mesh)
+    data = texts.data_of(config, models.tokenizer)
     row = models.stored.beside(data, models.tokenizer)["train"][0]
     assert row["teacher"]["ids"].shape == (32, 5, 2) and row["teacher"]["rest"].any()
     assert asking()["segments"] == 0 and len(server.asked) == 4

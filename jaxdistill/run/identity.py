@@ -1,0 +1,52 @@
+"""What a run is: the facts that must stay the same, and what RUN.json says of its parts."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxdistill.config import Config
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.models import count_parameters
+from jaxdistill.run import changes, participants
+from jaxdistill.run.folder import describe_machine, fingerprint
+
+
+def fingerprints(
+    config: Config, models: participants.Models, data: Mapping[str, Dataset]
+) -> dict[str, str]:
+    """What a run is made of: `changes.RULES` says which of it must stay the same."""
+    prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
+    prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
+    for name, model in (("teacher", models.teacher), ("student", models.student)):
+        if model is not None:
+            prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
+    # Random weights are made anew from the seed, and on another mesh rounded otherwise.
+    if models.teacher is not None and config.teacher is not None and not config.teacher.random:
+        prints["teacher.weights"] = changes.weights(models.teacher.params)
+    if models.stored is not None and models.stored.store is not None:
+        prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
+    prints |= changes.settings(config)
+    if config.student.prune:
+        file = pathlib.Path(config.student.prune.importance)
+        prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return prints
+
+
+def describe(config: Config, models: participants.Models, mesh: Mesh) -> dict[str, Any]:
+    """What RUN.json says of the run's parts."""
+    parts: dict[str, Any] = {"total_steps": config.train.steps, "method": config.method.name}
+    for name, model in (("teacher", models.teacher), ("student", models.student)):
+        if model is not None:
+            count = count_parameters(model.config)
+            parts[name] = {"source": model.source, "parameters": count}
+    if models.stored is not None:
+        arch = models.stored.config
+        known = {} if arch is None else {"parameters": count_parameters(arch)}
+        parts["teacher"] = {"source": models.stored.place, **known}
+    if vocabularies := models.pairing.lines():
+        parts["vocabularies"] = vocabularies
+    return parts | describe_machine(list(mesh.devices.flat), mesh.shape)

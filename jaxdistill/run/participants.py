@@ -1,0 +1,189 @@
+"""Who takes part in a run: shapes and tokenizers of teacher and student, then their weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxdistill import errors, rules
+from jaxdistill.compress import command, importance, prune, quantize
+from jaxdistill.config import Config
+from jaxdistill.data import spelling
+from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import choice
+from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
+from jaxdistill.models.vocabulary import check_rows
+from jaxdistill.references import load_any
+from jaxdistill.run import changes, pairing, shapes, states, stored
+from jaxdistill.run.pairing import Pairing
+from jaxdistill.run.stored import Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Who takes part.
+
+    Attributes:
+      teacher: None where there is none, or its answers are stored.
+      student: float32 (or as configured) parameters on the mesh.
+      tokenizer: of both.
+      vocab: how many rows of the heads are tokens.
+      stored: the teacher whose answers are stored, or None.
+      pairing: how the tokenizer fits those that the models come with.
+    """
+
+    teacher: Model | None
+    student: Model
+    tokenizer: Any
+    vocab: int
+    stored: Stored | None = None
+    pairing: Pairing = Pairing()
+
+
+def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
+    """Raises where the tensor axis does not divide a model; the vocabulary may be any size.
+
+    Raises:
+      ConfigError: with the numbers and the sizes that would do.
+    """
+    for who, config in named.items():
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
+        sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
+        errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
+
+
+def shapes_of(config: Config, mesh: Mesh) -> Models:
+    """The models without parameters, from their small files, once they can work together.
+
+    Raises:
+      ModelError, MismatchError, ConfigError: for what is missing or does not fit.
+    """
+    network = config.security.allow_network
+    teacher, student = shapes.of(config, network)
+    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher, "student": student})
+    vocab = shapes.vocabulary(config, tokenizer)
+    teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
+    asked_before = stored.of(config, teacher, tokenizer, vocab)
+    teacher = teacher if asked_before is None else None
+    pairs, teacher = pairing.of(config, tokenizer, teacher, student)
+    named = {"teacher": teacher, "student": student}
+    for name, shape in named.items():
+        if shape is None:
+            continue
+        check_rows(name, shape.config.vocab_size, vocab)
+        errors.check(rules.row_length(config.data.seq_len, name, shape.config.max_positions))
+    states.check(config, student.config, mesh)
+    check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
+    if config.teacher and config.teacher.quantize:
+        quantize.check_backend(config.teacher.quantize)
+    for section, shape in ((config.teacher, teacher), (config.student, student)):
+        if section is not None and shape is not None:
+            with jax.set_mesh(mesh):
+                platform = choice.current_device().platform
+            attention.check(section.attention, shape.config, config.data.seq_len, platform)
+    return Models(teacher, student, tokenizer, vocab, asked_before, pairs)
+
+
+def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
+    """The models of `shapes_of` with parameters on the mesh, read from their files or made.
+
+    Raises:
+      ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
+    """
+    teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
+    teacher = models.pairing.seated(teacher)
+    student = student_of(config, models.student, teacher, mesh)
+    student = dataclasses.replace(student, tokenizer=models.tokenizer)
+    answers = None if models.stored is None else models.stored.loaded(mesh)
+    return dataclasses.replace(models, teacher=teacher, student=student, stored=answers)
+
+
+def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
+    """The teacher of a shape with its parameters on the mesh; None where there is no shape.
+
+    Raises:
+      ModelError, ConfigError: if weights cannot be read, or are not those of the shape.
+    """
+    if shape is None or config.teacher is None:
+        return None
+    source, dtype = config.teacher, config.teacher.dtype
+    if source.random:
+        model = random(shape.config, config.seed + 1, dtype, mesh)
+    else:
+        model = load_any(
+            shapes.source(source),
+            dtype=dtype,
+            mesh=mesh,
+            tokenizer=False,
+            allow_network=config.security.allow_network,
+        )
+    if source.quantize:
+        model = quantize.quantized(model, source.quantize)
+    return dataclasses.replace(model, tokenizer=shape.tokenizer)
+
+
+def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
+    """The weights that the student is cut out of, read for this alone, as their files have them.
+
+    Raises:
+      MismatchError: if they are not those that were asked.
+    """
+    assert config.teacher is not None
+    teacher = load_teacher(config, shapes.of(config, config.security.allow_network)[0], mesh)
+    assert teacher is not None, "the configuration names the weights to cut the student out of"
+    # A random one is made anew, on another mesh rounded otherwise.
+    if config.teacher.cache and not config.teacher.random:
+        stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
+    return teacher
+
+
+def _cut_out(config: Config, shape: Model, teacher: Model) -> Model:
+    """The layers, or the units, of a teacher that make a student."""
+    student, dtype = config.student, config.student.param_dtype
+    if student.prune:
+        found = importance.load(student.prune.importance)
+        made, _ = command.cut(teacher, student.prune, found, dtype)
+        return dataclasses.replace(made, tokenizer=shape.tokenizer)
+    layers = shapes.kept_layers(config, teacher.config.layers)
+    arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
+    return dataclasses.replace(shape, config=arch, params=params)
+
+
+def _respelled(config: Config, made: Model, shape: Model, teacher: Model) -> Model:
+    """A student with rows for the tokens of its own tokenizer.
+
+    Raises:
+      ConfigError: for rows of a teacher whose tokens nobody knows.
+    """
+    if config.student.embeddings == "random":
+        none: list[list[int]] = [[]] * shape.config.vocab_size
+        return reseat.respelled(made, none, shape.config, jax.random.key(config.seed))
+    if teacher.tokenizer is None:
+        raise ConfigError(
+            "student.embeddings = mean: the teacher has no tokenizer that says what its rows "
+            "spell: use random"
+        )
+    rows = spelling.spelled(shape.tokenizer, teacher.tokenizer, teacher.config.vocab_size)
+    rows += [[]] * (shape.config.vocab_size - len(rows))
+    return reseat.respelled(made, rows, shape.config)
+
+
+def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
+    """A student before its first step, with arrays of its own."""
+    student, dtype = config.student, config.student.param_dtype
+    if student.from_ == "teacher":
+        if teacher is None or student.tokenizer:  # stored, aside, or in other ids
+            teacher = _uncut_teacher(config, mesh)
+        made = _cut_out(config, shape, teacher)
+        return made if student.tokenizer is None else _respelled(config, made, shape, teacher)
+    if student.random:
+        return random(shape.config, config.seed, dtype, mesh)
+    return load_any(
+        shapes.source(student),
+        dtype=dtype,
+        mesh=mesh,
+        tokenizer=False,
+        allow_network=config.security.allow_network,
+    )

@@ -1,0 +1,71 @@
+"""The texts of a run: rows to learn from, held-out rows, and prompts that the student answers."""
+
+from typing import Any
+
+from jaxdistill.config import Config
+from jaxdistill.data import held_out, pipeline, prompts
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.rendering import read_template
+from jaxdistill.data.sources import open_source
+
+
+def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
+    """The training rows, where there are any, and the held-out ones, built or from the cache.
+
+    Raises:
+      DataError: as `pipeline.build`, or if held-out records are trained on.
+    """
+    data, network = config.data, config.security.allow_network
+    train, held = (
+        [
+            open_source(
+                one.path,
+                format=one.format,
+                origin=one.origin,
+                weight=one.weight,
+                allow_network=network,
+            )
+            for one in sources
+        ]
+        for sources in (data.train, data.eval_files)
+    )
+    share = data.held_out_share
+    if share is not None:
+        train, held = held_out.split(train, share)
+    options = data.model_dump(
+        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
+                 "turns", "long_documents", "special_tokens", "template_kwargs"}
+    )  # fmt: skip
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    built = {
+        name: pipeline.build(sources, tokenizer, name=name, **options)
+        for name, sources in (("train", train), ("eval", held))
+        if sources
+    }
+    if "train" in built:
+        held_out.check(built["train"], built["eval"])
+    return built
+
+
+def prompts_of(config: Config, tokenizer: Any) -> prompts.Prompts | None:
+    """What the student answers, where it writes its own text.
+
+    Raises:
+      DataError, ModelError: as `prompts.read`.
+    """
+    rollout, data = config.rollout, config.data
+    if rollout is None:
+        return None
+    network = config.security.allow_network
+    options = data.model_dump(
+        include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
+    )
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    return prompts.read(
+        [open_source(one.path, "prompts", allow_network=network) for one in data.prompts],
+        tokenizer,
+        longest=data.seq_len - rollout.max_new_tokens,
+        **options,
+    )
