@@ -109,8 +109,13 @@ def masked(model, kept):
                 off = np.setdiff1d(np.arange(config.experts.count), kept.experts[layer])
                 leaf[layer, 0, off] = -1e6
         named[name] = leaf
-    windows = config.windows and tuple(config.windows[layer] for layer in layers)
-    small = dataclasses.replace(config, layers=len(layers), windows=windows)
+    own = {
+        name: values and tuple(values[layer] for layer in layers)
+        for name, values in (("windows", config.windows), ("turned", config.turned))
+    }
+    if own["turned"] and all(own["turned"]):
+        own["turned"] = None  # as a configuration says it
+    small = dataclasses.replace(config, layers=len(layers), **own)
     return with_params(dataclasses.replace(model, config=small), named)
 
 
@@ -131,7 +136,9 @@ def pair(request):
             shares[name] = np.zeros((config.layers, share.shape[1]))
             shares[name][LAYERS] = share
     sliced, params = prune.cut(config, model.params, kept, shares=shares)
-    assert dataclasses.replace(sliced, windows=None) == dataclasses.replace(small, windows=None)
+    # Which layers stay decides what each has of its own; `small` has the first ones'.
+    of_layers = {"windows": None, "turned": None}
+    assert dataclasses.replace(sliced, **of_layers) == dataclasses.replace(small, **of_layers)
     return silent, models.Model(sliced, params)
 
 
