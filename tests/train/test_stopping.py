@@ -46,8 +46,10 @@ def test_a_signal_outside_of_training_ends_at_once_and_inside_it_is_only_noted(n
 
 
 PROGRAM = """
+    import signal
     import time
     from jaxdistill.train import stopping
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     stopping.SAME_SECONDS = {same}
     with stopping.listening() as outer, stopping.listening() as stop, stop.deferred():
         print("ready", flush=True)
