@@ -206,6 +206,13 @@ def batches(
         raise ConfigError(f"data: row {start}: must be at least 0")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed: {seed}: must lie between 0 and 2**32 - 1")
+    if start == 0 and batch_size > len(dataset):
+        _log.warning(
+            "batch_size = %d: the data set has %d rows, so every batch holds some of them more "
+            "than once: take a smaller batch, a shorter seq_len, or more data",
+            batch_size,
+            len(dataset),
+        )
     # Importing grain takes seconds, which building and inspecting data do not need.
     import grain
 

@@ -143,10 +143,15 @@ def test_processes_tile_the_global_batch(dataset, count):
             np.testing.assert_array_equal(np.concatenate(tiles), getattr(whole[step][1], field))
 
 
-def test_fewer_rows_than_the_batch(dataset):
+def test_fewer_rows_than_the_batch_are_reported(dataset, caplog):
     steps = take(dataset, 2, batch_size=50)
     stream = [number for _, batch in steps for number in numbers(dataset, batch)]
     assert sorted(stream[:92]) == sorted(list(range(23)) * 4)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("batch_size = 50: the data set has 23 rows, so every batch holds some")
+    caplog.clear()
+    next(pipeline.batches(dataset, batch_size=len(dataset), seed=0))
+    assert not caplog.records
 
 
 def test_wrong_arguments(dataset):
