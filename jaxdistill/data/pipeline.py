@@ -1,6 +1,7 @@
 """The door of the data room: build a data set once, then take batches of it by row."""
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -303,5 +304,8 @@ def _feed(batch_of: Any, count: int, threads: int) -> Iterator[tuple[Any, Batch]
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    # Grain names a function by its line in a file, which may be torn while somebody edits it, and
+    # that would end the run; a partial has no line.
+    made = functools.partial(batch_of)
     # No worker processes: they outlive a killed trainer, and slicing mapped arrays needs none.
-    return iter(grain.MapDataset.range(count).map(batch_of).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(count).map(made).to_iter_dataset(options))

@@ -1,8 +1,10 @@
 import gc
+import inspect
 import itertools
 import json
 import threading
 import time
+import tokenize
 
 import numpy as np
 import pytest
@@ -152,6 +154,20 @@ def test_fewer_rows_than_the_batch_are_reported(dataset, caplog):
     caplog.clear()
     next(pipeline.batches(dataset, batch_size=len(dataset), seed=0))
     assert not caplog.records
+
+
+def test_a_feed_opens_while_somebody_edits_the_package(dataset, monkeypatch):
+    """Grain names a step by the lines of its function, which an edit under the run may have torn."""
+
+    def torn(function):
+        if inspect.isfunction(function):
+            raise tokenize.TokenError("EOF in multi-line string", (39, 94))
+        raise TypeError("no function")
+
+    monkeypatch.setattr(inspect, "getsourcelines", torn)
+    monkeypatch.setattr(inspect, "getsourcefile", lambda _: "pipeline.py")
+    span, _ = next(pipeline.batches(dataset, batch_size=4, seed=0))
+    assert span == (0, 4)
 
 
 def test_wrong_arguments(dataset):
