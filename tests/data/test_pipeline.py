@@ -157,7 +157,7 @@ def test_fewer_rows_than_the_batch_are_reported(dataset, caplog):
 
 
 def test_a_feed_opens_while_somebody_edits_the_package(dataset, monkeypatch):
-    """Grain names a step by the lines of its function, which an edit under the run may have torn."""
+    """Grain names a step by the lines of its function, which an edit may have torn."""
 
     def torn(function):
         if inspect.isfunction(function):
