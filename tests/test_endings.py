@@ -12,7 +12,7 @@ from jaxdistill.cli.output import surviving
 from jaxdistill.config import preflight
 from jaxdistill.errors import ConfigError
 from jaxdistill.report import run_files
-from jaxdistill.run import session
+from jaxdistill.run import terminal
 from jaxdistill.train import stopping
 
 CONFIG = """
@@ -56,8 +56,8 @@ def test_a_run_says_what_it_can(capsys):
         def write(self, text):
             raise BrokenPipeError
 
-    session._say("lost", Gone())
-    session._say("kept", sys.stdout)
+    terminal.say("lost", Gone())
+    terminal.say("kept", sys.stdout)
     assert capsys.readouterr().out == "kept\n"
 
 

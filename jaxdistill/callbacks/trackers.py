@@ -4,11 +4,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.callbacks.base import Callback, Ending, Start
 from jaxdistill.callbacks.broadcast import CONTROL
+from jaxdistill.config import syntax
 from jaxdistill.config.trackers import MlflowTracker, Trackers, TrackioTracker, WandbTracker
 
 
@@ -98,9 +99,8 @@ class Mlflow(Callback):
         tags = {"jaxdistill.run_id": run.run_id, **dict.fromkeys(self._options.tags, "")}
         self._id = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
         # A parameter's value may have 6,000 characters.
-        params = [
-            self._entities.Param(name, str(value)[:6000]) for name, value in flattened(run.config)
-        ]
+        leaves = syntax.dotted(run.config)
+        params = [self._entities.Param(name, str(value)[:6000]) for name, value in leaves]
         for first in range(0, len(params), 100):
             self._client.log_batch(self._id, params=params[first : first + 100])
         return {"run_id": self._id}
@@ -138,7 +138,7 @@ class Trackio(Callback):
             project=self._options.project,
             name=name,
             space_id=self._options.space,
-            config=dict(flattened(run.config)),
+            config=dict(syntax.dotted(run.config)),
             resume="allow",
             embed=False,
             auto_log_gpu=False,
@@ -171,21 +171,6 @@ BUILDERS: Mapping[str, Callable[[Any], Callback]] = {
     "mlflow": Mlflow,
     "trackio": Trackio,
 }
-
-
-def flattened(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of a configuration.
-
-    >>> list(flattened({"train": {"steps": 5}, "data": {"train": [{"path": "a"}]}}))
-    [('train.steps', 5), ('data.train.0.path', 'a')]
-    """
-    items = config.items() if isinstance(config, Mapping) else enumerate(config)
-    for name, value in items:
-        key = f"{path}.{name}" if path else str(name)
-        if isinstance(value, Mapping | list | tuple) and value:
-            yield from flattened(value, key)
-        else:
-            yield key, value
 
 
 def _json(rows: Sequence[Mapping[str, Any]]) -> str:

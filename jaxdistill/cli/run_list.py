@@ -50,7 +50,7 @@ def summary(run: pathlib.Path) -> dict[str, Any]:
 
 def differences(runs: Sequence[pathlib.Path]) -> dict[str, list[Any]]:
     """Dotted keys whose values differ between the runs' configurations, with a value for each."""
-    configs = [_flat(_config(run)) for run in runs]
+    configs = [dict(syntax.dotted(_config(run))) for run in runs]
     keys = sorted({key for config in configs for key in config} - set(_OWN))
     columns = {key: [config.get(key) for config in configs] for key in keys}
     return {
@@ -60,24 +60,13 @@ def differences(runs: Sequence[pathlib.Path]) -> dict[str, list[Any]]:
     }
 
 
-def _config(run: pathlib.Path) -> Any:
+def _config(run: pathlib.Path) -> dict[str, Any]:
     try:
         text = (run / "config.resolved.yaml").read_text(encoding="utf-8")
-        return syntax.parse(text).value or {}
+        value = syntax.parse(text).value
     except (OSError, UnicodeError):
         return {}
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as dotted names."""
-    if isinstance(value, Mapping):
-        items = [(str(name), item) for name, item in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return {path: value}
-    below = [_flat(item, f"{path}.{name}" if path else name) for name, item in items]
-    return {key: item for part in below for key, item in part.items()}
+    return value if isinstance(value, dict) else {}
 
 
 def page(runs: Sequence[pathlib.Path], diff: bool) -> str:

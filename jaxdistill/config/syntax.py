@@ -7,6 +7,7 @@ refused before anything is built.
 
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -107,6 +108,21 @@ def parse(text: str) -> Document:
 def dump(value: Any) -> str:
     """Plain values as YAML text that `parse` reads back to the same values."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dotted(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf by its key as it is overridden; empty mappings and lists are leaves too.
+
+    >>> list(dotted({"train": {"steps": 5}, "data": {"train": [{"path": "a"}], "prompts": []}}))
+    [('train.steps', 5), ('data.train.0.path', 'a'), ('data.prompts', [])]
+    """
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+    for name, value in items:
+        key = f"{path}.{name}" if path else str(name)
+        if isinstance(value, Mapping | list | tuple) and value:
+            yield from dotted(value, key)
+        else:
+            yield key, value
 
 
 def _check_limits(text: str) -> None:

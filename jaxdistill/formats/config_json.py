@@ -18,7 +18,8 @@ from jaxdistill.formats.config_json_fields import (
     written_activation,
 )
 from jaxdistill.formats.config_json_rope import read_ropes, write_ropes
-from jaxdistill.formats.families import FAMILIES, WRAPPERS, Family
+from jaxdistill.formats.families import FAMILIES, WRAPPERS
+from jaxdistill.formats.family import Family
 from jaxdistill.models.architecture import DecoderConfig, Experts, count_parameters
 
 _NO_ROPE = "no_rope_layer_interval"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats.families import Family
+from jaxdistill.formats.family import Family
 from jaxdistill.models.architecture import DecoderConfig
 
 MAX_LAYERS, MAX_VOCAB, MAX_WIDTH = 1_000, 2_000_000, 1_000_000

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxdistill.errors import ModelError
 from jaxdistill.formats.config_json_fields import shown
-from jaxdistill.formats.families import Family
+from jaxdistill.formats.family import Family
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.rope import ROPE_KINDS, Rope
 

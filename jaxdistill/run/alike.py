@@ -4,7 +4,7 @@ import platform
 from importlib import metadata
 
 from jaxdistill import agree
-from jaxdistill.config import Config
+from jaxdistill.config import Config, syntax
 from jaxdistill.run import changes
 from jaxdistill.run.folder import PACKAGES
 
@@ -17,4 +17,4 @@ def check(config: Config) -> None:
     """
     versions = {package: metadata.version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "code of jaxdistill": changes.code()}
-    agree.same(versions | dict(changes.flat(config.model_dump(mode="json"))))
+    agree.same(versions | dict(syntax.dotted(config.model_dump(mode="json"))))

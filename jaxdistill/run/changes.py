@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdistill
-from jaxdistill.config import Config
+from jaxdistill.config import Config, syntax
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.table import flatten
@@ -162,23 +162,12 @@ def _short(value: str | None) -> str:
     return value[:8] if value and len(value) == 64 else str(value)
 
 
-def flat(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Keys as they are overridden, such as data.train.0.path, with their values."""
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    for name, value in items:
-        below = (*path, str(name))
-        if isinstance(value, Mapping | list | tuple):
-            yield from flat(value, below)
-        else:
-            yield ".".join(below), value
-
-
 def settings(config: Config) -> dict[str, str]:
     """Every setting as a fact."""
     dumped = config.model_dump(mode="json", by_alias=True)
     if config.rollout is None:  # as in runs that began before there was such a section
         del dumped["rollout"]
-    return {f"config.{name}": json.dumps(value) for name, value in flat(dumped)}
+    return {f"config.{name}": json.dumps(value) for name, value in syntax.dotted(dumped)}
 
 
 def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str]:

@@ -12,14 +12,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, compilation_cache, errors, methods, processes, report
+from jaxdistill import agree, compilation_cache, errors, methods, processes
 from jaxdistill import config as configs
 from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.errors import ConfigError, UserError
+from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.report import json_lines
 from jaxdistill.run import (
@@ -28,15 +28,16 @@ from jaxdistill.run import (
     changes,
     hearing,
     identity,
-    on_policy,
     participants,
     run_table,
     schedule,
     setup,
+    start,
     student_folder,
-    texts,
+    terminal,
 )
 from jaxdistill.run.folder import RunDir
+from jaxdistill.run.start import Inputs
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
@@ -106,7 +107,7 @@ def train(
     agree.together(lambda: _check(config))
     resolved = configs.dump(config)
     # Everything that reading the small files can tell is told before the run folder exists.
-    inputs = _read(config, mesh)
+    inputs = start.read(config, mesh)
 
     def create() -> None:
         RunDir.create(
@@ -165,54 +166,13 @@ def resume(
             f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
             "folder and resume it there"
         )
-    return _execute(config, run, _read(config, _begin(config)), callbacks, from_start)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """What a start reads, once, before anything is written.
-
-    Attributes:
-      mesh: of all devices.
-      models: shapes and tokenizer, without weights.
-      data: the training and the held-out rows.
-      taught: the same with what a stored teacher said of them, where there is one.
-      prompts: what the student answers, where it writes.
-    """
-
-    mesh: Mesh
-    models: participants.Models
-    data: Mapping[str, Dataset]
-    taught: Mapping[str, Dataset]
-    prompts: Prompts | None = None
-
-
-def _read(config: Config, mesh: Mesh) -> _Inputs:
-    """Reads small files and data, and checks all that they can tell."""
-    models = agree.together(lambda: participants.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
-    agree.together(lambda: models.pairing.check(data))
-    if agree.leads():
-        for name, line in models.pairing.lines().items():
-            _say(f"{name}: vocabulary: {line}", sys.stderr)
-    stored, taught = models.stored, data
-    if stored is not None:
-        taught = agree.together(lambda: stored.beside(data, models.tokenizer))
-    prompts = agree.together(lambda: _prompts(config, models, mesh))
-    return _Inputs(mesh, models, data, taught, prompts)
-
-
-def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts | None:
-    """What the student answers, once it can; None where it does not write."""
-    prompts = texts.prompts_of(config, models.tokenizer)
-    on_policy.check(config, models, prompts, mesh)
-    return prompts
+    return _execute(config, run, start.read(config, _begin(config)), callbacks, from_start)
 
 
 def _execute(
     config: Config,
     run: RunDir,
-    inputs: _Inputs,
+    inputs: Inputs,
     callbacks: Sequence[Callback],
     from_start: bool = False,
 ) -> RunResult:
@@ -232,7 +192,7 @@ def _execute(
                 session = _Session(config, run, inputs, stop, latest, told)
                 result = session.execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.
-        agree.by_leader(lambda: _report(run.path))
+        agree.by_leader(lambda: terminal.write_page(run.path))
         return result
 
 
@@ -271,7 +231,7 @@ class _Session:
         self,
         config: Config,
         run: RunDir,
-        inputs: _Inputs,
+        inputs: Inputs,
         stop: Stop,
         step: int,
         told: Broadcast,
@@ -317,7 +277,7 @@ class _Session:
             metrics = self._work(checkpoints)
             self.told.measured(self.table.rows)
         if agree.leads():
-            _show(self.table.rows)
+            terminal.show(self.table.rows)
         return RunResult(self.run.path, metrics, self.table.rows)
 
     def _work(self, checkpoints: Checkpoints) -> Mapping[str, float]:
@@ -351,7 +311,7 @@ class _Session:
                 "goes on to step N",
                 file=sys.stderr,
             )
-            _show(self.table.rows)
+            terminal.show(self.table.rows)
         return metrics
 
     def _control(self) -> None:
@@ -425,25 +385,3 @@ def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset], prompts: Prompts
         prompts.write_left_out(run.path / "quarantine" / "prompts.jsonl")
     for name, dataset in data.items():
         pipeline.write_quarantine(dataset, run.path / "quarantine" / f"{name}.jsonl")
-
-
-def _report(folder: pathlib.Path) -> None:
-    """The page, where the packages for it are there."""
-    try:
-        page = report.build([folder], folder / "report.html")
-    except UserError as error:
-        _say(f"no report.html: {error}", sys.stderr)
-    else:
-        _say(f"report: {page}", sys.stdout)
-
-
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table and what it says, for people."""
-    _say(report.comparison_table(rows), sys.stdout)
-    _say(report.recovered(rows), sys.stdout)
-
-
-def _say(text: str, stream: Any) -> None:
-    """Prints; that nobody can read it (`| head`, a full disk, a lost terminal) fails no run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=stream, flush=True)

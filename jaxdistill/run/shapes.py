@@ -53,19 +53,30 @@ def named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
       ModelError: if there is none.
     """
     name = config.tokenizer.from_
-    if name == "bytes":
-        return byte_tokenizer()
     if name in ("teacher", "student"):
         model = shapes.get(name)
         tokenizer = model.tokenizer if model else None
     else:
-        tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+        return _tokenizer_at("tokenizer.from", name, config)
     if tokenizer is None:
-        raise ModelError(
-            f"tokenizer.from = {name!r}: there is no tokenizer: name a model folder that has one, "
-            "or use bytes"
-        )
+        raise _no_tokenizer("tokenizer.from", name)
     return tokenizer
+
+
+def _tokenizer_at(key: str, name: str, config: Config) -> Any:
+    """The tokenizer of a model folder that a setting names, or the one of bytes."""
+    if name == "bytes":
+        return byte_tokenizer()
+    tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+    if tokenizer is None:
+        raise _no_tokenizer(key, name)
+    return tokenizer
+
+
+def _no_tokenizer(key: str, name: str) -> ModelError:
+    return ModelError(
+        f"{key} = {name!r}: there is no tokenizer: name a model folder that has one, or use bytes"
+    )
 
 
 def vocabulary(config: Config, tokenizer: Any) -> int:
@@ -126,15 +137,7 @@ def _cut(config: Config, teacher: Model, small: DecoderConfig, source: str) -> M
     name = config.student.tokenizer
     if name is None:
         return cut
-    if name == "bytes":
-        own = byte_tokenizer()
-    else:
-        own = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
-    if own is None:
-        raise ModelError(
-            f"student.tokenizer = {name!r}: there is no tokenizer: name a model folder that has "
-            "one, or use bytes"
-        )
+    own = _tokenizer_at("student.tokenizer", name, config)
     arch = dataclasses.replace(
         small,
         vocab_size=vocabulary(config, own),

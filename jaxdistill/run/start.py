@@ -1,0 +1,54 @@
+"""What a start reads, once, and checks before anything is written."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+
+from jax.sharding import Mesh
+
+from jaxdistill import agree
+from jaxdistill.config import Config
+from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.prompts import Prompts
+from jaxdistill.run import on_policy, participants, terminal, texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a start reads, once, before anything is written.
+
+    Attributes:
+      mesh: of all devices.
+      models: shapes and tokenizer, without weights.
+      data: the training and the held-out rows.
+      taught: the same with what a stored teacher said of them, where there is one.
+      prompts: what the student answers, where it writes.
+    """
+
+    mesh: Mesh
+    models: participants.Models
+    data: Mapping[str, Dataset]
+    taught: Mapping[str, Dataset]
+    prompts: Prompts | None = None
+
+
+def read(config: Config, mesh: Mesh) -> Inputs:
+    """Reads small files and data, and checks all that they can tell."""
+    models = agree.together(lambda: participants.shapes_of(config, mesh))
+    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
+    agree.together(lambda: models.pairing.check(data))
+    if agree.leads():
+        for name, line in models.pairing.lines().items():
+            terminal.say(f"{name}: vocabulary: {line}", sys.stderr)
+    stored, taught = models.stored, data
+    if stored is not None:
+        taught = agree.together(lambda: stored.beside(data, models.tokenizer))
+    prompts = agree.together(lambda: _prompts(config, models, mesh))
+    return Inputs(mesh, models, data, taught, prompts)
+
+
+def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts | None:
+    """What the student answers, once it can; None where it does not write."""
+    prompts = texts.prompts_of(config, models.tokenizer)
+    on_policy.check(config, models, prompts, mesh)
+    return prompts
