@@ -164,7 +164,7 @@ def _worker(form: str, folder: pathlib.Path, options: argparse.Namespace) -> Non
     del state, models
 
     def step() -> float:
-        span, batch = feed(held["row"], None)
+        span, batch = feed.next(held["row"], None)
         held["row"] = span.end_row
         held["state"], means = program(held["state"], params, place(batch, mesh))
         jax.block_until_ready(held["state"])

@@ -119,7 +119,7 @@ def _host_seconds(batch: Batch, count: int = 2000) -> float:
             numbers = {"loss/total": loss, "optim/grad_norm": 1.0, "guard/in_a_row": 0}
             numbers |= {"knobs/alpha": 0.5, "knobs/temperature": 2.0}
             began = time.perf_counter()
-            record = StepRecord(number, Span(number - 1, number), batch)
+            record = StepRecord(number, Span(number - 1, number), batch, "data")
             guard.judge(record, numbers, writer, progress)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[count // 2 :])

@@ -94,10 +94,10 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
     rates, row, sizes = [], 0, set()
     for turn in range(options.rounds + 3):  # the first turns compile
         began = time.perf_counter()
-        found = feed(row, state)
+        found = feed.next(row, state)
         assert found is not None, "nobody asks it to stop"
         span, batch = found
-        told = feed.told(span)
+        told = feed.numbers(span)
         whole = time.perf_counter() - began
         parts = {"writing": told["perf/rollout_seconds"]}
         parts["packing, comparing log-probabilities"] = whole - parts["writing"]

@@ -1,30 +1,76 @@
 """What a training learns from: a feed gives the batch at a position, a corpus reads ahead."""
 
-from collections.abc import Callable, Iterator, Sequence
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.types import Batch, Span
-
-# feed(row, state) -> (span, batch): the batch of the step that begins at a position in the data.
-#
-# Asked twice for one row the answer is the same: it depends on the row, on a seed and, where the
-# student writes the text, on the state before the step. Going back in training is asking for an
-# earlier row. A feed that draws the rows of several steps from one state must be able to give any
-# of them again, so it keeps what it drew. Batches may differ in their number of rows; each number
-# costs one compiled program.
-# None instead says that the process was asked to stop while the batch was made.
-Feed = Callable[[int, Any], tuple[Span, Batch] | None]
+from jaxdistill.types import DATA, ORIGINS, Batch, Span
 
 
-class CorpusFeed:
+class Feed(abc.ABC):
+    """Gives the batch of the step that begins at a position in the data.
+
+    Asked twice for one row the answer is the same: it depends on the row, on a seed and, where the
+    student writes the text, on the state before the step. Going back in training is asking for an
+    earlier row. A feed that draws the rows of several steps from one state must be able to give any
+    of them again, so it keeps what it drew. Batches may differ in their number of rows; each number
+    costs one compiled program.
+
+    A feed without memory overrides `next` and `epoch` alone.
+    """
+
+    def begin(self, meta: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to remember
+        """Starts from the meta of a checkpoint, which holds what `kept` gave, or from the start.
+
+        Args:
+          meta: empty at the start.
+        """
+
+    @abc.abstractmethod
+    def next(self, row: int, state: Any) -> tuple[Span, Batch] | None:
+        """The batch of the step that begins at a row, as NumPy arrays: this process' rows.
+
+        None instead says that the process was asked to stop while the batch was made, in all
+        processes alike.
+
+        Args:
+          row: a position in the stream of rows.
+          state: the training state before the step.
+        """
+
+    def kept(self, row: int) -> Mapping[str, Any]:
+        """What a checkpoint keeps of the feed, as JSON can hold it; the next step is at row."""
+        return {}
+
+    def numbers(self, span: Span) -> Mapping[str, float]:
+        """What the record of the step that learned from these rows says of its text."""
+        return {}
+
+    def origin(self, span: Span) -> str:
+        """Who wrote the text of these rows, a value of `types.ORIGINS`."""
+        return ORIGINS[DATA]
+
+    @abc.abstractmethod
+    def epoch(self, row: int) -> float:
+        """Epochs of the data that lie before a row."""
+
+    def usual(self) -> Batch | None:
+        """One row of padding with all leaves, where batches have as many rows as the run was told.
+
+        None: how many rows they have is not known before they are made.
+        """
+        return None
+
+
+class CorpusFeed(Feed):
     """The batches of a data set, prepared ahead as long as they are asked for one after the other.
 
         feed = CorpusFeed(dataset, batch_size=8, seed=0, left_out=lambda: guard.left_out)
-        span, batch = feed(0, None)                # opens the stream at row 0: Span(0, 8)
-        span, batch = feed(span.end_row, None)     # the next batch is ready: Span(8, 16)
-        span, batch = feed(0, None)                # going back opens the stream again
+        span, batch = feed.next(0, None)           # opens the stream at row 0: Span(0, 8)
+        span, batch = feed.next(span.end_row, None)    # the next batch is ready: Span(8, 16)
+        span, batch = feed.next(0, None)           # going back opens the stream again
 
     Args:
       dataset: from `pipeline.build`.
@@ -54,11 +100,11 @@ class CorpusFeed:
             rows=rows,
             threads=threads,
         )
-        self._left_out = left_out
+        self._dataset, self._left_out = dataset, left_out
         self._ahead: Iterator[tuple[Span, Batch]] = iter(())
         self._next: tuple[int, list[tuple[int, int]]] | None = None
 
-    def __call__(self, row: int, state: Any) -> tuple[Span, Batch]:
+    def next(self, row: int, state: Any) -> tuple[Span, Batch]:
         """The batch at a row of the stream, as NumPy arrays; the state does not matter."""
         gaps = list(self._left_out())
         if self._next != (row, gaps):
@@ -66,3 +112,11 @@ class CorpusFeed:
         span, batch = next(self._ahead)
         self._next = span.end_row, gaps
         return span, batch
+
+    def epoch(self, row: int) -> float:
+        """Times that every row of the data was read."""
+        return row / self._dataset.num_rows
+
+    def usual(self) -> Batch:
+        """One row of padding with all leaves."""
+        return pipeline.stack([self._dataset.empty_row()])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import pipeline
+from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
@@ -19,7 +20,6 @@ META = "rollouts"  # in a checkpoint's meta: answers that later updates learn fr
 _UNREAD = 4  # updates whose record may not be written yet
 RECALLED = 64  # updates whose answers are recalled, should the run go back to them
 
-Corpus = Callable[[int, Any], tuple[Span, Batch]]
 Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
 
 
@@ -54,10 +54,6 @@ class Plan:
         assert row % self.rows == 0, "updates lie one behind the other"
         return row // self.rows
 
-    def origin(self, span: Span) -> str:
-        """Who wrote the text of a step, a value of `types.ORIGINS`."""
-        return ORIGINS[STUDENT if self.of_student(self.update(span.first_row)) else DATA]
-
     def of_student(self, update: int) -> bool:
         """Whether an update learns from the student's text: one draw from a stream of its own."""
         name = f"{self.seed} rollout.share {update}"
@@ -70,8 +66,8 @@ class Plan:
         return [one for one in range(update, last) if self.of_student(one)]
 
 
-class RolloutFeed:
-    """Batches of the student's answers and of a corpus, as `data.feed.Feed`.
+class RolloutFeed(Feed):
+    """Batches of the student's answers and of a corpus.
 
     An iteration is a function of the state before it, the position and the seed: asked again it
     answers with what it recalls, or writes the same once more. Answers that later updates learn
@@ -81,7 +77,7 @@ class RolloutFeed:
       plan: whose turn it is.
       prompts: what is answered.
       writer: answers.
-      corpus: gives the other batches; None: there are none.
+      corpus: gives the other batches, without a memory; None: there are none.
       params_of: state -> the student's parameters.
       shape: arguments of `rows_of` but for its answers and sizes.
       unit: of the numbers of rows, see `buckets`.
@@ -98,7 +94,7 @@ class RolloutFeed:
         prompts: Prompts,
         writer: Writer,
         *,
-        corpus: Corpus | None,
+        corpus: Feed | None,
         params_of: Callable[[Any], Any],
         shape: Mapping[str, Any],
         unit: int,
@@ -133,11 +129,25 @@ class RolloutFeed:
         ]
         return {META: ahead} if ahead else {}
 
-    def told(self, span: Span) -> dict[str, float]:
+    def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its text."""
         return self._told.get(self.plan.update(span.first_row), {})
 
-    def __call__(self, row: int, state: Any) -> tuple[Span, Batch] | None:
+    def origin(self, span: Span) -> str:
+        """Who wrote the text of a step, a value of `types.ORIGINS`."""
+        return ORIGINS[STUDENT if self.plan.of_student(self.plan.update(span.first_row)) else DATA]
+
+    def epoch(self, row: int) -> float:
+        """Times that every prompt was asked, or would have been had the student always written."""
+        return row / (len(self._prompts) * self.plan.samples)
+
+    def usual(self) -> Batch | None:
+        """As the corpus' batches; answers come in numbers of rows that nobody knows yet."""
+        if self._corpus is None or self.plan.share == 1:
+            return None
+        return self._corpus.usual()
+
+    def next(self, row: int, state: Any) -> tuple[Span, Batch] | None:
         """The batch at a row of the stream; None: a process was asked to stop meanwhile."""
         for first, end in self._left_out():
             row = end if first <= row < end else row
@@ -145,7 +155,7 @@ class RolloutFeed:
         if not self.plan.of_student(update):
             assert self._corpus is not None, "checked before: who has none writes all its text"
             self._tell(update, {"rollout/student": 0.0})
-            return self._corpus(row, state)
+            return self._corpus.next(row, state)
         step = int(state.step)
         params = self._params_of(state)
         answers, written = self._answers_of(update, step, params)

@@ -10,12 +10,13 @@ from jaxdistill import errors
 from jaxdistill.config import Config
 from jaxdistill.config import rollout as rules
 from jaxdistill.data import encode
+from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
-from jaxdistill.rollouts.feed import Corpus, Plan, RolloutFeed
+from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.writing import Sampling, Writer
 from jaxdistill.run import participants
 from jaxdistill.sharding import local_rows
@@ -143,7 +144,7 @@ def feed_of(
     prompts: Prompts,
     mesh: Mesh,
     *,
-    corpus: Corpus | None,
+    corpus: Feed | None,
     params_of: Callable[[Any], Any],
     left_out: Callable[[], Sequence[tuple[int, int]]],
     stop: Callable[[], bool],

@@ -349,7 +349,7 @@ class _Session:
             models=self.models,
             mesh=self.mesh,
             dataset=self.plain if method.stored is None else self.taught,
-            prompts=None if config.rollout is None else self.prompts,
+            prompts=self.prompts,
             hooks=self.run.hooks,
             callbacks=self.told,
             table=self.table,

@@ -14,16 +14,13 @@ from jaxdistill import agree, report
 from jaxdistill import config as configs
 from jaxdistill.callbacks import CONTROL, Broadcast
 from jaxdistill.config import Config
-from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.feed import CorpusFeed, Feed
+from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
-from jaxdistill.rollouts.feed import RolloutFeed
-from jaxdistill.run import anew, on_policy, participants, run_table, setup, states
+from jaxdistill.run import anew, feeds, participants, run_table, setup, states
 from jaxdistill.run.folder import RunDir
-from jaxdistill.sharding import local_rows
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Policy
@@ -92,11 +89,10 @@ class Training:
             return state, self.table.evaluate(state)
         who = "the student" if self.main else "the SFT control"
         log.info("training %s: compiling the step", who)
-        whose = {}
-        if self.config.rollout is not None:
-            whose["origin"] = on_policy.plan_of(self.config).origin
-        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch, **whose)
+        guard = Guard(self.folder, _policy(self.config), self._rows_per_batch)
+        feed = self._feed(guard)
         guard.begin(meta)
+        feed.begin(meta)
         latest: dict[str, float] = {}
         self.run.update(status="running")
         with contextlib.ExitStack() as stack:
@@ -108,7 +104,7 @@ class Training:
             stack.enter_context(progress)
             writer = agree.together(lambda: self._writer(first, progress))
             stack.enter_context(writer)
-            parts = self._parts(state, meta, guard, writer, progress, latest)
+            parts = self._parts(state, feed, guard, writer, progress, latest)
             with self.stop.deferred():
                 state = loop.train(state, meta.get(loop.ROW, 0), parts, _schedule(self.config))
             if self.main:
@@ -174,7 +170,7 @@ class Training:
     def _parts(
         self,
         state: TrainState,
-        meta: Mapping[str, Any],
+        feed: Feed,
         guard: Guard,
         writer: report.MetricsWriter,
         progress: report.Progress,
@@ -182,14 +178,6 @@ class Training:
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
         teacher_params = setup.teacher_params_of(self.models, self.method)
-        corpus = None if self.dataset is None else self._corpus(self.dataset, guard)
-        rollouts = self._rollouts(corpus, guard)
-        feed = corpus if rollouts is None else rollouts
-        assert feed is not None, "checked before: who has no data writes its own"
-        more: dict[str, Any] = {}
-        if rollouts is not None:
-            rollouts.begin(meta)
-            more = {"kept": rollouts.kept, "told": rollouts.told}
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update(self.table.evaluate(state))
@@ -202,18 +190,15 @@ class Training:
             student = participants.student_of(
                 self.config, models.student, models.teacher, self.mesh
             )
-            state, meta = self._state(student)
-            if rollouts is not None:
-                rollouts.begin(meta)
-            return state, meta
+            return self._state(student)
 
         return loop.Parts(
-            step=self._step(state, teacher_params, writer, progress),
+            step=self._step(state, teacher_params, feed, writer, progress),
             teacher_params=teacher_params,
-            feed=self._placed(feed),
+            feed=feed,
+            place=self._place,
             evaluate=evaluate,
             learning_rate=self.method.learning_rate,
-            epoch=lambda row: row / self._rows_per_epoch,
             meta={"seed": self.config.seed},
             restore=restore,
             guard=guard,
@@ -223,22 +208,13 @@ class Training:
             meter=_meter(self.config, self.models, self.method, self.mesh),
             stop=self.stop,
             hooks=self.hooks,
-            **more,
         )
-
-    @property
-    def _rows_per_epoch(self) -> int:
-        """Rows after which every prompt was asked or, with none, every row was read."""
-        rollout = self.config.rollout
-        if rollout is not None and self.prompts is not None:
-            return len(self.prompts) * rollout.samples
-        assert self.dataset is not None, "checked before"
-        return self.dataset.num_rows
 
     def _step(
         self,
         state: TrainState,
         teacher_params: Any,
+        feed: Feed,
         writer: report.MetricsWriter,
         progress: report.Progress,
     ) -> PerShape:
@@ -261,52 +237,29 @@ class Training:
             return program
 
         step = PerShape(compile)
-        if self.dataset is not None:  # answers come in numbers of rows that nobody knows yet
-            row = pipeline.stack([self.dataset.empty_row()])
+        if (row := feed.usual()) is not None:
             usual = abstract_batch(row, config.train.batch_size, self.mesh)
             step.prepare(state, teacher_params, usual)
         return step
 
-    def _corpus(self, dataset: Dataset, guard: Guard) -> CorpusFeed:
-        """The batches of the data, without the rows that the guard leaves out."""
-        size = self.config.train.batch_size
-        return CorpusFeed(
-            dataset,
-            batch_size=size,
-            seed=self.config.seed,
-            left_out=lambda: guard.left_out,
-            rows=local_rows(self.mesh, size),
-        )
-
-    def _rollouts(self, corpus: CorpusFeed | None, guard: Guard) -> RolloutFeed | None:
-        """The batches of a student that writes; None where it reads alone."""
-        if self.config.rollout is None:
-            return None
-        assert self.prompts is not None, "checked before"
-        return on_policy.feed_of(
+    def _feed(self, guard: Guard) -> Feed:
+        """What it learns from, without the rows that the guard leaves out."""
+        return feeds.feed_of(
             self.config,
             self.models,
-            self.prompts,
             self.mesh,
-            corpus=corpus,
+            dataset=self.dataset,
+            prompts=self.prompts,
             params_of=self.table.student_params,
             left_out=lambda: guard.left_out,
             stop=lambda: self.stop.asked is not None,
             hooks=self.hooks,
         )
 
-    def _placed(self, source: Feed) -> Feed:
-        """The batches of a feed on the mesh, as the hooks want them."""
-        size = self.config.train.batch_size
-
-        def feed(row: int, state: TrainState) -> tuple[Span, Batch] | None:
-            found = source(row, state)
-            if found is None:
-                return None
-            span, batch = found
-            return span, place(self.hooks.batch(span.first_row // size, batch), self.mesh)
-
-        return feed
+    def _place(self, span: Span, batch: Batch) -> Batch:
+        """The batch of these rows on the mesh, as the hooks want it."""
+        index = span.first_row // self.config.train.batch_size
+        return place(self.hooks.batch(index, batch), self.mesh)
 
 
 def _schedule(config: Config) -> loop.Schedule:

@@ -46,11 +46,12 @@ class Policy:
 
 
 class StepRecord(NamedTuple):
-    """A step that was dispatched: its number, the rows it learns from, and their batch."""
+    """A step that was dispatched: its number, the rows it learns from, their batch, its writer."""
 
     step: int
     span: Span
     batch: Batch
+    origin: str  # a value of `types.ORIGINS`: the losses of each are judged apart
 
     @property
     def rows(self) -> int:
@@ -96,7 +97,6 @@ class Guard:
       folder: of the run; the rollbacks of earlier attempts are read from it.
       policy: when and how often.
       rows_per_batch: reads a list of rollbacks that counts batches, as earlier versions wrote it.
-      origin: rows of a step -> who wrote its text: the losses of each are judged apart.
 
     Raises:
       DamagedError: if the list of rollbacks cannot be read.
@@ -107,7 +107,6 @@ class Guard:
         folder: str | os.PathLike,
         policy: Policy,
         rows_per_batch: Callable[[], int] | None = None,
-        origin: Callable[[Span], str] = lambda span: ORIGINS[DATA],
     ):
         self.folder = pathlib.Path(folder)
         self.policy = policy
@@ -118,7 +117,6 @@ class Guard:
         self.last_good: Batch | None = None  # the last batch whose step was finite
         self._first_bad: StepRecord | None = None  # of the steps in a row, as far as we saw them
         self._spikes = {who: Spikes(policy.spike_window, policy.spike_factor) for who in _SPIKES}
-        self._origin = origin
         self._rerun: Incident | None = None
 
     @property
@@ -191,7 +189,7 @@ class Guard:
         show: Progress,
     ) -> Incident | None:
         knobs = {name: value for name, value in numbers.items() if name.startswith("knobs/")}
-        spike = self._spikes[self._origin(record.span)].see(numbers["loss/total"], knobs)
+        spike = self._spikes[record.origin].see(numbers["loss/total"], knobs)
         then, number = self.policy.spike_then, record.step
         if spike is None or then == "ignore":
             return None
@@ -222,7 +220,7 @@ class Guard:
         """
         if len(self.rollbacks) < self.policy.max_rollbacks:
             return
-        step, (first, end), _ = incident.first
+        step, (first, end) = incident.first[:2]
         saved = save_batch(self.folder, incident.first)
         raise DivergedError(
             f"step {step} (rows {first} to {end - 1}): {incident.numbers}; "

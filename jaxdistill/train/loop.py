@@ -51,13 +51,11 @@ class Parts:
     Attributes:
       step: (state, teacher_params, batch) -> (state, means), compiled for the batch's shape.
       teacher_params: None where there is no teacher.
-      feed: (row, state) -> (span, batch on the mesh), without the rows that the guard leaves out.
+      feed: gives batches, without the rows that the guard leaves out.
+      place: (rows of a step, this process' part of their batch) -> the batch on the mesh.
       evaluate: (step, state) -> held-out metrics.
       learning_rate: step index -> learning rate, for the record.
-      epoch: position in rows -> epochs of the data, for the record.
-      meta: what every checkpoint keeps besides arrays, the position and the guard's memory.
-      kept: position of the next step -> what a checkpoint there keeps of the feed.
-      told: rows of a step -> what the feed says of them, for the record.
+      meta: what every checkpoint keeps besides arrays, the position, the guard and the feed.
       restore: the state of the newest sound checkpoint, or of the start, and its meta.
       guard: judges the numbers of every step.
       checkpoints, writer, progress, meter: where results go.
@@ -68,9 +66,9 @@ class Parts:
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
     teacher_params: Any
     feed: Feed
+    place: Callable[[Span, Batch], Batch]
     evaluate: Callable[[int, TrainState], dict[str, float]]
     learning_rate: Callable[[int], Any]
-    epoch: Callable[[int], float]
     meta: Mapping[str, Any]
     restore: Callable[[], tuple[TrainState, Mapping[str, Any]]]
     guard: Guard
@@ -80,8 +78,6 @@ class Parts:
     meter: Meter
     stop: Stop
     hooks: Hooks = NO_HOOKS
-    kept: Callable[[int], Mapping[str, Any]] = lambda row: {}
-    told: Callable[[Span], Mapping[str, float]] = lambda span: {}
 
 
 def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> TrainState:
@@ -109,7 +105,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
     while number < schedule.steps:
         last = evaluate = save = stopping = False
         with parts.meter.waiting("data"):
-            found = parts.feed(row, state)
+            found = _next_batch(row, state, parts)
         if found is None:  # asked to stop while the batch was made, in all processes alike
             incident = unread.read(everything=True)
             if incident is None:
@@ -123,7 +119,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
             parts.hooks.at("step.before")
             state, means = parts.step(state, parts.teacher_params, batch)
             parts.hooks.at("step.after")
-            unread.add(StepRecord(number, span, batch), means)
+            unread.add(StepRecord(number, span, batch, parts.feed.origin(span)), means)
             last = number == schedule.steps
             evaluate = last or bool(schedule.eval_every and number % schedule.eval_every == 0)
             saver.poll()
@@ -155,6 +151,12 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
     return state
 
 
+def _next_batch(row: int, state: TrainState, parts: Parts) -> tuple[Span, Batch] | None:
+    """The rows of the next step and their batch on the mesh; None as `Feed.next`."""
+    found = parts.feed.next(row, state)
+    return None if found is None else (found[0], parts.place(*found))
+
+
 def _save(
     number: int,
     state: TrainState,
@@ -172,7 +174,7 @@ def _save(
     """
     with parts.meter.waiting("checkpoint"):
         parts.writer.sync()
-        meta = {**parts.meta, ROW: row, **parts.guard.meta(), **parts.kept(row)}
+        meta = {**parts.meta, ROW: row, **parts.guard.meta(), **parts.feed.kept(row)}
         sent = saver.save(number, state, meta, metrics, final)
     if sent:
         parts.writer.event("save", step=number)
@@ -227,9 +229,9 @@ class _Unread:
         if incident is None and self._recorded(number):
             updates = number - 1 - int(numbers["guard/skipped"])
             numbers["optim/lr"] = float(parts.learning_rate(updates))
-            numbers["data/epoch"] = parts.epoch(record.span.end_row)
+            numbers["data/epoch"] = parts.feed.epoch(record.span.end_row)
             numbers |= parts.meter.read(number - self._last_logged, self._rows)
-            numbers |= parts.told(record.span)
+            numbers |= parts.feed.numbers(record.span)
             self._last_logged, self._rows = number, 0
             numbers.pop("guard/in_a_row")
             parts.writer.write(number, numbers)
@@ -285,6 +287,7 @@ def _go_back(state: TrainState, incident: Incident, parts: Parts) -> tuple[Train
     to, row = int(state.step), int(meta.get(ROW, 0))
     guard.rolled_back(incident, blamed, to, row, parts.writer)
     guard.begin(meta)
+    parts.feed.begin(meta)
     parts.writer.rewind(to)
     parts.progress.event(f"step {incident.last.step} rolled back to step {to}: {incident.numbers}")
     return state, row

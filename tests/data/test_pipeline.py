@@ -115,13 +115,13 @@ def test_a_corpus_is_read_ahead_and_gives_any_row_again(dataset, monkeypatch):
     feed = CorpusFeed(dataset, batch_size=4, seed=3, left_out=lambda: gaps)
     row = 0
     for span, batch in whole[:6]:
-        ours = feed(row, None)
+        ours = feed.next(row, None)
         assert ours[0] == span and same(ours[1], batch)
         row = span.end_row
     assert opened == [0]
-    assert same(feed(8, None)[1], whole[2][1]) and opened == [0, 8]
+    assert same(feed.next(8, None)[1], whole[2][1]) and opened == [0, 8]
     gaps.insert(0, (12, 16))  # of a rollback: what was prepared is not what comes now
-    assert same(feed(12, None)[1], after)
+    assert same(feed.next(12, None)[1], after)
     assert opened == [0, 8, 12]
 
 

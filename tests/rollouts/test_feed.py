@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import empty_row
+from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.feed import META, Plan, RolloutFeed
@@ -45,10 +46,18 @@ class Scribe(Writer):
         ]
 
 
-def corpus(row, state):
+class Corpus(Feed):
     """Rows whose first token says where they stand, below 0."""
-    filled = [empty_row(4, -1 - row) for _ in range(4)]
-    return Span(row, row + 4), pipeline.stack(filled)
+
+    def next(self, row, state):
+        filled = [empty_row(4, -1 - row) for _ in range(4)]
+        return Span(row, row + 4), pipeline.stack(filled)
+
+    def epoch(self, row):
+        raise AssertionError("epochs are those of the prompts")
+
+    def usual(self):
+        return self.next(0, None)[1]
 
 
 def make(share=1.0, max_age=0, left_out=()):
@@ -57,7 +66,7 @@ def make(share=1.0, max_age=0, left_out=()):
         Plan(share, 2, 2, max_age, seed=5),
         Prompts(PROMPTS, "", 50, 0, 0, ()),
         scribe,
-        corpus=corpus,
+        corpus=Corpus(),
         params_of=lambda state: state,
         shape={"seq_len": 4, "pad": 0, "packing_by": "none", "distilled": None},
         unit=1,
@@ -79,13 +88,13 @@ def written(batch):
 def test_an_update_asks_its_own_prompts_with_the_parameters_before_it():
     feed, scribe = make()
     for step in range(3):
-        span, batch = feed(4 * step, at(step))
+        span, batch = feed.next(4 * step, at(step))
         assert span == Span(4 * step, 4 * step + 4)
         places = [2 * step, 2 * step, 2 * step + 1, 2 * step + 1]
         assert written(batch) == [(step, place) for place in places]
         asked = {feed._prompts.at(place, 5).tokens[0] for place in places}
         assert {int(row[0]) for row in np.asarray(batch.tokens)} == asked
-        assert feed.told(span)["rollout/age"] == 0 and feed.told(span)["rollout/answers"] == 4
+        assert feed.numbers(span)["rollout/age"] == 0 and feed.numbers(span)["rollout/answers"] == 4
     assert not feed.kept(12)
 
 
@@ -95,71 +104,71 @@ def test_share_is_drawn_for_each_update_and_the_others_are_the_corpus():
     assert 0.45 < np.mean(turns) < 0.55
     assert turns != [Plan(0.5, 2, 2, 0, 6).of_student(update) for update in range(2000)]
     none, scribe = make(0.0)
-    assert [int(none(4 * u, at(u))[1].tokens[0, 0]) for u in range(3)] == [-1, -5, -9]
+    assert [int(none.next(4 * u, at(u))[1].tokens[0, 0]) for u in range(3)] == [-1, -5, -9]
     assert not scribe.asked and all(Plan(1.0, 2, 2, 0, 5).of_student(u) for u in range(100))
     for update, student in enumerate(turns[:8]):
-        span, batch = half(4 * update, at(update))
+        span, batch = half.next(4 * update, at(update))
         assert (batch.tokens[0, 0] > 0) == student
-        assert half.plan.origin(span) == ("student" if student else "data")
-        assert half.told(span)["rollout/student"] == student
+        assert half.origin(span) == ("student" if student else "data")
+        assert half.numbers(span)["rollout/student"] == student
 
 
 def test_answers_of_several_updates_are_written_at_once_and_kept_in_checkpoints():
     feed, scribe = make(max_age=2)
-    whole = [written(feed(4 * step, at(step))[1]) for step in range(6)]
+    whole = [written(feed.next(4 * step, at(step))[1]) for step in range(6)]
     assert [one[0][0] for one in whole] == [0, 0, 0, 3, 3, 3]
     assert [version for version, _ in scribe.asked] == [0, 3]
     for stop in range(1, 6):
         feed, _ = make(max_age=2)
         for step in range(stop):
-            feed(4 * step, at(step))
+            feed.next(4 * step, at(step))
         meta = feed.kept(4 * stop)
         assert bool(meta) == (stop % 3 != 0)
         again, scribe = make(max_age=2)
         again.begin(meta)
-        rest = [written(again(4 * step, at(step))[1]) for step in range(stop, 6)]
+        rest = [written(again.next(4 * step, at(step))[1]) for step in range(stop, 6)]
         assert rest == whole[stop:]
-        assert again.told(Span(20, 24))["rollout/age"] == 2
+        assert again.numbers(Span(20, 24))["rollout/age"] == 2
         assert len(scribe.asked) == (stop <= 3)
 
 
 def test_going_back_asks_again_unless_the_batch_is_recalled():
     feed, scribe = make()
-    first = written(feed(0, at(0))[1])
-    assert written(feed(0, at(0))[1]) == first and len(scribe.asked) == 1  # a rerun
-    feed(4, at(1))
-    feed(0, at(0))  # the step before was run again, so that the next one meets another state
-    assert written(feed(4, at(7))[1])[0][0] == 7
+    first = written(feed.next(0, at(0))[1])
+    assert written(feed.next(0, at(0))[1]) == first and len(scribe.asked) == 1  # a rerun
+    feed.next(4, at(1))
+    feed.next(0, at(0))  # the step before was run again, so that the next one meets another state
+    assert written(feed.next(4, at(7))[1])[0][0] == 7
     feed.begin({})  # a rollback
-    feed(0, at(0))
+    feed.next(0, at(0))
     assert [version for version, _ in scribe.asked] == [0, 1, 7, 0]
 
 
 def test_rows_that_are_left_out_are_not_asked():
     feed, scribe = make(left_out=[(4, 12)])
-    assert feed(0, at(0))[0] == Span(0, 4)
-    span, batch = feed(4, at(1))
+    assert feed.next(0, at(0))[0] == Span(0, 4)
+    span, batch = feed.next(4, at(1))
     assert span == Span(12, 16) and written(batch)[0] == (1, 6)
 
 
 def test_nothing_is_kept_of_answers_that_were_stopped():
     feed, scribe = make(max_age=1)
     scribe.stopping = True
-    assert feed(0, at(0)) is None
+    assert feed.next(0, at(0)) is None
     assert not feed.kept(0)
     scribe.stopping = False
-    assert written(feed(0, at(0))[1])[0] == (0, 0)
+    assert written(feed.next(0, at(0))[1])[0] == (0, 0)
 
 
 def test_the_checkpoint_holds_json():
     import json
 
     feed, _ = make(max_age=1)
-    feed(0, at(0))
+    feed.next(0, at(0))
     kept = json.loads(json.dumps(feed.kept(4)))
     assert [one["update"] for one in kept[META]] == [1]
 
 
 def test_updates_lie_one_behind_the_other():
     with pytest.raises(AssertionError, match="one behind the other"):
-        make()[0](3, at(0))
+        make()[0].next(3, at(0))

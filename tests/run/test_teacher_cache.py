@@ -77,7 +77,7 @@ def curve(config, steps: int) -> np.ndarray:
     )
     row, found = 0, []
     for _ in range(steps):
-        span, batch = feed(row, None)
+        span, batch = feed.next(row, None)
         row = span.end_row
         state, means = step(state, params, place(batch, mesh))
         found.append([float(means[n].value) for n in ("loss/total", "optim/grad_norm")])

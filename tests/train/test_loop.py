@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.data.feed import Feed
 from jaxdistill.errors import DamagedError, DivergedError, Preempted, StorageError
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import loop
@@ -42,6 +43,13 @@ def batch_of(index):
 def span_of(first, end=None):
     """The rows of a batch by its number, or of several."""
     return Span(first * ROWS, (first + 1 if end is None else end) * ROWS)
+
+
+class Given(Feed):
+    """Ten rows are an epoch."""
+
+    def epoch(self, row):
+        return row / 10
 
 
 def run(
@@ -115,18 +123,19 @@ def run(
     guard = Guard(folder, policy or Policy())
     guard.begin({})
 
-    def corpus(row, state):
-        gaps = {number for first, end in guard.left_out for number in range(first, end)}
-        index = next(row for row in itertools.count(row) if row not in gaps) // ROWS
-        return span_of(index), batch_of(index)
+    class Corpus(Given):
+        def next(self, row, state):
+            gaps = {number for first, end in guard.left_out for number in range(first, end)}
+            index = next(row for row in itertools.count(row) if row not in gaps) // ROWS
+            return span_of(index), batch_of(index)
 
     parts = loop.Parts(
         step=step,
         teacher_params=None,
-        feed=feed or corpus,
+        feed=feed or Corpus(),
+        place=lambda span, batch: batch,
         evaluate=lambda number, state: {"eval/loss": evaluation or float(state.step)},
         learning_rate=lambda update: 0.5**update,
-        epoch=lambda row: row / 10,
         meta={"seed": 3},
         restore=restore,
         guard=guard,
@@ -137,7 +146,7 @@ def run(
         stop=stop,
     )
     return loop.train(
-        at(first, (), skipped), corpus(first * ROWS, None)[0][0], parts, schedule
+        at(first, (), skipped), Corpus().next(first * ROWS, None)[0][0], parts, schedule
     ), log
 
 
@@ -198,12 +207,13 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
 
 @pytest.mark.parametrize("done", [4, 5])  # saved already, and not
 def test_a_stop_while_a_batch_is_made_saves_the_step_before_it(done):
-    def feed(row, state):
-        index = row // ROWS
-        return None if state.step == done else (span_of(index), batch_of(index))
+    class Stopped(Given):
+        def next(self, row, state):
+            index = row // ROWS
+            return None if state.step == done else (span_of(index), batch_of(index))
 
     with pytest.raises(Preempted, match=f"saved after step {done} of 7"):
-        run(schedule(), feed=feed)
+        run(schedule(), feed=Stopped())
 
 
 def told(log, kind):
@@ -323,7 +333,7 @@ def test_a_list_of_rollbacks_that_counts_batches_is_read_and_written_by_rows(tmp
     assert Guard(tmp_path, Policy()).left_out == [(9, 10), (24, 40)]
 
 
-class Rollouts:
+class Rollouts(Given):
     """A feed that writes the rows of two steps at once, with what the student has learned by then.
 
     Numbers of batches count what was drawn, so that a state that differs gives other batches.
@@ -332,7 +342,7 @@ class Rollouts:
     def __init__(self):
         self.drawn = {}  # kept, so that a step in the middle can be asked for again
 
-    def __call__(self, row, state):
+    def next(self, row, state):
         number, half = divmod(row // ROWS, 2)
         if not half:
             self.drawn[number] = 100 * len(learned_by(state)) + sum(learned_by(state)) % 7

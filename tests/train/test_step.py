@@ -368,7 +368,7 @@ def test_a_leaf_that_a_batch_carries_reaches_the_loss_with_its_rows(micro_batche
     read = advantage[:, None] * top.sum(-1) + view.sum(1)[:, None]
     expected = (batch.mask * read).sum() / batch.mask.sum()
     np.testing.assert_allclose(means["loss/total"].value, expected, rtol=1e-5)
-    save_batch(tmp_path, StepRecord(1, Span(0, ROWS), placed))
+    save_batch(tmp_path, StepRecord(1, Span(0, ROWS), placed, "data"))
     with np.load(tmp_path / "crash" / "rows_00000000.npz", allow_pickle=False) as saved:
         np.testing.assert_array_equal(saved["advantage"], advantage)
         np.testing.assert_array_equal(saved["view/tokens"], view)
