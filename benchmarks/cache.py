@@ -149,7 +149,7 @@ def _worker(form: str, folder: pathlib.Path, options: argparse.Namespace) -> Non
     config = _config(folder, options, form)
     mesh = setup.mesh_of(config)
     models = participants.shapes_of(config, mesh)
-    data = texts.data_of(config, models.tokenizer)
+    data = texts.data_of(config.data, models.tokenizer)
     if models.stored is not None:
         data = models.stored.beside(data, models.tokenizer)
     models = participants.load_models(config, models, mesh)

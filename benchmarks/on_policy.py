@@ -74,8 +74,8 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
     models = participants.load_models(config, participants.shapes_of(config, mesh), mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
-    prompts = texts.prompts_of(config, models.tokenizer)
-    assert prompts is not None and models.teacher is not None
+    prompts = texts.prompts_of(config.data, config.data.seq_len - options.tokens, models.tokenizer)
+    assert models.teacher is not None
     feed = on_policy.feed_of(
         config,
         models,

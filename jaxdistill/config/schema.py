@@ -235,6 +235,10 @@ class Config(Section):
     def _fill_in(cls, raw: Any) -> Any:
         return rollouts.with_batch_size(raw)
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting as JSON holds it, by the keys of the YAML."""
+        return self.model_dump(mode="json", by_alias=True)
+
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
         yield from _teacher_problems(self)

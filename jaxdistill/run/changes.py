@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxdistill
-from jaxdistill.config import Config, syntax
+from jaxdistill.config import syntax
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.table import flatten
@@ -162,12 +162,10 @@ def _short(value: str | None) -> str:
     return value[:8] if value and len(value) == 64 else str(value)
 
 
-def settings(config: Config) -> dict[str, str]:
-    """Every setting as a fact."""
-    dumped = config.model_dump(mode="json", by_alias=True)
-    if config.rollout is None:  # as in runs that began before there was such a section
-        del dumped["rollout"]
-    return {f"config.{name}": json.dumps(value) for name, value in syntax.dotted(dumped)}
+def facts_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting as a fact; a section that is absent is none, as before there was such a one."""
+    given = {name: section for name, section in settings.items() if section is not None}
+    return {f"config.{name}": json.dumps(value) for name, value in syntax.dotted(given)}
 
 
 def world(mesh: jax.sharding.Mesh, versions: Mapping[str, str]) -> dict[str, str]:

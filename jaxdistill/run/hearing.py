@@ -46,7 +46,7 @@ def attempt(told: Broadcast, config: Config, run: RunDir, step: int) -> Iterator
     before = dict(kept)
 
     def start(own: Mapping[str, Any]) -> Start:
-        options = redacted(config.model_dump(mode="json", by_alias=True))
+        options = redacted(config.settings())
         return Start(run.path, config.run.name, run.record["id"], options, step, own)
 
     with told.attempt(start, kept):

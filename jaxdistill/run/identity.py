@@ -8,7 +8,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.models import count_parameters
 from jaxdistill.run import changes, participants
@@ -16,29 +15,35 @@ from jaxdistill.run.folder import describe_machine, fingerprint
 
 
 def fingerprints(
-    config: Config, models: participants.Models, data: Mapping[str, Dataset]
+    settings: Mapping[str, Any], models: participants.Models, data: Mapping[str, Dataset]
 ) -> dict[str, str]:
-    """What a run is made of: `changes.RULES` says which of it must stay the same."""
+    """What a run is made of: `changes.RULES` says which of it must stay the same.
+
+    Args:
+      settings: of the configuration, section by section.
+      models: who takes part.
+      data: the training and the held-out rows.
+    """
     prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
-    if models.teacher is not None and config.teacher is not None and not config.teacher.random:
+    if models.teacher is not None and not settings["teacher"]["random"]:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
     if models.stored is not None and models.stored.store is not None:
         prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
-    prints |= changes.settings(config)
-    if config.student.prune:
-        file = pathlib.Path(config.student.prune.importance)
+    prints |= changes.facts_of(settings)
+    if prune := settings["student"]["prune"]:
+        file = pathlib.Path(prune["importance"])
         prints["student.prune.importance"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return prints
 
 
-def describe(config: Config, models: participants.Models, mesh: Mesh) -> dict[str, Any]:
-    """What RUN.json says of the run's parts."""
-    parts: dict[str, Any] = {"total_steps": config.train.steps, "method": config.method.name}
+def describe(models: participants.Models, mesh: Mesh) -> dict[str, Any]:
+    """What RUN.json says of the run's models and of the machine."""
+    parts: dict[str, Any] = {}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
             count = count_parameters(model.config)

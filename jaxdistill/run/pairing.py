@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxdistill import errors, methods
-from jaxdistill.config import Config
+from jaxdistill import errors
+from jaxdistill.config.models import Student
 from jaxdistill.data import coverage, vocabularies
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.vocabularies import Pair, Vocabulary
@@ -92,16 +92,32 @@ class Pairing:
 
 
 def of(
-    config: Config, tokenizer: Any, teacher: Model | None, student: Model
+    tokenizer: Any,
+    teacher: Model | None,
+    student: Model,
+    *,
+    born: Student,
+    named: str,
+    needs_teacher: bool,
+    best_metric: str,
 ) -> tuple[Pairing, Model | None]:
     """The pairing of a run, and the teacher's shape in the run's ids; None where it is aside.
+
+    Args:
+      tokenizer: of the run.
+      teacher: its shape, with its own tokenizer.
+      student: the same of the student.
+      born: how the student comes to be.
+      named: `tokenizer.from`, for messages.
+      needs_teacher: whether the method asks for one.
+      best_metric: what checkpoints are ranked by.
 
     Raises:
       ConfigError: for a student cut out of a teacher that has other ids than the run, or a metric
         against a teacher that is aside.
     """
     own = {"teacher": teacher, "student": student}
-    if config.student.random or config.student.from_ == "teacher":
+    if born.random or born.from_ == "teacher":
         del own["student"]  # nothing of it stands for a token yet, or the teacher's pair says it
     others = {
         name: model
@@ -120,16 +136,16 @@ def of(
     pair = pairs.get("teacher")
     if teacher is None or pair is None or pair.in_place:
         return Pairing(ours, pairs), teacher
-    if pair.ours.ordinary and not methods.of(config.method).needs_teacher(config.method):
-        if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
+    if pair.ours.ordinary and not needs_teacher:
+        if best_metric in ("eval/kl_t1", "eval/agree_top1"):
             raise ConfigError(
-                f"checkpoint.best_metric = {config.checkpoint.best_metric}: is measured against a "
+                f"checkpoint.best_metric = {best_metric}: is measured against a "
                 f"teacher, and this one lacks tokens of the run's ({pair}): use eval/loss"
             )
         return Pairing(ours, pairs, aside=True), None
-    if config.student.from_ == "teacher" and config.student.tokenizer is None:
+    if born.from_ == "teacher" and born.tokenizer is None:
         raise ConfigError(
-            f"tokenizer.from = {config.tokenizer.from_!r}: the student is cut out of the teacher "
+            f"tokenizer.from = {named!r}: the student is cut out of the teacher "
             f"and has its rows, of another vocabulary ({pair}): use tokenizer.from: teacher, or "
             "student.tokenizer and tokenizer.from: student, which makes it rows of its own"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxdistill import errors, rules
+from jaxdistill import errors, methods, rules
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import spelling
@@ -67,7 +67,15 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
     asked_before = stored.of(config, teacher, tokenizer, vocab)
     teacher = teacher if asked_before is None else None
-    pairs, teacher = pairing.of(config, tokenizer, teacher, student)
+    pairs, teacher = pairing.of(
+        tokenizer,
+        teacher,
+        student,
+        born=config.student,
+        named=config.tokenizer.from_,
+        needs_teacher=methods.of(config.method).needs_teacher(config.method),
+        best_metric=config.checkpoint.best_metric,
+    )
     named = {"teacher": teacher, "student": student}
     for name, shape in named.items():
         if shape is None:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import agree, optim, teachers
-from jaxdistill.config import Config
+from jaxdistill.config.models import Student
+from jaxdistill.config.schema import Eval
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
@@ -33,14 +34,35 @@ class RunTable:
 
     def __init__(
         self,
-        config: Config,
         run: RunDir,
         models: participants.Models,
         method: setup.RunMethod,
         held_out: HeldOut,
+        *,
+        student: Student,
+        signal: teachers.Teacher | None,
+        teacher_dtype: Any,
+        speaks: Eval,
+        seed: int,
     ):
-        self._config, self._run, self._models, self._held_out = config, run, models, held_out
-        self._own = method.objective.init(jax.random.key(config.seed))
+        """Measures on `held_out`.
+
+        Args:
+          run: keeps the table.
+          models: who takes part.
+          method: of the run.
+          held_out: what is measured on.
+          student: the student's options.
+          signal: what a teacher says, at T = 1; None without one.
+          teacher_dtype: that the teacher computes in; None without one.
+          speaks: the options of evaluation, which say what models complete.
+          seed: of the method's own parameters.
+        """
+        self._run, self._models, self._held_out = run, models, held_out
+        self._student, self._signal, self._speaks = student, signal, speaks
+        self._teacher_dtype = teacher_dtype
+        self._adapters = states.adapters_of(student)
+        self._own = method.objective.init(jax.random.key(seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
         self._teacher_params = setup.signal_params(models)
         self._step = self._program(method)
@@ -62,12 +84,13 @@ class RunTable:
             objective = measuring.against_teacher(
                 vocab=models.vocab, columns=models.pairing.columns, sparse=sparse
             )
-            signal = setup.signal_of(self._config, models)
+            assert self._signal is not None, "there is a teacher"
+            signal = self._signal
         loss = make_loss(
             self._models.student.config,
             objective,
-            compute_dtype=jnp.dtype(self._config.student.compute_dtype),
-            quantization=self._config.student.quantize,
+            compute_dtype=jnp.dtype(self._student.compute_dtype),
+            quantization=self._student.quantize,
         )
         return meter.make_step(loss, signal)
 
@@ -81,7 +104,7 @@ class RunTable:
         return self._measure(self._whole(state), knobs)
 
     def _whole(self, state: TrainState) -> Any:
-        return whole(state.params, state.frozen, states.adapters_of(self._config))
+        return whole(state.params, state.frozen, self._adapters)
 
     def student_params(self, state: TrainState) -> Any:
         """The student of a state, its adapters in place."""
@@ -98,7 +121,7 @@ class RunTable:
         if teacher is None or self.has("teacher"):
             return
         scoring = meter.scoring_step(
-            teacher.config, self._models.vocab, compute_dtype=setup.teacher_dtype(self._config)
+            teacher.config, self._models.vocab, compute_dtype=self._teacher_dtype
         )
         metrics = self._held_out.measure(scoring, teacher.params)
         rate = self._held_out.speed(scoring, teacher.params)
@@ -128,7 +151,7 @@ class RunTable:
             scoring = meter.scoring_step(
                 model.config,
                 self._models.vocab,
-                compute_dtype=jnp.dtype(self._config.student.compute_dtype),
+                compute_dtype=jnp.dtype(self._student.compute_dtype),
             )
             self._student_speed = self._held_out.speed(scoring, params)
         self._add(name, metrics, model.config, params, self._student_speed)
@@ -174,8 +197,8 @@ class RunTable:
     def _prompts(self) -> list[list[int]]:
         """The configured prompts, and beginnings of held-out rows, as tokens."""
         tokenizer = self._models.tokenizer
-        own = [list(tokenizer(text)["input_ids"]) for text in self._config.eval.prompts]
-        return own + self._held_out.beginnings(self._config.eval.samples, PROMPT_TOKENS)
+        own = [list(tokenizer(text)["input_ids"]) for text in self._speaks.prompts]
+        return own + self._held_out.beginnings(self._speaks.samples, PROMPT_TOKENS)
 
     def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)

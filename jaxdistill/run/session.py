@@ -33,6 +33,7 @@ from jaxdistill.run import (
     schedule,
     setup,
     start,
+    states,
     student_folder,
     terminal,
 )
@@ -127,7 +128,7 @@ def _begin(config: Config) -> Mesh:
     """Joins the other processes of the run, if there are any, and lays out all devices."""
     compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
-    alike.check(config)
+    alike.check(config.settings())
     return setup.mesh_of(config)
 
 
@@ -241,8 +242,8 @@ class _Session:
         mesh, data = inputs.mesh, inputs.data
         agree.by_leader(lambda: _keep_quarantined(run, data, inputs.prompts))
         self.models = agree.together(lambda: participants.load_models(config, inputs.models, mesh))
-        described = identity.describe(config, self.models, mesh)
-        facts = identity.fingerprints(config, self.models, data)
+        described = identity.describe(self.models, mesh)
+        facts = identity.fingerprints(config.settings(), self.models, data)
         if inputs.prompts is not None:
             facts["data.prompts"] = inputs.prompts.fingerprint
         facts |= changes.world(mesh, described["versions"])
@@ -254,9 +255,13 @@ class _Session:
             run.configure(resolved)
 
         changed = agree.by_leader(lambda: changes.check(run, facts, accept))
-        agree.by_leader(lambda: schedule.tell(run, config, changed, step))
-        run.update(**described)
-        agree.by_leader(lambda: student_folder.keep(config, run, self.models))
+        agree.by_leader(
+            lambda: schedule.tell(run, config.optimizer, config.train.steps, changed, step)
+        )
+        run.update(total_steps=config.train.steps, method=config.method.name, **described)
+        agree.by_leader(
+            lambda: student_folder.keep(run, self.models, states.adapters_of(config.student))
+        )
         self.method = setup.method_of(config, self.models)
         self.plain, self.taught = data.get("train"), inputs.taught.get("train")
         self.prompts = inputs.prompts
@@ -267,7 +272,18 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
-        self.table = run_table.RunTable(config, run, self.models, self.method, held_out)
+        known = self.models.teacher is not None or self.models.stored is not None
+        self.table = run_table.RunTable(
+            run,
+            self.models,
+            self.method,
+            held_out,
+            student=config.student,
+            signal=setup.signal_of(config, self.models) if known else None,
+            teacher_dtype=None if config.teacher is None else setup.teacher_dtype(config),
+            speaks=config.eval,
+            seed=config.seed,
+        )
 
     def execute(self, checkpoints: Checkpoints) -> RunResult:
         """Trains what is not trained yet, measures what is not measured yet, reports."""

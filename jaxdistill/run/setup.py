@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import quantize
 from jaxdistill.config import Config
+from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.teacher_cache import taught
@@ -82,7 +83,7 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     objective = built.objective
     teacher = signal_of(config, models, objective) if objective.needs_teacher else teachers.none
     o = config.optimizer
-    rate = learning_rate_of(config)
+    rate = learning_rate_of(o, config.train.steps)
     tx = optim.optimizer(
         rate,
         name=o.name,
@@ -138,9 +139,8 @@ def signal_of(
     )
 
 
-def learning_rate_of(config: Config) -> optax.Schedule:
-    """Step index -> learning rate."""
-    o, steps = config.optimizer, config.train.steps
+def learning_rate_of(o: Optimizer, steps: int) -> optax.Schedule:
+    """Step index -> learning rate, over a run of `steps` steps."""
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
     return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
 
@@ -201,7 +201,7 @@ def make_step(
         micro_batches=config.train.micro_batches,
         monitor=monitor,
         prepare=method.objective.prepare,
-        adapters=states.adapters_of(config),
+        adapters=states.adapters_of(config.student),
         offload=config.optimizer.offload,
     )
 

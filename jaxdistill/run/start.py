@@ -34,8 +34,9 @@ class Inputs:
 
 def read(config: Config, mesh: Mesh) -> Inputs:
     """Reads small files and data, and checks all that they can tell."""
+    network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
+    data = agree.leader_first(lambda: texts.data_of(config.data, models.tokenizer, network=network))
     agree.together(lambda: models.pairing.check(data))
     if agree.leads():
         for name, line in models.pairing.lines().items():
@@ -49,6 +50,13 @@ def read(config: Config, mesh: Mesh) -> Inputs:
 
 def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts | None:
     """What the student answers, once it can; None where it does not write."""
-    prompts = texts.prompts_of(config, models.tokenizer)
+    if config.rollout is None:
+        return None
+    prompts = texts.prompts_of(
+        config.data,
+        config.data.seq_len - config.rollout.max_new_tokens,
+        models.tokenizer,
+        network=config.security.allow_network,
+    )
     on_policy.check(config, models, prompts, mesh)
     return prompts

@@ -5,6 +5,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdistill.config import Config
+from jaxdistill.config.models import Student
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, Model, lora
@@ -15,9 +16,9 @@ from jaxdistill.train.state import TrainState
 HOST = states.HOST
 
 
-def adapters_of(config: Config) -> lora.Lora | None:
+def adapters_of(student: Student) -> lora.Lora | None:
     """The student's adapters, or None where all of it is trained."""
-    section = config.student.lora
+    section = student.lora
     return None if section is None else lora.Lora(**section.model_dump())
 
 
@@ -27,7 +28,7 @@ def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
     Raises:
       ConfigError: if not.
     """
-    adapters = adapters_of(config)
+    adapters = adapters_of(config.student)
     if adapters is not None:
         lora.rows(student, adapters)
     coefficient = config.student.router_aux_loss_coef
@@ -56,7 +57,7 @@ def create(
 ) -> TrainState:
     """The state before the first step; takes the student's arrays over."""
     own = objective.init(jax.random.key(config.seed))
-    adapters, trained, frozen = adapters_of(config), student.params, None
+    adapters, trained, frozen = adapters_of(config.student), student.params, None
     if adapters is not None:
         frozen, axes = student.params, lora.logical_axes(student.config, adapters)
         places = shardings(mesh, axes, lora.shapes(student.config, adapters))
@@ -80,6 +81,6 @@ def abstract(
         jax.eval_shape(objective.init, jax.random.key(config.seed)),
         tx,
         mesh,
-        adapters=adapters_of(config),
+        adapters=adapters_of(config.student),
         offload=config.optimizer.offload,
     )

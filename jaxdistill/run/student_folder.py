@@ -2,16 +2,15 @@
 
 import json
 
-from jaxdistill.config import Config
 from jaxdistill.formats import new_folder
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import lora
 from jaxdistill.references import STUDENT
-from jaxdistill.run import participants, states
+from jaxdistill.run import participants
 from jaxdistill.run.folder import RunDir
 
 
-def keep(config: Config, run: RunDir, models: participants.Models) -> None:
+def keep(run: RunDir, models: participants.Models, adapters: lora.Lora | None) -> None:
     """Writes configuration, tokenizer and adapters, where they are not there as they should be.
 
     Raises:
@@ -21,7 +20,6 @@ def keep(config: Config, run: RunDir, models: participants.Models) -> None:
     described = {"config.json": write_config(student.config, "float32")}
     if student.generation:
         described["generation_config.json"] = dict(student.generation)
-    adapters = states.adapters_of(config)
     if adapters is not None:
         described[lora.FILE] = lora.described(adapters, student.source)
     with new_folder.renewed(run.path / STUDENT) as inside:

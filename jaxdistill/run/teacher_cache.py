@@ -56,11 +56,12 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     config = _asking(config)
     compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
-    alike.check(config)
+    alike.check(config.settings())
     agree.together(lambda: _check(config))
     mesh = setup.mesh_of(config)
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: texts.data_of(config, models.tokenizer))
+    network = config.security.allow_network
+    data = agree.leader_first(lambda: texts.data_of(config.data, models.tokenizer, network=network))
     agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:

@@ -2,20 +2,24 @@
 
 from typing import Any
 
-from jaxdistill.config import Config
+from jaxdistill.config.data import Data
 from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
 
 
-def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
+def data_of(data: Data, tokenizer: Any, *, network: bool = False) -> dict[str, Dataset]:
     """The training rows, where there are any, and the held-out ones, built or from the cache.
+
+    Args:
+      data: the options of the data.
+      tokenizer: of the run.
+      network: whether sources may be downloaded.
 
     Raises:
       DataError: as `pipeline.build`, or if held-out records are trained on.
     """
-    data, network = config.data, config.security.allow_network
     train, held = (
         [
             open_source(
@@ -48,16 +52,20 @@ def data_of(config: Config, tokenizer: Any) -> dict[str, Dataset]:
     return built
 
 
-def prompts_of(config: Config, tokenizer: Any) -> prompts.Prompts | None:
-    """What the student answers, where it writes its own text.
+def prompts_of(
+    data: Data, longest: int, tokenizer: Any, *, network: bool = False
+) -> prompts.Prompts:
+    """What the student answers.
+
+    Args:
+      data: the options of the data.
+      longest: the most tokens of a prompt.
+      tokenizer: of the run.
+      network: whether sources may be downloaded.
 
     Raises:
       DataError, ModelError: as `prompts.read`.
     """
-    rollout, data = config.rollout, config.data
-    if rollout is None:
-        return None
-    network = config.security.allow_network
     options = data.model_dump(
         include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
     )
@@ -66,6 +74,6 @@ def prompts_of(config: Config, tokenizer: Any) -> prompts.Prompts | None:
     return prompts.read(
         [open_source(one.path, "prompts", allow_network=network) for one in data.prompts],
         tokenizer,
-        longest=data.seq_len - rollout.max_new_tokens,
+        longest=longest,
         **options,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill import api, config
 from jaxdistill.callbacks import Callback
-from jaxdistill.run import participants, session, setup
+from jaxdistill.run import participants, setup, terminal
 
 CONFIG = """
 version: 1
@@ -60,7 +60,7 @@ def plain_runs():
     """
     with pytest.MonkeyPatch.context() as patch:
         take_devices(patch, 1)
-        patch.setattr(session, "_report", lambda folder: None)
+        patch.setattr(terminal, "write_page", lambda folder: None)
         yield
 
 

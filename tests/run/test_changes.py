@@ -88,7 +88,7 @@ def test_the_longest_name_decides_and_every_setting_has_a_rule(load_config, tmp_
     assert changes.rule_of("config.method.name").refused and changes.rule_of("config.seed").refused
     assert not changes.rule_of("config.method.alpha").refused
     assert changes.rule_of("config.run.dir").bitwise
-    settings = changes.settings(load_config(tmp_path))
+    settings = changes.facts_of(load_config(tmp_path).settings())
     assert settings["config.train.steps"] == "6" and settings["config.method.name"] == '"kd"'
     for name in settings:
         changes.rule_of(name)
@@ -98,7 +98,7 @@ def test_what_becomes_of_the_learning_rate_is_told(run, load_config, tmp_path, c
     """Cosine, to zero in the last step, which is steps - 1."""
     longer = load_config(tmp_path, "train.steps=200", "optimizer.end_lr_ratio=0")
     changed = {"config.train.steps": "100", "config.train.log_every": "5"}
-    schedule.tell(run, longer, changed, step=95)
+    schedule.tell(run, longer.optimizer, 200, changed, step=95)
     half_cosine = lambda steps: 1e-2 / 2 * (1 + math.cos(math.pi * (95 - 2) / (steps - 1 - 2)))
     (event,) = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
     np.testing.assert_allclose(event["before"], half_cosine(100), rtol=1e-5)
@@ -106,8 +106,8 @@ def test_what_becomes_of_the_learning_rate_is_told(run, load_config, tmp_path, c
     assert "step 95: 100 -> 200 steps, cosine schedule: the learning rate goes from 4" in (
         capsys.readouterr().err
     )
-    schedule.tell(run, longer, {"config.train.log_every": "5"}, step=95)
-    schedule.tell(run, longer, changed, step=0)
+    schedule.tell(run, longer.optimizer, 200, {"config.train.log_every": "5"}, step=95)
+    schedule.tell(run, longer.optimizer, 200, changed, step=0)
     assert not capsys.readouterr().err
 
 

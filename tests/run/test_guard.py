@@ -136,7 +136,7 @@ def test_a_run_that_gives_up_saves_the_batch_and_says_where(run, load_config, tm
     assert error.value.exit_code == 7
     path = tmp_path / "run" / "crash" / "rows_00000040.npz"
     assert str(path) in str(error.value)
-    dataset = texts.data_of(load_config(tmp_path), byte_tokenizer())["train"]
+    dataset = texts.data_of(load_config(tmp_path).data, byte_tokenizer())["train"]
     _, expected = next(pipeline.batches(dataset, batch_size=8, start=40, seed=3))
     with np.load(path, allow_pickle=False) as saved:
         for name in ("tokens", "targets", "mask", "segment_ids"):
@@ -195,7 +195,7 @@ def test_a_run_that_resumes_with_another_batch_size_reads_the_rows_that_follow(
     load_config, monkeypatch, tmp_path
 ):
     config = load_config(tmp_path, "train.steps=12", "train.eval_every=null")
-    dataset = texts.data_of(config, byte_tokenizer())["train"]
+    dataset = texts.data_of(config.data, byte_tokenizer())["train"]
     stream = pipeline.batches(dataset, batch_size=1, seed=3)
     rows = np.concatenate([batch.tokens for _, batch in itertools.islice(stream, 120)])
     first = rows_seen(monkeypatch, lambda: api.train(config))

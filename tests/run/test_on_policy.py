@@ -155,9 +155,10 @@ def test_adapters_and_a_mesh_sample_what_they_train(load, tmp_path, monkeypatch)
 
 
 def test_what_may_change_when_a_run_goes_on(load, load_config, tmp_path):
-    facts = changes.settings(load(tmp_path))
+    facts = changes.facts_of(load(tmp_path).settings())
     assert facts["config.rollout.samples"] == "2"
-    assert not [name for name in changes.settings(load_config(tmp_path)) if "rollout" in name]
+    offline = changes.facts_of(load_config(tmp_path).settings())
+    assert not [name for name in offline if "rollout" in name]
     for name in ("share", "temperature", "top_p", "slots"):
         assert not changes.rule_of(f"config.rollout.{name}").refused
     for name in ("samples", "prompts_per_step", "max_age", "max_new_tokens"):

@@ -104,7 +104,7 @@ def loss_of(data, tmp_path_factory):
         loaded = config.loads(text, overrides=overrides)
         mesh = setup.mesh_of(loaded)
         shapes = participants.shapes_of(loaded, mesh)
-        dataset = texts.data_of(loaded, shapes.tokenizer)
+        dataset = texts.data_of(loaded.data, shapes.tokenizer)
         shapes.pairing.check(dataset)
         both = participants.load_models(loaded, shapes, mesh)
         method = setup.method_of(loaded, both)
@@ -203,7 +203,7 @@ def test_a_student_with_a_tokenizer_of_its_own(made, data, tmp_path):
     mesh = setup.mesh_of(loaded)
     shapes = participants.shapes_of(loaded, mesh)
     assert shapes.vocab == 259 and shapes.teacher is None and shapes.pairing.aside
-    shapes.pairing.check(texts.data_of(loaded, shapes.tokenizer))
+    shapes.pairing.check(texts.data_of(loaded.data, shapes.tokenizer))
     student = participants.load_models(loaded, shapes, mesh).student
     assert student.config.vocab_size == 259 and student.config.eos_ids == (258,)
     ranked = config.loads(

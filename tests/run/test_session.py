@@ -19,7 +19,7 @@ from jaxdistill.errors import ConfigError, DamagedError, DivergedError, Mismatch
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.run import participants, run_table, setup, shapes, student_folder, texts
+from jaxdistill.run import participants, run_table, setup, shapes, states, student_folder, texts
 from jaxdistill.run import session as running
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
@@ -72,7 +72,7 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
     mesh = setup.mesh_of(config)
     teacher = models_of(config, mesh).teacher
     student = api.load(str(finished.run_dir))
-    rows = texts.data_of(config, student.tokenizer)["eval"]
+    rows = texts.data_of(config.data, student.tokenizer)["eval"]
     nll = kl = agree = count = 0.0
     for index in range(8):
         row = rows[index]
@@ -231,7 +231,7 @@ def test_a_student_keeps_how_its_teacher_is_drawn_from(load_config, tmp_path):
         config = load_config(tmp_path, f"teacher={{source: {source}}}", f"student={student}")
         parts = participants.shapes_of(config, setup.make_mesh(fsdp=-1))
         run = RunDir(tmp_path / str(number), {})
-        student_folder.keep(config, run, parts)
+        student_folder.keep(run, parts, states.adapters_of(config.student))
         assert huggingface.folder_generation(run.path / "student") == expected
         assert parts.student.generation == expected
 

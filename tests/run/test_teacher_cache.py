@@ -64,7 +64,7 @@ def curve(config, steps: int) -> np.ndarray:
     """[steps, 2] of loss and gradient norm, of a configuration's own step and feed, on a device."""
     mesh = setup.mesh_of(config, jax.devices()[:1])  # captured on all of them
     models = participants.shapes_of(config, mesh)
-    data = texts.data_of(config, models.tokenizer)
+    data = texts.data_of(config.data, models.tokenizer)
     if models.stored is not None:
         data = models.stored.beside(data, models.tokenizer)
     models = participants.load_models(config, models, mesh)
@@ -107,13 +107,21 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
     )
     mesh = setup.mesh_of(config, jax.devices()[:1])
     models = participants.shapes_of(config, mesh)
-    data = texts.data_of(config, models.tokenizer)
+    data = texts.data_of(config.data, models.tokenizer)
     rows = models.stored.beside(data, models.tokenizer)["eval"]
     models = participants.load_models(config, models, mesh)
     (tmp_path / "kept").mkdir()
     kept = RunDir(tmp_path / "kept", {})
     table = run_table.RunTable(
-        config, kept, models, setup.method_of(config, models), HeldOut(rows, 8, None, mesh, "eval")
+        kept,
+        models,
+        setup.method_of(config, models),
+        HeldOut(rows, 8, None, mesh, "eval"),
+        student=config.student,
+        signal=setup.signal_of(config, models),
+        teacher_dtype=setup.teacher_dtype(config),
+        speaks=config.eval,
+        seed=config.seed,
     )
     table.add_teacher()
     (row,) = table.rows
@@ -129,7 +137,7 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
         count += one["mask"].sum()
     assert row["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
     # What a run goes on with is that store's teacher and no other.
-    assert "teacher.cache" in identity.fingerprints(config, models, data)
+    assert "teacher.cache" in identity.fingerprints(config.settings(), models, data)
 
 
 def test_verify_asks_the_teacher_again(captured, load_config, tmp_path):
