@@ -99,8 +99,9 @@ def test_a_platform_that_is_not_there_is_two_lines(monkeypatch, capsys, words):
 
     monkeypatch.setattr(api, "resume", fail)
     assert cli.main(["resume", "runs/a"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert "no platform 'cuda'" in lines[-2] and "pip install" in lines[-1]
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "jaxdistill resume: loading JAX" and len(lines) == 2
+    assert "no platform 'cuda'" in lines[0] and "pip install" in lines[1]
 
 
 def test_a_run_that_is_not_there_has_one_code(tmp_path, capsys):

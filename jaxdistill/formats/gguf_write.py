@@ -1,5 +1,6 @@
 """Writes a model as one GGUF file, which llama.cpp opens: weights, tokenizer, chat template."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
 from jaxdistill.models.quantized import QuantizedKernel
+from jaxdistill.safe import beside, manifest
 
 # Our family -> the architecture of the file.
 WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -51,21 +53,35 @@ def save(model: Model, path: str | os.PathLike, kind: str = "F16") -> pathlib.Pa
     config = model.config
     _check(model)
     _check_rows(gguf, config, kind)
-    partial = file.with_name(f".{file.name}.partial")
-    writer = gguf.GGUFWriter(partial, WRITTEN[config.family])
+    with _whole(file) as partial:
+        writer = gguf.GGUFWriter(partial, WRITTEN[config.family])
+        with contextlib.closing(writer):
+            _add_shape(gguf, writer, config)
+            _add_tokenizer(gguf, writer, model)
+            _write_tensors(gguf, writer, model, kind)
+    return file
+
+
+@contextlib.contextmanager
+def _whole(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write in a folder beside `file`, whose place it takes once it is on the disk.
+
+    What a killed export of the same file has left is removed, and told.
+
+    Raises:
+      StorageError: where it cannot be written.
+    """
     try:
-        _add_shape(gguf, writer, config)
-        _add_tokenizer(gguf, writer, model)
-        _write_tensors(gguf, writer, model, kind)
-        writer.close()
-        os.replace(partial, file)
+        with beside.folder(file) as inside:
+            partial = inside / file.name
+            yield partial
+            manifest.sync(partial)
+            os.replace(partial, file)
+            manifest.sync(file.parent)
     except OSError as error:
         raise StorageError(
             f"{file}: cannot be written ({error}); nothing was left there"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return file
 
 
 def _library() -> Any:

@@ -8,6 +8,7 @@ import pathlib
 from typing import NamedTuple
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.safe import json_file
 
 ROWS = 64
 TABLE_VARIABLE = "JAXDISTILL_TILING"  # the path of a table, read at the first call
@@ -50,6 +51,9 @@ class Tiling:
             raise ConfigError(f"stages = {self.stages}: must be 1 to 8")
         if self.split < 1:
             raise ConfigError(f"split = {self.split}: must be at least 1")
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Tiling))
 
 
 def tiling(
@@ -111,10 +115,11 @@ def load(path: str | os.PathLike) -> dict[str, dict[str, int]]:
       ConfigError: if the file is not a table; the message says where.
     """
     try:
-        table = json.loads(pathlib.Path(path).read_text())
+        table = json_file.read(pathlib.Path(path))
         for entry in table.values():
+            json_file.check(entry, dict.fromkeys(_FIELDS, int))
             Tiling(**entry)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{TABLE_VARIABLE} = {path}: not a table of tilings ({error}); write one with "
             "`jaxdistill bench kernels --tune FILE`, or unset the variable"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -102,6 +101,9 @@ class Store:
             try:
                 row = json_file.parse(line)
                 json_file.check(row, _SHAPE)
+                negative = [name for name in ("sample", "tokens") if row[name] < 0]
+                if negative:
+                    raise ValueError(f"its field {negative[0]!r} is negative")
                 sample = Sample(**{name: row[name] for name in _FIELDS})
             except ValueError as error:
                 raise ConfigError(
@@ -141,16 +143,11 @@ class Store:
     def _spent_before(self) -> dict[str, float]:
         note = self.folder / "spent.json"
         try:
-            recorded = json_file.read(note, missing={})
-            json_file.check(recorded, dict.fromkeys(recorded, (int, float)))
-            wrong = [name for name, value in recorded.items() if not 0 <= value < math.inf]
-            if wrong:
-                raise ValueError(f"{wrong[0][:40]}: {recorded[wrong[0]]} is no amount")
+            return json_file.amounts(json_file.read(note, missing={}))
         except ValueError as error:
             raise ConfigError(
                 f"{note}: {error}: it says what was spent on the samples: mend or remove it"
             ) from error
-        return {name: float(value) for name, value in recorded.items()}
 
     def missing(self, name: str, count: int) -> list[tuple[int, int]]:
         """(first, how many) of each run of samples that a question still lacks.

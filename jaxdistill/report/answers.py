@@ -14,7 +14,7 @@ from jaxdistill.safe import json_file
 
 PAGE = "answers.html"
 SAMPLES = 3  # questions answered right, and as many answered wrong
-_SHARE = dict.fromkeys(("value", "low", "high"), (int, float))
+_SHARE = ("value", "low", "high")
 _ROW = {"gold": str, "text": str, "question": str}
 Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
 
@@ -50,32 +50,34 @@ def _numbers(place: pathlib.Path) -> dict[str, typing.Any]:
     try:
         value = json_file.read(place / "tasks.json")
         return {task: _whole(row) for task, row in value.items()}
-    except ValueError:
-        pass
-    raise DataError(f"{place}: holds no tasks.json; `jaxdistill eval MODEL --tasks ... -o DIR`")
+    except ValueError as error:
+        raise DataError(
+            f"{place / 'tasks.json'}: cannot be shown: {error}: `jaxdistill eval MODEL --tasks ... "
+            "-o DIR` writes one"
+        ) from error
 
 
 def _whole(row: typing.Any) -> dict[str, typing.Any]:
     """The numbers of one task; what is not of its type, in a damaged file, is left out.
 
     Raises:
-      ValueError: if the share of right greedy answers is not there.
+      ValueError: if the share of right greedy answers is not there, or a share is beyond 0 to 1.
     """
     json_file.check(row, {"greedy": dict})
-    json_file.check(row["greedy"], _SHARE)
     found = run_files.fields(row, {"greedy": dict, "questions": int})
-    unparsable = run_files.fields(row.get("unparsable"), _SHARE)
-    if len(unparsable) == len(_SHARE):
-        found["unparsable"] = unparsable
+    if not 0 <= found.get("questions", 0):
+        raise ValueError(f"its field 'questions' is {found['questions']}: must be 0 or more")
+    json_file.check_shares(row["greedy"], _SHARE)
+    if isinstance(row.get("unparsable"), dict):
+        json_file.check_shares(row["unparsable"], _SHARE)
+        found["unparsable"] = row["unparsable"]
     for name in ("maj_at", "pass_at"):
         shares = run_files.fields(row, {name: dict}).get(name, {})
-        if all(_is_share(k, share) for k, share in shares.items()):
+        if all(k.isdecimal() and isinstance(share, dict) for k, share in shares.items()):
+            for share in shares.values():
+                json_file.check_shares(share, _SHARE)
             found[name] = shares
     return found
-
-
-def _is_share(k: str, share: typing.Any) -> bool:
-    return k.isdecimal() and len(run_files.fields(share, _SHARE)) == len(_SHARE)
 
 
 def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.Section:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import typing
+from collections.abc import Iterable
 
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.report import json_lines
@@ -146,6 +147,15 @@ def fields(value: typing.Any, shape: json_file.Shape) -> dict[str, typing.Any]:
             json_file.check(found, {name: types})
             kept[name] = found[name]
     return kept
+
+
+def are_shares(value: typing.Any, names: Iterable[str]) -> bool:
+    """Whether the fields of an object are numbers from 0 to 1."""
+    try:
+        json_file.check_shares(value, names)
+    except ValueError:
+        return False
+    return True
 
 
 def _text(path: pathlib.Path, limit: int = _MAX_TEXT) -> str:

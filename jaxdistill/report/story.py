@@ -73,7 +73,7 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
 
 
 _STEP = {"kind": str, "status": str, "seconds": (int, float), "options": dict, "found": dict}
-_BAR = dict.fromkeys(("confidence", "accuracy", "share"), (int, float))
+_BAR = ("confidence", "accuracy", "share")
 
 
 def _step(entry: typing.Any) -> dict[str, typing.Any]:
@@ -88,7 +88,7 @@ def _rows(comparison: Mapping[str, typing.Any]) -> list[dict[str, typing.Any]]:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str):
             continue
         bars = run_files.as_list(row.get("reliability"))
-        whole = all(len(run_files.fields(bar, _BAR)) == len(_BAR) for bar in bars)
+        whole = all(run_files.are_shares(bar, _BAR) for bar in bars)
         rows.append(row | {"reliability": bars if whole else []})
     return rows
 

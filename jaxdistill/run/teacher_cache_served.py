@@ -21,6 +21,7 @@ from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.scored import Scored, Scorer
 from jaxdistill.run import changes, stored
 from jaxdistill.run.capture_progress import Progress
+from jaxdistill.safe import json_file
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +169,18 @@ def _unpacked(objects: Objects, name: str) -> dict[str, np.ndarray]:
 
 
 def _spent(objects: Objects, name: str) -> dict[str, float]:
-    """What was spent before."""
+    """What was spent before.
+
+    Raises:
+      DamagedError: if that cannot be read.
+    """
     content = objects.get(catalog.PENDING + name)
-    try:
-        return {name: float(value) for name, value in json.loads(content or b"{}").items()}
-    except (ValueError, AttributeError, TypeError):
+    if content is None:
         return {}
+    try:
+        return json_file.amounts(json_file.parse(content))
+    except ValueError as error:
+        raise DamagedError(
+            f"{objects.place}: damaged: {catalog.PENDING}{name}: {error}: it says what was spent "
+            "on the answers: mend or remove it"
+        ) from error

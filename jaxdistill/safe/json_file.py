@@ -1,15 +1,18 @@
 """The one reader of small JSON files: a value of the shape that is asked for, or one message."""
 
 import json
+import math
 import pathlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxdistill.errors import DamagedError, UserError
 from jaxdistill.safe import strict_json
 
 MAX_BYTES = 100_000_000  # far above what any of them has; far below what memory has
+
+_ROUNDING = 1e-6  # by which a share of sums in float32 may be beyond its range
 
 Shape = Mapping[str, type | tuple[type, ...]]
 
@@ -71,6 +74,24 @@ def check(value: Any, shape: Shape) -> None:
         if wrong or not isinstance(found, allowed):
             names = " or ".join(one.__name__ for one in allowed)
             raise ValueError(f"its field {name!r} is no {names}")
+
+
+def check_shares(value: Any, names: Iterable[str]) -> None:
+    """Raises ValueError where one of the fields is no share: a number from 0 to 1."""
+    for name in names:
+        check(value, {name: (int, float)})
+        if not -_ROUNDING <= value[name] <= 1 + _ROUNDING:
+            raise ValueError(f"its field {name!r} is {value[name]!r:.40}: must be from 0 to 1")
+
+
+def amounts(value: Any) -> dict[str, float]:
+    """The object's numbers, none of them negative; ValueError where that is not so."""
+    check(value, {})
+    check(value, dict.fromkeys(value, (int, float)))
+    for name, number in value.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name[:40]}: {number!r:.40} is no amount")
+    return {name: float(number) for name, number in value.items()}
 
 
 def _bytes(path: pathlib.Path) -> bytes:

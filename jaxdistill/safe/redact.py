@@ -4,6 +4,7 @@ secret_rules.toml has what the keys of many services look like; the patterns her
 the names in front of them, and common beginnings of keys whatever follows.
 """
 
+import base64
 import functools
 import os
 import pathlib
@@ -16,41 +17,56 @@ _SHORTEST = 12  # characters of a value of the environment that can be told from
 # Every part is bounded: a hostile text must not be able to make the search take for ever.
 _NAME = (
     r"(?:secret|passw(?:or)?d|passphrase|mysql_pwd|credentials?"
-    r"|(?:api|access|account|private|encryption|signing|auth)[_-]?key"
-    r"|(?:api|auth|access|hf|refresh|session|bearer|bot|private|personal|oauth)[_-]?token)"
+    r"|(?:api|access|account|private|encryption|signing|auth|subscription)[_-]?key"
+    r"|(?:api|auth|access|hf|refresh|session|bearer|bot|private|personal|oauth|security)[_-]?token"
+    r"|(?<![a-z])id[_-]?token)"
 )
-_QUOTE = r"(?P<quote>[\"'])?"
-_VALUE = r"(?(quote)[^\"'\n]{1,1000}|[^\s\"',}&]+)"
+# A text within a text has its quotes escaped: such a value ends at the next backslash.
+_QUOTE = r"(?:(?P<escaped>\\{1,4}[\"'])|(?P<quote>[\"']))?"
+_VALUE = (
+    r"(?(escaped)[^\"'\\\n]{1,1000}"
+    r"|(?(quote)(?:\\.|(?!(?P=quote))[^\\\n]){1,1000}|[^\s\"',}&]+))"
+)
 _BEGINNINGS = (
     r"hf_|api_org_|sk-|sk_live_|rk_live_|sk_test_|gh[opsur]_|github_pat_|gl(?:pat|dt|rt|ft|soat|cbt|ptt|agent|imt|oas)-|npm_|pypi-"
     r"|xox[a-z]-|xapp-|AKIA|ASIA|AIza|ya29\.|SG\.|dop_v1_|doo_v1_|hv[sb]\.|dckr_pat_|whsec_"
     r"|sntry[su]_|lin_api_|shp(?:at|ss|ca|pa)_|r8_|gsk_|nvapi-|PMAK-|SK(?=[0-9a-f]{32})"
+    r"|xai-|pplx-|csk-|tgp_v1_|tvly-|lsv2_|wandb_v1_"
 )
 _SECRETS = (
     # By name: an option, a field, a header, a part of an address, a line of .netrc.
-    rf"(?i:(--(?=\w)[\w-]{{0,40}}{_NAME}\s{{1,9}}|{_NAME}[\"']?\s{{0,9}}(?:=>|:=|[:=])\s{{0,9}}"
+    rf"(?i:(--(?=\w)[\w-]{{0,40}}{_NAME}\s{{1,9}}|--(?:token|pass|pwd)(?:=|\s{{1,9}})"
+    rf"|{_NAME}(?:\\{{0,4}}[\"'])?\s{{0,9}}(?:=>|:=|[:=])\s{{0,9}}"
+    r"|\b(?:\w{0,40}_)?(?:db|user|admin|root|smtp|mail|ftp|redis|pg|mysql|mongo|ssh|login)_?(?:pass|pwd)"
+    r"(?:\\{0,4}[\"'])?\s{0,9}[:=]\s{0,9}"
     r"|\bauthorization[\"']?\s{0,9}[:=]\s{0,9}[\"']?(?:(?:bearer|basic|digest|token|apikey)\s{1,9})?"
-    r"|\bbearer\s{1,9}(?=[\w.~+/=-]{16})|\bbasic\s{1,9}(?=[a-z0-9+/]{6,500}={1,2}(?![\w=]))"
+    r"|\bbearer\s{1,9}(?=[\w.~+/=-]{16})"
     r"|\"auth\"\s{0,9}:\s{0,9}(?=\"[a-z0-9+/]{8,500}=)"
     r"|\blogin\s{1,9}[^\s]{1,100}\s{1,9}password\s{1,9}"
     r"|\bclient-key-data:\s{0,9}|\bpwd\s{0,9}=\s{0,9}(?![/$~.\s])"
     rf"|[?&](?:token|key|sig|signature|x-amz-signature)=){_QUOTE}{_VALUE})",
     # By a word that is often plain: as a variable of a shell, or where the value is a long number.
-    r"(\b[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)=)[^\s\"',}&]{6,1000}",
-    r"(?i:(\btoken[\"']?\s{0,9}[:=]\s{0,9}[\"']?)(?=[a-z_-]{0,100}[0-9])[a-z0-9_.~+/=-]{16,1000})",
+    r"(\b[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)=)(?=[\"'\\]{0,5}[^\s\"',}&\\]{6})"
+    rf"{_QUOTE}{_VALUE}",
+    r"(?i:(\b(?:\w{0,40}_)?token(?:\\{0,4}[\"'])?\s{0,9}[:=]\s{0,9}(?:\\{0,4}[\"'])?)"
+    r"(?=[a-z_-]{0,100}[0-9])[a-z0-9_.~+/=-]{16,1000})",
     # By the option of a command.
     r"(?i:(\bcurl\b[^\n]{0,200}?\s(?:-u|--user)\s{0,3})[^\s:]{1,100}:(?!//)[^\s]{1,200})",
     r"(\b(?:mysql(?:dump|admin)?|sshpass|docker login)\b[^\n]{0,200}?\s-p\s{0,3})[^\s]{1,200}",
     r"(?i:(\b(?:set-)?cookie\s{0,9}:\s{0,9})[^\r\n\"']{1,5000})",
+    r"(?i:(\bwandb\s{1,9}login\s{1,9}(?:--\S{1,60}\s{1,9}){0,9})[\w-]{16,200})",
     # By its looks.
+    r"()\bAT[AC]TT3[\w=-]{16,}",  # Atlassian's
     rf"()\b(?:{_BEGINNINGS})[A-Za-z0-9_.-]{{16,}}",
     r"()(?<![\w-])eyJ[\w-]{5,5000}\.[\w-]{5,5000}(?:\.[\w-]{0,5000})?",
     r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----[^-]{0,20000}"
     r"(?:-----END [A-Z0-9 ]{0,60}-----)?",
     r"()\b[0-9]{8,10}:AA[\w-]{33}(?![\w-])",  # Telegram's
     r"()\b[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])",  # Discord's
-    r"()(?<=://)[^\s/:@]{0,100}:[^\s/@]{1,200}(?=@)",
+    r"()(?<=://)[^\s/:@]{0,100}:[^\s/]{1,200}(?=@)",
+    r"()(?<=://)(?=[^\s/:@]{0,200}[0-9])[^\s/:@]{16,500}(?=@)",
 )
+_BASIC = re.compile(r"(?i:(\bbasic\s{1,9}[\"']?))([\w+/-]{6,1000}={0,2})(?![\w=])")
 _VARIABLE = re.compile(r"(?i)(?:^|_)(?:key|token|secret|passw(?:or)?d|credentials?)$|api_?key")
 _learnt: set[str] = set()
 
@@ -78,13 +94,24 @@ def redact(text: str) -> str:
             text = rule.pattern.sub(rule.hide, text)
     for pattern in _patterns():
         text = pattern.sub(_hide, text)
-    return text
+    return _BASIC.sub(_hide_basic, text)
 
 
 def _hide(match: re.Match[str]) -> str:
     """What stands for a secret: what names it, and a quote that opens it, stay."""
-    quote = match.groupdict().get("quote") or ""
+    groups = match.groupdict()
+    quote = groups.get("quote") or groups.get("escaped") or ""
     return f"{match[1] or ''}{quote}{_SHOWN}"
+
+
+def _hide_basic(match: re.Match[str]) -> str:
+    """A word after "basic" is a name and a password where it says so in base 64."""
+    letters = match[2].rstrip("=")
+    try:
+        told = base64.b64decode(letters + "=" * (-len(letters) % 4), altchars=None).decode()
+    except ValueError:
+        return match[0]
+    return f"{match[1]}{_SHOWN}" if ":" in told and told.isprintable() else match[0]
 
 
 class _Rule(NamedTuple):

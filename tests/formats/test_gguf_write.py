@@ -1,6 +1,7 @@
 """GGUF files that we write: read back to the bit, tokenizer and template included; refusals."""
 
 import dataclasses
+import os
 import pathlib
 import re
 
@@ -14,6 +15,7 @@ from jaxdistill.formats import gguf, gguf_tokenizer, gguf_write
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.models.rope import Rope
+from jaxdistill.safe import beside, manifest
 from tests.models import oracle
 
 pytest.importorskip("gguf")
@@ -165,3 +167,27 @@ def test_the_table_of_families_says_what_is_built():
     read = {"mistral", *gguf.ARCHITECTURES}  # the architecture llama with a window
     assert {family for family, yes, _ in rows if yes} == read
     assert {family for family, _, yes in rows if yes} == set(gguf_write.WRITTEN)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, caplog):
+    left = tmp_path / ".model.gguf-0123456789ab"  # of a killed export
+    (left / beside.CONTENT).mkdir(parents=True)
+    (left / beside.CONTENT / "model.gguf").write_bytes(b"GGUF")
+    (left / "LOCK").touch()
+    order, replace, sync = [], os.replace, manifest.sync
+
+    def synced(path):
+        order.append((path.name, [one.suffix for one in tmp_path.iterdir()]))
+        sync(path)
+
+    def moved(source, target):
+        order.append(os.fspath(target))
+        replace(source, target)
+
+    monkeypatch.setattr(manifest, "sync", synced)
+    monkeypatch.setattr(os, "replace", moved)
+    file = gguf_write.save(model(), tmp_path / "model.gguf")
+    (name, before), target, (_, after) = order
+    assert name == file.name and target == str(file) and after.count(".gguf") == 1
+    assert len(before) == 1 and ".gguf" not in before  # nothing that a reader takes for a file
+    assert list(tmp_path.iterdir()) == [file] and str(left) in caplog.text

@@ -1,8 +1,8 @@
 """Model folders that we write carry checksums: every changed bit is found when they are read."""
 
 import json
+import os
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +10,7 @@ from jaxdistill import models
 from jaxdistill.errors import DamagedError
 from jaxdistill.formats import new_folder, sums
 from jaxdistill.models import DecoderConfig
+from jaxdistill.safe import manifest
 
 SMALL = DecoderConfig(
     family="llama",
@@ -81,11 +82,23 @@ def test_a_renewed_folder_is_replaced_only_by_another(tmp_path):
 
 
 def test_a_folder_with_a_note_appears_in_one_move(model, tmp_path, monkeypatch):
+    place, seen, rename = tmp_path / "model", [], os.rename
+
+    def watched(source, target):
+        rename(source, target)
+        if target == place:  # a process killed here has left this
+            seen.append({path.name for path in place.iterdir()})
+
+    monkeypatch.setattr(os, "rename", watched)
+    models.save(model, place, notes={"pruning.json": json.dumps({})})
+    assert seen == [{path.name for path in place.iterdir()}]
+    assert {"pruning.json", sums.FILE, "config.json", "model.safetensors"} <= seen[0]
+    assert "pruning.json" in manifest.read(place, sums.FILE)["files"]
+
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sums, "seal", fail)
     with pytest.raises(ValueError, match="nothing was left there"):
-        models.save(model, tmp_path / "model", notes={"pruning.json": json.dumps({})})
-    assert not list(tmp_path.iterdir())
-    assert jnp.isfinite(model.params["embedding"]).all()
+        models.save(model, tmp_path / "other", notes={"pruning.json": json.dumps({})})
+    assert list(tmp_path.iterdir()) == [place]

@@ -73,3 +73,15 @@ def test_a_table_is_read_by_the_whole_problem(tmp_path, monkeypatch):
     assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 5, 2) != entry
     assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 9, 1) != entry
     tiling._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"a": {}}', '{"a": {"columns": 64, "stages": 4, "split": true}}',
+     '{"a": {"columns": 64, "stages": 4, "split": 1}, "a": {"columns": 64, "stages": 4}}',
+     '{"a": {"columns": 65, "stages": 4, "split": 1}}', "[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_table_is_one_message(text, tmp_path):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ConfigError, match="not a table of tilings"):
+        tiling.load(tmp_path / "table.json")

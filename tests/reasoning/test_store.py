@@ -50,6 +50,12 @@ def test_another_configuration_or_damage_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="samples.jsonl:1: is no sample"):
         Store(tmp_path, {"task": "x", "n": 1})
 
+    for name in ("sample", "tokens"):
+        row = dataclasses.replace(_sample("q", 0), **{name: -1}).json()
+        (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ConfigError, match=f"'{name}' is negative"):
+            Store(tmp_path, {"task": "x", "n": 1})
+
 
 def test_a_damaged_note_is_named(tmp_path):
     Store(tmp_path, {"task": "x"}).close()

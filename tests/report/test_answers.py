@@ -54,5 +54,27 @@ def test_without_votes_there_is_no_curve(tmp_path):
     page = answers.write_answers([place]).read_text()
     assert "<svg" not in page and "50.0% [40.0%, 60.0%]" in page
     (place / "tasks.json").write_text("[]")
-    with pytest.raises(DataError, match="holds no tasks.json"):
+    with pytest.raises(DataError, match="tasks.json: cannot be shown: .*no JSON object"):
         answers.write_answers([place])
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("greedy", "value"), 1.5),
+        (("greedy", "low"), -0.1),
+        (("unparsable", "high"), 7),
+        (("maj_at", "5", "value"), 50),
+        (("pass_at", "30", "value"), -3),
+    ],
+)
+def test_a_share_beyond_its_range_is_refused(tmp_path, place, value):
+    folder = _folder(tmp_path / "one", 0.5)
+    numbers = json.loads((folder / "tasks.json").read_text())
+    node = numbers["sums?x=1"]
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    (folder / "tasks.json").write_text(json.dumps(numbers))
+    with pytest.raises(DataError, match=f"'{place[-1]}' is {value}.*must be from 0 to 1"):
+        answers.write_answers([folder])

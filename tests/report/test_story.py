@@ -91,6 +91,15 @@ def test_sentences_name_what_is_worse_and_what_is_missing():
     assert story.contrasted(rows, "KD", "other") == []
 
 
+def test_bars_that_are_no_shares_are_left_out():
+    bar = {"confidence": 0.5, "accuracy": 0.4, "share": 1.0}
+    for name in bar:
+        for value in (-0.1, 1.1, None):
+            rows = [{"name": "a", "reliability": [bar, bar | {name: value}]}]
+            assert story._rows({"rows": rows})[0]["reliability"] == []
+    assert story._rows({"rows": [{"name": "a", "reliability": [bar]}]})[0]["reliability"] == [bar]
+
+
 def test_pictures_that_have_nothing_to_show_are_left_out():
     assert diagrams.reliability([{"name": "a"}], "x") is None
     assert diagrams.pareto([row("a", 0.1, 10, 1.0)], "x") is None

@@ -10,7 +10,7 @@ pytest.importorskip("openai", reason="needs the extra api")
 from jaxdistill import commands
 from jaxdistill.data.teacher_cache import catalog, formats
 from jaxdistill.data.teacher_cache.store import Store
-from jaxdistill.errors import ConfigError, MismatchError, ModelError
+from jaxdistill.errors import ConfigError, DamagedError, MismatchError, ModelError
 from jaxdistill.run import participants, setup, teacher_cache, teacher_cache_served, texts
 from tests.reasoning import scoring_server
 
@@ -100,6 +100,13 @@ def test_answers_within_a_part_are_kept_too(asking, server, tmp_path):
     with pytest.raises(ModelError):
         asking()
     server.spoil, before = (lambda told: told), len(server.asked)
+    bill = tmp_path / "c" / catalog.PENDING / "spent.json"
+    paid = bill.read_text()
+    for text in ('{"requests": NaN}', '{"cost": -1}', "{", '{"cost": 1, "cost": 0}'):
+        bill.write_text(text)
+        with pytest.raises(DamagedError, match="spent.json: .*mend or remove it"):
+            asking()
+    bill.write_text(paid)
     assert asking()["whole"] and len(server.asked) == before + 1
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jaxdistill.data.teacher_cache import parts
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.errors import ConfigError, DamagedError, MismatchError
+from jaxdistill.safe import json_file
 
 MANIFEST = "manifest.json"
 IDENTITY = "identity.json"  # written first: whose answers the parts are
@@ -50,9 +51,9 @@ def read_identity(objects: Objects) -> dict[str, Any]:
             "`jaxdistill teacher cache CONFIG -o DIR` asks for them"
         )
     try:
-        found = json.loads(content)
-        assert isinstance(found["identity"], dict) and isinstance(found["notes"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        found = json_file.parse(content)
+        json_file.check(found, {"identity": dict, "notes": dict})
+    except ValueError as error:
         raise DamagedError(f"{objects.place}: damaged: {IDENTITY} is no identity") from error
     return found
 
@@ -152,10 +153,11 @@ def read(objects: Objects) -> dict[str, Any]:
             "cache` again, it goes on where it was"
         )
     try:
-        sealed = json.loads(stored)
+        sealed = json_file.parse(stored)
+        json_file.check(sealed, {"content": dict, "sha256": str})
         content = sealed["content"]
         intact = sealed["sha256"] == _digest(content)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedError(f"{objects.place}: damaged: {MANIFEST} is no manifest") from error
     if not intact:
         raise DamagedError(f"{objects.place}: damaged: {MANIFEST} has another digest")

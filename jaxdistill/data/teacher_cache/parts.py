@@ -12,6 +12,7 @@ from jaxdistill.data.teacher_cache.formats import Format, pack_ids
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.segments import KEY_BYTES, Key
 from jaxdistill.errors import DamagedError
+from jaxdistill.safe import json_file
 
 FOLDER = "parts/"
 NOTE = "part.json"
@@ -104,9 +105,9 @@ def note(objects: Objects, name: str) -> dict[str, Any]:
     path = f"{FOLDER}{name}/{NOTE}"
     content = objects.get(path)
     try:
-        found = json.loads(content or b"")
-        assert {"segments", "rows", "objects"} <= found.keys()
-    except (ValueError, AttributeError, AssertionError, RecursionError) as error:
+        found = json_file.parse(content or b"")
+        json_file.check(found, {"segments": int, "rows": int, "objects": dict})
+    except ValueError as error:
         raise DamagedError(f"{objects.place}: damaged: {path} is no note of a part") from error
     return found
 

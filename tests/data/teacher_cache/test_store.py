@@ -262,3 +262,33 @@ def test_the_manifest_is_strict(tmp_path):
     (place / catalog.MANIFEST).write_text(json.dumps(sealed))
     with pytest.raises(DamagedError, match="another digest"):
         Store(str(place))
+
+
+@pytest.mark.parametrize("damage", ["empty", "list", "twice", "nan", "deep", "latin", "type"])
+def test_a_damaged_note_is_one_message(damage, tmp_path):
+    place = tmp_path / "c"
+    fill(place, {"train": dataset(TEXTS)})
+    part = sorted(parts.whole(Objects(str(place))))[0]
+    readers = {
+        catalog.IDENTITY: lambda: catalog.read_identity(Objects(str(place))),
+        catalog.MANIFEST: lambda: catalog.read(Objects(str(place))),
+        f"{parts.FOLDER}{part}/{parts.NOTE}": lambda: parts.note(Objects(str(place)), part),
+    }
+    for name, read in readers.items():
+        read()
+        good = (place / name).read_bytes()
+        first = next(iter(json.loads(good)))
+        (place / name).write_bytes(
+            {
+                "empty": b"",
+                "list": b"[]",
+                "twice": good.replace(b"{", b'{"%s": 0, ' % first.encode(), 1),
+                "nan": good.replace(b"{", b'{"x": NaN, ', 1),
+                "deep": b"[" * 100_000,
+                "latin": b"\xff\xfe{}",
+                "type": json.dumps(dict.fromkeys(json.loads(good), 7)).encode(),
+            }[damage]
+        )
+        with pytest.raises(DamagedError, match=f"damaged: {name}"):
+            read()
+        (place / name).write_bytes(good)
