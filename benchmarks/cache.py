@@ -1,18 +1,24 @@
 """A teacher that is asked once beside the one that runs: time, memory, bytes, and what it costs.
 
-    python -m benchmarks.cache --save cache_times                  # on a machine that does no more
+    python -m benchmarks.cache --save cache_smollm2                # times, memory, bytes
     python -m benchmarks.cache --quality --save cache_quality      # three seeds of 100 steps
+    python -m benchmarks.cache --draws --save cache_draws          # 200,000 draws against p
+    python -m benchmarks.cache --plan tpu:v5e:4x4 tpu:v5p:2x2x4 --save cache_plan
     python -m benchmarks.cache --tiny                              # random models, no claim
 
-The quickstart's models: SmolLM2-135M-Instruct and 22 of its 30 layers, on the documentation inside
-the installed Python, as many documents of it as the steps read. Each form's step runs in turn with
-the online one's, in one process each; memory is the high-water mark behind compilation. `--quality`
-measures held-out KL to the teacher and agreement with the teacher online, whatever trained it.
+The quickstart's models, SmolLM2-135M-Instruct and 22 of its 30 layers, learn the beginnings of
+documents inside the installed Python. Each form's step runs in turn with the online one's, in one
+process each; memory is the high-water mark behind compilation. `--quality` trains a smaller
+student, 8 of the 30 layers, by the divergence alone on half the rows a step, and measures held-out
+KL to the teacher and agreement with the teacher online, whatever trained it.
+`--plan` compiles the step of an 8B teacher and a 1B student for devices that are described.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -30,6 +36,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "sampled 50": {"format": "sampled", "k": 50},
 }
 TIMED = ("hidden", "topk 64", "sampled 50")
+KEYS = {"kl": "eval/kl_t1", "agreement": "eval/agree_top1", "ce": "eval/ce", "ece": "eval/ece"}
+KEPT = 1600  # characters of a document: about three rows
+# Of --quality: so small that 21 trainings take minutes.
+SMALL = ("student.layers=[0, 1, 2, 3, 26, 27, 28, 29]", "train.batch_size=2", "method.alpha=0.0")
 TINY = (
     "teacher={random: {layers: 4, embed: 64, mlp: 128, heads: 4}, dtype: float32}",
     "student={random: {layers: 2, embed: 64, mlp: 128, heads: 4}, compute_dtype: float32}",
@@ -40,9 +50,12 @@ TINY = (
 def main() -> None:
     """Captures every form, then times or trains."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quality", action="store_true", help="train and measure, do not time")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--quality", action="store_true", help="train and measure, do not time")
+    kinds.add_argument("--draws", action="store_true", help="compare draws with probabilities")
+    kinds.add_argument("--plan", nargs="+", metavar="TARGET", help="compile the step, run nothing")
     parser.add_argument("--tiny", action="store_true", help="random models, to see that it runs")
-    parser.add_argument("--documents", type=int, default=400, help="of the training text")
+    parser.add_argument("--documents", type=int, default=70, help="of the training text")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=9)
@@ -53,34 +66,48 @@ def main() -> None:
     if options.worker:
         return _worker(options.worker, options.folder, options)
     if options.tiny:
-        options.documents, options.steps, options.rounds = 12, 3, 2
+        options.documents, options.steps, options.rounds = 4, 3, 2
         options.seeds = options.seeds[:1]
+    if options.draws:
+        return _keep(options, _draws())
+    if options.plan:
+        return _keep(options, {target: _planned(target) for target in options.plan})
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         _texts(folder, options.documents)
-        stored = {form: _capture(form, folder, options) for form in FORMS}
-        result: dict[str, Any] = {"documents": options.documents, "stored": stored}
+        result: dict[str, Any] = {"documents": options.documents, "stored": {}}
+        result["load_before"] = os.getloadavg()
+        for form in FORMS if options.quality else TIMED:
+            result["stored"][form] = _capture(form, folder, options)
+            _keep(options, result)
         if options.quality:
-            result["quality"] = _quality(folder, options)
+            _quality(folder, options, result)
         else:
-            result["times"] = {form: _timed(form, folder, options) for form in TIMED}
-    print(json.dumps(result, indent=1))
-    if options.save:
-        print(duel.save(options.save, result))
+            result["times"] = {}
+            for form in TIMED:
+                result["times"][form] = _timed(form, folder, options)
+                _keep(options, result)
     return None
 
 
+def _keep(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Prints what was found so far, and saves it: what is cut short has left that much."""
+    print(json.dumps(result, indent=1), flush=True)
+    if options.save:
+        print(duel.save(options.save, result), flush=True)
+
+
 def _texts(folder: pathlib.Path, documents: int) -> None:
-    """So many documents of each part of the documentation, as JSON Lines."""
+    """The beginnings of so many documents of each part of the documentation, as JSON Lines."""
     from jaxdistill.data.records import Rejected
     from jaxdistill.data.sources import open_source
 
-    for name, split, count in (("train", "train", documents), ("eval", "held_out", 24)):
+    for name, split, count in (("train", "train", documents), ("eval", "held_out", 8)):
         records = []
         for record in open_source(f"python:docs?split={split}"):
             if isinstance(record, Rejected):
                 continue
-            records.append(json.dumps({"text": record.texts[0]}))
+            records.append(json.dumps({"text": record.texts[0][:KEPT]}))
             if len(records) == count:
                 break
         (folder / f"{name}.jsonl").write_text("\n".join(records) + "\n")
@@ -90,7 +117,7 @@ def _config(folder: pathlib.Path, options: argparse.Namespace, form: str, *more:
     from jaxdistill import config
 
     data = [f"data.{n}=[{{path: {folder}/{n}.jsonl}}]" for n in ("train", "eval")]
-    models = TINY if options.tiny else ()
+    models = TINY if options.tiny else (SMALL if options.quality else ())
     teacher = [] if form == "online" else [f"teacher.cache={folder / form.replace(' ', '')}"]
     run = ["eval.compare=false", "eval.samples=0", f"data.cache_dir={folder}/rows"]
     steps = f"train.steps={options.steps}"
@@ -100,8 +127,9 @@ def _config(folder: pathlib.Path, options: argparse.Namespace, form: str, *more:
 
 
 def _capture(form: str, folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Asks the teacher; seconds with compilation, and what lies on the disk."""
+    """Asks the teacher, loading and compiling it too; and what lies on the disk."""
     from jaxdistill import api, commands
+    from jaxdistill.data.teacher_cache import catalog
     from jaxdistill.data.teacher_cache.store import Store
 
     place = folder / form.replace(" ", "")
@@ -114,11 +142,13 @@ def _capture(form: str, folder: pathlib.Path, options: argparse.Namespace) -> di
     for entry in range(len(store)):
         store.reading(entry)()
     read = time.perf_counter() - began
-    arrays = sum(size for name, (size, _) in store.content["objects"].items() if "/c/" in name)
+    sizes = {name: size for name, (size, _) in store.content["objects"].items()}
+    arrays = sum(size for name, size in sizes.items() if not name.startswith(catalog.TEACHER))
     return {
         "positions": found["positions"],
         "bytes_per_token_raw": found["bytes_per_token"],
         "bytes_per_token_on_disk": arrays / found["positions"],
+        "teacher_bytes": sum(sizes.values()) - arrays,
         "captured_per_second": found["positions"] / seconds,
         "read_per_second": found["positions"] / read,
     }
@@ -177,38 +207,160 @@ def _worker(form: str, folder: pathlib.Path, options: argparse.Namespace) -> Non
     duel.serve(step, facts)
 
 
-def _quality(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
+def _quality(folder: pathlib.Path, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Held-out KL and agreement by what trained the student: mean and deviation over seeds."""
     from jaxdistill import api, commands
 
-    kinds = {"online": (), "sft": ("method={name: sft}",)} | {form: () for form in FORMS}
-    rows: dict[str, Any] = {}
-    for kind, more in kinds.items():
-        found = []
-        for seed in options.seeds:
+    measured: dict[str, list[dict[str, float]]] = {}
+    for seed in options.seeds:
+        for kind in ("online", "sft", *FORMS):
             run = folder / f"run-{kind.replace(' ', '')}-{seed}"
-            form = "online" if kind in ("online", "sft") else kind
-            own = (f"run.dir={run}", f"seed={seed}", "train.eval_every=null")
-            api.train(_config(folder, options, form, *own, *more))
+            more = [f"run.dir={run}", f"seed={seed}", "train.eval_every=null"]
+            if kind == "sft":
+                more += ["method={name: sft}"]
+            config = _config(folder, options, "online" if kind == "sft" else kind, *more)
+            api.train(config)
             if options.tiny:
                 continue  # a random teacher is no model that `eval` could name
             section = commands.Evaluate(
-                data=(str(folder / "eval.jsonl"),),
-                teacher=_config(folder, options, "online").teacher.source,
-                seq_len=128,
+                data=(str(folder / "eval.jsonl"),), teacher=config.teacher.source, seq_len=128
             )
-            found.append(api.evaluate(f"{run}@latest", section))
-        keys = {"kl": "eval/kl_t1", "agreement": "eval/agree_top1", "ece": "eval/ece"}
-        rows[kind] = {
+            found = api.evaluate(f"{run}@latest", section)
+            measured.setdefault(kind, []).append({name: found[key] for name, key in KEYS.items()})
+            shutil.rmtree(run)
+            result["seeds"], result["quality"] = options.seeds, _spread(measured)
+            result["each"] = measured
+            _keep(options, result)
+
+
+def _spread(measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds that are there."""
+    deviation = lambda values: statistics.stdev(values) if len(values) > 1 else None
+    return {
+        kind: {
             name: {
-                "mean": statistics.mean(one[key] for one in found),
-                "deviation": statistics.stdev(one[key] for one in found) if found[1:] else 0.0,
+                "mean": statistics.mean(one[name] for one in found),
+                "deviation": deviation([one[name] for one in found]),
+                "seeds": len(found),
             }
-            for name, key in keys.items()
-            if found
+            for name in KEYS
         }
-        print(kind, rows[kind], flush=True)
-    return rows
+        for kind, found in measured.items()
+    }
+
+
+def _draws(count: int = 200_000) -> dict[str, Any]:
+    """How far draws as they are stored are from the distribution, in standard deviations.
+
+    A share c/N of N draws has the standard deviation sqrt(p (1 - p) / N). The loss is the mean of
+    -log q over the draws, and its gradient by the logits is q - c/N: both are compared with their
+    values of p itself, in float64.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxdistill.data.teacher_cache import formats
+    from jaxdistill.evaluate import answers_to_store
+    from jaxdistill.types import Outputs
+
+    random = np.random.default_rng(0)
+    four = np.log([0.187969, 0.510952, 0.093342, 0.207737])
+    result: dict[str, Any] = {"draws": count}
+    for name, logits in {
+        "4 tokens": four,
+        "49,152 tokens": 2.5 * random.normal(size=49_152),
+    }.items():
+        vocab = len(logits)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        q = np.exp(0.7 * logits - (0.7 * logits).max())
+        q /= q.sum()
+        # N of a position is bounded: as many positions of one distribution as it takes.
+        rows, each = (count // 50_000, 50_000)
+        form = formats.choose("sampled", vocab=vocab, embed=1, k=each, seed=1)
+        outputs = Outputs(
+            jnp.ones((1, rows, 1), jnp.float32), jnp.asarray(logits[:, None], jnp.float32)
+        )
+        found = answers_to_store.of_outputs(
+            form,
+            outputs,
+            jnp.arange(rows, dtype=jnp.int32)[None],
+            jnp.full((1, rows), 7, jnp.uint32),
+        )
+        flat = {key: np.asarray(a).reshape(rows, *a.shape[2:]) for key, a in found.items()}
+        stored = answers_to_store.finish(form, flat)
+        drawn = np.zeros(vocab, np.int64)
+        np.add.at(drawn, formats.unpack_ids(stored["ids"]).ravel(), stored["counts"].ravel())
+        share, sigma = drawn / count, np.sqrt(p * (1 - p) / count)
+        usual = count * p >= 10
+        rare = {"share": share[~usual].sum(), "mass": p[~usual].sum()}
+        loss, exact = -(share * np.log(q)).sum(), -(p * np.log(q)).sum()
+        spread = np.sqrt(((p * np.log(q) ** 2).sum() - exact**2) / count)
+        off = np.abs(share - p) / sigma
+        result[name] = {
+            "all_counted": bool(drawn.sum() == count),
+            "compared_alone": int(usual.sum()),
+            "beyond_3_sigma": float((off[usual] > 3).mean()),
+            "most_sigma": float(off[usual].max()),
+            "chi_square_per_token": float((off[usual] ** 2).mean()),
+            "rare_sigma": float(abs(rare["share"] - rare["mass"]) / np.sqrt(rare["mass"] / count))
+            if rare["mass"]
+            else 0.0,
+            "loss": float(loss),
+            "loss_of_p": float(exact),
+            "loss_sigma": float(abs(loss - exact) / spread),
+            "shares": [float(x) for x in share] if vocab == 4 else None,
+        }
+    return result
+
+
+def _planned(target: str) -> dict[str, Any]:
+    """The step of Llama-3.1-8B to 1B with its teacher in it, and with what each format stores."""
+    from jaxdistill import config
+    from jaxdistill.plan import search
+
+    file, plain = ROOT / "configs" / "plan_llama3_8b_to_1b.yaml", "method.temperature=1.0"
+    online = config.load(file, [plain])
+    plans = {"online": search.plan(online, target)}
+    with tempfile.TemporaryDirectory() as folder:
+        for form in TIMED:
+            place = f"{folder}/{form.replace(' ', '')}"
+            _empty(place, online, FORMS[form])
+            plans[form] = search.plan(config.load(file, [plain, f"teacher.cache={place}"]), target)
+    result = {}
+    for name, plan in plans.items():
+        told = {
+            "floor_ms": 1e3 * plan["floor_seconds"],
+            "flops": plan["flops"],
+            "teacher_mib": plan["memory"]["arguments"]["teacher"] / 2**20,
+            "total_gib": plan["memory"]["total"] / 2**30,
+        }
+        for key in ("floor_seconds", "flops"):
+            told[f"{key}_ratio"] = plan[key] / plans["online"][key]
+        result[name] = told
+        print(target, name, told, flush=True)
+    return result
+
+
+def _empty(place: str, online: Any, asked: dict[str, Any]) -> None:
+    """A stored teacher that nobody asked anything yet, so that a step can be compiled for it."""
+    from jaxdistill.data.teacher_cache import catalog, formats
+    from jaxdistill.data.teacher_cache.objects import Objects
+    from jaxdistill.run import shapes, stored
+
+    teacher, student = shapes.of(online, False)
+    tokenizer = shapes.named_tokenizer(online, {"teacher": teacher, "student": student})
+    vocab, teacher = shapes.vocabulary(online, tokenizer), shapes.ended(teacher, tokenizer)
+    chosen = {("name" if key == "format" else key): value for key, value in asked.items()}
+    form = formats.choose(**chosen, vocab=vocab, embed=teacher.config.embed)
+    identity = {
+        **stored.words(tokenizer, vocab),
+        **stored.whose(online, teacher.config),
+        "format": form.facts(),
+    }
+    objects = Objects(place)
+    catalog.begin(objects, identity, {})
+    catalog.seal(objects)
 
 
 if __name__ == "__main__":
