@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,14 +18,31 @@ _log = logging.getLogger(__name__)
 
 # More held-out records than this share in the training data too, and the numbers mean nothing.
 MAX_SHARED = 0.1
+# Mark of byte order, spaces and joiners of no width, soft hyphen.
+_UNSEEN = "\ufeff\u200b\u200c\u200d\u2060\u00ad"
 
 
 def fingerprint_of(record: Record) -> int:
-    """64 bits of a hash of what a record says, whatever its file and its place in it."""
+    """64 bits of a hash of what a record says, however it is written.
+
+    White space, marks of byte order, compatible forms of characters (NFKC), the order of fields and
+    the shape of the record (text, prompt and completion, turns) do not count.
+    """
+    said = [_bare("".join(record.texts))]
     more = record.conversation
-    parts = [record.roles, record.texts, more and (more.fields, more.tools)]
-    text = json.dumps(parts, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    if more and (any(more.fields) or more.tools):
+        said.append(json.dumps([more.fields, more.tools], sort_keys=True))
+    digest = hashlib.blake2b("\0".join(said).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _bare(text: str) -> str:
+    """The characters of a text that are seen."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        for unseen in _UNSEEN:
+            text = text.replace(unseen, "")
+    return "".join(text.split())
 
 
 def split(sources: Sequence[Source], fraction: float) -> tuple[list[Source], list[Source]]:
@@ -101,7 +119,10 @@ def check(train: Dataset, held_out: Dataset) -> None:
     shared = int(np.isin(theirs, train.arrays["records"][:]).sum())
     if not shared:
         return
-    told = f"data.eval: {shared} of {len(theirs)} records are in data.train too"
+    told = (
+        f"data.eval: {shared} of {len(theirs)} records are in data.train too (blanks, line ends "
+        "and the shape of a record do not count)"
+    )
     if shared > MAX_SHARED * len(theirs):
         raise DataError(
             f"{told}: held-out data must not be trained on: take them out of one of the two, or "

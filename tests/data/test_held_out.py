@@ -1,5 +1,6 @@
 import gzip
 import json
+import unicodedata
 
 import pytest
 
@@ -80,3 +81,78 @@ def test_copies_of_the_training_data_are_no_held_out_data(jsonl, build, tmp_path
     caplog.clear()
     held_out.check(train, build(jsonl(rows(40, 60), "other.jsonl"), "eval"))
     assert not caplog.text
+
+
+CHATS = [(f"Frage {n}: Größe?", f"Wert {n} — ﬁx\n  x = {n}\n") for n in range(20)]
+COPIES = {
+    "trailing blanks": [{"prompt": q + " ", "completion": a + " \n\n"} for q, a in CHATS],
+    "line ends": [{"prompt": q, "completion": a.replace("\n", "\r\n")} for q, a in CHATS],
+    "marks of byte order": [{"prompt": "\ufeff" + q, "completion": a} for q, a in CHATS],
+    "tabs and wide blanks": [
+        {"prompt": q.replace(" ", "\u00a0"), "completion": a.replace("  ", "\t")} for q, a in CHATS
+    ],
+    "forms of characters": [
+        {name: unicodedata.normalize("NFD", text).replace("ﬁ", "fi") for name, text in one.items()}
+        for one in ({"prompt": q, "completion": a} for q, a in CHATS)
+    ],
+    "order and other fields": [{"id": a, "completion": a, "prompt": q} for q, a in CHATS],
+    "chats": [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in CHATS
+    ],
+    "chats of parts": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": q}]},
+                {"role": "assistant", "content": a, "weight": 1, "name": ""},
+            ]
+        }
+        for q, a in CHATS
+    ],
+    "ShareGPT": [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in CHATS
+    ],
+    "Alpaca": [{"instruction": q, "input": "", "output": a} for q, a in CHATS],
+    "conversational prompts": [
+        {
+            "prompt": [{"role": "user", "content": q}],
+            "completion": [{"role": "assistant", "content": a}],
+        }
+        for q, a in CHATS
+    ],
+    "texts": [{"text": q + a} for q, a in CHATS],
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_known_however_it_is_written(name, jsonl):
+    fingerprints = lambda rows, file: [
+        held_out.fingerprint_of(one) for one in open_source(jsonl(rows, file))
+    ]
+    original = fingerprints([{"prompt": q, "completion": a} for q, a in CHATS], "a.jsonl")
+    assert len(set(original)) == 20
+    assert fingerprints(COPIES[name], "b.jsonl") == original
+
+
+def test_records_that_say_other_things_are_no_copies(jsonl):
+    turn = lambda role, content, **more: {"role": role, "content": content, **more}
+    call = lambda n: {"type": "function", "function": {"name": "f", "arguments": {"n": n}}}
+    asked = turn("user", "how much?")
+    records = [
+        [asked, turn("assistant", "one")],
+        [asked, turn("assistant", "two")],
+        [asked, turn("assistant", "one", reasoning_content="because")],
+        [asked, turn("assistant", "one", tool_calls=[call(1)])],
+        [asked, turn("assistant", "one", tool_calls=[call(2)])],
+        [turn("system", "be brief"), asked, turn("assistant", "one")],
+    ]
+    source = open_source(jsonl([{"messages": one} for one in records]))
+    assert len({held_out.fingerprint_of(one) for one in source}) == len(records)
+
+
+def test_the_refusal_says_what_does_not_count(jsonl, build):
+    train = build(jsonl(rows(0, 40)), "train")
+    blanks = [{"text": one["text"] + " "} for one in rows(0, 40)]
+    with pytest.raises(DataError, match="40 of 40 .*blanks, line ends and the shape of a record"):
+        held_out.check(train, build(jsonl(blanks, "b.jsonl"), "eval"))
