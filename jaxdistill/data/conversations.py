@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxdistill.data import rules
+from jaxdistill.data import meaning, rules
 from jaxdistill.data.rules import Empty, Unlearned, Unusable, checked_text, mark_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -171,7 +171,10 @@ def _message(
             return message["role"], checked_text(content, f"content of {where}"), {}, None
     if not isinstance(message, Mapping):
         raise Unusable(f"wrong type: {where} must be an object, got {type(message).__name__}")
-    unread.update(f"messages.{name}" for name in message if name not in _READ)
+    for name in message:
+        if name not in _READ:
+            meaning.check(name, message[name], where, kind="messages")
+            unread.add(f"messages.{name}")
     if "role" not in message:
         raise Unusable(f"missing field `role` in {where}")
     role = message["role"]

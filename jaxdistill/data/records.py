@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.data import rules
+from jaxdistill.data import meaning, rules
 from jaxdistill.data.conversations import Conversation, parse_turns
 from jaxdistill.data.converters import CONVERTERS
 from jaxdistill.data.rules import Empty, Unlearned, Unusable, checked_text
@@ -25,14 +25,19 @@ SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca")
 _ALWAYS = (*rules.MARKS, *rules.REFUSED)
 _BESIDE = ("tools", "system", "chat_template_kwargs")
 # What would be missing in what the student reads, by kind: where it goes.
-_LOST: Mapping[str, Mapping[str, str]] = {
-    "completion": dict.fromkeys(("input", "context"), "write it into `prompt`")
+LOST: Mapping[str, Mapping[str, str]] = {
+    "completion": dict.fromkeys(
+        ("input", "context", "history", "system_prompt", "system_message"), "write it into `prompt`"
+    )
     | {"suffix": "write what stands before the completion into `prompt`"},
     "prompts": dict.fromkeys(("input", "context", "suffix"), "write it into `prompt`"),
     "alpaca": {"context": "write it as `input`"},
     "alpaca_prompt": {
         "context": "write it as `input`",
-        "history": "use `format: alpaca`, or write it into `instruction`",
+        **dict.fromkeys(
+            ("history", "system", "system_prompt", "system_message", "tools"),
+            "use `format: alpaca`, or write it into `instruction`",
+        ),
     },
 }
 # What is kept beside a prompt: for who judges answers, gives them context, or routes them.
@@ -124,9 +129,12 @@ def parse(
 
 def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) -> Record:
     if len(value) > len(KINDS[kind]):
-        unread.update(name for name in value if name not in READ[kind])
         rules.check_refused(value, "the record")
-        rules.check_refused(value, "the record", _LOST.get(kind, {}))
+        rules.check_refused(value, "the record", LOST.get(kind, {}))
+        for name in value:
+            if name not in READ[kind]:
+                meaning.check(name, value[name], "the record", kind=kind)
+                unread.add(name)
         if rules.mark_of(value, "the record") is False:
             raise Unusable(Unlearned("the record is marked as not learned"))
     if kind == "prompts":

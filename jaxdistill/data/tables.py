@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from jaxdistill.data.records import KINDS, READ, Rejected, kinds_of
+from jaxdistill.data import meaning
+from jaxdistill.data.records import KINDS, LOST, READ, Rejected, kinds_of
 from jaxdistill.errors import DataError
 
 _BATCH = 1024
@@ -28,9 +29,11 @@ def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> 
         found = ", ".join(names[:8])
         need = format if format != "auto" else "text, messages, or prompt and completion"
         raise DataError(f"{where}: has no columns for {need}: found {found}")
-    wanted = frozenset().union(*(READ[kind] for kind in kinds))
-    unread.update(name for name in names if name not in wanted)
-    return [name for name in names if name in wanted]
+    wanted = frozenset().union(*(READ[kind] | LOST.get(kind, {}).keys() for kind in kinds))
+    # What may have to be refused is read too: only its values show whether it must.
+    chosen = [name for name in names if name in wanted or meaning.may_matter(name)]
+    unread.update(name for name in names if name not in chosen)
+    return chosen
 
 
 def _numbered(batches: Iterable[Any]) -> Objects:

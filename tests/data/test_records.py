@@ -146,7 +146,9 @@ def test_what_changes_the_meaning_and_is_not_read_is_refused(value, reason):
     ("kind", "field", "remedy"),
     [("completion", "input", "write it into `prompt`"), ("completion", "suffix", "into `prompt`"),
      ("completion", "context", "write it into `prompt`"), ("alpaca", "context", "as `input`"),
-     ("alpaca_prompt", "history", "use `format: alpaca`")],
+     ("completion", "history", "into `prompt`"), ("completion", "system_prompt", "into `prompt`"),
+     ("alpaca_prompt", "history", "use `format: alpaca`"),
+     ("alpaca_prompt", "system", "use `format: alpaca`")],
 )  # fmt: skip
 def test_what_the_student_would_not_be_shown_is_refused(kind, field, remedy):
     names = ("prompt", "completion") if kind == "completion" else ("instruction", "output")
@@ -154,6 +156,60 @@ def test_what_the_student_would_not_be_shown_is_refused(kind, field, remedy):
     assert not isinstance(parse({**value, field: ""}, kind, 1), Rejected)
     reason = parse({**value, field: "b"}, kind, 1).reason
     assert f"`{field}` of the record" in reason and remedy in reason
+
+
+UNREAD_MARKS = (
+    ("loss_scale", 0.5), ("hasLoss", False), ("skip_loss", "true"), ("loss-mask", [0, 1]),
+    ("completion_mask", [1, 1]), ("train_on_inputs", False), ("shouldTrain", 0), ("trained", "no"),
+    ("is_trainable", True), ("learnable", 1), ("Weight", 0), ("token_weights", [0.1, 1]),
+    ("sample_weight", 3), ("freeze", True), ("ignore", 1),
+)  # fmt: skip
+NO_MARKS = (
+    ("train_step", 1), ("training_set", 0), ("loss_fn", "mse"), ("weight_kg", 70),
+    ("learning", "a"), ("skipper", 1), ("mask_token", "x"), ("id", 0), ("score", 1),
+    ("is_correct", True), ("trained", None), ("loss_scale", ""), ("label", 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), UNREAD_MARKS)
+def test_marks_under_other_names_are_refused(name, value):
+    for record, kind, where in (
+        (chat(user(), bot(**{name: value})), "messages", "message 2"),
+        (chat(user(), bot(), **{name: value}), "messages", "the record"),
+        ({"text": "a", name: value}, "text", "the record"),
+        ({"prompt": "a", "completion": "b", name: value}, "completion", "the record"),
+    ):
+        reason = parse(record, kind, 1).reason
+        assert f"field `{name}` of {where} is not supported: say `weight` 0 or 1" in reason
+
+
+@pytest.mark.parametrize(("name", "value"), NO_MARKS)
+def test_facts_about_a_record_are_listed(name, value):
+    for record, kind, listed in (
+        (chat(user(), bot(**{name: value})), "messages", f"messages.{name}"),
+        ({"text": "a", name: value}, "text", name),
+        ({"prompt": "a", "completion": "b", name: value}, "completion", name),
+    ):
+        assert isinstance(parse(record, kind, 1, unread := set()), Record)
+        assert unread == {listed}
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        (chat(user(), bot(thinking_blocks=[{"text": "x"}])), "write it as `reasoning_content`"),
+        (chat(user(), bot(tool_call={"name": "f"})), "write it as `tool_calls`"),
+        (chat(user(tool_results=["4"]), bot()), "write each as a message of the role `tool`"),
+        (chat(user(image_urls=["a.png"]), bot()), "only text is read"),
+        (chat(user(), bot(), system_prompt="s"), "write it as `system`"),
+        (chat(user(), bot(), context="c"), "write it into the messages"),
+        (chat(user(), bot(), enable_thinking=False), "write it into `chat_template_kwargs`"),
+        (chat(user(), bot(), rejected_response="b"), "leave the other out"),
+        (chat(user(), bot(), label=False), "keep the records whose answer is wanted"),
+    ],
+)
+def test_text_and_verdicts_under_names_of_other_tools_are_refused(record, remedy):
+    assert remedy in parse(record, "messages", 1).reason
 
 
 def test_what_a_chat_holds_today():

@@ -169,6 +169,19 @@ def test_parquet_rows_are_records(tmp_path):
         list(open_source(path))
 
 
+def test_columns_that_may_have_to_be_refused_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    path = tmp_path / "a.parquet"
+    table = {"prompt": ["a", "b", "c"], "completion": ["d", "e", "f"], "id": ["0", "1", "2"]}
+    more = {"context": ["", "long", ""], "hasLoss": [None, None, False]}
+    write(pyarrow.table({**table, **more}), path)
+    source = open_source(path)
+    good, lost, marked = source
+    assert good.texts == ("a", "d") and source.unread >= {"id"}
+    assert "write it into `prompt`" in lost.reason and "say `weight` 0 or 1" in marked.reason
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_small_parquet_file_stays_small(tmp_path, nested):
     pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
