@@ -8,6 +8,7 @@ from jaxdistill.plan.search import plan
 from jaxdistill.run.export import export, export_adapters, load, quantize
 from jaxdistill.run.session import RunResult, distill, resume, train
 from jaxdistill.run.setup import build
+from jaxdistill.run.sweep import sweep
 from jaxdistill.run.teacher_cache import capture
 from jaxdistill.run.teacher_verify import verify as verify_captured
 from jaxdistill.run.workflow import plan as workflow_plan
@@ -32,6 +33,7 @@ __all__ = [
     "quantize",
     "resume",
     "run_workflow",
+    "sweep",
     "train",
     "verify_captured",
     "workflow_plan",

@@ -23,9 +23,9 @@ _NO_PLATFORM = re.compile(r"(?:initialize backend|Unknown backend:?|backend) '(\
 # `validate` start in a fraction of a second.
 _LIGHT = ("ckpt", "init", "launch", "ls", "report", "validate")
 # Their work is in files, and goes on when nobody reads what they print.
-_LASTING = ("launch", "resume", "train", "workflow")
+_LASTING = ("launch", "resume", "sweep", "train", "workflow")
 # Whether these keep compiled programs is for their configuration to say, or not worth while.
-_OWN_CACHE = ("bench", "plan", "resume", "train", "workflow")
+_OWN_CACHE = ("bench", "plan", "resume", "sweep", "train", "workflow")
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:

@@ -29,6 +29,7 @@ from jaxdistill.cli.sections import (
     RunFolder,
     Samples,
     StoredTeacher,
+    SweepFile,
     TaskSource,
     WorkflowFile,
 )
@@ -91,6 +92,12 @@ COMMANDS = (
     ),
     Command("train", runs.train, "Train a student from a configuration file.", (RunFile,)),
     Command("resume", runs.resume, "Resume a run that was stopped.", (Resume,)),
+    Command(
+        "sweep",
+        runs.sweep,
+        "Train at every combination of several values, one run after the other; resumes.",
+        (SweepFile,),
+    ),
     Command(
         "launch",
         launch.launch,

@@ -76,6 +76,20 @@ def resume(arguments: argparse.Namespace) -> None:
     _print_run(result, arguments.json)
 
 
+def sweep(arguments: argparse.Namespace) -> None:
+    """Runs a configuration at every combination of the values that overrides list."""
+    with stopping.listening(), stdout_is_json(arguments.json):
+        from jaxdistill import api, report
+
+        found = api.sweep(arguments.config, arguments.overrides, arguments.output)
+        if not arguments.json and found["rows"]:
+            print(report.comparison_table(found["rows"]))
+    if arguments.json:
+        return print_json(found)
+    print(f"sweep folder: {found['dir']}")
+    return None
+
+
 def _print_run(result: Any, as_json: bool) -> None:
     """What a run left; of several processes one tells it."""
     from jaxdistill import agree
@@ -173,8 +187,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the page about runs, about a workflow or a comparison, or about answers to tasks."""
-    from jaxdistill.report import html, story
+    from jaxdistill.report import html, story, sweep
 
+    if len(arguments.run_dirs) == 1 and sweep.is_sweep(arguments.run_dirs[0]):
+        print(f"wrote {sweep.write(arguments.run_dirs[0], arguments.output)}")
+        return
     if all((pathlib.Path(folder) / "tasks.json").is_file() for folder in arguments.run_dirs):
         from jaxdistill.report import answers
 

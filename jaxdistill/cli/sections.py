@@ -50,6 +50,22 @@ class RunFile(Section):
     )
 
 
+class SweepFile(Section):
+    """A configuration, and which of its values are tried."""
+
+    config: Annotated[str, Flag(positional=True, metavar="CONFIG")] = Field(
+        description="YAML file; `jaxdistill init` writes one."
+    )
+    overrides: Annotated[tuple[str, ...], Flag(positional=True, metavar="KEY=VALUE,VALUE")] = Field(
+        description="Values to try, such as method.alpha=0.1,0.5 seed=1,2,3: every combination is "
+        "a run; with one value it holds for all."
+    )
+    output: Annotated[str, Flag("-o", "DIR")] | None = Field(
+        None,
+        description="Folder of the sweep, a run in each folder below; default: runs/sweep-NAME.",
+    )
+
+
 class RunFolder(Section):
     """A run."""
 

@@ -75,7 +75,7 @@ def compare_models(
             answers[name] = list(
                 map(str, model.generate(list(options.prompts), max_new_tokens=ANSWER_TOKENS))
             )
-    rows = [{"name": name, **_together(seeds)} for name, seeds in measured.items()]
+    rows = [{"name": name, **together(seeds)} for name, seeds in measured.items()]
     samples = [
         {"prompt": prompt, **{name: own[i] for name, own in answers.items()}}
         for i, prompt in enumerate(options.prompts)
@@ -154,7 +154,7 @@ def _on_disk(source: str | Model) -> dict[str, int]:
     return {"disk_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
 
 
-def _together(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def together(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One row of several seeds: means of what varies, the rest as the first has it."""
     row = dict(seeds[0]) | {"seeds": len(seeds)}
     if len(seeds) > 1:

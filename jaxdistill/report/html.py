@@ -19,6 +19,8 @@ _MAX_EVENTS = 60
 def build(
     run_dirs: str | os.PathLike | Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
+    *,
+    first: page.Section | None = None,
 ) -> pathlib.Path:
     """Writes the report of a run, or the comparison of several, as one offline HTML file.
 
@@ -30,6 +32,7 @@ def build(
       run_dirs: one run directory or several.
       out: the file to write; by default `report.html` in the run directory, and for several runs
         `comparison.html` in the first.
+      first: a section above all others.
 
     Returns:
       The path of the file.
@@ -47,10 +50,10 @@ def build(
     runs = _distinct([run_files.load(folder) for folder in folders])
     default = "report.html" if len(runs) == 1 else "comparison.html"
     path = pathlib.Path(folders[0]) / default if out is None else pathlib.Path(out)
-    return page.write(_page(runs), path)
+    return page.write(_page(runs, [] if first is None else [first]), path)
 
 
-def _page(runs: Sequence[RunFiles]) -> page.Page:
+def _page(runs: Sequence[RunFiles], above: Sequence[page.Section]) -> page.Page:
     alone = len(runs) == 1
     ledes = [
         (_lede(run), "" if alone else run.name, curves.colour(index))
@@ -62,7 +65,14 @@ def _page(runs: Sequence[RunFiles]) -> page.Page:
         status=_status(runs[0]) if alone else "",
         ledes=ledes,
         facts=_facts(runs[0]) if alone else [],
-        sections=[_result(runs), _training(runs), _samples(runs), _remarks(runs), _reproduce(runs)],
+        sections=[
+            *above,
+            _result(runs),
+            _training(runs),
+            _samples(runs),
+            _remarks(runs),
+            _reproduce(runs),
+        ],
         sources=[_as_of(run) for run in runs],
     )
 
