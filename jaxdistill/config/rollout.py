@@ -19,6 +19,12 @@ class PromptSource(Section):
     )
 
 
+SLOTS_PER_DEVICE = 64  # where the configuration names none
+# Of answers that later updates learn from, in the manifest of a checkpoint. Half of what a small
+# file may have: `safe.json_file` reads no larger ones.
+AHEAD_BYTES = 50_000_000
+_TOKEN_BYTES, _ANSWER_BYTES = 16, 128  # three numbers in base 64; places and sizes, one a line
+
 PromptSources = Annotated[tuple[PromptSource, ...], Field(max_length=1000, strict=False)]
 
 
@@ -52,7 +58,8 @@ class Rollout(Section):
         ge=0,
         le=1000,
         description="Updates by which an answer may be older than the parameters that learn from "
-        "it: the prompts of max_age + 1 updates are answered at once.",
+        "it: the prompts of max_age + 1 updates are answered at once. Checkpoints keep the answers "
+        f"that later updates learn from, at most {AHEAD_BYTES // 10**6} MB.",
     )
     distilled_tokens: Count | None = Field(
         None, description="Only so many tokens at the beginning of an answer count; null: all."
@@ -60,7 +67,7 @@ class Rollout(Section):
     slots: Count | None = Field(
         None,
         description="Answers that are written at the same time, over all devices; null: all of "
-        "them, at most 64 for each device of mesh.data * mesh.fsdp.",
+        f"them, at most {SLOTS_PER_DEVICE} for each device of mesh.data * mesh.fsdp.",
     )
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         "auto",
@@ -73,8 +80,28 @@ class Rollout(Section):
         """Answers that an update learns from, the rows of its batch at most."""
         return self.prompts_per_step * self.samples
 
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes that a checkpoint takes at most for answers that later updates learn from."""
+        an_answer = _TOKEN_BYTES * self.max_new_tokens + _ANSWER_BYTES
+        return self.max_age * self.answers * an_answer
+
+    def slots_on(self, parts: int) -> int:
+        """How many answers are written at the same time, over mesh.data * mesh.fsdp parts."""
+        at_once = self.answers * (self.max_age + 1)
+        return self.slots or min(-(-at_once // parts), SLOTS_PER_DEVICE) * parts
+
+    def slots_problems(self, parts: int) -> Iterator[Problem]:
+        """Rule: every part of mesh.data * mesh.fsdp has as many slots as the others."""
+        if self.slots is not None and self.slots % parts:
+            yield ("slots",), f"must be a multiple of mesh.data * mesh.fsdp ({parts})"
+
     def problems(self) -> Iterator[Problem]:
-        """Rules: no setting without effect."""
+        """Rules: no setting without effect, and checkpoints that can be read."""
+        if self.ahead_bytes > AHEAD_BYTES:
+            rule = f"checkpoints would keep up to {self.ahead_bytes / 1e6:.0f} MB of answers, and "
+            rule += f"{AHEAD_BYTES // 10**6} MB are the limit"
+            yield ("max_age",), f"{rule}: lower it, or max_new_tokens"
         if self.temperature == 0:
             for name in ("top_k", "top_p", "min_p"):
                 if getattr(self, name) is not None:
@@ -140,7 +167,7 @@ def problems(config: Any) -> Iterator[Problem]:
         yield ("train", "batch_size"), rule
     yield from _method_problems(config)
     parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
-    yield from slots(rollout, parts)
+    yield from ((("rollout", *key), rule) for key, rule in rollout.slots_problems(parts))
 
 
 def _method_problems(config: Any) -> Iterator[Problem]:
@@ -152,8 +179,8 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     elif row.sides or not row.any_text:
         rule = f"{name} needs text that is given and marked, and the student writes its own"
         yield ("method", "name"), f"{rule}: use another method"
-    elif config.rollout.share == 1 and _most(getattr(config.method, "alpha", 0.0)) > 0:
-        rule = "with rollout.share: 1.0 there are no labels but the student's own words: use 0"
+    elif config.rollout.share > 0 and _most(getattr(config.method, "alpha", 0.0)) > 0:
+        rule = "the labels of what the student writes are its own words (rollout.share > 0): use 0"
         yield ("method", "alpha"), rule
     if config.teacher is not None and config.teacher.cache:
         rule = "was never asked about what the student will write: remove it, and name the model"
@@ -163,10 +190,3 @@ def _method_problems(config: Any) -> Iterator[Problem]:
 def _most(alpha: Any) -> float:
     """The largest value of a knob."""
     return alpha if isinstance(alpha, int | float) else max(alpha.start, alpha.end)
-
-
-def slots(rollout: Rollout, parts: int) -> Iterator[Problem]:
-    """Every device of `data` and `fsdp` has as many slots as the others."""
-    if rollout.slots is not None and rollout.slots % parts:
-        rule = f"must be a multiple of mesh.data * mesh.fsdp ({parts})"
-        yield ("rollout", "slots"), rule

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import store
+from jaxdistill.data import quarantine, store
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +94,14 @@ class Dataset:
     def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         """What a batch carries of a row in an epoch, counted from 0; here the row itself."""
         return row
+
+    def write_left_out(self, path: Path) -> None:
+        """Lists the records that were left out, as JSONL of file, line and reason, if any.
+
+        Raises:
+          StorageError: if the file cannot be written.
+        """
+        quarantine.export(self.folder, self.sources, path)
 
     def fill(self) -> float:
         """The share of the rows' positions that hold tokens."""

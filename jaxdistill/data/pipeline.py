@@ -129,15 +129,6 @@ def build(
     return open_dataset(folder, facts, name, tuple(notices), names)
 
 
-def write_quarantine(dataset: Dataset, path: Path) -> None:
-    """Lists the records that were left out, as JSONL of file, line and reason, if there are any.
-
-    Raises:
-      StorageError: if the file cannot be written.
-    """
-    quarantine.export(dataset.folder, dataset.sources, path)
-
-
 def _open(sources: Sources, name: str) -> list[Source]:
     several = [sources] if isinstance(sources, str | Path | Source) else list(sources)
     if not several:

@@ -18,7 +18,6 @@ from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
 META = "rollouts"  # in a checkpoint's meta: answers that later updates learn from
 _UNREAD = 4  # updates whose record may not be written yet
-RECALLED = 64  # updates whose answers are recalled, should the run go back to them
 
 Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
 
@@ -83,6 +82,7 @@ class RolloutFeed(Feed):
       unit: of the numbers of rows, see `buckets`.
       rows: number of rows of a global batch -> which of them this process wants.
       left_out: the ranges of rows that no batch holds, as they are now.
+      recalled: updates whose answers are kept, because a rerun may go back to them.
       difference: (parameters, rows of this process, log q of the sampler) -> numbers for the
         record; None: not asked.
       recorded: whether a step is recorded, by its number.
@@ -100,14 +100,15 @@ class RolloutFeed(Feed):
         unit: int,
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
+        recalled: int = 64,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
     ):
         self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
         self._params_of, self._shape = params_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
-        self._left_out, self._difference, self._recorded = left_out, difference, recorded
-        self._told: dict[int, dict[str, float]] = {}
+        self._left_out, self._recalled = left_out, recalled
+        self._difference, self._recorded = difference, recorded
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -118,6 +119,9 @@ class RolloutFeed(Feed):
         self._answers = {
             one["update"]: (one["before"], records.unpacked(one, at)) for one in stored
         }
+        self._told: dict[int, dict[str, float]] = {}
+        # Of every update since the last record: seconds of writing, and tokens that were written.
+        self._spent: dict[int, tuple[float, int]] = {}
 
     def kept(self, row: int) -> dict[str, Any]:
         """What a checkpoint keeps whose next step begins at a row."""
@@ -130,41 +134,59 @@ class RolloutFeed(Feed):
         return {META: ahead} if ahead else {}
 
     def numbers(self, span: Span) -> dict[str, float]:
-        """What the record of a step says of its text."""
-        return self._told.get(self.plan.update(span.first_row), {})
+        """What the record of a step says of its text; of the writing, all since the last record."""
+        update = self.plan.update(span.first_row)
+        spent = [self._spent.pop(one) for one in sorted(self._spent) if one <= update]
+        told = dict(self._told.get(update, {}))
+        if spent:
+            seconds, tokens = (sum(parts) for parts in zip(*spent, strict=True))
+            told["perf/rollout_seconds"] = seconds
+            told["perf/rollout_tokens_per_second"] = tokens / seconds
+        return told
 
     def origin(self, span: Span) -> str:
         """Who wrote the text of a step, a value of `types.ORIGINS`."""
         return ORIGINS[STUDENT if self.plan.of_student(self.plan.update(span.first_row)) else DATA]
 
     def epoch(self, row: int) -> float:
-        """Times that every prompt was asked, or would have been had the student always written."""
+        """Epochs of the corpus where it is read, else of the prompts."""
+        read = self._read
+        return self._asked(row) if read is None else read.epoch(row)
+
+    def _asked(self, row: int) -> float:
+        """Epochs of the prompts: times that each was asked, had the student always written."""
         return row / (len(self._prompts) * self.plan.samples)
 
     def usual(self) -> Batch | None:
         """As the corpus' batches; answers come in numbers of rows that nobody knows yet."""
-        if self._corpus is None or self.plan.share == 1:
-            return None
-        return self._corpus.usual()
+        read = self._read
+        return None if read is None else read.usual()
+
+    @property
+    def _read(self) -> Feed | None:
+        """The corpus, where an update may learn from it."""
+        return self._corpus if self.plan.share < 1 else None
 
     def next(self, row: int, state: Any) -> tuple[Span, Batch] | None:
         """The batch at a row of the stream; None: a process was asked to stop meanwhile."""
         for first, end in self._left_out():
             row = end if first <= row < end else row
         update = self.plan.update(row)
+        self._forget(update)
+        told = {"rollout/epoch": self._asked(row + self.plan.rows)}
         if not self.plan.of_student(update):
-            assert self._corpus is not None, "checked before: who has none writes all its text"
-            self._tell(update, {"rollout/student": 0.0})
-            return self._corpus.next(row, state)
+            assert self._read is not None, "checked before: who has none writes all its text"
+            self._tell(update, told | {"rollout/student": 0.0})
+            return self._read.next(row, state)
         step = int(state.step)
         params = self._params_of(state)
-        answers, written = self._answers_of(update, step, params)
+        answers = self._answers_of(update, step, params)
         if answers is None:
             return None
         rows, logprobs = rows_of(answers, sizes=self._sizes, **self._shape)
         mine = self._rows(len(rows))
         batch = pipeline.stack([rows[number] for number in mine])
-        told = {"rollout/student": 1.0, "rollout/rows": float(len(rows)), **written}
+        told |= {"rollout/student": 1.0, "rollout/rows": float(len(rows))}
         told |= dict(records.numbers(answers, step))
         if self._difference is not None and self._recorded(step + 1):
             told |= self._difference(params, batch, logprobs[list(mine)])
@@ -176,19 +198,23 @@ class RolloutFeed(Feed):
         self._told[update] = numbers
         self._told = {one: told for one, told in self._told.items() if one > update - _UNREAD}
 
-    def _answers_of(
-        self, update: int, step: int, params: Any
-    ) -> tuple[list[Answer] | None, dict[str, float]]:
-        """The answers of an update, recalled or written now, and what it took to write them."""
-        plan = self.plan
-        # Whoever goes back meets another state: what was written after that is not known yet.
+    def _forget(self, update: int) -> None:
+        """Forgets what nobody will ask for, or ask for again from another state.
+
+        Whoever goes back to an update meets another state behind it, whoever's text it learns from:
+        what was written later is not known yet.
+        """
         self._answers = {
             one: (before, answers)
             for one, (before, answers) in self._answers.items()
-            if before <= update and one > update - RECALLED
+            if before <= update and one > update - self._recalled
         }
+
+    def _answers_of(self, update: int, step: int, params: Any) -> list[Answer] | None:
+        """The answers of an update, recalled or written now; None: a process is to stop."""
+        plan = self.plan
         if update in self._answers:
-            return self._answers[update][1], {}
+            return self._answers[update][1]
         updates = plan.written_with(update)
         places = {
             place: self._prompts.at(place, plan.seed)
@@ -197,11 +223,11 @@ class RolloutFeed(Feed):
         }
         answers = self._writer.write(params, step, places)
         if answers is None:
-            return None, {}
+            return None
         for number, one in enumerate(updates):
             theirs = answers[number * plan.rows : (number + 1) * plan.rows]
             self._answers[one] = update, theirs
-        seconds = self._writer.seconds
-        tokens = sum(len(one.tokens) for one in answers)
-        took = {"perf/rollout_seconds": seconds, "perf/rollout_tokens_per_second": tokens / seconds}
-        return self._answers[update][1], took
+        seconds, tokens = self._spent.get(update, (0.0, 0))  # of an update that is run again
+        tokens += sum(len(one.tokens) for one in answers)
+        self._spent[update] = seconds + self._writer.seconds, tokens
+        return self._answers[update][1]

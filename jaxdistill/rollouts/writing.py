@@ -14,6 +14,7 @@ from jaxdistill.data.prompts import Prompt
 from jaxdistill.models import DecoderConfig, Model, per_layer
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Request, check
+from jaxdistill.models.vocabulary import BIAS, only_tokens
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.sharding import on_mesh
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
@@ -40,7 +41,8 @@ class Writer:
 
     Args:
       config: the student's.
-      vocab: rows of its head that are tokens; the others are never drawn.
+      vocab: rows of its head at most that are tokens; the others are never drawn.
+      tokenizer: ids below `vocab` that it does not have are never drawn; None: it has all.
       sampling: how answers are drawn.
       slots: answers that are written at the same time.
       longest: tokens of the longest prompt.
@@ -56,6 +58,7 @@ class Writer:
         config: DecoderConfig,
         *,
         vocab: int,
+        tokenizer: Any = None,
         sampling: Sampling,
         slots: int,
         longest: int,
@@ -65,6 +68,7 @@ class Writer:
         stop: Callable[[], bool] = lambda: False,
         hooks: Hooks = NO_HOOKS,
     ):
+        self._tokenizer = tokenizer
         self._whole, self._config = config, dataclasses.replace(config, vocab_size=vocab)
         self._sampling, self._slots = sampling, slots
         self._length = longest + sampling.max_new_tokens
@@ -130,6 +134,7 @@ class Writer:
         if self._quantization is not None:
             model = Model(self._whole, params, None, "the student")
             params = quantize.quantized(model, self._quantization).params
+        params = only_tokens(params, self._tokenizer)
         with on_mesh(params):
             params = per_layer.split(self._whole, params, self._dtype)
             if self._config != self._whole:
@@ -146,5 +151,5 @@ class Writer:
 
 def _tokens_alone(params: dict, vocab: int) -> dict:
     """The parameters without rows of padding in embedding and head, which nobody may draw."""
-    cut = {name: params[name] for name in ("embedding", "head") if name in params}
+    cut = {name: params[name] for name in ("embedding", "head", BIAS) if name in params}
     return params | jax.jit(lambda tables: jax.tree.map(lambda one: one[:vocab], tables))(cut)

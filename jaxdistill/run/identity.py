@@ -8,23 +8,23 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.data.dataset import Dataset
 from jaxdistill.models import count_parameters
 from jaxdistill.run import changes, participants
 from jaxdistill.run.folder import describe_machine, fingerprint
+from jaxdistill.run.texts import Text
 
 
 def fingerprints(
-    settings: Mapping[str, Any], models: participants.Models, data: Mapping[str, Dataset]
+    settings: Mapping[str, Any], models: participants.Models, texts: Mapping[str, Text]
 ) -> dict[str, str]:
     """What a run is made of: `changes.RULES` says which of it must stay the same.
 
     Args:
       settings: of the configuration, section by section.
       models: who takes part.
-      data: the training and the held-out rows.
+      texts: all that it reads, by name.
     """
-    prints = {f"data.{name}": dataset.fingerprint for name, dataset in data.items()}
+    prints = {f"data.{name}": one.fingerprint for name, one in texts.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:

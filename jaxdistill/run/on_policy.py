@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from jaxdistill import errors
 from jaxdistill.config import Config
-from jaxdistill.config import rollout as rules
 from jaxdistill.data import encode
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
@@ -22,8 +21,6 @@ from jaxdistill.run import participants
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.step import place, recorded
-
-SLOTS_PER_DEVICE = 64
 
 
 def plan_of(config: Config) -> Plan:
@@ -43,8 +40,8 @@ def check(config: Config, models: participants.Models, prompts: Prompts | None, 
     """
     if config.rollout is None or prompts is None:
         return
-    wrong = rules.slots(config.rollout, _parts(mesh))
-    told = [f"{'.'.join(map(str, key))}: {rule} ({mesh.size} devices)" for key, rule in wrong]
+    wrong = config.rollout.slots_problems(_parts(mesh))
+    told = [f"rollout.{key[0]} = {config.rollout.slots}: {rule}" for key, rule in wrong]
     errors.check(map(ConfigError, [*told, *unread(models.pairing.pairs)]))
     writer_of(config, models, prompts, mesh).check(prompts.prompts)
 
@@ -90,8 +87,9 @@ def writer_of(
     return Writer(
         models.student.config,
         vocab=models.vocab,
+        tokenizer=models.tokenizer,
         sampling=sampling,
-        slots=slots_of(config, mesh),
+        slots=rollout.slots_on(_parts(mesh)),
         longest=max(len(prompt.tokens) for prompt in prompts.prompts),
         compute_dtype=jnp.dtype(student.compute_dtype),
         cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
@@ -99,14 +97,6 @@ def writer_of(
         stop=stop,
         hooks=hooks,
     )
-
-
-def slots_of(config: Config, mesh: Mesh) -> int:
-    """How many answers are written at the same time, over all devices."""
-    rollout, parts = config.rollout, _parts(mesh)
-    assert rollout is not None, "only asked for where there are rollouts"
-    at_once = rollout.answers * (rollout.max_age + 1)
-    return rollout.slots or min(-(-at_once // parts), SLOTS_PER_DEVICE) * parts
 
 
 def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int] | None:
@@ -129,7 +119,7 @@ def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int]
     number = jnp.dtype(kept).itemsize
     a_token = 2 * student.layers * student.kv_heads * (student.head_dim * number)
     a_token += 2 * student.layers * student.kv_heads * 4 * (kept == "int8")  # scales
-    slots, tensor = slots_of(config, mesh), mesh.shape["tensor"]
+    slots, tensor = rollout.slots_on(_parts(mesh)), mesh.shape["tensor"]
     copy = count_parameters(student) * jnp.dtype(config.student.compute_dtype).itemsize
     return {
         "slots": slots,
@@ -163,9 +153,8 @@ def feed_of(
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
-    rollout = config.rollout
+    rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
-    dtype = jnp.dtype(config.student.compute_dtype)
     return RolloutFeed(
         plan_of(config),
         prompts,
@@ -181,8 +170,17 @@ def feed_of(
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
+        recalled=config.guards.nonfinite.max_consecutive + 2,
         difference=difference.of_batches(
-            models.student.config, models.vocab, dtype, lambda tree: place(tree, mesh)
+            difference.Program(
+                models.student.config,
+                models.vocab,
+                jnp.dtype(student.compute_dtype),
+                student.attention,
+                student.quantize,
+            ),
+            models.tokenizer,
+            lambda tree: place(tree, mesh),
         ),
         recorded=recorded(config.train.log_every, config.train.steps),
     )

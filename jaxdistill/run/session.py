@@ -16,9 +16,6 @@ from jaxdistill import agree, compilation_cache, errors, methods, processes
 from jaxdistill import config as configs
 from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
-from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.report import json_lines
@@ -39,6 +36,7 @@ from jaxdistill.run import (
 )
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.start import Inputs
+from jaxdistill.run.texts import Text
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
@@ -240,12 +238,10 @@ class _Session:
         self.config, self.run, self.mesh, self.stop = config, run, inputs.mesh, stop
         self.step, self.told = step, told
         mesh, data = inputs.mesh, inputs.data
-        agree.by_leader(lambda: _keep_quarantined(run, data, inputs.prompts))
+        agree.by_leader(lambda: _keep_quarantined(run, inputs.texts))
         self.models = agree.together(lambda: participants.load_models(config, inputs.models, mesh))
         described = identity.describe(self.models, mesh)
-        facts = identity.fingerprints(config.settings(), self.models, data)
-        if inputs.prompts is not None:
-            facts["data.prompts"] = inputs.prompts.fingerprint
+        facts = identity.fingerprints(config.settings(), self.models, inputs.texts)
         facts |= changes.world(mesh, described["versions"])
         agree.same(facts)
         resolved = configs.dump(config)
@@ -395,9 +391,7 @@ def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
     return None
 
 
-def _keep_quarantined(run: RunDir, data: Mapping[str, Dataset], prompts: Prompts | None) -> None:
+def _keep_quarantined(run: RunDir, read: Mapping[str, Text]) -> None:
     """Lists the records that were left out beside the run."""
-    if prompts is not None:
-        prompts.write_left_out(run.path / "quarantine" / "prompts.jsonl")
-    for name, dataset in data.items():
-        pipeline.write_quarantine(dataset, run.path / "quarantine" / f"{name}.jsonl")
+    for name, one in read.items():
+        one.write_left_out(run.path / "quarantine" / f"{name}.jsonl")

@@ -11,6 +11,7 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.run import on_policy, participants, terminal, texts
+from jaxdistill.run.texts import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Inputs:
     data: Mapping[str, Dataset]
     taught: Mapping[str, Dataset]
     prompts: Prompts | None = None
+
+    @property
+    def texts(self) -> dict[str, Text]:
+        """All that the run reads, by its name in the section `data`."""
+        asked: dict[str, Text] = {} if self.prompts is None else {"prompts": self.prompts}
+        return {**self.data, **asked}
 
 
 def read(config: Config, mesh: Mesh) -> Inputs:

@@ -8,6 +8,8 @@ from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
 
+Text = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was left out of it
+
 
 def data_of(data: Data, tokenizer: Any, *, network: bool = False) -> dict[str, Dataset]:
     """The training rows, where there are any, and the held-out ones, built or from the cache.

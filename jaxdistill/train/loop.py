@@ -109,7 +109,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
         if found is None:  # asked to stop while the batch was made, in all processes alike
             incident = unread.read(everything=True)
             if incident is None:
-                if number != saved:
+                if number != saved or not saver.settled():
                     _save(number, state, row, saver, parts, None, final=True)
                 _preempted(number, parts, schedule)
         else:

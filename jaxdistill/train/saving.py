@@ -106,6 +106,19 @@ class Saver:
         self._safe = before
         return True
 
+    def settled(self) -> bool:
+        """Waits for the save on its way; False where it failed.
+
+        Raises:
+          StorageError: as `save`.
+        """
+        try:
+            self._checkpoints.wait()
+        except StorageError as error:
+            self._note(error)
+            return False
+        return True
+
     def poll(self) -> None:
         """Notes early that the save in the background has failed.
 

@@ -1,10 +1,14 @@
 """The section rollout: what follows from it, and what cannot go with it."""
 
+import json
+
+import numpy as np
 import pytest
 
 from jaxdistill import config
 from jaxdistill.config import keys
 from jaxdistill.errors import ConfigError
+from jaxdistill.rollouts.answers import Answer, packed
 
 BASE = """
 teacher: {source: t}
@@ -55,8 +59,10 @@ def test_the_batch_size_follows_and_what_is_written_out_loads_again():
         (["mesh.data=8"], "batch_size / micro_batches must be a multiple of mesh.data"),
         (["method={name: sft}"], "sft has no teacher: the student would learn its own words"),
         (["method={name: step_by_step, alpha: 0.5}"], "needs text that is given and marked"),
-        (["method.alpha=0.5"], "there are no labels but the student's own words: use 0"),
-        (["method.alpha={schedule: linear, start: 0.5, end: 0.0}"], "no labels but the student's"),
+        (["method.alpha=0.5"], "the labels of what the student writes are its own words"),
+        (["method.alpha={schedule: linear, start: 0.5, end: 0.0}"], "are its own words"),
+        (["rollout.max_age=1000", "rollout.prompts_per_step=64", "data.seq_len=2048",
+          "rollout.max_new_tokens=1000"], "up to 2064 MB of answers, and 50 MB are the limit"),
         (["teacher.cache=c"], "was never asked about what the student will write"),
         (["rollout.lmbda=1"], 'unknown key; here it is "rollout.share"'),
         (["rollout.num_generations=1"], 'unknown key; here it is "rollout.samples"'),
@@ -68,10 +74,21 @@ def test_what_cannot_be_is_refused_in_one_sentence(overrides, words):
     assert words in told(*overrides)
 
 
-def test_labels_may_count_where_there_are_some():
-    mixed = ("rollout.share=0.5", "data.train=[{path: d.jsonl}]", "method.alpha=0.5")
-    assert config.loads(BASE, "c.yaml", [*mixed, "eval.compare=true"]).method.alpha == 0.5
-    assert "alpha" in told("data.train=[{path: d.jsonl}]", "method.alpha=0.5")
+def test_labels_count_where_the_student_never_writes():
+    mixed = ("data.train=[{path: d.jsonl}]", "method.alpha=0.5")
+    offline = config.loads(BASE, "c.yaml", [*mixed, "rollout.share=0.0", "eval.compare=true"])
+    assert offline.method.alpha == 0.5
+    for share in (0.1, 1.0):
+        assert "alpha = 0.5: the labels of" in told(*mixed, f"rollout.share={share}")
+
+
+def test_what_checkpoints_keep_is_never_more_than_was_said():
+    """The longest answers there may be, in JSON as a manifest writes it."""
+    rollout = config.loads(BASE, "c.yaml", ["rollout.max_age=1"]).rollout
+    numbers = np.zeros(rollout.max_new_tokens)
+    longest = Answer(None, 2**40, 10**7, 2**40, numbers, False, numbers, numbers)
+    kept = json.dumps(packed([longest] * rollout.answers), indent=1)
+    assert rollout.ahead_bytes / 2 < len(kept) < rollout.ahead_bytes
 
 
 @pytest.mark.parametrize(

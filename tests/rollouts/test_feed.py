@@ -54,7 +54,7 @@ class Corpus(Feed):
         return Span(row, row + 4), pipeline.stack(filled)
 
     def epoch(self, row):
-        raise AssertionError("epochs are those of the prompts")
+        return float(row)
 
     def usual(self):
         return self.next(0, None)[1]
@@ -142,6 +142,40 @@ def test_going_back_asks_again_unless_the_batch_is_recalled():
     feed.begin({})  # a rollback
     feed.next(0, at(0))
     assert [version for version, _ in scribe.asked] == [0, 1, 7, 0]
+
+
+def test_going_back_to_given_text_forgets_what_was_written_behind_it():
+    """The step on given text is run again, so that the next one meets another state."""
+    turns = Plan(0.5, 2, 2, 0, seed=5).of_student
+    given = next(update for update in range(99) if not turns(update) and turns(update + 1))
+    feed, scribe = make(0.5)
+    feed.next(4 * given, at(0))
+    assert written(feed.next(4 * given + 4, at(1))[1])[0][0] == 1
+    feed.next(4 * given, at(0))
+    assert written(feed.next(4 * given + 4, at(9))[1])[0][0] == 9
+    assert [version for version, _ in scribe.asked] == [1, 9]
+
+
+def test_rates_are_of_all_writing_since_the_last_record():
+    feed, scribe = make(max_age=1)
+    scribe.seconds = 2.0
+    for step in range(3):  # written for two updates, and for two more
+        feed.next(4 * step, at(step))
+    told = feed.numbers(Span(4, 8))  # the next batch may be made before a step is recorded
+    assert told["perf/rollout_seconds"] == 2 and told["perf/rollout_tokens_per_second"] == 16 / 2
+    told = feed.numbers(Span(8, 12))
+    assert told["perf/rollout_seconds"] == 2
+    feed.next(12, at(3))
+    assert "perf/rollout_seconds" not in feed.numbers(Span(12, 16))
+
+
+def test_epochs_are_those_of_the_rows_or_prompts_that_are_read():
+    for share, epoch in ((0.5, 10.0), (1.0, 0.1)):
+        feed, _ = make(share)
+        assert feed.epoch(10) == epoch and (feed.usual() is None) == (share == 1)
+        for step in range(2):
+            feed.next(4 * step, at(step))
+            assert feed.numbers(Span(4 * step, 4 * step + 4))["rollout/epoch"] == (step + 1) * 0.04
 
 
 def test_rows_that_are_left_out_are_not_asked():

@@ -1,6 +1,7 @@
 """The student writes: as its generator does, whatever the slots; a stop drops all."""
 
 import gc
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 from jaxdistill import models
+from jaxdistill.data import pipeline
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ModelError
-from jaxdistill.models import DecoderConfig
+from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.rollouts.difference import Program, difference
+from jaxdistill.rollouts.rows import rows_of
 from jaxdistill.rollouts.writing import Sampling, Writer
 
 PROMPTS = {
@@ -30,7 +34,9 @@ def model():
 
 def writer(model, vocab=40, slots=4, **options):
     sampling = {"samples": 2, "max_new_tokens": 12, "temperature": 1.3, "seed": 3}
-    own = {name: options.pop(name) for name in ("quantization", "stop") if name in options}
+    own = {
+        name: options.pop(name) for name in ("quantization", "stop", "tokenizer") if name in options
+    }
     return Writer(
         model.config,
         vocab=vocab,
@@ -69,6 +75,28 @@ def test_rows_behind_the_tokens_are_never_drawn(model):
     assert np.all(np.isfinite(mass)) and mass.mean() > np.log(1 / 40)
 
 
+def test_ids_that_are_no_tokens_are_never_drawn(model):
+    """A tokenizer with holes below its last token; log-probabilities are those of its tokens."""
+    tokens = {str(index): index for index in range(36) if index % 3}
+    tokenizer = types.SimpleNamespace(get_vocab=lambda: tokens)
+    hot = {"temperature": 100.0, "samples": 8}
+    answers = writer(model, 36, tokenizer=tokenizer, **hot).write(model.params, 0, PROMPTS)
+    assert set(np.concatenate([one.tokens for one in answers]).tolist()) <= set(tokens.values())
+    one = answers[0]
+    whole = jnp.asarray([*one.prompt.tokens, *one.tokens])[None]
+    logits = decoder.logits(
+        decoder.apply(model.config, model.params, whole, compute_dtype=jnp.float32)
+    )[0]
+    known = np.asarray(logits, np.float64)[len(one.prompt.tokens) - 1 : -1][
+        :, sorted(tokens.values())
+    ]
+    picked = np.asarray(logits, np.float64)[
+        np.arange(len(one.tokens)) + len(one.prompt.tokens) - 1, one.tokens
+    ]
+    expected = picked - np.log(np.exp(known).sum(axis=1))
+    np.testing.assert_allclose(one.logprobs, expected, atol=1e-5)
+
+
 def test_weights_and_cache_are_gone_when_it_has_written(model):
     scribe = writer(model)
     scribe.write(model.params, 0, PROMPTS)
@@ -98,6 +126,29 @@ def test_a_quantised_student_samples_quantised(model):
     np.testing.assert_array_equal(few[0].logprobs, expected[0].logprobs)
     plain = writer(model).write(model.params, 0, PROMPTS)
     assert np.any(few[0].logprobs[0] != plain[0].logprobs[0])
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
+    """A student that is trained for a scheme writes, and is compared, as it computes there."""
+    answers = writer(model, quantization=scheme).write(model.params, 0, PROMPTS)
+    rows, logprobs = rows_of(
+        answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None
+    )
+    compare = lambda params, scheme: difference(
+        Program(model.config, 40, np.dtype("float32"), quantization=scheme),
+        params,
+        pipeline.stack(rows),
+        logprobs,
+    )
+    assert compare(model.params, scheme)["rollout/sampler_difference_max"] < 1e-5
+    if scheme is None:
+        moved = jax.tree.map(lambda leaf: 1.1 * leaf, model.params)
+        told = compare(moved, None)
+        assert 1e-3 < told["rollout/sampler_difference"] < told["rollout/sampler_difference_max"]
+        assert told["rollout/sampler_kl"] > 0
+    else:
+        assert compare(model.params, None)["rollout/sampler_difference_max"] > 1e-4
 
 
 def test_prompts_that_cannot_be_answered_are_refused_by_number(model):

@@ -170,7 +170,7 @@ def test_what_the_mesh_does_not_divide_is_refused_before_anything_is_written(
     load, tmp_path, monkeypatch
 ):
     take_devices(monkeypatch, 4)
-    with pytest.raises(ConfigError, match=r"rollout\.slots: must be a multiple .* \(4\)"):
+    with pytest.raises(ConfigError, match=r"rollout\.slots = 6: must be a multiple .* \(4\)"):
         api.train(load(tmp_path, "share: 1.0, slots: 6", "eval.batch_size=8"))
     assert not (tmp_path / "run").exists()
 

@@ -64,6 +64,8 @@ def run(
     evaluation=None,
     stop_at=None,
     feed=None,
+    log=None,
+    waits=(),
 ):
     """Trains with stand-ins that note what is asked of them: (state, log).
 
@@ -71,7 +73,8 @@ def run(
     A batch goes wrong when its index is in `bad`, which may map it to how often; a callable decides
     by the index and the batches learned so far.
     """
-    log, disk, stop = [], {}, Stop()
+    log, disk, stop = [] if log is None else log, {}, Stop()
+    waits = iter(waits)
     left = dict(bad) if isinstance(bad, dict) else {}
 
     def goes_wrong(index, learned):
@@ -117,6 +120,13 @@ def run(
     writer.event.side_effect = lambda kind, **fields: log.append(("event", kind, fields))
     checkpoints = mock.Mock(spec=Checkpoints)
     checkpoints.save.side_effect = save
+
+    def wait():
+        log.append(("waited",))
+        if failure := next(waits, None):
+            raise failure
+
+    checkpoints.wait.side_effect = wait
     meter = mock.Mock(spec=Meter, overlaps=overlaps)
     meter.waiting.side_effect = lambda what: contextlib.nullcontext()
     meter.read.side_effect = lambda steps, rows: {"perf/steps_read": steps, "perf/rows_read": rows}
@@ -205,15 +215,30 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it():
     assert state.step == 7 and log[-1][:2] == ("event", "save")
 
 
-@pytest.mark.parametrize("done", [4, 5])  # saved already, and not
+@pytest.mark.parametrize("done", [4, 5])  # its save is on its way, and not asked for
 def test_a_stop_while_a_batch_is_made_saves_the_step_before_it(done):
     class Stopped(Given):
         def next(self, row, state):
             index = row // ROWS
             return None if state.step == done else (span_of(index), batch_of(index))
 
+    log = []
     with pytest.raises(Preempted, match=f"saved after step {done} of 7"):
-        run(schedule(), feed=Stopped())
+        run(schedule(), feed=Stopped(), log=log)
+    save = max(place for place, entry in enumerate(log) if entry[:2] == ("save", done))
+    assert ("waited",) in log[save:] and log[-1][:2] == ("event", "stopped")
+
+
+def test_a_save_that_failed_unseen_is_made_again_before_a_stop():
+    class Stopped(Given):
+        def next(self, row, state):
+            index = row // ROWS
+            return None if state.step == 4 else (span_of(index), batch_of(index))
+
+    log, failures = [], [StorageError("full"), None, None]
+    with pytest.raises(Preempted, match="saved after step 4 of 7"):
+        run(schedule(), feed=Stopped(), log=log, waits=failures)
+    assert [entry[1] for entry in log if entry[0] == "save"][-2:] == [4, 4]
 
 
 def told(log, kind):
