@@ -38,8 +38,8 @@ Rows = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Scheme = Literal["int8", "int4", "int8_dynamic"]
 Format = Literal[
-    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "plain",
-    "paragraphs",
+    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "pairs",
+    "plain", "paragraphs",
 ]  # fmt: skip
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
 SpecialTokens = Literal["refuse", "parse", "text"]

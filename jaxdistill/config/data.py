@@ -25,9 +25,10 @@ class DataSource(Section):
     format: Format = Field(
         "auto",
         description="What a record holds: `text`, a chat under `messages`, `prompt` and "
-        "`completion`, sharegpt's `conversations`, alpaca's `instruction` and `output` as a chat "
-        "or (alpaca_prompt) as text; auto: as the first record shows. Of a text file plain makes "
-        "one document (auto too), paragraphs one of every block between blank lines.",
+        "`completion`, `prompt`, `chosen` and `rejected` (pairs), sharegpt's `conversations`, "
+        "alpaca's `instruction` and `output` as a chat or (alpaca_prompt) as text; auto: as the "
+        "first record shows. Of a text file plain makes one document (auto too), paragraphs one "
+        "of every block between blank lines.",
     )
 
     origin: Literal["data", "teacher", "student"] = Field("data", description=_ORIGIN)

@@ -280,6 +280,9 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     if methods.of(config.method).is_control and config.eval.compare:
         rule = f"has no effect with method {config.method.name}, which is the control itself"
         yield ("eval", "compare"), rule
+    if methods.of(config.method).pairs and config.eval.compare:
+        rule = "the SFT control would learn the rejected answers too: remove it"
+        yield ("eval", "compare"), rule
     chain = config.tokenizer.from_
     like = student.random.like if student.random else None
     if student.tokenizer is not None and chain != "student":

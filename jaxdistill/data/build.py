@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, packing, progress, quarantine, rendering, store
+from jaxdistill.data import chat, encode, packing, pairs, progress, quarantine, rendering, store
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.held_out import fingerprint_of
 from jaxdistill.data.learned import each_turn
-from jaxdistill.data.records import Record, Rejected
+from jaxdistill.data.records import PAIRS, Record, Rejected
 from jaxdistill.data.rules import Empty, TooLong, Unlearned, printable
 from jaxdistill.data.settings import LOSS_ON, Settings
 from jaxdistill.data.sources import Source
@@ -159,7 +159,7 @@ class _Build:
             at.records += 1
             made = next(encoded) if isinstance(item, Record) else item.reason
             cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
-            reason = made if isinstance(made, str) else self._problem(cuts)
+            reason = made if isinstance(made, str) else self._problem(made, cuts)
             if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
                 self._reject(index, item.line, reason or "")
                 continue
@@ -187,8 +187,11 @@ class _Build:
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
         at, offsets = self.progress, np.asarray(self._offsets, np.int64)
-        pieces = packing.windows(offsets, self._settings.seq_len)
+        together = 2 if self._pairs else 1  # documents that share a row
+        pieces = packing.windows(offsets[::together], self._settings.seq_len)
         segments, rows = packing.plan(pieces, self._settings.seq_len, self._settings.packing)
+        if self._pairs:
+            segments, rows = pairs.apart(segments, rows, offsets)
         self._write_offsets()
         self._files.append("segments", segments.astype(np.int64))
         self._files.append("rows", rows.astype(np.int64))
@@ -262,7 +265,9 @@ class _Build:
                 f"data.loss_on: {loss_on!r} needs records of kind {' or '.join(LOSS_ON[loss_on])}, "
                 f"but {name} holds {kind!r}: use {' or '.join(fitting)}"
             )
-        chats = kind in ("messages", "dialogue")
+        if self._pairs:
+            pairs.check(settings)
+        chats = PAIRS.get(kind, kind) in ("messages", "dialogue")
         for name, value, plain in (
             ("turns", settings.turns, "whole"),
             ("chat_template", settings.chat_template, None),
@@ -277,9 +282,12 @@ class _Build:
                 "chat template writes the special tokens: remove it"
             )
         if not chats:
-            return lambda records: self._plain(records, parse)
+            plain = lambda records: self._plain(records, parse)
+            return pairs.of_both(plain) if self._pairs else plain
         template = rendering.template_of(self._codec.tokenizer, settings.chat_template)
         self._chat = chat.ChatEncoder(self._codec, template, loss_on, settings.template_kwargs)
+        if self._pairs:
+            return pairs.of_both(self._whole)
         return self._each_turn if settings.turns == "each" else self._whole
 
     def _plain(self, records: Sequence[Record], parse: bool) -> list[Documents]:
@@ -314,8 +322,16 @@ class _Build:
             made.append(reason or tuple(part[0] for part in parts if not isinstance(part, str)))
         return made
 
-    def _problem(self, cuts: Sequence["_Cut"]) -> str | None:
+    @property
+    def _pairs(self) -> bool:
+        """Whether records are pairs, whose two documents stand side by side in a row."""
+        return self.progress.kind in PAIRS
+
+    def _problem(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> str | None:
         """Why nothing of a record can be learned, or None."""
+        if self._pairs:
+            reason = next((cut.reason for cut in cuts if cut.reason is not None), None)
+            return reason or pairs.problem(documents, self._settings.seq_len)
         if not cuts:
             return "no token counts in the loss: the assistant says nothing"
         return cuts[0].reason if all(cut.reason is not None for cut in cuts) else None
@@ -339,6 +355,8 @@ class _Build:
     def _policy(self) -> str:
         policy = self._settings.long_documents
         if policy == "auto":
+            if self._pairs:
+                return "reject"
             return "split" if self.progress.kind == "text" else "truncate"
         return policy
 

@@ -17,7 +17,7 @@ class Dataset:
       name: what the user calls it, `train`.
       folder: where the arrays lie.
       fingerprint: changes with any byte of the sources, the tokenizer, the template, the settings.
-      kind: of its records: text, messages, completion, dialogue.
+      kind: of its records: text, messages, completion, dialogue, pairs, dialogue_pairs.
       seq_len: the length of a row.
       pad: the token that fills rows.
       num_rows, num_tokens, num_loss_tokens: rows; tokens of documents; predictions that count.

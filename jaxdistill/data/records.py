@@ -18,10 +18,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "alpaca_prompt": ("instruction", "output"),
+    "pairs": ("chosen", "rejected"),
     "prompts": (),
 }
 # What `auto` looks for: alpaca_prompt and prompts are choices that a record cannot show.
-SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca")
+SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca", "pairs")
+# The kinds of records that are a pair of answers -> the kind of either answer with its prompt.
+PAIRS: Mapping[str, str] = {"pairs": "completion", "dialogue_pairs": "dialogue"}
 _ALWAYS = (*rules.MARKS, *rules.REFUSED)
 _BESIDE = ("tools", "system", "chat_template_kwargs")
 # What would be missing in what the student reads, by kind: where it goes.
@@ -31,6 +34,7 @@ LOST: Mapping[str, Mapping[str, str]] = {
     )
     | {"suffix": "write what stands before the completion into `prompt`"},
     "prompts": dict.fromkeys(("input", "context", "suffix"), "write it into `prompt`"),
+    "pairs": dict.fromkeys(("input", "context", "suffix"), "write it into `prompt`"),
     "alpaca": {"context": "write it as `input`"},
     "alpaca_prompt": {
         "context": "write it as `input`",
@@ -50,6 +54,7 @@ READ: Mapping[str, frozenset[str]] = {
     "sharegpt": frozenset({"conversations", *_BESIDE, *_ALWAYS}),
     "alpaca": frozenset({"instruction", "input", "output", "history", *_BESIDE, *_ALWAYS}),
     "alpaca_prompt": frozenset({"instruction", "input", "output", *_ALWAYS}),
+    "pairs": frozenset({"prompt", "chosen", "rejected", *_BESIDE, *_ALWAYS}),
     "prompts": frozenset({"prompt", "completion", "messages", *NOTES, *_BESIDE, *_ALWAYS}),
 }
 
@@ -60,14 +65,16 @@ class Record:
 
     Attributes:
       kind: text, messages, completion, or dialogue: prompt and completion of a conversation; or
-        prompt, a text or messages that somebody is to answer.
-      texts: one text; or prompt and completion; or the contents of the messages.
+        prompt, a text or messages that somebody is to answer; or one of PAIRS.
+      texts: one text; or prompt and completion; or the contents of the messages; of a pair those
+        of both answers.
       line: where it stands in its file, from 1 (a line, a row of a table, a document).
       roles: the roles of the messages, else empty.
       opens: False for the later pieces of one long text: no beginning-of-text token.
       closes: False for all but the last piece of one long text: no end-of-text token.
       conversation: what messages hold besides roles and texts; None: nothing.
       notes: of a prompt, those of NOTES that it has.
+      answers: of a pair the chosen and the rejected answer, each a record with the prompt.
     """
 
     kind: str
@@ -78,6 +85,7 @@ class Record:
     closes: bool = True
     conversation: Conversation | None = None
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    answers: tuple["Record", ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,8 @@ def parse(
 
 def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) -> Record:
     if len(value) > len(KINDS[kind]):
-        rules.check_refused(value, "the record")
+        refused = {name: why for name, why in rules.REFUSED.items() if name not in KINDS[kind]}
+        rules.check_refused(value, "the record", refused)
         rules.check_refused(value, "the record", LOST.get(kind, {}))
         for name in value:
             if name not in READ[kind]:
@@ -139,6 +148,8 @@ def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) ->
             raise Unusable(Unlearned("the record is marked as not learned"))
     if kind == "prompts":
         return _prompt(value, line, unread)
+    if kind == "pairs":
+        return _pair(value, line, unread)
     if kind in CONVERTERS:
         kind, convert = CONVERTERS[kind]
         value = convert(value)
@@ -156,6 +167,52 @@ def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) ->
     if not texts[-1].strip():
         raise Unusable(Empty(f"empty: field `{KINDS[kind][-1]}` has no text"))
     return Record(kind, texts, line)
+
+
+def _pair(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:
+    """Two answers to one prompt: texts, or turns; of whole conversations what both begin with."""
+    prompt, chosen, rejected = (value.get(name) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, list) is not isinstance(rejected, list):
+        raise Unusable("`chosen` and `rejected` must both be texts, or both be lists of turns")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
+        prompt, chosen, rejected = _shared(prompt, chosen, rejected)
+    elif prompt is None:
+        raise Unusable(f"missing field `prompt`: found {rules.names_of(value)}")
+    if chosen == rejected:
+        raise Unusable(
+            Unlearned("`chosen` and `rejected` are the same: there is nothing to prefer")
+        )
+    beside = {name: value[name] for name in _BESIDE if name in value}
+    first, second = (
+        _parsed({"prompt": prompt, "completion": answer, **beside}, "completion", line, unread)
+        for answer in (chosen, rejected)
+    )
+    kind = next(pair for pair, one in PAIRS.items() if one == first.kind)
+    roles = first.roles + second.roles
+    return Record(kind, first.texts + second.texts, line, roles, answers=(first, second))
+
+
+def _shared(prompt: Any, chosen: list, rejected: list) -> tuple[list, list, list]:
+    """The turns that two conversations begin with, and what follows in each.
+
+    Raises:
+      Unusable: if they share none, or the prompt that stands beside them is another.
+    """
+    count = 0
+    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
+        count += 1
+    if not count:
+        raise Unusable("`chosen` and `rejected` share no first turn: give `prompt` as turns")
+    before = chosen[:count]
+    last = before[-1].get("content") if isinstance(before[-1], Mapping) else None
+    if prompt is not None and prompt != last:
+        raise Unusable(
+            "`prompt` is not the last turn that `chosen` and `rejected` share: leave it out, or "
+            "give it as turns and the answers alone"
+        )
+    if count in (len(chosen), len(rejected)):
+        raise Unusable("one of `chosen` and `rejected` ends where the other goes on: no pair")
+    return before, chosen[count:], rejected[count:]
 
 
 def _prompt(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:

@@ -25,8 +25,8 @@ REFUSED: Mapping[str, str] = {
     ),
     "labels": "say with data.loss_on and `weight` what is learned",
     "documents": "write them into a message",
-    "chosen": "write the chosen text as `completion`",
-    "rejected": "write the chosen text as `completion` and leave the other out",
+    "chosen": "use `format: pairs`, or write the chosen text as `completion`",
+    "rejected": "use `format: pairs`, or write the chosen text as `completion`",
     **dict.fromkeys(
         ("image", "images", "image_url", "video", "videos", "audio", "audios"), "only text is read"
     ),

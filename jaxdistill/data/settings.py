@@ -11,7 +11,7 @@ from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
 
 LOSS_ON = {"all": ("text", "completion", "messages", "dialogue"),
-           "completion": ("completion", "dialogue"),
+           "completion": ("completion", "dialogue", "pairs", "dialogue_pairs"),
            "assistant": ("messages", "dialogue")}  # fmt: skip
 ON_BAD_RECORD = ("quarantine", "fail")
 LONG_DOCUMENTS = ("auto", "split", "truncate", "reject")

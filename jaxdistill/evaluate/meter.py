@@ -30,7 +30,7 @@ from jaxdistill.types import Batch, Mean, TeacherSignal
 
 Step = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
 
-# What a program calls a mean over tokens -> its key.
+# What a program calls a mean over tokens, or over pairs of answers -> its key.
 NAMES = {
     "loss": "eval/loss",
     "loss/ce": "eval/ce",
@@ -44,6 +44,8 @@ NAMES = {
     "teacher/kept_mass": "eval/teacher_kept_mass",
     "teacher/entropy": "eval/teacher_entropy",
     "student/entropy": "eval/student_entropy",
+    "reward/margin": "eval/reward_margin",
+    "reward/accuracy": "eval/reward_accuracy",
 }
 CALIBRATION = "calibration"  # a total of [bins, 3], see `reliability`
 
@@ -135,7 +137,7 @@ def run(
             pending.append(step(params, teacher_params, batch, knobs))
             drain(keep=1)  # one batch stays in flight while the next is read
         drain(keep=0)
-    tokens = float(sums["loss" if "loss" in sums else "loss/ce"].count) if sums else 0.0
+    tokens = float(sums["loss/ce"].count) if sums else 0.0
     if not tokens:
         raise DataError("evaluation: no token of the held-out data counts in the loss")
     result: dict[str, Any] = {

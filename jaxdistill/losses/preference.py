@@ -15,6 +15,7 @@ def dpo(
     reference_rejected: ArrayLike,
     *,
     beta: float = 0.1,
+    mask: ArrayLike | None = None,
 ) -> dict[str, Mean]:
     """DPO: the student prefers the chosen answer more than the reference does.
 
@@ -27,9 +28,11 @@ def dpo(
       reference_chosen: [B], the same under the reference, a constant.
       reference_rejected: [B].
       beta: above 0; the larger, the closer to the reference.
+      mask: bool [B], the pairs that there are; None: all. What lies under False may be anything.
 
     Returns:
-      "loss", "reward/margin" and "reward/accuracy" (margin above 0), Means over the pairs.
+      "loss", "reward/margin" and "reward/accuracy" (margin above 0), and "reward/chosen" and
+      "reward/rejected", beta (log q - log r) of each: Means over the pairs.
 
     Raises:
       ConfigError: if shapes differ or beta is not above 0.
@@ -48,12 +51,18 @@ def dpo(
     shapes = {values.shape for values in (ours, theirs, first, second)}
     if len(shapes) > 1 or ours.ndim != 1:
         raise ConfigError(f"dpo: shapes {sorted(map(list, shapes))} must be one, [pairs]")
+    there = jnp.ones(ours.shape, bool) if mask is None else jnp.asarray(mask).astype(bool)
+    if there.shape != ours.shape:
+        raise ConfigError(f"dpo: the mask {list(there.shape)} must have one shape with the rest")
     first, second = jax.lax.stop_gradient((first, second))
-    margin = beta * ((ours - first) - (theirs - second))
-    pairs = jnp.float32(margin.size)
-    over = lambda values: Mean(values.sum().astype(jnp.float32), pairs)
+    better, worse = (jnp.where(there, beta * gap, 0.0) for gap in (ours - first, theirs - second))
+    margin = better - worse
+    pairs = there.sum().astype(jnp.float32)
+    over = lambda values: Mean(jnp.where(there, values, 0.0).sum().astype(jnp.float32), pairs)
     return {
         "loss": over(-jax.nn.log_sigmoid(margin)),
         "reward/margin": over(margin),
         "reward/accuracy": over(margin > 0),
+        "reward/chosen": over(better),
+        "reward/rejected": over(worse),
     }

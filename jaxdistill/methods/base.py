@@ -78,6 +78,8 @@ class Objective(NamedTuple):
       apply: takes these parameters, the student's `types.Outputs`, a `types.TeacherSignal`, a
         `types.Batch` and the knobs' values by name.
       needs_teacher: whether `signal` must hold a teacher.
+      needs_start: whether `signal` must hold, in the teacher's place, the student as it was before
+        the first step.
       student_taps: layers of the student whose outputs `apply` reads.
       teacher_taps: layers of the teacher.
       student_relations: layers of the student whose queries, keys and values `apply` reads.
@@ -89,6 +91,7 @@ class Objective(NamedTuple):
     init: Callable[..., Any]
     apply: Callable[..., dict[str, Any]]
     needs_teacher: bool = True
+    needs_start: bool = False
     student_taps: tuple[int, ...] = ()
     teacher_taps: tuple[int, ...] = ()
     student_relations: tuple[int, ...] = ()
@@ -154,9 +157,11 @@ class Method:
       options: what a configuration may say; the docstring is its line in `jaxdistill ls methods`.
       build: (options, facts) -> the method of a run.
       needs_teacher: options -> whether the run must have a teacher.
+      needs_start: options -> whether it compares with the student before the first step.
       reads: options -> what of the teacher its loss reads, a row of `signals.TABLE`.
       sides: the origins of the records that it compares, a tuple for each side; the training data
         must hold each side. () where it does not matter who wrote a record.
+      pairs: whether its records are pairs of answers, of which it prefers one.
       any_text: whether it can learn from any text; if not, its records are of a form of their own.
       is_control: whether it is what distillation is compared with: the same data, no teacher.
       measured: whether its numbers on a real model are in benchmarks/results, for better or worse;
@@ -166,8 +171,10 @@ class Method:
     options: type[Options]
     build: Callable[[Any, Facts], Built]
     needs_teacher: Callable[[Any], bool] = lambda options: True
+    needs_start: Callable[[Any], bool] = lambda options: False
     reads: Callable[[Any], str] = lambda options: signals.ROWS
     sides: tuple[tuple[str, ...], ...] = ()
+    pairs: bool = False
     any_text: bool = True
     is_control: bool = False
     measured: bool = False

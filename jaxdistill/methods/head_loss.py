@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.linear_divergence import linear_divergence
+from jaxdistill.kernels.linear_logprobs.api import linear_logprobs
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Batch, Known, Mean, Outputs
@@ -73,6 +74,30 @@ def from_heads(
         means |= _of_draws(means["loss/divergence"], known.entropy, batch)
     count = jax.lax.stop_gradient(means["loss/ce"].count)
     return {"loss": Mean(total, count), **means}
+
+
+def said(head: Any, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
+    """(log q, entropy) of a model at the batch's targets, [B, L] each.
+
+    Args:
+      head: see `base.Head`.
+      outputs: of the model.
+      batch: the rows; targets that do not count give 0.
+    """
+    options = {name: value for name, value in head.items() if name not in ("vocab", "columns")}
+    vocab = head["vocab"]
+    found = linear_logprobs(
+        outputs.hidden,
+        outputs.head[:vocab],
+        batch.targets,
+        mask=batch.mask,
+        bias=None if outputs.head_bias is None else outputs.head_bias[:vocab],
+        softcap=outputs.softcap,
+        mesh=current_mesh(),
+        **options,
+    )
+    assert found.logprobs is not None, "of the ids that were given"
+    return found.logprobs, found.entropy
 
 
 def _shared(columns: tuple[int, ...], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, create_model
 from pydantic_core import core_schema
 
-from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, step_by_step, taid, ted
+from jaxdistill.methods import (
+    ctkd,
+    distillm2,
+    dpo,
+    hidden,
+    kd,
+    minilm,
+    sft,
+    step_by_step,
+    taid,
+    ted,
+)
 from jaxdistill.methods.base import Built, Facts, Method, Options
 from jaxdistill.methods.knobs import Alpha
 
@@ -119,6 +130,7 @@ for _name, _method in {
     "taid": taid.METHOD,
     "ctkd": ctkd.METHOD,
     "step_by_step": step_by_step.METHOD,
+    "dpo": dpo.METHOD,
     "sft": sft.METHOD,
 }.items():
     add(_name, _method)
@@ -133,7 +145,9 @@ def build(options: Options, facts: Facts) -> Built:
     """The method of a run, by its row."""
     method = of(options)
     built = method.build(options, facts)
-    assert built.objective.needs_teacher == method.needs_teacher(options), "the row says so too"
+    objective = built.objective
+    assert objective.needs_teacher == method.needs_teacher(options), "the row says so too"
+    assert objective.needs_start == method.needs_start(options), "the row says so too"
     return built
 
 

@@ -226,6 +226,8 @@ def _work(
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
     if method.objective.needs_teacher and models.stored is not None:
         model_flops += models.stored.flops_per_token()
+    elif method.objective.needs_start:
+        model_flops += forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher and models.teacher is not None:
         model_flops += forward_flops_per_token(models.teacher.config, length)
     seconds = cost.seconds(chip)

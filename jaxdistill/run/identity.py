@@ -32,6 +32,9 @@ def fingerprints(
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
     if models.teacher is not None and not settings["teacher"]["random"]:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
+    drawn = settings["student"]["random"] or (settings["teacher"] or {}).get("random")
+    if models.start is not None and not drawn:
+        prints["student.start"] = changes.weights(models.start.params)
     if models.stored is not None and models.stored.store is not None:
         prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
     prints |= changes.facts_of(settings)

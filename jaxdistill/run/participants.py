@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import errors, methods, rules
@@ -32,6 +33,8 @@ class Models:
       vocab: how many rows of the heads are tokens.
       stored: the teacher whose answers are stored, or None.
       pairing: how the tokenizer fits those that the models come with.
+      start: the student before the first step, where the method compares with it: a copy of its
+        weights in student.compute_dtype.
     """
 
     teacher: Model | None
@@ -40,6 +43,7 @@ class Models:
     vocab: int
     stored: Stored | None = None
     pairing: Pairing = Pairing()
+    start: Model | None = None
 
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
@@ -105,7 +109,19 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
     answers = None if models.stored is None else models.stored.loaded(mesh)
-    return dataclasses.replace(models, teacher=teacher, student=student, stored=answers)
+    start = (
+        _start(config, student) if methods.of(config.method).needs_start(config.method) else None
+    )
+    return dataclasses.replace(
+        models, teacher=teacher, student=student, stored=answers, start=start
+    )
+
+
+def _start(config: Config, student: Model) -> Model:
+    """A copy of the student, which stays as it is, in the type that it computes in."""
+    dtype = jnp.dtype(config.student.compute_dtype)
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), student.params)
+    return dataclasses.replace(student, params=params)
 
 
 def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxdistill import agree, optim, teachers
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
+from jaxdistill.data.records import PAIRS
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
@@ -65,6 +66,8 @@ class RunTable:
         self._own = method.objective.init(jax.random.key(seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
         self._teacher_params = setup.signal_params(models)
+        if self._pairs:
+            self._teacher_params = setup.teacher_params_of(models, method)
         self._step = self._program(method)
         self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str] | None = None
@@ -73,6 +76,8 @@ class RunTable:
     def _program(self, method: setup.RunMethod) -> meter.Step:
         """The loss without gradient: that of training, if it measures against the teacher too."""
         models, objective = self._models, method.objective
+        if self._pairs:
+            return meter.make_step(method.loss, method.teacher)
         alone = models.teacher is None and models.stored is None
         if objective.token_means and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
@@ -93,6 +98,11 @@ class RunTable:
             quantization=self._student.quantize,
         )
         return meter.make_step(loss, signal)
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the held-out rows are pairs, which the method alone can compare."""
+        return self._held_out.dataset.kind in PAIRS
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""

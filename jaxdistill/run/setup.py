@@ -81,7 +81,11 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     )
     built = methods.build(config.method, facts)
     objective = built.objective
-    teacher = signal_of(config, models, objective) if objective.needs_teacher else teachers.none
+    teacher = teachers.none
+    if objective.needs_start:
+        teacher = start_of(config, models)
+    elif objective.needs_teacher:
+        teacher = signal_of(config, models, objective)
     o = config.optimizer
     rate = learning_rate_of(o, config.train.steps)
     tx = optim.optimizer(
@@ -139,6 +143,16 @@ def signal_of(
     )
 
 
+def start_of(config: Config, models: participants.Models) -> teachers.Teacher:
+    """The student before the first step in the teacher's place."""
+    student = config.student
+    return teachers.online(
+        models.student.config,
+        compute_dtype=jnp.dtype(student.compute_dtype),
+        attention=student.attention,
+    )
+
+
 def learning_rate_of(o: Optimizer, steps: int) -> optax.Schedule:
     """Step index -> learning rate, over a run of `steps` steps."""
     warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
@@ -154,7 +168,10 @@ def teacher_dtype(config: Config) -> jnp.dtype:
 def abstract_teacher_of(
     config: Config, models: participants.Models, method: RunMethod, mesh: Mesh
 ) -> Any:
-    """The shapes and places of the teacher's parameters, None where the method has no teacher."""
+    """The shapes and places of what `teacher_params_of` gives."""
+    if method.objective.needs_start:
+        dtype = jnp.dtype(config.student.compute_dtype)
+        return abstract_params(models.student.config, dtype, mesh)
     if not method.objective.needs_teacher:
         return None
     if models.stored is not None:
@@ -244,7 +261,10 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
 
 
 def teacher_params_of(models: participants.Models, method: RunMethod) -> Any:
-    """The teacher's parameters as the step takes them: None where the method has no teacher."""
+    """The parameters of the teacher, or of the start, as the step takes them; None for neither."""
+    if method.objective.needs_start:
+        assert models.start is not None, "loaded for a method that needs it"
+        return models.start.params
     return signal_params(models) if method.objective.needs_teacher else None
 
 

@@ -44,6 +44,7 @@ def read(config: Config, mesh: Mesh) -> Inputs:
     network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
     data = agree.leader_first(lambda: texts.data_of(config.data, models.tokenizer, network=network))
+    agree.together(lambda: texts.check_kinds(config.method, data))
     agree.together(lambda: models.pairing.check(data))
     if agree.leads():
         for name, line in models.pairing.lines().items():

@@ -1,12 +1,16 @@
 """The texts of a run: rows to learn from, held-out rows, and prompts that the student answers."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from jaxdistill import methods
 from jaxdistill.config.data import Data
 from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.records import PAIRS
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.sources import open_source
+from jaxdistill.errors import DataError
 
 Text = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was left out of it
 
@@ -52,6 +56,28 @@ def data_of(data: Data, tokenizer: Any, *, network: bool = False) -> dict[str, D
     if "train" in built:
         held_out.check(built["train"], built["eval"])
     return built
+
+
+def check_kinds(method: methods.Options, data: Mapping[str, Dataset]) -> None:
+    """Refuses pairs for a method that prefers nothing, and other records for one that does.
+
+    Held-out records of a method of pairs may be others too.
+
+    Raises:
+      DataError: naming the method and what would do.
+    """
+    wanted = methods.of(method).pairs
+    for name, kind in ((name, dataset.kind) for name, dataset in data.items()):
+        if kind in PAIRS and not wanted:
+            raise DataError(
+                f"data.{name}: holds pairs of answers, which method {method.name} does not "
+                "compare: use method dpo, or write the chosen answers as `completion`"
+            )
+        if wanted and kind not in PAIRS and name == "train":
+            raise DataError(
+                f"data.{name}: method {method.name} compares pairs, and the records are {kind!r}: "
+                "give `prompt`, `chosen` and `rejected`"
+            )
 
 
 def prompts_of(

@@ -292,7 +292,9 @@ def _meter(
     length = config.data.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
-    if method.objective.needs_teacher:
+    if method.objective.needs_start:
+        teacher = forward_flops_per_token(models.student.config, length)
+    elif method.objective.needs_teacher:
         if models.stored is not None:
             teacher = models.stored.flops_per_token()
         else:

@@ -75,7 +75,7 @@ def test_kinds_need_all_their_fields():
     assert kinds_of({"prompt": 1}) == []
     assert kinds_of({"prompt": 1, "completion": 2, "text": 3}) == ["text", "completion"]
     assert kinds_of({"instruction": 1, "output": 2, "conversations": 3}) == ["sharegpt", "alpaca"]
-    assert SHOWN_KINDS == ("text", "messages", "completion", "sharegpt", "alpaca")
+    assert SHOWN_KINDS == ("text", "messages", "completion", "sharegpt", "alpaca", "pairs")
 
 
 def test_nothing_unprintable_is_left():

@@ -222,6 +222,12 @@ def test_dpo_against_float64():
     assert found["loss"].value == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
     assert found["reward/margin"].value == pytest.approx(margin.mean(), rel=1e-5)
     assert found["reward/accuracy"].value == pytest.approx((margin > 0).mean())
+    assert found["reward/chosen"].value == pytest.approx(0.3 * (ours - first).mean(), rel=1e-5)
+    assert found["reward/rejected"].value == pytest.approx(0.3 * (theirs - second).mean(), rel=1e-5)
+    some = np.arange(6) % 2 == 0
+    given = np.where(some, ours, np.nan)
+    few = losses.dpo(given, theirs, first, second, beta=0.3, mask=some)["loss"]
+    assert few.value == pytest.approx(np.log1p(np.exp(-margin))[some].mean(), rel=1e-5)
     slope = jax.grad(lambda c: losses.dpo(c, theirs, first, second, beta=0.3)["loss"].value)
     expected = -0.3 / (1 + np.exp(margin)) / 6
     np.testing.assert_allclose(slope(jnp.array(ours)), expected, rtol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
-from jaxdistill.methods import ctkd, distillm2, hidden, kd, minilm, sft, taid, ted
+from jaxdistill.methods import ctkd, distillm2, dpo, hidden, kd, minilm, sft, taid, ted
 from jaxdistill.methods.base import Facts
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
@@ -51,6 +51,16 @@ def written(batch):
     return dataclasses.replace(batch, origin=origin, segment_ids=segments)
 
 
+def paired(batch):
+    """The same rows as two pairs of answers each; of the last pair one is missing."""
+    segments = np.repeat(np.arange(1, 5, dtype=np.int32), LENGTH // 4)
+    segments = np.broadcast_to(segments, batch.tokens.shape).copy()
+    segments[-1, LENGTH // 2 :] = 0
+    mask = batch.mask & (segments > 0)
+    mask[:, :: LENGTH // 4] = True  # every answer has something that counts
+    return dataclasses.replace(batch, segment_ids=segments, mask=mask & (segments > 0))
+
+
 METHODS = {
     "kd": (lambda: kd.objective(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
     "taid": (lambda: taid.objective(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
@@ -77,6 +87,7 @@ METHODS = {
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5},
     ),
     "distillm2": (lambda: distillm2.objective(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
+    "dpo": (lambda: dpo.objective(vocab=VOCAB, beta=0.5, reference="teacher"), {}),
     "ted": (
         lambda: ted.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
         {
@@ -139,7 +150,8 @@ class Training:
         )  # fmt: skip
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
-        self.rows = lambda seed: written(rows(seed)) if name == "distillm2" else rows(seed)
+        shaped = {"distillm2": written, "dpo": paired}.get(name, lambda batch: batch)
+        self.rows = lambda seed: shaped(rows(seed))
         shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
         step = steps.make(
             self.loss,
@@ -218,6 +230,42 @@ def test_taids_control_is_the_cross_entropy_form():
     training.run(1)
     own = [s for s in jax.tree.leaves(training.state.opt_state, is_leaf=is_taid) if is_taid(s)][0]
     np.testing.assert_allclose(own.previous, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["devices", "micro_batches"])
+def test_dpo_is_the_papers_formula_however_a_batch_is_split(case):
+    """Float64 from the logits of both models: sums over answers, the mean over whole pairs."""
+    if case == "devices" and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    options = {"mesh": make_mesh(2, 4)} if case == "devices" else {"micro_batches": 4}
+    training = Training("dpo", **options)
+    student = jax.tree.map(jnp.copy, training.state.params["student"])
+    batch = training.rows(0)
+    margins, sums = [], []
+    for config, params in ((STUDENT, student), (TEACHER, training.teacher)):
+        read = (batch.tokens, batch.positions, batch.segment_ids)
+        run = decoder.apply(config, params, *map(jnp.asarray, read), compute_dtype="float32")
+        logits = np.asarray(decoder.logits(run), np.float64)[..., :VOCAB]
+        logq = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        said = np.take_along_axis(logq, batch.targets[..., None], -1)[..., 0] * batch.mask
+        sums.append([[said[r, batch.segment_ids[r] == s].sum() for s in (1, 2, 3, 4)]
+                     for r in range(ROWS)])  # fmt: skip
+    gap = np.asarray(sums[0]) - np.asarray(sums[1])
+    for row in range(ROWS):
+        margins.append(0.5 * (gap[row, 0] - gap[row, 1]))
+        if row != ROWS - 1:
+            margins.append(0.5 * (gap[row, 2] - gap[row, 3]))
+    (means,) = training.run(1)
+    expected = np.log1p(np.exp(-np.asarray(margins))).mean()
+    assert means["loss/total"] == pytest.approx(expected, rel=1e-5)
+    assert means["reward/margin"] == pytest.approx(np.mean(margins), rel=1e-4)
+    assert means["reward/accuracy"] == pytest.approx(np.mean(np.asarray(margins) > 0))
+    ours, one = training.run(STEPS - 1, first=1), curve("dpo")[1:]
+    for name in ("loss/total", "optim/grad_norm"):
+        np.testing.assert_allclose(
+            [step[name] for step in ours], [step[name] for step in one], rtol=2e-3
+        )
+    assert one[-1]["reward/accuracy"] > 0.9
 
 
 def is_taid(x):
