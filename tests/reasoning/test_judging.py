@@ -1,0 +1,102 @@
+"""Rewards: what each verifier gives, and that a hostile answer costs its own reward and no more."""
+
+import math
+
+import pytest
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.reasoning import judging
+from jaxdistill.reasoning.judging import Judges, Part, Question
+
+THOUGHT = "<think>2 + 3\nis 5</think> The answer is 5."
+
+
+def asked(answer, gold="5", **beside):
+    record = beside if gold is None else {"answer": gold, **beside}
+    return Question("2 + 3 = ", answer, record)
+
+
+def test_each_verifier_gives_its_number_and_the_sum_is_weighted():
+    parts = [
+        Part("number", 2.0),
+        Part("format", 0.5),
+        Part("numeric", 1.0, {"rel": 0.1}),
+        Part("regex", 1.0, {"pattern": r"is (\d)\."}),
+        Part("length", 0.1, {"limit": 60, "ramp": 20}),
+    ]
+    with Judges(parts, workers=2, seconds=60.0) as judges:
+        right, near, long = judges([asked(THOUGHT), asked("4.8"), asked(THOUGHT + " " * 8)])
+    assert right.values == (1.0, 1.0, 1.0, 1.0, pytest.approx((40 - len(THOUGHT)) / 20))
+    assert right.reward == pytest.approx(2 + 0.5 + 1 + 1 + 0.1 * right.values[-1])
+    assert near.values[:4] == (0.0, 0.0, 1.0, 0.0) and near.values[4] == 0.0
+    assert long.values[4] == pytest.approx((40 - len(THOUGHT) - 8) / 20)
+    assert {one.reason for one in (right, near, long)} == {None}
+
+
+def test_functions_of_the_caller_cost_an_answer_at_most():
+    said = {"good": 1, "none": None, "nan": math.nan, "large": 1e9, "word": "x"}
+
+    def mine(prompt, answer, record):
+        assert prompt == "2 + 3 = " and record["level"] == "2"
+        if answer == "raise":
+            raise KeyError(answer)
+        return said[answer]
+
+    with Judges([Part("mine")], functions={"mine": mine}) as judges:
+        found = judges([asked(name, level="2") for name in (*said, "raise")])
+    assert [one.reward for one in found] == [1.0, None, None, None, None, None]
+    assert [one.reason for one in found] == [
+        None,
+        judging.SILENT,
+        *[judging.REFUSED] * 3,
+        judging.FAILED,
+    ]
+
+
+def test_a_hostile_answer_costs_its_own_reward():
+    """A pattern without end is killed; the others are judged by the same two processes."""
+    parts = [Part("regex", 1.0, {"pattern": r"(a+)+$"})]
+    good = asked("aaa", "aaa")
+    with Judges(parts, workers=2, seconds=60.0) as judges:
+        judges([good] * 2)  # both processes run
+        processes = [process for _, process in judges._processes]
+        for process in processes:
+            process._seconds = 0.5
+        found = judges([asked("a" * 40 + "b"), *[good] * 5, asked("", None)])
+        assert [process for _, process in judges._processes] == processes
+    assert [one.reason for one in found] == [judging.TIMED_OUT, *[None] * 5, judging.SILENT]
+    assert [one.reward for one in found] == [None, *[1.0] * 5, None]
+
+
+def test_numbers_beyond_all_bounds_are_wrong_or_without_reward():
+    answers = ["9" * 1_000_000, "1" + "0" * 400 + ".5", "\x00\ud800", "__import__('os')._exit(3)"]
+    with Judges([Part("number"), Part("numeric"), Part("expression")], seconds=60.0) as judges:
+        found = judges([asked(answer) for answer in (*answers, "5")])
+    assert [one.reward for one in found[:-1]] == [0.0] * 4
+    assert found[-1].reward >= 2.0
+
+
+def test_math_has_processes_of_its_own():
+    pytest.importorskip("math_verify", reason="needs the extra math")
+    with Judges([Part("math"), Part("format")], workers=1, seconds=60.0) as judges:
+        (found,) = judges([asked(r"<think>x</think> \boxed{\frac{10}{2}}")])
+        assert len(judges._processes) == 2
+    assert found.values == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part("poem"), "is neither one of"),
+        (Part("regex"), "options are not these"),
+        (Part("regex", 1.0, {"pattern": "("}), "pattern"),
+        (Part("length", 1.0, {"limit": 4, "ramp": 9}), "ramp must be in 1 to limit"),
+        (Part("number", 1.0, {"rel": 0.1}), "options are not these"),
+        (Part("numeric", 1.0, {"rel": math.inf}), "must be finite"),
+    ],
+)
+def test_what_cannot_judge_is_refused(part, message):
+    with pytest.raises(ConfigError, match=message):
+        Judges([part])
+    with pytest.raises(ConfigError, match="is the name of a built-in one"):
+        Judges([Part("number")], functions={"number": len})
