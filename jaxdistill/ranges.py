@@ -31,6 +31,7 @@ class Range(NamedTuple):
 
 
 _UNIT = Range(0.5, 0, 1)
+_CAP = Range(30.0, 0, math.inf, above=True)
 
 # Rows of `kernels.rows`, entry by entry: their parameters may move during a run.
 ENTRIES: Mapping[str, Mapping[str, Range]] = {
@@ -58,7 +59,8 @@ COMMON: Mapping[str, Range] = {
     "temperature": Range(1.0, 0, math.inf, above=True),
     "taid_t": Range(1.0, 0, 1),
     "label_smoothing": Range(0.0, 0, 1),
-    "student_softcap": Range(30.0, 0, math.inf, above=True),
-    "teacher_softcap": Range(30.0, 0, math.inf, above=True),
+    "softcap": _CAP,
+    "student_softcap": _CAP,
+    "teacher_softcap": _CAP,
 }
 PARAMETERS = {**ENTRIES, **WHOLE_ROWS}

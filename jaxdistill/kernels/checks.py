@@ -81,15 +81,16 @@ def numbers(values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{name} {list(jnp.shape(value))}: must be one number, []")
 
 
-def whole(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless a size is a whole number.
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raises unless a size is a whole number, from `least` to `most`.
 
     Raises:
       ConfigError: naming the size.
     """
     sound = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not sound or value < least:
-        raise ConfigError(f"{name} = {value!r}: must be a whole number, at least {least}")
+    if not sound or value < least or (most is not None and value > most):
+        ends = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name} = {value!r}: must be a whole number, {ends}")
 
 
 def per_token(name: str, value: Array | None, dims: Sequence[int], *kinds: Any) -> None:

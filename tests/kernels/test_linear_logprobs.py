@@ -122,6 +122,19 @@ def test_a_temperature_per_token_and_a_chunk_that_divides_nothing():
     assert not slopes["temperature"][~x["mask"]].any()
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_a_temperature_under_the_mask_may_be_anything(implementation):
+    x = make() | {"temperature": np.linspace(0.6, 3.0, N)}
+    off = np.flatnonzero(~x["mask"])
+    spoiled = x | {"temperature": x["temperature"].copy()}
+    spoiled["temperature"][off] = np.resize([0.0, np.nan, -1.0, np.inf], len(off))
+    assert len(off) > 3
+    options = {"implementation": implementation}
+    got, want = (ours(y, **options) for y in (spoiled, x))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert not got[1]["hidden"][off].any() and not got[1]["temperature"][off].any()
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_each_number_has_a_gradient_of_its_own(name):
     x = make(1)
@@ -193,7 +206,7 @@ def test_bfloat16_keeps_float32_arithmetic():
         n: np.asarray(jnp.asarray(x[n], jnp.bfloat16), np.float64)
         for n in ("hidden", "head", "bias")
     }
-    said, slopes = ours(x, dtype=jnp.bfloat16, logits_dtype=jnp.float32)
+    said, slopes = ours(x, dtype=jnp.bfloat16)  # logits are float32 unless told
     compare((said, slopes), x | rounded, tolerance=1e-2)
     assert slopes["hidden"].dtype == slopes["head"].dtype == jnp.bfloat16
 
@@ -206,6 +219,28 @@ def test_masses_too_small_for_a_float_and_logits_of_300():
         lambda head: linear_logprobs(jnp.ones((1, 1)), head, sets=[[1, 2]]).log_masses.sum()
     )(head)
     np.testing.assert_allclose(by_head[:, 0], [-1, 0.7310586, 0.2689414, 0], rtol=2e-5)
+
+
+def test_what_a_sampler_kept_is_asked_for_by_ids():
+    """log q of a token among the kept ones alone, and its slope, as the README's example has it."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(4, D)), rng.normal(size=(V, D))
+    kept, T = np.array([[3, 7, 1], [9, 3, -1], [5, -1, -1], [0, 52, 4]]), 0.7
+
+    def plain(head):
+        z = np.where([[v in row for v in range(V)] for row in kept], hidden @ head.T / T, -np.inf)
+        return (z[range(4), kept[:, 0]] - np.log(np.exp(z).sum(1))).sum()
+
+    def chunked(head):
+        ids = jnp.concatenate([kept[:, :1], kept], axis=1)
+        log_q = linear_logprobs(jnp.float32(hidden), head, ids, temperature=T).logprobs
+        return (log_q[:, 0] - jax.nn.logsumexp(log_q[:, 1:], axis=1, where=kept >= 0)).sum()
+
+    value, slope = jax.value_and_grad(chunked)(jnp.float32(head))
+    np.testing.assert_allclose(value, plain(head), rtol=1e-6)
+    along, step = rng.normal(size=(V, D)), 1e-6
+    want = (plain(head + step * along) - plain(head - step * along)) / (2 * step)
+    np.testing.assert_allclose((slope * along).sum(), want, rtol=1e-5)
 
 
 def test_ids_that_are_no_tokens_where_they_are_traced():
@@ -303,12 +338,20 @@ def test_no_head_crosses_the_mesh(mesh8):
         ({"sets": [[1, 53]]}, "within 0 to V - 1 = 52"),
         ({"sets": [np.zeros(V, bool)]}, "empty"),
         ({"sets": np.zeros((1, V - 1), bool)}, "a mask must be"),
-        ({"top_k": 54}, "top_k"),
+        ({"top_k": 54}, "top_k = 54: must be a whole number, from 0 to 53"),
+        ({"top_k": 1.5}, "top_k = 1.5: must be a whole number"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": jnp.float32(-1)}, "temperature"),
+        ({"temperature": jnp.ones(2, bool)}, "temperature"),
         ({"temperature": jnp.ones(3)}, "temperature"),
         ({"mask": jnp.ones(3)}, "mask"),
+        ({"mask": np.array(["a", "b"])}, "mask is no array"),
+        ({"chunk": 0}, "chunk = 0: must be a whole number"),
+        ({"logits_dtype": "int32"}, "logits_dtype = int32"),
+        ({"hidden": jnp.ones((2, D), int)}, "hidden is int32: must be of a float type"),
         ({"bias": jnp.ones(3)}, "bias"),
-        ({"softcap": -1.0}, "softcap"),
+        ({"softcap": -1.0}, "softcap = -1.0: must be positive"),
+        ({"softcap": jnp.zeros(())}, "softcap"),
         ({"head": jnp.ones((V, D + 1))}, "head"),
         ({"implementation": "mosaic_gpu"}, "mosaic_gpu' cannot run"),
         ({"implementation": "reference", "vocab_axes": "model"}, "a whole head"),

@@ -169,7 +169,7 @@ def linear_divergence(
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2 (T^2); arXiv 2503.16870 (the
     ghost), 2606.30406, eq. 5 (the generalised forms).
     """
-    arrays = arguments.arrays("student", student_hidden, student_head, student_bias)
+    arrays = arguments.arrays(student_hidden, student_head, student_bias, prefix="student_")
     teacher = arguments.teacher(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, taid_t)
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)

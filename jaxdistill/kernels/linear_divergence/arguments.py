@@ -22,22 +22,22 @@ from jaxdistill.kernels.operands import LossSpec
 
 
 def arrays(
-    who: str, hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None
+    hidden: ArrayLike, head: ArrayLike, bias: ArrayLike | None, *, prefix: str = ""
 ) -> tuple[Array, Array, Array | None]:
-    """One model's hidden states, head and bias, whose shapes fit."""
-    hidden = checks.array(f"{who}_hidden", hidden)
-    head = checks.array(f"{who}_head", head)
-    bias = None if bias is None else checks.array(f"{who}_bias", bias)
+    """One model's hidden states, head and bias, whose shapes fit; `prefix` is of their names."""
+    hidden = checks.array(f"{prefix}hidden", hidden)
+    head = checks.array(f"{prefix}head", head)
+    bias = None if bias is None else checks.array(f"{prefix}bias", bias)
     if hidden.ndim not in (2, 3) or head.ndim != 2 or hidden.shape[-1] != head.shape[1]:
         raise ConfigError(
-            f"{who}_hidden {hidden.shape} and {who}_head {head.shape} must be [N, D] or [B, L, D], "
-            "and [V, D]"
+            f"{prefix}hidden {list(hidden.shape)} and {prefix}head {list(head.shape)} must be "
+            "[N, D] or [B, L, D], and [V, D]"
         )
     if bias is not None and bias.shape != (head.shape[0],):
-        raise ConfigError(f"{who}_bias {bias.shape} must be [V] = [{head.shape[0]}]")
+        raise ConfigError(f"{prefix}bias {list(bias.shape)} must be [V] = [{head.shape[0]}]")
     for name, value in (("hidden", hidden), ("head", head), ("bias", bias)):
         if value is not None:
-            checks.floating(f"{who}_{name}", value)
+            checks.floating(f"{prefix}{name}", value)
     return hidden, head, bias
 
 
@@ -50,7 +50,7 @@ def teacher(
 ) -> tuple[Array | None, Array | None, Array | None]:
     """The teacher's hidden states, head and bias, or three times None."""
     if hidden is not None and head is not None:
-        return arrays("teacher", hidden, head, bias)
+        return arrays(hidden, head, bias, prefix="teacher_")
     if hidden is not None or head is not None:
         raise ConfigError("teacher_hidden and teacher_head go together: give both or neither")
     of_teacher = {"teacher_bias": bias, "teacher_softcap": softcap, "taid_t": taid_t}
