@@ -14,7 +14,8 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
 from jaxdistill.kernels.statistics import LOWEST, Scales
 
-# A share of LOWEST that rounding can leave is below this, a logit never is.
+# A share of LOWEST is below this, be it what rounding leaves or what a temperature divides; a logit
+# never is.
 FARTHEST = -(2.0**60)
 
 # A divergence of the caller's own: (student logits / T, teacher logits / T, labels) -> [n].

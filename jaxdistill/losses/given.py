@@ -74,10 +74,16 @@ def logits(
     given = student, teacher
     if lowest is not None:
         student, teacher = (jnp.maximum(x, lowest) for x in given)
-    usable = (t > 0) & jnp.isfinite(t)
-    bad = unsound(student) | unsound(teacher) | ~(usable[..., 0] if t.ndim else usable)
+    t, sound_t = usable(t)
+    bad = unsound(student) | unsound(teacher) | ~sound_t
     sound = lambda x: jnp.where(bad[..., None], 0.0, x)
-    return Logits(sound(student), sound(teacher), jnp.where(usable, t, 1.0), bad, given)
+    return Logits(sound(student), sound(teacher), t, bad, given)
+
+
+def usable(temperature: Array) -> tuple[Array, Array]:
+    """Temperatures [] or [..., 1], 1 where one is none; and where they are some, bool [] or [...]."""
+    some = (temperature > 0) & jnp.isfinite(temperature)
+    return jnp.where(some, temperature, 1.0), some[..., 0] if some.ndim else some
 
 
 def wide(x: Array) -> Array:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
+from jaxdistill.kernels.operands import FARTHEST
 from jaxdistill.losses import divergences, given
 from jaxdistill.losses.likelihood import cross_entropy
 from jaxdistill.ranges import COMMON, ENTRIES, WHOLE_ROWS, Range
@@ -246,7 +247,7 @@ def smoothed_forward_kl(
     """
     _check("smoothed_forward_kl", target_smoothing=target_smoothing)
     x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
-    possible = (teacher > _LOWEST / 2) | (student > _LOWEST / 2)
+    possible = (teacher > FARTHEST) | (student > FARTHEST)
     share = target_smoothing / jnp.sum(possible, axis=-1, keepdims=True)
     p = (1 - target_smoothing) * jax.nn.softmax(teacher) + jnp.where(possible, share, 0.0)
     nothing = p <= 0  # false for NaN, which must stay one: a finite loss would hide it
@@ -278,7 +279,7 @@ def logit_mse(
     Reference: Ba, Caruana 2014, arXiv 1312.6184; Kim et al. 2021, arXiv 2105.08919.
     """
     x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
-    possible = (x.student > _LOWEST / 2) & (x.teacher > _LOWEST / 2)
+    possible = (x.student > FARTHEST) & (x.teacher > FARTHEST)
     gap = jnp.where(possible, student - teacher, 0.0)
     count = jnp.maximum(jnp.sum(possible, axis=-1), 1)
     return x.finished(jnp.sum(gap**2, axis=-1) / count, scale_by_t2)

@@ -31,6 +31,8 @@ OF_LOGITS = {
     "cross_entropy": lambda s, t: losses.cross_entropy(s, LABELS, label_smoothing=0.1),
     "topk_kl": lambda s, t: losses.topk_kl(s, IDS, LOGPROBS + 0 * t[:, :2]),
     "topk_generalized_kl": lambda s, t: losses.topk_generalized_kl(s, IDS, LOGPROBS + 0 * t[:, :2]),
+    "entropy": lambda s, t: losses.entropy(s),
+    "log_mass": lambda s, t: losses.log_mass(s, [[0, 3], [1]]).sum(-1),
     "hidden_mse": losses.hidden_mse,
     "hidden_cosine": losses.hidden_cosine,
 }
@@ -106,6 +108,27 @@ def test_a_masked_temperature_may_be_zero():
     assert np.isnan(losses.forward_kl(states(0), states(1), temperature=T)[1])
 
 
+def test_entropy_and_mass_take_a_temperature_for_each_row():
+    T, sets = jnp.array([0.5, 1.0, 3.0]), [[0, 3], [1]]
+    square = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)
+    for given in (T, T[:, None]):
+        want = [losses.entropy(row, temperature=t) for row, t in zip(square, T, strict=True)]
+        np.testing.assert_allclose(losses.entropy(square, temperature=given), want, rtol=1e-6)
+        want = [
+            losses.log_mass(row, sets, temperature=t) for row, t in zip(states(0), T, strict=True)
+        ]
+        found = losses.log_mass(states(0), sets, temperature=given)
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+def test_a_traced_set_of_no_token_has_no_mass_and_no_slope():
+    mass = lambda s, one: losses.log_mass(s, [one])[..., 0]
+    empty = jnp.zeros(4, bool)
+    np.testing.assert_array_equal(jax.jit(mass)(states(0), empty), -np.inf)
+    total = jax.jit(jax.grad(lambda s, one: mass(s, one).sum()))
+    np.testing.assert_array_equal(total(states(0), empty), 0)
+
+
 def test_relations_and_routing_pass_by_padding():
     segments = jnp.array([[1, 1, 1, 0]])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 4)), jnp.float32)
@@ -126,6 +149,12 @@ def test_relations_and_routing_pass_by_padding():
     ("call", "words"),
     [
         (lambda s, t: losses.forward_kl(s, t, temperature=jnp.ones(4)), "temperature"),
+        (lambda s, t: losses.entropy(s, temperature=jnp.ones(4)), r"temperature \[4\]: must be"),
+        (lambda s, t: losses.entropy(s, temperature=jnp.float32(0)), "temperature = 0"),
+        (lambda s, t: losses.entropy(s, temperature="2"), "temperature = '2'"),
+        (lambda s, t: losses.entropy("logits"), "logits is no array"),
+        (lambda s, t: losses.log_mass(s, [[0]], temperature=np.float32(-1)), "temperature = -1"),
+        (lambda s, t: losses.log_mass(s, [[0]], temperature=jnp.ones(4)), "temperature"),
         (lambda s, t: losses.taid(s, t, jnp.ones(4)), "taid_t"),
         (lambda s, t: losses.taid(s, t, np.float32(2)), "taid_t = 2"),
         (lambda s, t: losses.skew_forward_kl(s, t, skew=jnp.ones(4)), "skew"),

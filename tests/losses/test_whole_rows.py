@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import losses
-from jaxdistill.kernels import linear_divergence
+from jaxdistill.kernels import choice, linear_divergence
 from jaxdistill.losses import whole_rows
 
 
@@ -123,6 +123,35 @@ def test_logits_are_compared_as_they_are():
     for row, column in enumerate((1, 2)):
         left = np.delete((s - t)[row] ** 2, column).mean()
         np.testing.assert_allclose(spoiled[row], left, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("name", ["logit_mse", "smoothed_forward_kl"])
+def test_impossible_and_padded_columns_stay_so_at_any_temperature(name, gpu, monkeypatch):
+    """Both by themselves and in the head loss, which divides by T first: 23 columns, 2 impossible."""
+    if gpu:  # whose heads are padded to tiles of 64 columns
+        device = choice.Device("gpu", "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(choice, "current_device", lambda: device)
+    student, teacher = logits()
+    s, t = (np.asarray(x, np.float64)[:, :21] for x in (student, teacher))
+    temperature = 8.0
+    q, p = softmax(s / temperature), 0.9 * softmax(t / temperature) + 0.1 / 21
+    of_mse = ((s - t) ** 2).mean(1)
+    want = of_mse if name == "logit_mse" else temperature**2 * kl(p, q)
+    for lowest in (-jnp.inf, -1e30):
+        given = [x.at[:, 21:].set(lowest) for x in (student, teacher)]
+        plain = getattr(losses, name)(*given, temperature=temperature)
+        np.testing.assert_allclose(plain, want, rtol=1e-5)
+        bias = jnp.where(jnp.arange(23) < 21, 0.0, lowest)
+        value = lambda head, bias=bias: linear_divergence(
+            jnp.eye(6), head, jnp.eye(6), teacher.T, kind=whole_rows.bound(name),
+            temperature=temperature, implementation="xla", student_bias=bias, teacher_bias=bias,
+        )[0]  # fmt: skip
+        found, slope = jax.value_and_grad(value)(student.T)
+        np.testing.assert_allclose(found, want.mean(), rtol=1e-5)
+        by_s = temperature * (q - p) if name == "smoothed_forward_kl" else 2 * (s - t) / 21
+        np.testing.assert_allclose(slope[:21].T, by_s / 6, atol=2e-6)
+        np.testing.assert_array_equal(slope[21:], 0)
 
 
 CASES = {
