@@ -35,6 +35,7 @@ def slope(
     temperature: Any,
     scaled: bool,
     total: Callable[[Array], Array],
+    held: Array | None = None,
 ) -> Array:
     """d (T^2 D) / dT, or d D / dT where the divergence is not scaled.
 
@@ -47,6 +48,8 @@ def slope(
       temperature: T, [] or [..., 1].
       scaled: whether the divergence is multiplied by T^2.
       total: the sum over the vocabulary, [..., V] -> [..., 1].
+      held: what stays of both logits, [..., V], where an entry s / T moves as (s - held) / T does;
+        None for nothing.
 
     Returns:
       [..., 1].
@@ -57,6 +60,8 @@ def slope(
     no_s, no_z = s <= LOWEST / 2, z <= LOWEST / 2
     # From the logits' difference: that of two rounded log-probabilities has lost its digits.
     d = jnp.where(no_s & no_z, 0.0, (s - z) * k - (log_s - log_z))
+    if held is not None:
+        s, z = s - held, z - held
     mean_s, mean_z = total(q * s), total(p * z)
     if row.closed:
         shift = temperature * (log_s - log_z)

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -270,6 +271,11 @@ def _check_orders(alpha: Parameter, beta: Parameter) -> None:
             f"alpha = {alpha}, beta = {beta}: must not be negative, and not both 0: a power of an "
             "impossible entry would be infinite"
         )
+
+
+def not_below_zero(divergence: Array) -> Array:
+    """A divergence, 0 where rounding left less; its slope is that of what came."""
+    return divergence - jax.lax.stop_gradient(jnp.minimum(divergence, 0.0))
 
 
 # kind -> the function that makes its row from the kind's parameters.

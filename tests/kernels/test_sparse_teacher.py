@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill import losses
 from jaxdistill.kernels import linear_divergence
 
 pytestmark = pytest.mark.floor
@@ -268,6 +269,28 @@ def test_equal_models_are_exactly_zero_and_none_below():
             assert run(log_q - np.float32(shift)) >= 0, (kind, shift)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_a_kl_of_nearly_equal_models_is_not_below_zero(implementation):
+    rng = np.random.default_rng(5)
+    t = jnp.asarray(3 * rng.normal(size=(64, 200)), jnp.float32)
+    s = t + 1e-4 * jnp.asarray(rng.normal(size=t.shape), jnp.float32)
+    logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(t), 50)
+
+    def values(s):
+        one = lambda s, ids, logprobs: linear_divergence(
+            s[None], jnp.eye(200), teacher_ids=ids[None], teacher_logprobs=logprobs[None],
+            implementation=implementation,
+        )[0]  # fmt: skip
+        return jax.vmap(one)(s, ids, logprobs)
+
+    value, plain = jax.jit(values)(s), losses.topk_kl(s, ids, logprobs)
+    assert (value >= 0).all() and (value == 0).any() and (plain >= 0).all()
+    slope = jax.jit(jax.grad(lambda s: values(s).sum()))(s)
+    assert slope[np.asarray(value == 0)].any(axis=1).all()
+    slope = jax.grad(lambda s: losses.topk_kl(s, ids, logprobs).sum())(s)
+    assert slope[np.asarray(plain == 0)].any(axis=1).all()
+
+
 def test_traced_numbers_that_break_the_rules():
     x = make()
     run = jax.jit(
@@ -314,6 +337,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
         ({"teacher_logprobs": [[-0.1, np.nan]]}, "largest is nan"),
         ({"teacher_rest": [-1.2]}, "not its log"),
         ({"teacher_rest": [[0.1]]}, "teacher_rest"),
+        ({"teacher_rest": [0.7]}, "known tokens' probabilities it makes 1.203 of a row, above 1"),
         ({"sampled_ids": [1]}, "sampled_ids and sampled_logprobs"),
         ({"sampled_ids": [1], "sampled_logprobs": [-1.0]}, "only generalized_reverse_kl"),
         ({"teacher_hidden": np.ones((1, 2)), "teacher_head": np.ones((V, 2))}, "in place of"),

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill.kernels import by_temperature as by_t
 from jaxdistill.kernels import logprob_rows, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.columns.definition import Columns, listed
 from jaxdistill.kernels.measure import measure
-from jaxdistill.kernels.operands import VocabularyShard
+from jaxdistill.kernels.operands import FARTHEST, VocabularyShard
 from jaxdistill.kernels.statistics import LOWEST, MOMENTS, Rows
-from jaxdistill.kernels.token_loss import Divergence, TokenRows
+from jaxdistill.kernels.token_loss import Divergence, TokenRows, as_column
 
 
 class Side(NamedTuple):
@@ -37,11 +38,16 @@ class Side(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A divergence of two sides: value [n], and the slopes by their entries, [n, E] each."""
+    """A divergence of two sides: value [n], and the slopes by their entries, [n, E] each.
+
+    `tops` and `log_sums`, [n, 1] each, are of the student's and the teacher's entries.
+    """
 
     value: Array
     by_student: Array
     by_teacher: Array
+    tops: tuple[Array, Array]
+    log_sums: tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ class ColumnRows(TokenRows):
         columns = shard.column(self.columns.student if model == "s" else self.columns.teacher)
         others = ~listed(columns, width)[None, :]
         x = logprob_rows.shifted(s, top, temperature)
-        mine = jax.lax.axis_index(shard.axes) == 0 if shard.axes else jnp.bool_(True)
+        mine = self._first
         none = jnp.where(mine & (self.columns.student < 0), LOWEST, 0.0)
         parts = [jnp.where(columns >= 0, x[:, jnp.maximum(columns, 0)], none)]
         rest = None
@@ -102,8 +108,11 @@ class ColumnRows(TokenRows):
         whole = jnp.concatenate(parts, axis=1)
         return Side(x, columns, others, rest, self._scatter(whole))
 
-    def _scatter(self, whole: Array) -> Array:
-        """Each device's share of entries [n, C] of which each device has some, the others 0."""
+    def _scatter(self, whole: Array, beyond: float = LOWEST) -> Array:
+        """Each device's share of entries [n, C] of which each device has some, the others 0.
+
+        A share that is filled up to the size of the others is filled with `beyond`.
+        """
         axes, entries = self.vocabulary.axes, whole.shape[1]
         if not axes:
             return whole
@@ -112,7 +121,7 @@ class ColumnRows(TokenRows):
         whole = jnp.pad(whole, ((0, 0), (0, share * size - entries)))
         mine = jax.lax.psum_scatter(whole, axes, scatter_dimension=1, tiled=True)
         index = jax.lax.axis_index(axes) * share + jnp.arange(share)
-        return jnp.where(index[None, :] < entries, mine, LOWEST)
+        return jnp.where(index[None, :] < entries, mine, beyond)
 
     def _gather(self, mine: Array) -> Array:
         """Entries [n, C] of all devices."""
@@ -122,21 +131,23 @@ class ColumnRows(TokenRows):
         return mine[:, : len(self.columns.student) + (self.others == "bucket")]
 
     def _compare(self, row: rows.Row, student: Side, teacher: Side) -> Compared:
-        shard = self.vocabulary
-
-        def log_softmax(entries: Array) -> Array:
-            top = shard.max(jnp.max(entries, axis=1))[:, None]
-            total = shard.sum(jnp.sum(jnp.exp(entries - top), axis=1))[:, None]
-            return (entries - top) - jnp.log(total)
-
-        log_q, log_p = log_softmax(student.entries), log_softmax(teacher.entries)
-        total = lambda entries: shard.sum(jnp.sum(entries, axis=1))
+        sides, total = (student.entries, teacher.entries), self._total
+        tops = tuple(self.vocabulary.max(jnp.max(x, axis=1))[:, None] for x in sides)
+        apart = [x - top for x, top in zip(sides, tops, strict=True)]
+        log_sums = tuple(jnp.log(total(jnp.exp(x))) for x in apart)
+        log_q, log_p = (x - log_sum for x, log_sum in zip(apart, log_sums, strict=True))
         g, h = row.dlogq(log_p, log_q), row.dlogp(log_p, log_q)
         return Compared(
-            total(row.value(log_p, log_q)),
-            g - jnp.exp(log_q) * total(g)[:, None],
-            h - jnp.exp(log_p) * total(h)[:, None],
+            rows.not_below_zero(total(row.value(log_p, log_q))[:, 0]),
+            g - jnp.exp(log_q) * total(g),
+            h - jnp.exp(log_p) * total(h),
+            tops,
+            log_sums,
         )
+
+    def _total(self, entries: Array) -> Array:
+        """The sum over what both sides share, [n, 1]."""
+        return self.vocabulary.sum(jnp.sum(entries, axis=1, keepdims=True))
 
     def divergence(self, statistics: Rows) -> Divergence:
         """D of each row, without its T^2; its vjp gives both sides and their comparison."""
@@ -152,15 +163,53 @@ class ColumnRows(TokenRows):
     ) -> tuple[Array, Any]:
         """d D / d (s / T) [n, V], and d (T^2 D) / d T [n]."""
         assert divergence.vjp is not None, "made with one"
-        (student, teacher), compared = divergence.vjp(divergence.value)
-        slope = self._spread(student, self._gather(compared.by_student))
-        if not by_temperature:
-            return slope, None
-        back = self._spread(teacher, self._gather(compared.by_teacher))
-        # d (s / T) / dT = -x / T where top stands still; either slope sums to 0 over a row.
-        moved = jnp.sum(slope * student.x, axis=1) + jnp.sum(back * teacher.x, axis=1)
-        moved = -self.vocabulary.sum(moved) / self.coefficients.temperature
-        return slope, self.scaled_slope(divergence.value, moved)
+        sides, compared = divergence.vjp(divergence.value)
+        slope = self._spread(sides[0], self._gather(compared.by_student))
+        return slope, self._temperature_slope(*sides, compared) if by_temperature else None
+
+    def _temperature_slope(self, student: Side, teacher: Side, compared: Compared) -> Array:
+        """d (T^2 D) / dT, [n], or d D / dT where it is not scaled by T^2."""
+        row, temperature = self.divergence_row, as_column(self.coefficients.temperature)
+        assert row is not None, "a named kind has one"
+        sides = (student, teacher)
+        # What stands at LOWEST is no entry, of either side.
+        logits = (
+            jnp.where(side.entries <= FARTHEST, LOWEST, (side.entries - top) * temperature)
+            for side, top in zip(sides, compared.tops, strict=True)
+        )
+        slope = functools.partial(
+            by_t.slope, row, *logits, *compared.log_sums, temperature, self.spec.scale_by_t2,
+            self._total,
+        )  # fmt: skip
+        if self.others == "mask":
+            return slope()[:, 0]
+        # A bucket is log sum e^x of the others. With H their entropy, it moves as if of its logit
+        # T H stayed. T H of the teacher stays on both sides, and the rest is a product of two
+        # differences: with the student's own H, what is nearly equal would cancel to rounding.
+        own, taught = (
+            self._entropy(side, shard)
+            for side, shard in zip(sides, (self.vocabulary, self.teacher_vocabulary), strict=True)
+        )
+        held = self._at_bucket(taught[:, None] * temperature)
+        apart = self._total(compared.by_student * self._at_bucket((own - taught)[:, None]))
+        return (slope(held) + as_column(self.t2) * apart / temperature)[:, 0]
+
+    def _at_bucket(self, value: Array) -> Array:
+        """[n, 1] at the bucket and 0 at all other entries: this device's share, [n, E]."""
+        value = jnp.where(self._first, value, 0.0)
+        return self._scatter(jnp.pad(value, ((0, 0), (len(self.columns.student), 0))), beyond=0.0)
+
+    @property
+    def _first(self) -> Array:
+        """Whether this device is the first of those that share the vocabulary."""
+        axes = self.vocabulary.axes
+        return jax.lax.axis_index(axes) == 0 if axes else jnp.bool_(True)
+
+    def _entropy(self, side: Side, shard: VocabularyShard) -> Array:
+        """Entropy of a row among the tokens that only one side has, [n]; 0 where it has none."""
+        assert side.rest is not None, "there is a bucket"
+        log_q = jnp.where(side.others, side.x - side.rest[:, None], LOWEST)
+        return -shard.sum(jnp.sum(jnp.exp(log_q) * log_q, axis=1))
 
     def _spread(self, side: Side, slope: Array) -> Array:
         """The slope by x, [n, V here], from that by all entries, [n, E]."""

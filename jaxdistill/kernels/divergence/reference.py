@@ -74,9 +74,7 @@ def terms(
         if isinstance(spec.kind, str):
             entry = rows.make(spec.kind, *(one.astype(s.dtype) for one in parameters)).value
             divergence = jnp.sum(entry(jax.nn.log_softmax(w), jax.nn.log_softmax(u)), axis=-1)
-            # Never below 0, where rounding leaves that; the slope is the sum's own.
-            below = jnp.minimum(jax.lax.stop_gradient(divergence), 0.0)
-            divergence -= below
+            divergence = rows.not_below_zero(divergence)
         else:
             assert spec.kind is not None, "with a teacher there is a divergence"
             divergence = spec.kind(u, w, y)

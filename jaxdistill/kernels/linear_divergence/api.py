@@ -85,6 +85,9 @@ def linear_divergence(
       sampled_logprobs: [N], log p of it.
       student_columns: int [C], ascending: the rows of the student's head whose tokens the teacher
         has too. The divergence then compares these; cross-entropy stays over all of the student's.
+        Where devices share the vocabulary, each adds up its share of the [chunk, C] entries of
+        either model, and holds the [chunk, C] slopes of all: with C near V that is as much as the
+        chunk's logits on one device. A smaller `chunk` makes it smaller.
       teacher_columns: int [C], the teacher's rows of the same tokens, each once.
       other_columns: "mask" compares distributions over the C alone; "bucket" keeps the mass of all
         others as one more entry of either side.

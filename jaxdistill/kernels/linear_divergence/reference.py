@@ -82,7 +82,7 @@ def reference(
         log_p = log_softmax(t)
         top = (s == s.max(1, keepdims=True)) & (t == t.max(1, keepdims=True))
         per_token["loss/divergence"] = values.divergence
-        per_token["loss/kl_t1"] = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+        per_token["loss/kl_t1"] = _kl(log_p, log_q)
         per_token["agree/top1"] = jnp.any(top, axis=1)
         per_token["teacher/entropy"] = entropy(log_p)
         if x.coefficients.taid_t is not None and isinstance(spec.kind, str):
@@ -130,7 +130,7 @@ def _column_terms(
     assert isinstance(spec.kind, str), "checked where it was given"
     log_q, log_p = _shared(wide(s), jax.lax.stop_gradient(t) / column, columns, others)
     row = rows.make(spec.kind, *jax.lax.stop_gradient(coefficients.parameters))
-    divergence = jnp.sum(row.value(log_p, log_q), axis=1)
+    divergence = rows.not_below_zero(jnp.sum(row.value(log_p, log_q), axis=1))
     if spec.scale_by_t2:
         divergence *= temperature**2
     return values._replace(loss=values.loss + (1 - alpha) * divergence, divergence=divergence)
@@ -151,9 +151,13 @@ def _column_metrics(log_q: Array, log_p: Array, columns: Columns, others: str) -
         "teacher/entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=1),
         "student/kept_mass": mass(log_q, columns.student),
         "teacher/kept_mass": mass(log_p, columns.teacher),
-        "loss/kl_t1": jnp.sum(jnp.exp(shared_p) * (shared_p - shared_q), axis=1),
+        "loss/kl_t1": _kl(shared_p, shared_q),
         "agree/top1": jnp.any(leads(shared_q) & leads(shared_p), axis=1),
     }
+
+
+def _kl(log_p: Array, log_q: Array) -> Array:
+    return jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1), 0.0)
 
 
 def _sparse_metrics(log_q: Array, known: Known) -> dict[str, Array]:

@@ -100,6 +100,7 @@ def _check_numbers(arrays: dict[str, Array | None], vocab: int, mask: ArrayLike 
     check_ids("teacher_ids", known["teacher_ids"], vocab)
     if "sampled_ids" in known:
         check_ids("sampled_ids", known["sampled_ids"][:, None], vocab)
+    sums = np.zeros(0)
     if "teacher_logprobs" in known:
         given = known["teacher_ids"] >= 0
         log_p = np.where(given, known["teacher_logprobs"].astype(np.float64), -math.inf)
@@ -118,6 +119,11 @@ def _check_numbers(arrays: dict[str, Array | None], vocab: int, mask: ArrayLike 
             raise ConfigError(
                 f"teacher_rest from {rest.min()} to {rest.max()}: must lie in [0, 1]; it is the "
                 "mass of all tokens that teacher_ids leaves out, not its log"
+            )
+        if sums.size and (sums + rest).max() > 1 + _ROUNDING:
+            raise ConfigError(
+                f"teacher_rest: with the known tokens' probabilities it makes "
+                f"{(sums + rest).max():.4g} of a row, above 1; it is the mass of the others alone"
             )
 
 

@@ -52,7 +52,8 @@ class SparseKind(NamedTuple):
     Attributes:
       value: the entry's share.
       dlogq: its derivative by log q.
-      ghost: whether all other tokens count as one more entry.
+      ghost: whether all other tokens count as one more entry, so that it is the KL of two
+        distributions and never below 0.
     """
 
     value: rows.Elementwise

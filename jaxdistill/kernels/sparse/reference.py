@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill.kernels import rows
 from jaxdistill.kernels.sparse import definition
 from jaxdistill.kernels.sparse.definition import Known
 from jaxdistill.kernels.statistics import LOWEST
@@ -28,6 +29,8 @@ def divergence(kind: str, logits: Array, known: Known) -> Array:
         others = jnp.where(kept(ids, vocab), LOWEST, log_q)
         rest_q = jax.nn.logsumexp(others, axis=-1)
         value += definition.ghost(definition.rest_of(known, counts), rest_q)
+    if entry.ghost:
+        value = rows.not_below_zero(value)
     if known.sampled is not None:
         within = lambda log: jnp.sum(jnp.where(counts, jnp.exp(log), 0.0), axis=-1)
         drawn = at(jnp.maximum(known.sampled, 0)[..., None])[..., 0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.kernels import logprob_rows
+from jaxdistill.kernels import logprob_rows, rows
 from jaxdistill.kernels.logprob_rows import Mass, Picks
 from jaxdistill.kernels.sparse import definition
 from jaxdistill.kernels.sparse.definition import Known, SparseKind
@@ -87,6 +87,8 @@ class SparseRows(TokenRows):
             rest_p = definition.rest_of(known, counts)
             total += definition.ghost(rest_p, log_mass - log_sum)
             rest = (log_mass, -rest_p)
+        if self.kind.ghost:
+            total = rows.not_below_zero(total)
         if known.sampled is not None:
             within = lambda log: jnp.sum(jnp.where(counts, jnp.exp(log), 0.0), axis=1)
             mass_q, mass_p = within(log_q[:, :k]), within(known.logprobs)
