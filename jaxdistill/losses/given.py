@@ -81,7 +81,7 @@ def logits(
 
 
 def usable(temperature: Array) -> tuple[Array, Array]:
-    """Temperatures [] or [..., 1], 1 where one is none; and where they are some, bool [] or [...]."""
+    """Temperatures [] or [..., 1], 1 where one is none; and which are some, bool [] or [...]."""
     some = (temperature > 0) & jnp.isfinite(temperature)
     return jnp.where(some, temperature, 1.0), some[..., 0] if some.ndim else some
 

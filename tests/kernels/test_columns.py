@@ -8,7 +8,6 @@ import pytest
 from jaxdistill import losses
 from jaxdistill.kernels import linear_divergence
 
-pytestmark = pytest.mark.floor
 N, VS, VT, D, T = 24, 23, 31, 6, 1.7
 STUDENT = np.array([0, 2, 3, 7, 11, 12, 20, 22])
 TEACHER = np.array([5, 0, 30, 8, 9, 1, 17, 2])
@@ -102,6 +101,7 @@ def test_value_and_gradients_equal_float64(kind, others):
     assert not got[2]["hidden"][x["mask"] == 0].any()
 
 
+@pytest.mark.floor
 def test_bfloat16_keeps_float32_arithmetic():
     x, names = make(), ("hidden", "head", "bias", "taught", "teacher")
     rounded = {n: np.asarray(jnp.asarray(x[n], jnp.bfloat16), np.float64) for n in names}
@@ -109,6 +109,7 @@ def test_bfloat16_keeps_float32_arithmetic():
     compare(got, x | rounded, "forward_kl", "mask", tolerance=1e-2)
 
 
+@pytest.mark.floor
 def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8):
     x = make()
     got = ours(x, "forward_kl", "bucket", chunk=2, mesh=mesh8, shape=(8, 3))
@@ -134,7 +135,7 @@ def test_nearly_all_columns_on_a_mesh_are_what_one_device_finds(mesh8, others):
 
 
 def near(gap, others, T, tokens=64, vocab=500):
-    """Of teachers that are a student and a little more: our D and dD/dT per token, and float64's."""
+    """Of teachers that are a student and a little more: our D and dD/dT, and float64's."""
     rng = np.random.default_rng(0)
     s = 3 * rng.normal(size=(tokens, vocab))
     t = s + gap * rng.normal(size=(tokens, vocab))
@@ -232,6 +233,7 @@ def test_the_plain_function_holds_the_mass_of_the_others():
     )
 
 
+@pytest.mark.floor
 def test_no_buffer_of_tokens_times_vocabulary():
     tokens, vocab, taught = 512, 2048, 3072
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)

@@ -11,7 +11,6 @@ from jaxdistill import sharding
 from jaxdistill.kernels import choice, divergence, rows
 from jaxdistill.losses import divergences
 
-pytestmark = pytest.mark.floor
 PARAMETERS = {
     "symmetric_kl": (0.3,),
     "generalized_jsd": (0.3,),
@@ -141,6 +140,7 @@ def test_hard_rows_are_never_nan(kind, implementation):
     np.testing.assert_allclose(single[1], 0, atol=1e-6)
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_logits_are_read_exactly(dtype):
     s, t = logits((16, 1000), dtype=dtype)
@@ -176,6 +176,7 @@ def test_one_pass_and_many_agree(monkeypatch):
     check(got, exact("forward_kl", s, t, w, 2.0, 0.4, 0.3, y), value=3e-6, slope=4e-6)
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 1, 8, 1), (8, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["forward_kl", "total_variation"])
 def test_a_mesh_changes_nothing_and_gathers_nothing(sizes, kind):
@@ -194,6 +195,7 @@ def test_a_mesh_changes_nothing_and_gathers_nothing(sizes, kind):
     assert "all-gather" not in text
 
 
+@pytest.mark.floor
 def test_inside_a_shard_map_of_ones_own():
     if jax.device_count() < 8:
         pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
@@ -216,6 +218,7 @@ def test_inside_a_shard_map_of_ones_own():
     np.testing.assert_allclose(jax.jit(run)(s, t, y), want, atol=3e-6)
 
 
+@pytest.mark.floor
 def test_a_shard_map_that_checks_what_varies_is_refused():
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     run = jax.shard_map(divergence, mesh=mesh, in_specs=jax.P("rows"), out_specs=jax.P("rows"))
@@ -223,6 +226,7 @@ def test_a_shard_map_that_checks_what_varies_is_refused():
         jax.jit(run)(*logits())
 
 
+@pytest.mark.floor
 def test_transformations_keep_the_gradient():
     s, t = logits()
     loss = lambda s: divergence(s, t, temperature=2.0).sum()
@@ -250,6 +254,7 @@ def test_bad_input_is_named(change, words):
         divergence(**({"student_logits": s, "teacher_logits": t} | change))
 
 
+@pytest.mark.floor
 def test_support_says_why():
     found = choice.support(50_257, jnp.bfloat16, device=choice.Device("gpu", "NVIDIA H100"))
     assert found["xla"].runs

@@ -8,7 +8,6 @@ import pytest
 from jaxdistill.kernels import linear_divergence
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size
 
-pytestmark = pytest.mark.floor
 N, V, DS, DT = 40, 53, 16, 24
 
 
@@ -139,6 +138,7 @@ def test_chunks_change_nothing(chunk):
         np.testing.assert_allclose(means[name].value, whole_means[name].value, rtol=2e-6)
 
 
+@pytest.mark.floor
 def test_a_mesh_changes_nothing(mesh8):
     x = make()
     value, means, slopes = ours(x, "reverse_kl", 0.4, 2.0, chunk=4, mesh=mesh8)
@@ -226,6 +226,7 @@ def test_a_vocabulary_of_one():
     np.testing.assert_allclose(slopes["hs"], 0, atol=1e-7)
 
 
+@pytest.mark.floor
 def test_bfloat16_keeps_float32_arithmetic():
     x = make(scale=0.5)
     value, _, slopes = ours(x, "forward_kl", 0.5, 2.0, dtype=jnp.bfloat16, logits_dtype=jnp.float32)
@@ -248,6 +249,7 @@ def test_cross_entropy_alone_needs_no_teacher():
     assert "loss/divergence" not in means
 
 
+@pytest.mark.floor
 def test_remat_scan_and_vmap_keep_the_gradient():
     x = {k: jnp.float32(v) for k, v in make().items() if k != "y"}
 
@@ -267,6 +269,7 @@ def test_remat_scan_and_vmap_keep_the_gradient():
     np.testing.assert_allclose(summed[1], plain, atol=1e-7)
 
 
+@pytest.mark.floor
 def test_no_buffer_of_tokens_times_vocabulary():
     tokens, vocab, chunk = 512, 2048, 32
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)

@@ -9,7 +9,6 @@ import pytest
 
 from jaxdistill.kernels import choice, linear_divergence, linear_logprobs
 
-pytestmark = pytest.mark.floor
 N, V, D, K, TOP = 24, 53, 8, 3, 2
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
 SETS = ([0, 5, 9, 52], [1, 2, 3], [5])
@@ -161,11 +160,13 @@ def test_the_gpus_kernel_equals_float64(monkeypatch, softcap):
     compare(ours(x, softcap=softcap), x, softcap=softcap)
 
 
+@pytest.mark.floor
 def test_a_mesh_with_the_vocabulary_split_changes_nothing(mesh8):
     x = make()
     compare(ours(x, chunk=4, mesh=mesh8, softcap=3.0, shape=(8, 3)), x, softcap=3.0)
 
 
+@pytest.mark.floor
 def test_inside_a_shard_map_of_ones_own():
     if jax.device_count() < 8:
         pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
@@ -200,6 +201,7 @@ def test_inside_a_shard_map_of_ones_own():
         np.testing.assert_allclose(ours, want, atol=2e-5)
 
 
+@pytest.mark.floor
 def test_bfloat16_keeps_float32_arithmetic():
     x = make()
     rounded = {
@@ -252,6 +254,7 @@ def test_ids_that_are_no_tokens_where_they_are_traced():
     np.testing.assert_allclose(masses(jnp.array([2, 9, -1, 2])), np.log(1 / 4), rtol=1e-6)
 
 
+@pytest.mark.floor
 def test_vmap_remat_and_scan_keep_the_gradient():
     x = make()
     head, ids = jnp.float32(x["head"]), jnp.asarray(x["ids"][:, 0])
@@ -265,6 +268,7 @@ def test_vmap_remat_and_scan_keep_the_gradient():
     np.testing.assert_allclose(jax.jit(jax.grad(total))(both)[1], plain, **near)
 
 
+@pytest.mark.floor
 def test_no_buffer_of_tokens_times_vocabulary():
     tokens, vocab = 512, 2048
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
@@ -283,6 +287,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
     assert f"[{tokens},{vocab}]" not in compiled.as_text()
 
 
+@pytest.mark.floor
 def test_no_head_crosses_the_mesh(mesh8):
     """Tokens are brought together; the heads' rows and what is of their number stay."""
     vocab = 648

@@ -8,7 +8,6 @@ import pytest
 from jaxdistill import losses
 from jaxdistill.kernels import linear_divergence
 
-pytestmark = pytest.mark.floor
 N, V, D, K, T = 24, 53, 8, 5, 1.7
 KINDS = ("forward_kl", "generalized_forward_kl", "generalized_reverse_kl", "cross_entropy")
 
@@ -104,6 +103,7 @@ def test_value_and_gradients_equal_float64(kind):
     assert not got[2]["hidden"][off].any()
 
 
+@pytest.mark.floor
 def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8):
     x, kind = make(), "forward_kl"
     got = ours(x, kind, chunk=2, mesh=mesh8, shape=(8, 3))
@@ -116,6 +116,7 @@ def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8)
         np.testing.assert_allclose(got[1][name].value, mean.value, rtol=2e-6, err_msg=name)
 
 
+@pytest.mark.floor
 def test_bfloat16_keeps_float32_arithmetic():
     x = make()
     names = ("hidden", "head", "bias")
@@ -269,6 +270,7 @@ def test_equal_models_are_exactly_zero_and_none_below():
             assert run(log_q - np.float32(shift)) >= 0, (kind, shift)
 
 
+@pytest.mark.floor
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_a_kl_of_nearly_equal_models_is_not_below_zero(implementation):
     rng = np.random.default_rng(5)
@@ -306,6 +308,7 @@ def test_traced_numbers_that_break_the_rules():
     assert np.isnan(run(ids.at[0, 0].set(V), logprobs))
 
 
+@pytest.mark.floor
 def test_no_buffer_of_tokens_times_vocabulary():
     tokens, vocab, chunk = 512, 2048, 32
     shape = jax.ShapeDtypeStruct

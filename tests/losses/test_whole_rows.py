@@ -128,7 +128,7 @@ def test_logits_are_compared_as_they_are():
 @pytest.mark.parametrize("gpu", [False, True], ids=["plain", "padded"])
 @pytest.mark.parametrize("name", ["logit_mse", "smoothed_forward_kl"])
 def test_impossible_and_padded_columns_stay_so_at_any_temperature(name, gpu, monkeypatch):
-    """Both by themselves and in the head loss, which divides by T first: 23 columns, 2 impossible."""
+    """By themselves and in the head loss, which divides by T first: 2 of 23 are impossible."""
     if gpu:  # whose heads are padded to tiles of 64 columns
         device = choice.Device("gpu", "NVIDIA H100 80GB HBM3")
         monkeypatch.setattr(choice, "current_device", lambda: device)
