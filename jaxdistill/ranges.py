@@ -1,8 +1,11 @@
-"""The numbers of losses and their ranges: the parameters of every divergence, and what all take."""
+"""The numbers of losses and their ranges: the parameters of every divergence, and what all take.
+
+And of optimizers: the defaults of what their rules take, and which rule does not read what.
+"""
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -64,3 +67,10 @@ COMMON: Mapping[str, Range] = {
     "teacher_softcap": _CAP,
 }
 PARAMETERS = {**ENTRIES, **WHOLE_ROWS}
+
+# What the rules of `optim.rules` take, with defaults, and what one of them does not read.
+OPTIMIZER: Mapping[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "moments": "float32"}
+UNREAD: Mapping[str, tuple[str, ...]] = {
+    "adafactor": ("betas", "eps", "moments"),
+    "lion": ("eps",),
+}

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from jaxdistill.ranges import OPTIMIZER, UNREAD
 from jaxdistill.section import Problem, Section
 
 Warmup = Annotated[
@@ -39,12 +40,14 @@ class Optimizer(Section):
         0.1, ge=0, le=10, description="Decoupled weight decay; matrices only."
     )
     betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95), strict=False, description="Decay of the first and second moment."
+        OPTIMIZER["betas"], strict=False, description="Decay of the first and second moment."
     )
     moments: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the first moment; the second is float32."
+        OPTIMIZER["moments"], description="Type of the first moment; the second is float32."
     )
-    eps: float = Field(1e-8, gt=0, le=1, description="Added to the root of the second moment.")
+    eps: float = Field(
+        OPTIMIZER["eps"], gt=0, le=1, description="Added to the root of the second moment."
+    )
     clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         1.0, description="Largest global gradient norm; null: no clipping."
     )
@@ -58,7 +61,6 @@ class Optimizer(Section):
         """Rules: no setting without effect."""
         if self.schedule == "constant" and self.end_lr_ratio != 0.1:
             yield ("end_lr_ratio",), "has no effect with schedule: constant: remove it"
-        without = {"adafactor": ("betas", "eps", "moments"), "lion": ("eps",)}.get(self.name, ())
-        for key in without:
-            if getattr(self, key) != type(self).model_fields[key].default:
+        for key in UNREAD.get(self.name, ()):
+            if getattr(self, key) != OPTIMIZER[key]:
                 yield (key,), f"has no effect with name: {self.name}: remove it"

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim import rounding, rules
 from jaxdistill.optim.schedules import knob
+from jaxdistill.ranges import OPTIMIZER
 
 Knob = float | optax.Schedule | optax.GradientTransformation
 
@@ -23,10 +24,10 @@ def optimizer(
     name: str = "adamw",
     knobs: Mapping[str, Knob] | None = None,
     clip_norm: float | None = 1.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
+    betas: tuple[float, float] = OPTIMIZER["betas"],
+    eps: float = OPTIMIZER["eps"],
     weight_decay: float = 0.1,
-    moments: DTypeLike = "float32",
+    moments: DTypeLike = OPTIMIZER["moments"],
     objective_lr_ratio: float = 1.0,
     trained: Mapping[str, tuple[int, int | None]] | None = None,
     scaled: Mapping[str, optax.Schedule] | None = None,
@@ -66,7 +67,8 @@ def optimizer(
       `value`, for knobs that adapt to it.
 
     Raises:
-      ConfigError: when it is initialised, if a path of `trained` or `scaled` names no parameter.
+      ConfigError: for a rule that is none, or an option that the rule does not read; and when it is
+        initialised, if a path of `trained` or `scaled` names no parameter.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101.
     """

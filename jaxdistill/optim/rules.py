@@ -6,11 +6,14 @@ Each ends in p = p - lr (u + weight_decay p), with the decay on matrices alone.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 from optax import contrib
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.ranges import OPTIMIZER as DEFAULTS
+from jaxdistill.ranges import UNREAD
 
 NAMES = ("adamw", "lion", "adafactor", "muon")
 # Muon's updates have this root mean square, as AdamW's have it, so that its learning rates serve.
@@ -45,11 +48,18 @@ def rule(
         for the first is saved.
 
     Raises:
-      ConfigError: for another name.
+      ConfigError: for another name, or an option that the rule does not read (`ranges.UNREAD`) and
+        that has not its default.
 
     Reference: Loshchilov, Hutter 2017, arXiv 1711.05101; Chen et al. 2023, arXiv 2302.06675;
     Shazeer, Stern 2018, arXiv 1804.04235; Jordan et al. 2024 (Muon), scaled as in arXiv 2502.16982.
     """
+    given = {"betas": tuple(betas), "eps": eps, "moments": jnp.dtype(moments).name}
+    for option in UNREAD.get(name, ()):
+        if given[option] != DEFAULTS[option]:
+            raise ConfigError(
+                f"{option} = {given[option]}: has no effect with name = {name!r}; leave it out"
+            )
     b1, b2 = betas
     decay: dict[str, Any] = {"weight_decay": weight_decay, "mask": decays}
     if name == "adamw":

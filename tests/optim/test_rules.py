@@ -145,6 +145,22 @@ def test_moments_lie_like_their_parameters(name, mesh8):
     assert found == {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 1}[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("adafactor", {"betas": (0.8, 0.9)}),
+        ("adafactor", {"eps": 1e-6}),
+        ("adafactor", {"moments": "bfloat16"}),
+        ("lion", {"eps": 1e-6}),
+    ],
+)
+def test_an_option_that_a_rule_does_not_read_is_named(name, option):
+    (key,) = option
+    with pytest.raises(ConfigError, match=f"{key} = .*no effect with name = '{name}'"):
+        optim.optimizer(RATE, name=name, **option)
+    optim.optimizer(RATE, name="adamw", **option)
+
+
 def test_an_unknown_rule_is_named():
     with pytest.raises(ConfigError, match="adamw, lion, adafactor, muon"):
         optim.optimizer(RATE, name="sgd")

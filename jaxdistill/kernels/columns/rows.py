@@ -46,8 +46,8 @@ class Compared(NamedTuple):
     value: Array
     by_student: Array
     by_teacher: Array
-    tops: tuple[Array, Array]
-    log_sums: tuple[Array, Array]
+    tops: tuple[Array, ...]
+    log_sums: tuple[Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +163,11 @@ class ColumnRows(TokenRows):
     ) -> tuple[Array, Any]:
         """d D / d (s / T) [n, V], and d (T^2 D) / d T [n]."""
         assert divergence.vjp is not None, "made with one"
-        sides, compared = divergence.vjp(divergence.value)
-        slope = self._spread(sides[0], self._gather(compared.by_student))
-        return slope, self._temperature_slope(*sides, compared) if by_temperature else None
+        (student, teacher), compared = divergence.vjp(divergence.value)
+        slope = self._spread(student, self._gather(compared.by_student))
+        if not by_temperature:
+            return slope, None
+        return slope, self._temperature_slope(student, teacher, compared)
 
     def _temperature_slope(self, student: Side, teacher: Side, compared: Compared) -> Array:
         """d (T^2 D) / dT, [n], or d D / dT where it is not scaled by T^2."""
@@ -173,16 +175,18 @@ class ColumnRows(TokenRows):
         assert row is not None, "a named kind has one"
         sides = (student, teacher)
         # What stands at LOWEST is no entry, of either side.
-        logits = (
+        s, z = (
             jnp.where(side.entries <= FARTHEST, LOWEST, (side.entries - top) * temperature)
             for side, top in zip(sides, compared.tops, strict=True)
         )
-        slope = functools.partial(
-            by_t.slope, row, *logits, *compared.log_sums, temperature, self.spec.scale_by_t2,
-            self._total,
-        )  # fmt: skip
+        log_s, log_z = compared.log_sums
+
+        def slope(held: Array | None) -> Array:
+            scaled, total = self.spec.scale_by_t2, self._total
+            return by_t.slope(row, s, z, log_s, log_z, temperature, scaled, total, held)
+
         if self.others == "mask":
-            return slope()[:, 0]
+            return slope(None)[:, 0]
         # A bucket is log sum e^x of the others. With H their entropy, it moves as if of its logit
         # T H stayed. T H of the teacher stays on both sides, and the rest is a product of two
         # differences: with the student's own H, what is nearly equal would cancel to rounding.
