@@ -24,8 +24,11 @@ _BOM = b"\xef\xbb\xbf"
 _WIDE = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"),
          (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))  # fmt: skip
 _LOOKED_AT = 256
+_MAGIC = ((b"\x1f\x8b", ".gz"), (b"BZh91AY&SY", ".bz2"), (b"\xfd7zXZ\x00", ".xz"),
+          (b"\x28\xb5\x2f\xfd", ".zst"), (b"PK\x03\x04", ".zip"))  # fmt: skip
 # Cells that hold JSON, because a table of text has no lists.
 _JSON_CELLS = ("messages", "conversations", "tools", "history", "chat_template_kwargs")
+_TURN_CELLS = ("prompt", "completion")  # texts, or lists of turns
 _YES_NO = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 Objects = Iterator[tuple[int, Any] | Rejected]
@@ -36,11 +39,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed.
 
     Raises:
-      DataError: if it is not UTF-8 but UTF-16 or UTF-32, or its compression is damaged.
+      DataError: if it is not UTF-8 but UTF-16 or UTF-32, or its compression is damaged, or is not
+        that of its ending.
     """
     try:
         with _decompressed(path) as file:
             start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
+            packed = next((ending for magic, ending in _MAGIC if start.startswith(magic)), None)
+            if packed:
+                remedy = "unpack it" if packed == ".zip" else f"call it {path.name}{packed}"
+                raise DataError(f"{path}: holds {packed} data under another ending: {remedy}")
             wide = _wide(start)
             if wide:
                 raise DataError(
@@ -144,7 +152,8 @@ def json_objects(path: Path) -> Objects:
     """The objects of one JSON list, numbered from 1; a .json file of lines is read as lines.
 
     Raises:
-      DataError: if the list is not closed or no JSON, or the file is one object.
+      DataError: if the list is not closed or no JSON, more stands behind it, or the file is one
+        object.
     """
     with opened(path) as file:
         start = file.peek(1 << 16).removeprefix(_BOM).lstrip()  # pyrefly: ignore
@@ -170,6 +179,11 @@ def _list_objects(file: BinaryIO, path: Path) -> Objects:
             while at < len(text) and text[at] in " \t\r\n,":
                 at += 1
             if text[at : at + 1] == "]":
+                if not _ends(text[at + 1 :], reader):
+                    raise DataError(
+                        f"{path}: more stands behind the list of {number} records: put all records "
+                        "into one list, or one on each line"
+                    )
                 return
             try:
                 value, end = decoder.raw_decode(text, at)
@@ -193,6 +207,15 @@ def _list_objects(file: BinaryIO, path: Path) -> Objects:
         raise DataError(f"{path}: record {number + 1} is nested too deeply") from None
     finally:
         reader.detach()
+
+
+def _ends(text: str, reader: io.TextIOWrapper) -> bool:
+    """Whether nothing but white space is left."""
+    while not text.strip():
+        text = reader.read(PIECE_BYTES)
+        if not text:
+            return True
+    return False
 
 
 def csv_objects(path: Path) -> Objects:
@@ -233,8 +256,24 @@ def _row(names: list[str], row: list[str], line: int) -> tuple[int, Any] | Rejec
                 value[name] = json.loads(cell)
             except (ValueError, RecursionError) as error:
                 return Rejected(line, f"field `{name}` is no JSON: {str(error)[:200]}")
+        elif name in _TURN_CELLS:
+            value[name] = _turns(cell)
         elif name in MARKS:
             value[name] = _YES_NO.get(cell.strip().lower(), cell) if cell else None
         else:
             value[name] = cell
     return line, value
+
+
+def _turns(cell: str) -> Any:
+    """The turns that a cell holds as JSON; the cell where it holds a text, JSON or not."""
+    if not cell.lstrip().startswith("[") or '"role"' not in cell:
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    turns = isinstance(value, list) and all(
+        isinstance(turn, dict) and "role" in turn and "content" in turn for turn in value
+    )
+    return value if turns and value else cell

@@ -266,6 +266,14 @@ def test_compressed_lines(tmp_path, ending):
                 list(open_source(path))
 
 
+@pytest.mark.parametrize("ending", sorted(set(PACKED) - {"jsonl"}))
+def test_compressed_lines_under_another_name(tmp_path, ending):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(PACKED[ending](LINES))
+    with pytest.raises(DataError, match=f"call it a.jsonl.{ending.split('.')[-1]}"):
+        list(open_source(path))
+
+
 def test_zstandard_and_compressed_text(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     path = tmp_path / "a.jsonl.zst"
@@ -294,6 +302,10 @@ def test_a_list_in_json_is_streamed(tmp_path, monkeypatch):
     assert texts(open_source(path)) == ["a b", "c"]
     path.write_text("[]")
     assert list(open_source(path)) == []
+    for behind in ('[{"text": "b"}]', "\n\n" * 9 + "x"):
+        path.write_text('[{"text": "a"}]\n' + behind)
+        with pytest.raises(DataError, match="more stands behind the list of 1 records"):
+            list(open_source(path))
     for broken, words in (
         ('[{"text": "a"}, {"te', "bad JSON behind record 1"),
         ('[{"text": "a"}', "behind record 1: the list is not closed"),
@@ -321,6 +333,11 @@ def test_tables_of_text(tmp_path):
     other = tmp_path / "a.tsv"
     other.write_text('messages\tweight\n"[{""role"": ""assistant"", ""content"": ""hi""}]"\t1\n')
     assert texts(open_source(other)) == ["hi"]
+    turns = lambda role: f'"[{{""role"": ""{role}"", ""content"": ""hi""}}]"'
+    other.write_text(f"prompt\tcompletion\n{turns('user')}\t{turns('assistant')}\nq\t[1]\n")
+    dialogue, plain = open_source(other)
+    assert (dialogue.roles, dialogue.texts) == (("user", "assistant"), ("hi", "hi"))
+    assert plain.texts == ("q", "[1]")  # an answer may be JSON
     for broken in ("text,text\na,b\n", "", 'text\n"a\n'):
         path.write_text(broken)
         with pytest.raises(DataError, match="must name the fields, each once|not a readable table"):
