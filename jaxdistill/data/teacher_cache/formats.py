@@ -110,6 +110,8 @@ class Format:
         """Whether values of a field cannot be right: lost chunks, damage, broken models."""
         if values.dtype.kind in "fV":  # V: NumPy's kind of bfloat16
             return not bool(np.isfinite(values.astype(np.float32)).all())
+        if field == "ids":
+            return bool((unpack_ids(values) >= self.vocab).any())
         if field == "counts":
             return bool((values.sum(axis=-1, dtype=np.int64) != self.k).any())
         return False

@@ -204,8 +204,11 @@ def _metadata(values: np.ndarray) -> Mapping[str, Any]:
         "codecs": chunk,
         "index_codecs": [little, {"name": "crc32c"}],
     }
-    # A shard that is lost while it is read gives NaN, which no stored number is.
-    fill = 0 if values.dtype.kind in "ui" else "NaN"
+    # A shard that is lost while it is read gives what no stored number is: NaN, an id that is no
+    # token, counts that add up to too much. Of int8 the scale beside it tells.
+    fill: Any = "NaN"
+    if values.dtype.kind in "ui":
+        fill = int(np.iinfo(values.dtype).max)
     return {
         "shape": list(values.shape),
         "data_type": values.dtype.name,

@@ -73,6 +73,8 @@ def test_numbers_that_were_never_written_are_seen():
     form = formats.choose("topk", vocab=300, embed=8)
     assert form.unsound("logprobs", np.array([[np.nan]], np.float16))
     assert not form.unsound("logprobs", np.array([[-1.0]], np.float16))
+    assert form.unsound("ids", formats.pack_ids(np.array([[299, 300]]), 2))
+    assert not form.unsound("ids", formats.pack_ids(np.array([[299, 0]]), 2))
     hidden = formats.choose("hidden", vocab=300, embed=8)
     assert hidden.unsound("hidden", np.array([[np.inf]], ml_dtypes.bfloat16))
     drawn = formats.choose("sampled", vocab=300, embed=8, k=5)

@@ -217,8 +217,33 @@ def test_objects_that_are_missing_new_or_cut_are_named(tmp_path):
 
 def test_zeros_are_written_too(tmp_path):
     objects = Objects(str(tmp_path))
-    objects.put_array("zeros", np.zeros((4, 2), np.uint8))
-    assert "zeros/c/0/0" in objects.names()
+    for name, value in (("zeros", 0), ("fill", 255)):
+        objects.put_array(name, np.full((4, 2), value, np.uint8))
+        assert f"{name}/c/0/0" in objects.names()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("topk", "ids"), ("sampled", "ids"), ("sampled", "counts")]
+)
+def test_a_shard_that_is_lost_under_a_run_is_seen(name, field, tmp_path):
+    form = formats.choose(name, vocab=300, embed=D, k=2)
+    objects = Objects(str(tmp_path))
+    catalog.begin(objects, {"format": form.facts()}, {})
+    mask = np.array([True, True, False])
+    one = parts.Wanted(segments.key_of(TEXTS[2], np.arange(3)), mask, TEXTS[2].astype(np.int32))
+    arrays = {n: np.zeros((2, *shape), dtype) for n, (dtype, shape) in form.fields().items()}
+    if name == "sampled":
+        arrays["counts"][:] = 1  # both are token 0, which a lost shard must not look like
+    parts.write(objects, form, [one], arrays)
+    catalog.seal(objects)
+    store = Store(str(tmp_path))
+    [shard] = [path for path in tmp_path.rglob(f"{field}/c/**/0") if path.is_file()]
+    content = shard.read_bytes()
+    os.remove(shard)
+    with pytest.raises(DamagedError, match=f"{field} lacks numbers"):
+        store.reading(0)()
+    shard.write_bytes(content)
+    assert not Store(str(tmp_path)).reading(0)()["ids"].any()
 
 
 def test_a_place_that_cannot_be_is_told():
