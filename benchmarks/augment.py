@@ -116,6 +116,7 @@ def _seed(
         text = text.replace("temperature: 0.8", "temperature: 0.8, stop: [' ']")
     made = teacher_generate.generate(loader.loads_as(generation.Generation, text, "ask"))
     seconds = round(time.perf_counter() - began, 1)
+    del made["path"]  # of a folder that goes
     arms = {
         "50 real": ["seeds.jsonl"],
         "50 real and what was made of them": ["seeds.jsonl", "made/train_augmented.jsonl"],
