@@ -26,16 +26,20 @@ def online(
     rules: Mapping[str, MeshAxes] = RULES,
     taps: tuple[int, ...] = (),
     relations: tuple[int, ...] = (),
+    second_view: bool = False,
 ) -> Teacher:
-    """A teacher that reads the batch in the step; all that it says is a constant."""
+    """A teacher that reads the batch in the step; all that it says is a constant.
+
+    With `second_view` it reads the batch's documents in its own tokens.
+    """
 
     def teacher(params: Any, state: Any, batch: Batch) -> TeacherSignal:
+        fields = ("tokens", "positions", "segment_ids")
+        read = batch.second if second_view else {name: getattr(batch, name) for name in fields}
         outputs = decoder.apply(
             config,
             params,
-            batch.tokens,
-            batch.positions,
-            batch.segment_ids,
+            *(read[name] for name in fields),
             compute_dtype=compute_dtype,
             attention=attention,
             rules=rules,

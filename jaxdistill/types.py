@@ -59,6 +59,10 @@ class Batch:
       segment_ids: int32 [B, L], 1, 2, ... per document within the row; 0 is padding.
       origin: int32 [B, L], who wrote the text: DATA, TEACHER or STUDENT; None: all is DATA.
       teacher: what a stored teacher said, [B, L, ...] by the fields of its format; None: nothing.
+      groups: int32 [B, L], tokens of one number, from 1, spell what the tokens of that number in
+        `second` spell; 0 is none. At most min(L, M) in a row, in rising order.
+      second: the same documents in the tokens of a teacher with another tokenizer, in rows of its
+        own length: {"tokens", "positions", "segment_ids", "groups"}, int32 [B, M]; None: nothing.
     """
 
     tokens: Array
@@ -68,6 +72,8 @@ class Batch:
     segment_ids: Array
     origin: Array | None = None
     teacher: typing.Any = None
+    groups: Array | None = None
+    second: typing.Any = None
 
 
 @typing.no_type_check

@@ -107,7 +107,14 @@ class Keep(Section):
     best: int = Field(1, ge=1, le=1000, description="How many of the best by best_metric.")
 
 
-BestMetric = Literal["eval/loss", "eval/ce", "eval/perplexity", "eval/kl_t1", "eval/agree_top1"]
+BestMetric = Literal[
+    "eval/loss",
+    "eval/ce",
+    "eval/perplexity",
+    "eval/bits_per_byte",
+    "eval/kl_t1",
+    "eval/agree_top1",
+]
 
 
 class Checkpoint(Section):
@@ -242,6 +249,7 @@ class Config(Section):
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
         yield from _teacher_problems(self)
+        yield from _second_view_problems(self)
         yield from _origin_problems(self)
         yield from _size_problems(self)
         yield from rollouts.problems(self)
@@ -297,6 +305,28 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
             yield ("tokenizer", "from"), "there is no teacher: use student, bytes or a path"
         elif model.random and model.random.like is None:
             yield ("tokenizer", "from"), f"a random {chain} has no tokenizer: use bytes or a path"
+
+
+def _second_view_problems(config: Config) -> Iterator[Problem]:
+    """What a teacher that reads its own tokens goes with, and what is measured there."""
+    name, best = config.method.name, config.checkpoint.best_metric
+    if not methods.of(config.method).second_view:
+        if best == "eval/bits_per_byte":
+            rule = "is measured where the teacher has a tokenizer of its own: use eval/loss"
+            yield ("checkpoint", "best_metric"), rule
+        return
+    if best in ("eval/kl_t1", "eval/agree_top1"):
+        rule = f"compares tokens, and method {name} has two tokenizers: use eval/bits_per_byte"
+        yield ("checkpoint", "best_metric"), rule
+    if config.teacher is not None and config.teacher.cache:
+        rule = f"stores answers to the student's tokens, and method {name} asks about the teacher's"
+        yield ("teacher", "cache"), f"{rule}: give teacher.source alone"
+    if config.rollout is not None:
+        rule = f"answers are in the student's tokens alone, and method {name} needs both: remove it"
+        yield ("rollout",), rule
+    if config.data.special_tokens == "parse":
+        rule = "special tokens are written for one model, and there are two tokenizers: use text"
+        yield ("data", "special_tokens"), rule
 
 
 def _origin_problems(config: Config) -> Iterator[Problem]:

@@ -59,10 +59,10 @@ def numbered(groups: np.ndarray, student: int, teacher: int) -> tuple[np.ndarray
     """
     sides = []
     for column, length in ((0, student), (2, teacher)):
-        numbers = np.zeros(length, np.int32)
-        for number, (first, last) in enumerate(groups[:, column : column + 2], start=1):
-            numbers[first : last + 1] = number
-        sides.append(numbers)
+        edges = np.zeros(length + 1, np.int32)
+        edges[groups[:, column]] += np.arange(1, len(groups) + 1, dtype=np.int32)
+        edges[groups[:, column + 1] + 1] -= np.arange(1, len(groups) + 1, dtype=np.int32)
+        sides.append(np.cumsum(edges[:-1], dtype=np.int32))
     return sides[0], sides[1]
 
 

@@ -5,31 +5,28 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, packing, pairs, progress, quarantine, rendering, store
-from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data import encode, packing, pairs, progress, quarantine, store
+from jaxdistill.data.chat import ChatEncoder
+from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.held_out import fingerprint_of
-from jaxdistill.data.learned import each_turn
 from jaxdistill.data.records import PAIRS, Record, Rejected
-from jaxdistill.data.rules import Empty, TooLong, Unlearned, printable
-from jaxdistill.data.settings import LOSS_ON, Settings
+from jaxdistill.data.rules import Empty, TooLong, Unaligned, Unlearned, printable
+from jaxdistill.data.second_view import SecondView, ViewsEncoder
+from jaxdistill.data.settings import Settings
 from jaxdistill.data.sources import Source
-from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.errors import DataError
 from jaxdistill.types import ORIGINS
 
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1_000_000
 _NOTE_SECONDS = 1.0  # of work that a kill may cost
 _log = logging.getLogger(__name__)
-
-# What becomes of each record: its documents, or the reason why there are none.
-Documents = tuple[encode.Document, ...] | str
-Encoder = Callable[[Sequence[Record]], list[Documents]]
 
 
 def build(
@@ -42,6 +39,7 @@ def build(
     fail_fast: bool,
     name: str,
     quarantine_path: Path | None,
+    second: SecondView | None = None,
 ) -> None:
     """Builds and seals one folder; what a killed build of the same data has done is not done again.
 
@@ -51,7 +49,7 @@ def build(
       StorageError: if the folder cannot be written.
     """
     with store.new_folder(folder) as temporary:
-        work = _Build(temporary, sources, codec, settings, identity, fail_fast, name)
+        work = _Build(temporary, sources, codec, settings, identity, fail_fast, name, second)
         try:
             work.run()
             counts = work.finish()
@@ -66,6 +64,8 @@ def build(
             "notices": work.notices(),
             "origins": work.progress.origins,
         }
+        if second is not None:
+            facts["second"] = {"seq_len": second.seq_len, "pad": second.codec.pad}
         if not counts["num_documents"]:
             names = [source.name for source in sources]
             quarantine.export(temporary, names, quarantine_path)
@@ -104,8 +104,10 @@ LEFT_OUT = {
     "empty": "are empty and were skipped",
     "too_long": "have nothing to learn within seq_len and were left out: raise seq_len",
     "unlearned": "are marked as not learned and were left out",
+    "unaligned": "have no tokens behind the first that both tokenizers end together and were left "
+    "out",
 }
-_NO_FAULT = {Empty: "empty", TooLong: "too_long", Unlearned: "unlearned"}
+_NO_FAULT = {Empty: "empty", TooLong: "too_long", Unlearned: "unlearned", Unaligned: "unaligned"}
 
 
 class _Build:
@@ -120,14 +122,20 @@ class _Build:
         identity: str,
         fail_fast: bool,
         name: str,
+        second: SecondView | None,
     ):
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
-        self._encoder: Encoder | None = None
-        self._chat: chat.ChatEncoder | None = None
+        self._second = second
+        self._encoder: Encoder | ViewsEncoder | None = None
         self._identity, self._noted = identity, time.monotonic()
-        self.progress, self._files = progress.begin(folder, identity)
-        self._offsets = array.array("q", self._files.written("documents").tolist() or [0])
+        parts = store.ARRAYS if second is None else store.ARRAYS | store.SECOND_ARRAYS
+        self.progress, self._files = progress.begin(folder, identity, parts)
+        self._offsets = {name: self._ends(name) for name in parts if name.endswith("documents")}
+
+    def _ends(self, name: str) -> array.array:
+        """The ends of the documents so far, in the tokens of one view."""
+        return array.array("q", self._files.written(name).tolist() or [0])
 
     def run(self) -> None:
         """Reads, encodes and writes every record of every source that is not done yet."""
@@ -136,8 +144,6 @@ class _Build:
             _log.info("data.%s: %s records are done by a killed build", self._name, at.records)
         if at.kind is not None:
             self._encoder = self._choose(at.kind)
-        if self._chat is not None:
-            self._chat.accounts = at.conversations
         for index, source in enumerate(self._sources):
             if index + 1 < len(at.origins):
                 continue
@@ -181,19 +187,32 @@ class _Build:
 
     def _write_offsets(self) -> None:
         """Writes the ends of documents that are not written yet."""
-        done = len(self._files.arrays["documents"])
-        self._files.append("documents", np.asarray(self._offsets[done:], np.int64))
+        for name, ends in self._offsets.items():
+            done = len(self._files.arrays[name])
+            self._files.append(name, np.asarray(ends[done:], np.int64))
+
+    @property
+    def _chat(self) -> ChatEncoder | None:
+        return self._encoder.chat if self._encoder else None
 
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
-        at, offsets = self.progress, np.asarray(self._offsets, np.int64)
+        at, settings = self.progress, self._settings
+        offsets = np.asarray(self._offsets["documents"], np.int64)
         together = 2 if self._pairs else 1  # documents that share a row
-        pieces = packing.windows(offsets[::together], self._settings.seq_len)
-        segments, rows = packing.plan(pieces, self._settings.seq_len, self._settings.packing)
+        pieces = packing.windows(offsets[::together], settings.seq_len)
+        capacity = [settings.seq_len]
+        if self._second is not None:  # every document is in one piece in both views
+            other = np.asarray(self._offsets["second_documents"], np.int64)
+            pieces = np.concatenate([pieces, packing.windows(other, self._second.seq_len)], axis=1)
+            capacity.append(self._second.seq_len)
+        segments, rows = packing.plan(pieces, capacity, settings.packing)
         if self._pairs:
             segments, rows = pairs.apart(segments, rows, offsets)
         self._write_offsets()
-        self._files.append("segments", segments.astype(np.int64))
+        self._files.append("segments", segments[:, :2].astype(np.int64))
+        if self._second is not None:
+            self._files.append("second_segments", segments[:, 2:].astype(np.int64))
         self._files.append("rows", rows.astype(np.int64))
         self._files.finish()
         return {
@@ -218,8 +237,9 @@ class _Build:
             found.append("the tokenizer has no end-of-text token: documents end without one")
         if at.truncated:
             found.append(
-                f"{at.truncated} of {len(self._offsets) - 1} documents were longer than seq_len "
-                f"{self._settings.seq_len} and were cut there: raise seq_len to keep them whole"
+                f"{at.truncated} of {len(self._offsets['documents']) - 1} documents were longer "
+                f"than seq_len {self._settings.seq_len} and were cut there: raise seq_len to keep "
+                "them whole"
             )
         for why, words in LEFT_OUT.items():
             if words and at.left_out[why]:
@@ -255,72 +275,13 @@ class _Build:
                 )
         return self._encoder(records)
 
-    def _choose(self, kind: str) -> Encoder:
+    def _choose(self, kind: str) -> Encoder | ViewsEncoder:
         """The encoder of a kind of records."""
-        loss_on, settings = self._settings.loss_on, self._settings
-        if kind not in LOSS_ON[loss_on]:
-            fitting = [choice for choice, kinds in LOSS_ON.items() if kind in kinds]
-            name = self._sources[self.progress.kind_from].name
-            raise DataError(
-                f"data.loss_on: {loss_on!r} needs records of kind {' or '.join(LOSS_ON[loss_on])}, "
-                f"but {name} holds {kind!r}: use {' or '.join(fitting)}"
-            )
-        if self._pairs:
-            pairs.check(settings)
-        chats = PAIRS.get(kind, kind) in ("messages", "dialogue")
-        for name, value, plain in (
-            ("turns", settings.turns, "whole"),
-            ("chat_template", settings.chat_template, None),
-            ("template_kwargs", dict(settings.template_kwargs), {}),
-        ):
-            if not chats and value != plain:
-                raise ConfigError(f"data.{name}: has no effect on {kind!r}: remove it")
-        parse = settings.special_tokens == "parse"
-        if chats and parse:
-            raise ConfigError(
-                "data.special_tokens: 'parse' is for text and completions: in a conversation the "
-                "chat template writes the special tokens: remove it"
-            )
-        if not chats:
-            plain = lambda records: self._plain(records, parse)
-            return pairs.of_both(plain) if self._pairs else plain
-        template = rendering.template_of(self._codec.tokenizer, settings.chat_template)
-        self._chat = chat.ChatEncoder(self._codec, template, loss_on, settings.template_kwargs)
-        if self._pairs:
-            return pairs.of_both(self._whole)
-        return self._each_turn if settings.turns == "each" else self._whole
-
-    def _plain(self, records: Sequence[Record], parse: bool) -> list[Documents]:
-        """Texts, or prompts and completions; those that look rendered are counted."""
-        if self._codec.controls and not parse:
-            for record in records:
-                found = filter(None, map(self._codec.control_pattern.search, record.texts))
-                for match in itertools.islice(found, 1):
-                    self.progress.rendered += 1
-                    self.progress.shown_control = self.progress.shown_control or match[0]
-        if self.progress.kind == "text":
-            made = encode.encode_texts(self._codec, records, parse)
-        else:
-            loss_on = self._settings.loss_on
-            made = encode.encode_completions(self._codec, records, loss_on, parse)
-        return [one if isinstance(one, str) else (one,) for one in made]
-
-    def _whole(self, records: Sequence[Record]) -> list[Documents]:
-        assert self._chat is not None
-        made = self._chat.encode(records)
-        return [one if isinstance(one, str) else (one,) for one in made]
-
-    def _each_turn(self, records: Sequence[Record]) -> list[Documents]:
-        """A document for every turn of the assistant; a reason of one is that of its record."""
-        made: list[Documents] = []
-        for record in records:
-            try:
-                parts = self._whole(each_turn(record, self._settings.loss_on))
-            except RenderError as error:
-                parts = [str(error)]
-            reason = next((part for part in parts if isinstance(part, str)), None)
-            made.append(reason or tuple(part[0] for part in parts if not isinstance(part, str)))
-        return made
+        at = self.progress
+        source = self._sources[at.kind_from].name
+        if self._second is None:
+            return Encoder(self._codec, self._settings, kind, at, source=source)
+        return ViewsEncoder(self._codec, self._settings, self._second, kind, at, source=source)
 
     @property
     def _pairs(self) -> bool:
@@ -337,7 +298,9 @@ class _Build:
         return cuts[0].reason if all(cut.reason is not None for cut in cuts) else None
 
     def _cut(self, document: encode.Document) -> "_Cut":
-        seq_len, policy = self._settings.seq_len, self._policy
+        assert self.progress.kind is not None, "a record was encoded"
+        seq_len = self._settings.seq_len
+        policy = self._settings.policy(self.progress.kind)
         size = len(document.ids)
         too_long = size > seq_len
         if too_long and policy == "reject":
@@ -351,27 +314,28 @@ class _Build:
             return _Cut(0, 0, TooLong(f"too long: {reason}"))
         return _Cut(0, 0, "no token counts in the loss")
 
-    @property
-    def _policy(self) -> str:
-        policy = self._settings.long_documents
-        if policy == "auto":
-            if self._pairs:
-                return "reject"
-            return "split" if self.progress.kind == "text" else "truncate"
-        return policy
-
     def _add(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> None:
         """Writes the documents of one record, without those that teach nothing."""
         for document, cut in zip(documents, cuts, strict=True):
             if cut.reason is not None:
                 continue
             at = self.progress
-            at.truncated += cut.kept < len(document.ids)
+            at.truncated += document.shortened or cut.kept < len(document.ids)
             self._files.append("tokens", document.ids[: cut.kept])
             self._files.append("loss", document.loss[: cut.kept])
             at.tokens += cut.kept
             at.counted += cut.counted
-            self._offsets.append(at.tokens)
+            self._offsets["documents"].append(at.tokens)
+            if document.beside is not None:
+                self._add_beside(document.beside)
+
+    def _add_beside(self, beside: encode.Beside) -> None:
+        """Writes the second view of a document."""
+        self._files.append("groups", beside.groups)
+        self._files.append("second_tokens", beside.ids)
+        self._files.append("second_groups", beside.other_groups)
+        ends = self._offsets["second_documents"]
+        ends.append(ends[-1] + len(beside.ids))
 
     def _reject(self, source: int, line: int, reason: str) -> None:
         # Reasons quote the data, which must not steer the terminal that shows them.

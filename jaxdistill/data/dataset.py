@@ -22,14 +22,16 @@ class Dataset:
       pad: the token that fills rows.
       num_rows, num_tokens, num_loss_tokens: rows; tokens of documents; predictions that count.
       num_documents: documents, the pieces of long texts counted singly.
-      records, used: records found = used + quarantined + empty + too_long + unlearned.
+      records, used: records found = used + quarantined + empty + too_long + unlearned + unaligned.
       quarantined: broken records.
       empty, too_long, unlearned: records without text, without anything to learn within seq_len,
         and those that are marked as not learned.
+      unaligned: records of which nothing can be compared with the tokens of a second model.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
       sources: names of what it was built from.
       origins: (first token, who wrote what follows) in order; empty where all of it is data.
+      second: (length, padding) of rows in the tokens of a second model; None: there is none.
     """
 
     name: str
@@ -48,23 +50,26 @@ class Dataset:
     empty: int
     too_long: int
     unlearned: int
+    unaligned: int
     truncated: int
     notices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()
+    second: tuple[int, int] | None = None
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.num_rows
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`.
 
         Returns:
           `tokens`, `targets`, `positions`, `segment_ids`: int32 [L]; `mask`: bool [L]; `origin`:
-          int32 [L], only where a source is the teacher's or the student's own text. The target
-          of a position is the next token of its own document; the last token of a document, or of
-          a window of a long one, predicts nothing.
+          int32 [L], only where a source is the teacher's or the student's own text; `groups` and
+          `second`, see `types.Batch`, only where there is a second model. The target of a position
+          is the next token of its own document; the last token of a document, or of a window of a
+          long one, predicts nothing.
 
         Raises:
           IndexError: if there is no such row.
@@ -85,11 +90,29 @@ class Dataset:
             if self.origins:
                 row["origin"][here] = [code for first, code in self.origins if first <= start][-1]
             place += length
+        if self.second is not None:
+            self._fill_second(row, slice(first, last))
         return row
 
-    def empty_row(self) -> dict[str, np.ndarray]:
+    def _fill_second(self, row: dict[str, Any], segments: slice) -> None:
+        """The documents of a row in the tokens of the second model, and what is aligned of them."""
+        arrays, second, place, other, groups = self.arrays, row["second"], 0, 0, 0
+        both = zip(arrays["segments"][segments], arrays["second_segments"][segments], strict=True)
+        for number, ((start, length), (begin, count)) in enumerate(both, start=1):
+            own = arrays["groups"][start : start + length]
+            row["groups"][place : place + length] = np.where(own > 0, own + groups, 0)
+            here = slice(other, other + count)
+            second["tokens"][here] = arrays["second_tokens"][begin : begin + count]
+            theirs = arrays["second_groups"][begin : begin + count]
+            second["groups"][here] = np.where(theirs > 0, theirs + groups, 0)
+            second["positions"][here] = np.arange(count)
+            second["segment_ids"][here] = number
+            place, other, groups = place + length, other + count, groups + int(own.max())
+
+    def empty_row(self) -> dict[str, Any]:
         """A row of padding with the fields that this data set's rows have."""
-        return empty_row(self.seq_len, self.pad, bool(self.origins))
+        row = empty_row(self.seq_len, self.pad, bool(self.origins))
+        return row if self.second is None else row | empty_second(self.seq_len, *self.second)
 
     def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         """What a batch carries of a row in an epoch, counted from 0; here the row itself."""
@@ -120,12 +143,21 @@ def empty_row(seq_len: int, pad: int, origins: bool = False) -> dict[str, np.nda
     return row | ({"origin": np.zeros(seq_len, np.int32)} if origins else {})
 
 
+def empty_second(seq_len: int, length: int, pad: int) -> dict[str, Any]:
+    """What a row of padding has of a second model: nothing is aligned."""
+    zeros = lambda: np.zeros(length, np.int32)
+    second = {name: zeros() for name in ("positions", "segment_ids", "groups")}
+    tokens = np.full(length, pad, np.int32)
+    return {"groups": np.zeros(seq_len, np.int32), "second": {"tokens": tokens, **second}}
+
+
 def open_dataset(
     folder: Path, facts: dict, name: str, notices: tuple[str, ...], sources: tuple[str, ...]
 ) -> Dataset:
     """Opens a verified folder; `sources` are the names of what it was built from."""
     counts = facts["counts"]
     origins = tuple((first, code) for first, code in facts.get("origins", ()))
+    second = facts.get("second")
     return Dataset(
         name=name,
         folder=folder,
@@ -136,6 +168,7 @@ def open_dataset(
         notices=notices,
         sources=sources,
         origins=origins if any(code for _, code in origins) else (),
+        second=(second["seq_len"], second["pad"]) if second else None,
         arrays=store.read_arrays(folder),
         **counts,
     )

@@ -19,16 +19,36 @@ _SLICE = 1000  # characters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Beside:
+    """A document in the tokens of another model.
+
+    Attributes:
+      groups: int32 [N], of each token of the document the group, from 1, that spells what a group
+        of the other tokens spells; 0 for none.
+      ids: int32 [M], the other model's tokens.
+      other_groups: int32 [M], their groups.
+    """
+
+    groups: np.ndarray
+    ids: np.ndarray
+    other_groups: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Document:
     """A tokenised document.
 
     Attributes:
       ids: int32 [N].
       loss: bool [N], True where the token, as a target, counts in the loss.
+      beside: the same in the tokens of another model, or None.
+      shortened: whether it is the beginning of a longer one.
     """
 
     ids: np.ndarray
     loss: np.ndarray
+    beside: Beside | None = None
+    shortened: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

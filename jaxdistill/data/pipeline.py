@@ -13,6 +13,7 @@ import numpy as np
 from jaxdistill.data import build as building
 from jaxdistill.data import encode, quarantine, settings, store
 from jaxdistill.data.dataset import Dataset, open_dataset
+from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.safe import manifest
@@ -40,6 +41,7 @@ def build(
     template_kwargs: Mapping[str, Any] | None = None,
     turns: str = "whole",
     special_tokens: str = "text",
+    second: SecondView | None = None,
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.
 
@@ -72,6 +74,7 @@ def build(
         learned is the end of a document of its own, rendered as when the model is asked for it.
       special_tokens: `text`: special tokens written in texts and completions stay text; `parse`:
         they become special tokens, for text that is rendered already.
+      second: the tokens of another model, in which rows give the same documents too.
 
     Returns:
       A Dataset.
@@ -81,6 +84,7 @@ def build(
       DataError: if a source is missing or cannot be read, holds no usable record or records of
         several kinds, does not suit `loss_on`, or has too many unusable records.
       ModelError: if the tokenizer is not a fast one, or the template has a syntax error.
+      MismatchError: if the tokens of a tokenizer of two stand for no fixed bytes.
       StorageError: if cache_dir or quarantine_path cannot be written.
     """
     chosen = settings.Settings(
@@ -98,7 +102,8 @@ def build(
         raise ConfigError(f"data.max_bad_fraction: {max_bad_fraction}: must lie between 0 and 1")
     opened = _open(sources, name)
     codec = encode.prepare(tokenizer)
-    identity = settings.fingerprint(opened, codec, chosen)
+    beside = None if second is None else second.identity()
+    identity = settings.fingerprint(opened, codec, chosen, beside)
     folder = Path(cache_dir) / f"{name}-{identity[:20]}"
     left_out = None if quarantine_path is None else Path(quarantine_path)
     notices = []
@@ -116,6 +121,7 @@ def build(
             fail_fast=on_bad_record == "fail",
             name=name,
             quarantine_path=left_out,
+            second=second,
         )
     facts = manifest.read(folder)
     assert facts["fingerprint"] == identity

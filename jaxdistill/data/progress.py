@@ -64,14 +64,17 @@ class Files:
 
     Args:
       folder: where.
+      parts: the arrays of `store` that are written.
       marks: what is kept of each, by its name; without it they begin anew.
     """
 
-    def __init__(self, folder: Path, marks: Mapping[str, store.Mark]):
-        self._folder = folder
+    def __init__(
+        self, folder: Path, parts: Mapping[str, np.dtype], marks: Mapping[str, store.Mark]
+    ):
+        self._folder, self._parts = folder, parts
         self.arrays = {
             part: store.ArrayWriter(_array(folder, part), dtype, _row(part), marks.get(part))
-            for part, dtype in store.ARRAYS.items()
+            for part, dtype in parts.items()
         }
         path = folder / store.QUARANTINE
         self.quarantine = store.Appender(path, mark=marks.get(store.QUARANTINE))
@@ -83,8 +86,8 @@ class Files:
     def written(self, part: str) -> np.ndarray:
         """The values of a flat array so far."""
         self.arrays[part].mark()  # written by now
-        dtype = store.ARRAYS[part]
-        return np.fromfile(_array(self._folder, part), dtype, offset=_header(part))
+        dtype = self._parts[part]
+        return np.fromfile(_array(self._folder, part), dtype, offset=_header(part, dtype))
 
     def marks(self) -> dict[str, store.Mark]:
         """How far each file is."""
@@ -109,33 +112,34 @@ def _array(folder: Path, part: str) -> Path:
 
 
 def _row(part: str) -> tuple[int, ...]:
-    return (2,) if part == "segments" else ()
+    return (2,) if part in ("segments", "second_segments") else ()
 
 
-def _header(part: str) -> int:
+def _header(part: str, dtype: np.dtype) -> int:
     """Bytes before the values."""
-    return len(store.npy_header(store.ARRAYS[part], _row(part)))
+    return len(store.npy_header(dtype, _row(part)))
 
 
-def begin(folder: Path, identity: str) -> tuple[Progress, Files]:
+def begin(folder: Path, identity: str, parts: Mapping[str, np.dtype]) -> tuple[Progress, Files]:
     """Where a killed build of the same data was, and its files; or the beginning.
 
     Args:
       folder: empty, or what the killed build was filling.
       identity: the fingerprint of the data.
+      parts: the arrays of `store` that are written.
 
     Raises:
       StorageError: if the folder cannot be written.
     """
-    found = _read(folder, identity)
+    found = _read(folder, identity, parts)
     if found:
-        return found[0], Files(folder, found[1])
+        return found[0], Files(folder, parts, found[1])
     with store.writing(folder):
         if any(folder.iterdir()):
             _log.info("what a killed build left cannot be resumed: begun anew")
             shutil.rmtree(folder)
             folder.mkdir()
-    return Progress(), Files(folder, {})
+    return Progress(), Files(folder, parts, {})
 
 
 def write(folder: Path, identity: str, progress: Progress, files: Files) -> None:
@@ -159,7 +163,9 @@ def write(folder: Path, identity: str, progress: Progress, files: Files) -> None
         os.replace(temporary, folder / FILE)
 
 
-def _read(folder: Path, identity: str) -> tuple[Progress, dict[str, store.Mark]] | None:
+def _read(
+    folder: Path, identity: str, parts: Mapping[str, np.dtype]
+) -> tuple[Progress, dict[str, store.Mark]] | None:
     """What a killed build noted, if it was of this data and its files hold it; or None."""
     try:
         note = json_file.read(folder / FILE, {"crc32": int, "content": dict})
@@ -169,7 +175,9 @@ def _read(folder: Path, identity: str) -> tuple[Progress, dict[str, store.Mark]]
         if (content["version"], content["identity"]) != (_VERSION, identity):
             return None
         marks = {name: (size, crc) for name, (size, crc) in content["marks"].items()}
-        places = {part: (_array(folder, part), _header(part)) for part in store.ARRAYS}
+        places = {
+            part: (_array(folder, part), _header(part, dtype)) for part, dtype in parts.items()
+        }
         places[store.QUARANTINE] = folder / store.QUARANTINE, 0
         if not all(store.holds(*places[name], mark) for name, mark in marks.items()):
             return None

@@ -46,6 +46,10 @@ class TooLong(str):
     """A reason: what is to be learned does not fit into a row."""
 
 
+class Unaligned(str):
+    """A reason: no tokens behind the first spell the same bytes as tokens of a second model."""
+
+
 class Unusable(Exception):
     """Carries the reason from the rule that failed."""
 

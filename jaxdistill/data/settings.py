@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.data import encode, packing, rendering
+from jaxdistill.data.records import PAIRS
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
 
@@ -51,6 +52,14 @@ class Settings:
         if self.turns == "each" and self.loss_on == "all":
             raise ConfigError("data.turns: 'each' learns single turns: use loss_on: assistant")
 
+    def policy(self, kind: str) -> str:
+        """What becomes of long documents of a kind: split, truncate or reject."""
+        if self.long_documents == "auto":
+            if kind in PAIRS:
+                return "reject"
+            return "split" if kind == "text" else "truncate"
+        return self.long_documents
+
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ConfigError unless the value is one of the choices."""
@@ -58,8 +67,16 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"data.{field}: {value!r}: must be one of {', '.join(choices)}")
 
 
-def fingerprint(sources: Sequence[Source], codec: encode.Codec, settings: Settings) -> str:
-    """A hash over every byte of the sources, the tokenizer, the template and the settings."""
+def fingerprint(
+    sources: Sequence[Source],
+    codec: encode.Codec,
+    settings: Settings,
+    second: Mapping[str, Any] | None = None,
+) -> str:
+    """A hash over every byte of the sources, the tokenizer, the template and the settings.
+
+    `second` is the identity of a second view; it joins where there is one.
+    """
     content = {
         "version": _VERSION,
         "sources": [_identity(source) for source in sources],
@@ -68,6 +85,7 @@ def fingerprint(sources: Sequence[Source], codec: encode.Codec, settings: Settin
         "template": rendering.template_of(codec.tokenizer, settings.chat_template),
         "settings": dataclasses.asdict(settings),
     }
+    content |= {} if second is None else {"second": second}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,6 +26,14 @@ ARRAYS = {
     "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
     "records": np.dtype(np.uint64),  # [K], hashes of the records that were used
 }
+# Beside them, of data that are given in the tokens of a second model too.
+SECOND_ARRAYS = {
+    "groups": np.dtype(np.int32),  # [N], of each token, counted from 1 in its document; 0 is none
+    "second_tokens": np.dtype(np.int32),  # [M]
+    "second_groups": np.dtype(np.int32),  # [M]
+    "second_documents": np.dtype(np.int64),  # [D + 1]
+    "second_segments": np.dtype(np.int64),  # [S, 2]
+}
 QUARANTINE = "quarantine.jsonl"
 BLOCK = 1 << 16  # bytes with a checksum of their own: what is read to have a row of them
 _KEPT_BLOCKS = 256  # of an array, in memory: 16 MiB
@@ -183,9 +191,10 @@ def read_arrays(folder: Path) -> dict[str, "Checked"]:
     """The arrays of a folder, each block read against its checksum when it is used."""
     content = manifest.read(folder)
     files = content["files"]
+    second = SECOND_ARRAYS if "second_tokens.npy" in files else {}
     return {
         name: Checked(folder / f"{name}.npy", dtype, files[f"{name}.npy"]["crc32"])
-        for name, dtype in ARRAYS.items()
+        for name, dtype in (ARRAYS | second).items()
     }
 
 

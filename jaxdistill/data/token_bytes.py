@@ -27,7 +27,11 @@ class TokenBytes:
     special: frozenset[int]
     dummy_prefix: bool
 
-    def spell(self, ids: Sequence[int], text: str) -> list[bytes]:
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token; those of special tokens are empty."""
+        return [b"" if i in self.special else self.table.get(int(i), b"") for i in ids]
+
+    def spell(self, ids: Sequence[int], text: str | bytes) -> list[bytes]:
         """The bytes of the tokens of a text; those of special tokens are empty.
 
         Args:
@@ -38,8 +42,8 @@ class TokenBytes:
           MismatchError: if the tokens do not spell the text byte for byte, with the first
             difference: the tokenizer changes what it reads (lower case, other normal forms).
         """
-        spelled = [b"" if i in self.special else self.table.get(int(i), b"") for i in ids]
-        wanted = text.encode()
+        spelled = self.pieces(ids)
+        wanted = text.encode() if isinstance(text, str) else text
         got = b"".join(spelled)
         if got != wanted and self.dummy_prefix and got.startswith(b" "):
             first = next(i for i, piece in enumerate(spelled) if piece)
@@ -57,6 +61,15 @@ class TokenBytes:
                 "aligned by bytes"
             )
         return spelled
+
+    def opening(self) -> list[int]:
+        """The tokens that can follow the end of a word: white space at their front, or special.
+
+        Returns:
+          Their ids, rising.
+        """
+        found = (i for i, piece in self.table.items() if piece[:1] in (b" ", b"\t", b"\n", b"\r"))
+        return sorted(self.special.union(found))
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:

@@ -36,6 +36,12 @@ class HeldOut:
         self.mesh = mesh
         self.name = f"{name}, {self._rows} rows of {dataset.seq_len} tokens"
 
+    def replaced(self, dataset: Dataset) -> "HeldOut":
+        """The same rows of another data set, which has as many."""
+        same = HeldOut(dataset, self._batch_size, self._rows, self.mesh, "")
+        same.name = self.name
+        return same
+
     def batches(self) -> Iterator[Batch]:
         """Every row once, in order; whole batches, so up to batch_size - 1 rows more."""
         feed = pipeline.eval_batches(

@@ -162,6 +162,8 @@ class Method:
       sides: the origins of the records that it compares, a tuple for each side; the training data
         must hold each side. () where it does not matter who wrote a record.
       pairs: whether its records are pairs of answers, of which it prefers one.
+      second_view: whether the teacher reads the text in tokens of its own: the batch carries them,
+        and the options are `two_tokenizers.TwoTokenizers`.
       any_text: whether it can learn from any text; if not, its records are of a form of their own.
       is_control: whether it is what distillation is compared with: the same data, no teacher.
       measured: whether its numbers on a real model are in benchmarks/results, for better or worse;
@@ -175,6 +177,7 @@ class Method:
     reads: Callable[[Any], str] = lambda options: signals.ROWS
     sides: tuple[tuple[str, ...], ...] = ()
     pairs: bool = False
+    second_view: bool = False
     any_text: bool = True
     is_control: bool = False
     measured: bool = False

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, create_model
 from pydantic_core import core_schema
 
 from jaxdistill.methods import (
+    alm,
     ctkd,
     distillm2,
     dpo,
@@ -129,6 +130,7 @@ for _name, _method in {
     "minilm": minilm.METHOD,
     "taid": taid.METHOD,
     "ctkd": ctkd.METHOD,
+    "alm": alm.METHOD,
     "step_by_step": step_by_step.METHOD,
     "dpo": dpo.METHOD,
     "sft": sft.METHOD,

@@ -229,7 +229,8 @@ def _work(
     elif method.objective.needs_start:
         model_flops += forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher and models.teacher is not None:
-        model_flops += forward_flops_per_token(models.teacher.config, length)
+        theirs = length if models.second is None else models.second.seq_len
+        model_flops += forward_flops_per_token(models.teacher.config, theirs) * theirs / length
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

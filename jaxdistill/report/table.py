@@ -115,7 +115,8 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     The share of the perplexity gap that a student s recovers is
     `(ppl(before) - ppl(s)) / (ppl(before) - ppl(teacher))`. It is stated only where all three are
     finite and the teacher is better than the student before. The same share of the SFT control
-    says how much of it plain fine-tuning on the same data would have given.
+    says how much of it plain fine-tuning on the same data would have given. Where bits per byte are
+    known of all, they stand in place of perplexities, which other tokens would make another number.
 
     Args:
       rows: the rows of table.json.
@@ -123,30 +124,46 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     Returns:
       One to four sentences; what is missing is named instead of assumed.
     """
-    perplexity = {row["name"]: _cell(row, "perplexity") for row in ordered(rows)}
+    measure = _measure(rows)
+    perplexity = {row["name"]: _cell(row, measure.field) for row in ordered(rows)}
     distance = {row["name"]: _cell(row, "kl_t1") for row in ordered(rows)}
     needed = ("teacher", "student before", "student after")
     absent = [name for name in needed if perplexity.get(name) is None]
     if absent:
-        return f"Not comparable yet: no perplexity of {' and '.join(absent)}."
+        return f"Not comparable yet: no {measure.words} of {' and '.join(absent)}."
     finite = {name: float(p) for name, p in perplexity.items() if wording.is_number(p)}
     bad = [name for name in needed if name not in finite]
     if bad:
         names = " and ".join(f"{name} ({perplexity[name]})" for name in bad)
-        return f"No share of the gap can be given: the perplexity of {names} is not finite."
+        return f"No share of the gap can be given: the {measure.words} of {names} is not finite."
     teacher, before, after = (finite[name] for name in needed)
-    sentences = [_gap_sentence(teacher, before, after)]
-    sentences.append(_control_sentence(teacher, before, after, perplexity.get("SFT control")))
+    words, control = measure.words, perplexity.get("SFT control")
+    sentences = [_gap_sentence(words, teacher, before, after)]
+    sentences.append(_control_sentence(words, teacher, before, after, control))
     sentences.append(_distance_sentence(distance["student before"], distance["student after"]))
     return " ".join(filter(None, sentences))
 
 
-def _gap_sentence(teacher: float, before: float, after: float) -> str:
+class _Measure(typing.NamedTuple):
+    """What models are compared by: a field of table.json, and its name in a sentence."""
+
+    field: str
+    words: str
+
+
+def _measure(rows: Sequence[Mapping[str, typing.Any]]) -> _Measure:
+    """Bits per byte where every row has them; else perplexity."""
+    if rows and all(_cell(row, "bits_per_byte") is not None for row in rows):
+        return _Measure("bits_per_byte", "bits per byte")
+    return _Measure("perplexity", "perplexity")
+
+
+def _gap_sentence(words: str, teacher: float, before: float, after: float) -> str:
     gap = before - teacher
     change = f"{wording.number(before)} to {wording.number(after)}"
     if gap <= 0:
         return (
-            f"The teacher (perplexity {wording.number(teacher)}) is no better than the student "
+            f"The teacher ({words} {wording.number(teacher)}) is no better than the student "
             f"before ({wording.number(before)}) on this text, so there was no gap to close; the "
             f"student went from {change}."
         )
@@ -154,26 +171,26 @@ def _gap_sentence(teacher: float, before: float, after: float) -> str:
     goal = f"teacher: {wording.number(teacher)}"
     if share < 0:
         text = (
-            f"The student got worse: perplexity from {change} ({goal}), which widens the gap to "
+            f"The student got worse: {words} from {change} ({goal}), which widens the gap to "
             f"the teacher by {_share(-share)}."
         )
     elif share > 1:
-        text = f"The student's perplexity ends below the teacher's: from {change} ({goal})."
+        text = f"The student's {words} ends below the teacher's: from {change} ({goal})."
     else:
         text = (
-            f"The student recovered {_share(share)} of the perplexity gap to the teacher: "
+            f"The student recovered {_share(share)} of the {words} gap to the teacher: "
             f"from {change} ({goal})."
         )
     if gap < 0.01 * before:
         text += (
-            f" The gap itself is only {_share(gap / before)} of the perplexity, so the share says "
+            f" The gap itself is only {_share(gap / before)} of the {words}, so the share says "
             "little."
         )
     return text
 
 
 def _control_sentence(
-    teacher: float, before: float, after: float, control: int | float | None
+    words: str, teacher: float, before: float, after: float, control: int | float | None
 ) -> str:
     if control is None:
         return (
@@ -181,14 +198,14 @@ def _control_sentence(
             "would have given is not known."
         )
     if not wording.is_number(control):
-        return f"The perplexity of the SFT control ({control}) is not finite."
+        return f"The {words} of the SFT control ({control}) is not finite."
     difference = 100 * (after - control) / control
     side = "below" if difference < 0 else "above"
     if abs(difference) < 0.005:
-        text = f"Its perplexity equals that of the SFT control ({wording.number(control)})"
+        text = f"Its {words} equals that of the SFT control ({wording.number(control)})"
     else:
         text = (
-            f"Its perplexity is {wording.number(abs(difference), 3)}% {side} that of the SFT "
+            f"Its {words} is {wording.number(abs(difference), 3)}% {side} that of the SFT "
             f"control ({wording.number(control)})"
         )
     if before > teacher:

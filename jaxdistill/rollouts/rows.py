@@ -53,7 +53,7 @@ def rows_of(
     """
     lengths = np.asarray([one.length for one in answers])
     pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
-    placed, ends = packing.plan(pieces, seq_len, packing_by)
+    placed, ends = packing.plan(pieces, [seq_len], packing_by)
     count = next(size for size in sizes if size >= len(ends) - 1)
     rows = [empty_row(seq_len, pad) for _ in range(count)]
     logprobs = np.zeros((count, seq_len), np.float32)

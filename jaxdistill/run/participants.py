@@ -12,10 +12,12 @@ from jaxdistill import errors, methods, rules
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.data import spelling
+from jaxdistill.data.second_view import SecondView
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
+from jaxdistill.methods import two_tokenizers
 from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
-from jaxdistill.models.vocabulary import check_rows
+from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, pairing, shapes, states, stored
 from jaxdistill.run.pairing import Pairing
@@ -29,12 +31,13 @@ class Models:
     Attributes:
       teacher: None where there is none, or its answers are stored.
       student: float32 (or as configured) parameters on the mesh.
-      tokenizer: of both.
-      vocab: how many rows of the heads are tokens.
+      tokenizer: of both; of the student where there is a second view.
+      vocab: how many rows of the heads are tokens; where the teacher has its own, of the student's.
       stored: the teacher whose answers are stored, or None.
       pairing: how the tokenizer fits those that the models come with.
       start: the student before the first step, where the method compares with it: a copy of its
         weights in student.compute_dtype.
+      second: the teacher's own tokens, where the method has it read them; or None.
     """
 
     teacher: Model | None
@@ -44,6 +47,7 @@ class Models:
     stored: Stored | None = None
     pairing: Pairing = Pairing()
     start: Model | None = None
+    second: SecondView | None = None
 
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
@@ -71,31 +75,59 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
     asked_before = stored.of(config, teacher, tokenizer, vocab)
     teacher = teacher if asked_before is None else None
-    pairs, teacher = pairing.of(
+    second = _second_view(config, teacher, tokenizer, mesh)
+    pairs, seated = pairing.of(
         tokenizer,
-        teacher,
+        teacher if second is None else None,  # it reads its own tokens
         student,
         born=config.student,
         named=config.tokenizer.from_,
         needs_teacher=methods.of(config.method).needs_teacher(config.method),
         best_metric=config.checkpoint.best_metric,
     )
+    teacher = seated if second is None else teacher
     named = {"teacher": teacher, "student": student}
+    read = {"teacher": (vocab, config.data.seq_len), "student": (vocab, config.data.seq_len)}
+    if second is not None:
+        read["teacher"] = vocabulary_size(second.tokenizer), second.seq_len
     for name, shape in named.items():
         if shape is None:
             continue
-        check_rows(name, shape.config.vocab_size, vocab)
-        errors.check(rules.row_length(config.data.seq_len, name, shape.config.max_positions))
+        tokens, length = read[name]
+        check_rows(name, shape.config.vocab_size, tokens)
+        errors.check(rules.row_length(length, name, shape.config.max_positions))
     states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
     if config.teacher and config.teacher.quantize:
         quantize.check_backend(config.teacher.quantize)
-    for section, shape in ((config.teacher, teacher), (config.student, student)):
+    sections = {"teacher": config.teacher, "student": config.student}
+    for name, section in sections.items():
+        shape = named[name]
         if section is not None and shape is not None:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
-            attention.check(section.attention, shape.config, config.data.seq_len, platform)
-    return Models(teacher, student, tokenizer, vocab, asked_before, pairs)
+            attention.check(section.attention, shape.config, read[name][1], platform)
+    return Models(teacher, student, tokenizer, vocab, asked_before, pairs, second=second)
+
+
+def _second_view(
+    config: Config, teacher: Model | None, tokenizer: Any, mesh: Mesh
+) -> SecondView | None:
+    """The tokens that the teacher reads, where the method gives it its own.
+
+    Raises:
+      ConfigError: for a mesh that parts rows by their length.
+    """
+    if not methods.of(config.method).second_view:
+        return None
+    if mesh.shape["context"] > 1:
+        raise ConfigError(
+            f"mesh.context = {mesh.shape['context']}: method {config.method.name} sums over chunks "
+            "of text, which lie elsewhere in the rows of teacher and student: use mesh.context: 1"
+        )
+    own = None if teacher is None else teacher.tokenizer
+    length = two_tokenizers.length(config.method, config.data.seq_len)
+    return SecondView(tokenizer if own is None else own, length)
 
 
 def load_models(config: Config, models: Models, mesh: Mesh) -> Models:

@@ -13,10 +13,12 @@ from jaxdistill import agree, optim, teachers
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
 from jaxdistill.data.records import PAIRS
+from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
 from jaxdistill.models import Model, decoder
+from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.report import MetricsWriter
 from jaxdistill.run import participants, setup, states
 from jaxdistill.run.folder import RunDir
@@ -72,16 +74,20 @@ class RunTable:
         self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str] | None = None
         self._student_speed: float | None = None
+        # Tokens of two tokenizers are no measure of each other; the bytes that they spell are.
+        apart = models.second is not None or models.pairing.aside
+        self._bytes = held_out.text_bytes(models.tokenizer) if apart else None
 
     def _program(self, method: setup.RunMethod) -> meter.Step:
         """The loss without gradient: that of training, if it measures against the teacher too."""
         models, objective = self._models, method.objective
         if self._pairs:
             return meter.make_step(method.loss, method.teacher)
-        alone = models.teacher is None and models.stored is None
+        alone = models.second is not None or (models.teacher is None and models.stored is None)
         if objective.token_means and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
-        # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too.
+        # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too. One that reads other
+        # tokens gives no distribution to compare with.
         if alone:
             objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
         else:
@@ -122,7 +128,9 @@ class RunTable:
 
     def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
         knobs = {name: jnp.float32(value) for name, value in knobs.items()}
-        return self._held_out.measure(self._step, params, self._teacher_params, knobs)
+        return self._held_out.measure(
+            self._step, params, self._teacher_params, knobs, text_bytes=self._bytes
+        )
 
     def add_teacher(self) -> None:
         """The teacher's own row: how well it models the held-out rows, and how fast."""
@@ -130,11 +138,14 @@ class RunTable:
         teacher = self._models.teacher
         if teacher is None or self.has("teacher"):
             return
-        scoring = meter.scoring_step(
-            teacher.config, self._models.vocab, compute_dtype=self._teacher_dtype
-        )
-        metrics = self._held_out.measure(scoring, teacher.params)
-        rate = self._held_out.speed(scoring, teacher.params)
+        rows, vocab, text_bytes = self._held_out, self._models.vocab, None
+        if (second := self._models.second) is not None:
+            vocab = vocabulary_size(second.tokenizer)
+            rows = rows.replaced(second_rows(rows.dataset))
+            text_bytes = rows.text_bytes(second.tokenizer)
+        scoring = meter.scoring_step(teacher.config, vocab, compute_dtype=self._teacher_dtype)
+        metrics = rows.measure(scoring, teacher.params, text_bytes=text_bytes)
+        rate = rows.speed(scoring, teacher.params)
         self._add("teacher", metrics, teacher.config, teacher.params, rate)
 
     def _add_stored_teacher(self) -> None:
@@ -176,6 +187,8 @@ class RunTable:
             "agree_top1": metrics.get("eval/agree_top1"),
             "tokens_per_second": rate,
         }
+        if "eval/bits_per_byte" in metrics:
+            row["bits_per_byte"] = metrics["eval/bits_per_byte"]
         self._rows[name] = row | speed.size(config, params)
         self._run.write_json(FILE, {"held_out": self._held_out.name, "rows": self.rows})
 
@@ -192,9 +205,7 @@ class RunTable:
         teacher, student = self._models.teacher, self._models.student
         tokenizer = self._models.tokenizer
         if teacher is not None and self._teacher_answers is None:
-            self._teacher_answers = self._answers(
-                dataclasses.replace(teacher, tokenizer=tokenizer), prompts
-            )
+            self._teacher_answers = self._asked(teacher, prompts)
         ours = self._answers(Model(student.config, self.student_params(state), tokenizer), prompts)
         rows = []
         for index, prompt in enumerate(prompts):
@@ -209,6 +220,15 @@ class RunTable:
         tokenizer = self._models.tokenizer
         own = [list(tokenizer(text)["input_ids"]) for text in self._speaks.prompts]
         return own + self._held_out.beginnings(self._speaks.samples, PROMPT_TOKENS)
+
+    def _asked(self, teacher: Model, prompts: list[list[int]]) -> list[str]:
+        """What the teacher answers to prompts in the student's tokens."""
+        tokenizer, second = self._models.tokenizer, self._models.second
+        if second is not None:
+            texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+            prompts = [list(second.tokenizer(text)["input_ids"]) for text in texts]
+            tokenizer = second.tokenizer
+        return self._answers(dataclasses.replace(teacher, tokenizer=tokenizer), prompts)
 
     def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)

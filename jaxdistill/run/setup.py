@@ -13,13 +13,13 @@ from jaxdistill.compress import quantize
 from jaxdistill.config import Config
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import empty_row
+from jaxdistill.data.dataset import empty_row, empty_second
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.methods import signals
+from jaxdistill.methods import signals, two_tokenizers
 from jaxdistill.run import participants, shapes, states
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
@@ -72,7 +72,7 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         student=models.student.config,
         teacher=None if models.teacher is None else models.teacher.config,
         student_tokenizer=models.tokenizer,
-        teacher_tokenizer=models.tokenizer,
+        teacher_tokenizer=models.second.tokenizer if models.second else models.tokenizer,
         vocab=models.vocab,
         columns=models.pairing.columns,
         steps=config.train.steps,
@@ -140,6 +140,7 @@ def signal_of(
         attention=config.teacher.attention,
         taps=() if objective is None else objective.teacher_taps,
         relations=() if objective is None else objective.teacher_relations,
+        second_view=models.second is not None,
     )
 
 
@@ -226,8 +227,11 @@ def make_step(
 def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) -> Batch:
     """The shapes and places of a step's batch, with what it carries of a stored teacher."""
     origins = any(source.origin != "data" for source in config.data.train)
-    beside = {} if form is None else taught.empty(form, config.data.seq_len)
-    row = pipeline.stack([empty_row(config.data.seq_len, 0, origins) | beside])
+    length = config.data.seq_len
+    beside = {} if form is None else taught.empty(form, length)
+    if methods.of(config.method).second_view:
+        beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
+    row = pipeline.stack([empty_row(length, 0, origins) | beside])
     return steps.abstract_batch(row, config.train.batch_size, mesh)
 
 

@@ -43,7 +43,9 @@ def read(config: Config, mesh: Mesh) -> Inputs:
     """Reads small files and data, and checks all that they can tell."""
     network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    data = agree.leader_first(lambda: texts.data_of(config.data, models.tokenizer, network=network))
+    data = agree.leader_first(
+        lambda: texts.data_of(config.data, models.tokenizer, models.second, network=network)
+    )
     agree.together(lambda: texts.check_kinds(config.method, data))
     agree.together(lambda: models.pairing.check(data))
     if agree.leads():

@@ -60,8 +60,11 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     agree.together(lambda: _check(config))
     mesh = setup.mesh_of(config)
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    network = config.security.allow_network
-    data = agree.leader_first(lambda: texts.data_of(config.data, models.tokenizer, network=network))
+    data = agree.leader_first(
+        lambda: texts.data_of(
+            config.data, models.tokenizer, models.second, network=config.security.allow_network
+        )
+    )
     agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:

@@ -9,18 +9,22 @@ from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.rendering import read_template
+from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
 
 Text = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was left out of it
 
 
-def data_of(data: Data, tokenizer: Any, *, network: bool = False) -> dict[str, Dataset]:
+def data_of(
+    data: Data, tokenizer: Any, second: SecondView | None = None, *, network: bool = False
+) -> dict[str, Dataset]:
     """The training rows, where there are any, and the held-out ones, built or from the cache.
 
     Args:
       data: the options of the data.
       tokenizer: of the run.
+      second: another model's tokens, in which the rows give the same documents too.
       network: whether sources may be downloaded.
 
     Raises:
@@ -49,7 +53,7 @@ def data_of(data: Data, tokenizer: Any, *, network: bool = False) -> dict[str, D
     if data.chat_template is not None:
         options["chat_template"] = read_template(data.chat_template)
     built = {
-        name: pipeline.build(sources, tokenizer, name=name, **options)
+        name: pipeline.build(sources, tokenizer, name=name, second=second, **options)
         for name, sources in (("train", train), ("eval", held))
         if sources
     }

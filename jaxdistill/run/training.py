@@ -290,6 +290,7 @@ def _meter(
     config: Config, models: participants.Models, method: setup.RunMethod, mesh: Mesh
 ) -> Meter:
     length = config.data.seq_len
+    theirs = length if models.second is None else models.second.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
     if method.objective.needs_start:
@@ -299,6 +300,7 @@ def _meter(
             teacher = models.stored.flops_per_token()
         else:
             assert models.teacher is not None, "the configuration has a teacher where one is needed"
-            teacher = forward_flops_per_token(models.teacher.config, length)
+            # For each of the student's tokens, as the meter counts.
+            teacher = forward_flops_per_token(models.teacher.config, theirs) * theirs / length
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

@@ -58,7 +58,7 @@ def test_best_fit_by_hand():
 @given(lengths=LENGTHS)
 def test_a_plan_holds_every_piece_once(packing, lengths):
     pieces = windows(np.cumsum([0, *lengths]), 16)
-    segments, rows = plan(pieces, 16, packing)
+    segments, rows = plan(pieces, [16], packing)
     assert sorted(map(tuple, segments)) == sorted(map(tuple, pieces))
     assert rows[0] == 0 and rows[-1] == len(pieces) and (np.diff(rows) > 0).all()
     for first, last in zip(rows[:-1], rows[1:], strict=True):

@@ -70,6 +70,18 @@ def test_the_share_of_the_gap_and_that_of_the_control():
     )
 
 
+def test_bits_per_byte_take_the_place_of_perplexities_that_are_of_other_tokens():
+    bits = {"teacher": 1.0, "student before": 3.0, "SFT control": 2.0, "student after": 1.5}
+    both = [{"name": name, "perplexity": 9.0, "bits_per_byte": b} for name, b in bits.items()]
+    assert recovered(both) == (
+        "The student recovered 75.0% of the bits per byte gap to the teacher: from 3.000 to 1.500 "
+        "(teacher: 1.000). Its bits per byte is 25.0% below that of the SFT control (2.000), which "
+        "recovered 50.0% of the gap."
+    )
+    del both[0]["bits_per_byte"]
+    assert "the perplexity gap" in recovered(rows()) and "(perplexity 9.000)" in recovered(both)
+
+
 def test_a_control_that_did_better_or_the_same_is_told():
     assert "20.0% above that of the SFT control (20.00), which recovered 100.0%" in recovered(
         rows(control=20.0)

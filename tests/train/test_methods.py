@@ -12,7 +12,7 @@ import pytest
 
 from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
-from jaxdistill.methods import ctkd, distillm2, dpo, hidden, kd, minilm, sft, taid, ted
+from jaxdistill.methods import alm, ctkd, distillm2, dpo, hidden, kd, minilm, sft, taid, ted
 from jaxdistill.methods.base import Facts
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
@@ -61,7 +61,22 @@ def paired(batch):
     return dataclasses.replace(batch, segment_ids=segments, mask=mask & (segments > 0))
 
 
+def doubled(batch):
+    """The rows with a second view of other tokens, nine to a row, in five groups."""
+    tokens = np.random.default_rng(int(batch.tokens[0, 0])).integers(0, VOCAB, (ROWS, 9))
+    every = lambda values: np.broadcast_to(np.asarray(values, np.int32), (ROWS, len(values)))
+    second = {"tokens": tokens.astype(np.int32), "groups": every([0, 1, 2, 2, 3, 4, 4, 5, 0])}
+    second |= {"positions": every(range(9)), "segment_ids": every([1] * 9)}
+    groups = every([0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 0, 0])
+    return dataclasses.replace(batch, groups=groups, second=second)
+
+
+OPENING = ((0, 3, 5), (1, 2, 36))  # tokens that can follow the end of a word
 METHODS = {
+    "alm": (
+        lambda: alm.objective(vocab=VOCAB, teacher_vocab=VOCAB, opening=OPENING),
+        {"alpha": 0.3},
+    ),
     "kd": (lambda: kd.objective(vocab=VOCAB), {"alpha": 0.5, "temperature": 2.0}),
     "taid": (lambda: taid.objective(vocab=VOCAB), {"alpha": 0.0, "taid_t": None}),
     "ctkd": (
@@ -115,6 +130,7 @@ KINDS = {
 for _name, (_kind, _parameters) in KINDS.items():
     _make = functools.partial(kd.objective, vocab=VOCAB, divergence=_kind, parameters=_parameters)
     METHODS[_name] = (_make, {"alpha": 0.2, "temperature": 1.0})
+SECOND_VIEW = ("alm",)
 # Without a teacher, and without a curve here.
 OTHERS = {"sft": (lambda: sft.objective(vocab=VOCAB), {})}
 
@@ -146,12 +162,13 @@ class Training:
         if poisonable:
             self.loss = inject.poisoned(self.loss)
         self.signal = teachers.online(TEACHER, compute_dtype="float32", taps=objective.teacher_taps,
-            relations=objective.teacher_relations,
+            relations=objective.teacher_relations, second_view=name in SECOND_VIEW,
         )  # fmt: skip
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
-        shaped = {"distillm2": written, "dpo": paired}.get(name, lambda batch: batch)
-        self.rows = lambda seed: shaped(rows(seed))
+        shaped = {"distillm2": written, "dpo": paired, **dict.fromkeys(SECOND_VIEW, doubled)}
+        shape_of = shaped.get(name, lambda batch: batch)
+        self.rows = lambda seed: shape_of(rows(seed))
         shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
         step = steps.make(
             self.loss,
@@ -202,6 +219,18 @@ def test_every_objective_has_a_curve():
     every = {method.build.__module__ for method in methods.METHODS.values()}
     others = {"jaxdistill.methods.sft", "jaxdistill.methods.step_by_step"}  # of other tests
     assert tried == every - others
+
+
+@pytest.mark.parametrize("name", SECOND_VIEW)
+@pytest.mark.parametrize("case", ["devices", "micro_batches"])
+def test_a_second_view_gives_the_same_over_devices_and_micro_batches(name, case):
+    if case == "devices" and jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+    mesh = {"mesh": make_mesh(2, 2, 2)} if case == "devices" else {"micro_batches": 4}
+    other = Training(name, **mesh).run(3)
+    for key in ("loss/total", "loss/ce", "loss/divergence", "optim/grad_norm"):
+        one = [step[key] for step in curve(name)[:3]]
+        np.testing.assert_allclose([step[key] for step in other], one, rtol=3e-5)
 
 
 @pytest.mark.parametrize("case", ["devices", "micro_batches"])

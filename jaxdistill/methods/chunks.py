@@ -1,0 +1,100 @@
+"""How likely chunks of text are to two models that cut it into different tokens."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxdistill.kernels.linear_logprobs import linear_logprobs
+from jaxdistill.losses import chunk_sums
+from jaxdistill.methods.base import Head
+from jaxdistill.sharding import current_mesh
+from jaxdistill.types import Batch, Mean, Outputs
+
+
+class Likelihoods:
+    """Log-likelihoods of the chunks of a batch, from hidden states and heads.
+
+        log q(chunk) + log q(a word begins, or the text ends, behind it)
+
+    Args:
+      opening: ids that can follow the end of a word, rising, of the student and of the teacher.
+      teacher_vocab: rows of the teacher's head that are tokens.
+      head: see `Head`; vocab is the student's.
+    """
+
+    def __init__(
+        self, opening: tuple[tuple[int, ...], tuple[int, ...]], teacher_vocab: int, head: Head
+    ):
+        rest: dict[str, Any] = dict(head)
+        self._vocabs = rest.pop("vocab"), teacher_vocab
+        rest.pop("columns", None)  # no token is compared with another
+        self._opening = [np.asarray(one, np.int32) for one in opening]
+        self._head = rest
+
+    def student(self, outputs: Outputs, batch: Batch) -> tuple[Array, Mean]:
+        """(float32 [B, C] of the chunks, the cross-entropy of all that the loss counts)."""
+        assert batch.groups is not None, "the method has a second view"
+        chunks, picked = self._chunks(
+            0, outputs, batch.targets, batch.groups, batch.mask, chunk_count(batch)
+        )
+        total = -jnp.sum(jnp.where(batch.mask, picked, 0.0))
+        return chunks, Mean(total, jnp.sum(batch.mask.astype(jnp.float32)))
+
+    def teacher(self, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
+        """(float32 [B, C] of the chunks, float32 [B, C] how many of its tokens each has)."""
+        view, count = batch.second, chunk_count(batch)
+        groups = view["groups"]
+        nothing = jnp.zeros(groups.shape, bool)
+        chunks, _ = self._chunks(1, outputs, following(view["tokens"]), groups, nothing, count)
+        return chunks, chunk_sums(jnp.ones(groups.shape, jnp.float32), groups, count)
+
+    def _chunks(
+        self, side: int, outputs: Outputs, targets: Array, groups: Array, mask: Array, count: int
+    ) -> tuple[Array, Array]:
+        """Of the chunks [B, C], and log q of each target [B, L]; 0 where nothing is asked."""
+        vocab, bias = self._vocabs[side], outputs.head_bias
+        predicted = following(groups)
+        ends = jnp.where(groups != predicted, groups, 0)  # the last token of a chunk is read here
+        said = linear_logprobs(
+            outputs.hidden,
+            outputs.head[:vocab],
+            targets,
+            mask=mask | (predicted > 0) | (ends > 0),
+            sets=[self._opening[side]],
+            bias=None if bias is None else bias[:vocab],
+            softcap=outputs.softcap,
+            mesh=current_mesh(),
+            **self._head,
+        )
+        assert said.logprobs is not None and said.log_masses is not None, "both are asked for"
+        chunks = chunk_sums(said.logprobs, predicted, count)
+        return chunks + chunk_sums(said.log_masses[..., 0], ends, count), said.logprobs
+
+
+def following(values: Array) -> Array:
+    """What stands at the next place of each row [B, L]; 0 behind the last."""
+    return jnp.pad(values[:, 1:], [(0, 0), (0, 1)])
+
+
+def chunk_count(batch: Batch) -> int:
+    """C, the most chunks that a row can have."""
+    assert batch.groups is not None, "the method has a second view"
+    return min(batch.groups.shape[1], batch.second["groups"].shape[1])
+
+
+def chunk_tokens(batch: Batch) -> Array:
+    """How many of the teacher's tokens lie in chunks, of all rows."""
+    return jnp.sum((batch.second["groups"] > 0).astype(jnp.float32))
+
+
+def per_chunk_token(batch: Batch) -> Array:
+    """Tokens that the student's loss counts, for each of the teacher's in chunks.
+
+    What a mean over chunks is multiplied by to be a sum over the student's tokens, so that parts
+    of a batch can be added.
+    """
+    tokens = jnp.sum(batch.mask.astype(jnp.float32))
+    return jax.lax.stop_gradient(tokens / jnp.maximum(chunk_tokens(batch), 1.0))
