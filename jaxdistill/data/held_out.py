@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -117,15 +117,51 @@ def check(train: Dataset, held_out: Dataset) -> None:
     """
     theirs = held_out.arrays["records"][:]
     shared = int(np.isin(theirs, train.arrays["records"][:]).sum())
+    _judge(shared, len(theirs), "records", "data.train")
+
+
+def check_prompts(prompts: Iterable[Source], held_out: Iterable[Source]) -> None:
+    """Compares what is asked in the two; warns of questions that are in both.
+
+    Raises:
+      DataError: if more than MAX_SHARED of the held-out questions are among the prompts.
+    """
+    asked = {_asked(record) for source in prompts for record in _good(source)}
+    theirs = [_asked(record) for source in held_out for record in _good(source)]
+    theirs = [one for one in theirs if one is not None]
+    _judge(sum(one in asked for one in theirs), len(theirs), "questions", "data.prompts")
+
+
+def _good(source: Source) -> Iterator[Record]:
+    return (item for item in source if isinstance(item, Record))
+
+
+def _asked(record: Record) -> bytes | None:
+    """A hash of what stands before the answer; None of a text, which asks nothing."""
+    count = len(record.roles)
+    while count and record.roles[count - 1] == "assistant":
+        count -= 1
+    if not record.roles:
+        count = 0 if record.kind == "text" else 1
+    said = _bare("".join(record.texts[:count]))
+    return hashlib.blake2b(said.encode(), digest_size=8).digest() if said else None
+
+
+def _judge(shared: int, total: int, what: str, where: str) -> None:
+    """Refuses or tells what is in both.
+
+    Raises:
+      DataError: if it is more than MAX_SHARED of the total.
+    """
     if not shared:
         return
     told = (
-        f"data.eval: {shared} of {len(theirs)} records are in data.train too (blanks, line ends "
+        f"data.eval: {shared} of {total} {what} are in {where} too (blanks, line ends "
         "and the shape of a record do not count)"
     )
-    if shared > MAX_SHARED * len(theirs):
+    if shared > MAX_SHARED * total:
+        choose = ", or let data.eval: {fraction: 0.01} choose" if where == "data.train" else ""
         raise DataError(
-            f"{told}: held-out data must not be trained on: take them out of one of the two, or "
-            "let data.eval: {fraction: 0.01} choose"
+            f"{told}: held-out data must not be trained on: take them out of one of the two{choose}"
         )
     _log.warning("%s", told)

@@ -35,7 +35,7 @@ _IN_CHATS = {
     **dict.fromkeys(("system_prompt", "system_message"), "write it as `system`"),
     **dict.fromkeys(
         ("chosen_response", "chosen_messages", "rejected_response", "rejected_messages"),
-        "write the chosen text as `completion` or the last message, and leave the other out",
+        "write the two as `chosen` and `rejected`, or the chosen text as `completion`",
     ),
     "enable_thinking": "write it into `chat_template_kwargs`",
 }

@@ -96,15 +96,19 @@ def prompts_of(
       network: whether sources may be downloaded.
 
     Raises:
-      DataError, ModelError: as `prompts.read`.
+      DataError, ModelError: as `prompts.read`, or if held-out questions are asked.
     """
     options = data.model_dump(
         include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
     )
     if data.chat_template is not None:
         options["chat_template"] = read_template(data.chat_template)
+    asked = [open_source(one.path, "prompts", allow_network=network) for one in data.prompts]
+    held_out.check_prompts(
+        asked, [open_source(one.path, one.format, allow_network=network) for one in data.eval_files]
+    )
     return prompts.read(
-        [open_source(one.path, "prompts", allow_network=network) for one in data.prompts],
+        asked,
         tokenizer,
         longest=longest,
         **options,

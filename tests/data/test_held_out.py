@@ -1,10 +1,11 @@
 import gzip
+import itertools
 import json
 import unicodedata
 
 import pytest
 
-from jaxdistill.data import held_out, pipeline
+from jaxdistill.data import files, held_out, pipeline
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -156,3 +157,33 @@ def test_the_refusal_says_what_does_not_count(jsonl, build):
     blanks = [{"text": one["text"] + " "} for one in rows(0, 40)]
     with pytest.raises(DataError, match="40 of 40 .*blanks, line ends and the shape of a record"):
         held_out.check(train, build(jsonl(blanks, "b.jsonl"), "eval"))
+
+
+def test_a_copy_of_a_long_text_is_known_by_its_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE_BYTES", 200)
+    lines = [f"line {n} of a long text" for n in range(100)]
+    found = []
+    for ends, more in (("\n", ""), ("\r\n", ""), (" \t\n", ""), ("\n", "\ufeff"), ("\n\n\n", "\n")):
+        path = tmp_path / f"{len(found)}.txt"
+        path.write_bytes((more + ends.join(lines)).encode())
+        found.append([held_out.fingerprint_of(one) for one in open_source(path)])
+    assert len(found[0]) > 5 and found.count(found[0]) == len(found)
+
+
+def test_questions_that_are_held_out_are_not_asked(jsonl, caplog):
+    number = itertools.count()
+    opened = lambda rows, format="auto": open_source(jsonl(rows, f"{next(number)}.jsonl"), format)
+    turn = lambda role, content: {"role": role, "content": content}
+    held = [
+        [{"prompt": f"what is {n}? ", "completion": "x"} for n in range(20)],
+        [{"messages": [turn("user", f"what is {n}?"), turn("assistant", "x")]} for n in range(20)],
+    ]
+    asked = lambda last: opened([{"prompt": f"what is {n}?\n"} for n in range(last)], "prompts")
+    for rows in held:
+        with pytest.raises(DataError, match="20 of 20 questions are in data.prompts too"):
+            held_out.check_prompts([asked(20)], [opened(rows)])
+        held_out.check_prompts([asked(1)], [opened(rows)])
+        assert "1 of 20 questions are in data.prompts too" in caplog.text
+        caplog.clear()
+    held_out.check_prompts([asked(20)], [opened([{"text": f"what is {n}?"} for n in range(20)])])
+    assert not caplog.text

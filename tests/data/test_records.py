@@ -204,7 +204,7 @@ def test_facts_about_a_record_are_listed(name, value):
         (chat(user(), bot(), system_prompt="s"), "write it as `system`"),
         (chat(user(), bot(), context="c"), "write it into the messages"),
         (chat(user(), bot(), enable_thinking=False), "write it into `chat_template_kwargs`"),
-        (chat(user(), bot(), rejected_response="b"), "leave the other out"),
+        (chat(user(), bot(), rejected_response="b"), "as `chosen` and `rejected`"),
         (chat(user(), bot(), label=False), "keep the records whose answer is wanted"),
     ],
 )
