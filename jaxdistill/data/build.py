@@ -16,7 +16,7 @@ from jaxdistill.data.chat import ChatEncoder
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.held_out import fingerprint_of
 from jaxdistill.data.records import PAIRS, Record, Rejected
-from jaxdistill.data.rules import Empty, TooLong, Unaligned, Unlearned, printable
+from jaxdistill.data.rules import TooLong, printable
 from jaxdistill.data.second_view import SecondView, ViewsEncoder
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.sources import Source
@@ -100,14 +100,13 @@ class _Cut(NamedTuple):
 
 # Why records are left out, by the name of the count; what is said of those that are no fault.
 LEFT_OUT = {
-    "quarantined": "",
+    quarantine.BROKEN: "",
     "empty": "are empty and were skipped",
     "too_long": "have nothing to learn within seq_len and were left out: raise seq_len",
     "unlearned": "are marked as not learned and were left out",
     "unaligned": "have no tokens behind the first that both tokenizers end together and were left "
     "out",
 }
-_NO_FAULT = {Empty: "empty", TooLong: "too_long", Unlearned: "unlearned", Unaligned: "unaligned"}
 
 
 class _Build:
@@ -150,7 +149,7 @@ class _Build:
             if index == len(at.origins):
                 at.origins.append((at.tokens, ORIGINS.index(source.origin)))
                 at.items = at.used = 0
-            for batch in _batched(source, at.items):
+            for batch in batched(source, at.items):
                 self._take(index, batch)
                 at.items += len(batch)
                 if time.monotonic() - self._noted >= _NOTE_SECONDS:
@@ -338,16 +337,11 @@ class _Build:
         ends.append(ends[-1] + len(beside.ids))
 
     def _reject(self, source: int, line: int, reason: str) -> None:
-        # Reasons quote the data, which must not steer the terminal that shows them.
-        why = next((name for kind, name in _NO_FAULT.items() if isinstance(reason, kind)), "")
-        reason = printable(reason).replace("\n", "\\n")
-        if self._fail_fast and not why:
-            raise DataError(
-                f"{self._sources[source].name}:{line}: {reason} (data.on_bad_record is 'fail': "
-                "repair the record, or use 'quarantine' to leave it out)"
-            )
-        self.progress.left_out[why or "quarantined"] += 1
-        entry = {"source": source, "line": line, "reason": reason, "broken": not why}
+        entry = quarantine.entry(self._sources[source].name, line, reason)
+        if self._fail_fast:
+            quarantine.stop_at(entry)
+        self.progress.left_out[quarantine.why(reason)] += 1
+        entry = {"source": source} | {name: entry[name] for name in ("line", "reason", "broken")}
         self._files.quarantine.append((json.dumps(entry) + "\n").encode())
 
 
@@ -356,7 +350,7 @@ def _counted(loss: np.ndarray, seq_len: int) -> int:
     return int(loss.sum() - loss[::seq_len].sum())
 
 
-def _batched(source: Source, done: int) -> Iterator[list[Record | Rejected]]:
+def batched(source: Source, done: int = 0) -> Iterator[list[Record | Rejected]]:
     """The source behind what is `done`, in lists of a bounded number of records and characters."""
     batch: list[Record | Rejected] = []
     characters = 0

@@ -153,13 +153,9 @@ def _open(sources: Sources, name: str) -> list[Source]:
 def _judge(
     counts: dict[str, int], reasons: list[str], allowed: float, name: str, left_out: Path | None
 ) -> None:
-    bad, total = counts["quarantined"], counts["records"]
-    if bad > allowed * total:
-        where = f"; all of them are listed in {left_out}" if left_out else ""
-        raise DataError(
-            f"data.{name}: {bad} of {total} records ({bad / total:.2%}) cannot be used, more than "
-            f"max_bad_fraction {allowed:g} allows: {'; '.join(reasons)}{where}"
-        )
+    bad, total = counts[quarantine.BROKEN], counts["records"]
+    where = f"; all of them are listed in {left_out}" if left_out else ""
+    quarantine.check_share(f"data.{name}", bad, total, allowed, reasons, where)
 
 
 def batches(

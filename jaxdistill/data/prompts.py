@@ -1,26 +1,27 @@
 """Prompts that a model is to answer: read, tokenised, and asked in an order of their own."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, rendering, store
+from jaxdistill.data import chat, encode, quarantine, rendering
+from jaxdistill.data.build import batched
 from jaxdistill.data.chat_template import RenderError
-from jaxdistill.data.records import Record
-from jaxdistill.data.rules import Empty, TooLong, Unlearned, printable
+from jaxdistill.data.records import Record, Rejected
+from jaxdistill.data.rules import Empty, TooLong
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError, ModelError
 
 _log = logging.getLogger(__name__)
-_NO_FAULT = (Empty, TooLong, Unlearned)
 _VERSION = 1  # part of every fingerprint: raise it when the same input gives other tokens
 
 
@@ -44,26 +45,23 @@ class Prompts:
     Attributes:
       prompts: those that can be asked.
       fingerprint: changes with any byte of the sources, the tokenizer, the template, the limit.
-      records: records found = len(prompts) + quarantined + skipped + too_long.
-      too_long: records whose prompt leaves no room for an answer.
-      skipped: empty ones, and those that are marked as not learned.
-      left_out: (file, line, reason) of every record that is not asked.
+      counts: records that are not asked, by `quarantine.why`; too long is what leaves no room for
+        an answer.
+      left_out: `quarantine.entry` of each of them.
     """
 
     prompts: Sequence[Prompt]
     fingerprint: str
-    records: int
-    too_long: int
-    skipped: int
-    left_out: Sequence[tuple[str, int, str]]
+    counts: Mapping[str, int] = MappingProxyType({})
+    left_out: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
-    def quarantined(self) -> int:
-        """Broken records."""
-        return self.records - len(self.prompts) - self.too_long - self.skipped
+    def records(self) -> int:
+        """Records that were found, those that are not asked among them."""
+        return len(self) + sum(self.counts.values())
 
     @functools.cached_property
     def _orders(self) -> dict[int, Any]:
@@ -90,15 +88,8 @@ class Prompts:
         Raises:
           StorageError: if the file cannot be written.
         """
-        if not self.left_out:
-            return
-        names = ("file", "line", "reason")
-        lines = [json.dumps(dict(zip(names, one, strict=True))) + "\n" for one in self.left_out]
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        with store.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
+        if self.left_out:
+            quarantine.write(path, self.left_out)
 
 
 def read(
@@ -135,58 +126,83 @@ def read(
     assert longest >= 1, "checked before"
     codec = encode.prepare(tokenizer)
     template = rendering.template_of(tokenizer, chat_template)
-    encoder = _Encoder(codec, template, template_kwargs or {}, special_tokens == "parse")
+    kwargs = dict(template_kwargs or {})
+    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest)
     found: list[Prompt] = []
-    left_out: list[tuple[str, int, str]] = []
-    skipped = too_long = broken = 0
-    for name, line, made in _made(sources, encoder, longest):
-        if isinstance(made, Prompt):
-            found.append(made)
-            continue
-        too_long += isinstance(made, TooLong)
-        skipped += isinstance(made, Empty | Unlearned)
-        broken += not isinstance(made, _NO_FAULT)
-        left_out.append((name, line, printable(made).replace("\n", "\\n")))
-        if on_bad_record == "fail" and not isinstance(made, _NO_FAULT):
-            raise DataError(
-                f"{name}:{line}: {left_out[-1][2]} (data.on_bad_record is 'fail': repair the "
-                "record, or use 'quarantine' to leave it out)"
-            )
-    records = len(found) + len(left_out)
-    reasons = "; ".join(f"{name}:{line}: {reason}" for name, line, reason in left_out[:3])
-    if not found:
-        told = f"none of the {records} records can be asked: {reasons}"
-        raise DataError(f"data.prompts: {told if records else 'the files hold no record'}")
-    if broken > max_bad_fraction * records:
-        raise DataError(
-            f"data.prompts: {broken} of {records} records ({broken / records:.2%}) cannot be used, "
-            f"more than max_bad_fraction {max_bad_fraction:g} allows: {reasons}"
-        )
-    for count, words in (
-        (too_long, f"are longer than {longest} tokens, leave no room for an answer"),
-        (skipped, "are empty or marked as not learned"),
-    ):
-        if count:
-            _log.warning("data.prompts: %d of %d records %s: left out", count, records, words)
+    left_out: list[dict[str, Any]] = []
+    counts: collections.Counter[str] = collections.Counter()
+    for part in (part for source in sources for part in source.parts or (source,)):
+        for batch in batched(part):
+            for item, made in zip(batch, encoder.prompts(batch), strict=True):
+                if isinstance(made, Prompt):
+                    found.append(made)
+                    continue
+                left_out.append(quarantine.entry(part.name, item.line, made))
+                counts[quarantine.why(made)] += 1
+                if on_bad_record == "fail":
+                    quarantine.stop_at(left_out[-1])
+    _check(counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
     content = {
         "version": _VERSION,
         "sources": [source.digest() for source in sources],
         "tokenizer": encode.fingerprint(tokenizer),
         "prefix": codec.prefix,
         "template": template,
-        "settings": [longest, dict(template_kwargs or {}), special_tokens],
+        "settings": [longest, kwargs, special_tokens],
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Prompts(found, fingerprint, records, too_long, skipped, left_out)
+    return Prompts(found, fingerprint, counts, left_out)
+
+
+def _check(
+    counts: Mapping[str, int], found: int, reasons: Sequence[str], allowed: float, longest: int
+) -> None:
+    """Says what is left out, and refuses where too little is left.
+
+    Raises:
+      DataError: as `read`.
+    """
+    records = found + sum(counts.values())
+    if not found:
+        told = f"none of the {records} records can be asked: {'; '.join(reasons)}"
+        raise DataError(f"data.prompts: {told if records else 'the files hold no record'}")
+    broken = counts[quarantine.BROKEN]
+    quarantine.check_share("data.prompts", broken, records, allowed, reasons)
+    for why, words in (
+        ("too_long", f"are longer than {longest} tokens, leave no room for an answer"),
+        ("empty", "are empty"),
+        ("unlearned", "are marked as not learned"),
+    ):
+        if counts[why]:
+            _log.warning("data.prompts: %d of %d records %s: left out", counts[why], records, words)
 
 
 class _Encoder:
-    """Makes tokens of the prompts of records."""
+    """Makes prompts of records."""
 
     def __init__(
-        self, codec: encode.Codec, template: str | None, kwargs: Mapping[str, Any], parse: bool
+        self,
+        codec: encode.Codec,
+        template: str | None,
+        kwargs: Mapping[str, Any],
+        parse: bool,
+        longest: int,
     ):
-        self._codec, self._template, self._kwargs, self._parse = codec, template, kwargs, parse
+        self._codec, self._template, self._kwargs = codec, template, kwargs
+        self._parse, self._longest = parse, longest
+
+    def prompts(self, batch: Sequence[Record | Rejected]) -> list[Prompt | str]:
+        """The prompt of each record, or why there is none; texts are encoded together."""
+        plain = [one for one in batch if isinstance(one, Record) and not one.roles]
+        texts = iter(encode.encode_text(self._codec, [one.texts[0] for one in plain], self._parse))
+        made: list[Prompt | str] = []
+        for item in batch:
+            if isinstance(item, Rejected):
+                made.append(item.reason)
+                continue
+            ids = self._of_chat(item) if item.roles else self._of_text(next(texts))
+            made.append(self._fitting(ids, item))
+        return made
 
     @functools.cached_property
     def _chat(self) -> chat.ChatEncoder:
@@ -197,42 +213,24 @@ class _Encoder:
             )
         return chat.ChatEncoder(self._codec, self._template, "all", self._kwargs)
 
-    def tokens(self, record: Record) -> list[int] | str:
-        """The tokens of a prompt, or the reason why there are none."""
-        if record.roles:
-            try:
-                return self._chat.encode_prompt(record)
-            except RenderError as error:
-                return str(error)
-        ids = encode.encode_text(self._codec, [record.texts[0]], self._parse)[0]
+    def _of_chat(self, record: Record) -> list[int] | str:
+        try:
+            return self._chat.encode_prompt(record)
+        except RenderError as error:
+            return str(error)
+
+    def _of_text(self, ids: list[int] | str) -> list[int] | str:
         if isinstance(ids, str):
             return ids
         return [*encode.prefix_of(self._codec, ids, self._parse), *ids]
 
-
-def _made(
-    sources: Sequence[Source], encoder: _Encoder, longest: int
-) -> Iterator[tuple[str, int, Prompt | str]]:
-    """(file, line, the prompt or the reason why there is none) of every record."""
-    for whole in sources:
-        for source in whole.parts or (whole,):
-            try:
-                for item in source:
-                    if not isinstance(item, Record):
-                        yield source.name, item.line, item.reason
-                        continue
-                    tokens = encoder.tokens(item)
-                    yield source.name, item.line, _fitting(tokens, item, longest)
-            except OSError as error:
-                told = error.strerror or error
-                raise DataError(f"{source.name}: cannot be read: {told}") from error
-
-
-def _fitting(tokens: list[int] | str, record: Record, longest: int) -> Prompt | str:
-    if isinstance(tokens, str):
-        return tokens
-    if not tokens:
-        return Empty("empty: the prompt has no token")
-    if len(tokens) > longest:
-        return TooLong(f"too long: {len(tokens)} tokens, and {longest} leave room for an answer")
-    return Prompt(np.asarray(tokens, np.int32), record.notes)
+    def _fitting(self, ids: list[int] | str, record: Record) -> Prompt | str:
+        if isinstance(ids, str):
+            return ids
+        if not ids:
+            return Empty("empty: the prompt has no token")
+        if len(ids) > self._longest:
+            return TooLong(
+                f"too long: {len(ids)} tokens, and {self._longest} leave room for an answer"
+            )
+        return Prompt(np.asarray(ids, np.int32), record.notes)

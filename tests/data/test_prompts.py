@@ -44,7 +44,7 @@ def test_a_prompt_is_a_text_or_messages_without_the_last_answer(byte_tokenizer, 
         {},
         {},
     ]
-    assert (len(found), found.records, found.quarantined) == (5, 5, 0)
+    assert (len(found), found.records, found.left_out) == (5, 5, [])
 
 
 def test_what_cannot_be_asked_is_left_out_counted_and_listed(byte_tokenizer, jsonl, tmp_path):
@@ -61,7 +61,8 @@ def test_what_cannot_be_asked_is_left_out_counted_and_listed(byte_tokenizer, jso
         ]
     )
     found = read(byte_tokenizer, path, longest=4, max_bad_fraction=0.5)
-    assert (len(found), found.too_long, found.skipped, found.quarantined) == (1, 1, 3, 3)
+    assert found.counts == {"too_long": 1, "empty": 2, "unlearned": 1, "quarantined": 3}
+    assert (len(found), found.records) == (1, 8)
     found.write_left_out(tmp_path / "left.jsonl")
     listed = [json.loads(line) for line in (tmp_path / "left.jsonl").read_text().splitlines()]
     assert [one["line"] for one in listed] == [2, 3, 4, 5, 6, 7, 8]

@@ -64,7 +64,7 @@ def make(share=1.0, max_age=0, left_out=()):
     scribe = Scribe()
     feed = RolloutFeed(
         Plan(share, 2, 2, max_age, seed=5),
-        Prompts(PROMPTS, "", 50, 0, 0, ()),
+        Prompts(PROMPTS, ""),
         scribe,
         corpus=Corpus(),
         params_of=lambda state: state,
