@@ -63,6 +63,8 @@ class Batch:
         `second` spell; 0 is none. At most min(L, M) in a row, in rising order.
       second: the same documents in the tokens of a teacher with another tokenizer, in rows of its
         own length: {"tokens", "positions", "segment_ids", "groups"}, int32 [B, M]; None: nothing.
+      sampler_logprobs: float32 [B, L], log mu of the targets under the distribution that they were
+        drawn from; None: nobody drew them, or nobody asks.
     """
 
     tokens: Array
@@ -74,6 +76,7 @@ class Batch:
     teacher: typing.Any = None
     groups: Array | None = None
     second: typing.Any = None
+    sampler_logprobs: Array | None = None
 
 
 @typing.no_type_check

@@ -140,6 +140,9 @@ def with_batch_size(raw: Any) -> Any:
 def problems(config: Any) -> Iterator[Problem]:
     """What is wrong between `rollout` and the other sections of a `Config`."""
     rollout, data = config.rollout, config.data
+    if rollout is None and methods.of(config.method).reads_sampler:
+        rule = f"{config.method.name} learns from tokens that the student draws: add rollout"
+        yield ("method", "name"), rule
     if rollout is None:
         if data.prompts:
             yield ("data", "prompts"), "has no effect without a section rollout: remove it"
@@ -182,9 +185,26 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     elif config.rollout.share > 0 and _most(getattr(config.method, "alpha", 0.0)) > 0:
         rule = "the labels of what the student writes are its own words (rollout.share > 0): use 0"
         yield ("method", "alpha"), rule
+    if row.reads_sampler:
+        yield from _sampler_problems(config)
     if config.teacher is not None and config.teacher.cache:
         rule = "was never asked about what the student will write: remove it, and name the model"
         yield ("teacher", "cache"), rule
+
+
+def _sampler_problems(config: Any) -> Iterator[Problem]:
+    """A method that reads with which probability tokens were drawn reads it of every token."""
+    rollout, name = config.rollout, config.method.name
+    if rollout.share < 1:
+        rule = f"{name} learns from drawn tokens, and nobody drew those of data.train: use 1.0"
+        yield ("rollout", "share"), rule
+    for filter in ("top_k", "top_p", "min_p"):
+        if getattr(rollout, filter) is not None:
+            rule = f"{name} compares the probabilities of all tokens, not of those kept: remove it"
+            yield ("rollout", filter), rule
+    if rollout.temperature != config.method.temperature:
+        rule = f"must be rollout.temperature ({rollout.temperature:g}), which tokens are drawn at"
+        yield ("method", "temperature"), rule
 
 
 def _most(alpha: Any) -> float:

@@ -61,6 +61,7 @@ True
 
 from jaxdistill.kernels.columns import shared_columns
 from jaxdistill.losses.advantages import (
+    early_weights,
     group_advantages,
     overlong_penalty,
     spread,
@@ -148,6 +149,7 @@ __all__ = [
     "distillm2_balance",
     "distillm2_skew",
     "dpo",
+    "early_weights",
     "entropy",
     "forward_kl",
     "generalized_jsd",

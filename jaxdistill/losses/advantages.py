@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.losses.policy import sequence_sum
 
 SCALES = ("group", "batch", "none")
 
@@ -130,6 +131,59 @@ def teacher_advantages(
 
     _, sums = jax.lax.scan(back, jnp.zeros_like(gap[:, 0]), gap.T, reverse=True)
     return jax.lax.stop_gradient(jnp.where(mask, sums.T, 0.0) * jnp.asarray(weight))
+
+
+def early_weights(
+    advantages: ArrayLike,
+    mask: ArrayLike,
+    gamma: float = 0.5,
+    segment_ids: ArrayLike | None = None,
+) -> Array:
+    """Weights of the tokens of an answer that fall as its advantages are spent.
+
+        u_t = sum_{s < t} |A_s| / sum_s |A_s|,    w_t = 1 + gamma (1 - u_t)
+
+    Args:
+      advantages: [B, L], one per token; no gradient.
+      mask: bool [B, L], the tokens of answers; what lies under False may be anything.
+      gamma: of the first token, at least 0.
+      segment_ids: int [B, L], rising, where several answers are packed into a row; None: each row
+        is one.
+
+    Returns:
+      float32 [B, L], 1 to 1 + gamma; 1 + gamma where all advantages of an answer are 0.
+
+    Raises:
+      ConfigError: if shapes differ or gamma is negative.
+
+    >>> import jax.numpy as jnp
+    >>> print(early_weights(jnp.array([[0.5, -0.2, 1.0, -0.3]]), jnp.ones((1, 4), bool)))
+    [[1.5   1.375 1.325 1.075]]
+
+    Reference: IW-OPD, arXiv 2606.22600.
+    """
+    mask, values = jnp.asarray(mask).astype(bool), jnp.asarray(advantages)
+    if values.shape != mask.shape or mask.ndim != 2:
+        raise ConfigError(
+            f"early_weights: advantages {list(values.shape)} and mask {list(mask.shape)} must have "
+            "one shape, [B, L]"
+        )
+    if gamma < 0:
+        raise ConfigError(f"gamma = {gamma}: must be at least 0")
+    sizes = jnp.where(mask, jnp.abs(values.astype(jnp.float32)), 0.0)
+    own = jnp.zeros(mask.shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+
+    def forward(carry: tuple[Array, Array], column: tuple[Array, Array]):
+        spent, segment = carry
+        size, here = column
+        spent = jnp.where(here == segment, spent, 0.0)
+        return (spent + size, here), spent
+
+    start = jnp.zeros_like(sizes[:, 0]), own[:, 0]
+    _, spent = jax.lax.scan(forward, start, (sizes.T, own.T))
+    total = sequence_sum(sizes, segment_ids)
+    share = spent.T / jnp.where(total > 0, total, 1.0)
+    return jax.lax.stop_gradient(1.0 + gamma * (1.0 - share))
 
 
 def overlong_penalty(lengths: ArrayLike, *, limit: int, ramp: int) -> Array:

@@ -165,6 +165,8 @@ class Method:
       second_view: whether the teacher reads the text in tokens of its own: the batch carries them,
         and the options are `two_tokenizers.TwoTokenizers`.
       any_text: whether it can learn from any text; if not, its records are of a form of their own.
+      reads_sampler: whether its loss reads the probability that a token was drawn with, which only
+        the student's own text has.
       is_control: whether it is what distillation is compared with: the same data, no teacher.
       measured: whether its numbers on a real model are in benchmarks/results, for better or worse;
         if not, its loss and gradient equal the authors' code or the paper's formula.
@@ -179,6 +181,7 @@ class Method:
     pairs: bool = False
     second_view: bool = False
     any_text: bool = True
+    reads_sampler: bool = False
     is_control: bool = False
     measured: bool = False
 

@@ -8,14 +8,19 @@ from jaxdistill.section import Problem
 ONLINE = "online"
 # What a loss may read of a teacher -> format that holds it -> how the head loss computes it there:
 # None as with the teacher online, or a kind of `kernels.sparse`. The best format comes first.
-LAYERS, ROWS = "layers", "rows"
+LAYERS, ROWS, DRAWN = "layers", "rows", "drawn"
 TABLE: Mapping[str, Mapping[str, str | None]] = {
     LAYERS: {},
     ROWS: {"hidden": None},
+    DRAWN: {"hidden": None},
     "forward_kl": {"hidden": None, "topk": "forward_kl", "sampled": "cross_entropy"},
     "reverse_kl": {"hidden": None, "topk": "generalized_reverse_kl"},
 }
-_READS = {LAYERS: "its layers, heads or queries", ROWS: "whole rows of its probabilities"}
+_READS = {
+    LAYERS: "its layers, heads or queries",
+    ROWS: "whole rows of its probabilities",
+    DRAWN: "its probability of tokens that the student draws",
+}
 
 
 def kind(reads: str, format: str) -> str | None:

@@ -33,6 +33,7 @@ def rows_of(
     packing_by: str,
     sizes: Sequence[int],
     distilled: int | None,
+    sampler: bool = False,
 ) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
     """The rows of a batch, and log q of every target in them.
 
@@ -46,6 +47,7 @@ def rows_of(
       packing_by: `best_fit`: several documents share a row; `none`: one each.
       sizes: of `buckets`; the last is at least the number of answers.
       distilled: so many tokens of each answer count; None: all.
+      sampler: whether rows carry `Batch.sampler_logprobs`, log mu of the targets.
 
     Returns:
       Rows as `Dataset` gives them, as many as one of `sizes`; and float32 [rows, seq_len], the
@@ -57,6 +59,9 @@ def rows_of(
     count = next(size for size in sizes if size >= len(ends) - 1)
     rows = [empty_row(seq_len, pad) for _ in range(count)]
     logprobs = np.zeros((count, seq_len), np.float32)
+    if sampler:
+        for row in rows:
+            row["sampler_logprobs"] = np.zeros(seq_len, np.float32)
     for number, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         place = 0
         for segment, (index, length) in enumerate(placed[first:last].tolist(), start=1):
@@ -83,3 +88,5 @@ def _put(
     row["positions"][place : place + len(text)] = np.arange(len(text))
     row["segment_ids"][place : place + len(text)] = segment
     logprobs[first : first + counted] = answer.logprobs[:counted]
+    if "sampler_logprobs" in row:
+        row["sampler_logprobs"][first : first + counted] = answer.drawn_logprobs[:counted]

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdistill import errors
+from jaxdistill import errors, methods
 from jaxdistill.config import Config
 from jaxdistill.data import encode
 from jaxdistill.data.feed import Feed
@@ -166,6 +166,7 @@ def feed_of(
             "pad": encode.prepare(models.tokenizer).pad,
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
+            "sampler": methods.of(config.method).reads_sampler,
         },
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -228,9 +229,13 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
     """The shapes and places of a step's batch, with what it carries of a stored teacher."""
     origins = any(source.origin != "data" for source in config.data.train)
     length = config.data.seq_len
-    beside = {} if form is None else taught.empty(form, length)
-    if methods.of(config.method).second_view:
+    method, beside = methods.of(config.method), {}
+    if form is not None:
+        beside |= taught.empty(form, length)
+    if method.second_view:
         beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
+    if method.reads_sampler:
+        beside["sampler_logprobs"] = np.zeros(length, np.float32)
     row = pipeline.stack([empty_row(length, 0, origins) | beside])
     return steps.abstract_batch(row, config.train.batch_size, mesh)
 

@@ -126,13 +126,18 @@ def test_a_share_of_nothing_is_offline_distillation_to_the_bit(load, load_config
         np.testing.assert_array_equal(array, ours[name], err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["jsd", "taid"])
+@pytest.mark.parametrize(
+    "method", ["jsd, alpha: 0.0", "taid, alpha: 0.0", "sampled_kl, early: 0.5"]
+)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(load, tmp_path, method):
     alone = ("student={from: teacher, layers: [0, 1, 2, 3], compute_dtype: float32}",)
-    own = (f"method={{name: {method}, alpha: 0.0}}", "train.steps=3", "data.train=[]")
+    own = (f"method={{name: {method}}}", "train.steps=3", "data.train=[]")
     api.train(load(tmp_path, "share: 1.0, distilled_tokens: 5", *alone, *own))
     first = numbers(tmp_path / "run")[0]  # Adam makes steps of whatever rounding leaves
     assert abs(first["loss/total"]) < 1e-6 and first["optim/grad_norm"] < 1e-5
+    if "sampled" in method:  # the sampler is the trainer: nothing is to be corrected
+        assert first["policy/sampler_kl"] < 1e-9 and first["policy/at_bound"] == 0
+        assert abs(first["loss/sampled_kl"]) < 1e-5 and first["student/entropy"] > 0.5
 
 
 def test_adapters_and_a_mesh_sample_what_they_train(load, tmp_path, monkeypatch):

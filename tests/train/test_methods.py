@@ -12,7 +12,19 @@ import pytest
 
 from jaxdistill import losses, methods, models, optim, teachers
 from jaxdistill.losses import whole_rows
-from jaxdistill.methods import alm, ctkd, distillm2, dpo, hidden, kd, minilm, sft, taid, ted
+from jaxdistill.methods import (
+    alm,
+    ctkd,
+    distillm2,
+    dpo,
+    hidden,
+    kd,
+    minilm,
+    sampled_kl,
+    sft,
+    taid,
+    ted,
+)
 from jaxdistill.methods.base import Facts
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
@@ -61,6 +73,14 @@ def paired(batch):
     return dataclasses.replace(batch, segment_ids=segments, mask=mask & (segments > 0))
 
 
+def drawn(batch):
+    """The same rows in two answers, with the probability that each target was drawn with."""
+    chances = np.random.default_rng(int(batch.tokens[0, 0])).uniform(0.01, 0.5, batch.tokens.shape)
+    segments = np.broadcast_to(1 + np.arange(LENGTH, dtype=np.int32) // 7, batch.tokens.shape)
+    logprobs = np.log(chances).astype(np.float32)
+    return dataclasses.replace(batch, segment_ids=segments, sampler_logprobs=logprobs)
+
+
 def doubled(batch):
     """The rows with a second view of other tokens, nine to a row, in five groups."""
     tokens = np.random.default_rng(int(batch.tokens[0, 0])).integers(0, VOCAB, (ROWS, 9))
@@ -100,6 +120,10 @@ METHODS = {
     "minilm": (
         lambda: minilm.objective(vocab=VOCAB, layers=(0, 1), heads=4),
         {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5},
+    ),
+    "sampled_kl": (
+        lambda: sampled_kl.objective(vocab=VOCAB, early=0.5),
+        {"weight": optim.schedule("linear", 1.0, 0.5, STEPS)},
     ),
     "distillm2": (lambda: distillm2.objective(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
     "dpo": (lambda: dpo.objective(vocab=VOCAB, beta=0.5, reference="teacher"), {}),
@@ -166,7 +190,8 @@ class Training:
         )  # fmt: skip
         own = objective.init(jax.random.key(3))
         self.state = states.create(student, own, self.tx, 7, self.mesh)
-        shaped = {"distillm2": written, "dpo": paired, **dict.fromkeys(SECOND_VIEW, doubled)}
+        shaped = {"distillm2": written, "dpo": paired, "sampled_kl": drawn}
+        shaped |= dict.fromkeys(SECOND_VIEW, doubled)
         shape_of = shaped.get(name, lambda batch: batch)
         self.rows = lambda seed: shape_of(rows(seed))
         shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
