@@ -30,6 +30,8 @@ SYNONYMS = {
     "on_policy": "rollout",
     "gkd": "rollout",
     "opd": "rollout",
+    "replay_ratio": "rollout.replay.schedule",
+    "loss_eps": "rollout.replay.tolerance",
 }
 
 

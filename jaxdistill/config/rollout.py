@@ -28,6 +28,25 @@ _TOKEN_BYTES, _ANSWER_BYTES = 16, 128  # three numbers in base 64; places and si
 PromptSources = Annotated[tuple[PromptSource, ...], Field(max_length=1000, strict=False)]
 
 
+class Replay(Section):
+    """DistiLLM's share, which rises with the validation loss, and its buffer of old answers."""
+
+    capacity: Size = Field(1000, description="Answers in the buffer; the oldest go first.")
+    schedule: Literal["decreasing", "increasing", "constant"] = Field(
+        "decreasing",
+        description="Of the updates that phi gives to the student, how many write anew: from all "
+        "to none over train.steps, from none to all, or half; before the buffer is full, all.",
+    )
+    rise: float = Field(0.1, gt=0, le=1, description="By which phi rises, to 1 at most.")
+    tolerance: float = Field(
+        0.1,
+        ge=0,
+        le=1000,
+        description="phi rises where eval/loss is at least the loss of the last rise, or of the "
+        "first validation, and this much, in nats.",
+    )
+
+
 class Rollout(Section):
     """Text that the student writes itself, answers to data.prompts, in place of given text."""
 
@@ -36,7 +55,8 @@ class Rollout(Section):
         ge=0,
         le=1,
         description="GKD's lambda (lmbda): the chance that an update learns from the student's "
-        "answers, drawn once for each update; the others learn from data.train.",
+        "answers, drawn once for each update; the others learn from data.train. With replay it is "
+        "phi of the first update.",
     )
     prompts_per_step: Size = Field(description="Prompts that an update learns from.")
     samples: Size = Field(1, description="Answers to each prompt (num_generations).")
@@ -61,6 +81,9 @@ class Rollout(Section):
         "it: the prompts of max_age + 1 updates are answered at once. Checkpoints keep the answers "
         f"that later updates learn from, at most {AHEAD_BYTES // 10**6} MB.",
     )
+    replay: Replay | None = Field(
+        None, description="Lets the share adapt, as DistiLLM does; null: it stays as it is."
+    )
     distilled_tokens: Count | None = Field(
         None, description="Only so many tokens at the beginning of an answer count; null: all."
     )
@@ -84,7 +107,13 @@ class Rollout(Section):
     def ahead_bytes(self) -> int:
         """Bytes that a checkpoint takes at most for answers that later updates learn from."""
         an_answer = _TOKEN_BYTES * self.max_new_tokens + _ANSWER_BYTES
-        return self.max_age * self.answers * an_answer
+        replayed = 0 if self.replay is None else self.replay.capacity
+        return (self.max_age * self.answers + replayed) * an_answer
+
+    @property
+    def writes(self) -> bool:
+        """Whether any update learns from the student's text."""
+        return self.share > 0 or self.replay is not None
 
     def slots_on(self, parts: int) -> int:
         """How many answers are written at the same time, over mesh.data * mesh.fsdp parts."""
@@ -96,12 +125,25 @@ class Rollout(Section):
         if self.slots is not None and self.slots % parts:
             yield ("slots",), f"must be a multiple of mesh.data * mesh.fsdp ({parts})"
 
+    def _replay_problems(self) -> Iterator[Problem]:
+        """Rules: something adapts, and the buffer holds the answers of an update."""
+        if self.share == 1:
+            yield ("share",), "replay adapts the share, which is 1 already: use 0.0"
+        if self.max_age:
+            yield ("max_age",), "replay meets old answers itself: remove it"
+        if self.replay is not None and self.replay.capacity < self.answers:
+            rule = f"must hold the answers of an update ({self.answers}): raise it"
+            yield ("replay", "capacity"), rule
+
     def problems(self) -> Iterator[Problem]:
         """Rules: no setting without effect, and checkpoints that can be read."""
         if self.ahead_bytes > AHEAD_BYTES:
             rule = f"checkpoints would keep up to {self.ahead_bytes / 1e6:.0f} MB of answers, and "
             rule += f"{AHEAD_BYTES // 10**6} MB are the limit"
-            yield ("max_age",), f"{rule}: lower it, or max_new_tokens"
+            where = ("max_age",) if self.replay is None else ("replay", "capacity")
+            yield where, f"{rule}: lower it, or max_new_tokens"
+        if self.replay is not None:
+            yield from self._replay_problems()
         if self.temperature == 0:
             for name in ("top_k", "top_p", "min_p"):
                 if getattr(self, name) is not None:
@@ -165,6 +207,9 @@ def problems(config: Any) -> Iterator[Problem]:
     if rollout.max_new_tokens >= data.seq_len:
         rule = f"leaves no room for a prompt within data.seq_len ({data.seq_len}): lower it"
         yield ("rollout", "max_new_tokens"), rule
+    if rollout.replay is not None and config.train.eval_every is None:
+        rule = "adapts to the validation loss, and train.eval_every is null: give a number of steps"
+        yield ("rollout", "replay"), rule
     if config.train.batch_size != rollout.answers:
         rule = f"follows from rollout: prompts_per_step * samples = {rollout.answers}: remove it"
         yield ("train", "batch_size"), rule
@@ -182,8 +227,8 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     elif row.sides or not row.any_text:
         rule = f"{name} needs text that is given and marked, and the student writes its own"
         yield ("method", "name"), f"{rule}: use another method"
-    elif config.rollout.share > 0 and _most(getattr(config.method, "alpha", 0.0)) > 0:
-        rule = "the labels of what the student writes are its own words (rollout.share > 0): use 0"
+    elif config.rollout.writes and _most(getattr(config.method, "alpha", 0.0)) > 0:
+        rule = "the labels of what the student writes are its own words: use 0"
         yield ("method", "alpha"), rule
     if row.reads_sampler:
         yield from _sampler_problems(config)
@@ -195,7 +240,10 @@ def _method_problems(config: Any) -> Iterator[Problem]:
 def _sampler_problems(config: Any) -> Iterator[Problem]:
     """A method that reads with which probability tokens were drawn reads it of every token."""
     rollout, name = config.rollout, config.method.name
-    if rollout.share < 1:
+    if rollout.replay is not None:
+        rule = f"{name} needs the ratio to the sampler, which old answers make large: remove it"
+        yield ("rollout", "replay"), rule
+    elif rollout.share < 1:
         rule = f"{name} learns from drawn tokens, and nobody drew those of data.train: use 1.0"
         yield ("rollout", "share"), rule
     for filter in ("top_k", "top_p", "min_p"):

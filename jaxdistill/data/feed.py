@@ -22,10 +22,10 @@ class Feed(abc.ABC):
     """
 
     def begin(self, meta: Mapping[str, Any]) -> None:  # noqa: B027 - nothing to remember
-        """Starts from the meta of a checkpoint, which holds what `kept` gave, or from the start.
+        """Starts from the meta of a checkpoint, or from the start.
 
         Args:
-          meta: empty at the start.
+          meta: what `kept` and `beside` gave, among other things; empty at the start.
         """
 
     @abc.abstractmethod
@@ -43,6 +43,13 @@ class Feed(abc.ABC):
     def kept(self, row: int) -> Mapping[str, Any]:
         """What a checkpoint keeps of the feed, as JSON can hold it; the next step is at row."""
         return {}
+
+    def beside(self, row: int) -> Mapping[str, Any]:
+        """The same of what is too large for a manifest: by names, each a file of its own."""
+        return {}
+
+    def evaluated(self, row: int, metrics: Mapping[str, float]) -> None:  # noqa: B027
+        """Hears how the state measures whose next step is at a row."""
 
     def numbers(self, span: Span) -> Mapping[str, float]:
         """What the record of the step that learned from these rows says of its text."""

@@ -1,7 +1,7 @@
 """Reverse KL at the sampled tokens alone, as a policy gradient: one number of the teacher each."""
 
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Any, Unpack
 
 from pydantic import Field
 
@@ -72,11 +72,13 @@ def objective(
     from jaxdistill.sharding import current_mesh
     from jaxdistill.types import Mean
 
-    how = {name: value for name, value in head.items() if name not in ("vocab", "columns")}
     vocab = head["vocab"]
+    how: dict[str, Any] = {
+        name: value for name, value in head.items() if name not in ("vocab", "columns")
+    }
 
     def said(outputs, batch):
-        return linear_logprobs(
+        found = linear_logprobs(
             outputs.hidden,
             outputs.head[:vocab],
             batch.targets,
@@ -87,12 +89,14 @@ def objective(
             mesh=current_mesh(),
             **how,
         )
+        assert found.logprobs is not None, "ids are given"
+        return found.logprobs, found.entropy
 
     def apply(params, student, signal, batch, knobs):
-        mine, mask = said(student, batch), batch.mask
-        now = jax.lax.stop_gradient(mine.logprobs)
+        (mine, entropy), mask = said(student, batch), batch.mask
+        now = jax.lax.stop_gradient(mine)
         if signal.outputs is not None:
-            theirs = said(signal.outputs, batch).logprobs
+            theirs, _ = said(signal.outputs, batch)
         else:
             theirs = signal.known.logprobs[..., 0]
         assert batch.sampler_logprobs is not None, "the row says that its feed fills it"
@@ -103,14 +107,14 @@ def objective(
         if early:
             gain *= losses.early_weights(gain, mask, early, batch.segment_ids)
         means = losses.policy_loss(
-            mine.logprobs, now, gain, mask, weights=ratio.weights, segment_ids=batch.segment_ids
+            mine, now, gain, mask, weights=ratio.weights, segment_ids=batch.segment_ids
         )
         tokens = means["loss"].count
         over = lambda values: Mean(jax.lax.stop_gradient((values * mask).sum()), tokens)
         return {
             "loss": means["loss"],
             "loss/sampled_kl": over(now - theirs),
-            "student/entropy": over(mine.entropy),
+            "student/entropy": over(entropy),
             "policy/at_bound": ratio.at_bound,
             "policy/sampler_kl": ratio.mismatch,
         }

@@ -12,11 +12,12 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.replay import LOSS, Replay
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
-META = "rollouts"  # in a checkpoint's meta: answers that later updates learn from
+FILE = "rollouts"  # beside a checkpoint's manifest: answers that later updates may learn from
 _UNREAD = 4  # updates whose record may not be written yet
 
 Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
@@ -53,11 +54,15 @@ class Plan:
         assert row % self.rows == 0, "updates lie one behind the other"
         return row // self.rows
 
-    def of_student(self, update: int) -> bool:
-        """Whether an update learns from the student's text: one draw from a stream of its own."""
+    def draw(self, update: int) -> float:
+        """A number from [0, 1), from a stream of its own: whose turn it is follows from it."""
         name = f"{self.seed} rollout.share {update}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") < self.share * 2**64
+        return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+    def of_student(self, update: int) -> bool:
+        """Whether an update learns from the student's text, where the share does not adapt."""
+        return self.draw(update) < self.share
 
     def written_with(self, update: int) -> list[int]:
         """The student's updates whose answers are written at once, from an update on."""
@@ -82,6 +87,7 @@ class RolloutFeed(Feed):
       unit: of the numbers of rows, see `buckets`.
       rows: number of rows of a global batch -> which of them this process wants.
       left_out: the ranges of rows that no batch holds, as they are now.
+      replay: lets the share adapt, and old answers be met again; None: the share is the plan's.
       recalled: updates whose answers are kept, because a rerun may go back to them.
       difference: (parameters, rows of this process, log q of the sampler) -> numbers for the
         record; None: not asked.
@@ -100,6 +106,7 @@ class RolloutFeed(Feed):
         unit: int,
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
+        replay: Replay | None = None,
         recalled: int = 64,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
@@ -107,31 +114,46 @@ class RolloutFeed(Feed):
         self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
         self._params_of, self._shape = params_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
-        self._left_out, self._recalled = left_out, recalled
+        self._left_out, self._replay, self._recalled = left_out, replay, recalled
         self._difference, self._recorded = difference, recorded
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
         """Starts from a checkpoint's meta, or from the start, where it is empty."""
         at = lambda place: self._prompts.at(place, self.plan.seed)
-        stored = meta.get(META, [])
+        stored = meta.get(FILE, {})
         # Of every update its answers, and the update before which they were written.
         self._answers = {
-            one["update"]: (one["before"], records.unpacked(one, at)) for one in stored
+            one["update"]: (one["before"], records.unpacked(one, at))
+            for one in stored.get("ahead", ())
         }
+        if self._replay is not None:
+            self._replay.begin(meta, stored.get("replay"), at)
         self._told: dict[int, dict[str, float]] = {}
         # Of every update since the last record: seconds of writing, and tokens that were written.
         self._spent: dict[int, tuple[float, int]] = {}
 
     def kept(self, row: int) -> dict[str, Any]:
-        """What a checkpoint keeps whose next step begins at a row."""
+        """What a checkpoint's meta keeps whose next step begins at a row."""
+        return {} if self._replay is None else self._replay.kept(row // self.plan.rows)
+
+    def evaluated(self, row: int, metrics: Mapping[str, float]) -> None:
+        """Hears the validation loss of the state whose next step begins at a row."""
+        if self._replay is not None:
+            self._replay.evaluated(row // self.plan.rows, metrics[LOSS])
+
+    def beside(self, row: int) -> dict[str, Any]:
+        """The answers that such a checkpoint keeps."""
         following = row // self.plan.rows
         ahead = [
             {"update": update, "before": before, **records.packed(answers)}
             for update, (before, answers) in sorted(self._answers.items())
             if before < following <= update
         ]
-        return {META: ahead} if ahead else {}
+        found: dict[str, Any] = {"ahead": ahead} if ahead else {}
+        if self._replay is not None and (old := self._replay.packed(following)) is not None:
+            found["replay"] = old
+        return {FILE: found} if found else {}
 
     def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its text; of the writing, all since the last record."""
@@ -146,7 +168,13 @@ class RolloutFeed(Feed):
 
     def origin(self, span: Span) -> str:
         """Who wrote the text of a step, a value of `types.ORIGINS`."""
-        return ORIGINS[STUDENT if self.plan.of_student(self.plan.update(span.first_row)) else DATA]
+        return ORIGINS[STUDENT if self._of_student(self.plan.update(span.first_row)) else DATA]
+
+    def _of_student(self, update: int) -> bool:
+        """Whether an update learns from the student's text."""
+        if self._replay is None:
+            return self.plan.of_student(update)
+        return self._replay.meets(update, self.plan.draw(update))
 
     def epoch(self, row: int) -> float:
         """Epochs of the corpus where it is read, else of the prompts."""
@@ -174,13 +202,17 @@ class RolloutFeed(Feed):
         update = self.plan.update(row)
         self._forget(update)
         told = {"rollout/epoch": self._asked(row + self.plan.rows)}
-        if not self.plan.of_student(update):
+        if self._replay is not None:
+            told["rollout/share"] = self._replay.phi(update)
+            fresh = self._replay.writes(update, self.plan.draw(update))
+            told["rollout/replayed"] = float(self._of_student(update) and not fresh)
+        if not self._of_student(update):
             assert self._read is not None, "checked before: who has none writes all its text"
             self._tell(update, told | {"rollout/student": 0.0})
             return self._read.next(row, state)
         step = int(state.step)
         params = self._params_of(state)
-        answers = self._answers_of(update, step, params)
+        answers = self._met_by(update, step, params)
         if answers is None:
             return None
         rows, logprobs = rows_of(answers, sizes=self._sizes, **self._shape)
@@ -198,6 +230,18 @@ class RolloutFeed(Feed):
         self._told[update] = numbers
         self._told = {one: told for one, told in self._told.items() if one > update - _UNREAD}
 
+    def _met_by(self, update: int, step: int, params: Any) -> list[Answer] | None:
+        """The answers that an update learns from; None: a process is to stop."""
+        replay = self._replay
+        if replay is None:
+            return self._answers_of(update, step, params)
+        if not replay.writes(update, self.plan.draw(update)):
+            return replay.drawn(update, self.plan.rows)
+        answers = self._answers_of(update, step, params)
+        if answers is not None:
+            replay.push(update, answers)
+        return answers
+
     def _forget(self, update: int) -> None:
         """Forgets what nobody will ask for, or ask for again from another state.
 
@@ -209,13 +253,15 @@ class RolloutFeed(Feed):
             for one, (before, answers) in self._answers.items()
             if before <= update and one > update - self._recalled
         }
+        if self._replay is not None:
+            self._replay.forget(update)
 
     def _answers_of(self, update: int, step: int, params: Any) -> list[Answer] | None:
         """The answers of an update, recalled or written now; None: a process is to stop."""
         plan = self.plan
         if update in self._answers:
             return self._answers[update][1]
-        updates = plan.written_with(update)
+        updates = plan.written_with(update) if self._replay is None else [update]
         places = {
             place: self._prompts.at(place, plan.seed)
             for one in updates

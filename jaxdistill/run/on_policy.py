@@ -16,6 +16,7 @@ from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
+from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Sampling, Writer
 from jaxdistill.run import participants
 from jaxdistill.sharding import local_rows
@@ -171,6 +172,7 @@ def feed_of(
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
+        replay=_replay_of(config),
         recalled=config.guards.nonfinite.max_consecutive + 2,
         difference=difference.of_batches(
             difference.Program(
@@ -185,6 +187,17 @@ def feed_of(
         ),
         recorded=recorded(config.train.log_every, config.train.steps),
     )
+
+
+def _replay_of(config: Config) -> Replay | None:
+    """The buffer and the share that adapts; None where the share stays as it is."""
+    rollout, recalled = config.rollout, config.guards.nonfinite.max_consecutive + 2
+    assert rollout is not None, "only asked for where there are rollouts"
+    if rollout.replay is None:
+        return None
+    adapts = rollout.replay.model_dump()
+    settings = Settings(start=rollout.share, updates=config.train.steps, **adapts)
+    return Replay(settings, config.seed, recalled * rollout.answers)
 
 
 def _parts(mesh: Mesh) -> int:

@@ -8,6 +8,7 @@ file, because Orbax loads a flipped bit in an array's file as another number.
 
 import concurrent.futures
 import contextlib
+import json
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -26,7 +28,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxdistill import agree
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
-from jaxdistill.safe import manifest
+from jaxdistill.safe import json_file, manifest
 from jaxdistill.train import step_folders
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.table import check_same, flatten
@@ -124,6 +126,7 @@ class Checkpoints:
         state: Any,
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> float:
         """Copies the state to the host and writes it in the background.
 
@@ -135,6 +138,7 @@ class Checkpoints:
           meta: anything JSON can hold.
           metrics: of the evaluation at this step; without them a checkpoint stays only as long as
             it is among the newest.
+          beside: more of `meta`, by names: too large for the manifest, each in a file of its own.
 
         Returns:
           Seconds the caller was held up.
@@ -152,8 +156,10 @@ class Checkpoints:
                 "`jaxdistill ckpt rollback` moves the later checkpoints away"
             )
         arrays, facts = flatten(state), {"meta": dict(meta), **self._ranked(metrics)}
+        files = {f"{name}.json": json.dumps(value).encode() for name, value in beside.items()}
+        facts["beside"] = sorted(beside)
         self._hooks.at("checkpoint.begin")
-        needed = sum(array.nbytes for array in arrays.values())
+        needed = sum(array.nbytes for array in arrays.values()) + sum(map(len, files.values()))
         agree.together(lambda: self._check_room(step, needed))
         try:
             staged = step_folders.staging(self.directory, step)
@@ -161,7 +167,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._failure(step, _reason(error)) from error
         self._hooks.at("checkpoint.copied")
-        self._pending = step, self._thread.submit(self._finish, response, step, facts)
+        self._pending = step, self._thread.submit(self._finish, response, step, facts, files)
         return time.perf_counter() - began
 
     def _check_room(self, step: int, needed: int) -> None:
@@ -172,10 +178,14 @@ class Checkpoints:
         if free < needed:
             raise self._failure(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
-    def _finish(self, response: Any, step: int, facts: Mapping[str, Any]) -> None:
+    def _finish(
+        self, response: Any, step: int, facts: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> None:
         """In the background: waits for the arrays, makes them a checkpoint, removes old ones."""
         response.result()
         if self._writes():
+            for name, content in files.items():
+                (step_folders.staging(self.directory, step) / name).write_bytes(content)
             step_folders.commit(self.directory, step, facts, self._hooks)
             self._committed(step)
             assert self._keep_latest is not None
@@ -337,7 +347,10 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         folder = self.directory / str(step)
         part, parts = jax.process_index(), jax.process_count()
-        meta = self._read(step, lambda: manifest.verify(folder, part, parts))["meta"]
+        facts = self._read(step, lambda: manifest.verify(folder, part, parts))
+        meta = dict(facts["meta"])
+        for name in facts["beside"]:
+            meta[name] = self._read(step, lambda name=name: json_file.read(folder / f"{name}.json"))
         stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
         return self._read(step, stored), meta
 

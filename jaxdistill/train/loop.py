@@ -140,7 +140,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
             unread.restart(number)
             continue
 
-        metrics = _evaluate(number, state, parts) if evaluate else None
+        metrics = _evaluate(number, state, row, parts) if evaluate else None
         # A row of bad steps is run again from its start, so that no checkpoint may lie inside it.
         deferred = save and guard.in_a_row > 0 and not (last or stopping)
         if save and not deferred:
@@ -175,7 +175,7 @@ def _save(
     with parts.meter.waiting("checkpoint"):
         parts.writer.sync()
         meta = {**parts.meta, ROW: row, **parts.guard.meta(), **parts.feed.kept(row)}
-        sent = saver.save(number, state, meta, metrics, final)
+        sent = saver.save(number, state, meta, metrics, final, parts.feed.beside(row))
     if sent:
         parts.writer.event("save", step=number)
     return sent
@@ -239,13 +239,14 @@ class _Unread:
         return incident
 
 
-def _evaluate(number: int, state: TrainState, parts: Parts) -> dict[str, float]:
-    """Measures a state that is known to be sound, and reports."""
+def _evaluate(number: int, state: TrainState, row: int, parts: Parts) -> dict[str, float]:
+    """Measures a state that is known to be sound and whose next step is at a row, and reports."""
     parts.hooks.at("eval.before")
     with parts.meter.waiting("other"):
         metrics = parts.evaluate(number, state)
     parts.writer.write(number, metrics)
     parts.progress.step(number, metrics)
+    parts.feed.evaluated(row, metrics)
     parts.guard.judge_evaluation(number, metrics, parts.writer, parts.progress)
     return metrics
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxdistill.errors import StorageError
@@ -75,6 +76,7 @@ class Saver:
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
         final: bool,
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> bool:
         """Saves in the background, or notes that it cannot; whether the save is on its way.
 
@@ -84,6 +86,7 @@ class Saver:
           meta: as for `Checkpoints.save`.
           metrics: as for `Checkpoints.save`.
           final: nothing comes after this one: waits for it, and tries twice.
+          beside: as for `Checkpoints.save`.
 
         Raises:
           StorageError: if there has been no checkpoint for too long, or none at the end.
@@ -92,7 +95,7 @@ class Saver:
         self._wait = 60 * (self._schedule.minutes or math.inf)
 
         def attempt() -> None:
-            self._checkpoints.save(number, state, meta, metrics)
+            self._checkpoints.save(number, state, meta, metrics, beside)
             if final:
                 self._checkpoints.wait()
 

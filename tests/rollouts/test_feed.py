@@ -1,5 +1,6 @@
 """The feed: whose turn it is, what it asks for, what it recalls, what a checkpoint keeps."""
 
+import json
 import types
 
 import numpy as np
@@ -10,7 +11,8 @@ from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.feed import META, Plan, RolloutFeed
+from jaxdistill.rollouts.feed import FILE, Plan, RolloutFeed
+from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import Span
 
@@ -60,7 +62,7 @@ class Corpus(Feed):
         return self.next(0, None)[1]
 
 
-def make(share=1.0, max_age=0, left_out=()):
+def make(share=1.0, max_age=0, left_out=(), replay=None):
     scribe = Scribe()
     feed = RolloutFeed(
         Plan(share, 2, 2, max_age, seed=5),
@@ -70,6 +72,7 @@ def make(share=1.0, max_age=0, left_out=()):
         params_of=lambda state: state,
         shape={"seq_len": 4, "pad": 0, "packing_by": "none", "distilled": None},
         unit=1,
+        replay=replay,
         rows=range,
         left_out=lambda: left_out,
     )
@@ -95,7 +98,7 @@ def test_an_update_asks_its_own_prompts_with_the_parameters_before_it():
         asked = {feed._prompts.at(place, 5).tokens[0] for place in places}
         assert {int(row[0]) for row in np.asarray(batch.tokens)} == asked
         assert feed.numbers(span)["rollout/age"] == 0 and feed.numbers(span)["rollout/answers"] == 4
-    assert not feed.kept(12)
+    assert not feed.beside(12)
 
 
 def test_share_is_drawn_for_each_update_and_the_others_are_the_corpus():
@@ -122,7 +125,7 @@ def test_answers_of_several_updates_are_written_at_once_and_kept_in_checkpoints(
         feed, _ = make(max_age=2)
         for step in range(stop):
             feed.next(4 * step, at(step))
-        meta = feed.kept(4 * stop)
+        meta = feed.beside(4 * stop)
         assert bool(meta) == (stop % 3 != 0)
         again, scribe = make(max_age=2)
         again.begin(meta)
@@ -189,18 +192,50 @@ def test_nothing_is_kept_of_answers_that_were_stopped():
     feed, scribe = make(max_age=1)
     scribe.stopping = True
     assert feed.next(0, at(0)) is None
-    assert not feed.kept(0)
+    assert not feed.beside(0)
     scribe.stopping = False
     assert written(feed.next(0, at(0))[1])[0] == (0, 0)
 
 
-def test_the_checkpoint_holds_json():
-    import json
+def replayed():
+    return make(0.7, replay=Replay(Settings(8, "constant", 0.7, 30), 5, 40))
 
+
+def test_old_answers_are_met_again_and_a_run_resumes_in_the_midst():
+    """Against one run from the start: turns, answers and phi, for every place of a checkpoint."""
+
+    def run(feed, first, last):
+        found = []
+        for step in range(first, last):
+            span, batch = feed.next(4 * step, at(step))
+            told = {n: v for n, v in feed.numbers(span).items() if not n.startswith("perf/")}
+            found.append((written(batch), feed.origin(span), told))
+            feed.evaluated(span.end_row, {"eval/loss": (step % 5) / 4})
+        return found
+
+    feed, scribe = replayed()
+    whole = run(feed, 0, 30)
+    old = [told["rollout/replayed"] for *_, told in whole]
+    assert 0 < sum(old) < sum(one == "student" for _, one, _ in whole) < 30
+    assert len(scribe.asked) == sum(one == "student" for _, one, _ in whole) - sum(old)
+    ages = [told["rollout/age"] for *_, told in whole if told["rollout/replayed"]]
+    assert min(ages) > 0 and whole[0][2]["rollout/share"] < whole[29][2]["rollout/share"]
+    for stop in (1, 7, 16, 25):
+        feed, _ = replayed()
+        run(feed, 0, stop)
+        meta = {**feed.kept(4 * stop), **feed.beside(4 * stop)}
+        again, _ = replayed()
+        again.begin(json.loads(json.dumps(meta)))
+        assert run(again, stop, 30) == whole[stop:]
+    run(feed, 25, 30)
+    assert run(feed, 27, 30) == whole[27:]  # going back without a checkpoint
+
+
+def test_the_checkpoint_holds_json():
     feed, _ = make(max_age=1)
     feed.next(0, at(0))
-    kept = json.loads(json.dumps(feed.kept(4)))
-    assert [one["update"] for one in kept[META]] == [1]
+    kept = json.loads(json.dumps(feed.beside(4)))
+    assert [one["update"] for one in kept[FILE]["ahead"]] == [1]
 
 
 def test_updates_lie_one_behind_the_other():

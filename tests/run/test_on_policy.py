@@ -115,6 +115,25 @@ def test_a_run_that_ends_anywhere_resumes_to_the_same_bits(mixed, load, tmp_path
     same(folder, mixed)
 
 
+def test_a_replay_resumes_to_the_same_bits(load, tmp_path):
+    """Lost behind a save with a full buffer, an evaluation and old answers on both sides of it."""
+    settings = (
+        "share: 0.9, replay: {capacity: 8, schedule: constant, tolerance: 0.0, rise: 0.05}",
+        "train.eval_every=2",
+    )
+    api.train(load(tmp_path / "whole", *settings))
+    with pytest.raises(KeyboardInterrupt):
+        api.train(load(tmp_path / "lost", *settings), hooks=Lost("step.after", 5))
+    api.resume(tmp_path / "lost" / "run")
+    same(tmp_path / "lost" / "run", tmp_path / "whole" / "run")
+    records = [one for one in numbers(tmp_path / "whole" / "run") if "rollout/student" in one]
+    assert any(one["rollout/replayed"] for one in records[:4])
+    assert any(one["rollout/replayed"] for one in records[4:])
+    saved = tmp_path / "whole" / "run" / "checkpoints" / "6"
+    content = json.loads((saved / "manifest.json").read_text())["content"]
+    assert "rollouts.json" in content["files"] and 0.9 <= content["meta"]["replay"]["phi"] <= 1
+
+
 def test_a_share_of_nothing_is_offline_distillation_to_the_bit(load, load_config, tmp_path):
     ours = load(tmp_path / "rollouts", "share: 0.0")
     method = "method={name: reverse_kd, alpha: 0.0}"

@@ -64,7 +64,8 @@ def saved(tmp_path_factory):
     with Checkpoints(folder, keep_latest=2, keep_best=1, best_metric="eval/loss") as checkpoints:
         for step, state in states.items():
             meta = {"data_step": step, "config": "seed: 0\n"}
-            checkpoints.save(step, state, meta, {"eval/loss": float(step), "eval/ce": 2.0})
+            metrics = {"eval/loss": float(step), "eval/ce": 2.0}
+            checkpoints.save(step, state, meta, metrics, {"answers": {"of": [step]}})
     return folder, states
 
 
@@ -82,7 +83,9 @@ def test_a_state_comes_back_bitwise_on_any_number_of_devices(saved, devices):
     with Checkpoints(folder) as checkpoints:
         state, meta = checkpoints.restore(checkpoints.latest(), abstract)
     _assert_same(state, states[2])
-    assert meta == {"data_step": 2, "config": "seed: 0\n"}
+    assert meta == {"data_step": 2, "config": "seed: 0\n", "answers": {"of": [2]}}
+    assert "answers" not in manifest.read(folder / "2")["meta"]
+    assert json.loads((folder / "2" / "answers.json").read_text()) == {"of": [2]}
     placed = jax.tree.map(lambda leaf, want: leaf.sharding == want.sharding, state, abstract)
     assert all(jax.tree.leaves(placed))
     assert len(state["params"]["student"]["head"].sharding.device_set) == devices

@@ -103,9 +103,9 @@ def run(
         kind = "eval" if any(name.startswith("eval/") for name in scalars) else "metrics"
         log.append((kind, number, dict(scalars)))
 
-    def save(number, state, meta, metrics):
+    def save(number, state, meta, metrics, beside):
         counts = np.asarray(state.skipped).tolist()
-        disk[number] = int(state.step), learned_by(state), counts, meta
+        disk[number] = int(state.step), learned_by(state), counts, {**meta, **beside}
         log.append(("save", number, metrics))
 
     def restore():
@@ -385,6 +385,41 @@ def test_a_feed_may_depend_on_the_state_and_going_back_asks_it_again(overlaps):
     policy = Policy(max_consecutive=2)
     again, log = run(schedule(steps=9), bad, feed=Rollouts(), overlaps=overlaps, policy=policy)
     assert len(told(log, "rerun")) == 1 and learned_by(again) == learned
+
+
+class Hearing(Given):
+    """A feed whose memory is what it heard of evaluations, kept in both places of a checkpoint."""
+
+    def __init__(self):
+        self.heard, self.begun = [], []
+
+    def begin(self, meta):
+        self.begun.append(meta)
+        self.heard = list(meta.get("heard", ()))
+
+    def next(self, row, state):
+        return span_of(row // ROWS), batch_of(row // ROWS)
+
+    def evaluated(self, row, metrics):
+        self.heard.append((row, metrics["eval/loss"]))
+
+    def kept(self, row):
+        return {"heard": list(self.heard)}
+
+    def beside(self, row):
+        return {"row": row}
+
+
+def test_a_feed_hears_evaluations_and_gets_its_memory_back_with_the_state(tmp_path):
+    """Evaluated after steps 3 and 6, saved after 4 and 8; step 6 ends in a rollback to 4."""
+    feed = Hearing()
+    policy = Policy(max_consecutive=1)
+    state, log = run(
+        schedule(steps=8), bad={6}, feed=feed, policy=policy, folder=tmp_path, save_steps=4
+    )
+    (meta,) = feed.begun
+    assert meta["heard"] == [(3 * ROWS, 3.0)] and meta["row"] == meta[loop.ROW] == 4 * ROWS
+    assert [row // ROWS for row, _ in feed.heard][:2] == [3, 6]
 
 
 def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():

@@ -14,7 +14,7 @@ class Disk(Checkpoints):
         self.full = self.breaks = False
         self.saved, self.sent = [], None
 
-    def save(self, number, state, meta, metrics):
+    def save(self, number, state, meta, metrics, beside):
         self.wait()
         if self.full:
             raise StorageError(f"step {number}: no space")
