@@ -67,12 +67,7 @@ def token_scores(
 ) -> tuple[Array, Array]:
     """(log-probability [B, L] of every target, whether it is the most probable token [B, L])."""
     outputs = decoder.apply(config, params, tokens, None, segment_ids, compute_dtype=dtype)
-    return target_scores(outputs, vocab, targets)
-
-
-def target_scores(outputs: Outputs, vocab: int, targets: Array) -> tuple[Array, Array]:
-    """What `token_scores` returns, of a model's outputs [B, L, D]."""
-    rows, length = targets.shape
+    rows, length = tokens.shape
 
     def make(hidden_BCD, targets_BC):
         logits_BCV = chunk_logits(hidden_BCD, outputs, vocab)

@@ -1,4 +1,4 @@
-"""How far the sampler's log-probabilities are from those of the program that trains."""
+"""What is measured of a recorded batch: how far sampler and trainer, student and teacher are."""
 
 import dataclasses
 import functools
@@ -11,16 +11,19 @@ import numpy as np
 from jax import Array
 
 from jaxdistill.compress import quantize
-from jaxdistill.evaluate.scoring import target_scores
+from jaxdistill.kernels.linear_logprobs import linear_logprobs
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.vocabulary import only_tokens
-from jaxdistill.sharding import on_mesh
-from jaxdistill.types import Batch
+from jaxdistill.sharding import current_mesh, on_mesh
+from jaxdistill.teachers import Teacher
+from jaxdistill.types import Batch, Outputs
+
+TOP = 8  # most likely tokens of each model that are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """How a step computes the student: what `train.step.make_loss` is given.
+    """How a step computes the student: what `train.step.make_loss` is given; and the teacher.
 
     Attributes:
       config: the student's.
@@ -28,6 +31,7 @@ class Program:
       dtype: that it computes in.
       attention: the kernel of its attention, or None.
       quantization: the scheme that it will be quantised by, or None.
+      teacher: says whole rows of the same tokens, at T = 1; None: it is not asked.
     """
 
     config: DecoderConfig
@@ -35,32 +39,35 @@ class Program:
     dtype: np.dtype
     attention: str | None = None
     quantization: str | None = None
+    teacher: Teacher | None = None
 
 
-def difference(program: Program, params: Any, batch: Batch, logprobs: Array) -> dict[str, float]:
-    """Of d = trainer - sampler, over targets that count: mean |d|, largest |d|, mean e^d - d - 1.
+def difference(
+    program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs: Array
+) -> dict[str, float]:
+    """Of the targets that count: sampler and trainer, and the teacher's likely tokens.
+
+        d = log q of the trainer - log q of the sampler: mean |d|, largest |d|, mean e^d - d - 1
+        overlap = |student's 8 most likely tokens that are the teacher's too| / 8, the mean
 
     Where answers are older than the parameters, d holds their age too.
 
     Args:
       program: of the step.
       params: the student's; both programs draw no token that has no row.
+      teacher_params: None where there is no `program.teacher`.
       batch: on the mesh.
       logprobs: float32 [B, L], the sampler's log q of the targets.
     """
     with on_mesh(params):
-        mean, largest, kl = _summary(program, params, batch, logprobs)
-    return {
-        "rollout/sampler_difference": float(mean),
-        "rollout/sampler_difference_max": float(largest),
-        "rollout/sampler_kl": float(kl),
-    }
+        found = _summary(program, params, teacher_params, batch, logprobs)
+    return {f"rollout/{name}": float(value) for name, value in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _summary(
-    program: Program, params: Any, batch: Batch, logprobs_BL: Array
-) -> tuple[Array, Array, Array]:
+    program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs_BL: Array
+) -> dict[str, Array]:
     scheme = program.quantization
     outputs = decoder.apply(
         program.config,
@@ -71,22 +78,54 @@ def _summary(
         compute_dtype=program.dtype,
         attention=program.attention,
     )
-    scores_BL, _ = target_scores(outputs, program.vocab, batch.targets)
+    top = 0 if program.teacher is None else min(TOP, program.vocab)
+    scores_BL, likely_BLK = _said(program, outputs, batch, top)
     apart_BL = jnp.where(batch.mask, scores_BL - logprobs_BL, 0.0)
     count = jnp.maximum(jnp.sum(batch.mask), 1)
-    size_BL = jnp.abs(apart_BL)
-    kl_BL = jnp.expm1(apart_BL) - apart_BL
-    return jnp.sum(size_BL) / count, jnp.max(size_BL), jnp.sum(kl_BL) / count
+    mean = lambda values_BL: jnp.sum(jnp.where(batch.mask, values_BL, 0.0)) / count
+    found = {
+        "sampler_difference": mean(jnp.abs(apart_BL)),
+        "sampler_difference_max": jnp.max(jnp.abs(apart_BL)),
+        "sampler_kl": mean(jnp.expm1(apart_BL) - apart_BL),
+    }
+    if program.teacher is not None:
+        theirs = program.teacher(teacher_params, None, batch).outputs
+        assert theirs is not None, "it says whole rows"
+        _, theirs_BLK = _said(program, theirs, batch, top)
+        both_BLKK = likely_BLK[..., :, None] == theirs_BLK[..., None, :]
+        found["overlap"] = mean(jnp.sum(both_BLKK, (-2, -1)) / top)
+    return found
 
 
-def of_batches(program: Program, tokenizer: Any, place: Callable[[Any], Any]) -> Any:
+def _said(program: Program, outputs: Outputs, batch: Batch, top: int) -> tuple[Array, Any]:
+    """(log q of the targets [B, L], the most likely tokens [B, L, top])."""
+    vocab = program.vocab
+    said = linear_logprobs(
+        outputs.hidden,
+        outputs.head[:vocab],
+        batch.targets,
+        mask=batch.mask,
+        top_k=top,
+        bias=None if outputs.head_bias is None else outputs.head_bias[:vocab],
+        softcap=outputs.softcap,
+        logits_dtype=jnp.float32,
+        mesh=current_mesh(),
+    )
+    assert said.logprobs is not None, "ids are given"
+    return said.logprobs, said.top_ids
+
+
+def of_batches(
+    program: Program, teacher_params: Any, tokenizer: Any, place: Callable[[Any], Any]
+) -> Any:
     """(parameters, rows of this process, the sampler's log q) -> the numbers of `difference`.
 
     Args:
       program: of the step.
+      teacher_params: as `difference` takes them.
       tokenizer: as `writing.Writer` takes it.
       place: a tree of this process' rows -> global arrays on the mesh.
     """
     return lambda params, batch, logprobs: difference(
-        program, only_tokens(params, tokenizer), place(batch), place(logprobs)
+        program, only_tokens(params, tokenizer), teacher_params, place(batch), place(logprobs)
     )

@@ -18,7 +18,7 @@ from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Sampling, Writer
-from jaxdistill.run import participants
+from jaxdistill.run import participants, setup
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.step import place, recorded
@@ -156,6 +156,8 @@ def feed_of(
     """
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
+    # Of other vocabularies the likely tokens cannot be compared.
+    compared = models.teacher is not None and models.pairing.columns is None
     return RolloutFeed(
         plan_of(config),
         prompts,
@@ -181,7 +183,9 @@ def feed_of(
                 jnp.dtype(student.compute_dtype),
                 student.attention,
                 student.quantize,
+                setup.signal_of(config, models) if compared else None,
             ),
+            setup.signal_params(models) if compared else None,
             models.tokenizer,
             lambda tree: place(tree, mesh),
         ),

@@ -72,7 +72,7 @@ def test_the_batch_size_follows_and_what_is_written_out_loads_again():
         (["method={name: sampled_kl}", "rollout.temperature=0.7"],
          "method.temperature = 1.0: must be rollout.temperature (0.7)"),
         (["method={name: sampled_kl, weight: 0.0}"], "nothing would be learned"),
-        (["rollout.replay={}", "data.train=[{path: d.jsonl}]"], "replay adapts the share, which is"),
+        (["rollout.replay={}", "data.train=[{path: d.jsonl}]"], "replay adapts the share"),
         (["rollout.replay={}", "rollout.share=0.0", "rollout.max_age=1",
           "data.train=[{path: d.jsonl}]"], "max_age = 1: replay meets old answers itself"),
         (["rollout.replay={capacity: 7}", "rollout.share=0.0", "data.train=[{path: d.jsonl}]"],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import models
+from jaxdistill import models, teachers
 from jaxdistill.data import pipeline
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ModelError
@@ -138,6 +138,7 @@ def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
     compare = lambda params, scheme: difference(
         Program(model.config, 40, np.dtype("float32"), quantization=scheme),
         params,
+        None,
         pipeline.stack(rows),
         logprobs,
     )
@@ -149,6 +150,38 @@ def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
         assert told["rollout/sampler_kl"] > 0
     else:
         assert compare(model.params, None)["rollout/sampler_difference_max"] > 1e-4
+
+
+def test_the_likely_tokens_of_student_and_teacher_are_compared(model):
+    """Against NumPy's sort, of the answers' positions alone; a model agrees with itself."""
+    answers = writer(model).write(model.params, 0, PROMPTS)
+    rows, logprobs = rows_of(
+        answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None
+    )
+    batch = pipeline.stack(rows)
+    other = models.random(model.config, seed=2)
+    teacher = teachers.online(model.config, compute_dtype=jnp.float32)
+    program = Program(model.config, 40, np.dtype("float32"), teacher=teacher)
+    told = difference(program, model.params, other.params, batch, logprobs)
+    tops = [
+        np.argsort(
+            -np.asarray(
+                decoder.logits(
+                    decoder.apply(
+                        one.config, one.params, batch.tokens, batch.positions,
+                        batch.segment_ids, compute_dtype=jnp.float32,
+                    )
+                )
+            ),
+            -1,
+        )[..., :8][batch.mask]
+        for one in (model, other)
+    ]  # fmt: skip
+    shared = [len(set(one) & set(two)) / 8 for one, two in zip(*tops, strict=True)]
+    assert 0 < told["rollout/overlap"] < 1
+    assert told["rollout/overlap"] == pytest.approx(np.mean(shared), abs=1e-6)
+    same = difference(program, model.params, model.params, batch, logprobs)
+    assert same["rollout/overlap"] == 1
 
 
 def test_prompts_that_cannot_be_answered_are_refused_by_number(model):

@@ -77,6 +77,7 @@ def test_a_run_tells_of_the_text_that_it_learns_from(mixed):
         assert one["rollout/answers"] == 8 and one["rollout/tokens"] <= 96
         assert 1 <= one["rollout/length_mean"] <= one["rollout/length_max"] <= 12
         assert 0 <= one["rollout/truncated"] <= 1 and one["rollout/entropy"] > 0
+        assert 0 < one["rollout/overlap"] <= 1
         # The sampler is the trainer, but for rounding, where the answers are of this version.
         fresh = one["rollout/age"] == 0
         assert (one["rollout/sampler_difference_max"] < 1e-5) == fresh
