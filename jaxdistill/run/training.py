@@ -232,8 +232,11 @@ class Training:
                 lambda: compiled(pure, state, teacher_params, batch, self.mesh)
             )
             seconds = time.perf_counter() - began
-            writer.event("compiled", seconds=round(seconds, 3), from_step=int(state.step))
-            progress.event(f"compiled in {seconds:.1f} s")
+            rows, programs = batch.tokens.shape[0], step.compiled + 1
+            told = {"from_step": int(state.step), "rows": rows, "programs": programs}
+            writer.event("compiled", seconds=round(seconds, 3), **told)
+            more = "" if programs == 1 else f": {programs} programs, this one for {rows} rows"
+            progress.event(f"compiled in {seconds:.1f} s{more}")
             return program
 
         step = PerShape(compile)

@@ -225,6 +225,11 @@ class PerShape:
         self._compile = compile
         self._programs: dict[Any, Any] = {}
 
+    @property
+    def compiled(self) -> int:
+        """How many programs there are."""
+        return len(self._programs)
+
     def prepare(self, state: Any, teacher_params: Any, batch: Any) -> Any:
         """The program for batches of this one's shape, compiled at the first call."""
         leaves, structure = jax.tree.flatten(batch)

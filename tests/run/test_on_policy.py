@@ -82,6 +82,11 @@ def test_a_run_tells_of_the_text_that_it_learns_from(mixed):
         fresh = one["rollout/age"] == 0
         assert (one["rollout/sampler_difference_max"] < 1e-5) == fresh
     assert any("perf/rollout_tokens_per_second" in one for one in read_metrics(mixed))
+    events = map(json.loads, (mixed / "events.jsonl").read_text().splitlines())
+    compiled = [one for one in events if one["kind"] == "compiled"]
+    assert [one["programs"] for one in compiled] == list(range(1, len(compiled) + 1))
+    # One for each number of rows; of at most 8 there are six.
+    assert len({one["rows"] for one in compiled}) == len(compiled) <= 6
     assert not [one for one in numbers(mixed / "control") if "rollout/student" in one]
 
 
