@@ -281,10 +281,11 @@ def _samples(runs: Sequence[RunFiles]) -> page.Section:
         where = [run.name] if len(runs) > 1 else []
         where += [] if run.samples_step is None else [f"at step {run.samples_step}"]
         blocks += [page.Text(", ".join(where))] if where else []
-        for sample in run.samples:
+        marks = run.marks or [[]] * len(run.samples)
+        for sample, own in zip(run.samples, marks, strict=True):
             answers = [(name, text) for name, text in sample.items() if name != "prompt"]
             answers.sort(key=lambda answer: order.get(answer[0], 9))
-            blocks.append(page.Sample(sample.get("prompt", ""), answers))
+            blocks.append(page.Sample(sample.get("prompt", ""), answers, own))
         blocks += [page.Text(run.samples_page, "code")] if run.samples_page else []
     return page.Section("Samples", blocks)
 

@@ -84,12 +84,30 @@ class Pictures:
     pictures: Sequence[Picture]
 
 
+_SHADES = (0.5, 1.0, 2.0)  # nats from which a token has the next colour
+
+
+def _shade(gap: float) -> str:
+    """The class of a token's colour: p1 to p3 above the teacher, n1 to n3 below, none between."""
+    strength = sum(abs(gap) >= least for least in _SHADES)
+    return f"{'p' if gap > 0 else 'n'}{strength}" if strength else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt and what several models answered: (name, text)."""
+    """A prompt and what several models answered: (name, text).
+
+    `marks` is the student's answer once more, token by token, each with log q - log p in nats.
+    """
 
     prompt: str
     answers: Sequence[tuple[str, str]]
+    marks: Sequence[tuple[str, float]] = ()
+
+    @property
+    def shades(self) -> list[tuple[str, str, str]]:
+        """(token, class of its colour, what is said of it); p3 is far above the teacher."""
+        return [(text, _shade(gap), f"{gap:+.2f} nats") for text, gap in self.marks]
 
 
 @dataclasses.dataclass(frozen=True)

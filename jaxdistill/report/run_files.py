@@ -7,7 +7,7 @@ import pathlib
 import re
 import shlex
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.report import json_lines
@@ -18,6 +18,7 @@ from jaxdistill.safe.redact import redact
 _MAX_TEXT = 200_000
 _MAX_SAMPLES = 24
 _MAX_SAMPLE_TEXT = 6_000
+_MAX_MARKS = 1_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class RunFiles:
       rows: the rows of table.json, or [].
       held_out: what the table was measured on.
       samples: mappings of names ("prompt", "teacher", "student") to text, of the latest step.
+      marks: of each sample its tokens, (text, log q - log p in nats), or none.
       samples_step: that step, or None where it is not known.
       samples_page: the latest samples file as text, where there are no structured ones.
       quarantined: the records of data set aside, or None when there is no such file.
@@ -47,6 +49,7 @@ class RunFiles:
     rows: list[dict]
     held_out: str
     samples: list[dict[str, str]]
+    marks: list[list[tuple[str, float]]]
     samples_step: int | None
     samples_page: str
     quarantined: int | None
@@ -79,7 +82,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         for row in as_list(table.get("rows"))
         if isinstance(row, dict) and isinstance(row.get("name"), str)
     ]
-    samples, samples_step, samples_page = _samples(folder, missing)
+    samples, marks, samples_step, samples_page = _samples(folder, missing)
     _name_missing(folder, records, rows, missing)
     return RunFiles(
         name=str(info.get("name") or folder.resolve().name),
@@ -89,6 +92,7 @@ def load(run_dir: str | os.PathLike) -> RunFiles:
         rows=rows,
         held_out=str(table.get("held_out") or ""),
         samples=samples,
+        marks=marks,
         samples_step=samples_step,
         samples_page=samples_page,
         quarantined=_count_lines(folder / "quarantine"),
@@ -168,7 +172,7 @@ def _text(path: pathlib.Path, limit: int = _MAX_TEXT) -> str:
 
 def _samples(
     folder: pathlib.Path, missing: list[str]
-) -> tuple[list[dict[str, str]], int | None, str]:
+) -> tuple[list[dict[str, str]], list[list[tuple[str, float]]], int | None, str]:
     """The samples of the latest step: structured ones where there are any, else a page of text."""
     paths = sorted((folder / "samples").glob("*.jsonl")) or [folder / "samples.jsonl"]
     rows: list[dict] = [row for row in _lines(paths[-1], missing) if _has_text(row)]
@@ -190,7 +194,19 @@ def _samples(
     if page:
         match = re.search(r"(\d+)", pages[-1].stem)
         step = int(match.group(1)) if match else None
-    return samples, step, page
+    return samples, [*map(_marks, rows[: len(samples)])], step, page
+
+
+def _marks(row: Mapping[str, typing.Any]) -> list[tuple[str, float]]:
+    """The tokens of a sample with their numbers; none where one of them is something else."""
+    found = as_list(row.get("marks"))[:_MAX_MARKS]
+    pairs = [one for one in found if isinstance(one, list) and len(one) == 2]
+    told = [
+        (text, float(gap))
+        for text, gap in pairs
+        if isinstance(text, str) and isinstance(gap, int | float) and not isinstance(gap, bool)
+    ]
+    return told if len(told) == len(found) else []
 
 
 def _has_text(row: dict) -> bool:

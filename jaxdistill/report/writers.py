@@ -133,17 +133,29 @@ class MetricsWriter:
         with self._guard("events.jsonl"):
             self._events.append(_event_line(self._clock(), kind, fields))
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+    def samples(
+        self,
+        step: int,
+        rows: Sequence[Mapping[str, str]],
+        marks: Sequence[Sequence[tuple[str, float]]] = (),
+    ) -> None:
         """Writes what teacher and student say at a step, for people (.md) and the report (.jsonl).
 
         Args:
           step: the training step.
           rows: one mapping per prompt: "prompt", "teacher", "student", other names as wished.
+          marks: of each row the student's tokens, with log q - log p in nats; the report has them
+            in colour. () where that is not known.
         """
+        every = marks or [()] * len(rows)
         stem = self.run_dir / "samples" / f"step_{step:06d}"
         with self._guard("samples"):
             stem.parent.mkdir(exist_ok=True)
-            lines = [json.dumps(json_lines.safe({"step": step, **row})) + "\n" for row in rows]
+            whole = [
+                {"step": step, **row, **({"marks": [*map(list, own)]} if own else {})}
+                for row, own in zip(rows, every, strict=True)
+            ]
+            lines = [json.dumps(json_lines.safe(one)) + "\n" for one in whole]
             stem.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
             stem.with_suffix(".md").write_text(
                 _samples_page(step, rows), encoding="utf-8", errors="replace"

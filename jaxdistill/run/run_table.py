@@ -14,7 +14,7 @@ from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.second_view import second_rows
-from jaxdistill.evaluate import meter, speed
+from jaxdistill.evaluate import gaps, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
 from jaxdistill.models import Model, decoder
@@ -206,14 +206,38 @@ class RunTable:
         tokenizer = self._models.tokenizer
         if teacher is not None and self._teacher_answers is None:
             self._teacher_answers = self._asked(teacher, prompts)
-        ours = self._answers(Model(student.config, self.student_params(state), tokenizer), prompts)
+        params = self.student_params(state)
+        ours = self._continued(Model(student.config, params, tokenizer), prompts)
         rows = []
         for index, prompt in enumerate(prompts):
-            row = {"prompt": tokenizer.decode(prompt), "student": ours[index]}
+            row = {"prompt": tokenizer.decode(prompt), "student": tokenizer.decode(ours[index])}
             if self._teacher_answers is not None:
                 row["teacher"] = self._teacher_answers[index]
             rows.append(row)
-        writer.samples(number, rows)
+        writer.samples(number, rows, self._marks(params, prompts, ours))
+
+    def _marks(
+        self, params: Any, prompts: list[list[int]], answers: list[list[int]]
+    ) -> list[list[tuple[str, float]]]:
+        """The student's answers token by token, with log q - log p; empty where p is not known.
+
+        In one process alone: the parameters of another one's devices cannot be read here.
+        """
+        teacher = self._models.teacher
+        if teacher is None or self._models.second is not None:  # which has tokens of its own
+            return []
+        if not any(answers) or jax.process_count() > 1:
+            return []
+        readers = (
+            gaps.Reader(self._models.student.config, self._student.compute_dtype, params),
+            gaps.Reader(teacher.config, self._teacher_dtype, self._teacher_params),
+        )
+        found = gaps.token_gaps(*readers, self._models.vocab, prompts, answers)
+        decode = self._models.tokenizer.decode
+        return [
+            [(decode([token]), round(float(gap), 3)) for token, gap in zip(answer, of, strict=True)]
+            for answer, of in zip(answers, found, strict=True)
+        ]
 
     def _prompts(self) -> list[list[int]]:
         """The configured prompts, and beginnings of held-out rows, as tokens."""
@@ -228,11 +252,12 @@ class RunTable:
             texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
             prompts = [list(second.tokenizer(text)["input_ids"]) for text in texts]
             tokenizer = second.tokenizer
-        return self._answers(dataclasses.replace(teacher, tokenizer=tokenizer), prompts)
+        named = dataclasses.replace(teacher, tokenizer=tokenizer)
+        return [tokenizer.decode(one) for one in self._continued(named, prompts)]
 
-    def _answers(self, model: Model, prompts: list[list[int]]) -> list[str]:
+    def _continued(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
-        return [model.tokenizer.decode(answer) for answer in answers]
+        return [[int(token) for token in one] for one in answers]
 
 
 def drop(run: RunDir, names: Collection[str]) -> None:

@@ -70,7 +70,7 @@ def test_the_batch_size_follows_and_what_is_written_out_loads_again():
          "nobody drew those of data.train: use 1.0"),
         (["method={name: sampled_kl}", "rollout.top_p=0.9"], "not of those kept: remove it"),
         (["method={name: sampled_kl}", "rollout.temperature=0.7"],
-         "method.temperature = 1.0: must be rollout.temperature (0.7)"),
+         "method.temperature: must be rollout.temperature (0.7)"),
         (["method={name: sampled_kl, weight: 0.0}"], "nothing would be learned"),
         (["rollout.replay={}", "data.train=[{path: d.jsonl}]"], "replay adapts the share"),
         (["rollout.replay={}", "rollout.share=0.0", "rollout.max_age=1",

@@ -13,6 +13,7 @@ def run(records, *, events=(), rows=(), name="run"):
         rows=list(rows),
         held_out="",
         samples=[],
+        marks=[],
         samples_step=None,
         samples_page="",
         quarantined=None,

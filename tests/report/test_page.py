@@ -16,7 +16,7 @@ BLOCKS = [
     page.Text(EVIL, "code", EVIL),
     page.Table([(EVIL, EVIL)], [page.Row(EVIL, (), "red"), page.Row(EVIL, [page.Cell(EVIL, 5.0)])]),
     page.Pictures([page.Picture(EVIL, "<svg></svg>", [page.Key(EVIL, "red", "dots", EVIL)], EVIL)]),
-    page.Sample(EVIL, [(EVIL, EVIL)]),
+    page.Sample(EVIL, [(EVIL, EVIL)], [(EVIL, 2.5)]),
     page.Remarks([EVIL], [EVIL]),
     page.Pairs({EVIL: {EVIL: EVIL}}),
     page.Log(EVIL, [(EVIL, EVIL, EVIL)]),
@@ -33,6 +33,27 @@ def test_a_block_shows_all_its_text_as_text(block):
     assert not tags & {"script", "img", "a", "link"} and "\x1b" not in source
     assert not [name for _, attributes in shown.tags for name in attributes if name[:2] == "on"]
     assert {type(one) for one in BLOCKS} == set(typing.get_args(page.Block))
+
+
+def test_tokens_have_the_colour_of_their_gap():
+    marks = [("a", 2.5), ("b", -1.0), ("c", 0.49), ("d", -0.5), ("e", 1.99)]
+    source = page.render(
+        page.Page("R", "One", [page.Section("S", [page.Sample("", [("student", "abcde")], marks)])])
+    )
+    spans = {
+        (attributes.get("class"), attributes["title"])
+        for tag, attributes in Page(source).tags
+        if tag == "span" and "nats" in attributes.get("title", "")
+    }
+    assert spans == {
+        ("p3", "+2.50 nats"),
+        ("n2", "-1.00 nats"),
+        (None, "+0.49 nats"),
+        ("n1", "-0.50 nats"),
+        ("p2", "+1.99 nats"),
+    }
+    for name in ("p1", "p2", "p3", "n1", "n2", "n3"):
+        assert f".marks .{name}{{" in source
 
 
 def test_the_head_of_a_page_is_text_too():

@@ -46,6 +46,18 @@ def test_the_latest_samples_are_taken(tmp_path):
     assert (run.samples, run.samples_step) == ([{"prompt": "new"}], 200)
 
 
+def test_marks_of_samples_are_all_good_or_none(tmp_path):
+    rows = [
+        {"step": 1, "student": "ab", "marks": [["a", 0.5], ["b", -1]]},
+        {"step": 1, "student": "cd", "marks": [["c", "0.5"], ["d", -1]]},
+        {"step": 1, "student": "ef"},
+    ]
+    write(tmp_path, "RUN.json", {})
+    write(tmp_path, "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    run = run_files.load(tmp_path)
+    assert run.marks == [[("a", 0.5), ("b", -1.0)], [], []] and len(run.samples) == 3
+
+
 def test_samples_of_one_file_keep_its_last_step(tmp_path):
     lines = [{"step": s, "student": f"at {s}"} for s in (1, 2, 2)]
     write(tmp_path, "RUN.json", {})

@@ -63,6 +63,10 @@ def test_a_run_leaves_its_table_its_curves_and_its_page(finished):
     record = json.loads((run / "RUN.json").read_text())
     assert record["status"] == "done" and record["step"] == 6
     assert (run / "samples" / "step_000006.md").is_file()
+    for line in (run / "samples" / "step_000006.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        text, gaps = zip(*sample["marks"], strict=True)
+        assert len("".join(text)) >= len(sample["student"]) > 0 and np.all(np.isfinite(gaps))
     assert "student after" in (run / "report.html").read_text()
 
 
