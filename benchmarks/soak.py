@@ -41,6 +41,18 @@ def _on_rig(run: Callable[..., dict[str, Any]], count: int) -> Part:
 
 PARTS: dict[str, Part] = {
     "kills": _on_rig(soak_faults.kills, 200),
+    "writing_kills": _on_rig(
+        lambda rig, n, seed, report: soak_faults.kills(
+            rig,
+            n,
+            seed,
+            report,
+            per_run=2,
+            methods=soak_faults.WRITING,
+            points=soak_faults.WHILE_WRITING,
+        ),
+        100,
+    ),
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
     "doubled_stops": _on_rig(

@@ -41,7 +41,14 @@ METHODS = {
     "sft": "{name: sft}",
     "on_policy": "{name: reverse_kd, alpha: 0.0}\n"
     "rollout: {share: 0.7, prompts_per_step: 4, samples: 2, max_new_tokens: 12, max_age: 1}",
+    "replay": "{name: distillm, alpha: 0.0}\n"
+    "rollout: {share: 0.8, prompts_per_step: 4, samples: 2, max_new_tokens: 12,\n"
+    "  replay: {capacity: 24, schedule: constant, tolerance: 0.0}}",
 }
+# Runs whose student writes, and where they are: generating, and around the step, in which the
+# teacher scores and the student is updated.
+WRITING = ("on_policy", "replay")
+WHILE_WRITING = tuple(p for p in POINTS if p.startswith(("rollout.", "step.")))
 STEPS = 30
 # Whether a run stops at once when it cannot save: the minutes that it may stay unsaved.
 FULL_DISKS = {"stops": 0.0, "goes_on": 60.0}
@@ -189,7 +196,14 @@ def sound(run: pathlib.Path) -> bool:
 
 
 def kills(
-    rig: Rig, count: int, seed: int = 0, report: Callable[[dict], Any] = print, per_run: int = 8
+    rig: Rig,
+    count: int,
+    seed: int = 0,
+    report: Callable[[dict], Any] = print,
+    per_run: int = 8,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    points: Sequence[str] = POINTS,
 ) -> dict[str, Any]:
     """Kills runs with SIGKILL, half of them at named points, and compares what they end as.
 
@@ -199,23 +213,25 @@ def kills(
       seed: of the choice of points and moments.
       report: called with the counts so far, after every run.
       per_run: kills of one run before it may finish.
+      methods: of `METHODS`, in turn.
+      points: of `hooks.POINTS`, at which the other half are killed.
     """
     draw = random.Random(seed)
-    at, methods = Counter(), Counter()
+    at, of = Counter(), Counter()
     runs = equal = unsound = 0
     growth: list[int] = []
     began = time.perf_counter()
     while sum(at.values()) < count:
-        method = list(METHODS)[runs // 3 % len(METHODS)]  # each costs an undisturbed run first
+        method = methods[runs // 3 % len(methods)]  # each costs an undisturbed run first
         whole = rig.whole(method)
         run = rig.folder / f"killed-{seed}-{runs}"
         for _ in range(per_run):
             before = _newest(run)
-            where = _kill_once(rig, method, run, draw)
+            where = _kill_once(rig, method, run, draw, points)
             if where is None:
                 break
             at[where] += 1
-            methods[method] += 1
+            of[method] += 1
             unsound += not sound(run)
             growth.append(_newest(run) - before)
         code = rig.nursery.run(rig.command(method, run), rig.log)
@@ -231,7 +247,7 @@ def kills(
             "bitwise_equal_runs": equal,
             "unreadable_run_folders": unsound,
             "kills_at": dict(at.most_common()),
-            "kills_of": dict(methods),
+            "kills_of": dict(of),
             "kills_that_left_progress": sum(step > 0 for step in growth),
             "undisturbed_seconds": {name: round(s, 2) for name, s in rig.seconds.items()},
             "seconds": round(time.perf_counter() - began, 1),
@@ -244,10 +260,12 @@ def _newest(run: pathlib.Path) -> int:
     return max(step_folders.steps(run / "checkpoints"), default=0)
 
 
-def _kill_once(rig: Rig, method: str, run: pathlib.Path, draw: random.Random) -> str | None:
+def _kill_once(
+    rig: Rig, method: str, run: pathlib.Path, draw: random.Random, points: Sequence[str]
+) -> str | None:
     """One life of a run that ends by SIGKILL: where; None if it came to its end before."""
     if draw.random() < 0.5:
-        point = draw.choice(POINTS)
+        point = draw.choice(points)
         fault = f"{point}:{draw.randint(1, 6)}:kill"
         code = rig.nursery.run(rig.command(method, run), rig.log, fault)
     else:

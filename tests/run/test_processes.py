@@ -222,6 +222,48 @@ def test_a_killed_process_ends_the_group_which_goes_on_to_the_same_bits(
     assert [attempt["from_step"] for attempt in attempts] == [0, 10]
 
 
+def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
+    write_config, load_config, tmp_path, monkeypatch
+):
+    """The student writes; a process is killed while the answers of steps 5 and 6 are written."""
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"the fox {n}"}) + "\n" for n in range(20)))
+    rollouts = (
+        "train={steps: 6, eval_every: 6, log_every: 1}",
+        "checkpoint.every.steps=2",
+        "method={name: reverse_kd, alpha: 0.0}",
+        f"data.prompts=[{{path: {asked}}}]",
+        "rollout={prompts_per_step: 4, samples: 2, max_new_tokens: 12, max_age: 1, slots: 8}",
+    )
+    folders = {name: tmp_path / name for name in ("whole", "killed", "alone")}
+    for folder in folders.values():
+        folder.mkdir()
+    words = ("-n", "2", "--devices-per-process", "4", "--restart", "1", "--", "train")
+    for name, fault in (("whole", ""), ("killed", "rollout.call:5:wait")):
+        folder = folders[name]
+        config = write_config(folder, *rollouts)
+        with launched(folder, *words, config, fault=fault) as process:
+            if fault:
+                reaches(folder / "run", 4, process, folder)
+                os.kill(children(process.pid)[1], signal.SIGKILL)
+            ended(process, folder, 0)
+    whole, killed = (folders[name] / "run" for name in ("whole", "killed"))
+    assert "process 1 ended with signal SIGKILL" in told(folders["killed"])
+    assert_same_bits(arrays(killed, 6), arrays(whole, 6))
+    config = load_config(folders["alone"], *RUN, *rollouts)
+    alone = run_here(monkeypatch, 8, lambda: api.train(config)).run_dir
+    records = [read_metrics(run) for run in (whole, killed, alone)]
+    for ours, again, theirs in zip(*records, strict=True):
+        if "rollout/tokens" not in ours:
+            continue
+        assert ours["rollout/age"] in (0, 1) and ours["rollout/age"] == theirs["rollout/age"]
+        assert ours["rollout/age"] or ours["rollout/sampler_difference_max"] < 1e-5
+        for number in (n for n in ours if n != "time" and not n.startswith("perf/")):
+            assert ours[number] == again[number], number
+        assert ours["rollout/tokens"] == theirs["rollout/tokens"]
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
+
+
 def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
     pair, write_config, tmp_path, monkeypatch
 ):
