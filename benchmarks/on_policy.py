@@ -4,13 +4,16 @@
     python -m benchmarks.on_policy --tiny               # random models, no claim
 
 The quickstart's models: SmolLM2-135M-Instruct and 22 of its 30 layers. One update is timed part by
-part: handing the weights to the decoder, writing, packing, the teacher's reading alone, and the
-compiled step, which reads once more and updates. Where torch and transformers are installed, their
-`generate` answers the same prompts with the same student, in the same process, turn by turn.
+part: handing the weights to the decoder, writing, packing, the teacher's reading alone (timed
+beside the update, not part of it), and the compiled step, which reads and updates. Where torch and
+transformers are installed, their `generate` answers the same prompts with the same student, in the
+same process.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import tempfile
@@ -64,7 +67,7 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
             "data.train=[]",
             f"data.prompts=[{{path: {asked}}}]",
             "method={name: reverse_kd, alpha: 0.0}",
-            f"train={{steps: 100, batch_size: {options.prompts}}}",
+            f"train={{steps: 1000, batch_size: {options.prompts}, log_every: 1000}}",
             f"rollout={{prompts_per_step: {options.prompts}, max_new_tokens: {options.tokens}}}",
             "eval={compare: false}",
             *(TINY if options.tiny else ()),
@@ -100,7 +103,7 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
         told = feed.numbers(span)
         whole = time.perf_counter() - began
         parts = {"writing": told["perf/rollout_seconds"]}
-        parts["packing, comparing log-probabilities"] = whole - parts["writing"]
+        parts["packing"] = whole - parts["writing"]
         placed = steps.place(batch, mesh)
         with jax.set_mesh(mesh):
             parts["teacher's reading, alone"] = _timed(
@@ -124,13 +127,18 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
         "device": jax.devices()[0].device_kind,
         "prompts": options.prompts,
         "tokens": options.tokens,
+        "load": os.getloadavg()[0],
         "seconds": middle,
+        "share of neither writing nor the step": middle["packing"]
+        / sum(middle[name] for name in ("writing", "packing", "step: reading and update")),
         "handing the weights over, milliseconds": 1e3 * statistics.median(weights),
         "tokens a second": statistics.median(rates),
         "rows of batches": sorted(sizes),
         "rows that there may be": rows.buckets(options.prompts, 1),
     }
-    theirs = _transformers(folder, models, texts[: options.prompts], options)
+    student = dataclasses.replace(models.student, params=state.params["student"])
+    models = dataclasses.replace(models, student=student)
+    theirs = _transformers(folder, models, questions[: options.prompts], options)
     return result | ({"transformers, tokens a second": theirs} if theirs else {})
 
 
