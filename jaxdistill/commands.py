@@ -1,33 +1,13 @@
 """What commands take: each set of options once, read by the command line, workflows and Python."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from jaxdistill import budgets as budgets_in_words
-from jaxdistill.section import Budget, Count, Dtype, Path, Problem, Section, Size
-
-
-@dataclass(frozen=True)
-class Flag:
-    """How an option looks on the command line, where its name and its type do not say it.
-
-    Attributes:
-      short: a second spelling, such as -o.
-      metavar: what stands for its value in the help text.
-      name: how it is typed where that is not the field's name, such as --from.
-      positional: the value stands alone, without the option's name.
-      repeat: the option is given once for each of several values, not once for all of them.
-    """
-
-    short: str | None = None
-    metavar: str | None = None
-    name: str | None = None
-    positional: bool = False
-    repeat: bool = False
-
+from jaxdistill.drawing import Drawing, Temperature
+from jaxdistill.section import Budget, Count, Dtype, Flag, Path, Problem, Section, Size
 
 Paths = Annotated[
     tuple[Path, ...],
@@ -44,7 +24,6 @@ Format = Literal[
 Axis = Literal["layers", "embed", "mlp", "heads", "kv_heads", "experts"]
 SpecialTokens = Literal["refuse", "parse", "text"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Temperature = Annotated[float, Field(ge=0, le=1000), Flag(metavar="T")]
 
 
 class Text(Section):
@@ -274,21 +253,12 @@ class Harness(Section):
     )
 
 
-class Sampling(Section):
+class Sampling(Drawing):
     """How an answer is drawn."""
 
+    temperature: Temperature = Field(0.0, description="0 is greedy.")
     max_new_tokens: Annotated[int, Field(ge=1, le=10**6), Flag(metavar="N")] = Field(
         128, description="Longest answer (tokens)."
-    )
-    temperature: Temperature = Field(0.0, description="0 is greedy.")
-    top_k: Annotated[Size, Flag(metavar="K")] | None = Field(
-        None, description="Draw among the k most probable tokens."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1), Flag(metavar="P")] | None = Field(
-        None, description="Draw among the fewest tokens whose probability reaches p."
-    )
-    min_p: Annotated[float, Field(ge=0, le=1), Flag(metavar="P")] | None = Field(
-        None, description="Draw among tokens this fraction as probable as the best."
     )
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=100)], ...],

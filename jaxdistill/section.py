@@ -1,6 +1,7 @@
 """What every part of the configuration shares: frozen, strict, and rules between its fields."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,25 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=10**7)]
 Budget = Annotated[str, Field(max_length=20)]
 Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How an option looks on the command line, where its name and its type do not say it.
+
+    Attributes:
+      short: a second spelling, such as -o.
+      metavar: what stands for its value in the help text.
+      name: how it is typed where that is not the field's name, such as --from.
+      positional: the value stands alone, without the option's name.
+      repeat: the option is given once for each of several values, not once for all of them.
+    """
+
+    short: str | None = None
+    metavar: str | None = None
+    name: str | None = None
+    positional: bool = False
+    repeat: bool = False
 
 
 class Section(BaseModel):

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxdistill.cli import output
-from jaxdistill.commands import Flag
 from jaxdistill.errors import ConfigError
-from jaxdistill.section import Count, Section
+from jaxdistill.section import Count, Flag, Section
 
 File = Annotated[str, Flag(metavar="FILE")]
 

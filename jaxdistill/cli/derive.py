@@ -10,9 +10,8 @@ import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from jaxdistill.commands import Flag
 from jaxdistill.errors import ConfigError
-from jaxdistill.section import Section
+from jaxdistill.section import Flag, Section
 
 S = typing.TypeVar("S", bound=Section)
 
@@ -88,6 +87,8 @@ def _help(field: FieldInfo) -> str:
     if default is not None and default is not False and default != ():
         value = " ".join(default) if isinstance(default, tuple) else default
         text += f"; default: {value}"
+    elif not field.is_required() and default is not False and "none" not in text.lower():
+        text += "" if "default" in text.lower() else "; default: none"
     return text.replace("%", "%%")
 
 

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands import Flag
-from jaxdistill.section import Count, Section
+from jaxdistill.section import Count, Flag, Section
 
 _POSITIONAL = Flag(positional=True)
 

@@ -30,7 +30,7 @@ def importance(
     """Importance of every unit of a model, from one forward pass over calibration text.
 
     Args:
-      model: a loaded model, or any name `engine.load` understands.
+      model: a loaded model, or any name `references.load_any` understands.
       options: the text, how much of it, and which layers are also left out to measure the loss.
       dtype: held and computed in.
 
@@ -137,7 +137,7 @@ def prune(
     """Writes a pruned student as a folder that transformers opens.
 
     Args:
-      model: a loaded model, or any name `engine.load` understands.
+      model: a loaded model, or any name `references.load_any` understands.
       out: a folder that does not exist yet, or is empty.
       options: what the student is to be. Without `options.importance` scores are measured on
         `calibration` and written to OUT.importance.safetensors, for any other size.

@@ -8,7 +8,8 @@ from pydantic import Field
 from jaxdistill.commands import Format
 from jaxdistill.config.loader import loads_as, read
 from jaxdistill.config.server import Api
-from jaxdistill.section import Count, Dtype, Path, Problem, Section, Size
+from jaxdistill.drawing import Drawing
+from jaxdistill.section import Count, Dtype, Path, Problem, Section
 
 
 class AskedTeacher(Section):
@@ -63,18 +64,10 @@ class Prompt(Section):
                 yield (name,), f"has no effect without style: {style}"
 
 
-class Sampling(Section):
+class Sampling(Drawing):
     """How answers are drawn."""
 
     samples: int = Field(30, ge=1, le=10000, description="Answers per question, N.")
-    temperature: float = Field(1.0, ge=0, le=1000, description="0 is greedy.")
-    top_k: Size | None = Field(None, description="Draw among the k most probable tokens.")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Draw among the fewest tokens whose probability reaches p."
-    )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Draw among tokens this fraction as probable as the best."
-    )
     max_new_tokens: int = Field(128, ge=1, le=10**6, description="Longest answer (tokens).")
     stop: tuple[Annotated[str, Field(min_length=1, max_length=100)], ...] = Field(
         ("\nQ:",), max_length=16, strict=False, description="Strings that end an answer."
@@ -83,12 +76,9 @@ class Sampling(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Rules: no setting without effect."""
-        if self.temperature == 0:
-            if self.samples > 1:
-                yield ("samples",), "must be 1 at temperature 0: all answers would be equal"
-            for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
-                    yield (name,), "has no effect at temperature 0"
+        yield from super().problems()
+        if self.temperature == 0 and self.samples > 1:
+            yield ("samples",), "must be 1 at temperature 0: all answers would be equal"
 
 
 class Filter(Section):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxdistill import methods
+from jaxdistill.drawing import Drawing, Temperature
 from jaxdistill.section import Count, Path, Problem, Section, Size
 
 
@@ -47,7 +48,7 @@ class Replay(Section):
     )
 
 
-class Rollout(Section):
+class Rollout(Drawing):
     """Text that the student writes itself, answers to data.prompts, in place of given text."""
 
     share: float = Field(
@@ -61,17 +62,8 @@ class Rollout(Section):
     prompts_per_step: Size = Field(description="Prompts that an update learns from.")
     samples: Size = Field(1, description="Answers to each prompt (num_generations).")
     max_new_tokens: Size = Field(description="Tokens of an answer at most, its end included.")
-    temperature: float = Field(
-        1.0, ge=0, le=1000, description="T of the sampling; the loss has its own. 0 is greedy."
-    )
-    top_k: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
-        None, description="Draw among the k most probable tokens."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Draw among the fewest tokens whose probability reaches p."
-    )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Draw among tokens at least min_p times as probable as the likeliest."
+    temperature: Temperature = Field(
+        1.0, description="T of the sampling; the loss has its own. 0 is greedy."
     )
     max_age: int = Field(
         0,
@@ -144,12 +136,9 @@ class Rollout(Section):
             yield where, f"{rule}: lower it, or max_new_tokens"
         if self.replay is not None:
             yield from self._replay_problems()
-        if self.temperature == 0:
-            for name in ("top_k", "top_p", "min_p"):
-                if getattr(self, name) is not None:
-                    yield (name,), "has no effect at temperature 0: remove it"
-            if self.samples > 1:
-                yield ("samples",), "would all be the same at temperature 0: use 1"
+        yield from super().problems()
+        if self.temperature == 0 and self.samples > 1:
+            yield ("samples",), "would all be the same at temperature 0: use 1"
         if self.distilled_tokens is not None and self.distilled_tokens > self.max_new_tokens:
             rule = f"has no effect above max_new_tokens ({self.max_new_tokens}): remove it"
             yield ("distilled_tokens",), rule

@@ -39,7 +39,7 @@ def evaluate(
     """Accuracy of a model on tasks.
 
     Args:
-      model: a loaded model, or any name `engine.load` understands.
+      model: a loaded model, or any name `references.load_any` understands.
       names: of tasks, see `reasoning.tasks`.
       options: how they are put; None: plainly, greedy.
       folder: of published files.

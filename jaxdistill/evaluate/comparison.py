@@ -42,7 +42,7 @@ def compare_models(
     """Measures every model on the same rows; several of one name are seeds of one thing.
 
     Args:
-      models: (name, model or any name `engine.load` understands), in the order of the table.
+      models: (name, model or what `references.load_any` understands), in the order of the table.
       options: what they are measured on.
       teacher: in place of `options.teacher`.
       out: a folder; comparison.json is written there.

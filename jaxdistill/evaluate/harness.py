@@ -35,7 +35,7 @@ def harness(
     """Results of lm-eval tasks, by task and metric; tasks that are not cached are downloaded.
 
     Args:
-      model: a loaded model, or any name `engine.load` understands.
+      model: a loaded model, or any name `references.load_any` understands.
       tasks: names that `lm-eval ls tasks` lists.
       options: how many documents, and how they are asked.
       dtype: held and computed in.

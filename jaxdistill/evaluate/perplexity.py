@@ -59,7 +59,7 @@ def evaluate(
     """Perplexity, calibration, speed and size of a model; with a teacher also KL and agreement.
 
     Args:
-      model: a loaded model, or any name `engine.load` understands.
+      model: a loaded model, or any name `references.load_any` understands.
       options: the text, and how it is read.
       teacher: in place of `options.teacher`; its vocabulary must cover the text.
 

@@ -12,7 +12,7 @@ from jaxdistill.kernels import checks
 from jaxdistill.losses import divergences
 from jaxdistill.losses.likelihood import masked_mean
 from jaxdistill.losses.whole_rows import detached_skew_reverse_kl
-from jaxdistill.ranges import Range
+from jaxdistill.ranges import BALANCE
 from jaxdistill.types import Mean
 
 DIRECTIONS = ("forward", "reverse")
@@ -101,7 +101,7 @@ def distillm2(
 
     Reference: Ko et al. 2025, arXiv 2503.07067; the constant q is its code's.
     """
-    checks.number("balance", balance, Range(1.0, 0, 2), "distillm2: ")
+    checks.number("balance", balance, BALANCE, "distillm2: ")
     means, rows = [], []
     sides = (
         (chosen, divergences.skew_forward_kl, skew_chosen),

@@ -7,7 +7,6 @@ float32, unreduced, times T^2 where `scale_by_t2`. The fused head loss runs them
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -21,7 +20,7 @@ from jaxdistill.kernels import checks
 from jaxdistill.kernels.operands import FARTHEST
 from jaxdistill.losses import divergences, given
 from jaxdistill.losses.likelihood import cross_entropy
-from jaxdistill.ranges import COMMON, ENTRIES, WHOLE_ROWS, Range
+from jaxdistill.ranges import COMMON, ENTRIES, WHOLE_ROWS
 
 # Logits are clamped here: what is impossible for both counts nothing, and nothing is infinite.
 _LOWEST = -1e30
@@ -133,7 +132,7 @@ def alphanet(
 
     Reference: Wang et al. 2021, arXiv 2102.07954, and its code for the surrogate.
     """
-    checks.number("clip", clip, Range(5.0, 0, math.inf, above=True))
+    checks.number("clip", clip, WHOLE_ROWS["alphanet"]["clip"])
     x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
     first, second = (_alpha(student, teacher, alpha, clip) for alpha in alphas)
     return x.finished(jnp.where(first[0] > second[0], first[1], second[1]), scale_by_t2)
@@ -153,7 +152,7 @@ def alphanet_value(
 
     Args and Raises as `alphanet`.
     """
-    checks.number("clip", clip, Range(5.0, 0, math.inf, above=True))
+    checks.number("clip", clip, WHOLE_ROWS["alphanet"]["clip"])
     x, student, teacher = _tempered(student_logits, teacher_logits, temperature)
     values = [_alpha(student, teacher, alpha, clip)[0] for alpha in alphas]
     return jax.lax.stop_gradient(x.finished(jnp.maximum(*values), scale_by_t2=False))

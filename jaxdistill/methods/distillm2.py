@@ -7,13 +7,19 @@ from pydantic import Field
 
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
 from jaxdistill.methods.knobs import Alpha, Balance, schedules
+from jaxdistill.ranges import SKEW
 
 
 class Distillm2(Options):
     """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean."""
 
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
-    skew: float = Field(0.1, ge=0, le=1, description="Weight of the model that is compared.")
+    skew: float = Field(
+        SKEW.default,
+        ge=SKEW.least,
+        le=SKEW.most,
+        description="Weight of the model that is compared.",
+    )
     balance: Balance = Field(
         1.0,
         description="Weight of the student's responses; 2 - balance is that of the teacher's. A "
@@ -21,7 +27,7 @@ class Distillm2(Options):
     )
 
 
-def objective(*, skew: float = 0.1, **head: Unpack[Head]) -> Objective:
+def objective(*, skew: float = SKEW.default, **head: Unpack[Head]) -> Objective:
     """DistiLLM-2: towards the teacher's responses, away from the student's own, each a mean.
 
         (2 - balance) mean_y KL(p || a p + (1 - a) q)     y written by teacher or data

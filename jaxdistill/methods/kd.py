@@ -50,10 +50,9 @@ class Kd(Options):
             if moves and self.divergence not in ENTRIES:
                 yield ("parameters", name), f"must be a number: {self.divergence} cannot move it"
                 continue
-            least, most = ranges[name].least, ranges[name].most
             for value in (given.start, given.end) if moves else (given,):
-                if not least <= value <= most:
-                    yield ("parameters", name), f"{value}: must be in [{least}, {most}]"
+                if value not in ranges[name]:
+                    yield ("parameters", name), f"{value}: must be {ranges[name]}"
                 elif moves and self.divergence == "generalized_jsd" and value in (0, 1):
                     rule = f"{value}: must lie inside (0, 1): the divergence jumps at its ends"
                     yield ("parameters", name), rule

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from jaxdistill.ranges import BALANCE
 from jaxdistill.section import Section
 
 
@@ -55,17 +56,19 @@ Weight = Annotated[
 ]
 
 
+_Share = Annotated[float, Field(ge=BALANCE.least, le=BALANCE.most)]
+
+
 class BalanceSchedule(Section):
     """A share of two that moves from start to end over train.steps."""
 
     schedule: Literal["linear", "cosine"] = Field(description="Shape of the way.")
-    start: float = Field(ge=0, le=2, description="Value at the first step.")
-    end: float = Field(ge=0, le=2, description="Value at the last step.")
+    start: _Share = Field(description="Value at the first step.")
+    end: _Share = Field(description="Value at the last step.")
 
 
 Balance = Annotated[
-    Annotated[float, Field(ge=0, le=2), Tag("<number>")]
-    | Annotated[BalanceSchedule, Tag("<schedule>")],
+    Annotated[_Share, Tag("<number>")] | Annotated[BalanceSchedule, Tag("<schedule>")],
     Discriminator(_knob_kind),
 ]
 LayerPair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]

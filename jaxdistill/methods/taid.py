@@ -16,7 +16,10 @@ from jaxdistill.methods.base import (
     no_parameters,
 )
 from jaxdistill.methods.knobs import Alpha, scheduled
+from jaxdistill.ranges import TAID
 from jaxdistill.section import Problem
+
+_START, _END, _STEP, _BETA = (TAID[name] for name in ("t_start", "t_end", "step_size", "beta"))
 
 
 class Taid(Options):
@@ -28,12 +31,24 @@ class Taid(Options):
         description="How t moves: the paper's step size, which adapts in runs of more than 4,000 "
         "steps; one scaled to the run, which adapts in any; or the straight line alone.",
     )
-    t_start: float = Field(0.4, ge=0, le=1, description="t of the first step.")
-    t_end: float = Field(1.0, ge=0, le=1, description="The largest t; 1 is the teacher itself.")
-    step_size: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    t_start: float = Field(
+        _START.default, ge=_START.least, le=_START.most, description="t of the first step."
+    )
+    t_end: float = Field(
+        _END.default,
+        ge=_END.least,
+        le=_END.most,
+        description="The largest t; 1 is the teacher itself.",
+    )
+    step_size: Annotated[float, Field(gt=_STEP.least, le=_STEP.most)] | None = Field(
         None, description="The paper's alpha; null: 5e-4, or 15 / train.steps where mode is scaled."
     )
-    beta: float = Field(0.99, ge=0, lt=1, description="Momentum of the loss's relative change.")
+    beta: float = Field(
+        _BETA.default,
+        ge=_BETA.least,
+        lt=_BETA.most,
+        description="Momentum of the loss's relative change.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: t does not go back; no setting without effect."""

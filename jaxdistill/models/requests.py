@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxdistill.errors import ModelError
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.ranges import DRAWING
 
 # stop(tokens of a row so far, how many of them it has seen) -> how many to keep, which ends the
 # row, or None
@@ -181,16 +182,14 @@ def check_settings(request: Request) -> None:
     Raises:
       ModelError: with field, value and rule.
     """
-    temperature = request.temperature
-    top_k, top_p, min_p = request.top_k, request.top_p, request.min_p
     wrong = {
         "max_new_tokens": (request.max_new_tokens < 1, "at least 1"),
         "samples": (request.samples < 1, "at least 1"),
         "first": (not 0 <= request.first < 2**31, "0 or more"),
-        "temperature": (not 0 <= temperature < np.inf, "0 or more"),
-        "top_k": (top_k is not None and not 1 <= top_k < 2**31, "at least 1"),
-        "top_p": (top_p is not None and not 0 < top_p <= 1, "above 0 and at most 1"),
-        "min_p": (min_p is not None and not 0 <= min_p <= 1, "from 0 to 1"),
+        **{
+            name: ((value := getattr(request, name)) is not None and value not in span, str(span))
+            for name, span in DRAWING.items()
+        },
         "repetition_penalty": (not 0 < request.repetition_penalty < np.inf, "above 0"),
         "frequency_penalty": (not np.isfinite(request.frequency_penalty), "finite"),
         "presence_penalty": (not np.isfinite(request.presence_penalty), "finite"),
@@ -201,7 +200,8 @@ def check_settings(request: Request) -> None:
     for name, (bad, rule) in wrong.items():
         if bad:
             raise ModelError(f"generate: {name}: {getattr(request, name)} must be {rule}")
-    if temperature == 0 and not (top_k is None and top_p is None and min_p is None):
+    filters = (request.top_k, request.top_p, request.min_p)
+    if request.temperature == 0 and any(value is not None for value in filters):
         raise ModelError(
             "generate: top_k, top_p and min_p have no effect at temperature 0: set it above 0 to "
             "draw, or leave them out"

@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim.schedules import NamedKnobState
+from jaxdistill.ranges import TAID
 
 MODES = ("paper", "scaled", "linear")
 # alpha = 15 / steps moves t in a run of any length as 5e-4 does in one of 30,000 steps.
@@ -90,7 +91,13 @@ def taid(
     Reference: Shing et al. 2025 (TAID), arXiv 2501.16937, in the order of its code.
     """
     _check(num_steps, t_start, t_end, alpha, beta, mode)
-    step_size = alpha if alpha is not None else _SCALED / num_steps if mode == "scaled" else 5e-4
+    step_size = (
+        alpha
+        if alpha is not None
+        else _SCALED / num_steps
+        if mode == "scaled"
+        else TAID["step_size"].default
+    )
 
     def init(params: Any) -> NamedKnobState:
         number = lambda value: jnp.asarray(value, jnp.float32)
@@ -134,11 +141,12 @@ def _check(num_steps, t_start, t_end, alpha, beta, mode) -> None:
         raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(MODES)}")
     if num_steps < 1:
         raise ConfigError(f"num_steps = {num_steps}: must be at least 1")
-    if not 0 <= t_start <= t_end <= 1:
+    if t_start not in TAID["t_start"] or t_end not in TAID["t_end"] or t_start > t_end:
         raise ConfigError(
             f"t_start = {t_start}, t_end = {t_end}: must be 0 <= t_start <= t_end <= 1"
         )
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha = {alpha}: must be in [0, 1], or None for the mode's own")
-    if not 0 <= beta < 1:
-        raise ConfigError(f"beta = {beta}: must be in [0, 1)")
+    if alpha is not None and alpha not in TAID["step_size"]:
+        rule = f"must be {TAID['step_size']}, or None for the mode's own"
+        raise ConfigError(f"alpha = {alpha}: {rule}")
+    if beta not in TAID["beta"]:
+        raise ConfigError(f"beta = {beta}: must be {TAID['beta']}")

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def describe(plan: Mapping[str, Any]) -> str:
-    """The plan of `engine.plan` as lines of text."""
+    """The plan of `api.plan` as lines of text."""
     return "\n".join(_lines(plan))
 
 

@@ -1,7 +1,7 @@
 """The process that compiles a step for a target: a JSON question on stdin, its answer on stdout.
 
-`planning` starts it with the environment that the target's compiler needs, and with a folder into
-which the compiler writes when each buffer is alive.
+`plan.search` starts it with the environment that the target's compiler needs, and with a folder
+into which the compiler writes when each buffer is alive.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def measure(
     method: RunMethod,
     dump: str,
 ) -> dict[str, Any]:
-    """Compiles the step and counts: the dict that `planning.plan` returns.
+    """Compiles the step and counts: the dict that `search.plan` returns.
 
     Args:
       config: of the run.

@@ -100,6 +100,8 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
     if config.teacher and config.teacher.quantize:
         quantize.check_backend(config.teacher.quantize)
+        if teacher is not None:
+            shapes.teacher_scheme(config.teacher, network)
     sections = {"teacher": config.teacher, "student": config.student}
     for name, section in sections.items():
         shape = named[name]

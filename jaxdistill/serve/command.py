@@ -14,7 +14,7 @@ def serve(source: str, options: Serve | None = None, *, key: str | None = None) 
     """Serves a model until it is interrupted.
 
     Args:
-      source: any name `engine.load` understands.
+      source: any name `references.load_any` understands.
       options: where to listen, and how much is answered at a time.
       key: what clients must send as their key; None: nothing.
 

@@ -145,6 +145,8 @@ def test_a_folder_in_whole_numbers_is_planned_as_a_run_holds_it(tmp_path):
     loaded = config.loads(text(teacher=f"{{source: {folder}, quantize: int8}}"))
     with pytest.raises(ConfigError, match="is quantised already: leave it out"):
         api.plan(loaded, "cpu:8")
+    with pytest.raises(ConfigError, match="is quantised already: leave it out"):
+        participants.shapes_of(loaded, mesh_of(loaded))  # before any weights are read
 
 
 def test_weights_beside_adapters_are_planned_as_a_run_holds_them():
