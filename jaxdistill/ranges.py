@@ -65,7 +65,7 @@ ENTRIES: Mapping[str, Mapping[str, Range]] = {
 # Functions of `losses.whole_rows`: their parameters are part of the compiled program.
 WHOLE_ROWS: Mapping[str, Mapping[str, Range]] = {
     "adaptive_kl": {"mu": _UNIT},
-    "alphanet": {"clip": Range(5.0, 0.01, 1e6)},
+    "alphanet": {"clip": Range(5.0, 0, math.inf, above=True)},
     "decoupled_kl": {"target_weight": Range(1.0, 0, 1e6), "rest_weight": Range(0.5, 0, 1e6)},
     "smoothed_forward_kl": {"target_smoothing": Range(0.1, 0, 1)},
     "logit_mse": {},

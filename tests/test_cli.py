@@ -397,7 +397,9 @@ def test_rules_between_options_are_told_as_they_are_typed(capsys, words, message
 
 
 def test_generate(capsys, folder, engine):
-    code, out, err = run(capsys, "generate", "model", "-p", "one", "-p", "two", "--top-k", "3")
+    code, out, err = run(
+        capsys, "generate", "model", "-p", "one", "-p", "two", "--top-k", "3", "--temperature", "1"
+    )
     assert code == 0
     assert out == "one![31m\n\ntwo![31m\n"
     assert err.endswith("progress\n")
@@ -406,7 +408,7 @@ def test_generate(capsys, folder, engine):
         ["one", "two"],
         {
             "max_new_tokens": 128,
-            "temperature": 0.0,
+            "temperature": 1.0,
             "top_k": 3,
             "top_p": None,
             "min_p": None,

@@ -21,7 +21,7 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 _NO_PLATFORM = re.compile(r"(?:initialize backend|Unknown backend:?|backend) '(\w+)'")
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
-_LIGHT = ("ckpt", "init", "launch", "ls", "report", "validate")
+_LIGHT = ("ckpt", "clean", "init", "launch", "ls", "report", "validate")
 # Their work is in files, and goes on when nobody reads what they print.
 _LASTING = ("launch", "resume", "sweep", "train", "workflow")
 # Whether these keep compiled programs is for their configuration to say, or not worth while.

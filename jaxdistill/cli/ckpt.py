@@ -1,4 +1,4 @@
-"""The commands about a run's checkpoints: ls, verify and rollback."""
+"""The commands about what a run has on disk: ckpt ls, verify and rollback, and clean."""
 
 import argparse
 import datetime
@@ -89,6 +89,28 @@ def rollback(arguments: argparse.Namespace) -> None:
         run.update(status="stopped", step=arguments.step)
     moved = ", ".join(map(str, later)) or "none: it is the newest"
     print(f"put aside: {moved}; next: jaxdistill resume {arguments.run_dir}")
+
+
+def clean(arguments: argparse.Namespace) -> None:
+    """Lists what of a run may go, and with --yes removes it."""
+    from jaxdistill.run import clean as cleaning
+    from jaxdistill.run.folder import RunDir
+
+    run = RunDir.open(arguments.run_dir)
+    found = cleaning.remove(run) if arguments.yes else cleaning.waste(run)
+    total = sum(one.bytes for one in found)
+    if arguments.json:
+        rows = [{"path": str(one.path), "why": one.why, "bytes": one.bytes} for one in found]
+        return print_json({"removed": arguments.yes, "bytes": total, "entries": rows})
+    for one in found:
+        print(f"{one.bytes / 1e6:10.1f} MB  {one.path}: {one.why}")
+    if not found:
+        print(f"{arguments.run_dir}: nothing to remove")
+    elif arguments.yes:
+        print(f"removed {total / 1e6:.1f} MB")
+    else:
+        print(f"would remove {total / 1e6:.1f} MB; --yes removes it")
+    return None
 
 
 def _directory(run_dir: str) -> pathlib.Path:

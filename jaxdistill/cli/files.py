@@ -80,6 +80,11 @@ def validate(arguments: argparse.Namespace) -> int:
     notes: list[str] = []
     try:
         if workflow.is_workflow(config.read(arguments.config)):
+            if arguments.overrides:
+                raise ConfigError(
+                    f"{arguments.overrides[0]}: {arguments.config} is a workflow, whose steps have "
+                    "overrides of their own: change the file"
+                )
             text = syntax.dump(workflow.load(arguments.config).model_dump(mode="json"))
         else:
             loaded = config.load(arguments.config, arguments.overrides)

@@ -11,6 +11,7 @@ from jaxdistill import commands
 from jaxdistill.cli import bench, ckpt, compress, data, derive, files, launch, reason, runs, teacher
 from jaxdistill.cli.sections import (
     Adapters,
+    Clean,
     File,
     Folder,
     HarnessTasks,
@@ -119,6 +120,12 @@ COMMANDS = (
         "Put the ones after STEP aside; resume starts from STEP.",
         (Rollback,),
         json=False,
+    ),
+    Command(
+        "clean",
+        ckpt.clean,
+        "Say what of a run's folder may go, and with --yes remove it.",
+        (Clean,),
     ),
     Command(
         "importance",

@@ -73,6 +73,12 @@ class RunFolder(Section):
     )
 
 
+class Clean(RunFolder):
+    """A run, and whether what it does not need goes."""
+
+    yes: bool = Field(False, description="Remove it; without, only say what would go.")
+
+
 class Resume(RunFolder):
     """A run, and what changes from here on."""
 

@@ -32,7 +32,38 @@ SYNONYMS = {
     "opd": "rollout",
     "replay_ratio": "rollout.replay.schedule",
     "loss_eps": "rollout.replay.tolerance",
+    "epochs": "train.steps",
+    "num_train_epochs": "train.steps",
+    "max_steps": "train.steps",
+    "learning_rate": "optimizer.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.micro_batches",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "report_to": "logging",
 }
+# What a method is called elsewhere, and how it is written here.
+OTHER_METHODS = {
+    "kl": "kd, KL(teacher || student)",
+    "forward_kl": "kd, KL(teacher || student)",
+    "hinton": "kd",
+    "soft_labels": "kd",
+    "rkl": "reverse_kd, KL(student || teacher)",
+    "reverse_kl": "reverse_kd, KL(student || teacher)",
+    "gkd": "jsd, with a section rollout for the student's own text",
+    "opd": "reverse_kd, with a section rollout",
+    "on_policy": "reverse_kd, with a section rollout",
+    "minillm": "reverse_kd, with a section rollout",
+    "distillm_v2": "distillm2",
+    "tvd": "total_variation",
+    "minilm_v2": "minilm",
+    "mse": "kd, with divergence: logit_mse",
+    "ce": "sft",
+    "cross_entropy": "sft",
+    "finetune": "sft",
+    "seqkd": "sft, on what `jaxdistill teacher generate` wrote",
+}
+_MOST = 4  # alternatives of a section that are explained in full
 
 
 def _schema() -> Schema:
@@ -80,12 +111,29 @@ def explain(key: str) -> str:
     path = tuple(part for part in key.split(".") if part)
     found = [_schema()]
     for depth, part in enumerate(path):
-        below = _step(found, part)
+        below = _step(found, part) or [node for node in found if _named(node) == part]
         if not below:
             hint = suggest(path[:depth], part)
             raise ConfigError(f"{shown(part)}: no such key{'; ' + hint if hint else ''}")
         found = below
+    if sum(_named(node) is not None for node in found) > _MOST:
+        return _names(".".join(path), found)
     return "\n\n".join(_describe(".".join(path), schema) for schema in found)
+
+
+def _names(key: str, found: Sequence[Schema]) -> str:
+    """The alternatives of a section by name, one line on each."""
+    named = {name: node.get("description", "") for node in found if (name := _named(node))}
+    width = max(map(len, named))
+    lines = [f"  {name:{width}}  {text}" for name, text in named.items()]
+    first = next(iter(named))
+    return "\n".join(
+        [
+            f"{key}: a section whose `name` is one of",
+            *lines,
+            f"`--explain {key}.{first}` lists keys",
+        ]
+    )
 
 
 def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:

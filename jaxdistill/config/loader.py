@@ -251,7 +251,11 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"must be a section of keys{' (or removed)' if value is None else ''}"
     if kind.startswith("union_tag"):
-        return _choice(value.get("name") if isinstance(value, dict) else None, list(METHODS))
+        name = value.get("name") if isinstance(value, dict) else None
+        ours = keys.OTHER_METHODS.get(str(name).lower().replace("-", "_"))
+        if ours is not None:
+            return f"must be one of {', '.join(METHODS)}; here it is {ours}"
+        return _choice(name, list(METHODS))
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return _choice(value, expected) + _ALTERNATIVES.get(item["loc"][-1], "")

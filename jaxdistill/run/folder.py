@@ -152,6 +152,12 @@ class RunDir:
             if part not in saved:
                 self.update(saved=saved | {part: step})
 
+    def forget_saved(self, part: str) -> None:
+        """From now on a training of the run needs no checkpoint: it is over."""
+        with self._changing:
+            saved = self.record.get("saved", {})
+            self.update(saved={name: step for name, step in saved.items() if name != part})
+
     def forget(self) -> None:
         """Makes the record that of a run which has not begun."""
         kept = ("schema", "name", "id", "attempts", "command")

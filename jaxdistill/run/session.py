@@ -23,6 +23,7 @@ from jaxdistill.run import (
     alike,
     anew,
     changes,
+    clean,
     hearing,
     identity,
     participants,
@@ -343,6 +344,13 @@ class _Session:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
+        agree.by_leader(lambda: self._drop_control(folder / "checkpoints"))
+
+    def _drop_control(self, folder: pathlib.Path) -> None:
+        """The control is measured, and half of what a run leaves on the disk is its checkpoints."""
+        self.run.forget_saved("control")
+        if folder.is_dir():
+            clean.drop(folder)
 
     def _training(
         self,

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from jaxdistill import config
 from jaxdistill.config import keys
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods import METHODS
 
 
 def test_every_key_is_documented():
@@ -33,6 +35,9 @@ def test_explain_of_sections_lists_their_keys():
     method = config.explain("method")
     assert "Knowledge distillation" in method
     assert "Supervised fine-tuning" in method
+    assert len(method.splitlines()) == len(METHODS) + 2  # a line on each, not all of their keys
+    assert "temperature: " in config.explain("method.kd")
+    assert "temperature: " not in config.explain("method.sft")
     assert "  steps: whole number at least 1, at most 1000000000 (required)" in config.explain(
         "train"
     )
@@ -125,3 +130,11 @@ def reference_distance(left, right):
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))
 def test_distance_is_that_of_its_definition(left, right):
     assert keys._edits(left, right) == reference_distance(left, right)
+
+
+def test_names_of_other_tools_lead_to_what_is_here():
+    for word, key in keys.SYNONYMS.items():
+        assert key in {".".join(path) for path in keys.all_keys()}, word
+        assert config.explain(word).startswith(f"{word} is {key} here")
+    for word, ours in keys.OTHER_METHODS.items():
+        assert word not in METHODS and re.match(r"\w+", ours)[0] in METHODS

@@ -146,10 +146,10 @@ def test_no_prompts_no_texts(model):
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: 0 must be at least 1"),
-        ({"temperature": -1.0}, "temperature: -1.0 must be in \\[0, 1000\\]"),
+        ({"temperature": -1.0}, "temperature: -1.0 must be in [0, 1000]"),
         ({"temperature": float("nan")}, "temperature: nan must be in"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: 0 must be in"),
-        ({"temperature": 1.0, "top_p": 1.5}, "top_p: 1.5 must be in \\(0, 1\\]"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p: 1.5 must be in (0, 1]"),
         ({"top_k": 5}, "top_k, top_p and min_p have no effect at temperature 0"),
         ({"prompts": ["text"]}, "has no tokenizer: give prompts as token ids"),
         ({"prompts": [[1], []]}, "prompt 1 must have tokens"),
