@@ -19,8 +19,9 @@ LONG_DOCUMENTS = ("auto", "split", "truncate", "reject")
 TURNS = ("whole", "each")
 SPECIAL_TOKENS = ("text", "parse")
 
-# Part of every fingerprint: raise it when the same input would give other tokens, masks or rows.
-_VERSION = 3
+# Part of every fingerprint: raise it when the same input would give other tokens, masks, rows or
+# facts of the folder: one of before is not opened then.
+_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
