@@ -41,6 +41,10 @@ SYNONYMS = {
     "max_length": "data.seq_len",
     "max_seq_length": "data.seq_len",
     "report_to": "logging",
+    "max_distilled_tokens": "rollout.distilled_tokens",
+    "teacher_kl_coef": "method.weight",
+    "opd_kl_coef": "method.weight",
+    "is_clip": "method.max_ratio",
 }
 # What a method is called elsewhere, and how it is written here.
 OTHER_METHODS = {

@@ -114,7 +114,14 @@ def test_what_checkpoints_keep_is_never_more_than_was_said():
 
 @pytest.mark.parametrize(
     ("word", "key"),
-    [("lmbda", "rollout.share"), ("num_generations", "rollout.samples"), ("on-policy", "rollout")],
+    [
+        ("lmbda", "rollout.share"),
+        ("num_generations", "rollout.samples"),
+        ("on-policy", "rollout"),
+        ("replay_ratio", "rollout.replay.schedule"),
+        ("opd_kl_coef", "method.weight"),
+        ("is_clip", "method.max_ratio"),
+    ],
 )
 def test_the_names_of_other_tools_are_found(word, key):
     assert keys.explain(word).startswith(f"{word} is {key} here\n\n{key}: ")

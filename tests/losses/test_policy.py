@@ -164,6 +164,46 @@ def test_the_sampled_teacher_has_the_exact_gradient_in_expectation():
     np.testing.assert_allclose(jax.grad(loss)(Z), REVERSE, atol=1e-6)
 
 
+MU = jax.nn.log_softmax(Z + jnp.array([0.4, -0.3, 0.2, -0.1]))
+LOGQ, LOGP = jax.nn.log_softmax(Z), jax.nn.log_softmax(Z_T)
+GAP = LOGP - LOGQ
+
+
+@pytest.mark.parametrize(
+    ("log_mu", "gains", "corrected", "expected"),
+    [
+        (LOGQ, GAP, False, REVERSE),
+        # A reward of -k3 is another objective; a KL that no token decides is a baseline.
+        (LOGQ, -(jnp.expm1(GAP) - GAP), False, (0.007026, -0.030031, -0.025534, 0.048539)),
+        (LOGQ, jnp.full(4, -0.306657), False, (0.0, 0.0, 0.0, 0.0)),
+        # Drawn from another distribution: the ratio, and the advantage of now.
+        (MU, GAP, False, (0.311741, -0.246783, 0.024426, -0.089383)),
+        (MU, GAP, True, REVERSE),
+        (MU, LOGP - MU, True, (0.420168, -0.377633, 0.067385, -0.109920)),
+    ],
+    ids=["l", "k3 as a reward", "a constant", "no ratio", "ratio", "ratio, l of the sampler"],
+)
+def test_what_an_advantage_follows_by_enumeration(log_mu, gains, corrected, expected):
+    """The specification's values: the expected gradient over all tokens that mu may draw."""
+    ones = jnp.ones((4, 1), bool)
+
+    def loss(z):
+        new = jax.nn.log_softmax(z)[:, None]
+        old = jax.lax.stop_gradient(new)
+        weights = losses.sampler_weights(old, log_mu[:, None], ones, upper=1e6).weights
+        given = (new, old, gains[:, None], ones)
+        each = [
+            losses.policy_loss(
+                *(one[i : i + 1] for one in given),
+                weights=weights[i : i + 1] if corrected else None,
+            )["loss"].value
+            for i in range(4)
+        ]
+        return jnp.exp(log_mu) @ jnp.stack(each)
+
+    np.testing.assert_allclose(jax.grad(loss)(Z), expected, atol=2e-6)
+
+
 def test_the_discount_decides_which_kl_is_followed():
     """Two steps of two tokens: discount 1 is the sequence's KL, discount 0 each position's own."""
     theta = jnp.array([0.3, -0.4, 0.8])  # the logit of token 1; after token 0; after token 1
