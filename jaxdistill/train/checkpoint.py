@@ -347,10 +347,13 @@ class Checkpoints:
             raise ConfigError(f"{self.directory}: no checkpoint of step {step}; there are: {have}")
         folder = self.directory / str(step)
         part, parts = jax.process_index(), jax.process_count()
-        facts = self._read(step, lambda: manifest.verify(folder, part, parts))
-        meta = dict(facts["meta"])
-        for name in facts["beside"]:
-            meta[name] = self._read(step, lambda name=name: json_file.read(folder / f"{name}.json"))
+
+        def told() -> dict[str, Any]:
+            facts = manifest.verify(folder, part, parts)
+            files = {name: json_file.read(folder / f"{name}.json") for name in facts["beside"]}
+            return {**facts["meta"], **files}
+
+        meta = self._read(step, told)
         stored = lambda: dict(ocp.checkpointables_metadata(str(folder)).metadata[_STATE])
         return self._read(step, stored), meta
 
