@@ -101,6 +101,19 @@ def test_value_and_gradients_equal_float64(kind, others):
     assert not got[2]["hidden"][x["mask"] == 0].any()
 
 
+@pytest.mark.parametrize(("others", "dtype"), [("bucket", "float32"), ("mask", "bfloat16")])
+def test_the_gpus_kernel_equals_float64(interpreted_gpu, others, dtype):
+    """Whose statistics are of one model at a time: widths of 23 and 31 in tiles of 64."""
+    x, names = make(), ("hidden", "head", "bias", "taught", "teacher")
+    rounded = {n: np.asarray(jnp.asarray(x[n], dtype), np.float64) for n in names}
+    got = ours(x, "forward_kl", others, dtype=dtype, logits_dtype=jnp.float32)
+    compare(got, x | rounded, "forward_kl", others, 1e-5 if dtype == "float32" else 1e-2)
+    log_q = log_softmax(rounded["hidden"] @ rounded["head"].T + rounded["bias"])
+    entropy = -(np.exp(log_q) * log_q).sum(1)
+    want = (entropy * x["mask"]).sum() / x["mask"].sum()
+    np.testing.assert_allclose(got[1]["student/entropy"].value, want, rtol=1e-5)
+
+
 @pytest.mark.floor
 def test_bfloat16_keeps_float32_arithmetic():
     x, names = make(), ("hidden", "head", "bias", "taught", "teacher")

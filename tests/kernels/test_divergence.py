@@ -271,15 +271,24 @@ def test_support_says_why():
         assert state.reason
 
 
-def test_the_self_check_passes_and_notices_a_wrong_kernel(monkeypatch):
+def test_the_self_check_passes_and_notices_a_wrong_kernel():
+    """Each variant of the kernel by itself: wrong in one, only that one is reported."""
+    from jaxdistill.kernels import logprob_rows
     from jaxdistill.kernels.self_check import self_check
     from jaxdistill.kernels.token_loss import TokenRows
 
     assert self_check() == self_check("float32") == "xla"
-    right = TokenRows.divergence_slope
-    monkeypatch.setattr(TokenRows, "divergence_slope", lambda *x: right(*x) * 1.05)
-    with pytest.raises(ValueError, match="off by"):
-        self_check("float32")
+    for owner, name, reported in (
+        (TokenRows, "divergence_slope", "Of the divergence the"),
+        (TokenRows, "cross_entropy_slope", "Of the divergence and cross-entropy the"),
+        (logprob_rows, "slopes", "Of the log-probabilities of one model the"),
+    ):
+        right = getattr(owner, name)
+        wrong = lambda *x, right=right, **more: right(*x, **more) * 1.05
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            with pytest.raises(ValueError, match=reported):
+                self_check("float32")
 
 
 # ------------------------------------------------------------------------ nearly equal models

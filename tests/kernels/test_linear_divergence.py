@@ -249,6 +249,29 @@ def test_cross_entropy_alone_needs_no_teacher():
     assert "loss/divergence" not in means
 
 
+def test_cross_entropy_alone_on_the_gpus_kernel_equals_float64(interpreted_gpu):
+    """Statistics of labels alone: one model's, read once; with the metrics and the gradients."""
+    x = make()
+
+    def loss(hs, ws, bs):
+        return linear_divergence(
+            hs, ws, labels=x["y"], mask=jnp.float32(x["m"]), alpha=1.0, student_bias=bs
+        )
+
+    names = ("hs", "ws", "bs")
+    arrays = [jnp.float32(x[name]) for name in names]
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (value, means), slopes = run(*arrays)
+    np.testing.assert_allclose(value, loss64(x, "forward_kl", 1.0, 1.0), rtol=2e-6)
+    log_q = log_softmax(x["hs"] @ x["ws"].T + x["bs"])
+    entropy = (-(np.exp(log_q) * log_q).sum(1) * x["m"]).sum() / x["m"].sum()
+    np.testing.assert_allclose(means["student/entropy"].value, entropy, rtol=2e-6)
+    for name, slope in zip(names, slopes, strict=True):
+        places, want = slope64(x, name, "forward_kl", 1.0, 1.0)
+        got = [slope[place] for place in places]
+        np.testing.assert_allclose(got, want, atol=2e-6, err_msg=name)
+
+
 @pytest.mark.floor
 def test_remat_scan_and_vmap_keep_the_gradient():
     x = {k: jnp.float32(v) for k, v in make().items() if k != "y"}

@@ -125,8 +125,21 @@ def test_bfloat16_keeps_float32_arithmetic():
     compare(got, x | rounded, "forward_kl", tolerance=1e-2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "generalized_reverse_kl"])
+def test_the_gpus_kernel_equals_float64(interpreted_gpu, kind):
+    """The student's statistics come from the kernel: value, metrics, every gradient."""
+    x = make()
+    got = ours(x, kind)
+    compare(got, x, kind)
+    check_metrics(got[1], x)
+
+
 def test_metrics_equal_numpy():
     x = make()
+    check_metrics(ours(x, "forward_kl", chunk=7)[1], x)
+
+
+def check_metrics(means, x):
     log_q = log_softmax(x["hidden"] @ x["head"].T + x["bias"])
     best = np.argsort(-log_q, axis=1)[:, :K]
     expected = {
@@ -135,7 +148,6 @@ def test_metrics_equal_numpy():
         "agree/top_k": [len(set(a) & set(b)) / K for a, b in zip(best, x["ids"], strict=True)],
         "student/entropy": -(np.exp(log_q) * log_q).sum(1),
     }
-    means = ours(x, "forward_kl", chunk=7)[1]
     assert means.keys() == expected.keys() | {"loss/ce", "loss/divergence"}
     for name, per_token in expected.items():
         want = (np.asarray(per_token) * x["mask"]).sum() / x["mask"].sum()
