@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jaxdistill import kernels
-from jaxdistill.bench import device
+from jaxdistill.bench import device, end_to_end
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.cli import bench
 from jaxdistill.errors import ConfigError
@@ -27,6 +27,7 @@ def test_everything_is_right_here_and_stands_in_the_file(tmp_path):
         "linear_divergence",
         "linear_logprobs",
         "attention",
+        "end",
     )
     found = [part for part in device.parts(TINY) if part.name.startswith(wanted)]
     found = {part.name.split()[0]: part for part in found}.values()
@@ -39,6 +40,21 @@ def test_everything_is_right_here_and_stands_in_the_file(tmp_path):
     assert result["machine"]["versions"]["jax"]
     errors = [part["error"] for part in result["parts"] if "error" in part]
     assert errors
+
+
+def test_a_run_that_resumes_to_other_losses_is_found(monkeypatch):
+    recorded = iter([{1: 3.0, 6: 2.0}, {1: 3.0, 6: 2.5}])
+
+    def train(config, hooks=None):
+        if isinstance(hooks, end_to_end._Stop):
+            for _ in range(end_to_end.STOPPED):
+                hooks.at("step.before")
+
+    monkeypatch.setattr(end_to_end.session, "train", train)
+    monkeypatch.setattr(end_to_end.session, "resume", lambda folder: None)
+    monkeypatch.setattr(end_to_end, "_recorded", lambda run: next(recorded))
+    found = end_to_end.run("float32")
+    assert not found["ok"] and not found["resumed"]
 
 
 def test_it_stops_in_time_and_a_failure_is_a_finding(tmp_path):

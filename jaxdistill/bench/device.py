@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import kernels
+from jaxdistill.bench import end_to_end
 from jaxdistill.bench import run as timed
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.kernels import choice, rows
@@ -170,6 +171,7 @@ def parts(sizes: Sizes) -> Iterator[Part]:
         name = f"linear_logprobs {tokens}x{vocab}"
         yield Part(name, functools.partial(_logprobs, tokens, vocab, width))
     yield Part("attention", _attention)
+    yield Part(f"end to end {first}", functools.partial(end_to_end.run, first))
     for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
         name = f"time {kind} {timed.label(shape)}"
         yield Part(name, functools.partial(_time, kind, shape, sizes.rounds))
