@@ -31,7 +31,8 @@ class Head(TypedDict, total=False):
         cross-entropy is over all of the student's.
       chunk: tokens whose logits exist at one time on a device; None chooses.
       implementation: of the row statistics, see `kernels.support`; None chooses.
-      logits_dtype: dtype of a chunk's logits; None: that of the hidden states.
+      logits_dtype: dtype of a chunk's logits; None: that of the hidden states, and float32 for
+        log-probabilities.
     """
 
     vocab: Required[int]
@@ -50,8 +51,9 @@ class Options(Section):
     )
     logits_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="In which a chunk's logits are kept; auto: that of the hidden states. float32 "
-        "leaves bfloat16 models' logits unrounded at twice the traffic.",
+        description="In which a chunk's logits are kept; auto: that of the hidden states, and "
+        "float32 for log-probabilities. float32 leaves bfloat16 models' logits unrounded at twice "
+        "the traffic.",
     )
     name: str = Field(description="The method.")
 
