@@ -3,11 +3,11 @@
     python -m benchmarks.peers.logprobs --peers-python peers/bin/python
 
 A policy's loss, mean_i a_i log q_i of given tokens, from hidden states and a head: value, and
-gradients of both. The advantages a_i weigh each token, as they do after a rollout. Arrays, clock
-and memory are those of `benchmarks.peers.linear_loss`, and so is the peers' environment.
+gradients of both. The advantages a_i weigh each token, as they do after a rollout. The peers'
+environment is that of `benchmarks.peers.linear_loss`.
 """
 
-from benchmarks.peers.linear_loss import jax_worker, race, torch_worker
+from benchmarks.peers.race import jax_worker, race, torch_worker
 
 NAMES = ("hidden", "head", "ids", "advantages")
 BASELINE = "TRL 1.16 selective_log_softmax, Liger 0.8.5 chunked selective logprob, plain PyTorch"

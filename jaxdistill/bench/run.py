@@ -18,7 +18,15 @@ COLUMNS = (
 )  # fmt: skip
 KINDS: dict[str, tuple[Callable[[Shape], cases.Case], ...]] = {
     "kernels": (cases.dense,),
-    "loss": (cases.head, token_cases.logprobs, token_cases.known_tokens),
+    "loss": (
+        cases.head,
+        token_cases.logprobs,
+        token_cases.masses,
+        token_cases.known_tokens,
+        token_cases.generalized,
+        token_cases.sampled,
+        token_cases.columns,
+    ),
 }
 
 
