@@ -36,6 +36,11 @@ class Bench(Section):
     tune: File | None = Field(
         None, description="First write the fastest tilings of the kernel here."
     )
+    kinds: Annotated[str, Flag(metavar="KINDS")] = Field(
+        "forward_kl",
+        description="Divergences that --tune serves, such as forward_kl,generalized_jsd,taid; each "
+        "adds a minute or more.",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -52,7 +57,8 @@ def run(options: argparse.Namespace) -> None:
     found = shapes.parse(options.shapes, jax.default_backend())
     with output.stdout_is_json(options.json):
         if options.tune:
-            tune.tune(options.tune, found, options.rounds, notice)
+            kinds = tuple(options.kinds.split(","))
+            tune.tune(options.tune, found, options.rounds, notice, kinds)
         result = runner.run(options.what, found, options.rounds, notice)
         if options.csv:
             _write_csv(options.csv, result["rows"], runner.COLUMNS)

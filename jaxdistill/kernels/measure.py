@@ -11,6 +11,8 @@ from jaxdistill.kernels.operands import Coefficients, VocabularyShard
 from jaxdistill.kernels.statistics import LEAD, Rows
 from jaxdistill.kernels.tiling import Tiling, tiling
 
+SECOND_READ = 2  # values that `mosaic_gpu.row_sums` carries for each row
+
 
 def measure(
     names: Sequence[str],

@@ -31,12 +31,15 @@ class LossSpec:
       labels: whether there is a cross-entropy.
       scale_by_t2: whether the divergence is multiplied by T^2.
       vocab_axes: mesh axes that share the vocabulary of a row.
+      at_one: whether the temperature is known to be 1, so that one set of sums serves the
+        divergence, cross-entropy and the metrics.
     """
 
     kind: str | DivergenceFunction | None
     labels: bool
     scale_by_t2: bool = True
     vocab_axes: tuple[str, ...] = ()
+    at_one: bool = False
 
 
 class Coefficients(NamedTuple):

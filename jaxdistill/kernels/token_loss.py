@@ -133,9 +133,25 @@ class TokenRows:
 
     def measure(self, names: Sequence[str]) -> Rows:
         """Statistics of whole rows by name, [n] each, merged over the shards of the vocabulary."""
-        return measuring.measure(
-            names, self.given, self.logits, self.coefficients, self.implementation, self.vocabulary
-        )
+        twins = self.twins(names)
+        found = measuring.measure(
+            tuple(dict.fromkeys(twins.values())), self.given, self.logits, self.coefficients,
+            self.implementation, self.vocabulary,
+        )  # fmt: skip
+        tops = {name: top for name, top in found.items() if name.startswith("max_")}
+        return tops | {name: found[twin] for name, twin in twins.items()}
+
+    def twins(self, names: Sequence[str]) -> dict[str, str]:
+        """By name what is measured for it: at a temperature of 1 the tempered sum is the plain one.
+
+        With TAID the target is no model, and the teacher's own sums stay plain.
+        """
+        if not self.spec.at_one:
+            return {name: name for name in names}
+        tempered = {"sum_s1": "sum_s", "self_s1": "self_s"}
+        if self.coefficients.taid_t is None:
+            tempered |= {"sum_t1": "sum_z", "self_t1": "self_z", "gap_t1": "gap_z"}
+        return {name: tempered.get(name, name) for name in names}
 
     def log_probs(self, statistics: Rows, name: str) -> Array:
         """log softmax of the model whose sum has this name, at that sum's temperature: [n, V].
@@ -224,8 +240,8 @@ class TokenRows:
             make = functools.partial(rows.make, self.spec.kind)  # with the kind's own defaults
             alike = measuring.of_one_dtype(self.given)
             value, slope_sum = mosaic_gpu.row_sums(
-                make, alike, self.coefficients, statistics, measuring.tiling_of(alike, 2),
-                choice.INTERPRET,
+                make, alike, self.coefficients, statistics,
+                measuring.tiling_of(alike, measuring.SECOND_READ), choice.INTERPRET,
             )  # fmt: skip
         else:
             log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.kernels import linear_divergence
+from jaxdistill.kernels import linear_divergence, measure
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size
 
 N, V, DS, DT = 40, 53, 16, 24
@@ -107,6 +107,35 @@ def test_value_and_gradients_equal_float64(kind, alpha, temperature, implementat
             point[index] += sign
             ends.append(loss64(x, kind, *point))
         np.testing.assert_allclose(slopes[name], (ends[0] - ends[1]) / 2e-6, rtol=3e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("taid_t", [None, 0.4])
+def test_at_a_temperature_of_one_each_sum_is_made_once(taid_t, monkeypatch):
+    """Known to be 1, it makes once what a traced 1 makes twice; all numbers stay what they are."""
+    x, asked, right = make(), [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *a: asked.append(set(a[0])) or right(*a))
+    arrays = [jnp.float32(x[name]) for name in ("hs", "ws", "ht", "wt")]
+
+    def loss(hs, ws, ht, wt, temperature):
+        return linear_divergence(
+            hs, ws, ht, wt, labels=x["y"], alpha=0.3, temperature=temperature, taid_t=taid_t,
+            chunk=16,
+        )  # fmt: skip
+
+    run = lambda *arrays: jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
+    (want, means), slopes = run(*arrays, jnp.float32(1))
+    twice = asked.pop()
+    assert {"sum_s", "sum_s1"} < twice
+    one = jax.jit(jax.value_and_grad(lambda *a: loss(*a, 1.0), argnums=(0, 1), has_aux=True))
+    (value, same), found = one(*arrays)
+    teacher = {"sum_t1", "self_t1", "gap_t1"} if taid_t else set()
+    assert {name for name in asked.pop() if name.endswith("1")} == teacher
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    assert same.keys() == means.keys()
+    for name, mean in means.items():
+        np.testing.assert_allclose(same[name].value, mean.value, rtol=2e-6, err_msg=name)
+    for slope, other in zip(found, slopes, strict=True):
+        np.testing.assert_allclose(slope, other, atol=1e-6)
 
 
 def test_t2_is_a_choice():

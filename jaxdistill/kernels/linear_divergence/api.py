@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxdistill.kernels import choice, operands
+from jaxdistill.kernels import checks, choice, operands
 from jaxdistill.kernels.linear_divergence import arguments, fused
 from jaxdistill.kernels.linear_divergence.chunk import Operands
 from jaxdistill.kernels.linear_divergence.mesh import layout
@@ -203,7 +203,10 @@ def linear_divergence(
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )  # fmt: skip
     has_teacher = x.teacher_head is not None
-    loss = LossSpec(kind if has_teacher or known else None, labels is not None, scale_by_t2)
+    at_one = checks.known(temperature) == 1
+    loss = LossSpec(
+        kind if has_teacher or known else None, labels is not None, scale_by_t2, at_one=at_one
+    )
     if implementation == choice.REFERENCE:
         dtype = jnp.dtype(logits_dtype or x.student_hidden.dtype)
         return _means(reference(loss, softcaps, dtype, x, other_columns), reduction)

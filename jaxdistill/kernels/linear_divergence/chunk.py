@@ -257,11 +257,16 @@ def _group(
     return sums, slope, by_temperature
 
 
+def loss_statistics(rows: TokenRows) -> tuple[str, ...]:
+    """What is measured of a chunk's rows where no metrics are made."""
+    if rows.coefficients.taid_t is None or rows.divergence_row is None:
+        return rows.loss_statistics()
+    return (*rows.loss_statistics(), "self_z")  # of the target's entropy
+
+
 def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str, Array]]:
     """The statistics that the loss needs, and per token the metrics ("monitored" is 1 or 0)."""
-    loss_names, metric_names = rows.loss_statistics(), rows.metric_statistics()
-    if "z" in rows.logits and rows.divergence_row is not None:
-        loss_names = (*loss_names, "self_z")  # of the target's entropy
+    loss_names, metric_names = loss_statistics(rows), rows.metric_statistics()
     one = jnp.float32(1)
     if monitor is None:
         statistics = rows.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
