@@ -5,6 +5,7 @@ python -m benchmarks.soak --only kills --scale 0.1 --seed 1     a slice, kept be
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 import shutil
@@ -23,6 +24,7 @@ from benchmarks import (
     soak_numbers,
     soak_serve,
     soak_small_files,
+    soak_strangers,
     soak_trust,
 )
 
@@ -78,6 +80,7 @@ PARTS: dict[str, Part] = {
     "input": lambda _, scale, seed, __: soak_input.run(
         *(round(scale * count) for count in (5000, 10_000, 3000)), seed=seed
     ),
+    "strangers": lambda folder, *_: soak_strangers.run(folder),
     "serve": lambda _, scale, seed, __: soak_serve.run(
         max(10, round(soak_serve.SECONDS * scale)), seed=seed
     ),
@@ -89,8 +92,57 @@ PARTS: dict[str, Part] = {
 }
 
 
-def main() -> None:
-    """Runs the parts and adds what they show to the results."""
+_EVERY = lambda found, field, value: all(one[field] == value for one in _rows(found))
+# part -> whether its counts are what is promised
+SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "kills": lambda f: f["bitwise_equal_runs"] == f["runs"] and not f["unreadable_run_folders"],
+    "cold_kills": lambda f: f["bitwise_equal"],
+    **dict.fromkeys(
+        ("stops", "doubled_stops"),
+        lambda f: (
+            f["exits_75"] == f["signals"]
+            and f["bitwise_equal_runs"] == f["runs"]
+            and not f["unreadable_run_folders"]
+        ),
+    ),
+    "group_stops": lambda f: f["saved"] == f["bitwise_equal_runs"] == f["stops"],
+    "races": lambda f: f["whole"] == f["rounds"] == f["refused_with_reason"] / 2,
+    "lost_files": lambda f: _EVERY(f, "as_promised", True),
+    "killed_builds": lambda f: f["equal_builds"] == f["builds"] and not f["left_behind"],
+    "small_files": lambda f: _EVERY(f, "tracebacks", 0),
+    "flips": lambda f: all(one["detected"] == one["flips"] for one in _rows(f)),
+    "cache_flips": lambda f: f["found"] == f["flips"],
+    "fallbacks": lambda f: f["bitwise_equal_runs"] == f["put_aside_and_told"] == f["damaged"],
+    "full_disks": lambda f: all(
+        one["exit_code"] == 9
+        and one["sound"]
+        and one["resumed_exit_code"] == 0
+        and one["arrays_equal"]
+        for one in _rows(f)
+    ),
+    "numbers": lambda f: f["values_checked"] and not f["nonfinite_values_in_any_checkpoint"],
+    "input": lambda f: (
+        not (
+            f["tracebacks"]
+            or f["records/lost"]
+            or f["configs/without a place"]
+            or f["files/message without a name"]
+        )
+    ),
+    "strangers": lambda f: _EVERY(f, "exit_code", 0) and _EVERY(f, "bounded", True),
+    "serve": lambda f: not f["bad"] and not f["left"] and f["slowest_health"] < 1,
+    "digests": lambda f: all(one["digest_share_of_time"] < 0.05 for one in _rows(f)),
+}
+
+
+def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The counts of a part that has several of a kind."""
+    names = [name for name in found if name != "versions"]
+    return [found[name] for name in names if isinstance(found[name], dict)]
+
+
+def main() -> int:
+    """Runs the parts and adds what they show to the results; 1 where one is not as promised."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--scale", type=float, default=1.0, help="of the counts; default 1")
@@ -100,6 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = duel.RESULTS / "soak.json"
     parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+    wrong = []
     for name in arguments.only:
         folder = pathlib.Path(tempfile.mkdtemp(prefix=f"soak-{name}-", dir=arguments.folder))
         began = time.perf_counter()
@@ -108,13 +161,19 @@ def main() -> None:
 
         def report(counts: dict[str, Any], key: str = key, began: float = began) -> None:
             seconds = round(time.perf_counter() - began, 1)
-            parts[key] = {**counts, "total_seconds": seconds, "versions": _versions()}
+            stamp = {"date": datetime.date.today().isoformat(), "scale": arguments.scale}
+            parts[key] = {**counts, "total_seconds": seconds, **stamp, "versions": _versions()}
             print(f"{key}: {json.dumps(parts[key])}", file=sys.stderr, flush=True)
             if not arguments.no_save:  # as it comes: what is cut short has left its counts
                 duel.save("soak", {"parts": parts})
 
         report(PARTS[name](folder, arguments.scale, arguments.seed, report))
+        if not SOUND[name](parts[key]):
+            wrong.append(key)
         shutil.rmtree(folder)
+    for key in wrong:
+        print(f"{key}: is not as promised", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _versions() -> dict[str, str]:
@@ -125,4 +184,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

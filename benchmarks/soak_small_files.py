@@ -56,6 +56,9 @@ ROWS = [ROW | {"name": name, "perplexity": 5.0 + i} for i, name in enumerate(run
 RUN = {
     "schema": 1,
     "name": "tiny",
+    "id": "0123456789abcdef" * 2,
+    "callbacks": {"mlflow": {"run_id": "a"}},
+    "sealed": True,
     "status": "done",
     "step": 3,
     "attempts": [{"started": 10.0, "ended": 20.0, "from_step": 0, "pid": 1}] * 2,

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 from benchmarks import soak_faults
 from benchmarks.soak_faults import Rig
 from benchmarks.warm import LIFE, Command
-from jaxdistill.errors import ConfigError
-from jaxdistill.run.folder import RunDir
 from jaxdistill.safe import json_file
 
 SENTENCES = 60_000  # some seconds of tokenising
@@ -68,32 +65,55 @@ def _family(pid: int) -> list[int]:
     return [pid, *map(int, children)]
 
 
+RACER = """
+import json, sys, time
+name = sys.argv[1]
+print("ready", flush=True)
+for line in sys.stdin:
+    place, at = json.loads(line)
+    while time.monotonic() < at:
+        pass
+    try:
+        RunDir.create(place, name=name, input_text=name, resolved=f"a: {name}\\n", overrides=[])
+        print(json.dumps(""), flush=True)
+    except ConfigError as error:
+        print(json.dumps(str(error)), flush=True)
+"""
+
+
 def races(folder: pathlib.Path, count: int) -> dict[str, int]:
-    """Three that make one run folder at the same moment: one does, and it is wholly its own."""
+    """Three processes make one run folder at one moment: one does, and it is wholly its own."""
     whole = refused = 0
-    for number in range(count):
-        place, made, barrier = folder / str(number), [], threading.Barrier(3)
-        told: list[str] = []
-
-        def attempt(name: str, place=place, made=made, barrier=barrier, told=told) -> None:
-            barrier.wait()
-            try:
-                RunDir.create(
-                    str(place), name=name, input_text=name, resolved=f"a: {name}\n", overrides=[]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers = {
+        name: subprocess.Popen([sys.executable, "-c", RACER, name], **pipes) for name in "abc"
+    }
+    try:
+        for racer in racers.values():
+            assert racer.stdout.readline() == "ready\n", "it did not start"
+        for number in range(count):
+            place = folder / str(number)
+            for racer in racers.values():
+                print(
+                    json.dumps([str(place), time.monotonic() + 0.02]), file=racer.stdin, flush=True
                 )
-                made.append(name)
-            except ConfigError as error:
-                told.append(str(error))
-
-        threads = [threading.Thread(target=attempt, args=(name,)) for name in ("a", "b", "c")]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
-        text = (place / "config.resolved.yaml").read_text()
-        whole += len(made) == 1 and text == f"a: {made[0]}\n"
-        refused += sum("is being written by" in one or "holds a run" in one for one in told)
-    return {"rounds": count, "whole": whole, "refused_with_reason": refused}
+            told = {name: json.loads(racer.stdout.readline()) for name, racer in racers.items()}
+            made = [name for name, error in told.items() if not error]
+            text = (place / "config.resolved.yaml").read_text()
+            whole += len(made) == 1 and text == f"a: {made[0]}\n"
+            refused += sum(
+                "is being written by" in one or "holds a run" in one for one in told.values()
+            )
+    finally:
+        for racer in racers.values():
+            racer.kill()
+            racer.communicate()
+    return {
+        "rounds": count,
+        "processes": len(racers),
+        "whole": whole,
+        "refused_with_reason": refused,
+    }
 
 
 def lost(rig: Rig) -> dict[str, Any]:

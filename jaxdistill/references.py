@@ -7,9 +7,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import models
+from jaxdistill import errors, models, rules
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
-from jaxdistill.formats import sums
+from jaxdistill.formats import loading, sums
 from jaxdistill.formats.huggingface import folder_config, folder_generation, folder_scheme
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models import DecoderConfig, Model, decoder, lora
@@ -51,15 +51,23 @@ class RunReference:
 
 
 def as_run(source: str) -> RunReference | None:
-    """The run that a name stands for, or None if it names no run."""
+    """The run that a name stands for, or None if it names no run.
+
+    Raises:
+      ConfigError: where nothing of that name is there, and the Hub can have none.
+    """
+    source = str(source)
+    errors.check(rules.run_is_there(source))
+    if not loading.may_exist(source):
+        raise ConfigError(
+            f"{source}: there is neither a run nor a model of that name: give a run folder, a "
+            "model folder, a .gguf file, package:NAME/FILE, or a Hub id such as org/name"
+        )
     folder, at, which = str(source).rpartition("@")
     if at and (pathlib.Path(folder) / "RUN.json").is_file():
         if which not in ("best", "latest") and not which.isdecimal():
             raise ConfigError(f"{source}: after @ stands best, latest or a step number")
         return RunReference(pathlib.Path(folder), which)
-    known = which in ("best", "latest") or which.isdecimal()
-    if at and known and not pathlib.Path(source).exists() and not folder.startswith("hf:"):
-        raise ConfigError(f"{folder}: holds no run (no RUN.json): give a run folder")
     if (pathlib.Path(source) / "RUN.json").is_file():
         return RunReference(pathlib.Path(source), "latest")
     return None

@@ -5,9 +5,12 @@ start asks it again with the models in hand, so that `validate` and `train` say 
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxdistill.errors import ConfigError, ModelError
+
+_OF_A_MODEL = ("RUN.json", "config.json", "tokenizer.json")  # of a run's student, or a folder's
 
 
 def batches(
@@ -70,6 +73,22 @@ def local(key: str, path: str) -> Iterator[ConfigError]:
             f"{key} = {path}: {scheme}:// is no folder of this machine, and only folders are "
             "written to: give one, of a mounted bucket if need be, and copy it afterwards"
         )
+
+
+def run_is_there(source: str) -> Iterator[ConfigError]:
+    """A name that stands for a run, by its @ or by its place among runs, is that of one."""
+    path = os.path.expanduser(source)
+    if source.startswith(("hf:", "package:")) or os.path.isfile(path):
+        return
+    if any(os.path.isfile(os.path.join(path, name)) for name in _OF_A_MODEL):
+        return
+    folder, at, which = path.rpartition("@")
+    if not at or not (which in ("best", "latest") or which.isdecimal()):
+        folder = path
+        if os.path.basename(os.path.dirname(path)) != "runs":
+            return
+    if not os.path.exists(os.path.join(folder, "RUN.json")):
+        yield ConfigError(f"{folder}: holds no run (no RUN.json): give a run folder")
 
 
 def tokenizer_rows(rows: int | None, known: int) -> Iterator[ConfigError]:

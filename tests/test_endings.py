@@ -1,17 +1,19 @@
 """How commands end: output that nobody reads, signals before there is a run, missing platforms."""
 
+import dataclasses
 import io
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from jaxdistill import api, cli, references
-from jaxdistill.cli.output import surviving
+from jaxdistill.cli import options
+from jaxdistill.cli.streams import surviving
 from jaxdistill.config import preflight
-from jaxdistill.errors import ConfigError
-from jaxdistill.report import run_files
+from jaxdistill.errors import DamagedError
 from jaxdistill.run import terminal
 from jaxdistill.train import stopping
 
@@ -36,7 +38,7 @@ def test_output_that_ends_fails_nothing(stream, monkeypatch):
     with stream() as out, stream() as err:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        with surviving():
+        with surviving("stdout", "stderr"):
             for _ in range(3):
                 print("x" * 100_000)
                 print("y" * 100_000, file=sys.stderr, flush=True)
@@ -45,7 +47,7 @@ def test_output_that_ends_fails_nothing(stream, monkeypatch):
 
 
 def test_output_that_lasts_is_shown(capsys):
-    with surviving():
+    with surviving("stdout", "stderr"):
         print("shown")
         print("told", file=sys.stderr)
     assert capsys.readouterr() == ("shown\n", "told\n")
@@ -59,6 +61,86 @@ def test_a_run_says_what_it_can(capsys):
     terminal.say("lost", Gone())
     terminal.say("kept", sys.stdout)
     assert capsys.readouterr().out == "kept\n"
+
+
+def outcome(words, monkeypatch, out, err, work=None):
+    """The exit code of a command, all of which do some `work`, whose streams have ended."""
+    if work:
+        rows = [dataclasses.replace(one, run=work) for one in options.COMMANDS]
+        monkeypatch.setattr(options, "COMMANDS", rows)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    try:
+        code = cli.main(words)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        monkeypatch.undo()
+    for stream in (out, err):
+        stream.close()  # as at the end of the process: it must not fail
+    return code
+
+
+ENOUGH = {  # words after which argparse takes a command
+    "plan": "a.yaml --target cpu:1",
+    "ckpt rollback": "run 3",
+    "eval": "m --data a",
+    "compare": "a=m --data a",
+    "harness": "m --tasks a",
+    "importance": "m -o a --data a",
+    "prune": "m -o a",
+    "quantize": "m -o a",
+    "export": "m -o a",
+    "launch": "-n 2 -- train a.yaml",
+    "sweep": "a.yaml seed=1,2",
+    "teacher cache": "a.yaml -o d --format topk",
+    "teacher cache verify": "d --teacher m",
+    "data align": "a --student s --teacher t",
+    "init": "tiny -o a.yaml",
+    "ls": "",
+    "bench": "loss",
+}
+IN_FILES = {
+    "train", "resume", "launch", "sweep", "ckpt rollback", "clean", "importance", "prune",
+    "quantize", "workflow", "teacher generate", "teacher cache", "serve", "export", "report", "init",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [one.name for one in options.COMMANDS])
+def test_a_command_whose_output_nobody_takes_ends_with_its_own_code(name, monkeypatch):
+    """The work of some is in files, and done; the others say 141 as `| head` has it, or 9."""
+    words = [*name.split(), *ENOUGH.get(name, "x").split()]
+
+    def work(arguments):
+        for _ in range(3):
+            print("x" * 100_000)
+        print("y" * 100_000, file=sys.stderr, flush=True)
+
+    def fail(arguments):
+        print("waits in a buffer")
+        raise DamagedError("z" * 100_000)
+
+    full = lambda: open("/dev/full", "w")
+    for stream, code in ((closed_pipe, 141), (full, 9)):
+        want = 0 if name in IN_FILES else code
+        assert outcome(words, monkeypatch, stream(), stream(), work) == want
+        assert outcome(words, monkeypatch, stream(), stream(), fail) == 6
+    assert outcome([*name.split(), "--help"], monkeypatch, closed_pipe(), closed_pipe()) == 141
+
+
+def test_streams_that_were_never_there_are_as_dev_null(tmp_path):
+    """What is printed must not land in the next file that is opened."""
+    code = (
+        "import os, sys\n"
+        "for number in map(int, sys.argv[1]): os.close(number)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'jaxdistill', *sys.argv[2:]])"
+    )
+    for closed in ("0", "1", "2", "12", "012"):
+        out = tmp_path / f"{closed}.yaml"
+        words = [sys.executable, "-c", code, closed, "init", "tiny", "-o", str(out)]
+        done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert out.read_text().startswith("#") and "wrote" not in out.read_text()
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -104,13 +186,50 @@ def test_a_platform_that_is_not_there_is_two_lines(monkeypatch, capsys, words):
     assert "no platform 'cuda'" in lines[0] and "pip install" in lines[1]
 
 
-def test_a_run_that_is_not_there_has_one_code(tmp_path, capsys):
-    missing = str(tmp_path / "none")
-    with pytest.raises(ConfigError):
-        run_files.load(missing)
-    for which in ("best", "latest", "3"):
-        with pytest.raises(ConfigError, match="holds no run"):
-            references.as_run(f"{missing}@{which}")
-    for words in (["resume", missing], ["ckpt", "ls", missing], ["report", missing]):
-        assert cli.main(words) == 2
-        assert missing in capsys.readouterr().err
+OF_A_RUN = [
+    "resume {}",
+    "resume {} --from-start",
+    "report {}",
+    "ckpt ls {}",
+    "ckpt verify {}",
+    "ckpt rollback {} 3",
+    "clean {}",
+    "export {} -o out",
+    "export {} --adapters -o out",
+    "eval {} --data a.txt",
+    "generate {} -p a",
+    "prune {} --layers 1 -o out",
+    "quantize {} -o out",
+    "compare a={} --data a.txt",
+    "serve {}",
+    "train a.yaml teacher.source={} method.name=kd",
+]
+
+
+@pytest.mark.parametrize("words", OF_A_RUN)
+def test_a_run_that_is_not_there_has_one_code(words, tmp_path, monkeypatch, capsys):
+    """A folder that is missing, or empty; by its name, or as one of its checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"some words of {name}\n" * 50)
+    (tmp_path / "a.yaml").write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    for name in ("runs/none", "runs/empty", "runs/none@best", str(tmp_path / "runs" / "none")):
+        if "@" in name and words.split()[0] in ("resume", "report", "ckpt", "clean"):
+            continue
+        assert cli.main(words.format(name).split()) == 2, name
+        said = capsys.readouterr().err
+        assert name.partition("@")[0] in said and "Traceback" not in said
+    if words.split()[0] != "train":  # whose teacher is a model
+        gone = str(tmp_path / "nowhere" / "none")
+        assert cli.main(words.format(gone).split()) == 2
+        assert gone in capsys.readouterr().err
+
+
+def test_a_name_on_the_hub_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/name", "hf:runs/name", "package:x/runs/none"):
+        assert references.as_run(name) is None
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "model" / "config.json").touch()
+    assert references.as_run("runs/model") is None

@@ -108,6 +108,50 @@ def test_tokenizer_json(tmp_path, name):
     )
 
 
+_A, _X = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "x", "type_id": 0}}
+
+
+def _template(single, pair=(), ids=1):
+    known = {"x": {"id": "x", "ids": [1] * ids, "tokens": ["x"] * ids}}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": list(pair),
+        "special_tokens": known,
+    }
+
+
+def _padding(**fields):
+    return {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    } | fields
+
+
+def _nested(depth):
+    made = _template([_A])
+    for _ in range(depth):
+        made = {"type": "Sequence", "processors": [made]}
+    return made
+
+
+def test_what_usual_tokenizers_put_around_a_text_is_read(tmp_path):
+    folder = hostile.folder(tmp_path / "m")
+    usual = {
+        "post_processor": {"type": "Sequence", "processors": [_template([_X, _A, _X])]},
+        "padding": _padding(strategy={"Fixed": 128}),
+        "truncation": {
+            "max_length": 384, "stride": 128, "strategy": "LongestFirst", "direction": "Right",
+        },
+    }  # fmt: skip
+    hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZER | usual)
+    assert folder_tokenizer(folder)("a")["input_ids"] == [1, 1, 1]
+
+
 def _replacing(letter, by):
     return {"type": "Replace", "pattern": {"String": letter}, "content": by}
 
@@ -130,6 +174,35 @@ def _replacing(letter, by):
         ({"model": {"type": "BPE", "vocab": {"a": 2**32 - 1}, "merges": []}}, "has the id 429496"),
         ({"model": {"type": "BPE", "vocab": {"a" * 20_000: 0}, "merges": []}}, "20000 characters"),
         ({"added_tokens": [{"content": "a", "id": 2**31, "special": True}]}, "has the id 21474"),
+        ({"post_processor": _template([_A, *[_X] * 100])}, "puts 100 tokens around a text"),
+        ({"post_processor": _template([_A, _X], ids=5000)}, "puts 5000 tokens around a text"),
+        ({"post_processor": _template([_A, _A])}, "a text that stands there 2 times"),
+        (
+            {
+                "post_processor": {
+                    "type": "Sequence",
+                    "processors": [_template([_X, _A], ids=40), _template([_A, _X], ids=40)],
+                }
+            },
+            "puts 80 tokens around a text",
+        ),
+        ({"post_processor": _template([_A], pair=[_A, *[_X] * 70])}, "puts 70 tokens"),
+        ({"padding": _padding(strategy={"Fixed": 2**30})}, "fills every text up to 1073741824"),
+        ({"padding": _padding(pad_to_multiple_of=2**30)}, "pad_to_multiple_of fills every text"),
+        ({"padding": _padding(pad_id=2**31)}, "has the id 21474"),
+        ({"padding": _padding(pad_token="a" * 20_000)}, "20000 characters"),
+        (
+            {
+                "truncation": {
+                    "max_length": 1000,
+                    "stride": 999,
+                    "strategy": "LongestFirst",
+                    "direction": "Right",
+                }
+            },
+            "pieces of 1000 tokens overlap in 999",
+        ),
+        ({"post_processor": _nested(2000)}, "nested too deeply|cannot be loaded|is not JSON"),
     ],
 )
 def test_a_tokenizer_that_makes_much_of_little_is_refused(tmp_path, change, words):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -38,8 +39,9 @@ class Broadcast:
         """
         for name in list(self._callbacks):
             told = start(kept.get(name, {}))
-            if (answer := self._call(name, "start", told)) and name not in kept:
-                kept[name] = dict(answer)
+            answer = self._call(name, "start", told)
+            if answer is not None and name not in kept:
+                self._keep(name, answer, kept)
         try:
             yield
         except BaseException as error:
@@ -47,6 +49,17 @@ class Broadcast:
             self._end(Ending(status, redact(str(error)) or type(error).__name__, self._table))
             raise
         self._end(Ending("done", None, self._table))
+
+    def _keep(self, name: str, answer: Any, kept: dict[str, Any]) -> None:
+        """Keeps what a callback wants kept, if that is an object of JSON."""
+        try:
+            if not isinstance(answer, Mapping):
+                raise TypeError(f"{type(answer).__name__} is no mapping")
+            own = json.loads(json.dumps(dict(answer), allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            self._leave_out(name, "start", f"its answer cannot be kept: {error}")
+        else:
+            kept.update({name: own} if own else {})
 
     def listener(self, prefix: str = "") -> "Listener":
         """What the writer of a training's numbers reports to; `prefix` begins every name."""
@@ -77,13 +90,16 @@ class Broadcast:
     def _call(self, name: str, method: str, *arguments: Any) -> Any:
         try:
             return getattr(self._callbacks[name], method)(*arguments)
-        except Exception as error:  # whatever a stranger's code raises must not end a training
-            del self._callbacks[name]
-            self._notice(
-                f"callback {name} failed in {method}: {type(error).__name__}: "
-                f"{redact(str(error))[:500]}; the run continues without it"
-            )
+        except (Exception, SystemExit) as error:  # what a stranger's code raises ends no training
+            self._leave_out(name, method, f"{type(error).__name__}: {error}")
             return None
+
+    def _leave_out(self, name: str, method: str, reason: str) -> None:
+        del self._callbacks[name]
+        self._notice(
+            f"callback {name} failed in {method}: {redact(reason)[:500]}; the run continues "
+            "without it"
+        )
 
 
 class Listener:

@@ -11,11 +11,26 @@ from jaxdistill.callbacks.base import Callback, Ending, Start
 from jaxdistill.callbacks.broadcast import CONTROL
 from jaxdistill.config import syntax
 from jaxdistill.config.trackers import MlflowTracker, Trackers, TrackioTracker, WandbTracker
+from jaxdistill.safe.redact import redact
 
 
-def build_trackers(options: Trackers) -> dict[str, Callback]:
-    """The callbacks of the trackers that a configuration names; their clients are imported here."""
-    return {name: BUILDERS[name](section) for name, section in options.named().items()}
+def build_trackers(options: Trackers, notice: Callable[[str], Any]) -> dict[str, Callback]:
+    """The callbacks of the trackers that a configuration names; their clients are imported here.
+
+    Args:
+      options: of installed trackers.
+      notice: called with the one sentence on a client that is broken, and left out.
+    """
+    built = {}
+    for name, section in options.named().items():
+        try:
+            built[name] = BUILDERS[name](section)
+        except (Exception, SystemExit) as error:  # what a stranger's code raises ends no training
+            notice(
+                f"callback {name} cannot be made: {type(error).__name__}: "
+                f"{redact(str(error))[:500]}; the run continues without it"
+            )
+    return built
 
 
 class Wandb(Callback):

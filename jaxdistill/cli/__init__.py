@@ -1,7 +1,6 @@
 """The commands: what is typed becomes a call, an exit code, and at most one message of error."""
 
 import argparse
-import contextlib
 import errno
 import os
 import re
@@ -9,9 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from jaxdistill import compilation_cache
+from jaxdistill.cli import streams
 from jaxdistill.cli.launch import die_with_launcher
 from jaxdistill.cli.options import parser
-from jaxdistill.cli.output import narration, printable, surviving
+from jaxdistill.cli.output import narration, printable
 from jaxdistill.errors import ConfigError, LostProcessError, Preempted, StorageError, UserError
 from jaxdistill.safe.redact import redact
 from jaxdistill.train import stopping
@@ -22,27 +22,31 @@ _NO_PLATFORM = re.compile(r"(?:initialize backend|Unknown backend:?|backend) '(\
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
 _LIGHT = ("ckpt", "clean", "init", "launch", "ls", "report", "validate")
-# Their work is in files, and goes on when nobody reads what they print.
-_LASTING = ("launch", "resume", "sweep", "train", "workflow")
 # Whether these keep compiled programs is for their configuration to say, or not worth while.
 _OWN_CACHE = ("bench", "plan", "resume", "sweep", "train", "workflow")
 
 
 def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
-    """Runs one command and returns its exit code; `hooks` are for `train` and `resume`."""
+    """Runs one command and returns its exit code; `hooks` are for `train` and `resume`.
+
+    Where nobody reads what a command prints, it ends with 141, and on a full disk with 9, unless
+    its work is elsewhere.
+    """
     # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     die_with_launcher()
+    streams.stand_in()
+    with streams.surviving("stderr"):
+        try:
+            return _ended(argv, hooks)
+        finally:
+            streams.settle()
+
+
+def _ended(argv: Sequence[str] | None, hooks: Hooks) -> int:
+    """One command, and what its end means."""
     try:
-        arguments = parse(sys.argv[1:] if argv is None else list(argv))
-        arguments.hooks = hooks
-        lasting = surviving() if arguments.command in _LASTING else contextlib.nullcontext()
-        with lasting, narration() as log:
-            if arguments.command not in _LIGHT:
-                log.info("jaxdistill %s: loading JAX", arguments.command)
-                if arguments.command not in _OWN_CACHE:
-                    compilation_cache.start()
-            code = arguments.run(arguments) or 0
+        code = _run(sys.argv[1:] if argv is None else list(argv), hooks)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -61,9 +65,9 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader (`| head`) has gone: point stdout elsewhere, or closing it would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has gone
+        if not streams.has_no_reader(sys.stdout):
+            raise
         return 141
     except RuntimeError as error:
         platform = _NO_PLATFORM.search(str(error))
@@ -79,13 +83,28 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             print(f"error: output cannot be written: {error.strerror}", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return StorageError.exit_code
         if error.filename is None:
             raise
         # A file that no command foresaw to be out of reach; its name is all there is to say.
         print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return StorageError.exit_code
+
+
+def _run(words: list[str], hooks: Hooks) -> int:
+    try:
+        arguments = parse(words)
+    except SystemExit:  # of --help, too, whose text may be waiting
+        sys.stdout.flush()
+        raise
+    arguments.hooks = hooks
+    lasts = arguments.lasts or getattr(arguments, "output", None) not in (None, "-")
+    with streams.surviving(*(("stdout",) if lasts else ())), narration() as log:
+        if arguments.command not in _LIGHT:
+            log.info("jaxdistill %s: loading JAX", arguments.command)
+            if arguments.command not in _OWN_CACHE:
+                compilation_cache.start()
+        return arguments.run(arguments) or 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -40,7 +40,7 @@ EXIT_CODES = """exit codes:
   0 done              5 does not fit           9 cannot write
   2 configuration     6 no good checkpoint     75 asked to stop: `resume` goes on
   3 data              7 diverged               130 interrupted
-  4 model/tokenizer   8 lost a process"""
+  4 model/tokenizer   8 lost a process         141 nobody reads what it prints"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Command:
       about: one sentence.
       takes: its sections of options.
       json: whether --json prints one JSON value in place of text.
+      lasts: whether its work is in files, or for others, and does not end when nobody reads what it
+        prints; so it is, too, with whatever is given an --output.
       optional: required fields that something else may stand for here.
       title: section -> heading of its own in the help text.
       more: adds what no section can say.
@@ -63,6 +65,7 @@ class Command:
     about: str
     takes: tuple[type[Section], ...] = ()
     json: bool = True
+    lasts: bool = False
     optional: tuple[str, ...] = ()
     title: dict[type[Section], str] | None = None
     more: Callable[[argparse.ArgumentParser], None] | None = None
@@ -91,19 +94,23 @@ COMMANDS = (
         "fits, what it moves and how fast it can be at most.",
         (RunFile, commands.Plan),
     ),
-    Command("train", runs.train, "Train a student from a configuration file.", (RunFile,)),
-    Command("resume", runs.resume, "Resume a run that was stopped.", (Resume,)),
+    Command(
+        "train", runs.train, "Train a student from a configuration file.", (RunFile,), lasts=True
+    ),
+    Command("resume", runs.resume, "Resume a run that was stopped.", (Resume,), lasts=True),
     Command(
         "sweep",
         runs.sweep,
         "Train at every combination of several values, one run after the other; resumes.",
         (SweepFile,),
+        lasts=True,
     ),
     Command(
         "launch",
         launch.launch,
         "Run train or resume in several processes here.",
         (Launch,),
+        lasts=True,
         json=False,
         more=_launched,
     ),
@@ -119,6 +126,7 @@ COMMANDS = (
         ckpt.rollback,
         "Put the ones after STEP aside; resume starts from STEP.",
         (Rollback,),
+        lasts=True,
         json=False,
     ),
     Command(
@@ -126,6 +134,7 @@ COMMANDS = (
         ckpt.clean,
         "Say what of a run's folder may go, and with --yes remove it.",
         (Clean,),
+        lasts=True,
     ),
     Command(
         "importance",
@@ -154,6 +163,7 @@ COMMANDS = (
         compress.workflow,
         "Run the steps of a workflow file that are due.",
         (WorkflowFile,),
+        lasts=True,
         json=False,
     ),
     Command(
@@ -190,12 +200,14 @@ COMMANDS = (
         reason.teacher_generate,
         "Ask a teacher for rationales, filtered, as training data.",
         (RunFile, Samples),
+        lasts=True,
     ),
     Command(
         "teacher cache",
         teacher.cache,
         "Ask a teacher once about the texts of a run; teacher.cache learns from what it said.",
         (RunFile, commands.TeacherCache),
+        lasts=True,
     ),
     Command(
         "teacher cache ls",
@@ -220,6 +232,7 @@ COMMANDS = (
         reason.serve,
         "Serve a model by OpenAI's protocol.",
         (Model, commands.Serve, Key),
+        lasts=True,
         json=False,
     ),
     Command(
@@ -234,6 +247,7 @@ COMMANDS = (
         runs.report,
         "Write one HTML page about runs, or about a workflow.",
         (Pages,),
+        lasts=True,
         json=False,
     ),
     Command(
@@ -294,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
 def _add(commands: Any, name: str, command: Command) -> None:
     """One command with its options."""
     parser = commands.add_parser(name, help=command.about, description=command.about)
-    parser.set_defaults(run=command.run, parser=parser)
+    parser.set_defaults(run=command.run, parser=parser, lasts=command.lasts)
     headings: dict[str, Any] = {}
     for section in command.takes:
         title = (command.title or {}).get(section)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -31,55 +31,6 @@ def narration() -> Iterator[logging.Logger]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
-
-
-@contextlib.contextmanager
-def surviving() -> Iterator[None]:
-    """Lets standard output and error end (`| head`, a full disk, a lost terminal), told to nobody.
-
-    For commands whose work is in files: what cannot be shown must not end it.
-    """
-    with (
-        contextlib.redirect_stdout(_Surviving(sys.stdout)),
-        contextlib.redirect_stderr(_Surviving(sys.stderr)),
-    ):
-        try:
-            yield
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-
-
-class _Surviving:
-    """A text stream that takes everything, also once the one behind it takes nothing more."""
-
-    def __init__(self, stream: Any):
-        self._stream, self._lost = stream, False
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, work: Callable[[], Any]) -> None:
-        if self._lost:
-            return
-        try:
-            work()
-        except UnicodeError:
-            raise  # the fault of the text
-        except (OSError, ValueError):
-            self._lost = True
-            # What is in its buffer goes nowhere, or closing it would fail once more.
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager

@@ -311,6 +311,8 @@ def _look(key: str, source: str, network: bool, weights: bool = True) -> _Found:
     folder, at, _ = path.rpartition("@")
     if _is_run(path) or (at and not os.path.exists(path) and _is_run(folder)):
         return _Found()
+    for missing in rules.run_is_there(path):
+        return _Found(error=ConfigError(f"{key}: {missing}"))
     if os.path.isdir(path):
         return _look_into(key, pathlib.Path(path), weights)
     if os.path.exists(path):

@@ -1,5 +1,6 @@
 """Rows of a Parquet file, a few megabytes at a time, however small the file that holds them."""
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -7,16 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.data import parquet_pages
 from jaxdistill.data.records import Rejected
 from jaxdistill.data.rules import MAX_RECORD_BYTES
 from jaxdistill.errors import DataError
 
 AT_A_TIME = 32_000_000  # bytes of rows that are made into objects
+_PREFIXES = "DELTA_BYTE_ARRAY"  # a value says how much of the one before it begins it
 _BATCH = 1024  # rows that are decoded together, their texts by reference
 _OBJECT = 64  # bytes of any value beside its text
-# What a row group says that it holds: a small file can claim anything.
+# What a row group holds by the headers of its pages, which are what the decoder goes by. It has a
+# page of each column in memory, whole; writers make pages of a megabyte, or of 1024 values.
 MAX_VALUES = 50_000_000
 MAX_DECODED = 4 << 30
+MAX_PAGE = 1 << 30
+# Text is packed to a tenth: a page that is large, and was next to nothing, is there to fill memory.
+LARGE_PAGE, MAX_RATIO = 64 << 20, 100
 
 
 def objects(
@@ -45,11 +52,11 @@ def objects(
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = choose(file.schema_arrow.names)
-            _check(path, file.metadata, columns)
-            texts = _texts(file.schema, columns)
+            count = _check(path, file.metadata, columns)
+            texts = _texts(file, columns)
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+            for batch in file.iter_batches(batch_size=count, columns=columns):
                 for row in _bounded(batch):
                     number += 1
                     if isinstance(row, str):
@@ -60,28 +67,62 @@ def objects(
         raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
 
 
-def _check(path: Path, metadata: Any, columns: Collection[str]) -> None:
+def _check(path: Path, metadata: Any, columns: Collection[str]) -> int:
+    """How many rows may be decoded together.
+
+    Raises:
+      DataError: where a row group holds more than is read, or its pages cannot be found.
+    """
+    batch = _BATCH
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
         chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-        values = max((chunk.num_values for chunk in chunks), default=0)
-        size = sum(chunk.total_uncompressed_size for chunk in chunks)
-        if values > MAX_VALUES or size > MAX_DECODED:
+        values, decoded, largest = 0, 0, 0
+        for chunk in chunks:
+            found = _pages(path, chunk)
+            values = max(values, chunk.num_values, sum(page.values for page in found))
+            decoded += max(chunk.total_uncompressed_size, sum(page.size for page in found))
+            most = max((page.size for page in found), default=0)
+            largest += most
+            if most > max(LARGE_PAGE, MAX_RATIO * chunk.total_compressed_size):
+                raise DataError(
+                    f"{path}: row group {number}, column {chunk.path_in_schema}: a page of {most} "
+                    f"bytes was packed into {chunk.total_compressed_size}: above {LARGE_PAGE} at "
+                    f"most {MAX_RATIO} times its packed size is read; write it anew with smaller "
+                    "pages"
+                )
+            if _PREFIXES in chunk.encodings:
+                # A value begins as the one before it: each may be as long as the whole page.
+                batch = min(batch, max(1, AT_A_TIME // max(most, 1)))
+        if values > MAX_VALUES or decoded > MAX_DECODED or largest > MAX_PAGE:
             raise DataError(
-                f"{path}: row group {number} claims {values} values of {size} bytes in a file of "
-                f"{os.path.getsize(path)}: at most {MAX_VALUES} and {MAX_DECODED} are read; write "
-                "it anew with smaller row groups"
+                f"{path}: row group {number} holds {values} values of {decoded} bytes, {largest} "
+                f"of them in one page, in a file of {os.path.getsize(path)}: at most {MAX_VALUES}, "
+                f"{MAX_DECODED} and {MAX_PAGE} are read; write it anew with smaller row groups and "
+                "pages"
             )
+    return batch
 
 
-def _texts(schema: Any, columns: Collection[str]) -> list[str]:
-    """The paths of all texts in the columns, those inside of lists included."""
-    leaves = [schema.column(index) for index in range(len(schema))]
+def _pages(path: Path, chunk: Any) -> list[parquet_pages.Page]:
+    try:
+        begin, size = parquet_pages.start_of(chunk), chunk.total_compressed_size
+        return list(itertools.islice(parquet_pages.pages(path, begin, size), MAX_VALUES))
+    except ValueError as error:
+        raise DataError(f"{path}: is not a readable Parquet file: {error}") from error
+
+
+def _texts(file: Any, columns: Collection[str]) -> list[str]:
+    """The paths of all texts in the columns, inside of lists too, that are read as dictionaries."""
+    leaves = [file.schema.column(index) for index in range(len(file.schema))]
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
     return [
         leaf.path
-        for leaf in leaves
-        if leaf.physical_type == "BYTE_ARRAY" and leaf.path.split(".")[0] in columns
+        for index, leaf in enumerate(leaves)
+        if leaf.physical_type == "BYTE_ARRAY"
+        and leaf.path.split(".")[0] in columns
+        and not any(_PREFIXES in group.column(index).encodings for group in groups)
     ]
 
 

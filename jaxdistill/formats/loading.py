@@ -123,6 +123,17 @@ def resolve(
     return _from_hub(name, weights, allow_network, revision)
 
 
+def may_exist(text: str) -> bool:
+    """Whether a name is that of something that is here, or could be on the Hub or in a package."""
+    place = pathlib.Path(text).expanduser()
+    if text.startswith(("package:", "hf:")) or place.exists():
+        return True
+    if any(place.parent.glob("*/RUN.json")):  # a folder of runs, of which this is none
+        return False
+    folder, _, _ = text.rpartition("@")  # of a run
+    return bool(_HUB_ID.fullmatch(text)) or (bool(folder) and pathlib.Path(folder).exists())
+
+
 def _in_package(text: str) -> pathlib.Path:
     """The file of "package:NAME/FILE", found without running any of the package's code."""
     name, _, inside = text.removeprefix("package:").partition("/")

@@ -9,6 +9,8 @@ from jaxdistill.errors import ModelError
 MAX_ID = 2**24  # no vocabulary has so many tokens
 MAX_TOKEN = 10_000  # characters
 MAX_CONTENT = 16  # characters that one piece of text is replaced by
+MAX_ADDED = 64  # tokens around a text
+MAX_PADDED = 2**20  # tokens that a text is filled up to
 
 
 def check(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -21,6 +23,13 @@ def check(path: pathlib.Path, content: dict[str, Any]) -> None:
     Raises:
       ModelError: naming the field.
     """
+    try:
+        _check(path, content)
+    except RecursionError:
+        raise ModelError(f"{path}: its parts are nested too deeply") from None
+
+
+def _check(path: pathlib.Path, content: dict[str, Any]) -> None:
     for token, index in _tokens(content):
         if isinstance(index, int) and not 0 <= index < MAX_ID:
             raise ModelError(
@@ -41,6 +50,75 @@ def check(path: pathlib.Path, content: dict[str, Any]) -> None:
                     f"{path}: {part}: {kind} makes up to {max(growth, len(replacement))} "
                     f"characters of one: at most {MAX_CONTENT} are allowed"
                 )
+    _check_template(path, content.get("post_processor"))
+    _check_lengths(path, content)
+
+
+def _check_template(path: pathlib.Path, processor: Any) -> None:
+    """What is put around a text is little, and the text stands there once."""
+    added = 0
+    for part in _processors(processor):
+        known = _object(part.get("special_tokens"))
+        most, times = 0, 1
+        for template in (_list(part.get("single")), _list(part.get("pair"))):
+            texts = [
+                str(_object(one["Sequence"]).get("id"))
+                for one in template
+                if "Sequence" in _object(one)
+            ]
+            tokens = [_object(one)["SpecialToken"] for one in template if _is_token(one)]
+            ids = [
+                _list(_object(known.get(str(_object(one).get("id")))).get("ids")) for one in tokens
+            ]
+            most = max(most, sum(max(1, len(own)) for own in ids))
+            times = max([times, *(texts.count(one) for one in texts)])
+        added += most
+        if added > MAX_ADDED or times > 1:
+            raise ModelError(
+                f"{path}: post_processor: puts {added} tokens around a text that stands there "
+                f"{times} times: at most {MAX_ADDED}, and once, are allowed"
+            )
+
+
+def _is_token(piece: Any) -> bool:
+    return "SpecialToken" in _object(piece)
+
+
+def _processors(processor: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a post-processor, however deep they lie."""
+    if found := _object(processor):
+        yield found
+        for part in _list(found.get("processors")):
+            yield from _processors(part)
+
+
+def _check_lengths(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """What texts are filled up to, and how far the pieces of a cut text overlap."""
+    padding, cut = _object(content.get("padding")), _object(content.get("truncation"))
+    lengths = {
+        "strategy": _object(padding.get("strategy")).get("Fixed"),
+        "pad_to_multiple_of": padding.get("pad_to_multiple_of"),
+    }
+    for name, value in lengths.items():
+        if isinstance(value, int) and value > MAX_PADDED:
+            raise ModelError(
+                f"{path}: padding: {name} fills every text up to {value} tokens: at most "
+                f"{MAX_PADDED} are allowed"
+            )
+    length, stride = cut.get("max_length"), cut.get("stride")
+    if isinstance(length, int) and isinstance(stride, int) and stride > length // 2:
+        raise ModelError(
+            f"{path}: truncation: pieces of {length} tokens overlap in {stride}: at most half of "
+            "them may"
+        )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _tokens(content: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -55,6 +133,8 @@ def _tokens(content: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict):
             yield token.get("content"), token.get("id")
+    if padding := _object(content.get("padding")):
+        yield padding.get("pad_token"), padding.get("pad_id")
 
 
 def _replacements(node: Any) -> Iterator[tuple[str, str]]:

@@ -1,10 +1,10 @@
 """HTTP to servers of strangers: an answer has a size and a time, and comes from who was asked."""
 
 import concurrent.futures
+import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 MAX_ANSWER = 64_000_000  # bytes
@@ -36,59 +36,46 @@ def _bounded(http: Any, seconds: float) -> Any:
             self._inner = http.HTTPTransport()
 
         def handle_request(self, request: Any) -> Any:
+            # Each read has a time of its own: headers may drip, and a body may stop between two
+            # pieces. So all of it comes in a thread, and who asks waits no longer than once.
             until = time.monotonic() + seconds
-            # Each read has its own time, so headers may drip: who asks does not wait for them.
             future: concurrent.futures.Future = concurrent.futures.Future()
-            threading.Thread(target=self._ask, args=(request, future), daemon=True).start()
-            try:
-                response = future.result(timeout=seconds)
-            except concurrent.futures.TimeoutError:
-                future.add_done_callback(_close)
-                raise http.ReadTimeout(f"no answer within {seconds:g} s", request=request) from None
-            coding = response.headers.get("content-encoding", "identity")
-            if coding != "identity":
-                response.close()
-                raise http.DecodingError(
-                    f"the answer is compressed ({coding[:40]})", request=request
-                )
-            response.stream = Stream(response.stream, request, until)
-            return response
+            threading.Thread(target=self._ask, args=(request, until, future), daemon=True).start()
+            concurrent.futures.wait([future], timeout=seconds)
+            if not future.done():
+                raise http.ReadTimeout(f"no whole answer within {seconds:g} s", request=request)
+            return future.result()
 
-        def _ask(self, request: Any, future: concurrent.futures.Future) -> None:
+        def _ask(self, request: Any, until: float, future: concurrent.futures.Future) -> None:
             try:
-                future.set_result(self._inner.handle_request(request))
+                response = self._inner.handle_request(request)
+                with contextlib.closing(response):
+                    future.set_result(self._whole(response, request, until))
             except BaseException as error:
                 future.set_exception(error)
                 del future  # it holds the error, which holds this frame
 
-        def close(self) -> None:
-            self._inner.close()
-
-    class Stream(http.SyncByteStream):
-        def __init__(self, inner: Any, request: Any, until: float) -> None:
-            self._inner, self._request, self._until = inner, request, until
-
-        def __iter__(self) -> Iterator[bytes]:
-            size = 0
-            for piece in self._inner:
-                size += len(piece)
-                if size > MAX_ANSWER:
+        def _whole(self, response: Any, request: Any, until: float) -> Any:
+            """The response with its content in memory."""
+            coding = response.headers.get("content-encoding", "identity")
+            if coding != "identity":
+                raise http.DecodingError(
+                    f"the answer is compressed ({coding[:40]})", request=request
+                )
+            content = bytearray()
+            for piece in response.stream:
+                content += piece
+                if len(content) > MAX_ANSWER:
                     raise http.DecodingError(
-                        f"the answer has more than {MAX_ANSWER} bytes", request=self._request
+                        f"the answer has more than {MAX_ANSWER} bytes", request=request
                     )
-                if time.monotonic() > self._until:
-                    raise http.ReadTimeout(
-                        f"the answer was not complete within {seconds:g} s", request=self._request
-                    )
-                yield piece
+                if time.monotonic() > until:  # nobody waits for it any more
+                    raise http.ReadTimeout("the time is over", request=request)
+            return http.Response(
+                response.status_code, headers=response.headers, content=bytes(content)
+            )
 
         def close(self) -> None:
             self._inner.close()
 
     return Transport()
-
-
-def _close(future: concurrent.futures.Future) -> None:
-    """Ends an answer that nobody waits for any more."""
-    if future.exception() is None:
-        future.result().close()

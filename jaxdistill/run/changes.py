@@ -52,6 +52,12 @@ RULES: Mapping[str, Rule] = {
     "config.seed": Rule(True, False, _OTHER_RUN),
     "config.method.name": Rule(True, False, _OTHER_RUN),
     "config.teacher.random": Rule(True, False, _OTHER_RUN),
+    # What the checkpoints hold, and in which numbers.
+    "config.optimizer.name": Rule(True, False, _OTHER_RUN),
+    "config.optimizer.moments": Rule(True, False, _OTHER_RUN),
+    "config.student.param_dtype": Rule(True, False, _OTHER_RUN),
+    "config.student.lora": Rule(True, False, _OTHER_RUN),
+    "config.student.lora.dropout": Rule(False, False, "from here on the new value holds"),
     "config.rollout": Rule(True, False, _OTHER_RUN),  # which prompt is whose turn
     **dict.fromkeys(
         (

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import threading
 import time
@@ -22,7 +23,15 @@ from jaxdistill.safe.redact import redact, redacted
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 SCHEMA = 1
-_SHAPE = {"name": str, "status": str, "step": int, "attempts": list}  # of RUN.json
+# Of RUN.json: what it always has, and what it may have.
+_SHAPE = {"name": str, "status": str, "step": int, "attempts": list, "id": str}
+_MORE = {
+    **dict.fromkeys(("command",), list),
+    **dict.fromkeys(("saved", "callbacks", "versions", "mesh", "teacher", "student"), dict),
+    **dict.fromkeys(("device", "method", "exit_reason"), str),
+    "sealed": bool,
+    "total_steps": int,
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -85,8 +94,7 @@ class RunDir:
         if record.get("schema") != SCHEMA:
             raise ConfigError(f"{file}: was written by another version of jaxdistill")
         try:
-            json_file.check(record, _SHAPE)
-            json_file.check(record.get("saved", {}), {})
+            _check(record)
         except ValueError as error:
             raise DamagedError(f"{file}: is damaged: {error}") from error
         return cls(path, record, hooks)
@@ -160,10 +168,11 @@ class RunDir:
 
     def forget(self) -> None:
         """Makes the record that of a run which has not begun."""
-        kept = ("schema", "name", "id", "attempts", "command")
+        kept = ("schema", "name", "attempts", "command")
         with self._changing:
             self.record = {name: self.record[name] for name in kept if name in self.record}
-            self.update(status="new", step=0)
+            # To a tracker it is another run, whose numbers do not go on those of the first.
+            self.update(status="new", step=0, id=uuid.uuid4().hex)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Appends one line to events.jsonl, before or after training; told where it cannot be."""
@@ -204,6 +213,20 @@ class RunDir:
             whole_file.write_text(self.path / name, text)
         except OSError as error:
             raise lock.cannot_write(self.path / name, error) from error
+
+
+def _check(record: dict[str, Any]) -> None:
+    """Raises ValueError where a field of RUN.json is not of its kind."""
+    json_file.check(record, _SHAPE | {name: _MORE[name] for name in _MORE if name in record})
+    if not re.fullmatch("[0-9a-f]{32}", record["id"]):
+        raise ValueError("its field 'id' is not 32 hexadecimal digits")
+    if record["step"] < 0:
+        raise ValueError("its field 'step' is negative")
+    for entry in record["attempts"]:
+        json_file.check(entry, {})
+    saved, kept = record.get("saved", {}), record.get("callbacks", {})
+    json_file.check(saved, dict.fromkeys(saved, int))
+    json_file.check(kept, dict.fromkeys(kept, dict))
 
 
 def _refuse_secrets(resolved: str) -> None:

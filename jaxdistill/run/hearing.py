@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxdistill import agree
+from jaxdistill import agree, errors
 from jaxdistill.callbacks import Broadcast, Callback, Start, build_trackers
-from jaxdistill.config import Config
+from jaxdistill.config import Config, trackers
 from jaxdistill.errors import ConfigError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.safe.redact import redacted
@@ -15,12 +15,9 @@ from jaxdistill.safe.redact import redacted
 KEPT = "callbacks"  # in RUN.json: what each of them keeps from one attempt to the next
 
 
-def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Broadcast:
-    """All that hear this run; in one process of it, the others have none.
-
-    Raises:
-      ConfigError: one of the callbacks is none.
-    """
+def check(config: Config, callbacks: Sequence[Callback]) -> None:
+    """Raises ConfigError where a callback is none, or the client of a tracker is not installed."""
+    errors.check(trackers.missing(config.logging))
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(
@@ -28,13 +25,17 @@ def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Bro
                 "jaxdistill.Callback"
             )
 
+
+def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Broadcast:
+    """All that hear this run, which `check` knows; in one process of it, the others have none."""
+
     def notice(text: str) -> None:
         print(text, file=sys.stderr)
         run.event("callback_failed", reason=text)
 
     named: dict[str, Callback] = {}
     if agree.leads():
-        named |= build_trackers(config.logging)
+        named |= build_trackers(config.logging, notice)
         named |= {f"{type(one).__name__}.{i}": one for i, one in enumerate(callbacks)}
     return Broadcast(named, notice)
 

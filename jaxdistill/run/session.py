@@ -105,6 +105,7 @@ def train(
     """
     mesh = _begin(config)
     agree.together(lambda: _check(config))
+    agree.together(lambda: hearing.check(config, callbacks))
     resolved = configs.dump(config)
     # Everything that reading the small files can tell is told before the run folder exists.
     inputs = start.read(config, mesh)
@@ -166,7 +167,9 @@ def resume(
             f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
             "folder and resume it there"
         )
-    return _execute(config, run, start.read(config, _begin(config)), callbacks, from_start)
+    mesh = _begin(config)
+    agree.together(lambda: hearing.check(config, callbacks))
+    return _execute(config, run, start.read(config, mesh), callbacks, from_start)
 
 
 def _execute(

@@ -47,6 +47,8 @@ def held(
             raise ConfigError(
                 f"{folder}: is being written by {holder}: wait until it ends, or stop it"
             )
+        if not _is_at(lock, path):  # who held it before has removed it
+            raise StorageError(f"{path}: was removed at this moment: try again")
         if dead := _holder(lock):
             taken_over(dead)
         own = {"pid": os.getpid(), "host": platform.node(), "started": round(time.time())}
@@ -71,6 +73,14 @@ def _locked(lock: IO[str]) -> bool:
             if not last:
                 time.sleep(_PAUSE)
     return False
+
+
+def _is_at(lock: IO[str], path: pathlib.Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def cannot_write(path: pathlib.Path, error: OSError) -> StorageError:

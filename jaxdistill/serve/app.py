@@ -22,12 +22,14 @@ from jaxdistill.safe import strict_json
 from jaxdistill.serve import origin
 from jaxdistill.serve.answering import Answer, EventStream, Gone, while_there
 from jaxdistill.serve.engine import Busy
-from jaxdistill.serve.protocol import BadRequest
+from jaxdistill.serve.protocol import BadRequest, NoModel
 from jaxdistill.serve.service import Service
 
 MAX_BODY = 1_000_000  # bytes of a request
 _READ_ON = 4 * MAX_BODY
 _CLOSE = {"Connection": "close"}
+# Of two that differ, who stands before this server may have read the other one.
+_ONCE = ("Authorization", "Content-Type", "Host", "Origin", "Sec-Fetch-Site")
 
 
 def make_app(service: Service, *, key: str | None, everywhere: bool = False) -> ASGIApp:
@@ -94,6 +96,8 @@ class _Guard:
         length, coded = headers.get("content-length"), "transfer-encoding" in headers
         if length is not None and coded:
             refusal = error(400, "Content-Length and Transfer-Encoding: only one may be given")
+        elif twice := [name for name in _ONCE if len(headers.getlist(name)) > 1]:
+            refusal = error(400, f"{twice[0]}: must not be given twice")
         elif scope["method"] != "POST" and (coded or length not in (None, "0")):
             refusal = error(400, f"{scope['method']}: must not have a body")
         elif problem := origin.problem(headers, self._host_is_known):
@@ -121,8 +125,10 @@ class _Routes:
     async def model(self, request: Request) -> Response:
         """The one model."""
         self._check_key(request)
-        if request.path_params["name"] != self._service.name:
-            raise HTTPException(404, f"no such model; there is {self._service.name}")
+        try:
+            self._service.check_name(request.path_params["name"])
+        except NoModel as problem:
+            return _no_model(problem)
         return _json(200, self._row())
 
     def _row(self) -> dict[str, Any]:
@@ -156,6 +162,8 @@ class _Routes:
             raise
         except (BadRequest, UserError) as problem:
             return error(400 if self._service.engine.alive else 503, str(problem), close=False)
+        except NoModel as problem:
+            return _no_model(problem)
         except Busy as problem:
             return error(503, str(problem), close=False)
         except (Gone, ClientDisconnect):
@@ -206,11 +214,16 @@ def _refused(request: Request, problem: Exception) -> Response:
     return error(problem.status_code, words[problem.status_code] if generic else problem.detail)
 
 
-def error(code: int, message: str, *, close: bool = True) -> Response:
-    """The protocol's answer to what cannot be served."""
+def _no_model(problem: NoModel) -> Response:
+    """As OpenAI says it: clients look at the word."""
+    return error(404, str(problem), close=False, word="model_not_found")
+
+
+def error(code: int, message: str, *, close: bool = True, word: str | None = None) -> Response:
+    """The protocol's answer to what cannot be served; `word` stands for the code in the body."""
     kind = "invalid_request_error" if code < 500 else "server_error"
     headers = (_CLOSE if close else {}) | ({"Retry-After": "1"} if code == 503 else {})
-    told = {"message": message, "type": kind, "param": None, "code": code}
+    told = {"message": message, "type": kind, "param": None, "code": word or code}
     return _json(code, {"error": told}, headers)
 
 

@@ -1,9 +1,11 @@
 """A client's connection: how long it may take, how many there may be, what else is cut off."""
 
 import asyncio
+import re
 import time
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -14,6 +16,22 @@ MAX_CONNECTIONS = 512
 _MOST = MAX_CONNECTIONS + 256  # that are told so; beyond, they are cut off
 _LATE = 2.0  # seconds after which a connection without a whole request may go for another
 _LATE_ANSWER = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+_END = re.compile(rb"\r?\n\r?\n")
+_FOLDED = re.compile(rb"\r?\n[ \t]+")
+_LENGTH = re.compile(rb"(?im)^content-length[ \t]*:([^\r\n]*)")
+
+
+def has_two_lengths(request: bytes) -> bool:
+    """Whether the head of a request, of which all may not be there yet, has two lengths.
+
+    h11 makes one of two that are equal: but who has passed them on may have understood them
+    otherwise.
+    """
+    head = _FOLDED.sub(b" ", _END.split(request, maxsplit=1)[0])
+    found = _LENGTH.findall(head)
+    return len(found) > 1 or any(b"," in value for value in found)
 
 
 class Connection(H11Protocol):
@@ -54,6 +72,11 @@ class Connection(H11Protocol):
         Reading goes on, which is how a client that hangs up is noticed.
         """
         if not self._is_answering:
+            if self.conn.their_state is h11.IDLE and has_two_lengths(
+                self.conn.trailing_data[0] + data
+            ):
+                self.send_400_response("Content-Length: must not be given twice")
+                return
             super().data_received(data)
             if not self._is_answering:
                 return

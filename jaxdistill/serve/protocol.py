@@ -30,6 +30,10 @@ class BadRequest(Exception):
     """What the client sent cannot be served; the message names the field."""
 
 
+class NoModel(Exception):
+    """The client named another model than the one that is served."""
+
+
 class StreamOptions(Section):
     """What a stream tells besides texts."""
 

@@ -62,17 +62,25 @@ class Service:
         """What the model is called."""
         return self.model.source
 
+    def check_name(self, name: str) -> None:
+        """Raises NoModel where a client means another model; "" is this one."""
+        if name and name != self.name:
+            raise protocol.NoModel(f"the model {name[:80]!r} does not exist; there is {self.name}")
+
     def read(self, given: Mapping[str, Any], *, chat: bool) -> Asked:
         """What a request of the protocol asks for.
 
         Raises:
           BadRequest, UserError: with what is wrong with it.
+          NoModel: if it is for another model.
         """
         if chat:
             body = protocol.read(ChatBody, given)
+            self.check_name(body.model)
             prompts = [self._turns(body)]
         else:
             body = protocol.read(CompletionBody, given)
+            self.check_name(body.model)
             prompts = [self._tokens(prompt) for prompt in body.prompts]
         seed = uuid.uuid4().int & 0xFFFFFFFF if body.seed is None else body.seed
         requests = [

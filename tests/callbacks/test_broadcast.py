@@ -3,6 +3,7 @@
 import pathlib
 import threading
 
+import numpy as np
 import pytest
 
 from jaxdistill.callbacks import CONTROL, Broadcast, Callback, Start
@@ -125,3 +126,35 @@ def test_one_that_fails_is_left_out_and_reported_once(method):
     ]
     assert [call[0] for call in heard.calls].count("record") == 2
     assert heard.calls[-1][0] == "end"
+
+
+class Quits(Callback):
+    """Ends the process, as some clients do where their settings are wrong."""
+
+    def record(self, step, values):
+        raise SystemExit(2)
+
+
+def test_one_that_ends_the_process_is_left_out():
+    heard, told_of = Heard(), []
+    told = Broadcast({"quits": Quits(), "heard": heard}, told_of.append)
+    with told.attempt(start, {}):
+        told.listener().record(1, {"loss/total": 1.0})
+    assert [call[0] for call in heard.calls] == ["start", "record", "end"]
+    assert told_of == [
+        "callback quits failed in record: SystemExit: 2; the run continues without it"
+    ]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [7, "text", [1], object(), {"id": object()}, {"id": float("nan")}, {("a",): 1}, np.ones(3)],
+)
+def test_an_answer_that_cannot_be_kept_is_reported(answer):
+    kept, heard, told_of = {}, Heard({"id": "y"}), []
+    told = Broadcast({"odd": Heard(answer), "heard": heard}, told_of.append)
+    with told.attempt(start, kept):
+        pass
+    assert kept == {"heard": {"id": "y"}} and heard.calls[-1][0] == "end"
+    (said,) = told_of
+    assert said.startswith("callback odd failed in start: its answer cannot be kept: ")

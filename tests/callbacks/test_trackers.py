@@ -30,7 +30,7 @@ def needs(name):
 def play(section, folder: pathlib.Path, step: int, kept: dict, status: str = "done") -> dict:
     """An attempt as a run makes it, of two records of the student and one of the control."""
     failures = []
-    callbacks = clients.build_trackers(options.Trackers(**section))
+    callbacks = clients.build_trackers(options.Trackers(**section), failures.append)
     told = Broadcast(callbacks, failures.append)
     start = lambda own: Start(
         folder, "tiny", RUN_ID, {"train": {"steps": 3}, "api": "[redacted]"}, step, own
@@ -176,3 +176,21 @@ def test_every_tracker_has_an_extra_a_section_and_a_client():
     names = set(options.Trackers.model_fields)
     assert names == set(clients.BUILDERS) == set(options.PACKAGES)
     assert names <= set(extras["optional-dependencies"])
+
+
+@pytest.mark.parametrize("error", [ImportError("libssl"), AttributeError("init"), SystemExit(3)])
+def test_a_client_that_is_broken_is_reported_and_left_out(error, monkeypatch):
+    def broken(_):
+        raise error
+
+    monkeypatch.setitem(clients.BUILDERS, "wandb", broken)
+    monkeypatch.setitem(clients.BUILDERS, "trackio", lambda _: "made")
+    section = options.Trackers(
+        wandb=options.WandbTracker(project="p"), trackio=options.TrackioTracker(project="p")
+    )
+    told = []
+    assert clients.build_trackers(section, told.append) == {"trackio": "made"}
+    assert told == [
+        f"callback wandb cannot be made: {type(error).__name__}: {error}; the run continues "
+        "without it"
+    ]

@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from jaxdistill.data import files, parquet
+from jaxdistill.data import files, parquet, parquet_pages
 from jaxdistill.data.records import Record, Rejected
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -206,15 +206,89 @@ def test_a_small_parquet_file_stays_small(tmp_path, nested):
         assert rejected(open_source(path))[0] == (21, "too large: more than 10 MB in one row")
 
 
-def test_a_parquet_file_that_claims_too_much_is_refused(tmp_path, monkeypatch):
+def test_a_parquet_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     write = pytest.importorskip("pyarrow.parquet").write_table
     write(pyarrow.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
-    for name in ("MAX_VALUES", "MAX_DECODED"):
+    for name, most in (("MAX_VALUES", 50), ("MAX_DECODED", 50), ("MAX_PAGE", 5)):
         with monkeypatch.context() as patch:
-            patch.setattr(parquet, name, 50)
-            with pytest.raises(DataError, match="row group 0 claims 100 values"):
+            patch.setattr(parquet, name, most)
+            with pytest.raises(DataError, match="row group 0 holds 101 values"):
                 list(open_source(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "snappy"])
+def test_pages_are_measured_before_they_are_unpacked(tmp_path, version, compression):
+    """A page of 108 MB in some kilobytes is refused; sizes are those that pyarrow wrote."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    writer = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    options = {
+        "compression": compression,
+        "use_dictionary": False,
+        "data_page_version": version,
+        "data_page_size": 1 << 30,
+        "write_statistics": version == "1.0",
+    }
+    texts = ["ab " * 3000] * 300
+    writer.write_table(pyarrow.table({"text": texts}), path, **options)
+    chunk = writer.ParquetFile(path).metadata.row_group(0).column(0)
+    found = list(
+        parquet_pages.pages(path, parquet_pages.start_of(chunk), chunk.total_compressed_size)
+    )
+    assert sum(page.values for page in found) == 300
+    plain = sum(len(text) + 4 for text in texts)
+    assert plain <= sum(page.size for page in found) <= plain + 100
+    assert len(list(open_source(path))) == 300
+    writer.write_table(pyarrow.table({"text": texts * 40}), path, **options)
+    if compression == "snappy":  # packs to a twentieth at best
+        assert sum(1 for _ in open_source(path)) == 12_000
+        return
+    assert path.stat().st_size < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(DataError, match="a page of 10804.* bytes was packed into"):
+        list(open_source(path))
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_page_that_claims_to_be_small_is_not_believed(tmp_path):
+    """What its header says counts, not what the end of the file says of all of them."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    writer = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    writer.write_table(pyarrow.table({"text": ["a"] * 10}), path)
+    data = path.read_bytes()
+    # A dictionary page of 2^31 - 1 bytes, packed into one, with one value; no header at all.
+    huge = b"\x15\x04\x15\xfe\xff\xff\xff\x0f\x15\x02\x4c\x15\x02\x15\x00\x00\x00"
+    for start in (huge, b"\xff" * 40):
+        path.write_bytes(data[:4] + start + data[4 + len(start) :])
+        with pytest.raises(DataError, match="header of a page|bytes was packed into"):
+            list(open_source(path))
+    with pytest.raises(ValueError, match="nested too deeply|is damaged"):
+        path.write_bytes(b"\x1c" * 1000)
+        list(parquet_pages.pages(path, 0, 1000))
+
+
+def test_values_that_begin_as_the_one_before_are_made_a_few_at_a_time(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    writer = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    texts = ["ab " * 333_333] * 64
+    writer.write_table(
+        pyarrow.table({"text": texts}),
+        path,
+        use_dictionary=False,
+        compression="none",
+        column_encoding={"text": "DELTA_BYTE_ARRAY"},
+    )
+    assert path.stat().st_size < 1_500_000
+    before = pyarrow.total_allocated_bytes()
+    most, count = 0, 0
+    for _ in open_source(path):
+        most, count = max(most, pyarrow.total_allocated_bytes() - before), count + 1
+    assert count == 64 and most < 100_000_000
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -66,6 +67,27 @@ def test_a_server_that_drips_costs_its_time(scripted, fault):
     (answer,) = _api(scripted, timeout=0.5, retries=1).ask(_jobs(1))
     assert not answer.failed and len(scripted.seen) == 2
     assert time.monotonic() - began < 15  # it drips for twenty
+
+
+def test_the_time_is_that_of_the_whole_request():
+    """A body that stops between two pieces has no second time: who asks does not see it resume."""
+    http = pytest.importorskip("httpx2")
+    resumed = threading.Event()
+
+    class Stops(http.SyncByteStream):
+        def __iter__(self):
+            yield b"{"
+            time.sleep(5.0)  # long after the time
+            resumed.set()
+            yield b"}"
+
+    transport = bounded_http._bounded(http, 0.1)
+    transport._inner = types.SimpleNamespace(
+        handle_request=lambda _: http.Response(200, stream=Stops()), close=lambda: None
+    )
+    with pytest.raises(http.ReadTimeout, match="no whole answer within 0.1 s"):
+        transport.handle_request(http.Request("POST", "http://localhost/v1"))
+    assert not resumed.is_set()
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,30 @@ def test_the_first_attempt_only_keeps_its_facts(run, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("optimizer.name", True),
+        ("optimizer.moments", True),
+        ("student.param_dtype", True),
+        ("student.lora", True),
+        ("student.lora.rank", True),
+        ("student.lora.targets", True),
+        ("student.lora.dropout", False),
+        ("optimizer.lr", False),
+    ],
+)
+def test_what_the_checkpoints_hold_must_not_change(run, name, refused):
+    facts = FACTS | {f"config.{name}": "1"}
+    changes.check(run, facts)
+    if not refused:
+        assert changes.check(run, facts | {f"config.{name}": "2"}) == {f"config.{name}": "1"}
+        return
+    for other in (facts | {f"config.{name}": "2"}, FACTS):
+        with pytest.raises(ConfigError, match=f"changed since this run began: config.{name}: go"):
+            changes.check(run, other)
+
+
+@pytest.mark.parametrize(
     "name",
     [name for name in FACTS if name.split(".")[0] in ("data", "tokenizer", "teacher", "student")],
 )

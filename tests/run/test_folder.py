@@ -237,6 +237,46 @@ def test_a_damaged_record_is_one_message(tmp_path, damage):
         RunDir.open(run.path)
 
 
+FIELDS = {
+    "id": (None, 7, "", "x" * 32, "0" * 31, []),
+    "name": (None, 7, {}),
+    "status": (None, 1),
+    "step": (-1, "3", None, 1.5),
+    "attempts": ({}, None, [1], [None]),
+    "command": ("train", {}),
+    "saved": (3, [], {"student": "3"}, {"student": None}),
+    "callbacks": (3, [], "x", {"wandb": 3}, {"wandb": None}),
+    "sealed": (1, "yes"),
+    "total_steps": ("3", None),
+    "method": (3, {}),
+    "versions": ("x", []),
+    "device": (3, {}),
+    "mesh": ("x",),
+    "teacher": ("x", 3),
+    "student": ("x", 3),
+    "exit_reason": (3, {}),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_the_record_is_checked_for_its_kind(name, tmp_path):
+    run = make(tmp_path / "run")
+    RunDir.open(run.path)
+    for value in FIELDS[name]:
+        (run.path / "RUN.json").write_text(json.dumps(run.record | {name: value}))
+        with pytest.raises(DamagedError, match="RUN.json: is damaged"):
+            RunDir.open(run.path)
+
+
+def test_a_run_that_begins_anew_is_another_run_to_its_trackers(tmp_path):
+    run = make(tmp_path / "run")
+    before = run.record["id"]
+    run.update(callbacks={"mlflow": {"run_id": "x"}})
+    anew.begin(run)
+    record = RunDir.open(run.path).record
+    assert record["id"] != before and len(record["id"]) == 32 and "callbacks" not in record
+
+
 @pytest.mark.parametrize(
     "text", [b"\xff\xfe", b"[" * 100_000, b'{"started": 1e300, "pid": 1}', b"9"]
 )

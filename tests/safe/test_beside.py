@@ -2,13 +2,15 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from jaxdistill.safe import beside
+from jaxdistill.errors import UserError
+from jaxdistill.safe import beside, lock
 
 KILLED = """
 import os, pathlib, signal, sys
@@ -72,4 +74,71 @@ def test_the_newest_of_what_killed_processes_left_is_filled_further(tmp_path):
         assert (inside / "model.safetensors").read_bytes() == b"x" * 1000
         with beside.folder(place, told.append, resumes=True) as second:  # what lives stays
             assert second != inside and not list(second.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def at_the_lock(monkeypatch, act):
+    """Does something once, between the opening of a lock's file and its lock."""
+    locked = lock._locked
+
+    def first(file):
+        monkeypatch.setattr(lock, "_locked", locked)
+        act()
+        return locked(file)
+
+    monkeypatch.setattr(lock, "_locked", first)
+
+
+def test_who_waited_for_a_folder_that_is_removed_is_no_second_owner(tmp_path, monkeypatch):
+    left = tmp_path / ".data-0123456789ab"
+    (left / beside.CONTENT).mkdir(parents=True)
+
+    def remove_and_make_anew():
+        shutil.rmtree(left)
+        (left / beside.CONTENT).mkdir(parents=True)
+
+    for act in (lambda: shutil.rmtree(left), remove_and_make_anew):
+        left.mkdir(exist_ok=True)
+        at_the_lock(monkeypatch, act)
+        with pytest.raises(UserError, match="was removed at this moment"):
+            with lock.held(left):
+                pytest.fail("two own it")
+
+
+def test_what_a_live_process_has_just_made_is_not_swept(tmp_path, monkeypatch):
+    place, told = tmp_path / "data", []
+    at_the_lock(monkeypatch, lambda: beside.sweep(place, told.append))
+    with beside.folder(place, told.append) as inside:
+        assert inside.is_dir() and not told
+
+
+def test_who_stood_still_while_another_swept_makes_another_folder(tmp_path, monkeypatch):
+    place, told = tmp_path / "data", []
+
+    def sweep():
+        for path in tmp_path.iterdir():
+            os.utime(path, (0, 0))
+        beside.sweep(place, told.append)
+
+    at_the_lock(monkeypatch, sweep)
+    with beside.folder(place, told.append) as inside:
+        assert inside.is_dir() and len(told) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_removed_loses_its_name_first(tmp_path, monkeypatch):
+    """Half of it under its old name could be taken over."""
+    left, gone = (tmp_path / f".data-0123456789a{end}" for end in ("b", "c.gone"))
+    for path in (left, gone):
+        (path / beside.CONTENT).mkdir(parents=True)
+    removed, rmtree = [], shutil.rmtree
+
+    def watched(path, **options):
+        removed.append((path.name, left.exists()))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with beside.folder(tmp_path / "data", resumes=True) as inside:
+        assert inside.parent == left  # what is being removed is not taken over
+    assert removed == [(gone.name, True), (left.name + ".gone", False)]
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ ASKED = {"prompt": "Hello", "max_tokens": 10, "temperature": 0.8, "n": 3, "seed"
 
 
 def test_completions_are_the_engines(locked, talker):
-    code, reply = post(locked, "/v1/completions", ASKED | {"logprobs": 0, "model": "any"})
+    code, reply = post(locked, "/v1/completions", ASKED | {"logprobs": 0, "model": talker.source})
     engine = Generator(talker.config, talker.params, slots=SLOTS, length=LENGTH)
     tokens = talker.tokenizer("Hello")["input_ids"]
     engine.submit(Request(tokens, max_new_tokens=10, samples=3, temperature=0.8, seed=5))
@@ -101,11 +101,11 @@ def test_alternatives_are_the_most_probable_tokens_with_their_bytes(locked, talk
     assert plain["text_offset"][0] == 0 and len(plain["text_offset"]) == 10
 
 
-def test_our_client_reads_our_server(locked):
+def test_our_client_reads_our_server(locked, served):
     pytest.importorskip("openai", reason="needs the extra api")
     from jaxdistill.reasoning.served import Api
 
-    api = Api(f"http://127.0.0.1:{locked}/v1", "any", key=KEY, concurrency=5)
+    api = Api(f"http://127.0.0.1:{locked}/v1", served.name, key=KEY, concurrency=5)
     settings = SamplingParams(max_new_tokens=6, temperature=1.0, stop=("zz",))
     jobs = collections.deque(Job(f"q{n}", "ab" * (n + 1), settings, count=2) for n in range(6))
     answers = list(api.ask(jobs))
@@ -164,8 +164,9 @@ def test_biases_penalties_and_stop_tokens_change_what_is_written(locked, talker)
 def test_the_official_client_can_use_every_route(client, locked, chatting):
     (row,) = client.models.list().data
     assert client.models.retrieve(row.id).id == row.id
-    with pytest.raises(openai().NotFoundError, match="no such model"):
+    with pytest.raises(openai().NotFoundError, match="does not exist") as caught:
         client.models.retrieve("another")
+    assert caught.value.code == "model_not_found"
     turns = [{"role": "user", "content": [{"type": "text", "text": "ab"}]}]
     asked = {"model": row.id, "messages": turns, "max_completion_tokens": 9, "seed": 4}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=1)
@@ -175,6 +176,19 @@ def test_the_official_client_can_use_every_route(client, locked, chatting):
     said = "".join(event.choices[0].delta.content for event in events)
     assert said == whole.choices[0].message.content
     assert events[0].choices[0].delta.role == "assistant"
+
+
+def test_another_model_is_refused_as_openai_does(locked, client, chatting):
+    for path, body in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        for name in ("gpt-4o", client.models.list().data[0].id + " ", "x" * 900):
+            code, reply = post(locked, path, body | {"model": name, "max_tokens": 1})
+            assert code == 404 and reply["error"]["code"] == "model_not_found"
+            assert reply["error"]["type"] == "invalid_request_error"
+        for name in (None, ""):
+            assert post(locked, path, body | {"model": name, "max_tokens": 1})[0] == 200
 
 
 def openai():
@@ -194,7 +208,13 @@ def _texts(stream, count=1):
 
 
 def test_a_stream_adds_up_to_the_whole(client):
-    asked = {"model": "any", "prompt": ["Hello", "You"], "max_tokens": 60, "n": 2, "seed": 5}
+    asked = {
+        "model": client.models.list().data[0].id,
+        "prompt": ["Hello", "You"],
+        "max_tokens": 60,
+        "n": 2,
+        "seed": 5,
+    }
     whole = client.completions.create(**asked)
     stream = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     pieces, reasons, events = _texts(stream, 4)
@@ -205,7 +225,12 @@ def test_a_stream_adds_up_to_the_whole(client):
 
 
 def test_a_stream_holds_back_what_may_become_a_stop_string(client):
-    asked = {"model": "any", "prompt": "Hello", "max_tokens": 60, "seed": 5}
+    asked = {
+        "model": client.models.list().data[0].id,
+        "prompt": "Hello",
+        "max_tokens": 60,
+        "seed": 5,
+    }
     text = client.completions.create(**asked).choices[0].text
     stop = text[25:55]  # begins in one call of the engine and ends in a later one
     place = text.index(stop)

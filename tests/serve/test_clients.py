@@ -103,6 +103,12 @@ def test_a_request_is_never_two(port):
         _head("Transfer-Encoding: chunked", "GET /health") + b"0\r\n\r\n",
         _head(f"Transfer-Encoding: chunked\r\nContent-Length: {size}") + body,
         _head(f"Content-Length: {size}\r\nContent-Length: {size + len(two)}") + body,
+        _head(f"Content-Length: {size}\r\nContent-Length: {size}") + body,
+        _head(f"Content-Length: {size}\r\ncontent-length:{size}") + body,
+        _head(f"Content-Length: {size}, {size}") + body,
+        _head(f"Content-Length: {size}\r\n , {size}") + body,
+        _head(f"Content-Length: {size}\r\nContent-Type: text/plain") + body,
+        _head(f"Content-Length: {size}\r\nOrigin: null\r\nOrigin: http://localhost") + body,
         _head(f"Content-Length: {size}\r\nHost: evil.example") + body,
         _head(f"Content-Length: +{size}") + body,
         _head(f"Content-Length : {size}") + body,
@@ -110,6 +116,12 @@ def test_a_request_is_never_two(port):
     ):
         said = talk(port, data + two)
         assert status(said) == 400 and said.count(b"HTTP/1.1 ") == 1, said
+    with connected(port) as line:  # a byte at a time is seen as well
+        for byte in _head(f"Content-Length: {size}\r\nContent-Length: {size}"):
+            line.sendall(bytes([byte]))
+        assert status(line.recv(65536)) == 400
+    said = talk(port, raw(SHORT | {"prompt": "Content-Length: 1\r\nContent-Length: 1"}))
+    assert status(said) == 200  # a body may say what it likes
     said = talk(port, _head(f"Content-Length: {size}") + body + two)  # the second in haste
     assert status(said) == 200 and said.count(b"HTTP/1.1 ") == 1
     chunked = _head("Transfer-Encoding: chunked\r\nConnection: close")
