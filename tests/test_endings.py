@@ -13,7 +13,7 @@ from jaxdistill import api, cli, references
 from jaxdistill.cli import options
 from jaxdistill.cli.streams import surviving
 from jaxdistill.config import preflight
-from jaxdistill.errors import DamagedError
+from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.run import terminal
 from jaxdistill.train import stopping
 
@@ -102,7 +102,8 @@ ENOUGH = {  # words after which argparse takes a command
 }
 IN_FILES = {
     "train", "resume", "launch", "sweep", "ckpt rollback", "clean", "importance", "prune",
-    "quantize", "workflow", "teacher generate", "teacher cache", "serve", "export", "report", "init",
+    "quantize", "workflow", "teacher generate", "teacher cache", "serve", "export", "report",
+    "init",
 }  # fmt: skip
 
 
@@ -230,6 +231,12 @@ def test_a_name_on_the_hub_is_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("org/name", "hf:runs/name", "package:x/runs/none"):
         assert references.as_run(name) is None
+    (tmp_path / "out" / "one").mkdir(parents=True)
+    (tmp_path / "out" / "one" / "RUN.json").touch()
+    for name in ("out/one", "out/one@latest", str(tmp_path / "out" / "one@3")):
+        assert references.as_run(name).folder.resolve() == tmp_path / "out" / "one"
+    with pytest.raises(ConfigError, match="neither a run nor a model"):
+        references.as_run("out/two")
     (tmp_path / "runs" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "model" / "config.json").touch()
     assert references.as_run("runs/model") is None

@@ -126,12 +126,13 @@ def resolve(
 def may_exist(text: str) -> bool:
     """Whether a name is that of something that is here, or could be on the Hub or in a package."""
     place = pathlib.Path(text).expanduser()
+    folder, _, _ = text.rpartition("@")  # of a run
     if text.startswith(("package:", "hf:")) or place.exists():
         return True
-    if any(place.parent.glob("*/RUN.json")):  # a folder of runs, of which this is none
-        return False
-    folder, _, _ = text.rpartition("@")  # of a run
-    return bool(_HUB_ID.fullmatch(text)) or (bool(folder) and pathlib.Path(folder).exists())
+    if folder and pathlib.Path(folder).expanduser().exists():
+        return True
+    # Beside runs there would be a run.
+    return bool(_HUB_ID.fullmatch(text)) and not any(place.parent.glob("*/RUN.json"))
 
 
 def _in_package(text: str) -> pathlib.Path:
