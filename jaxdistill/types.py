@@ -65,6 +65,9 @@ class Batch:
         own length: {"tokens", "positions", "segment_ids", "groups"}, int32 [B, M]; None: nothing.
       sampler_logprobs: float32 [B, L], log mu of the targets under the distribution that they were
         drawn from; None: nobody drew them, or nobody asks.
+      sampled: of text that earned rewards, by name and per token: `advantages`,
+        float32; where several updates learn from it `old`, log q_old; where it matters
+        `wrong`, bool. None: nothing.
     """
 
     tokens: Array
@@ -77,6 +80,7 @@ class Batch:
     groups: Array | None = None
     second: typing.Any = None
     sampler_logprobs: Array | None = None
+    sampled: typing.Any = None
 
 
 @typing.no_type_check

@@ -208,6 +208,15 @@ def problems(config: Any) -> Iterator[Problem]:
 
 
 def _method_problems(config: Any) -> Iterator[Problem]:
+    """The method learns from rewards, see `config.reward`, or from a teacher at hand."""
+    if not methods.of(config.method).rewards:
+        yield from _divergence_problems(config)
+    if config.teacher is not None and config.teacher.cache:
+        rule = "was never asked about what the student will write: remove it, and name the model"
+        yield ("teacher", "cache"), rule
+
+
+def _divergence_problems(config: Any) -> Iterator[Problem]:
     """The method minimises a divergence from a teacher that can read any text."""
     name, row = config.method.name, methods.of(config.method)
     if not row.needs_teacher(config.method):
@@ -221,9 +230,6 @@ def _method_problems(config: Any) -> Iterator[Problem]:
         yield ("method", "alpha"), rule
     if row.reads_sampler:
         yield from _sampler_problems(config)
-    if config.teacher is not None and config.teacher.cache:
-        rule = "was never asked about what the student will write: remove it, and name the model"
-        yield ("teacher", "cache"), rule
 
 
 def _sampler_problems(config: Any) -> Iterator[Problem]:

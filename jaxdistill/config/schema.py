@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from jaxdistill import methods, rules
+from jaxdistill.config import reward as rewards
 from jaxdistill.config import rollout as rollouts
 from jaxdistill.config.data import Data
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
+from jaxdistill.config.reward import Reward
 from jaxdistill.config.rollout import Rollout
 from jaxdistill.config.trackers import Trackers
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
@@ -227,6 +229,9 @@ class Config(Section):
     rollout: Rollout | None = Field(
         None, description="On-policy distillation: the student learns from what it writes itself."
     )
+    reward: Reward | None = Field(
+        None, description="What the student's answers earn, for method grpo."
+    )
     method: methods.AnyMethod = Field(description="What is minimised.")
     optimizer: Optimizer = Field(default_factory=Optimizer, description="How it is minimised.")
     train: Train = Field(description="How long, and how much at a time.")
@@ -253,6 +258,7 @@ class Config(Section):
         yield from _origin_problems(self)
         yield from _size_problems(self)
         yield from rollouts.problems(self)
+        yield from rewards.problems(self)
 
 
 def _teacher_problems(config: Config) -> Iterator[Problem]:

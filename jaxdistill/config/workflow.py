@@ -3,12 +3,13 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from jaxdistill import commands
 from jaxdistill.config import inherit, keys, loader, syntax
+from jaxdistill.config.generation import Generation
 from jaxdistill.config.schema import Config
 from jaxdistill.errors import ConfigError
 from jaxdistill.section import (
@@ -22,6 +23,7 @@ STATE = "workflow.json"
 ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is deleted
 RESERVED = frozenset({STATE, f"{STATE}.tmp", ASIDE, "LOCK", "report.html"})
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
+Loaded = TypeVar("Loaded", Config, Generation)
 Name = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]
 
 
@@ -41,6 +43,21 @@ class TrainStep(Step):
     seeds: Annotated[tuple[int, ...], Field(min_length=1, max_length=20, strict=False)] | None = (
         Field(None, description="A run for each; `${name}` then stands for all of them.")
     )
+
+
+class GenerateStep(Step):
+    """Asks a model for answers, judges them and writes training files: `teacher generate`."""
+
+    kind: Literal["generate"] = Field(description="The kind of step.")
+    config: dict[str, Any] = Field(
+        description="A file of `teacher generate`, without output; `${name}/train_FORM.jsonl` is "
+        "what later steps train on."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: the workflow says where outputs are."""
+        if "output" in self.config:
+            yield ("config", "output"), "the output is the step's own folder: remove it"
 
 
 class ModelStep(Step):
@@ -97,10 +114,10 @@ class CompareStep(Step, commands.Compare):
 
 
 AnyStep = Annotated[
-    TrainStep | ImportanceStep | PruneStep | QuantizeStep | ExportStep | CompareStep,
+    TrainStep | GenerateStep | ImportanceStep | PruneStep | QuantizeStep | ExportStep | CompareStep,
     Field(discriminator="kind"),
 ]
-KINDS = ("train", "importance", "prune", "quantize", "export", "compare")
+KINDS = ("train", "generate", "importance", "prune", "quantize", "export", "compare")
 
 
 class Workflow(Section):
@@ -168,8 +185,21 @@ def train_config(
     raw["run"] = {"name": os.path.basename(run_dir), "dir": run_dir}
     if seed is not None:
         raw["seed"] = seed
+    return _loaded(Config, raw, step.name)
+
+
+def generation(step: GenerateStep, folder: str, outputs: Mapping[str, str]) -> Generation:
+    """The configuration of a generate step.
+
+    Raises:
+      ConfigError: naming the step and everything that is wrong.
+    """
+    return _loaded(Generation, replaced(step.config, outputs) | {"output": folder}, step.name)
+
+
+def _loaded(schema: type[Loaded], raw: Mapping[str, Any], name: str) -> Loaded:
     try:
-        return loader.loads(syntax.dump(raw), f"step {step.name}")
+        return loader.loads_as(schema, syntax.dump(dict(raw)), f"step {name}")
     except ConfigError as error:
         # Lines and columns are those of the merged text, which nobody has seen.
         lines = [re.sub(r"^(step [^:]+):\d+:\d+:", r"\1:", t) for t in str(error).splitlines()]
@@ -200,9 +230,12 @@ def load(path: str | os.PathLike) -> Workflow:
     problems = []
     outputs = {step.name: os.path.join(workflow.dir, step.name) for step in workflow.steps}
     for step in workflow.steps:
-        if isinstance(step, TrainStep):
+        if isinstance(step, TrainStep | GenerateStep):
             try:
-                train_config(workflow, step, outputs[step.name], outputs, None)
+                if isinstance(step, GenerateStep):
+                    generation(step, outputs[step.name], outputs)
+                else:
+                    train_config(workflow, step, outputs[step.name], outputs, None)
             except ConfigError as error:
                 problems.append(str(error))
     if problems:
@@ -234,6 +267,7 @@ def _line(name: str, document: syntax.Document, item: dict[str, Any]) -> list[st
 _SECTIONS = (
     Workflow,
     TrainStep,
+    GenerateStep,
     ImportanceStep,
     PruneStep,
     QuantizeStep,

@@ -116,6 +116,7 @@ class Facts:
       learning_rate: the highest of the student's parameters.
       stored: the format of a stored teacher, or `signals.ONLINE`.
       columns: the rows of tokens that both models have, rising, or None: all of them.
+      longest: tokens of an answer at most, where the student writes.
     """
 
     student: Any
@@ -127,6 +128,7 @@ class Facts:
     learning_rate: float
     stored: str = signals.ONLINE
     columns: tuple[int, ...] | None = None
+    longest: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Method:
       pairs: whether its records are pairs of answers, of which it prefers one.
       second_view: whether the teacher reads the text in tokens of its own: the batch carries them,
         and the options are `two_tokenizers.TwoTokenizers`.
+      rewards: whether it learns from rewards of what the student writes itself.
       any_text: whether it can learn from any text; if not, its records are of a form of their own.
       reads_sampler: whether its loss reads the probability that a token was drawn with, which only
         the student's own text has.
@@ -182,6 +185,7 @@ class Method:
     sides: tuple[tuple[str, ...], ...] = ()
     pairs: bool = False
     second_view: bool = False
+    rewards: bool = False
     any_text: bool = True
     reads_sampler: bool = False
     is_control: bool = False

@@ -14,6 +14,7 @@ from jaxdistill.methods import (
     ctkd,
     distillm2,
     dpo,
+    grpo,
     hidden,
     kd,
     minilm,
@@ -135,6 +136,7 @@ for _name, _method in {
     "sampled_kl": sampled_kl.METHOD,
     "step_by_step": step_by_step.METHOD,
     "dpo": dpo.METHOD,
+    "grpo": grpo.METHOD,
     "sft": sft.METHOD,
 }.items():
     add(_name, _method)

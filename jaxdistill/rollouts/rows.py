@@ -1,6 +1,7 @@
 """Answers as rows of a batch: packed behind their prompts, in one of few numbers of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,9 @@ def rows_of(
     sizes: Sequence[int],
     distilled: int | None,
     sampler: bool = False,
-) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    silent: Sequence[bool] | None = None,
+    sampled: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows of a batch, and log q of every target in them.
 
     A document is a prompt and its answer. What is masked: the prompt, padding, and what follows the
@@ -48,6 +51,9 @@ def rows_of(
       sizes: of `buckets`; the last is at least the number of answers.
       distilled: so many tokens of each answer count; None: all.
       sampler: whether rows carry `Batch.sampler_logprobs`, log mu of the targets.
+      silent: which answers count nothing; None: none of them.
+      sampled: by name, for each answer, a number or one for each of its tokens: a leaf of that
+        name in `sampled` of every row; None: rows have no such tree.
 
     Returns:
       Rows as `Dataset` gives them, as many as one of `sizes`; and float32 [rows, seq_len], the
@@ -57,7 +63,10 @@ def rows_of(
     pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
     placed, ends = packing.plan(pieces, [seq_len], packing_by)
     count = next(size for size in sizes if size >= len(ends) - 1)
-    rows = [empty_row(seq_len, pad) for _ in range(count)]
+    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) for _ in range(count)]
+    types = {name: np.asarray(values[0]).dtype for name, values in (sampled or {}).items()}
+    for row in rows if types else ():
+        row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
     logprobs = np.zeros((count, seq_len), np.float32)
     if sampler:
         for row in rows:
@@ -65,22 +74,25 @@ def rows_of(
     for number, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
         place = 0
         for segment, (index, length) in enumerate(placed[first:last].tolist(), start=1):
-            _put(rows[number], logprobs[number], answers[index], place, segment, distilled)
+            answer, most = answers[index], distilled or len(answers[index].tokens)
+            counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
+            beside = {name: values[index] for name, values in (sampled or {}).items()}
+            _put(rows[number], logprobs[number], answer, place, segment, counted, beside)
             place += length
     return rows, logprobs
 
 
 def _put(
-    row: dict[str, np.ndarray],
+    row: dict[str, Any],
     logprobs: np.ndarray,
     answer: Answer,
     place: int,
     segment: int,
-    distilled: int | None,
+    counted: int,
+    beside: Mapping[str, Any],
 ) -> None:
     """Writes a prompt and its answer into a row, from a place on."""
     text = np.concatenate([answer.prompt.tokens, answer.tokens])
-    counted = min(len(answer.tokens), distilled or len(answer.tokens))
     first = place + len(answer.prompt.tokens) - 1  # predicts the answer's first token
     row["tokens"][place : place + len(text)] = text
     row["targets"][place : place + len(text) - 1] = text[1:]
@@ -90,3 +102,6 @@ def _put(
     logprobs[first : first + counted] = answer.logprobs[:counted]
     if "sampler_logprobs" in row:
         row["sampler_logprobs"][first : first + counted] = answer.drawn_logprobs[:counted]
+    for name, values in beside.items():
+        one = np.broadcast_to(values, len(answer.tokens))
+        row["sampled"][name][first : first + counted] = one[:counted]

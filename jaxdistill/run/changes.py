@@ -66,6 +66,8 @@ RULES: Mapping[str, Rule] = {
         ),
         Rule(False, False, "from here on the new value holds"),
     ),
+    "config.reward.updates": Rule(True, False, _OTHER_RUN),  # which answers an update learns from
+    "config.reward.workers": Rule(False, True, "who judges, not how"),
     "config.rollout.slots": Rule(False, False, _ROUNDING),
     "config.rollout.cache_dtype": Rule(False, False, _ROUNDING),
     "config.data": Rule(False, True, "the tokens are the same"),  # or "data" refuses

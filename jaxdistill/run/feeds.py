@@ -1,5 +1,6 @@
 """The feed of a training, chosen by its configuration: the one place that knows which there are."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import CorpusFeed, Feed
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.run import on_policy, participants
+from jaxdistill.run import on_policy, participants, rewarded, setup
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 
@@ -21,6 +22,7 @@ def feed_of(
     *,
     dataset: Dataset | None,
     prompts: Prompts | None,
+    folder: pathlib.Path,
     params_of: Callable[[Any], Any],
     left_out: Callable[[], Sequence[tuple[int, int]]],
     stop: Callable[[], bool],
@@ -34,6 +36,7 @@ def feed_of(
       mesh: of all devices.
       dataset: the rows of data.train, or None.
       prompts: what the student answers, or None.
+      folder: of the training.
       params_of: state -> the student's parameters, adapters in place.
       left_out: rows that no batch holds, as they are now.
       stop: whether this process was asked to stop.
@@ -52,6 +55,19 @@ def feed_of(
         assert corpus is not None, "checked before: who does not write has data to learn from"
         return corpus
     assert prompts is not None, "checked before"
+    if config.reward is not None:
+        return rewarded.feed_of(
+            config,
+            models,
+            prompts,
+            mesh,
+            head=config.method.head(setup.facts_of(config, models)),
+            folder=folder,
+            params_of=params_of,
+            left_out=left_out,
+            stop=stop,
+            hooks=hooks,
+        )
     return on_policy.feed_of(
         config,
         models,

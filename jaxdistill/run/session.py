@@ -7,7 +7,8 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -41,7 +42,7 @@ from jaxdistill.run.texts import Text
 from jaxdistill.run.training import Training
 from jaxdistill.train import stopping
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.hooks import NO_HOOKS, Hooks
+from jaxdistill.train.hooks import NO_HOOKS, Hooks, WithVerifiers
 from jaxdistill.train.stopping import Stop
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ def distill(
     *,
     callbacks: Sequence[Callback] = (),
     hooks: Hooks = NO_HOOKS,
+    verifiers: Mapping[str, Callable[..., float | None]] = types.MappingProxyType({}),
 ) -> RunResult:
     """Runs a configuration, given as a file or as an object; the rest as in `train`.
 
@@ -77,10 +79,17 @@ def distill(
     if isinstance(config, Config):
         if overrides:
             raise ConfigError("overrides belong to a configuration file: change the object")
-        return train(config, callbacks=callbacks, hooks=hooks)
+        return train(config, callbacks=callbacks, hooks=hooks, verifiers=verifiers)
     text = configs.read(config)
     loaded = configs.loads(text, str(config), overrides)
-    return train(loaded, input_text=text, overrides=overrides, callbacks=callbacks, hooks=hooks)
+    return train(
+        loaded,
+        input_text=text,
+        overrides=overrides,
+        callbacks=callbacks,
+        hooks=hooks,
+        verifiers=verifiers,
+    )
 
 
 def train(
@@ -90,6 +99,7 @@ def train(
     overrides: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
     hooks: Hooks = NO_HOOKS,
+    verifiers: Mapping[str, Callable[..., float | None]] = types.MappingProxyType({}),
 ) -> RunResult:
     """Runs a configuration from the start.
 
@@ -99,6 +109,8 @@ def train(
       overrides: what changed it, kept beside.
       callbacks: hear what the run does, beside the trackers of `logging`.
       hooks: called at named points, given every batch and the loss, see `train.hooks`.
+      verifiers: name -> function(prompt, answer, record) -> a reward, or None where it cannot say;
+        the names stand in `reward.verifiers`, the record holds what stands beside the prompt.
 
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
@@ -108,7 +120,8 @@ def train(
     agree.together(lambda: hearing.check(config, callbacks))
     resolved = configs.dump(config)
     # Everything that reading the small files can tell is told before the run folder exists.
-    inputs = start.read(config, mesh)
+    hooks = WithVerifiers(hooks, verifiers) if verifiers else hooks
+    inputs = start.read(config, mesh, hooks.verifiers)
 
     def create() -> None:
         RunDir.create(
@@ -143,6 +156,7 @@ def resume(
     from_start: bool = False,
     callbacks: Sequence[Callback] = (),
     hooks: Hooks = NO_HOOKS,
+    verifiers: Mapping[str, Callable[..., float | None]] = types.MappingProxyType({}),
 ) -> RunResult:
     """Resumes a run from its last checkpoint, or finishes what a finished run still lacks.
 
@@ -153,13 +167,14 @@ def resume(
       from_start: begin anew at step 0; what the run has is moved to `earlier/` in its folder.
       callbacks: as in `train`.
       hooks: as in `train`.
+      verifiers: as in `train`.
 
     Raises:
       ConfigError: if there is no run, its data, models or tokenizer have changed, or an override
         would make it another run.
       DamagedError: if no checkpoint can be read, or none is there any more.
     """
-    run = RunDir.open(run_dir, hooks)
+    run = RunDir.open(run_dir, WithVerifiers(hooks, verifiers) if verifiers else hooks)
     file = run.path / "config.resolved.yaml"
     before, config = configs.load(file), configs.load(file, overrides)
     if before.run.dir != config.run.dir:
@@ -169,7 +184,8 @@ def resume(
         )
     mesh = _begin(config)
     agree.together(lambda: hearing.check(config, callbacks))
-    return _execute(config, run, start.read(config, mesh), callbacks, from_start)
+    inputs = start.read(config, mesh, run.hooks.verifiers)
+    return _execute(config, run, inputs, callbacks, from_start)
 
 
 def _execute(
@@ -336,6 +352,7 @@ class _Session:
             update={
                 "method": methods.control(self.config.method),
                 "rollout": None,  # it learns from given answers
+                "reward": None,
                 "train": self.config.train.model_copy(update={"eval_every": None}),
             }
         )
@@ -389,7 +406,11 @@ def _stale(changed: Collection[str]) -> Sequence[str]:
     ours = ("config.train", "config.optimizer", "config.method", "config.student")
     if any(name.startswith(ours) for name in changed):
         return ("SFT control", "student after")
-    return ("student after",) if any(n.startswith("config.rollout") for n in changed) else ()
+    return (
+        ("student after",)
+        if any(n.startswith(("config.rollout", "config.reward")) for n in changed)
+        else ()
+    )
 
 
 def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:

@@ -69,17 +69,7 @@ class RunMethod:
 
 def method_of(config: Config, models: participants.Models) -> RunMethod:
     """Objective, teacher and optimizer as the configuration says."""
-    facts = methods.Facts(
-        student=models.student.config,
-        teacher=None if models.teacher is None else models.teacher.config,
-        student_tokenizer=models.tokenizer,
-        teacher_tokenizer=models.second.tokenizer if models.second else models.tokenizer,
-        vocab=models.vocab,
-        columns=models.pairing.columns,
-        steps=config.train.steps,
-        learning_rate=config.optimizer.lr,
-        stored=format_of(models),
-    )
+    facts = facts_of(config, models)
     built = methods.build(config.method, facts)
     objective = built.objective
     teacher = teachers.none
@@ -114,6 +104,22 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
     form = models.stored.format if models.stored and objective.needs_teacher else None
     return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
+
+
+def facts_of(config: Config, models: participants.Models) -> methods.Facts:
+    """What the method of a run may know of it."""
+    return methods.Facts(
+        student=models.student.config,
+        teacher=None if models.teacher is None else models.teacher.config,
+        student_tokenizer=models.tokenizer,
+        teacher_tokenizer=models.second.tokenizer if models.second else models.tokenizer,
+        vocab=models.vocab,
+        columns=models.pairing.columns,
+        steps=config.train.steps,
+        learning_rate=config.optimizer.lr,
+        stored=format_of(models),
+        longest=None if config.rollout is None else config.rollout.max_new_tokens,
+    )
 
 
 def format_of(models: participants.Models) -> str:
@@ -236,6 +242,12 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
         beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
     if method.reads_sampler:
         beside["sampler_logprobs"] = np.zeros(length, np.float32)
+    if config.reward is not None:
+        numbers = ["advantages", *(["old"] if config.reward.updates > 1 else [])]
+        sampled = {name: np.zeros(length, np.float32) for name in numbers}
+        if getattr(config.method, "distil", "all") == "wrong":
+            sampled["wrong"] = np.zeros(length, bool)
+        beside |= {"sampled": sampled}
     row = pipeline.stack([empty_row(length, 0, origins) | beside])
     return steps.abstract_batch(row, config.train.batch_size, mesh)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import sys
+import types
 from collections.abc import Mapping
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -10,7 +12,8 @@ from jaxdistill import agree
 from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.run import on_policy, participants, terminal, texts
+from jaxdistill.errors import ConfigError
+from jaxdistill.run import on_policy, participants, rewarded, terminal, texts
 from jaxdistill.run.texts import Text
 
 
@@ -39,8 +42,16 @@ class Inputs:
         return {**self.data, **asked}
 
 
-def read(config: Config, mesh: Mesh) -> Inputs:
-    """Reads small files and data, and checks all that they can tell."""
+def read(
+    config: Config, mesh: Mesh, verifiers: Mapping[str, Any] = types.MappingProxyType({})
+) -> Inputs:
+    """Reads small files and data, and checks all that they can tell.
+
+    Args:
+      config: of the run.
+      mesh: of all devices.
+      verifiers: functions that were handed in.
+    """
     network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
     data = agree.leader_first(
@@ -54,13 +65,17 @@ def read(config: Config, mesh: Mesh) -> Inputs:
     stored, taught = models.stored, data
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
-    prompts = agree.together(lambda: _prompts(config, models, mesh))
+    prompts = agree.together(lambda: _prompts(config, models, mesh, verifiers))
     return Inputs(mesh, models, data, taught, prompts)
 
 
-def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts | None:
+def _prompts(
+    config: Config, models: participants.Models, mesh: Mesh, verifiers: Mapping[str, Any]
+) -> Prompts | None:
     """What the student answers, once it can; None where it does not write."""
     if config.rollout is None:
+        if verifiers:
+            raise ConfigError(f"verifiers = {', '.join(verifiers)}: there is no section reward")
         return None
     prompts = texts.prompts_of(
         config.data,
@@ -69,4 +84,5 @@ def _prompts(config: Config, models: participants.Models, mesh: Mesh) -> Prompts
         network=config.security.allow_network,
     )
     on_policy.check(config, models, prompts, mesh)
+    rewarded.check(config, prompts, verifiers)
     return prompts

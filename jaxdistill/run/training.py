@@ -253,6 +253,7 @@ class Training:
             self.mesh,
             dataset=self.dataset,
             prompts=self.prompts,
+            folder=self.folder,
             params_of=self.table.student_params,
             left_out=lambda: guard.left_out,
             stop=lambda: self.stop.asked is not None,

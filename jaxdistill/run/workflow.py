@@ -21,6 +21,7 @@ from jaxdistill.config.workflow import (
     STATE,
     CompareStep,
     ExportStep,
+    GenerateStep,
     ImportanceStep,
     PruneStep,
     QuantizeStep,
@@ -30,7 +31,7 @@ from jaxdistill.config.workflow import (
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.evaluate import comparison
 from jaxdistill.report import json_lines
-from jaxdistill.run import session
+from jaxdistill.run import session, teacher_generate
 from jaxdistill.run.export import export, quantize
 from jaxdistill.safe import json_file, lock, whole_file
 from jaxdistill.safe.redact import redacted
@@ -110,8 +111,8 @@ class Runner:
             elif not same:
                 action, why = "run", "its inputs or options have changed"
             elif kept.get("status") != "done":
-                train = isinstance(step, TrainStep)
-                action, why = ("resume" if train else "run"), f"was {kept.get('status')}"
+                resumes = isinstance(step, TrainStep | GenerateStep)
+                action, why = ("resume" if resumes else "run"), f"was {kept.get('status')}"
             elif not self._outputs_there(step):
                 action, why = "run", "its output is gone"
             else:
@@ -254,6 +255,11 @@ class Runner:
                 tables[folder] = list(session.train(config).table)
         return {"tables": tables}
 
+    def _generate(self, step: GenerateStep) -> dict[str, Any]:
+        folder = str(self.folder / step.name)
+        found = teacher_generate.generate(files.generation(step, folder, self.first_outputs()))
+        return {"samples": found["samples"], "correct": found.get("correct")}
+
     def _importance(self, step: ImportanceStep) -> dict[str, Any]:
         step = self.resolved(step)
         measured = command.importance(step.model, step)
@@ -293,6 +299,7 @@ class Runner:
 
 _RUN: Mapping[str, Callable[[Runner, Any], dict[str, Any]]] = {
     "train": Runner._train,
+    "generate": Runner._generate,
     "importance": Runner._importance,
     "prune": Runner._prune,
     "quantize": Runner._quantize,

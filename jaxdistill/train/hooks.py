@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class Hooks:
     (None, None, 1)
     """
 
+    # Name -> function(prompt, answer, record) -> a reward, or None: see `reasoning.judging`.
+    verifiers: Mapping[str, Callable[..., float | None]] = types.MappingProxyType({})
+
     def at(self, point: str) -> None:
         """Is called at every one of `POINTS`, some of them in the thread that writes checkpoints.
 
@@ -54,6 +58,14 @@ class Hooks:
     def loss(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """The loss that the training step is compiled with in place of the method's."""
         return loss
+
+
+class WithVerifiers(Hooks):
+    """Hooks, and verifiers beside them."""
+
+    def __init__(self, hooks: Hooks, verifiers: Mapping[str, Callable[..., float | None]]):
+        self.at, self.batch, self.loss = hooks.at, hooks.batch, hooks.loss
+        self.verifiers = {**hooks.verifiers, **verifiers}
 
 
 NO_HOOKS = Hooks()

@@ -22,20 +22,27 @@ train: {steps: 40, batch_size: 8}
 PRESETS = {
     name: method.options.model_fields["divergence"].default
     for name, method in methods.METHODS.items()
-    if "divergence" in method.options.model_fields and name not in ("kd", "smoothed_kd", "distillm")
+    if "divergence" in method.options.model_fields
+    and name not in ("kd", "smoothed_kd", "distillm", "grpo")  # fmt: skip
 }
 
 
 BOTH = "data.train=[{path: a.txt, origin: teacher}, {path: b.txt, origin: student}]"
+REWARDED = [
+    "data.train=[]",
+    "data.prompts=[{path: p.jsonl}]",
+    "reward={verifiers: [{verifier: number}]}",
+    "rollout={prompts_per_step: 2, samples: 4, max_new_tokens: 8}",
+]
 
 
 DRAWN = "rollout={prompts_per_step: 8, max_new_tokens: 8}", "data.prompts=[{path: p.jsonl}]"
 
 
 def load(method: str, *overrides: str):
-    both = [BOTH] if "distillm2" in method else []
+    data = [BOTH] if "distillm2" in method else REWARDED if "grpo" in method else []
     drawn = [*DRAWN, "train={steps: 40}"] if "sampled_kl" in method else []
-    return config.loads(TINY, "tiny.yaml", [f"method={method}", *both, *drawn, *overrides])
+    return config.loads(TINY, "tiny.yaml", [f"method={method}", *data, *drawn, *overrides])
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -57,7 +64,13 @@ def test_every_method_has_a_recipe_on_the_quickstarts_assets():
     files = [path for path in CONFIGS.glob("*.yaml") if not workflow.is_workflow(path.read_text())]
     loaded = [config.load(path) for path in files]
     found = {one.method.name for one in loaded if one.teacher and one.teacher.source == assets}
-    own = {"sft", "step_by_step", "dpo", "sampled_kl"}  # need other data, or are the control
+    own = {
+        "sft",
+        "step_by_step",
+        "dpo",
+        "grpo",
+        "sampled_kl",
+    }  # need other data, or are the control
     assert found == set(methods.METHODS) - own
 
 

@@ -208,7 +208,7 @@ def test_a_dry_run_changes_nothing(teacher, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("kind: quantize", "kind: quantise", "must be one of train, importance"),
+        ("kind: quantize", "kind: quantise", "must be one of train, generate, importance"),
         ("scheme: int8}", "shceme: int8}", 'did you mean "scheme"'),
         ('model: "${{kd}}@latest"', 'model: "${{kdd}}@latest"', "is no earlier step"),
         ("name: int8, kind", "name: kd, kind", "is the name of an earlier step"),
@@ -246,3 +246,50 @@ def test_an_output_that_is_gone_is_made_again_and_so_is_what_uses_it(flow):
         assert due == {"cut", "sft", "kd", "int8", "table"}
     finally:
         (out / "elsewhere").rename(out / "cut")
+
+
+GENERATE = """
+version: 1
+name: asking
+dir: {folder}/out
+steps:
+  - name: asked
+    kind: generate
+    config:
+      teacher: {{source: "{teacher}", dtype: float32}}
+      task: {folder}/questions.jsonl
+      prompt: {{style: plain}}
+      sampling: {{samples: 1, max_new_tokens: 4}}
+      forms: [sequence_kd]
+  - name: taught
+    kind: train
+    config:
+      student: {{source: "{teacher}", compute_dtype: float32}}
+      tokenizer: {{from: student}}
+      data:
+        train: [{{path: "${{asked}}/train_sequence_kd.jsonl"}}]
+        eval: [{{path: {data}/eval.txt, format: paragraphs}}]
+        seq_len: 32
+        cache_dir: {data}/cache
+      method: {{name: sft}}
+      train: {{steps: 1, batch_size: 2, eval_every: null}}
+      logging: {{progress: none, tensorboard: false}}
+      eval: {{max_rows: 4, samples: 0}}
+"""
+
+
+def test_a_model_is_asked_and_another_learns_from_it(teacher, data, tmp_path):
+    lines = [json.dumps({"question": f"{n} + 1", "answer": str(n + 1)}) for n in range(3)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    path = tmp_path / "flow.yaml"
+    path.write_text(GENERATE.format(folder=tmp_path, teacher=teacher, data=data))
+    api.run_workflow(path, notice=lambda text: None)
+    state = json.loads((tmp_path / "out" / "workflow.json").read_text())["steps"]
+    assert [state[name]["status"] for name in ("asked", "taught")] == ["done", "done"]
+    assert state["asked"]["found"]["samples"] == 3
+    assert [one.action for one in workflows.plan(path)] == ["skip", "skip"]
+    path.write_text(path.read_text().replace("samples: 1,", "samples: 2,"))
+    assert [one.action for one in workflows.plan(path)] == ["run", "run"]
+    path.write_text(path.read_text().replace("forms:", "output: x\n      forms:"))
+    with pytest.raises(ConfigError, match="the step's own folder"):
+        workflows.plan(path)

@@ -17,6 +17,7 @@ from jaxdistill.methods import (
     ctkd,
     distillm2,
     dpo,
+    grpo,
     hidden,
     kd,
     minilm,
@@ -92,6 +93,31 @@ def doubled(batch):
 
 
 OPENING = ((0, 3, 5), (1, 2, 36))  # tokens that can follow the end of a word
+
+
+def rewarded(batch):
+    """The same rows as two answers each, with advantages, and q_old and mu beside log q."""
+    rng = np.random.default_rng(int(batch.tokens.sum()))
+    draw = lambda: rng.normal(-3.0, 0.2, batch.tokens.shape).astype(np.float32)
+    segments = np.repeat(np.arange(1, 3, dtype=np.int32), LENGTH // 2)
+    each = np.repeat(rng.normal(0, 1, (ROWS, 2)), LENGTH // 2, axis=1).astype(np.float32)
+    old = draw()
+    return dataclasses.replace(
+        batch,
+        segment_ids=np.broadcast_to(segments, batch.tokens.shape).copy(),
+        sampler_logprobs=old + 0.05 * draw(),
+        sampled={"advantages": each, "old": old, "wrong": each < 0},
+    )
+
+
+POLICIES = ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo")
+
+
+def policy_of(name, **more):
+    given = {"max_length": LENGTH, "policy": losses.POLICIES[name], "vocab": VOCAB}
+    return lambda: grpo.objective(**given, **more)
+
+
 METHODS = {
     "alm": (
         lambda: alm.objective(vocab=VOCAB, teacher_vocab=VOCAB, opening=OPENING),
@@ -126,6 +152,10 @@ METHODS = {
         {"weight": optim.schedule("linear", 1.0, 0.5, STEPS)},
     ),
     "distillm2": (lambda: distillm2.objective(vocab=VOCAB), {"alpha": 0.0, "balance": 1.2}),
+    "grpo": (
+        policy_of("grpo", divergence="reverse_kl", only_wrong=True),
+        {"teacher_weight": optim.schedule("linear", 1.0, 0.0, STEPS)},
+    ),
     "dpo": (lambda: dpo.objective(vocab=VOCAB, beta=0.5, reference="teacher"), {}),
     "ted": (
         lambda: ted.objective(vocab=VOCAB, layers=((0,), (1,)), widths=(16, 24)),
@@ -157,6 +187,9 @@ for _name, (_kind, _parameters) in KINDS.items():
 SECOND_VIEW = ("alm",)
 # Without a teacher, and without a curve here.
 OTHERS = {"sft": (lambda: sft.objective(vocab=VOCAB), {})}
+OTHERS |= {f"{name} alone": (policy_of(name), {}) for name in POLICIES}
+OTHERS["dapo start"] = (policy_of("dapo", start_weight=0.1), {})
+REWARDED = ("grpo", *(f"{name} alone" for name in POLICIES), "dapo start")
 
 
 class Training:
@@ -192,6 +225,7 @@ class Training:
         self.state = states.create(student, own, self.tx, 7, self.mesh)
         shaped = {"distillm2": written, "dpo": paired, "sampled_kl": drawn}
         shaped |= dict.fromkeys(SECOND_VIEW, doubled)
+        shaped |= dict.fromkeys(REWARDED, rewarded)
         shape_of = shaped.get(name, lambda batch: batch)
         self.rows = lambda seed: shape_of(rows(seed))
         shape = steps.abstract_batch(self.rows(0), ROWS, self.mesh)
@@ -320,6 +354,20 @@ def test_dpo_is_the_papers_formula_however_a_batch_is_split(case):
             [step[name] for step in ours], [step[name] for step in one], rtol=2e-3
         )
     assert one[-1]["reward/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("name", REWARDED)
+def test_policy_losses_do_not_depend_on_how_a_batch_is_split(name):
+    """Counts of sequences and tokens are of the whole batch, and so is the teacher's part."""
+    cases = [Training(name), Training(name, micro_batches=4)]
+    if jax.device_count() >= 8:
+        cases.append(Training(name, mesh=make_mesh(2, 4)))
+    one, *others = (training.run(1)[0] for training in cases)
+    for other in others:
+        for key in ("loss/total", "loss/policy", "optim/grad_norm", "policy/clip_high"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7), key
+    if "alone" not in name:
+        assert one["loss/total"] != pytest.approx(one["loss/policy"], rel=1e-3)
 
 
 def is_taid(x):

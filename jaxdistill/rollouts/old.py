@@ -1,0 +1,51 @@
+"""What the training program says of sampled tokens before the first update: log q_old."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxdistill.compress import quantize
+from jaxdistill.methods.head_loss import said
+from jaxdistill.models import decoder
+from jaxdistill.rollouts.difference import Program
+from jaxdistill.sharding import on_mesh
+from jaxdistill.types import Batch
+
+
+def of_batches(
+    program: Program, head: Any, place: Callable[[Any], Any]
+) -> Callable[[Any, Batch], np.ndarray]:
+    """(parameters, rows of this process) -> float32 [all rows, L], log q of the targets.
+
+    Args:
+      program: of the step.
+      head: as the method has it, see `methods.Head`.
+      place: a tree of this process' rows -> global arrays on the mesh.
+    """
+    fixed = tuple(sorted(head.items()))
+
+    def old_of(params: Any, batch: Batch) -> np.ndarray:
+        with on_mesh(params):
+            return np.asarray(_logprobs(program, fixed, params, place(batch)))
+
+    return old_of
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logprobs(program: Program, head: tuple, params: Any, batch: Batch) -> Array:
+    scheme = program.quantization
+    outputs = decoder.apply(
+        program.config,
+        params if scheme is None else quantize.aware(params, scheme),
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
+        compute_dtype=program.dtype,
+        attention=program.attention,
+    )
+    found, _ = said(dict(head), outputs, batch)
+    return jax.lax.with_sharding_constraint(found, jax.P())  # every process reads all of it

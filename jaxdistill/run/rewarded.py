@@ -1,0 +1,140 @@
+"""The feed of a run whose student's answers earn rewards, made from its configuration."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdistill import methods
+from jaxdistill.config import Config
+from jaxdistill.data import encode
+from jaxdistill.data.prompts import Prompts
+from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.reasoning import judging, scorers
+from jaxdistill.reasoning.judging import Judges, Part
+from jaxdistill.rollouts import difference, old
+from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
+from jaxdistill.rollouts.verdicts import Verdicts
+from jaxdistill.run import on_policy, participants
+from jaxdistill.sharding import local_rows
+from jaxdistill.train.hooks import Hooks
+from jaxdistill.train.step import place
+
+
+def check(config: Config, prompts: Prompts, functions: Mapping[str, Any]) -> None:
+    """Refuses verifiers that do not exist, and prompts that they cannot judge.
+
+    Raises:
+      ConfigError: for a verifier, or one that was handed in and is not asked.
+      DataError: for prompts without an answer.
+    """
+    if config.reward is None:
+        if functions:
+            raise ConfigError(f"verifiers = {', '.join(functions)}: there is no section reward")
+        return
+    for part in parts_of(config):
+        judging.check(part, functions)
+    if unused := set(functions) - {part.name for part in parts_of(config)}:
+        raise ConfigError(
+            f"verifiers = {', '.join(sorted(unused))}: not named in reward.verifiers: add "
+            "{verifier: NAME} there, or leave it out"
+        )
+    free = {*scorers.NEED_NO_ANSWER, *functions}
+    needing = [part.name for part in parts_of(config) if part.name not in free]
+    without = sum("answer" not in prompt.notes for prompt in prompts.prompts)
+    if needing and without:
+        raise DataError(
+            f"data.prompts: {without} of {len(prompts)} prompts have no `answer`, which the "
+            f"verifier {needing[0]} compares with: add it, or use format, length or a function"
+        )
+
+
+def parts_of(config: Config) -> list[Part]:
+    """The verifiers of a run."""
+    assert config.reward is not None, "only asked for where there are rewards"
+    return [Part(one.verifier, one.weight, one.options) for one in config.reward.verifiers]
+
+
+def plan_of(config: Config) -> Plan:
+    """Which answers an update of a run learns from, and what they are worth."""
+    reward, rollout = config.reward, config.rollout
+    assert reward is not None and rollout is not None, "checked before"
+    return Plan(
+        prompts=rollout.prompts_per_step,
+        samples=rollout.samples,
+        updates=reward.updates,
+        advantage=reward.advantage,
+        names=tuple(one.verifier for one in reward.verifiers),
+        longest=rollout.max_new_tokens,
+        mask_cut=reward.overlong == "mask",
+        ramp=reward.ramp,
+        resample=reward.resample,
+        patience=reward.patience,
+        wrong=getattr(config.method, "distil", "all") == "wrong",
+        seed=config.seed,
+    )
+
+
+def feed_of(
+    config: Config,
+    models: participants.Models,
+    prompts: Prompts,
+    mesh: Mesh,
+    *,
+    head: methods.Head,
+    folder: pathlib.Path,
+    params_of: Callable[[Any], Any],
+    left_out: Callable[[], Sequence[tuple[int, int]]],
+    stop: Callable[[], bool],
+    hooks: Hooks,
+) -> RewardedFeed:
+    """The batches of a run whose student's answers earn rewards.
+
+    Args:
+      config: of the run.
+      models: who takes part.
+      prompts: what is answered.
+      mesh: of all devices.
+      head: how the method computes the student's head.
+      folder: of the training, where verdicts are written down.
+      params_of: state -> the student's parameters, adapters in place.
+      left_out: rows that no batch holds, as they are now.
+      stop: whether this process was asked to stop.
+      hooks: what the caller handed in, verifiers among it.
+    """
+    reward, rollout, student = config.reward, config.rollout, config.student
+    assert reward is not None and rollout is not None, "checked before"
+    program = difference.Program(
+        models.student.config,
+        models.vocab,
+        jnp.dtype(student.compute_dtype),
+        student.attention,
+        student.quantize,
+    )
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    judges = lambda: Judges(
+        parts_of(config),
+        workers=reward.workers,
+        seconds=reward.seconds,
+        functions=hooks.verifiers,
+    )
+    return RewardedFeed(
+        plan_of(config),
+        prompts,
+        on_policy.writer_of(config, models, prompts, mesh, stop, hooks),
+        Verdicts(judges, models.tokenizer.decode, folder),
+        params_of=params_of,
+        old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
+        shape={
+            "seq_len": config.data.seq_len,
+            "pad": encode.prepare(models.tokenizer).pad,
+            "packing_by": config.data.packing,
+            "distilled": rollout.distilled_tokens,
+        },
+        unit=parts * config.train.micro_batches,
+        rows=lambda size: local_rows(mesh, size),
+        left_out=left_out,
+        recalled=config.guards.nonfinite.max_consecutive + 2,
+    )

@@ -1,0 +1,169 @@
+"""Runs whose student learns from rewards: what it learns, what is told, and the same bits on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxdistill import api
+from jaxdistill.errors import ConfigError, DataError, DivergedError
+from jaxdistill.report import read_metrics
+from tests.run.test_on_policy import Lost, numbers, same
+
+pytestmark = pytest.mark.usefixtures("plain_runs")
+SIZES = "share: 1.0, prompts_per_step: 2, samples: 4, max_new_tokens: 4"
+MINE = "reward={verifiers: [{verifier: mine}], %s}"
+
+
+@pytest.fixture(scope="module")
+def load(load_config, tmp_path_factory):
+    """(folder, reward's settings, overrides) -> Config."""
+    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{n}=", "answer": f"{n}", "n": n}) for n in range(9)]
+    path.write_text("\n".join(lines) + "\n")
+
+    def make(folder, reward="updates: 1", *overrides):
+        folder.mkdir(exist_ok=True)
+        return load_config(
+            folder,
+            "teacher=null",
+            "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, "
+            "compute_dtype: float32}",
+            f"rollout={{{SIZES}}}",
+            "data.train=[]",
+            f"data.prompts=[{{path: {path}}}]",
+            "method={name: grpo}",
+            MINE % reward,
+            *overrides,
+        )
+
+    return make
+
+
+def lowercase(prompt, answer, record):
+    """Which share of an answer is small letters of the first half of the alphabet."""
+    assert prompt == f"{record['answer']}="
+    return sum("a" <= letter <= "m" for letter in answer) / 4
+
+
+def run(config, verifier=lowercase, **options):
+    return api.train(config, verifiers={"mine": verifier}, **options)
+
+
+@pytest.fixture(scope="module")
+def three(load, tmp_path_factory):
+    """A finished run whose answers serve two updates each."""
+    folder = tmp_path_factory.mktemp("three")
+    run(load(folder, "updates: 2, resample: 1"))
+    return folder / "run"
+
+
+def test_a_run_tells_of_its_rewards(three):
+    records = [one for one in numbers(three) if "reward/mean" in one]
+    assert [one["step"] for one in records] == [1, 2, 3, 4, 5, 6]
+    assert [one["rollout/reused"] for one in records] == [0, 1] * 3
+    for first, second in zip(records[::2], records[1::2], strict=True):
+        assert first["reward/mean"] == second["reward/mean"] == first["reward/of_mine"]
+        assert first["policy/ratio"] == pytest.approx(1, abs=1e-5)  # the first is q_old itself
+        assert first["policy/sampler_difference"] < 1e-5
+        assert second["policy/old_kl"] > 1e-7  # and the second has moved away from it
+        assert second["policy/sampler_difference"] == pytest.approx(
+            first["policy/sampler_difference"], abs=1e-6
+        )
+        assert 0 <= first["reward/flat_groups"] <= 1 and first["student/entropy"] > 0
+    assert any("perf/rollout_seconds" in one for one in read_metrics(three))
+    lines = (three / "verdicts.jsonl").read_text().splitlines()
+    assert len(lines) >= 3 and all("verdicts" in json.loads(line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [("rollout.call", 3), ("rollout.after", 3), ("step.after", 4)],
+    ids=["while it writes", "before it is judged", "between two updates"],
+)
+def test_a_run_that_ends_anywhere_resumes_to_the_same_bits(three, load, tmp_path, point, count):
+    config = load(tmp_path, "updates: 2, resample: 1", "checkpoint.every.steps=1")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, hooks=Lost(point, count))
+    api.resume(tmp_path / "run", verifiers={"mine": lowercase})
+    same(tmp_path / "run", three)
+
+
+def test_a_verdict_that_would_not_come_again_is_read(three, load, tmp_path):
+    """What the clock decided stays: the resumed run's verifier says something else."""
+    with pytest.raises(KeyboardInterrupt):
+        run(load(tmp_path, "updates: 2, resample: 1"), hooks=Lost("step.before", 6))
+    asked = []
+    api.resume(tmp_path / "run", verifiers={"mine": lambda *one: asked.append(one)})
+    assert not asked
+    same(tmp_path / "run", three)
+
+
+def test_rewards_are_learned(load, tmp_path):
+    """From random letters to those that are wanted, within a minute."""
+    options = ("train.steps=40", "train.eval_every=40", "optimizer.lr=0.02", "optimizer.warmup=0")
+    run(load(tmp_path, "advantage: group", *options))
+    mean = [one["reward/mean"] for one in numbers(tmp_path / "run") if "reward/mean" in one]
+    assert np.mean(mean[-5:]) > 0.8 > 0.3 > np.mean(mean[:3])
+
+
+def test_nothing_to_learn_is_told_and_ends_the_run(load, tmp_path):
+    with pytest.raises(DivergedError, match="reward.patience = 3"):
+        run(load(tmp_path, "patience: 3"), lambda *_: 1.0)
+
+
+def test_teacher_and_reward_stand_side_by_side(load, tmp_path):
+    teacher = "teacher={random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}}"
+    method = "method={name: grpo, teacher_weight: {schedule: linear, start: 1.0, end: 0.0}, "
+    method += "distil: wrong}"
+    more = ("train.steps=3", "train.eval_every=3")
+    run(load(tmp_path, "updates: 1", teacher, method, *more))
+    records = [one for one in numbers(tmp_path / "run") if "reward/mean" in one]
+    assert all(one["loss/divergence"] > 0 for one in records)
+    assert [one["knobs/teacher_weight"] for one in records] == [1.0, 0.5, 0.0]
+
+
+def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
+    """Here all are: the student does not know how to end one."""
+    run(load(tmp_path, "overlong: mask", "train.steps=3", "train.eval_every=3"))
+    records = [one for one in numbers(tmp_path / "run") if "reward/mean" in one]
+    assert {one["rollout/truncated"] for one in records} == {1.0}
+    assert (
+        {one["loss/total"] for one in records} == {one["optim/grad_norm"] for one in records} == {0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["rollout.samples=1"], ConfigError, "nothing to be compared with"),
+        (["rollout.temperature=0.7"], ConfigError, "ratios are between probabilities at 1"),
+        (["rollout.top_p=0.9"], ConfigError, "probabilities of all tokens"),
+        (
+            ["rollout.share=0.5", "rollout.replay={}"],
+            ConfigError,
+            "learns from the student's answers",
+        ),
+        (["rollout.max_age=1"], ConfigError, "reward.updates for more updates"),
+        (["student.lora={rank: 2, dropout: 0.1}"], ConfigError, "other probabilities"),
+        (["reward=null"], ConfigError, "say who judges"),
+        (["rollout=null", "data.prompts=[]"], ConfigError, "add rollout"),
+        (["reward={verifiers: [{verifier: poem}]}"], ConfigError, "neither one of"),
+        (["reward={verifiers: [{verifier: number}]}"], ConfigError, "not named in reward"),
+        (["reward={verifiers: [{verifier: regex}]}"], ConfigError, "options are not these"),
+        (["method={name: grpo, bound: 1.1}"], ConfigError, "the clip would never act"),
+        (["method={name: grpo, distil: wrong}"], ConfigError, "no effect with teacher_weight: 0"),
+        (["method={name: grpo, teacher_weight: 1.0}"], ConfigError, "grpo needs a teacher"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(overrides, error, message, load, tmp_path):
+    with pytest.raises(error, match=message):
+        run(load(tmp_path, "updates: 1", *overrides))
+
+
+def test_questions_without_answers_are_refused(load, tmp_path):
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps({"prompt": "why?"}) + "\n")
+    more = (f"data.prompts=[{{path: {path}}}]", "reward={verifiers: [{verifier: number}]}")
+    with pytest.raises(DataError, match="have no `answer`"):
+        api.train(load(tmp_path, "updates: 1", *more))
