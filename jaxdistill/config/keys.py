@@ -45,6 +45,14 @@ SYNONYMS = {
     "teacher_kl_coef": "method.weight",
     "opd_kl_coef": "method.weight",
     "is_clip": "method.max_ratio",
+    "loss_type": "method.loss",
+    "scale_rewards": "reward.advantage",
+    "num_iterations": "reward.updates",
+    "reward_funcs": "reward.verifiers",
+    "reward_weights": "reward.verifiers",
+    "mask_truncated_completions": "reward.overlong",
+    "epsilon_high": "method.upper",
+    "distillation_weight": "method.teacher_weight",
 }
 # What a method is called elsewhere, and how it is written here.
 OTHER_METHODS = {
