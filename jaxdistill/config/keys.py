@@ -53,6 +53,8 @@ SYNONYMS = {
     "mask_truncated_completions": "reward.overlong",
     "epsilon_high": "method.upper",
     "distillation_weight": "method.teacher_weight",
+    "cross-tokenizer": "method.teacher_seq_len",
+    "cross_tokenizer": "method.teacher_seq_len",
 }
 # What a method is called elsewhere, and how it is written here.
 OTHER_METHODS = {
@@ -115,11 +117,16 @@ def json_schema() -> Schema:
 def explain(key: str) -> str:
     """Description, type, range and default of a key such as `method.alpha`; "" lists everything.
 
+    The name of a method is what it is, and its options.
+
     Raises:
       ConfigError: if there is no such key.
     """
     if key in SYNONYMS:
         return f"{key} is {SYNONYMS[key]} here\n\n{explain(SYNONYMS[key])}"
+    if key in methods.METHODS:
+        (own,) = [node for node in _step([_schema()], "method") if _named(node) == key]
+        return _describe(f"method: {{name: {key}}}", own)
     path = tuple(part for part in key.split(".") if part)
     found = [_schema()]
     for depth, part in enumerate(path):

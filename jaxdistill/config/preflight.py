@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxdistill import rules
+from jaxdistill import methods, rules
 from jaxdistill.config import trackers
 from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
@@ -17,6 +17,7 @@ from jaxdistill.config.syntax import shown
 from jaxdistill.data import paths, tables, vocabularies
 from jaxdistill.data.vocabularies import Vocabulary
 from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError, UserError
+from jaxdistill.methods import two_tokenizers
 from jaxdistill.model_folder import check_folder, read_json
 
 _PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
@@ -194,9 +195,11 @@ def _model_errors(config: Config) -> Iterator[UserError]:
 
 def _fit_errors(config: Config, name: str, model: _Found, known: int) -> Iterator[UserError]:
     """What config.json says of a model fits the rows, the mesh and `known` tokens."""
-    longest = model.number("max_position_embeddings")
+    longest, length = model.number("max_position_embeddings"), config.data.seq_len
+    if name == "teacher" and methods.of(config.method).second_view:
+        length = two_tokenizers.length(config.method, length)
     if longest is not None:
-        yield from rules.row_length(config.data.seq_len, name, longest)
+        yield from rules.row_length(length, name, longest)
     fields = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
     if not any("experts" in key for key in model.shape):
         fields["mlp"] = "intermediate_size"
@@ -260,8 +263,11 @@ def _vocabulary_errors(
     config: Config, found: Mapping[str, _Found], words: Vocabulary | None
 ) -> Iterator[UserError]:
     """No text can be read by a model that shares no ordinary token with the run's tokenizer."""
+    second_view = methods.of(config.method).second_view
     for name, pair in _pairs(config, found, words).items():
         assert words is not None, "there are pairs"
+        if name == "teacher" and second_view:
+            continue  # it reads its own tokens
         if len(pair.ours.ordinary) == len(words.table.keys() - words.added):
             yield MismatchError(
                 f"{name} ({found[name].folder}): its vocabulary has none of the tokenizer's "

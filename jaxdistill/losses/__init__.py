@@ -67,7 +67,13 @@ from jaxdistill.losses.advantages import (
     spread,
     teacher_advantages,
 )
-from jaxdistill.losses.cross_tokenizer import alm, chunk_sums, uld
+from jaxdistill.losses.cross_tokenizer import (
+    alm,
+    chunk_sums,
+    generalized_jsd_of_parts,
+    sorted_distance,
+    uld,
+)
 from jaxdistill.losses.divergences import (
     alpha_beta_divergence,
     alpha_divergence,
@@ -153,6 +159,7 @@ __all__ = [
     "entropy",
     "forward_kl",
     "generalized_jsd",
+    "generalized_jsd_of_parts",
     "group_advantages",
     "hidden_cosine",
     "hidden_mse",
@@ -180,6 +187,7 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "smoothed_forward_kl",
+    "sorted_distance",
     "spread",
     "symmetric_kl",
     "taid",

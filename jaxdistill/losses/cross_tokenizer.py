@@ -108,20 +108,82 @@ def uld(student_logits: ArrayLike, teacher_logits: ArrayLike) -> Array:
     compares positions that are one apart).
     """
     ours, theirs = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
-    if ours.shape[:-1] != theirs.shape[:-1] or ours.ndim < 1:
-        raise ConfigError(
-            f"uld: student {list(ours.shape)} and teacher {list(theirs.shape)} must have the same "
-            "positions, [..., V] and [..., W]"
-        )
+    _check_rows("uld", ours, theirs)
+    rows = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (ours, theirs))
+    return sorted_distance(*rows)
+
+
+def sorted_distance(student: ArrayLike, teacher: ArrayLike) -> Array:
+    """sum_i |q_(i) - p_(i)| of masses that are sorted, the shorter row padded with 0.
+
+    Args:
+      student: [..., V], q, such as the probabilities of some tokens; need not sum to 1.
+      teacher: [..., W], p; a constant.
+
+    Returns:
+      float32 [...].
+
+    Raises:
+      ConfigError: if the leading dims differ.
+    """
+    ours, theirs = (jnp.asarray(x).astype(jnp.float32) for x in (student, teacher))
+    _check_rows("sorted_distance", ours, theirs)
     width = max(ours.shape[-1], theirs.shape[-1])
 
-    def falling(logits: Array) -> Array:
-        rows = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    def falling(rows: Array) -> Array:
         rows = jnp.sort(rows, axis=-1, descending=True)
         missing = [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])]
         return jnp.pad(rows, missing)
 
     return jnp.abs(falling(ours) - jax.lax.stop_gradient(falling(theirs))).sum(-1)
+
+
+def generalized_jsd_of_parts(student: ArrayLike, teacher: ArrayLike, *, beta: float = 0.5) -> Array:
+    """The generalised Jensen-Shannon divergence of masses, such as those of some tokens alone.
+
+        m = beta p + (1 - beta) q
+        beta D(p || m) + (1 - beta) D(q || m),    D(a || b) = sum_v a log(a / b) - a + b
+
+    D is never below 0, and 0 only where a = b; the plain KL of parts of two distributions can be
+    negative. Divided by neither beta nor 1 - beta; beta = 0 is D(p || q), beta = 1 is D(q || p).
+
+    Args:
+      student: [..., V], log q.
+      teacher: [..., V], log p; a constant.
+      beta: 0 to 1.
+
+    Returns:
+      float32 [...].
+
+    Raises:
+      ConfigError: if shapes differ, or for another beta.
+
+    Reference: Agarwal et al. 2024 (GKD), arXiv 2306.13649, eq. 4, for the mixture.
+    """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta = {beta}: must be in [0, 1]")
+    logq, logp = (jnp.asarray(x).astype(jnp.float32) for x in (student, teacher))
+    if logq.shape != logp.shape:
+        raise ConfigError(
+            f"generalized_jsd_of_parts: student {list(logq.shape)} and teacher {list(logp.shape)} "
+            "must have one shape, [..., V]"
+        )
+    logp = jax.lax.stop_gradient(logp)
+    apart = lambda a, b: jnp.sum(jnp.exp(a) * (a - b) - jnp.exp(a) + jnp.exp(b), axis=-1)
+    if beta == 0:
+        return apart(logp, logq)
+    if beta == 1:
+        return apart(logq, logp)
+    logm = jnp.logaddexp(logp + jnp.log(beta), logq + jnp.log1p(-beta))
+    return beta * apart(logp, logm) + (1 - beta) * apart(logq, logm)
+
+
+def _check_rows(name: str, ours: Array, theirs: Array) -> None:
+    if ours.shape[:-1] != theirs.shape[:-1] or ours.ndim < 1:
+        raise ConfigError(
+            f"{name}: student {list(ours.shape)} and teacher {list(theirs.shape)} must have the "
+            "same positions, [..., V] and [..., W]"
+        )
 
 
 def _log1mexp(x: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -85,16 +84,21 @@ def chunk_count(batch: Batch) -> int:
     return min(batch.groups.shape[1], batch.second["groups"].shape[1])
 
 
-def chunk_tokens(batch: Batch) -> Array:
-    """How many of the teacher's tokens lie in chunks, of all rows."""
-    return jnp.sum((batch.second["groups"] > 0).astype(jnp.float32))
-
-
 def per_chunk_token(batch: Batch) -> Array:
     """Tokens that the student's loss counts, for each of the teacher's in chunks.
 
-    What a mean over chunks is multiplied by to be a sum over the student's tokens, so that parts
-    of a batch can be added.
+    What a sum over the teacher's tokens is multiplied by, so that it and a sum over the student's
+    are divided by one number, and parts of a batch can be added.
     """
-    tokens = jnp.sum(batch.mask.astype(jnp.float32))
-    return jax.lax.stop_gradient(tokens / jnp.maximum(chunk_tokens(batch), 1.0))
+    return _tokens_for_each(batch, batch.second["groups"] > 0)
+
+
+def per_chunk(batch: Batch) -> Array:
+    """Tokens that the student's loss counts, for each chunk; see `per_chunk_token`."""
+    groups = batch.second["groups"]
+    return _tokens_for_each(batch, (groups > 0) & (groups != following(groups)))
+
+
+def _tokens_for_each(batch: Batch, places: Array) -> Array:
+    tokens, count = (jnp.sum(one.astype(jnp.float32)) for one in (batch.mask, places))
+    return tokens / jnp.maximum(count, 1.0)

@@ -14,6 +14,7 @@ from jaxdistill.methods import (
     ctkd,
     distillm2,
     dpo,
+    gold,
     grpo,
     hidden,
     kd,
@@ -23,6 +24,7 @@ from jaxdistill.methods import (
     step_by_step,
     taid,
     ted,
+    uld,
 )
 from jaxdistill.methods.base import Built, Facts, Method, Options
 from jaxdistill.methods.knobs import Alpha
@@ -134,6 +136,8 @@ for _name, _method in {
     "ctkd": ctkd.METHOD,
     "alm": alm.METHOD,
     "sampled_kl": sampled_kl.METHOD,
+    "uld": uld.METHOD,
+    "gold": gold.METHOD,
     "step_by_step": step_by_step.METHOD,
     "dpo": dpo.METHOD,
     "grpo": grpo.METHOD,

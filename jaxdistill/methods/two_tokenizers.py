@@ -39,3 +39,21 @@ def vocabularies(options: TwoTokenizers, facts: Facts) -> dict[str, Any]:
     from jaxdistill.models.vocabulary import vocabulary_size
 
     return {"teacher_vocab": vocabulary_size(facts.teacher_tokenizer), **options.head(facts)}
+
+
+def matched(facts: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that spell the same bytes in both vocabularies, and the ends of texts.
+
+    Returns:
+      (ids of the student's tokens, the teacher's of the same order).
+    """
+    from jaxdistill.data import vocabularies
+
+    both = (facts.student_tokenizer, facts.teacher_tokenizer)
+    ours, theirs = map(vocabularies.vocabulary, both)
+    ids = enumerate(vocabularies.compare(ours, theirs).ids)
+    found = {i: j for i, j in ids if i in ours.table and j in theirs.table}
+    ends = tuple(one.eos_token_id for one in both)
+    if None not in ends and ends[0] not in found and ends[1] not in found.values():
+        found[ends[0]] = ends[1]
+    return tuple(found), tuple(found.values())

@@ -20,6 +20,16 @@ def test_every_key_is_documented():
             assert len(words) >= 3, text
 
 
+@pytest.mark.parametrize("name", ["uld", "gold", "alm"])
+def test_the_name_of_a_method_explains_it_and_its_options(name):
+    text = config.explain(name)
+    assert text.startswith(f"method: {{name: {name}}}: {name.upper()}, for a teacher of any")
+    assert "\n  alpha: " in text and "\n  teacher_seq_len: " in text
+    assert "\n\n" not in text  # no other method
+    both = config.explain("cross-tokenizer")
+    assert both.startswith("cross-tokenizer is method.teacher_seq_len here\n\nmethod.teacher_seq_")
+
+
 def test_explain_tells_description_type_range_and_default():
     text = config.explain("optimizer.lr")
     assert text.startswith("optimizer.lr: number above 0, at most 10, default 0.0001")

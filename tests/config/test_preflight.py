@@ -59,6 +59,15 @@ def test_a_complete_run_has_no_errors(base):
     assert check() == []
 
 
+def test_a_teacher_that_reads_its_own_tokens_has_rows_of_its_own_length(base):
+    model_folder(base / "stranger", words=tokenizer("x", "y"))
+    given = ["teacher.source=stranger", "tokenizer.from=student", "data.seq_len=100"]
+    assert check(*given, "method={name: alm, teacher_seq_len: 64}") == []
+    (error,) = check(*given, "method={name: alm, teacher_seq_len: 65}")
+    assert "made for 64 positions" in str(error)
+    assert any("none of the tokenizer's" in str(error) for error in check(*given))
+
+
 @pytest.mark.parametrize(
     ("override", "kind", "words"),
     [

@@ -77,3 +77,28 @@ def test_uld_against_numpy_and_under_any_order_of_the_vocabulary():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0.0, 0.4337), (0.5, None), (1.0, None)])
+def test_a_divergence_of_parts_is_never_negative(beta, expected):
+    """The plain KL of these two parts is -0.0863."""
+    q, p = np.array([0.30, 0.25]), np.array([0.02, 0.01])
+    m = beta * p + (1 - beta) * q
+    apart = lambda a, b: (a * np.log(a / b) - a + b).sum()
+    ends = {0.0: apart(p, q), 1.0: apart(q, p)}
+    by_definition = ends.get(beta, beta * apart(p, m) + (1 - beta) * apart(q, m))
+    of = lambda q, p: losses.generalized_jsd_of_parts(jnp.log(q), jnp.log(p), beta=beta)
+    assert float(of(q, p)) == pytest.approx(by_definition, rel=1e-5)
+    assert expected is None or float(of(q, p)) == pytest.approx(expected, abs=1e-4)
+    assert of(q, p) > 0 and abs(of(p, p)) < 1e-7
+    slope = jax.grad(lambda log_q: losses.generalized_jsd_of_parts(log_q, jnp.log(p), beta=beta))
+    np.testing.assert_allclose(slope(jnp.log(p)), 0.0, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"beta = 1.5: must be in \[0, 1\]"):
+        losses.generalized_jsd_of_parts(jnp.zeros(2), jnp.zeros(2), beta=1.5)
+    with pytest.raises(ConfigError, match="must have one shape"):
+        losses.generalized_jsd_of_parts(jnp.zeros(2), jnp.zeros(3))
+
+
+def test_sorted_distance_of_parts_pads_the_shorter():
+    found = losses.sorted_distance(jnp.array([0.1, 0.6]), jnp.array([0.2, 0.1, 0.3]))
+    assert float(found) == pytest.approx(0.3 + 0.1 + 0.1, rel=1e-6)

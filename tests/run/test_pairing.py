@@ -15,6 +15,7 @@ from jaxdistill.data import pipeline, spelling
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.evaluate import meter
 from jaxdistill.evaluate.perplexity import evaluate
+from jaxdistill.formats import gguf_write
 from jaxdistill.models import reseat
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.run import participants, setup, texts
@@ -137,6 +138,18 @@ def test_order_padding_and_the_teachers_additions_change_nothing(made, loss_of):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [0, 15])
+def test_a_gguf_file_padded_or_not_is_one_vocabulary_with_its_folder(rows, made, loss_of, tmp_path):
+    pytest.importorskip("gguf", reason="needs the package gguf (the extra quickstart)")
+    teacher, student = made
+    expected, _ = loss_of(teacher, student)
+    file = gguf_write.save(padded(teacher, rows), tmp_path / "teacher.gguf", "F32")
+    found, both = loss_of(teacher, student, f"teacher={{source: {file}, dtype: float32}}")
+    assert both.pairing.columns is None and not both.pairing.lines()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
 
 
 def test_a_token_that_the_student_adds_is_masked(made, loss_of):

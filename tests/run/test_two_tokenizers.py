@@ -14,7 +14,10 @@ from jaxdistill.run import participants, setup, texts
 from tests.data.test_alignment import byte_level
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
-METHODS = {"alm": "{name: alm, alpha: 0.3, teacher_seq_len: 24}"}
+METHODS = {
+    "alm": "{name: alm, alpha: 0.3, teacher_seq_len: 24}",
+    "gold": "{name: gold, alpha: 0.3, teacher_seq_len: 24}",
+}
 
 
 @pytest.fixture(scope="module")
