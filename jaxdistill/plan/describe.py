@@ -52,8 +52,9 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
 def _writing(writing: Mapping[str, Any]) -> Iterator[str]:
     yield f"while the student writes {writing['slots']} answers, in place of temporaries"
     for name, key in (
-        ("weights of the decoder", "weights"),
-        ("cache of keys and values", "cache"),
+        ("temporaries", "temporaries"),
+        ("  of them: decoder weights", "weights"),
+        ("  of them: keys and values", "cache"),
         ("total", "total"),
     ):
         yield f"  {name:<28}{_size(writing[key]):>12}"

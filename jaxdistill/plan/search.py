@@ -75,7 +75,8 @@ def environment(target: Target, dump: str) -> dict[str, str]:
     """The environment of a process that compiles for a target and tells when buffers are alive."""
     own = targets.environment(target)
     flags = own.get("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    flags += f" --xla_dump_to={dump} --xla_dump_hlo_module_re=jit_step --xla_dump_hlo_as_text"
+    flags += f" --xla_dump_to={dump} --xla_dump_hlo_as_text"
+    flags += " --xla_dump_hlo_module_re=jit_(step|write)"
     # A program out of JAX's cache would not be compiled, and tell nothing.
     own |= {"XLA_FLAGS": flags.strip(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     return {**os.environ, **own}

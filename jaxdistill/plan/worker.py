@@ -115,7 +115,9 @@ def measure(
     memory = _memory(program, held, target)
     writing = on_policy.memory(config, models.student.config, mesh)
     if writing is not None:
-        writing["total"] = sum(held.values()) + writing["cache"] + writing["weights"]
+        begin = on_policy.program_of(config, models, state, mesh)
+        writing["temporaries"] = compiled(begin, pathlib.Path(dump), "write").total
+        writing["total"] = sum(held.values()) + writing["temporaries"]
     largest = max(memory["total"], writing["total"] if writing else 0)
     cost = plan.cost(program.text, mesh.shape)
     work = _work(config, models, method, target, cost, mesh.size)
@@ -145,7 +147,7 @@ class Compiled(NamedTuple):
     total: int
 
 
-def compiled(work: Callable[[], Any], folder: pathlib.Path) -> Compiled:
+def compiled(work: Callable[[], Any], folder: pathlib.Path, name: str = "step") -> Compiled:
     """The program as soon as its buffers are laid out.
 
     What a compiler does afterwards is machine code, most of its work on a TPU and nothing that a
@@ -164,7 +166,7 @@ def compiled(work: Callable[[], Any], folder: pathlib.Path) -> Compiled:
     before = None
     while True:
         finished = not thread.is_alive()
-        found = _dumped(folder)
+        found = _dumped(folder, name)
         if found is not None and (found == before or finished):
             return found
         if failed and found is None:
@@ -174,11 +176,11 @@ def compiled(work: Callable[[], Any], folder: pathlib.Path) -> Compiled:
         thread.join(0.5)
 
 
-def _dumped(folder: pathlib.Path) -> Compiled | None:
+def _dumped(folder: pathlib.Path, name: str) -> Compiled | None:
     """What is in the folder, once all of it has begun to be there."""
 
     def read(ending: str) -> str:
-        files = list(folder.glob(f"*jit_step*after_optimizations{ending}.txt"))
+        files = list(folder.glob(f"*jit_{name}*after_optimizations{ending}.txt"))
         return files[0].read_text() if files else ""
 
     text, assignment = read(""), read("-buffer-assignment")

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import agree
 from jaxdistill.compress import quantize
 from jaxdistill.data.prompts import Prompt
-from jaxdistill.models import DecoderConfig, Model, per_layer
-from jaxdistill.models.generator import Generator
+from jaxdistill.models import DecoderConfig, Model, decoding, per_layer, slot_settings
+from jaxdistill.models.generator import STEPS, Generator, cache_length
 from jaxdistill.models.requests import Request, check
 from jaxdistill.models.vocabulary import BIAS, only_tokens
 from jaxdistill.rollouts.answers import Answer
@@ -147,6 +148,56 @@ class Writer:
             compute_dtype=self._dtype,
             cache_dtype=self._cache_dtype,
         )
+
+
+def one_call(
+    config: DecoderConfig,
+    *,
+    vocab: int,
+    sampling: Sampling,
+    slots: int,
+    length: int,
+    compute_dtype: Any,
+    cache_dtype: str | None = None,
+) -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:
+    """What a plan compiles of the writing, and the shapes of its inputs.
+
+        prepare(params) -> (weights in the decoder's form, cache)
+        write(weights, cache, inputs) -> (cache, tokens of one call of the decoder)
+
+    The second is the program that takes the most memory while answers are written.
+
+    Args:
+      config: the student's.
+      vocab: as there.
+      sampling: as there.
+      slots: as there.
+      length: tokens of the longest prompt and its answer.
+      compute_dtype: as there.
+      cache_dtype: as there.
+    """
+    dtype, own = jnp.dtype(compute_dtype), dataclasses.replace(config, vocab_size=vocab)
+    request = Request([0], **dataclasses.asdict(sampling))
+    numbers = ("token", "length", "count", "limit")
+    rows: dict[str, np.ndarray] = {name: np.zeros(slots, np.int32) for name in numbers}
+    inputs = {
+        "rows": rows | {"live": np.zeros(slots, bool)},
+        "ends_BK": np.zeros((slots, max(1, len(config.eos_ids))), np.int32),
+        "keys_B2": np.zeros((slots, 2), np.uint32),
+        "enough": np.int32(0),
+        "settings": slot_settings.settings(dict.fromkeys(range(slots), request), slots),
+    }
+
+    def prepare(params: Any) -> Any:
+        weights = per_layer.split(config, params, dtype)
+        weights = weights if own == config else _tokens_alone(weights, vocab)
+        return weights, decoding.empty(own, slots, cache_length(length), cache_dtype or dtype.name)
+
+    def write(weights: Any, cache: Any, inputs: dict[str, Any]) -> Any:
+        cache, chosen = decoding.advance(own, STEPS, 0, weights, cache, history={}, **inputs)
+        return cache, chosen.token
+
+    return prepare, write, jax.eval_shape(lambda: inputs)
 
 
 def _tokens_alone(params: dict, vocab: int) -> dict:

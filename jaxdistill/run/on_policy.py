@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -17,10 +18,11 @@ from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
-from jaxdistill.rollouts.writing import Sampling, Writer
-from jaxdistill.run import participants, setup
+from jaxdistill.rollouts.writing import Sampling, Writer, one_call
+from jaxdistill.run import participants, setup, states
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
+from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import place, recorded
 
 
@@ -76,20 +78,11 @@ def writer_of(
     """Who answers the prompts of a run."""
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
-    sampling = Sampling(
-        samples=rollout.samples,
-        max_new_tokens=rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_p=rollout.min_p,
-        seed=config.seed,
-    )
     return Writer(
         models.student.config,
         vocab=models.vocab,
         tokenizer=models.tokenizer,
-        sampling=sampling,
+        sampling=_sampling_of(config),
         slots=rollout.slots_on(_parts(mesh)),
         longest=max(len(prompt.tokens) for prompt in prompts.prompts),
         compute_dtype=jnp.dtype(student.compute_dtype),
@@ -98,6 +91,62 @@ def writer_of(
         stop=stop,
         hooks=hooks,
     )
+
+
+def _sampling_of(config: Config) -> Sampling:
+    rollout = config.rollout
+    assert rollout is not None, "only asked for where there are rollouts"
+    return Sampling(
+        samples=rollout.samples,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        seed=config.seed,
+    )
+
+
+def program_of(
+    config: Config, models: participants.Models, state: TrainState, mesh: Mesh
+) -> Callable[[], Any]:
+    """Compiles the program that writes, without arrays: what it is given is held beside the state.
+
+    A student that is trained for a scheme is compiled as it is held, before it is rounded.
+
+    Args:
+      config: of a run with rollouts.
+      models: shapes.
+      state: shapes and places.
+      mesh: of the devices.
+    """
+    rollout, student = config.rollout, config.student
+    assert rollout is not None, "only asked for where there are rollouts"
+    prepare, write, inputs = one_call(
+        models.student.config,
+        vocab=models.vocab,
+        sampling=_sampling_of(config),
+        slots=rollout.slots_on(_parts(mesh)),
+        length=config.data.seq_len,
+        compute_dtype=student.compute_dtype,
+        cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
+    )
+    adapters = states.adapters_of(student)
+
+    def begin(params: Any, frozen: Any) -> Any:
+        return prepare(whole(params, frozen, adapters)["student"])
+
+    def compile() -> Any:
+        with jax.set_mesh(mesh):
+            begun = jax.jit(begin).lower(state.params, state.frozen).compile()
+            held = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                jax.eval_shape(begin, state.params, state.frozen),
+                begun.output_shardings,
+            )
+            return jax.jit(write, donate_argnums=1).lower(*held, inputs).compile()
+
+    return compile
 
 
 def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int] | None:

@@ -303,6 +303,25 @@ def test_changes_are_combined_where_one_is_not_enough(monkeypatch):
     assert api.plan(config.loads(text()), "cpu:1", tries=6)["changes"] == []
 
 
+def test_the_program_that_writes_is_compiled_and_counted():
+    """The copy of the weights and the cache of keys are inside, at their closed forms or above."""
+    written = text(mesh="{fsdp: 1}").replace("method:", "  prompts: [{path: p.jsonl}]\nmethod:")
+    written = written.replace(
+        "name: kd, alpha: 0.5, temperature: 2.0", "name: reverse_kd, alpha: 0"
+    )
+    written = written.replace(f", batch_size: {ROWS}", "")
+    written += f"rollout: {{prompts_per_step: {ROWS}, max_new_tokens: 16}}\n"
+    found = api.plan(config.loads(written), "cpu:1")
+    writing, memory = found["rollout"], found["memory"]
+    numbers = 2 * STUDENT["layers"] * STUDENT["kv_heads"] * STUDENT["head_dim"]
+    assert writing["cache"] == 4 * numbers * ROWS * LENGTH
+    least = writing["cache"] + writing["weights"]
+    assert least <= writing["temporaries"] < 3 * least + 2**20
+    assert writing["total"] == sum(memory["arguments"].values()) + writing["temporaries"]
+    told = describe(found)
+    assert "while the student writes 8 answers" in told and "keys and values" in told
+
+
 def test_a_plan_can_be_read(planned):
     shown = describe(planned)
     for words in ("cpu:8: 8 devices, fsdp 8", "optimizer", "temporaries", "all-gather over fsdp"):
