@@ -77,7 +77,7 @@ def _parquet(**options: Any) -> Callable[[pathlib.Path], Any]:
 
         file = folder / "a.parquet"
         if options:
-            texts = pyarrow.array(["ab " * 50_000] * 20_000)
+            texts = pyarrow.array(["ab " * 50_000] * 5_000)
         else:
             rows = pyarrow.array([0] * 1024, pyarrow.int32())
             texts = pyarrow.DictionaryArray.from_arrays(rows, ["ab " * 233_333])

@@ -67,6 +67,8 @@ def _family(pid: int) -> list[int]:
 
 RACER = """
 import json, sys, time
+from jaxdistill.errors import ConfigError
+from jaxdistill.run.folder import RunDir
 name = sys.argv[1]
 print("ready", flush=True)
 for line in sys.stdin:
