@@ -47,7 +47,10 @@ def _measured(rounds: int) -> dict[str, Any]:
     for size in MEGABYTES:
         data = (text * (size * 2**20 // len(text) + 1)).encode()[: size * 2**20]
         piece = data.decode("utf-8", "ignore")
-        ids = [one(piece, add_special_tokens=False)["input_ids"] for one in tokenizers]
+        ids = [
+            one(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            for one in tokenizers
+        ]
         sides = tuple(Document(np.asarray(one, np.int32), np.ones(len(one), bool)) for one in ids)
         times: dict[str, list[float]] = {"spell and align": [], "cut into rows": []}
         for _ in range(rounds):
