@@ -22,6 +22,7 @@ def run(tmp_path):
         facts = {"meta": {}, "metrics": {"eval/loss": loss}, "rank": -loss}
         step_folders.commit(directory, step, facts)
     record = {"schema": 1, "name": "run", "status": "done", "step": 30, "attempts": []}
+    record["id"] = "0" * 32
     (folder / "RUN.json").write_text(json.dumps(record))
     return folder
 

@@ -42,7 +42,7 @@ SYNONYMS = {
     "max_seq_length": "data.seq_len",
     "report_to": "logging",
     "max_distilled_tokens": "rollout.distilled_tokens",
-    "teacher_kl_coef": "method.weight",
+    "teacher_kl_coef": "method.teacher_weight",
     "opd_kl_coef": "method.weight",
     "is_clip": "method.max_ratio",
     "loss_type": "method.loss",

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jaxdistill import config as configs
-from jaxdistill.callbacks import CONTROL, Broadcast, Start
+from jaxdistill.callbacks import CONTROL, Broadcast, Callback, Start
 from jaxdistill.callbacks import trackers as clients
 from jaxdistill.config import trackers as options
 from jaxdistill.errors import ConfigError
@@ -184,12 +184,13 @@ def test_a_client_that_is_broken_is_reported_and_left_out(error, monkeypatch):
         raise error
 
     monkeypatch.setitem(clients.BUILDERS, "wandb", broken)
-    monkeypatch.setitem(clients.BUILDERS, "trackio", lambda _: "made")
+    other = Callback()
+    monkeypatch.setitem(clients.BUILDERS, "trackio", lambda _: other)
     section = options.Trackers(
         wandb=options.WandbTracker(project="p"), trackio=options.TrackioTracker(project="p")
     )
     told = []
-    assert clients.build_trackers(section, told.append) == {"trackio": "made"}
+    assert clients.build_trackers(section, told.append) == {"trackio": other}
     assert told == [
         f"callback wandb cannot be made: {type(error).__name__}: {error}; the run continues "
         "without it"

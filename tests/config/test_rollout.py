@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill import config
 from jaxdistill.config import keys
+from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ConfigError
 from jaxdistill.rollouts.answers import Answer, packed
 
@@ -107,7 +108,9 @@ def test_what_checkpoints_keep_is_never_more_than_was_said():
     """The longest answers there may be, in JSON as a manifest writes it."""
     rollout = config.loads(BASE, "c.yaml", ["rollout.max_age=1"]).rollout
     numbers = np.zeros(rollout.max_new_tokens)
-    longest = Answer(None, 2**40, 10**7, 2**40, numbers, False, numbers, numbers)
+    longest = Answer(
+        Prompt(np.zeros(1, np.int32), {}), 2**40, 10**7, 2**40, numbers, False, numbers, numbers
+    )
     kept = json.dumps(packed([longest] * rollout.answers), indent=1)
     assert rollout.ahead_bytes / 2 < len(kept) < rollout.ahead_bytes
 

@@ -151,8 +151,6 @@ def test_relations_and_routing_pass_by_padding():
         (lambda s, t: losses.forward_kl(s, t, temperature=jnp.ones(4)), "temperature"),
         (lambda s, t: losses.entropy(s, temperature=jnp.ones(4)), r"temperature \[4\]: must be"),
         (lambda s, t: losses.entropy(s, temperature=jnp.float32(0)), "temperature = 0"),
-        (lambda s, t: losses.entropy(s, temperature="2"), "temperature = '2'"),
-        (lambda s, t: losses.entropy("logits"), "logits is no array"),
         (lambda s, t: losses.log_mass(s, [[0]], temperature=np.float32(-1)), "temperature = -1"),
         (lambda s, t: losses.log_mass(s, [[0]], temperature=jnp.ones(4)), "temperature"),
         (lambda s, t: losses.taid(s, t, jnp.ones(4)), "taid_t"),

@@ -139,8 +139,8 @@ def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
         Program(model.config, 40, np.dtype("float32"), quantization=scheme),
         params,
         None,
-        pipeline.stack(rows),
-        logprobs,
+        jax.tree.map(jnp.asarray, pipeline.stack(rows)),
+        jnp.asarray(logprobs),
     )
     assert compare(model.params, scheme)["rollout/sampler_difference_max"] < 1e-5
     if scheme is None:
@@ -158,11 +158,11 @@ def test_the_likely_tokens_of_student_and_teacher_are_compared(model):
     rows, logprobs = rows_of(
         answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None
     )
-    batch = pipeline.stack(rows)
+    batch = jax.tree.map(jnp.asarray, pipeline.stack(rows))
     other = models.random(model.config, seed=2)
     teacher = teachers.online(model.config, compute_dtype=jnp.float32)
     program = Program(model.config, 40, np.dtype("float32"), teacher=teacher)
-    told = difference(program, model.params, other.params, batch, logprobs)
+    told = difference(program, model.params, other.params, batch, jnp.asarray(logprobs))
     tops = [
         np.argsort(
             -np.asarray(
@@ -180,7 +180,7 @@ def test_the_likely_tokens_of_student_and_teacher_are_compared(model):
     shared = [len(set(one) & set(two)) / 8 for one, two in zip(*tops, strict=True)]
     assert 0 < told["rollout/overlap"] < 1
     assert told["rollout/overlap"] == pytest.approx(np.mean(shared), abs=1e-6)
-    same = difference(program, model.params, model.params, batch, logprobs)
+    same = difference(program, model.params, model.params, batch, jnp.asarray(logprobs))
     assert same["rollout/overlap"] == 1
 
 

@@ -54,6 +54,7 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
         stored=None,
         vocab=VOCAB,
         pairing=pairing.Pairing(),
+        second=None,
     )
     table._student = types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None)
     table._signal = "online" if teacher else None

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -91,9 +92,12 @@ def test_the_teachers_row_is_its_own_cross_entropy_per_byte(configured, teacher)
     nats, spelled = 0.0, 0
     for index in range(8):  # a whole batch
         row = rows[index]
+        one = {
+            name: jnp.asarray(row[name])[None] for name in ("tokens", "positions", "segment_ids")
+        }
         outputs = models.decoder.apply(
-            model.config, model.params, row["tokens"][None], row["positions"][None],
-            row["segment_ids"][None], compute_dtype="float32",
+            model.config, model.params, one["tokens"], one["positions"], one["segment_ids"],
+            compute_dtype="float32",
         )  # fmt: skip
         logits = np.asarray(models.decoder.logits(outputs), np.float64)[0]
         logq = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

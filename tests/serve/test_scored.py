@@ -10,7 +10,7 @@ from jaxdistill.reasoning.scored import Scorer
 
 def test_a_served_teacher_says_how_likely_given_text_is(port, talker):
     vocab = len(talker.tokenizer)
-    made = Scorer(f"http://127.0.0.1:{port}/v1", "any", k=5, vocab=vocab, retries=0)
+    made = Scorer(f"http://127.0.0.1:{port}/v1", "random:0", k=5, vocab=vocab, retries=0)
     texts = {"a": [7, 3, 200, 11, 64], "b": [(5 * place) % 200 for place in range(30)]}
     found = {one.job.tag[0]: one for one in made.score(list(texts.items()))}
     for name, tokens in texts.items():

@@ -46,11 +46,13 @@ def test_each_distance_and_each_pair_of_layers_has_its_weight(distances, weights
         vocab=V, layers=LAYERS, widths=(D, D), distances=distances, layer_weights=weights
     )
     signal = types.SimpleNamespace(outputs=teacher)
-    knobs = {"alpha": 0.2, "temperature": 1.0, "feature_weight": 0.5}
+    knobs = {"alpha": jnp.float32(0.2), "temperature": jnp.float32(1.0)}
 
     def total(taps, weight):
         student_ = Outputs(student.hidden, student.head, taps=taps)
-        means = objective.apply({}, student_, signal, rows, knobs | {"feature_weight": weight})
+        means = objective.apply(
+            {}, student_, signal, rows, knobs | {"feature_weight": jnp.float32(weight)}
+        )
         return means["loss"].total, means
 
     (value, means), slope = jax.value_and_grad(total, has_aux=True)(student.taps, 0.5)

@@ -30,7 +30,7 @@ def dataset(texts, seq_len=8, name="train", loss=None) -> Dataset:
     count = len(texts)
     return Dataset(
         name, pathlib.Path(), "print", "text", seq_len, 0, count, len(tokens), 0, count, count,
-        count, 0, 0, 0, 0, 0, arrays=arrays,
+        count, 0, 0, 0, 0, 0, 0, arrays=arrays,
     )  # fmt: skip
 
 
