@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ class Prompts:
 
     prompts: Sequence[Prompt]
     fingerprint: str
-    counts: Mapping[str, int] = MappingProxyType({})
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     left_out: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:

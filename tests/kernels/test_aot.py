@@ -121,7 +121,7 @@ def test_the_fused_head_loss_fits_a_quarter_of_the_materialised_one():
     ("case", "gib"),
     [
         ("linear-mesh", 0.75),
-        ("logprobs-mesh", 0.5),
+        ("logprobs-mesh", 0.55),  # its chunk of logits is float32, that of the others bfloat16
         ("sets-mesh", 0.5),
         ("sparse-mesh", 0.5),
         ("columns-mesh", 1.7),  # of either head's chunk the columns that the other has too
