@@ -68,30 +68,26 @@ def _tokenizer(name: str) -> Callable[[pathlib.Path], Any]:
     return read
 
 
-def _parquet(**options: Any) -> Callable[[pathlib.Path], Any]:
-    def read(folder: pathlib.Path) -> None:
+def _made(**options: Any) -> Callable[[pathlib.Path], Any]:
+    def make(folder: pathlib.Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        from jaxdistill.data.sources import open_source
-
-        file = folder / "a.parquet"
         if options:
             texts = pyarrow.array(["ab " * 50_000] * 5_000)
         else:
             rows = pyarrow.array([0] * 1024, pyarrow.int32())
             texts = pyarrow.DictionaryArray.from_arrays(rows, ["ab " * 233_333])
-        # Written by another process: what it takes is not what reading takes.
-        if (pid := os.fork()) == 0:
-            pyarrow.parquet.write_table(
-                pyarrow.table({"text": texts}), file, compression="zstd", **options
-            )
-            os._exit(0)
-        os.waitpid(pid, 0)
-        del texts
-        collections.deque(open_source(file), maxlen=0)
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, folder / "a.parquet", compression="zstd", **options)
 
-    return read
+    return make
+
+
+def _parquet(folder: pathlib.Path) -> None:
+    from jaxdistill.data.sources import open_source
+
+    collections.deque(open_source(folder / "a.parquet"), maxlen=0)
 
 
 class _Bad(http.server.BaseHTTPRequestHandler):
@@ -146,12 +142,15 @@ def _server(kind: str) -> Callable[[pathlib.Path], Any]:
 
 CASES: dict[str, Callable[[pathlib.Path], Any]] = {
     **{f"tokenizer {name}": _tokenizer(name) for name in _TOKENIZERS},
-    "parquet dictionary": _parquet(),
-    "parquet page": _parquet(use_dictionary=False, data_page_size=2**31 - 1),
-    "parquet prefixes": _parquet(
-        use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}
-    ),
+    **dict.fromkeys(("parquet dictionary", "parquet page", "parquet prefixes"), _parquet),
     **{f"server {kind}": _server(kind) for kind in ("gzip", "drip", "endless", "usage")},
+}
+
+# What makes a case's file, in a process before it: what making takes is not what reading takes.
+MAKERS: dict[str, Callable[[pathlib.Path], Any]] = {
+    "parquet dictionary": _made(),
+    "parquet page": _made(use_dictionary=False, data_page_size=2**31 - 1),
+    "parquet prefixes": _made(use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}),
 }
 
 
@@ -161,7 +160,10 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
     for name in CASES:
         place = folder / name.replace(" ", "-")
         place.mkdir()
-        command = [sys.executable, "-m", "benchmarks.soak_strangers", name, str(place)]
+        module = [sys.executable, "-m", "benchmarks.soak_strangers"]
+        if name in MAKERS:
+            subprocess.run([*module, "--make", name, str(place)], check=True)
+        command = [*module, name, str(place)]
         began = time.monotonic()
         with open(place / "log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -181,8 +183,11 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """One case in this process."""
-    name, folder = sys.argv[1:]
+    """One case in this process, or the making of its file."""
+    *making, name, folder = sys.argv[1:]
+    if making:
+        MAKERS[name](pathlib.Path(folder))
+        return 0
     try:
         CASES[name](pathlib.Path(folder))
     except UserError as error:
