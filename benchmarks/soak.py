@@ -96,6 +96,7 @@ _EVERY = lambda found, field, value: all(one[field] == value for one in _rows(fo
 # part -> whether its counts are what is promised
 SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "kills": lambda f: f["bitwise_equal_runs"] == f["runs"] and not f["unreadable_run_folders"],
+    "writing_kills": lambda f: SOUND["kills"](f),
     "cold_kills": lambda f: f["bitwise_equal"],
     **dict.fromkeys(
         ("stops", "doubled_stops"),
