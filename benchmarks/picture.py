@@ -12,6 +12,8 @@ NAMES = {
     "hidden": "hidden states + KD",
     "minilm": "MiniLMv2 + KD",
     "kd": "classic KD",
+    "kd T=2": "classic KD, T = 2",
+    "smoothed_kd": "smoothed KD",
     "taid": "TAID",
     "alphanet": "AlphaNet",
     "distillm": "skew KL (DistiLLM)",
@@ -31,9 +33,7 @@ LEFT, BAR, STEP, SCALE, WIDTH = 170, 14, 20, 480, 720
 def draw(result: dict) -> str:
     """The picture of `methods_smollm2.json` as SVG text."""
     bars = sorted(
-        (row["kl_to_teacher"], row["agreement"], name)
-        for name, row in result["methods"].items()
-        if name in NAMES
+        (row["kl_to_teacher"], row["agreement"], name) for name, row in result["methods"].items()
     )
     height = 56 + STEP * len(bars)
     lines = [

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from jaxdistill import methods
 from jaxdistill.config.rollout import AHEAD_BYTES
+from jaxdistill.drawing import FILTERS
 from jaxdistill.section import NAME_PATTERN, Count, Problem, Section, Size
 
 
@@ -106,7 +107,7 @@ def problems(config: Any) -> Iterator[Problem]:
         yield ("rollout", "max_age"), rule
     if rollout.temperature != 1:
         yield ("rollout", "temperature"), "ratios are between probabilities at 1: use 1.0"
-    for filter in ("top_k", "top_p", "min_p"):
+    for filter in FILTERS:
         if getattr(rollout, filter) is not None:
             rule = "ratios are between probabilities of all tokens: remove it"
             yield ("rollout", filter), rule
@@ -116,7 +117,8 @@ def problems(config: Any) -> Iterator[Problem]:
     if reward.ramp is not None and reward.ramp > rollout.max_new_tokens:
         rule = f"must be at most rollout.max_new_tokens ({rollout.max_new_tokens})"
         yield ("reward", "ramp"), rule
-    kept = rollout.answers * (rollout.max_new_tokens * 24 + 128)
+    # log q_old of every token of a row besides, in base 64.
+    kept = rollout.answers * (rollout.answer_bytes + 6 * config.data.seq_len)
     if reward.updates > 1 and kept > AHEAD_BYTES:
         rule = f"checkpoints would keep up to {kept / 1e6:.0f} MB of answers, and "
         rule += f"{AHEAD_BYTES // 10**6} MB are the limit: use 1, or fewer answers"

@@ -96,11 +96,15 @@ class Rollout(Drawing):
         return self.prompts_per_step * self.samples
 
     @property
+    def answer_bytes(self) -> int:
+        """Bytes that an answer takes at most in a checkpoint."""
+        return _TOKEN_BYTES * self.max_new_tokens + _ANSWER_BYTES
+
+    @property
     def ahead_bytes(self) -> int:
         """Bytes that a checkpoint takes at most for answers that later updates learn from."""
-        an_answer = _TOKEN_BYTES * self.max_new_tokens + _ANSWER_BYTES
         replayed = 0 if self.replay is None else self.replay.capacity
-        return (self.max_age * self.answers + replayed) * an_answer
+        return (self.max_age * self.answers + replayed) * self.answer_bytes
 
     @property
     def writes(self) -> bool:

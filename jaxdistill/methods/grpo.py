@@ -121,6 +121,9 @@ def objective(
       start_weight: of the KL to the student before the first step.
       estimator: of that KL.
       head: see `Head`.
+
+    Reference: Shao et al. 2024, arXiv 2402.03300; `losses.policy_loss` has the formula of L_policy,
+    `losses.sampler_weights` that of the correction, each with its source.
     """
     import jax
     import jax.numpy as jnp

@@ -41,6 +41,18 @@ class Program:
     quantization: str | None = None
     teacher: Teacher | None = None
 
+    def outputs(self, params: Any, batch: Batch) -> Outputs:
+        """What the student makes of a batch, quantised as it will be."""
+        return decoder.apply(
+            self.config,
+            params if self.quantization is None else quantize.aware(params, self.quantization),
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            compute_dtype=self.dtype,
+            attention=self.attention,
+        )
+
 
 def difference(
     program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs: Array
@@ -68,16 +80,7 @@ def difference(
 def _summary(
     program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs_BL: Array
 ) -> dict[str, Array]:
-    scheme = program.quantization
-    outputs = decoder.apply(
-        program.config,
-        params if scheme is None else quantize.aware(params, scheme),
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        compute_dtype=program.dtype,
-        attention=program.attention,
-    )
+    outputs = program.outputs(params, batch)
     top = 0 if program.teacher is None else min(TOP, program.vocab)
     scores_BL, likely_BLK = _said(program, outputs, batch, top)
     apart_BL = jnp.where(batch.mask, scores_BL - logprobs_BL, 0.0)

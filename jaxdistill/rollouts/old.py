@@ -8,9 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxdistill.compress import quantize
 from jaxdistill.methods.head_loss import said
-from jaxdistill.models import decoder
 from jaxdistill.rollouts.difference import Program
 from jaxdistill.sharding import on_mesh
 from jaxdistill.types import Batch
@@ -37,15 +35,6 @@ def of_batches(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logprobs(program: Program, head: tuple, params: Any, batch: Batch) -> Array:
-    scheme = program.quantization
-    outputs = decoder.apply(
-        program.config,
-        params if scheme is None else quantize.aware(params, scheme),
-        batch.tokens,
-        batch.positions,
-        batch.segment_ids,
-        compute_dtype=program.dtype,
-        attention=program.attention,
-    )
+    outputs = program.outputs(params, batch)
     found, _ = said(dict(head), outputs, batch)
     return jax.lax.with_sharding_constraint(found, jax.P())  # every process reads all of it

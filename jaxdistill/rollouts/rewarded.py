@@ -238,7 +238,7 @@ class RewardedFeed(Feed):
 
     def _draw(self, first: int, step: int, params: Any) -> bool:
         """Draws and judges the answers of an update and those after it; False: to stop."""
-        plan, seconds = self.plan, 0.0
+        plan, seconds, written = self.plan, 0.0, 0
         places = plan.places(first)
         groups: dict[int, tuple[list[Answer], list[Verdict]]] = {}
         asked, stood_in, flat = dict(zip(places, places, strict=True)), 0, places
@@ -248,6 +248,7 @@ class RewardedFeed(Feed):
             if answers is None:
                 return False
             seconds += self._writer.seconds
+            written += sum(len(one.tokens) for one in answers)
             by_place = {place: [a for a in answers if a.place == place] for place in prompts}
             ordered = [answer for place in asked.values() for answer in by_place[place]]
             verdicts = self._judge(ordered)
@@ -266,10 +267,9 @@ class RewardedFeed(Feed):
             [verdict for place in places for verdict in groups[place][1]],
             stood_in,
         )
-        tokens = sum(len(one.tokens) for one in self._drawn[first].answers)
         self._took = {
             "perf/rollout_seconds": seconds,
-            "perf/rollout_tokens_per_second": tokens / max(seconds, 1e-9),
+            "perf/rollout_tokens_per_second": written / max(seconds, 1e-9),
         }
         if self._flat_now >= plan.patience:
             raise DivergedError(
@@ -306,8 +306,9 @@ class RewardedFeed(Feed):
         if plan.updates > 1:
             old = drawn.old
             for number, row in enumerate(rows):
+                # Rows beyond those that were drawn are padding of another mesh's bucket.
                 none = np.zeros(len(row["tokens"]), np.float32)
-                row["sampled"]["old"] = none if old is None else old[number]
+                row["sampled"]["old"] = none if old is None or number >= len(old) else old[number]
         return rows
 
     def _rewarded(self, drawn: Drawn) -> dict[str, float]:

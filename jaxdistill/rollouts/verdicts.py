@@ -96,8 +96,8 @@ def _sound(verdict: Any) -> bool:
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     """Adds a line behind whatever is there, on the disk when it returns."""
-    with store.writing(path), path.open("ab") as file:
-        torn = file.tell() and not path.read_bytes().endswith(b"\n")
+    with store.writing(path), path.open("a+b") as file:
+        torn = file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
         file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -67,6 +67,7 @@ RULES: Mapping[str, Rule] = {
         Rule(False, False, "from here on the new value holds"),
     ),
     "config.reward.updates": Rule(True, False, _OTHER_RUN),  # which answers an update learns from
+    "config.reward.verifiers": Rule(True, False, _OTHER_RUN),  # verdicts are kept by answer alone
     "config.reward.workers": Rule(False, True, "who judges, not how"),
     "config.rollout.slots": Rule(False, False, _ROUNDING),
     "config.rollout.cache_dtype": Rule(False, False, _ROUNDING),

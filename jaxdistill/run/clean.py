@@ -1,12 +1,10 @@
 """What of a run's folder may go: what nothing reads any more, named and measured before it goes."""
 
-import os
 import pathlib
-import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxdistill.errors import StorageError
 from jaxdistill.run import anew
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train import step_folders
@@ -31,8 +29,7 @@ def waste(run: RunDir) -> list[Waste]:
     """All that may go: the run keeps its newest and its best checkpoint, and all its records."""
     found = []
     for path, why in _candidates(run):
-        size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-        found.append(Waste(path, why, size))
+        found.append(Waste(path, why, sum(map(_bytes, path.rglob("*")))))
     return found
 
 
@@ -46,28 +43,33 @@ def remove(run: RunDir) -> list[Waste]:
     with run.held():
         run.reread()
         gone = waste(run)
+        if any(one.path == _control(run) for one in gone):
+            run.forget_saved("control")  # first: a run without it must not wait for its checkpoints
         for one in gone:
-            try:
-                drop(one.path)
-            except OSError as error:
-                raise StorageError(f"{one.path}: cannot be removed: {error.strerror}") from error
+            step_folders.drop(one.path)
         if gone:
             run.event("cleaned", removed=[str(one.path.relative_to(run.path)) for one in gone])
     return gone
 
 
-def drop(folder: pathlib.Path) -> None:
-    """Removes a folder under another name: a half-removed checkpoint must not look like one."""
-    going = folder.with_name(f".removing-{folder.name}")
-    os.rename(folder, going)
-    shutil.rmtree(going)
+def _control(run: RunDir) -> pathlib.Path:
+    return run.path / anew.PARTS["control"] / "checkpoints"
+
+
+def _bytes(path: pathlib.Path) -> int:
+    """Of a file; 0 of a folder, and of what has just gone."""
+    try:
+        state = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return 0 if stat.S_ISDIR(state.st_mode) else state.st_size
 
 
 def _candidates(run: RunDir) -> Iterator[tuple[pathlib.Path, str]]:
     done = run.record["status"] == "done"
     for part in anew.PARTS:
         folder = run.path / anew.PARTS[part] / "checkpoints"
-        if part == "control" and done and folder.is_dir():
+        if folder == _control(run) and done and folder.is_dir():
             yield folder, "checkpoints of the finished control"
             continue
         steps = step_folders.steps(folder)
@@ -81,8 +83,10 @@ def _candidates(run: RunDir) -> Iterator[tuple[pathlib.Path, str]]:
         ):
             if (folder / name).is_dir():
                 yield folder / name, why
-        for pattern in (".saving-*", ".removing-*"):
-            for path in sorted(folder.glob(pattern)):
+    places = [run.path / anew.PARTS[part] for part in anew.PARTS]
+    if run.record["status"] != "running":  # else one may be on its way
+        for place in [*places, *(place / "checkpoints" for place in places)]:
+            for path in step_folders.leftovers(place):
                 yield path, "left over by a process that was killed"
     if (run.path / anew.EARLIER).is_dir():
         yield run.path / anew.EARLIER, "what the run had before `--from-start`"

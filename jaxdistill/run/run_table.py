@@ -1,7 +1,9 @@
 """The table of a run: teacher, student before, the control without a teacher, student after."""
 
 import dataclasses
+import math
 import os
+import pathlib
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
 from jaxdistill.models import Model, decoder
 from jaxdistill.models.vocabulary import vocabulary_size
-from jaxdistill.report import MetricsWriter
+from jaxdistill.report import MetricsWriter, json_lines
 from jaxdistill.run import participants, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.state import TrainState, whole
@@ -258,6 +260,30 @@ class RunTable:
     def _continued(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [[int(token) for token in one] for one in answers]
+
+
+def stale(changed: Collection[str]) -> Sequence[str]:
+    """Rows of the table that other settings made than those that hold now."""
+    if "config.eval.max_rows" in changed:
+        return ORDER
+    ours = ("config.train", "config.optimizer", "config.method", "config.student")
+    if any(name.startswith(ours) for name in changed):
+        return ("SFT control", "student after")
+    return (
+        ("student after",)
+        if any(n.startswith(("config.rollout", "config.reward")) for n in changed)
+        else ()
+    )
+
+
+def last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
+    """The metrics of the last evaluation in metrics.jsonl, or None."""
+    records, _ = json_lines.scan(folder / "metrics.jsonl")
+    for record in reversed(records):
+        found = {name: value for name, value in record.items() if name.startswith("eval/")}
+        if found:
+            return {name: math.nan if value is None else value for name, value in found.items()}
+    return None
 
 
 def drop(run: RunDir, names: Collection[str]) -> None:

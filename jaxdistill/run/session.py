@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -19,12 +18,10 @@ from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.report import json_lines
 from jaxdistill.run import (
     alike,
     anew,
     changes,
-    clean,
     hearing,
     identity,
     participants,
@@ -40,7 +37,7 @@ from jaxdistill.run.folder import RunDir
 from jaxdistill.run.start import Inputs
 from jaxdistill.run.texts import Text
 from jaxdistill.run.training import Training
-from jaxdistill.train import stopping
+from jaxdistill.train import step_folders, stopping
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.hooks import NO_HOOKS, Hooks, WithVerifiers
 from jaxdistill.train.stopping import Stop
@@ -267,7 +264,7 @@ class _Session:
         resolved = configs.dump(config)
 
         def accept(changed: Collection[str]) -> None:
-            run_table.drop(run, _stale(changed))
+            run_table.drop(run, run_table.stale(changed))
             run.configure(resolved)
 
         changed = agree.by_leader(lambda: changes.check(run, facts, accept))
@@ -325,6 +322,7 @@ class _Session:
         if self.config.eval.compare and not table.has("SFT control"):
             del state  # the control takes its place in memory
             self._control()
+        agree.by_leader(self._drop_control)
         return metrics
 
     def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
@@ -335,7 +333,7 @@ class _Session:
         done = self.run.record["status"] == "done" and all(map(self.table.has, needed))
         if not done or (checkpoints.latest() or 0) < self.config.train.steps:
             return None
-        metrics = agree.by_leader(lambda: _last_evaluation(self.run.path))
+        metrics = agree.by_leader(lambda: run_table.last_evaluation(self.run.path))
         if metrics and agree.leads():
             print(
                 f"{self.run.path}: is finished, all {self.config.train.steps} steps: nothing was "
@@ -364,13 +362,14 @@ class _Session:
             training = self._training(folder, config, method, checkpoints, main=False)
             state, metrics = training.train(fresh)
         self.table.add_student("SFT control", self.table.student_params(state), metrics)
-        agree.by_leader(lambda: self._drop_control(folder / "checkpoints"))
 
-    def _drop_control(self, folder: pathlib.Path) -> None:
+    def _drop_control(self) -> None:
         """The control is measured, and half of what a run leaves on the disk is its checkpoints."""
-        self.run.forget_saved("control")
+        folder = self.run.path / anew.PARTS["control"] / "checkpoints"
+        if "control" in self.run.record.get("saved", {}) or folder.is_dir():
+            self.run.forget_saved("control")
         if folder.is_dir():
-            clean.drop(folder)
+            step_folders.drop(folder)
 
     def _training(
         self,
@@ -397,30 +396,6 @@ class _Session:
             stop=self.stop,
             main=main,
         )
-
-
-def _stale(changed: Collection[str]) -> Sequence[str]:
-    """Rows of the table that other settings made than those that hold now."""
-    if "config.eval.max_rows" in changed:
-        return run_table.ORDER
-    ours = ("config.train", "config.optimizer", "config.method", "config.student")
-    if any(name.startswith(ours) for name in changed):
-        return ("SFT control", "student after")
-    return (
-        ("student after",)
-        if any(n.startswith(("config.rollout", "config.reward")) for n in changed)
-        else ()
-    )
-
-
-def _last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
-    """The metrics of the last evaluation in metrics.jsonl, or None."""
-    records, _ = json_lines.scan(folder / "metrics.jsonl")
-    for record in reversed(records):
-        found = {name: value for name, value in record.items() if name.startswith("eval/")}
-        if found:
-            return {name: math.nan if value is None else value for name, value in found.items()}
-    return None
 
 
 def _keep_quarantined(run: RunDir, read: Mapping[str, Text]) -> None:

@@ -12,18 +12,19 @@ from typing import Any
 
 from jaxdistill import config as configs
 from jaxdistill import errors, processes
-from jaxdistill.config import Config, preflight, syntax
-from jaxdistill.errors import ConfigError, DivergedError, FitError, UserError
+from jaxdistill.config import Config, preflight, syntax, workflow
+from jaxdistill.errors import ConfigError, DivergedError, UserError
 from jaxdistill.evaluate import comparison
 from jaxdistill.report import run_files, wording
 from jaxdistill.report import sweep as pages
-from jaxdistill.run import session
+from jaxdistill.run import session, terminal
 from jaxdistill.run.folder import RunDir
 from jaxdistill.safe import json_file, lock, whole_file
 
 SEED = "seed"  # runs that differ in nothing else are one row
 MOST = 1000
-_OWN = ("run.dir", "run.name")
+_OWN = ("run", "run.dir", "run.name")
+_LONGEST = 100  # characters of a run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder, such as "alpha=0.1,seed=2".
+      name: of its folder, such as "alpha=0.1,seed=2"; its number where names would
+        be long, or two of them alike.
       values: key -> the value it has here.
       overrides: all that is changed in the configuration.
     """
@@ -56,13 +58,15 @@ def points_of(overrides: Sequence[str]) -> list[Point]:
     """
     fixed: list[str] = []
     axes: dict[str, list[Any]] = {}
+    seen: set[str] = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"sweep {override!r}: write it as key=value, or key=value,value")
-        if key in axes or any(one.startswith(f"{key}=") for one in fixed):
+        if key in seen:
             raise ConfigError(f"sweep {key}: is given twice: list all its values in one place")
+        seen.add(key)
         if key in _OWN:
             raise ConfigError(f"sweep {key}: every run has its own below the sweep's: use -o DIR")
         values = syntax.parse(f"[{text}]")
@@ -79,7 +83,14 @@ def points_of(overrides: Sequence[str]) -> list[Point]:
         count *= len(values)
     if count > MOST:
         raise ConfigError(f"sweep: makes {count} runs, at most {MOST}: list fewer values")
-    return [_point(axes, chosen, fixed) for chosen in itertools.product(*axes.values())]
+    points = [_point(axes, chosen, fixed) for chosen in itertools.product(*axes.values())]
+    names = {point.name for point in points}
+    if len(names) == len(points) and max(map(len, names)) <= _LONGEST:
+        return points
+    return [
+        dataclasses.replace(point, name=f"{number:0{len(str(count))}}")
+        for number, point in enumerate(points)
+    ]
 
 
 def _point(axes: Mapping[str, list[Any]], chosen: Sequence[Any], fixed: Sequence[str]) -> Point:
@@ -107,8 +118,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Runs a configuration at every combination of values; called again, it resumes.
 
-    A finished run is not run again, a run that was stopped resumes, one that diverges or does not
-    fit is noted, and the next one begins.
+    A finished run is not run again, a run that was stopped resumes, one that diverges is noted, and
+    the next one begins.
 
     Args:
       path: the configuration.
@@ -124,9 +135,11 @@ def sweep(
     Raises:
       ConfigError: if any of the runs cannot be run, before the first one; or for a folder that
         holds runs of other settings.
-      DivergedError, FitError: at the end, naming the runs that did.
+      DivergedError: at the end, naming the runs that did.
     """
     text, points = configs.read(path), points_of(overrides)
+    if workflow.is_workflow(text):
+        raise ConfigError(f"{path}: is a workflow: sweep the configuration of one of its steps")
     loaded = configs.loads(text, os.fspath(path), points[0].overrides)
     folder = pathlib.Path(output or f"runs/sweep-{loaded.run.name}")
     todo = [(point, _config(text, path, point, folder)) for point in points]
@@ -139,11 +152,14 @@ def sweep(
             print(f"sweep: run {number} of {len(todo)}: {point.name}", file=sys.stderr, flush=True)
             try:
                 _run(config, text, point, run, resume)
-            except (DivergedError, FitError) as error:
-                failed.append(type(error)(f"{point.name}: {error}"))
+            except DivergedError as error:
+                failed.append(DivergedError(f"{point.name}: {error}"))
                 print(f"sweep: {failed[-1]}", file=sys.stderr, flush=True)
             _write(folder, points)
-    pages.write(folder)
+    try:
+        terminal.say(f"report: {pages.write(folder)}", sys.stderr)
+    except UserError as error:  # the runs are done all the same
+        terminal.say(f"no report.html: {error}", sys.stderr)
     errors.check(failed)
     return _found(folder, points)
 

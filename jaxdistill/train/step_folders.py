@@ -17,7 +17,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from jaxdistill.errors import DamagedError
+from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import manifest
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
@@ -126,11 +126,40 @@ def retire(directory: pathlib.Path, keep: Collection[int], hooks: Hooks = NO_HOO
             shutil.rmtree(going, ignore_errors=True)
 
 
+def leftovers(directory: pathlib.Path) -> list[pathlib.Path]:
+    """What killed or failed saves and removals have left."""
+    return [
+        path for prefix in (_SAVING, _REMOVING) for path in sorted(directory.glob(f"{prefix}*"))
+    ]
+
+
 def sweep(directory: pathlib.Path) -> None:
     """Removes what killed or failed saves and removals have left."""
-    for prefix in (_SAVING, _REMOVING):
-        for path in directory.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in leftovers(directory):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def drop(path: pathlib.Path) -> None:
+    """Removes a folder, or a link to one, under a name that says that it goes; gone is gone.
+
+    Raises:
+      StorageError: if it cannot be removed.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        going = path
+        if not path.name.startswith((_SAVING, _REMOVING)):
+            going = path.with_name(f"{_REMOVING}{path.name}")
+            if going.is_dir() and not going.is_symlink():
+                shutil.rmtree(going)
+            path.rename(going)
+        if going.is_symlink() or not going.is_dir():
+            going.unlink()
+        else:
+            shutil.rmtree(going)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror or error}") from error
 
 
 def set_aside(directory: pathlib.Path, step: int, where: str) -> pathlib.Path:

@@ -13,7 +13,7 @@ from jaxdistill import api
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.formats import sums
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.run import anew, changes, run_table, schedule, session
+from jaxdistill.run import anew, changes, run_table, schedule
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.run_table import ORDER
 
@@ -143,7 +143,7 @@ def test_rows_that_other_settings_made_are_measured_again(run):
         ({"config.train.steps"}, ORDER[:2]),
         ({"config.eval.max_rows"}, ()),
     ):
-        run_table.drop(run, session._stale(changed))
+        run_table.drop(run, run_table.stale(changed))
         assert tuple(run_table._stored(run)) == tuple(left)
     run.write_text("table.json", "[]")
     assert run_table._stored(run) == {}

@@ -69,3 +69,35 @@ def test_a_longer_run_trains_its_control_anew(run, capsys, plain_runs):
 def test_no_run(tmp_path, capsys):
     assert cli.main(["clean", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_control_that_was_noted_go_with_their_note(run, plain_runs):
+    """As a run killed after its control was measured, and before its checkpoints were removed."""
+    control = run / "control" / "checkpoints"
+    (control / "6").mkdir(parents=True)
+    (run / "control" / ".removing-checkpoints").mkdir()
+    record = json.loads((run / "RUN.json").read_text())
+    saved = record["saved"] | {"control": 1}
+    (run / "RUN.json").write_text(json.dumps(record | {"saved": saved}))
+    assert cli.main(["clean", str(run), "--yes"]) == 0
+    assert not control.exists() and not (run / "control" / ".removing-checkpoints").exists()
+    assert "control" not in json.loads((run / "RUN.json").read_text())["saved"]
+    assert session.resume(run).run_dir == run  # and nothing refuses it
+
+
+def test_a_link_goes_and_what_it_leads_to_stays(run, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("x")
+    (run / "earlier").symlink_to(tmp_path / "elsewhere")
+    (run / "checkpoints" / ".saving-5").write_text("a file")
+    assert cli.main(["clean", str(run), "--yes"]) == 0
+    assert not (run / "earlier").is_symlink() and not (run / "checkpoints" / ".saving-5").exists()
+    assert (tmp_path / "elsewhere" / "mine").read_text() == "x"
+
+
+def test_what_a_run_is_writing_is_not_called_left_over(run, capsys):
+    (run / "checkpoints" / ".saving-9").mkdir()
+    record = json.loads((run / "RUN.json").read_text())
+    (run / "RUN.json").write_text(json.dumps(record | {"status": "running"}))
+    assert cli.main(["clean", str(run)]) == 0
+    assert ".saving-9" not in capsys.readouterr().out

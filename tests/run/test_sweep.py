@@ -1,6 +1,7 @@
 """Sweeps: which runs the values make, what is refused before the first, resuming, means."""
 
 import json
+import pathlib
 import statistics
 
 import pytest
@@ -13,6 +14,7 @@ from jaxdistill.run import sweep as sweeps
 from jaxdistill.run.folder import RunDir
 from tests.run.conftest import CONFIG
 
+ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("plain_runs")
 
 
@@ -87,12 +89,28 @@ def test_values_with_commas_of_their_own():
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ["eval.max_rows=1,null"],  # null is the second value, by its number 1
+        ["run_name=1,'1'"],
+        [f"{letter * 20}=100,200" for letter in "abcdef"],
+    ],
+)
+def test_names_that_would_meet_or_be_long_are_numbers(overrides):
+    found = names(*overrides)
+    assert len(set(found)) == len(found) == 2 ** len(overrides)
+    assert found[0] in ("0", "00") and max(map(len, found)) <= 2
+
+
+@pytest.mark.parametrize(
     ("overrides", "rule"),
     [
         (["train.steps=4"], "no key has several values"),
         (["alpha"], "write it as key=value"),
         (["seed=1,2", "seed=3"], "is given twice"),
+        ([" seed =3", "seed=1,2"], "is given twice"),
         (["seed=1,1"], "a value stands twice"),
+        (["run={dir: a},{dir: b}"], "use -o DIR"),
         (["run.dir=a,b"], "use -o DIR"),
         (["seed=" + ",".join(map(str, range(1001)))], "at most 1000"),
     ],
@@ -160,3 +178,17 @@ def test_from_the_command_line(file, tmp_path, capsys):
     assert told.err.count("is finished") == 2 and "all seeds" in told.out
     assert cli.main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     assert "Settings" in (tmp_path / "page.html").read_text()
+
+
+def test_a_workflow_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="is a workflow"):
+        sweeps.sweep(ROOT / "configs" / "tiny.yaml", ["seed=1,2"], tmp_path / "s")
+
+
+def test_a_page_that_cannot_be_drawn_hides_no_error(file, tmp_path, capsys):
+    def diverges(config, *, input_text, overrides):
+        raise DivergedError("before there is a folder")
+
+    with pytest.raises(DivergedError, match="seed=2: before there is a folder"):
+        sweeps.sweep(file, ["seed=1,2"], tmp_path / "s", run=diverges)
+    assert "no report.html: " in capsys.readouterr().err
