@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxdistill import device_memory
 from jaxdistill.bench import cases, timing, token_cases
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.kernels import choice
@@ -54,7 +55,7 @@ def run(
             rows += measure(kind, shape, rounds, device)
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not device_memory.is_full(error):
                 raise
             notice(f"{label(shape)}: does not fit in this device's memory, left out")
     return {

@@ -21,8 +21,8 @@ class PromptSource(Section):
 
 
 SLOTS_PER_DEVICE = 64  # where the configuration names none
-# Of answers that later updates learn from, in the manifest of a checkpoint. Half of what a small
-# file may have: `safe.json_file` reads no larger ones.
+# Of answers that later updates learn from, in a checkpoint's meta: half of the largest file that
+# `safe.json_file` reads.
 AHEAD_BYTES = 50_000_000
 _TOKEN_BYTES, _ANSWER_BYTES = 16, 128  # three numbers in base 64; places and sizes, one a line
 

@@ -157,6 +157,11 @@ class Nonfinite(Section):
         "fault out; then it stops (exit code 7) with the batch saved in crash/.",
     )
 
+    @property
+    def recalled(self) -> int:
+        """Updates that a run may go back to, and one that is under way."""
+        return self.max_consecutive + 2
+
 
 class Spike(Section):
     """A loss that jumps far above the median of the steps before it."""

@@ -169,6 +169,8 @@ class Method:
       second_view: whether the teacher reads the text in tokens of its own: the batch carries them,
         and the options are `two_tokenizers.TwoTokenizers`.
       rewards: whether it learns from rewards of what the student writes itself.
+      marks_wrong: options -> whether its loss reads which answers the first verifier gave less
+        than 1.
       any_text: whether it can learn from any text; if not, its records are of a form of their own.
       reads_sampler: whether its loss reads the probability that a token was drawn with, which only
         the student's own text has.
@@ -186,6 +188,7 @@ class Method:
     pairs: bool = False
     second_view: bool = False
     rewards: bool = False
+    marks_wrong: Callable[[Any], bool] = lambda options: False
     any_text: bool = True
     reads_sampler: bool = False
     is_control: bool = False

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.kernels.linear_logprobs import linear_logprobs
 from jaxdistill.kernels.softcap import soft_cap
 from jaxdistill.losses import chunk_sums
 from jaxdistill.methods.base import Head, Objective, no_parameters
 from jaxdistill.methods.chunks import chunk_count, following, per_chunk
+from jaxdistill.methods.head_loss import statistics
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Batch, Mean, Outputs
 
@@ -77,22 +77,12 @@ def _side(
     count: int,
 ) -> tuple[Side, Array]:
     """One model, and log q of each target [B, L]; 0 where nothing is asked."""
-    options: Any = {k: v for k, v in head.items() if k not in ("vocab", "columns")}
     rows, bias = outputs.head[:vocab], outputs.head_bias
     bias = None if bias is None else bias[:vocab]
     predicted = following(groups)
     last = (predicted > 0) & (predicted != following(predicted))
     earlier = (predicted > 0) & ~last
-    said = linear_logprobs(
-        outputs.hidden,
-        rows,
-        targets,
-        mask=mask | earlier,
-        bias=bias,
-        softcap=outputs.softcap,
-        mesh=current_mesh(),
-        **options,
-    )
+    said = statistics({**head, "vocab": vocab}, outputs, targets, mask | earlier)
     assert said.logprobs is not None, "they are asked for"
     scale = chunk_sums(said.logprobs, jnp.where(earlier, predicted, 0), count)
     places = jnp.broadcast_to(jnp.arange(groups.shape[1]), groups.shape)

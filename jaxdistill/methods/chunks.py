@@ -1,15 +1,12 @@
 """How likely chunks of text are to two models that cut it into different tokens."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxdistill.kernels.linear_logprobs import linear_logprobs
 from jaxdistill.losses import chunk_sums
 from jaxdistill.methods.base import Head
-from jaxdistill.sharding import current_mesh
+from jaxdistill.methods.head_loss import statistics
 from jaxdistill.types import Batch, Mean, Outputs
 
 
@@ -27,11 +24,8 @@ class Likelihoods:
     def __init__(
         self, opening: tuple[tuple[int, ...], tuple[int, ...]], teacher_vocab: int, head: Head
     ):
-        rest: dict[str, Any] = dict(head)
-        self._vocabs = rest.pop("vocab"), teacher_vocab
-        rest.pop("columns", None)  # no token is compared with another
         self._opening = [np.asarray(one, np.int32) for one in opening]
-        self._head = rest
+        self._heads = head, {**head, "vocab": teacher_vocab}
 
     def student(self, outputs: Outputs, batch: Batch) -> tuple[Array, Mean]:
         """(float32 [B, C] of the chunks, the cross-entropy of all that the loss counts)."""
@@ -54,20 +48,10 @@ class Likelihoods:
         self, side: int, outputs: Outputs, targets: Array, groups: Array, mask: Array, count: int
     ) -> tuple[Array, Array]:
         """Of the chunks [B, C], and log q of each target [B, L]; 0 where nothing is asked."""
-        vocab, bias = self._vocabs[side], outputs.head_bias
         predicted = following(groups)
         ends = jnp.where(groups != predicted, groups, 0)  # the last token of a chunk is read here
-        said = linear_logprobs(
-            outputs.hidden,
-            outputs.head[:vocab],
-            targets,
-            mask=mask | (predicted > 0) | (ends > 0),
-            sets=[self._opening[side]],
-            bias=None if bias is None else bias[:vocab],
-            softcap=outputs.softcap,
-            mesh=current_mesh(),
-            **self._head,
-        )
+        asked = mask | (predicted > 0) | (ends > 0)
+        said = statistics(self._heads[side], outputs, targets, asked, sets=[self._opening[side]])
         assert said.logprobs is not None and said.log_masses is not None, "both are asked for"
         chunks = chunk_sums(said.logprobs, predicted, count)
         return chunks + chunk_sums(said.log_masses[..., 0], ends, count), said.logprobs

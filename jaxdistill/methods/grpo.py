@@ -231,4 +231,5 @@ METHOD = Method(
     any_text=False,
     reads_sampler=True,
     rewards=True,
+    marks_wrong=lambda options: options.distil == "wrong",
 )

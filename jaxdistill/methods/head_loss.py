@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.linear_divergence import linear_divergence
-from jaxdistill.kernels.linear_logprobs.api import linear_logprobs
+from jaxdistill.kernels.linear_logprobs import Logprobs, linear_logprobs
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
 from jaxdistill.types import Batch, Known, Mean, Outputs
@@ -76,28 +76,42 @@ def from_heads(
     return {"loss": Mean(total, count), **means}
 
 
-def said(head: Any, outputs: Outputs, batch: Batch) -> tuple[Array, Array]:
+def said(head: Any, outputs: Outputs, batch: Batch, **asked: Any) -> tuple[Array, Array]:
     """(log q, entropy) of a model at the batch's targets, [B, L] each.
 
     Args:
       head: see `base.Head`.
       outputs: of the model.
       batch: the rows; targets that do not count give 0.
+      asked: as `statistics` takes them.
     """
-    options = {name: value for name, value in head.items() if name not in ("vocab", "columns")}
-    vocab = head["vocab"]
-    found = linear_logprobs(
-        outputs.hidden,
-        outputs.head[:vocab],
-        batch.targets,
-        mask=batch.mask,
-        bias=None if outputs.head_bias is None else outputs.head_bias[:vocab],
-        softcap=outputs.softcap,
-        mesh=current_mesh(),
-        **options,
-    )
+    found = statistics(head, outputs, batch.targets, batch.mask, **asked)
     assert found.logprobs is not None, "of the ids that were given"
     return found.logprobs, found.entropy
+
+
+def statistics(head: Any, outputs: Outputs, ids: Array, mask: Array, **asked: Any) -> Logprobs:
+    """What a model's head says of given tokens, [B, L].
+
+    Args:
+      head: see `base.Head`; of its `vocab` rows, whichever model's they are.
+      outputs: of the model.
+      ids: one token for each position.
+      mask: where it is asked for.
+      asked: what else, as `linear_logprobs` takes it: temperature, sets, top_k.
+    """
+    vocab, bias = head["vocab"], outputs.head_bias
+    how = {name: value for name, value in head.items() if name not in ("vocab", "columns")}
+    return linear_logprobs(
+        outputs.hidden,
+        outputs.head[:vocab],
+        ids,
+        mask=mask,
+        bias=None if bias is None else bias[:vocab],
+        softcap=outputs.softcap,
+        mesh=current_mesh(),
+        **how | asked,
+    )
 
 
 def _shared(columns: tuple[int, ...], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Reverse KL at the sampled tokens alone, as a policy gradient: one number of the teacher each."""
 
 from collections.abc import Iterator
-from typing import Any, Unpack
+from typing import Unpack
 
 from pydantic import Field
 
@@ -68,35 +68,15 @@ def objective(
     import jax
 
     from jaxdistill import losses
-    from jaxdistill.kernels.linear_logprobs import linear_logprobs
-    from jaxdistill.sharding import current_mesh
+    from jaxdistill.methods.head_loss import said
     from jaxdistill.types import Mean
 
-    vocab = head["vocab"]
-    how: dict[str, Any] = {
-        name: value for name, value in head.items() if name not in ("vocab", "columns")
-    }
-
-    def said(outputs, batch):
-        found = linear_logprobs(
-            outputs.hidden,
-            outputs.head[:vocab],
-            batch.targets,
-            mask=batch.mask,
-            temperature=temperature,
-            bias=None if outputs.head_bias is None else outputs.head_bias[:vocab],
-            softcap=outputs.softcap,
-            mesh=current_mesh(),
-            **how,
-        )
-        assert found.logprobs is not None, "ids are given"
-        return found.logprobs, found.entropy
-
     def apply(params, student, signal, batch, knobs):
-        (mine, entropy), mask = said(student, batch), batch.mask
+        mask = batch.mask
+        mine, entropy = said(head, student, batch, temperature=temperature)
         now = jax.lax.stop_gradient(mine)
         if signal.outputs is not None:
-            theirs, _ = said(signal.outputs, batch)
+            theirs, _ = said(head, signal.outputs, batch, temperature=temperature)
         else:
             theirs = signal.known.logprobs[..., 0]
         assert batch.sampler_logprobs is not None, "the row says that its feed fills it"

@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array
 
 from jaxdistill.compress import quantize
-from jaxdistill.kernels.linear_logprobs import linear_logprobs
+from jaxdistill.methods.head_loss import statistics
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.vocabulary import only_tokens
-from jaxdistill.sharding import current_mesh, on_mesh
+from jaxdistill.sharding import on_mesh
 from jaxdistill.teachers import Teacher
 from jaxdistill.types import Batch, Outputs
 
@@ -102,18 +102,8 @@ def _summary(
 
 def _said(program: Program, outputs: Outputs, batch: Batch, top: int) -> tuple[Array, Any]:
     """(log q of the targets [B, L], the most likely tokens [B, L, top])."""
-    vocab = program.vocab
-    said = linear_logprobs(
-        outputs.hidden,
-        outputs.head[:vocab],
-        batch.targets,
-        mask=batch.mask,
-        top_k=top,
-        bias=None if outputs.head_bias is None else outputs.head_bias[:vocab],
-        softcap=outputs.softcap,
-        logits_dtype=jnp.float32,
-        mesh=current_mesh(),
-    )
+    head = {"vocab": program.vocab, "logits_dtype": jnp.float32}
+    said = statistics(head, outputs, batch.targets, batch.mask, top_k=top)
     assert said.logprobs is not None, "ids are given"
     return said.logprobs, said.top_ids
 

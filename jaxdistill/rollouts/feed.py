@@ -18,7 +18,7 @@ from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
 FILE = "rollouts"  # beside a checkpoint's manifest: answers that later updates may learn from
-_UNREAD = 4  # updates whose record may not be written yet
+UNREAD = 4  # updates whose record may not be written yet
 
 Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
 
@@ -107,7 +107,7 @@ class RolloutFeed(Feed):
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
         replay: Replay | None = None,
-        recalled: int = 64,
+        recalled: int,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
     ):
@@ -228,7 +228,7 @@ class RolloutFeed(Feed):
     def _tell(self, update: int, numbers: dict[str, float]) -> None:
         """Keeps the numbers of an update until its record is written, a few updates later."""
         self._told[update] = numbers
-        self._told = {one: told for one, told in self._told.items() if one > update - _UNREAD}
+        self._told = {one: told for one, told in self._told.items() if one > update - UNREAD}
 
     def _met_by(self, update: int, step: int, params: Any) -> list[Answer] | None:
         """The answers that an update learns from; None: a process is to stop."""

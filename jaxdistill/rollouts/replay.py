@@ -18,7 +18,7 @@ _LARGEST = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the share adapts, DistiLLM's numbers by default.
+    """How the share adapts; `config.rollout.Replay` has DistiLLM's numbers.
 
         validation   where loss >= previous + tolerance: phi += rise, at most 1; previous = loss
         rho          decreasing: phi (1 - u / U); increasing: phi u / U; constant: phi / 2
@@ -39,8 +39,8 @@ class Settings:
     schedule: str
     start: float
     updates: int
-    rise: float = 0.1
-    tolerance: float = 0.1
+    rise: float
+    tolerance: float
 
     def fresh(self, phi: float, update: int) -> float:
         """rho, the share of updates whose answers are written anew."""

@@ -15,6 +15,7 @@ from jaxdistill.errors import DivergedError
 from jaxdistill.reasoning.judging import REASONS, Verdict
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import ORIGINS, STUDENT, Batch, Span
@@ -155,7 +156,7 @@ class RewardedFeed(Feed):
         unit: int,
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
-        recalled: int = 64,
+        recalled: int,
     ):
         self.plan, self._prompts, self._writer, self._judge = plan, prompts, writer, judge
         self._params_of, self._old_of, self._shape = params_of, old_of, shape
@@ -232,7 +233,7 @@ class RewardedFeed(Feed):
             **dict(records.numbers(drawn.answers, step)),
             **self._rewarded(drawn),
         }
-        self._told = {one: t for one, t in self._told.items() if one > update - 4}
+        self._told = {one: t for one, t in self._told.items() if one > update - UNREAD}
         self._told[update] = told | (self._took if fresh else {})
         return Span(row, row + plan.rows), batch
 

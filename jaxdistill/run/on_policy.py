@@ -224,7 +224,7 @@ def feed_of(
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         replay=_replay_of(config),
-        recalled=config.guards.nonfinite.max_consecutive + 2,
+        recalled=config.guards.nonfinite.recalled,
         difference=difference.of_batches(
             difference.Program(
                 models.student.config,
@@ -244,7 +244,7 @@ def feed_of(
 
 def _replay_of(config: Config) -> Replay | None:
     """The buffer and the share that adapts; None where the share stays as it is."""
-    rollout, recalled = config.rollout, config.guards.nonfinite.max_consecutive + 2
+    rollout, recalled = config.rollout, config.guards.nonfinite.recalled
     assert rollout is not None, "only asked for where there are rollouts"
     if rollout.replay is None:
         return None

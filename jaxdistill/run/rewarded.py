@@ -72,7 +72,7 @@ def plan_of(config: Config) -> Plan:
         ramp=reward.ramp,
         resample=reward.resample,
         patience=reward.patience,
-        wrong=getattr(config.method, "distil", "all") == "wrong",
+        wrong=methods.of(config.method).marks_wrong(config.method),
         seed=config.seed,
     )
 
@@ -136,5 +136,5 @@ def feed_of(
         unit=parts * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
-        recalled=config.guards.nonfinite.max_consecutive + 2,
+        recalled=config.guards.nonfinite.recalled,
     )

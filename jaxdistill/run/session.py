@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree, compilation_cache, errors, methods, processes
+from jaxdistill import agree, compilation_cache, device_memory, errors, methods, processes
 from jaxdistill import config as configs
 from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
@@ -204,7 +204,7 @@ def _execute(
                     f"train.steps = {config.train.steps}: the run has come to step {latest}: to go "
                     f"back, `jaxdistill ckpt rollback {run.path} STEP`"
                 )
-            with run.attempt(latest):
+            with run.attempt(latest), device_memory.told():
                 session = _Session(config, run, inputs, stop, latest, told)
                 result = session.execute(checkpoints)
         # After the attempt, which the page tells about; the others wait, to end with the first.

@@ -245,7 +245,7 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
     if config.reward is not None:
         numbers = ["advantages", *(["old"] if config.reward.updates > 1 else [])]
         sampled = {name: np.zeros(length, np.float32) for name in numbers}
-        if getattr(config.method, "distil", "all") == "wrong":
+        if method.marks_wrong(config.method):
             sampled["wrong"] = np.zeros(length, bool)
         beside |= {"sampled": sampled}
     row = pipeline.stack([empty_row(length, 0, origins) | beside])

@@ -74,6 +74,7 @@ def make(share=1.0, max_age=0, left_out=(), replay=None):
         unit=1,
         replay=replay,
         rows=range,
+        recalled=64,
         left_out=lambda: left_out,
     )
     return feed, scribe
@@ -198,7 +199,7 @@ def test_nothing_is_kept_of_answers_that_were_stopped():
 
 
 def replayed():
-    return make(0.7, replay=Replay(Settings(8, "constant", 0.7, 30), 5, 40))
+    return make(0.7, replay=Replay(Settings(8, "constant", 0.7, 30, 0.1, 0.1), 5, 40))
 
 
 def test_old_answers_are_met_again_and_a_run_resumes_in_the_midst():

@@ -15,7 +15,7 @@ import pytest
 
 from jaxdistill import api, commands, models
 from jaxdistill.data import settings as data_settings
-from jaxdistill.errors import ConfigError, DamagedError, DivergedError, MismatchError
+from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError, MismatchError
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
@@ -23,6 +23,7 @@ from jaxdistill.run import participants, run_table, setup, shapes, states, stude
 from jaxdistill.run import session as running
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.hooks import Hooks
 from tests.run.conftest import Heard, models_of
 
 
@@ -338,6 +339,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=words):
         api.train(load_config(tmp_path, *overrides))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_device_without_room_ends_the_run_in_one_message(load_config, tmp_path):
+    class Full(Hooks):
+        def at(self, point):
+            if point == "step.before":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with pytest.raises(FitError, match="memory of a device is full.*micro_batches"):
+        api.train(load_config(tmp_path), hooks=Full())
+    record = json.loads((tmp_path / "run" / "RUN.json").read_text())
+    assert record["status"] == "failed"
+    assert "memory of a device is full" in json.dumps(record)
 
 
 def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
