@@ -1,6 +1,7 @@
 """The READMEs: what README.md says to paste works, in order, in one fresh folder; the tree is true.
 
-`python tests/test_readme.py` writes the tree of modules in jaxdistill/README.md anew.
+`python tests/test_readme.py` writes the tree of modules in jaxdistill/README.md anew, and the JSON
+Schemas beside the recipes.
 """
 
 import ast
@@ -159,6 +160,13 @@ def test_every_recipe_and_every_result_is_named():
     assert not [path.name for path in results if f"(results/{path.name})" not in text]
 
 
+@pytest.mark.parametrize("kind", ["run", "workflow"])
+def test_the_schemas_beside_the_recipes_are_those_of_the_code(kind):
+    from jaxdistill.config import editor
+
+    assert editor.file(kind).read_text() == editor.text(kind), "run: python tests/test_readme.py"
+
+
 def test_the_picture_is_of_the_saved_numbers():
     import json
 
@@ -171,3 +179,7 @@ def test_the_picture_is_of_the_saved_numbers():
 if __name__ == "__main__":
     page = TREE_PAGE.read_text()
     TREE_PAGE.write_text(TREE.sub(lambda _: module_tree(), page, count=1))
+    from jaxdistill.config import editor
+
+    for kind in ("run", "workflow"):
+        editor.file(kind).write_text(editor.text(kind))

@@ -21,7 +21,7 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 _NO_PLATFORM = re.compile(r"(?:initialize backend|Unknown backend:?|backend) '(\w+)'")
 # Everything heavy is imported inside the command that needs it: `--help`, `ls`, `init` and
 # `validate` start in a fraction of a second.
-_LIGHT = ("ckpt", "clean", "init", "launch", "ls", "report", "validate")
+_LIGHT = (*("ckpt", "clean", "completion", "init", "launch", "ls", "report", "schema", "validate"),)
 # Whether these keep compiled programs is for their configuration to say, or not worth while.
 _OWN_CACHE = ("bench", "plan", "resume", "sweep", "train", "workflow")
 

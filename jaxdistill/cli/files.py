@@ -1,4 +1,4 @@
-"""The commands that need no JAX: ls, init and validate."""
+"""The commands that need no JAX: ls, init, validate and schema."""
 
 import argparse
 import math
@@ -38,7 +38,7 @@ def _ls_runs(arguments: argparse.Namespace) -> None:
 
 def init(arguments: argparse.Namespace) -> None:
     """Copies a recipe, with what it extends written out."""
-    from jaxdistill.config import inherit, workflow
+    from jaxdistill.config import editor, inherit, workflow
 
     files = inherit.recipes()
     if arguments.recipe not in files:
@@ -46,7 +46,7 @@ def init(arguments: argparse.Namespace) -> None:
             f"{arguments.recipe!r} is no recipe{_near(arguments.recipe, files)}; `jaxdistill ls "
             "recipes` lists them"
         )
-    text = inherit.flattened(files[arguments.recipe])
+    text = editor.with_modeline(inherit.flattened(files[arguments.recipe]))
     out = arguments.output or f"{arguments.recipe}.yaml"
     if out == "-":
         return print(text, end="")
@@ -67,14 +67,11 @@ def validate(arguments: argparse.Namespace) -> int:
     from jaxdistill import config
     from jaxdistill.config import preflight, syntax, workflow
 
-    if arguments.schema:
-        print_json(config.json_schema())
-        return 0
     if arguments.explain is not None:
         print(config.explain(arguments.explain))
         return 0
     if arguments.config is None:
-        raise ConfigError("validate: give a configuration file, --schema or --explain KEY")
+        raise ConfigError("validate: give a configuration file, or --explain KEY")
     wrong: list[UserError] = []
     text = devices = ""
     notes: list[str] = []
@@ -102,6 +99,13 @@ def validate(arguments: argparse.Namespace) -> int:
     ok = f"{arguments.config}: ok{devices}"
     print(text.rstrip() if arguments.resolved else "\n".join([*notes, ok]))
     return 0
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Prints the JSON Schema of a kind of file."""
+    from jaxdistill.config import editor
+
+    print(editor.text(arguments.kind), end="")
 
 
 def _devices(sizes: Collection[int]) -> str:
@@ -138,13 +142,13 @@ MODELS = {
 
 
 def _recipes() -> dict[str, str]:
-    """Recipe name -> the first line of its head."""
+    """Recipe name -> the first line of its head, below the one for editors."""
     from jaxdistill.config import inherit
 
     heads = {}
     for name, file in inherit.recipes().items():
-        with open(file, encoding="utf-8") as lines:
-            heads[name] = lines.readline().lstrip("# ").strip()
+        lines = file.read_text(encoding="utf-8").splitlines()
+        heads[name] = lines[1].lstrip("# ").strip()
     return heads
 
 

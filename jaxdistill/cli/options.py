@@ -8,7 +8,19 @@ from typing import Any
 
 import jaxdistill
 from jaxdistill import commands
-from jaxdistill.cli import bench, ckpt, compress, data, derive, files, launch, reason, runs, teacher
+from jaxdistill.cli import (
+    bench,
+    ckpt,
+    completion,
+    compress,
+    data,
+    derive,
+    files,
+    launch,
+    reason,
+    runs,
+    teacher,
+)
 from jaxdistill.cli.sections import (
     Adapters,
     Clean,
@@ -29,6 +41,8 @@ from jaxdistill.cli.sections import (
     RunFile,
     RunFolder,
     Samples,
+    Schema,
+    Shell,
     StoredTeacher,
     SweepFile,
     TaskSource,
@@ -78,7 +92,6 @@ def _launched(parser: argparse.ArgumentParser) -> None:
 
 def _validated(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
     text = 'say what a key means; "" lists the sections'
     what.add_argument("--explain", metavar="KEY", help=text)
     what.add_argument("--resolved", action="store_true", help="print it with every default")
@@ -261,6 +274,20 @@ COMMANDS = (
     ),
     Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
     Command("ls", files.ls, "List recipes, methods and models, or runs.", (Kind,)),
+    Command(
+        "schema",
+        files.schema,
+        "Print the JSON Schema of a file, for editors.",
+        (Schema,),
+        json=False,
+    ),
+    Command(
+        "completion",
+        lambda arguments: print(completion.script(arguments.shell, parser())),
+        "Print what makes a shell complete commands, options and settings.",
+        (Shell,),
+        json=False,
+    ),
 )
 GROUPS = {
     "data": "Look at data as models see them.",

@@ -231,3 +231,19 @@ class Kind(Section):
         "runs", description="Folder whose runs `ls runs` lists, with those in folders below."
     )
     diff: bool = Field(False, description="Also list the settings in which the runs differ.")
+
+
+class Schema(Section):
+    """Which kind of file a schema is of."""
+
+    kind: Annotated[Literal["run", "workflow", "generate"], _POSITIONAL] = Field(
+        "run", description="A run's configuration, a workflow, or a file of `teacher generate`."
+    )
+
+
+class Shell(Section):
+    """Which shell completes words."""
+
+    shell: Annotated[Literal["bash", "zsh"], _POSITIONAL] = Field(
+        description="Its script: `source <(jaxdistill completion bash)`, or kept in a file."
+    )

@@ -1,7 +1,7 @@
 """The Config tree: load, override, validate, explain."""
 
-from jaxdistill.config.keys import explain, json_schema
+from jaxdistill.config.keys import explain
 from jaxdistill.config.loader import dump, load, loads, read
 from jaxdistill.config.schema import Config
 
-__all__ = ["Config", "dump", "explain", "json_schema", "load", "loads", "read"]
+__all__ = ["Config", "dump", "explain", "load", "loads", "read"]

@@ -83,7 +83,7 @@ OTHER_METHODS = {
 _MOST = 4  # alternatives of a section that are explained in full
 
 
-def _schema() -> Schema:
+def tree() -> Schema:
     """The sections of a configuration, and the key of its file that is none of them."""
     return _schema_with(methods.rows())
 
@@ -93,28 +93,6 @@ def _schema_with(rows: object) -> Schema:
     """The schema with the methods that the table holds now."""
     schema = Config.model_json_schema()
     return {**schema, "properties": {"extends": _EXTENDS, **schema["properties"]}}
-
-
-def json_schema() -> Schema:
-    """The JSON schema of a configuration file, for editors.
-
-    It requires no key below the top, and none of a file that extends another: the base has it.
-    """
-
-    def relaxed(node: Any) -> Any:
-        if isinstance(node, list):
-            return [relaxed(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        drop = "properties" in node
-        return {
-            "anyOf" if key == "oneOf" else key: relaxed(value)
-            for key, value in node.items()
-            if not (drop and key == "required")
-        }
-
-    needs = {"required": _schema()["required"]}
-    return relaxed(_schema()) | {"anyOf": [{"required": ["extends"]}, needs]}
 
 
 def explain(key: str) -> str:
@@ -128,10 +106,10 @@ def explain(key: str) -> str:
     if key in SYNONYMS:
         return f"{key} is {SYNONYMS[key]} here\n\n{explain(SYNONYMS[key])}"
     if key in methods.METHODS:
-        (own,) = [node for node in _step([_schema()], "method") if _named(node) == key]
+        (own,) = [node for node in _step([tree()], "method") if _named(node) == key]
         return _describe(f"method: {{name: {key}}}", own)
     path = tuple(part for part in key.split(".") if part)
-    found = [_schema()]
+    found = [tree()]
     for depth, part in enumerate(path):
         below = _step(found, part) or [node for node in found if _named(node) == part]
         if not below:
@@ -168,7 +146,7 @@ def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:
         has are less likely to be meant.
     """
     given = given if isinstance(given, dict) else {}
-    nodes = [_schema()]
+    nodes = [tree()]
     for part in section:
         nodes = _step(nodes, part)
     names = lambda nodes: {name for node in nodes for name in node.get("properties", {})}
@@ -234,7 +212,7 @@ def _alternatives(node: Schema) -> list[Schema]:
     """A schema with references resolved, split into its alternatives if they are sections."""
     reference = node.get("$ref")
     if reference:
-        target = _schema()["$defs"][reference.rpartition("/")[2]]
+        target = tree()["$defs"][reference.rpartition("/")[2]]
         node = {**target, **{name: value for name, value in node.items() if name != "$ref"}}
     options = node.get("anyOf") or node.get("oneOf")
     if not options:
@@ -262,7 +240,18 @@ def all_keys() -> tuple[tuple[str, ...], ...]:
 
 @functools.lru_cache(maxsize=4)
 def _all_keys(rows: object) -> tuple[tuple[str, ...], ...]:
-    return tuple(_below([_schema()], ()))
+    return tuple(_below([tree()], ()))
+
+
+def values(path: Sequence[str]) -> tuple[str, ...]:
+    """What a key may be, where that is one of a few words; () for numbers, paths and sections."""
+    nodes = [tree()]
+    for part in path:
+        nodes = _step(nodes, part)
+    flat = [one for node in nodes for one in node.get("options", [node])]
+    words = [word for one in flat for word in one.get("enum", [one.get("const")])]
+    words += [word for one in flat if one.get("type") == "boolean" for word in ("true", "false")]
+    return tuple(dict.fromkeys(word for word in words if isinstance(word, str)))
 
 
 def _below(nodes: Sequence[Schema], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -312,7 +301,7 @@ _TYPES = {
 def _type(schema: Schema) -> str:
     """A type and its range in words."""
     if "$ref" in schema:
-        return _type(_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
+        return _type(tree()["$defs"][schema["$ref"].rpartition("/")[2]])
     options = schema.get("options") or schema.get("anyOf") or schema.get("oneOf")
     if options:
         return " or ".join(dict.fromkeys(_type(option) for option in options))

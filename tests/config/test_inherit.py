@@ -4,10 +4,11 @@ import os
 import pathlib
 import re
 
+import jsonschema
 import pytest
 
 from jaxdistill import config
-from jaxdistill.config import inherit, workflow
+from jaxdistill.config import editor, inherit, workflow
 from jaxdistill.errors import ConfigError
 
 RECIPES = [
@@ -180,15 +181,14 @@ def test_a_whole_file_keeps_the_comments_of_both():
 
 def test_a_sections_key_is_known_to_explain_and_schema():
     assert config.explain("extends").startswith("extends: text\n")
-    schema = config.json_schema()
+    schema = editor.json_schema()
     assert "extends" in schema["properties"]
     assert {"required": ["extends"]} in schema["anyOf"]
     assert "extends" not in config.Config.model_fields
 
 
 def test_the_schema_takes_files_that_leave_things_to_their_base():
-    jsonschema = pytest.importorskip("jsonschema")
-    check = jsonschema.Draft202012Validator(config.json_schema()).is_valid
+    check = jsonschema.Draft202012Validator(editor.json_schema()).is_valid
     assert check({"extends": "quickstart", "method": {"alpha": 0.5}, "train": {"batch_size": 8}})
     assert not check({"train": {"steps": 8}})
     assert not check({"extends": "quickstart", "train": {"stesp": 8}})
