@@ -46,6 +46,37 @@ def array(name: str, value: ArrayLike) -> Array:
         raise ConfigError(f"{name} is no array: {error}") from error
 
 
+def indices(name: str, value: ArrayLike | Sequence[int]) -> Array:
+    """Ids or columns as the caller's array, whole numbers as int32.
+
+    A narrow type would wrap beside V, a wide one on its way into JAX: a number beyond int32 becomes
+    the nearest of int32, which is no token of a vocabulary either. Floats stay, to be refused.
+
+    Raises:
+      ConfigError: naming it, for what is no array.
+    """
+    given: Any = value
+    if not isinstance(given, jax.Array):
+        try:
+            given = np.asarray(given)
+        except (TypeError, ValueError):  # such as a list of tracers
+            given = array(name, given)
+    if not jnp.issubdtype(given.dtype, jnp.integer) or given.dtype == jnp.int32:
+        return array(name, given)
+    if isinstance(given, jax.core.Tracer):
+        return _as_int32(jnp, given)
+    # What is known stays known inside a jit, where it can then be looked at.
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(_as_int32(jnp if isinstance(given, jax.Array) else np, given))
+
+
+def _as_int32(xp: Any, whole: Any) -> Any:
+    ends, own = jnp.iinfo(jnp.int32), jnp.iinfo(whole.dtype)
+    if own.max > ends.max:
+        whole = xp.clip(whole, max(int(own.min), int(ends.min)), int(ends.max))
+    return whole.astype(np.int32)
+
+
 def number(name: str, value: Any, allowed: Range | None = None, where: str = "") -> None:
     """Raises unless a number lies in its range; a traced one cannot be looked at.
 

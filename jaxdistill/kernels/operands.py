@@ -136,9 +136,8 @@ def per_token(
     weights = weights.astype(jnp.float32)
     if labels is None:
         return None, weights
-    labels = checks.array("labels", labels)
+    labels = checks.indices("labels", labels)
     checks.per_token("labels", labels, dims, jnp.integer)
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
     return labels, jnp.where(labels == checks.IGNORED, 0.0, weights)
 
 

@@ -2,7 +2,9 @@
 
 `kernels.linear_divergence(..., teacher_ids=...)` computes the same from hidden states and head.
 All take logits at the temperature at which the teacher's log-probabilities were taken: divide them
-by it first.
+by it first. Traced numbers are not looked at, nor are log-probabilities beside traced ids: one
+above 0 is 0, probabilities that sum above 1 leave no rest, an id that stands twice counts once, and
+an id of V or more makes its row NaN.
 """
 
 from collections.abc import Callable
@@ -218,6 +220,10 @@ def _checked(
     known = known_teacher(kind, logits.shape[:-1], logits.shape[-1], sparse, None)
     came = given.wide(logits)
     unknown = jnp.any(is_known(known) & jnp.isnan(known.logprobs), axis=-1)
+    if known.rest is not None:
+        unknown |= jnp.isnan(known.rest)
+    if known.sampled is not None and known.sampled_logprobs is not None:
+        unknown |= (known.sampled >= 0) & jnp.isnan(known.sampled_logprobs)
     spoiled = given.unsound(jnp.maximum(came, _LOWEST)) | unknown
     logits = jnp.where(spoiled[..., None], 0.0, came)
     return logits, silence(known, ~spoiled), lambda value: given.marked(value, spoiled, came)

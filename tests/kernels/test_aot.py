@@ -103,7 +103,7 @@ def test_one_model_alone_is_read_once(target):
 
 def test_log_probabilities_of_tokens_fit_where_logits_would_not():
     found = compiled("gpu:h100", "logprobs")
-    assert found["temporary_gib"] <= 1.25  # of it 0.98 are the head's gradient; logits are 3.9
+    assert found["temporary_gib"] <= 1.12  # of it 0.98 are the head's gradient; logits are 3.9
     # The head once forward, again on the way back, and its two gradients.
     assert found["flops"] <= 1.01 * 2 * 8192 * 128_256 * 4 * 2048
     assert found["custom_calls"].count("mosaic_gpu_v2") == 1
@@ -121,10 +121,10 @@ def test_the_fused_head_loss_fits_a_quarter_of_the_materialised_one():
     ("case", "gib"),
     [
         ("linear-mesh", 0.75),
-        ("logprobs-mesh", 0.55),  # its chunk of logits is float32, that of the others bfloat16
+        ("logprobs-mesh", 0.55),  # float32 logits are the default; bfloat16 takes 0.47
         ("sets-mesh", 0.5),
         ("sparse-mesh", 0.5),
-        ("columns-mesh", 1.7),  # of either head's chunk the columns that the other has too
+        ("columns-mesh", 0.7),  # its chunk is smaller by the shared columns of either head
     ],
 )
 def test_on_eight_gpus_no_head_and_no_logits_are_gathered(case, gib):

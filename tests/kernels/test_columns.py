@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill import losses
 from jaxdistill.kernels import linear_divergence
+from jaxdistill.kernels.linear_divergence import arguments
 
 N, VS, VT, D, T = 24, 23, 31, 6, 1.7
 STUDENT = np.array([0, 2, 3, 7, 11, 12, 20, 22])
@@ -244,6 +245,21 @@ def test_the_plain_function_holds_the_mass_of_the_others():
     np.testing.assert_allclose(
         jax.nn.softmax(losses.shared_columns(z, [1, 3])), [[1 / 3, 2 / 3]], rtol=1e-6
     )
+
+
+def test_the_default_chunk_counts_the_columns_that_devices_bring_together(mesh8, monkeypatch):
+    counted, plain = [], arguments.chunk_size
+    monkeypatch.setattr(
+        arguments, "chunk_size", lambda *sizes: counted.append(sizes[4]) or plain(*sizes)
+    )
+    lists = {"student_columns": STUDENT, "teacher_columns": TEACHER, "other_columns": "bucket"}
+    hidden, rows = jnp.ones((8, 3, D)), (jnp.ones((VS, D)), jnp.ones((VT, D)))
+    for mesh in (mesh8, None):
+        run = lambda hidden, mesh=mesh: linear_divergence(
+            hidden, rows[0], hidden, rows[1], mesh=mesh, **lists
+        )
+        jax.eval_shape(run, hidden)
+    assert counted == [2 * 4 * (len(STUDENT) + 1), 0]
 
 
 @pytest.mark.floor

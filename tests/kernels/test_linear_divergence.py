@@ -348,6 +348,9 @@ def test_chunks_are_equal_and_within_the_budget():
             chunk = chunk_size(tokens, vocab, "gpu", itemsize)
             assert chunk % (128 if vocab < 10**6 else 64) == 0
             assert chunk * vocab * itemsize <= max(2**28, 64 * vocab * itemsize)
+    # Of a vocabulary that 8 devices share, and of 64,129 float32 entries of two models on each.
+    assert chunk_size(8192, 16_064, "gpu", 2) == 2048
+    assert chunk_size(8192, 16_064, "gpu", 2, gathered=8 * 64_129) == 384
     assert chunk_size(100, 640, "gpu") == 128
     assert chunk_size(64, 640, "gpu") == chunk_size(3, 640, "gpu") == 64
     for tokens in (1, 5, 8, 100, 1000, 4096):

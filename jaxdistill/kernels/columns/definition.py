@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.statistics import LOWEST
 
 OTHERS = ("mask", "bucket")
@@ -81,7 +82,7 @@ def check(name: str, columns: ArrayLike | Sequence[int], vocab: int, others: str
     """
     if others not in OTHERS:
         raise ConfigError(f"others = {others!r}: must be one of {', '.join(OTHERS)}")
-    array = jnp.asarray(columns)
+    array = checks.indices(name, columns)
     if array.ndim != 1 or not array.size or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ConfigError(
             f"{name} {array.dtype} {list(array.shape)}: must be int [C], one or more columns"

@@ -75,8 +75,9 @@ def linear_divergence(
         is accumulated in float32.
       teacher_hidden: [..., D_T], or None for cross-entropy alone.
       teacher_head: [V, D_T]; the same V, row by row the same token; any V with the columns below.
-      teacher_ids: int [N, K], in place of the teacher's hidden states and head: the tokens whose
-        probabilities are known, different ones in each row; a negative id is none. See below.
+      teacher_ids: [N, K] of any integer type, in place of the teacher's hidden states and head: the
+        tokens whose probabilities are known, different in each row; a negative id is none. See
+        below.
       teacher_logprobs: [N, K], log p of these tokens, normalised over the vocabulary at the
         temperature of the call.
       teacher_rest: [N], the mass of all other tokens; None takes what the known ones leave.
@@ -87,7 +88,7 @@ def linear_divergence(
         has too. The divergence then compares these; cross-entropy stays over all of the student's.
         Where devices share the vocabulary, each adds up its share of the [chunk, C] entries of
         either model, and holds the [chunk, C] slopes of all: with C near V that is as much as the
-        chunk's logits on one device. A smaller `chunk` makes it smaller.
+        chunk's logits on one device. The default `chunk` counts them; a smaller one takes less.
       teacher_columns: int [C], the teacher's rows of the same tokens, each once.
       other_columns: "mask" compares distributions over the C alone; "bucket" keeps the mass of all
         others as one more entry of either side.
@@ -141,10 +142,12 @@ def linear_divergence(
     tokens drawn from p with their share of the draws as p, has cross-entropy from p as its mean.
     With `sampled_ids` the third gains [y not in K] l grad log q_y, l = log q_y - log p_y: over
     y ~ q its mean is KL(q || p) in value and gradient. TAID and divergences of mixtures need whole
-    rows. The gradient by T holds the teacher's numbers as they are. Traced numbers are not checked:
-    an id that stands twice counts once, a log-probability above 0 is 0, a rest outside [0, 1] is
-    brought there, and an id that is no row of the head makes the loss NaN. A traced column that is
-    no row of its head, or stands twice, is left out with its partner; any order will do.
+    rows. The gradient by T holds the teacher's numbers as they are. Traced numbers are not checked,
+    nor are log-probabilities beside traced ids or a traced mask, which say where one counts: an id
+    that stands twice counts once, a log-probability above 0 is 0, probabilities that sum above 1
+    stay as they are and leave no rest, a rest outside [0, 1] is brought there, and an id that is no
+    row of the head, or a NaN that is read, makes the loss NaN. A traced column that is no row of
+    its head, or stands twice, is left out with its partner; any order will do.
 
     Returns:
       The scalar float32 loss, and constants for monitoring as `Mean`s over the weights:

@@ -120,7 +120,8 @@ def static(
     local_vocab = -(-vocab // (shards * tile)) * tile
     tokens = math.prod(dims) // place.size(place.token_axes)
     if chunk is None:
-        chunk = chunk_size(tokens, local_vocab, device.platform, logits_dtype.itemsize)
+        itemsize, beside = logits_dtype.itemsize, _gathered(x, place)
+        chunk = chunk_size(tokens, local_vocab, device.platform, itemsize, beside)
     else:
         chunk = whole_chunk(chunk, tokens, device.platform)
     chosen = choice.choose(
@@ -136,3 +137,10 @@ def static(
     own = jax.lax.axis_size(place.vocab) if place.mesh is None and place.vocab else 1
     totals = (own * rows[0], own * rows[1])
     return Static(loss, chunk, group, tile, totals, softcaps, chosen, logits_dtype)
+
+
+def _gathered(x: Operands, place: Layout) -> int:
+    """Bytes for each token of both models' shared columns, float32, where devices add them up."""
+    if x.columns is None or not place.vocab:
+        return 0
+    return 2 * 4 * (x.columns.student.shape[0] + 1)

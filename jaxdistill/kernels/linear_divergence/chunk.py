@@ -111,14 +111,22 @@ class Wanted(NamedTuple):
         return self.hidden or self.head or self.bias
 
 
-def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4) -> int:
+def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4, gathered: int = 0) -> int:
     """Tokens per chunk for `tokens` local tokens: equal chunks near the platform's budget.
 
     An accelerator's chunks are whole tiles of its products and kernels, and may hold more tokens
     than there are: `walk` pads the last one with tokens of weight 0.
+
+    Args:
+      tokens: on this device.
+      vocab: columns on this device.
+      platform: of the device.
+      itemsize: bytes of a logit.
+      gathered: bytes of what the devices bring together for each token, however few columns each
+        of them has. A CPU has them for a group of rows alone.
     """
     budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
-    most = budget // (itemsize * vocab)
+    most = budget // (itemsize * vocab + (0 if platform == "cpu" else gathered))
     if platform == "cpu":
         pieces = -(-tokens // max(8, most))
         return min(tokens, _round_up(-(-tokens // pieces), 8))

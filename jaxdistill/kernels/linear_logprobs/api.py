@@ -60,8 +60,8 @@ def linear_logprobs(
       hidden: [N, D] or [B, L, D], after the final norm; so are all that is per token.
       head: [V, D]; cast to the dtype of the hidden states for the products, its gradient is
         accumulated in float32.
-      ids: int [N] or [N, K], tokens whose log-probability is asked for; a negative one is none and
-        gives 0, one of V or more is refused, or NaN where it is traced.
+      ids: [N] or [N, K] of any integer type, tokens whose log-probability is asked for; a negative
+        one is none and gives 0, one of V or more is refused, or NaN where it is traced.
       mask: bool or float [N]; a token of weight 0 gives 0, -1 in place of a token, and has gradient
         0, whatever its hidden states hold. Other weights are all the same.
       sets: M sets of tokens, the same for all rows: each the ascending ids of its tokens, or a
@@ -74,7 +74,8 @@ def linear_logprobs(
       softcap: c, of logits c tanh(x / c), as Gemma has them; None for none.
       chunk: tokens per chunk and device; default from V and the device.
       logits_dtype: of a chunk's logits in memory; default float32. bfloat16 halves them, and rounds
-        each to 3 digits: a log-probability at logits of 20 is then off by up to 0.06 nats.
+        each to 3 digits: a log-probability at logits of 20 is then off by up to 0.12 nats, as one
+        that rounds down beside one that rounds up.
       implementation: of the row statistics, see `kernels.support`; None takes the best that runs.
         "reference" is the definition itself, with all logits [N, V] in memory.
       mesh: with axes data, fsdp, tensor, context: their devices share the tokens, or the rows of
@@ -148,15 +149,15 @@ def _ids(ids: ArrayLike | None, dims: tuple[int, ...], vocab: int, mask: Any) ->
     """Tokens as int [..., K]."""
     if ids is None:
         return None
-    tokens = checks.array("ids", ids)
+    tokens = checks.indices("ids", ids)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ConfigError(f"ids are {tokens.dtype}: they must be integers, the index of a token")
     if tokens.shape == dims:
         tokens = tokens[..., None]
-    if tokens.shape[:-1] != dims or tokens.ndim != len(dims) + 1:
+    if tokens.shape[:-1] != dims or tokens.ndim != len(dims) + 1 or not tokens.shape[-1]:
         raise ConfigError(
-            f"ids {list(np.shape(ids))}: must be {list(dims)} or {[*dims, 'K']}, as the hidden "
-            "states have it"
+            f"ids {list(np.shape(ids))}: must be {list(dims)} or {[*dims, 'K']}, K at least 1, as "
+            "the hidden states have it"
         )
     if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
         counted = np.ones(dims, bool) if mask is None else np.asarray(mask) != 0

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 
 # Each the ids of its tokens or a mask [V], or all as masks [M, V].
 Sets = Array | np.ndarray | Sequence[ArrayLike | Sequence[int]]
@@ -49,6 +50,7 @@ def _column(m: int, one: Array | np.ndarray, vocab: int, shared: bool) -> Array:
             f"sets[{m}] {one.dtype} {list(one.shape)}: must be the ids of its tokens, one or more, "
             f"or a bool [V] = [{vocab}]"
         )
+    one = checks.indices(f"sets[{m}]", one)
     if known:
         check_columns(f"sets[{m}]", np.asarray(one), vocab)
     # Of a traced list: what is no token is left out; a negative index would count from the end.

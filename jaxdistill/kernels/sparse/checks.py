@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.sparse.definition import KINDS, Known
 
 # What a stored number may be off by: float16 keeps a log-probability above -16 to 0.4 %.
@@ -48,16 +49,21 @@ def known_teacher(
         raise ConfigError(
             f"sampled_ids with kind = {kind!r}: only generalized_reverse_kl has a sampled tail"
         )
-    arrays = {name: None if x is None else jnp.asarray(x) for name, x in given.items()}
+    arrays = {name: None if x is None else _array(name, x) for name, x in given.items()}
     _check_shapes(arrays, dims, vocab)
     _check_numbers(arrays, vocab, mask)
     wide = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    ids, logprobs = arrays["teacher_ids"], wide(arrays["teacher_logprobs"])
+    # What rounding or a tracer brings above 0 counts as certain, in each place where it is read.
+    log = lambda x: None if x is None else jnp.minimum(x, 0.0)
+    ids, logprobs = arrays["teacher_ids"], log(wide(arrays["teacher_logprobs"]))
     assert ids is not None and logprobs is not None, "given"
     rest, sampled = wide(arrays["teacher_rest"]), arrays["sampled_ids"]
-    return jax.lax.stop_gradient(
-        Known(ids, logprobs, rest, sampled, wide(arrays["sampled_logprobs"]))
-    )
+    sampled_logprobs = log(wide(arrays["sampled_logprobs"]))
+    return jax.lax.stop_gradient(Known(ids, logprobs, rest, sampled, sampled_logprobs))
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    return checks.indices(name, value) if name.endswith("ids") else checks.array(name, value)
 
 
 def _check_shapes(arrays: dict[str, Array | None], dims: tuple[int, ...], vocab: int) -> None:
@@ -111,8 +117,9 @@ def _check_numbers(arrays: dict[str, Array | None], vocab: int, mask: ArrayLike 
                 f"teacher_logprobs: the probabilities of a row sum to {sums.max():.4g}, above 1; "
                 "normalise them over the teacher's vocabulary, at the temperature of the call"
             )
-    if "sampled_logprobs" in known:
-        _check_logprobs("sampled_logprobs", known["sampled_logprobs"].astype(np.float64))
+    if "sampled_logprobs" in known and "sampled_ids" in known:
+        log_p = known["sampled_logprobs"].astype(np.float64)
+        _check_logprobs("sampled_logprobs", log_p[known["sampled_ids"] >= 0])
     if "teacher_rest" in known:
         rest = known["teacher_rest"]
         if rest.size and not (rest.min() >= 0 and rest.max() <= 1 + _ROUNDING):

@@ -88,10 +88,10 @@ KINDS: Mapping[str, SparseKind] = {
 
 
 def silence(known: Known, counted: Array) -> Known:
-    """What is known where a token counts, and no token of the teacher elsewhere."""
+    """What is known where a token counts, and nothing of the teacher elsewhere."""
     ids = jnp.where(counted[..., None], known.ids, -1)
-    sampled = None if known.sampled is None else jnp.where(counted, known.sampled, -1)
-    return known._replace(ids=ids, sampled=sampled)
+    where = lambda array, other: None if array is None else jnp.where(counted, array, other)
+    return known._replace(ids=ids, rest=where(known.rest, 0.0), sampled=where(known.sampled, -1))
 
 
 def is_known(known: Known) -> Array:
@@ -108,17 +108,21 @@ def is_known(known: Known) -> Array:
     return given & jnp.take_along_axis(new, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def rest_of(known: Known, counts: Array) -> Array:
-    """p_rest, [...]: as given, or what the known tokens leave; 0 where that is rounding."""
+def rest_of(known: Known, counts: Array, vocab: int) -> Array:
+    """p_rest, [...]: as given, or what the known tokens leave; NaN stays what it is.
+
+    0 where that is rounding, or where all V tokens are known and none is left to have it.
+    """
     rest = known.rest
     if rest is None:
         rest = 1.0 - jnp.sum(jnp.where(counts, jnp.exp(known.logprobs), 0.0), axis=-1)
-    return jnp.where(rest > LEAST_REST, jnp.minimum(rest, 1.0), 0.0)
+    none = (rest <= LEAST_REST) | (jnp.sum(counts, axis=-1) >= vocab)
+    return jnp.where(none, 0.0, jnp.minimum(rest, 1.0))
 
 
 def entries(kind: SparseKind, known: Known, counts: Array, log_q: Array) -> tuple[Array, Array]:
     """The known tokens' shares of the divergence and their derivatives by log q, [..., K] each."""
-    log_p = jnp.where(counts, jnp.minimum(known.logprobs, 0.0), 0.0)
+    log_p = jnp.where(counts, known.logprobs, 0.0)
     log_q = jnp.where(counts, jnp.maximum(log_q, LOWEST), 0.0)
     inside = lambda array: jnp.where(counts, array, 0.0)
     return inside(kind.value(log_p, log_q)), inside(kind.dlogq(log_p, log_q))
@@ -126,7 +130,7 @@ def entries(kind: SparseKind, known: Known, counts: Array, log_q: Array) -> tupl
 
 def ghost(rest_p: Array, log_rest_q: Array) -> Array:
     """p_rest (log p_rest - log q_rest), and 0 where the teacher leaves nothing: [...]."""
-    some = rest_p > 0
+    some = ~(rest_p <= 0)
     log_p = jnp.log(jnp.where(some, rest_p, 1.0))
     return jnp.where(some, rest_p * (log_p - jnp.maximum(log_rest_q, LOWEST)), 0.0)
 
@@ -150,7 +154,9 @@ def sampled_tail(known: Known, counts: Array, log_q: Array, mass_q: Array, mass_
     assert known.sampled is not None and known.sampled_logprobs is not None, "there is one"
     among = jnp.any(counts & (known.ids == known.sampled[..., None]), axis=-1)
     drawn = known.sampled >= 0
-    gap = jax.lax.stop_gradient(log_q) - jnp.maximum(known.sampled_logprobs, LOWEST)
+    # Where none was drawn its number may be anything: 0 * NaN must not reach a slope.
+    log_p = jnp.where(drawn, jnp.maximum(known.sampled_logprobs, LOWEST), 0.0)
+    gap = jax.lax.stop_gradient(log_q) - log_p
     once = 1.0 + log_q - jax.lax.stop_gradient(log_q)  # 1, with the gradient of log q
     tail = jnp.where(drawn & ~among, gap * once, 0.0)
     return tail + jnp.where(drawn, jax.lax.stop_gradient(mass_q) - mass_p, 0.0)

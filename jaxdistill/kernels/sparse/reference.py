@@ -25,11 +25,10 @@ def divergence(kind: str, logits: Array, known: Known) -> Array:
     at = lambda index: jnp.take_along_axis(log_q, index, -1, mode="fill", fill_value=jnp.nan)
     picked = jnp.where(counts, at(jnp.where(counts, known.ids, 0)), 0.0)
     value = jnp.sum(definition.entries(entry, known, counts, picked)[0], axis=-1)
-    if entry.ghost and known.ids.shape[-1] < vocab:
+    if entry.ghost:
         others = jnp.where(kept(ids, vocab), LOWEST, log_q)
         rest_q = jax.nn.logsumexp(others, axis=-1)
-        value += definition.ghost(definition.rest_of(known, counts), rest_q)
-    if entry.ghost:
+        value += definition.ghost(definition.rest_of(known, counts, vocab), rest_q)
         value = rows.not_below_zero(value)
     if known.sampled is not None:
         within = lambda log: jnp.sum(jnp.where(counts, jnp.exp(log), 0.0), axis=-1)

@@ -60,11 +60,6 @@ class SparseRows(TokenRows):
             ids = jnp.concatenate([ids, self.known.sampled[:, None]], axis=1)
         return logprob_rows.pick(self.student, ids, self.vocabulary)
 
-    @property
-    def has_ghost(self) -> bool:
-        """Whether the other tokens count as one: not where none can be left."""
-        return self.kind.ghost and self.known.ids.shape[1] < self.vocab
-
     @functools.cached_property
     def others(self) -> Array:
         """The columns of tokens that are not known, bool [n, V]."""
@@ -80,14 +75,13 @@ class SparseRows(TokenRows):
         log_q = x - log_sum[:, None]
         value, slope = definition.entries(self.kind, known, counts, log_q[:, :k])
         total, rest = jnp.sum(value, axis=1), None
-        if self.has_ghost:
+        if self.kind.ghost:  # of K = V too: an id may be none, and its token is then another
             log_mass = logprob_rows.log_mass(
                 self.logits["s"], self.others, top, self.coefficients.temperature, self.vocabulary
             )
-            rest_p = definition.rest_of(known, counts)
+            rest_p = definition.rest_of(known, counts, self.vocab)
             total += definition.ghost(rest_p, log_mass - log_sum)
             rest = (log_mass, -rest_p)
-        if self.kind.ghost:
             total = rows.not_below_zero(total)
         if known.sampled is not None:
             within = lambda log: jnp.sum(jnp.where(counts, jnp.exp(log), 0.0), axis=1)
