@@ -12,6 +12,7 @@ from jaxdistill.config import inherit, keys, syntax
 from jaxdistill.config.inherit import Place, read
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import Path, shown
+from jaxdistill.config.written import Written
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import METHODS
 from jaxdistill.section import NAME_PATTERN, Section
@@ -37,11 +38,19 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
 
 def loads(text: str, name: str = "<text>", overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML text; `name` stands for the file in messages."""
-    return loads_as(Config, text, name, overrides)
+    config, written = _read_as(Config, text, name, overrides)
+    return config.placed(written)
 
 
 def loads_as(schema: type[Tree], text: str, name: str, overrides: Sequence[str] = ()) -> Tree:
     """As `loads`, for a file of another kind: `schema` is the section it holds."""
+    return _read_as(schema, text, name, overrides)[0]
+
+
+def _read_as(
+    schema: type[Tree], text: str, name: str, overrides: Sequence[str]
+) -> tuple[Tree, Written]:
+    """The section that a text holds, and where its parts stand."""
     source = inherit.parse(text, name, extends=schema is Config)
     report = _Report(name, source.places, schema)
     for place, message in source.faults:
@@ -65,7 +74,7 @@ def loads_as(schema: type[Tree], text: str, name: str, overrides: Sequence[str] 
         raise ConfigError(
             "\n".join(text for _, text in sorted(report.lines, key=lambda line: line[0]))
         )
-    return config
+    return config, Written(report.places, report.sources)
 
 
 def dump(config: Config) -> str:

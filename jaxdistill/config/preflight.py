@@ -56,7 +56,7 @@ def check(config: Config, *, run_dir: bool = True) -> list[UserError]:
             errors.extend(part)
         except OSError as error:
             errors.append(ConfigError(f"{error.filename}: cannot be read: {error.strerror}"))
-    return errors
+    return [config.written.locate(error) for error in errors]
 
 
 def _run_dir_errors(folder: str) -> Iterator[UserError]:

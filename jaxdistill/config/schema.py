@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from jaxdistill import methods, rules
 from jaxdistill.config import reward as rewards
@@ -14,6 +14,7 @@ from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.config.reward import Reward
 from jaxdistill.config.rollout import Rollout
 from jaxdistill.config.trackers import Trackers
+from jaxdistill.config.written import Written
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 
@@ -246,6 +247,18 @@ class Config(Section):
     logging: Logging = Field(default_factory=Logging, description="What the run tells.")
     eval: Eval = Field(default_factory=Eval, description="How the held-out data is used.")
     security: Security = Field(default_factory=Security, description="What the run may do.")
+
+    _written: Written = PrivateAttr(default_factory=Written)
+
+    @property
+    def written(self) -> Written:
+        """Where each part stands in the file that was read, if one was."""
+        return self._written
+
+    def placed(self, written: Written) -> "Config":
+        """The same configuration, which knows where its parts stand."""
+        self._written = written
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -41,7 +41,8 @@ def plan(
     """
     targets.check(targets.parse(target))
     notice(f"compiling the step for {target}")
-    found = _measured(config, target)
+    with config.written.told():
+        found = _measured(config, target)
     if found["fits"] or not tries:
         return found
     outcomes = list(_search(config, target, found, tries, notice))

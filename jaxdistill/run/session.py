@@ -112,13 +112,14 @@ def train(
     Raises:
       UserError: whatever is wrong, before anything is trained or written where possible.
     """
-    mesh = _begin(config)
-    agree.together(lambda: _check(config))
-    agree.together(lambda: hearing.check(config, callbacks))
     resolved = configs.dump(config)
-    # Everything that reading the small files can tell is told before the run folder exists.
     hooks = WithVerifiers(hooks, verifiers) if verifiers else hooks
-    inputs = start.read(config, mesh, hooks.verifiers)
+    # Everything that reading the small files can tell is told before the run folder exists.
+    with config.written.told():
+        mesh = _begin(config)
+        agree.together(lambda: errors.check(preflight.check(config)))
+        agree.together(lambda: hearing.check(config, callbacks))
+        inputs = start.read(config, mesh, hooks.verifiers)
 
     def create() -> None:
         RunDir.create(
@@ -140,10 +141,6 @@ def _begin(config: Config) -> Mesh:
     processes.start(config.mesh.processes)
     alike.check(config.settings())
     return setup.mesh_of(config)
-
-
-def _check(config: Config) -> None:
-    errors.check(preflight.check(config))
 
 
 def resume(
@@ -179,9 +176,10 @@ def resume(
             f"run.dir = {config.run.dir!r}: the run stays where it is: leave it out, or move the "
             "folder and resume it there"
         )
-    mesh = _begin(config)
-    agree.together(lambda: hearing.check(config, callbacks))
-    inputs = start.read(config, mesh, run.hooks.verifiers)
+    with config.written.told():
+        mesh = _begin(config)
+        agree.together(lambda: hearing.check(config, callbacks))
+        inputs = start.read(config, mesh, run.hooks.verifiers)
     return _execute(config, run, inputs, callbacks, from_start)
 
 

@@ -57,15 +57,16 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
     alike.check(config.settings())
-    agree.together(lambda: _check(config))
-    mesh = setup.mesh_of(config)
-    models = agree.together(lambda: participants.shapes_of(config, mesh))
-    data = agree.leader_first(
-        lambda: texts.data_of(
-            config.data, models.tokenizer, models.second, network=config.security.allow_network
+    with config.written.told():
+        agree.together(lambda: errors.check(preflight.check(config, run_dir=False)))
+        mesh = setup.mesh_of(config)
+        models = agree.together(lambda: participants.shapes_of(config, mesh))
+        data = agree.leader_first(
+            lambda: texts.data_of(
+                config.data, models.tokenizer, models.second, network=config.security.allow_network
+            )
         )
-    )
-    agree.together(lambda: _check_vocabularies(models, data))
+        agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:
         _check_server(options)
@@ -142,10 +143,6 @@ def _check_server(options: commands.TeacherCache) -> None:
             "temperatures: a server does not say log Z(T), which another T than 1 needs: leave "
             "them out"
         )
-
-
-def _check(config: Config) -> None:
-    errors.check(preflight.check(config, run_dir=False))
 
 
 def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str, Any]:
