@@ -104,8 +104,9 @@ def test_value_and_gradients_equal_float64(kind):
 
 
 @pytest.mark.floor
-def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8):
-    x, kind = make(), "forward_kl"
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_with_the_vocabulary_split_and_the_reference_equal_float64(mesh8, kind):
+    x = make()
     got = ours(x, kind, chunk=2, mesh=mesh8, shape=(8, 3))
     compare(got, x, kind)
     plain = ours(x, kind, implementation="reference")
