@@ -46,7 +46,7 @@ ROW = {
     "perplexity": 5.5,
     "kl_t1": 0.2,
     "agree_top1": 0.7,
-    "tokens_per_second": 120.5,
+    "scored_tokens_per_second": 120.5,
     "parameters": 1000,
     "bytes": 4000,
     "spread": {"perplexity": 0.1},

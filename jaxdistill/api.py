@@ -3,8 +3,8 @@
 from jaxdistill.compress.command import importance, prune, pruning_note
 from jaxdistill.evaluate.comparison import compare_models
 from jaxdistill.evaluate.harness import adapter, harness
-from jaxdistill.evaluate.perplexity import evaluate
 from jaxdistill.plan.search import plan
+from jaxdistill.run.evaluation import evaluate
 from jaxdistill.run.export import export, export_adapters, load, quantize
 from jaxdistill.run.session import RunResult, distill, resume, train
 from jaxdistill.run.setup import build

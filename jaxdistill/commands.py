@@ -26,22 +26,27 @@ SpecialTokens = Literal["refuse", "parse", "text"]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class Text(Section):
-    """The text that a model is measured on, as rows of tokens."""
+class Files(Section):
+    """The text that a model is measured on."""
 
     data: Paths = Field(
         description="Files, or names such as python:docs?split=held_out; several are joined."
     )
     format: Format = Field("auto", description="What a record holds, as data.format in a run.")
-    seq_len: Annotated[int, Field(ge=2, le=2**20), Flag(metavar="TOKENS")] = Field(
-        1024, description="Tokens in a row."
-    )
     batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), Flag(metavar="SHARE")] = Field(
         0.001, description="Stop when more than this fraction of records is broken."
     )
     cache_dir: Annotated[Path, Flag(metavar="DIR")] = Field(
         "runs/.cache", description="Folder of tokenised rows, used again."
+    )
+
+
+class Text(Files):
+    """The text that a model is measured on, as rows of tokens."""
+
+    seq_len: Annotated[int, Field(ge=2, le=2**20), Flag(metavar="TOKENS")] = Field(
+        1024, description="Tokens in a row."
     )
 
 
@@ -157,14 +162,17 @@ class Export(Section):
             yield ("gguf_type",), "is of GGUF files: set format to gguf"
 
 
-class Evaluate(Text):
+class Evaluate(Files):
     """What `eval` measures on."""
 
     teacher: Annotated[Path, Flag(metavar="MODEL")] | None = Field(
         None, description="Measure KL and agreement against this model."
     )
-    loss_on: Literal["all", "completion", "assistant"] = Field(
-        "all", description="Which tokens count."
+    seq_len: Annotated[int, Field(ge=2, le=2**20), Flag(metavar="TOKENS")] | None = Field(
+        None, description="Tokens in a row; none: as a run's own, 1024 of other models."
+    )
+    loss_on: Literal["all", "completion", "assistant"] | None = Field(
+        None, description="Which tokens count; none: those of the run, all of other models."
     )
     max_rows: Annotated[Count, Flag(metavar="ROWS")] | None = Field(
         None, description="Use only so many rows; none: all."

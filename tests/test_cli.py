@@ -60,7 +60,7 @@ def engine(monkeypatch):
     result = types.SimpleNamespace(
         run_dir=pathlib.Path("runs/run"),
         metrics={"eval/loss": 1.5, "eval/perplexity": math.inf},
-        table=[{"name": "teacher", "kl_t1": None}],
+        rows=[{"name": "teacher", "kl_t1": None}],
     )
 
     def answer(name, value):
@@ -565,6 +565,14 @@ def test_the_public_names_exist():
         assert name in dir(jaxdistill)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = jaxdistill.nothing
+
+
+def test_the_api_says_nothing_of_pytorch():
+    """transformers says at its import that PyTorch is missing; it serves tokenizers here."""
+    done = python(
+        "import jaxdistill.api, os; print(os.environ.get('TRANSFORMERS_NO_ADVISORY_WARNINGS'))"
+    )
+    assert (done.stdout, done.stderr) == ("None\n", "")
 
 
 def test_the_version_is_that_of_the_package():

@@ -32,8 +32,6 @@ def main(argv: Sequence[str] | None = None, *, hooks: Hooks = NO_HOOKS) -> int:
     Where nobody reads what a command prints, it ends with 141, and on a full disk with 9, unless
     its work is elsewhere.
     """
-    # transformers serves tokenizers here: that it found no PyTorch is no news for the user.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     die_with_launcher()
     streams.stand_in()
     with streams.surviving("stderr"):

@@ -62,7 +62,7 @@ def print_run(result: Any, as_json: bool) -> None:
     """Prints where a run is kept and what to do next, or all its numbers."""
     folder = os.fspath(result.run_dir)
     if as_json:
-        return print_json({"run_dir": folder, "metrics": result.metrics, "table": result.table})
+        return print_json({"run_dir": folder, "metrics": result.metrics, "table": result.rows})
     print(f"run folder: {folder}")
     print(f"next: jaxdistill report {folder}; jaxdistill export {folder}@best -o DIR")
     return None

@@ -67,7 +67,14 @@ def _rows(model: Model, options: commands.Importance, mesh: Any) -> HeldOut:
     """
     if model.tokenizer is None:
         raise ModelError(f"{model.source}: has no tokenizer to read the calibration text with")
-    rows = open_rows(options, model.tokenizer, mesh, max_rows=options.rows, name="calibration")
+    rows = open_rows(
+        options,
+        model.tokenizer,
+        mesh,
+        seq_len=options.seq_len,
+        max_rows=options.rows,
+        name="calibration",
+    )
     scores.check_enough(rows.available, options.rows, ", ".join(options.data))
     return rows
 

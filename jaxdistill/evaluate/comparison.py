@@ -106,7 +106,9 @@ class _TestSet:
 
     def __init__(self, options: Compare, tokenizer: Any, mesh: Any):
         self.options, self.tokenizer = options, tokenizer
-        self.rows = open_rows(options, tokenizer, mesh, max_rows=options.max_rows)
+        self.rows = open_rows(
+            options, tokenizer, mesh, seq_len=options.seq_len, max_rows=options.max_rows
+        )
         self.vocab = vocabulary_size(tokenizer)
         self.text_bytes = self.rows.text_bytes(tokenizer)
         self.questions = self._questions()

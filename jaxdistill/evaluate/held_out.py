@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdistill.commands import Text
+from jaxdistill.commands import Files
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
@@ -121,23 +121,25 @@ class HeldOut:
 
 
 def open_rows(
-    options: Text,
+    options: Files,
     tokenizer: Any,
     mesh: Mesh,
     *,
+    seq_len: int,
     max_rows: int | None = None,
-    loss_on: str = "all",
     name: str = "eval",
+    **reading: Any,
 ) -> HeldOut:
     """Rows of files or named sources, tokenised for a model.
 
     Args:
-      options: the text, and how long and how many at a time the rows are.
+      options: the text, and how many rows are read at a time.
       tokenizer: of the model.
       mesh: where batches are put.
+      seq_len: tokens in a row.
       max_rows: use only so many; None: all.
-      loss_on: which tokens count, all, completion or assistant.
       name: of the set, for messages.
+      reading: further options of `pipeline.build`, such as loss_on.
 
     Raises:
       DataError, ConfigError, ModelError, StorageError: as `pipeline.build`.
@@ -145,10 +147,10 @@ def open_rows(
     dataset = pipeline.build(
         [open_source(path, format=options.format) for path in options.data],
         tokenizer,
-        seq_len=options.seq_len,
-        loss_on=loss_on,
+        seq_len=seq_len,
         cache_dir=options.cache_dir,
         max_bad_fraction=options.max_bad_fraction,
         name=name,
+        **reading,
     )
     return HeldOut(dataset, options.batch_size, max_rows, mesh, ", ".join(options.data))

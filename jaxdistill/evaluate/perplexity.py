@@ -1,5 +1,7 @@
 """Measures any model on any text: `jaxdistill eval`."""
 
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ from jaxdistill.models import Model
 from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
+
+SEQ_LEN = 1024  # tokens in a row where nobody says how many
+NO_SETTINGS: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def on_text(
@@ -54,7 +59,11 @@ def on_text(
 
 
 def evaluate(
-    model: str | Model, options: Evaluate, *, teacher: str | Model | None = None
+    model: str | Model,
+    options: Evaluate,
+    *,
+    teacher: str | Model | None = None,
+    reading: Mapping[str, Any] = NO_SETTINGS,
 ) -> dict[str, Any]:
     """Perplexity, calibration, speed and size of a model; with a teacher also KL and agreement.
 
@@ -62,9 +71,10 @@ def evaluate(
       model: a loaded model, or any name `references.load_any` understands.
       options: the text, and how it is read.
       teacher: in place of `options.teacher`; its vocabulary must cover the text.
+      reading: how the text is read where `options` does not say it: options of `pipeline.build`.
 
     Returns:
-      What `on_text` measures, and tokens_per_second.
+      What `on_text` measures, and scored_tokens_per_second.
 
     Raises:
       ModelError, MismatchError, DataError, ConfigError: whatever cannot be used.
@@ -77,9 +87,10 @@ def evaluate(
     check_rows("model", student.config.vocab_size, vocab)
     named = options.teacher if teacher is None else teacher
     loaded_teacher = None if named is None else load_any(named, dtype=dtype, mesh=mesh)
-    rows = open_rows(
-        options, student.tokenizer, mesh, max_rows=options.max_rows, loss_on=options.loss_on
-    )
+    said = {name: getattr(options, name) for name in ("seq_len", "loss_on")}
+    said = {name: value for name, value in said.items() if value is not None}
+    how: dict[str, Any] = {"seq_len": SEQ_LEN, **reading, **said}
+    rows = open_rows(options, student.tokenizer, mesh, max_rows=options.max_rows, **how)
     columns = None
     if loaded_teacher is not None:
         if loaded_teacher.tokenizer is None:
@@ -97,4 +108,4 @@ def evaluate(
         columns=columns,
     )
     scoring = meter.scoring_step(student.config, vocab, compute_dtype=jnp.dtype(dtype))
-    return metrics | {"tokens_per_second": rows.speed(scoring, student.params)}
+    return metrics | {"scored_tokens_per_second": rows.speed(scoring, student.params)}

@@ -62,7 +62,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     Raises:
       ModelError: for a tokenizer model or pre-tokenizer that is not known here, or missing lists.
     """
-    from transformers import PreTrainedTokenizerFast
+    from jaxdistill.quiet_transformers import transformers
 
     kind = metadata.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -97,7 +97,7 @@ def build_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ModelError(f"{where}: tokenizer.chat_template: must be a text")
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=template,
         clean_up_tokenization_spaces=False,

@@ -30,11 +30,11 @@ def folder_tokenizer(folder: pathlib.Path) -> Any:
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         tokenizer_bounds.check(path, read_json(path))
-    from transformers import AutoTokenizer
+    from jaxdistill.quiet_transformers import transformers
 
     try:
         with _without_code(folder) as place:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 str(place), trust_remote_code=False, local_files_only=True
             )
     except (KeyboardInterrupt, SystemExit):
@@ -59,8 +59,9 @@ def _check_class(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     Raises:
       ModelError: naming file and class, or where auto_map is needed and so is code.
     """
-    from transformers import PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    from jaxdistill.quiet_transformers import transformers  # first
 
     path = folder / "tokenizer_config.json"
     named = {path: settings.get("tokenizer_class")}
@@ -72,7 +73,9 @@ def _check_class(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
         if name is None:
             continue
         kind = tokenizer_class_from_name(name) if isinstance(name, str) else name
-        known[file] = isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)
+        known[file] = isinstance(kind, type) and issubclass(
+            kind, transformers.PreTrainedTokenizerBase
+        )
         if kind is not None and not known[file]:
             raise ModelError(
                 f"{file}: tokenizer_class: {str(name)[:80]!r} is no tokenizer of transformers': "

@@ -38,7 +38,7 @@ _LEARNING: dict[str, tuple[str, Callable[[float], str]]] = {
     "student/*": ("student ", wording.number),
 }
 _MACHINE: dict[str, tuple[str, Callable[[float], str]]] = {
-    "perf/tokens_per_second": ("tok/s", wording.count),
+    "perf/tokens_per_second": ("trained tok/s", wording.count),
     "perf/mfu": ("mfu", wording.percent),
     "perf/tflops_per_second": ("TFLOP/s", wording.number),
     "perf/teacher_share": ("teacher", wording.percent),

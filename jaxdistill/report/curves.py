@@ -18,7 +18,7 @@ _NAMES = {
     "agree/top1": "top-1",
     "optim/lr": "learning rate",
     "optim/grad_norm": "gradient norm",
-    "perf/tokens_per_second": "tokens/s",
+    "perf/tokens_per_second": "trained tokens/s",
     "perf/mfu": "model FLOP utilisation",
     "perf/tflops_per_second": "TFLOP/s",
     "perf/memory_gib": "memory, GiB",
@@ -223,7 +223,7 @@ def _of_several(runs: Sequence[RunFiles]) -> list[Panel]:
         ("Agreement with the teacher, held-out", "eval/agree_top1", "dots", True),
         ("Perplexity, held-out", "eval/perplexity", "dots", False),
         ("Learning rate", "optim/lr", "solid", False),
-        ("Throughput, tokens/s", "perf/tokens_per_second", "noisy", False),
+        ("Throughput, trained tokens/s", "perf/tokens_per_second", "noisy", False),
     ]
     plotted = []
     for title, metric, style, percent in quantities:

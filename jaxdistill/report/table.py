@@ -1,6 +1,7 @@
 """The comparison of teacher, student before, SFT control, student after; and it in words."""
 
 import dataclasses
+import html
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,7 +49,7 @@ COLUMNS = (
     Column("bytes", "size", wording.size),
     Column("disk_bytes", "on disk", wording.size, "low"),
     Column("peak_bytes", "memory", wording.size, "low"),
-    Column("tokens_per_second", "tokens/s", wording.count, "high"),
+    Column("scored_tokens_per_second", "scored tokens/s", wording.count, "high"),
     Column("prefill_ms_p50", "prefill ms", wording.number, "low"),
     Column("prefill_ms_p95", "p95", wording.number, "low"),
     Column("decode_ms_p50", "decode ms/token", wording.number, "low"),
@@ -99,6 +100,25 @@ def comparison_table(rows: Sequence[Mapping[str, typing.Any]]) -> str:
         for line in lines
     )
     return "\n".join(line.rstrip() for line in aligned)
+
+
+def html_table(rows: Sequence[Mapping[str, typing.Any]]) -> str:
+    """The same as an HTML table without styles, as notebooks show it.
+
+    Raises:
+      DataError: a row has no name.
+    """
+    rows = ordered(rows)
+    present = columns(rows)
+    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
+    head = "".join(cell("th", title) for title in ["", *(column.title for column in present)])
+    lines = [
+        cell("th", wording.clean(row["name"]))
+        + "".join(cell("td", written(row, column)) for column in present)
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def written(row: Mapping[str, typing.Any], column: Column) -> str:

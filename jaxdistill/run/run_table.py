@@ -29,7 +29,7 @@ from jaxdistill.train.step import make_loss
 
 ORDER = ("teacher", "student before", "SFT control", "student after")
 FILE = "table.json"
-_FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "tokens_per_second", "parameters"}
+_FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "scored_tokens_per_second", "parameters"}
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -187,7 +187,7 @@ class RunTable:
             "perplexity": metrics["eval/perplexity"],
             "kl_t1": metrics.get("eval/kl_t1"),
             "agree_top1": metrics.get("eval/agree_top1"),
-            "tokens_per_second": rate,
+            "scored_tokens_per_second": rate,
         }
         if "eval/bits_per_byte" in metrics:
             row["bits_per_byte"] = metrics["eval/bits_per_byte"]

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import html
+import importlib
 import logging
 import os
 import pathlib
@@ -18,6 +20,7 @@ from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
+from jaxdistill.report import comparison_table, html_table
 from jaxdistill.run import (
     alike,
     anew,
@@ -52,12 +55,28 @@ class RunResult:
     Attributes:
       run_dir: its folder.
       metrics: of the last evaluation.
-      table: rows of the comparison, as in table.json.
+      rows: of the comparison, as in table.json.
     """
 
     run_dir: pathlib.Path
     metrics: Mapping[str, float]
-    table: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def table(self) -> Any:
+        """`rows` as a frame with the names as its index where pandas is there, else as they are."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            return self.rows
+        return pandas.DataFrame(list(self.rows)).set_index("name")
+
+    def __str__(self) -> str:
+        return f"{comparison_table(self.rows)}\nrun folder: {self.run_dir}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return html_table(self.rows) + f"<p>run folder: {html.escape(str(self.run_dir))}</p>"
 
 
 def distill(

@@ -46,12 +46,7 @@ def data_of(
     share = data.held_out_share
     if share is not None:
         train, held = held_out.split(train, share)
-    options = data.model_dump(
-        include={"seq_len", "packing", "loss_on", "cache_dir", "on_bad_record", "max_bad_fraction",
-                 "turns", "long_documents", "special_tokens", "template_kwargs"}
-    )  # fmt: skip
-    if data.chat_template is not None:
-        options["chat_template"] = read_template(data.chat_template)
+    options = reading_of(data) | data.model_dump(include={"cache_dir", "max_bad_fraction"})
     built = {
         name: pipeline.build(sources, tokenizer, name=name, second=second, **options)
         for name, sources in (("train", train), ("eval", held))
@@ -60,6 +55,21 @@ def data_of(
     if "train" in built:
         held_out.check(built["train"], built["eval"])
     return built
+
+
+def reading_of(data: Data) -> dict[str, Any]:
+    """How a run makes rows of its texts: options of `pipeline.build`.
+
+    Raises:
+      DataError: if its chat template cannot be read.
+    """
+    options = data.model_dump(
+        include={"seq_len", "packing", "loss_on", "on_bad_record", "turns", "long_documents",
+                 "special_tokens", "template_kwargs"}
+    )  # fmt: skip
+    if data.chat_template is not None:
+        options["chat_template"] = read_template(data.chat_template)
+    return options
 
 
 def check_kinds(method: methods.Options, data: Mapping[str, Dataset]) -> None:

@@ -250,9 +250,9 @@ class Runner:
         for seed, folder in zip(step.seeds or (None,), self.outputs(step), strict=True):
             config = files.train_config(self.workflow, step, folder, self.first_outputs(), seed)
             if (pathlib.Path(folder) / "RUN.json").is_file():
-                tables[folder] = list(session.resume(folder).table)
+                tables[folder] = list(session.resume(folder).rows)
             else:
-                tables[folder] = list(session.train(config).table)
+                tables[folder] = list(session.train(config).rows)
         return {"tables": tables}
 
     def _generate(self, step: GenerateStep) -> dict[str, Any]:

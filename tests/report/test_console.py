@@ -101,7 +101,7 @@ def test_a_terminal_gets_dense_rows_in_place(monkeypatch):
     rows = text.splitlines()[-4:]
     assert "step 1200/10000 │ 12.0% │ 3m20s so far │ eta 2h26m" in text
     assert any(row.startswith("loss 1.843 │ ce 2.310 │ agree 71.2% │ taid_t 0.523") for row in rows)
-    assert any("41.2k tok/s │ teacher 46.0% │ 61.2 GiB" in row for row in rows)
+    assert any("41.2k trained tok/s │ teacher 46.0% │ 61.2 GiB" in row for row in rows)
     assert "held-out  agree_top1 70.0%" in text
     assert terminal.getvalue().rstrip().endswith("\x1b[?25h"), "the cursor is shown again"
 

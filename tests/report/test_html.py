@@ -147,7 +147,7 @@ def test_the_page_holds_the_right_numbers(run_dir):
         "taid_t 1.000",
         "Constant: alpha = 0.300.",
         "student and the rest 57.0%",
-        "tokens/s 41.2k",
+        "trained tokens/s 41.2k",
         "Red ticks on the axis: 1 skipped step(s).",
         "1 step(s) skipped: 40.",
         "1 rollback(s) to a checkpoint, with batches left out: at step 47.",

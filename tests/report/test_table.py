@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jaxdistill.errors import DataError
-from jaxdistill.report.table import comparison_table, recovered
+from jaxdistill.report.table import comparison_table, html_table, recovered
 
 
 def rows(before=60.0, after=24.0, teacher=20.0, control=30.0):
@@ -21,7 +21,7 @@ FULL = [
         "parameters": 361821120,
         "parameters_non_embedding": 314635200,
         "bytes": 723674912,
-        "tokens_per_second": 52200,
+        "scored_tokens_per_second": 52200,
     },
     {
         "name": "teacher",
@@ -31,7 +31,7 @@ FULL = [
         "parameters": 1235814400,
         "parameters_non_embedding": 973146112,
         "bytes": 2471645608,
-        "tokens_per_second": 18200.5,
+        "scored_tokens_per_second": 18200.5,
     },
 ]
 
@@ -39,12 +39,18 @@ FULL = [
 def test_plain_is_aligned_in_the_order_of_the_comparison():
     assert comparison_table(FULL).splitlines() == [
         "               perplexity  KL to teacher  top-1 agreement  parameters  non-embedding"
-        "      size  tokens/s",
+        "      size  scored tokens/s",
         "teacher             18.20              -                -       1.24B           973M"
-        "  2.30 GiB     18.2k",
+        "  2.30 GiB            18.2k",
         "student after       23.40          0.310            70.2%        362M           315M"
-        "   690 MiB     52.2k",
+        "   690 MiB            52.2k",
     ]
+
+
+def test_a_notebooks_table_has_the_same_cells():
+    text = html_table([*FULL, {"name": "<b>x</b>", "perplexity": 9}])
+    assert "<th>teacher</th><td>18.20</td><td>-</td>" in text
+    assert "&lt;b&gt;x&lt;/b&gt;" in text and "<b>" not in text
 
 
 def test_a_name_brings_no_terminal_sequence():

@@ -21,7 +21,7 @@ def test_the_control_leaves_its_records_and_no_checkpoints(finished):
     assert "student" in record["saved"] and "control" not in record["saved"]
     assert not (finished.run_dir / "control" / "checkpoints").exists()
     assert (finished.run_dir / "control" / "metrics.jsonl").read_text().count("\n") >= 6
-    assert any(row["name"] == "SFT control" for row in finished.table)
+    assert any(row["name"] == "SFT control" for row in finished.rows)
 
 
 def test_a_finished_run_whose_control_is_gone_is_still_finished(run, capsys, plain_runs):
@@ -61,7 +61,7 @@ def test_a_run_that_is_not_done_keeps_what_it_may_fall_back_to(run, capsys):
 
 
 def test_a_longer_run_trains_its_control_anew(run, capsys, plain_runs):
-    assert session.resume(run, ["train.steps=8"]).table[2]["name"] == "SFT control"
+    assert session.resume(run, ["train.steps=8"]).rows[2]["name"] == "SFT control"
     lines = (run / "control" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 8
 

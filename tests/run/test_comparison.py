@@ -35,7 +35,7 @@ def test_every_column_is_measured(result, finished):
     ).split():
         assert math.isfinite(both[field]), field
     assert json.loads((out / "comparison.json").read_text()) == found
-    table = finished.table[-1]
+    table = finished.rows[-1]
     assert last["parameters"] == table["parameters"]
     # The same rows and weights as the run's own evaluation, by another program.
     assert math.isclose(last["perplexity"], table["perplexity"], rel_tol=1e-4)

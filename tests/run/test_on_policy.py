@@ -64,7 +64,7 @@ def mixed(load, tmp_path_factory):
     """A finished run that learns from its own text and from given text, and has its control."""
     folder = tmp_path_factory.mktemp("mixed")
     found = api.train(load(folder, MIXED, "eval.compare=true"))
-    assert [row["name"] for row in found.table][-2:] == ["SFT control", "student after"]
+    assert [row["name"] for row in found.rows][-2:] == ["SFT control", "student after"]
     return folder / "run"
 
 

@@ -143,7 +143,7 @@ def test_a_run_trains_a_pruned_teacher_and_resumes(load_config, teacher, tmp_pat
     result = api.train(loaded)
     student = api.load(str(result.run_dir))
     assert (student.config.layers, student.config.mlp) == (2, 64)
-    rows = {row["name"]: row for row in result.table}
+    rows = {row["name"]: row for row in result.rows}
     assert rows["student before"]["parameters"] == models.count_parameters(student.config)
     api.resume(result.run_dir)
     scores = importance.load(teacher / "scores")
@@ -261,7 +261,7 @@ def test_distillation_that_knows_of_int8_and_the_folder_it_ends_as(
     result = api.train(loaded)
     plain = pruned_config(load_config, teacher, tmp_path / "plain")
     other = api.train(plain)
-    rows = {row["name"]: row for row in result.table}
+    rows = {row["name"]: row for row in result.rows}
     theirs = {row["name"]: row for row in other.table}
     before = [table["student before"]["kl_t1"] for table in (rows, theirs)]
     assert before[0] != before[1]  # measured as it will be, not as it is held

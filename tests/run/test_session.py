@@ -2,11 +2,14 @@
 
 import collections
 import dataclasses
+import importlib.machinery
 import json
 import math
 import pathlib
 import re
 import shutil
+import sys
+import types
 import warnings
 
 import jax
@@ -51,12 +54,12 @@ def losses(folder):
 
 def test_a_run_leaves_its_table_its_curves_and_its_page(finished):
     run = finished.run_dir
-    names = [row["name"] for row in finished.table]
+    names = [row["name"] for row in finished.rows]
     assert names == ["teacher", "student before", "SFT control", "student after"]
-    assert json.loads((run / "table.json").read_text())["rows"] == list(finished.table)
-    rows = {row["name"]: row for row in finished.table}
+    assert json.loads((run / "table.json").read_text())["rows"] == list(finished.rows)
+    rows = {row["name"]: row for row in finished.rows}
     for row in rows.values():
-        assert math.isfinite(row["perplexity"]) and row["tokens_per_second"] > 0
+        assert math.isfinite(row["perplexity"]) and row["scored_tokens_per_second"] > 0
     assert rows["teacher"]["kl_t1"] is None and rows["student after"]["kl_t1"] >= 0
     assert rows["student after"]["perplexity"] < rows["student before"]["perplexity"]
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
@@ -69,6 +72,40 @@ def test_a_run_leaves_its_table_its_curves_and_its_page(finished):
         text, gaps = zip(*sample["marks"], strict=True)
         assert len("".join(text)) >= len(sample["student"]) > 0 and np.all(np.isfinite(gaps))
     assert "student after" in (run / "report.html").read_text()
+
+
+def test_eval_of_a_run_measures_what_the_run_measured(finished, data, tmp_path):
+    """Rows of 32 tokens, as the run says; nothing on the command line does."""
+    given = {
+        "data": (f"{data}/eval.txt",),
+        "format": "paragraphs",
+        "max_rows": 8,
+        "cache_dir": str(tmp_path),
+        "batch_size": 8,
+    }
+    found = api.evaluate(f"{finished.run_dir}@latest", commands.Evaluate(**given))
+    after = finished.rows[-1]["perplexity"]
+    assert found["eval/perplexity"] == pytest.approx(after, rel=1e-5)
+    assert found["scored_tokens_per_second"] > 0
+    longer = api.evaluate(f"{finished.run_dir}@latest", commands.Evaluate(**given, seq_len=64))
+    assert longer["eval/perplexity"] != pytest.approx(after, rel=1e-5)
+
+
+def test_a_result_is_a_frame_where_pandas_is_there_and_a_page_in_a_notebook(finished, monkeypatch):
+    assert "student after</th>" in finished._repr_html_()
+    assert str(finished.run_dir) in str(finished) and "SFT control" in str(finished)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert finished.table == finished.rows
+
+    class Frame(list):
+        def set_index(self, name):
+            return {row.pop(name): row for row in map(dict, self)}
+
+    pandas = types.ModuleType("pandas")
+    pandas.__spec__ = importlib.machinery.ModuleSpec("pandas", None)
+    pandas.DataFrame = Frame
+    monkeypatch.setitem(sys.modules, "pandas", pandas)
+    assert finished.table["teacher"]["perplexity"] == finished.rows[0]["perplexity"]
 
 
 def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data, tmp_path):
@@ -93,7 +130,7 @@ def test_the_evaluation_equals_the_models_own_logits(finished, load_config, data
         kl += (np.exp(lp) * (lp - lq)).sum(-1)[mask].sum()
         agree += (lp.argmax(-1) == lq.argmax(-1))[mask].sum()
         count += mask.sum()
-    after = finished.table[-1]
+    after = finished.rows[-1]
     np.testing.assert_allclose(after["perplexity"], math.exp(nll / count), rtol=1e-5)
     np.testing.assert_allclose(after["kl_t1"], kl / count, rtol=1e-4)
     np.testing.assert_allclose(after["agree_top1"], agree / count, rtol=1e-9)
@@ -121,7 +158,7 @@ def test_callbacks_hear_the_whole_run(finished, heard):
     folders = finished.run_dir / "checkpoints", finished.run_dir / "control" / "checkpoints"
     assert saved == [(step, folder / str(step)) for folder in folders for step in (1, 3, 6)]
     assert (heard.ended.status, heard.ended.reason) == ("done", None)
-    assert list(heard.ended.table) == list(finished.table)
+    assert list(heard.ended.table) == list(finished.rows)
 
 
 @pytest.mark.floor
@@ -161,7 +198,7 @@ def test_resuming_a_finished_run_trains_and_measures_nothing(finished, capsys, m
     assert (finished.run_dir / "metrics.jsonl").read_bytes() == records
     for name, value in arrays(finished.run_dir, 6).items():
         np.testing.assert_array_equal(value, before[name])
-    assert again.table == finished.table
+    assert again.rows == finished.rows
     assert again.metrics == pytest.approx(finished.metrics)
 
 

@@ -125,7 +125,7 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
     )
     table.add_teacher()
     (row,) = table.rows
-    assert row["name"] == "teacher" and row["tokens_per_second"] is None
+    assert row["name"] == "teacher" and row["scored_tokens_per_second"] is None
     assert row["parameters"] == 4 * (32 * 32 * 3 + 3 * 32 * 48 + 64) + 257 * 32 + 32
     live, total, count = the_teacher(load_config, tmp_path), 0.0, 0
     for index in range(len(rows)):

@@ -63,7 +63,7 @@ def test_a_run_with_two_tokenizers_from_its_start_to_its_table(name, configured)
     steps = [line for line in lines if "loss/total" in line]
     assert len(steps) == 4 and all(math.isfinite(line["loss/total"]) for line in steps)
     assert steps[-1]["loss/ce"] < steps[0]["loss/ce"]
-    rows = {row["name"]: row for row in result.table}
+    rows = {row["name"]: row for row in result.rows}
     assert set(rows) == {"teacher", "student before", "SFT control", "student after"}
     assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values())
     assert all(row["kl_t1"] is None for row in rows.values())
@@ -105,7 +105,7 @@ def test_the_teachers_row_is_its_own_cross_entropy_per_byte(configured, teacher)
         nats -= logq[places, row["targets"][places]].sum()
         words = model.tokenizer.convert_ids_to_tokens(row["targets"][places].tolist())
         spelled += sum(len(word) for word in words if word != "<s>")  # a letter stands for a byte
-    (found,) = [row for row in result.table if row["name"] == "teacher"]
+    (found,) = [row for row in result.rows if row["name"] == "teacher"]
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / spelled, rel=1e-5)
 
 
