@@ -20,11 +20,21 @@ from jaxdistill.errors import UserError
 
 SECONDS, MEGABYTES = 60, 1000  # that a case may take, the imports among them
 _BPE = {"type": "BPE", "vocab": {"<unk>": 0, "a": 1, "x": 2}, "merges": [], "unk_token": "<unk>"}
+_WORDS = {
+    "type": "WordPiece",
+    "vocab": {"<unk>": 0, "a": 1, "##a": 2},
+    "unk_token": "<unk>",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 10**9,
+}
 _A, _X = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "x", "type_id": 0}}
 _TOKENIZERS: dict[str, dict[str, Any]] = {
     "replace": {
         "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "x" * 300}
     },
+    "word": {"model": _WORDS},
+    "prefix": {"model": _BPE | {"continuing_subword_prefix": "x" * 1_000_000}},
+    "suffix": {"model": _BPE | {"end_of_word_suffix": "x" * 1_000_000}},
     "id": {"model": _BPE | {"vocab": {"<unk>": 0, "a": 2**32 - 1}}},
     "template": {
         "post_processor": {

@@ -156,6 +156,22 @@ def _replacing(letter, by):
     return {"type": "Replace", "pattern": {"String": letter}, "content": by}
 
 
+def _words(**fields):
+    return {
+        "type": "WordPiece",
+        "vocab": {"<unk>": 0, "a": 1, "##a": 2},
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 1000,
+    } | fields
+
+
+def test_a_usual_word_piece_is_read(tmp_path):
+    folder = hostile.folder(tmp_path / "m")
+    hostile.write_json(folder / "tokenizer.json", hostile.TOKENIZER | {"model": _words()})
+    assert folder_tokenizer(folder)("aaa")["input_ids"] == [1, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -201,6 +217,13 @@ def _replacing(letter, by):
                 }
             },
             "pieces of 1000 tokens overlap in 999",
+        ),
+        ({"model": _words(max_input_chars_per_word=10**9)}, "per_word is 1000000000: at most 1000"),
+        ({"model": _words(max_input_chars_per_word=1001)}, "per_word is 1001: at most 1000"),
+        ({"model": _words(continuing_subword_prefix="#" * 17)}, "subword_prefix has 17 characters"),
+        (
+            {"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "x" * 99}},
+            "end_of_word_suffix has 99 characters",
         ),
         ({"post_processor": _nested(2000)}, "nested too deeply|cannot be loaded|is not JSON"),
     ],

@@ -11,6 +11,7 @@ MAX_TOKEN = 10_000  # characters
 MAX_CONTENT = 16  # characters that one piece of text is replaced by
 MAX_ADDED = 64  # tokens around a text
 MAX_PADDED = 2**20  # tokens that a text is filled up to
+MAX_WORD = 1000  # characters of a word that WordPiece cuts up, in a time that grows as its square
 
 
 def check(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -52,6 +53,24 @@ def _check(path: pathlib.Path, content: dict[str, Any]) -> None:
                 )
     _check_template(path, content.get("post_processor"))
     _check_lengths(path, content)
+    _check_model(path, _object(content.get("model")))
+
+
+def _check_model(path: pathlib.Path, model: dict[str, Any]) -> None:
+    """A word is cut up in little time, and each piece is looked up with little beside it."""
+    longest = model.get("max_input_chars_per_word")
+    if isinstance(longest, int) and longest > MAX_WORD:
+        raise ModelError(
+            f"{path}: model: max_input_chars_per_word is {str(longest)[:40]}: at most {MAX_WORD} "
+            "are allowed"
+        )
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        text = model.get(name)
+        if isinstance(text, str) and len(text) > MAX_CONTENT:
+            raise ModelError(
+                f"{path}: model: {name} has {len(text)} characters: at most {MAX_CONTENT} are "
+                "allowed"
+            )
 
 
 def _check_template(path: pathlib.Path, processor: Any) -> None:

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import importlib
-import math
 import os
 import threading
 import weakref
@@ -17,6 +16,7 @@ from jaxdistill.reasoning.asking import Answer, Job, stream
 from jaxdistill.safe.redact import learn, redact
 
 GARBLED_TRIES = 3
+LARGEST = 1e9  # of a log-probability: the sum of any number of them is a float
 
 
 class Garbled(Exception):
@@ -258,9 +258,14 @@ def _score(choice: Any, chat: bool) -> tuple[float | None, int]:
         values = [getattr(entry, "logprob", None) for entry in entries]
     else:
         values = list(getattr(scores, "token_logprobs", None) or [])
-    if not values or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+    if not values or not all(map(_is_score, values)):
         return None, 0
     return float(sum(values)), len(values)
+
+
+def _is_score(value: Any) -> bool:
+    """Whether a value may be a log-probability; NaN and numbers that are no float are none."""
+    return type(value) in (int, float) and abs(value) < LARGEST
 
 
 def key_from(variable: str) -> str:

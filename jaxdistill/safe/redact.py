@@ -29,11 +29,14 @@ _VALUE = (
 )
 _BEGINNINGS = (
     r"hf_|api_org_|sk-|sk_live_|rk_live_|sk_test_|gh[opsur]_|github_pat_|gl(?:pat|dt|rt|ft|soat|cbt|ptt|agent|imt|oas)-|npm_|pypi-"
-    r"|xox[a-z]-|xapp-|AKIA|ASIA|AIza|ya29\.|SG\.|dop_v1_|doo_v1_|hv[sb]\.|dckr_pat_|whsec_"
+    r"|xox[a-z]-|xapp-|AIza|ya29\.|SG\.|dop_v1_|doo_v1_|hv[sb]\.|dckr_pat_|whsec_"
     r"|sntry[su]_|lin_api_|shp(?:at|ss|ca|pa)_|r8_|gsk_|nvapi-|PMAK-|SK(?=[0-9a-f]{32})"
-    r"|xai-|pplx-|csk-|tgp_v1_|tvly-|lsv2_|wandb_v1_"
+    r"|xai-|pplx-|csk-|tgp_v1_|tvly-|lsv2_|wandb_v1_|GOCSPX-|sq0(?:atp|csp)-|figd_"
 )
+_ANY_QUOTE = r"\\{0,4}[\"']"
 _SECRETS = (
+    # The signature of a request to Amazon, before its header loses the word that says so.
+    r"(\bAWS4-HMAC-SHA256\b[^\n]{0,500}?\bSignature=)[0-9a-f]{64}",
     # By name: an option, a field, a header, a part of an address, a line of .netrc.
     rf"(?i:(--(?=\w)[\w-]{{0,40}}{_NAME}\s{{1,9}}|--(?:token|pass|pwd)(?:=|\s{{1,9}})"
     rf"|{_NAME}(?:\\{{0,4}}[\"'])?\s{{0,9}}(?:=>|:=|[:=])\s{{0,9}}"
@@ -46,23 +49,46 @@ _SECRETS = (
     r"|\bclient-key-data:\s{0,9}|\bpwd\s{0,9}=\s{0,9}(?![/$~.\s])"
     rf"|[?&](?:token|key|sig|signature|x-amz-signature)=){_QUOTE}{_VALUE})",
     # By a word that is often plain: as a variable of a shell, or where the value is a long number.
-    r"(\b[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)=)(?=[\"'\\]{0,5}[^\s\"',}&\\]{6})"
+    # What names another variable, a placeholder or a pattern holds none.
+    r"(\b(?:[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)|PASS|TOKEN)=)"
+    r"(?=[\"'\\]{0,5}[^\s\"',}&\\<({^\[][^\s\"',}&\\]{5})(?![\"'\\]{0,5}\$[({A-Z_])"
     rf"{_QUOTE}{_VALUE}",
+    rf"(\b[A-Z0-9_]{{1,40}}_KEY=(?:{_ANY_QUOTE})?)(?=[A-Za-z_-]{{0,200}}[0-9])[\w-]{{20,1000}}(?![\w./])",
+    rf"(?i:(\b(?:environ|env)(?:(?:\[|\.setdefault\()\s{{0,3}}{_ANY_QUOTE}|\.)\w{{0,60}}"
+    r"(?:key|token|secret|passw(?:or)?d|pass|pwd)"
+    rf"(?:{_ANY_QUOTE})?\s{{0,3}}(?:\]\s{{0,3}}=|,|=)\s{{0,3}}{_ANY_QUOTE})"
+    r"(?![<$])[^\"'\\\n]{6,1000})",
+    rf"(?i:(\buser(?:name)?(?:{_ANY_QUOTE})?\s{{0,3}}:\s{{0,3}}{_ANY_QUOTE}[^\"'\\\n]{{1,100}}{_ANY_QUOTE}"
+    rf",\s{{0,20}}(?:{_ANY_QUOTE})?pass(?:{_ANY_QUOTE})?\s{{0,3}}:\s{{0,3}}{_ANY_QUOTE})[^\"'\\\n]{{1,1000}})",
+    r"(\b_auth\s{0,3}=\s{0,3})[A-Za-z0-9+/]{6,1000}={0,2}",
     r"(?i:(\b(?:\w{0,40}_)?token(?:\\{0,4}[\"'])?\s{0,9}[:=]\s{0,9}(?:\\{0,4}[\"'])?)"
     r"(?=[a-z_-]{0,100}[0-9])[a-z0-9_.~+/=-]{16,1000})",
     # By the option of a command.
     r"(?i:(\bcurl\b[^\n]{0,200}?\s(?:-u|--user)\s{0,3})[^\s:]{1,100}:(?!//)[^\s]{1,200})",
     r"(\b(?:mysql(?:dump|admin)?|sshpass|docker login)\b[^\n]{0,200}?\s-p\s{0,3})[^\s]{1,200}",
     r"(?i:(\b(?:set-)?cookie\s{0,9}:\s{0,9})[^\r\n\"']{1,5000})",
+    rf"(?i:(\b(?:set-)?cookie{_ANY_QUOTE}\s{{0,9}}:\s{{0,9}}{_ANY_QUOTE})(?=[\w.-]{{1,100}}=)[^\r\n\"']{{1,5000}})",
     r"(?i:(\bwandb\s{1,9}login\s{1,9}(?:--\S{1,60}\s{1,9}){0,9})[\w-]{16,200})",
     # By its looks.
     r"()\bAT[AC]TT3[\w=-]{16,}",  # Atlassian's
     rf"()\b(?:{_BEGINNINGS})[A-Za-z0-9_.-]{{16,}}",
-    r"()(?<![\w-])eyJ[\w-]{5,5000}\.[\w-]{5,5000}(?:\.[\w-]{0,5000})?",
-    r"()-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----[^-]{0,20000}"
-    r"(?:-----END [A-Z0-9 ]{0,60}-----)?",
-    r"()\b[0-9]{8,10}:AA[\w-]{33}(?![\w-])",  # Telegram's
+    # A signed token has three parts, an encrypted one five, of which the second may be empty.
+    r"()(?<![\w-])eyJ[\w-]{5,5000}\.(?:[\w-]{5,5000}|(?=\.[\w-]{5}))(?:\.[\w-]{1,5000}){0,3}",
+    r"()-{4,5} ?BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)? ?-{4,5}(?:[^-]|-(?!---)){0,20000}"
+    r"(?:-{4,5} ?END [A-Z0-9 ]{0,60}-{4,5})?",
+    # PuTTY's
+    r"(\bPrivate-Lines:\s{0,9}[0-9]{1,3}(?:\s|\\{1,4}[nr]){1,4})"
+    r"(?:(?!Private-)[A-Za-z0-9+/=]{1,100}(?:\s|\\{1,4}[nr]){0,4}){1,300}",
+    r"()(?<![0-9])[0-9]{8,10}:AA[\w-]{33}(?![\w-])",  # Telegram's
     r"()\b[MNO][\w-]{23,25}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])",  # Discord's
+    r"()\bNRAK-[A-Z0-9]{27}\b|\bNRII-[\w-]{32}|\btfp_(?=[\w.=-]{0,58}[0-9])[\w.=-]{40,100}",
+    r"()\bamzn\.mws\.[0-9a-f]{8}-[0-9a-f-]{20,40}",
+    r"()(?<![\w+/-])EAAAE[\w-]{50,100}(?![\w+/-])",  # Square's
+    r"()\b[0-9a-f]{32}-us[0-9]{1,2}\b",  # Mailchimp's
+    r"()\bkey-[0-9a-f]{32}\b|\b[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{8}\b",  # Mailgun's
+    r"()\bsecret_[A-Za-z0-9]{43}\b",  # Notion's
+    r"(\bdiscord(?:app)?\.com/api/(?:v[0-9]{1,2}/)?webhooks/[0-9]{15,20}/)[\w-]{40,100}",
+    r"(\bhooks\.slack\.com/(?:services|workflows|triggers)/)[\w/]{20,200}",
     r"()(?<=://)[^\s/:@]{0,100}:[^\s/]{1,200}(?=@)",
     r"()(?<=://)(?=[^\s/:@]{0,200}[0-9])[^\s/:@]{16,500}(?=@)",
 )

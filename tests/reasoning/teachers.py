@@ -39,6 +39,17 @@ def fresh(model):
     return dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))
 
 
+# What no log-probability is.
+UNSCORED = {
+    "no number": float("nan"),
+    "no log-probability": -float("inf"),
+    "beyond numbers": -1e308,
+    "no float": -(10**400),
+    "a switch": True,
+    "a word": "-0.5",
+}
+
+
 class Script(http.server.BaseHTTPRequestHandler):
     """Answers as `server.faults` says, one entry per request; then truthfully."""
 
@@ -79,8 +90,8 @@ class Script(http.server.BaseHTTPRequestHandler):
             answer["choices"][0]["text"] = "\ud83d"
         if isinstance(fault, dict):
             answer["usage"] |= fault
-        if fault == "no number":
-            answer["choices"][0]["logprobs"]["token_logprobs"] = [-0.5, float("nan")]
+        if fault in UNSCORED:
+            answer["choices"][0]["logprobs"]["token_logprobs"] = [-0.5, UNSCORED[fault]]
         self._send(200, answer)
 
     def _answer(self, body, count):

@@ -13,6 +13,7 @@ import pytest
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning import bounded_http
 from jaxdistill.reasoning.asking import Job, SamplingParams
+from tests.reasoning.teachers import UNSCORED
 
 pytest.importorskip("openai", reason="needs the extra api")
 
@@ -110,10 +111,12 @@ def test_what_no_server_should_say_is_one_failed_answer(scripted, monkeypatch, f
     assert set(api.spent().values()) == {0.0}
 
 
-def test_a_score_that_is_no_number_is_not_known(scripted):
-    scripted.faults = ["no number"]
+@pytest.mark.parametrize("fault", UNSCORED)
+def test_a_score_that_is_no_number_is_not_known(scripted, fault):
+    scripted.faults = [fault]
     (answer,) = _api(scripted).ask(_jobs(1))
-    assert answer.logprob is None and answer.text.startswith(" So it is.")
+    assert answer.logprob is None and not answer.failed and answer.tokens == 0
+    assert answer.text.startswith(" So it is.")
 
 
 def test_who_stops_asking_waits_for_no_server_that_hangs(scripted):

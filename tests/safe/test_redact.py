@@ -41,6 +41,8 @@ def test_secrets_do_not_reach_a_page_that_is_sent_around(text, shown):
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789" * 4
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFU"
 PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"
+SSH2 = "---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----\n{}\n---- END SSH2 ENCRYPTED PRIVATE KEY ----"
+HEX = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,13 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"
             ("@@", PEM.format(LETTERS)),
             ("postgres://me:@@@db/x", "hunter2"),
             ("redis://:@@@cache:6379", "hunter2"),
+            ("@@", PEM.format(f"Proc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,0F\n\n{LETTERS}")),
+            ("@@", PEM.replace("RSA", "PGP").format(f"Comment: a-b\n\n{LETTERS}")),
+            ("@@", SSH2.format(f'Comment: "rsa-key-20200101"\n{LETTERS}')),
+            ("Private-Lines: 2\n@@\nPrivate-MAC: 0a", LETTERS[:64]),
+            ("Private-Lines: 2\n@@\nPrivate-MAC: 0a", f"{LETTERS[:64]}\n{LETTERS[:64]}"),
+            ("eyJhbGciOiJSU0EtT0FFUCJ9.UGhIOgXDy.48V1_ALb6US04U3b.5eym8TW_c8Su.@@", LETTERS[:22]),
+            ("eyJhbGciOiJkaXIifQ..48V1_ALb6US04U3b.5eym8TW_c8Su.@@", LETTERS[:22]),
             ("AccountName=a;AccountKey=@@;EndpointSuffix=x", LETTERS[:40] + "=="),
             ("@@", f"SG.{LETTERS[:22]}.{LETTERS[:43]}"),
             ("@@", "123456789:AA" + LETTERS[:33]),
@@ -116,6 +125,40 @@ PEM = "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----"
             ("sshpass -p @@ ssh host", "hunter2"),
             ("docker login -u me -p @@", "hunter2"),
             ("client-key-data: @@", LETTERS[:60]),
+            ("@@", "GOCSPX-" + LETTERS[:28]),
+            ("@@", "sq0atp-" + LETTERS[:22]),
+            ("@@,", "sq0csp-" + LETTERS[:43]),
+            ("(@@)", "EAAAE" + LETTERS[:59]),
+            ("@@.", "NRAK-" + LETTERS[:26] + "7"),
+            ("@@", "NRII-" + LETTERS[:32]),
+            ("@@", "tfp_" + LETTERS[:59]),
+            ("@@", "tfp_" + LETTERS[26:70]),
+            ("@@,", "figd_" + LETTERS[:40]),
+            ("@@", "amzn.mws.4ea38b7b-f563-7709-4bae-87aea0123456"),
+            ("@@,", HEX[:32] + "-us12"),
+            ("@@,", "key-" + HEX[:32]),
+            ("@@,", HEX[:32] + "-01234567-89abcdef"),
+            ("@@,", "secret_" + LETTERS[:43]),
+            ("https://discord.com/api/webhooks/123456789012345678/@@", LETTERS[:68]),
+            ("https://discordapp.com/api/v10/webhooks/123456789012345678/@@", LETTERS[:68]),
+            ("https://hooks.slack.com/workflows/@@", f"T00/A00/123456/{LETTERS[:24]}"),
+            ("https://api.telegram.org/bot@@/getMe", "123456789:AA" + LETTERS[:33]),
+            ("PASS=@@ make", "hunter2hunter"),
+            ("export TOKEN='@@'", "correct horse battery"),
+            ("SECRET=@@", "hunter2hunter"),
+            ("export OPENAI_KEY=@@", LETTERS[40:64]),
+            ("os.environ['X_KEY'] = '@@'", "hunter2hunter"),
+            (r'{"code": "os.environ[\"MY_TOKEN\"]=\"@@\"\n"}', "hunter2hunter"),
+            ("os.environ.setdefault('X_SECRET', '@@')", "hunter2hunter"),
+            ("process.env.X_KEY = '@@'", "hunter2hunter"),
+            ("auth: {user: 'me', pass: '@@'}", "hunter2"),
+            ('{"Cookie": "@@"}', "session=hunter2"),
+            ("//registry.npmjs.org/:_auth=@@", "bWU6aHVudGVyMg=="),
+            (
+                "Authorization: AWS4-HMAC-SHA256 Credential=A/2013/us-east-1/s3/aws4_request, "
+                "SignedHeaders=host;range, Signature=@@",
+                HEX,
+            ),
             ("@@", "AGE-" + f"SECRET-KEY-1{'QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L' * 2}"[:74]),
         ]
     ],
@@ -137,6 +180,19 @@ def test_one_of_each_kind_of_secret_is_known(text, secret):
         "forward_pass: 12 ms, valid_token: 5, grid_token: 7, eos_token=128001",
         "curl -u https://host:8000 and mkdir -p runs/a, docker run -p 8000:8000 x",
         "stop_token = 128001, bos_token: <s>, one token: 0.123456 nats",
+        f"commit {HEX[:40]}, md5 {HEX[:32]}, Signature={HEX}, sha256-{HEX}",
+        "4ea38b7b-f563-7709-4bae-87aea0123456, {4EA38B7B-F563-7709-4BAE-87AEA0123456}",
+        # Pictures: whatever stands in them at the border of a word.
+        f"data:image/png;base64,iVBORw0KGgo/AKIAAAQAxdoAEAAQEAAE+EAAAE{LETTERS[:59]}/AAAE",
+        "os.environ['X_KEY'], os.environ[new_key] = 'another value', env.SORT_KEY == 'created'",
+        'key = os.environ["OPENAI_API_KEY"]; if os.environ["X_KEY"] == "value of it":',
+        "PASS=12 FAIL=3, TOKEN=<your token>, PASS=$OTHER, TOKEN=$(cat file), TOKEN=[a-z]+|[0-9]+",
+        "PAD_TOKEN=<|endoftext|>, SORT_KEY=created_at, CACHE_KEY=v1-linux/x64-0123456789abcdef",
+        "tfp_distributions_mixture_same_family_components_and_more_of_it, figd_a, key-value-store",
+        "the pass: 3 of 10; user: 'me', path: 'x'; Cookie clicker; {'cookie': 'chocolate'}",
+        "a line ---- BEGIN of it ---- and its end, -----BEGIN CERTIFICATE-----, Private-Lines: few",
+        "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0D\n-----END PUBLIC KEY-----",
+        "eyJ is how JSON begins in base 64. eyJhIjoxfQ== is an object, k.eyJhIjoxfQ is none",
         "models/SmolLM2-135M-Instruct@best https://host:8000/v1?model=a",
     ],
 )
@@ -158,7 +214,10 @@ words = sorted({word for rule in redacting._rules() for word in rule.keywords})
 for text in (" ".join(words) * 100, 'password="' + "\\" * 100_000):
     redact(text)
 for piece in ("eyJ-", "sk-", "://", "https://", "curl ", "mysql -p", "token=", "A_PASS", "a_",
-              "basic ", 'password=\\"', "wandb login --a "):
+              "basic ", 'password=\\"', "wandb login --a ", "-----BEGIN PRIVATE KEY-----a",
+              "---- BEGIN PRIVATE KEY ----", "AWS4-HMAC-SHA256 ", "Private-Lines: 1\\na\\n",
+              "environ['a_key", "user: 'a', pass", "_auth=", "tfp_a", "EAAAEa", "eyJaaaaaa..aaaaa",
+              "cookie': 'a", "A_KEY=a", "amzn.mws.01234567-", "key-0", "PASS=$"):
     redact(piece * (200_000 // len(piece)))
 """
 
