@@ -12,11 +12,15 @@ import pathlib
 import numpy as np
 
 from jaxdistill.compress import command
+from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import UserError
 from jaxdistill.evaluate import choices
 from jaxdistill.reasoning import prompts, tasks
+from jaxdistill.reasoning.judging import TIMED_OUT, Verdict
 from jaxdistill.reasoning.store import Store
 from jaxdistill.report import answers, html, story
+from jaxdistill.rollouts import verdicts
+from jaxdistill.rollouts.answers import Answer
 from jaxdistill.run import anew, changes, run_table, workflow
 from jaxdistill.run.folder import RunDir
 from jaxdistill.safe import manifest
@@ -128,6 +132,15 @@ SAMPLE = {
     "reason": "stop",
 }
 ASKED = {"task": "x"}
+_IDS = np.arange(3, dtype=np.int32)
+JUDGED = [
+    Answer(Prompt(_IDS, {"answer": "5"}), 0, sample, 0, _IDS, True, _IDS / 2, _IDS / 2)
+    for sample in range(2)
+]
+VERDICTS = {
+    "answers": verdicts._digest(JUDGED),
+    "verdicts": [[1.0, [1.0], None], [None, [None], TIMED_OUT]],
+}
 ROLLBACK = {"step": 2, "to": 1, "first_row": 1, "end_row": 2, "blamed": "batches", "numbers": ""}
 
 
@@ -155,6 +168,15 @@ def _tasks(folder: pathlib.Path) -> None:
     for name in ("svamp", "gsm8k", "aqua", "bbh_navigate", str(folder / "own.jsonl")):
         if name.endswith("l") or list(folder.rglob(f"*{name.rpartition('_')[2]}*")):
             tasks.load(name, folder=folder)
+
+
+def _verdicts(folder: pathlib.Path) -> None:
+    judges = lambda questions: [Verdict(0.5, (0.5,)) for _ in questions]
+    read = verdicts.Verdicts(lambda: judges, str, folder, 1)  # pyrefly: ignore
+    for _ in range(2):
+        said = read(JUDGED)
+        assert [len(one.values) for one in said] == [1, 1]
+        np.asarray([np.nan if one.reward is None else one.reward for one in said], np.float32)
 
 
 # reader -> its files, as lists of lines or as one value
@@ -194,6 +216,7 @@ READERS = {
         lambda folder: Store(folder, ASKED).close(),
         {"samples.jsonl": [SAMPLE], "asked.json": ASKED, "spent.json": {"requests": 1.0}},
     ),
+    "verdicts": (_verdicts, {verdicts.FILE: [VERDICTS]}),
     "tasks": (
         _tasks,
         {

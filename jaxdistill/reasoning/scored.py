@@ -2,14 +2,13 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
-from jaxdistill.reasoning.served import GARBLED_TRIES, Api, Garbled, reason_of
+from jaxdistill.reasoning.served import GARBLED_TRIES, LARGEST, Api, Garbled, reason_of
 
 _NOTHING = SamplingParams(max_new_tokens=1, temperature=0.0)
 _ABOVE = 1e-3  # a log-probability may be rounded above 0
@@ -97,11 +96,11 @@ class Scorer(Api):
         """The K likeliest of one entry {token id: {"logprob": ...}}, the likeliest first."""
         try:
             told = {int(name): float(one["logprob"]) for name, one in entry.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise Garbled("an entry of prompt_logprobs is no table of tokens") from error
         if token not in told:
             raise Garbled(f"prompt_logprobs are shifted: an entry lacks the text's token {token}")
-        wrong = [value for value in told.values() if not math.isfinite(value) or value > _ABOVE]
+        wrong = [value for value in told.values() if not -LARGEST < value <= _ABOVE]
         if wrong:
             raise Garbled(f"{wrong[0]} is no log-probability")
         known = sorted((-value, name) for name, value in told.items() if 0 <= name < self._vocab)

@@ -124,7 +124,7 @@ def feed_of(
         plan_of(config),
         prompts,
         on_policy.writer_of(config, models, prompts, mesh, stop, hooks),
-        Verdicts(judges, models.tokenizer.decode, folder),
+        Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config))),
         params_of=params_of,
         old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
         shape={

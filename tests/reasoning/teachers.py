@@ -45,8 +45,6 @@ UNSCORED = {
     "no log-probability": -float("inf"),
     "beyond numbers": -1e308,
     "no float": -(10**400),
-    "a switch": True,
-    "a word": "-0.5",
 }
 
 

@@ -64,6 +64,16 @@ def nan(told):
     return told
 
 
+def far_below(told):
+    next(iter(told[3].values()))["logprob"] = -1e300
+    return told
+
+
+def beyond(told):
+    next(iter(told[3].values()))["logprob"] = -(10**400)
+    return told
+
+
 def above(told):
     next(iter(told[3].values()))["logprob"] = 0.5
     return told
@@ -78,6 +88,8 @@ def above(told):
         (one_later, "shifted: an entry lacks the text's token"),
         (fewer, "has 1 tokens, not 4"),
         (nan, "nan is no log-probability"),
+        (far_below, "-1e.300 is no log-probability"),
+        (beyond, "is no table of tokens|is no log-probability"),
         (above, "0.5 is no log-probability"),
         (lambda told: [None, *["x"] * 5], "is no table of tokens"),
     ],

@@ -1,11 +1,13 @@
 """Verdicts: decided once for the same answers, on the disk before they are used, torn or whole."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from jaxdistill.data.prompts import Prompt
+from jaxdistill.errors import StorageError
 from jaxdistill.reasoning.judging import TIMED_OUT, Verdict
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.verdicts import FILE, Verdicts
@@ -34,7 +36,7 @@ class Judges:
 def opened(folder):
     judges = Judges()
     decode = lambda ids: " ".join(map(str, ids))
-    return judges, Verdicts(lambda: judges, decode, folder)
+    return judges, Verdicts(lambda: judges, decode, folder, 1)
 
 
 def test_the_same_answers_are_judged_once_whoever_asks(tmp_path):
@@ -57,6 +59,19 @@ def test_the_same_answers_are_judged_once_whoever_asks(tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: "{}\n[]\nnull\n" + text.replace("0.3", '"x"'),
         lambda text: text.replace(TIMED_OUT, "poem"),
+        lambda text: text.replace("[0.3", f"[{10**400}"),
+        lambda text: text.replace("[0.3", "[1e30"),
+        lambda text: text.replace("[0.3", "[NaN"),
+        lambda text: text.replace("[0.3", "[null"),
+        lambda text: text.replace("[0.3", "[true"),
+        lambda text: text.replace("[[0.3", "[[[0.3]]"),
+        lambda text: text.replace("[null, [null]", "[null, [null, null]"),
+        lambda text: text.replace(TIMED_OUT, "\\ud800"),
+        lambda text: text.replace('"verdicts"', '"answers": "a", "verdicts"'),
+        lambda text: text.replace('"verdicts": [', '"verdicts": [[0.1, [0.1], null], '),
+        lambda text: text.replace('"verdicts"', '"verdict"'),
+        lambda text: "[" * 100_000 + text,
+        lambda text: text.encode("utf-16"),
     ],
 )
 def test_what_is_no_verdict_is_judged_again(damage, tmp_path):
@@ -64,10 +79,42 @@ def test_what_is_no_verdict_is_judged_again(damage, tmp_path):
     first = [answer(3, 4), answer(9, 0), answer(5, 0)]
     found = verdicts(first)
     path = tmp_path / FILE
-    path.write_text(damage(path.read_text()))
+    damaged = damage(path.read_text())
+    assert damaged != path.read_text()
+    path.write_bytes(damaged.encode() if isinstance(damaged, str) else damaged)
     judges, again = opened(tmp_path)
     assert again(first) == found and len(judges.asked) == 3
-    last = path.read_text().splitlines()[-1]
+    last = path.read_bytes().splitlines()[-1]
     assert len(json.loads(last)["verdicts"]) == 3  # a whole line behind what was torn
     judges, third = opened(tmp_path)
     assert third(first) == found and not judges.asked
+
+
+def test_what_was_damaged_since_it_was_read_is_judged_again(tmp_path):
+    judges, verdicts = opened(tmp_path)
+    first = [answer(3, 4)]
+    found = verdicts(first)
+    path = tmp_path / FILE
+    path.write_text(path.read_text().replace("0.1", "0.x"))
+    assert len(verdicts(first)) == len(found) and len(judges.asked) == 2
+    assert verdicts(first) and len(judges.asked) == 2
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(StorageError, match=f"{FILE}: cannot be read: it is no regular file"):
+        opened(tmp_path)[1]([answer(3, 4)])
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).symlink_to("missing/file")
+    with pytest.raises(StorageError, match=f"{FILE}: cannot be written"):
+        opened(tmp_path)[1]([answer(3, 4)])
+
+
+def test_a_long_run_keeps_places_and_no_verdicts(tmp_path):
+    _, verdicts = opened(tmp_path)
+    many = [[answer(*range(3, 3 + size))] * 50 for size in range(1, 60)]
+    found = [verdicts(one) for one in many]
+    held = [len(words) for words in map(repr, vars(verdicts).values())]
+    assert sum(held) < (tmp_path / FILE).stat().st_size / 10
+    assert [verdicts(one) for one in many] == found
+    assert [opened(tmp_path)[1](one) for one in many[::20]] == found[::20]
