@@ -149,7 +149,8 @@ class ChatRenderer:
         shielded.variables.update(variables)
         if mark_end:
             shielded.messages[-1]["content"] += mark(len(shielded.stash))
-        for name in record.conversation.variables if record.conversation else ():
+        own = record.conversation.variables if record.conversation else ()
+        for name in (*own, *variables):
             if not self.template.mentions(name):
                 raise RenderError(
                     f"field `chat_template_kwargs`: the chat template knows no `{name[:40]}`"

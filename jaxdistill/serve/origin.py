@@ -1,13 +1,18 @@
 """Who may reach a server through a browser: pages of its own alone, by names that are its own."""
 
 import ipaddress
+import re
 import socket
-import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
 
+# What else a browser's address may hold, such as a user before an @, is no name.
+_HOST = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,253}))|\[(?P<address>[0-9A-Fa-f:.]{2,45})\])"
+    r"(?::[0-9]{1,5})?"
+)
 _NEAR = ("same-origin", "none")  # "none": typed into the address bar
 
 
@@ -43,10 +48,8 @@ def problem(headers: Headers, host_is_known: Callable[[str], bool]) -> str | Non
       host_is_known: tells whether the name by which the server was reached is one of its own.
     """
     host = headers.get("host", "")
-    try:
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        name = ""
+    found = _HOST.fullmatch(host)
+    name = (found["name"] or found["address"]) if found else ""
     if not host_is_known(name):
         return f"Host: this server does not answer to the name {name[:80]!r}"
     if headers.get("sec-fetch-site", "none") not in _NEAR:

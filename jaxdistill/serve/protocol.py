@@ -114,7 +114,7 @@ class Body(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Rules between fields."""
-        wrong = [name for name in self.logit_bias if not re.fullmatch("[0-9]{1,9}", name)]
+        wrong = [name for name in self.logit_bias if not re.fullmatch("0|[1-9][0-9]{0,8}", name)]
         if wrong:
             yield ("logit_bias",), f"{wrong[0][:40]!r} must be the id of a token"
         if self.stream and self.alternatives is not None:
@@ -202,14 +202,31 @@ def read(kind: type[B], given: Mapping[str, Any]) -> B:
 
 def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
     """The object without nulls, nor what is null or empty in its turns: clients send them back."""
-    made = {name: value for name, value in given.items() if value is not None}
-    options, turns = made.get("stream_options"), made.get("messages")
-    if isinstance(options, dict):
-        made["stream_options"] = {k: v for k, v in options.items() if v is not None}
+    made = _full(given)
+    for name in ("stream_options", "response_format", "logit_bias"):
+        if name in made:
+            made[name] = _full(made[name])
+    turns = made.get("messages")
     if isinstance(turns, list):
-        full = lambda turn: {k: v for k, v in turn.items() if v is not None and v != []}
-        made["messages"] = [full(turn) if isinstance(turn, dict) else turn for turn in turns]
+        made["messages"] = [_full_turn(turn) for turn in turns]
     return made
+
+
+def _full_turn(turn: Any) -> Any:
+    """A turn without what is null or empty in it, or null in the pieces of its content."""
+    if not isinstance(turn, dict):
+        return turn
+    made = {name: value for name, value in _full(turn).items() if value != []}
+    if isinstance(content := made.get("content"), list):
+        made["content"] = [_full(part) for part in content]
+    return made
+
+
+def _full(value: Any) -> Any:
+    """An object without its nulls; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def _words(kind: type[Body], error: Any) -> tuple[str, str]:
@@ -222,7 +239,8 @@ def _words(kind: type[Body], error: Any) -> tuple[str, str]:
     if error["type"] == "rules":
         return "", str(error["ctx"]["text"])
     if error["type"] == "extra_forbidden":
-        name = ".".join(str(part)[:60] for part in error["loc"])
+        inside = [part for part in error["loc"][:-1] if isinstance(part, int) or plain(part)]
+        name = ".".join(str(part)[:60] for part in (*inside, error["loc"][-1]))
         near = difflib.get_close_matches(str(error["loc"][-1]), kind.model_fields, 1)
         hint = f"did you mean {near[0]}?" if near and len(where) == 1 else "leave it out"
         return name, f"is not supported by this server: {hint}"

@@ -59,6 +59,18 @@ def test_names_that_a_stranger_may_own_are_not_answered_to(port, locked):
         ("localhost:1", 200),
         ("[::1]:8000", 200),
         ("[::1", 403),
+        ("evil.example@localhost", 403),
+        ("localhost@evil.example", 403),
+        ("localhost:1@evil.example", 403),
+        ("localhost/evil.example", 403),
+        ("localhost#evil.example", 403),
+        ("localhost?evil.example", 403),
+        ("localhost\\evil.example", 403),
+        ("localhost evil.example", 403),
+        ("localhost,evil.example", 403),
+        ("localhost:x", 403),
+        ("localhost:", 403),
+        (":80", 403),
         ("10.0.0.1", 403),
     ):
         request = HEALTH.replace(b"localhost", name.encode())

@@ -37,6 +37,9 @@ def _read(chat, change):
         (False, {"logprobs": 21}, "logprobs: 21 must be"),
         (False, {"logprobs": True}, "logprobs: True must be"),
         (False, {"logit_bias": {"x": 1.0}}, "logit_bias: 'x' must be the id of a token"),
+        (False, {"logit_bias": {"007": 1.0}}, "logit_bias: '007' must be the id of a token"),
+        (False, {"logit_bias": {"\u0661": 1.0}}, "must be the id of a token"),
+        (False, {"logit_bias": {"1\n": 1.0}}, "must be the id of a token"),
         (False, {"logit_bias": {"1": 101}}, "logit_bias.1: 101 must be"),
         (False, {"stream": True, "logprobs": 1}, "logprobs: do not come in a stream"),
         (False, {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs: do not come"),
@@ -52,6 +55,11 @@ def _read(chat, change):
         (True, {"messages": [{"content": "x"}]}, "messages.0.role: is missing"),
         (True, {"messages": [TURN | {"name": "me"}]}, "messages.0.name: is not supported"),
         (True, {"messages": [TURN | {"content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (
+            True,
+            {"messages": [TURN | {"content": [{"type": "text", "text": "x", "cache": 1}]}]},
+            "messages.0.content.0.cache: is not supported",
+        ),
         (True, {"messages": [TURN | {"tool_calls": [{}]}]}, "messages.0.tool_calls: is not supp"),
         (True, {"response_format": {"type": "json_object"}}, "response_format.type: 'json_object'"),
         (True, {"tools": [{"type": "function"}]}, "tools: a list of 1 "),
@@ -80,6 +88,12 @@ def test_null_is_absent_and_neutral_values_are_taken():
     body = _read(True, {"messages": [TURN, said, {"role": "user", "content": [
         {"type": "text", "text": "b"}, {"type": "text", "text": "c"}]}]})  # fmt: skip
     assert [turn.text for turn in body.messages] == ["x", "a", "bc"]
+    part = {"type": "text", "text": "b", "annotations": None, "cache_control": None}
+    body = _read(True, {"messages": [TURN | {"content": [part]}]})
+    assert [turn.text for turn in body.messages] == ["b"]
+    _read(True, {"response_format": {"type": "text", "json_schema": None}})
+    assert _read(False, {"logit_bias": {"5": None, "0": 1}}).biases == {0: 1.0}
+    assert _read(False, {"logit_bias": None}).biases == {}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,8 @@ def test_a_conversation_is_rendered_continued_and_keeps_text_text(served, talker
     assert tokens.count(talker.tokenizer.eos_token_id) == 1  # the template's own
     assert talker.tokenizer.decode(tokens) == "user:a<end>b<end>>"
     assert shown(messages=[TURN], chat_template_kwargs={"mood": "well"}) == "user:x<end>>well"
-    for name, value in (("mood", "<end>"), ("eos_token", "x"), ("messages", [])):
+    unknown = ("mod", 1), ("a" * 99, 1)
+    for name, value in (("mood", "<end>"), ("eos_token", "x"), ("messages", []), *unknown):
         with pytest.raises(DataError, match="chat_template_kwargs|not the client's to set"):
             read(messages=[TURN], chat_template_kwargs={name: value})
     said = {"role": "assistant", "content": "So<end> "}
