@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxdistill import methods
-from jaxdistill.config.rollout import AHEAD_BYTES
+from jaxdistill.config.rollout import AHEAD_BYTES, PromptSource
 from jaxdistill.drawing import FILTERS
 from jaxdistill.section import NAME_PATTERN, Count, Problem, Section, Size
 
@@ -36,6 +36,20 @@ class Verifier(Section):
                 return
         if told := scorers.check(self.verifier, self.options):
             yield ("options",), told
+
+
+class HeldOutQuestions(Section):
+    """Questions that nobody trains on, asked at each evaluation."""
+
+    prompts: Annotated[
+        tuple[PromptSource, ...], Field(min_length=1, max_length=1000, strict=False)
+    ] = Field(description="Files of prompts with their answers, as data.prompts.")
+    samples: Annotated[int, Field(ge=1, le=1024)] = Field(
+        8, description="Answers to each, k of eval/pass_at_k and eval/maj_at_k."
+    )
+    limit: Annotated[int, Field(ge=1, le=10**5)] = Field(
+        64, description="Questions at most; the first ones."
+    )
 
 
 class Reward(Section):
@@ -79,11 +93,20 @@ class Reward(Section):
     workers: Annotated[int, Field(ge=1, le=256)] = Field(
         2, description="Processes that judge, for each kind of verifier."
     )
+    held_out: HeldOutQuestions | None = Field(
+        None,
+        description="Questions that are asked at each evaluation: how often the first verifier "
+        "gives 1 (pass@k), and how often the most frequent answer is right (maj@k).",
+    )
 
 
 def problems(config: Any) -> Iterator[Problem]:
     """What is wrong between `reward` and the other sections of a `Config`."""
     reward, rollout, name = config.reward, config.rollout, config.method.name
+    best = config.checkpoint.best_metric
+    if best in ("eval/pass_at_1", "eval/reward_mean") and not (reward and reward.held_out):
+        rule = "is measured on reward.held_out, and there is none: add it, or use eval/loss"
+        yield ("checkpoint", "best_metric"), rule
     if not methods.of(config.method).rewards:
         if reward is not None:
             yield ("reward",), f"has no effect with method {name}: remove it, or use grpo"

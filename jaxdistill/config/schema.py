@@ -117,6 +117,8 @@ BestMetric = Literal[
     "eval/bits_per_byte",
     "eval/kl_t1",
     "eval/agree_top1",
+    "eval/pass_at_1",
+    "eval/reward_mean",
 ]
 
 
@@ -135,7 +137,8 @@ class Checkpoint(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Rules: the better end of the metric."""
-        mode = "max" if self.best_metric == "eval/agree_top1" else "min"
+        large = ("eval/agree_top1", "eval/pass_at_1", "eval/reward_mean")
+        mode = "max" if self.best_metric in large else "min"
         if self.mode != mode:
             yield ("mode",), f"{self.best_metric} is best at its {mode}: use {mode}"
 

@@ -51,6 +51,10 @@ class Feed(abc.ABC):
     def evaluated(self, row: int, metrics: Mapping[str, float]) -> None:  # noqa: B027
         """Hears how the state measures whose next step is at a row."""
 
+    def measure(self, state: Any) -> Mapping[str, float]:
+        """What the feed measures of a state at an evaluation, beside the held-out rows."""
+        return {}
+
     def numbers(self, span: Span) -> Mapping[str, float]:
         """What the record of the step that learned from these rows says of its text."""
         return {}

@@ -120,8 +120,15 @@ def check(train: Dataset, held_out: Dataset) -> None:
     _judge(shared, len(theirs), "records", "data.train")
 
 
-def check_prompts(prompts: Iterable[Source], held_out: Iterable[Source]) -> None:
+def check_prompts(
+    prompts: Iterable[Source], held_out: Iterable[Source], name: str = "data.eval"
+) -> None:
     """Compares what is asked in the two; warns of questions that are in both.
+
+    Args:
+      prompts: that are trained on.
+      held_out: that are not.
+      name: the key of the latter.
 
     Raises:
       DataError: if more than MAX_SHARED of the held-out questions are among the prompts.
@@ -129,7 +136,7 @@ def check_prompts(prompts: Iterable[Source], held_out: Iterable[Source]) -> None
     asked = {_asked(record) for source in prompts for record in _good(source)}
     theirs = [_asked(record) for source in held_out for record in _good(source)]
     theirs = [one for one in theirs if one is not None]
-    _judge(sum(one in asked for one in theirs), len(theirs), "questions", "data.prompts")
+    _judge(sum(one in asked for one in theirs), len(theirs), "questions", "data.prompts", name)
 
 
 def _good(source: Source) -> Iterator[Record]:
@@ -147,7 +154,7 @@ def _asked(record: Record) -> bytes | None:
     return hashlib.blake2b(said.encode(), digest_size=8).digest() if said else None
 
 
-def _judge(shared: int, total: int, what: str, where: str) -> None:
+def _judge(shared: int, total: int, what: str, where: str, name: str = "data.eval") -> None:
     """Refuses or tells what is in both.
 
     Raises:
@@ -156,7 +163,7 @@ def _judge(shared: int, total: int, what: str, where: str) -> None:
     if not shared:
         return
     told = (
-        f"data.eval: {shared} of {total} {what} are in {where} too (blanks, line ends "
+        f"{name}: {shared} of {total} {what} are in {where} too (blanks, line ends "
         "and the shape of a record do not count)"
     )
     if shared > MAX_SHARED * total:

@@ -62,6 +62,13 @@ class Prompts:
         """Records that were found, those that are not asked among them."""
         return len(self) + sum(self.counts.values())
 
+    def first(self, count: int) -> "Prompts":
+        """The first of them alone; which these are is part of what they are."""
+        if count >= len(self):
+            return self
+        digest = hashlib.sha256(f"{self.fingerprint} {count}".encode()).hexdigest()
+        return dataclasses.replace(self, prompts=self.prompts[:count], fingerprint=digest)
+
     @functools.cached_property
     def _orders(self) -> dict[int, Any]:
         return {}
@@ -101,6 +108,7 @@ def read(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
+    key: str = "data.prompts",
 ) -> Prompts:
     """Reads and tokenises prompts.
 
@@ -117,6 +125,7 @@ def read(
       template_kwargs: what the template is given besides.
       special_tokens: `text`: special tokens written in a text stay text; `parse`: they become
         special tokens.
+      key: of the configuration, that messages begin with.
 
     Raises:
       DataError: if no prompt can be asked, or too many records are unusable.
@@ -140,7 +149,7 @@ def read(
                 counts[quarantine.why(made)] += 1
                 if on_bad_record == "fail":
                     quarantine.stop_at(left_out[-1])
-    _check(counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
+    _check(key, counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
     content = {
         "version": _VERSION,
         "sources": [source.digest() for source in sources],
@@ -154,7 +163,12 @@ def read(
 
 
 def _check(
-    counts: Mapping[str, int], found: int, reasons: Sequence[str], allowed: float, longest: int
+    key: str,
+    counts: Mapping[str, int],
+    found: int,
+    reasons: Sequence[str],
+    allowed: float,
+    longest: int,
 ) -> None:
     """Says what is left out, and refuses where too little is left.
 
@@ -164,16 +178,16 @@ def _check(
     records = found + sum(counts.values())
     if not found:
         told = f"none of the {records} records can be asked: {'; '.join(reasons)}"
-        raise DataError(f"data.prompts: {told if records else 'the files hold no record'}")
+        raise DataError(f"{key}: {told if records else 'the files hold no record'}")
     broken = counts[quarantine.BROKEN]
-    quarantine.check_share("data.prompts", broken, records, allowed, reasons)
+    quarantine.check_share(key, broken, records, allowed, reasons)
     for why, words in (
         ("too_long", f"are longer than {longest} tokens, leave no room for an answer"),
         ("empty", "are empty"),
         ("unlearned", "are marked as not learned"),
     ):
         if counts[why]:
-            _log.warning("data.prompts: %d of %d records %s: left out", counts[why], records, words)
+            _log.warning("%s: %d of %d records %s: left out", key, counts[why], records, words)
 
 
 class _Encoder:

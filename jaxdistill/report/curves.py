@@ -1,6 +1,7 @@
 """Which pictures a report shows, as plain data: panels, charts and lines."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ _NAMES = {
     "eval/perplexity": "perplexity",
     "eval/kl_t1": "KL to the teacher",
     "eval/agree_top1": "top-1",
+    "eval/reward_mean": "reward",
+    "reward/mean": "reward",
 }
 
 
@@ -157,6 +160,7 @@ def _of_one(run: RunFiles) -> list[Panel]:
         _distance(run),
         _agreement(run),
         _perplexity(run),
+        _rewards(run),
         _knobs(run),
         _optimizer(run),
         _entropy(run),
@@ -268,6 +272,16 @@ def _perplexity(run: RunFiles) -> Panel:
             level = np.full(2, float(value))
             lines.append(Line(row["name"], steps, level, levels[row["name"]], "level"))
     return Panel("Perplexity on held-out text", (Chart(tuple(lines)),))
+
+
+def _rewards(run: RunFiles) -> Panel:
+    """What answers earned in training and on held-out questions, and how often these are right."""
+    earned = (*_lines(run, ["reward/mean"], "noisy"), *_held_out(run, "eval/reward_mean", 1))
+    shares = [n for n in _recorded(run, "eval") if re.match("eval/(pass|maj)_at_", n)]
+    right = Chart(
+        tuple(_lines(run, shares, "dots", percent=True)), "held-out questions", percent=True
+    )
+    return Panel("Rewards", (Chart(earned, "mean reward of an answer"), right))
 
 
 def _knobs(run: RunFiles) -> Panel:

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxdistill.reasoning.judging import REASONS, Verdict
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.feed import UNREAD
+from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import ORIGINS, STUDENT, Batch, Span
@@ -141,6 +143,7 @@ class RewardedFeed(Feed):
       rows: number of rows of a global batch -> which of them this process wants.
       left_out: the ranges of rows that no batch holds, as they are now.
       recalled: updates that a rerun may go back to.
+      questions: that are asked at each evaluation, or None.
     """
 
     def __init__(
@@ -157,11 +160,12 @@ class RewardedFeed(Feed):
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
         recalled: int,
+        questions: Questions | None = None,
     ):
         self.plan, self._prompts, self._writer, self._judge = plan, prompts, writer, judge
         self._params_of, self._old_of, self._shape = params_of, old_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
-        self._left_out, self._recalled = left_out, recalled
+        self._left_out, self._recalled, self._questions = left_out, recalled, questions
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -184,6 +188,12 @@ class RewardedFeed(Feed):
         if first != following and first in self._drawn:
             drawn = [{"first": first, **self._drawn[first].packed()}]
         return {META: {"flat": self._flat_now, "drawn": drawn}}
+
+    def measure(self, state: Any) -> Mapping[str, float]:
+        """How often the student is right on held-out questions, where there are some."""
+        if self._questions is None:
+            return {}
+        return self._questions.measure(self._params_of(state), int(state.step))
 
     def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its answers and rewards."""
@@ -239,7 +249,7 @@ class RewardedFeed(Feed):
 
     def _draw(self, first: int, step: int, params: Any) -> bool:
         """Draws and judges the answers of an update and those after it; False: to stop."""
-        plan, seconds, written = self.plan, 0.0, 0
+        plan, seconds, written, judging = self.plan, 0.0, 0, 0.0
         places = plan.places(first)
         groups: dict[int, tuple[list[Answer], list[Verdict]]] = {}
         asked, stood_in, flat = dict(zip(places, places, strict=True)), 0, places
@@ -252,7 +262,9 @@ class RewardedFeed(Feed):
             written += sum(len(one.tokens) for one in answers)
             by_place = {place: [a for a in answers if a.place == place] for place in prompts}
             ordered = [answer for place in asked.values() for answer in by_place[place]]
+            began = time.perf_counter()
             verdicts = self._judge(ordered)
+            judging += time.perf_counter() - began
             for number, place in enumerate(asked):
                 part = slice(number * plan.samples, (number + 1) * plan.samples)
                 groups[place] = ordered[part], verdicts[part]
@@ -270,6 +282,7 @@ class RewardedFeed(Feed):
         )
         self._took = {
             "perf/rollout_seconds": seconds,
+            "perf/judging_seconds": judging,
             "perf/rollout_tokens_per_second": written / max(seconds, 1e-9),
         }
         if self._flat_now >= plan.patience:

@@ -22,6 +22,7 @@ def feed_of(
     *,
     dataset: Dataset | None,
     prompts: Prompts | None,
+    questions: Prompts | None,
     folder: pathlib.Path,
     params_of: Callable[[Any], Any],
     left_out: Callable[[], Sequence[tuple[int, int]]],
@@ -36,6 +37,7 @@ def feed_of(
       mesh: of all devices.
       dataset: the rows of data.train, or None.
       prompts: what the student answers, or None.
+      questions: held-out ones, or None.
       folder: of the training.
       params_of: state -> the student's parameters, adapters in place.
       left_out: rows that no batch holds, as they are now.
@@ -61,6 +63,7 @@ def feed_of(
             models,
             prompts,
             mesh,
+            questions=questions,
             head=config.method.head(setup.facts_of(config, models)),
             folder=folder,
             params_of=params_of,

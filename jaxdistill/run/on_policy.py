@@ -74,15 +74,16 @@ def writer_of(
     mesh: Mesh,
     stop: Callable[[], bool] = lambda: False,
     hooks: Hooks = NO_HOOKS,
+    samples: int | None = None,
 ) -> Writer:
-    """Who answers the prompts of a run."""
+    """Who answers the prompts of a run; `samples` to each, or as many as it trains on."""
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
     return Writer(
         models.student.config,
         vocab=models.vocab,
         tokenizer=models.tokenizer,
-        sampling=_sampling_of(config),
+        sampling=_sampling_of(config, samples),
         slots=rollout.slots_on(_parts(mesh)),
         longest=max(len(prompt.tokens) for prompt in prompts.prompts),
         compute_dtype=jnp.dtype(student.compute_dtype),
@@ -93,11 +94,11 @@ def writer_of(
     )
 
 
-def _sampling_of(config: Config) -> Sampling:
+def _sampling_of(config: Config, samples: int | None = None) -> Sampling:
     rollout = config.rollout
     assert rollout is not None, "only asked for where there are rollouts"
     return Sampling(
-        samples=rollout.samples,
+        samples=rollout.samples if samples is None else samples,
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_k=rollout.top_k,

@@ -9,18 +9,23 @@ from jax.sharding import Mesh
 
 from jaxdistill import methods
 from jaxdistill.config import Config
+from jaxdistill.config.reward import Verifier
 from jaxdistill.data import encode
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import judging, scorers
 from jaxdistill.reasoning.judging import Judges, Part
 from jaxdistill.rollouts import difference, old
+from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
 from jaxdistill.run import on_policy, participants
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
+
+_VOTING = {name: name for name in ("number", "choice", "yes_no", "expression")}
+_VOTING["numeric"] = "number"
 
 
 def check(config: Config, prompts: Prompts, functions: Mapping[str, Any]) -> None:
@@ -83,6 +88,7 @@ def feed_of(
     prompts: Prompts,
     mesh: Mesh,
     *,
+    questions: Prompts | None,
     head: methods.Head,
     folder: pathlib.Path,
     params_of: Callable[[Any], Any],
@@ -97,6 +103,7 @@ def feed_of(
       models: who takes part.
       prompts: what is answered.
       mesh: of all devices.
+      questions: held-out ones, or None.
       head: how the method computes the student's head.
       folder: of the training, where verdicts are written down.
       params_of: state -> the student's parameters, adapters in place.
@@ -120,11 +127,18 @@ def feed_of(
         seconds=reward.seconds,
         functions=hooks.verifiers,
     )
+    verdicts = Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config)))
+    asked = None
+    if questions is not None and reward.held_out is not None:
+        samples, decode = reward.held_out.samples, models.tokenizer.decode
+        writer = on_policy.writer_of(config, models, questions, mesh, samples=samples)
+        kind = _kind(reward.verifiers[0])
+        asked = Questions(questions, writer, verdicts, decode, samples=samples, kind=kind)
     return RewardedFeed(
         plan_of(config),
         prompts,
         on_policy.writer_of(config, models, prompts, mesh, stop, hooks),
-        Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config))),
+        verdicts,
         params_of=params_of,
         old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
         shape={
@@ -137,4 +151,12 @@ def feed_of(
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         recalled=config.guards.nonfinite.recalled,
+        questions=asked,
     )
+
+
+def _kind(verifier: Verifier) -> str | None:
+    """The kind of the final answers that vote; None: the verifier compares no such answers."""
+    if verifier.verifier == "exact":
+        return str(verifier.options.get("kind", "text"))
+    return _VOTING.get(verifier.verifier)

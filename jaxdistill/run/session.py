@@ -294,7 +294,7 @@ class _Session:
         )
         self.method = setup.method_of(config, self.models)
         self.plain, self.taught = data.get("train"), inputs.taught.get("train")
-        self.prompts = inputs.prompts
+        self.prompts, self.questions = inputs.prompts, inputs.questions
         held_out = HeldOut(
             inputs.taught["eval"],
             config.eval.batch_size,
@@ -406,6 +406,7 @@ class _Session:
             mesh=self.mesh,
             dataset=self.plain if method.stored is None else self.taught,
             prompts=self.prompts,
+            questions=self.questions,
             hooks=self.run.hooks,
             callbacks=self.told,
             table=self.table,

@@ -27,6 +27,7 @@ class Inputs:
       data: the training and the held-out rows.
       taught: the same with what a stored teacher said of them, where there is one.
       prompts: what the student answers, where it writes.
+      questions: held-out ones, of which its rewards are measured.
     """
 
     mesh: Mesh
@@ -34,12 +35,13 @@ class Inputs:
     data: Mapping[str, Dataset]
     taught: Mapping[str, Dataset]
     prompts: Prompts | None = None
+    questions: Prompts | None = None
 
     @property
     def texts(self) -> dict[str, Text]:
         """All that the run reads, by its name in the section `data`."""
-        asked: dict[str, Text] = {} if self.prompts is None else {"prompts": self.prompts}
-        return {**self.data, **asked}
+        asked = {"prompts": self.prompts, "questions": self.questions}
+        return {**self.data, **{name: one for name, one in asked.items() if one is not None}}
 
 
 def read(
@@ -65,24 +67,29 @@ def read(
     stored, taught = models.stored, data
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
-    prompts = agree.together(lambda: _prompts(config, models, mesh, verifiers))
-    return Inputs(mesh, models, data, taught, prompts)
+    prompts, questions = agree.together(lambda: _prompts(config, models, mesh, verifiers))
+    return Inputs(mesh, models, data, taught, prompts, questions)
 
 
 def _prompts(
     config: Config, models: participants.Models, mesh: Mesh, verifiers: Mapping[str, Any]
-) -> Prompts | None:
-    """What the student answers, once it can; None where it does not write."""
+) -> tuple[Prompts | None, Prompts | None]:
+    """What the student answers, once it can, and held-out questions; None where there are none."""
     if config.rollout is None:
         if verifiers:
             raise ConfigError(f"verifiers = {', '.join(verifiers)}: there is no section reward")
-        return None
-    prompts = texts.prompts_of(
-        config.data,
-        config.data.seq_len - config.rollout.max_new_tokens,
-        models.tokenizer,
-        network=config.security.allow_network,
-    )
+        return None, None
+    room = config.data.seq_len - config.rollout.max_new_tokens
+    network = config.security.allow_network
+    prompts = texts.prompts_of(config.data, room, models.tokenizer, network=network)
     on_policy.check(config, models, prompts, mesh)
     rewarded.check(config, prompts, verifiers)
-    return prompts
+    if config.reward is None or (held_out := config.reward.held_out) is None:
+        return prompts, None
+    questions = texts.prompts_of(
+        config.data, room, models.tokenizer, network=network, questions=held_out.prompts
+    )
+    questions = questions.first(held_out.limit)
+    on_policy.check(config, models, questions, mesh)
+    rewarded.check(config, questions, verifiers)
+    return prompts, questions

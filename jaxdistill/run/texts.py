@@ -1,10 +1,11 @@
 """The texts of a run: rows to learn from, held-out rows, and prompts that the student answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill import methods
 from jaxdistill.config.data import Data
+from jaxdistill.config.rollout import PromptSource
 from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.records import PAIRS
@@ -95,18 +96,24 @@ def check_kinds(method: methods.Options, data: Mapping[str, Dataset]) -> None:
 
 
 def prompts_of(
-    data: Data, longest: int, tokenizer: Any, *, network: bool = False
+    data: Data,
+    longest: int,
+    tokenizer: Any,
+    *,
+    network: bool = False,
+    questions: Sequence[PromptSource] = (),
 ) -> prompts.Prompts:
-    """What the student answers.
+    """What the student answers: data.prompts, or the held-out questions that are given.
 
     Args:
       data: the options of the data.
       longest: the most tokens of a prompt.
       tokenizer: of the run.
       network: whether sources may be downloaded.
+      questions: of reward.held_out; none: data.prompts.
 
     Raises:
-      DataError, ModelError: as `prompts.read`, or if held-out questions are asked.
+      DataError, ModelError: as `prompts.read`, or if held-out questions are trained on.
     """
     options = data.model_dump(
         include={"on_bad_record", "max_bad_fraction", "special_tokens", "template_kwargs"}
@@ -114,12 +121,13 @@ def prompts_of(
     if data.chat_template is not None:
         options["chat_template"] = read_template(data.chat_template)
     asked = [open_source(one.path, "prompts", allow_network=network) for one in data.prompts]
+    if questions:
+        theirs = [open_source(one.path, "prompts", allow_network=network) for one in questions]
+        held_out.check_prompts(asked, theirs, "reward.held_out")
+        return prompts.read(
+            theirs, tokenizer, longest=longest, key="reward.held_out.prompts", **options
+        )
     held_out.check_prompts(
         asked, [open_source(one.path, one.format, allow_network=network) for one in data.eval_files]
     )
-    return prompts.read(
-        asked,
-        tokenizer,
-        longest=longest,
-        **options,
-    )
+    return prompts.read(asked, tokenizer, longest=longest, **options)

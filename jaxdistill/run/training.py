@@ -48,6 +48,7 @@ class Training:
       mesh: of all devices.
       dataset: the rows to learn from; None where the student writes all its text.
       prompts: what the student answers; None where it learns from the data set alone.
+      questions: held-out ones, of which its rewards are measured; or None.
       hooks: what the caller handed in.
       callbacks: hear every number; the control's names begin with `callbacks.CONTROL`.
       table: measures the student, and lets it speak.
@@ -64,6 +65,7 @@ class Training:
     mesh: Mesh
     dataset: Dataset | None
     prompts: Prompts | None
+    questions: Prompts | None
     hooks: Hooks
     callbacks: Broadcast
     table: run_table.RunTable
@@ -180,7 +182,7 @@ class Training:
         teacher_params = setup.teacher_params_of(self.models, self.method)
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
-            latest.update(self.table.evaluate(state))
+            latest.update({**self.table.evaluate(state), **feed.measure(state)})
             if self.main:
                 self.table.write_samples(number, state, writer)
             return dict(latest)
@@ -253,6 +255,7 @@ class Training:
             self.mesh,
             dataset=self.dataset,
             prompts=self.prompts,
+            questions=self.questions,
             folder=self.folder,
             params_of=self.table.student_params,
             left_out=lambda: guard.left_out,

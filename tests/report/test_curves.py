@@ -142,3 +142,19 @@ def test_several_runs_lie_over_each_other():
     assert [(line.label, line.number) for line in loss.lines] == [("a", "1.000"), ("b", "2.000")]
     assert loss.lines[0].colour != loss.lines[1].colour
     assert loss.end == 9
+
+
+def test_rewards_and_shares_of_right_answers_have_a_picture():
+    records = [
+        {"step": 1, "reward/mean": 0.1},
+        {"step": 2, "reward/mean": 0.3, "eval/pass_at_1": 0.25, "eval/pass_at_8": 0.5},
+        {"step": 2, "eval/maj_at_8": 0.375, "eval/reward_mean": 0.2, "eval/questions": 8.0},
+    ]
+    earned, right = panel([run(records)], "Rewards").charts
+    assert [line.label for line in earned.lines] == ["reward", "reward, held-out"]
+    assert {line.label: line.values.tolist() for line in right.lines} == {
+        "maj at 8": [0.375],
+        "pass at 1": [0.25],
+        "pass at 8": [0.5],
+    }
+    assert panel([run([{"step": 1, "loss/total": 1.0}])], "Rewards") is None

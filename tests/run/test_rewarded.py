@@ -9,6 +9,7 @@ from jaxdistill import api
 from jaxdistill.errors import ConfigError, DataError, DivergedError
 from jaxdistill.report import read_metrics
 from tests.run.test_on_policy import Lost, numbers, same
+from tests.run.test_session import arrays
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
 SIZES = "share: 1.0, prompts_per_step: 2, samples: 4, max_new_tokens: 4"
@@ -133,6 +134,49 @@ def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
     )
 
 
+def exam(tmp_path, *numbers):
+    path = tmp_path / "held_out.jsonl"
+    lines = [json.dumps({"prompt": f"{n}=", "answer": f"{n}"}) for n in numbers]
+    path.write_text("\n".join(lines) + "\n")
+    return f"held_out: {{prompts: [{{path: {path}}}], samples: 3, limit: 2}}"
+
+
+def test_held_out_questions_are_asked_at_each_evaluation(load, tmp_path):
+    """Against what the verifier was asked: two questions of three, three answers to each."""
+    asked = []
+
+    def judge(prompt, answer, record):
+        if record["answer"] in ("11", "12", "13"):
+            asked.append((prompt, answer))
+            return float(len(asked) % 3 == 1)
+        return lowercase(prompt, answer, record)
+
+    run(load(tmp_path, exam(tmp_path, 11, 12, 13)), judge)
+    evaluated = [one for one in read_metrics(tmp_path / "run") if "eval/pass_at_1" in one]
+    assert [one["step"] for one in evaluated] == [3, 6]
+    assert len(asked) == 12 and {prompt for prompt, _ in asked} == {"11=", "12="}
+    for one in evaluated:
+        assert one["eval/questions"] == 2
+        assert one["eval/pass_at_1"] == pytest.approx(1 / 3)
+        assert one["eval/reward_mean"] == pytest.approx(1 / 3)
+        assert one["eval/pass_at_3"] == 1
+        assert "eval/maj_at_3" not in one  # of a function nobody knows what is an answer
+
+
+def test_held_out_questions_change_nothing_that_is_trained(three, load, tmp_path):
+    """The best checkpoint is chosen by them here, which changes no bit either."""
+    best = "checkpoint={every: {steps: 3}, best_metric: eval/pass_at_1, mode: max}"
+    run(load(tmp_path, f"updates: 2, resample: 1, {exam(tmp_path, 11, 12)}", best))
+    ours, theirs = arrays(tmp_path / "run", 6), arrays(three, 6)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_held_out_questions_are_not_trained_on(load, tmp_path):
+    with pytest.raises(DataError, match="reward.held_out: 1 of 2 questions are in data.prompts"):
+        run(load(tmp_path, exam(tmp_path, 3, 12)))
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
@@ -147,6 +191,11 @@ def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
         (["rollout.max_age=1"], ConfigError, "reward.updates for more updates"),
         (["student.lora={rank: 2, dropout: 0.1}"], ConfigError, "other probabilities"),
         (["reward=null"], ConfigError, "say who judges"),
+        (
+            ["checkpoint={best_metric: eval/pass_at_1, mode: max}"],
+            ConfigError,
+            "measured on reward.held_out",
+        ),
         (["rollout=null", "data.prompts=[]"], ConfigError, "add rollout"),
         (["reward={verifiers: [{verifier: poem}]}"], ConfigError, "neither one of"),
         (["reward={verifiers: [{verifier: number}]}"], ConfigError, "not named in reward"),
