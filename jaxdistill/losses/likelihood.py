@@ -64,7 +64,7 @@ def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
     Raises:
       ConfigError: if the shapes do not fit.
     """
-    logits, tokens = jnp.asarray(logits), jnp.asarray(tokens)
+    logits, tokens = jnp.asarray(logits), checks.indices("tokens", tokens)
     if tokens.ndim != logits.ndim or tokens.shape[:-1] != logits.shape[:-1]:
         return -cross_entropy(logits, tokens)
     return -jnp.stack([cross_entropy(logits, one) for one in jnp.moveaxis(tokens, -1, 0)], axis=-1)
@@ -102,7 +102,7 @@ def masked_mean(values: ArrayLike, mask: ArrayLike) -> Mean:
 
 
 def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits, labels = jnp.asarray(logits), checks.indices("labels", labels)
     if logits.shape[:-1] != labels.shape or logits.ndim == 0:
         raise ConfigError(
             f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit: they must be "

@@ -292,6 +292,7 @@ def test_no_buffer_of_tokens_times_vocabulary():
         ({"other_columns": "drop"}, "must be one of mask, bucket"),
         ({"taid_t": 0.5}, "named kind"),
         ({"student_columns": []}, "one or more columns"),
+        ({"student_columns": [3], "teacher_columns": [3]}, "0 for any student"),
     ],
 )
 def test_bad_input_is_named(change, words):

@@ -62,6 +62,8 @@ def test_ids_beyond_int32_are_outside_the_vocabulary(beyond):
         linear_logprobs(hidden, head, sets=[np.array([1, beyond], np.uint64)])
     labels = np.array([1, beyond, 2, 3, 4, 5], np.uint64)
     assert np.isnan(linear_divergence(hidden, head, labels=labels, alpha=1.0)[0])
+    for plain in (losses.cross_entropy, losses.token_log_probability):
+        np.testing.assert_array_equal(np.isnan(plain(hidden @ head.T, labels)), [0, 1, 0, 0, 0, 0])
     none = np.int64(-(2**32) + 5)  # below int32 it is none, not token 5
     said = linear_logprobs(hidden, head, np.full(N, none))
     np.testing.assert_array_equal(said.logprobs, 0.0)

@@ -144,6 +144,13 @@ def test_the_generalised_kl_has_the_oracles_values(ids, reverse, value, slope):
     np.testing.assert_allclose(given, losses.topk_kl(STUDENT, ids, logprobs), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("tail", "value"), [("drop", 0.537951), ("ghost", 0.303059)])
+def test_the_forward_kl_has_the_oracles_values(tail, value):
+    ids = jnp.array([1, 3])
+    logprobs = jax.nn.log_softmax(TEACHER)[ids]
+    np.testing.assert_allclose(losses.topk_kl(STUDENT, ids, logprobs, tail=tail), value, atol=1e-6)
+
+
 def test_sub_measures_that_a_truncated_kl_would_put_below_zero():
     student = jnp.log(jnp.array([0.30, 0.25, 0.45]))
     ids, logprobs = jnp.array([0, 1]), jnp.log(jnp.array([0.02, 0.01]))

@@ -129,6 +129,11 @@ def pair(
             f"student_columns {list(columns.student.shape)} and teacher_columns "
             f"{list(columns.teacher.shape)}: entry i of both is one token, so their lengths agree"
         )
+    if columns.student.size == 1 and others == "mask":
+        raise ConfigError(
+            "student_columns [1] with other_columns = mask: one column alone has all of the mass, "
+            "so its divergence is 0 for any student; list more, or bucket"
+        )
     first = columns.student
     if isinstance(first, jax.core.Tracer):
         none = (columns.student < 0) | (columns.teacher < 0)

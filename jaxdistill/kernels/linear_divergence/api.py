@@ -90,8 +90,8 @@ def linear_divergence(
         either model, and holds the [chunk, C] slopes of all: with C near V that is as much as the
         chunk's logits on one device. The default `chunk` counts them; a smaller one takes less.
       teacher_columns: int [C], the teacher's rows of the same tokens, each once.
-      other_columns: "mask" compares distributions over the C alone; "bucket" keeps the mass of all
-        others as one more entry of either side.
+      other_columns: "mask" compares distributions over the C alone, two or more; "bucket" keeps the
+        mass of all others as one more entry of either side.
       labels: int [N], the token each position predicts; None leaves cross-entropy out (alpha must
         then be 0). A label of -100 gives its token the weight 0, in every sum and count. Any other
         counted label that is no row of the heads makes the loss NaN.
