@@ -127,10 +127,35 @@ class Prune(Sizes):
         description="Budget instead of sizes: the time for a token of one row, measured here, 12ms "
         "or 60%.",
     )
+    sparsity: Annotated[str, Flag(metavar="2:4|SHARE")] | None = Field(
+        None,
+        pattern=r"^(2:4|[0-9]{1,2}(\.[0-9]+)?%)$",
+        description="Make weights 0, and leave sizes: 2:4, two of every four along the input "
+        "dimension, or a share such as 50% of any; by |w|, or with scores by |w| |x| (Wanda).",
+    )
+    scope: Literal["output", "layer", "global"] = Field(
+        "layer", description="Of sparsity: compare the weights of an output, a matrix, or all."
+    )
     importance: Annotated[Path, Flag(metavar="FILE")] | None = Field(
         None, description="Scores that `jaxdistill importance` measured before, for any size."
     )
     dtype: Dtype | None = Field(None, description="Of the written weights; none: the model's.")
+
+    def problems(self) -> Iterator[Problem]:
+        """Rules: sizes, one budget, or sparsity; no setting without effect."""
+        if self.sparsity is None:
+            yield from super().problems()
+            if self.scope != "layer":
+                yield ("scope",), "has no effect without sparsity: remove it"
+            return
+        given = ", ".join([*self.sizes(), *self.budgets()])
+        if given:
+            yield ("sparsity",), f"leaves sizes as they are: prune them first, or remove {given}"
+        if self.sparsity != "2:4" and not 0 < float(self.sparsity[:-1]) < 100:
+            yield ("sparsity",), "must be 2:4, or a share above 0% and below 100%"
+        for name in ("axes", "by"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                yield (name,), "has no effect with sparsity: remove it"
 
 
 class Quantize(Section):

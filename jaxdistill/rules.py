@@ -24,6 +24,11 @@ def batches(
         yield ("eval", "batch_size"), f"must be a multiple of {sizes}"
 
 
+def moment(given: int | float, steps: int) -> int:
+    """The step, or update, that a `section.Moment` stands for in a run of so many."""
+    return given if isinstance(given, int) else round(given * steps)
+
+
 def row_length(seq_len: int, who: str, longest: int) -> Iterator[ConfigError]:
     """Rows are no longer than a model was made for."""
     if seq_len > longest:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 Problem = tuple[tuple[str | int, ...], str]
@@ -17,6 +17,12 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Size = Annotated[int, Field(ge=1, le=10**7)]
 Budget = Annotated[str, Field(max_length=20)]
 Dtype = Literal["float32", "bfloat16"]
+# A step of a run: its number, or a fraction of all steps. `rules.moment` makes a number of it.
+Moment = Annotated[
+    Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
+    | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
+    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),
+]
 
 
 @dataclass(frozen=True)

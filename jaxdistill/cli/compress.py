@@ -33,6 +33,11 @@ def prune(arguments: argparse.Namespace) -> None:
         note = api.pruning_note(folder)
     if arguments.json:
         return print_json({"folder": folder, **note})
+    if sparsity := note.get("sparsity"):
+        zeros = f"{note['zeros']:.2%} of its layers' weights are 0"
+        print(f"wrote {folder}: {sparsity} by {note['by']}: {zeros}")
+        print("the files are dense: the package compressed-tensors reads no sparse format any more")
+        return None
     before, after = note["parameters"]
     print(f"wrote {folder}: {after:,} of {before:,} parameters ({after / before:.1%})")
     print(f"layers kept: {', '.join(map(str, note['layers']))}")

@@ -48,6 +48,8 @@ def sums(config: DecoderConfig, dtype: DTypeLike, params: Any, batch: Batch) -> 
       channels: [layers, 2, D] square of what attention and the MLP read.
       shares.NORM: [layers, units], and of the final norm [units], sum over tokens of
         x ** 2 / mean(x ** 2) before it.
+      inputs.NAME: [layers, units] sum over tokens of x ** 2 of what projections read: attention,
+        out, mlp, down; of every expert's, the last two are [layers, X, units], over its tokens.
       cosines: [layers + 1, layers + 1] sum over tokens of cos(x_i, x_j) of the hidden states
         between the layers; the embeddings are x_0.
       experts: [layers, X] sum over the tokens that pass an expert of its share times the L2 norm
@@ -65,6 +67,10 @@ def sums(config: DecoderConfig, dtype: DTypeLike, params: Any, batch: Batch) -> 
         mean_BK = jnp.einsum("BL,BLK->BK", weights_BL, jnp.abs(whole(x).astype(jnp.float32)))
         return jnp.sum(jnp.square(mean_BK), axis=0)
 
+    def energy(x: Array) -> Array:
+        real_BL1 = real_BL[..., None].astype(jnp.float32)
+        return jnp.sum(real_BL1 * jnp.square(whole(x).astype(jnp.float32)), axis=(0, 1))
+
     def share(x: Array) -> Array:
         squares_BLK = jnp.square(whole(x).astype(jnp.float32))
         mean_BL1 = jnp.mean(squares_BLK, axis=-1, keepdims=True)
@@ -75,16 +81,23 @@ def sums(config: DecoderConfig, dtype: DTypeLike, params: Any, batch: Batch) -> 
         heads = square(seen["attention.out"]).reshape(config.heads, config.head_dim)
         channels = jnp.stack([square(seen["attention"]), square(seen["mlp"])])
         sums = {"heads": heads, "channels": channels, "hidden": seen["entering"]}
+        sums |= {"inputs.attention": energy(seen["attention"])}
+        sums |= {"inputs.out": energy(seen["attention.out"])}
         sums |= {f"shares.layers.{name}": share(seen[name]) for name in norms(config)}
         if isinstance(mlp, MLP):
-            return sums | {"neurons": square(mlp.neurons(seen["mlp"], RULES))}
+            neurons = mlp.neurons(seen["mlp"], RULES)
+            inputs = {"inputs.mlp": energy(seen["mlp"]), "inputs.down": energy(neurons)}
+            return sums | inputs | {"neurons": square(neurons)}
         passed = mlp.passed(seen["mlp"], RULES)
         chosen_BLKX = jax.nn.one_hot(passed.experts, mlp.experts.count)
         chosen_BLKX = chosen_BLKX * real_BL[..., None, None]
         exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
         size_BLKF = jnp.abs(passed.neurons.astype(jnp.float32))
         mean_BXF = exact("BL,BLKX,BLKF->BXF", weights_BL, chosen_BLKX, size_BLKF)
+        squared = lambda x: jnp.square(x.astype(jnp.float32))
         return sums | {
+            "inputs.mlp": exact("BLKX,BLD->XD", chosen_BLKX, squared(seen["mlp"])),
+            "inputs.down": exact("BLKX,BLKF->XF", chosen_BLKX, squared(passed.neurons)),
             "neurons": jnp.sum(jnp.square(mean_BXF), axis=0),
             "experts": exact("BLK,BLKX->X", passed.shares * passed.norms, chosen_BLKX),
             "routed": jnp.sum(chosen_BLKX, axis=(0, 1, 2)),

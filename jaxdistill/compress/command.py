@@ -10,7 +10,7 @@ from jaxdistill import commands, models
 from jaxdistill.commands import Sizes
 from jaxdistill.compress import importance as scores
 from jaxdistill.compress import prune as cutting
-from jaxdistill.compress import targets
+from jaxdistill.compress import sparsify, targets
 from jaxdistill.compress.importance import Importance
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.evaluate import speed
@@ -146,8 +146,9 @@ def prune(
     Args:
       model: a loaded model, or any name `references.load_any` understands.
       out: a folder that does not exist yet, or is empty.
-      options: what the student is to be. Without `options.importance` scores are measured on
-        `calibration` and written to OUT.importance.safetensors, for any other size.
+      options: what the student is to be: smaller, or with `options.sparsity` partly zero, by
+        weights alone where there is nothing to measure. Without `options.importance` scores are
+        measured on `calibration` and written to OUT.importance.safetensors, for any other size.
       calibration: the text to measure on.
 
     Raises:
@@ -156,6 +157,12 @@ def prune(
     folder = pathlib.Path(out)
     mesh = make_mesh(fsdp=-1)
     loaded = load_any(model, mesh=mesh)
+    if options.sparsity is not None:
+        measured = _wanda(loaded, folder, options, calibration)
+        return sparsify.write(
+            loaded, folder, options.sparsity,
+            scope=options.scope, measured=measured, dtype=options.dtype, note=NOTE,
+        )  # fmt: skip
     sizes: Sizes = options
     microseconds: dict[str, float] | None = None
     if options.latency is not None:
@@ -180,6 +187,22 @@ def prune(
     } | ({} if microseconds is None else {"decode_us": microseconds})
     notes = {NOTE: json.dumps(note, indent=1) + "\n"}
     return models.save(student, folder, dtype=options.dtype, notes=notes)
+
+
+def _wanda(
+    model: Model,
+    folder: pathlib.Path,
+    options: commands.Prune,
+    calibration: commands.Importance | None,
+) -> Importance | None:
+    """The scores that sparsity reads beside weights, where there are some or text to measure on."""
+    if options.importance is not None:
+        return scores.load(options.importance)
+    if calibration is None:
+        return None
+    measured = importance(model, calibration)
+    scores.save(measured, folder.with_name(folder.name + ".importance.safetensors"))
+    return measured
 
 
 def _with_losses(

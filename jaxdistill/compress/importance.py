@@ -38,6 +38,9 @@ class Importance:
         Units are channels, or the channels of all heads where a norm goes over them.
       cosines: [layers + 1, layers + 1], mean cosine between hidden states, x_0 the embeddings.
       experts: [layers, X], or None where there are none.
+      inputs: L2 norm over all tokens of what projections read, [layers, units] or of every expert
+        [layers, X, units]: "attention" is read by query, key and value, "out" by it, "mlp" by gate
+        and up, "down" by it.
       loss: [layers], rise of the loss without one layer, or None where it was not measured.
       range_loss: number of layers n -> [layers - n + 1], rise of the loss without n layers in a
         row, by the first of them.
@@ -49,6 +52,7 @@ class Importance:
     channels: np.ndarray
     shares: Mapping[str, np.ndarray]
     cosines: np.ndarray
+    inputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     experts: np.ndarray | None = None
     loss: np.ndarray | None = None
     range_loss: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -134,6 +138,7 @@ def measure(
         head h:     the same of what enters `out`, per channel; then the L2 norm over its E channels
         channel c:  the same of what attention and the MLP read (their norm's output, where there
                     is one before them); added over both and over the layers
+        input i of a projection:  sqrt(sum over tokens of x_i ** 2), for Wanda's scores
         expert e:   mean over the tokens that pass it of share_e * |what it gives|, its L2 norm over
                     the channels; 0 where no token does
 
@@ -178,6 +183,11 @@ def measure(
             if name.startswith("shares.")
         },
         cosines=total["cosines"] / total["tokens"],
+        inputs={
+            name.removeprefix("inputs."): np.sqrt(value)
+            for name, value in total.items()
+            if name.startswith("inputs.")
+        },
         experts=total["experts"] / np.maximum(total["routed"], 1) if config.experts else None,
         facts={"shape": shape_of(config), **measured, **(facts or {})},
     )
@@ -272,7 +282,7 @@ def save(importance: Importance, path: str | os.PathLike) -> pathlib.Path:
         for name in ("neurons", "heads", "channels", "cosines", "experts", "loss")
         if getattr(importance, name) is not None
     }
-    for group in ("shares", "range_loss"):
+    for group in ("shares", "inputs", "range_loss"):
         for name, value in getattr(importance, group).items():
             arrays[f"{group}.{name}"] = np.ascontiguousarray(value, np.float64)
     beside = file.with_name(file.name + ".tmp")
@@ -301,13 +311,15 @@ def load(path: str | os.PathLike) -> Importance:
         with safe_open(str(file), "np") as opened:
             facts = json_file.parse((opened.metadata() or {})["jaxdistill"])
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-        groups: dict[str, dict[str, np.ndarray]] = {"shares": {}, "range_loss": {}}
+        names = ("shares", "inputs", "range_loss")
+        groups: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
         for name in list(arrays):
             group, dot, rest = name.partition(".")
             if dot:
                 groups[group][rest] = arrays.pop(name)
         ranges = {int(count): value for count, value in groups["range_loss"].items()}
-        return Importance(**arrays, shares=groups["shares"], range_loss=ranges, facts=facts)
+        own = {"shares": groups["shares"], "inputs": groups["inputs"]}
+        return Importance(**arrays, **own, range_loss=ranges, facts=facts)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"importance = {str(file)!r}: is damaged or no importance file ({error}): measure again"

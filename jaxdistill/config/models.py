@@ -7,6 +7,7 @@ from pydantic import Field
 
 from jaxdistill.commands import Scheme, Sizes
 from jaxdistill.config.server import Api
+from jaxdistill.config.sparsity import TARGETS, Sparsity, Target
 from jaxdistill.section import Dtype, Path, Problem, Section, Size
 
 
@@ -115,8 +116,8 @@ class Adapters(Section):
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         16.0, description="An adapter's product is multiplied by alpha / rank."
     )
-    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = Field(
-        ("query", "key", "value", "out", "gate", "up", "down"),
+    targets: tuple[Target, ...] = Field(
+        TARGETS,
         min_length=1,
         strict=False,
         description="Projections of every layer that have one; those a model lacks are an error.",
@@ -181,6 +182,9 @@ class Student(Section):
     lora: Adapters | None = Field(
         None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
     )
+    sparsity: Sparsity | None = Field(
+        None, description="Make weights of the projections 0 by a schedule, and keep them 0."
+    )
     router_aux_loss_coef: Annotated[float, Field(ge=0, le=10)] = Field(
         0.0,
         description="Weight of the load-balancing loss of routed experts, beside the method's: 0 "
@@ -205,6 +209,9 @@ class Student(Section):
             yield ("prune",), "give layers, every or prune, not several of them"
         if self.lora is not None and self.quantize is not None:
             yield ("lora",), "does not go together with quantize: remove one of them"
+        if self.lora is not None and self.sparsity is not None:
+            rule = "adapters would fill what masks make 0: remove lora, or prune the merged model"
+            yield ("sparsity",), rule
         if self.layers is not None:
             if self.every is not None:
                 yield ("every",), "give either layers or every, not both"

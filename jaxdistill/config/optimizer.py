@@ -3,16 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from jaxdistill.ranges import OPTIMIZER, UNREAD
-from jaxdistill.section import Problem, Section
+from jaxdistill.section import Moment, Problem, Section
 
-Warmup = Annotated[
-    Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
-    | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
-    Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),
-]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -28,7 +23,7 @@ class Optimizer(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after the warmup."
     )
-    warmup: Warmup = Field(
+    warmup: Moment = Field(
         0.03,
         description="Rise of the learning rate from 0: a whole number of steps, or a fraction of "
         "train.steps below 1.",

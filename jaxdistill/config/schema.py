@@ -8,6 +8,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from jaxdistill import methods, rules
 from jaxdistill.config import reward as rewards
 from jaxdistill.config import rollout as rollouts
+from jaxdistill.config import sparsity
 from jaxdistill.config.data import Data
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
@@ -280,6 +281,7 @@ class Config(Section):
         yield from _size_problems(self)
         yield from rollouts.problems(self)
         yield from rewards.problems(self)
+        yield from sparsity.problems(self)
 
 
 def _teacher_problems(config: Config) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdistill.compress import sparsify
 from jaxdistill.evaluate.meter import Step
 from jaxdistill.models import (
     DecoderConfig,
@@ -105,12 +106,15 @@ def tokens_per_second(step: Step, params: Any, batch: Batch, mesh: Mesh, repeats
     return tokens / float(np.median(seconds))
 
 
-def size(config: DecoderConfig, params: Any) -> dict[str, int]:
-    """Parameters, those outside embedding and head, and bytes as they are held.
+def size(config: DecoderConfig, params: Any) -> dict[str, int | float]:
+    """Parameters, those outside embedding and head, bytes as they are held, and zeros if any.
+
+    "zeros" is the share of the layers' projections that is exactly 0, from 0.1 % on.
 
     Whole numbers below a byte count by their bits, which is what they take on disk.
     """
-    return {
+    zeros = sparsify.zeros(params)
+    return ({"zeros": zeros} if zeros >= 1e-3 else {}) | {
         "parameters": count_parameters(config),
         "parameters_non_embedding": count_non_embedding_parameters(config),
         "bytes": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(params)),

@@ -1,4 +1,4 @@
-"""The chain: knobs, clipping, a rule with decay on matrices alone, learning-rate schedule."""
+"""The chain: knobs, clipping, a rule with decay on matrices alone, its schedule, masks."""
 
 import functools
 from collections.abc import Mapping
@@ -31,6 +31,7 @@ def optimizer(
     objective_lr_ratio: float = 1.0,
     trained: Mapping[str, tuple[int, int | None]] | None = None,
     scaled: Mapping[str, optax.Schedule] | None = None,
+    last: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then a rule, in float32 for parameters of any dtype.
 
@@ -61,6 +62,7 @@ def optimizer(
         None is never. What no path names is trained throughout.
       scaled: path into the parameters -> update number (from 0) -> factor of the update, after
         the rule, which would divide a factor of the gradient out again.
+      last: what ends the chain, such as `sparsity`.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -91,6 +93,8 @@ def optimizer(
     for path, factor in (*(scaled or {}).items(), *windows.items()):
         moves = optax.scale_by_schedule(factor)
         chain.append(optax.masked(moves, functools.partial(_below, path)))
+    if last is not None:
+        chain.append(last)
     return rounding.in_float32(optax.chain(*chain))
 
 

@@ -45,6 +45,7 @@ COLUMNS = (
     Column("accuracy", "choices right", wording.percent, "high"),
     Column("accuracy_per_byte", "choices right, per byte", wording.percent, "high"),
     Column("parameters", "parameters", wording.count),
+    Column("zeros", "zeros", wording.percent),
     Column("parameters_non_embedding", "non-embedding", wording.count),
     Column("bytes", "size", wording.size),
     Column("disk_bytes", "on disk", wording.size, "low"),

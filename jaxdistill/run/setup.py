@@ -21,7 +21,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals, two_tokenizers
-from jaxdistill.run import participants, shapes, states
+from jaxdistill.run import participants, shapes, sparse, states
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
@@ -91,6 +91,7 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         objective_lr_ratio=(built.learning_rate or facts.learning_rate) / facts.learning_rate,
         trained=built.trained,
         scaled=built.scaled,
+        last=sparse.transform(config.student.sparsity, config.train.steps, models.student.config),
     )
     loss = steps.make_loss(
         models.student.config,
@@ -163,7 +164,7 @@ def start_of(config: Config, models: participants.Models) -> teachers.Teacher:
 
 def learning_rate_of(o: Optimizer, steps: int) -> optax.Schedule:
     """Step index -> learning rate, over a run of `steps` steps."""
-    warmup = o.warmup if isinstance(o.warmup, int) else round(o.warmup * steps)
+    warmup = rules.moment(o.warmup, steps)
     return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
 
 

@@ -9,6 +9,7 @@ from jaxdistill.config.models import Student
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, Model, lora
+from jaxdistill.run import sparse
 from jaxdistill.sharding import shardings
 from jaxdistill.train import state as states
 from jaxdistill.train.state import TrainState
@@ -31,6 +32,8 @@ def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
     adapters = adapters_of(config.student)
     if adapters is not None:
         lora.rows(student, adapters)
+    if config.student.sparsity is not None:
+        sparse.check(config.student.sparsity, student)
     coefficient = config.student.router_aux_loss_coef
     if coefficient and student.experts is None:
         raise ConfigError(

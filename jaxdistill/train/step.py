@@ -112,7 +112,7 @@ def make(
       loss: from `make_loss`.
       teacher: from `teachers`.
       tx: the optimizer's chain; its extra argument `value` receives what the objective calls its
-        control, else the loss, and `metrics` all means.
+        control, else the loss, `metrics` all means, and `gradients` the gradients themselves.
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.
       monitor: number of a step, from 1 -> whether its metrics at T = 1 are wanted, such as
         `recorded`; the others count no tokens. None makes them in every step.
@@ -179,7 +179,7 @@ def _updated(
         before = state.opt_state
         before = jax.device_put(before, jax.memory.Space.Device) if offload else before
         updates, opt_state = tx.update(
-            gradients, before, state.params, value=control, metrics=values
+            gradients, before, state.params, value=control, metrics=values, gradients=gradients
         )
         params = optax.apply_updates(state.params, updates)
     in_a_row, altogether = state.skipped

@@ -175,6 +175,7 @@ def test_scores_of_experts_equal_a_loop_over_tokens(name):
     scale = named["layers.mlp_norm.scale"][0].astype(np.float64)
     count = config.experts.count
     given, neurons = [[] for _ in range(count)], np.zeros((count, config.mlp))
+    read, passed = np.zeros((count, config.embed)), np.zeros((count, config.mlp))
     for batch in batches():
         for row, real in zip(*map(np.asarray, (batch.tokens, batch.segment_ids)), strict=True):
             sizes = np.zeros((count, config.mlp))
@@ -190,10 +191,14 @@ def test_scores_of_experts_equal_a_loop_over_tokens(name):
                     gives = hidden @ part["down.kernel"][one]
                     given[one].append(odds[one] / whole * np.sqrt((gives**2).sum()))
                     sizes[one] += np.abs(hidden)
+                    read[one] += y**2
+                    passed[one] += hidden**2
             neurons += (sizes / max((real > 0).sum(), 1)) ** 2
     want = [np.mean(each) if each else 0.0 for each in given]
     np.testing.assert_allclose(found.experts[0], want, rtol=2e-5)
     np.testing.assert_allclose(found.neurons[0], np.sqrt(neurons), rtol=2e-5)
+    np.testing.assert_allclose(found.inputs["mlp"][0], np.sqrt(read), rtol=2e-5)
+    np.testing.assert_allclose(found.inputs["down"][0], np.sqrt(passed), rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

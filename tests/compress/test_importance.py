@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.compress import activations, importance
+from jaxdistill.compress import activations, importance, sparsify
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import decoder
 from jaxdistill.sharding import make_mesh
@@ -96,6 +96,27 @@ def test_scores_equal_the_papers_formulas_in_float64(load, batches, rows):
         np.testing.assert_allclose(found.heads[layer], heads, rtol=2e-5)
         channels = channels + l2("y", layer) + l2("z", layer)
     np.testing.assert_allclose(found.channels, channels, rtol=2e-5)
+
+
+def test_norms_of_inputs_are_those_over_all_tokens_in_float64(load, batches, rows, tmp_path):
+    """What Wanda weighs a weight with; a file keeps them."""
+    model, named = load(CASE)
+    raw = oracle.CASES[CASE]
+    found = importance.load(importance.save(measure(model, batches(CASE)), tmp_path / "scores"))
+    values = [layer_values(raw, named, row) for row in rows]
+    reads = {"attention": "y", "out": "mixed", "mlp": "z", "down": "neurons"}
+    for name, seen in reads.items():
+        for layer in range(raw["num_hidden_layers"]):
+            tokens = np.concatenate([v[layer][seen] for v in values])
+            expected = np.sqrt((tokens**2).sum(0))
+            np.testing.assert_allclose(found.inputs[name][layer], expected, rtol=2e-5)
+    norms = sparsify.input_norms(found, model.config)
+    np.testing.assert_array_equal(
+        norms["layers/mlp/gate/kernel"], found.inputs["mlp"].astype(np.float32)
+    )
+    old = dataclasses.replace(found, inputs={})
+    with pytest.raises(ConfigError, match="no norms of inputs"):
+        sparsify.input_norms(old, model.config)
 
 
 def test_cosines_and_shares_equal_float64(load, batches, rows):
