@@ -76,7 +76,7 @@ test: $(STAMP) $(if $(AOT),$(COMPILERS)/.installed)
 	$(if $(AOT),PYTHONPATH=$(COMPILERS)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	  --durations 25 $(if $(ONLY),-m "$(ONLY)") $(ARGS)
 
-# Killed runs by the hundred, and other faults: about an hour on two quiet cores.
+# Killed runs by the hundred, and other faults: all parts together took more than three hours on two cores.
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 

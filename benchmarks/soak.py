@@ -10,6 +10,7 @@ import json
 import pathlib
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -163,6 +164,7 @@ def main() -> int:
         def report(counts: dict[str, Any], key: str = key, began: float = began) -> None:
             seconds = round(time.perf_counter() - began, 1)
             stamp = {"date": datetime.date.today().isoformat(), "scale": arguments.scale}
+            stamp["commit"] = _commit()
             parts[key] = {**counts, "total_seconds": seconds, **stamp, "versions": _versions()}
             print(f"{key}: {json.dumps(parts[key])}", file=sys.stderr, flush=True)
             if not arguments.no_save:  # as it comes: what is cut short has left its counts
@@ -175,6 +177,12 @@ def main() -> int:
     for key in wrong:
         print(f"{key}: is not as promised", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _commit() -> str:
+    """The commit that is checked out; "" where there is none."""
+    asked = ["git", "-C", str(duel.RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The results of the soak: each part is as promised, and what is not would be told."""
 
+import datetime
 import json
+import re
 
 import pytest
 
@@ -39,6 +41,19 @@ def test_what_is_worse_is_not(name):
     if part == "serve":  # what it found, by kind, is no promise
         others = [other for other in others if other["found"] == PARTS[name]["found"]]
     assert others and not any(soak.SOUND[part](other) for other in others)
+
+
+def test_every_part_says_when_it_was_saved():
+    """Its own day, by the run or by the commit that saved it: the file's is that of the last."""
+    for name, counts in PARTS.items():
+        assert datetime.date.fromisoformat(counts["date"]).year >= 2026, name
+
+
+def test_the_table_of_promises_names_only_parts_that_are_saved():
+    page = (duel.RESULTS.parents[1] / "jaxdistill" / "README.md").read_text()
+    lists = re.findall(r"\bsoak ((?:`\w+`(?:, | and )?)+)", page)
+    named = set(re.findall(r"\w+", " ".join(lists).replace(" and ", " ")))
+    assert len(named) > 10 and named <= {name.partition(",")[0] for name in PARTS}
 
 
 def test_every_part_has_its_promise():
