@@ -50,11 +50,21 @@ def kept_layers(kept: Sequence[int], count: int) -> Iterator[ConfigError]:
 
 
 def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[ConfigError]:
-    """The tensor axis divides what of a model lies along it; the vocabulary may be any size."""
-    wrong = [f"{name} = {size}" for name, size in sizes.items() if size % parts]
+    """The tensor axis divides what of a model lies along it; the vocabulary may be any size.
+
+    Key and value heads are repeated where there are fewer of them than devices.
+    """
+    fewer = lambda name, n, size: name == "kv_heads" and size and n % size == 0
+    fits_in = lambda name, n, size: size % n == 0 or fewer(name, n, size)
+    wrong = [f"{name} = {size}" for name, size in sizes.items() if not fits_in(name, parts, size)]
     if wrong:
-        common = math.gcd(*sizes.values())
-        fits = [n for n in range(1, common + 1) if common % n == 0]
+        rest = [size for name, size in sizes.items() if name != "kv_heads"] or [*sizes.values()]
+        common = math.gcd(*rest)
+        fits = [
+            n
+            for n in range(1, common + 1)
+            if all(fits_in(name, n, size) for name, size in sizes.items())
+        ]
         yield ConfigError(
             f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one of "
             f"{', '.join(map(str, fits[-6:]))}"

@@ -40,7 +40,7 @@ RULES: Mapping[str, MeshAxes] = {
 
 
 def make_mesh(
-    data: int = 1,
+    data: int | None = 1,
     fsdp: int = -1,
     tensor: int = 1,
     context: int = 1,
@@ -48,10 +48,22 @@ def make_mesh(
 ) -> Mesh:
     """The mesh with axes data, fsdp, tensor and context; one size may be -1: all that is left.
 
+    Args:
+      data: None takes as many as there are fast networks (hosts of GPUs, slices of a TPU) where
+        another axis is -1, and is otherwise 1.
+      fsdp: parts of parameters and batch.
+      tensor: parts of heads, MLP and vocabulary.
+      context: parts of rows.
+      devices: None takes all.
+
     Raises:
-      ConfigError: if the sizes do not multiply to the number of devices.
+      ConfigError: if the sizes do not multiply to the number of devices, or no such grid exists.
     """
     devices = list(jax.devices() if devices is None else devices)
+    if data is None:
+        others = math.prod(size for size in (fsdp, tensor, context) if size > 0)
+        free = -1 in (fsdp, tensor, context)
+        data = math.gcd(_networks(devices)[0], max(1, len(devices) // others)) if free else 1
     sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
     shown = ", ".join(f"{axis}: {size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
@@ -67,29 +79,60 @@ def make_mesh(
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(
             f"mesh: {{{shown}}} does not divide the {len(devices)} devices: the sizes must "
-            "multiply to the number of devices; set one of them to -1 to let it follow"
+            "multiply to the number of devices; set one of them to -1 to let it follow, or start "
+            "more processes (`jaxdistill launch -n N --devices-per-process M`)"
         )
     shape = tuple(sizes.values())
     return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """Devices in the mesh's shape: slow networks on the first axes, neighbours on the last."""
-    from jax.experimental import mesh_utils
+def _networks(devices: Sequence[jax.Device]) -> tuple[int, bool]:
+    """(fast networks that the devices belong to, whether these end at the host).
 
+    A TPU slice is one fast network, however many hosts it has; elsewhere it ends at the host.
+    """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     hosts = {device.process_index for device in devices}
-    # A TPU slice is one fast network, however many hosts it has; elsewhere it ends at the host.
     by_host = len(slices) == 1 and devices[0].platform != "tpu"
-    outer = spread(shape, len(hosts if by_host else slices))
-    if math.prod(outer) > 1:
-        inner = tuple(size // parts for size, parts in zip(shape, outer, strict=True))
-        return mesh_utils.create_hybrid_device_mesh(
-            inner, outer, devices, process_is_granule=by_host
-        )
-    if devices[0].platform == "cpu":
+    return len(hosts if by_host else slices), by_host
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the mesh's shape: slow networks on the first axes, neighbours on the last.
+
+    Axes of a TPU's torus stay whole where that gives the shape; else they are split.
+
+    Raises:
+      ConfigError: if the torus cannot be laid out so.
+    """
+    from jax.experimental import mesh_utils
+
+    granules, by_host = _networks(devices)
+    outer = spread(shape, granules)
+    inner = tuple(size // parts for size, parts in zip(shape, outer, strict=True))
+    if math.prod(outer) == 1 and devices[0].platform == "cpu":
         return np.asarray(devices).reshape(shape)
-    return mesh_utils.create_device_mesh(shape, devices=devices)
+
+    def arranged(split: bool) -> np.ndarray:
+        if math.prod(outer) == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=by_host, allow_split_physical_axes=split
+        )
+
+    try:
+        return arranged(split=False)
+    except NotImplementedError:
+        pass  # no product of whole axes of the torus
+    try:
+        return arranged(split=True)
+    except (NotImplementedError, ValueError) as error:
+        named = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ConfigError(
+            f"mesh: {{{named}}}: the {len(devices)} devices in {granules} fast networks cannot be "
+            f"laid out so ({str(error).splitlines()[0][:200]}): take powers of two that multiply "
+            "to the sides of the slice"
+        ) from None
 
 
 def spread(shape: Sequence[int], granules: int) -> tuple[int, ...]:

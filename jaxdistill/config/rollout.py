@@ -207,7 +207,8 @@ def problems(config: Any) -> Iterator[Problem]:
         rule = f"follows from rollout: prompts_per_step * samples = {rollout.answers}: remove it"
         yield ("train", "batch_size"), rule
     yield from _method_problems(config)
-    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    data, fsdp, *_ = config.mesh.sizes
+    parts = max(data, 1) * max(fsdp, 1)
     yield from ((("rollout", *key), rule) for key, rule in rollout.slots_problems(parts))
 
 

@@ -62,7 +62,13 @@ class Train(Section):
 class Mesh(Section):
     """The devices as a grid; at most one size is -1: all devices that are left."""
 
-    data: int = Field(1, ge=-1, le=10**6, description="Copies of the parameters (devices).")
+    data: int | None = Field(
+        None,
+        ge=-1,
+        le=10**6,
+        description="Copies of the parameters (devices); null: where another size is -1, one for "
+        "each host of GPUs or slice of a TPU, whose network is slow, else 1.",
+    )
     fsdp: int = Field(-1, ge=-1, le=10**6, description="Parts of parameters and batch (devices).")
     tensor: int = Field(
         1, ge=-1, le=10**6, description="Parts of heads, MLP and vocabulary (devices)."
@@ -76,8 +82,8 @@ class Mesh(Section):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Devices along data, fsdp, tensor and context."""
-        return self.data, self.fsdp, self.tensor, self.context
+        """Devices along data (1 where that is left to the start), fsdp, tensor and context."""
+        return 1 if self.data is None else self.data, self.fsdp, self.tensor, self.context
 
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes that exist."""
@@ -377,5 +383,6 @@ def _size_problems(config: Config) -> Iterator[Problem]:
     if isinstance(warmup, int) and warmup >= train.steps:
         rule = f"must be below train.steps ({train.steps}), or a fraction below 1"
         yield ("optimizer", "warmup"), rule
-    parts = max(config.mesh.data, 1) * max(config.mesh.fsdp, 1)
+    data, fsdp, *_ = config.mesh.sizes
+    parts = max(data, 1) * max(fsdp, 1)
     yield from rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)

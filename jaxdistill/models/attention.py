@@ -13,6 +13,7 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels.softcap import soft_cap
 from jaxdistill.models import attention_tpu
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.sharding import constrain, current_mesh
 
 # What a configuration may name. "auto" is "xla" wherever it runs: no kernel has been timed against
 # it yet; a named one is taken or refused, and nothing takes its place.
@@ -49,6 +50,7 @@ def causal(
     scale, cap = score_scale(config), config.attention_softcap
 
     def attend(state, index, query, key, value):
+        key, value = repeated(query, key), repeated(query, value)
         mask = mask_B1LL
         if min(windows) < length:
             inside = (age_LL < jnp.asarray(np.asarray(windows))[index])[None, None]
@@ -88,10 +90,27 @@ def check(name: str, config: DecoderConfig, length: int, platform: str) -> None:
         raise ConfigError("attention = 'cudnn': has no soft cap, which this model has: take xla")
 
 
+def repeated(query_BLHE: Array, x_BLGE: Array) -> Array:
+    """Keys or values with a head for each device of `tensor`, where there are fewer heads.
+
+    Each device then has the one that its queries meet, and none computes with all of them.
+    """
+    mesh = current_mesh()
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    heads, groups = query_BLHE.shape[2], x_BLGE.shape[2]
+    if groups % parts == 0 or parts % groups or heads % parts:
+        return x_BLGE
+    whole = constrain(x_BLGE, ("batch", "length", None, None))
+    return constrain(
+        jnp.repeat(whole, parts // groups, axis=2), ("batch", "length", "act_heads", None)
+    )
+
+
 def _splash(config: DecoderConfig, length: int, segment_ids: Array | None) -> Attend:
     mixed = attention_tpu.attention(config, length, score_scale(config))
 
     def attend(state, index, query, key, value):
+        key, value = repeated(query, key), repeated(query, value)
         segments = segment_ids
         if segments is None:
             segments = jnp.ones(query.shape[:2], jnp.int32)

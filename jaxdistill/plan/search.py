@@ -104,7 +104,7 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
     for remat in order[order.index(config.student.remat) + 1 :]:
         yield _Change("remat", (f"student.remat={remat}",))
     if mesh["data"] > 1:
-        whole = mesh["data"] * mesh["fsdp"]
+        whole = mesh["data"] * mesh["fsdp"]  # also over slow networks
         yield _Change("mesh", ("mesh.data=1", f"mesh.fsdp={whole}"))
     for more in (2, 4, 8):
         micro = config.train.micro_batches * more

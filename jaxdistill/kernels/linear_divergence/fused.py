@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
-from jaxdistill.kernels.linear_divergence.mesh import Layout, on_mesh
-from jaxdistill.kernels.linear_divergence.walk import pad_vocabulary
+from jaxdistill.kernels.linear_divergence.mesh import Layout, on_mesh, padded
 from jaxdistill.kernels.operands import Coefficients
 
 
@@ -24,8 +23,7 @@ def _run(static: tuple[Static, Layout], wanted: Wanted, operands: Operands):
     """The walk on heads that the layout divides; gradients without the padding."""
     call, place = static
     vocab = operands.student_head.shape[0]
-    padded = pad_vocabulary(operands, place.size(place.vocab))
-    sums, gradients = on_mesh(call, place, wanted, padded)
+    sums, gradients = on_mesh(call, place, wanted, padded(operands, place))
     for name in ("student_head", "student_bias"):
         if name in gradients:
             gradients[name] = gradients[name][:vocab]

@@ -11,12 +11,18 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
-from jaxdistill.kernels.linear_divergence.walk import HEADS, PER_TOKEN, Gradients, walk
-from jaxdistill.sharding import BATCH_AXES, AnyMesh
+from jaxdistill.kernels.linear_divergence.walk import (
+    HEADS,
+    PER_TOKEN,
+    Gradients,
+    pad_vocabulary,
+    walk,
+)
+from jaxdistill.sharding import BATCH_AXES, AnyMesh, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +109,29 @@ def layout(
                 f"multiple of {' * '.join(axes)} = {whole.size(axes)}"
             )
     return chosen
+
+
+def padded(operands: Operands, place: Layout) -> Operands:
+    """The operands with heads that the layout divides, padded where each device has its columns.
+
+    Rows that do not divide over the devices cannot be exchanged for columns: XLA would bring the
+    whole head to every device first. So what the loss divides by rows is padded before.
+    """
+    operands = pad_vocabulary(operands, place.size(place.vocab))
+    mesh = place.mesh
+    if mesh is None:
+        return operands
+
+    def stay(head: Array) -> Array:
+        at = NamedSharding(mesh, spec(("vocab", "embed"), head.shape, mesh))
+        return jax.lax.with_sharding_constraint(head, at)
+
+    kept: dict[str, Any] = {
+        name: stay(array)
+        for name in HEADS
+        if (array := getattr(operands, name)) is not None and array.ndim == 2
+    }
+    return operands._replace(**kept)
 
 
 def on_mesh(

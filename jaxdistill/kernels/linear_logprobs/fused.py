@@ -15,8 +15,9 @@ from jaxdistill.kernels.linear_divergence.mesh import (
     add_up,
     gradient_specs,
     operand_specs,
+    padded,
 )
-from jaxdistill.kernels.linear_divergence.walk import Gradients, pad_vocabulary
+from jaxdistill.kernels.linear_divergence.walk import Gradients
 from jaxdistill.kernels.linear_logprobs import walk
 from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Kept, Logprobs
 from jaxdistill.kernels.operands import Coefficients
@@ -37,7 +38,7 @@ def logprobs(call: Call, operands: Operands) -> Logprobs:
 
 
 def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
-    operands = pad_vocabulary(operands, call.place.size(call.place.vocab))
+    operands = padded(operands, call.place)
     if call.place.mesh is None:
         return walk.forward(call, operands)
     local = functools.partial(walk.forward, call)
@@ -87,7 +88,7 @@ def _back(
     """Gradients of whole arrays, without the padding of the vocabulary."""
     place: Layout = call.place
     vocab = operands.student_head.shape[0]
-    padded = pad_vocabulary(operands, place.size(place.vocab))
+    wide = padded(operands, place)
 
     def local(operands: Operands, kept: Kept, cotangents: Cotangents) -> Gradients:
         return add_up(walk.back(call, wanted, operands, kept, cotangents), operands, place)
@@ -97,11 +98,11 @@ def _back(
         local = jax.shard_map(
             local,
             mesh=place.mesh,
-            in_specs=(operand_specs(place, padded), tokens, tokens),
-            out_specs=gradient_specs(place, wanted, padded),
+            in_specs=(operand_specs(place, wide), tokens, tokens),
+            out_specs=gradient_specs(place, wanted, wide),
             check_vma=False,
         )
-    gradients = local(padded, kept, cotangents)
+    gradients = local(wide, kept, cotangents)
     for name in ("student_head", "student_bias"):
         if name in gradients:
             gradients[name] = gradients[name][:vocab]
