@@ -68,6 +68,8 @@ class Batch:
       sampled: of text that earned rewards, by name and per token: `advantages`,
         float32; where several updates learn from it `old`, log q_old; where it matters
         `wrong`, bool. None: nothing.
+      route: int32 [B], which of several teachers a row is for, from 1; 0 is none, as of padding.
+        None: there are not several.
     """
 
     tokens: Array
@@ -81,6 +83,7 @@ class Batch:
     second: typing.Any = None
     sampler_logprobs: Array | None = None
     sampled: typing.Any = None
+    route: Array | None = None
 
 
 @typing.no_type_check

@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from jaxdistill import methods
 from jaxdistill.commands import Format
-from jaxdistill.config.rollout import PromptSources
+from jaxdistill.config.rollout import Name, PromptSources
 from jaxdistill.section import Path, Problem, Section
 
 _COMPARING = ", ".join(name for name, method in methods.METHODS.items() if method.sides)
@@ -20,7 +20,8 @@ class DataSource(Section):
     path: Path = Field(
         description="A file, folder or pattern: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt "
         "or .md, compressed or not; hf:NAME?split=train (extra hf); or python:docs?split=train and "
-        "?split=held_out (the documentation inside the installed Python)."
+        "?split=held_out (the documentation inside the installed Python; &part=manual or "
+        "&part=library for a part)."
     )
     format: Format = Field(
         "auto",
@@ -37,6 +38,10 @@ class DataSource(Section):
         gt=0,
         le=1000,
         description="How often each record is read in an epoch: 2 twice, 0.5 every other one.",
+    )
+
+    teacher: Name | None = Field(
+        None, description="Which of `teachers` its records are for, where they do not say."
     )
 
     @property
@@ -66,7 +71,7 @@ HeldOut = Annotated[
 def _overlap(left: str, right: str) -> bool:
     """Whether two paths surely share text: the same one, or a part of Python's and all of it."""
     python = left.startswith("python:docs") and right.startswith("python:docs")
-    splits = [path.partition("split=")[2] or "all" for path in (left, right)]
+    splits = [path.partition("split=")[2].partition("&")[0] or "all" for path in (left, right)]
     return left == right or (python and "all" in splits)
 
 

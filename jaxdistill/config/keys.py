@@ -64,6 +64,13 @@ SYNONYMS = {
     "epsilon": "method.lower",
     "kl_loss_coef": "method.start_weight",
     "distillation_weight": "method.teacher_weight",
+    "mopd": "teachers",
+    "multi-teacher": "teachers",
+    "multi_teacher": "teachers",
+    "teacher_models": "teachers",
+    "domain_teachers": "teachers",
+    "agent_name": "teachers",
+    "strict_agent_name_match": "routing.default",
     "cross-tokenizer": "method.teacher_seq_len",
     "cross_tokenizer": "method.teacher_seq_len",
 }
@@ -86,6 +93,7 @@ OTHER_METHODS = {
     "ce": "sft",
     "cross_entropy": "sft",
     "finetune": "sft",
+    "mopd": "reverse_kd, with teachers in place of teacher, and a section rollout",
     "seqkd": "sft, on what `jaxdistill teacher generate` wrote",
 }
 _MOST = 4  # alternatives of a section that are explained in full
@@ -213,6 +221,8 @@ def _step(nodes: Sequence[Schema], part: str | int) -> list[Schema]:
         elif "items" in node:
             items = _alternatives(node["items"])
             below += items if str(part).isdigit() else _step(items, part)
+        elif (named := _any_name(node)) is not None:
+            below += _step(one := _alternatives(named), part) or one
     return [node for i, node in enumerate(below) if node not in below[:i]]
 
 
@@ -229,11 +239,17 @@ def _alternatives(node: Schema) -> list[Schema]:
     sections = [part for part in parts if "properties" in part]
     outer = {name: node[name] for name in ("default", "description") if name in node}
     scalars = [{**outer, "options": options}] if len(sections) < len(parts) else []
-    if scalars and [part for part in parts if "items" in part]:
-        scalars = [{**part, **outer} for part in parts if "items" in part]
+    if scalars and (lists := [part for part in parts if "items" in part or _any_name(part)]):
+        scalars = [{**part, **outer} for part in lists]
     elif sections and all(part.get("type") == "null" for part in parts if part not in sections):
         scalars = []
     return scalars + sections
+
+
+def _any_name(node: Schema) -> Schema | None:
+    """What stands under names of the user's own, where a section has such."""
+    found = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+    return next((one for one in found if isinstance(one, dict) and one), None)
 
 
 def _named(node: Schema) -> str | None:

@@ -20,7 +20,9 @@ from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError,
 from jaxdistill.methods import two_tokenizers
 from jaxdistill.model_folder import check_folder, read_json
 
-_PYTHON_DATA = re.compile(r"^python:docs(\?split=(all|train|held_out))?$")
+_PYTHON_DATA = re.compile(
+    r"^python:docs(\?split=(all|train|held_out)(&part=(all|manual|library))?)?$"
+)
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -113,7 +115,10 @@ def _data_files(path: str, network: bool) -> list[pathlib.Path]:
     """
     if path.startswith("python:"):
         if not _PYTHON_DATA.match(path):
-            raise DataError("use python:docs?split=train or ?split=held_out")
+            raise DataError(
+                "use python:docs?split=train or ?split=held_out, with or without &part=manual or "
+                "&part=library"
+            )
         return []
     if path.startswith("hf:"):
         tables.HubDataset(path, network)
@@ -185,7 +190,7 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     if known:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", *_several(config)):
         model = found.get(name, _Found())
         # A teacher with a tokenizer of its own is read through what both share.
         own = name == "teacher" != config.tokenizer.from_ and model.words_file
@@ -216,7 +221,8 @@ def _models(config: Config) -> dict[str, _Found]:
     """What can be told of the models that are named by path or by numbers, and of the tokenizer."""
     network = config.security.allow_network
     found: dict[str, _Found] = {}
-    for name, model in (("teacher", config.teacher), ("student", config.student)):
+    asked = {"teacher": config.teacher, "student": config.student, **_several(config)}
+    for name, model in asked.items():
         if model and model.source:
             found[name] = _look(f"{name}.source", model.source, network)
         elif model and model.random:
@@ -243,6 +249,11 @@ def _models(config: Config) -> dict[str, _Found]:
         key = "student.tokenizer" if student.tokenizer else "tokenizer.from"
         found["tokenizer"] = _look(key, chosen, network, weights=False)
     return found
+
+
+def _several(config: Config) -> dict[str, Any]:
+    """Several teachers by their keys."""
+    return {f"teachers.{name}": model for name, model in (config.teachers or {}).items()}
 
 
 def _random_shape(random: RandomModel, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from jaxdistill import methods
 from jaxdistill.drawing import Drawing, Temperature
 from jaxdistill.section import Count, Path, Problem, Section, Size
 
+# Of one of several teachers: part of keys and of names of metrics, which dots and slashes divide.
+Name = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+
 
 class PromptSource(Section):
     """One file or collection of prompts."""
@@ -17,6 +20,9 @@ class PromptSource(Section):
         description="As data.train.path. A record holds `prompt`, a text or messages, or "
         "`messages`, of which the last answer is not read; `answer`, `solution` and `teacher` are "
         "kept."
+    )
+    teacher: Name | None = Field(
+        None, description="Which of `teachers` its prompts are for, where they do not say."
     )
 
 

@@ -8,12 +8,14 @@ from pydantic import Field, PrivateAttr, model_validator
 from jaxdistill import methods, rules
 from jaxdistill.config import reward as rewards
 from jaxdistill.config import rollout as rollouts
+from jaxdistill.config import routing as routes
 from jaxdistill.config import sparsity
 from jaxdistill.config.data import Data
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.config.reward import Reward
 from jaxdistill.config.rollout import Rollout
+from jaxdistill.config.routing import Routing, Teachers
 from jaxdistill.config.trackers import Trackers
 from jaxdistill.config.written import Written
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
@@ -237,6 +239,12 @@ class Config(Section):
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of everything random.")
     run: Run = Field(default_factory=Run, description="Where the run is kept.")
     teacher: Teacher | None = Field(None, description="The model that is learned from.")
+    teachers: Teachers | None = Field(
+        None,
+        description="Several of them by name, {math: {source: ...}, code: {source: ...}}, in place "
+        "of teacher (mopd, multi-teacher): the field `teacher` of a record says whom it is for.",
+    )
+    routing: Routing | None = Field(None, description="How the records of several teachers count.")
     student: Student = Field(description="The model that is trained.")
     tokenizer: Tokenizer = Field(
         default_factory=Tokenizer, description="What turns text into tokens."
@@ -281,6 +289,7 @@ class Config(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
+        yield from routes.problems(self)
         yield from _teacher_problems(self)
         yield from _second_view_problems(self)
         yield from _origin_problems(self)
@@ -293,7 +302,7 @@ class Config(Section):
 def _teacher_problems(config: Config) -> Iterator[Problem]:
     """What needs a teacher has one, and its tokenizer exists."""
     student, teacher = config.student, config.teacher
-    if teacher is None:
+    if teacher is None and config.teachers is None:
         if methods.of(config.method).needs_teacher(config.method):
             yield ("teacher",), f"method {config.method.name} needs a teacher"
         if student.from_ == "teacher":
@@ -334,6 +343,8 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
         return
     if chain == "student" and student.tokenizer is None and "teacher" in (student.from_, like):
         chain = "teacher"
+    if chain == "teacher" and config.teachers is not None:
+        return  # which is said there
     if chain in ("teacher", "student") and student.tokenizer is None:
         model = teacher if chain == "teacher" else student
         if model is None:

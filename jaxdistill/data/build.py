@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from jaxdistill.data import encode, packing, pairs, progress, quarantine, store
 from jaxdistill.data.chat import ChatEncoder
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.held_out import fingerprint_of
-from jaxdistill.data.records import PAIRS, Record, Rejected
+from jaxdistill.data.records import PAIRS, TEACHER, Record, Rejected
+from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import TooLong, printable
 from jaxdistill.data.second_view import SecondView, ViewsEncoder
 from jaxdistill.data.settings import Settings
@@ -40,6 +41,7 @@ def build(
     name: str,
     quarantine_path: Path | None,
     second: SecondView | None = None,
+    routing: Routing | None = None,
 ) -> None:
     """Builds and seals one folder; what a killed build of the same data has done is not done again.
 
@@ -49,13 +51,14 @@ def build(
       StorageError: if the folder cannot be written.
     """
     with store.new_folder(folder) as temporary:
-        work = _Build(temporary, sources, codec, settings, identity, fail_fast, name, second)
+        parts = temporary, sources, codec, settings, identity, fail_fast, name, second, routing
+        work = _Build(*parts)
         try:
             work.run()
             counts = work.finish()
         finally:
             work.close()
-        facts = {
+        facts: dict[str, Any] = {
             "fingerprint": identity,
             "kind": work.progress.kind,
             "seq_len": settings.seq_len,
@@ -66,6 +69,8 @@ def build(
         }
         if second is not None:
             facts["second"] = {"seq_len": second.seq_len, "pad": second.codec.pad}
+        if routing is not None:
+            facts["teachers"] = work.taught
         if not counts["num_documents"]:
             names = [source.name for source in sources]
             quarantine.export(temporary, names, quarantine_path)
@@ -122,13 +127,16 @@ class _Build:
         fail_fast: bool,
         name: str,
         second: SecondView | None,
+        routing: Routing | None,
     ):
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
-        self._second = second
+        self._second, self._routing = second, routing
+        self.taught: list[tuple[str, int, int]] = []  # name, rows, tokens of several teachers
         self._encoder: Encoder | ViewsEncoder | None = None
         self._identity, self._noted = identity, time.monotonic()
         parts = store.ARRAYS if second is None else store.ARRAYS | store.SECOND_ARRAYS
+        parts = parts if routing is None else parts | store.ROUTE_ARRAYS
         self.progress, self._files = progress.begin(folder, identity, parts)
         self._offsets = {name: self._ends(name) for name in parts if name.endswith("documents")}
 
@@ -172,8 +180,17 @@ class _Build:
             times = int(source.weight * (at.used + 1)) - int(source.weight * at.used)
             at.used += 1
             self._files.append("records", np.asarray([fingerprint_of(item)], np.uint64))
+            route = self._route(item, source)
             for _ in range(times):
-                self._add(made, cuts)
+                self._add(made, cuts, route)
+
+    def _route(self, record: Record, source: Source) -> int | None:
+        """Which of several teachers a record is for; where there are not, its field is not read."""
+        if self._routing is not None:
+            return self._routing.of(record, source)
+        if TEACHER in record.notes:
+            self.progress.unread.add(TEACHER)
+        return None
 
     def _note(self) -> None:
         """Notes how far this build is, should it be killed."""
@@ -205,7 +222,7 @@ class _Build:
             other = np.asarray(self._offsets["second_documents"], np.int64)
             pieces = np.concatenate([pieces, packing.windows(other, self._second.seq_len)], axis=1)
             capacity.append(self._second.seq_len)
-        segments, rows = packing.plan(pieces, capacity, settings.packing)
+        segments, rows = self._packed(pieces, capacity, offsets)
         if self._pairs:
             segments, rows = pairs.apart(segments, rows, offsets)
         self._write_offsets()
@@ -224,6 +241,27 @@ class _Build:
             **{why: at.left_out[why] for why in LEFT_OUT},
             "truncated": at.truncated,
         }
+
+    def _packed(
+        self, pieces: np.ndarray, capacity: list[int], offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Segments and rows as `packing.plan`; of several teachers one after the other."""
+        packing_by = self._settings.packing
+        if self._routing is None:
+            return packing.plan(pieces, capacity, packing_by)
+        route_D = self._files.written("routes")
+        route_S = route_D[np.searchsorted(offsets, pieces[:, 0], "right") - 1]
+        segments, rows, routes = [pieces[:0]], [np.zeros(1, np.int64)], []
+        for route, name in enumerate(self._routing.names, start=1):
+            own, ends = pieces[route_S == route], np.zeros(1, np.int64)
+            if len(own):
+                own, ends = packing.plan(own, capacity, packing_by)
+            rows.append(ends[1:] + sum(map(len, segments)))
+            segments.append(own)
+            routes.append(np.full(len(ends) - 1, route, np.int32))
+            self.taught.append((name, len(ends) - 1, int(own[:, 1].sum())))
+        self._files.append("row_routes", np.concatenate(routes))
+        return np.concatenate(segments), np.concatenate(rows)
 
     def close(self) -> None:
         """Closes the files, finished or not."""
@@ -313,7 +351,12 @@ class _Build:
             return _Cut(0, 0, TooLong(f"too long: {reason}"))
         return _Cut(0, 0, "no token counts in the loss")
 
-    def _add(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> None:
+    def _add(
+        self,
+        documents: Sequence[encode.Document],
+        cuts: Sequence["_Cut"],
+        route: int | None,
+    ) -> None:
         """Writes the documents of one record, without those that teach nothing."""
         for document, cut in zip(documents, cuts, strict=True):
             if cut.reason is not None:
@@ -325,6 +368,8 @@ class _Build:
             at.tokens += cut.kept
             at.counted += cut.counted
             self._offsets["documents"].append(at.tokens)
+            if route is not None:
+                self._files.append("routes", np.asarray([route], np.int32))
             if document.beside is not None:
                 self._add_beside(document.beside)
 

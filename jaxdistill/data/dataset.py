@@ -32,6 +32,8 @@ class Dataset:
       sources: names of what it was built from.
       origins: (first token, who wrote what follows) in order; empty where all of it is data.
       second: (length, padding) of rows in the tokens of a second model; None: there is none.
+      teachers: of several, in the order of routes, the name of each with its rows and tokens, which
+        lie one behind the other; empty where there are not several.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dataset:
     sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()
     second: tuple[int, int] | None = None
+    teachers: tuple[tuple[str, int, int], ...] = ()
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -67,7 +70,8 @@ class Dataset:
         Returns:
           `tokens`, `targets`, `positions`, `segment_ids`: int32 [L]; `mask`: bool [L]; `origin`:
           int32 [L], only where a source is the teacher's or the student's own text; `groups` and
-          `second`, see `types.Batch`, only where there is a second model. The target of a position
+          `second`, see `types.Batch`, only where there is a second model; `route`, int32, only
+          where there are several teachers. The target of a position
           is the next token of its own document; the last token of a document, or of a window of a
           long one, predicts nothing.
 
@@ -90,6 +94,8 @@ class Dataset:
             if self.origins:
                 row["origin"][here] = [code for first, code in self.origins if first <= start][-1]
             place += length
+        if self.teachers:
+            row["route"] = np.asarray(self.route(index), np.int32)
         if self.second is not None:
             self._fill_second(row, slice(first, last))
         return row
@@ -112,7 +118,29 @@ class Dataset:
     def empty_row(self) -> dict[str, Any]:
         """A row of padding with the fields that this data set's rows have."""
         row = empty_row(self.seq_len, self.pad, bool(self.origins))
+        row |= empty_route() if self.teachers else {}
         return row if self.second is None else row | empty_second(self.seq_len, *self.second)
+
+    def route(self, index: int) -> int:
+        """Which of several teachers row `index` is for, from 1."""
+        return int(self.arrays["row_routes"][index : index + 1][0])
+
+    def of_teacher(self, name: str) -> "Dataset":
+        """The rows for one of several teachers, in order."""
+        place = [one for one, _, _ in self.teachers].index(name)
+        first = sum(rows for _, rows, _ in self.teachers[:place])
+        _, rows, tokens = self.teachers[place]
+        arrays = self.arrays | {
+            "rows": self.arrays["rows"][first : first + rows + 1],
+            "row_routes": self.arrays["row_routes"][first : first + rows],
+        }
+        return dataclasses.replace(
+            self,
+            num_rows=rows,
+            num_tokens=tokens,
+            teachers=(self.teachers[place],),
+            arrays=arrays,
+        )
 
     def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         """What a batch carries of a row in an epoch, counted from 0; here the row itself."""
@@ -143,6 +171,11 @@ def empty_row(seq_len: int, pad: int, origins: bool = False) -> dict[str, np.nda
     return row | ({"origin": np.zeros(seq_len, np.int32)} if origins else {})
 
 
+def empty_route() -> dict[str, np.ndarray]:
+    """What a row of padding has of several teachers: it is for none."""
+    return {"route": np.zeros((), np.int32)}
+
+
 def empty_second(seq_len: int, length: int, pad: int) -> dict[str, Any]:
     """What a row of padding has of a second model: nothing is aligned."""
     zeros = lambda: np.zeros(length, np.int32)
@@ -169,6 +202,7 @@ def open_dataset(
         sources=sources,
         origins=origins if any(code for _, code in origins) else (),
         second=(second["seq_len"], second["pad"]) if second else None,
+        teachers=tuple((name, rows, tokens) for name, rows, tokens in facts.get("teachers", ())),
         arrays=store.read_arrays(folder),
         **counts,
     )

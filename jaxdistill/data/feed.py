@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.routes import Layout
 from jaxdistill.types import DATA, ORIGINS, Batch, Span
 
 
@@ -85,11 +86,12 @@ class CorpusFeed(Feed):
 
     Args:
       dataset: from `pipeline.build`.
-      batch_size: rows of the global batch.
+      batch_size: rows of the stream in the global batch.
       seed: decides the order of every epoch.
       left_out: the ranges of rows that no batch holds, as they are now.
       rows: which rows of every global batch this process wants; None: all.
       threads: how many prepare batches ahead.
+      layout: of batches for several teachers.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class CorpusFeed(Feed):
         left_out: Callable[[], Sequence[tuple[int, int]]],
         rows: Sequence[int] | None = None,
         threads: int = 2,
+        layout: Layout | None = None,
     ):
         self._open = lambda start, gaps: pipeline.batches(
             dataset,
@@ -110,6 +113,7 @@ class CorpusFeed(Feed):
             seed=seed,
             rows=rows,
             threads=threads,
+            layout=layout,
         )
         self._dataset, self._left_out = dataset, left_out
         self._ahead: Iterator[tuple[Span, Batch]] = iter(())

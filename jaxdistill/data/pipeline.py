@@ -13,6 +13,7 @@ import numpy as np
 from jaxdistill.data import build as building
 from jaxdistill.data import encode, quarantine, settings, store
 from jaxdistill.data.dataset import Dataset, open_dataset
+from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import ConfigError, DataError
@@ -42,6 +43,7 @@ def build(
     turns: str = "whole",
     special_tokens: str = "text",
     second: SecondView | None = None,
+    routing: Routing | None = None,
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.
 
@@ -75,6 +77,7 @@ def build(
       special_tokens: `text`: special tokens written in texts and completions stay text; `parse`:
         they become special tokens, for text that is rendered already.
       second: the tokens of another model, in which rows give the same documents too.
+      routing: several teachers: every row is for one of them.
 
     Returns:
       A Dataset.
@@ -82,7 +85,8 @@ def build(
     Raises:
       ConfigError: if a setting is not one of its choices.
       DataError: if a source is missing or cannot be read, holds no usable record or records of
-        several kinds, does not suit `loss_on`, or has too many unusable records.
+        several kinds, does not suit `loss_on`, has too many unusable records, or a record for no
+        teacher of several.
       ModelError: if the tokenizer is not a fast one, or the template has a syntax error.
       MismatchError: if the tokens of a tokenizer of two stand for no fixed bytes.
       StorageError: if cache_dir or quarantine_path cannot be written.
@@ -103,7 +107,8 @@ def build(
     opened = _open(sources, name)
     codec = encode.prepare(tokenizer)
     beside = None if second is None else second.identity()
-    identity = settings.fingerprint(opened, codec, chosen, beside)
+    routed = None if routing is None else routing.identity()
+    identity = settings.fingerprint(opened, codec, chosen, beside, routed)
     folder = Path(cache_dir) / f"{name}-{identity[:20]}"
     left_out = None if quarantine_path is None else Path(quarantine_path)
     notices = []
@@ -122,6 +127,7 @@ def build(
             name=name,
             quarantine_path=left_out,
             second=second,
+            routing=routing,
         )
     facts = manifest.read(folder)
     assert facts["fingerprint"] == identity
@@ -168,6 +174,7 @@ def batches(
     shuffle: bool = True,
     rows: Sequence[int] | None = None,
     threads: int = 2,
+    layout: Layout | None = None,
 ) -> Iterator[tuple[Span, Batch]]:
     """Batches without end, epoch after epoch, each epoch in an order of its own.
 
@@ -180,7 +187,7 @@ def batches(
 
     Args:
       dataset: from `build`.
-      batch_size: rows of the global batch.
+      batch_size: rows of the stream in the global batch.
       start: the row of the stream to start with.
       left_out: ranges (first row, end) that no batch holds, disjoint and ascending.
       seed: decides the order of every epoch.
@@ -188,6 +195,8 @@ def batches(
       rows: which rows of every global batch this process wants, such as
         `sharding.local_rows(mesh, batch_size)`; None: all.
       threads: how many prepare batches ahead; 0 prepares each when it is asked for.
+      layout: of batches for several teachers, of `layout.size(batch_size)` rows; None: there are
+        not several.
 
     Returns:
       An iterator of (Span, Batch of NumPy arrays [rows, L]).
@@ -195,7 +204,7 @@ def batches(
     Raises:
       ConfigError: if a number is out of range.
     """
-    wanted = _wanted(batch_size, rows)
+    wanted = _wanted(batch_size if layout is None else layout.size(batch_size), rows)
     if start < 0:
         raise ConfigError(f"data: row {start}: must be at least 0")
     if not 0 <= seed < 2**32:
@@ -210,7 +219,7 @@ def batches(
     # Importing grain takes seconds, which building and inspecting data do not need.
     import grain
 
-    stream = grain.MapDataset.source(dataset)
+    stream = grain.MapDataset.range(len(dataset))
     if shuffle:
         stream = stream.seed(seed).shuffle()
     stream = stream.repeat()
@@ -224,14 +233,25 @@ def batches(
                 row += end - first
         return row
 
-    def of_stream(row: int) -> Any:
+    padding = dataset.empty_row()
+
+    def number_of(row: int) -> int:
+        """Which row of the data stands at a row of the stream."""
         found: Any = stream[row]
-        return dataset.in_epoch(found, row // len(dataset))
+        return int(found)
+
+    def of_stream(row: int) -> Any:
+        return dataset.in_epoch(dataset[number_of(row)], row // len(dataset))
 
     def batch_of(number: int) -> tuple[Span, Batch]:
         first = number * batch_size
         span = Span(row_at(first), row_at(first + batch_size - 1) + 1)
-        return span, stack([of_stream(row_at(first + row)) for row in wanted])
+        places = range(batch_size)
+        if layout is not None:
+            routes = [dataset.route(number_of(row_at(first + row))) for row in places]
+            places = layout.places(routes, batch_size).tolist()
+        here = [places[place] for place in wanted]
+        return span, stack([padding if row < 0 else of_stream(row_at(first + row)) for row in here])
 
     return _feed(batch_of, sys.maxsize, threads)
 

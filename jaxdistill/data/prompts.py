@@ -15,7 +15,8 @@ import numpy as np
 from jaxdistill.data import chat, encode, quarantine, rendering
 from jaxdistill.data.build import batched
 from jaxdistill.data.chat_template import RenderError
-from jaxdistill.data.records import Record, Rejected
+from jaxdistill.data.records import TEACHER, Record, Rejected
+from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import Empty, TooLong
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError, ModelError
@@ -108,6 +109,7 @@ def read(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
+    routing: Routing | None = None,
     key: str = "data.prompts",
 ) -> Prompts:
     """Reads and tokenises prompts.
@@ -125,10 +127,12 @@ def read(
       template_kwargs: what the template is given besides.
       special_tokens: `text`: special tokens written in a text stay text; `parse`: they become
         special tokens.
+      routing: several teachers, of which every prompt is for one: its note `teacher` names it.
       key: of the configuration, that messages begin with.
 
     Raises:
-      DataError: if no prompt can be asked, or too many records are unusable.
+      DataError: if no prompt can be asked, too many records are unusable, or one that can be asked
+        is for no teacher of several.
       ModelError: if the tokenizer is not a fast one, or has no chat template and needs one.
     """
     assert longest >= 1, "checked before"
@@ -143,14 +147,14 @@ def read(
         for batch in batched(part):
             for item, made in zip(batch, encoder.prompts(batch), strict=True):
                 if isinstance(made, Prompt):
-                    found.append(made)
+                    found.append(_routed(made, item, part, routing))
                     continue
                 left_out.append(quarantine.entry(part.name, item.line, made))
                 counts[quarantine.why(made)] += 1
                 if on_bad_record == "fail":
                     quarantine.stop_at(left_out[-1])
     _check(key, counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
-    content = {
+    content: dict[str, Any] = {
         "version": _VERSION,
         "sources": [source.digest() for source in sources],
         "tokenizer": encode.fingerprint(tokenizer),
@@ -158,8 +162,18 @@ def read(
         "template": template,
         "settings": [longest, kwargs, special_tokens],
     }
+    if routing is not None:
+        content["routing"] = routing.identity() | {"of_sources": [one.teacher for one in sources]}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Prompts(found, fingerprint, counts, left_out)
+
+
+def _routed(prompt: Prompt, record: Any, source: Source, routing: Routing | None) -> Prompt:
+    """The prompt with the name of its teacher among several, whoever says it."""
+    if routing is None:
+        return prompt
+    name = routing.names[routing.of(record, source) - 1]
+    return dataclasses.replace(prompt, notes={**prompt.notes, TEACHER: name})
 
 
 def _check(

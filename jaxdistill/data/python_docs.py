@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 from jaxdistill.errors import DataError
 
 SPLITS = ("all", "train", "held_out")
+PARTS = ("all", "manual", "library")
 HELD_OUT_ONE_IN = 10
 
 # Part of the digest: raise it when the cleaning below changes what comes out.
@@ -25,21 +26,21 @@ _SHORTEST = 200
 _TOPICS = ("pydoc_data", "topics.py")
 
 
-def split_of(name: str) -> str:
-    """Reads the split out of `python:docs` or `python:docs?split=train`.
+def chosen(name: str) -> tuple[str, str]:
+    """The split and the part in `python:docs` or `python:docs?split=train&part=manual`.
 
     Raises:
       DataError: if the name holds anything else.
     """
     base, _, query = name.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    split = options.pop("split", "all")
-    if base != "python:docs" or options or split not in SPLITS:
+    split, part = options.pop("split", "all"), options.pop("part", "all")
+    if base != "python:docs" or options or split not in SPLITS or part not in PARTS:
         raise DataError(
             f"{name}: unknown text set: use python:docs, python:docs?split=train or "
-            "python:docs?split=held_out"
+            "?split=held_out, and &part=manual or &part=library for one of its two kinds of text"
         )
-    return split
+    return split, part
 
 
 def is_held_out(document: str) -> bool:
@@ -48,20 +49,25 @@ def is_held_out(document: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def documents(split: str = "all") -> Iterator[str]:
-    """The documents of one split, always in the same order: topics by name, then modules by path.
+def documents(split: str = "all", part: str = "all") -> Iterator[str]:
+    """The documents of one split and part, always in the same order.
 
-    A module's document is its docstrings in the order of the source. The files are parsed, never
-    imported or executed. Which texts there are depends on the version of Python.
+    That is topics by name, then modules by path. A module's document is its docstrings in the order
+    of the source. The files are parsed, never imported or executed. Which texts there are depends
+    on the version of Python.
 
     Args:
       split: `all`, `train`, or `held_out` (about one in ten, chosen by the hash of the text, so
         that no text is in both).
+      part: `all`, `manual` (the topics) or `library` (the docstrings).
 
     Raises:
       DataError: if this Python ships neither.
     """
     everything = _documents()
+    if part != "all":
+        manual = frozenset(map(_clean, _topics()))
+        everything = tuple(one for one in everything if (one in manual) == (part == "manual"))
     if not everything:
         raise DataError(
             f"python:docs: found no text in {_library()}: this Python ships without its library's "
@@ -72,9 +78,10 @@ def documents(split: str = "all") -> Iterator[str]:
             yield document
 
 
-def digest(split: str = "all") -> str:
-    """A hash of the files that the documents are read from, and of the split."""
-    hasher = hashlib.sha256(f"{_VERSION} {split} {HELD_OUT_ONE_IN}".encode())
+def digest(split: str = "all", part: str = "all") -> str:
+    """A hash of the files that the documents are read from, and of split and part."""
+    own = "" if part == "all" else f" {part}"
+    hasher = hashlib.sha256(f"{_VERSION} {split} {HELD_OUT_ONE_IN}{own}".encode())
     for path in [_library().joinpath(*_TOPICS), *_modules()]:
         if path.is_file():
             content = path.read_bytes()

@@ -25,7 +25,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 SHOWN_KINDS = ("text", "messages", "completion", "sharegpt", "alpaca", "pairs")
 # The kinds of records that are a pair of answers -> the kind of either answer with its prompt.
 PAIRS: Mapping[str, str] = {"pairs": "completion", "dialogue_pairs": "dialogue"}
-_ALWAYS = (*rules.MARKS, *rules.REFUSED)
+TEACHER = "teacher"  # the field that names one of several
+_ALWAYS = (*rules.MARKS, *rules.REFUSED, TEACHER)
 _BESIDE = ("tools", "system", "chat_template_kwargs")
 # What would be missing in what the student reads, by kind: where it goes.
 LOST: Mapping[str, Mapping[str, str]] = {
@@ -45,7 +46,8 @@ LOST: Mapping[str, Mapping[str, str]] = {
     },
 }
 # What is kept beside a prompt: for who judges answers, gives them context, or routes them.
-NOTES = ("answer", "solution", "teacher")
+NOTES = ("answer", "solution", TEACHER)
+_NAME = 100  # characters of the name of a teacher that are looked at
 # What a record may have besides the fields of its kind. Of what else it has the names are listed.
 READ: Mapping[str, frozenset[str]] = {
     "text": frozenset({"text", *_ALWAYS}),
@@ -73,7 +75,7 @@ class Record:
       opens: False for the later pieces of one long text: no beginning-of-text token.
       closes: False for all but the last piece of one long text: no end-of-text token.
       conversation: what messages hold besides roles and texts; None: nothing.
-      notes: of a prompt, those of NOTES that it has.
+      notes: of a prompt, those of NOTES that it has; of others their TEACHER.
       answers: of a pair the chosen and the rejected answer, each a record with the prompt.
     """
 
@@ -130,9 +132,13 @@ def parse(
                 empty = table and not any(name in value for name in KINDS[kind])
                 reason = f"missing field `{field}`: found {rules.names_of(value)}"
                 raise Unusable(Empty(f"empty: field `{field}` is null") if empty else reason)
-        return _parsed(value, kind, line, set() if unread is None else unread)
+        record = _parsed(value, kind, line, set() if unread is None else unread)
     except Unusable as unusable:
         return Rejected(line, unusable.args[0])
+    named = value.get(TEACHER)
+    if named is None or kind == "prompts":
+        return record
+    return dataclasses.replace(record, notes={TEACHER: str(named)[:_NAME]})
 
 
 def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) -> Record:

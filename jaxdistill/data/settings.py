@@ -73,12 +73,14 @@ def fingerprint(
     codec: encode.Codec,
     settings: Settings,
     second: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
 ) -> str:
     """A hash over every byte of the sources, the tokenizer, the template and the settings.
 
-    `second` is the identity of a second view; it joins where there is one.
+    `second` is the identity of a second view, `routing` of several teachers; they join where there
+    are such.
     """
-    content = {
+    content: dict[str, Any] = {
         "version": _VERSION,
         "sources": [_identity(source) for source in sources],
         "tokenizer": encode.fingerprint(codec.tokenizer),
@@ -87,6 +89,8 @@ def fingerprint(
         "settings": dataclasses.asdict(settings),
     }
     content |= {} if second is None else {"second": second}
+    if routing is not None:
+        content["routing"] = {**routing, "of_sources": [one.teacher for one in sources]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

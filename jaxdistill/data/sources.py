@@ -32,6 +32,7 @@ class Source:
       digest: a hash of the content, whatever its path and times.
       origin: who wrote it, a value of `types.ORIGINS`.
       weight: how often each of its records is read in an epoch.
+      teacher: which of several its records are for, where they do not say; or None.
       parts: the sources that it joins, the files of a folder.
       unread: names of fields that passes over it met and did not read.
       notes: what the user should know about how it was found.
@@ -43,6 +44,7 @@ class Source:
     digest: Callable[[], str]
     origin: str = "data"
     weight: float = 1.0
+    teacher: str | None = None
     parts: tuple["Source", ...] = ()
     unread: set[str] = dataclasses.field(default_factory=set, compare=False)
     notes: tuple[str, ...] = ()
@@ -57,6 +59,7 @@ def open_source(
     origin: str = "data",
     *,
     weight: int | float = 1.0,
+    teacher: str | None = None,
     allow_network: bool = False,
 ) -> Source:
     """Opens files, or a named set of records, as a source of records.
@@ -71,10 +74,12 @@ def open_source(
 
     Args:
       path: a file, a folder, a pattern such as `data/*.jsonl`, `python:docs` with an optional
-        `?split=train` or `?split=held_out`, or `hf:NAME?split=train` (extra `hf`).
+        `?split=train` or `?split=held_out`, and `&part=manual` or `&part=library`; or
+        `hf:NAME?split=train` (extra `hf`).
       format: a value of FORMATS.
       origin: who wrote it: data, teacher or student, for losses that differ by it.
       weight: how often each record is read in an epoch: 2 twice, 0.5 every other one.
+      teacher: which of several teachers its records are for, where they do not say.
       allow_network: let `hf:` download.
 
     Returns:
@@ -92,8 +97,9 @@ def open_source(
     if not 0 < weight <= 1000:
         raise DataError(f"{name}: weight {weight}: must be above 0 and at most 1000")
     found, weight = _open(path, name, format, allow_network), float(weight)
-    parts = tuple(dataclasses.replace(part, origin=origin, weight=weight) for part in found.parts)
-    return dataclasses.replace(found, origin=origin, weight=weight, parts=parts)
+    given: dict[str, Any] = {"origin": origin, "weight": weight, "teacher": teacher}
+    parts = tuple(dataclasses.replace(part, **given) for part in found.parts)
+    return dataclasses.replace(found, **given, parts=parts)
 
 
 def _open(path: str | Path, name: str, format: str, allow_network: bool) -> Source:
@@ -150,15 +156,15 @@ def _file(path: Path, name: str, format: str) -> Source:
 
 
 def _python_source(name: str, format: str) -> Source:
-    split = python_docs.split_of(name)
+    split, part = python_docs.chosen(name)
     if format not in ("auto", "text", "plain"):
         raise DataError(f"{name}: holds plain text: format must be auto or text, got {format!r}")
 
     def read() -> Stream:
-        for line, document in enumerate(python_docs.documents(split), start=1):
+        for line, document in enumerate(python_docs.documents(split, part), start=1):
             yield Record("text", (document,), line)
 
-    return Source(name, "text", read, lambda: python_docs.digest(split))
+    return Source(name, "text", read, lambda: python_docs.digest(split, part))
 
 
 def _text_source(path: Path, name: str, format: str) -> Source:

@@ -34,6 +34,11 @@ SECOND_ARRAYS = {
     "second_documents": np.dtype(np.int64),  # [D + 1]
     "second_segments": np.dtype(np.int64),  # [S, 2]
 }
+# Beside them, of data for several teachers: which one teaches, from 1.
+ROUTE_ARRAYS = {
+    "routes": np.dtype(np.int32),  # [D]
+    "row_routes": np.dtype(np.int32),  # [R]
+}
 QUARANTINE = "quarantine.jsonl"
 BLOCK = 1 << 16  # bytes with a checksum of their own: what is read to have a row of them
 _KEPT_BLOCKS = 256  # of an array, in memory: 16 MiB
@@ -191,10 +196,11 @@ def read_arrays(folder: Path) -> dict[str, "Checked"]:
     """The arrays of a folder, each block read against its checksum when it is used."""
     content = manifest.read(folder)
     files = content["files"]
-    second = SECOND_ARRAYS if "second_tokens.npy" in files else {}
+    known = ARRAYS | SECOND_ARRAYS | ROUTE_ARRAYS
     return {
         name: Checked(folder / f"{name}.npy", dtype, files[f"{name}.npy"]["crc32"])
-        for name, dtype in (ARRAYS | second).items()
+        for name, dtype in known.items()
+        if name in ARRAYS or f"{name}.npy" in files
     }
 
 

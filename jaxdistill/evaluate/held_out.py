@@ -24,6 +24,7 @@ class HeldOut:
       mesh: where they are put.
       dataset: the data that they are of.
       available: rows that the data has, measured or not.
+      by_teacher: of several teachers that have rows, those of each, which share max_rows equally.
     """
 
     def __init__(
@@ -34,7 +35,21 @@ class HeldOut:
         self.available = len(dataset)
         self._rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
         self.mesh = mesh
+        self.by_teacher = self._by_teacher(max_rows)
+        if self.by_teacher:
+            self._rows = sum(one._rows for one in self.by_teacher.values())
         self.name = f"{name}, {self._rows} rows of {dataset.seq_len} tokens"
+
+    def _by_teacher(self, max_rows: int | None) -> dict[str, "HeldOut"]:
+        """The parts of a data set for several teachers; {} of another."""
+        names = [name for name, rows, _ in self.dataset.teachers if rows]
+        if len(names) < 2:
+            return {}
+        most = None if max_rows is None else -(-max_rows // len(names))
+        return {
+            name: HeldOut(self.dataset.of_teacher(name), self._batch_size, most, self.mesh, name)
+            for name in names
+        }
 
     def replaced(self, dataset: Dataset) -> "HeldOut":
         """The same rows of another data set, which has as many."""
@@ -43,7 +58,14 @@ class HeldOut:
         return same
 
     def batches(self) -> Iterator[Batch]:
-        """Every row once, in order; whole batches, so up to batch_size - 1 rows more."""
+        """Every row once, in order; whole batches, so up to batch_size - 1 rows more.
+
+        Of several teachers each batch is for one.
+        """
+        for part in self.by_teacher.values():
+            yield from part.batches()
+        if self.by_teacher:
+            return
         feed = pipeline.eval_batches(
             self.dataset,
             batch_size=self._batch_size,

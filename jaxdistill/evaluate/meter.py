@@ -3,7 +3,7 @@
     program                   measures                                      used by
     `make_step`               the training loss, without a gradient         a run, while it trains
     `scoring_step`            cross-entropy of a model alone                a teacher's row, timing
-    `stored_scoring_step`     the same of a stored teacher                  its row
+    `teacher_scoring_step`    the same of a stored teacher, or of several   its row
     `distributions.step`      all of `NAMES` but the training loss          `eval`, `compare`
 
 A program returns {name: Mean}. Programs give a quantity the same name, so `run` reports it by the
@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import DataError
-from jaxdistill.methods import measuring
+from jaxdistill.methods import measuring, routed
+from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.step import Loss, make_loss
@@ -50,14 +51,18 @@ NAMES = {
 CALIBRATION = "calibration"  # a total of [bins, 3], see `reliability`
 
 
-def make_step(loss: Loss, teacher: Teacher) -> Step:
+def make_step(loss: Loss, teacher: Teacher | Routed) -> Step:
     """step(params, teacher_params, batch, knobs) -> named means; the training loss, no gradient.
 
-    Nothing that adapts in training moves here: knobs come in as numbers and do not come out.
+    Nothing that adapts in training moves here: knobs come in as numbers and do not come out. Of
+    several teachers a batch is for one.
     """
 
     def step(params, teacher_params, batch, knobs):
-        return loss(params, teacher(teacher_params, None, batch), batch, knobs)
+        def of_one(one: Teacher, its_params: Any, part: Batch) -> tuple[dict[str, Mean], Any]:
+            return loss(params, one(its_params, None, part), part, knobs), ()
+
+        return routed.asked(teacher, teacher_params, batch, of_one)(batch)[0]
 
     return jax.jit(step)
 
@@ -81,14 +86,17 @@ def scoring_step(
     return jax.jit(step)
 
 
-def stored_scoring_step(teacher: Teacher, vocab: int) -> Step:
-    """Cross-entropy of the data by a stored teacher of whole rows, from its head."""
+def teacher_scoring_step(teacher: Teacher | Routed, vocab: int) -> Step:
+    """Cross-entropy of the data by what teachers say of it: a stored one, or each of several."""
     objective = measuring.cross_entropy(vocab=vocab)
 
     def step(params, teacher_params, batch, knobs):
-        outputs = teacher(teacher_params, None, batch).outputs
-        assert outputs is not None, "only asked for where whole rows are stored"
-        return objective.apply({}, outputs, TeacherSignal(), batch, {})
+        def of_one(one: Teacher, its_params: Any, part: Batch) -> tuple[dict[str, Mean], Any]:
+            outputs = one(its_params, None, part).outputs
+            assert outputs is not None, "only asked for where whole rows are known"
+            return objective.apply({}, outputs, TeacherSignal(), part, {}), ()
+
+        return routed.asked(teacher, teacher_params, batch, of_one)(batch)[0]
 
     return jax.jit(step)
 
@@ -118,7 +126,7 @@ def run(
       `NAMES` of what the program measures, in nats or shares per token; eval/tokens, how many
       counted; eval/perplexity = exp(eval/ce). With `text_bytes` eval/bits_per_byte =
       eval/ce * tokens / log(2) / bytes. If the program measures calibration, eval/ece and
-      eval/reliability.
+      eval/reliability. Of several teachers, eval/teachers/NAME/... of each on its own rows.
 
     Raises:
       DataError: if no token counts.
@@ -147,11 +155,26 @@ def run(
     }
     ce = result["eval/ce"]
     result |= {"eval/perplexity": _exp(ce), "eval/tokens": tokens}
+    result |= _of_each_teacher(sums)
     if text_bytes:
         result["eval/bits_per_byte"] = ce * tokens / math.log(2) / text_bytes
     if CALIBRATION in sums:
         bars, result["eval/ece"] = reliability(np.asarray(sums[CALIBRATION].total))
         result["eval/reliability"] = bars
+    return result
+
+
+def _of_each_teacher(sums: Mapping[str, Mean]) -> dict[str, float]:
+    """What is measured of each of several teachers that has tokens, by key."""
+    result: dict[str, float] = {}
+    for name, mean in sums.items():
+        if not name.startswith(routed.PREFIX) or not mean.count:
+            continue
+        of, _, what = name.rpartition("/")
+        result[f"eval/{name}"] = value = float(mean.total / mean.count)
+        if what == "ce":
+            result[f"eval/{of}/perplexity"] = _exp(value)
+            result[f"eval/{of}/tokens"] = float(mean.count)
     return result
 
 

@@ -17,7 +17,9 @@ from jaxdistill.train.step import LOSS, OPTIMIZER, STUDENT, TEACHER
 OTHER = "other"
 
 
-def argument_bytes(state: Any, teacher_params: Any, batch: Any, compute_dtype: Any) -> dict:
+def argument_bytes(
+    state: Any, teacher_params: Any, batch: Any, compute_dtype: Any, teachers: Sequence[str] = ()
+) -> dict:
     """Bytes that a device holds of the state, the teacher and the batch, from their places.
 
     Args:
@@ -25,14 +27,16 @@ def argument_bytes(state: Any, teacher_params: Any, batch: Any, compute_dtype: A
       teacher_params: likewise, or None.
       batch: likewise.
       compute_dtype: of the student: weights of another type are master weights.
+      teachers: names of several teachers, whose parameters come by them.
     """
     held: dict[str, int] = defaultdict(int)
     for leaf in jax.tree.leaves(state.params):
         masters = leaf.dtype != np.dtype(compute_dtype)
         held["master weights" if masters else "parameters"] += _local_bytes(leaf)
+    one = {"teacher": teacher_params}
     parts = {
         "optimizer": state.opt_state,
-        "teacher": teacher_params,
+        **({f"teacher {name}": teacher_params[name] for name in teachers} or one),
         "batch": batch,
         "counters": (state.step, state.key, state.skipped),
     }

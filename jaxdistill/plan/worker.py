@@ -86,7 +86,9 @@ def measure(
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
     teacher_params = setup.abstract_teacher_of(config, models, method, mesh)
     batch = setup.abstract_batch_of(config, mesh, method.stored)
-    held = plan.argument_bytes(state, teacher_params, batch, config.student.compute_dtype)
+    asked = list(models.teachers) if method.objective.needs_teacher else []
+    dtype = config.student.compute_dtype
+    held = plan.argument_bytes(state, teacher_params, batch, dtype, asked)
     tokens = config.train.batch_size * config.data.seq_len
     facts = {
         "target": str(target),
@@ -196,7 +198,8 @@ def _dumped(folder: pathlib.Path, name: str) -> Compiled | None:
 def _counts(models: Models, state: Any) -> dict[str, int]:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     trainable, frozen = count(state.params), count(state.frozen)
-    teacher = count_parameters(models.teacher.config) if models.teacher else 0
+    asked = models.teachers.values() or [models.teacher]
+    teacher = sum(count_parameters(one.config) for one in asked if one)
     return {"total": trainable + frozen + teacher, "trainable": trainable, "teacher": teacher}
 
 
@@ -230,9 +233,11 @@ def _work(
         model_flops += models.stored.flops_per_token()
     elif method.objective.needs_start:
         model_flops += forward_flops_per_token(models.student.config, length)
-    elif method.objective.needs_teacher and models.teacher is not None:
+    elif method.objective.needs_teacher:
         theirs = length if models.second is None else models.second.seq_len
-        model_flops += forward_flops_per_token(models.teacher.config, theirs) * theirs / length
+        asked = [one.config for one in models.teachers.values() or [models.teacher] if one]
+        flops = sum(forward_flops_per_token(one, theirs) for one in asked)
+        model_flops += flops / len(asked) * theirs / length  # of several on an average
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

@@ -3,6 +3,7 @@
 from jaxdistill.report.console import Progress as Progress
 from jaxdistill.report.html import build as build
 from jaxdistill.report.story import write_story as write_story
+from jaxdistill.report.table import by_teacher as by_teacher
 from jaxdistill.report.table import comparison_table as comparison_table
 from jaxdistill.report.table import html_table as html_table
 from jaxdistill.report.table import recovered as recovered

@@ -158,6 +158,7 @@ def _of_one(run: RunFiles) -> list[Panel]:
     return [
         _loss(run),
         _distance(run),
+        _by_teacher(run),
         _agreement(run),
         _perplexity(run),
         _rewards(run),
@@ -188,6 +189,28 @@ def _distance(run: RunFiles) -> Panel:
     return Panel(
         "Distance to the teacher", (Chart(lines, "KL(teacher || student), nats per token"),)
     )
+
+
+def _by_teacher(run: RunFiles) -> Panel:
+    """Of several teachers: how far the student is from each, and whose tokens it learns from."""
+    names = {metric.split("/")[1] for metric in _recorded(run, "teachers")}
+    charts = []
+    for what, label, percent in (
+        ("kl_t1", "KL(teacher || student), nats per token", False),
+        ("share", "share of the tokens that count", True),
+    ):
+        lines = []
+        for place, name in enumerate(sorted(names)):
+            metric = f"teachers/{name}/{what}"
+            own = _lines(run, [metric], "noisy", first=place, percent=percent)
+            own += _held_out(run, f"eval/{metric}", place, percent=percent)
+            held = [", held-out" if line.style == "dots" else "" for line in own]
+            lines += [
+                dataclasses.replace(line, label=f"{name}{more}")
+                for line, more in zip(own, held, strict=True)
+            ]
+        charts.append(Chart(tuple(lines), label, percent=percent))
+    return Panel("By teacher", tuple(charts))
 
 
 def _agreement(run: RunFiles) -> Panel:

@@ -155,6 +155,9 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     teacher, student = _parameters(run, "teacher"), _parameters(run, "student")
     before, after = _row(run, "student before"), _row(run, "student after")
     facts = []
+    several = run.info.get("teachers")
+    if isinstance(several, dict) and several:
+        facts.append(("Teachers", str(len(several)), ", ".join(map(str, several))))
     if teacher:
         facts.append(("Teacher", wording.count(teacher), _source(run, "teacher")))
     if student:
@@ -223,6 +226,11 @@ def _result(runs: Sequence[RunFiles]) -> page.Section:
         for row in table.ordered(run.rows):
             cells = [_cell(column, row, rows, run.rows) for column in columns]
             lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
+        for name, own in table.by_teacher(run.rows).items():
+            lines.append(page.Row(f"for teacher {name}"))
+            for row in own:
+                cells = [_cell(column, row, rows, own) for column in columns]
+                lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
         if run.held_out:
             about = f"{run.name}: " if len(runs) > 1 else ""
             notes.append(page.Text(f"{about}measured on {run.held_out}"))

@@ -73,6 +73,19 @@ def ordered(rows: Sequence[Mapping[str, typing.Any]]) -> list[Mapping[str, typin
     return sorted(rows, key=lambda row: ROWS.index(row["name"]) if row["name"] in ROWS else 9)
 
 
+def by_teacher(
+    rows: Sequence[Mapping[str, typing.Any]],
+) -> dict[str, list[Mapping[str, typing.Any]]]:
+    """Of several teachers the rows of each, on the held-out text that is for it; {} of one."""
+    found: dict[str, list[Mapping[str, typing.Any]]] = {}
+    for row in ordered(rows):
+        parts = row.get("by_teacher")
+        for name, numbers in parts.items() if isinstance(parts, Mapping) else ():
+            if isinstance(numbers, Mapping):
+                found.setdefault(name, []).append({**numbers, "name": row["name"]})
+    return found
+
+
 def columns(rows: Sequence[Mapping[str, typing.Any]]) -> list[Column]:
     """The columns of which at least one row holds a value."""
     return [c for c in COLUMNS if any(_cell(row, c.field) is not None for row in rows)]

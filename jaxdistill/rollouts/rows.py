@@ -1,12 +1,15 @@
 """Answers as rows of a batch: packed behind their prompts, in one of few numbers of rows."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.data import packing
-from jaxdistill.data.dataset import empty_row
+from jaxdistill.data.dataset import empty_route, empty_row
+from jaxdistill.data.records import TEACHER
+from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.rollouts.answers import Answer
 
 
@@ -37,6 +40,8 @@ def rows_of(
     sampler: bool = False,
     silent: Sequence[bool] | None = None,
     sampled: Mapping[str, Sequence[Any]] | None = None,
+    routing: Routing | None = None,
+    layout: Layout | None = None,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows of a batch, and log q of every target in them.
 
@@ -54,16 +59,25 @@ def rows_of(
       silent: which answers count nothing; None: none of them.
       sampled: by name, for each answer, a number or one for each of its tokens: a leaf of that
         name in `sampled` of every row; None: rows have no such tree.
+      routing: several teachers, of which the note `teacher` of each prompt names one; a row holds
+        answers for one. None: there are not several.
+      layout: of the rows for several.
 
     Returns:
-      Rows as `Dataset` gives them, as many as one of `sizes`; and float32 [rows, seq_len], the
+      Rows as `Dataset` gives them, as many as one of `sizes`, of several teachers its
+      `layout.size`; and float32 [rows, seq_len], the
       sampler's log q where the mask is true, else 0.
     """
-    lengths = np.asarray([one.length for one in answers])
-    pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
-    placed, ends = packing.plan(pieces, [seq_len], packing_by)
-    count = next(size for size in sizes if size >= len(ends) - 1)
-    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) for _ in range(count)]
+    held, routes = _packed(answers, seq_len, packing_by, routing)
+    if layout is None:
+        count = next(size for size in sizes if size >= len(held))
+        places = [*range(len(held)), *[-1] * (count - len(held))]
+    else:
+        size = next(size for size in sizes if layout.fits(routes, size))
+        places = layout.places(routes, size).tolist()
+        count = len(places)
+    beside = {} if routing is None else empty_route()
+    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) | beside for _ in range(count)]
     types = {name: np.asarray(values[0]).dtype for name, values in (sampled or {}).items()}
     for row in rows if types else ():
         row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
@@ -71,15 +85,34 @@ def rows_of(
     if sampler:
         for row in rows:
             row["sampler_logprobs"] = np.zeros(seq_len, np.float32)
-    for number, (first, last) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for number, row in enumerate(places):
         place = 0
-        for segment, (index, length) in enumerate(placed[first:last].tolist(), start=1):
+        if row >= 0 and routing is not None:
+            rows[number]["route"] = np.asarray(routes[row], np.int32)
+        for segment, (index, length) in enumerate(held[row] if row >= 0 else [], start=1):
             answer, most = answers[index], distilled or len(answers[index].tokens)
             counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
             beside = {name: values[index] for name, values in (sampled or {}).items()}
             _put(rows[number], logprobs[number], answer, place, segment, counted, beside)
             place += length
     return rows, logprobs
+
+
+def _packed(
+    answers: Sequence[Answer], seq_len: int, packing_by: str, routing: Routing | None
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Of each row its answers, as numbers and lengths; and which of several teachers it is for."""
+    lengths = np.asarray([one.length for one in answers])
+    pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
+    named = [0] * len(answers)
+    if routing is not None:
+        named = [routing.names.index(one.prompt.notes[TEACHER]) + 1 for one in answers]
+    held, routes = [], []
+    for route in sorted(set(named)):
+        placed, ends = packing.plan(pieces[np.equal(named, route)], [seq_len], packing_by)
+        held += [placed[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
+        routes += [route] * (len(ends) - 1)
+    return held, routes
 
 
 def _put(

@@ -47,6 +47,7 @@ RULES: Mapping[str, Rule] = {
     "data": Rule(True, False, _OTHER_RUN),
     "tokenizer": Rule(True, False, _OTHER_RUN),
     "teacher": Rule(True, False, _OTHER_RUN),
+    "teachers": Rule(True, False, _OTHER_RUN),
     "student": Rule(True, False, _OTHER_RUN),
     "config": Rule(False, False, "from here on the new value holds"),
     "config.seed": Rule(True, False, _OTHER_RUN),

@@ -10,7 +10,7 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import CorpusFeed, Feed
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.run import on_policy, participants, rewarded, setup
+from jaxdistill.run import on_policy, participants, rewarded, routing, setup
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 
@@ -51,7 +51,8 @@ def feed_of(
             batch_size=config.train.batch_size,
             seed=config.seed,
             left_out=left_out,
-            rows=local_rows(mesh, config.train.batch_size),
+            rows=local_rows(mesh, routing.rows(config)),
+            layout=routing.layout(config),
         )
     if config.rollout is None:
         assert corpus is not None, "checked before: who does not write has data to learn from"

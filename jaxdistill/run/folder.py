@@ -27,7 +27,9 @@ SCHEMA = 1
 _SHAPE = {"name": str, "status": str, "step": int, "attempts": list, "id": str}
 _MORE = {
     **dict.fromkeys(("command",), list),
-    **dict.fromkeys(("saved", "callbacks", "versions", "mesh", "teacher", "student"), dict),
+    **dict.fromkeys(
+        ("saved", "callbacks", "versions", "mesh", "teacher", "teachers", "student"), dict
+    ),
     **dict.fromkeys(("device", "method", "exit_reason"), str),
     "sealed": bool,
     "total_steps": int,

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxdistill.models import count_parameters
-from jaxdistill.run import changes, participants
+from jaxdistill.run import changes, participants, routing
 from jaxdistill.run.folder import describe_machine, fingerprint
 from jaxdistill.run.texts import Text
 
@@ -26,12 +26,17 @@ def fingerprints(
     """
     prints = {f"data.{name}": one.fingerprint for name, one in texts.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
-    for name, model in (("teacher", models.teacher), ("student", models.student)):
+    several = routing.keyed(models.teachers)
+    for name, model in {"teacher": models.teacher, "student": models.student, **several}.items():
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
     if models.teacher is not None and not settings["teacher"]["random"]:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
+    for name, teacher in models.teachers.items():
+        shape = settings["teachers"][name]["random"]
+        found = changes.weights(teacher.params) if shape is None else fingerprint(shape)
+        prints[f"teachers.{name}.weights"] = found
     drawn = settings["student"]["random"] or (settings["teacher"] or {}).get("random")
     if models.start is not None and not drawn:
         prints["student.start"] = changes.weights(models.start.params)
@@ -51,6 +56,11 @@ def describe(models: participants.Models, mesh: Mesh) -> dict[str, Any]:
         if model is not None:
             count = count_parameters(model.config)
             parts[name] = {"source": model.source, "parameters": count}
+    if models.teachers:
+        parts["teachers"] = {
+            name: {"source": model.source, "parameters": count_parameters(model.config)}
+            for name, model in models.teachers.items()
+        }
     if models.stored is not None:
         arch = models.stored.config
         known = {} if arch is None else {"parameters": count_parameters(arch)}

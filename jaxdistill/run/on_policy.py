@@ -13,13 +13,14 @@ from jaxdistill.data import encode
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
+from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
-from jaxdistill.run import participants, setup, states
+from jaxdistill.run import participants, routing, setup, states
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
@@ -207,7 +208,10 @@ def feed_of(
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
     # Of other vocabularies the likely tokens cannot be compared.
-    compared = models.teacher is not None and models.pairing.columns is None
+    signal = None
+    if models.teacher is not None and models.pairing.columns is None:
+        signal = setup.signal_of(config, models)
+        assert not isinstance(signal, Routed), "there is one teacher"
     return RolloutFeed(
         plan_of(config),
         prompts,
@@ -220,6 +224,8 @@ def feed_of(
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
             "sampler": methods.of(config.method).reads_sampler,
+            "routing": routing.of(config),
+            "layout": routing.layout(config),
         },
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
@@ -233,9 +239,9 @@ def feed_of(
                 jnp.dtype(student.compute_dtype),
                 student.attention,
                 student.quantize,
-                setup.signal_of(config, models) if compared else None,
+                signal,
             ),
-            setup.signal_params(models) if compared else None,
+            None if signal is None else setup.signal_params(models),
             models.tokenizer,
             lambda tree: place(tree, mesh),
         ),

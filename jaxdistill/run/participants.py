@@ -19,7 +19,7 @@ from jaxdistill.methods import two_tokenizers
 from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
 from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
-from jaxdistill.run import changes, pairing, shapes, states, stored
+from jaxdistill.run import changes, pairing, routing, shapes, states, stored
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.stored import Stored
 
@@ -38,6 +38,7 @@ class Models:
       start: the student before the first step, where the method compares with it: a copy of its
         weights in student.compute_dtype.
       second: the teacher's own tokens, where the method has it read them; or None.
+      teachers: several by name, in place of the one; {} where there are not.
     """
 
     teacher: Model | None
@@ -48,6 +49,7 @@ class Models:
     pairing: Pairing = Pairing()
     start: Model | None = None
     second: SecondView | None = None
+    teachers: Mapping[str, Model] = dataclasses.field(default_factory=dict)
 
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
@@ -86,8 +88,9 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
         best_metric=config.checkpoint.best_metric,
     )
     teacher = seated if second is None else teacher
-    named = {"teacher": teacher, "student": student}
-    read = {"teacher": (vocab, config.data.seq_len), "student": (vocab, config.data.seq_len)}
+    several = routing.shapes_of(config, tokenizer, student)
+    named = {"teacher": teacher, "student": student, **routing.keyed(several)}
+    read = dict.fromkeys(named, (vocab, config.data.seq_len))
     if second is not None:
         read["teacher"] = vocabulary_size(second.tokenizer), second.seq_len
     for name, shape in named.items():
@@ -98,18 +101,22 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
         errors.check(rules.row_length(length, name, shape.config.max_positions))
     states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
-    if config.teacher and config.teacher.quantize:
-        quantize.check_backend(config.teacher.quantize)
-        if teacher is not None:
-            shapes.teacher_scheme(config.teacher, network)
-    sections = {"teacher": config.teacher, "student": config.student}
+    asked = routing.keyed(config.teachers or {}) | {"teacher": config.teacher}
+    for name, given in asked.items():
+        if given and given.quantize:
+            quantize.check_backend(given.quantize)
+            if named[name] is not None:
+                shapes.teacher_scheme(given, network)
+    sections = {**asked, "student": config.student}
     for name, section in sections.items():
         shape = named[name]
         if section is not None and shape is not None:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
             attention.check(section.attention, shape.config, read[name][1], platform)
-    return Models(teacher, student, tokenizer, vocab, asked_before, pairs, second=second)
+    return Models(
+        teacher, student, tokenizer, vocab, asked_before, pairs, second=second, teachers=several
+    )
 
 
 def _second_view(
@@ -140,6 +147,10 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     """
     teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
     teacher = models.pairing.seated(teacher)
+    several = {
+        name: _loaded(one, models.teachers[name], mesh)
+        for name, one in routing.each(config).items()
+    }
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
     answers = None if models.stored is None else models.stored.loaded(mesh)
@@ -147,7 +158,7 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
         _start(config, student) if methods.of(config.method).needs_start(config.method) else None
     )
     return dataclasses.replace(
-        models, teacher=teacher, student=student, stored=answers, start=start
+        models, teacher=teacher, student=student, stored=answers, start=start, teachers=several
     )
 
 
@@ -164,8 +175,11 @@ def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | Non
     Raises:
       ModelError, ConfigError: if weights cannot be read, or are not those of the shape.
     """
-    if shape is None or config.teacher is None:
-        return None
+    return None if shape is None or config.teacher is None else _loaded(config, shape, mesh)
+
+
+def _loaded(config: Config, shape: Model, mesh: Mesh) -> Model:
+    assert config.teacher is not None, "the shape is that of a teacher"
     source, dtype = config.teacher, config.teacher.dtype
     if source.random:
         model = random(shape.config, config.seed + 1, dtype, mesh)

@@ -19,6 +19,7 @@ from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import gaps, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
+from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model, decoder
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.report import MetricsWriter, json_lines
@@ -45,7 +46,7 @@ class RunTable:
         held_out: HeldOut,
         *,
         student: Student,
-        signal: teachers.Teacher | None,
+        signal: teachers.Teacher | Routed | None,
         teacher_dtype: Any,
         speaks: Eval,
         seed: int,
@@ -74,7 +75,7 @@ class RunTable:
             self._teacher_params = setup.teacher_params_of(models, method)
         self._step = self._program(method)
         self._rows = agree.by_leader(lambda: _stored(run))
-        self._teacher_answers: list[str] | None = None
+        self._teacher_answers: list[str | None] | None = None
         self._student_speed: float | None = None
         # Tokens of two tokenizers are no measure of each other; the bytes that they spell are.
         apart = models.second is not None or models.pairing.aside
@@ -85,7 +86,7 @@ class RunTable:
         models, objective = self._models, method.objective
         if self._pairs:
             return meter.make_step(method.loss, method.teacher)
-        alone = models.second is not None or (models.teacher is None and models.stored is None)
+        alone = models.second is not None or self._signal is None
         if objective.token_means and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
         # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too. One that reads other
@@ -135,8 +136,12 @@ class RunTable:
         )
 
     def add_teacher(self) -> None:
-        """The teacher's own row: how well it models the held-out rows, and how fast."""
+        """The teacher's own row: how well it models the held-out rows, and how fast.
+
+        Of several together, each on the rows that are for it; nobody can time them.
+        """
         self._add_stored_teacher()
+        self._add_teachers()
         teacher = self._models.teacher
         if teacher is None or self.has("teacher"):
             return
@@ -148,7 +153,18 @@ class RunTable:
         scoring = meter.scoring_step(teacher.config, vocab, compute_dtype=self._teacher_dtype)
         metrics = rows.measure(scoring, teacher.params, text_bytes=text_bytes)
         rate = rows.speed(scoring, teacher.params)
-        self._add("teacher", metrics, teacher.config, teacher.params, rate)
+        self._add("teacher", metrics, speed.size(teacher.config, teacher.params), rate)
+
+    def _add_teachers(self) -> None:
+        several = self._models.teachers
+        if not several or self.has("teacher"):
+            return
+        assert self._signal is not None, "there are teachers"
+        scoring = meter.teacher_scoring_step(self._signal, self._models.vocab)
+        metrics = self._held_out.measure(scoring, None, self._teacher_params)
+        sizes = [speed.size(one.config, one.params) for one in several.values()]
+        size = {name: sum(one[name] for one in sizes) for name in sizes[0]}
+        self._add("teacher", metrics, size, None)
 
     def _add_stored_teacher(self) -> None:
         """The row of a stored teacher whose whole rows are known; nobody can time it."""
@@ -157,10 +173,10 @@ class RunTable:
             return
         if signals.sparse(stored.format.name):
             return
-        scoring = meter.stored_scoring_step(stored.signal(None), self._models.vocab)
+        scoring = meter.teacher_scoring_step(stored.signal(None), self._models.vocab)
         metrics = self._held_out.measure(scoring, None, self._teacher_params)
         shape = decoder.shapes(stored.config, stored.dtype)
-        self._add("teacher", metrics, stored.config, shape, None)
+        self._add("teacher", metrics, speed.size(stored.config, shape), None)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -177,21 +193,29 @@ class RunTable:
                 compute_dtype=jnp.dtype(self._student.compute_dtype),
             )
             self._student_speed = self._held_out.speed(scoring, params)
-        self._add(name, metrics, model.config, params, self._student_speed)
+        self._add(name, metrics, speed.size(model.config, params), self._student_speed)
 
     def _add(
-        self, name: str, metrics: Mapping[str, float], config, params, rate: float | None
+        self,
+        name: str,
+        metrics: Mapping[str, float],
+        size: Mapping[str, int],
+        rate: float | None,
     ) -> None:
-        row = {
+        row: dict[str, Any] = {
             "name": name,
-            "perplexity": metrics["eval/perplexity"],
-            "kl_t1": metrics.get("eval/kl_t1"),
-            "agree_top1": metrics.get("eval/agree_top1"),
+            **_measured(metrics, "eval"),
             "scored_tokens_per_second": rate,
         }
+        if self._models.teachers:
+            row["by_teacher"] = {
+                teacher: _measured(metrics, f"eval/teachers/{teacher}")
+                for teacher in self._models.teachers
+                if f"eval/teachers/{teacher}/perplexity" in metrics
+            }
         if "eval/bits_per_byte" in metrics:
             row["bits_per_byte"] = metrics["eval/bits_per_byte"]
-        self._rows[name] = row | speed.size(config, params)
+        self._rows[name] = row | dict(size)
         self._run.write_json(FILE, {"held_out": self._held_out.name, "rows": self.rows})
 
     @property
@@ -204,17 +228,16 @@ class RunTable:
         prompts = self._prompts()
         if not prompts:
             return
-        teacher, student = self._models.teacher, self._models.student
-        tokenizer = self._models.tokenizer
-        if teacher is not None and self._teacher_answers is None:
-            self._teacher_answers = self._asked(teacher, prompts)
+        student, tokenizer = self._models.student, self._models.tokenizer
+        if self._teacher_answers is None:
+            self._teacher_answers = self._taught(prompts)
         params = self.student_params(state)
         ours = self._continued(Model(student.config, params, tokenizer), prompts)
         rows = []
         for index, prompt in enumerate(prompts):
             row = {"prompt": tokenizer.decode(prompt), "student": tokenizer.decode(ours[index])}
-            if self._teacher_answers is not None:
-                row["teacher"] = self._teacher_answers[index]
+            if (theirs := self._teacher_answers[index]) is not None:
+                row["teacher"] = theirs
             rows.append(row)
         writer.samples(number, rows, self._marks(params, prompts, ours))
 
@@ -245,7 +268,32 @@ class RunTable:
         """The configured prompts, and beginnings of held-out rows, as tokens."""
         tokenizer = self._models.tokenizer
         own = [list(tokenizer(text)["input_ids"]) for text in self._speaks.prompts]
-        return own + self._held_out.beginnings(self._speaks.samples, PROMPT_TOKENS)
+        return own + [one for part in self._beginnings().values() for one in part]
+
+    def _beginnings(self) -> dict[str, list[list[int]]]:
+        """Beginnings of held-out rows, by whom of several teachers they are for; else by ""."""
+        parts = self._held_out.by_teacher
+        if not parts:
+            return {"": self._held_out.beginnings(self._speaks.samples, PROMPT_TOKENS)}
+        counts = [
+            len(range(place, self._speaks.samples, len(parts))) for place in range(len(parts))
+        ]
+        return {
+            name: part.beginnings(count, PROMPT_TOKENS)
+            for (name, part), count in zip(parts.items(), counts, strict=True)
+        }
+
+    def _taught(self, prompts: list[list[int]]) -> list[str | None]:
+        """What the teacher answers; of several the one that a held-out row is for."""
+        if not self._models.teachers:
+            teacher = self._models.teacher
+            return list(self._asked(teacher, prompts)) if teacher else [None] * len(prompts)
+        found: list[str | None] = [None] * len(self._speaks.prompts)
+        for name, part in self._beginnings().items():
+            teacher = self._models.teachers.get(name)
+            known = teacher is not None and bool(part)
+            found += self._asked(teacher, part) if known else [None] * len(part)
+        return found
 
     def _asked(self, teacher: Model, prompts: list[list[int]]) -> list[str]:
         """What the teacher answers to prompts in the student's tokens."""
@@ -260,6 +308,15 @@ class RunTable:
     def _continued(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [[int(token) for token in one] for one in answers]
+
+
+def _measured(metrics: Mapping[str, float], where: str) -> dict[str, float | None]:
+    """What a row says of held-out text: all of it, or the part of one teacher."""
+    return {
+        "perplexity": metrics[f"{where}/perplexity"],
+        "kl_t1": metrics.get(f"{where}/kl_t1"),
+        "agree_top1": metrics.get(f"{where}/agree_top1"),
+    }
 
 
 def stale(changed: Collection[str]) -> Sequence[str]:

@@ -302,7 +302,7 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
-        known = self.models.teacher is not None or self.models.stored is not None
+        known = bool(self.models.teacher or self.models.stored or self.models.teachers)
         self.table = run_table.RunTable(
             run,
             self.models,
@@ -345,7 +345,7 @@ class _Session:
     def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
         """The last metrics of a run of which nothing is left to do, said so; else None."""
         needed = {"student before", "student after"}
-        needed |= {"teacher"} if self.models.teacher is not None else set()
+        needed |= {"teacher"} if self.models.teacher or self.models.teachers else set()
         needed |= {"SFT control"} if self.config.eval.compare else set()
         done = self.run.record["status"] == "done" and all(map(self.table.has, needed))
         if not done or (checkpoints.latest() or 0) < self.config.train.steps:

@@ -14,14 +14,17 @@ from jaxdistill.compress import quantize
 from jaxdistill.config import Config
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.data import pipeline
-from jaxdistill.data.dataset import empty_row, empty_second
+from jaxdistill.data.dataset import empty_route, empty_row, empty_second
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals, two_tokenizers
-from jaxdistill.run import participants, shapes, sparse, states
+from jaxdistill.methods.routed import Routed
+from jaxdistill.models import Model
+from jaxdistill.run import participants, routing, shapes, sparse, states
+from jaxdistill.run.pairing import Pairing
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
@@ -51,7 +54,7 @@ class RunMethod:
     Attributes:
       objective: what is minimised.
       measuring: the knobs that models are measured at.
-      teacher: where its signal comes from.
+      teacher: where its signal comes from: one, or several.
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
@@ -60,7 +63,7 @@ class RunMethod:
 
     objective: methods.Objective
     measuring: Mapping[str, float]
-    teacher: teachers.Teacher
+    teacher: teachers.Teacher | Routed
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
@@ -130,25 +133,40 @@ def format_of(models: participants.Models) -> str:
 
 def signal_of(
     config: Config, models: participants.Models, objective: methods.Objective | None = None
-) -> teachers.Teacher:
+) -> teachers.Teacher | Routed:
     """What says what the teacher says of a batch.
 
     Args:
       config: of the run.
-      models: with a teacher, or a stored one.
+      models: with a teacher, a stored one, or several.
       objective: that asks; None: for measuring, at T = 1.
     """
+    if models.teachers:
+        normalise = config.routing.normalise if config.routing and objective else "token"
+        signals = {
+            name: _online(one, models.teachers[name]) for name, one in routing.each(config).items()
+        }
+        return Routed(signals, normalise)
     if models.stored is not None:
         return models.stored.signal(None if objective is None else config.method)
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
-    assert config.teacher is not None, "it was loaded from there"
-    return teachers.online(
-        models.teacher.config,
-        compute_dtype=teacher_dtype(config),
-        attention=config.teacher.attention,
+    return _online(
+        config,
+        models.teacher,
         taps=() if objective is None else objective.teacher_taps,
         relations=() if objective is None else objective.teacher_relations,
         second_view=models.second is not None,
+    )
+
+
+def _online(config: Config, teacher: Model, **read: Any) -> teachers.Teacher:
+    """The teacher of a configuration, in the step."""
+    assert config.teacher is not None, "it was loaded from there"
+    return teachers.online(
+        teacher.config,
+        compute_dtype=teacher_dtype(config),
+        attention=config.teacher.attention,
+        **read,
     )
 
 
@@ -185,10 +203,20 @@ def abstract_teacher_of(
         return None
     if models.stored is not None:
         return models.stored.abstract_params(mesh)
+    if models.teachers:
+        several = routing.each(config).items()
+        return {
+            name: _abstract_teacher(one, models.teachers[name], Pairing(), mesh)
+            for name, one in several
+        }
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
+    return _abstract_teacher(config, models.teacher, models.pairing, mesh)
+
+
+def _abstract_teacher(config: Config, teacher: Model, pairing: Pairing, mesh: Mesh) -> Any:
     assert config.teacher is not None, "it was loaded from there"
-    params = abstract_params(models.teacher.config, teacher_dtype(config), mesh)
-    params = models.pairing.abstract(params, mesh)
+    params = abstract_params(teacher.config, teacher_dtype(config), mesh)
+    params = pairing.abstract(params, mesh)
     scheme = shapes.teacher_scheme(config.teacher, config.security.allow_network)
     return params if scheme is None else quantize.abstract(params, scheme)
 
@@ -220,11 +248,12 @@ def make_step(
     config: Config, method: RunMethod, monitor: Callable[[Any], Any] | None = None
 ) -> steps.Step:
     """The training step of a run as a pure function; `monitor` as in `steps.make`."""
+    lies = routing.layout(config)
     return steps.make(
         method.loss,
         method.teacher,
         method.tx,
-        micro_batches=config.train.micro_batches,
+        micro_batches=config.train.micro_batches if lies is None else lies.parts,
         monitor=monitor,
         prepare=method.objective.prepare,
         adapters=states.adapters_of(config.student),
@@ -249,8 +278,10 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
         if method.marks_wrong(config.method):
             sampled["wrong"] = np.zeros(length, bool)
         beside |= {"sampled": sampled}
+    if config.teachers is not None:
+        beside |= empty_route()
     row = pipeline.stack([empty_row(length, 0, origins) | beside])
-    return steps.abstract_batch(row, config.train.batch_size, mesh)
+    return steps.abstract_batch(row, routing.rows(config), mesh)
 
 
 def check_kernels_of(config: Config) -> None:
@@ -269,7 +300,8 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
         state, means = step(state, teacher_params, batch)
 
     `batch` is a `types.Batch` of arrays [train.batch_size, data.seq_len], placed by
-    `sharding.batch_sharding(mesh)`; `state` is donated.
+    `sharding.batch_sharding(mesh)`; `state` is donated. Of several teachers the parameters come by
+    name, and the batch lies as `data.routes.Layout` has it.
 
     Raises:
       UserError: whatever is wrong with the configuration, the models or the mesh.
@@ -291,7 +323,9 @@ def teacher_params_of(models: participants.Models, method: RunMethod) -> Any:
 
 
 def signal_params(models: participants.Models) -> Any:
-    """The parameters of what `signal_of` gives; None without a teacher."""
+    """The parameters of what `signal_of` gives, several by name; None without a teacher."""
+    if models.teachers:
+        return {name: teacher.params for name, teacher in models.teachers.items()}
     if models.stored is not None:
         return models.stored.params
     return None if models.teacher is None else models.teacher.params

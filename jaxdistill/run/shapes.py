@@ -25,14 +25,7 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
     Raises:
       ModelError, ConfigError: for a model that is not there, or numbers that fit no model.
     """
-    teacher, given, student = None, config.teacher, config.student
-    if given is not None:
-        if given.random:
-            teacher = _random_shape(given.random, None, config, network, "teacher.random")
-        elif given.source:
-            teacher = _spec(given.source, network)
-        elif given.cache:
-            teacher = stored.spec(given)
+    teacher, student = teacher_of(config, network), config.student
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
@@ -44,6 +37,22 @@ def of(config: Config, network: bool) -> tuple[Model | None, Model]:
     if student.random:
         return teacher, _random_shape(student.random, teacher, config, network, "student.random")
     return teacher, _spec(source(student), network)
+
+
+def teacher_of(config: Config, network: bool) -> Model | None:
+    """The teacher without weights; None where there is none, or no shape of it.
+
+    Raises:
+      ModelError, ConfigError: as `of`.
+    """
+    given = config.teacher
+    if given is None:
+        return None
+    if given.random:
+        return _random_shape(given.random, None, config, network, "teacher.random")
+    if given.source:
+        return _spec(given.source, network)
+    return stored.spec(given) if given.cache else None
 
 
 def named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:

@@ -13,7 +13,7 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
-from jaxdistill.run import on_policy, participants, rewarded, terminal, texts
+from jaxdistill.run import on_policy, participants, rewarded, routing, terminal, texts
 from jaxdistill.run.texts import Text
 
 
@@ -57,7 +57,13 @@ def read(
     network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
     data = agree.leader_first(
-        lambda: texts.data_of(config.data, models.tokenizer, models.second, network=network)
+        lambda: texts.data_of(
+            config.data,
+            models.tokenizer,
+            models.second,
+            routing=routing.of(config),
+            network=network,
+        )
     )
     agree.together(lambda: texts.check_kinds(config.method, data))
     agree.together(lambda: models.pairing.check(data))
@@ -68,6 +74,7 @@ def read(
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
     prompts, questions = agree.together(lambda: _prompts(config, models, mesh, verifiers))
+    agree.together(lambda: routing.check(config, data, prompts))
     return Inputs(mesh, models, data, taught, prompts, questions)
 
 
@@ -81,7 +88,9 @@ def _prompts(
         return None, None
     room = config.data.seq_len - config.rollout.max_new_tokens
     network = config.security.allow_network
-    prompts = texts.prompts_of(config.data, room, models.tokenizer, network=network)
+    prompts = texts.prompts_of(
+        config.data, room, models.tokenizer, routing=routing.of(config), network=network
+    )
     on_policy.check(config, models, prompts, mesh)
     rewarded.check(config, prompts, verifiers)
     if config.reward is None or (held_out := config.reward.held_out) is None:

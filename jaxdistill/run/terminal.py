@@ -23,6 +23,9 @@ def write_page(folder: pathlib.Path) -> None:
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table and what it says, for people."""
     say(report.comparison_table(rows), sys.stdout)
+    for name, own in report.by_teacher(rows).items():
+        say(f"\nheld-out text for teacher {name}", sys.stdout)
+        say(report.comparison_table(own), sys.stdout)
     say(report.recovered(rows), sys.stdout)
 
 

@@ -10,6 +10,7 @@ from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.rendering import read_template
+from jaxdistill.data.routes import Routing
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -18,7 +19,12 @@ Text = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was
 
 
 def data_of(
-    data: Data, tokenizer: Any, second: SecondView | None = None, *, network: bool = False
+    data: Data,
+    tokenizer: Any,
+    second: SecondView | None = None,
+    *,
+    routing: Routing | None = None,
+    network: bool = False,
 ) -> dict[str, Dataset]:
     """The training rows, where there are any, and the held-out ones, built or from the cache.
 
@@ -26,6 +32,7 @@ def data_of(
       data: the options of the data.
       tokenizer: of the run.
       second: another model's tokens, in which the rows give the same documents too.
+      routing: several teachers, of which every record is for one.
       network: whether sources may be downloaded.
 
     Raises:
@@ -38,6 +45,7 @@ def data_of(
                 format=one.format,
                 origin=one.origin,
                 weight=one.weight,
+                teacher=one.teacher,
                 allow_network=network,
             )
             for one in sources
@@ -49,7 +57,9 @@ def data_of(
         train, held = held_out.split(train, share)
     options = reading_of(data) | data.model_dump(include={"cache_dir", "max_bad_fraction"})
     built = {
-        name: pipeline.build(sources, tokenizer, name=name, second=second, **options)
+        name: pipeline.build(
+            sources, tokenizer, name=name, second=second, routing=routing, **options
+        )
         for name, sources in (("train", train), ("eval", held))
         if sources
     }
@@ -100,6 +110,7 @@ def prompts_of(
     longest: int,
     tokenizer: Any,
     *,
+    routing: Routing | None = None,
     network: bool = False,
     questions: Sequence[PromptSource] = (),
 ) -> prompts.Prompts:
@@ -109,6 +120,7 @@ def prompts_of(
       data: the options of the data.
       longest: the most tokens of a prompt.
       tokenizer: of the run.
+      routing: several teachers, of which every prompt is for one.
       network: whether sources may be downloaded.
       questions: of reward.held_out; none: data.prompts.
 
@@ -120,7 +132,10 @@ def prompts_of(
     )
     if data.chat_template is not None:
         options["chat_template"] = read_template(data.chat_template)
-    asked = [open_source(one.path, "prompts", allow_network=network) for one in data.prompts]
+    asked = [
+        open_source(one.path, "prompts", teacher=one.teacher, allow_network=network)
+        for one in data.prompts
+    ]
     if questions:
         theirs = [open_source(one.path, "prompts", allow_network=network) for one in questions]
         held_out.check_prompts(asked, theirs, "reward.held_out")
@@ -130,4 +145,4 @@ def prompts_of(
     held_out.check_prompts(
         asked, [open_source(one.path, one.format, allow_network=network) for one in data.eval_files]
     )
-    return prompts.read(asked, tokenizer, longest=longest, **options)
+    return prompts.read(asked, tokenizer, longest=longest, routing=routing, **options)

@@ -19,7 +19,7 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
-from jaxdistill.run import anew, feeds, participants, run_table, setup, states
+from jaxdistill.run import anew, feeds, participants, routing, run_table, setup, states
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
@@ -243,7 +243,7 @@ class Training:
 
         step = PerShape(compile)
         if (row := feed.usual()) is not None:
-            usual = abstract_batch(row, config.train.batch_size, self.mesh)
+            usual = abstract_batch(row, routing.rows(config), self.mesh)
             step.prepare(state, teacher_params, usual)
         return step
 
@@ -306,8 +306,9 @@ def _meter(
         if models.stored is not None:
             teacher = models.stored.flops_per_token()
         else:
-            assert models.teacher is not None, "the configuration has a teacher where one is needed"
-            # For each of the student's tokens, as the meter counts.
-            teacher = forward_flops_per_token(models.teacher.config, theirs) * theirs / length
+            # For each of the student's tokens, as the meter counts; of several on an average.
+            asked = models.teachers.values() or [models.teacher]
+            flops = [forward_flops_per_token(one.config, theirs) for one in asked if one]
+            teacher = sum(flops) / len(flops) * theirs / length
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

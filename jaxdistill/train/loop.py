@@ -11,6 +11,7 @@ import numpy as np
 from jaxdistill import agree
 from jaxdistill.data.feed import Feed
 from jaxdistill.errors import Preempted, StorageError
+from jaxdistill.methods import routed
 from jaxdistill.report import MetricsWriter, Progress
 from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
@@ -223,7 +224,11 @@ class _Unread:
     def _report(self, record: StepRecord, means: Mapping[str, Mean]) -> Incident | None:
         """Reads one step's numbers (this waits for the step), judges them, writes them down."""
         parts, number = self._parts, record.step
-        numbers = {name: float(mean.value) for name, mean in jax.device_get(dict(means)).items()}
+        numbers = {
+            name: float(mean.value)
+            for name, mean in jax.device_get(dict(means)).items()
+            if mean.count or not name.startswith(routed.PREFIX)  # a teacher that was not met
+        }
         incident = parts.guard.judge(record, numbers, parts.writer, parts.progress)
         self._rows += record.rows
         if incident is None and self._recorded(number):

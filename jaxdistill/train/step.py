@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxdistill import optim
 from jaxdistill.compress import quantize
 from jaxdistill.losses import load_balancing
-from jaxdistill.methods import CONTROL, MONITOR, Objective
+from jaxdistill.methods import CONTROL, MONITOR, Objective, routed
+from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
@@ -93,7 +94,7 @@ def _balanced(
 
 def make(
     loss: Loss,
-    teacher: Teacher,
+    teacher: Teacher | Routed,
     tx: optax.GradientTransformationExtraArgs,
     *,
     micro_batches: int = 1,
@@ -110,7 +111,8 @@ def make(
 
     Args:
       loss: from `make_loss`.
-      teacher: from `teachers`.
+      teacher: from `teachers`; or several, whose parameters come by name: every micro-batch is then
+        of one of them, see `data.routes.Layout`.
       tx: the optimizer's chain; its extra argument `value` receives what the objective calls its
         control, else the loss, `metrics` all means, and `gradients` the gradients themselves.
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.
@@ -128,10 +130,10 @@ def make(
             inputs = {**inputs, **prepare(batch)}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def sums(part: Batch, number: Any) -> tuple[dict[str, Mean], Any]:
+        def sums(one: Teacher, its_params: Any, part: Batch, number: Any):
             # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
             with jax.named_scope(TEACHER):
-                signal = teacher(teacher_params, state, part)
+                signal = one(its_params, state, part)
             dropout = jax.random.fold_in(key, number)
 
             def total(params):
@@ -142,7 +144,8 @@ def make(
             (_, means), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
             return means, gradients
 
-        means, gradients = _over_micro_batches(sums, batch, micro_batches)
+        of_part = routed.asked(teacher, teacher_params, batch, sums)
+        means, gradients = _over_micro_batches(of_part, batch, micro_batches)
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
         # What adaptive knobs read: of the whole batch, all devices and micro-batches.
@@ -156,6 +159,7 @@ def make(
             "guard/in_a_row": new.skipped[0],
             "guard/skipped": new.skipped[1],
         }
+        reported |= routed.numbers(teacher, batch)
         return new, means | {name: _single(value) for name, value in reported.items()}
 
     return step

@@ -83,3 +83,18 @@ def test_names():
             open_source(name)
     with pytest.raises(DataError, match="holds plain text"):
         open_source("python:docs", "messages")
+
+
+def test_the_manual_and_the_library_are_all_of_it_and_have_nothing_in_common():
+    for split in python_docs.SPLITS:
+        manual, library = (
+            set(python_docs.documents(split, part)) for part in python_docs.PARTS[1:]
+        )
+        assert manual and library and not manual & library
+        assert manual | library == set(python_docs.documents(split))
+    prints = {python_docs.digest("train", part) for part in python_docs.PARTS}
+    assert len(prints) == 3 and python_docs.digest("train") in prints
+    source = open_source("python:docs?split=held_out&part=manual")
+    assert [item.texts[0] for item in source] == list(python_docs.documents("held_out", "manual"))
+    with pytest.raises(DataError, match="unknown text set"):
+        open_source("python:docs?split=train&part=news")

@@ -1,5 +1,6 @@
 """Answers in rows: what counts, how many rows there are, and the gradient that they give."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ import pytest
 from jaxdistill import losses
 from jaxdistill.data import pipeline
 from jaxdistill.data.prompts import Prompt
+from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.methods import kd, sampled_kl
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
@@ -216,3 +218,22 @@ def test_the_exact_gradient_of_two_steps_is_the_one_that_was_computed_elsewhere(
     table = lambda one, after0, after1: jnp.asarray([[0, one], [0, after0], [0, after1]])
     exact = _expected_gradient(table(0.3, -0.4, 0.8), table(-0.5, 0.6, 0.1))
     np.testing.assert_allclose(exact[:, 1], (0.195567, -0.102245, 0.086015), atol=1e-6)
+
+
+def test_answers_of_several_teachers_share_no_row_and_no_micro_batch():
+    """By hand: four answers of math in two rows, two of code in one, three parts of two rows."""
+    routing, layout = Routing(("math", "code")), Layout(2, 2)
+    given = []
+    for number, name in enumerate(("math", "code", "math", "math", "code", "math")):
+        one = answer([1, 2], [3 + number] * 4)
+        given.append(dataclasses.replace(one, prompt=Prompt(one.prompt.tokens, {"teacher": name})))
+    found, logprobs = rows_of(
+        given, seq_len=12, pad=0, packing_by="best_fit", sizes=(2, 4, 8), distilled=None,
+        routing=routing, layout=layout,
+    )  # fmt: skip
+    # Two rows of M = 2 parts have no room for three; four have, as three parts of two rows.
+    assert [int(row["route"]) for row in found] == [1, 2, 0, 1, 0, 0]
+    assert logprobs.shape == (6, 12)
+    held = [sorted(set(row["tokens"].tolist()) - {0, 1, 2}) for row in found]
+    assert sorted(held[0] + held[3]) == [3, 5, 6, 8] and held[1] == [4, 7]
+    assert not any(found[place]["mask"].any() for place in (2, 4, 5))

@@ -1,0 +1,101 @@
+"""The options of several teachers, `teachers:` and `routing:`, and what cannot go with them."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jaxdistill import methods
+from jaxdistill.config.models import Teacher
+from jaxdistill.config.rollout import Name
+from jaxdistill.methods import signals
+from jaxdistill.section import Problem, Section
+
+Teachers = Annotated[dict[Name, Teacher], Field(min_length=1, max_length=64)]
+
+
+class Routing(Section):
+    """Several teachers: which record is for whom, and what each counts for."""
+
+    default: Name | None = Field(
+        None, description="The teacher of records that name none; null: they are an error."
+    )
+    normalise: Literal["token", "teacher"] = Field(
+        "token",
+        description="token: the loss is a mean over all tokens of the batch; teacher: a mean over "
+        "the teachers in it, each a mean over its own tokens, so that one with few counts as much.",
+    )
+
+
+def problems(config: Any) -> Iterator[Problem]:
+    """What is wrong between `teachers`, `routing` and the other sections of a `Config`."""
+    yield from _named(config)
+    if config.teachers is None:
+        if config.routing is not None:
+            yield ("routing",), "has no effect without teachers: remove it"
+        return
+    if config.teacher is not None:
+        yield (
+            ("teachers",),
+            "give teacher, or teachers by name, not both: teacher: null removes one",
+        )
+    for name, teacher in config.teachers.items():
+        for what, rule in _ASKED_BEFORE.items():
+            if getattr(teacher, what):
+                yield ("teachers", name, what), rule
+    if (why := problem(config.method)) is not None:
+        yield (
+            ("method", "name"),
+            f"{config.method.name} {why}: it does not go with several teachers",
+        )
+    student, several = config.student, "and there are several teachers"
+    if student.from_ == "teacher":
+        yield ("student", "from"), f"is cut out of one, {several}: give student.source"
+    if student.random and student.random.like == "teacher":
+        yield ("student", "random", "like"), f"is like one, {several}: give a path"
+    if config.tokenizer.from_ == "teacher":
+        yield ("tokenizer", "from"), f"is that of one, {several}: use student, bytes or a path"
+
+
+# How a teacher is asked -> why not beside others.
+_ASKED_BEFORE = {
+    name: "several teachers are asked in the step: give source or random alone"
+    for name in ("cache", "api")
+}
+
+
+def problem(options: Any) -> str | None:
+    """Why a method cannot learn from several teachers; None where it can."""
+    row = methods.of(options)
+    for alone, why in (
+        (row.rewards, "learns from rewards"),
+        (not row.needs_teacher(options), "has no teacher"),
+        (row.second_view, "has a teacher read tokens of its own"),
+        (row.reads(options) == signals.LAYERS, "reads layers, whose widths it fits to one teacher"),
+        (bool(row.sides), "compares text of several origins"),
+        (not row.any_text, "reads records of a form of their own"),
+    ):
+        if alone:
+            return why
+    return None
+
+
+def _named(config: Any) -> Iterator[Problem]:
+    """Whoever is named is there."""
+    known = config.teachers or {}
+    data = config.data
+    groups = {"train": data.train, "prompts": data.prompts, "eval": data.eval_files}
+    named: dict[tuple[str | int, ...], str | None] = {
+        ("data", group, place, "teacher"): source.teacher
+        for group, sources in groups.items()
+        for place, source in enumerate(sources)
+    }
+    if config.reward is not None and config.reward.held_out is not None:
+        for place, source in enumerate(config.reward.held_out.prompts):
+            named["reward", "held_out", "prompts", place, "teacher"] = source.teacher
+    if config.teachers is not None and config.routing is not None:
+        named["routing", "default"] = config.routing.default
+    for path, name in named.items():
+        if name is not None and name not in known:
+            there = f"there are {', '.join(known)}" if known else "there is no section teachers"
+            yield path, f"no such teacher: {there}"

@@ -1,0 +1,122 @@
+"""Several teachers of a run: their shapes, signals and memory, and that each has records."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxdistill import errors
+from jaxdistill.config import Config
+from jaxdistill.data.prompts import Prompts
+from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.errors import ConfigError, MismatchError
+from jaxdistill.models import Model
+from jaxdistill.run import pairing, shapes
+
+log = logging.getLogger(__name__)
+
+
+def of(config: Config) -> Routing | None:
+    """Who the records of a run may be for; None where there are not several teachers."""
+    if config.teachers is None:
+        return None
+    default = None if config.routing is None else config.routing.default
+    return Routing(tuple(config.teachers), default)
+
+
+def layout(config: Config) -> Layout | None:
+    """How the batches of a run lie, where it has several teachers."""
+    if config.teachers is None:
+        return None
+    return Layout(len(config.teachers), config.train.micro_batches)
+
+
+def rows(config: Config) -> int:
+    """Rows of the batch that the step takes, padding between teachers among them."""
+    lies = layout(config)
+    return config.train.batch_size if lies is None else lies.size(config.train.batch_size)
+
+
+def each(config: Config) -> dict[str, Config]:
+    """The configuration as it would be with each of several teachers alone; random ones differ."""
+    alone = {"teachers": None, "routing": None}
+    return {
+        name: config.model_copy(update={**alone, "teacher": teacher, "seed": config.seed + place})
+        for place, (name, teacher) in enumerate((config.teachers or {}).items())
+    }
+
+
+def shapes_of(config: Config, tokenizer: Any, student: Model) -> dict[str, Model]:
+    """Each of several teachers without weights, once it reads the tokens of the run.
+
+    Raises:
+      ModelError, ConfigError: as `shapes.of`.
+      MismatchError: for one with other tokens.
+    """
+    found = {}
+    for name, one in each(config).items():
+        shape = shapes.teacher_of(one, config.security.allow_network)
+        assert shape is not None, "the configuration gives every teacher a source"
+        shape = shapes.ended(shape, tokenizer)
+        pairs, seated = pairing.of(
+            tokenizer,
+            shape,
+            student,
+            born=config.student,
+            named=config.tokenizer.from_,
+            needs_teacher=True,
+            best_metric=config.checkpoint.best_metric,
+        )
+        if pairs.teacher is not None or seated is None or _reads_less(pairs):
+            raise MismatchError(
+                f"teachers.{name} ({shape.source}): its tokens are not those of the run "
+                f"({pairs.pairs['teacher']}), and several teachers share one vocabulary: take one "
+                "with the tokenizer of the run"
+            )
+        found[name] = shape
+    return found
+
+
+def _reads_less(pairs: pairing.Pairing) -> bool:
+    """Whether a model lacks a row for a token of the run."""
+    return "teacher" in pairs.pairs and bool(pairs.pairs["teacher"].unreadable)
+
+
+def check(config: Config, data: Mapping[str, Any], prompts: Prompts | None) -> None:
+    """Every teacher has something to teach; held-out records that some lack are told.
+
+    Raises:
+      ConfigError: naming those that no record is for, and how many the others have.
+    """
+    routing = of(config)
+    if routing is None:
+        return
+    taught = dict.fromkeys(routing.names, 0)
+    told = []
+    if "train" in data:
+        for name, count, tokens in data["train"].teachers:
+            taught[name] += count
+            told.append(f"{name}: {count} rows, {tokens} tokens")
+    if prompts is not None:
+        asked = [routing.names.index(one.notes["teacher"]) + 1 for one in prompts.prompts]
+        for name, count in routing.counted(asked).items():
+            taught[name] += count
+            told.append(f"{name}: {count} prompts")
+    errors.check(_unused(taught, "; ".join(told)))
+    log.info("teachers: %s", "; ".join(told))
+    for name, count, _ in data["eval"].teachers:
+        if not count:
+            log.warning("teachers.%s: no held-out record is for it: it is not measured", name)
+
+
+def _unused(taught: Mapping[str, int], told: str) -> Iterator[ConfigError]:
+    for name, count in taught.items():
+        if not count:
+            yield ConfigError(
+                f"teachers.{name}: no record is for it ({told}): remove it, or name it in the "
+                "field `teacher` of records, or as data.train.N.teacher"
+            )
+
+
+def keyed(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What is by the names of several teachers, by their keys in the configuration."""
+    return {f"teachers.{name}": value for name, value in named.items()}

@@ -1,0 +1,278 @@
+"""Runs with several teachers: against one, the same bits on resume, the table, what is refused."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import api, models
+from jaxdistill.errors import ConfigError, DataError, MismatchError
+from jaxdistill.models import decoder
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.report import html, read_metrics
+from jaxdistill.run import participants, routing, setup, texts
+from tests.inject import Fault
+from tests.run.conftest import sentences
+from tests.run.test_on_policy import numbers, same
+from tests.run.test_pairing import SHAPE, in_other_order
+
+pytestmark = pytest.mark.usefixtures("plain_runs")
+MATH = "random: {layers: 2, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, dtype: float32"
+CODE = "random: {family: qwen3, layers: 1, embed: 48, mlp: 32, heads: 2}, quantize: int8"
+STUDENT = "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4}, compute_dtype: float32}"
+
+
+def written(path, first, count, named):
+    """Records of which `named(number)` says whom they are for."""
+    lines = sentences(first, count).split("\n\n")
+    records = [{"text": text} | named(number) for number, text in enumerate(lines)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Every third record is for code, the others name nobody."""
+    folder = tmp_path_factory.mktemp("routed")
+    named = lambda number: {} if number % 3 else {"teacher": "code"}
+    written(folder / "train.jsonl", 0, 60, named)
+    written(folder / "eval.jsonl", 1000, 9, named)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(load_config, records):
+    """(folder, overrides) -> Config of a run with two teachers."""
+
+    def make(folder, *overrides, teachers=f"{{math: {{{MATH}}}, code: {{{CODE}}}}}"):
+        folder.mkdir(exist_ok=True)
+        return load_config(
+            folder,
+            "teacher=null",
+            f"teachers={teachers}",
+            "routing={default: math}",
+            STUDENT,
+            f"data.train=[{{path: {records}/train.jsonl}}]",
+            f"data.eval=[{{path: {records}/eval.jsonl}}]",
+            "train.micro_batches=2",
+            "method={name: kd, alpha: 0.3}",
+            *overrides,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def routed(load, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return api.train(load(folder, "eval.samples=3", "eval.prompts=[a dog]"))
+
+
+def test_each_teacher_is_told_apart(routed):
+    records = [one for one in numbers(routed.run_dir) if "loss/total" in one]
+    assert len(records) == 6
+    for one in records:
+        met = [name for name in ("math", "code") if f"teachers/{name}/loss" in one]
+        shares = [one[f"teachers/{name}/share"] for name in ("math", "code")]
+        assert sum(shares) == pytest.approx(1.0)
+        assert met == [n for n, share in zip(("math", "code"), shares, strict=True) if share]
+        total = sum(one[f"teachers/{n}/share"] * one[f"teachers/{n}/kl_t1"] for n in met)
+        assert total == pytest.approx(one["loss/kl_t1"], rel=1e-5)
+    shown = json.loads((routed.run_dir / "RUN.json").read_text())["teachers"]
+    assert shown["code"]["parameters"] != shown["math"]["parameters"] > 0
+    facts = json.loads((routed.run_dir / "fingerprints.json").read_text())["facts"]
+    for name in ("math", "code"):
+        assert {f"teachers.{name}.shape", f"teachers.{name}.weights"} <= facts.keys()
+
+
+def test_the_table_holds_all_and_each_on_its_own_held_out_records(routed, load, tmp_path):
+    rows = {row["name"]: row for row in routed.table}
+    assert list(rows) == ["teacher", "student before", "student after"]
+    loaded = load(tmp_path)
+    mesh = setup.mesh_of(loaded)
+    data = api_data(loaded, mesh)
+    for row in rows.values():
+        parts = row["by_teacher"]
+        counted = {name: tokens_of(data, name) for name in parts}
+        for field, through in (("perplexity", math.log), ("kl_t1", lambda value: value)):
+            if row[field] is None:
+                assert row["name"] == "teacher"
+                continue
+            whole = sum(counted[n] * through(parts[n][field]) for n in parts)
+            whole /= sum(counted.values())
+            assert through(row[field]) == pytest.approx(whole, rel=1e-5)
+    shapes = participants.shapes_of(loaded, mesh)
+    found = participants.load_models(loaded, shapes, mesh)
+    own = data["eval"].of_teacher("code")
+    model = found.teachers["code"]
+    nats = count = 0.0
+    for index in range(len(own)):
+        row = own[index]
+        batch = {name: np.asarray(row[name])[None] for name in ("tokens", "positions")}
+        scores = logits_of(model, batch, row["segment_ids"][None])
+        logp = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        picked = np.take_along_axis(logp, row["targets"][None, :, None], -1)[0, :, 0]
+        nats -= picked[row["mask"]].sum()
+        count += row["mask"].sum()
+    assert rows["teacher"]["by_teacher"]["code"]["perplexity"] == pytest.approx(
+        math.exp(nats / count),
+        rel=2e-2,  # of a teacher in bfloat16
+    )
+    page = html.build(routed.run_dir, tmp_path / "page.html").read_text()
+    assert "for teacher math" in page and "By teacher" in page
+
+
+def api_data(loaded, mesh):
+    shapes = participants.shapes_of(loaded, mesh)
+    return texts.data_of(loaded.data, shapes.tokenizer, routing=routing.of(loaded))
+
+
+def tokens_of(data, name):
+    own = data["eval"].of_teacher(name)
+    return sum(int(own[index]["mask"].sum()) for index in range(min(len(own), 8)))
+
+
+def logits_of(model, batch, segments):
+    read = [jnp.asarray(array) for array in (batch["tokens"], batch["positions"], segments)]
+    outputs = decoder.apply(model.config, model.params, *read, compute_dtype="bfloat16")
+    return np.asarray(decoder.logits(outputs), np.float64)[..., :257]
+
+
+def test_each_is_asked_for_samples_of_its_own(routed):
+    [file] = sorted((routed.run_dir / "samples").glob("*6*.jsonl"))
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(found) == 4 and "teacher" not in found[0]  # nobody is asked for the prompt
+    assert all("teacher" in one for one in found[1:])
+
+
+def test_a_run_that_is_lost_resumes_to_the_same_bits(routed, load, tmp_path):
+    settings = ("eval.samples=3", "eval.prompts=[a dog]")
+    with pytest.raises(KeyboardInterrupt):
+        api.train(load(tmp_path, *settings), hooks=Fault("step.after:5:int"))
+    api.resume(tmp_path / "run")
+    same(tmp_path / "run", routed.run_dir)
+
+
+def test_other_teachers_are_refused_on_resume(routed):
+    for override in ("teachers.math.random.mlp=32", "routing.default=code", "teachers.code=null"):
+        with pytest.raises(ConfigError):
+            api.resume(routed.run_dir, ["train.steps=7", override])
+
+
+def test_one_teacher_by_name_is_the_teacher_to_the_bit(load, load_config, records, tmp_path):
+    """Batches of one micro-batch, so that both lie alike."""
+    (tmp_path / "alone").mkdir()
+    common = ("train.micro_batches=1", f"data.cache_dir={tmp_path}/cache")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    named = lambda number: {"teacher": "math"}
+    written(folder / "train.jsonl", 0, 60, named)
+    written(folder / "eval.jsonl", 1000, 9, named)
+    paths = (f"data.train=[{{path: {folder}/train.jsonl}}]",
+             f"data.eval=[{{path: {folder}/eval.jsonl}}]")  # fmt: skip
+    several = load(tmp_path / "named", *common, *paths, teachers=f"{{math: {{{MATH}}}}}")
+    alone = load_config(
+        tmp_path / "alone", f"teacher={{{MATH}}}", STUDENT, *paths, *common,
+        "method={name: kd, alpha: 0.3}",
+    )  # fmt: skip
+    api.train(several)
+    api.train(alone)
+    ours = [
+        {k: v for k, v in one.items() if "teachers/" not in k}
+        for one in numbers(tmp_path / "named" / "run")
+    ]
+    assert ours == numbers(tmp_path / "alone" / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "words"),
+    [
+        (["routing=null"], DataError, "train.jsonl:2: names no teacher, and there are 2"),
+        ([f"teachers={{math: {{{MATH}}}}}"], DataError, "names the teacher 'code', and there"),
+        ([f"teachers={{math: {{{MATH}}}, code: {{{CODE}}}, law: {{{CODE}}}}}"], ConfigError,
+         r"teachers.law: no record is for it \(math: \d+ rows, \d+ tokens; code: \d+ rows"),
+    ],
+)  # fmt: skip
+def test_a_run_whose_records_and_teachers_do_not_meet_is_refused(
+    load, tmp_path, overrides, kind, words
+):
+    with pytest.raises(kind, match=words):
+        api.train(load(tmp_path, *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_tokens_is_refused_by_name(load, tmp_path):
+    rows = jax.tree.map(np.asarray, models.random(SHAPE, 0, "float32").params)
+    other = in_other_order(models.Model(SHAPE, rows, byte_tokenizer(), "made"), 3)
+    models.save(other, tmp_path / "other")
+    code = f"{{source: {tmp_path}/other, dtype: float32}}"
+    several = f"{{math: {{{MATH}}}, code: {code}}}"
+    with pytest.raises(MismatchError, match=r"teachers.code \(.*other\): its tokens are not those"):
+        api.train(load(tmp_path / "run", teachers=several))
+
+
+@pytest.fixture(scope="module")
+def asking(load, tmp_path_factory):
+    """(folder, overrides) -> Config of a run whose student writes for two teachers."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = "the quick brown fox jumps over a lazy dog".split()
+    lines = [
+        json.dumps({"prompt": f"{word} {n}"} | ({"teacher": "code"} if n == 1 else {}))
+        for n in range(3)
+        for word in words
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+    def make(folder, rollout, *overrides):
+        sizes = "prompts_per_step: 4, samples: 2, max_new_tokens: 12"
+        return load(
+            folder,
+            f"rollout={{{rollout}, {sizes}}}",
+            f"data.prompts=[{{path: {path}}}]",
+            "method={name: reverse_kd, alpha: 0.0}",
+            *overrides,
+        )
+
+    return make
+
+
+def test_the_students_own_text_is_routed_and_resumes_to_the_same_bits(asking, tmp_path):
+    mixed = "share: 0.97, max_age: 1"
+    api.train(asking(tmp_path / "whole", mixed))
+    records = [one for one in numbers(tmp_path / "whole" / "run") if "rollout/student" in one]
+    own = [one for one in records if one["rollout/student"]]
+    assert 0 < len(own) < 6
+    for one in records:
+        met = [n for n in ("math", "code") if one[f"teachers/{n}/tokens"]]
+        total = sum(one[f"teachers/{n}/share"] * one[f"teachers/{n}/kl_t1"] for n in met)
+        assert total == pytest.approx(one["loss/kl_t1"], rel=1e-4)
+    for one in own:
+        tokens = sum(one[f"teachers/{n}/tokens"] for n in ("math", "code"))
+        assert tokens == one["rollout/tokens"]
+    assert len({one["teachers/code/tokens"] for one in own}) > 1
+    with pytest.raises(KeyboardInterrupt):
+        api.train(asking(tmp_path / "lost", mixed), hooks=Fault("step.after:5:int"))
+    api.resume(tmp_path / "lost" / "run")
+    same(tmp_path / "lost" / "run", tmp_path / "whole" / "run")
+
+
+def test_tokens_drawn_by_the_student_are_routed_too(asking, tmp_path):
+    settings = ("method={name: sampled_kl}", "train.steps=2", "optimizer.warmup=0")
+    api.train(asking(tmp_path, "share: 1.0", *settings, "data.train=[]"))
+    records = [one for one in read_metrics(tmp_path / "run") if "loss/sampled_kl" in one]
+    assert len(records) == 2
+    for one in records:
+        met = [n for n in ("math", "code") if one[f"teachers/{n}/tokens"]]
+        total = sum(one[f"teachers/{n}/share"] * one[f"teachers/{n}/sampled_kl"] for n in met)
+        assert total == pytest.approx(one["loss/sampled_kl"], rel=1e-4, abs=1e-6)
+
+
+def test_a_loop_of_ones_own_gets_the_same_step(load, tmp_path):
+    loaded = load(tmp_path)
+    step, state, teachers = setup.build(loaded)
+    batch = setup.abstract_batch_of(loaded, setup.mesh_of(loaded))
+    assert batch.tokens.shape == (12, 32) and batch.route.shape == (12,)
+    assert list(teachers) == ["math", "code"] and step and state

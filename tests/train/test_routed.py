@@ -1,0 +1,213 @@
+"""Several teachers in one step: against one alone, definitions in float64, any split and mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import models, optim, teachers
+from jaxdistill.data.routes import Layout
+from jaxdistill.methods import kd
+from jaxdistill.methods.routed import Routed
+from jaxdistill.train import state as states
+from jaxdistill.train import step as steps
+from tests.train.test_step import (
+    ROWS,
+    STUDENT,
+    TEACHER,
+    VOCAB,
+    logits,
+    loss64,
+    mesh_of,
+    on_device,
+    rows,
+)
+
+KNOBS = {"alpha": jnp.float32(0.3), "temperature": jnp.float32(2.0)}  # of `loss64`
+OTHER = dataclasses.replace(
+    TEACHER, family="qwen3", layers=1, embed=48, mlp=32, heads=2, kv_heads=2, tied_head=False
+)
+SHAPES = {"math": TEACHER, "code": OTHER}
+MIXED = np.array([1, 2, 2, 1, 2, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1])  # 11 of math, 5 of code
+
+
+@functools.cache
+def params_of(name, mesh):
+    return models.random(SHAPES[name], 1 + list(SHAPES).index(name), "float32", mesh).params
+
+
+def laid(batch, routes, layout):
+    """The batch as `layout` has it, what is left filled with rows that count nothing."""
+    places = layout.places(routes, len(routes))
+    give = lambda array: np.where(
+        (places >= 0).reshape(-1, *[1] * (array.ndim - 1)), array[places], 0
+    ).astype(array.dtype)
+    return jax.tree.map(give, dataclasses.replace(batch, route=np.asarray(routes, np.int32)))
+
+
+class Learning:
+    """A student under the given teachers; without `tx` it takes plain steps down the gradient."""
+
+    def __init__(
+        self, signal, params, micro_batches, *, rows=ROWS, routed=True, mesh=None, tx=None
+    ):
+        self.mesh = mesh or mesh_of(1, 1)
+        student = models.random(STUDENT, 0, "float32", self.mesh).params
+        loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
+        given = lambda params, signal, batch, knobs: loss(params, signal, batch, knobs or KNOBS)
+        tx = tx or optax.with_extra_args_support(optax.sgd(0.1))
+        self.state, self.params = states.create(student, {}, tx, 7, self.mesh), params
+        like = globals()["rows"](0)
+        if routed:
+            like = dataclasses.replace(like, route=MIXED.astype(np.int32))
+        step = steps.make(given, signal, tx, micro_batches=micro_batches)
+        shape = steps.abstract_batch(like, rows, self.mesh)
+        self.program = steps.compiled(step, self.state, params, shape, self.mesh)
+
+    def step(self, batch):
+        self.state, means = self.program(self.state, self.params, steps.place(batch, self.mesh))
+        return {name: float(mean.value) for name, mean in means.items()}
+
+    def student(self):
+        return jax.device_get(self.state.params["student"])
+
+
+def both(micro_batches=2, normalise="token", mesh=None, tx=None, **replaced):
+    """Under the teachers of mathematics and of code, and the layout of its batches."""
+    mesh = mesh or mesh_of(1, 1)
+    layout = Layout(2, micro_batches)
+    signals = {n: teachers.online(one, compute_dtype="float32") for n, one in SHAPES.items()}
+    params = {name: params_of(name, mesh) for name in SHAPES} | replaced
+    signal = Routed(signals, normalise)
+    size = layout.size(ROWS)
+    return Learning(signal, params, layout.parts, rows=size, mesh=mesh, tx=tx), layout
+
+
+@functools.cache
+def definition():
+    """Of each teacher in float64: the mean loss of its rows, and how many tokens count."""
+    student = models.random(STUDENT, 0, "float32", mesh_of(1, 1)).params
+    batch, found = rows(0), {}
+    for number, name in enumerate(SHAPES, start=1):
+        own = _of(batch, number)
+        ours = logits(STUDENT, student, own)
+        theirs = logits(SHAPES[name], params_of(name, mesh_of(1, 1)), own)
+        found[name] = loss64(ours, theirs, own), own.mask.sum()
+    return found
+
+
+@functools.cache
+def gradients():
+    """Of each teacher, of the mean loss of its rows, from the loss without a step."""
+    student = models.random(STUDENT, 0, "float32", mesh_of(1, 1)).params
+    loss = steps.make_loss(STUDENT, kd.objective(vocab=VOCAB), compute_dtype="float32")
+    batch, found = on_device(rows(0)), {}
+    for number, name in enumerate(SHAPES, start=1):
+        own = _of(batch, number)
+        ask = teachers.online(SHAPES[name], compute_dtype="float32")
+        signal = ask(params_of(name, mesh_of(1, 1)), None, own)
+
+        def mean(params, signal=signal, own=own):
+            return loss({"student": params, "objective": {}}, signal, own, KNOBS)["loss"].value
+
+        found[name] = jax.device_get(jax.jit(jax.grad(mean))(student))
+    return found
+
+
+def _of(batch, number):
+    """The rows of a teacher."""
+    return jax.tree.map(lambda array: array[number == MIXED], batch)
+
+
+def test_two_teachers_of_which_one_is_asked_are_one_to_the_bit():
+    """In one micro-batch; of several XLA adds gradients up within the products, or behind them."""
+    tx = optim.optimizer(1e-2, knobs={name: float(value) for name, value in KNOBS.items()})
+    routed, layout = both(1, tx=tx)
+    signal = teachers.online(OTHER, compute_dtype="float32")
+    alone = Learning(signal, params_of("code", mesh_of(1, 1)), 1, routed=False, tx=tx)
+    for seed in range(3):
+        batch = rows(seed)
+        expected = alone.step(batch)
+        found = routed.step(laid(batch, np.full(ROWS, 2), layout))
+        assert {name: found[name] for name in expected} == expected
+    jax.tree.map(np.testing.assert_array_equal, routed.student(), alone.student())
+
+
+@pytest.mark.parametrize("normalise", ["token", "teacher"])
+def test_a_mixed_batch_is_the_weighted_sum_of_both(normalise):
+    run, layout = both(normalise=normalise)
+    before = run.student()
+    told = run.step(laid(rows(0), MIXED, layout))
+    (math, math_tokens), (code, code_tokens) = definition().values()
+    share = math_tokens / (math_tokens + code_tokens) if normalise == "token" else 0.5
+    assert share != 0.5 or normalise == "teacher"
+    np.testing.assert_allclose(told["loss/total"], share * math + (1 - share) * code, rtol=2e-6)
+    np.testing.assert_allclose(told["teachers/math/loss"], math, rtol=2e-6)
+    np.testing.assert_allclose(told["teachers/code/loss"], code, rtol=2e-6)
+    assert told["teachers/math/tokens"] == math_tokens
+    assert told["teachers/code/tokens"] == code_tokens
+    assert told["teachers/code/share"] == pytest.approx(code_tokens / (math_tokens + code_tokens))
+    mixed = lambda a, b: share * a + (1 - share) * b
+    expected = jax.tree.map(mixed, *gradients().values())
+    moved = jax.tree.map(lambda old, new: (old - new) / 0.1, before, run.student())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), moved, expected)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "axes"), [(1, (1, 1)), (8, (1, 1)), (1, (1, 8)), (2, (2, 4))]
+)
+@pytest.mark.parametrize("normalise", ["token", "teacher"])
+def test_any_split_and_mesh_gives_the_same(micro_batches, axes, normalise):
+    plain, layout = both(normalise=normalise)
+    told = plain.step(laid(rows(0), MIXED, layout))
+    other, split = both(micro_batches, normalise, mesh_of(*axes))
+    found = other.step(laid(rows(0), MIXED, split))
+    assert found == pytest.approx(told, rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other.student(), plain.student()
+    )
+
+
+def test_a_teacher_that_no_row_names_is_not_run():
+    lost = jax.tree.map(lambda leaf: leaf * jnp.nan, params_of("code", mesh_of(1, 1)))
+    run, layout = both(code=lost)
+    told = run.step(laid(rows(0), np.ones(ROWS, int), layout))
+    assert np.isfinite(told["loss/total"]) and told["guard/skipped"] == 0
+    assert told["teachers/code/tokens"] == 0
+    told = run.step(laid(rows(0), MIXED, layout))
+    assert told["guard/skipped"] == 1
+
+
+def test_the_weights_of_a_teacher_are_an_argument_and_no_copy():
+    """XLA's memory for what the step makes does not grow with the teachers' weights."""
+    run, _ = both()
+    made = run.program.memory_analysis().temp_size_in_bytes
+    wide = dataclasses.replace(TEACHER, mlp=4096)  # 3 * 3 * 32 * 4032 * 4 bytes more
+    signals = {name: teachers.online(wide, compute_dtype="float32") for name in SHAPES}
+    params = dict.fromkeys(SHAPES, models.random(wide, 1, "float32", mesh_of(1, 1)).params)
+    large = Learning(Routed(signals), params, 3, rows=Layout(2, 2).size(ROWS))
+    more = large.program.memory_analysis().temp_size_in_bytes - made
+    activations = 8 * 24 * 4096 * 4 * 3  # of one layer, rows * length * width * bytes
+    assert more < activations
+
+
+def test_the_layout_has_room_for_any_mixture():
+    """All mixtures of three teachers in batches of up to 12 rows, by hand: nothing lost or met."""
+    for micro_batches, rows_each in ((1, 4), (2, 3), (3, 4)):
+        layout, count = Layout(3, micro_batches), micro_batches * rows_each
+        for first in range(count + 1):
+            for second in range(count + 1 - first):
+                routes = np.repeat([1, 2, 3], [first, second, count - first - second])
+                routes = np.random.default_rng(first).permutation(routes)
+                places = layout.places(routes, count)
+                assert len(places) == layout.size(count) == (micro_batches + 2) * rows_each
+                assert sorted(places[places >= 0]) == list(range(count))
+                for part in range(layout.parts):
+                    own = places[part :: layout.parts]
+                    assert len(set(routes[own[own >= 0]])) <= 1
+                assert layout.fits(routes, count)
+    assert not Layout(2, 2).fits([1] * 5 + [2] * 5, 4)
