@@ -31,6 +31,7 @@ from jaxdistill.train.step import make_loss
 ORDER = ("teacher", "student before", "SFT control", "student after")
 FILE = "table.json"
 _FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "scored_tokens_per_second", "parameters"}
+_SUMMED = ("parameters", "parameters_non_embedding", "bytes")  # over several teachers
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -163,7 +164,7 @@ class RunTable:
         scoring = meter.teacher_scoring_step(self._signal, self._models.vocab)
         metrics = self._held_out.measure(scoring, None, self._teacher_params)
         sizes = [speed.size(one.config, one.params) for one in several.values()]
-        size = {name: sum(one[name] for one in sizes) for name in sizes[0]}
+        size = {name: sum(one[name] for one in sizes) for name in _SUMMED}
         self._add("teacher", metrics, size, None)
 
     def _add_stored_teacher(self) -> None:
@@ -199,7 +200,7 @@ class RunTable:
         self,
         name: str,
         metrics: Mapping[str, float],
-        size: Mapping[str, int],
+        size: Mapping[str, float],
         rate: float | None,
     ) -> None:
         row: dict[str, Any] = {
