@@ -20,6 +20,7 @@ from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.writing import Writer
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.types import ORIGINS, STUDENT, Batch, Span
 
 META = "rewarded"  # in a checkpoint's meta: the answers that updates still learn from
@@ -144,6 +145,7 @@ class RewardedFeed(Feed):
       left_out: the ranges of rows that no batch holds, as they are now.
       recalled: updates that a rerun may go back to.
       questions: that are asked at each evaluation, or None.
+      hooks: what the caller handed in.
     """
 
     def __init__(
@@ -161,11 +163,13 @@ class RewardedFeed(Feed):
         left_out: Callable[[], Sequence[tuple[int, int]]],
         recalled: int,
         questions: Questions | None = None,
+        hooks: Hooks = NO_HOOKS,
     ):
         self.plan, self._prompts, self._writer, self._judge = plan, prompts, writer, judge
         self._params_of, self._old_of, self._shape = params_of, old_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._recalled, self._questions = left_out, recalled, questions
+        self._hooks = hooks
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -265,6 +269,7 @@ class RewardedFeed(Feed):
             began = time.perf_counter()
             verdicts = self._judge(ordered)
             judging += time.perf_counter() - began
+            self._hooks.at("rollout.judged")
             for number, place in enumerate(asked):
                 part = slice(number * plan.samples, (number + 1) * plan.samples)
                 groups[place] = ordered[part], verdicts[part]

@@ -152,6 +152,7 @@ def feed_of(
         left_out=left_out,
         recalled=config.guards.nonfinite.recalled,
         questions=asked,
+        hooks=hooks,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from jaxdistill import api
 from jaxdistill.errors import ConfigError, DataError, DivergedError
 from jaxdistill.report import read_metrics
+from tests.run.conftest import take_devices
 from tests.run.test_on_policy import Lost, numbers, same
 from tests.run.test_session import arrays
 
@@ -79,8 +80,8 @@ def test_a_run_tells_of_its_rewards(three):
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("rollout.call", 3), ("rollout.after", 3), ("step.after", 4)],
-    ids=["while it writes", "before it is judged", "between two updates"],
+    [("rollout.call", 3), ("rollout.after", 3), ("rollout.judged", 4), ("step.after", 4)],
+    ids=["while it writes", "before it is judged", "once it is judged", "between two updates"],
 )
 def test_a_run_that_ends_anywhere_resumes_to_the_same_bits(three, load, tmp_path, point, count):
     config = load(tmp_path, "updates: 2, resample: 1", "checkpoint.every.steps=1")
@@ -132,6 +133,26 @@ def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
     assert (
         {one["loss/total"] for one in records} == {one["optim/grad_norm"] for one in records} == {0}
     )
+
+
+def test_parts_of_a_batch_and_a_mesh_learn_the_same(load, tmp_path, monkeypatch):
+    """Groups of four answers lie across micro-batches and devices; all sums are global."""
+    found = {}
+    for name, devices, parts in (("whole", 1, 1), ("parts", 2, 2)):
+        with monkeypatch.context() as patch:
+            take_devices(patch, devices)
+            options = ("train.steps=3", "train.eval_every=3", f"train.micro_batches={parts}")
+            run(load(tmp_path / name, "updates: 2, advantage: group", *options))
+        records = numbers(tmp_path / name / "run")
+        found[name] = {
+            (one["step"], key): one[key]
+            for one in records
+            for key in ("loss/total", "optim/grad_norm", "policy/old_kl", "reward/mean")
+            if key in one
+        }
+    assert len(found["whole"]) == 12
+    # The loss is a sum of advantages that cancel: its rounding is that of numbers near 1.
+    assert found["parts"] == pytest.approx(found["whole"], rel=2e-5, abs=5e-7)
 
 
 def exam(tmp_path, *numbers):
