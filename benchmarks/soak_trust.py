@@ -23,8 +23,8 @@ LOST = {
     "checkpoints": 6,
     "fingerprints.json": 6,
     "student": 0,  # written again from what the facts vouch for
-    "student/config.json": 0,
-    "student/tokenizer.json": 0,
+    "student_without_weights/config.json": 0,
+    "student_without_weights/tokenizer.json": 0,
     "metrics.jsonl": 0,
     "events.jsonl": 0,
     "table.json": 0,  # measured again

@@ -20,7 +20,8 @@ from jaxdistill.train.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
-STUDENT = "student"  # the folder inside a run that holds config.json and the tokenizer
+# The folder inside a run that holds config.json and the tokenizer; checkpoints hold the weights.
+STUDENT = "student_without_weights"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,12 @@ class Every(Section):
 class Keep(Section):
     """Which checkpoints stay on disk."""
 
-    latest: int = Field(2, ge=1, le=1000, description="How many of the newest.")
+    latest: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="How many of the newest: the last one stays until the next one is whole.",
+    )
     best: int = Field(1, ge=1, le=1000, description="How many of the best by best_metric.")
 
 

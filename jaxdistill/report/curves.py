@@ -43,7 +43,7 @@ class Line:
       values: [P] the values; NaN breaks the line.
       colour: a token of `COLOURS`.
       style: "noisy" (thin, with a thick median), "solid", "dots" (few points, held-out),
-        "level" (one value, a dashed horizontal).
+        "level" (one value, a dashed horizontal), "faint" (what another line is compared with).
       percent: whether values are shares of 1.
       digest: the one number in the legend: the "last" value, the "median" or the "mean".
     """
@@ -56,6 +56,13 @@ class Line:
     percent: bool = False
     digest: str = "last"
 
+    def at(self, step: int) -> str:
+        """The value at a step as text, or "" where there is none."""
+        place = int(np.searchsorted(self.steps, step))
+        found = place < len(self.steps) and self.steps[place] == step
+        value = self.values[0] if self.style == "level" else self.values[place] if found else None
+        return "" if value is None or not np.isfinite(value) else self._written(float(value))
+
     @property
     def number(self) -> str:
         """The number of the legend as text; values that are not finite do not count."""
@@ -65,9 +72,12 @@ class Line:
         value = {"last": finite[-1], "median": np.median(finite), "mean": finite.mean()}[
             self.digest
         ]
+        return self._written(float(value))
+
+    def _written(self, value: float) -> str:
         if self.percent:
-            return wording.percent(float(value))
-        return wording.count(value) if value >= 1e4 else wording.number(float(value))
+            return wording.percent(value)
+        return wording.count(value) if value >= 1e4 else wording.number(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ def build(
     run_dirs: str | os.PathLike | Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
     *,
-    first: page.Section | None = None,
+    first: Sequence[page.Section] = (),
 ) -> pathlib.Path:
     """Writes the report of a run, or the comparison of several, as one offline HTML file.
 
@@ -32,7 +32,7 @@ def build(
       run_dirs: one run directory or several.
       out: the file to write; by default `report.html` in the run directory, and for several runs
         `comparison.html` in the first.
-      first: a section above all others.
+      first: sections above all others.
 
     Returns:
       The path of the file.
@@ -50,7 +50,7 @@ def build(
     runs = _distinct([run_files.load(folder) for folder in folders])
     default = "report.html" if len(runs) == 1 else "comparison.html"
     path = pathlib.Path(folders[0]) / default if out is None else pathlib.Path(out)
-    return page.write(_page(runs, [] if first is None else [first]), path)
+    return page.write(_page(runs, first), path)
 
 
 def _page(runs: Sequence[RunFiles], above: Sequence[page.Section]) -> page.Page:
@@ -147,7 +147,7 @@ def _parameters(run: RunFiles, role: str) -> int | float | None:
 def _source(run: RunFiles, role: str) -> str:
     described = run.info.get(role)
     source = described.get("source", "") if isinstance(described, dict) else described
-    return pathlib.PurePath(str(source or "")).name
+    return wording.abbreviated(pathlib.PurePath(str(source or "")).name)
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str, str]]:

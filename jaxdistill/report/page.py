@@ -79,9 +79,10 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Pictures side by side, as many as the width allows."""
+    """Pictures side by side, as many as the width allows; small ones to be compared at a glance."""
 
     pictures: Sequence[Picture]
+    small: bool = False
 
 
 _SHADES = (0.5, 1.0, 2.0)  # nats from which a token has the next colour

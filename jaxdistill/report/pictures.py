@@ -1,5 +1,6 @@
 """Panels drawn as SVG whose colours are CSS variables, for light and dark pages alike."""
 
+import html
 import io
 import re
 import typing
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxdistill.errors import UserError
+from jaxdistill.report import wording
 from jaxdistill.report.curves import Chart, Line, Panel
 
 # token -> (light, dark). Matplotlib draws with the light one; the SVG then says var(--token).
@@ -26,6 +28,7 @@ PALETTE = {
 }
 _MAX_POINTS = 500
 _SMOOTH_FROM = 40
+_STRIPS = 48  # places of a chart that say their values
 
 
 def require() -> None:
@@ -65,11 +68,42 @@ def draw(panel: Panel, name: str) -> str:
         axes[-1].set_xlim(-0.015 * max(panel.end, 1), 1.015 * max(panel.end, 1))
         axes[-1].set_xlabel("step", color=PALETTE["muted"][0])
 
-    return render(paint, name)
+    return render(paint, name, told=lambda figure: _told(figure, panel))
+
+
+def _told(figure: typing.Any, panel: Panel) -> str:
+    """What is said where the pointer rests: a step of every chart with the values of its lines.
+
+    Strips without colour lie over the charts, each with an SVG title: no script is needed.
+    """
+    scale = 72 / figure.dpi  # to the points of the SVG, whose y axis points down
+    height = figure.bbox.height * scale
+    strips = []
+    for axis, chart in zip(figure.axes, panel.charts, strict=True):
+        steps = np.unique(np.concatenate([line.steps for line in chart.lines if len(line.steps)]))
+        if not len(steps):
+            continue
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, _STRIPS).round().astype(int))]
+        box = axis.get_window_extent()
+        at = axis.transData.transform(np.stack([steps, np.zeros(len(steps))], 1))[:, 0] * scale
+        between = (at[1:] + at[:-1]) / 2
+        edges = np.clip([box.x0 * scale, *between, box.x1 * scale], box.x0 * scale, box.x1 * scale)
+        for step, left, right in zip(steps, edges[:-1], edges[1:], strict=True):
+            said = [f"{line.label} {text}" for line in chart.lines if (text := line.at(int(step)))]
+            title = html.escape(wording.visible(f"step {step:,}: " + "; ".join(said)))
+            strips.append(
+                f'<rect x="{left:.1f}" y="{height - box.y1 * scale:.1f}" '
+                f'width="{right - left:.1f}" height="{box.height * scale:.1f}" '
+                f'fill="transparent"><title>{title}</title></rect>'
+            )
+    return "".join(strips)
 
 
 def render(
-    paint: Callable[[typing.Any], None], name: str, size: tuple[float, float] = (5.4, 2.55)
+    paint: Callable[[typing.Any], None],
+    name: str,
+    size: tuple[float, float] = (5.4, 2.55),
+    told: Callable[[typing.Any], str] = lambda figure: "",
 ) -> str:
     """What `paint` draws on a Matplotlib figure, as an SVG element in the page's manner.
 
@@ -77,6 +111,7 @@ def render(
       paint: draws with the light colours of `PALETTE`.
       name: see `draw`.
       size: width and height in inches, which fix only their ratio and the size of the letters.
+      told: elements that lie above the drawn figure, such as those with titles.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -103,7 +138,9 @@ def render(
         canvas.print_svg(
             out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    return _for_page(out.getvalue())
+        above = told(figure)
+    svg = _for_page(out.getvalue())
+    return svg.removesuffix("</svg>") + above + "</svg>"
 
 
 def _draw_chart(axis: typing.Any, chart: Chart) -> None:
@@ -162,6 +199,9 @@ def _draw_line(axis: typing.Any, line: Line) -> None:
     colour = PALETTE[line.colour][0]
     if line.style == "level":
         axis.axhline(line.values[0], color=colour, linewidth=1.2, linestyle=(0, (5, 3)))
+        return
+    if line.style == "faint":
+        axis.plot(line.steps, line.values, color=colour, linewidth=0.9, alpha=0.45)
         return
     if line.style == "dots":
         axis.plot(line.steps, line.values, "-o", color=colour, linewidth=1.2, markersize=3.8)

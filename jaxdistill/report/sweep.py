@@ -6,10 +6,16 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from jaxdistill.errors import DataError
-from jaxdistill.report import html, page, run_files, table
+from jaxdistill.report import curves, html, page, pictures, run_files, table
 
 FILE = "sweep.json"
 PAGE = "report.html"
+MOST = 48  # runs that have a small picture each
+CURVES = (
+    ("Distance to the teacher, held-out", "eval/kl_t1"),
+    ("Loss, held-out", "eval/loss"),
+    ("Loss", "loss/total"),
+)
 
 
 def is_sweep(folder: str | os.PathLike) -> bool:
@@ -39,7 +45,37 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> pa
     rows = [run_files.as_object(row) for row in run_files.as_list(found.get("rows"))]
     rows = [row for row in rows if isinstance(row.get("name"), str)]
     summary = _summary(rows, len(begun), len(runs))
-    return html.build(begun, place / PAGE if out is None else out, first=summary)
+    pictures.require()
+    first = [summary, _multiples([run_files.load(run) for run in begun])]
+    return html.build(begun, place / PAGE if out is None else out, first=first)
+
+
+def _multiples(runs: Sequence[run_files.RunFiles]) -> page.Section:
+    """A small picture for each run: its own curve in front of those of all others."""
+    if not 1 < len(runs) <= MOST:
+        return page.Section("Run by run", [])
+    title, metric = next(
+        (one for one in CURVES if all(len(curves.series(run.records, one[1])[0]) for run in runs)),
+        CURVES[-1],
+    )
+    found = {run.name: curves.series(run.records, metric) for run in runs}
+    end = max((int(steps[-1]) for steps, _ in found.values() if len(steps)), default=0)
+    drawn = []
+    for index, (name, (steps, values)) in enumerate(found.items()):
+        if not len(steps):
+            continue
+        line = curves.Line(name, steps, values, "blue", "dots")
+        others = [
+            curves.Line(other, *points, "grey", "faint")
+            for other, points in found.items()
+            if other != name and len(points[0])
+        ]
+        svg = pictures.draw(
+            curves.Panel(name, (curves.Chart((*others, line)),), end=end), f"multiple{index}"
+        )
+        drawn.append(page.Picture(name, svg, [page.Key(title, "blue", "dots", line.number)]))
+    note = page.Text("Grey: all other runs of the sweep, on the same axes.")
+    return page.Section("Run by run", [page.Pictures(drawn, small=True), note] if drawn else [])
 
 
 def _summary(rows: Sequence[Mapping[str, typing.Any]], begun: int, count: int) -> page.Section:

@@ -145,3 +145,23 @@ def duration(seconds: int | float | None) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def abbreviated(text: str) -> str:
+    """A text whose lists of whole numbers say runs of neighbours by their ends.
+
+    >>> abbreviated("layers [0, 1, 2, 3, 7, 28, 29] of the teacher")
+    'layers 0-3, 7, 28-29 of the teacher'
+    """
+
+    def ranges(match: re.Match[str]) -> str:
+        numbers = [int(number) for number in match[1].split(",")]
+        runs: list[list[int]] = []
+        for number in numbers:
+            if runs and number == runs[-1][1] + 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        return ", ".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+
+    return re.sub(r"\[(\d+(?:, ?\d+){3,})\]", ranges, text)

@@ -39,7 +39,7 @@ def test_the_page_shows_curves_and_both_kinds_of_answers(tmp_path, capsys):
     assert str(folders[0] / "answers.html") in capsys.readouterr().out
     page = (folders[0] / "answers.html").read_text()
     assert "Accuracy by votes" in page and "Accuracy by rationales" in page
-    assert page.count("vote of all samples") == 2  # a column, and a line of the second curve
+    assert page.count(">vote of all samples") == 2  # a column, and a line of the second curve
     assert page.count("<svg") == 2 and EVIL not in page and "&lt;script&gt;" in page
     assert "35.0% [25.0%, 45.0%]" in page and "80.0% [70.0%, 90.0%]" in page
     assert "right: gold 3, answered 3" in page and "wrong: gold 3, answered 5" in page

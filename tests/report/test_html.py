@@ -1,3 +1,4 @@
+import html as html_of
 import html.parser
 import json
 import math
@@ -175,7 +176,11 @@ def test_bars_are_in_proportion_and_the_better_way_to_train_is_marked(run_dir):
         "0.750": "60.0",
         "0.310": "24.8",
     }
-    assert re.findall(r'<td class="best">([^<]+)', page) == ["24.00", "0.310", "70.2%"]
+    assert re.findall(r'<td data-label="[^"]*" class="best">([^<]+)', page) == [
+        "24.00",
+        "0.310",
+        "70.2%",
+    ]
 
 
 def test_the_same_run_gives_the_same_bytes(run_dir, tmp_path):
@@ -334,6 +339,20 @@ def test_errors_name_the_remedy(run_dir, tmp_path, monkeypatch):
 
 # A real browser: what it draws, and that nothing planted in a run comes alive in it.
 
+
+def test_a_sweep_has_a_small_picture_for_each_run(run_dir, tmp_path):
+    from jaxdistill.report import sweep
+
+    for name in ("alpha=0.1", "alpha=0.5"):
+        shutil.copytree(run_dir, tmp_path / "sweep" / name)
+    runs = [{"name": "alpha=0.1"}, {"name": "alpha=0.5"}, {"name": "not begun"}]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"runs": runs, "rows": []}))
+    text = sweep.write(tmp_path / "sweep").read_text()
+    small = text[text.index("<h2>Run by run") : text.index("<h2>Result")]
+    assert small.count("<figure>") == 2 and 'class="pictures small"' in small
+    assert "step 50: alpha=0.5 0.400; alpha=0.1 0.400" in small
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -370,6 +389,27 @@ def test_chromium_draws_the_page_light_and_dark(run_dir, tmp_path):
             colour = [int(pictures.PALETTE[token][index][i : i + 2], 16) for i in (1, 3, 5)]
             seen = (abs(image - colour).max(axis=-1) <= 6).sum()
             assert seen >= least, (scheme, token, seen)
+
+
+@needs_chromium
+def test_a_phone_shows_the_whole_table_and_letters_that_can_be_read(run_dir, tmp_path):
+    """A frame of 390 pixels is a phone to the page's style; a script beside it looks inside."""
+    page = build(run_dir)
+    outer = tmp_path / "phone.html"
+    outer.write_text(
+        f'<iframe src="{page.as_uri()}" style="width:390px;height:3000px;border:0"></iframe>'
+        "<script>onload=()=>{const d=frames[0].document,w=d.documentElement.scrollWidth;"
+        "const cells=[...d.querySelectorAll('.result td')].map(e=>e.getBoundingClientRect().right);"
+        "const text=[...d.querySelectorAll('figure svg text')].map(e=>e.getBoundingClientRect());"
+        "document.title=JSON.stringify({w,cells:Math.max(...cells),"
+        "letters:Math.min(...text.map(r=>r.height)),right:Math.max(...text.map(r=>r.right)),"
+        "left:Math.min(...text.map(r=>r.left))})}</script>"
+    )
+    dom = browse(tmp_path, outer, "--dump-dom", "--allow-file-access-from-files")
+    seen = json.loads(html_of.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    assert seen["w"] <= 390 and seen["cells"] <= 390
+    assert seen["left"] >= 0 and seen["right"] <= 390
+    assert seen["letters"] >= 11
 
 
 @needs_chromium

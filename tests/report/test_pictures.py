@@ -54,6 +54,24 @@ def test_the_same_input_gives_the_same_bytes_and_names_do_not_clash():
     assert ids[0] and ids[0].isdisjoint(ids[1])
 
 
+def test_values_are_said_where_the_pointer_rests():
+    lower = Line("<b>", np.array([0, 50, 100]), np.array([0.5, np.nan, 0.25]), "red", percent=True)
+    svg = pictures.draw(panel(Chart((line(range(101)), lower)), Chart((line(range(5)),))), "p")
+    root = xml.etree.ElementTree.fromstring(svg)
+    strips = [e for e in root.iter() if e.tag.endswith("rect") and len(e)]
+    said = [strip[0].text for strip in strips]
+    assert said[0] == "step 0: a 0; <b> 50.0%" and "step 100: a 100.0; <b> 25.0%" in said
+    assert said[-1] == "step 4: a 4.000" and len(said) == 48 + 5
+    height = float(root.get("viewBox").split()[3])
+    tops = {float(strip.get("y")) for strip in strips}
+    assert len(tops) == 2 and all(0 < top < height for top in tops)
+    # Strips of one chart lie beside each other, over its whole width.
+    upper = [strip for strip in strips if float(strip.get("y")) == min(tops)]
+    ends = [float(strip.get("x")) + float(strip.get("width")) for strip in upper]
+    starts = [float(strip.get("x")) for strip in upper[1:]]
+    assert np.allclose(ends[:-1], starts, atol=0.15)
+
+
 def test_the_settings_of_others_are_left_alone(monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # of another test
     before = matplotlib.rcParams.copy()

@@ -21,6 +21,7 @@ from jaxdistill.data import settings as data_settings
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError, MismatchError
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
+from jaxdistill.references import STUDENT
 from jaxdistill.report import Progress, read_metrics
 from jaxdistill.run import participants, run_table, setup, shapes, states, student_folder, texts
 from jaxdistill.run import session as running
@@ -279,7 +280,7 @@ def test_a_student_keeps_how_its_teacher_is_drawn_from(load_config, tmp_path):
         parts = participants.shapes_of(config, setup.make_mesh(fsdp=-1))
         run = RunDir(tmp_path / str(number), {})
         student_folder.keep(run, parts, states.adapters_of(config.student))
-        assert huggingface.folder_generation(run.path / "student") == expected
+        assert huggingface.folder_generation(run.path / STUDENT) == expected
         assert parts.student.generation == expected
 
 
