@@ -225,6 +225,16 @@ def test_a_usual_word_piece_is_read(tmp_path):
             {"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "x" * 99}},
             "end_of_word_suffix has 99 characters",
         ),
+        (
+            {
+                "model": {
+                    "type": "Unigram",
+                    "unk_id": 0,
+                    "vocab": [["<unk>", 0.0], ["a" * 1001, -1]],
+                }
+            },
+            "the piece 'a.* has 1001 characters: at most 1000",
+        ),
         ({"post_processor": _nested(2000)}, "nested too deeply|cannot be loaded|is not JSON"),
     ],
 )

@@ -11,7 +11,9 @@ MAX_TOKEN = 10_000  # characters
 MAX_CONTENT = 16  # characters that one piece of text is replaced by
 MAX_ADDED = 64  # tokens around a text
 MAX_PADDED = 2**20  # tokens that a text is filled up to
-MAX_WORD = 1000  # characters of a word that WordPiece cuts up, in a time that grows as its square
+MAX_WORD = (
+    1000  # characters of a word for WordPiece, whose time is their square; of Unigram's pieces
+)
 
 
 def check(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -64,6 +66,13 @@ def _check_model(path: pathlib.Path, model: dict[str, Any]) -> None:
             f"{path}: model: max_input_chars_per_word is {str(longest)[:40]}: at most {MAX_WORD} "
             "are allowed"
         )
+    # From every letter of a text Unigram goes on for as long as its longest piece.
+    for row in _list(model.get("vocab")):
+        if isinstance(row, list) and row and isinstance(row[0], str) and len(row[0]) > MAX_WORD:
+            raise ModelError(
+                f"{path}: model: the piece {row[0][:40]!r}... has {len(row[0])} characters: at "
+                f"most {MAX_WORD} are allowed"
+            )
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         text = model.get(name)
         if isinstance(text, str) and len(text) > MAX_CONTENT:
