@@ -1,11 +1,15 @@
 """Bytes by kind and the least time of a step, against sums done by hand."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxdistill import chips
 from jaxdistill.plan import cost, memory
 from jaxdistill.plan.cost import Cost
 from jaxdistill.plan.hlo.live import Buffer
+from jaxdistill.sharding import make_mesh, replicated
+from jaxdistill.train.state import TrainState
 
 
 @pytest.mark.parametrize(
@@ -77,3 +81,14 @@ def test_a_chip_is_found_by_the_longest_name():
     assert all(
         chip.source.startswith("https://") for chip in (*chips.TPUS.values(), *chips.GPUS.values())
     )
+
+
+def test_each_of_several_teachers_has_its_bytes():
+    place = replicated(make_mesh(1, 1, devices=jax.devices()[:1]))
+    leaf = lambda size, dtype: {"w": jax.ShapeDtypeStruct((size,), dtype, sharding=place)}
+    state = TrainState({}, {}, {}, {}, {})
+    several = {"math": leaf(10, jnp.float32), "code": leaf(6, jnp.int8)}
+    held = memory.argument_bytes(state, several, {}, "float32", ["math", "code"])
+    assert (held["teacher math"], held["teacher code"]) == (40, 6) and "teacher" not in held
+    one = memory.argument_bytes(state, several["math"], {}, "float32")
+    assert one["teacher"] == 40

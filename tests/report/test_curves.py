@@ -158,3 +158,18 @@ def test_rewards_and_shares_of_right_answers_have_a_picture():
         "pass at 8": [0.5],
     }
     assert panel([run([{"step": 1, "loss/total": 1.0}])], "Rewards") is None
+
+
+def test_of_several_teachers_each_has_its_lines():
+    records = [
+        {"step": 1, "teachers/math/kl_t1": 0.5, "teachers/math/share": 1.0, "loss/total": 1.0},
+        {"step": 2, "teachers/math/kl_t1": 0.4, "teachers/math/share": 0.75, "loss/total": 1.0,
+         "teachers/code/kl_t1": 0.2, "teachers/code/share": 0.25},
+        {"step": 2, "eval/teachers/code/kl_t1": 0.3},
+    ]  # fmt: skip
+    found = panel([run(records)], "By teacher")
+    kl, share = found.charts
+    assert [line.label for line in kl.lines] == ["code", "code, held-out", "math"]
+    assert [line.label for line in share.lines] == ["code", "math"] and share.percent
+    numpy.testing.assert_array_equal(kl.lines[2].values, [0.5, 0.4])
+    assert panel([run([{"step": 1, "loss/total": 1.0}])], "By teacher") is None

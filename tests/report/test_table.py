@@ -3,7 +3,7 @@ import math
 import pytest
 
 from jaxdistill.errors import DataError
-from jaxdistill.report.table import comparison_table, html_table, recovered
+from jaxdistill.report.table import by_teacher, comparison_table, html_table, recovered
 
 
 def rows(before=60.0, after=24.0, teacher=20.0, control=30.0):
@@ -159,3 +159,14 @@ def test_a_student_that_left_the_teacher_behind_is_told_by_its_distance():
     assert recovered(near).endswith("Its KL to the teacher rose from 0.250 to 0.500.")
     near[1]["kl_t1"] = math.nan
     assert "KL" not in recovered(near)
+
+
+def test_of_several_teachers_each_has_its_own_rows():
+    parts = {"math": {"perplexity": 9.0, "kl_t1": 0.5}, "code": {"perplexity": 4.0, "kl_t1": 0.2}}
+    given = [row | {"by_teacher": parts} for row in FULL]
+    found = by_teacher(given)
+    assert list(found) == ["math", "code"]
+    assert [row["name"] for row in found["math"]] == ["teacher", "student after"]
+    text = comparison_table(found["code"])
+    assert "4.00" in text and "9.00" not in text
+    assert by_teacher(FULL) == by_teacher([FULL[0] | {"by_teacher": "damaged"}]) == {}
