@@ -532,6 +532,18 @@ def test_data_align_shows_which_tokens_spell_the_same(capsys, tmp_path):
     assert found["groups"][0] == [0, 1, 0, 0] and found["tokens"] == {"student": 6, "teacher": 5}
 
 
+def test_data_align_reads_special_tokens_as_the_text_that_they_are_in_data(capsys, tmp_path):
+    """`bab` is written as a control token of the teacher, and is three letters of the text."""
+    core = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["bab"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    command = ("data", "align", "bab", "--student", "bytes", "--teacher", str(tmp_path))
+    code, out, _ = run(capsys, *command)
+    assert code == 0 and out.splitlines()[2:] == ["b    b", "a|b    ab"]
+
+
 def test_validate_as_json(capsys, folder):
     code, out, _ = run(capsys, "validate", "run.yaml", "--json")
     assert (code, json.loads(out)) == (0, {"ok": True, "errors": [], "notes": []})
