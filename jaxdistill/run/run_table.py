@@ -200,7 +200,7 @@ class RunTable:
         self,
         name: str,
         metrics: Mapping[str, float],
-        size: Mapping[str, float],
+        size: Mapping[str, int | float],
         rate: float | None,
     ) -> None:
         row: dict[str, Any] = {
