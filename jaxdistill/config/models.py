@@ -8,7 +8,7 @@ from pydantic import Field
 from jaxdistill.commands import Scheme, Sizes
 from jaxdistill.config.server import Api
 from jaxdistill.config.sparsity import TARGETS, Sparsity, Target
-from jaxdistill.section import Dtype, Path, Problem, Section, Size
+from jaxdistill.section import Dtype, Moment, Path, Problem, Section, Size
 
 
 class RandomModel(Section):
@@ -90,6 +90,18 @@ class Teacher(Section):
         None,
         description="Hold the kernels of its layers in whole numbers, rounded once it is loaded "
         "(extra quant); int8_dynamic rounds activations too. All else stays in dtype.",
+    )
+
+    from_: Moment | None = Field(
+        None,
+        alias="from",
+        description="Ask it from this step on, as until; the steps before learn from the data "
+        "alone, by cross-entropy. Null: from the first.",
+    )
+    until: Moment | None = Field(
+        None,
+        description="End its forward pass after so many steps, a whole number, or a fraction of "
+        "train.steps below 1; the steps after learn from the data alone. Null: to the last.",
     )
 
     def problems(self) -> Iterator[Problem]:

@@ -9,7 +9,7 @@ from jaxdistill import methods, rules
 from jaxdistill.config import reward as rewards
 from jaxdistill.config import rollout as rollouts
 from jaxdistill.config import routing as routes
-from jaxdistill.config import sparsity
+from jaxdistill.config import sparsity, stages
 from jaxdistill.config.data import Data
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
@@ -302,6 +302,7 @@ class Config(Section):
         yield from rollouts.problems(self)
         yield from rewards.problems(self)
         yield from sparsity.problems(self)
+        yield from stages.problems(self)
 
 
 def _teacher_problems(config: Config) -> Iterator[Problem]:

@@ -96,7 +96,16 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         scaled=built.scaled,
         last=sparse.transform(config.student.sparsity, config.train.steps, models.student.config),
     )
-    loss = steps.make_loss(
+    loss = _loss_of(config, models, objective)
+    measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
+    form = models.stored.format if models.stored and objective.needs_teacher else None
+    return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
+
+
+def _loss_of(
+    config: Config, models: participants.Models, objective: methods.Objective
+) -> steps.Loss:
+    return steps.make_loss(
         models.student.config,
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
@@ -105,9 +114,13 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         quantization=config.student.quantize,
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
-    measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
-    form = models.stored.format if models.stored and objective.needs_teacher else None
-    return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
+
+
+def without_teacher(config: Config, models: participants.Models, method: RunMethod) -> RunMethod:
+    """The method in steps that ask no teacher: cross-entropy alone, with the same optimizer."""
+    objective = methods.build(methods.control(config.method), facts_of(config, models)).objective
+    loss = _loss_of(config, models, objective)
+    return dataclasses.replace(method, objective=objective, teacher=teachers.none, loss=loss)
 
 
 def facts_of(config: Config, models: participants.Models) -> methods.Facts:

@@ -13,7 +13,7 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
-from jaxdistill.run import on_policy, participants, rewarded, routing, terminal, texts
+from jaxdistill.run import on_policy, participants, rewarded, routing, stages, terminal, texts
 from jaxdistill.run.texts import Text
 
 
@@ -56,6 +56,7 @@ def read(
     """
     network = config.security.allow_network
     models = agree.together(lambda: participants.shapes_of(config, mesh))
+    agree.together(lambda: stages.check(config, models))
     data = agree.leader_first(
         lambda: texts.data_of(
             config.data,

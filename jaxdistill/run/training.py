@@ -19,7 +19,16 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
-from jaxdistill.run import anew, feeds, participants, routing, run_table, setup, states
+from jaxdistill.run import (
+    anew,
+    feeds,
+    participants,
+    routing,
+    run_table,
+    setup,
+    stages,
+    states,
+)
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
@@ -179,7 +188,7 @@ class Training:
         latest: dict[str, float],
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
-        teacher_params = setup.teacher_params_of(self.models, self.method)
+        meter = _meter(self.config, self.models, self.method, self.mesh)
 
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update({**self.table.evaluate(state), **feed.measure(state)})
@@ -195,8 +204,7 @@ class Training:
             return self._state(student)
 
         return loop.Parts(
-            step=self._step(state, teacher_params, feed, writer, progress),
-            teacher_params=teacher_params,
+            step=self._step(state, meter, feed, writer, progress),
             feed=feed,
             place=self._place,
             evaluate=evaluate,
@@ -207,7 +215,7 @@ class Training:
             checkpoints=self.checkpoints,
             writer=writer,
             progress=progress,
-            meter=_meter(self.config, self.models, self.method, self.mesh),
+            meter=meter,
             stop=self.stop,
             hooks=self.hooks,
         )
@@ -215,17 +223,40 @@ class Training:
     def _step(
         self,
         state: TrainState,
-        teacher_params: Any,
+        meter: Meter,
         feed: Feed,
         writer: report.MetricsWriter,
         progress: report.Progress,
-    ) -> PerShape:
-        """The step, compiled for the batches of the data; for others when they come."""
+    ) -> stages.Staged:
+        """The steps, compiled for the batches of the data; for others when they come."""
         config = self.config
         agree.together(lambda: setup.check_kernels_of(config))
-        monitor = recorded(config.train.log_every, config.train.steps)
-        method = dataclasses.replace(self.method, loss=self.hooks.loss(self.method.loss))
-        pure = setup.make_step(config, method, monitor)
+        parts = stages.of(config)
+        methods = {True: self.method}
+        if len(parts) > 1:
+            methods[False] = setup.without_teacher(config, self.models, self.method)
+        programs = {
+            taught: self._programs(method, writer, progress) for taught, method in methods.items()
+        }
+
+        def tell(number: int, stage: stages.Stage) -> None:
+            writer.event("stage", step=number, teacher=stage.taught)
+            what = "is asked" if stage.taught else "is asked no more: cross-entropy alone"
+            progress.event(f"from step {number} on the teacher {what}")
+
+        teacher_params = setup.teacher_params_of(self.models, self.method)
+        step = stages.Staged(parts, programs, teacher_params, tell, meter.asked)
+        if (row := feed.usual()) is not None:
+            step.prepare(state, abstract_batch(row, routing.rows(config), self.mesh))
+        return step
+
+    def _programs(
+        self, method: setup.RunMethod, writer: report.MetricsWriter, progress: report.Progress
+    ) -> PerShape:
+        """The step of a method for batches of any shape, and what is told when it is compiled."""
+        monitor = recorded(self.config.train.log_every, self.config.train.steps)
+        method = dataclasses.replace(method, loss=self.hooks.loss(method.loss))
+        pure = setup.make_step(self.config, method, monitor)
 
         def compile(state: TrainState, teacher_params: Any, batch: Batch) -> Any:
             began = time.perf_counter()
@@ -242,9 +273,6 @@ class Training:
             return program
 
         step = PerShape(compile)
-        if (row := feed.usual()) is not None:
-            usual = abstract_batch(row, routing.rows(config), self.mesh)
-            step.prepare(state, teacher_params, usual)
         return step
 
     def _feed(self, guard: Guard) -> Feed:

@@ -50,8 +50,7 @@ class Parts:
     """What the loop works with.
 
     Attributes:
-      step: (state, teacher_params, batch) -> (state, means), compiled for the batch's shape.
-      teacher_params: None where there is no teacher.
+      step: (number of the step, state, batch) -> (state, means), compiled for the batch's shape.
       feed: gives batches, without the rows that the guard leaves out.
       place: (rows of a step, this process' part of their batch) -> the batch on the mesh.
       evaluate: (step, state) -> held-out metrics.
@@ -64,8 +63,7 @@ class Parts:
       hooks: what the caller handed in.
     """
 
-    step: Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
-    teacher_params: Any
+    step: Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, Mean]]]
     feed: Feed
     place: Callable[[Span, Batch], Batch]
     evaluate: Callable[[int, TrainState], dict[str, float]]
@@ -118,7 +116,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
             span, batch = found
             row = span.end_row
             parts.hooks.at("step.before")
-            state, means = parts.step(state, parts.teacher_params, batch)
+            state, means = parts.step(number, state, batch)
             parts.hooks.at("step.after")
             unread.add(StepRecord(number, span, batch, parts.feed.origin(span)), means)
             last = number == schedule.steps
@@ -283,7 +281,7 @@ def _go_back(state: TrainState, incident: Incident, parts: Parts) -> tuple[Train
     blamed = guards.BATCHES
     if guard.in_a_row and guard.last_good is not None:
         # Whether or not this changes the state: it is given up below.
-        state, means = parts.step(state, parts.teacher_params, guard.last_good)
+        state, means = parts.step(incident.last.step, state, guard.last_good)
         if int(means["guard/in_a_row"].value):
             blamed = guards.PARAMETERS
     guard.check_may_roll_back(incident, blamed)

@@ -63,7 +63,12 @@ class Meter:
     def restart(self) -> None:
         """Begins a new reading."""
         self._began = time.perf_counter()
+        self._taught, self._steps = 0, 0
         self._waited = {"data": 0.0, "checkpoint": 0.0, "other": 0.0}
+
+    def asked(self, teacher: bool) -> None:
+        """Notes that a step is dispatched, and whether it asks the teacher; unnoted ones do."""
+        self._steps, self._taught = self._steps + 1, self._taught + teacher
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -81,10 +86,13 @@ class Meter:
         """Rates over the `steps` since the last reading, of `rows` in all; begins a new one."""
         seconds = time.perf_counter() - self._began - self._waited["other"]
         waited = self._waited
+        taught = self._taught / self._steps if self._steps else 1.0
+        flops = self._flops * (1 - self._teacher_share * (1 - taught))
+        share = self._flops * self._teacher_share * taught / flops if flops else 0.0
         self.restart()
         if steps < 1 or seconds <= 0:
             return {}
-        rate = self._flops * rows / seconds
+        rate = flops * rows / seconds
         result = {
             "perf/step_seconds": seconds / steps,
             "perf/tokens_per_second": self._tokens * rows / seconds,
@@ -93,9 +101,9 @@ class Meter:
             "perf/checkpoint_share": waited["checkpoint"] / seconds,
             "perf/memory_gib": memory_gib(self._local),
         }
-        if self._teacher_share:
+        if share:
             computing = 1 - (waited["data"] + waited["checkpoint"]) / seconds
-            result["perf/teacher_share"] = self._teacher_share * max(computing, 0.0)
+            result["perf/teacher_share"] = share * max(computing, 0.0)
         if self._peak is not None:
             result["perf/mfu"] = rate / self._peak
         return result

@@ -140,8 +140,7 @@ def run(
             return span_of(index), batch_of(index)
 
     parts = loop.Parts(
-        step=step,
-        teacher_params=None,
+        step=lambda number, state, batch: step(state, None, batch),
         feed=feed or Corpus(),
         place=lambda span, batch: batch,
         evaluate=lambda number, state: {"eval/loss": evaluation or float(state.step)},
