@@ -4,8 +4,9 @@ Every function is called by all processes, in the same order. With one process n
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +19,8 @@ from jaxdistill import errors
 from jaxdistill.errors import ConfigError
 
 Result = TypeVar("Result")
+_MEETINGS = itertools.count()  # all processes meet in the same order
+_PATIENCE_MS = 10_000  # of one question to the coordinator; it is asked again
 
 
 def leads() -> bool:
@@ -79,6 +82,7 @@ def together(work: Callable[[], Result]) -> Result:
     if jax.process_count() == 1:
         return work()
     result, failure = _tried(work)
+    _meet(range(jax.process_count()))
     _raise_any(failure, [json.loads(text) for text in _gather(json.dumps(_described(failure)))])
     return result
 
@@ -92,6 +96,7 @@ def by_leader(work: Callable[[], Any]) -> Any:
     if jax.process_count() == 1:
         return work()
     result, failure = _tried(work) if leads() else (None, None)
+    _meet([0])
     told = json.loads(_gather(json.dumps([_described(failure), result]))[0])
     _raise_any(failure, told[:1])
     return told[1]
@@ -135,6 +140,30 @@ def same(facts: Mapping[str, Any]) -> None:
         f"the processes were not started alike, so all of them stop: {'; '.join(told[:5])}{more}. "
         "Give every process the same configuration, files and version of jaxdistill"
     )
+
+
+def _meet(awaited: Iterable[int]) -> None:
+    """Waits until these processes are here, however long their work takes.
+
+    A collective does not wait so long: one that has begun fails after half an hour, and the first,
+    which connects the processes, after half a minute. So they meet at the coordinator before. A
+    process that dies meanwhile is missed there, which ends the others.
+    """
+    from jax._src import distributed  # the coordinator's store has no public name
+
+    client = distributed.global_state.client
+    assert client is not None, "of several processes"
+    name = f"jaxdistill/met/{next(_MEETINGS)}"
+    own = jax.process_index()
+    client.key_value_set(f"{name}/{own}", "here")
+    for process in awaited:
+        while process != own:
+            try:
+                client.blocking_key_value_get(f"{name}/{process}", _PATIENCE_MS)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, Exception | None]:

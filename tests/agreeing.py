@@ -1,6 +1,7 @@
 """One of two processes that must agree; prints what it learned."""
 
 import json
+import time
 
 import jax
 
@@ -27,6 +28,9 @@ def main() -> None:
     def crash():
         raise RuntimeError("division")
 
+    # Slower than a question to the coordinator waits, and before anything connects the processes.
+    agree._PATIENCE_MS = 200
+    slow = tried(lambda: agree.by_leader(lambda: time.sleep(1) or "built"))
     vote = agree.Vote()
     # Process 1 alone wishes, from the third call on, until it is heard.
     heard = []
@@ -37,6 +41,7 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "slow": slow,
                 "heard": heard,
                 "order": order,
                 "together": tried(lambda: agree.together(lambda: rank)),

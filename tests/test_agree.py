@@ -66,6 +66,10 @@ def test_errors_of_one_are_errors_of_all(learned):
     assert (first["order"], second["order"]) == ([True], [False])
 
 
+def test_the_others_wait_for_a_leader_who_takes_longer_than_a_question(learned):
+    assert [one["slow"] for one in learned] == ["built", "built"]
+
+
 def test_what_differs_is_named_with_its_process(learned):
     for one in learned:
         assert one["same"] is None

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import shards
+from jaxdistill.formats import assemble, shards
 
 WHOLE = (slice(None), slice(None))
 
@@ -140,3 +140,21 @@ def test_quantised_tensors_are_named(tmp_path):
     save_file({"a": np.ones(2, np.int8)}, tmp_path / shards.SINGLE)
     with pytest.raises(ModelError, match="tensor a has dtype I8; supported: F64, F32, F16, BF16"):
         shards.Folder(tmp_path)
+
+
+def test_a_slice_reads_its_own_pages_and_no_copy_of_the_tensor(tmp_path):
+    values = np.arange(64 * 96, dtype=np.float32).reshape(64, 96).astype(ml_dtypes.bfloat16)
+    save_file({"a": np.ones(3, np.float16), "b": values}, tmp_path / shards.SINGLE)
+    with shards.Folder(tmp_path) as folder:
+        part = folder.read("b", (slice(8, 16), slice(32, 64)))
+        assert part.base is not None and not part.flags.owndata  # a view of the mapped file
+        np.testing.assert_array_equal(part, values[8:16, 32:64])
+        np.testing.assert_array_equal(folder.read("a", (slice(1, 3),)), np.ones(2, np.float16))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_tiles_of_turned_kernels_are_filled_to_the_bit(dtype):
+    values = np.random.default_rng(0).standard_normal((300, 520)).astype(ml_dtypes.bfloat16)
+    place = np.empty((520, 300), dtype)
+    assemble._fill(place, values.T)
+    np.testing.assert_array_equal(place, values.astype(dtype).T)
