@@ -55,12 +55,17 @@ GPUS: Mapping[str, Gpu] = {
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 128,
         3_352_320_000_000, 84_942_979_072, 52_428_800, 1.98, 233_472, 232_448,
     ),
+    "h200": Gpu(
+        "NVIDIA H200", (9, 0), 132, 128,
+        4_800_000_000_000, 150_000_000_000, 52_428_800, 1.98, 233_472, 232_448,
+    ),
     "b200": Gpu(
         "NVIDIA B200", (10, 0), 148, 128,
         7_672_320_000_000, 191_514_411_008, 132_644_864, 1.965, 233_472, 232_448,
     ),
 }  # fmt: skip
-_TARGET = re.compile(r"(gpu):(\w+)(?::(\d+))?|(tpu):(\w+):(\d+(?:x\d+)*)|(cpu):(\d+)")
+_SIDES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # of a slice's torus
+_TARGET = re.compile(r"(gpu):(\w+)(?::(\d+(?:x\d+)?))?|(tpu):(\w+):(\d+(?:x\d+)*)|(cpu):(\d+)")
 # The module to look for, and what to install, `{jax}` being JAX's own version.
 _PACKAGES = {
     "gpu": ("jax_plugins.xla_cuda13", "pip install --no-deps jax-cuda13-plugin=={jax} "
@@ -70,7 +75,10 @@ _PACKAGES = {
 
 
 class Target(NamedTuple):
-    """What to compile for: "gpu:h100:8", "tpu:v5e:4x4" or "cpu:8"."""
+    """What to compile for: "gpu:h100:8", "gpu:h100:2x8" (hosts x GPUs), "tpu:v5e:4x4" or "cpu:8".
+
+    A TPU may have one number more than its kind has sides: how many slices there are.
+    """
 
     platform: str
     kind: str
@@ -106,7 +114,7 @@ def parse(text: str) -> Target:
     if found[1]:
         if found[2] not in GPUS:
             raise ConfigError(f"target = {text!r}: GPUs are {', '.join(GPUS)}")
-        return Target("gpu", found[2], (int(found[3] or 1),))
+        return Target("gpu", found[2], tuple(map(int, (found[3] or "1").split("x"))))
     if found[4]:
         if found[5] not in chips.TPUS:
             raise ConfigError(f"target = {text!r}: TPUs are {', '.join(chips.TPUS)}")
@@ -171,12 +179,16 @@ def devices(target: Target) -> list[Any]:
         topology = topologies.get_topology_desc(
             platform="cuda",
             target_config=_gpu_config(GPUS[target.kind]),
-            topology=f"1x1x{target.size}",  # slices x hosts x GPUs of a host
+            # slices x hosts x GPUs of a host
+            topology=f"1x{math.prod(target.shape[:-1])}x{target.shape[-1]}",
         )
         return list(topology.devices)
-    name = f"{target.kind}:{'x'.join(map(str, target.shape))}"
+    sides = _SIDES[target.kind]
+    name = f"{target.kind}:{'x'.join(map(str, target.shape[:sides]))}"
+    slices = math.prod(target.shape[sides:])
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except Exception as error:  # libtpu's errors have no class of their own
         raise ConfigError(
             f"target = tpu:{name}: no TPU slice that libtpu knows ({error})"

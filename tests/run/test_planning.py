@@ -224,10 +224,18 @@ def text_of_untied():
 
 
 @pytest.mark.parametrize(
+    ("text", "size"), [("gpu:h200:8", 8), ("gpu:h100:8x8", 64), ("tpu:v5p:8x8x4x2", 512)]
+)
+def test_hosts_and_slices_are_part_of_a_target(text, size):
+    target = targets.parse(text)
+    assert (str(target), target.size) == (text, size) and target.chip is not None
+
+
+@pytest.mark.parametrize(
     ("target", "words"),
     [
         ("cpu", "must look like gpu:h100:8, tpu:v5e:4x4"),
-        ("gpu:h9:8", "GPUs are a100, h100, b200"),
+        ("gpu:h9:8", "GPUs are a100, h100, h200, b200"),
         ("tpu:v9:2x2", "TPUs are v4, v5e, v5p, v6e"),
     ],
 )
