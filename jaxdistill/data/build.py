@@ -63,6 +63,7 @@ def build(
             "kind": work.progress.kind,
             "seq_len": settings.seq_len,
             "pad": codec.pad,
+            store.IDS: store.ids(len(codec.inert)).name,
             "counts": counts,
             "notices": work.notices(),
             "origins": work.progress.origins,
@@ -135,8 +136,10 @@ class _Build:
         self.taught: list[tuple[str, int, int]] = []  # name, rows, tokens of several teachers
         self._encoder: Encoder | ViewsEncoder | None = None
         self._identity, self._noted = identity, time.monotonic()
-        parts = store.ARRAYS if second is None else store.ARRAYS | store.SECOND_ARRAYS
-        parts = parts if routing is None else parts | store.ROUTE_ARRAYS
+        self._ids = store.ids(len(codec.inert))
+        parts = store.ARRAYS | {"tokens": self._ids}
+        parts |= {} if second is None else store.SECOND_ARRAYS
+        parts |= {} if routing is None else store.ROUTE_ARRAYS
         self.progress, self._files = progress.begin(folder, identity, parts)
         self._offsets = {name: self._ends(name) for name in parts if name.endswith("documents")}
 
@@ -325,6 +328,11 @@ class _Build:
         """Whether records are pairs, whose two documents stand side by side in a row."""
         return self.progress.kind in PAIRS
 
+    @property
+    def _all_count(self) -> bool:
+        """Whether every token counts, so that no mask is kept: no mark takes one out."""
+        return self._settings.loss_on == "all" and self.progress.kind in ("text", "completion")
+
     def _problem(self, documents: Sequence[encode.Document], cuts: Sequence["_Cut"]) -> str | None:
         """Why nothing of a record can be learned, or None."""
         if self._pairs:
@@ -363,8 +371,11 @@ class _Build:
                 continue
             at = self.progress
             at.truncated += document.shortened or cut.kept < len(document.ids)
-            self._files.append("tokens", document.ids[: cut.kept])
-            self._files.append("loss", document.loss[: cut.kept])
+            ids = document.ids[: cut.kept]
+            assert int(ids.max()) <= np.iinfo(self._ids).max, "the tokenizer has these ids"
+            self._files.append("tokens", ids.astype(self._ids))
+            if not self._all_count:
+                self._files.append("loss", document.loss[: cut.kept])
             at.tokens += cut.kept
             at.counted += cut.counted
             self._offsets["documents"].append(at.tokens)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import build as building
-from jaxdistill.data import encode, quarantine, settings, store
+from jaxdistill.data import digests, encode, quarantine, settings, store
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.data.second_view import SecondView
@@ -108,7 +108,8 @@ def build(
     codec = encode.prepare(tokenizer)
     beside = None if second is None else second.identity()
     routed = None if routing is None else routing.identity()
-    identity = settings.fingerprint(opened, codec, chosen, beside, routed)
+    with digests.kept_in(Path(cache_dir)):
+        identity = settings.fingerprint(opened, codec, chosen, beside, routed)
     folder = Path(cache_dir) / f"{name}-{identity[:20]}"
     left_out = None if quarantine_path is None else Path(quarantine_path)
     notices = []

@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("text", "parse")
 
 # Part of every fingerprint: raise it when the same input would give other tokens, masks, rows or
 # facts of the folder: one of before is not opened then.
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)

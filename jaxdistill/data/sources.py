@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import files, parquet, paths, python_docs, tables
+from jaxdistill.data import digests, files, parquet, paths, python_docs, tables
 from jaxdistill.data.files import decode, lines, too_large
 from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, ending_of
 from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
@@ -152,7 +152,7 @@ def _file(path: Path, name: str, format: str) -> Source:
         return files.json_objects(path) if ending == ".json" else files.jsonl_objects(path)
 
     read = lambda: _typed(objects(), format, name, unread, table=ending in TABLE_ENDINGS)
-    return Source(name, format, read, lambda: _digest(path), unread=unread)
+    return Source(name, format, read, lambda: digests.of(path), unread=unread)
 
 
 def _python_source(name: str, format: str) -> Source:
@@ -176,7 +176,7 @@ def _text_source(path: Path, name: str, format: str) -> Source:
             "records of other kinds go into .jsonl or .parquet files"
         )
     paragraphs = format == "paragraphs"
-    return Source(name, format, lambda: _documents(path, paragraphs), lambda: _digest(path))
+    return Source(name, format, lambda: _documents(path, paragraphs), lambda: digests.of(path))
 
 
 def _typed(
@@ -275,8 +275,3 @@ def _piece(chunk: tuple[int, int, bytes], opens: bool, closes: bool) -> Record |
     if opens and closes and not text.strip():
         return Rejected(line, Empty("empty: no text"))
     return Record("text", (text,), line, opens=opens, closes=closes)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

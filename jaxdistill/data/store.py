@@ -19,8 +19,8 @@ from jaxdistill.safe import beside, manifest
 
 Mark = tuple[int, int]  # bytes behind a header, and their CRC-32
 ARRAYS = {
-    "tokens": np.dtype(np.int32),  # [N], all documents, one after the other
-    "loss": np.dtype(np.bool_),  # [N], whether the token counts as a target
+    "tokens": np.dtype(np.int32),  # [N], all documents, one after the other; see `ids`
+    "loss": np.dtype(np.bool_),  # [N], whether the token counts as a target; [0]: all of them do
     "documents": np.dtype(np.int64),  # [D + 1], where each document begins
     "segments": np.dtype(np.int64),  # [S, 2], start and length, sorted by row
     "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
@@ -40,8 +40,14 @@ ROUTE_ARRAYS = {
     "row_routes": np.dtype(np.int32),  # [R]
 }
 QUARANTINE = "quarantine.jsonl"
+IDS = "ids"  # the fact of a folder that names the numbers of `tokens`
 BLOCK = 1 << 16  # bytes with a checksum of their own: what is read to have a row of them
 _KEPT_BLOCKS = 256  # of an array, in memory: 16 MiB
+
+
+def ids(vocab: int) -> np.dtype:
+    """The numbers that tokens are kept in: 16 bits where every id fits."""
+    return np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
 
 
 @contextlib.contextmanager
@@ -192,16 +198,52 @@ def problem(folder: Path) -> str | None:
     return None
 
 
-def read_arrays(folder: Path) -> dict[str, "Checked"]:
-    """The arrays of a folder, each block read against its checksum when it is used."""
+def read_arrays(folder: Path) -> dict[str, Any]:
+    """The arrays of a folder, each block read against its checksum when it is used.
+
+    Tokens are int32 and the mask has their length, whatever the folder keeps of both.
+    """
     content = manifest.read(folder)
     files = content["files"]
     known = ARRAYS | SECOND_ARRAYS | ROUTE_ARRAYS
-    return {
+    short = content.get(IDS) == "uint16"
+    known |= {"tokens": np.dtype(np.uint16)} if short else {}
+    found: dict[str, Any] = {
         name: Checked(folder / f"{name}.npy", dtype, files[f"{name}.npy"]["crc32"])
         for name, dtype in known.items()
         if name in ARRAYS or f"{name}.npy" in files
     }
+    if short:
+        found["tokens"] = _Wide(found["tokens"])
+    if not len(found["loss"]):
+        found["loss"] = _AllCount(found["tokens"])
+    return found
+
+
+class _Wide:
+    """An array of small numbers whose slices are int32, as tokens are everywhere else."""
+
+    def __init__(self, kept: "Checked"):
+        self._kept, self.shape, self.dtype = kept, kept.shape, np.dtype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return self._kept[index].astype(np.int32)
+
+
+class _AllCount:
+    """The mask of tokens all of which count, of which no file is kept."""
+
+    def __init__(self, tokens: Any):
+        self.shape, self.dtype = tokens.shape, np.dtype(np.bool_)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.ones(len(range(*index.indices(len(self)))), np.bool_)
 
 
 class Checked:

@@ -3,9 +3,12 @@ import json
 import logging
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.sources import open_source
@@ -399,3 +402,38 @@ def test_the_files_of_a_folder_are_named_one_by_one(build, jsonl, tmp_path):
     jsonl([talk(("assistant", "x"))], "d/b.jsonl")
     with pytest.raises(DataError, match="mixed kinds.*a.jsonl holds 'text'.*b.jsonl:1 is 'messag"):
         build(tmp_path / "d")
+
+
+def words(count):
+    """A tokenizer of so many words, the last of which ends texts."""
+    vocab = {f"w{i}": i for i in range(count)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{count - 1}")
+
+
+@pytest.mark.parametrize("count", [1 << 16, (1 << 16) + 1])
+def test_ids_take_16_bits_where_all_of_them_fit(tmp_path, jsonl, count):
+    path = jsonl([{"text": f"w5 w{count - 2}"}])
+    data = pipeline.build(path, words(count), seq_len=4, cache_dir=tmp_path / "cache")
+    assert data[0]["tokens"][:3].tolist() == [5, count - 2, count - 1]
+    assert data[0]["tokens"].dtype == np.int32
+    bits = {2: np.uint16, 4: np.int32}[2 if count <= 1 << 16 else 4]
+    assert np.load(data.folder / "tokens.npy").dtype == bits
+
+
+def test_no_mask_of_ones_is_kept(build, jsonl):
+    pair = {"prompt": "ab", "completion": "cd"}
+    kept = lambda data: len(np.load(data.folder / "loss.npy"))
+    for records, options, count in (
+        ([{"text": "abcd"}], {}, 0),
+        ([pair], {}, 0),
+        ([pair], {"loss_on": "completion"}, 5),
+        ([talk(("user", "a"), ("assistant", "b"))], {"seq_len": 64}, None),
+    ):
+        data = build(jsonl(records), **options)
+        assert kept(data) == (data.num_tokens if count is None else count)
+        row = data[0]
+        counted = 4 if count == 0 else int(row["mask"].sum())
+        assert row["mask"].sum() == counted == data.num_loss_tokens
+        assert not row["mask"][data.num_tokens - 1 :].any()
