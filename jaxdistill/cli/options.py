@@ -35,6 +35,7 @@ from jaxdistill.cli.sections import (
     OptionalFolder,
     Pages,
     Prompts,
+    Push,
     Recipe,
     Resume,
     Rollback,
@@ -252,7 +253,7 @@ COMMANDS = (
         "export",
         runs.export,
         "Write a model folder that transformers opens.",
-        (Model, Folder, commands.Export, Adapters),
+        (Model, Folder, commands.Export, Adapters, Push),
         json=False,
     ),
     Command(

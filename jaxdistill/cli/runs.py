@@ -173,7 +173,10 @@ def export(arguments: argparse.Namespace) -> None:
     options = read(commands.Export, arguments)
     with stdout_is_json(True):
         from jaxdistill import api
+        from jaxdistill.formats import hub
 
+        if arguments.push is not None:
+            hub.check(arguments.push)
         if arguments.adapters and (options.dtype or options.format != "folder"):
             raise ConfigError(
                 "--dtype, --format: adapters are written as they are trained: leave it out"
@@ -183,6 +186,8 @@ def export(arguments: argparse.Namespace) -> None:
         else:
             path = api.export(arguments.model, arguments.output, options)
     print(f"wrote {path}")
+    if arguments.push is not None:
+        print(f"uploaded: {hub.push(path, arguments.push)}")
 
 
 def report(arguments: argparse.Namespace) -> None:

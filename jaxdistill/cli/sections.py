@@ -190,6 +190,16 @@ class Adapters(Section):
     )
 
 
+class Push(Section):
+    """Where a model goes besides."""
+
+    push: Annotated[str, Flag(metavar="OWNER/NAME")] | None = Field(
+        None,
+        description="Also upload it to this repository of the Hugging Face Hub, a private one "
+        "where it is new; none: it stays here.",
+    )
+
+
 class Pages(Section):
     """What a page is about, and where it goes."""
 
