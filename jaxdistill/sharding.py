@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,6 +219,34 @@ def constrain(
     if mesh is None:
         return array
     return jax.lax.with_sharding_constraint(array, spec(logical, array.shape, mesh, rules))
+
+
+def by_device(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of attention, run by each device on its own rows and heads.
+
+    mixed(query [B, L, H, E], key [B, L, G, E], value [B, L, G, E], segments [B, L], *rest): rest is
+    the same on every device. Without a mesh it is `local` itself; rows or heads that do not divide
+    over the devices are whole on each.
+    """
+
+    def mixed(query_BLHE, key_BLGE, value_BLGE, segments_BL, *rest):
+        mesh = current_mesh()
+        if mesh is None:
+            return local(query_BLHE, key_BLGE, value_BLGE, segments_BL, *rest)
+        rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        batch = BATCH_AXES if query_BLHE.shape[0] % rows == 0 else None
+        divides = key_BLGE.shape[2] % mesh.shape["tensor"] == 0
+        heads = PartitionSpec(batch, None, "tensor" if divides else None, None)
+        whole = (PartitionSpec(),) * len(rest)
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, PartitionSpec(batch, None), *whole),
+            out_specs=heads,
+            check_vma=False,
+        )(query_BLHE, key_BLGE, value_BLGE, segments_BL, *rest)
+
+    return mixed
 
 
 def current_mesh() -> AnyMesh | None:

@@ -61,8 +61,9 @@ class RandomModel(Section):
 
 Attention = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION = (
-    "What computes its attention: xla on any device, cudnn on a GPU, splash (Pallas) on a TPU; "
-    "auto is xla. A named one that cannot run is an error."
+    "What computes its attention: xla on any device (in blocks where rows have more than 512 "
+    "tokens), cudnn on a GPU, splash (Pallas) on a TPU; auto is the kernel of the device where it "
+    "can compute this model, else xla. A named one that cannot run is an error."
 )
 
 

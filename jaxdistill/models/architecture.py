@@ -257,10 +257,15 @@ def forward_flops_per_token(config: DecoderConfig, length: int) -> float:
         for name, row in flat_weights(weights(config)).items()
         if name.endswith(".kernel")
     )
+    head = config.vocab_size * config.embed
+    return 2.0 * (kernels + head) + attention_flops_per_token(config, length)
+
+
+def attention_flops_per_token(config: DecoderConfig, length: int) -> float:
+    """Of them those of scores and mixed values: the sum over layers of 4 H E c."""
     windows = config.windows or (None,) * config.layers
     visible = sum(_mean_visible(length, window) for window in windows)
-    head = config.vocab_size * config.embed
-    return 2.0 * (kernels + head) + 4.0 * config.heads * config.head_dim * visible
+    return 4.0 * config.heads * config.head_dim * visible
 
 
 def _share_at_work(config: DecoderConfig, row: Weight) -> float:

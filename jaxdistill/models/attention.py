@@ -1,5 +1,6 @@
 """How queries meet keys where all of them are at hand: causal, in documents, windows, with caps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,17 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.models import attention_tpu
+from jaxdistill.models import attention_blocks, attention_tpu
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.sharding import constrain, current_mesh
+from jaxdistill.sharding import by_device, constrain, current_mesh
 
-# What a configuration may name. "auto" is "xla" wherever it runs: no kernel has been timed against
-# it yet; a named one is taken or refused, and nothing takes its place.
+# What a configuration may name. "auto" is splash on a TPU and cuDNN on a GPU where they can compute
+# it, else "xla"; a named one is taken or refused, and nothing takes its place.
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+_CUDNN_TYPES = ("bfloat16", "float16")
+_CUDNN_MOST = 8192  # tokens of a row: its mask of segments is [B, 1, L, L]
 
 # attend(state, layer index, query [B, L, H, E], key [B, L, G, E], value [B, L, G, E])
 #   -> (state, mixed values [B, L, H, E]); training has no state, generation keeps its cache there.
@@ -29,19 +33,107 @@ def causal(
 ) -> Attend:
     """Attention within a row: causal, within segments, within each layer's window.
 
-    Layers with and without a window are one scanned body: a layer's window is a number that it
-    reads by its index. A scan over groups of layers would tie the number of layers to the pattern
-    (which pruning breaks) and compile every kind of layer once more, for a mask that costs one
-    comparison. `implementation` is one of `IMPLEMENTATIONS`; None is "auto".
+    Layers with and without a window are one scanned body: a layer takes its window by its index. A
+    scan over groups of layers would tie the number of layers to the pattern (which pruning breaks)
+    and compile every kind of layer once more. `implementation` is one of `IMPLEMENTATIONS`; None is
+    "auto".
 
     Raises:
       ConfigError: where a named kernel cannot compute this.
     """
     named = implementation or "auto"
-    check(named, config, length, choice.current_device().platform)
-    if named == "splash":
-        return _splash(config, length, segment_ids)
-    implementation = None if named == "auto" else named
+    check("xla" if named == "blocks" else named, config, length, choice.current_device().platform)
+    forms = {
+        "splash": lambda: attention_tpu.attention(config, length, score_scale(config)),
+        "cudnn": lambda: _at_once(config, length, segment_ids, "cudnn"),
+        "blocks": lambda: _in_blocks(config, length),
+        "xla": lambda: _at_once(config, length, segment_ids, None),
+    }
+    # Masks are made here, once for all layers; which form it is depends on the activations' type.
+    could_be = {chosen(named, config, length, dtype) for dtype in ("bfloat16", "float32")}
+    made = {form: forms[form]() for form in could_be}
+
+    def attend(state, index, query, key, value):
+        mixed = made[chosen(named, config, length, query.dtype)]
+        key, value = repeated(query, key), repeated(query, value)
+        return state, mixed(index, query, key, value, segment_ids)
+
+    return attend
+
+
+def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> str:
+    """What computes it on the device and mesh in context: splash, cudnn, blocks or xla.
+
+    "xla" has all scores [B, H, L, L] at once: for rows of up to `attention_blocks.SHORT` tokens,
+    and for rows that the mesh divides. "blocks" is XLA's form for all others.
+
+    Args:
+      name: one of `IMPLEMENTATIONS`.
+      config: of the model.
+      length: tokens of a row.
+      dtype: of the activations.
+    """
+    mesh = current_mesh()
+    context = 1 if mesh is None else mesh.shape["context"]
+    if name == "auto":
+        platform = choice.current_device().platform
+        kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+        if kernel and _lacks(kernel, config, length, context, np.dtype(dtype).name) is None:
+            return kernel
+        name = "xla"
+    if name == "xla" and length > attention_blocks.SHORT and context == 1:
+        return "blocks"
+    return name
+
+
+def _lacks(kernel: str, config: DecoderConfig, length: int, context: int, dtype: str) -> str | None:
+    """Why "auto" passes a kernel by, or None."""
+    if kernel == "splash":
+        return attention_tpu.problem(config, length, context=context)
+    reasons = {
+        "it has no soft cap": config.attention_softcap is not None,
+        f"it takes {' and '.join(_CUDNN_TYPES)}": dtype not in _CUDNN_TYPES,
+        "heads are of at most 128 numbers, a multiple of 8": config.head_dim % 8 != 0
+        or config.head_dim > 128,
+        f"rows have at most {_CUDNN_MOST} tokens": length > _CUDNN_MOST,
+        "rows are whole": context > 1,
+    }
+    return next((reason for reason, here in reasons.items() if here), None)
+
+
+def _window_kinds(config: DecoderConfig, length: int) -> tuple[list[int], np.ndarray]:
+    """(windows that differ, which of them each layer has)."""
+    windows = [min(window or length, length) for window in config.windows or (length,)]
+    kinds = sorted(set(windows))
+    return kinds, np.asarray([kinds.index(window) for window in windows], np.int32)
+
+
+def _in_blocks(config: DecoderConfig, length: int) -> Callable[..., Array]:
+    """`attention_blocks` for each window among the layers; each device has its rows and heads."""
+    kinds, number = _window_kinds(config, length)
+    scale, cap = score_scale(config), config.attention_softcap
+    branches = [
+        functools.partial(attention_blocks.attention, attention_blocks.Static(scale, cap, window))
+        for window in kinds
+    ]
+
+    def local(query, key, value, segments, kind):
+        if len(branches) == 1:
+            return branches[0](query, key, value, segments)
+        return jax.lax.switch(kind, branches, query, key, value, segments)
+
+    def mixed(index, query, key, value, segments):
+        kind = jnp.asarray(number)[index] if config.windows else jnp.int32(0)
+        segments = jnp.ones(query.shape[:2], jnp.int32) if segments is None else segments
+        return by_device(local)(query, key, value, segments, kind)
+
+    return mixed
+
+
+def _at_once(
+    config: DecoderConfig, length: int, segment_ids: Array | None, implementation: Any
+) -> Callable[..., Array]:
+    """All scores [B, H, L, L] at once, or cuDNN's kernel, which takes the same mask."""
     mask_B1LL = None
     if segment_ids is not None:
         mask_B1LL = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
@@ -49,8 +141,7 @@ def causal(
     age_LL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     scale, cap = score_scale(config), config.attention_softcap
 
-    def attend(state, index, query, key, value):
-        key, value = repeated(query, key), repeated(query, value)
+    def mixed(index, query, key, value, _):
         mask = mask_B1LL
         if min(windows) < length:
             inside = (age_LL < jnp.asarray(np.asarray(windows))[index])[None, None]
@@ -58,13 +149,12 @@ def causal(
         if cap is not None:
             before = (age_LL >= 0)[None, None]
             mask = before if mask is None else mask & before
-            return state, _capped(query, key, value, mask, scale, cap)
-        mixed = jax.nn.dot_product_attention(
+            return _capped(query, key, value, mask, scale, cap)
+        return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=scale, is_causal=True, implementation=implementation
         )
-        return state, mixed
 
-    return attend
+    return mixed
 
 
 def check(name: str, config: DecoderConfig, length: int, platform: str) -> None:
@@ -104,19 +194,6 @@ def repeated(query_BLHE: Array, x_BLGE: Array) -> Array:
     return constrain(
         jnp.repeat(whole, parts // groups, axis=2), ("batch", "length", "act_heads", None)
     )
-
-
-def _splash(config: DecoderConfig, length: int, segment_ids: Array | None) -> Attend:
-    mixed = attention_tpu.attention(config, length, score_scale(config))
-
-    def attend(state, index, query, key, value):
-        key, value = repeated(query, key), repeated(query, value)
-        segments = segment_ids
-        if segments is None:
-            segments = jnp.ones(query.shape[:2], jnp.int32)
-        return state, mixed(index, query, key, value, segments)
-
-    return attend
 
 
 def score_scale(config: DecoderConfig) -> float:

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-from jax.sharding import PartitionSpec
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.sharding import BATCH_AXES, current_mesh
+from jaxdistill.sharding import by_device, current_mesh
 
 _LANES = 128  # blocks of tokens are multiples of it
 _BLOCKS = (512, 256, 128)
@@ -29,20 +28,25 @@ def check(config: DecoderConfig, length: int, tensor: int = 1, context: int = 1)
     Raises:
       ConfigError: naming what it cannot.
     """
-    problem = None
+    found = problem(config, length, tensor, context)
+    if found:
+        raise ConfigError(f"attention = 'splash': {found}: change it, or take xla")
+
+
+def problem(config: DecoderConfig, length: int, tensor: int = 1, context: int = 1) -> str | None:
+    """What the kernel cannot compute of this, or None; arguments as in `check`."""
     if length % _LANES:
-        problem = f"rows of {length} tokens are no multiple of {_LANES}"
-    elif context > 1:
-        problem = f"mesh.context = {context} divides rows"
-    elif config.kv_heads % tensor:
-        problem = f"{config.kv_heads} key heads do not divide over mesh.tensor = {tensor}"
-    if problem:
-        raise ConfigError(f"attention = 'splash': {problem}: change it, or take xla")
+        return f"rows of {length} tokens are no multiple of {_LANES}"
+    if context > 1:
+        return f"mesh.context = {context} divides rows"
+    if config.kv_heads % tensor and tensor % config.kv_heads:
+        return f"{config.kv_heads} key heads do not divide over mesh.tensor = {tensor}"
+    return None
 
 
 def attention(
     config: DecoderConfig, length: int, scale: float, interpret: bool = False
-) -> Callable[[Array, Array, Array, Array, Array], Array]:
+) -> Callable[..., Array]:
     """mixed(layer index, query [B, L, H, E], key, value [B, L, G, E], segment_ids [B, L]).
 
     The kernel's mask is static: one kernel for each window among the layers, and a layer takes its
@@ -69,19 +73,14 @@ def attention(
         return head_first(jax.lax.switch(kind, branches, *inputs, segments))
 
     def mixed(index, query_BLHE, key_BLGE, value_BLGE, segment_ids_BL):
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones(query_BLHE.shape[:2], jnp.int32)
         arrays = (query_BLHE, key_BLGE, value_BLGE, segment_ids_BL)
         kind = jnp.asarray(number)[index] if config.windows else jnp.int32(0)
         mesh = current_mesh()
-        if mesh is None:
-            return local(*arrays, kind)
-        check(config, length, mesh.shape["tensor"], mesh.shape["context"])
-        rows = mesh.shape["data"] * mesh.shape["fsdp"]
-        batch = BATCH_AXES if query_BLHE.shape[0] % rows == 0 else None
-        heads = PartitionSpec(batch, None, "tensor", None)
-        specs = (heads, heads, heads, PartitionSpec(batch, None), PartitionSpec())
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(
-            *arrays, kind
-        )
+        if mesh is not None:
+            check(config, length, mesh.shape["tensor"], mesh.shape["context"])
+        return by_device(local)(*arrays, kind)
 
     return mixed
 

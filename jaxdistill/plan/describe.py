@@ -3,6 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_FORMS = {
+    "blocks": "xla, in blocks",
+    "xla": "xla, all scores of a layer at once",
+    "splash": "splash (Pallas)",
+    "cudnn": "cuDNN",
+}
+
 
 def describe(plan: Mapping[str, Any]) -> str:
     """The plan of `api.plan` as lines of text."""
@@ -14,6 +21,10 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"{plan['target']}: {plan['devices']} devices, {mesh or 'one device'}"
     counts = plan["parameters"]
     yield f"parameters: {counts['total']:,}, of which {counts['trainable']:,} are trained"
+    if plan.get("attention"):
+        yield "attention: " + ", ".join(
+            f"{who} {_FORMS.get(form, form)}" for who, form in plan["attention"].items()
+        )
     yield ""
     yield from _memory(plan)
     if plan.get("rollout"):

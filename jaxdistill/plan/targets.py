@@ -208,6 +208,26 @@ def assume_capability(target: Target) -> None:
         setattr(module, "_infer_arch", lambda: capability)  # noqa: B010
 
 
+def assume_cudnn(target: Target) -> None:
+    """Lets JAX write calls of cuDNN's attention for a GPU that is only described.
+
+    JAX asks the cuDNN at hand for its version, and a device for its capability: none is at hand. It
+    replaces private functions of JAX; only processes that merely compile may do so.
+    """
+    import jax._src.cudnn.fused_attention_stablehlo as attention
+
+    own = GPUS[target.kind].capability
+    least = lambda text: own >= tuple(int(x) for x in text.split("."))
+    equal = lambda text: own == tuple(int(x) for x in text.split("."))
+    replaced = {
+        "check_cudnn_version": lambda: 91200,  # as `_gpu_config` describes it
+        "check_compute_capability": least,
+        "is_cuda_compute_capability_equal": equal,
+    }
+    for name, function in replaced.items():
+        setattr(attention, name, function)
+
+
 def _gpu_config(gpu: Gpu) -> str:
     """The text of XLA's GpuTargetConfigProto."""
     major, minor = gpu.capability

@@ -23,6 +23,7 @@ from jaxdistill import plan
 from jaxdistill.config import Config
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.models import count_parameters, forward_flops_per_token
+from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
@@ -60,6 +61,7 @@ def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models,
     if target.platform == "gpu":
         with contextlib.suppress(ImportError):  # JAX 0.10 has no such kernels
             targets.assume_capability(target)
+        targets.assume_cudnn(target)
     mesh = setup.mesh_of(config, targets.devices(target))
     models = participants.shapes_of(config, mesh)
     return mesh, models, setup.method_of(config, models)
@@ -96,6 +98,7 @@ def measure(
         "mesh": dict(mesh.shape),
         "jax": jax.__version__,
         "tokens_per_step": tokens,
+        "attention": _attention(config, models, mesh),
         "parameters": _counts(models, state),
     }
     embed = models.teacher.config.embed if models.teacher else None
@@ -122,6 +125,7 @@ def measure(
         writing["total"] = sum(held.values()) + writing["temporaries"]
     largest = max(memory["total"], writing["total"] if writing else 0)
     cost = plan.cost(program.text, mesh.shape)
+    cost = cost._replace(flops=cost.flops + _kernel_flops(config, models, mesh))
     work = _work(config, models, method, target, cost, mesh.size)
     return facts | {
         "teacher_cache": answers,
@@ -193,6 +197,29 @@ def _dumped(folder: pathlib.Path, name: str) -> Compiled | None:
     if not (whole and assignment and total):
         return None
     return Compiled(text, assignment, live_ranges, int(total[1]))
+
+
+def _attention(config: Config, models: Models, mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What computes the attention of whom."""
+    with jax.set_mesh(mesh):
+        return {who: form for who, (form, *_) in participants.attention_of(config, models).items()}
+
+
+def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> float:
+    """FLOPs on a device of attention kernels, which show no products: by formula.
+
+    Two products forward and five backward, of pairs that see each other; with rematerialization the
+    student's forward pass twice.
+    """
+    rows, total = config.train.batch_size, 0.0
+    with jax.set_mesh(mesh):
+        chosen = participants.attention_of(config, models)
+    for who, (form, model, length, _) in chosen.items():
+        if form in ("splash", "cudnn"):
+            again = config.student.remat != "none"
+            passes = 1.0 if who == "teacher" else 3.5 + again
+            total += passes * rows * length * attention_flops_per_token(model, length)
+    return total / mesh.size
 
 
 def _counts(models: Models, state: Any) -> dict[str, int]:

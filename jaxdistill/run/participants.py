@@ -16,7 +16,7 @@ from jaxdistill.data.second_view import SecondView
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.methods import two_tokenizers
-from jaxdistill.models import DecoderConfig, Model, attention, random, reseat
+from jaxdistill.models import DecoderConfig, Model, attention, attention_check, random, reseat
 from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, pairing, routing, shapes, states, stored
@@ -145,6 +145,10 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     Raises:
       ModelError, ConfigError: if weights cannot be read, or are not those of the shapes.
     """
+    with jax.set_mesh(mesh):
+        chosen = attention_of(config, models)
+    for who, (name, model, length, dtype) in chosen.items():
+        attention_check.self_check(who, name, model, length, dtype)
     teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
     teacher = models.pairing.seated(teacher)
     several = {
@@ -160,6 +164,24 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     return dataclasses.replace(
         models, teacher=teacher, student=student, stored=answers, start=start, teachers=several
     )
+
+
+def attention_of(config: Config, models: Models) -> dict[str, tuple[str, DecoderConfig, int, str]]:
+    """What computes whose attention on the mesh in context: (form, model, tokens of a row, dtype).
+
+    The form is as `attention.chosen` names it.
+    """
+    found = {}
+    length = config.data.seq_len
+    if models.teacher is not None and config.teacher is not None:
+        theirs = length if models.second is None else models.second.seq_len
+        found["teacher"] = (config.teacher.attention, models.teacher, theirs, config.teacher.dtype)
+    student = config.student
+    found["student"] = (student.attention, models.student, length, student.compute_dtype)
+    return {
+        who: (attention.chosen(name, model.config, tokens, dtype), model.config, tokens, dtype)
+        for who, (name, model, tokens, dtype) in found.items()
+    }
 
 
 def _start(config: Config, student: Model) -> Model:

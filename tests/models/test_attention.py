@@ -1,7 +1,9 @@
 """Attention with soft caps against float64, the TPU's kernel against both, and who may be named."""
 
 import dataclasses
+import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,13 @@ import pytest
 
 from jaxdistill import sharding
 from jaxdistill.errors import ConfigError
-from jaxdistill.models import DecoderConfig, attention, attention_tpu
+from jaxdistill.models import (
+    DecoderConfig,
+    attention,
+    attention_blocks,
+    attention_check,
+    attention_tpu,
+)
 
 CONFIG = DecoderConfig("llama", 50, 16, 24, 2, 4, 2, 128, windows=(None, 40), query_scalar=96)
 CAPPED = dataclasses.replace(CONFIG, attention_softcap=1.5)
@@ -74,6 +82,112 @@ def test_splash_has_the_gradient_of_xla_also_on_a_mesh():
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+BLOCKS = {
+    "plain": CONFIG,
+    "capped": CAPPED,
+    "two windows": dataclasses.replace(CONFIG, windows=(100, 40)),
+}
+
+
+@pytest.mark.usefixtures("contracted")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_equal_the_definition_and_have_its_gradient_also_on_a_mesh(name, monkeypatch):
+    """Rows of 256 tokens in blocks of 96: three, of which the last is filled up."""
+    config = BLOCKS[name]
+    monkeypatch.setattr(attention_blocks.Static, "__new__", _small(attention_blocks.Static))
+    query, key, value, segments = _arrays(4)
+    arrays = tuple(map(jnp.asarray, (query, key, value)))
+    weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)
+    forms = {
+        form: attention.causal(config, LENGTH, jnp.asarray(segments), form)
+        for form in ("xla", "blocks")
+    }
+    run = lambda form: lambda index, *qkv: forms[form](None, index, *qkv)[1]
+    total = lambda form: lambda index, *qkv: jnp.sum(weight * run(form)(index, *qkv))
+    for layer in (0, 1):
+        expected = _expected(config, layer, query, key, value, segments)
+        index = jnp.int32(layer)  # as a scan over layers has it
+        np.testing.assert_allclose(jax.jit(run("blocks"))(index, *arrays), expected, atol=2e-5)
+        slopes = jax.jit(jax.grad(total("xla"), (1, 2, 3)))(index, *arrays)
+        blocks = jax.jit(jax.grad(total("blocks"), (1, 2, 3)))
+        for one, other in zip(blocks(index, *arrays), slopes, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}):
+        with jax.set_mesh(sharding.make_mesh(**sizes)):  # 2 key heads on 4 devices: repeated
+            found = jax.jit(jax.grad(total("blocks"), (1, 2, 3)))(index, *arrays)
+        for one, other in zip(found, slopes, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def _small(kind):
+    made = kind.__new__
+    return lambda cls, scale, cap, window, block=96: made(cls, scale, cap, window, block)
+
+
+def test_memory_of_blocks_grows_with_the_row_and_work_with_what_is_seen():
+    def compiled(length, window=None):
+        config = dataclasses.replace(CONFIG, windows=None if window is None else (window, window))
+        attend = attention.causal(config, length, None, "blocks")
+        total = lambda *qkv: jnp.sum(attend(None, 0, *qkv)[1])
+        shapes = [jax.ShapeDtypeStruct((1, length, n, 128), jnp.float32) for n in (4, 2, 2)]
+        return jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
+
+    memory = {n: compiled(n).memory_analysis().temp_size_in_bytes for n in (1024, 2048, 4096)}
+    assert memory[4096] < 2.1 * memory[2048] < 4.5 * memory[1024]
+    block = attention_blocks.BLOCK
+    assert len(attention_blocks.pairs(16, block, 16 * block)) == 16 * 17 / 2
+    assert len(attention_blocks.pairs(16, block, block + 1)) == 1 + 15 * 2
+
+
+def test_long_rows_are_in_blocks_and_short_ones_keep_their_bits():
+    short = attention_blocks.SHORT
+    of = lambda length, name="auto", dtype="float32", config=CONFIG: attention.chosen(
+        name, config, length, dtype
+    )
+    assert (of(short), of(short + 1), of(4096, "xla")) == ("xla", "blocks", "blocks")
+    with jax.set_mesh(sharding.make_mesh(fsdp=4, context=2)):
+        assert of(4096) == "xla"  # rows that are divided are not cut
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "config", "length", "form"),
+    [
+        ("gpu", "bfloat16", CONFIG, 2048, "cudnn"),
+        ("gpu", "float32", CONFIG, 2048, "blocks"),
+        ("gpu", "bfloat16", CAPPED, 2048, "blocks"),
+        ("gpu", "bfloat16", CONFIG, 16384, "blocks"),
+        ("gpu", "bfloat16", dataclasses.replace(CONFIG, head_dim=256), 512, "xla"),
+        ("tpu", "float32", CAPPED, 2048, "splash"),
+        ("tpu", "float32", CONFIG, 2000, "blocks"),
+    ],
+)
+def test_auto_takes_the_devices_kernel_where_it_can_compute_it(
+    platform, dtype, config, length, form, monkeypatch
+):
+    device = types.SimpleNamespace(platform=platform)
+    monkeypatch.setattr(attention.choice, "current_device", lambda: device)
+    assert attention.chosen("auto", config, length, dtype) == form
+    assert attention.chosen("xla", config, length, dtype) in ("xla", "blocks")
+
+
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        attention, "chosen", lambda name, *rest: "xla" if name == "xla" else "splash"
+    )
+    monkeypatch.setattr(attention, "check", lambda *arguments: None)
+    right = functools.partial(attention_tpu.attention, interpret=True)
+    monkeypatch.setattr(attention_tpu, "attention", right)
+    check = functools.partial(attention_check.self_check, "student", "auto", CAPPED, 256)
+    assert check("float32") == "splash"
+
+    def off(*arguments):
+        return lambda index, query, *rest: right(*arguments)(index, 1.01 * query, *rest)
+
+    monkeypatch.setattr(attention_tpu, "attention", off)
+    with pytest.raises(ConfigError, match=r"student's attention splash .* its values is off by"):
+        check("float32")
+
+
 REFUSED = {
     "attention = 'flash': must be one of auto, xla, cudnn, splash": ("flash", "tpu", CONFIG, 256),
     "attention = 'splash': runs on a tpu, and this is a cpu": ("splash", "cpu", CONFIG, 256),
@@ -95,5 +209,5 @@ def test_what_cannot_run_is_named_and_nothing_takes_its_place(message):
 def test_splash_wants_whole_rows_and_heads_that_divide():
     with pytest.raises(ConfigError, match=r"mesh.context = 2 divides rows"):
         attention_tpu.check(CONFIG, 256, context=2)
-    with pytest.raises(ConfigError, match=r"2 key heads do not divide over mesh.tensor = 4"):
-        attention_tpu.check(CONFIG, 256, tensor=4)
+    with pytest.raises(ConfigError, match=r"2 key heads do not divide over mesh.tensor = 3"):
+        attention_tpu.check(CONFIG, 256, tensor=3)

@@ -1,0 +1,84 @@
+"""Compares the attention kernel that a run will use with XLA's form, before it starts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxdistill.errors import ConfigError
+from jaxdistill.models import attention
+from jaxdistill.models.architecture import DecoderConfig
+
+_LENGTH, _WINDOW = 256, 100
+
+
+def self_check(
+    who: str, name: str, config: DecoderConfig, length: int, dtype: DTypeLike = jnp.bfloat16
+) -> str:
+    """Compares value and gradient of the chosen kernel with XLA's, by XLA's own rounding.
+
+    Both are compared with float32 on two rows of several documents, with one group of the model's
+    heads, its soft cap, and a window where it has any.
+
+    Args:
+      who: "teacher" or "student", for the message.
+      name: one of `attention.IMPLEMENTATIONS`.
+      config: of the model.
+      length: tokens of its rows in the run.
+      dtype: of its activations.
+
+    Returns:
+      What computes it: "splash", "cudnn", "blocks" or "xla"; only kernels are compared.
+
+    Raises:
+      ConfigError: if the kernel is further off than four times XLA's form in the same dtype.
+    """
+    form = attention.chosen(name, config, length, dtype)
+    if form not in ("splash", "cudnn"):
+        return form
+    small = dataclasses.replace(
+        config,
+        heads=config.heads // config.kv_heads,
+        kv_heads=1,
+        layers=1,
+        windows=(_WINDOW,) if config.windows and any(config.windows) else None,
+        turned=None,
+    )
+    draw = np.random.default_rng(0)
+    shapes = [(2, _LENGTH, groups, small.head_dim) for groups in (small.heads, 1, 1)]
+    arrays = [jnp.asarray(draw.standard_normal(shape), dtype) for shape in shapes]
+    segments = jnp.asarray(np.sort(draw.integers(1, 4, (2, _LENGTH)), axis=1), jnp.int32)
+    exact = _answers("xla", small, [x.astype(jnp.float32) for x in arrays], segments)
+    rounded = _answers("xla", small, arrays, segments)
+    found = _answers(form, small, arrays, segments)
+    for what, true, plain, ours in zip(_NAMES, exact, rounded, found, strict=True):
+        off = lambda x, true=true: float(np.abs(x - true).max() / np.abs(true).max())
+        allowed = max(4 * off(plain), 1e-5)
+        if not off(ours) <= allowed:
+            raise ConfigError(
+                f"the {who}'s attention {form} computes something else than XLA's on this device: "
+                f"its {what} is off by {off(ours):.1e} (allowed {allowed:.1e}). Set "
+                f"{who}.attention: xla to go on without it, and please report it"
+            )
+    return form
+
+
+_NAMES = ("values", "gradient by query", "gradient by key", "gradient by value")
+
+
+def _answers(
+    form: str, config: DecoderConfig, arrays: list[Array], segments: Array
+) -> list[np.ndarray]:
+    """Mixed values, and the gradients of a weighted sum of them, as float32."""
+    attend = attention.causal(config, _LENGTH, segments, form)
+
+    def total(*qkv: Array) -> tuple[Array, Array]:
+        mixed = attend(None, jnp.int32(0), *qkv)[1].astype(jnp.float32)
+        weight = jnp.cos(jnp.arange(mixed.size, dtype=jnp.float32)).reshape(mixed.shape)
+        return jnp.sum(weight * mixed), mixed
+
+    (_, mixed), slopes = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*arrays)
+    return [np.asarray(x, np.float32) for x in (mixed, *slopes)]
