@@ -1,4 +1,4 @@
-"""Where the signal comes from: a teacher that runs inside the step, one that is stored, or none."""
+"""Where the signal comes from: a teacher inside the step, one that is stored, a server, or none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -117,6 +117,15 @@ def _ids(stored: Mapping[str, Array]) -> Array:
     low_first = stored["ids"].astype(jnp.int32)
     parts = [low_first[..., place] << (8 * place) for place in range(low_first.shape[-1])]
     return sum(parts[1:], parts[0])
+
+
+def served(params: Any, state: Any, batch: Batch) -> TeacherSignal:
+    """A server that was asked about drawn tokens; the batch's `teacher` has log p of each target.
+
+    In `teacher` they are `logprobs`, float32 [B, L, 1], at T = 1.
+    """
+    logprobs_BL1 = jax.lax.stop_gradient(batch.teacher["logprobs"])
+    return TeacherSignal(known=Known(batch.targets[..., None], logprobs_BL1))
 
 
 _READERS = {HIDDEN: _hidden, TOPK: _topk, SAMPLED: _sampled}

@@ -78,7 +78,9 @@ class Teacher(Section):
     )
     random: RandomModel | None = Field(None, description="Random weights, for trying things out.")
     api: Api | None = Field(
-        None, description="A server that `jaxdistill teacher cache` asks; a run learns from cache."
+        None,
+        description="A server: `jaxdistill teacher cache` asks it about given text, and a run "
+        "learns from cache; with rollout and method sampled_kl a run asks it itself.",
     )
     cache: Path | None = Field(
         None,
@@ -104,6 +106,11 @@ class Teacher(Section):
         description="End its forward pass after so many steps, a whole number, or a fraction of "
         "train.steps below 1; the steps after learn from the data alone. Null: to the last.",
     )
+
+    @property
+    def served(self) -> bool:
+        """Whether a run asks a server itself, in place of a model or of what was stored."""
+        return self.api is not None and self.cache is None
 
     def problems(self) -> Iterator[Problem]:
         """Rules: one origin, or none where it was asked before."""

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from jaxdistill import methods
 from jaxdistill.drawing import Drawing, Temperature
+from jaxdistill.methods import signals
 from jaxdistill.section import Count, Path, Problem, Section, Size
 
 # Of one of several teachers: part of keys and of names of metrics, which dots and slashes divide.
@@ -223,7 +224,8 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     if not methods.of(config.method).rewards:
         yield from _divergence_problems(config)
     if config.teacher is not None and config.teacher.cache:
-        rule = "was never asked about what the student will write: remove it, and name the model"
+        remedy = "the server is asked while it does" if config.teacher.api else "and name the model"
+        rule = f"was never asked about what the student will write: remove it, {remedy}"
         yield ("teacher", "cache"), rule
 
 
@@ -241,6 +243,19 @@ def _divergence_problems(config: Any) -> Iterator[Problem]:
         yield ("method", "alpha"), rule
     if row.reads_sampler:
         yield from _sampler_problems(config)
+    if config.teacher is not None and config.teacher.served and row.needs_teacher(config.method):
+        yield from _served_problems(config)
+
+
+def _served_problems(config: Any) -> Iterator[Problem]:
+    """A server says log p of drawn tokens at T = 1, and nothing of text that is held out."""
+    reads = methods.of(config.method).reads(config.method)
+    for path, rule in signals.problems(config.method, reads, signals.SERVED, ()):
+        yield ("method", *path), rule.removeprefix(f"{signals.temperature(config.method)}: ")
+    best = config.checkpoint.best_metric
+    if best in ("eval/kl_t1", "eval/agree_top1"):
+        rule = "is measured against a teacher at hand, and a server is asked about drawn tokens"
+        yield ("checkpoint", "best_metric"), f"{rule}: use eval/loss"
 
 
 def _sampler_problems(config: Any) -> Iterator[Problem]:

@@ -320,17 +320,20 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
     named = teacher is not None and bool(teacher.source or teacher.random)
     if (
         teacher
-        and teacher.api
-        and not teacher.cache
+        and teacher.served
+        and config.rollout is None
         and methods.of(config.method).needs_teacher(config.method)
     ):
         yield (
             ("teacher", "cache"),
             "a server takes no part in a step: `jaxdistill teacher cache` asks it once, into the "
-            "folder that is named here",
+            "folder that is named here; with rollout, sampled_kl asks it while the student writes",
         )
     if teacher and not named and student.from_ == "teacher":
-        rule = "a stored teacher has no weights to cut it out of: name them in teacher.source too"
+        kind, remedy = "stored", "name them in teacher.source too"
+        if teacher.served:
+            kind, remedy = "served", "give student.source"
+        rule = f"a {kind} teacher has no weights to cut it out of: {remedy}"
         yield ("student", "from"), rule
     if teacher and teacher.quantize and student.from_ == "teacher":
         rule = "the student would be cut out of rounded weights: give student.source"

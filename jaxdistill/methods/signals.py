@@ -6,13 +6,16 @@ from typing import Any
 from jaxdistill.section import Problem
 
 ONLINE = "online"
+SERVED = (
+    "served"  # log-probabilities of drawn tokens, which a server is asked for as they are drawn
+)
 # What a loss may read of a teacher -> format that holds it -> how the head loss computes it there:
 # None as with the teacher online, or a kind of `kernels.sparse`. The best format comes first.
 LAYERS, ROWS, DRAWN = "layers", "rows", "drawn"
 TABLE: Mapping[str, Mapping[str, str | None]] = {
     LAYERS: {},
     ROWS: {"hidden": None},
-    DRAWN: {"hidden": None},
+    DRAWN: {"hidden": None, SERVED: None},
     "forward_kl": {"hidden": None, "topk": "forward_kl", "sampled": "cross_entropy"},
     "reverse_kl": {"hidden": None, "topk": "generalized_reverse_kl"},
 }
@@ -39,12 +42,18 @@ def problem(name: str, reads: str, format: str) -> str | None:
     Args:
       name: the method.
       reads: the row of TABLE that it reads.
-      format: what is stored.
+      format: what is stored, or SERVED.
     """
     holds = TABLE[reads]
     if format in holds:
         return None
     what = _READS.get(reads, f"the teacher's probabilities for {reads}")
+    if format == SERVED:
+        return (
+            f"method {name} reads {what}, and a server says its probability of drawn tokens alone: "
+            "use sampled_kl, or give the model's weights in teacher.source"
+        )
+    holds = {one: how for one, how in holds.items() if one != SERVED}
     remedy = f"capture with --format {' or '.join(holds)}" if holds else (
         "no stored format holds them: give teacher.source without teacher.cache"
     )  # fmt: skip
@@ -61,6 +70,8 @@ def temperature_problem(options: Any, format: str, temperatures: tuple[float, ..
             "a temperature that moves needs whole rows of the teacher's probabilities: capture "
             "with --format hidden, or give a number"
         )
+    if format == SERVED:
+        return f"{value}: a server's probabilities are of T = 1: use 1, or give teacher.source"
     if format == "sampled":
         return f"{value}: the draws were made at T = 1: use 1, or capture with --format hidden"
     if value not in temperatures:

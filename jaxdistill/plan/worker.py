@@ -264,7 +264,8 @@ def _work(
         theirs = length if models.second is None else models.second.seq_len
         asked = [one.config for one in models.teachers.values() or [models.teacher] if one]
         flops = sum(forward_flops_per_token(one, theirs) for one in asked)
-        model_flops += flops / len(asked) * theirs / length  # of several on an average
+        # Of several on an average; a server computes elsewhere.
+        model_flops += flops / max(len(asked), 1) * theirs / length
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
 from jaxdistill.reasoning.served import GARBLED_TRIES, LARGEST, Api, Garbled, reason_of
 
@@ -21,10 +22,12 @@ class Scored(Answer):
     Attributes:
       ids: int32 [N - 1, K], the likeliest tokens behind each of the text's tokens but the last.
       logprobs: float32 [N - 1, K], log p of each.
+      own: float32 [N - 1], log p of the token that the text has there.
     """
 
     ids: np.ndarray | None = None
     logprobs: np.ndarray | None = None
+    own: np.ndarray | None = None
 
 
 class Scorer(Api):
@@ -35,7 +38,8 @@ class Scorer(Api):
     asked for again, and is then an error.
 
     Args:
-      k: how many tokens; a server has a limit of its own, vLLM's is --max-logprobs.
+      k: how many tokens; a server has a limit of its own, vLLM's is --max-logprobs. 0 asks for the
+        text's own alone.
       vocab: tokens of the vocabulary; rows behind them are padding and are left out.
       options: as `Api` takes them.
     """
@@ -61,26 +65,48 @@ class Scorer(Api):
         tokens = job.tag[1]
         for number in range(1, GARBLED_TRIES + 1):
             try:
-                reply = self._client.completions.create(
-                    model=self._model,
-                    prompt=tokens,
-                    max_tokens=1,
-                    temperature=0.0,
-                    extra_body={"prompt_logprobs": self._k},
-                )
-                self._spend(reply)
-                ids, logprobs = self._entries(reply, tokens)
-                return [Scored(job, 0, "", 1, None, "stop", False, ids, logprobs)]
+                entries = self._said(tokens)
+                return [
+                    Scored(job, 0, "", 1, None, "stop", False, *self._read_rows(entries, tokens))
+                ]
             except (Garbled, *self._no_answer) as error:
                 if number == GARBLED_TRIES:
                     return [_failed(job, reason_of(error))]
         raise AssertionError("the last try returns")
 
-    def _entries(self, reply: Any, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def spelled(self, text: str) -> list[set[int]]:
+        """The tokens that the server names at each token of a text but its own first one.
+
+        Where it is asked for no others, that is how its tokenizer spells the text.
+
+        Raises:
+          ModelError: if it does not answer, or does not report them.
+        """
+        try:
+            return [set(self._told(entry)) for entry in self._said(text)[1:]]
+        except (Garbled, self._errors, *self._no_answer) as error:
+            raise ModelError(f"teacher {self._name}: {reason_of(error)}") from error
+
+    def _said(self, prompt: str | Sequence[int]) -> list[Any]:
+        """`prompt_logprobs` of a text, or of its tokens."""
+        reply = self._client.completions.create(
+            model=self._model,
+            prompt=prompt,
+            max_tokens=1,
+            temperature=0.0,
+            extra_body={"prompt_logprobs": self._k},
+        )
+        self._spend(reply)
         choices = getattr(reply, "choices", None)
         entries = getattr(choices[0], "prompt_logprobs", None) if choices else None
         if not isinstance(entries, list):
             raise Garbled("the answer holds no prompt_logprobs: the server does not report them")
+        return entries
+
+    def _read_rows(
+        self, entries: Sequence[Any], tokens: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, logprobs, own) as `Scored` has them."""
         if len(entries) != len(tokens):
             raise Garbled(f"{len(entries)} prompt_logprobs came for {len(tokens)} tokens")
         if entries[0]:
@@ -88,16 +114,20 @@ class Scorer(Api):
         rows = [
             self._row(entry, token) for entry, token in zip(entries[1:], tokens[1:], strict=True)
         ]
-        ids = np.array([row[0] for row in rows], np.int32).reshape(-1, self._k)
-        logprobs = np.array([row[1] for row in rows], np.float32).reshape(-1, self._k)
-        return ids, logprobs
+        ids = np.array([row[0] for row in rows], np.int32).reshape(len(rows), self._k)
+        logprobs = np.array([row[1] for row in rows], np.float32).reshape(len(rows), self._k)
+        return ids, logprobs, np.array([row[2] for row in rows], np.float32)
 
-    def _row(self, entry: Any, token: int) -> tuple[list[int], list[float]]:
-        """The K likeliest of one entry {token id: {"logprob": ...}}, the likeliest first."""
+    def _told(self, entry: Any) -> dict[int, float]:
+        """One entry {token id: {"logprob": ...}} as {token id: log p}."""
         try:
-            told = {int(name): float(one["logprob"]) for name, one in entry.items()}
+            return {int(name): float(one["logprob"]) for name, one in entry.items()}
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise Garbled("an entry of prompt_logprobs is no table of tokens") from error
+
+    def _row(self, entry: Any, token: int) -> tuple[list[int], list[float], float]:
+        """The K likeliest of one entry, the likeliest first, and log p of the text's token."""
+        told = self._told(entry)
         if token not in told:
             raise Garbled(f"prompt_logprobs are shifted: an entry lacks the text's token {token}")
         wrong = [value for value in told.values() if not -LARGEST < value <= _ABOVE]
@@ -107,7 +137,8 @@ class Scorer(Api):
         if len(known) < self._k:
             raise Garbled(f"an entry of prompt_logprobs has {len(known)} tokens, not {self._k}")
         best = known[: self._k]
-        return [name for _, name in best], [min(0.0, -value) for value, name in best]
+        likely = [name for _, name in best], [min(0.0, -value) for value, name in best]
+        return *likely, min(0.0, told[token])
 
 
 def _failed(job: Job, reason: str) -> Scored:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.errors import ConfigError, DamagedError, StorageError
-from jaxdistill.reasoning.asking import added
+from jaxdistill.reasoning.bill import Bill
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.safe import json_file, whole_file
 from jaxdistill.safe.redact import redacted
@@ -52,7 +52,7 @@ class Store:
                 self._hold()
                 self._check(redacted(dict(asked)))
                 self._read()
-                self._before = self._spent_before()
+                self._bill = Bill(self.folder / "spent.json", "the samples")
             except BaseException:
                 self._file.close()
                 raise
@@ -135,19 +135,7 @@ class Store:
 
     def spend(self, now: Mapping[str, float]) -> dict[str, float]:
         """Records what was spent since the store was opened; returns the sum over all runs."""
-        total = added(self._before, now)
-        with writing(self.folder):
-            whole_file.write_text(self.folder / "spent.json", json.dumps(total) + "\n")
-        return total
-
-    def _spent_before(self) -> dict[str, float]:
-        note = self.folder / "spent.json"
-        try:
-            return json_file.amounts(json_file.read(note, missing={}))
-        except ValueError as error:
-            raise ConfigError(
-                f"{note}: {error}: it says what was spent on the samples: mend or remove it"
-            ) from error
+        return self._bill.spend(now)
 
     def missing(self, name: str, count: int) -> list[tuple[int, int]]:
         """(first, how many) of each run of samples that a question still lacks.

@@ -14,10 +14,12 @@ from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.replay import LOSS, Replay
 from jaxdistill.rollouts.rows import buckets, rows_of
+from jaxdistill.rollouts.scores import Scores
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
 FILE = "rollouts"  # beside a checkpoint's manifest: answers that later updates may learn from
+WRITING, SCORING = "rollout", "scoring"  # what takes time, in the names of its numbers
 UNREAD = 4  # updates whose record may not be written yet
 
 Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
@@ -92,6 +94,7 @@ class RolloutFeed(Feed):
       difference: (parameters, rows of this process, log q of the sampler) -> numbers for the
         record; None: not asked.
       recorded: whether a step is recorded, by its number.
+      scores: says log p of the answers' tokens, which rows then carry; None: the step asks.
     """
 
     def __init__(
@@ -110,12 +113,13 @@ class RolloutFeed(Feed):
         recalled: int,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
+        scores: Scores | None = None,
     ):
         self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
         self._params_of, self._shape = params_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._replay, self._recalled = left_out, replay, recalled
-        self._difference, self._recorded = difference, recorded
+        self._difference, self._recorded, self._scores = difference, recorded, scores
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -130,8 +134,9 @@ class RolloutFeed(Feed):
         if self._replay is not None:
             self._replay.begin(meta, stored.get("replay"), at)
         self._told: dict[int, dict[str, float]] = {}
-        # Of every update since the last record: seconds of writing, and tokens that were written.
-        self._spent: dict[int, tuple[float, int]] = {}
+        # Of every update since the last record: seconds of writing, and tokens that were written;
+        # of scoring likewise.
+        self._spent: dict[str, dict[int, tuple[float, int]]] = {WRITING: {}, SCORING: {}}
 
     def kept(self, row: int) -> dict[str, Any]:
         """What a checkpoint's meta keeps whose next step begins at a row."""
@@ -158,13 +163,19 @@ class RolloutFeed(Feed):
     def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its text; of the writing, all since the last record."""
         update = self.plan.update(span.first_row)
-        spent = [self._spent.pop(one) for one in sorted(self._spent) if one <= update]
         told = dict(self._told.get(update, {}))
-        if spent:
-            seconds, tokens = (sum(parts) for parts in zip(*spent, strict=True))
-            told["perf/rollout_seconds"] = seconds
-            told["perf/rollout_tokens_per_second"] = tokens / seconds
+        for what, by_update in self._spent.items():
+            spent = [by_update.pop(one) for one in sorted(by_update) if one <= update]
+            if spent:
+                seconds, tokens = (sum(parts) for parts in zip(*spent, strict=True))
+                told[f"perf/{what}_seconds"] = seconds
+                told[f"perf/{what}_tokens_per_second"] = tokens / seconds
         return told
+
+    def _spend(self, what: str, update: int, seconds: float, tokens: int) -> None:
+        """Adds what an update took, which may be run again."""
+        before = self._spent[what].get(update, (0.0, 0))
+        self._spent[what][update] = before[0] + seconds, before[1] + tokens
 
     def origin(self, span: Span) -> str:
         """Who wrote the text of a step, a value of `types.ORIGINS`."""
@@ -215,7 +226,14 @@ class RolloutFeed(Feed):
         answers = self._met_by(update, step, params)
         if answers is None:
             return None
-        rows, logprobs = rows_of(answers, sizes=self._sizes, **self._shape)
+        taught = None
+        if self._scores is not None:
+            taught = self._scores(answers)
+            if taught is None:
+                return None
+            self._spend(SCORING, update, self._scores.seconds, self._scores.tokens)
+            told["perf/teacher_cost"] = self._scores.cost
+        rows, logprobs = rows_of(answers, sizes=self._sizes, taught=taught, **self._shape)
         mine = self._rows(len(rows))
         batch = pipeline.stack([rows[number] for number in mine])
         told |= {"rollout/student": 1.0, "rollout/rows": float(len(rows))}
@@ -273,7 +291,6 @@ class RolloutFeed(Feed):
         for number, one in enumerate(updates):
             theirs = answers[number * plan.rows : (number + 1) * plan.rows]
             self._answers[one] = update, theirs
-        seconds, tokens = self._spent.get(update, (0.0, 0))  # of an update that is run again
-        tokens += sum(len(one.tokens) for one in answers)
-        self._spent[update] = seconds + self._writer.seconds, tokens
+        written = sum(len(one.tokens) for one in answers)
+        self._spend(WRITING, update, self._writer.seconds, written)
         return self._answers[update][1]

@@ -40,6 +40,7 @@ def rows_of(
     sampler: bool = False,
     silent: Sequence[bool] | None = None,
     sampled: Mapping[str, Sequence[Any]] | None = None,
+    taught: Sequence[np.ndarray] | None = None,
     routing: Routing | None = None,
     layout: Layout | None = None,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
@@ -59,6 +60,8 @@ def rows_of(
       silent: which answers count nothing; None: none of them.
       sampled: by name, for each answer, a number or one for each of its tokens: a leaf of that
         name in `sampled` of every row; None: rows have no such tree.
+      taught: for each answer, a teacher's log p of each token that counts: `logprobs` in `teacher`
+        of every row, float32 [seq_len, 1]; None: rows have no such tree.
       routing: several teachers, of which the note `teacher` of each prompt names one; a row holds
         answers for one. None: there are not several.
       layout: of the rows for several.
@@ -81,6 +84,8 @@ def rows_of(
     types = {name: np.asarray(values[0]).dtype for name, values in (sampled or {}).items()}
     for row in rows if types else ():
         row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
+    for row in rows if taught is not None else ():
+        row["teacher"] = {"logprobs": np.zeros((seq_len, 1), np.float32)}
     logprobs = np.zeros((count, seq_len), np.float32)
     if sampler:
         for row in rows:
@@ -93,7 +98,8 @@ def rows_of(
             answer, most = answers[index], distilled or len(answers[index].tokens)
             counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
             beside = {name: values[index] for name, values in (sampled or {}).items()}
-            _put(rows[number], logprobs[number], answer, place, segment, counted, beside)
+            theirs = None if taught is None else taught[index]
+            _put(rows[number], logprobs[number], answer, place, segment, counted, beside, theirs)
             place += length
     return rows, logprobs
 
@@ -123,6 +129,7 @@ def _put(
     segment: int,
     counted: int,
     beside: Mapping[str, Any],
+    theirs: np.ndarray | None,
 ) -> None:
     """Writes a prompt and its answer into a row, from a place on."""
     text = np.concatenate([answer.prompt.tokens, answer.tokens])
@@ -138,3 +145,5 @@ def _put(
     for name, values in beside.items():
         one = np.broadcast_to(values, len(answer.tokens))
         row["sampled"][name][first : first + counted] = one[:counted]
+    if theirs is not None:
+        row["teacher"]["logprobs"][first : first + counted, 0] = theirs[:counted]

@@ -1,18 +1,13 @@
 """What answers earned, decided once: judged by one process, written down before it is used."""
 
-import contextlib
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxdistill import agree
-from jaxdistill.data import store
-from jaxdistill.errors import StorageError
 from jaxdistill.reasoning.judging import REASONS, Judges, Question, Verdict
 from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.decisions import Decisions, hash_of
 from jaxdistill.safe import json_file
 
 FILE = "verdicts.jsonl"
@@ -39,11 +34,9 @@ class Verdicts:
         folder: Path,
         verifiers: int,
     ):
-        self._make, self._decode, self._path = make, decode, folder / FILE
-        self._verifiers = verifiers
+        self._make, self._decode = make, decode
         self._judges: Judges | None = None
-        # Of a long run only the places are kept: its verdicts would fill the memory.
-        self._places: dict[str, int] | None = None
+        self._decisions = Decisions(folder / FILE, lambda record: _read(record, verifiers))
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
         """A verdict for each answer, the same in all processes.
@@ -56,40 +49,16 @@ class Verdicts:
 
     def _decided(self, answers: Sequence[Answer]) -> list[list[Any]]:
         """(reward, values, reason) of each answer, as JSON holds them; in one process."""
-        name = _digest(answers)
-        if self._places is None:
-            self._places = {one[0]: place for place, one in self._lines(0)}
-        if name in self._places:
-            _, found = next(self._lines(self._places[name]), (0, ("", [])))
-            if found[0] == name and len(found[1]) == len(answers):
-                return found[1]
+        name = hash_of(answers, notes=True)
+        found = self._decisions.find(name)
+        if found is not None and len(found) == len(answers):
+            return found
         if self._judges is None:
             self._judges = self._make()
         said = self._judges([self._question(one) for one in answers])
         decided = [[one.reward, list(one.values), one.reason] for one in said]
-        self._places[name] = _append(self._path, {"answers": name, "verdicts": decided})
+        self._decisions.add(name, {"verdicts": decided})
         return decided
-
-    def _lines(self, place: int) -> Iterator[tuple[int, tuple[str, list[list[Any]]]]]:
-        """(place, (answers, verdicts)) of the file's lines from a place on.
-
-        What a kill or damage left is no verdict, and is judged again.
-        """
-        if not self._path.exists():
-            return
-        try:
-            if not self._path.is_file():
-                raise OSError("it is no regular file")
-            with self._path.open("rb") as file:
-                file.seek(place)
-                while line := file.readline(json_file.MAX_BYTES):
-                    with contextlib.suppress(ValueError):
-                        yield place, _read(line, self._verifiers)
-                    place = file.tell()
-        except OSError as error:
-            raise StorageError(
-                f"{self._path}: cannot be read: {error.strerror or error}: make it readable"
-            ) from error
 
     def _question(self, answer: Answer) -> Question:
         ids = answer.tokens[: len(answer.tokens) - answer.ended].tolist()
@@ -97,23 +66,12 @@ class Verdicts:
         return Question(prompt, self._decode(ids), answer.prompt.notes)
 
 
-def _digest(answers: Sequence[Answer]) -> str:
-    """A hash of prompts and answers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for one in answers:
-        for ids in (one.prompt.tokens, one.tokens):
-            digest.update(len(ids).to_bytes(8, "big") + ids.astype("<i4").tobytes())
-        digest.update(json.dumps(dict(one.prompt.notes), sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _read(line: bytes, verifiers: int) -> tuple[str, list[list[Any]]]:
-    """The answers of a line, and their verdicts; ValueError where it holds none."""
-    record = json_file.parse(line)
-    json_file.check(record, {"answers": str, "verdicts": list})
+def _read(record: dict[str, Any], verifiers: int) -> list[list[Any]]:
+    """The verdicts of a line; ValueError where it holds none."""
+    json_file.check(record, {"verdicts": list})
     if not all(_sound(one, verifiers) for one in record["verdicts"]):
         raise ValueError("it holds what is no verdict")
-    return record["answers"], record["verdicts"]
+    return record["verdicts"]
 
 
 def _sound(verdict: Any, verifiers: int) -> bool:
@@ -130,14 +88,3 @@ def _sound(verdict: Any, verifiers: int) -> bool:
 
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < BEYOND
-
-
-def _append(path: Path, record: dict[str, Any]) -> int:
-    """Adds a line behind whatever is there, on the disk when it returns; its place."""
-    with store.writing(path), path.open("a+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        torn = end and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
-        file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-        return end + bool(torn)

@@ -53,6 +53,8 @@ RULES: Mapping[str, Rule] = {
     "config.seed": Rule(True, False, _OTHER_RUN),
     "config.method.name": Rule(True, False, _OTHER_RUN),
     "config.teacher.random": Rule(True, False, _OTHER_RUN),
+    "config.teacher.api": Rule(False, True, "how a server is asked, not which model answers"),
+    "config.teacher.api.model": Rule(True, False, _OTHER_RUN),
     # What the checkpoints hold, and in which numbers.
     "config.optimizer.name": Rule(True, False, _OTHER_RUN),
     "config.optimizer.moments": Rule(True, False, _OTHER_RUN),

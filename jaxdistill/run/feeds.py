@@ -78,6 +78,7 @@ def feed_of(
         prompts,
         mesh,
         corpus=corpus,
+        folder=folder,
         params_of=params_of,
         left_out=left_out,
         stop=stop,

@@ -1,5 +1,6 @@
 """The feed of a run whose student learns from its own answers, made from its configuration."""
 
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
-from jaxdistill.run import participants, routing, setup, states
+from jaxdistill.run import participants, routing, served_teacher, setup, states
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
@@ -187,6 +188,7 @@ def feed_of(
     mesh: Mesh,
     *,
     corpus: Feed | None,
+    folder: pathlib.Path,
     params_of: Callable[[Any], Any],
     left_out: Callable[[], Sequence[tuple[int, int]]],
     stop: Callable[[], bool],
@@ -200,6 +202,7 @@ def feed_of(
       prompts: what is answered.
       mesh: of all devices.
       corpus: the batches of data.train, or None.
+      folder: of the training, where is written down what a server says.
       params_of: state -> the student's parameters, adapters in place.
       left_out: rows that no batch holds, as they are now.
       stop: whether this process was asked to stop.
@@ -246,6 +249,7 @@ def feed_of(
             lambda tree: place(tree, mesh),
         ),
         recorded=recorded(config.train.log_every, config.train.steps),
+        scores=served_teacher.scores_of(config, models.vocab, folder, stop, hooks),
     )
 
 

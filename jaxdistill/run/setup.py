@@ -134,9 +134,15 @@ def facts_of(config: Config, models: participants.Models) -> methods.Facts:
         columns=models.pairing.columns,
         steps=config.train.steps,
         learning_rate=config.optimizer.lr,
-        stored=format_of(models),
+        stored=format_of(models) if not is_served(config) else signals.SERVED,
         longest=None if config.rollout is None else config.rollout.max_new_tokens,
     )
+
+
+def is_served(config: Config) -> bool:
+    """Whether a server says what the teacher says of the student's text, while it writes."""
+    teacher, asked = config.teacher, methods.of(config.method).needs_teacher(config.method)
+    return asked and config.rollout is not None and teacher is not None and teacher.served
 
 
 def format_of(models: participants.Models) -> str:
@@ -151,7 +157,7 @@ def signal_of(
 
     Args:
       config: of the run.
-      models: with a teacher, a stored one, or several.
+      models: with a teacher, a stored one, or several; none where a server is asked.
       objective: that asks; None: for measuring, at T = 1.
     """
     if models.teachers:
@@ -160,6 +166,8 @@ def signal_of(
             name: _online(one, models.teachers[name]) for name, one in routing.each(config).items()
         }
         return Routed(signals, normalise)
+    if is_served(config):
+        return teachers.served
     if models.stored is not None:
         return models.stored.signal(None if objective is None else config.method)
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
@@ -212,7 +220,7 @@ def abstract_teacher_of(
     if method.objective.needs_start:
         dtype = jnp.dtype(config.student.compute_dtype)
         return abstract_params(models.student.config, dtype, mesh)
-    if not method.objective.needs_teacher:
+    if not method.objective.needs_teacher or is_served(config):
         return None
     if models.stored is not None:
         return models.stored.abstract_params(mesh)
@@ -283,6 +291,8 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
         beside |= taught.empty(form, length)
     if method.second_view:
         beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
+    if is_served(config):
+        beside |= {taught.LEAF: {"logprobs": np.zeros((length, 1), np.float32)}}
     if method.reads_sampler:
         beside["sampler_logprobs"] = np.zeros(length, np.float32)
     if config.reward is not None:

@@ -13,7 +13,16 @@ from jaxdistill.config import Config
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
-from jaxdistill.run import on_policy, participants, rewarded, routing, stages, terminal, texts
+from jaxdistill.run import (
+    on_policy,
+    participants,
+    rewarded,
+    routing,
+    served_teacher,
+    stages,
+    terminal,
+    texts,
+)
 from jaxdistill.run.texts import Text
 
 
@@ -76,6 +85,7 @@ def read(
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
     prompts, questions = agree.together(lambda: _prompts(config, models, mesh, verifiers))
     agree.together(lambda: routing.check(config, data, prompts))
+    agree.by_leader(lambda: served_teacher.check(config, models.tokenizer, models.vocab))
     return Inputs(mesh, models, data, taught, prompts, questions)
 
 

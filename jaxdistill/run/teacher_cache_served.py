@@ -16,10 +16,9 @@ from jaxdistill.data.teacher_cache.formats import Format, pack_ids
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.parts import Wanted
 from jaxdistill.errors import DamagedError, ModelError
-from jaxdistill.reasoning import served
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.scored import Scored, Scorer
-from jaxdistill.run import changes, stored
+from jaxdistill.run import changes, served_teacher, stored
 from jaxdistill.run.capture_progress import Progress
 from jaxdistill.safe import json_file
 
@@ -57,7 +56,7 @@ def store(
     number, count = shard
     there = parts.whole(objects)
     mine = [one for one in own[number - 1 :: count] if parts.name_of(one) not in there]
-    scorer = _scorer(server, form)
+    scorer = served_teacher.scorer(server, k=form.k, vocab=form.vocab)
     progress = Progress(sum(int(one.mask.sum()) for part in mine for one in part))
     purse = "spent.json" if count == 1 else f"spent-{number}-of-{count}.json"
     before = _spent(objects, purse)
@@ -85,21 +84,6 @@ def _notes(config: Config, server: Api) -> dict[str, Any]:
 
 def _wanted(batch: Sequence[work.Row]) -> list[Wanted]:
     return [one for row in batch for _, one in row.pieces]
-
-
-def _scorer(server: Api, form: Format) -> Scorer:
-    return Scorer(
-        server.base_url,
-        server.model,
-        key=served.key_from(server.key_env),
-        concurrency=server.concurrency,
-        timeout=server.timeout_s,
-        retries=server.retries,
-        max_failures=server.max_failures,
-        prices=(server.price_in, server.price_out),
-        k=form.k,
-        vocab=form.vocab,
-    )
 
 
 def _store_part(

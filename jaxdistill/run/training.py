@@ -335,8 +335,8 @@ def _meter(
             teacher = models.stored.flops_per_token()
         else:
             # For each of the student's tokens, as the meter counts; of several on an average.
-            asked = models.teachers.values() or [models.teacher]
-            flops = [forward_flops_per_token(one.config, theirs) for one in asked if one]
-            teacher = sum(flops) / len(flops) * theirs / length
+            asked = [one for one in models.teachers.values() or [models.teacher] if one]
+            flops = [forward_flops_per_token(one.config, theirs) for one in asked]
+            teacher = sum(flops) / max(len(flops), 1) * theirs / length  # a server's are elsewhere
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

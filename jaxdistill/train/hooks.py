@@ -14,6 +14,7 @@ POINTS = (
     "rollout.before",  # the student is about to write answers
     "rollout.call",  # a call of the decoder has made some tokens of them
     "rollout.after",  # all are written, and not yet in a batch
+    "rollout.scored",  # a teacher that is served has scored them, which is on the disk
     "rollout.judged",  # their rewards are on the disk, and no update has learned from them
     "step.before",  # the batch is there, the step is not dispatched
     "step.after",  # the step is dispatched, its numbers are not read

@@ -22,6 +22,7 @@ method: {name: reverse_kd, alpha: 0.0}
 train: {steps: 10, micro_batches: 2}
 rollout: {prompts_per_step: 4, samples: 2, max_new_tokens: 32}
 """
+SERVED = "teacher={api: {base_url: 'http://x/v1', model: m}}"
 
 
 def told(*overrides, text=BASE):
@@ -72,6 +73,21 @@ def test_the_batch_size_follows_and_what_is_written_out_loads_again():
         (["method={name: sampled_kl}", "rollout.top_p=0.9"], "not of those kept: remove it"),
         (["method={name: sampled_kl}", "rollout.temperature=0.7"],
          "method.temperature: must be rollout.temperature (0.7)"),
+        ([SERVED, "teacher.cache=c"], "will write: remove it, the server is asked while it does"),
+        ([SERVED], "reverse_kd reads the teacher's probabilities for reverse_kl, and a server says "
+         "its probability of drawn tokens alone: use sampled_kl, or give the model's weights"),
+        ([SERVED, "method={name: jsd, alpha: 0.0}"], "method jsd reads whole rows"),
+        ([SERVED, "method={name: sampled_kl, temperature: 0.7}", "rollout.temperature=0.7"],
+         "method.temperature = 0.7: a server's probabilities are of T = 1: use 1, or give teach"),
+        ([SERVED, "method={name: sampled_kl}", "rollout.min_p=0.1"], "not of those kept: remove"),
+        ([SERVED, "method={name: sampled_kl}", "rollout.share=0.5", "data.train=[{path: d.jsonl}]"],
+         "nobody drew those of data.train: use 1.0"),
+        ([SERVED, "method={name: sampled_kl}", "rollout.replay={}", "rollout.share=0.0",
+          "data.train=[{path: d.jsonl}]"], "which old answers make large: remove it"),
+        ([SERVED, "method={name: sampled_kl}", "checkpoint.best_metric=eval/kl_t1"],
+         "is measured against a teacher at hand, and a server is asked about drawn tokens"),
+        ([SERVED, "method={name: sampled_kl}", "student={from: teacher}"],
+         "a served teacher has no weights to cut it out of: give student.source"),
         (["method={name: sampled_kl, weight: 0.0}"], "nothing would be learned"),
         (["rollout.replay={}", "data.train=[{path: d.jsonl}]"], "replay adapts the share"),
         (["rollout.replay={}", "rollout.share=0.0", "rollout.max_age=1",

@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
+from jaxdistill.models.byte_tokenizer import byte_tokenizer
+
 V = 257  # as many as the byte tokenizer has
 
 
@@ -51,9 +53,12 @@ class Handler(BaseHTTPRequestHandler):
         code, k = self.server.code, body["prompt_logprobs"]
         if code == 200 and k > self.server.most:
             code = 400
-        told = self.server.spoil(entries(body["prompt"], k))
+        tokens = body["prompt"]
+        if isinstance(tokens, str):
+            tokens = byte_tokenizer()(tokens)["input_ids"]
+        told = self.server.spoil(entries(tokens, k))
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": told}
-        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1, "total_tokens": 0}
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": 1, "total_tokens": 0}
         reply = {"choices": [choice], "usage": usage, "object": "text_completion", "id": "1",
                  "created": 1, "model": "m"}  # fmt: skip
         if code != 200:

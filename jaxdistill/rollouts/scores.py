@@ -1,0 +1,162 @@
+"""What a server says of the student's answers: asked once, written down before it is used."""
+
+import base64
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdistill import agree
+from jaxdistill.errors import ModelError
+from jaxdistill.reasoning.bill import Bill
+from jaxdistill.reasoning.scored import Scorer
+from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.decisions import Decisions, hash_of
+from jaxdistill.safe import json_file
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
+
+FILE, BILL = "scores.jsonl", "spent.json"
+Known = dict[int, np.ndarray]  # number of an answer -> float32, log p of its tokens
+
+
+class Scores:
+    """Asks a server for log p of each token of answers, or reads what it said of them before.
+
+    A server may say something else when it is asked again: its sums depend on who else asks. What
+    it says is forced to the disk before an update learns from it; a resumed run, whose answers are
+    the same, reads it. Where some answers fail, what came of the others is kept.
+
+    Attributes:
+      seconds: that the last call took.
+      tokens: of answers that the server was asked about in the last call.
+      cost: of all that the run asked for so far, by the prices of the configuration.
+
+    Args:
+      make: makes the client, when it is first needed.
+      folder: of the training; its files are written by one process.
+      model: the server's name for the model, which the numbers are of.
+      most: tokens at the beginning of an answer that are asked about; None: all.
+      stop: whether this process was asked to stop.
+      hooks: what the caller handed in.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Scorer],
+        folder: Path,
+        *,
+        model: str,
+        most: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        hooks: Hooks = NO_HOOKS,
+    ):
+        self._make, self._model, self._most = make, model, most
+        self._stop, self._hooks = stop, hooks
+        self._decisions = Decisions(folder / FILE, _read)
+        self._bill_at = folder / BILL
+        self._client: tuple[Scorer, Bill] | None = None
+        self.seconds, self.tokens, self.cost = 0.0, 0, 0.0
+
+    def __call__(self, answers: Sequence[Answer]) -> list[np.ndarray] | None:
+        """log p of the tokens of each answer, the same in all processes; None: one is to stop.
+
+        Raises:
+          ModelError: if the server does not answer, or not with log-probabilities of the tokens.
+          StorageError: where they cannot be read, or written down.
+          ConfigError: if what was spent cannot be read.
+        """
+        began = time.perf_counter()
+        told = agree.by_leader(lambda: self._decided(answers))
+        if told is None:
+            return None
+        self._hooks.at("rollout.scored")
+        self.seconds, self.tokens, self.cost = time.perf_counter() - began, *told.pop("asked")
+        found = _unpacked(told)
+        return [found[number] for number in range(len(answers))]
+
+    def _decided(self, answers: Sequence[Answer]) -> dict[str, Any] | None:
+        """What is written down of the answers, once all are; in one process. None: to stop."""
+        name = hash_of(answers, of=self._model)
+        texts = [one.tokens[: self._most] for one in answers]
+        kept = self._decisions.find(name) or {}
+        known = {n: one for n, one in kept.items() if n < len(texts) and len(one) == len(texts[n])}
+        lacking = [number for number in range(len(answers)) if number not in known]
+        failed: list[str] = []
+        if lacking:
+            before = len(known)
+            try:
+                failed = self._ask(answers, texts, lacking, known)
+            finally:
+                if len(known) > before:
+                    self._decisions.add(name, _packed(known, len(answers)))
+        if failed:
+            raise ModelError(
+                f"teacher.api: {len(failed)} of {len(answers)} answers of the student were not "
+                f"scored ({failed[0]}): nothing was learned from them, and what was received is "
+                "kept: mend the server and resume the run"
+            )
+        if len(known) < len(answers):
+            return None
+        asked = sum(len(texts[number]) for number in lacking)
+        return {**_packed(known, len(answers)), "asked": [asked, self.cost]}
+
+    def _ask(
+        self,
+        answers: Sequence[Answer],
+        texts: Sequence[np.ndarray],
+        lacking: Sequence[int],
+        known: Known,
+    ) -> list[str]:
+        """Adds what the server says to `known`; why the others failed."""
+        if self._client is None:
+            self._client = self._make(), Bill(self._bill_at, "the teacher's log-probabilities")
+        scorer, bill = self._client
+        prompts = {number: answers[number].prompt.tokens.tolist() for number in lacking}
+        jobs = [(number, prompts[number] + texts[number].tolist()) for number in lacking]
+        failed = []
+        try:
+            for one in scorer.score(jobs):
+                number = one.job.tag[0]
+                if one.failed:
+                    failed.append(one.reason)
+                else:
+                    assert one.own is not None
+                    known[number] = one.own[len(prompts[number]) - 1 :]
+                if self._stop():
+                    break
+        finally:
+            self.cost = bill.spend(scorer.spent())["cost"]
+        return failed
+
+
+def _packed(known: Known, count: int) -> dict[str, Any]:
+    """Numbers as JSON holds them; of an answer that lacks them the size is 0."""
+    held = [known.get(number, np.zeros(0, np.float32)) for number in range(count)]
+    data = np.concatenate(held).astype("<f4").tobytes()
+    return {
+        "sizes": [len(one) for one in held],
+        "logprobs": base64.b64encode(data).decode(),
+        "crc32": zlib.crc32(data),
+    }
+
+
+def _unpacked(stored: dict[str, Any]) -> Known:
+    """What `_packed` was given."""
+    sizes = stored["sizes"]
+    flat = np.frombuffer(base64.b64decode(stored["logprobs"], validate=True), "<f4")
+    parts = np.split(flat.astype(np.float32), np.cumsum(sizes)[:-1])
+    return {number: part for number, part in enumerate(parts) if len(part)}
+
+
+def _read(record: dict[str, Any]) -> Known:
+    """The numbers of a line; ValueError where it holds none, or others than were written."""
+    json_file.check(record, {"sizes": list, "logprobs": str, "crc32": int})
+    data = base64.b64decode(record["logprobs"], validate=True)
+    sizes = record["sizes"]
+    counts = all(type(size) is int and size >= 0 for size in sizes)
+    if not counts or 4 * sum(sizes) != len(data) or zlib.crc32(data) != record["crc32"]:
+        raise ValueError("it holds other numbers than were written")
+    return _unpacked(record)
