@@ -29,12 +29,13 @@ def moment(given: int | float, steps: int) -> int:
     return given if isinstance(given, int) else round(given * steps)
 
 
-def row_length(seq_len: int, who: str, longest: int) -> Iterator[ConfigError]:
+def row_length(
+    seq_len: int, who: str, longest: int, key: str = "data.seq_len"
+) -> Iterator[ConfigError]:
     """Rows are no longer than a model was made for."""
     if seq_len > longest:
         yield ConfigError(
-            f"data.seq_len = {seq_len}: the {who} was made for {longest} positions: use at most "
-            "that"
+            f"{key} = {seq_len}: the {who} was made for {longest} positions: use at most that"
         )
 
 

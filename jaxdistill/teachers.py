@@ -1,5 +1,6 @@
 """Where the signal comes from: a teacher inside the step, one that is stored, a server, or none."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,15 +28,22 @@ def online(
     taps: tuple[int, ...] = (),
     relations: tuple[int, ...] = (),
     second_view: bool = False,
+    aligned: bool = False,
 ) -> Teacher:
     """A teacher that reads the batch in the step; all that it says is a constant.
 
-    With `second_view` it reads the batch's documents in its own tokens.
+    With `second_view` it reads the batch's documents in its own tokens. With `aligned` it reads
+    them there too, and says of each of the student's positions [B, L] what it says where the same
+    token comes next: answers behind another prompt, whose tokens are groups of their own.
     """
 
     def teacher(params: Any, state: Any, batch: Batch) -> TeacherSignal:
         fields = ("tokens", "positions", "segment_ids")
-        read = batch.second if second_view else {name: getattr(batch, name) for name in fields}
+        read = (
+            batch.second
+            if second_view or aligned
+            else {name: getattr(batch, name) for name in fields}
+        )
         outputs = decoder.apply(
             config,
             params,
@@ -46,9 +54,27 @@ def online(
             taps=taps,
             relations=relations,
         )
+        if aligned:
+            outputs = dataclasses.replace(outputs, hidden=_at_student(outputs.hidden, batch))
         return jax.lax.stop_gradient(TeacherSignal(outputs))
 
     return teacher
+
+
+def _at_student(hidden_BMD: Array, batch: Batch) -> Array:
+    """[B, L, D]: where a token of a group comes next to the student, and to the teacher.
+
+    Positions before tokens of no group get what nobody reads.
+    """
+    assert batch.groups is not None, "the run's feed aligns the two views"
+
+    def one(hidden_MD: Array, groups_L: Array, theirs_M: Array) -> Array:
+        place_M = jnp.arange(theirs_M.shape[0])
+        place_G = jnp.zeros(groups_L.shape[0] + 1, jnp.int32).at[theirs_M].set(place_M)
+        next_L = jnp.roll(groups_L, -1)  # the first token is in no group: nothing predicts it
+        return hidden_MD[jnp.maximum(place_G[next_L] - 1, 0)]
+
+    return jax.vmap(one)(hidden_BMD, batch.groups, batch.second["groups"])
 
 
 def none(params: Any, state: Any, batch: Batch) -> TeacherSignal:

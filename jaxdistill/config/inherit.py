@@ -23,7 +23,7 @@ from jaxdistill.errors import ConfigError
 
 KEY = "extends"
 MAX_FILES = 8
-_CHOICES = {"source", "from", "random", "api"}
+_CHOICES = {"source", "from", "random", "api", "self"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill.commands import Scheme, Sizes
+from jaxdistill.config.oneself import Oneself
 from jaxdistill.config.server import Api
 from jaxdistill.config.sparsity import TARGETS, Sparsity, Target
 from jaxdistill.section import Dtype, Moment, Path, Problem, Section, Size
@@ -67,6 +68,9 @@ ATTENTION = (
 )
 
 
+_OF_STUDENT = {"dtype": "compute_dtype", "attention": "attention", "quantize": "quantize"}
+
+
 class Teacher(Section):
     """The model that is learned from; it never changes."""
 
@@ -86,6 +90,12 @@ class Teacher(Section):
         None,
         description="What `jaxdistill teacher cache` asked it before: a folder, or gs://..., "
         "s3://...; its weights take no part in training then, and need not be named.",
+    )
+    self_: Oneself | None = Field(
+        None,
+        alias="self",
+        description="The student itself, behind a prompt that says more (self-distillation): its "
+        "first, averaged or present weights.",
     )
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
     attention: Attention = Field("auto", description=ATTENTION)
@@ -113,9 +123,18 @@ class Teacher(Section):
         return self.api is not None and self.cache is None
 
     def problems(self) -> Iterator[Problem]:
-        """Rules: one origin, or none where it was asked before."""
-        if self.cache is None or self.source or self.random or self.api:
-            yield from _one_of(self, ("source", "random", "api"))
+        """Rules: one origin, or none where it was asked before; no setting without effect."""
+        if self.cache is None or self.source or self.random or self.api or self.self_:
+            yield from _one_of(self, ("source", "random", "api", "self"))
+        if self.self_ is not None:
+            if self.cache is not None:
+                yield ("cache",), "stores what another model said: remove it, or self"
+            for name, usual in (("dtype", "bfloat16"), ("attention", "auto"), ("quantize", None)):
+                if getattr(self, name) != usual:
+                    yield (name,), f"is the student's (student.{_OF_STUDENT[name]}): remove it"
+            for name, moment in (("from", self.from_), ("until", self.until)):
+                if moment is not None:
+                    yield (name,), "the student itself teaches in every step: remove it"
         if self.random and self.random.like == "teacher":
             yield ("random", "like"), "a teacher cannot be shaped like itself: give a path"
 
@@ -257,7 +276,8 @@ class Tokenizer(Section):
 
 def _one_of(section: Section, names: tuple[str, ...]) -> Iterator[Problem]:
     """Exactly one of the origins of a model is given."""
-    given = [name for name in names if getattr(section, "from_" if name == "from" else name)]
+    attribute = lambda name: f"{name}_" if name in ("from", "self") else name
+    given = [name for name in names if getattr(section, attribute(name))]
     if not given:
         yield (), f"needs one of {', '.join(names)}"
     for name in given[1:]:

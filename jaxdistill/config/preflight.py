@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill import methods, rules
+from jaxdistill.config import oneself as selves
 from jaxdistill.config import trackers
 from jaxdistill.config.models import RandomModel
 from jaxdistill.config.schema import Config
@@ -205,6 +206,10 @@ def _fit_errors(config: Config, name: str, model: _Found, known: int) -> Iterato
         length = two_tokenizers.length(config.method, length)
     if longest is not None:
         yield from rules.row_length(length, name, longest)
+        oneself = selves.of(config)
+        if name == "student" and oneself is not None and oneself.context is not None:
+            theirs = selves.length(oneself, length)
+            yield from rules.row_length(theirs, name, longest, "teacher.self.seq_len")
     fields = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}
     if not any("experts" in key for key in model.shape):
         fields["mlp"] = "intermediate_size"
@@ -240,6 +245,8 @@ def _models(config: Config) -> dict[str, _Found]:
         cut = {_FIELDS[axis]: size for axis, size in sizes if axis in _FIELDS}
         found["student"] = dataclasses.replace(teacher, shape=cut, error=None)
     chosen = config.tokenizer.from_
+    if chosen == "teacher" and config.teacher and config.teacher.self_:
+        chosen = "student"
     if chosen == "student" and student.from_ == "teacher":
         chosen = student.tokenizer or "teacher"
     if chosen in ("teacher", "student"):

@@ -19,8 +19,8 @@ class PromptSource(Section):
 
     path: Path = Field(
         description="As data.train.path. A record holds `prompt`, a text or messages, or "
-        "`messages`, of which the last answer is not read; `answer`, `solution` and `teacher` are "
-        "kept."
+        "`messages`, of which the last answer is not asked for; what it holds for verifiers, "
+        "`teachers` and `teacher.self.context` is kept."
     )
     teacher: Name | None = Field(
         None, description="Which of `teachers` its prompts are for, where they do not say."

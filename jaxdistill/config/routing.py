@@ -43,6 +43,9 @@ def problems(config: Any) -> Iterator[Problem]:
         for what, rule in _ASKED_BEFORE.items():
             if getattr(teacher, what):
                 yield ("teachers", name, what), rule
+        if teacher.self_ is not None:
+            rule = "the student itself teaches alone: give source or random, or teacher.self"
+            yield ("teachers", name, "self"), rule
     if (why := problem(config.method)) is not None:
         yield (
             ("method", "name"),

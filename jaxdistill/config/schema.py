@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from jaxdistill import methods, rules
+from jaxdistill.config import oneself as selves
 from jaxdistill.config import reward as rewards
 from jaxdistill.config import rollout as rollouts
 from jaxdistill.config import routing as routes
@@ -296,6 +297,7 @@ class Config(Section):
         """Rules between sections."""
         yield from routes.problems(self)
         yield from _teacher_problems(self)
+        yield from selves.problems(self)
         yield from _second_view_problems(self)
         yield from _origin_problems(self)
         yield from _size_problems(self)
@@ -329,7 +331,8 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
             "a server takes no part in a step: `jaxdistill teacher cache` asks it once, into the "
             "folder that is named here; with rollout, sampled_kl asks it while the student writes",
         )
-    if teacher and not named and student.from_ == "teacher":
+    itself = teacher is not None and teacher.self_ is not None
+    if teacher and not named and not itself and student.from_ == "teacher":
         kind, remedy = "stored", "name them in teacher.source too"
         if teacher.served:
             kind, remedy = "served", "give student.source"
@@ -354,6 +357,8 @@ def _teacher_problems(config: Config) -> Iterator[Problem]:
         chain = "teacher"
     if chain == "teacher" and config.teachers is not None:
         return  # which is said there
+    if chain == "teacher" and itself:
+        chain = "student"
     if chain in ("teacher", "student") and student.tokenizer is None:
         model = teacher if chain == "teacher" else student
         if model is None:

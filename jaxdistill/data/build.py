@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import encode, packing, pairs, progress, quarantine, store
+from jaxdistill.data import encode, packing, pairs, privileged, progress, quarantine, store
 from jaxdistill.data.chat import ChatEncoder
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.held_out import fingerprint_of
+from jaxdistill.data.privileged import ContextEncoder, PrivilegedView
 from jaxdistill.data.records import PAIRS, TEACHER, Record, Rejected
 from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import TooLong, printable
@@ -40,7 +41,7 @@ def build(
     fail_fast: bool,
     name: str,
     quarantine_path: Path | None,
-    second: SecondView | None = None,
+    second: SecondView | PrivilegedView | None = None,
     routing: Routing | None = None,
 ) -> None:
     """Builds and seals one folder; what a killed build of the same data has done is not done again.
@@ -112,6 +113,8 @@ LEFT_OUT = {
     "unlearned": "are marked as not learned and were left out",
     "unaligned": "have no tokens behind the first that both tokenizers end together and were left "
     "out",
+    "without_context": "hold nothing for the teacher's prompt (teacher.self.context) and were left "
+    "out",
 }
 
 
@@ -127,14 +130,14 @@ class _Build:
         identity: str,
         fail_fast: bool,
         name: str,
-        second: SecondView | None,
+        second: SecondView | PrivilegedView | None,
         routing: Routing | None,
     ):
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
         self._second, self._routing = second, routing
         self.taught: list[tuple[str, int, int]] = []  # name, rows, tokens of several teachers
-        self._encoder: Encoder | ViewsEncoder | None = None
+        self._encoder: Encoder | ViewsEncoder | ContextEncoder | None = None
         self._identity, self._noted = identity, time.monotonic()
         self._ids = store.ids(len(codec.inert))
         parts = store.ARRAYS | {"tokens": self._ids}
@@ -284,7 +287,12 @@ class _Build:
         for why, words in LEFT_OUT.items():
             if words and at.left_out[why]:
                 found.append(f"{at.left_out[why]} of {at.records} records {words}")
-        unread = sorted(at.unread.union(*(source.unread for source in self._sources)))
+        found += privileged.notices(at.contexts, at.records - at.left_out.total())
+        unread = sorted(
+            at.unread.union(*(source.unread for source in self._sources)).difference(
+                getattr(self._second, "fields", ())
+            )
+        )
         if unread:
             names = ", ".join(f"`{printable(name)[:40]}`" for name in unread[:8])
             more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
@@ -315,13 +323,13 @@ class _Build:
                 )
         return self._encoder(records)
 
-    def _choose(self, kind: str) -> Encoder | ViewsEncoder:
+    def _choose(self, kind: str) -> Encoder | ViewsEncoder | ContextEncoder:
         """The encoder of a kind of records."""
         at = self.progress
         source = self._sources[at.kind_from].name
         if self._second is None:
             return Encoder(self._codec, self._settings, kind, at, source=source)
-        return ViewsEncoder(self._codec, self._settings, self._second, kind, at, source=source)
+        return self._second.encoder(self._codec, self._settings, kind, at, source=source)
 
     @property
     def _pairs(self) -> bool:

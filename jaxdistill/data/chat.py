@@ -18,6 +18,7 @@ from jaxdistill.data.learned import Account, Learned
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
 from jaxdistill.data.spans import last_control
+from jaxdistill.errors import ModelError
 
 Span = tuple[int, int]
 
@@ -226,6 +227,29 @@ class ChatEncoder:
         elif item.learned is not None and loss.any() and not self._codec.inert[ids[loss]].any():
             self._learned.account.ends_turns = False
         return Document(ids, loss)
+
+
+def opening(codec: Codec, source: str | None, template_kwargs: Mapping[str, Any]) -> str:
+    """What a template prints between a user's text and the first letter of the answer.
+
+    Args:
+      codec: from `encode.prepare`.
+      source: the template, see `rendering.template_of`.
+      template_kwargs: what it is given besides.
+
+    Raises:
+      DataError, ConfigError, ModelError: as `ChatRenderer`, and for a text that it does not print.
+    """
+    text, renderer = "a user's text", ChatRenderer(codec, source, template_kwargs)
+    asked = [{"role": "user", "content": text}]
+    try:
+        printed = renderer.template.render(asked, add_generation_prompt=True)
+    except RenderError as error:
+        raise ModelError(str(error)) from error
+    _, found, behind = renderer.template.spans(printed)[0].rpartition(text)
+    if not found:
+        raise ModelError("the chat template does not print a user's text")
+    return behind
 
 
 def _cuts(text: str, count: int) -> list[Span]:

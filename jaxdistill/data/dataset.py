@@ -27,6 +27,7 @@ class Dataset:
       empty, too_long, unlearned: records without text, without anything to learn within seq_len,
         and those that are marked as not learned.
       unaligned: records of which nothing can be compared with the tokens of a second model.
+      without_context: records that hold nothing for the teacher's prompt.
       truncated: documents cut to seq_len.
       notices: what the user should know about how it was built.
       sources: names of what it was built from.
@@ -54,6 +55,7 @@ class Dataset:
     unlearned: int
     unaligned: int
     truncated: int
+    without_context: int = 0
     notices: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     origins: tuple[tuple[int, int], ...] = ()

@@ -13,6 +13,7 @@ import numpy as np
 from jaxdistill.data import build as building
 from jaxdistill.data import digests, encode, quarantine, settings, store
 from jaxdistill.data.dataset import Dataset, open_dataset
+from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
@@ -42,7 +43,7 @@ def build(
     template_kwargs: Mapping[str, Any] | None = None,
     turns: str = "whole",
     special_tokens: str = "text",
-    second: SecondView | None = None,
+    second: SecondView | PrivilegedView | None = None,
     routing: Routing | None = None,
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.

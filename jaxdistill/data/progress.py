@@ -41,6 +41,7 @@ class Progress:
       origins: (first token, who wrote it) of every source that was begun.
       unread: names of fields that were met and not read.
       conversations: accounts of `chat.ChatEncoder`.
+      contexts: of `privileged.notices`, records by what there is to say of their contexts.
     """
 
     items: int = 0
@@ -57,6 +58,7 @@ class Progress:
     origins: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     unread: set[str] = dataclasses.field(default_factory=set)
     conversations: dict[str, Any] = dataclasses.field(default_factory=dict)
+    contexts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 class Files:
@@ -187,4 +189,5 @@ def _read(
     facts["left_out"] = collections.Counter(facts["left_out"])
     facts["origins"] = [(first, origin) for first, origin in facts["origins"]]
     facts["unread"] = set(facts["unread"])
+    facts["contexts"] = collections.Counter(facts["contexts"])
     return Progress(**facts), marks

@@ -6,15 +6,17 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, quarantine, rendering
+from jaxdistill.data import chat, encode, privileged, quarantine, rendering
 from jaxdistill.data.build import batched
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.context_prompts import ContextPrompts
+from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import TEACHER, Record, Rejected
 from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import Empty, TooLong
@@ -31,11 +33,16 @@ class Prompt:
 
     Attributes:
       tokens: int32 [N], N at least 1.
-      notes: what stands beside it in its record: answer, solution, teacher.
+      notes: what stands beside it in its record: those of `records.NOTES`.
+      context: int32 [M], the prompt of a teacher that is told more; None: there is none.
+      with_sibling: a right answer to the prompt -> that prompt, or why there is none; None where
+        the teacher is not told of such.
     """
 
     tokens: np.ndarray
     notes: Mapping[str, str]
+    context: np.ndarray | None = None
+    with_sibling: Callable[[str], np.ndarray | str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,6 +118,8 @@ def read(
     special_tokens: str = "text",
     routing: Routing | None = None,
     key: str = "data.prompts",
+    context: PrivilegedView | None = None,
+    context_longest: int = 0,
 ) -> Prompts:
     """Reads and tokenises prompts.
 
@@ -129,6 +138,8 @@ def read(
         special tokens.
       routing: several teachers, of which every prompt is for one: its note `teacher` names it.
       key: of the configuration, that messages begin with.
+      context: how the prompts of a teacher are made that is told more; None: there is none.
+      context_longest: tokens of the longest of these.
 
     Raises:
       DataError: if no prompt can be asked, too many records are unusable, or one that can be asked
@@ -139,7 +150,8 @@ def read(
     codec = encode.prepare(tokenizer)
     template = rendering.template_of(tokenizer, chat_template)
     kwargs = dict(template_kwargs or {})
-    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest)
+    behind = None if context is None else ContextPrompts(context, codec, context_longest)
+    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest, behind)
     found: list[Prompt] = []
     left_out: list[dict[str, Any]] = []
     counts: collections.Counter[str] = collections.Counter()
@@ -154,6 +166,9 @@ def read(
                 if on_bad_record == "fail":
                     quarantine.stop_at(left_out[-1])
     _check(key, counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
+    if behind is not None:
+        for notice in privileged.notices(behind.told, len(found)):
+            _log.warning("%s: %s", key, notice)
     content: dict[str, Any] = {
         "version": _VERSION,
         "sources": [source.digest() for source in sources],
@@ -164,6 +179,7 @@ def read(
     }
     if routing is not None:
         content["routing"] = routing.identity() | {"of_sources": [one.teacher for one in sources]}
+    content |= {} if context is None else {"context": [context.identity(), context_longest]}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Prompts(found, fingerprint, counts, left_out)
 
@@ -199,6 +215,7 @@ def _check(
         ("too_long", f"are longer than {longest} tokens, leave no room for an answer"),
         ("empty", "are empty"),
         ("unlearned", "are marked as not learned"),
+        ("without_context", "hold nothing for the teacher's prompt (teacher.self.context)"),
     ):
         if counts[why]:
             _log.warning("%s: %d of %d records %s: left out", key, counts[why], records, words)
@@ -214,7 +231,9 @@ class _Encoder:
         kwargs: Mapping[str, Any],
         parse: bool,
         longest: int,
+        behind: ContextPrompts | None,
     ):
+        self._behind = behind
         self._codec, self._template, self._kwargs = codec, template, kwargs
         self._parse, self._longest = parse, longest
 
@@ -260,4 +279,13 @@ class _Encoder:
             return TooLong(
                 f"too long: {len(ids)} tokens, and {self._longest} leave room for an answer"
             )
-        return Prompt(np.asarray(ids, np.int32), record.notes)
+        tokens, behind = np.asarray(ids, np.int32), self._behind
+        if behind is None:
+            return Prompt(tokens, record.notes)
+        if behind.of_siblings:
+            if reason := behind.missing(record):
+                return reason
+            make = lambda sibling: behind(record, ids, self._parse, sibling)
+            return Prompt(tokens, record.notes, with_sibling=make)
+        context = behind(record, ids, self._parse)
+        return context if isinstance(context, str) else Prompt(tokens, record.notes, context)

@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.data import store
-from jaxdistill.data.rules import Empty, TooLong, Unaligned, Unlearned, printable
+from jaxdistill.data.rules import (
+    Empty,
+    TooLong,
+    Unaligned,
+    Unlearned,
+    WithoutContext,
+    printable,
+)
 from jaxdistill.errors import DataError
 
 BROKEN = "quarantined"
-_NO_FAULT = {Empty: "empty", TooLong: "too_long", Unlearned: "unlearned", Unaligned: "unaligned"}
+_NO_FAULT = {
+    Empty: "empty",
+    TooLong: "too_long",
+    Unlearned: "unlearned",
+    Unaligned: "unaligned",
+    WithoutContext: "without_context",
+}
 _SHOWN_REASONS = 3
 
 

@@ -46,7 +46,9 @@ LOST: Mapping[str, Mapping[str, str]] = {
     },
 }
 # What is kept beside a prompt: for who judges answers, gives them context, or routes them.
-NOTES = ("answer", "solution", TEACHER)
+COMPLETION = "completion"
+NOTES = ("answer", "solution", TEACHER, COMPLETION, "demonstration", "feedback",
+         "privileged_context")  # fmt: skip
 _NAME = 100  # characters of the name of a teacher that are looked at
 # What a record may have besides the fields of its kind. Of what else it has the names are listed.
 READ: Mapping[str, frozenset[str]] = {
@@ -75,7 +77,7 @@ class Record:
       opens: False for the later pieces of one long text: no beginning-of-text token.
       closes: False for all but the last piece of one long text: no end-of-text token.
       conversation: what messages hold besides roles and texts; None: nothing.
-      notes: of a prompt, those of NOTES that it has; of others their TEACHER.
+      notes: those of NOTES that it has and that its kind does not read; its TEACHER.
       answers: of a pair the chosen and the rejected answer, each a record with the prompt.
     """
 
@@ -135,10 +137,16 @@ def parse(
         record = _parsed(value, kind, line, set() if unread is None else unread)
     except Unusable as unusable:
         return Rejected(line, unusable.args[0])
+    return record if kind == "prompts" else dataclasses.replace(record, notes=_notes(value, kind))
+
+
+def _notes(value: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """What stands beside a record that is learned itself."""
     named = value.get(TEACHER)
-    if named is None or kind == "prompts":
-        return record
-    return dataclasses.replace(record, notes={TEACHER: str(named)[:_NAME]})
+    teacher = {} if named is None else {TEACHER: str(named)[:_NAME]}
+    beside = {name: value[name] for name in NOTES if name in value and name not in READ[kind]}
+    sound = lambda text: isinstance(text, str) and rules.text_problem(text) is None
+    return teacher | {name: text for name, text in beside.items() if sound(text)}
 
 
 def _parsed(value: Mapping[str, Any], kind: str, line: int, unread: set[str]) -> Record:
@@ -226,8 +234,9 @@ def _prompt(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:
     notes = {
         name: checked_text(value[name], f"field `{name}`")
         for name in NOTES
-        if value.get(name) is not None
+        if value.get(name) is not None and name != COMPLETION
     }
+    notes |= _answered(value)
     given = [name for name in ("prompt", "messages") if value.get(name) is not None]
     if len(given) != 1:
         found = rules.names_of(value) if not given else "both"
@@ -256,3 +265,14 @@ def _prompt(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:
     return Record(
         "prompt", turns.texts[:count], line, turns.roles[:count], conversation=more, notes=notes
     )
+
+
+def _answered(value: Mapping[str, Any]) -> dict[str, str]:
+    """The given answer to a prompt, a text or the assistant's last turn, where there is one."""
+    text = value.get(COMPLETION) or value.get("messages")
+    if isinstance(text, list):
+        *_, before, last = ({}, {}, *(turn for turn in text if isinstance(turn, Mapping)))
+        one = last.get("role") == "assistant" != before.get("role")
+        text = last.get("content") if one else None
+    sound = isinstance(text, str) and text.strip() and rules.text_problem(text) is None
+    return {COMPLETION: text} if sound else {}

@@ -50,6 +50,10 @@ class Unaligned(str):
     """A reason: no tokens behind the first spell the same bytes as tokens of a second model."""
 
 
+class WithoutContext(str):
+    """A reason: the record holds nothing that a teacher could be told beside the prompt."""
+
+
 class Unusable(Exception):
     """Carries the reason from the rule that failed."""
 

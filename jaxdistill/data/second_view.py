@@ -58,6 +58,12 @@ class SecondView:
             "seq_len": self.seq_len,
         }
 
+    def encoder(
+        self, codec: encode.Codec, settings: Settings, kind: str, counts: Progress, *, source: str
+    ) -> "ViewsEncoder":
+        """What makes documents with this view of records of a kind."""
+        return ViewsEncoder(codec, settings, self, kind, counts, source=source)
+
 
 class ViewsEncoder:
     """Encodes records for both models: documents that carry their second view.

@@ -129,11 +129,15 @@ def objective(
     import jax.numpy as jnp
 
     from jaxdistill import losses
+    from jaxdistill.methods.chunks import following
     from jaxdistill.methods.head_loss import from_heads, said
     from jaxdistill.types import Mean
 
     def taught(batch):
-        return batch.mask & batch.sampled["wrong"] if only_wrong else batch.mask
+        mask = batch.mask & batch.sampled["wrong"] if only_wrong else batch.mask
+        if batch.groups is None:
+            return mask
+        return mask & (following(batch.groups) > 0)  # answers whose teacher is told something
 
     def prepare(batch):
         zeros = jnp.zeros(batch.mask.shape)

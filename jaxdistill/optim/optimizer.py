@@ -1,4 +1,4 @@
-"""The chain: knobs, clipping, a rule with decay on matrices alone, its schedule, masks."""
+"""The chain: knobs, clipping, a rule with decay on matrices alone, masks, the average."""
 
 import functools
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.optim import rounding, rules
+from jaxdistill.optim.ema import ema
 from jaxdistill.optim.schedules import knob
 from jaxdistill.ranges import OPTIMIZER
 
@@ -32,6 +33,7 @@ def optimizer(
     trained: Mapping[str, tuple[int, int | None]] | None = None,
     scaled: Mapping[str, optax.Schedule] | None = None,
     last: optax.GradientTransformation | None = None,
+    average: tuple[float, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Knobs, then clipping by the global norm, then a rule, in float32 for parameters of any dtype.
 
@@ -62,7 +64,8 @@ def optimizer(
         None is never. What no path names is trained throughout.
       scaled: path into the parameters -> update number (from 0) -> factor of the update, after
         the rule, which would divide a factor of the gradient out again.
-      last: what ends the chain, such as `sparsity`.
+      last: what comes behind the rule, such as `sparsity`.
+      average: (decay, every) of `ema`, which then ends the chain; None: no average is kept.
 
     Returns:
       A transformation of the parameters' whole tree; it takes the loss as the extra argument
@@ -95,7 +98,9 @@ def optimizer(
         chain.append(optax.masked(moves, functools.partial(_below, path)))
     if last is not None:
         chain.append(last)
-    return rounding.in_float32(optax.chain(*chain))
+    rule = rounding.in_float32(optax.chain(*chain))
+    # Behind the rounding: what is averaged is what the student is.
+    return rule if average is None else optax.chain(rule, ema(*average))
 
 
 def _under_objective(params: Any, wanted: bool) -> Any:

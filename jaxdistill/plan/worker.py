@@ -27,7 +27,7 @@ from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import on_policy, participants, setup, states, stored
+from jaxdistill.run import on_policy, oneself, participants, setup, states, stored
 from jaxdistill.run.participants import Models
 from jaxdistill.run.setup import RunMethod
 from jaxdistill.train import step as steps
@@ -258,6 +258,8 @@ def _work(
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
     if method.objective.needs_teacher and models.stored is not None:
         model_flops += models.stored.flops_per_token()
+    elif (own := oneself.flops_per_token(config, models.student.config)) is not None:
+        model_flops += own
     elif method.objective.needs_start:
         model_flops += forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher:

@@ -95,6 +95,8 @@ class RolloutFeed(Feed):
         record; None: not asked.
       recorded: whether a step is recorded, by its number.
       scores: says log p of the answers' tokens, which rows then carry; None: the step asks.
+      leaks: tokens of answers -> the share of them that speaks of what only the teacher was told;
+        None: nobody looks.
     """
 
     def __init__(
@@ -114,12 +116,14 @@ class RolloutFeed(Feed):
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
         scores: Scores | None = None,
+        leaks: Callable[[Sequence[np.ndarray]], float] | None = None,
     ):
         self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
         self._params_of, self._shape = params_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._replay, self._recalled = left_out, replay, recalled
-        self._difference, self._recorded, self._scores = difference, recorded, scores
+        self._difference, self._recorded = difference, recorded
+        self._scores, self._leaks = scores, leaks
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -238,6 +242,8 @@ class RolloutFeed(Feed):
         batch = pipeline.stack([rows[number] for number in mine])
         told |= {"rollout/student": 1.0, "rollout/rows": float(len(rows))}
         told |= dict(records.numbers(answers, step))
+        if self._leaks is not None:
+            told["rollout/leaks"] = self._leaks([one.tokens for one in answers])
         if self._difference is not None and self._recorded(step + 1):
             told |= self._difference(params, batch, logprobs[list(mine)])
         self._tell(update, told)

@@ -15,6 +15,7 @@ from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import DivergedError
 from jaxdistill.reasoning.judging import REASONS, Verdict
 from jaxdistill.rollouts import answers as records
+from jaxdistill.rollouts import siblings
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.questions import Questions
@@ -146,6 +147,9 @@ class RewardedFeed(Feed):
       recalled: updates that a rerun may go back to.
       questions: that are asked at each evaluation, or None.
       hooks: what the caller handed in.
+      told: answers behind the prompts of a teacher that is told of others of their group, see
+        `siblings.told`; None: it is not.
+      leaks: as `RolloutFeed` takes it.
     """
 
     def __init__(
@@ -164,8 +168,11 @@ class RewardedFeed(Feed):
         recalled: int,
         questions: Questions | None = None,
         hooks: Hooks = NO_HOOKS,
+        told: Callable[[Sequence[Answer], Sequence[Verdict]], Sequence[Answer]] | None = None,
+        leaks: Callable[[Sequence[np.ndarray]], float] | None = None,
     ):
         self.plan, self._prompts, self._writer, self._judge = plan, prompts, writer, judge
+        self._told_of, self._leaks = told, leaks
         self._params_of, self._old_of, self._shape = params_of, old_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._recalled, self._questions = left_out, recalled, questions
@@ -247,6 +254,10 @@ class RewardedFeed(Feed):
             **dict(records.numbers(drawn.answers, step)),
             **self._rewarded(drawn),
         }
+        if self._told_of is not None:
+            told["reward/siblings"] = siblings.share(self._behind(drawn))
+        if self._leaks is not None:
+            told["rollout/leaks"] = self._leaks([one.tokens for one in drawn.answers])
         self._told = {one: t for one, t in self._told.items() if one > update - UNREAD}
         self._told[update] = told | (self._took if fresh else {})
         return Span(row, row + plan.rows), batch
@@ -301,6 +312,12 @@ class RewardedFeed(Feed):
     def _spread(self, answers: list[Answer], verdicts: list[Verdict]) -> bool:
         return bool(losses.spread(self.plan.rewards(answers, verdicts))[0])
 
+    def _behind(self, drawn: Drawn) -> Sequence[Answer]:
+        """The answers, each with the prompt that its teacher reads."""
+        if self._told_of is None:
+            return drawn.answers
+        return self._told_of(drawn.answers, drawn.verdicts)
+
     def _rows_of(self, drawn: Drawn) -> list[dict[str, Any]]:
         """The rows of the whole batch."""
         plan = self.plan
@@ -315,7 +332,7 @@ class RewardedFeed(Feed):
             sampled["wrong"] = [np.bool_(value is None or value < 1) for value in values]
         silent = [plan.mask_cut and not one.ended for one in drawn.answers]
         rows, _ = rows_of(
-            drawn.answers,
+            self._behind(drawn),
             sizes=self._sizes,
             silent=silent,
             sampled=sampled,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import packing
-from jaxdistill.data.dataset import empty_route, empty_row
+from jaxdistill.data.dataset import empty_route, empty_row, empty_second
 from jaxdistill.data.records import TEACHER
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.rollouts.answers import Answer
@@ -43,6 +43,8 @@ def rows_of(
     taught: Sequence[np.ndarray] | None = None,
     routing: Routing | None = None,
     layout: Layout | None = None,
+    second: tuple[int, int] | None = None,
+    skip: int = 0,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows of a batch, and log q of every target in them.
 
@@ -65,13 +67,16 @@ def rows_of(
       routing: several teachers, of which the note `teacher` of each prompt names one; a row holds
         answers for one. None: there are not several.
       layout: of the rows for several.
+      second: (length, padding) of rows of the teacher's view, in which each answer stands behind
+        `Prompt.context`; None: there is no such view.
+      skip: so many tokens at the beginning of each answer do not count.
 
     Returns:
       Rows as `Dataset` gives them, as many as one of `sizes`, of several teachers its
       `layout.size`; and float32 [rows, seq_len], the
       sampler's log q where the mask is true, else 0.
     """
-    held, routes = _packed(answers, seq_len, packing_by, routing)
+    held, routes = _packed(answers, seq_len, packing_by, routing, second)
     if layout is None:
         count = next(size for size in sizes if size >= len(held))
         places = [*range(len(held)), *[-1] * (count - len(held))]
@@ -79,8 +84,9 @@ def rows_of(
         size = next(size for size in sizes if layout.fits(routes, size))
         places = layout.places(routes, size).tolist()
         count = len(places)
-    beside = {} if routing is None else empty_route()
-    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) | beside for _ in range(count)]
+    route = {} if routing is None else empty_route()
+    behind = lambda: {} if second is None else empty_second(seq_len, *second)
+    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) | route | behind() for _ in range(count)]
     types = {name: np.asarray(values[0]).dtype for name, values in (sampled or {}).items()}
     for row in rows if types else ():
         row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
@@ -91,34 +97,76 @@ def rows_of(
         for row in rows:
             row["sampler_logprobs"] = np.zeros(seq_len, np.float32)
     for number, row in enumerate(places):
-        place = 0
+        place = other = 0
         if row >= 0 and routing is not None:
             rows[number]["route"] = np.asarray(routes[row], np.int32)
-        for segment, (index, length) in enumerate(held[row] if row >= 0 else [], start=1):
+        for segment, (index, length, *_) in enumerate(held[row] if row >= 0 else [], start=1):
             answer, most = answers[index], distilled or len(answers[index].tokens)
             counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
             beside = {name: values[index] for name, values in (sampled or {}).items()}
             theirs = None if taught is None else taught[index]
-            _put(rows[number], logprobs[number], answer, place, segment, counted, beside, theirs)
+            target = slice(min(skip, counted), counted)
+            _put(rows[number], logprobs[number], answer, place, segment, target, beside, theirs)
+            if second is not None:
+                other = _put_behind(rows[number], answer, place, other, segment)
             place += length
     return rows, logprobs
 
 
 def _packed(
-    answers: Sequence[Answer], seq_len: int, packing_by: str, routing: Routing | None
+    answers: Sequence[Answer],
+    seq_len: int,
+    packing_by: str,
+    routing: Routing | None,
+    second: tuple[int, int] | None,
 ) -> tuple[list[list[list[int]]], list[int]]:
     """Of each row its answers, as numbers and lengths; and which of several teachers it is for."""
     lengths = np.asarray([one.length for one in answers])
-    pieces = np.stack([np.arange(len(answers)), lengths], axis=1)
+    pieces, capacity = np.stack([np.arange(len(answers)), lengths], axis=1), [seq_len]
+    if second is not None:
+        theirs = np.asarray([len(_context(one)) + len(one.tokens) for one in answers])
+        pieces = np.column_stack([pieces, np.arange(len(answers)), theirs])
+        capacity.append(second[0])
     named = [0] * len(answers)
     if routing is not None:
         named = [routing.names.index(one.prompt.notes[TEACHER]) + 1 for one in answers]
     held, routes = [], []
     for route in sorted(set(named)):
-        placed, ends = packing.plan(pieces[np.equal(named, route)], [seq_len], packing_by)
+        placed, ends = packing.plan(pieces[np.equal(named, route)], capacity, packing_by)
         held += [placed[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
         routes += [route] * (len(ends) - 1)
     return held, routes
+
+
+def _context(answer: Answer) -> np.ndarray:
+    """The teacher's prompt; the student's own where it is told nothing."""
+    context = answer.prompt.context
+    return answer.prompt.tokens if context is None else context
+
+
+def _put_behind(row: dict[str, Any], answer: Answer, place: int, other: int, segment: int) -> int:
+    """Writes an answer behind the teacher's prompt, as groups of one token; returns its end.
+
+    Where the teacher is told nothing its tokens are in no group.
+
+    Args:
+      row: with the same answer from `place` on.
+      answer: behind its two prompts.
+      place: where its document begins in the student's view.
+      other: the same in the teacher's.
+      segment: its number in both.
+    """
+    view, text = row["second"], np.concatenate([_context(answer), answer.tokens])
+    end, count = other + len(text), len(answer.tokens)
+    groups = np.arange(1, count + 1, dtype=np.int32) + row["groups"].max()
+    groups *= answer.prompt.context is not None
+    first = place + len(answer.prompt.tokens)
+    row["groups"][first : first + count] = groups
+    view["tokens"][other:end] = text
+    view["positions"][other:end] = np.arange(len(text))
+    view["segment_ids"][other:end] = segment
+    view["groups"][end - count : end] = groups
+    return end
 
 
 def _put(
@@ -127,23 +175,24 @@ def _put(
     answer: Answer,
     place: int,
     segment: int,
-    counted: int,
+    target: slice,
     beside: Mapping[str, Any],
     theirs: np.ndarray | None,
 ) -> None:
-    """Writes a prompt and its answer into a row, from a place on."""
+    """Writes a prompt and its answer, of which a slice counts, into a row, from a place on."""
     text = np.concatenate([answer.prompt.tokens, answer.tokens])
     first = place + len(answer.prompt.tokens) - 1  # predicts the answer's first token
     row["tokens"][place : place + len(text)] = text
     row["targets"][place : place + len(text) - 1] = text[1:]
-    row["mask"][first : first + counted] = True
+    counted = slice(first + target.start, first + target.stop)
+    row["mask"][counted] = True
     row["positions"][place : place + len(text)] = np.arange(len(text))
     row["segment_ids"][place : place + len(text)] = segment
-    logprobs[first : first + counted] = answer.logprobs[:counted]
+    logprobs[counted] = answer.logprobs[target]
     if "sampler_logprobs" in row:
-        row["sampler_logprobs"][first : first + counted] = answer.drawn_logprobs[:counted]
+        row["sampler_logprobs"][counted] = answer.drawn_logprobs[target]
     for name, values in beside.items():
         one = np.broadcast_to(values, len(answer.tokens))
-        row["sampled"][name][first : first + counted] = one[:counted]
+        row["sampled"][name][counted] = one[target]
     if theirs is not None:
-        row["teacher"]["logprobs"][first : first + counted, 0] = theirs[:counted]
+        row["teacher"]["logprobs"][counted, 0] = theirs[target]

@@ -55,6 +55,12 @@ RULES: Mapping[str, Rule] = {
     "config.teacher.random": Rule(True, False, _OTHER_RUN),
     "config.teacher.api": Rule(False, True, "how a server is asked, not which model answers"),
     "config.teacher.api.model": Rule(True, False, _OTHER_RUN),
+    "config.teacher.self": Rule(True, False, _OTHER_RUN),
+    **dict.fromkeys(
+        (f"config.teacher.self.{name}" for name in ("ema_decay", "ema_every")),
+        Rule(False, False, "from here on the new value holds"),
+    ),
+    "config.teacher.self.leak_phrases": Rule(False, True, "what is shown"),
     # What the checkpoints hold, and in which numbers.
     "config.optimizer.name": Rule(True, False, _OTHER_RUN),
     "config.optimizer.moments": Rule(True, False, _OTHER_RUN),

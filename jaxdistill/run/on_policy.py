@@ -21,7 +21,7 @@ from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
-from jaxdistill.run import participants, routing, served_teacher, setup, states
+from jaxdistill.run import oneself, participants, routing, served_teacher, setup, states
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
@@ -229,6 +229,7 @@ def feed_of(
             "sampler": methods.of(config.method).reads_sampler,
             "routing": routing.of(config),
             "layout": routing.layout(config),
+            **oneself.rows(models.context),
         },
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
@@ -250,6 +251,7 @@ def feed_of(
         ),
         recorded=recorded(config.train.log_every, config.train.steps),
         scores=served_teacher.scores_of(config, models.vocab, folder, stop, hooks),
+        leaks=oneself.leaks_of(config, models.tokenizer),
     )
 
 

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, rules
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
+from jaxdistill.config import oneself as options
 from jaxdistill.data import spelling
+from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
@@ -19,7 +21,7 @@ from jaxdistill.methods import two_tokenizers
 from jaxdistill.models import DecoderConfig, Model, attention, attention_check, random, reseat
 from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
-from jaxdistill.run import changes, pairing, routing, shapes, states, stored
+from jaxdistill.run import changes, oneself, pairing, routing, shapes, states, stored
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.stored import Stored
 
@@ -39,6 +41,7 @@ class Models:
         weights in student.compute_dtype.
       second: the teacher's own tokens, where the method has it read them; or None.
       teachers: several by name, in place of the one; {} where there are not.
+      context: how the prompts of a teacher are made that is the student itself; or None.
     """
 
     teacher: Model | None
@@ -50,6 +53,7 @@ class Models:
     start: Model | None = None
     second: SecondView | None = None
     teachers: Mapping[str, Model] = dataclasses.field(default_factory=dict)
+    context: PrivilegedView | None = None
 
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
@@ -72,7 +76,8 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     """
     network = config.security.allow_network
     teacher, student = shapes.of(config, network)
-    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher, "student": student})
+    itself = None if options.of(config) is None else student
+    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher or itself, "student": student})
     vocab = shapes.vocabulary(config, tokenizer)
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
     asked_before = stored.of(config, teacher, tokenizer, vocab)
@@ -99,6 +104,8 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
         tokens, length = read[name]
         check_rows(name, shape.config.vocab_size, tokens)
         errors.check(rules.row_length(length, name, shape.config.max_positions))
+    context = oneself.view_of(config, tokenizer)
+    oneself.check(context, student.config, mesh)
     states.check(config, student.config, mesh)
     check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
     asked = routing.keyed(config.teachers or {}) | {"teacher": config.teacher}
@@ -115,7 +122,15 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
                 platform = choice.current_device().platform
             attention.check(section.attention, shape.config, read[name][1], platform)
     return Models(
-        teacher, student, tokenizer, vocab, asked_before, pairs, second=second, teachers=several
+        teacher,
+        student,
+        tokenizer,
+        vocab,
+        asked_before,
+        pairs,
+        second=second,
+        teachers=several,
+        context=context,
     )
 
 
@@ -158,9 +173,8 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     student = student_of(config, models.student, teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
     answers = None if models.stored is None else models.stored.loaded(mesh)
-    start = (
-        _start(config, student) if methods.of(config.method).needs_start(config.method) else None
-    )
+    compared = methods.of(config.method).needs_start(config.method)
+    start = _start(config, student) if compared or oneself.copies(config) else None
     return dataclasses.replace(
         models, teacher=teacher, student=student, stored=answers, start=start, teachers=several
     )

@@ -1,5 +1,6 @@
 """The feed of a run whose student's answers earn rewards, made from its configuration."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import judging, scorers
 from jaxdistill.reasoning.judging import Judges, Part
-from jaxdistill.rollouts import difference, old
+from jaxdistill.rollouts import difference, old, siblings
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
-from jaxdistill.run import on_policy, participants
+from jaxdistill.run import on_policy, oneself, participants
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
@@ -121,6 +122,10 @@ def feed_of(
         student.quantize,
     )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    told = None
+    if models.context is not None and models.context.of_siblings:
+        decode = functools.partial(models.tokenizer.decode, skip_special_tokens=True)
+        told = functools.partial(siblings.told, samples=rollout.samples, decode=decode)
     judges = lambda: Judges(
         parts_of(config),
         workers=reward.workers,
@@ -146,6 +151,7 @@ def feed_of(
             "pad": encode.prepare(models.tokenizer).pad,
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
+            **oneself.rows(models.context),
         },
         unit=parts * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
@@ -153,6 +159,8 @@ def feed_of(
         recalled=config.guards.nonfinite.recalled,
         questions=asked,
         hooks=hooks,
+        told=told,
+        leaks=oneself.leaks_of(config, models.tokenizer),
     )
 
 

@@ -88,7 +88,9 @@ class RunTable:
         if self._pairs:
             return meter.make_step(method.loss, method.teacher)
         alone = models.second is not None or self._signal is None
-        if objective.token_means and (alone or objective.needs_teacher):
+        # One that is the student itself exists in a step alone.
+        itself = objective.needs_teacher and self._signal is None
+        if objective.token_means and not itself and (alone or objective.needs_teacher):
             return meter.make_step(method.loss, method.teacher)
         # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too. One that reads other
         # tokens gives no distribution to compare with.
@@ -329,7 +331,10 @@ def stale(changed: Collection[str]) -> Sequence[str]:
         return ("SFT control", "student after")
     return (
         ("student after",)
-        if any(n.startswith(("config.rollout", "config.reward")) for n in changed)
+        if any(
+            n.startswith(("config.rollout", "config.reward", "config.teacher.self"))
+            for n in changed
+        )
         else ()
     )
 

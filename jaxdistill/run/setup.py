@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.compress import quantize
 from jaxdistill.config import Config
+from jaxdistill.config import oneself as selves
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import empty_route, empty_row, empty_second
@@ -23,7 +24,7 @@ from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import signals, two_tokenizers
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model
-from jaxdistill.run import participants, routing, shapes, sparse, states
+from jaxdistill.run import oneself, participants, routing, shapes, sparse, states
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
@@ -75,9 +76,11 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     facts = facts_of(config, models)
     built = methods.build(config.method, facts)
     objective = built.objective
-    teacher = teachers.none
+    teacher, itself = teachers.none, selves.of(config) is not None
     if objective.needs_start:
         teacher = start_of(config, models)
+    elif objective.needs_teacher and itself:
+        teacher = oneself.teacher_of(config, models.student.config)
     elif objective.needs_teacher:
         teacher = signal_of(config, models, objective)
     o = config.optimizer
@@ -95,6 +98,7 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         trained=built.trained,
         scaled=built.scaled,
         last=sparse.transform(config.student.sparsity, config.train.steps, models.student.config),
+        average=oneself.average_of(config),
     )
     loss = _loss_of(config, models, objective)
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
@@ -217,10 +221,10 @@ def abstract_teacher_of(
     config: Config, models: participants.Models, method: RunMethod, mesh: Mesh
 ) -> Any:
     """The shapes and places of what `teacher_params_of` gives."""
-    if method.objective.needs_start:
+    if method.objective.needs_start or oneself.copies(config):
         dtype = jnp.dtype(config.student.compute_dtype)
         return abstract_params(models.student.config, dtype, mesh)
-    if not method.objective.needs_teacher or is_served(config):
+    if not method.objective.needs_teacher or is_served(config) or selves.of(config) is not None:
         return None
     if models.stored is not None:
         return models.stored.abstract_params(mesh)
@@ -293,6 +297,9 @@ def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) ->
         beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
     if is_served(config):
         beside |= {taught.LEAF: {"logprobs": np.zeros((length, 1), np.float32)}}
+    itself = selves.of(config)
+    if itself is not None and itself.context is not None:
+        beside |= empty_second(length, selves.length(itself, length), 0)
     if method.reads_sampler:
         beside["sampler_logprobs"] = np.zeros(length, np.float32)
     if config.reward is not None:
@@ -346,9 +353,13 @@ def teacher_params_of(models: participants.Models, method: RunMethod) -> Any:
 
 
 def signal_params(models: participants.Models) -> Any:
-    """The parameters of what `signal_of` gives, several by name; None without a teacher."""
+    """The parameters of what `signal_of` gives, several by name; None without a teacher.
+
+    Of one that is the student itself those before the first step, where they are a copy.
+    """
     if models.teachers:
         return {name: teacher.params for name, teacher in models.teachers.items()}
     if models.stored is not None:
         return models.stored.params
-    return None if models.teacher is None else models.teacher.params
+    teacher = models.start if models.teacher is None else models.teacher
+    return None if teacher is None else teacher.params

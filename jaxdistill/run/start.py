@@ -72,6 +72,7 @@ def read(
             models.tokenizer,
             models.second,
             routing=routing.of(config),
+            context=models.context,
             network=network,
         )
     )
@@ -100,7 +101,12 @@ def _prompts(
     room = config.data.seq_len - config.rollout.max_new_tokens
     network = config.security.allow_network
     prompts = texts.prompts_of(
-        config.data, room, models.tokenizer, routing=routing.of(config), network=network
+        config.data,
+        room,
+        models.tokenizer,
+        context=models.context,
+        routing=routing.of(config),
+        network=network,
     )
     on_policy.check(config, models, prompts, mesh)
     rewarded.check(config, prompts, verifiers)

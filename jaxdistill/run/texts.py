@@ -8,6 +8,7 @@ from jaxdistill.config.data import Data
 from jaxdistill.config.rollout import PromptSource
 from jaxdistill.data import held_out, pipeline, prompts
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.rendering import read_template
 from jaxdistill.data.routes import Routing
@@ -24,6 +25,7 @@ def data_of(
     second: SecondView | None = None,
     *,
     routing: Routing | None = None,
+    context: PrivilegedView | None = None,
     network: bool = False,
 ) -> dict[str, Dataset]:
     """The training rows, where there are any, and the held-out ones, built or from the cache.
@@ -33,6 +35,7 @@ def data_of(
       tokenizer: of the run.
       second: another model's tokens, in which the rows give the same documents too.
       routing: several teachers, of which every record is for one.
+      context: the teacher's prompts, which the training rows have beside the student's.
       network: whether sources may be downloaded.
 
     Raises:
@@ -57,10 +60,8 @@ def data_of(
         train, held = held_out.split(train, share)
     options = reading_of(data) | data.model_dump(include={"cache_dir", "max_bad_fraction"})
     built = {
-        name: pipeline.build(
-            sources, tokenizer, name=name, second=second, routing=routing, **options
-        )
-        for name, sources in (("train", train), ("eval", held))
+        name: pipeline.build(sources, tokenizer, name=name, second=view, routing=routing, **options)
+        for name, sources, view in (("train", train, context or second), ("eval", held, second))
         if sources
     }
     if "train" in built:
@@ -111,6 +112,7 @@ def prompts_of(
     tokenizer: Any,
     *,
     routing: Routing | None = None,
+    context: PrivilegedView | None = None,
     network: bool = False,
     questions: Sequence[PromptSource] = (),
 ) -> prompts.Prompts:
@@ -121,6 +123,7 @@ def prompts_of(
       longest: the most tokens of a prompt.
       tokenizer: of the run.
       routing: several teachers, of which every prompt is for one.
+      context: the teacher's prompts, which leave as much room for an answer.
       network: whether sources may be downloaded.
       questions: of reward.held_out; none: data.prompts.
 
@@ -145,4 +148,12 @@ def prompts_of(
     held_out.check_prompts(
         asked, [open_source(one.path, one.format, allow_network=network) for one in data.eval_files]
     )
-    return prompts.read(asked, tokenizer, longest=longest, routing=routing, **options)
+    return prompts.read(
+        asked,
+        tokenizer,
+        longest=longest,
+        context=context,
+        routing=routing,
+        context_longest=0 if context is None else longest + context.seq_len - data.seq_len,
+        **options,
+    )

@@ -22,6 +22,7 @@ from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.run import (
     anew,
     feeds,
+    oneself,
     participants,
     routing,
     run_table,
@@ -328,7 +329,9 @@ def _meter(
     theirs = length if models.second is None else models.second.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = 0.0
-    if method.objective.needs_start:
+    if (own := oneself.flops_per_token(config, models.student.config)) is not None:
+        teacher = own
+    elif method.objective.needs_start:
         teacher = forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher:
         if models.stored is not None:

@@ -122,25 +122,21 @@ def abstract_params(
 
 
 def _opt_shardings(tx: optax.GradientTransformation, params: Any, mesh: Mesh, offload: bool) -> Any:
-    """Moments like their parameters, or on their host; counters and knobs on every device."""
-    everywhere = replicated(mesh)
+    """Moments like their parameters, or on their host; counters and knobs on every device.
 
-    def place(leaf: Any, param: Any) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # another rule's parameter
-            return leaf
-        if leaf.shape != param.shape:  # a factored moment, small, without a dim for each of its own
+    What belongs to a parameter stands at the end of its path: (..., "mu", "student", "embedding").
+    """
+    everywhere = replicated(mesh)
+    own = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        param = next((own[path[i:]] for i in range(len(path)) if path[i:] in own), None)
+        # A factored moment is small, without a dim for each of its parameter's.
+        if param is None or leaf.shape != param.shape:
             return everywhere
         return param.sharding.with_memory_kind(HOST) if offload else param.sharding
 
-    state = jax.eval_shape(tx.init, params)
-    return optax.tree_utils.tree_map_params(
-        tx.init,
-        place,
-        state,
-        params,
-        transform_non_params=lambda _: everywhere,
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-    )
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
 
 
 def _placed(tree: Any, places: Any) -> Any:

@@ -20,7 +20,7 @@ def read(tokenizer, *paths, longest=200, **options):
 def test_a_prompt_is_a_text_or_messages_without_the_last_answer(byte_tokenizer, jsonl):
     path = jsonl(
         [
-            {"prompt": "how?", "answer": "7", "solution": "3 + 4", "completion": "unread"},
+            {"prompt": "how?", "answer": "7", "solution": "3 + 4", "completion": "so"},
             {"messages": [ASK, TELL], "teacher": "math"},
             {"messages": [ASK, TELL, ASK]},
             {"prompt": [ASK], "system": "be brief"},
@@ -38,8 +38,8 @@ def test_a_prompt_is_a_text_or_messages_without_the_last_answer(byte_tokenizer, 
     ]
     assert [prompt.tokens.tolist() for prompt in found.prompts] == expected
     assert [dict(prompt.notes) for prompt in found.prompts] == [
-        {"answer": "7", "solution": "3 + 4"},
-        {"teacher": "math"},
+        {"answer": "7", "solution": "3 + 4", "completion": "so"},
+        {"teacher": "math", "completion": TELL["content"]},
         {},
         {},
         {},

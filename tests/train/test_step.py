@@ -49,12 +49,14 @@ def mesh_of(data, fsdp, tensor=1, context=1):
 class Training:
     """A student in training, on a mesh, in float32."""
 
-    def __init__(self, mesh=None, micro_batches=1, clip_norm=1.0, lr=1e-2, kind="forward_kl"):
+    def __init__(
+        self, mesh=None, micro_batches=1, lr=1e-2, kind="forward_kl", dtype="float32", **optimizer
+    ):
         self.mesh = mesh or mesh_of(1, 1)
         self.teacher = models.random(TEACHER, 1, "float32", self.mesh).params
-        student = models.random(STUDENT, 0, "float32", self.mesh).params
+        student = models.random(STUDENT, 0, dtype, self.mesh).params
         self.tx = optim.optimizer(
-            lr, knobs={"alpha": ALPHA, "temperature": TEMPERATURE}, clip_norm=clip_norm
+            lr, knobs={"alpha": ALPHA, "temperature": TEMPERATURE}, **optimizer
         )
         objective = kd.objective(vocab=VOCAB, divergence=kind)
         loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
@@ -232,10 +234,16 @@ def test_the_balance_of_experts_is_part_of_the_loss_on_any_mesh():
         np.testing.assert_allclose(found[name], value, rtol=2e-5)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    run = Training()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(dtype):
+    run = Training(dtype=dtype, average=(0.9, 1))
     run.step(rows(0))
     before = jax.device_get(run.state)
+    moved = (
+        optim.average(before.opt_state)["student"]["embedding"]
+        - before.params["student"]["embedding"]
+    )
+    assert np.any(moved), "the first step moved the average"
     bad = run.teacher
     run.teacher = jax.tree.map(lambda leaf: leaf * jnp.nan, bad)
     means = run.step(rows(1))
