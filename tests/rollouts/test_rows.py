@@ -227,11 +227,13 @@ def test_answers_of_several_teachers_share_no_row_and_no_micro_batch():
     for number, name in enumerate(("math", "code", "math", "math", "code", "math")):
         one = answer([1, 2], [3 + number] * 4)
         given.append(dataclasses.replace(one, prompt=Prompt(one.prompt.tokens, {"teacher": name})))
-    found, logprobs = rows_of(
-        given, seq_len=12, pad=0, packing_by="best_fit", sizes=(2, 4, 8), distilled=None,
+    made = lambda *sizes: rows_of(
+        given, seq_len=12, pad=0, packing_by="best_fit", sizes=sizes, distilled=None,
         routing=routing, layout=layout,
     )  # fmt: skip
-    # Two rows of M = 2 parts have no room for three; four have, as three parts of two rows.
+    # Two rows in M = 2 parts take M + K - 1 = 3 parts of one row, which is room for the three.
+    assert [int(row["route"]) for row in made(2, 4, 8)[0]] == [1, 1, 2]
+    found, logprobs = made(4, 8)  # three parts of two rows; part p has the places p, p + 3
     assert [int(row["route"]) for row in found] == [1, 2, 0, 1, 0, 0]
     assert logprobs.shape == (6, 12)
     held = [sorted(set(row["tokens"].tolist()) - {0, 1, 2}) for row in found]
