@@ -19,7 +19,7 @@ from jaxdistill.reasoning import prompts, tasks
 from jaxdistill.reasoning.judging import TIMED_OUT, Verdict
 from jaxdistill.reasoning.store import Store
 from jaxdistill.report import answers, html, story
-from jaxdistill.rollouts import verdicts
+from jaxdistill.rollouts import decisions, verdicts
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.run import anew, changes, run_table, workflow
 from jaxdistill.run.folder import RunDir
@@ -138,7 +138,7 @@ JUDGED = [
     for sample in range(2)
 ]
 VERDICTS = {
-    "answers": verdicts._digest(JUDGED),
+    "answers": decisions.hash_of(JUDGED),
     "verdicts": [[1.0, [1.0], None], [None, [None], TIMED_OUT]],
 }
 ROLLBACK = {"step": 2, "to": 1, "first_row": 1, "end_row": 2, "blamed": "batches", "numbers": ""}

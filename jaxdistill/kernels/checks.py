@@ -61,7 +61,7 @@ def indices(name: str, value: ArrayLike | Sequence[int]) -> Array:
             given = np.asarray(given)
         except (TypeError, ValueError):  # such as a list of tracers
             given = array(name, given)
-    if not jnp.issubdtype(given.dtype, jnp.integer) or given.dtype == jnp.int32:
+    if not jnp.issubdtype(given.dtype, jnp.integer):
         return array(name, given)
     if isinstance(given, jax.core.Tracer):
         return _as_int32(jnp, given)

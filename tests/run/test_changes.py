@@ -29,6 +29,7 @@ FACTS = {
     "tokenizer": "c",
     "teacher.shape": "d",
     "teacher.weights": "e",
+    "teachers.math.shape": "m",
     "student.shape": "f",
     "config.train.steps": "100",
     "config.optimizer.lr": "0.1",
@@ -255,10 +256,9 @@ def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     folder = tmp_path / "run"
     resolved = folder / "config.resolved.yaml"
     text = resolved.read_text()
-    assert "  fsdp: -1\n" in text
-    resolved.write_text(
-        text.replace("  fsdp: -1\n", "  fsdp: 4\n").replace("data: 1\n", "data: 2\n")
-    )
+    assert "  data: null\n  fsdp: -1\n" in text
+    sizes = "  data: 2\n  fsdp: 4\n"
+    resolved.write_text(text.replace("  data: null\n  fsdp: -1\n", sizes))
     api.resume(folder)
     told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     changed = {event["what"]: event for event in told if event["kind"] == "changed"}
