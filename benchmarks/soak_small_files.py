@@ -138,7 +138,7 @@ JUDGED = [
     for sample in range(2)
 ]
 VERDICTS = {
-    "answers": decisions.hash_of(JUDGED),
+    "answers": decisions.hash_of(JUDGED, notes=True),
     "verdicts": [[1.0, [1.0], None], [None, [None], TIMED_OUT]],
 }
 ROLLBACK = {"step": 2, "to": 1, "first_row": 1, "end_row": 2, "blamed": "batches", "numbers": ""}
