@@ -88,7 +88,7 @@ class Script(http.server.BaseHTTPRequestHandler):
             answer["choices"][0]["text"] = "\ud83d"
         if isinstance(fault, dict):
             answer["usage"] |= fault
-        if fault in UNSCORED:
+        if isinstance(fault, str) and fault in UNSCORED:
             answer["choices"][0]["logprobs"]["token_logprobs"] = [-0.5, UNSCORED[fault]]
         self._send(200, answer)
 
