@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxdistill import methods
-from jaxdistill.data.privileged import PROMPT, SIBLING, places
+from jaxdistill.data.context_names import PROMPT, SIBLING, places
 from jaxdistill.data.records import NOTES
 from jaxdistill.methods import signals
 from jaxdistill.section import PLAIN_PATTERN, Problem, Section, Size

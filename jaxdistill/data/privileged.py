@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.context_names import PROMPT, SIBLING, places
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.encode import Beside, Document
 from jaxdistill.data.progress import Progress
@@ -26,13 +27,7 @@ from jaxdistill.data.rules import Empty, TooLong, WithoutContext
 from jaxdistill.data.settings import Settings
 from jaxdistill.errors import ConfigError, DataError
 
-PROMPT, SIBLING = "prompt", "sibling"  # names in a template that are no fields of a record
 _KINDS = ("completion", "messages", "dialogue")
-
-
-def places(template: str) -> list[str]:
-    """The names in braces of a template, in order; other braces are text."""
-    return re.findall(r"\{([a-z_]+)\}", template)
 
 
 def phrases(template: str) -> tuple[str, ...]:
