@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
-from jaxdistill.data.privileged import SIBLING, PrivilegedView, text_prompt
+from jaxdistill.data.context_names import SIBLING
+from jaxdistill.data.privileged import PrivilegedView, text_prompt
 from jaxdistill.data.records import Record
 
 
