@@ -5,12 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from jaxdistill import methods, rules
-from jaxdistill.config import oneself as selves
-from jaxdistill.config import reward as rewards
+from jaxdistill import methods
+from jaxdistill.config import between
 from jaxdistill.config import rollout as rollouts
-from jaxdistill.config import routing as routes
-from jaxdistill.config import sparsity, stages
 from jaxdistill.config.data import Data
 from jaxdistill.config.models import Student, Teacher, Tokenizer
 from jaxdistill.config.optimizer import Optimizer
@@ -295,119 +292,4 @@ class Config(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Rules between sections."""
-        yield from routes.problems(self)
-        yield from _teacher_problems(self)
-        yield from selves.problems(self)
-        yield from _second_view_problems(self)
-        yield from _origin_problems(self)
-        yield from _size_problems(self)
-        yield from rollouts.problems(self)
-        yield from rewards.problems(self)
-        yield from sparsity.problems(self)
-        yield from stages.problems(self)
-
-
-def _teacher_problems(config: Config) -> Iterator[Problem]:
-    """What needs a teacher has one, and its tokenizer exists."""
-    student, teacher = config.student, config.teacher
-    if teacher is None and config.teachers is None:
-        if methods.of(config.method).needs_teacher(config.method):
-            yield ("teacher",), f"method {config.method.name} needs a teacher"
-        if student.from_ == "teacher":
-            yield ("student", "from"), "there is no teacher: add one, or give student.source"
-        if student.random and student.random.like == "teacher":
-            yield ("student", "random", "like"), "there is no teacher: add one, or give a path"
-        if config.checkpoint.best_metric in ("eval/kl_t1", "eval/agree_top1"):
-            yield ("checkpoint", "best_metric"), "is measured against a teacher, and there is none"
-    named = teacher is not None and bool(teacher.source or teacher.random)
-    if (
-        teacher
-        and teacher.served
-        and config.rollout is None
-        and methods.of(config.method).needs_teacher(config.method)
-    ):
-        yield (
-            ("teacher", "cache"),
-            "a server takes no part in a step: `jaxdistill teacher cache` asks it once, into the "
-            "folder that is named here; with rollout, sampled_kl asks it while the student writes",
-        )
-    itself = teacher is not None and teacher.self_ is not None
-    if teacher and not named and not itself and student.from_ == "teacher":
-        kind, remedy = "stored", "name them in teacher.source too"
-        if teacher.served:
-            kind, remedy = "served", "give student.source"
-        rule = f"a {kind} teacher has no weights to cut it out of: {remedy}"
-        yield ("student", "from"), rule
-    if teacher and teacher.quantize and student.from_ == "teacher":
-        rule = "the student would be cut out of rounded weights: give student.source"
-        yield ("teacher", "quantize"), rule
-    if methods.of(config.method).is_control and config.eval.compare:
-        rule = f"has no effect with method {config.method.name}, which is the control itself"
-        yield ("eval", "compare"), rule
-    if methods.of(config.method).pairs and config.eval.compare:
-        rule = "the SFT control would learn the rejected answers too: remove it"
-        yield ("eval", "compare"), rule
-    chain = config.tokenizer.from_
-    like = student.random.like if student.random else None
-    if student.tokenizer is not None and chain != "student":
-        rule = "must be student: student.tokenizer gives it a tokenizer of its own"
-        yield ("tokenizer", "from"), rule
-        return
-    if chain == "student" and student.tokenizer is None and "teacher" in (student.from_, like):
-        chain = "teacher"
-    if chain == "teacher" and config.teachers is not None:
-        return  # which is said there
-    if chain == "teacher" and itself:
-        chain = "student"
-    if chain in ("teacher", "student") and student.tokenizer is None:
-        model = teacher if chain == "teacher" else student
-        if model is None:
-            yield ("tokenizer", "from"), "there is no teacher: use student, bytes or a path"
-        elif model.random and model.random.like is None:
-            yield ("tokenizer", "from"), f"a random {chain} has no tokenizer: use bytes or a path"
-
-
-def _second_view_problems(config: Config) -> Iterator[Problem]:
-    """What a teacher that reads its own tokens goes with, and what is measured there."""
-    name, best = config.method.name, config.checkpoint.best_metric
-    if not methods.of(config.method).second_view:
-        if best == "eval/bits_per_byte":
-            rule = "is measured where the teacher has a tokenizer of its own: use eval/loss"
-            yield ("checkpoint", "best_metric"), rule
-        return
-    if best in ("eval/kl_t1", "eval/agree_top1"):
-        rule = f"compares tokens, and method {name} has two tokenizers: use eval/bits_per_byte"
-        yield ("checkpoint", "best_metric"), rule
-    if config.teacher is not None and config.teacher.cache:
-        rule = f"stores answers to the student's tokens, and method {name} asks about the teacher's"
-        yield ("teacher", "cache"), f"{rule}: give teacher.source alone"
-    if config.rollout is not None:
-        rule = f"answers are in the student's tokens alone, and method {name} needs both: remove it"
-        yield ("rollout",), rule
-    if config.data.special_tokens == "parse":
-        rule = "special tokens are written for one model, and there are two tokenizers: use text"
-        yield ("data", "special_tokens"), rule
-
-
-def _origin_problems(config: Config) -> Iterator[Problem]:
-    """Who wrote the text is said where, and only where, the method asks for it."""
-    origins = {source.origin for source in config.data.train} or {"data"}
-    name, sides = config.method.name, methods.of(config.method).sides
-    if sides:
-        if not all(origins.intersection(side) for side in sides):
-            first, *others = (f"the {side[0]}'s with origin: {side[0]}" for side in sides)
-            rule = f"{name} compares responses: mark {first}, and add {', '.join(others)}"
-            yield ("data", "train"), rule
-    elif origins != {"data"}:
-        yield ("data", "train"), f"origin has no effect with method {name}: remove it"
-
-
-def _size_problems(config: Config) -> Iterator[Problem]:
-    """Batches divide over the mesh; the schedule fits into the steps."""
-    train, warmup = config.train, config.optimizer.warmup
-    if isinstance(warmup, int) and warmup >= train.steps:
-        rule = f"must be below train.steps ({train.steps}), or a fraction below 1"
-        yield ("optimizer", "warmup"), rule
-    data, fsdp, *_ = config.mesh.sizes
-    parts = max(data, 1) * max(fsdp, 1)
-    yield from rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
+        yield from between.problems(self)
