@@ -6,7 +6,8 @@ from jaxdistill.evaluate.harness import adapter, harness
 from jaxdistill.plan.search import plan
 from jaxdistill.run.evaluation import evaluate
 from jaxdistill.run.export import export, export_adapters, load, quantize
-from jaxdistill.run.session import RunResult, distill, resume, train
+from jaxdistill.run.result import RunResult
+from jaxdistill.run.session import distill, resume, train
 from jaxdistill.run.setup import build
 from jaxdistill.run.sweep import sweep
 from jaxdistill.run.teacher_cache import capture

@@ -255,7 +255,8 @@ def test_a_plan_that_does_not_fit_ends_with_5(capsys, folder, engine):
 def test_nothing_is_trained_when_the_check_finds_something(capsys, folder, engine):
     code, out, err = run(capsys, "train", "run.yaml", "data.train.0.path=gone.jsonl")
     assert (code, out, engine.calls) == (3, "", [])
-    assert 'error: data.train.0.path = "gone.jsonl": no such file' in err
+    where = 'override "data.train.0.path=gone.jsonl"'
+    assert f'error: {where}: data.train.0.path = "gone.jsonl": no such file' in err
 
 
 def test_several_errors_are_counted_and_each_has_its_line(capsys, folder, engine):

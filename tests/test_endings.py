@@ -99,6 +99,8 @@ ENOUGH = {  # words after which argparse takes a command
     "init": "tiny -o a.yaml",
     "ls": "",
     "bench": "loss",
+    "schema": "run",
+    "completion": "bash",
 }
 IN_FILES = {
     "train", "resume", "launch", "sweep", "ckpt rollback", "clean", "importance", "prune",

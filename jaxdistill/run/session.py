@@ -1,16 +1,12 @@
 """One run, from a configuration to its table and report; begun, or gone on with."""
 
 import contextlib
-import dataclasses
-import html
-import importlib
 import logging
 import os
 import pathlib
 import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -20,7 +16,6 @@ from jaxdistill.callbacks import Broadcast, Callback
 from jaxdistill.config import Config, preflight
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.report import comparison_table, html_table
 from jaxdistill.run import (
     alike,
     anew,
@@ -37,6 +32,7 @@ from jaxdistill.run import (
     terminal,
 )
 from jaxdistill.run.folder import RunDir
+from jaxdistill.run.result import RunResult
 from jaxdistill.run.start import Inputs
 from jaxdistill.run.texts import Text
 from jaxdistill.run.training import Training
@@ -46,37 +42,6 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks, WithVerifiers
 from jaxdistill.train.stopping import Stop
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunResult:
-    """What a run leaves.
-
-    Attributes:
-      run_dir: its folder.
-      metrics: of the last evaluation.
-      rows: of the comparison, as in table.json.
-    """
-
-    run_dir: pathlib.Path
-    metrics: Mapping[str, float]
-    rows: Sequence[Mapping[str, Any]]
-
-    @property
-    def table(self) -> Any:
-        """`rows` as a frame with the names as its index where pandas is there, else as they are."""
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError:
-            return self.rows
-        return pandas.DataFrame(list(self.rows)).set_index("name")
-
-    def __str__(self) -> str:
-        return f"{comparison_table(self.rows)}\nrun folder: {self.run_dir}"
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return html_table(self.rows) + f"<p>run folder: {html.escape(str(self.run_dir))}</p>"
 
 
 def distill(
