@@ -342,6 +342,9 @@ class TeacherCache(Section):
     output: Annotated[Path, Flag("-o", "DIR")] | None = Field(
         None, description="A folder, or gs://... or s3://...; none: teacher.cache of the file."
     )
+    teacher: Annotated[str, Flag(metavar="NAME")] | None = Field(
+        None, description="Which of several teachers is asked, about its own records alone."
+    )
     format: Literal["hidden", "topk", "sampled"] = Field(
         "hidden",
         description="hidden: last hidden states, exact for every method of logits; topk: the k "

@@ -103,7 +103,7 @@ def cached(
 
     def teacher(params: Any, state: Any, batch: Batch) -> TeacherSignal:
         signal = read(form, params, batch.teacher, temperature, softcap, compute_dtype)
-        return jax.lax.stop_gradient(signal)
+        return jax.lax.stop_gradient(dataclasses.replace(signal, form=form.name))
 
     return teacher
 
@@ -151,7 +151,7 @@ def served(params: Any, state: Any, batch: Batch) -> TeacherSignal:
     In `teacher` they are `logprobs`, float32 [B, L, 1], at T = 1.
     """
     logprobs_BL1 = jax.lax.stop_gradient(batch.teacher["logprobs"])
-    return TeacherSignal(known=Known(batch.targets[..., None], logprobs_BL1))
+    return TeacherSignal(known=Known(batch.targets[..., None], logprobs_BL1), form="served")
 
 
 _READERS = {HIDDEN: _hidden, TOPK: _topk, SAMPLED: _sampled}

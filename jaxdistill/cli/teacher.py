@@ -27,7 +27,9 @@ def cache(arguments: argparse.Namespace) -> None:
     if options.dry_run:
         print("nobody was asked: leave --dry-run out to do it")
     elif found["whole"]:
-        print(f"next: teacher: {{cache: {found['place']}}}")
+        given = f"{{cache: {found['place']}}}"
+        of = f"teachers: {{{options.teacher}: {given}}}" if options.teacher else f"teacher: {given}"
+        print(f"next: {of}")
     else:
         print("other shards are not there yet: nothing can learn from it until they are")
     return None

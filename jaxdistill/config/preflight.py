@@ -167,12 +167,15 @@ class _Found:
 def _model_errors(config: Config) -> Iterator[UserError]:
     """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
     found = _models(config)
-    if config.teacher and config.teacher.cache and "://" not in config.teacher.cache:
-        place = os.path.expanduser(config.teacher.cache)
+    for name, one in {"teacher": config.teacher, **_several(config)}.items():
+        if one is None or one.cache is None or "://" in one.cache:
+            continue
+        place = os.path.expanduser(one.cache)
         if not os.path.isfile(os.path.join(place, "identity.json")):
+            which = "" if name == "teacher" else f" --teacher {name.removeprefix('teachers.')}"
             yield ConfigError(
-                f"teacher.cache = {shown(config.teacher.cache)}: holds no teacher's answers "
-                f"({_here()}): `jaxdistill teacher cache CONFIG -o DIR` asks for them"
+                f"{name}.cache = {shown(one.cache)}: holds no teacher's answers ({_here()}): "
+                f"`jaxdistill teacher cache CONFIG -o DIR{which}` asks for them"
             )
     yield from (model.error for model in found.values() if model.error)
     teacher, student = found.get("teacher", _Found()), config.student

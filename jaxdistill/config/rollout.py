@@ -223,10 +223,12 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     """The method learns from rewards, see `config.reward`, or from a teacher at hand."""
     if not methods.of(config.method).rewards:
         yield from _divergence_problems(config)
-    if config.teacher is not None and config.teacher.cache:
-        remedy = "the server is asked while it does" if config.teacher.api else "and name the model"
-        rule = f"was never asked about what the student will write: remove it, {remedy}"
-        yield ("teacher", "cache"), rule
+    several = {("teachers", name): one for name, one in (config.teachers or {}).items()}
+    for path, teacher in {("teacher",): config.teacher, **several}.items():
+        if teacher is not None and teacher.cache:
+            remedy = "the server is asked while it does" if teacher.api else "and name the model"
+            rule = f"was never asked about what the student will write: remove it, {remedy}"
+            yield (*path, "cache"), rule
 
 
 def _divergence_problems(config: Any) -> Iterator[Problem]:

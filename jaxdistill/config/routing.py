@@ -40,9 +40,9 @@ def problems(config: Any) -> Iterator[Problem]:
             "give teacher, or teachers by name, not both: teacher: null removes one",
         )
     for name, teacher in config.teachers.items():
-        for what, rule in _ASKED_BEFORE.items():
-            if getattr(teacher, what):
-                yield ("teachers", name, what), rule
+        if teacher.served:
+            rule = "a server takes no part in a step: `jaxdistill teacher cache --teacher "
+            yield ("teachers", name, "cache"), f"{rule}{name}` asks it once, into a folder to name"
         if teacher.self_ is not None:
             rule = "the student itself teaches alone: give source or random, or teacher.self"
             yield ("teachers", name, "self"), rule
@@ -58,13 +58,6 @@ def problems(config: Any) -> Iterator[Problem]:
         yield ("student", "random", "like"), f"is like one, {several}: give a path"
     if config.tokenizer.from_ == "teacher":
         yield ("tokenizer", "from"), f"is that of one, {several}: use student, bytes or a path"
-
-
-# How a teacher is asked -> why not beside others.
-_ASKED_BEFORE = {
-    name: "several teachers are asked in the step: give source or random alone"
-    for name in ("cache", "api")
-}
 
 
 def problem(options: Any) -> str | None:

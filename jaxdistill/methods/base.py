@@ -114,7 +114,6 @@ class Facts:
       vocab: rows of the heads that are tokens.
       steps: optimizer steps of the run.
       learning_rate: the highest of the student's parameters.
-      stored: the format of a stored teacher, or `signals.ONLINE`.
       columns: the rows of tokens that both models have, rising, or None: all of them.
       longest: tokens of an answer at most, where the student writes.
     """
@@ -126,7 +125,6 @@ class Facts:
     vocab: int
     steps: int
     learning_rate: float
-    stored: str = signals.ONLINE
     columns: tuple[int, ...] | None = None
     longest: int | None = None
 

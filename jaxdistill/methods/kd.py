@@ -69,7 +69,6 @@ def objective(
     parameters: tuple[float | str, ...] = (),
     scale_by_t2: bool = True,
     label_smoothing: float | None = None,
-    sparse: str | None = None,
     **head: Unpack[Head],
 ) -> Objective:
     """Knowledge distillation: alpha * CE + (1 - alpha) * T^2 * D(teacher, student).
@@ -82,12 +81,13 @@ def objective(
       parameters: the kind's own numbers, or names of knobs that hold them.
       scale_by_t2: multiply the divergence by T^2.
       label_smoothing: eps of the cross-entropy.
-      sparse: the kind of `kernels.sparse` where the teacher's signal is known tokens.
       head: see `Head`.
 
     Reference: Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
     """
     from jaxdistill.methods.head_loss import from_heads
+
+    needed = divergence if divergence in signals.TABLE else signals.ROWS
 
     def apply(params, student, signal, batch, knobs):
         return from_heads(
@@ -103,7 +103,7 @@ def objective(
             scale_by_t2=scale_by_t2,
             label_smoothing=label_smoothing,
             known=signal.known,
-            sparse=sparse,
+            sparse=signals.kind(needed, signal.form),
         )
 
     return Objective(no_parameters, apply)
@@ -126,7 +126,6 @@ def build(options: Kd, facts: Facts) -> Built:
             parameters=parameters,
             scale_by_t2=options.scale_by_t2,
             label_smoothing=options.label_smoothing or None,
-            sparse=signals.kind(reads(options), facts.stored),
             **options.head(facts),
         ),
         schedules(options, facts.steps, "alpha", "temperature")

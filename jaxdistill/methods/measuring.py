@@ -14,9 +14,9 @@ def cross_entropy(**head: Unpack[Head]) -> Objective:
     return sft.objective(**head)
 
 
-def against_teacher(*, sparse: str | None = None, **head: Unpack[Head]) -> Objective:
-    """As `cross_entropy`, and KL and agreement with a teacher, `sparse` as `kd.objective` takes it.
+def against_teacher(**head: Unpack[Head]) -> Objective:
+    """As `cross_entropy`, and KL and agreement with a teacher.
 
     Knobs: alpha, temperature.
     """
-    return kd.objective(sparse=sparse, **head)
+    return kd.objective(**head)

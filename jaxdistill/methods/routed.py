@@ -83,6 +83,8 @@ class Routed:
         """
 
         def branch(place: int, name: str, part: Batch, *more: Any) -> tuple[dict[str, Mean], Any]:
+            if part.teacher is not None:  # what was stored of others may have another form
+                part = dataclasses.replace(part, teacher=part.teacher.get(name))
             means, sums = of_one(self.teachers[name], params[name], part, *more)
             told = {
                 f"{PREFIX}{name}/{what}": means[of] for what, of in REPORTED.items() if of in means

@@ -26,9 +26,9 @@ _READS = {
 }
 
 
-def kind(reads: str, format: str) -> str | None:
-    """The kind of the head loss on a stored format; None where it is the one of whole rows."""
-    return None if format == ONLINE else TABLE[reads][format]
+def kind(reads: str, form: str) -> str | None:
+    """The kind of the head loss on a signal's form; None where it is the one of whole rows."""
+    return None if form == ONLINE else TABLE[reads][form]
 
 
 def sparse(format: str) -> bool:

@@ -43,7 +43,6 @@ def objective(
     explains: tuple[int, int],
     label_weight: float = 0.5,
     with_teacher: bool = False,
-    sparse: str | None = None,
     **head: Unpack[Head],
 ) -> Objective:
     """Distilling Step-by-Step: a * L_label + (1 - a) * L_rationale, each the mean of its tokens.
@@ -57,7 +56,6 @@ def objective(
       explains: (place, token): a document with this token there is a rationale, any other a label.
       label_weight: a, 0 to 1.
       with_teacher: add KL(teacher || student) on the same tokens.
-      sparse: its kind of `kernels.sparse`, where the teacher's signal is known tokens.
       head: see `Head`.
 
     Reference: Hsieh et al. 2023, arXiv 2305.02301; a is its code's alpha.
@@ -94,7 +92,8 @@ def objective(
         soft = {name: knobs[name] for name in ("alpha", "temperature") if with_teacher}
         means = from_heads(
             head, student, signal.outputs if with_teacher else None, weighed, knobs,
-            known=signal.known if with_teacher else None, sparse=sparse,
+            known=signal.known if with_teacher else None,
+            sparse=signals.kind("forward_kl", signal.form) if with_teacher else None,
             **(soft or {"alpha": 1.0}),
         )  # fmt: skip
         return means | {"loss": Mean(means["loss"].total, jnp.sum(counted))}
@@ -112,7 +111,6 @@ def build(options: StepByStep, facts: Facts) -> Built:
             explains=explain_token(facts.student_tokenizer),
             label_weight=options.label_weight,
             with_teacher=options.with_teacher,
-            sparse=signals.kind("forward_kl", facts.stored),
             **options.head(facts),
         ),
         schedules(options, facts.steps, *knobs),

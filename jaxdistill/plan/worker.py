@@ -27,7 +27,7 @@ from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import on_policy, oneself, participants, setup, states, stored
+from jaxdistill.run import on_policy, oneself, participants, routing, setup, states, stored
 from jaxdistill.run.participants import Models
 from jaxdistill.run.setup import RunMethod
 from jaxdistill.train import step as steps
@@ -217,7 +217,8 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> fl
     for who, (form, model, length, _) in chosen.items():
         if form in ("splash", "cudnn"):
             again = config.student.remat != "none"
-            passes = 1.0 if who == "teacher" else 3.5 + again
+            asked = 1.0 / max(len(models.teachers), 1)  # of several each on its share of the rows
+            passes = 3.5 + again if who == "student" else asked
             total += passes * rows * length * attention_flops_per_token(model, length)
     return total / mesh.size
 
@@ -225,7 +226,7 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> fl
 def _counts(models: Models, state: Any) -> dict[str, int]:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     trainable, frozen = count(state.params), count(state.frozen)
-    asked = models.teachers.values() or [models.teacher]
+    asked = routing.online(models.teachers).values() or [models.teacher]
     teacher = sum(count_parameters(one.config) for one in asked if one)
     return {"total": trainable + frozen + teacher, "trainable": trainable, "teacher": teacher}
 
@@ -264,10 +265,11 @@ def _work(
         model_flops += forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher:
         theirs = length if models.second is None else models.second.seq_len
-        asked = [one.config for one in models.teachers.values() or [models.teacher] if one]
-        flops = sum(forward_flops_per_token(one, theirs) for one in asked)
-        # Of several on an average; a server computes elsewhere.
-        model_flops += flops / max(len(asked), 1) * theirs / length
+        if models.teachers:
+            model_flops += routing.flops_per_token(models.teachers, length)
+        elif models.teacher is not None:  # a server computes elsewhere
+            flops = forward_flops_per_token(models.teacher.config, theirs)
+            model_flops += flops * theirs / length
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

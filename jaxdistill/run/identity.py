@@ -8,9 +8,10 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.models import count_parameters
+from jaxdistill.models import Model, count_parameters
 from jaxdistill.run import changes, participants, routing
 from jaxdistill.run.folder import describe_machine, fingerprint
+from jaxdistill.run.stored import Stored
 from jaxdistill.run.texts import Text
 
 
@@ -26,22 +27,24 @@ def fingerprints(
     """
     prints = {f"data.{name}": one.fingerprint for name, one in texts.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
-    several = routing.keyed(models.teachers)
+    several = routing.keyed(routing.online(models.teachers))
     for name, model in {"teacher": models.teacher, "student": models.student, **several}.items():
         if model is not None:
             prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
     # Random weights are made anew from the seed, and on another mesh rounded otherwise.
     if models.teacher is not None and not settings["teacher"]["random"]:
         prints["teacher.weights"] = changes.weights(models.teacher.params)
-    for name, teacher in models.teachers.items():
+    for name, teacher in routing.online(models.teachers).items():
         shape = settings["teachers"][name]["random"]
         found = changes.weights(teacher.params) if shape is None else fingerprint(shape)
         prints[f"teachers.{name}.weights"] = found
     drawn = settings["student"]["random"] or (settings["teacher"] or {}).get("random")
     if models.start is not None and not drawn:
         prints["student.start"] = changes.weights(models.start.params)
-    if models.stored is not None and models.stored.store is not None:
-        prints["teacher.cache"] = fingerprint(dict(models.stored.store.identity))
+    stores = {"teacher": models.stored, **routing.keyed(routing.answers(models.teachers))}
+    for name, stored in stores.items():
+        if stored is not None and stored.store is not None:
+            prints[f"{name}.cache"] = fingerprint(dict(stored.store.identity))
     prints |= changes.facts_of(settings)
     if prune := settings["student"]["prune"]:
         file = pathlib.Path(prune["importance"])
@@ -54,17 +57,24 @@ def describe(models: participants.Models, mesh: Mesh) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
-            count = count_parameters(model.config)
-            parts[name] = {"source": model.source, "parameters": count}
+            parts[name] = _loaded(model)
     if models.teachers:
         parts["teachers"] = {
-            name: {"source": model.source, "parameters": count_parameters(model.config)}
-            for name, model in models.teachers.items()
+            name: _stored(one) if isinstance(one, Stored) else _loaded(one)
+            for name, one in models.teachers.items()
         }
     if models.stored is not None:
-        arch = models.stored.config
-        known = {} if arch is None else {"parameters": count_parameters(arch)}
-        parts["teacher"] = {"source": models.stored.place, **known}
+        parts["teacher"] = _stored(models.stored)
     if vocabularies := models.pairing.lines():
         parts["vocabularies"] = vocabularies
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
+
+
+def _loaded(model: Model) -> dict[str, Any]:
+    return {"source": model.source, "parameters": count_parameters(model.config)}
+
+
+def _stored(answers: Stored) -> dict[str, Any]:
+    arch = answers.config
+    known = {} if arch is None else {"parameters": count_parameters(arch)}
+    return {"source": answers.place, **known}

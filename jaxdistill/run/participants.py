@@ -40,7 +40,8 @@ class Models:
       start: the student before the first step, where the method compares with it: a copy of its
         weights in student.compute_dtype.
       second: the teacher's own tokens, where the method has it read them; or None.
-      teachers: several by name, in place of the one; {} where there are not.
+      teachers: several by name, in place of the one, those that are stored among them; {} where
+        there are not several.
       context: how the prompts of a teacher are made that is the student itself; or None.
     """
 
@@ -52,7 +53,7 @@ class Models:
     pairing: Pairing = Pairing()
     start: Model | None = None
     second: SecondView | None = None
-    teachers: Mapping[str, Model] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, Model | Stored] = dataclasses.field(default_factory=dict)
     context: PrivilegedView | None = None
 
 
@@ -93,8 +94,9 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
         best_metric=config.checkpoint.best_metric,
     )
     teacher = seated if second is None else teacher
-    several = routing.shapes_of(config, tokenizer, student)
-    named = {"teacher": teacher, "student": student, **routing.keyed(several)}
+    several = routing.shapes_of(config, tokenizer, vocab, student)
+    in_step = routing.keyed(routing.online(several))
+    named = {"teacher": teacher, "student": student, **in_step}
     read = dict.fromkeys(named, (vocab, config.data.seq_len))
     if second is not None:
         read["teacher"] = vocabulary_size(second.tokenizer), second.seq_len
@@ -112,11 +114,11 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     for name, given in asked.items():
         if given and given.quantize:
             quantize.check_backend(given.quantize)
-            if named[name] is not None:
+            if named.get(name) is not None:
                 shapes.teacher_scheme(given, network)
     sections = {**asked, "student": config.student}
     for name, section in sections.items():
-        shape = named[name]
+        shape = named.get(name)
         if section is not None and shape is not None:
             with jax.set_mesh(mesh):
                 platform = choice.current_device().platform
@@ -167,7 +169,7 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
     teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
     teacher = models.pairing.seated(teacher)
     several = {
-        name: _loaded(one, models.teachers[name], mesh)
+        name: _loaded_of_several(one, models.teachers[name], mesh)
         for name, one in routing.each(config).items()
     }
     student = student_of(config, models.student, teacher, mesh)
@@ -190,6 +192,9 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
     if models.teacher is not None and config.teacher is not None:
         theirs = length if models.second is None else models.second.seq_len
         found["teacher"] = (config.teacher.attention, models.teacher, theirs, config.teacher.dtype)
+    for name, one in routing.online(models.teachers).items():
+        given = (config.teachers or {})[name]
+        found[f"teachers.{name}"] = (given.attention, one, length, given.dtype)
     student = config.student
     found["student"] = (student.attention, models.student, length, student.compute_dtype)
     return {
@@ -230,6 +235,10 @@ def _loaded(config: Config, shape: Model, mesh: Mesh) -> Model:
     if source.quantize:
         model = quantize.quantized(model, source.quantize)
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
+
+
+def _loaded_of_several(config: Config, one: Model | Stored, mesh: Mesh) -> Model | Stored:
+    return one.loaded(mesh) if isinstance(one, Stored) else _loaded(config, one, mesh)
 
 
 def _uncut_teacher(config: Config, mesh: Mesh) -> Model:

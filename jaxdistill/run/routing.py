@@ -6,11 +6,15 @@ from typing import Any
 
 from jaxdistill import errors
 from jaxdistill.config import Config
+from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.teacher_cache import taught
 from jaxdistill.errors import ConfigError, MismatchError
-from jaxdistill.models import Model
-from jaxdistill.run import pairing, shapes
+from jaxdistill.methods import signals
+from jaxdistill.models import Model, forward_flops_per_token
+from jaxdistill.run import pairing, shapes, stored
+from jaxdistill.run.stored import Stored
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +49,24 @@ def each(config: Config) -> dict[str, Config]:
     }
 
 
-def shapes_of(config: Config, tokenizer: Any, student: Model) -> dict[str, Model]:
+def shapes_of(
+    config: Config, tokenizer: Any, vocab: int, student: Model
+) -> dict[str, Model | Stored]:
     """Each of several teachers without weights, once it reads the tokens of the run.
 
     Raises:
-      ModelError, ConfigError: as `shapes.of`.
+      ModelError, ConfigError: as `shapes.of`, and as `stored.of`.
       MismatchError: for one with other tokens.
     """
-    found = {}
+    found: dict[str, Model | Stored] = {}
     for name, one in each(config).items():
         shape = shapes.teacher_of(one, config.security.allow_network)
-        assert shape is not None, "the configuration gives every teacher a source"
         shape = shapes.ended(shape, tokenizer)
+        answers = stored.of(one, shape, tokenizer, vocab, f"teachers.{name}")
+        if answers is not None:
+            found[name] = answers
+            continue
+        assert shape is not None, "the configuration gives every teacher a source"
         pairs, seated = pairing.of(
             tokenizer,
             shape,
@@ -115,6 +125,47 @@ def _unused(taught: Mapping[str, int], told: str) -> Iterator[ConfigError]:
                 f"teachers.{name}: no record is for it ({told}): remove it, or name it in the "
                 "field `teacher` of records, or as data.train.N.teacher"
             )
+
+
+def online(several: Mapping[str, Model | Stored]) -> dict[str, Model]:
+    """Those of several teachers that are asked in the step."""
+    return {name: one for name, one in several.items() if isinstance(one, Model)}
+
+
+def answers(several: Mapping[str, Model | Stored]) -> dict[str, Stored]:
+    """Those of several teachers whose answers are stored."""
+    return {name: one for name, one in several.items() if isinstance(one, Stored)}
+
+
+def whole(several: Mapping[str, Model | Stored]) -> bool:
+    """Whether each of several teachers gives whole rows of its probabilities."""
+    return not any(signals.sparse(one.format.name) for one in answers(several).values())
+
+
+def beside(
+    several: Mapping[str, Model | Stored], data: Mapping[str, Dataset], tokenizer: Any
+) -> Mapping[str, Dataset]:
+    """The data sets with what is stored of several teachers; as they are, where nothing is.
+
+    Raises:
+      ConfigError: if somebody was not asked yet.
+      DataError: if segments are missing.
+    """
+    stores = {name: one.opened for name, one in answers(several).items()}
+    if not stores:
+        return data
+    return {name: taught.beside(rows, stores, tokenizer) for name, rows in data.items()}
+
+
+def flops_per_token(several: Mapping[str, Model | Stored], length: int) -> float:
+    """FLOPs of one of several teachers for a token, on an average over them."""
+    flops = [
+        one.flops_per_token()
+        if isinstance(one, Stored)
+        else forward_flops_per_token(one.config, length)
+        for one in several.values()
+    ]
+    return sum(flops) / len(flops)
 
 
 def keyed(named: Mapping[str, Any]) -> dict[str, Any]:

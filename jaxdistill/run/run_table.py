@@ -23,8 +23,9 @@ from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model, decoder
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.report import MetricsWriter, json_lines
-from jaxdistill.run import participants, setup, states
+from jaxdistill.run import participants, routing, setup, states
 from jaxdistill.run.folder import RunDir
+from jaxdistill.run.stored import Stored
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
 
@@ -97,9 +98,8 @@ class RunTable:
         if alone:
             objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
         else:
-            sparse = signals.kind("forward_kl", setup.format_of(models))
             objective = measuring.against_teacher(
-                vocab=models.vocab, columns=models.pairing.columns, sparse=sparse
+                vocab=models.vocab, columns=models.pairing.columns
             )
             assert self._signal is not None, "there is a teacher"
             signal = self._signal
@@ -115,6 +115,16 @@ class RunTable:
     def _pairs(self) -> bool:
         """Whether the held-out rows are pairs, which the method alone can compare."""
         return self._held_out.dataset.kind in PAIRS
+
+    @property
+    def tells_teacher(self) -> bool:
+        """Whether the teacher's row can be measured: whole rows of it are known."""
+        models, stored = self._models, self._models.stored
+        if stored is not None:
+            return stored.config is not None and not signals.sparse(stored.format.name)
+        if models.teachers:
+            return routing.whole(models.teachers)
+        return models.teacher is not None
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""
@@ -143,11 +153,11 @@ class RunTable:
 
         Of several together, each on the rows that are for it; nobody can time them.
         """
-        self._add_stored_teacher()
-        self._add_teachers()
         teacher = self._models.teacher
-        if teacher is None or self.has("teacher"):
+        if self.has("teacher") or not self.tells_teacher:
             return
+        if teacher is None:
+            return self._add_untimed_teacher()
         rows, vocab, text_bytes = self._held_out, self._models.vocab, None
         if (second := self._models.second) is not None:
             vocab = vocabulary_size(second.tokenizer)
@@ -158,28 +168,16 @@ class RunTable:
         rate = rows.speed(scoring, teacher.params)
         self._add("teacher", metrics, speed.size(teacher.config, teacher.params), rate)
 
-    def _add_teachers(self) -> None:
-        several = self._models.teachers
-        if not several or self.has("teacher"):
-            return
+    def _add_untimed_teacher(self) -> None:
+        """The row of several teachers, or of a stored one."""
         assert self._signal is not None, "there are teachers"
         scoring = meter.teacher_scoring_step(self._signal, self._models.vocab)
         metrics = self._held_out.measure(scoring, None, self._teacher_params)
-        sizes = [speed.size(one.config, one.params) for one in several.values()]
+        if (stored := self._models.stored) is not None:
+            return self._add("teacher", metrics, _size(stored), None)
+        sizes = [_size(one) for one in self._models.teachers.values()]
         size = {name: sum(one[name] for one in sizes) for name in _SUMMED}
         self._add("teacher", metrics, size, None)
-
-    def _add_stored_teacher(self) -> None:
-        """The row of a stored teacher whose whole rows are known; nobody can time it."""
-        stored = self._models.stored
-        if stored is None or stored.config is None or self.has("teacher"):
-            return
-        if signals.sparse(stored.format.name):
-            return
-        scoring = meter.teacher_scoring_step(stored.signal(None), self._models.vocab)
-        metrics = self._held_out.measure(scoring, None, self._teacher_params)
-        shape = decoder.shapes(stored.config, stored.dtype)
-        self._add("teacher", metrics, speed.size(stored.config, shape), None)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -294,8 +292,8 @@ class RunTable:
         found: list[str | None] = [None] * len(self._speaks.prompts)
         for name, part in self._beginnings().items():
             teacher = self._models.teachers.get(name)
-            known = teacher is not None and bool(part)
-            found += self._asked(teacher, part) if known else [None] * len(part)
+            asked = isinstance(teacher, Model) and part
+            found += self._asked(teacher, part) if asked else [None] * len(part)
         return found
 
     def _asked(self, teacher: Model, prompts: list[list[int]]) -> list[str]:
@@ -311,6 +309,13 @@ class RunTable:
     def _continued(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [[int(token) for token in one] for one in answers]
+
+
+def _size(teacher: Model | Stored) -> Mapping[str, int | float]:
+    if isinstance(teacher, Model):
+        return speed.size(teacher.config, teacher.params)
+    assert teacher.config is not None, "whole rows are those of a model that was at hand"
+    return speed.size(teacher.config, decoder.shapes(teacher.config, teacher.dtype))
 
 
 def _measured(metrics: Mapping[str, float], where: str) -> dict[str, float | None]:

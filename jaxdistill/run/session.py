@@ -310,7 +310,7 @@ class _Session:
     def _finished(self, checkpoints: Checkpoints) -> Mapping[str, float] | None:
         """The last metrics of a run of which nothing is left to do, said so; else None."""
         needed = {"student before", "student after"}
-        needed |= {"teacher"} if self.models.teacher or self.models.teachers else set()
+        needed |= {"teacher"} if self.table.tells_teacher else set()
         needed |= {"SFT control"} if self.config.eval.compare else set()
         done = self.run.record["status"] == "done" and all(map(self.table.has, needed))
         if not done or (checkpoints.latest() or 0) < self.config.train.steps:

@@ -21,11 +21,12 @@ from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
-from jaxdistill.methods import signals, two_tokenizers
+from jaxdistill.methods import two_tokenizers
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model
 from jaxdistill.run import oneself, participants, routing, shapes, sparse, states
 from jaxdistill.run.pairing import Pairing
+from jaxdistill.run.stored import Stored
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState, abstract_params
@@ -59,7 +60,8 @@ class RunMethod:
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
-      stored: the format of the stored signal that its batches carry, or None.
+      stored: the format of the stored signal that its batches carry, of several teachers by their
+        names; or None.
     """
 
     objective: methods.Objective
@@ -68,7 +70,7 @@ class RunMethod:
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
-    stored: Format | None = None
+    stored: Format | Mapping[str, Format] | None = None
 
 
 def method_of(config: Config, models: participants.Models) -> RunMethod:
@@ -102,8 +104,14 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     )
     loss = _loss_of(config, models, objective)
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
-    form = models.stored.format if models.stored and objective.needs_teacher else None
+    form = _format_of(models) if objective.needs_teacher else None
     return RunMethod(objective, measuring, teacher, tx, rate, loss, form)
+
+
+def _format_of(models: participants.Models) -> Format | Mapping[str, Format] | None:
+    """What batches carry of stored teachers."""
+    several = {name: one.format for name, one in routing.answers(models.teachers).items()}
+    return several or (models.stored.format if models.stored else None)
 
 
 def _loss_of(
@@ -138,7 +146,6 @@ def facts_of(config: Config, models: participants.Models) -> methods.Facts:
         columns=models.pairing.columns,
         steps=config.train.steps,
         learning_rate=config.optimizer.lr,
-        stored=format_of(models) if not is_served(config) else signals.SERVED,
         longest=None if config.rollout is None else config.rollout.max_new_tokens,
     )
 
@@ -147,11 +154,6 @@ def is_served(config: Config) -> bool:
     """Whether a server says what the teacher says of the student's text, while it writes."""
     teacher, asked = config.teacher, methods.of(config.method).needs_teacher(config.method)
     return asked and config.rollout is not None and teacher is not None and teacher.served
-
-
-def format_of(models: participants.Models) -> str:
-    """How the teacher's answers are stored, or `signals.ONLINE`."""
-    return signals.ONLINE if models.stored is None else models.stored.format.name
 
 
 def signal_of(
@@ -167,7 +169,8 @@ def signal_of(
     if models.teachers:
         normalise = config.routing.normalise if config.routing and objective else "token"
         signals = {
-            name: _online(one, models.teachers[name]) for name, one in routing.each(config).items()
+            name: _of_several(one, models.teachers[name], objective)
+            for name, one in routing.each(config).items()
         }
         return Routed(signals, normalise)
     if is_served(config):
@@ -182,6 +185,15 @@ def signal_of(
         relations=() if objective is None else objective.teacher_relations,
         second_view=models.second is not None,
     )
+
+
+def _of_several(
+    config: Config, teacher: Model | Stored, objective: methods.Objective | None
+) -> teachers.Teacher:
+    """One of several teachers, by the configuration as it would be with it alone."""
+    if isinstance(teacher, Stored):
+        return teacher.signal(None if objective is None else config.method)
+    return _online(config, teacher)
 
 
 def _online(config: Config, teacher: Model, **read: Any) -> teachers.Teacher:
@@ -231,11 +243,16 @@ def abstract_teacher_of(
     if models.teachers:
         several = routing.each(config).items()
         return {
-            name: _abstract_teacher(one, models.teachers[name], Pairing(), mesh)
-            for name, one in several
+            name: _abstract_of_several(one, models.teachers[name], mesh) for name, one in several
         }
     assert models.teacher is not None, "the configuration has a teacher where one is needed"
     return _abstract_teacher(config, models.teacher, models.pairing, mesh)
+
+
+def _abstract_of_several(config: Config, teacher: Model | Stored, mesh: Mesh) -> Any:
+    if isinstance(teacher, Stored):
+        return teacher.abstract_params(mesh)
+    return _abstract_teacher(config, teacher, Pairing(), mesh)
 
 
 def _abstract_teacher(config: Config, teacher: Model, pairing: Pairing, mesh: Mesh) -> Any:
@@ -286,8 +303,10 @@ def make_step(
     )
 
 
-def abstract_batch_of(config: Config, mesh: Mesh, form: Format | None = None) -> Batch:
-    """The shapes and places of a step's batch, with what it carries of a stored teacher."""
+def abstract_batch_of(
+    config: Config, mesh: Mesh, form: Format | Mapping[str, Format] | None = None
+) -> Batch:
+    """The shapes and places of a step's batch, with what it carries of stored teachers."""
     origins = any(source.origin != "data" for source in config.data.train)
     length = config.data.seq_len
     method, beside = methods.of(config.method), {}

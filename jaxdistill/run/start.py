@@ -34,7 +34,7 @@ class Inputs:
       mesh: of all devices.
       models: shapes and tokenizer, without weights.
       data: the training and the held-out rows.
-      taught: the same with what a stored teacher said of them, where there is one.
+      taught: the same with what stored teachers said of them, where there are some.
       prompts: what the student answers, where it writes.
       questions: held-out ones, of which its rewards are measured.
     """
@@ -84,6 +84,9 @@ def read(
     stored, taught = models.stored, data
     if stored is not None:
         taught = agree.together(lambda: stored.beside(data, models.tokenizer))
+    if models.teachers:
+        several = lambda: routing.beside(models.teachers, data, models.tokenizer)
+        taught = agree.together(several)
     prompts, questions = agree.together(lambda: _prompts(config, models, mesh, verifiers))
     agree.together(lambda: routing.check(config, data, prompts))
     agree.by_leader(lambda: served_teacher.check(config, models.tokenizer, models.vocab))

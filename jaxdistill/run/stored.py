@@ -86,6 +86,18 @@ class Stored:
         sparse = signals.sparse(self.format.name)
         return 0.0 if sparse else 2.0 * self.format.vocab * self.format.embed
 
+    @property
+    def opened(self) -> Store:
+        """The store.
+
+        Raises:
+          ConfigError: if nobody was asked yet.
+        """
+        if self.store is None:
+            catalog.read(Objects(self.place))
+        assert self.store is not None, "what is there has been opened"
+        return self.store
+
     def beside(self, data: Mapping[str, Dataset], tokenizer: Any) -> dict[str, Dataset]:
         """The data sets with what is stored for them.
 
@@ -93,10 +105,7 @@ class Stored:
           ConfigError: if nobody was asked yet.
           DataError: if segments are missing.
         """
-        if self.store is None:
-            catalog.read(Objects(self.place))
-        assert self.store is not None, "what is there has been opened"
-        return {name: taught.beside(rows, self.store, tokenizer) for name, rows in data.items()}
+        return {name: taught.beside(rows, self.opened, tokenizer) for name, rows in data.items()}
 
 
 def spec(teacher: Teacher) -> Model | None:
@@ -113,7 +122,9 @@ def spec(teacher: Teacher) -> Model | None:
     return Model(arch, None, tokenizer, teacher.cache)
 
 
-def of(config: Config, shape: Any, tokenizer: Any, vocab: int) -> Stored | None:
+def of(
+    config: Config, shape: Any, tokenizer: Any, vocab: int, key: str = "teacher"
+) -> Stored | None:
     """The stored teacher of a configuration, once it can serve this run; None where it has none.
 
     Args:
@@ -121,6 +132,7 @@ def of(config: Config, shape: Any, tokenizer: Any, vocab: int) -> Stored | None:
       shape: the teacher without weights: of `teacher.source`, or out of the store.
       tokenizer: of the run.
       vocab: rows of the heads that are tokens.
+      key: of the teacher in the file, for messages.
 
     Raises:
       ConfigError: if the method needs more than the format holds, naming one that would do.
@@ -143,7 +155,7 @@ def of(config: Config, shape: Any, tokenizer: Any, vocab: int) -> Stored | None:
         catalog.differing(store.place, store.identity, given)
         dtype = jnp.dtype(store.identity.get("teacher.dtype", teacher.dtype))
         found = Stored(teacher.cache, arch, dtype, store.format, store)
-    _check_method(config, found)
+    _check_method(config, found, key)
     return found
 
 
@@ -157,7 +169,7 @@ def check_weights(place: str, weights: str) -> None:
     catalog.differing(place, known, {"teacher.weights": weights})
 
 
-def _check_method(config: Config, stored: Stored) -> None:
+def _check_method(config: Config, stored: Stored, key: str) -> None:
     """What goes with what.
 
     Raises:
@@ -177,7 +189,7 @@ def _check_method(config: Config, stored: Stored) -> None:
             "not hold: use eval/loss, or capture with --format hidden"
         )
     if told:
-        raise ConfigError("\n".join(f"{line} (teacher.cache = {stored.place})" for line in told))
+        raise ConfigError("\n".join(f"{line} ({key}.cache = {stored.place})" for line in told))
 
 
 def sizes(

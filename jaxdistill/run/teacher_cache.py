@@ -25,7 +25,16 @@ from jaxdistill.evaluate import answers_to_store
 from jaxdistill.evaluate.answers_to_store import KEYS
 from jaxdistill.formats.config_json import write_config
 from jaxdistill.models import Model
-from jaxdistill.run import alike, changes, participants, setup, stored, teacher_cache_served, texts
+from jaxdistill.run import (
+    alike,
+    changes,
+    participants,
+    routing,
+    setup,
+    stored,
+    teacher_cache_served,
+    texts,
+)
 from jaxdistill.run.capture_progress import Progress
 from jaxdistill.sharding import batch_sharding, local_rows, replicated
 from jaxdistill.train.step import place
@@ -50,10 +59,8 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     Raises:
       UserError: whatever is wrong with configuration, data, teacher or store.
     """
-    output = options.output or (config.teacher and config.teacher.cache)
-    if not output:
-        raise ConfigError("teacher cache: give a folder with -o, or teacher.cache")
-    config = _asking(config)
+    routes, name = routing.of(config), options.teacher
+    config, output = _asking(config, options)
     compilation_cache.start(config.run.compilation_cache)
     processes.start(config.mesh.processes)
     alike.check(config.settings())
@@ -63,9 +70,15 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
         models = agree.together(lambda: participants.shapes_of(config, mesh))
         data = agree.leader_first(
             lambda: texts.data_of(
-                config.data, models.tokenizer, models.second, network=config.security.allow_network
+                config.data,
+                models.tokenizer,
+                models.second,
+                routing=routes,
+                network=config.security.allow_network,
             )
         )
+        if name is not None:
+            data = {of: rows.of_teacher(name) for of, rows in data.items()}
         agree.together(lambda: _check_vocabularies(models, data))
     server = config.teacher.api if config.teacher else None
     if server is not None:
@@ -101,16 +114,28 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
     return found | {"whole": asked.store(rows, data, options.share())}
 
 
-def _asking(config: Config) -> Config:
-    """The configuration with its teacher online.
+def _asking(config: Config, options: commands.TeacherCache) -> tuple[Config, str]:
+    """The configuration with the teacher that is asked, alone and online; and where it is stored.
 
     Raises:
-      ConfigError: if it names none.
+      ConfigError: if it names none, or not which, or no place.
     """
+    name, key = options.teacher, "teacher"
+    if config.teachers is not None:
+        known = ", ".join(config.teachers)
+        if name not in config.teachers:
+            said = "" if name is None else f"--teacher {name}: no such teacher: "
+            raise ConfigError(f"{said}there are several ({known}): say which, as --teacher NAME")
+        config, key = routing.each(config)[name], f"teachers.{name}"
+    elif name is not None:
+        raise ConfigError(f"--teacher {name}: there is no section teachers: leave it out")
     teacher = config.teacher
     if teacher is None or not (teacher.source or teacher.random or teacher.api):
-        raise ConfigError("teacher: nobody to ask: give teacher.source, or teacher.api")
-    return config.model_copy(update={"teacher": teacher.model_copy(update={"cache": None})})
+        raise ConfigError(f"{key}: nobody to ask: give {key}.source, or {key}.api")
+    if not (output := options.output or teacher.cache):
+        raise ConfigError(f"teacher cache: give a folder with -o, or {key}.cache")
+    online = teacher.model_copy(update={"cache": None})
+    return config.model_copy(update={"teacher": online}), output
 
 
 def _check_vocabularies(models: participants.Models, data: Mapping[str, Dataset]) -> None:
@@ -274,15 +299,13 @@ class _Asked:
     def _ask(self, batch: Sequence[work.Row], data: Mapping[str, Dataset]) -> Any:
         """The answers to a batch, not waited for."""
         like = next(iter(data.values()))
-        padding = like.empty_row()
-        padding.pop("origin", None)
+        padding = _plain(like.empty_row())
         rows, keys = [], []
         for number in local_rows(self._mesh, self._batch):
             row, key = padding, np.zeros(like.seq_len, np.uint32)
             if number < len(batch):
                 one = batch[number]
-                row = data[one.dataset][one.index]
-                row.pop("origin", None)
+                row = _plain(data[one.dataset][one.index])
                 for first, wanted in one.pieces:
                     of_segment = np.frombuffer(wanted.key[:4], "<u4")[0]
                     key[first : first + len(wanted.mask)] = of_segment
@@ -323,6 +346,11 @@ class _Asked:
                 )
             taken.append(fields)
         return taken
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what a teacher does not read: who wrote it, and whom it is for."""
+    return {name: leaf for name, leaf in row.items() if name not in ("origin", "route")}
 
 
 def _owners(mesh: Mesh, rows: int) -> list[int]:

@@ -336,10 +336,10 @@ def _meter(
     elif method.objective.needs_teacher:
         if models.stored is not None:
             teacher = models.stored.flops_per_token()
-        else:
-            # For each of the student's tokens, as the meter counts; of several on an average.
-            asked = [one for one in models.teachers.values() or [models.teacher] if one]
-            flops = [forward_flops_per_token(one.config, theirs) for one in asked]
-            teacher = sum(flops) / max(len(flops), 1) * theirs / length  # a server's are elsewhere
+        elif models.teachers:
+            teacher = routing.flops_per_token(models.teachers, length)
+        elif models.teacher is not None:  # a server's are elsewhere
+            # For each of the student's tokens, as the meter counts.
+            teacher = forward_flops_per_token(models.teacher.config, theirs) * theirs / length
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

@@ -22,6 +22,14 @@ train: {steps: 10}
 """
 
 
+ASKING = [
+    "method={name: reverse_kd, alpha: 0}", "data.prompts=[{path: p.jsonl}]",
+    "rollout={prompts_per_step: 4, max_new_tokens: 8}",
+]  # fmt: skip
+SERVER = "teachers.code.cache: a server takes no part in a step: `jaxdistill teacher cache --tea"
+ANSWERS = 'teachers.code.cache = "c": was never asked about what the student will write: remove it'
+
+
 def told(*overrides, text=BASE):
     with pytest.raises(ConfigError) as caught:
         config.loads(text, "conf.yaml", overrides)
@@ -33,6 +41,8 @@ def test_what_is_given_loads_and_is_written_out():
     assert list(loaded.teachers) == ["math", "code"] and loaded.teacher is None
     assert loaded.teachers["code"].dtype == "float32" and loaded.routing.normalise == "token"
     assert config.loads(config.dump(loaded)) == loaded
+    answers = config.loads(BASE, overrides=["teachers.code={cache: c}"])
+    assert answers.teachers["code"].cache == "c"
 
 
 @pytest.mark.parametrize(
@@ -43,10 +53,8 @@ def test_what_is_given_loads_and_is_written_out():
         (["teachers={'a.b': {source: t}}"], "teachers"),
         (["teachers.code={}"], "teachers.code: needs one of source, random, api"),
         (["teachers.code.random.like=teacher"], "teachers.code.random"),
-        (
-            ["teachers.code={cache: c}"],
-            'teachers.code.cache = "c": several teachers are asked in th',
-        ),
+        (["teachers.code={api: {base_url: 'http://h/v1', model: m}}"], SERVER),
+        (["teachers.code={cache: c}", *ASKING], ANSWERS),
         (
             ["routing.default=maths"],
             'routing.default = "maths": no such teacher: there are math, co',
@@ -104,5 +112,7 @@ def test_a_key_below_a_name_is_corrected():
 def test_missing_folders_of_each_teacher_are_told_before_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [str(error) for error in preflight.check(config.loads(BASE))]
+    stored = preflight.check(config.loads(BASE, overrides=["teachers.math={cache: c}"]))
+    assert any('teachers.math.cache = "c": holds no' in str(one) for one in stored)
     for name, folder in (("math", "t1"), ("code", "t2")):
         assert any(f'teachers.{name}.source = "{folder}"' in line for line in lines), lines

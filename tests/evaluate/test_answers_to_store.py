@@ -129,7 +129,7 @@ def test_drawn_tokens_give_the_cross_entropy_and_an_estimate_of_the_kl():
     batch = dataclasses.replace(batch, targets=jnp.zeros((2, 5), jnp.int32), mask=jnp.asarray(mask))
     signal = teachers.cached(form)({}, None, batch)
     student = Outputs(jnp.asarray(HIDDEN) * 0.5, jnp.asarray(HEAD))
-    objective = kd.objective(sparse="cross_entropy", vocab=V)
+    objective = kd.objective(vocab=V)
     knobs = {"alpha": jnp.float32(0.25), "temperature": jnp.float32(1.0)}
     means = objective.apply({}, student, signal, batch, knobs)
     logq = 0.5 * LOGITS

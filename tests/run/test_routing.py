@@ -8,12 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import api, models
+from jaxdistill import api, commands, models
+from jaxdistill.data.feed import CorpusFeed
 from jaxdistill.errors import ConfigError, DataError, MismatchError
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import decoder
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import html, read_metrics
-from jaxdistill.run import participants, routing, setup, texts
+from jaxdistill.run import (
+    identity,
+    participants,
+    routing,
+    run_table,
+    setup,
+    start,
+    states,
+    teacher_cache,
+    texts,
+)
+from jaxdistill.run.folder import RunDir
+from jaxdistill.train.step import place
 from tests.inject import Fault
 from tests.run.conftest import sentences
 from tests.run.test_on_policy import numbers, same
@@ -146,6 +160,81 @@ def test_each_is_asked_for_samples_of_its_own(routed):
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(found) == 4 and "teacher" not in found[0]  # nobody is asked for the prompt
     assert all("teacher" in one for one in found[1:])
+
+
+def test_a_stored_teacher_among_several_teaches_as_it_does_in_the_step(routed, load, tmp_path):
+    """It was asked about its own records alone; of whole numbers, in bfloat16."""
+    asking = load(tmp_path / "asking")
+    options = commands.TeacherCache(output=str(tmp_path / "code"), teacher="code")
+    found = teacher_cache.capture(asking, options)
+    mesh = setup.mesh_of(asking)
+    counted = positions(data.of_teacher("code") for data in api_data(asking, mesh).values())
+    assert found["whole"] and found["positions"] == counted
+    loaded = load(
+        tmp_path / "learning", teachers=f"{{math: {{{MATH}}}, code: {{cache: {tmp_path}/code}}}}"
+    )
+    inputs = start.read(loaded, mesh)
+    models = participants.load_models(loaded, inputs.models, mesh)
+    method = setup.method_of(loaded, models)
+    state = states.create(loaded, models.student, method.objective, method.tx, mesh)
+    params = setup.teacher_params_of(models, method)
+    table = run_table.RunTable(
+        RunDir(tmp_path, {}), models, method, HeldOut(inputs.taught["eval"], 8, 8, mesh, "eval"),
+        student=loaded.student, signal=setup.signal_of(loaded, models), teacher_dtype=None,
+        speaks=loaded.eval, seed=loaded.seed,
+    )  # fmt: skip
+    table.add_teacher()
+    [row] = table.rows
+    was = routed.table[0]
+    assert row["perplexity"] == pytest.approx(was["perplexity"], rel=1e-6)
+    for name, theirs in was["by_teacher"].items():
+        ours = row["by_teacher"][name]["perplexity"]
+        assert ours == pytest.approx(theirs["perplexity"], rel=1e-6)
+    assert row["parameters"] == was["parameters"]
+    step = setup.compile_step(loaded, method, state, params, mesh)
+    feed = CorpusFeed(inputs.taught["train"], batch_size=loaded.train.batch_size,
+                      seed=loaded.seed, left_out=list, layout=routing.layout(loaded))  # fmt: skip
+    at = 0
+    for expected in numbers(routed.run_dir)[:2]:
+        span, batch = feed.next(at, None)
+        at = span.end_row
+        state, means = step(state, params, place(batch, mesh))
+        for name in ("loss/total", "optim/grad_norm", "loss/kl_t1", "teachers/code/kl_t1"):
+            assert float(means[name].value) == pytest.approx(expected[name], rel=1e-5), name
+    facts = identity.fingerprints(loaded.settings(), models, inputs.texts)
+    assert "teachers.code.cache" in facts and "teachers.code.weights" not in facts
+    described = identity.describe(models, mesh)["teachers"]
+    assert described["code"]["source"] == f"{tmp_path}/code"
+    assert described["code"]["parameters"] > 0
+
+
+def positions(parts):
+    """How many predictions count in the texts of data sets, each text once."""
+    found = {}
+    for data in parts:
+        for index in range(len(data)):
+            row = data[index]
+            for number in range(1, row["segment_ids"].max() + 1):
+                own = row["segment_ids"] == number
+                found[row["tokens"][own].tobytes()] = int(row["mask"][own].sum())
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("teachers", "name", "words"),
+    [
+        (None, None, r"there are several \(math, code\): say which, as --teacher NAME"),
+        (None, "law", "--teacher law: no such teacher: there are several"),
+        ("{math: {cache: c}}", "math", "teachers.math: nobody to ask: give teachers.math.source"),
+        ("null", "math", "--teacher math: there is no section teachers"),
+    ],
+)
+def test_who_is_asked_is_one_of_them(load, tmp_path, teachers, name, words):
+    given = {} if teachers is None else {"teachers": teachers}
+    one = ("teacher={source: t}", "routing=null", "tokenizer.from=bytes")
+    loaded = load(tmp_path, *(one if teachers == "null" else ()), **given)
+    with pytest.raises(ConfigError, match=words):
+        teacher_cache.capture(loaded, commands.TeacherCache(output="c", teacher=name))
 
 
 def test_a_run_that_is_lost_resumes_to_the_same_bits(routed, load, tmp_path):

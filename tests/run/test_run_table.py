@@ -5,12 +5,20 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from jaxdistill import optim, teachers
-from jaxdistill.methods import distillm2, dpo, kd, measuring, sft, signals, step_by_step
+from jaxdistill import models, optim, teachers
+from jaxdistill.data.teacher_cache import formats
+from jaxdistill.methods import distillm2, dpo, kd, measuring, sft, step_by_step
 from jaxdistill.run import pairing, run_table, setup
 from jaxdistill.run.run_table import RunTable
+from jaxdistill.run.stored import Stored
 
 VOCAB = 11
+SHAPE = models.DecoderConfig("llama", VOCAB, 4, 8, 1, 1, 1, 4)
+MODEL = models.Model(SHAPE, None, None, "made")
+HIDDEN, TOPK = (
+    Stored("c", SHAPE, "float32", formats.choose(name, vocab=VOCAB, embed=4), None)
+    for name in ("hidden", "topk")
+)
 OBJECTIVES = {
     "kd": kd.objective(vocab=VOCAB),
     "sft": sft.objective(vocab=VOCAB),
@@ -45,7 +53,6 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
     monkeypatch.setattr(run_table, "make_loss", lambda *_, **__: "measuring")
     make_step = lambda loss, signal: made.append((loss, signal)) or (lambda *_: {})
     monkeypatch.setattr(run_table.meter, "make_step", make_step)
-    monkeypatch.setattr(setup, "format_of", lambda _: signals.ONLINE)
     table = object.__new__(RunTable)
     model = types.SimpleNamespace(config=None, params=None)
     table._models = types.SimpleNamespace(
@@ -71,3 +78,21 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
     else:
         assert asked == [(want, VOCAB)]
         assert step == ("measuring", "online" if teacher else teachers.none)
+
+
+@pytest.mark.parametrize(
+    ("known", "told"),
+    [
+        ({"teacher": MODEL}, True),
+        ({"stored": HIDDEN}, True),
+        ({"stored": TOPK}, False),
+        ({"teachers": {"math": MODEL, "code": HIDDEN}}, True),
+        ({"teachers": {"math": MODEL, "code": TOPK}}, False),
+        ({}, False),
+    ],
+)
+def test_a_teacher_that_is_known_in_part_has_no_row(known, told):
+    table = object.__new__(RunTable)
+    none = {"teacher": None, "stored": None, "teachers": {}}
+    table._models = types.SimpleNamespace(**none | known)
+    assert table.tells_teacher is told

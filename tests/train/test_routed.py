@@ -11,6 +11,8 @@ import pytest
 
 from jaxdistill import models, optim, teachers
 from jaxdistill.data.routes import Layout
+from jaxdistill.data.teacher_cache import formats
+from jaxdistill.evaluate import answers_to_store
 from jaxdistill.methods import kd
 from jaxdistill.methods.routed import Routed
 from jaxdistill.train import state as states
@@ -56,11 +58,12 @@ KNOWING = optim.optimizer(1e-2, knobs={name: float(value) for name, value in KNO
 class Learning:
     """A student under the given teachers."""
 
-    def __init__(self, signal, params, micro_batches, *, rows=ROWS, mesh=None, tx=SGD):
+    def __init__(self, signal, params, micro_batches, *, rows=ROWS, mesh=None, tx=SGD, like=None):
         self.mesh = mesh or mesh_of(1, 1)
         self.state, self.params = begun(self.mesh, tx), params
         step = steps.make(given, signal, tx, micro_batches=micro_batches)
-        shape = steps.abstract_batch(example(isinstance(signal, Routed)), rows, self.mesh)
+        like = example(isinstance(signal, Routed)) if like is None else like
+        shape = steps.abstract_batch(like, rows, self.mesh)
         self.program = steps.compiled(step, self.state, params, shape, self.mesh)
 
     def step(self, batch):
@@ -172,6 +175,52 @@ def test_a_mixed_batch_is_the_weighted_sum_of_both(normalise):
     expected = jax.tree.map(mixed, *gradients().values())
     moved = jax.tree.map(lambda old, new: (old - new) / 0.1, before, run.student())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), moved, expected)
+
+
+def stored(name, form, batch):
+    """What a teacher says of a batch as a store has it; in others' rows what nobody may read."""
+    mesh = mesh_of(1, 1)
+    ask = answers_to_store.step(SHAPES[name], form, mesh, compute_dtype="float32")
+    keys = {answers_to_store.KEYS: np.zeros(batch.tokens.shape, np.uint32)}
+    asked = steps.place(dataclasses.replace(batch, teacher=keys), mesh)
+    found = {key: np.asarray(a) for key, a in ask(params_of(name, mesh), asked).items()}
+    flat = {key: a.reshape(-1, *a.shape[2:]) for key, a in found.items()}
+    others = list(SHAPES).index(name) + 1 != MIXED
+    fields = {}
+    for key, a in answers_to_store.finish(form, flat).items():
+        fields[key] = a.reshape(ROWS, -1, *a.shape[1:]).copy()
+        fields[key][others] = np.nan if np.issubdtype(a.dtype, np.floating) else 255
+    return fields
+
+
+def test_stored_answers_of_several_forms_teach_as_the_teachers_do():
+    """Of one the hidden states, of the other all tokens' probabilities at T = 1 and 2."""
+    run, layout = both()
+    told = run.step(laid(rows(0), MIXED, layout))
+    forms = {
+        "math": formats.choose("hidden", vocab=VOCAB, embed=TEACHER.embed, dtype="float32"),
+        "code": formats.choose(
+            "topk", vocab=VOCAB, embed=OTHER.embed, k=VOCAB, dtype="float32", temperatures=(2.0,)
+        ),
+    }
+    given = {name: stored(name, form, rows(0)) for name, form in forms.items()}
+    batch = laid(dataclasses.replace(rows(0), teacher=given), MIXED, layout)
+    signals = {
+        name: teachers.cached(form, temperature=2.0, compute_dtype="float32")
+        for name, form in forms.items()
+    }
+    params = {"math": {"head": params_of("math", mesh_of(1, 1))["embedding"][:VOCAB]}, "code": {}}
+    asked = Learning(Routed(signals), params, layout.parts, rows=layout.size(ROWS), like=batch)
+    found = asked.step(batch)
+    of_rows = {"loss/kl_t1": "kl_t1", "agree/top1": "agree_top1"}  # known of mathematics alone
+    for name, own in of_rows.items():
+        assert found[name] == found[f"teachers/math/{own}"]
+        assert f"teachers/code/{own}" not in found
+    for name in found.keys() & told.keys() - {*of_rows, "teacher/entropy"}:
+        assert found[name] == pytest.approx(told[name], rel=2e-6), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), asked.student(), run.student()
+    )
 
 
 @pytest.mark.parametrize(

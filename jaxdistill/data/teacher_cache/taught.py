@@ -1,6 +1,7 @@
-"""A data set whose rows carry what a stored teacher said about them."""
+"""A data set whose rows carry what a stored teacher said about them, or each of several."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,19 @@ _SHOWN = 60  # characters of an example
 class TaughtDataset(Dataset):
     """Rows of tokens, each with `teacher`: the store's fields [L, ...], zeros where nothing counts.
 
+    Of several teachers `teacher` has the fields of each stored one by its name, zeros in the rows
+    that are for another.
+
     Attributes:
-      store: where the teacher's signals lie.
-      entries: int64 [S], the store's entry of every segment; -1 where no position counts.
+      stores: where the teacher's signals lie, by its route; 0 is the one that is alone. Of several
+        those that are not stored have none.
+      names: of several teachers, in the order of routes; () of one.
+      entries: int64 [S], in its store the entry of every segment; -1 where no position counts, or
+        where its teacher has no store.
     """
 
-    store: Store = None  # pyrefly: ignore
+    stores: Mapping[int, Store] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
     entries: np.ndarray = None  # pyrefly: ignore
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -35,74 +43,140 @@ class TaughtDataset(Dataset):
           DamagedError: if the store is not as it was written.
         """
         row: dict[str, Any] = super().__getitem__(index)
+        own = self.route(index) if self.names else 0
+        said = {
+            route: _fields(store, self.seq_len) if route != own else self._said(store, index)
+            for route, store in self.stores.items()
+        }
+        return row | {LEAF: self._named(said)}
+
+    def _said(self, store: Store, index: int) -> dict[str, np.ndarray]:
+        """What the teacher of a row said of it."""
         here = [s for s in segments.of_row(self, index) if self.entries[s.number] >= 0]
         # All reads are on their way before the first is waited for.
-        waits = [(s, self.store.reading(int(self.entries[s.number]))) for s in here]
-        arrays = {
-            name: np.zeros((self.seq_len, *shape), dtype)
-            for name, (dtype, shape) in self.store.format.fields().items()
-        }
+        waits = [(s, store.reading(int(self.entries[s.number]))) for s in here]
+        arrays = _fields(store, self.seq_len)
         for segment, wait in waits:
-            stored = self.store.mask(int(self.entries[segment.number]))
+            stored = store.mask(int(self.entries[segment.number]))
             places = segment.place + np.flatnonzero(stored)
             for name, values in wait().items():
                 arrays[name][places] = values
-        return row | {LEAF: arrays}
+        return arrays
+
+    def _named(self, by_route: Mapping[int, Any]) -> Any:
+        """What is by routes, by the names of teachers; of the one alone as it is."""
+        if not self.names:
+            return by_route[0]
+        return {self.names[route - 1]: one for route, one in by_route.items()}
 
     def empty_row(self) -> dict[str, Any]:
         """A row of padding."""
-        return super().empty_row() | empty(self.store.format, self.seq_len)
+        forms = {route: store.format for route, store in self.stores.items()}
+        return super().empty_row() | empty(self._named(forms), self.seq_len)
 
     def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         """The row with what a batch of an epoch carries."""
-        return row | {LEAF: self.store.format.in_epoch(row[LEAF], epoch)}
+        said = {0: row[LEAF]}
+        if self.names:
+            said = {route: row[LEAF][self.names[route - 1]] for route in self.stores}
+        told = {
+            route: self.stores[route].format.in_epoch(one, epoch) for route, one in said.items()
+        }
+        return row | {LEAF: self._named(told)}
 
 
-def empty(form: Format, seq_len: int) -> dict[str, Any]:
-    """What a row of padding carries of a stored teacher."""
-    fields = form.batch_fields().items()
-    return {LEAF: {name: np.zeros((seq_len, *shape), dtype) for name, (dtype, shape) in fields}}
+def _fields(store: Store, seq_len: int) -> dict[str, np.ndarray]:
+    """The fields of a row of which nothing is stored."""
+    fields = store.format.fields().items()
+    return {name: np.zeros((seq_len, *shape), dtype) for name, (dtype, shape) in fields}
 
 
-def beside(dataset: Dataset, store: Store, tokenizer: Any) -> TaughtDataset:
-    """The data set with the store's entries, all of them there.
+def empty(form: Format | Mapping[str, Format], seq_len: int) -> dict[str, Any]:
+    """What a row of padding carries of a stored teacher, or of several by their names."""
+
+    def of(one: Format) -> dict[str, np.ndarray]:
+        fields = one.batch_fields().items()
+        return {name: np.zeros((seq_len, *shape), dtype) for name, (dtype, shape) in fields}
+
+    alone = isinstance(form, Format)
+    return {LEAF: of(form) if alone else {name: of(one) for name, one in form.items()}}
+
+
+def beside(dataset: Dataset, store: Store | Mapping[str, Store], tokenizer: Any) -> TaughtDataset:
+    """The data set with the entries of a store, all of them there.
 
     Args:
       dataset: the rows.
-      store: what was captured.
+      store: what was captured; of several teachers by the names of those that are stored.
       tokenizer: of the rows, to show what is missing.
 
     Raises:
       DataError: if segments are missing: how many, and the first.
     """
+    names: tuple[str, ...] = ()
+    stores: dict[int, Store] = {}
+    if isinstance(store, Store):
+        stores[0] = store
+    else:
+        names = tuple(name for name, _, _ in dataset.teachers)
+        stores |= {names.index(name) + 1: one for name, one in store.items()}
     entries = np.full(len(dataset.arrays["segments"]), -1, np.int64)
-    missing, first, other = 0, None, False
+    lacking: dict[int, _Lacking] = {}
+    count = dict.fromkeys(stores, 0)
     for row, segment in segments.of(dataset):
+        route = dataset.route(row) if names else 0
+        if route not in stores:
+            continue
+        count[route] += 1
         if not segment.mask.any():
             continue
-        found = store.find(segment.key, segment.mask)
+        found = stores[route].find(segment.key, segment.mask)
         if found is None:
-            missing += 1
-            other |= store.has(segment.key)
-            first = first or (row, segment)
+            one = lacking.setdefault(route, _Lacking(row, segment))
+            one.missing += 1
+            one.other |= stores[route].has(segment.key)
         else:
             entries[segment.number] = found
-    if first is not None:
-        raise DataError(_lacks(dataset, store, tokenizer, missing, first, other))
+    if lacking:
+        lines = [
+            _told(one, dataset, tokenizer, stores[route], count[route], _name(names, route))
+            for route, one in lacking.items()
+        ]
+        raise DataError("\n".join(lines))
     plain = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(Dataset)}
-    return TaughtDataset(**plain, store=store, entries=entries)
+    return TaughtDataset(**plain, stores=stores, names=names, entries=entries)
 
 
-def _lacks(
+def _name(names: tuple[str, ...], route: int) -> str | None:
+    return names[route - 1] if names else None
+
+
+@dataclasses.dataclass
+class _Lacking:
+    """What a store lacks of a data set.
+
+    Attributes:
+      row, first: the first segment, and where it is.
+      missing: how many segments.
+      other: whether other positions of one of them are there.
+    """
+
+    row: int
+    first: segments.Segment
+    missing: int = 0
+    other: bool = False
+
+
+def _told(
+    lacking: _Lacking,
     dataset: Dataset,
-    store: Store,
     tokenizer: Any,
-    missing: int,
-    first: tuple[int, segments.Segment],
-    other: bool,
+    store: Store,
+    count: int,
+    name: str | None,
 ) -> str:
     """What is missing, the first example, and why that may be."""
-    row, segment = first
+    segment = lacking.first
     text = tokenizer.decode(segment.tokens.tolist())
     shown = text[:_SHOWN] + ("..." if len(text) > _SHOWN else "")
     reasons = ""
@@ -112,11 +186,12 @@ def _lacks(
             f"; it was captured with data.seq_len = {captured}, here it is {dataset.seq_len}: "
             "another length makes other windows of longer documents"
         )
-    if other:
+    if lacking.other:
         reasons += f"; it was captured with loss_on: {store.notes.get('loss_on')}, other positions"
+    key = "teacher" if name is None else f"teachers.{name}"
+    command = "teacher cache" if name is None else f"teacher cache --teacher {name}"
     return (
-        f"data.{dataset.name}: teacher.cache = {store.place} lacks {missing} of "
-        f"{len(dataset.arrays['segments'])} segments; the first is {shown!r} (row {row}, "
-        f"{len(segment.tokens)} tokens){reasons}: `jaxdistill teacher cache` with this "
-        "configuration adds what is missing"
+        f"data.{dataset.name}: {key}.cache = {store.place} lacks {lacking.missing} of {count} "
+        f"segments; the first is {shown!r} (row {lacking.row}, {len(segment.tokens)} tokens)"
+        f"{reasons}: `jaxdistill {command}` with this configuration adds what is missing"
     )

@@ -87,6 +87,44 @@ def test_a_row_carries_the_answer_to_each_of_its_texts_in_its_places(tmp_path):
     assert packed.empty_row()["teacher"]["hidden"].shape == (10, D)
 
 
+def routed(texts, rows) -> Dataset:
+    """A data set for two teachers: the first rows are for math, the others for code."""
+    data = dataset(texts)
+    routes = np.repeat([1, 2], [rows, len(texts) - rows])
+    teachers = (("math", rows, 0), ("code", len(texts) - rows, 0))
+    named = {**vars(data), "teachers": teachers, "arrays": data.arrays | {"row_routes": routes}}
+    return Dataset(**named)
+
+
+def test_a_row_carries_the_answers_of_its_own_teacher_by_name(tmp_path):
+    data = routed(TEXTS, 1)
+    stores = {
+        name: fill(tmp_path / name, {"train": data.of_teacher(name)}) for name in ("math", "code")
+    }
+    both, one = (
+        taught.beside(data, given, Words()) for given in (stores, {"code": stores["code"]})
+    )
+    own = both.of_teacher("code")
+    for index, text in enumerate(TEXTS):
+        expected = np.zeros((8, D), np.float32)
+        counted = np.arange(len(text)) < len(text) - 1
+        expected[: len(text) - 1] = answer(parts.Wanted(b"", counted, text))
+        name, other = ("math", "code") if index == 0 else ("code", "math")
+        row = both.in_epoch(both[index], 0)["teacher"]
+        np.testing.assert_array_equal(row[name]["hidden"].astype(np.float32), expected)
+        assert not row[other]["hidden"].astype(np.float32).any()
+        alone = one[index]["teacher"]
+        assert alone.keys() == {"code"} == one.empty_row()["teacher"].keys()
+        np.testing.assert_array_equal(alone["code"]["hidden"], row["code"]["hidden"])
+        if index:
+            again = own[index - 1]["teacher"]["code"]["hidden"]
+            np.testing.assert_array_equal(again, row["code"]["hidden"])
+    with pytest.raises(
+        DataError, match=r"teachers.math.cache = \S+ lacks 1 of 2 segments; the .*'1 "
+    ):
+        taught.beside(routed(TEXTS, 2), stores, Words())
+
+
 def test_texts_that_come_again_are_asked_once_and_all_their_positions_count():
     loss = [np.array([0, 1, 0, 0], bool), np.ones(2, bool), np.array([0, 0, 0, 1], bool)]
     data = {"train": dataset([TEXTS[0], TEXTS[1], TEXTS[0]], loss=loss)}
