@@ -68,11 +68,12 @@ _TOKENIZERS: dict[str, dict[str, Any]] = {
 def _tokenizer(name: str) -> Callable[[pathlib.Path], Any]:
     def read(folder: pathlib.Path) -> None:
         from jaxdistill.data import encode
+        from jaxdistill.data.codec import prepare
         from jaxdistill.formats.tokenizer_files import folder_tokenizer
 
         plain = {"version": "1.0", "added_tokens": [], "model": _BPE}
         (folder / "tokenizer.json").write_text(json.dumps(plain | _TOKENIZERS[name]))
-        codec = encode.prepare(folder_tokenizer(folder))
+        codec = prepare(folder_tokenizer(folder))
         encode.encode_text(codec, ["a" * 100_000])
 
     return read

@@ -13,6 +13,7 @@ from jaxdistill.errors import MismatchError
 def align(arguments: argparse.Namespace) -> None:
     """Shows which tokens of two models spell the same bytes of a text."""
     from jaxdistill.data import alignment, encode, vocabularies
+    from jaxdistill.data.codec import prepare
     from jaxdistill.data.token_bytes import token_bytes
 
     options = read(commands.Align, arguments)
@@ -22,7 +23,7 @@ def align(arguments: argparse.Namespace) -> None:
     spelled = {}
     for who, tokenizer in tokenizers.items():
         try:
-            [ids] = encode.encode_text(encode.prepare(tokenizer), [text])  # as data are read
+            [ids] = encode.encode_text(prepare(tokenizer), [text])  # as data are read
             if isinstance(ids, str):
                 raise MismatchError(ids)
             spelled[who] = token_bytes(tokenizer).spell(ids, text)

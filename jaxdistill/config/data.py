@@ -132,6 +132,11 @@ class Data(Section):
         "runs/.cache",
         description="Folder for tokenised rows, shared by runs; relative to the current directory.",
     )
+    workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None,
+        description="Processes that tokenise where it takes more than two seconds; the rows are "
+        "the same for any number. None: one for each processor, 32 at most.",
+    )
 
     @property
     def eval_files(self) -> tuple[DataSource, ...]:

@@ -1,6 +1,7 @@
 """Builds the tokenised data of a set of sources: stream, check, encode, quarantine, pack, seal."""
 
 import array
+import contextlib
 import itertools
 import json
 import logging
@@ -11,17 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdistill.data import encode, packing, pairs, privileged, progress, quarantine, store
-from jaxdistill.data.chat import ChatEncoder
-from jaxdistill.data.documents import Documents, Encoder
-from jaxdistill.data.held_out import fingerprint_of
-from jaxdistill.data.privileged import ContextEncoder, PrivilegedView
+from jaxdistill.data import encode, packing, pairs, progress, quarantine, store, tokenising, wire
+from jaxdistill.data.chat_template import check_stalled
+from jaxdistill.data.codec import Codec
+from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import PAIRS, TEACHER, Record, Rejected
 from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import TooLong, printable
-from jaxdistill.data.second_view import SecondView, ViewsEncoder
+from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.sources import Source
+from jaxdistill.data.worker import Worker
 from jaxdistill.errors import DataError
 from jaxdistill.types import ORIGINS
 
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 def build(
     folder: Path,
     sources: Sequence[Source],
-    codec: encode.Codec,
+    codec: Codec,
     settings: Settings,
     identity: str,
     *,
@@ -43,6 +44,7 @@ def build(
     quarantine_path: Path | None,
     second: SecondView | PrivilegedView | None = None,
     routing: Routing | None = None,
+    workers: int = 1,
 ) -> None:
     """Builds and seals one folder; what a killed build of the same data has done is not done again.
 
@@ -52,8 +54,8 @@ def build(
       StorageError: if the folder cannot be written.
     """
     with store.new_folder(folder) as temporary:
-        parts = temporary, sources, codec, settings, identity, fail_fast, name, second, routing
-        work = _Build(*parts)
+        parts = temporary, sources, codec, settings, identity, fail_fast, name
+        work = _Build(*parts, second, routing, workers)
         try:
             work.run()
             counts = work.finish()
@@ -125,19 +127,21 @@ class _Build:
         self,
         folder: Path,
         sources: Sequence[Source],
-        codec: encode.Codec,
+        codec: Codec,
         settings: Settings,
         identity: str,
         fail_fast: bool,
         name: str,
         second: SecondView | PrivilegedView | None,
         routing: Routing | None,
+        workers: int,
     ):
         self._folder, self._sources, self._codec = folder, sources, codec
         self._settings, self._fail_fast, self._name = settings, fail_fast, name
         self._second, self._routing = second, routing
         self.taught: list[tuple[str, int, int]] = []  # name, rows, tokens of several teachers
-        self._encoder: Encoder | ViewsEncoder | ContextEncoder | None = None
+        self._worker: Worker | None = None
+        self._workers = workers
         self._identity, self._noted = identity, time.monotonic()
         self._ids = store.ids(len(codec.inert))
         parts = store.ARRAYS | {"tokens": self._ids}
@@ -156,39 +160,76 @@ class _Build:
         if at.records:
             _log.info("data.%s: %s records are done by a killed build", self._name, at.records)
         if at.kind is not None:
-            self._encoder = self._choose(at.kind)
-        for index, source in enumerate(self._sources):
-            if index + 1 < len(at.origins):
-                continue
-            if index == len(at.origins):
-                at.origins.append((at.tokens, ORIGINS.index(source.origin)))
-                at.items = at.used = 0
-            for batch in batched(source, at.items):
-                self._take(index, batch)
+            self._worker = self._choose(at.kind, at.kind_from)
+        made = tokenising.made(self._batches(), lambda: self._worker, self._workers, self._where)
+        with contextlib.closing(made):
+            for index, batch, documents in made:
+                self._begin(index)
+                self._take(index, batch, documents)
                 at.items += len(batch)
                 if time.monotonic() - self._noted >= _NOTE_SECONDS:
                     self._note()
+        self._begin(len(self._sources) - 1)
 
-    def _take(self, index: int, batch: list[Record | Rejected]) -> None:
-        """Encodes a batch of a source's records and writes what can be learned of them."""
+    def _begin(self, index: int) -> None:
+        """Begins sources up to this one."""
+        at = self.progress
+        while len(at.origins) <= index:
+            at.origins.append((at.tokens, ORIGINS.index(self._sources[len(at.origins)].origin)))
+            at.items = at.used = 0
+
+    def _batches(self) -> Iterator[tuple[int, tokenising.Batch]]:
+        """(source, batch) of what is not done yet; the first record's kind is that of all."""
+        at, kind = self.progress, self.progress.kind
+        first, done = max(len(at.origins) - 1, 0), at.items
+        holder = at.kind_from
+        for index, source in enumerate(self._sources[first:], start=first):
+            for batch in batched(source, done if index == first else 0):
+                for record in tokenising.good(batch):
+                    if kind is None:
+                        kind, holder = record.kind, index
+                        self._worker = self._choose(kind, holder)
+                    self._check_kind(record, index, kind, holder)
+                yield index, batch
+
+    def _check_kind(self, record: Record, index: int, kind: str, holder: int) -> None:
+        if record.kind != kind:
+            names = [source.name for source in self._sources]
+            raise DataError(
+                f"data.{self._name}: mixed kinds of records: {names[holder]} holds {kind!r}, "
+                f"{names[index]}:{record.line} is {record.kind!r}: a data set has one kind"
+            )
+
+    def _where(self, index: int, batch: tokenising.Batch) -> str:
+        first, last = batch[0].line, batch[-1].line
+        return f"data.{self._name}: {self._sources[index].name}:{first} to {last}"
+
+    def _take(self, index: int, batch: tokenising.Batch, made: wire.Made) -> None:
+        """Writes what can be learned of a batch of a source's records."""
         at, source = self.progress, self._sources[index]
-        good = [item for item in batch if isinstance(item, Record)]
-        encoded = iter(self._encode(index, good))
+        if at.kind is None and made.documents:
+            assert self._worker is not None, "it has made them"
+            at.kind, at.kind_from = self._worker.kind, index
+        at.tally.add(made.tally)
+        check_stalled(at.tally.stalled)
+        encoded = iter(zip(made.documents, made.hashes, strict=True))
         for item in batch:
             at.records += 1
-            made = next(encoded) if isinstance(item, Record) else item.reason
-            cuts = () if isinstance(made, str) else tuple(map(self._cut, made))
-            reason = made if isinstance(made, str) else self._problem(made, cuts)
-            if isinstance(item, Rejected) or isinstance(made, str) or reason is not None:
+            documents, said = (
+                next(encoded) if isinstance(item, Record) else (item.reason, np.uint64(0))
+            )
+            cuts = () if isinstance(documents, str) else tuple(map(self._cut, documents))
+            reason = documents if isinstance(documents, str) else self._problem(documents, cuts)
+            if isinstance(item, Rejected) or isinstance(documents, str) or reason is not None:
                 self._reject(index, item.line, reason or "")
                 continue
             # Of n records with weight w, floor(w n) copies: an exact share, by order.
             times = int(source.weight * (at.used + 1)) - int(source.weight * at.used)
             at.used += 1
-            self._files.append("records", np.asarray([fingerprint_of(item)], np.uint64))
+            self._files.append("records", said[None])
             route = self._route(item, source)
             for _ in range(times):
-                self._add(made, cuts, route)
+                self._add(documents, cuts, route)
 
     def _route(self, record: Record, source: Source) -> int | None:
         """Which of several teachers a record is for; where there are not, its field is not read."""
@@ -202,7 +243,6 @@ class _Build:
         """Notes how far this build is, should it be killed."""
         at = self.progress
         at.unread = at.unread.union(*(source.unread for source in self._sources))
-        at.conversations = self._chat.accounts if self._chat else {}
         self._write_offsets()
         progress.write(self._folder, self._identity, at, self._files)
         self._noted = time.monotonic()
@@ -212,10 +252,6 @@ class _Build:
         for name, ends in self._offsets.items():
             done = len(self._files.arrays[name])
             self._files.append(name, np.asarray(ends[done:], np.int64))
-
-    @property
-    def _chat(self) -> ChatEncoder | None:
-        return self._encoder.chat if self._encoder else None
 
     def finish(self) -> dict[str, int]:
         """Packs, completes the files, and returns the counts."""
@@ -287,7 +323,7 @@ class _Build:
         for why, words in LEFT_OUT.items():
             if words and at.left_out[why]:
                 found.append(f"{at.left_out[why]} of {at.records} records {words}")
-        found += privileged.notices(at.contexts, at.records - at.left_out.total())
+        found += at.tally.of_contexts(at.records - at.left_out.total())
         unread = sorted(
             at.unread.union(*(source.unread for source in self._sources)).difference(
                 getattr(self._second, "fields", ())
@@ -297,39 +333,14 @@ class _Build:
             names = ", ".join(f"`{printable(name)[:40]}`" for name in unread[:8])
             more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
             found.append(f"fields that are not read: {names}{more}")
-        if at.rendered:
-            found.append(
-                f"{at.rendered} records hold special tokens as text, such as "
-                f"{at.shown_control!r}: they stay text; data.special_tokens: parse reads them "
-                "as special tokens, for text that is rendered already"
-            )
+        found += at.tally.of_texts()
         found += [note for source in self._sources for note in source.notes]
-        return found + (self._chat.notices() if self._chat else [])
+        return [*found, *at.tally.of_conversations()]
 
-    def _encode(self, index: int, records: list[Record]) -> list[Documents]:
-        """What becomes of records; the first one's kind is then the kind of the data set."""
-        if not records:
-            return []
-        at, names = self.progress, [source.name for source in self._sources]
-        if self._encoder is None:
-            at.kind, at.kind_from = records[0].kind, index
-            self._encoder = self._choose(at.kind)
-        for record in records:
-            if record.kind != at.kind:
-                raise DataError(
-                    f"data.{self._name}: mixed kinds of records: {names[at.kind_from]} holds "
-                    f"{at.kind!r}, {names[index]}:{record.line} is {record.kind!r}: a data set "
-                    "has one kind"
-                )
-        return self._encoder(records)
-
-    def _choose(self, kind: str) -> Encoder | ViewsEncoder | ContextEncoder:
-        """The encoder of a kind of records."""
-        at = self.progress
-        source = self._sources[at.kind_from].name
-        if self._second is None:
-            return Encoder(self._codec, self._settings, kind, at, source=source)
-        return self._second.encoder(self._codec, self._settings, kind, at, source=source)
+    def _choose(self, kind: str, holder: int) -> Worker:
+        """What makes documents of records of a kind, which a source holds."""
+        source = self._sources[holder].name
+        return Worker(self._codec, self._settings, kind, source, self._second)
 
     @property
     def _pairs(self) -> bool:

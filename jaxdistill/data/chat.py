@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.chat_template import RenderError, Stalled
 from jaxdistill.data.encode import (
     Codec,
     Document,
     encode_batch,
     encode_middle,
 )
-from jaxdistill.data.learned import Account, Learned
+from jaxdistill.data.learned import Learned
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
 from jaxdistill.data.spans import last_control
+from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ModelError
 
 Span = tuple[int, int]
@@ -51,6 +52,9 @@ class ChatEncoder:
     each replaced by a numbered sentinel, and put back as plain text when the result is tokenised;
     special tokens in the result are therefore the template's own. A conversation that holds none
     is tokenised in one piece, exactly as `tokenizer.apply_chat_template` does.
+
+    Attributes:
+      tally: what was counted of the conversations so far.
     """
 
     def __init__(
@@ -59,45 +63,27 @@ class ChatEncoder:
         source: str | None,
         loss_on: str,
         template_kwargs: Mapping[str, Any] | None = None,
+        tally: Tally | None = None,
     ):
         """Compiles the template.
 
         Args:
-          codec: from `encode.prepare`.
+          codec: from `codec.prepare`.
           source: the template, see `rendering.template_of`.
           loss_on: a value of `learned.LOSS_ON`.
           template_kwargs: what the template is given besides, such as `enable_thinking`.
+          tally: where it is counted what the template makes of the conversations.
 
         Raises:
           DataError, ConfigError, ModelError: as `ChatRenderer`.
         """
-        self._codec = codec
-        self._renderer = ChatRenderer(codec, source, template_kwargs or {})
-        self._learned = Learned(self._renderer, codec, loss_on)
+        self._codec, self.tally = codec, tally or Tally()
+        self._renderer = ChatRenderer(codec, source, template_kwargs or {}, self.tally)
+        self._learned = Learned(self._renderer, codec, loss_on, self.tally)
         # Added tokens that are not special, such as <think>, are the assistant's to write.
         self._control = codec.control_pattern
         # Only a normaliser can turn other characters into a special token's string.
-        self._check = codec.tokenizer.backend_tokenizer.normalizer is not None
-
-    @property
-    def ends_turns(self) -> bool:
-        """False once a turn of the assistant was seen that ends without a special token."""
-        return self._learned.account.ends_turns
-
-    @property
-    def accounts(self) -> dict[str, Any]:
-        """What `notices` go by, as JSON: given to a new encoder, it goes on with them."""
-        unprinted = sorted(self._renderer.unprinted)
-        return {"learned": dataclasses.asdict(self._learned.account), "unprinted": unprinted}
-
-    @accounts.setter
-    def accounts(self, kept: Mapping[str, Any]) -> None:
-        self._learned.account = Account(**kept["learned"])
-        self._renderer.unprinted = set(kept["unprinted"])
-
-    def notices(self) -> list[str]:
-        """What the user should know about the conversations that were encoded."""
-        return self._learned.notices()
+        self._check = codec.backend.normalizer is not None
 
     def encode(self, records: Sequence[Record]) -> list[Document | str]:
         """A Document, or the reason why there is none, for every record."""
@@ -161,6 +147,7 @@ class ChatEncoder:
             self._renderer.check(shielded, text)
             learned, left = self._learned.spans(record, shielded, text, generated)
         except RenderError as error:
+            self.tally.stalled += isinstance(error, Stalled)
             return str(error)
         ends = self._learned.learns_end(record)
         return _Rendered(text, cuts, shielded.stash, learned, left, ends)
@@ -225,7 +212,7 @@ class ChatEncoder:
             ids = np.append(ids, np.int32(self._codec.end))
             loss = np.append(loss, item.ends_learned)
         elif item.learned is not None and loss.any() and not self._codec.inert[ids[loss]].any():
-            self._learned.account.ends_turns = False
+            self.tally.ends_turns = False
         return Document(ids, loss)
 
 
@@ -233,7 +220,7 @@ def opening(codec: Codec, source: str | None, template_kwargs: Mapping[str, Any]
     """What a template prints between a user's text and the first letter of the answer.
 
     Args:
-      codec: from `encode.prepare`.
+      codec: from `codec.prepare`.
       source: the template, see `rendering.template_of`.
       template_kwargs: what it is given besides.
 

@@ -25,6 +25,10 @@ class RenderError(Exception):
     """The template refuses one conversation; the message is the reason."""
 
 
+class Stalled(RenderError):
+    """The template did not end for one conversation."""
+
+
 class ChatTemplate:
     """A chat template, compiled and rendered in a process of its own.
 
@@ -103,10 +107,8 @@ class ChatTemplate:
             raise RenderError(f"chat template: {_words(error)}") from error
         except TimedOut as error:
             self._timeouts += 1
-            reason = f"chat template: did not end within {MAX_SECONDS:g} s and {MEMORY >> 30} GiB"
-            if self._timeouts == MAX_TIMEOUTS:
-                raise ModelError(f"{reason}, {MAX_TIMEOUTS} times: give another one") from error
-            raise RenderError(reason) from error
+            check_stalled(self._timeouts)
+            raise Stalled(_stalled()) from error
 
     def spans(self, rendered: str) -> tuple[str, list[tuple[int, int]]]:
         """Takes the generation marks out: the text, and [start, end) of what lay between them."""
@@ -124,6 +126,20 @@ class ChatTemplate:
                 parts.append(piece)
                 size += len(piece)
         return "".join(parts), found
+
+
+def _stalled() -> str:
+    return f"chat template: did not end within {MAX_SECONDS:g} s and {MEMORY >> 30} GiB"
+
+
+def check_stalled(times: int) -> None:
+    """Refuses a template that did not end for several conversations: it would not for the others.
+
+    Raises:
+      ModelError: if they are so many.
+    """
+    if times >= MAX_TIMEOUTS:
+        raise ModelError(f"{_stalled()}, {MAX_TIMEOUTS} times: give another one")
 
 
 def _words(error: Exception) -> str:

@@ -1,16 +1,17 @@
 """The teacher's prompts beside the student's, where the student answers: told by the record."""
 
-import collections
 import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, rendering
+from jaxdistill.data import chat, rendering
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import Codec
 from jaxdistill.data.context_names import SIBLING
 from jaxdistill.data.privileged import PrivilegedView, text_prompt
 from jaxdistill.data.records import Record
+from jaxdistill.data.tally import Tally
 
 
 class ContextPrompts:
@@ -24,13 +25,13 @@ class ContextPrompts:
     Attributes:
       of_siblings: whether the view asks for a right answer, see `PrivilegedView`.
       missing: the same view's.
-      told: what there is to say of the contexts, for `notices`.
+      tally: what there is to say of the contexts.
     """
 
-    def __init__(self, view: PrivilegedView, codec: encode.Codec, longest: int):
+    def __init__(self, view: PrivilegedView, codec: Codec, longest: int):
         self._view, self._codec, self._longest = view, codec, longest
         self.of_siblings, self.missing = view.of_siblings, view.missing
-        self.told: collections.Counter[str] = collections.Counter()
+        self.tally = Tally()
 
     def __call__(
         self, record: Record, ours: Sequence[int], parse: bool, sibling: str | None = None
@@ -53,10 +54,10 @@ class ContextPrompts:
             return ids
         if reason := view.apart(ours, ids, bool(record.roles)):
             return reason
-        self.told["cut"] += cut
+        self.tally.contexts["cut"] += cut
         answer = record.notes.get("answer", "").strip()
         only = all(record.notes[name].strip() == answer for name in view.fields)
-        self.told["answers"] += bool(answer) and sibling is None and only
+        self.tally.contexts["answers"] += bool(answer) and sibling is None and only
         return np.asarray(ids, np.int32)
 
     @functools.cached_property

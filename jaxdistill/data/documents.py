@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 from jaxdistill.data import chat, encode, pairs, rendering
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import Codec
 from jaxdistill.data.learned import each_turn
-from jaxdistill.data.progress import Progress
 from jaxdistill.data.records import PAIRS, Record
 from jaxdistill.data.settings import LOSS_ON, Settings
+from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ConfigError, DataError
+
+CHATS = ("messages", "dialogue")
 
 # What becomes of each record: its documents, or the reason why there are none.
 Documents = tuple[encode.Document, ...] | str
@@ -22,7 +25,7 @@ class Encoder:
       codec: of the tokenizer.
       settings: of the data set.
       kind: of the records.
-      counts: where records that look rendered are counted.
+      tally: where it is counted what there is to say of the records.
       source: the name of the file that the first record came from, for messages.
 
     Raises:
@@ -32,25 +35,25 @@ class Encoder:
 
     def __init__(
         self,
-        codec: encode.Codec,
+        codec: Codec,
         settings: Settings,
         kind: str,
-        counts: Progress,
+        tally: Tally,
         *,
         source: str,
     ):
-        self._codec, self._settings, self._kind, self._counts = codec, settings, kind, counts
+        self._codec, self._settings, self._kind, self._tally = codec, settings, kind, tally
         self._parse = settings.special_tokens == "parse"
         self.chat: chat.ChatEncoder | None = None
         self._pairs = kind in PAIRS
-        chats = PAIRS.get(kind, kind) in ("messages", "dialogue")
+        chats = PAIRS.get(kind, kind) in CHATS
         _check(settings, kind, chats, source)
         if chats:
-            template = rendering.template_of(codec.tokenizer, settings.chat_template)
+            template = settings.chat_template
+            if template is None:
+                template = rendering.template_of(codec.tokenizer)
             given = settings.template_kwargs
-            self.chat = chat.ChatEncoder(codec, template, settings.loss_on, given)
-            if counts.conversations:  # of a build that was killed
-                self.chat.accounts = counts.conversations
+            self.chat = chat.ChatEncoder(codec, template, settings.loss_on, given, tally)
 
     def __call__(self, records: Sequence[Record]) -> list[Documents]:
         """What becomes of each record."""
@@ -62,13 +65,13 @@ class Encoder:
 
     def _plain(self, records: Sequence[Record]) -> list[Documents]:
         """Texts, or prompts and completions; those that look rendered are counted."""
-        counts = self._counts
+        tally = self._tally
         if self._codec.controls and not self._parse:
             for record in records:
                 found = filter(None, map(self._codec.control_pattern.search, record.texts))
                 for match in itertools.islice(found, 1):
-                    counts.rendered += 1
-                    counts.shown_control = counts.shown_control or match[0]
+                    tally.rendered += 1
+                    tally.shown_control = tally.shown_control or match[0]
         if self._kind == "text":
             made = encode.encode_texts(self._codec, records, self._parse)
         else:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.record_hash import fingerprint_of, seen
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import Source, Stream
 from jaxdistill.errors import DataError
@@ -18,31 +17,6 @@ _log = logging.getLogger(__name__)
 
 # More held-out records than this share in the training data too, and the numbers mean nothing.
 MAX_SHARED = 0.1
-# Mark of byte order, spaces and joiners of no width, soft hyphen.
-_UNSEEN = "\ufeff\u200b\u200c\u200d\u2060\u00ad"
-
-
-def fingerprint_of(record: Record) -> int:
-    """64 bits of a hash of what a record says, however it is written.
-
-    White space, marks of byte order, compatible forms of characters (NFKC), the order of fields and
-    the shape of the record (text, prompt and completion, turns) do not count.
-    """
-    said = [_bare("".join(record.texts))]
-    more = record.conversation
-    if more and (any(more.fields) or more.tools):
-        said.append(json.dumps([more.fields, more.tools], sort_keys=True))
-    digest = hashlib.blake2b("\0".join(said).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def _bare(text: str) -> str:
-    """The characters of a text that are seen."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-        for unseen in _UNSEEN:
-            text = text.replace(unseen, "")
-    return "".join(text.split())
 
 
 def split(sources: Sequence[Source], fraction: float) -> tuple[list[Source], list[Source]]:
@@ -150,7 +124,7 @@ def _asked(record: Record) -> bytes | None:
         count -= 1
     if not record.roles:
         count = 0 if record.kind == "text" else 1
-    said = _bare("".join(record.texts[:count]))
+    said = seen("".join(record.texts[:count]))
     return hashlib.blake2b(said.encode(), digest_size=8).digest() if said else None
 
 

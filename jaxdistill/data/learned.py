@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import Codec
 from jaxdistill.data.conversations import Conversation
-from jaxdistill.data.encode import Codec
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import SENTINEL, ChatRenderer, Shielded
 from jaxdistill.data.spans import MAX_PREFIXES, SpeechFinder, letters, printed_whole
+from jaxdistill.data.tally import Tally
 from jaxdistill.data.turns import Tracer
 
 LOSS_ON = ("all", "assistant", "completion")
@@ -20,40 +21,19 @@ LOSS_ON = ("all", "assistant", "completion")
 Span = tuple[int, int]
 
 
-@dataclasses.dataclass
-class Account:
-    """What was seen of the conversations so far, for `Learned.notices`.
-
-    Attributes:
-      ends_turns: False once a turn of the assistant was seen that ends without a special token.
-      said: characters of the assistant's messages.
-      dropped: those that the template leaves out.
-      shortened: conversations in which it leaves some out.
-      altered: conversations in which it changes some, who knows how.
-    """
-
-    ends_turns: bool = True
-    said: int = 0
-    dropped: int = 0
-    shortened: int = 0
-    altered: int = 0
-
-
 class Learned:
-    """Decides what counts in the loss, conversation by conversation, and keeps the accounts.
+    """Decides what counts in the loss, conversation by conversation, and counts what is lost.
 
     Args:
       renderer: of the conversations.
-      codec: from `encode.prepare`.
+      codec: from `codec.prepare`.
       loss_on: a value of LOSS_ON.
-
-    Attributes:
-      account: what was seen so far.
+      tally: where it counts.
     """
 
-    def __init__(self, renderer: ChatRenderer, codec: Codec, loss_on: str):
+    def __init__(self, renderer: ChatRenderer, codec: Codec, loss_on: str, tally: Tally):
         self._renderer, self._control, self._loss_on = renderer, codec.control_pattern, loss_on
-        self.account = Account()
+        self._tally = tally
 
     def spans(
         self, record: Record, shielded: Shielded, text: str, generated: list[Span]
@@ -126,7 +106,7 @@ class Learned:
         """The spans of turns, while what the template leaves out of them is counted."""
         speech = finder.find(turns)
         self._count(speech.said, speech.dropped)
-        self.account.ends_turns &= speech.stops
+        self._tally.ends_turns &= speech.stops
         return speech.spans
 
     def _measure(
@@ -139,45 +119,18 @@ class Learned:
         try:
             speech = finder.find(turns)
         except RenderError:
-            self.account.altered += 1
+            self._tally.altered += 1
             return None
         return self._count(speech.said, speech.dropped)
 
     def _count(self, said: int, dropped: int) -> None:
-        self.account.said += said
-        self.account.dropped += dropped
-        self.account.shortened += dropped > 0
+        self._tally.said += said
+        self._tally.dropped += dropped
+        self._tally.shortened += dropped > 0
 
     @functools.cached_property
     def _tracer(self) -> Tracer:
         return Tracer(self._renderer.template.literals, SENTINEL)
-
-    def notices(self) -> list[str]:
-        """What the user should know about the conversations that were encoded."""
-        found, account = [], self.account
-        if not account.ends_turns:
-            found.append(
-                "some turns of the assistant end without a special token in the chat template "
-                "({% generation %} may leave it out): the student is not taught when to stop there"
-            )
-        if account.dropped:
-            found.append(
-                f"the chat template leaves out {account.dropped} of {account.said} characters "
-                f"({account.dropped / account.said:.2%}) of the assistant's text, in "
-                f"{account.shortened} conversations, such as the thinking of earlier turns: "
-                "data.turns: each learns every turn as the last one, as it is written when the "
-                "model is asked; data.chat_template takes another template"
-            )
-        if account.altered:
-            found.append(
-                "the chat template changes the assistant's text in "
-                f"{account.altered} conversations: "
-                "look at rows with `preview`"
-            )
-        if self._renderer.unprinted:
-            names = ", ".join(f"`{name}`" for name in sorted(self._renderer.unprinted))
-            found.append(f"the chat template does not print the fields {names} of tools' messages")
-        return found
 
     def learns_end(self, record: Record) -> bool:
         """Whether a token that ends the conversation counts."""

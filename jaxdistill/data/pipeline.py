@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import build as building
-from jaxdistill.data import digests, encode, quarantine, settings, store
+from jaxdistill.data import digests, fingerprint, quarantine, settings, store, tokenising
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.routes import Layout, Routing
@@ -45,6 +46,7 @@ def build(
     special_tokens: str = "text",
     second: SecondView | PrivilegedView | None = None,
     routing: Routing | None = None,
+    workers: int | None = None,
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.
 
@@ -79,6 +81,8 @@ def build(
         they become special tokens, for text that is rendered already.
       second: the tokens of another model, in which rows give the same documents too.
       routing: several teachers: every row is for one of them.
+      workers: processes that tokenise, where it takes longer than some seconds: the result is the
+        same for any number. None: one for each processor.
 
     Returns:
       A Dataset.
@@ -105,12 +109,14 @@ def build(
     settings.check_choice("on_bad_record", on_bad_record, settings.ON_BAD_RECORD)
     if not 0.0 <= max_bad_fraction <= 1.0:
         raise ConfigError(f"data.max_bad_fraction: {max_bad_fraction}: must lie between 0 and 1")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"data.workers: {workers}: must be at least 1")
     opened = _open(sources, name)
-    codec = encode.prepare(tokenizer)
+    codec = prepare(tokenizer)
     beside = None if second is None else second.identity()
     routed = None if routing is None else routing.identity()
     with digests.kept_in(Path(cache_dir)):
-        identity = settings.fingerprint(opened, codec, chosen, beside, routed)
+        identity = fingerprint.fingerprint(opened, codec, chosen, beside, routed)
     folder = Path(cache_dir) / f"{name}-{identity[:20]}"
     left_out = None if quarantine_path is None else Path(quarantine_path)
     notices = []
@@ -130,6 +136,7 @@ def build(
             quarantine_path=left_out,
             second=second,
             routing=routing,
+            workers=tokenising.default_workers() if workers is None else workers,
         )
     facts = manifest.read(folder)
     assert facts["fingerprint"] == identity

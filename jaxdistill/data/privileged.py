@@ -7,24 +7,24 @@ Every token of the answer is a group of its own on both sides, so the two are co
 place. The answer is never cut: what does not fit is left out, or the context is cut at its end.
 """
 
-import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import Codec, prepare
 from jaxdistill.data.context_names import PROMPT, SIBLING, places
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.encode import Beside, Document
-from jaxdistill.data.progress import Progress
 from jaxdistill.data.records import Record
 from jaxdistill.data.rules import Empty, TooLong, WithoutContext
 from jaxdistill.data.settings import Settings
+from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ConfigError, DataError
 
 _KINDS = ("completion", "messages", "dialogue")
@@ -70,9 +70,9 @@ class PrivilegedView:
     own_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def codec(self) -> encode.Codec:
+    def codec(self) -> Codec:
         """Of the tokenizer."""
-        return encode.prepare(self.tokenizer)
+        return prepare(self.tokenizer)
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
@@ -190,10 +190,10 @@ class PrivilegedView:
             )
 
     def encoder(
-        self, codec: encode.Codec, settings: Settings, kind: str, counts: Progress, *, source: str
+        self, codec: Codec, settings: Settings, kind: str, tally: Tally, *, source: str
     ) -> "ContextEncoder":
         """What makes documents with this view of records of a kind."""
-        return ContextEncoder(codec, settings, self, kind, counts, source=source)
+        return ContextEncoder(codec, settings, self, kind, tally, source=source)
 
 
 class ContextEncoder:
@@ -206,7 +206,7 @@ class ContextEncoder:
       settings: of the data set.
       view: of the teacher.
       kind: of the records.
-      counts: as `documents.Encoder` takes them, which raises the same errors.
+      tally: as `documents.Encoder` takes them, which raises the same errors.
       source: likewise.
 
     Raises:
@@ -216,11 +216,11 @@ class ContextEncoder:
 
     def __init__(
         self,
-        codec: encode.Codec,
+        codec: Codec,
         settings: Settings,
         view: PrivilegedView,
         kind: str,
-        counts: Progress,
+        tally: Tally,
         *,
         source: str,
     ):
@@ -239,16 +239,16 @@ class ContextEncoder:
                     f"data.{name} = {value}: teacher.self.context stands before one answer, which "
                     f"is compared whole: use {' or '.join(fitting)}"
                 )
-        self._settings, self._view, self._counts = settings, view, counts
+        self._settings, self._view, self._tally = settings, view, tally
         self._codec, self._kind = codec, kind
-        self._ours = Encoder(codec, settings, kind, counts, source=source)
+        self._ours = Encoder(codec, settings, kind, tally, source=source)
         self.chat = self._ours.chat
         self._theirs: Encoder | None = None
         if self.chat is not None:
             view.check_turns()
             kwargs = {**settings.template_kwargs, **view.own_kwargs}
             own = dataclasses.replace(settings, template_kwargs=kwargs)
-            self._theirs = Encoder(codec, own, kind, Progress(), source=source)
+            self._theirs = Encoder(codec, own, kind, Tally(), source=source)
 
     def __call__(self, records: Sequence[Record]) -> list[Documents]:
         """What becomes of each record."""
@@ -256,7 +256,7 @@ class ContextEncoder:
         return [one if isinstance(one, str) else self._of(record, one[0]) for record, one in both]
 
     def _of(self, record: Record, document: Document) -> Documents:
-        view, told = self._view, self._counts.contexts
+        view, told = self._view, self._tally.contexts
         if reason := view.missing(record):
             return reason
         edges = np.flatnonzero(np.diff(np.concatenate([[0], document.loss.astype(np.int8), [0]])))
@@ -305,7 +305,7 @@ class ContextEncoder:
         return ids[: int(np.flatnonzero(~loss[: last + 1])[-1]) + 1].tolist()
 
 
-def text_prompt(text: str, codec: encode.Codec, parse: bool) -> list[int] | str:
+def text_prompt(text: str, codec: Codec, parse: bool) -> list[int] | str:
     """The tokens of a prompt of plain text, or why there are none."""
     (ids,) = encode.encode_text(codec, [text], parse)
     return ids if isinstance(ids, str) else [*encode.prefix_of(codec, ids, parse), *ids]
@@ -327,14 +327,3 @@ def beside(length: int, first: int, answer: np.ndarray, prompt: Sequence[int]) -
     others = np.concatenate([np.zeros(len(prompt), np.int32), numbers])
     assert np.count_nonzero(groups) == np.count_nonzero(others), "each token on both sides"
     return Beside(groups, ids, others)
-
-
-def notices(told: collections.Counter[str], used: int) -> Iterator[str]:
-    """What the user should know about the contexts of a data set."""
-    if told["cut"]:
-        yield f"the context of {told['cut']} of {used} records was cut to leave room for the answer"
-    if told["answers"]:
-        yield (
-            f"the context of {told['answers']} of {used} records is the answer itself: the teacher "
-            "copies it, and the student learns what fine-tuning on the answers teaches"
-        )

@@ -9,16 +9,16 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxdistill.data import store
+from jaxdistill.data.tally import Tally
 from jaxdistill.errors import UserError
 from jaxdistill.safe import json_file
 
 FILE = "progress.json"
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -35,13 +35,10 @@ class Progress:
       truncated: documents that were cut.
       tokens: that were written.
       counted: tokens that count in the loss.
-      rendered: records that hold special tokens as text.
-      shown_control: one of these.
+      tally: what was counted of them for notices.
       left_out: records that were left out, by reason.
       origins: (first token, who wrote it) of every source that was begun.
       unread: names of fields that were met and not read.
-      conversations: accounts of `chat.ChatEncoder`.
-      contexts: of `privileged.notices`, records by what there is to say of their contexts.
     """
 
     items: int = 0
@@ -52,13 +49,10 @@ class Progress:
     truncated: int = 0
     tokens: int = 0
     counted: int = 0
-    rendered: int = 0
-    shown_control: str | None = None
+    tally: Tally = dataclasses.field(default_factory=Tally)
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     origins: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     unread: set[str] = dataclasses.field(default_factory=set)
-    conversations: dict[str, Any] = dataclasses.field(default_factory=dict)
-    contexts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 class Files:
@@ -154,7 +148,8 @@ def write(folder: Path, identity: str, progress: Progress, files: Files) -> None
         "version": _VERSION,
         "identity": identity,
         "marks": files.marks(),
-        "progress": vars(progress) | {"unread": sorted(progress.unread)},
+        "progress": vars(progress)
+        | {"unread": sorted(progress.unread), "tally": progress.tally.to_json()},
     }
     text = json.dumps(content)
     temporary = folder / f"{FILE}.tmp"
@@ -189,5 +184,5 @@ def _read(
     facts["left_out"] = collections.Counter(facts["left_out"])
     facts["origins"] = [(first, origin) for first, origin in facts["origins"]]
     facts["unread"] = set(facts["unread"])
-    facts["contexts"] = collections.Counter(facts["contexts"])
+    facts["tally"] = Tally.from_json(facts["tally"])
     return Progress(**facts), marks

@@ -9,6 +9,7 @@ from typing import Any
 from jaxdistill.commands import SpecialTokens
 from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.records import Record, parse
 from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import DataError, ModelError
@@ -28,7 +29,7 @@ class Prompter:
     """
 
     def __init__(self, tokenizer: Any):
-        self._codec = encode.prepare(tokenizer)
+        self._codec = prepare(tokenizer)
         # Whether special tokens are split is a state of the tokenizer, which calls switch.
         self._lock = threading.Lock()
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import chat, encode, privileged, quarantine, rendering
+from jaxdistill.data import chat, encode, quarantine, rendering
 from jaxdistill.data.build import batched
 from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.context_prompts import ContextPrompts
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import TEACHER, Record, Rejected
@@ -147,7 +148,7 @@ def read(
       ModelError: if the tokenizer is not a fast one, or has no chat template and needs one.
     """
     assert longest >= 1, "checked before"
-    codec = encode.prepare(tokenizer)
+    codec = prepare(tokenizer)
     template = rendering.template_of(tokenizer, chat_template)
     kwargs = dict(template_kwargs or {})
     behind = None if context is None else ContextPrompts(context, codec, context_longest)
@@ -167,12 +168,12 @@ def read(
                     quarantine.stop_at(left_out[-1])
     _check(key, counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
     if behind is not None:
-        for notice in privileged.notices(behind.told, len(found)):
+        for notice in behind.tally.of_contexts(len(found)):
             _log.warning("%s: %s", key, notice)
     content: dict[str, Any] = {
         "version": _VERSION,
         "sources": [source.digest() for source in sources],
-        "tokenizer": encode.fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "prefix": codec.prefix,
         "template": template,
         "settings": [longest, kwargs, special_tokens],
@@ -226,7 +227,7 @@ class _Encoder:
 
     def __init__(
         self,
-        codec: encode.Codec,
+        codec: Codec,
         template: str | None,
         kwargs: Mapping[str, Any],
         parse: bool,

@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxdistill.data.chat_template import ChatTemplate, RenderError
+from jaxdistill.data.codec import Codec
 from jaxdistill.data.conversations import REASONING, RESERVED, called
-from jaxdistill.data.encode import Codec
 from jaxdistill.data.records import Record
+from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ConfigError, DataError, ModelError
 
 OPEN, CLOSE = "\ue000", "\ue001"
@@ -89,16 +90,22 @@ class ChatRenderer:
 
     Attributes:
       template: compiled.
-      unprinted: names of fields that it was given, does not print, and that hardly matter.
     """
 
-    def __init__(self, codec: Codec, source: str | None, template_kwargs: Mapping[str, Any]):
+    def __init__(
+        self,
+        codec: Codec,
+        source: str | None,
+        template_kwargs: Mapping[str, Any],
+        tally: Tally | None = None,
+    ):
         """Compiles the template.
 
         Args:
-          codec: from `encode.prepare`.
+          codec: from `codec.prepare`.
           source: the template, see `template_of`.
           template_kwargs: what the template is given besides, such as `enable_thinking`.
+          tally: where it is noted what the template does not print; None: nobody asks.
 
         Raises:
           DataError: if there is no template.
@@ -111,7 +118,7 @@ class ChatRenderer:
                 "tokenizer of a chat model, give data.chat_template, or write prompt and "
                 "completion (format: alpaca_prompt does, for Alpaca's records)"
             )
-        variables = {**codec.tokenizer.special_tokens_map, **template_kwargs}
+        variables = {**codec.names, **template_kwargs}
         self.template = ChatTemplate(source, variables)
         self._reserved = frozenset(variables)
         for name in template_kwargs:
@@ -121,7 +128,7 @@ class ChatRenderer:
                     "or remove it"
                 )
         self._shield = re.compile(f"{codec.control_pattern.pattern}|[{_PRIVATE}]")
-        self.unprinted: set[str] = set()
+        self._tally = tally or Tally()
 
     def first(
         self,
@@ -231,7 +238,7 @@ class ChatRenderer:
                         f"print {name[:40]!r}"
                     )
             if "tool_call_id" in message and not self.template.mentions("tool_call_id"):
-                self.unprinted.add("tool_call_id")
+                self._tally.unprinted.add("tool_call_id")
         self._check_names(shielded)
 
     def _check_names(self, shielded: Shielded) -> None:
@@ -248,7 +255,7 @@ class ChatRenderer:
                     f"field `name` of message {number + 1}: the chat template does not print it: "
                     "write it into `content`, or remove the field"
                 )
-            self.unprinted.add("name")
+            self._tally.unprinted.add("name")
 
 
 def _spellings(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:

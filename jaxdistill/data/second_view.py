@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import alignment, encode, rendering
+from jaxdistill.data import alignment, rendering
+from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.encode import Beside, Document
-from jaxdistill.data.progress import Progress
 from jaxdistill.data.records import PAIRS, Record
 from jaxdistill.data.rules import TooLong, Unaligned
 from jaxdistill.data.settings import Settings
+from jaxdistill.data.tally import Tally
 from jaxdistill.data.token_bytes import TokenBytes, token_bytes
 from jaxdistill.errors import ConfigError, MismatchError
 
@@ -41,28 +42,28 @@ class SecondView:
     seq_len: int
 
     @functools.cached_property
-    def codec(self) -> encode.Codec:
+    def codec(self) -> Codec:
         """Of the tokenizer.
 
         Raises:
           ModelError: if it is not a fast one.
         """
-        return encode.prepare(self.tokenizer)
+        return prepare(self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """What decides its tokens and where documents are cut, as JSON."""
         return {
-            "tokenizer": encode.fingerprint(self.codec.tokenizer),
+            "tokenizer": tokenizer_fingerprint(self.codec.tokenizer),
             "prefix": self.codec.prefix,
             "template": rendering.template_of(self.codec.tokenizer, None),
             "seq_len": self.seq_len,
         }
 
     def encoder(
-        self, codec: encode.Codec, settings: Settings, kind: str, counts: Progress, *, source: str
+        self, codec: Codec, settings: Settings, kind: str, tally: Tally, *, source: str
     ) -> "ViewsEncoder":
         """What makes documents with this view of records of a kind."""
-        return ViewsEncoder(codec, settings, self, kind, counts, source=source)
+        return ViewsEncoder(codec, settings, self, kind, tally, source=source)
 
 
 class ViewsEncoder:
@@ -73,7 +74,7 @@ class ViewsEncoder:
       settings: of the data set; a chat template that is given is the student's.
       view: of the teacher.
       kind: of the records.
-      counts: as `documents.Encoder` takes them, which raises the same errors.
+      tally: as `documents.Encoder` takes them, which raises the same errors.
       source: likewise.
 
     Raises:
@@ -83,11 +84,11 @@ class ViewsEncoder:
 
     def __init__(
         self,
-        codec: encode.Codec,
+        codec: Codec,
         settings: Settings,
         view: SecondView,
         kind: str,
-        counts: Progress,
+        tally: Tally,
         *,
         source: str,
     ):
@@ -108,9 +109,9 @@ class ViewsEncoder:
             )
         self._settings, self._view = settings, view
         self._whole = kind in ("text", "completion")
-        self._ours = Encoder(codec, settings, kind, counts, source=source)
+        self._ours = Encoder(codec, settings, kind, tally, source=source)
         own = dataclasses.replace(settings, chat_template=None)
-        self._theirs = Encoder(view.codec, own, kind, Progress(), source=source)
+        self._theirs = Encoder(view.codec, own, kind, Tally(), source=source)
         self._bytes = tuple(
             _bytes_of(*one) for one in (("student", codec), ("teacher", view.codec))
         )
@@ -146,7 +147,7 @@ class ViewsEncoder:
         return tuple(made) or Unaligned("nothing that both models predict ends at one place")
 
 
-def _bytes_of(who: str, codec: encode.Codec) -> TokenBytes:
+def _bytes_of(who: str, codec: Codec) -> TokenBytes:
     """The bytes of a tokenizer's tokens, all of its special ones without."""
     try:
         table = token_bytes(codec.tokenizer)

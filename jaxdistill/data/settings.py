@@ -1,15 +1,12 @@
-"""What decides which rows come out of a set of sources, and the fingerprint of all of it."""
+"""The settings that decide, beside sources and tokenizer, which rows come out."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.data import encode, packing, rendering
+from jaxdistill.data import packing
 from jaxdistill.data.records import PAIRS
-from jaxdistill.data.sources import Source
-from jaxdistill.errors import ConfigError, DataError
+from jaxdistill.errors import ConfigError
 
 LOSS_ON = {"all": ("text", "completion", "messages", "dialogue"),
            "completion": ("completion", "dialogue", "pairs", "dialogue_pairs"),
@@ -18,10 +15,6 @@ ON_BAD_RECORD = ("quarantine", "fail")
 LONG_DOCUMENTS = ("auto", "split", "truncate", "reject")
 TURNS = ("whole", "each")
 SPECIAL_TOKENS = ("text", "parse")
-
-# Part of every fingerprint: raise it when the same input would give other tokens, masks, rows or
-# facts of the folder: one of before is not opened then.
-_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,43 +59,3 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ConfigError unless the value is one of the choices."""
     if value not in choices:
         raise ConfigError(f"data.{field}: {value!r}: must be one of {', '.join(choices)}")
-
-
-def fingerprint(
-    sources: Sequence[Source],
-    codec: encode.Codec,
-    settings: Settings,
-    second: Mapping[str, Any] | None = None,
-    routing: Mapping[str, Any] | None = None,
-) -> str:
-    """A hash over every byte of the sources, the tokenizer, the template and the settings.
-
-    `second` is the identity of a second view, `routing` of several teachers; they join where there
-    are such.
-    """
-    content: dict[str, Any] = {
-        "version": _VERSION,
-        "sources": [_identity(source) for source in sources],
-        "tokenizer": encode.fingerprint(codec.tokenizer),
-        "prefix": codec.prefix,
-        "template": rendering.template_of(codec.tokenizer, settings.chat_template),
-        "settings": dataclasses.asdict(settings),
-    }
-    content |= {} if second is None else {"second": second}
-    if routing is not None:
-        content["routing"] = {**routing, "of_sources": [one.teacher for one in sources]}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _identity(source: Source) -> dict[str, Any]:
-    # Who wrote it joins where it matters, so that other data sets keep their fingerprints.
-    whose = {} if source.origin == "data" else {"origin": source.origin}
-    often = {} if source.weight == 1.0 else {"weight": source.weight}
-    return {"format": source.format, "sha256": _digest(source), **whose, **often}
-
-
-def _digest(source: Source) -> str:
-    try:
-        return source.digest()
-    except OSError as error:
-        raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error

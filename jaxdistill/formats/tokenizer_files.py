@@ -10,7 +10,7 @@ from typing import Any
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import sums, tokenizer_bounds
 from jaxdistill.model_folder import check_folder, read_json, tokenizer_settings
-from jaxdistill.models.vocabulary import made_steady
+from jaxdistill.steady_tokenizer import made_steady
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 

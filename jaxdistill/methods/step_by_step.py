@@ -124,9 +124,10 @@ def explain_token(tokenizer: Any) -> tuple[int, int]:
       MismatchError: if this tokenizer writes both prompts alike.
     """
     from jaxdistill.data import encode
+    from jaxdistill.data.codec import prepare
     from jaxdistill.reasoning import rationales
 
-    codec = encode.prepare(tokenizer)
+    codec = prepare(tokenizer)
     prompts = encode.encode_text(codec, [rationales.EXPLAIN + "x", rationales.PREDICT + "x"])
     pairs = zip(*[tokens for tokens in prompts if not isinstance(tokens, str)], strict=False)
     for place, (explain, predict) in enumerate(pairs):

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill.data.held_out import fingerprint_of
+from jaxdistill.data.record_hash import fingerprint_of
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError

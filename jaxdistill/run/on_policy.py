@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxdistill import errors, methods
 from jaxdistill.config import Config
-from jaxdistill.data import encode
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
@@ -223,7 +223,7 @@ def feed_of(
         params_of=params_of,
         shape={
             "seq_len": config.data.seq_len,
-            "pad": encode.prepare(models.tokenizer).pad,
+            "pad": prepare(models.tokenizer).pad,
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
             "sampler": methods.of(config.method).reads_sampler,

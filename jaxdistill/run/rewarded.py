@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxdistill import methods
 from jaxdistill.config import Config
 from jaxdistill.config.reward import Verifier
-from jaxdistill.data import encode
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import judging, scorers
@@ -148,7 +148,7 @@ def feed_of(
         old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
         shape={
             "seq_len": config.data.seq_len,
-            "pad": encode.prepare(models.tokenizer).pad,
+            "pad": prepare(models.tokenizer).pad,
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
             **oneself.rows(models.context),

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxdistill import methods, teachers
 from jaxdistill.config import Config
 from jaxdistill.config.models import Teacher
-from jaxdistill.data import encode, rendering
+from jaxdistill.data import rendering
+from jaxdistill.data.codec import prepare, tokenizer_fingerprint
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.teacher_cache import catalog, formats, taught
 from jaxdistill.data.teacher_cache.formats import Format
@@ -228,11 +229,11 @@ def put_tokenizer(objects: Objects, tokenizer: Any) -> None:
 
 def words(tokenizer: Any, vocab: int) -> dict[str, Any]:
     """The fields of an identity that decide which tokens a text is."""
-    codec = encode.prepare(tokenizer)
+    codec = prepare(tokenizer)
     template = rendering.template_of(tokenizer)
     return {
         "version": formats.VERSION,
-        "tokenizer": encode.fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokenizer.tokens": vocab,
         "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "text": {"begins": list(codec.prefix), "ends": codec.end},

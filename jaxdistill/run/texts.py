@@ -58,7 +58,9 @@ def data_of(
     share = data.held_out_share
     if share is not None:
         train, held = held_out.split(train, share)
-    options = reading_of(data) | data.model_dump(include={"cache_dir", "max_bad_fraction"})
+    options = reading_of(data) | data.model_dump(
+        include={"cache_dir", "max_bad_fraction", "workers"}
+    )
     built = {
         name: pipeline.build(sources, tokenizer, name=name, second=view, routing=routing, **options)
         for name, sources, view in (("train", train, context or second), ("eval", held, second))

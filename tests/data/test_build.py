@@ -81,6 +81,11 @@ def test_any_file_is_used_and_quarantined_to_the_last_line(lines, tmp_path_facto
         with pytest.raises(DataError, match="written in UTF-(16|32)"):
             pipeline.build(source, byte_tokenizer, **options)
         return
+    packed = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+    if path.read_bytes().startswith(packed):
+        with pytest.raises(DataError, match="data under another ending"):
+            pipeline.build(source, byte_tokenizer, **options)
+        return
     if not good:
         with pytest.raises(DataError, match="none of the|is empty"):
             pipeline.build(source, byte_tokenizer, **options)

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import processors
 
 from jaxdistill.data.chat import ChatEncoder
-from jaxdistill.data.encode import prepare
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import template_of
 from jaxdistill.errors import DataError
@@ -170,7 +170,7 @@ def test_a_turn_that_the_template_does_not_print_is_not_learned_and_counted(byte
         encoder = ChatEncoder(codec, forgetful, loss_on)
         [document] = encoder.encode([SHORT])
         assert learned is None or counted(byte_tokenizer, document) == learned
-        assert "leaves out 1 of 3 characters" in encoder.notices()[0]
+        assert "leaves out 1 of 3 characters" in next(encoder.tally.of_conversations())
     # A generation prompt that the turn itself does not begin with.
     thoughtful = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -220,7 +220,7 @@ def test_it_notices_when_the_end_of_a_turn_is_not_taught(byte_tokenizer):
     for source, taught in ((GENERATION, True), (MUTE, False)):
         encoder = ChatEncoder(codec, source, "assistant")
         encoder.encode([record])
-        assert encoder.ends_turns is taught
+        assert encoder.tally.ends_turns is taught
 
 
 def test_many_records_keep_their_order(bpe_tokenizer):

@@ -3,13 +3,13 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from jaxdistill.data.codec import prepare
+from jaxdistill.data.codec import tokenizer_fingerprint as fingerprint
 from jaxdistill.data.encode import (
     encode_completions,
     encode_middle,
     encode_text,
     encode_texts,
-    fingerprint,
-    prepare,
 )
 from jaxdistill.data.records import Record
 from jaxdistill.errors import ModelError

@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 
 from jaxdistill.data import files, held_out, pipeline
+from jaxdistill.data.record_hash import fingerprint_of
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -129,7 +130,7 @@ COPIES = {
 @pytest.mark.parametrize("name", COPIES)
 def test_a_copy_is_known_however_it_is_written(name, jsonl):
     fingerprints = lambda rows, file: [
-        held_out.fingerprint_of(one) for one in open_source(jsonl(rows, file))
+        fingerprint_of(one) for one in open_source(jsonl(rows, file))
     ]
     original = fingerprints([{"prompt": q, "completion": a} for q, a in CHATS], "a.jsonl")
     assert len(set(original)) == 20
@@ -149,7 +150,7 @@ def test_records_that_say_other_things_are_no_copies(jsonl):
         [turn("system", "be brief"), asked, turn("assistant", "one")],
     ]
     source = open_source(jsonl([{"messages": one} for one in records]))
-    assert len({held_out.fingerprint_of(one) for one in source}) == len(records)
+    assert len({fingerprint_of(one) for one in source}) == len(records)
 
 
 def test_the_refusal_says_what_does_not_count(jsonl, build):
@@ -166,7 +167,7 @@ def test_a_copy_of_a_long_text_is_known_by_its_pieces(tmp_path, monkeypatch):
     for ends, more in (("\n", ""), ("\r\n", ""), (" \t\n", ""), ("\n", "\ufeff"), ("\n\n\n", "\n")):
         path = tmp_path / f"{len(found)}.txt"
         path.write_bytes((more + ends.join(lines)).encode())
-        found.append([held_out.fingerprint_of(one) for one in open_source(path)])
+        found.append([fingerprint_of(one) for one in open_source(path)])
     assert len(found[0]) > 5 and found.count(found[0]) == len(found)
 
 

@@ -5,9 +5,10 @@ import shutil
 import pytest
 
 from jaxdistill.data import build as building
-from jaxdistill.data import pipeline, progress
+from jaxdistill.data import pipeline, progress, tokenising
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
+from tests.data.test_tokenising import Here
 
 HEADER = 128  # bytes of a .npy file of numbers
 # Prints no message but the last whole: what earlier ones lose is counted for a notice.
@@ -53,9 +54,11 @@ def chats(jsonl):
 class Watched:
     """Builds in batches of three records, each noted; the folder as a kill would leave it."""
 
-    def __init__(self, tmp_path, tokenizer, monkeypatch, sources, options):
+    def __init__(self, tmp_path, tokenizer, monkeypatch, workers, sources, options):
         self.tmp_path, self.tokenizer, self.sources = tmp_path, tokenizer, sources
-        self.options = {"seq_len": 16, "max_bad_fraction": 1.0, **options}
+        self.options = {"seq_len": 16, "max_bad_fraction": 1.0, "workers": workers, **options}
+        monkeypatch.setattr(tokenising, "ALONE_SECONDS", 0.0)
+        monkeypatch.setattr(tokenising, "Pool", Here)
         self.notes, self.taken, self.stop_at = [], 0, None
         monkeypatch.setattr(building, "_BATCH_RECORDS", 3)
         monkeypatch.setattr(building, "_NOTE_SECONDS", 0.0)
@@ -69,9 +72,9 @@ class Watched:
             if len(self.notes) == self.stop_at:
                 raise KeyboardInterrupt
 
-        def counted(work, index, batch):
+        def counted(work, index, batch, made):
             self.taken += len(batch)
-            return take(work, index, batch)
+            return take(work, index, batch, made)
 
         monkeypatch.setattr(progress, "write", noted)
         monkeypatch.setattr(building._Build, "_take", counted)
@@ -86,9 +89,10 @@ class Watched:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture(params=[texts, chats])
+@pytest.fixture(params=[(texts, 1), (chats, 1), (texts, 3)], ids=["texts", "chats", "processes"])
 def watched(request, tmp_path, byte_tokenizer, monkeypatch, jsonl):
-    return Watched(tmp_path, byte_tokenizer, monkeypatch, *request.param(jsonl))
+    records, workers = request.param
+    return Watched(tmp_path, byte_tokenizer, monkeypatch, workers, *records(jsonl))
 
 
 def test_a_kill_behind_any_note_ends_in_the_same_bytes_and_repeats_no_record(watched, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from jaxdistill.data import pipeline
 from jaxdistill.data.chat import ChatEncoder
-from jaxdistill.data.encode import prepare
+from jaxdistill.data.codec import prepare
 from jaxdistill.data.records import parse
 from jaxdistill.errors import ConfigError
 from tests.data import templates
@@ -57,7 +57,7 @@ def encoded(tokenizer, template, messages, loss_on="assistant", kwargs=None, **m
     return (
         [tokenizer.decode(run) for run in runs],
         tokenizer.decode(document.ids),
-        encoder.notices(),
+        list(encoder.tally.of_conversations()),
     )
 
 

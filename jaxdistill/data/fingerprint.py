@@ -1,0 +1,57 @@
+"""The fingerprint of a data set: of every byte, and of every setting that decides its rows."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdistill.data import rendering
+from jaxdistill.data.codec import Codec, tokenizer_fingerprint
+from jaxdistill.data.settings import Settings
+from jaxdistill.data.sources import Source
+from jaxdistill.errors import DataError
+
+# Part of every fingerprint: raise it when the same input would give other tokens, masks, rows or
+# facts of the folder: one of before is not opened then.
+_VERSION = 5
+
+
+def fingerprint(
+    sources: Sequence[Source],
+    codec: Codec,
+    settings: Settings,
+    second: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
+) -> str:
+    """A hash over every byte of the sources, the tokenizer, the template and the settings.
+
+    `second` is the identity of a second view, `routing` of several teachers; they join where there
+    are such.
+    """
+    content: dict[str, Any] = {
+        "version": _VERSION,
+        "sources": [_identity(source) for source in sources],
+        "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+        "prefix": codec.prefix,
+        "template": rendering.template_of(codec.tokenizer, settings.chat_template),
+        "settings": dataclasses.asdict(settings),
+    }
+    content |= {} if second is None else {"second": second}
+    if routing is not None:
+        content["routing"] = {**routing, "of_sources": [one.teacher for one in sources]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    # Who wrote it joins where it matters, so that other data sets keep their fingerprints.
+    whose = {} if source.origin == "data" else {"origin": source.origin}
+    often = {} if source.weight == 1.0 else {"weight": source.weight}
+    return {"format": source.format, "sha256": _digest(source), **whose, **often}
+
+
+def _digest(source: Source) -> str:
+    try:
+        return source.digest()
+    except OSError as error:
+        raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
