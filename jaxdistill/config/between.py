@@ -94,9 +94,6 @@ def _second_view_problems(config: Any) -> Iterator[Problem]:
     if config.teacher is not None and config.teacher.cache:
         rule = f"stores answers to the student's tokens, and method {name} asks about the teacher's"
         yield ("teacher", "cache"), f"{rule}: give teacher.source alone"
-    if config.rollout is not None:
-        rule = f"answers are in the student's tokens alone, and method {name} needs both: remove it"
-        yield ("rollout",), rule
     if config.data.special_tokens == "parse":
         rule = "special tokens are written for one model, and there are two tokenizers: use text"
         yield ("data", "special_tokens"), rule

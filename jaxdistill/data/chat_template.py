@@ -29,6 +29,11 @@ class Stalled(RenderError):
     """The template did not end for one conversation."""
 
 
+def mentions(source: str, name: str) -> bool:
+    """Whether a name stands in a template: what it does not name, it cannot print."""
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+
+
 class ChatTemplate:
     """A chat template, compiled and rendered in a process of its own.
 
@@ -67,7 +72,7 @@ class ChatTemplate:
 
     def mentions(self, name: str) -> bool:
         """Whether a name stands in the template: what it does not name, it cannot print."""
-        return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
+        return mentions(self._source, name)
 
     @functools.cached_property
     def literals(self) -> list[str]:

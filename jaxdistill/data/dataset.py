@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import quarantine, store
+from jaxdistill.data.encode import Beside
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,18 +105,17 @@ class Dataset:
 
     def _fill_second(self, row: dict[str, Any], segments: slice) -> None:
         """The documents of a row in the tokens of the second model, and what is aligned of them."""
-        arrays, second, place, other, groups = self.arrays, row["second"], 0, 0, 0
+        arrays, place, other, groups = self.arrays, 0, 0, 0
         both = zip(arrays["segments"][segments], arrays["second_segments"][segments], strict=True)
         for number, ((start, length), (begin, count)) in enumerate(both, start=1):
-            own = arrays["groups"][start : start + length]
-            row["groups"][place : place + length] = np.where(own > 0, own + groups, 0)
-            here = slice(other, other + count)
-            second["tokens"][here] = arrays["second_tokens"][begin : begin + count]
-            theirs = arrays["second_groups"][begin : begin + count]
-            second["groups"][here] = np.where(theirs > 0, theirs + groups, 0)
-            second["positions"][here] = np.arange(count)
-            second["segment_ids"][here] = number
-            place, other, groups = place + length, other + count, groups + int(own.max())
+            beside = Beside(
+                arrays["groups"][start : start + length],
+                arrays["second_tokens"][begin : begin + count],
+                arrays["second_groups"][begin : begin + count],
+            )
+            put_second(row, beside, place, other, number, groups)
+            place, other = place + int(length), other + int(count)
+            groups += int(beside.groups.max())
 
     def empty_row(self) -> dict[str, Any]:
         """A row of padding with the fields that this data set's rows have."""
@@ -184,6 +184,29 @@ def empty_second(seq_len: int, length: int, pad: int) -> dict[str, Any]:
     second = {name: zeros() for name in ("positions", "segment_ids", "groups")}
     tokens = np.full(length, pad, np.int32)
     return {"groups": np.zeros(seq_len, np.int32), "second": {"tokens": tokens, **second}}
+
+
+def put_second(
+    row: dict[str, Any], beside: Beside, place: int, other: int, segment: int, groups: int
+) -> None:
+    """Writes a document into the tokens of the second model, and its groups into both views.
+
+    Args:
+      row: with the document itself from `place` on.
+      beside: the document in the second model's tokens.
+      place: where it begins in the first view.
+      other: the same in the second.
+      segment: its number in both.
+      groups: how many those before it have.
+    """
+    second, count = row["second"], len(beside.ids)
+    numbered = lambda own: np.where(own > 0, own + groups, 0)
+    row["groups"][place : place + len(beside.groups)] = numbered(beside.groups)
+    here = slice(other, other + count)
+    second["tokens"][here] = beside.ids
+    second["groups"][here] = numbered(beside.other_groups)
+    second["positions"][here] = np.arange(count)
+    second["segment_ids"][here] = segment
 
 
 def open_dataset(

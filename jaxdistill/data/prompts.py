@@ -21,6 +21,8 @@ from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import TEACHER, Record, Rejected
 from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import Empty, TooLong
+from jaxdistill.data.second_answers import AnswerView, AnswerViews
+from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError, ModelError
 
@@ -38,12 +40,15 @@ class Prompt:
       context: int32 [M], the prompt of a teacher that is told more; None: there is none.
       with_sibling: a right answer to the prompt -> that prompt, or why there is none; None where
         the teacher is not told of such.
+      view: gives answers in the tokens of a teacher with another tokenizer too; None where there
+        is no such.
     """
 
     tokens: np.ndarray
     notes: Mapping[str, str]
     context: np.ndarray | None = None
     with_sibling: Callable[[str], np.ndarray | str] | None = None
+    view: AnswerView | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +126,8 @@ def read(
     key: str = "data.prompts",
     context: PrivilegedView | None = None,
     context_longest: int = 0,
+    second: SecondView | None = None,
+    seq_len: int = 0,
 ) -> Prompts:
     """Reads and tokenises prompts.
 
@@ -141,10 +148,13 @@ def read(
       key: of the configuration, that messages begin with.
       context: how the prompts of a teacher are made that is told more; None: there is none.
       context_longest: tokens of the longest of these.
+      second: another model's tokens, in which answers are given too; None: there is none.
+      seq_len: tokens in a row of the student's tokens beside it.
 
     Raises:
       DataError: if no prompt can be asked, too many records are unusable, or one that can be asked
-        is for no teacher of several.
+        is for no teacher of several; or for messages that a second model has no template for.
+      MismatchError: if the tokens of a tokenizer of two stand for no fixed bytes.
       ModelError: if the tokenizer is not a fast one, or has no chat template and needs one.
     """
     assert longest >= 1, "checked before"
@@ -152,7 +162,10 @@ def read(
     template = rendering.template_of(tokenizer, chat_template)
     kwargs = dict(template_kwargs or {})
     behind = None if context is None else ContextPrompts(context, codec, context_longest)
-    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest, behind)
+    views = None
+    if second is not None:
+        views = AnswerViews(second, codec, seq_len, chat_template, kwargs)
+    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest, behind, views)
     found: list[Prompt] = []
     left_out: list[dict[str, Any]] = []
     counts: collections.Counter[str] = collections.Counter()
@@ -181,6 +194,7 @@ def read(
     if routing is not None:
         content["routing"] = routing.identity() | {"of_sources": [one.teacher for one in sources]}
     content |= {} if context is None else {"context": [context.identity(), context_longest]}
+    content |= {} if second is None else {"second": [second.identity(), seq_len]}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Prompts(found, fingerprint, counts, left_out)
 
@@ -233,8 +247,9 @@ class _Encoder:
         parse: bool,
         longest: int,
         behind: ContextPrompts | None,
+        views: AnswerViews | None,
     ):
-        self._behind = behind
+        self._behind, self._views = behind, views
         self._codec, self._template, self._kwargs = codec, template, kwargs
         self._parse, self._longest = parse, longest
 
@@ -258,7 +273,8 @@ class _Encoder:
                 "data.prompts: holds messages, and the tokenizer has no chat template: give "
                 "data.chat_template, or texts as `prompt`"
             )
-        return chat.ChatEncoder(self._codec, self._template, "all", self._kwargs)
+        words = self._kwargs if self._views is None else self._views.words[0]
+        return chat.ChatEncoder(self._codec, self._template, "all", words)
 
     def _of_chat(self, record: Record) -> list[int] | str:
         try:
@@ -281,6 +297,9 @@ class _Encoder:
                 f"too long: {len(ids)} tokens, and {self._longest} leave room for an answer"
             )
         tokens, behind = np.asarray(ids, np.int32), self._behind
+        if self._views is not None:
+            view = self._views.of(record, ids)
+            return view if isinstance(view, str) else Prompt(tokens, record.notes, view=view)
         if behind is None:
             return Prompt(tokens, record.notes)
         if behind.of_siblings:

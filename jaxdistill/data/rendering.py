@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxdistill.data.chat_template import ChatTemplate, RenderError
+from jaxdistill.data.chat_template import ChatTemplate, RenderError, mentions
 from jaxdistill.data.codec import Codec
 from jaxdistill.data.conversations import REASONING, RESERVED, called
 from jaxdistill.data.records import Record
@@ -29,6 +29,16 @@ def template_of(tokenizer: Any, chat_template: str | None = None) -> str | None:
         return chat_template
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
+
+
+def divided(words: Mapping[str, Any], sources: Sequence[str | None]) -> list[dict[str, Any]]:
+    """What each of several templates is given of some words: those that it knows.
+
+    Words that none of them knows are the first one's, which refuses them.
+    """
+    named = [[name for name in words if source and mentions(source, name)] for source in sources]
+    named[0] += [name for name in words if not any(name in own for own in named)]
+    return [{name: words[name] for name in words if name in own} for own in named]
 
 
 def read_template(path: str | Path) -> str:

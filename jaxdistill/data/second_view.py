@@ -24,7 +24,7 @@ from jaxdistill.data.rules import TooLong, Unaligned
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.tally import Tally
 from jaxdistill.data.token_bytes import TokenBytes, token_bytes
-from jaxdistill.errors import ConfigError, MismatchError
+from jaxdistill.errors import ConfigError, DataError, MismatchError
 
 Run = tuple[int, int]  # first token, and the one behind the last
 
@@ -49,6 +49,20 @@ class SecondView:
           ModelError: if it is not a fast one.
         """
         return prepare(self.tokenizer)
+
+    def templates(self, codec: Codec, chat_template: str | None) -> tuple[str | None, str]:
+        """The chat templates of the student, whose codec and own text are given, and of this model.
+
+        Raises:
+          DataError: if this model has none.
+        """
+        theirs = rendering.template_of(self.codec.tokenizer)
+        if theirs is None:
+            raise DataError(
+                "the records hold conversations, and the teacher's tokenizer has no chat template "
+                "that renders them: take a teacher that has one, or write prompt and completion"
+            )
+        return rendering.template_of(codec.tokenizer, chat_template), theirs
 
     def identity(self) -> dict[str, Any]:
         """What decides its tokens and where documents are cut, as JSON."""
@@ -109,12 +123,17 @@ class ViewsEncoder:
             )
         self._settings, self._view = settings, view
         self._whole = kind in ("text", "completion")
-        self._ours = Encoder(codec, settings, kind, tally, source=source)
-        own = dataclasses.replace(settings, chat_template=None)
-        self._theirs = Encoder(view.codec, own, kind, Tally(), source=source)
-        self._bytes = tuple(
-            _bytes_of(*one) for one in (("student", codec), ("teacher", view.codec))
-        )
+        ours, theirs = settings, dataclasses.replace(settings, chat_template=None)
+        if not self._whole:
+            templates = view.templates(codec, settings.chat_template)
+            words = rendering.divided(settings.template_kwargs, templates)
+            ours, theirs = (
+                dataclasses.replace(one, template_kwargs=own)
+                for one, own in zip((ours, theirs), words, strict=True)
+            )
+        self._ours = Encoder(codec, ours, kind, tally, source=source)
+        self._theirs = Encoder(view.codec, theirs, kind, Tally(), source=source)
+        self._bytes = bytes_of("student", codec), bytes_of("teacher", view.codec)
         self.chat = self._ours.chat
 
     def __call__(self, records: Sequence[Record]) -> list[Documents]:
@@ -147,8 +166,12 @@ class ViewsEncoder:
         return tuple(made) or Unaligned("nothing that both models predict ends at one place")
 
 
-def _bytes_of(who: str, codec: Codec) -> TokenBytes:
-    """The bytes of a tokenizer's tokens, all of its special ones without."""
+def bytes_of(who: str, codec: Codec) -> TokenBytes:
+    """The bytes of a tokenizer's tokens, all of its special ones without.
+
+    Raises:
+      MismatchError: naming whose they are, if they stand for no fixed bytes.
+    """
     try:
         table = token_bytes(codec.tokenizer)
     except MismatchError as error:

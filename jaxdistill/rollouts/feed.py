@@ -15,6 +15,7 @@ from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.replay import LOSS, Replay
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.scores import Scores
+from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
 
@@ -117,13 +118,14 @@ class RolloutFeed(Feed):
         recorded: Callable[[int], bool] = lambda step: True,
         scores: Scores | None = None,
         leaks: Callable[[Sequence[np.ndarray]], float] | None = None,
+        aligner: Aligner | None = None,
     ):
         self.plan, self._prompts, self._writer, self._corpus = plan, prompts, writer, corpus
         self._params_of, self._shape = params_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._replay, self._recalled = left_out, replay, recalled
         self._difference, self._recorded = difference, recorded
-        self._scores, self._leaks = scores, leaks
+        self._scores, self._leaks, self._aligner = scores, leaks, aligner
         self.begin({})
 
     def begin(self, meta: Mapping[str, Any]) -> None:
@@ -237,7 +239,13 @@ class RolloutFeed(Feed):
                 return None
             self._spend(SCORING, update, self._scores.seconds, self._scores.tokens)
             told["perf/teacher_cost"] = self._scores.cost
-        rows, logprobs = rows_of(answers, sizes=self._sizes, taught=taught, **self._shape)
+        learned, beside = answers, None
+        if self._aligner is not None:
+            learned, beside, shares = self._aligner(answers)
+            told |= shares
+        rows, logprobs = rows_of(
+            learned, sizes=self._sizes, taught=taught, beside=beside, **self._shape
+        )
         mine = self._rows(len(rows))
         batch = pipeline.stack([rows[number] for number in mine])
         told |= {"rollout/student": 1.0, "rollout/rows": float(len(rows))}

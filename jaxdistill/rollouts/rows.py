@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import packing
-from jaxdistill.data.dataset import empty_route, empty_row, empty_second
+from jaxdistill.data.dataset import empty_route, empty_row, empty_second, put_second
+from jaxdistill.data.encode import Beside
 from jaxdistill.data.records import TEACHER
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.rollouts.answers import Answer
@@ -44,6 +45,7 @@ def rows_of(
     routing: Routing | None = None,
     layout: Layout | None = None,
     second: tuple[int, int] | None = None,
+    beside: Sequence[Beside] | None = None,
     skip: int = 0,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """The rows of a batch, and log q of every target in them.
@@ -67,8 +69,9 @@ def rows_of(
       routing: several teachers, of which the note `teacher` of each prompt names one; a row holds
         answers for one. None: there are not several.
       layout: of the rows for several.
-      second: (length, padding) of rows of the teacher's view, in which each answer stands behind
-        `Prompt.context`; None: there is no such view.
+      second: (length, padding) of rows of the teacher's view; None: there is no such view.
+      beside: of each answer, with its prompt, what stands there; None: the same answer, behind
+        `Prompt.context`.
       skip: so many tokens at the beginning of each answer do not count.
 
     Returns:
@@ -76,7 +79,9 @@ def rows_of(
       `layout.size`; and float32 [rows, seq_len], the
       sampler's log q where the mask is true, else 0.
     """
-    held, routes = _packed(answers, seq_len, packing_by, routing, second)
+    if second is not None and beside is None:
+        beside = [behind(one) for one in answers]
+    held, routes = _packed(answers, seq_len, packing_by, routing, second, beside)
     if layout is None:
         count = next(size for size in sizes if size >= len(held))
         places = [*range(len(held)), *[-1] * (count - len(held))]
@@ -85,8 +90,8 @@ def rows_of(
         places = layout.places(routes, size).tolist()
         count = len(places)
     route = {} if routing is None else empty_route()
-    behind = lambda: {} if second is None else empty_second(seq_len, *second)
-    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) | route | behind() for _ in range(count)]
+    view = lambda: {} if second is None else empty_second(seq_len, *second)
+    rows: list[dict[str, Any]] = [empty_row(seq_len, pad) | route | view() for _ in range(count)]
     types = {name: np.asarray(values[0]).dtype for name, values in (sampled or {}).items()}
     for row in rows if types else ():
         row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
@@ -97,18 +102,20 @@ def rows_of(
         for row in rows:
             row["sampler_logprobs"] = np.zeros(seq_len, np.float32)
     for number, row in enumerate(places):
-        place = other = 0
+        place = other = groups = 0
         if row >= 0 and routing is not None:
             rows[number]["route"] = np.asarray(routes[row], np.int32)
         for segment, (index, length, *_) in enumerate(held[row] if row >= 0 else [], start=1):
             answer, most = answers[index], distilled or len(answers[index].tokens)
             counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
-            beside = {name: values[index] for name, values in (sampled or {}).items()}
+            drawn = {name: values[index] for name, values in (sampled or {}).items()}
             theirs = None if taught is None else taught[index]
             target = slice(min(skip, counted), counted)
-            _put(rows[number], logprobs[number], answer, place, segment, target, beside, theirs)
-            if second is not None:
-                other = _put_behind(rows[number], answer, place, other, segment)
+            _put(rows[number], logprobs[number], answer, place, segment, target, drawn, theirs)
+            if beside is not None:
+                put_second(rows[number], beside[index], place, other, segment, groups)
+                other += len(beside[index].ids)
+                groups += int(beside[index].groups.max())
             place += length
     return rows, logprobs
 
@@ -119,12 +126,15 @@ def _packed(
     packing_by: str,
     routing: Routing | None,
     second: tuple[int, int] | None,
+    beside: Sequence[Beside] | None,
 ) -> tuple[list[list[list[int]]], list[int]]:
     """Of each row its answers, as numbers and lengths; and which of several teachers it is for."""
+    if not answers:
+        return [], []
     lengths = np.asarray([one.length for one in answers])
     pieces, capacity = np.stack([np.arange(len(answers)), lengths], axis=1), [seq_len]
-    if second is not None:
-        theirs = np.asarray([len(_context(one)) + len(one.tokens) for one in answers])
+    if second is not None and beside is not None:
+        theirs = np.asarray([len(one.ids) for one in beside])
         pieces = np.column_stack([pieces, np.arange(len(answers)), theirs])
         capacity.append(second[0])
     named = [0] * len(answers)
@@ -138,35 +148,17 @@ def _packed(
     return held, routes
 
 
-def _context(answer: Answer) -> np.ndarray:
-    """The teacher's prompt; the student's own where it is told nothing."""
-    context = answer.prompt.context
-    return answer.prompt.tokens if context is None else context
+def behind(answer: Answer) -> Beside:
+    """An answer behind `Prompt.context`, as groups of one token.
 
-
-def _put_behind(row: dict[str, Any], answer: Answer, place: int, other: int, segment: int) -> int:
-    """Writes an answer behind the teacher's prompt, as groups of one token; returns its end.
-
-    Where the teacher is told nothing its tokens are in no group.
-
-    Args:
-      row: with the same answer from `place` on.
-      answer: behind its two prompts.
-      place: where its document begins in the student's view.
-      other: the same in the teacher's.
-      segment: its number in both.
+    Where the teacher is told nothing it reads the student's prompt, and no token is in a group.
     """
-    view, text = row["second"], np.concatenate([_context(answer), answer.tokens])
-    end, count = other + len(text), len(answer.tokens)
-    groups = np.arange(1, count + 1, dtype=np.int32) + row["groups"].max()
-    groups *= answer.prompt.context is not None
-    first = place + len(answer.prompt.tokens)
-    row["groups"][first : first + count] = groups
-    view["tokens"][other:end] = text
-    view["positions"][other:end] = np.arange(len(text))
-    view["segment_ids"][other:end] = segment
-    view["groups"][end - count : end] = groups
-    return end
+    context, count = answer.prompt.context, len(answer.tokens)
+    told, prompt = context is not None, answer.prompt.tokens
+    theirs = prompt if context is None else context
+    groups = np.arange(1, count + 1, dtype=np.int32) * told
+    under = lambda prompt: np.concatenate([np.zeros(len(prompt), np.int32), groups])
+    return Beside(under(prompt), np.concatenate([theirs, answer.tokens]), under(theirs))
 
 
 def _put(

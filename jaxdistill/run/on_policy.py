@@ -20,6 +20,7 @@ from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
+from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
 from jaxdistill.run import oneself, participants, routing, served_teacher, setup, states
 from jaxdistill.sharding import local_rows
@@ -211,8 +212,8 @@ def feed_of(
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
     # Of other vocabularies the likely tokens cannot be compared.
-    signal = None
-    if models.teacher is not None and models.pairing.columns is None:
+    signal, second = None, models.second
+    if models.teacher is not None and models.pairing.columns is None and second is None:
         signal = setup.signal_of(config, models)
         assert not isinstance(signal, Routed), "there is one teacher"
     return RolloutFeed(
@@ -230,6 +231,7 @@ def feed_of(
             "routing": routing.of(config),
             "layout": routing.layout(config),
             **oneself.rows(models.context),
+            **({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
         },
         unit=_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
@@ -252,6 +254,7 @@ def feed_of(
         recorded=recorded(config.train.log_every, config.train.steps),
         scores=served_teacher.scores_of(config, models.vocab, folder, stop, hooks),
         leaks=oneself.leaks_of(config, models.tokenizer),
+        aligner=None if second is None else Aligner(rollout.distilled_tokens),
     )
 
 

@@ -107,6 +107,7 @@ def _prompts(
         config.data,
         room,
         models.tokenizer,
+        models.second,
         context=models.context,
         routing=routing.of(config),
         network=network,

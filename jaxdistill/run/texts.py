@@ -112,6 +112,7 @@ def prompts_of(
     data: Data,
     longest: int,
     tokenizer: Any,
+    second: SecondView | None = None,
     *,
     routing: Routing | None = None,
     context: PrivilegedView | None = None,
@@ -124,6 +125,7 @@ def prompts_of(
       data: the options of the data.
       longest: the most tokens of a prompt.
       tokenizer: of the run.
+      second: another model's tokens, in which answers are given too.
       routing: several teachers, of which every prompt is for one.
       context: the teacher's prompts, which leave as much room for an answer.
       network: whether sources may be downloaded.
@@ -157,5 +159,7 @@ def prompts_of(
         context=context,
         routing=routing,
         context_longest=0 if context is None else longest + context.seq_len - data.seq_len,
+        second=second,
+        seq_len=data.seq_len,
         **options,
     )

@@ -237,11 +237,26 @@ def test_templates_that_print_other_answers_set_the_record_aside(tmp_path):
     assert (data.used, data.quarantined) == (1, 1)
     assert "the teacher's tokens do not spell" in path.read_text()
     theirs.chat_template = None
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError, match="the teacher's tokenizer has no chat template"):
         build(tmp_path, records, ours, theirs, loss_on="assistant")
     ours, theirs = chat_tokenizers()
     with pytest.raises(ConfigError, match=r"data\.loss_on = all: each model renders"):
         build(tmp_path, records, ours, theirs)
+
+
+def test_each_template_is_given_the_words_that_it_knows(tmp_path):
+    ours, theirs = chat_tokenizers()
+    theirs.chat_template = "{% if mode is defined %}{{ mode }}{% endif %}" + LLAMA
+    records, words = [conversation("hi", "yes")], {"mode": "brief"}
+    data = build(
+        tmp_path, records, ours, theirs, 256, 256, loss_on="assistant", template_kwargs=words
+    )
+    tokens, second = data[0]["tokens"], data[0]["second"]["tokens"]
+    assert "brief" in theirs.decode(second) and "brief" not in ours.decode(tokens)
+    with pytest.raises(
+        ConfigError, match=r"template_kwargs\.mood: the chat template knows no such"
+    ):
+        build(tmp_path, records, ours, theirs, loss_on="assistant", template_kwargs={"mood": 1})
 
 
 def test_completions_are_aligned_and_their_prompts_are_not_learned(tmp_path):

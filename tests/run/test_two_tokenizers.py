@@ -7,12 +7,17 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as bpe
+from transformers import PreTrainedTokenizerFast
 
 from jaxdistill import api, models
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.errors import UserError
+from jaxdistill.report import read_metrics
 from jaxdistill.run import participants, setup, texts
 from tests.data.test_alignment import byte_level
+from tests.run.conftest import sentences
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
 METHODS = {
@@ -107,6 +112,60 @@ def test_the_teachers_row_is_its_own_cross_entropy_per_byte(configured, teacher)
         spelled += sum(len(word) for word in words if word != "<s>")  # a letter stands for a byte
     (found,) = [row for row in result.rows if row["name"] == "teacher"]
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / spelled, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def writing(load_config, teacher, tmp_path_factory):
+    """(folder, overrides) -> the configuration of a run whose student writes whole letters."""
+    place = tmp_path_factory.mktemp("letters")
+    prompts = [{"prompt": f"{word} {n}"} for n in range(9) for word in ("the fox", "a lazy dog")]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
+    letters().save_pretrained(place / "tokenizer")
+
+    def load(folder, *overrides):
+        folder.mkdir(exist_ok=True)
+        return load_config(
+            folder,
+            f"teacher={{source: {teacher}, dtype: float32}}",
+            f"tokenizer={{from: {place / 'tokenizer'}}}",
+            "student={random: {layers: 1, embed: 16, mlp: 24, heads: 2}, compute_dtype: float32}",
+            "method={name: alm, alpha: 0.0, teacher_seq_len: 40}",
+            f"data.prompts=[{{path: {place / 'prompts.jsonl'}}}]",
+            "rollout={share: 0.65, max_age: 1, prompts_per_step: 1, samples: 2, "
+            "max_new_tokens: 12, distilled_tokens: 10}",
+            "data.max_bad_fraction=1.0",
+            "data.packing=none",
+            "train={steps: 3, eval_every: null, log_every: 1, micro_batches: 1}",
+            *overrides,
+        )
+
+    return load
+
+
+def letters():
+    """Tokens of letters and of a few words, a space before a text, no bytes: all that it writes is
+    text.
+    """
+    core = Tokenizer(bpe.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "</s>"])
+    core.train_from_iterator([sentences(0, 40)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
+def test_what_a_student_writes_is_compared_by_bytes(writing, tmp_path):
+    """Answers of this update and of the one before, and given text, in micro-batches."""
+    api.train(writing(tmp_path, "train.micro_batches=2"))
+    records = [one for one in read_metrics(tmp_path / "run") if "rollout/student" in one]
+    assert [one["rollout/student"] for one in records] == [1, 1, 0]
+    assert [one["rollout/age"] for one in records[:2]] == [0, 1]
+    # Most of what it writes is text; what holds <unk> is counted, and counts not.
+    shares = [one["rollout/unaligned"] for one in records[:2]]
+    assert max(shares) > 0 and max(shares) < 1
+    assert all(one["rollout/too_long"] == 0 for one in records[:2])
+    assert all(one["loss/total"] > 0 and one["optim/grad_norm"] > 0 for one in records)
+    assert not any("rollout/overlap" in one for one in records)
 
 
 @pytest.mark.parametrize(
