@@ -58,7 +58,8 @@ class Batch:
       positions: int32 [B, L], restarting at 0 in every document.
       segment_ids: int32 [B, L], 1, 2, ... per document within the row; 0 is padding.
       origin: int32 [B, L], who wrote the text: DATA, TEACHER or STUDENT; None: all is DATA.
-      teacher: what a stored teacher said, [B, L, ...] by the fields of its format; of several by
+      teacher: what a stored teacher said, [B, L, ...] by the fields of its format, [B, M, ...] of
+        one that reads the tokens of `second`; of several by
         their names, zeros in the rows of others; None: nothing.
       groups: int32 [B, L], tokens of one number, from 1, spell what the tokens of that number in
         `second` spell; 0 is none. At most min(L, M) in a row, in rising order.

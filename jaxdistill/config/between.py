@@ -91,9 +91,9 @@ def _second_view_problems(config: Any) -> Iterator[Problem]:
     if best in ("eval/kl_t1", "eval/agree_top1"):
         rule = f"compares tokens, and method {name} has two tokenizers: use eval/bits_per_byte"
         yield ("checkpoint", "best_metric"), rule
-    if config.teacher is not None and config.teacher.cache:
-        rule = f"stores answers to the student's tokens, and method {name} asks about the teacher's"
-        yield ("teacher", "cache"), f"{rule}: give teacher.source alone"
+    if config.teacher is not None and config.teacher.api is not None:
+        rule = f"says the likeliest tokens alone, and method {name} reads whole rows of its own"
+        yield ("teacher", "api"), f"{rule}: give teacher.source"
     if config.data.special_tokens == "parse":
         rule = "special tokens are written for one model, and there are two tokenizers: use text"
         yield ("data", "special_tokens"), rule

@@ -66,6 +66,20 @@ def numbered(groups: np.ndarray, student: int, teacher: int) -> tuple[np.ndarray
     return sides[0], sides[1]
 
 
+def places(groups: np.ndarray) -> np.ndarray:
+    """Where a model is read that groups of tokens are compared by: its predictions of their tokens,
+    and what it says behind the last token of each.
+
+    Args:
+      groups: int [N], of a document, as `numbered` gives them.
+
+    Returns:
+      bool [N].
+    """
+    following = np.append(groups[1:], 0)
+    return (following > 0) | ((groups > 0) & (groups != following))
+
+
 def shown(student: Sequence[bytes], teacher: Sequence[bytes], groups: np.ndarray) -> list[str]:
     """A line for each group, for people: the student's tokens, the teacher's tokens."""
 

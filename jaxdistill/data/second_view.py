@@ -330,7 +330,8 @@ def second_rows(dataset: Dataset) -> Dataset:
     assert dataset.second is not None, "only asked for where there is one"
     (seq_len, pad), arrays = dataset.second, dataset.arrays
     own = {name: arrays[f"second_{name}"] for name in ("tokens", "documents", "segments")}
-    own |= {"loss": _Aligned(arrays["second_groups"]), "rows": arrays["rows"]}
+    groups = arrays["second_groups"]
+    own |= {"loss": _Aligned(groups), "aligned": groups, "rows": arrays["rows"]}
     tokens = len(own["tokens"])
     return dataclasses.replace(
         dataset, seq_len=seq_len, pad=pad, num_tokens=tokens, second=None, origins=(), arrays=own

@@ -91,7 +91,8 @@ def measure(
     asked = list(models.teachers) if method.objective.needs_teacher else []
     dtype = config.student.compute_dtype
     held = plan.argument_bytes(state, teacher_params, batch, dtype, asked)
-    tokens = config.train.batch_size * config.data.seq_len
+    length = config.data.seq_len
+    tokens = config.train.batch_size * length
     facts = {
         "target": str(target),
         "devices": mesh.size,
@@ -104,7 +105,8 @@ def measure(
     embed = models.teacher.config.embed if models.teacher else None
     answers = None  # nobody can ask before about what the student will write
     if config.rollout is None:
-        answers = stored.sizes(config, models.stored, models.vocab, embed)
+        read = length if models.second is None else models.second.seq_len
+        answers = stored.sizes(config, models.stored, models.read[1], embed, read)
     monitor = steps.recorded(config.train.log_every, config.train.steps)
     began = time.perf_counter()
     try:
@@ -256,15 +258,15 @@ def _work(
     """FLOPs, bytes, collectives and the floor on the step's time."""
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
     length = config.data.seq_len
+    theirs = length if models.second is None else models.second.seq_len
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
     if method.objective.needs_teacher and models.stored is not None:
-        model_flops += models.stored.flops_per_token()
+        model_flops += models.stored.flops_per_token() * theirs / length
     elif (own := oneself.flops_per_token(config, models.student.config)) is not None:
         model_flops += own
     elif method.objective.needs_start:
         model_flops += forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher:
-        theirs = length if models.second is None else models.second.seq_len
         if models.teachers:
             model_flops += routing.flops_per_token(models.teachers, length)
         elif models.teacher is not None:  # a server computes elsewhere

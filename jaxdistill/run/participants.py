@@ -56,6 +56,18 @@ class Models:
     teachers: Mapping[str, Model | Stored] = dataclasses.field(default_factory=dict)
     context: PrivilegedView | None = None
 
+    @property
+    def read(self) -> tuple[Any, int]:
+        """The tokenizer of what the teacher reads, and how many tokens it has."""
+        return _read(self.second, self.tokenizer, self.vocab)
+
+
+def _read(second: SecondView | None, tokenizer: Any, vocab: int) -> tuple[Any, int]:
+    """The tokenizer of what a teacher reads, and how many tokens it has."""
+    if second is None:
+        return tokenizer, vocab
+    return second.tokenizer, vocabulary_size(second.tokenizer)
+
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
     """Raises where the tensor axis does not divide a model; the vocabulary may be any size.
@@ -81,9 +93,9 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     tokenizer = shapes.named_tokenizer(config, {"teacher": teacher or itself, "student": student})
     vocab = shapes.vocabulary(config, tokenizer)
     teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
-    asked_before = stored.of(config, teacher, tokenizer, vocab)
-    teacher = teacher if asked_before is None else None
     second = _second_view(config, teacher, tokenizer, mesh)
+    asked_before = stored.of(config, teacher, *_read(second, tokenizer, vocab))
+    teacher = teacher if asked_before is None else None
     pairs, seated = pairing.of(
         tokenizer,
         teacher if second is None else None,  # it reads its own tokens
@@ -99,7 +111,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     named = {"teacher": teacher, "student": student, **in_step}
     read = dict.fromkeys(named, (vocab, config.data.seq_len))
     if second is not None:
-        read["teacher"] = vocabulary_size(second.tokenizer), second.seq_len
+        read["teacher"] = _read(second, tokenizer, vocab)[1], second.seq_len
     for name, shape in named.items():
         if shape is None:
             continue

@@ -21,7 +21,6 @@ from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.methods import measuring, signals
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model, decoder
-from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.report import MetricsWriter, json_lines
 from jaxdistill.run import participants, routing, setup, states
 from jaxdistill.run.folder import RunDir
@@ -158,21 +157,27 @@ class RunTable:
             return
         if teacher is None:
             return self._add_untimed_teacher()
-        rows, vocab, text_bytes = self._held_out, self._models.vocab, None
-        if (second := self._models.second) is not None:
-            vocab = vocabulary_size(second.tokenizer)
-            rows = rows.replaced(second_rows(rows.dataset))
-            text_bytes = rows.text_bytes(second.tokenizer)
+        rows, text_bytes = self._as_read()
+        vocab = self._models.read[1]
         scoring = meter.scoring_step(teacher.config, vocab, compute_dtype=self._teacher_dtype)
         metrics = rows.measure(scoring, teacher.params, text_bytes=text_bytes)
         rate = rows.speed(scoring, teacher.params)
         self._add("teacher", metrics, speed.size(teacher.config, teacher.params), rate)
 
+    def _as_read(self) -> tuple[HeldOut, int | None]:
+        """The held-out rows in the tokens that the teacher reads; their bytes if it has its own."""
+        rows, models = self._held_out, self._models
+        if models.second is None:
+            return rows, None
+        rows = rows.replaced(second_rows(rows.dataset))
+        return rows, rows.text_bytes(models.second.tokenizer)
+
     def _add_untimed_teacher(self) -> None:
         """The row of several teachers, or of a stored one."""
         assert self._signal is not None, "there are teachers"
-        scoring = meter.teacher_scoring_step(self._signal, self._models.vocab)
-        metrics = self._held_out.measure(scoring, None, self._teacher_params)
+        rows, text_bytes = self._as_read()
+        scoring = meter.teacher_scoring_step(self._signal, self._models.read[1])
+        metrics = rows.measure(scoring, None, self._teacher_params, text_bytes=text_bytes)
         if (stored := self._models.stored) is not None:
             return self._add("teacher", metrics, _size(stored), None)
         sizes = [_size(one) for one in self._models.teachers.values()]

@@ -308,12 +308,13 @@ def abstract_batch_of(
 ) -> Batch:
     """The shapes and places of a step's batch, with what it carries of stored teachers."""
     origins = any(source.origin != "data" for source in config.data.train)
-    length = config.data.seq_len
+    length = theirs = config.data.seq_len
     method, beside = methods.of(config.method), {}
-    if form is not None:
-        beside |= taught.empty(form, length)
     if method.second_view:
-        beside |= empty_second(length, two_tokenizers.length(config.method, length), 0)
+        theirs = two_tokenizers.length(config.method, length)
+        beside |= empty_second(length, theirs, 0)
+    if form is not None:
+        beside |= taught.empty(form, theirs)
     if is_served(config):
         beside |= {taught.LEAF: {"logprobs": np.zeros((length, 1), np.float32)}}
     itself = selves.of(config)

@@ -83,7 +83,7 @@ def read(
             terminal.say(f"{name}: vocabulary: {line}", sys.stderr)
     stored, taught = models.stored, data
     if stored is not None:
-        taught = agree.together(lambda: stored.beside(data, models.tokenizer))
+        taught = agree.together(lambda: stored.beside(data, models.read[0]))
     if models.teachers:
         several = lambda: routing.beside(models.teachers, data, models.tokenizer)
         taught = agree.together(several)

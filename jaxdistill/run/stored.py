@@ -131,8 +131,8 @@ def of(
     Args:
       config: of the run.
       shape: the teacher without weights: of `teacher.source`, or out of the store.
-      tokenizer: of the run.
-      vocab: rows of the heads that are tokens.
+      tokenizer: of what the teacher reads.
+      vocab: how many tokens it has.
       key: of the teacher in the file, for messages.
 
     Raises:
@@ -194,15 +194,16 @@ def _check_method(config: Config, stored: Stored, key: str) -> None:
 
 
 def sizes(
-    config: Config, stored: Stored | None, vocab: int, embed: int | None
+    config: Config, stored: Stored | None, vocab: int, embed: int | None, length: int
 ) -> dict[str, Any] | None:
     """How large the teacher's answers are, as they are stored or in the usual formats.
 
     Args:
       config: of the run.
       stored: the stored teacher.
-      vocab: tokens of the vocabulary.
+      vocab: tokens of the vocabulary that the teacher reads.
       embed: width of the teacher's hidden states; None without a teacher.
+      length: tokens in a row that it reads.
 
     Returns:
       tokens: that the run reads, which is at most what is asked; bytes_per_token by format. None
@@ -215,7 +216,7 @@ def sizes(
     else:
         return None
     named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
-    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    tokens = config.train.steps * config.train.batch_size * length
     return {"tokens": tokens, "bytes_per_token": named}
 
 

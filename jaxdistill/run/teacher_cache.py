@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jaxdistill
-from jaxdistill import agree, commands, compilation_cache, errors, processes
+from jaxdistill import agree, commands, compilation_cache, errors, methods, processes
 from jaxdistill.config import Config, preflight
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import catalog, formats, parts, work
 from jaxdistill.data.teacher_cache.formats import HIDDEN, Format
 from jaxdistill.data.teacher_cache.objects import Objects
@@ -24,6 +25,7 @@ from jaxdistill.errors import ConfigError, DataError, ModelError
 from jaxdistill.evaluate import answers_to_store
 from jaxdistill.evaluate.answers_to_store import KEYS
 from jaxdistill.formats.config_json import write_config
+from jaxdistill.methods import signals
 from jaxdistill.models import Model
 from jaxdistill.run import (
     alike,
@@ -80,13 +82,16 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
         if name is not None:
             data = {of: rows.of_teacher(name) for of, rows in data.items()}
         agree.together(lambda: _check_vocabularies(models, data))
+        if models.second is not None:
+            _check_rows(config, options)
+            data = {of: second_rows(rows) for of, rows in data.items()}
     server = config.teacher.api if config.teacher else None
     if server is not None:
         _check_server(options)
     assert server is not None or models.teacher is not None, "the configuration has one"
     form = formats.choose(
         options.format,
-        vocab=models.vocab,
+        vocab=models.read[1],
         embed=models.teacher.config.embed if models.teacher else 0,
         dtype=options.dtype,
         k=options.k,
@@ -153,6 +158,17 @@ def _check_vocabularies(models: participants.Models, data: Mapping[str, Dataset]
     models.pairing.check(data)
 
 
+def _check_rows(config: Config, options: commands.TeacherCache) -> None:
+    """A method that reads the teacher in its own tokens can learn from what is stored.
+
+    Raises:
+      ConfigError: naming the format that would do.
+    """
+    reads = methods.of(config.method).reads(config.method)
+    if told := signals.problem(config.method.name, reads, options.format):
+        raise ConfigError(f"method.name: {told}")
+
+
 def _check_server(options: commands.TeacherCache) -> None:
     """What a server cannot say.
 
@@ -200,7 +216,7 @@ class _Asked:
         self._config, self._teacher, self._models = config, teacher, models
         self._mesh, self._form, self._objects = mesh, form, objects
         self._batch = config.train.batch_size // config.train.micro_batches
-        self._identity = stored.words(models.tokenizer, models.vocab) | {
+        self._identity = stored.words(*models.read) | {
             **stored.whose(config, teacher.config),
             "teacher.weights": changes.weights(teacher.params),
             "format": form.facts(),
@@ -214,15 +230,15 @@ class _Asked:
             compute_dtype=setup.teacher_dtype(config),
             attention=section.attention,
         )
-        self._head = _whole_head(teacher, models.vocab, mesh) if form.name == HIDDEN else None
+        self._head = _whole_head(teacher, form.vocab, mesh) if form.name == HIDDEN else None
 
     def begin(self) -> None:
         """Makes the store, or refuses another one; the teacher's small files and head lie in it."""
-        section, c = self._config.teacher, self._config
+        section, c, second = self._config.teacher, self._config, self._models.second
         assert section is not None
         notes = {
             "source": section.source or "random",
-            "seq_len": c.data.seq_len,
+            "seq_len": c.data.seq_len if second is None else second.seq_len,
             "loss_on": c.data.loss_on,
             "attention": section.attention,
             "code": changes.code(),
@@ -235,7 +251,7 @@ class _Asked:
         if last in self._objects.names():
             return  # all of them are there, and another shard's capture may read them
         described = write_config(self._teacher.config, section.dtype)
-        stored.put_tokenizer(self._objects, self._models.tokenizer)
+        stored.put_tokenizer(self._objects, self._models.read[0])
         self._objects.put(small, json.dumps(described).encode())
         if self._head is not None:
             self._objects.put_array(catalog.TEACHER + catalog.HEAD, self._head)

@@ -335,7 +335,7 @@ def _meter(
         teacher = forward_flops_per_token(models.student.config, length)
     elif method.objective.needs_teacher:
         if models.stored is not None:
-            teacher = models.stored.flops_per_token()
+            teacher = models.stored.flops_per_token() * theirs / length
         elif models.teachers:
             teacher = routing.flops_per_token(models.teachers, length)
         elif models.teacher is not None:  # a server's are elsewhere

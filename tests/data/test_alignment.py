@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxdistill.data.alignment import align, numbered, shown
+from jaxdistill.data.alignment import align, numbered, places, shown
 from jaxdistill.data.token_bytes import token_bytes
 from jaxdistill.errors import MismatchError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
@@ -135,6 +135,12 @@ def test_every_kind_of_tokenizer_spells_any_text_and_meets_the_bytes(name, text)
     groups = align(spelled, single)
     assert len(groups) == sum(1 for piece in spelled if piece)
     assert (groups[:, 0] == groups[:, 1]).all()
+
+
+def test_a_model_is_read_before_each_token_of_a_group_and_behind_the_last():
+    groups = np.asarray([0, 0, 1, 1, 2, 0, 0, 3], np.int32)
+    assert places(groups).astype(int).tolist() == [0, 1, 1, 1, 1, 0, 1, 1]
+    assert places(np.zeros(0, np.int32)).tolist() == []
 
 
 def test_special_tokens_have_no_bytes_and_what_changes_a_text_is_refused():

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
-from jaxdistill import api, models
+from jaxdistill import api, commands, models
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.errors import UserError
 from jaxdistill.report import read_metrics
-from jaxdistill.run import participants, setup, texts
+from jaxdistill.run import participants, setup, teacher_cache, texts
 from tests.data.test_alignment import byte_level
 from tests.run.conftest import sentences
 
@@ -87,10 +87,28 @@ def test_a_run_with_two_tokenizers_from_its_start_to_its_table(name, configured)
     assert again.metrics["eval/bits_per_byte"] == metrics["eval/bits_per_byte"]
 
 
-def test_the_teachers_row_is_its_own_cross_entropy_per_byte(configured, teacher):
+def test_the_teachers_row_is_its_own_cross_entropy_per_byte_and_a_stored_one_is_the_same(
+    configured, teacher, tmp_path
+):
     """The teacher's nats over its aligned tokens, from its logits, by the bytes that they spell."""
-    config = configured("alm", "train.eval_every=null", "eval.max_rows=4")
+    few = ("train.eval_every=null", "eval.max_rows=4")
+    config = configured("alm", *few)
     result = api.train(config)
+    options = commands.TeacherCache(output=str(tmp_path / "c"), format="hidden", dtype="float32")
+    few_tokens = commands.TeacherCache(output=str(tmp_path / "k"), format="topk", k=4)
+    with pytest.raises(UserError, match="alm reads whole rows .* topk does not hold: capture with"):
+        teacher_cache.capture(config, few_tokens)
+    assert teacher_cache.capture(config, options)["whole"]
+    stored = api.train(
+        configured("alm", *few, f"teacher={{cache: {tmp_path / 'c'}}}", f"run.dir={tmp_path / 'r'}")
+    )
+    ours, theirs = (read_metrics(pathlib.Path(one.run_dir)) for one in (result, stored))
+    for one, other in zip(ours, theirs, strict=True):
+        for name in {"loss/total", "loss/divergence", "optim/grad_norm", "eval/ce"} & one.keys():
+            assert other[name] == one[name]
+    first, again = (one.rows[0] for one in (result, stored))
+    assert first["name"] == again["name"] == "teacher"
+    assert again["bits_per_byte"] == pytest.approx(first["bits_per_byte"], rel=1e-6)
     shapes = participants.shapes_of(config, setup.mesh_of(config))
     rows = second_rows(texts.data_of(config.data, shapes.tokenizer, shapes.second)["eval"])
     model = models.load(teacher, dtype="float32")
@@ -173,8 +191,11 @@ def test_what_a_student_writes_is_compared_by_bytes(writing, tmp_path):
     [
         (("mesh.context=2", "mesh.fsdp=1"), "mesh.context = 2: method alm sums over chunks"),
         (("checkpoint.best_metric=eval/kl_t1",), "has two tokenizers: use eval/bits_per_byte"),
+        (
+            ("teacher={api: {base_url: 'http://localhost:1/v1', model: m}, cache: y}",),
+            "likeliest tokens alone, and method alm reads whole rows",
+        ),
         (("data.special_tokens=parse",), "there are two tokenizers: use text"),
-        (("teacher={source: x, cache: y}",), "asks about the teacher's: give teacher.source"),
         (("method.teacher_seq_len=1",), "teacher_seq_len"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxdistill.data.alignment import places
 from jaxdistill.data.dataset import Dataset
 
 KEY_BYTES = 16
@@ -19,7 +20,8 @@ class Segment(NamedTuple):
       number: of the segment in the data set.
       place: its first position in the row.
       tokens: int32 [N].
-      mask: bool [N], True where the prediction counts; the last position predicts nothing.
+      mask: bool [N], True where the prediction counts; the last position predicts nothing. Of a
+        teacher's own tokens, see `second_view.second_rows`: where it is read, `alignment.places`.
     """
 
     number: int
@@ -48,8 +50,11 @@ def of_row(dataset: Dataset, row: int) -> Iterator[Segment]:
     place = 0
     for number in range(int(first), int(last)):
         start, length = map(int, arrays["segments"][number : number + 1][0])
-        mask = np.zeros(length, bool)
-        mask[:-1] = arrays["loss"][start + 1 : start + length]
+        if "aligned" in arrays:
+            mask = places(arrays["aligned"][start : start + length])
+        else:
+            mask = np.zeros(length, bool)
+            mask[:-1] = arrays["loss"][start + 1 : start + length]
         yield Segment(number, place, np.asarray(arrays["tokens"][start : start + length]), mask)
         place += length
 

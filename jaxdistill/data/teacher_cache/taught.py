@@ -1,12 +1,14 @@
 """A data set whose rows carry what a stored teacher said about them, or each of several."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import segments
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.data.teacher_cache.store import Store
@@ -21,7 +23,7 @@ class TaughtDataset(Dataset):
     """Rows of tokens, each with `teacher`: the store's fields [L, ...], zeros where nothing counts.
 
     Of several teachers `teacher` has the fields of each stored one by its name, zeros in the rows
-    that are for another.
+    that are for another. Of one that reads its own tokens they are of its view of the rows.
 
     Attributes:
       stores: where the teacher's signals lie, by its route; 0 is the one that is alone. Of several
@@ -35,6 +37,11 @@ class TaughtDataset(Dataset):
     names: tuple[str, ...] = ()
     entries: np.ndarray = None  # pyrefly: ignore
 
+    @functools.cached_property
+    def read(self) -> Dataset:
+        """The rows in the tokens that the teacher read."""
+        return self if self.second is None else second_rows(self)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`, as `Dataset` has it, with `teacher`; of several draws all of them.
 
@@ -45,17 +52,17 @@ class TaughtDataset(Dataset):
         row: dict[str, Any] = super().__getitem__(index)
         own = self.route(index) if self.names else 0
         said = {
-            route: _fields(store, self.seq_len) if route != own else self._said(store, index)
+            route: _fields(store, self.read.seq_len) if route != own else self._said(store, index)
             for route, store in self.stores.items()
         }
         return row | {LEAF: self._named(said)}
 
     def _said(self, store: Store, index: int) -> dict[str, np.ndarray]:
         """What the teacher of a row said of it."""
-        here = [s for s in segments.of_row(self, index) if self.entries[s.number] >= 0]
+        here = [s for s in segments.of_row(self.read, index) if self.entries[s.number] >= 0]
         # All reads are on their way before the first is waited for.
         waits = [(s, store.reading(int(self.entries[s.number]))) for s in here]
-        arrays = _fields(store, self.seq_len)
+        arrays = _fields(store, self.read.seq_len)
         for segment, wait in waits:
             stored = store.mask(int(self.entries[segment.number]))
             places = segment.place + np.flatnonzero(stored)
@@ -72,7 +79,7 @@ class TaughtDataset(Dataset):
     def empty_row(self) -> dict[str, Any]:
         """A row of padding."""
         forms = {route: store.format for route, store in self.stores.items()}
-        return super().empty_row() | empty(self._named(forms), self.seq_len)
+        return super().empty_row() | empty(self._named(forms), self.read.seq_len)
 
     def in_epoch(self, row: dict[str, Any], epoch: int) -> dict[str, Any]:
         """The row with what a batch of an epoch carries."""
@@ -108,7 +115,7 @@ def beside(dataset: Dataset, store: Store | Mapping[str, Store], tokenizer: Any)
     Args:
       dataset: the rows.
       store: what was captured; of several teachers by the names of those that are stored.
-      tokenizer: of the rows, to show what is missing.
+      tokenizer: of what the teacher reads, to show what is missing.
 
     Raises:
       DataError: if segments are missing: how many, and the first.
@@ -120,10 +127,11 @@ def beside(dataset: Dataset, store: Store | Mapping[str, Store], tokenizer: Any)
     else:
         names = tuple(name for name, _, _ in dataset.teachers)
         stores |= {names.index(name) + 1: one for name, one in store.items()}
-    entries = np.full(len(dataset.arrays["segments"]), -1, np.int64)
+    read = dataset if dataset.second is None else second_rows(dataset)
+    entries = np.full(len(read.arrays["segments"]), -1, np.int64)
     lacking: dict[int, _Lacking] = {}
     count = dict.fromkeys(stores, 0)
-    for row, segment in segments.of(dataset):
+    for row, segment in segments.of(read):
         route = dataset.route(row) if names else 0
         if route not in stores:
             continue
@@ -139,7 +147,7 @@ def beside(dataset: Dataset, store: Store | Mapping[str, Store], tokenizer: Any)
             entries[segment.number] = found
     if lacking:
         lines = [
-            _told(one, dataset, tokenizer, stores[route], count[route], _name(names, route))
+            _told(one, read, tokenizer, stores[route], count[route], _name(names, route))
             for route, one in lacking.items()
         ]
         raise DataError("\n".join(lines))
