@@ -224,7 +224,11 @@ def _method_problems(config: Any) -> Iterator[Problem]:
     if not methods.of(config.method).rewards:
         yield from _divergence_problems(config)
     several = {("teachers", name): one for name, one in (config.teachers or {}).items()}
-    for path, teacher in {("teacher",): config.teacher, **several}.items():
+    asked = {("teacher",): config.teacher, **several}
+    served = any(teacher is not None and teacher.served for teacher in asked.values())
+    if served and methods.of(config.method).needs_teacher(config.method):
+        yield from _served_problems(config)
+    for path, teacher in asked.items():
         if teacher is not None and teacher.cache:
             remedy = "the server is asked while it does" if teacher.api else "and name the model"
             rule = f"was never asked about what the student will write: remove it, {remedy}"
@@ -245,8 +249,6 @@ def _divergence_problems(config: Any) -> Iterator[Problem]:
         yield ("method", "alpha"), rule
     if row.reads_sampler:
         yield from _sampler_problems(config)
-    if config.teacher is not None and config.teacher.served and row.needs_teacher(config.method):
-        yield from _served_problems(config)
 
 
 def _served_problems(config: Any) -> Iterator[Problem]:

@@ -40,9 +40,10 @@ def problems(config: Any) -> Iterator[Problem]:
             "give teacher, or teachers by name, not both: teacher: null removes one",
         )
     for name, teacher in config.teachers.items():
-        if teacher.served:
+        if teacher.served and config.rollout is None:
             rule = "a server takes no part in a step: `jaxdistill teacher cache --teacher "
-            yield ("teachers", name, "cache"), f"{rule}{name}` asks it once, into a folder to name"
+            rule += f"{name}` asks it once, into the folder that is named here; with rollout, "
+            yield ("teachers", name, "cache"), f"{rule}sampled_kl asks it while the student writes"
         if teacher.self_ is not None:
             rule = "the student itself teaches alone: give source or random, or teacher.self"
             yield ("teachers", name, "self"), rule

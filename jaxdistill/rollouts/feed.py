@@ -14,7 +14,7 @@ from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.replay import LOSS, Replay
 from jaxdistill.rollouts.rows import buckets, rows_of
-from jaxdistill.rollouts.scores import Scores
+from jaxdistill.rollouts.scores import RoutedScores, Scores
 from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import DATA, ORIGINS, STUDENT, Batch, Span
@@ -116,7 +116,7 @@ class RolloutFeed(Feed):
         recalled: int,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,
-        scores: Scores | None = None,
+        scores: Scores | RoutedScores | None = None,
         leaks: Callable[[Sequence[np.ndarray]], float] | None = None,
         aligner: Aligner | None = None,
     ):
@@ -237,7 +237,8 @@ class RolloutFeed(Feed):
             taught = self._scores(answers)
             if taught is None:
                 return None
-            self._spend(SCORING, update, self._scores.seconds, self._scores.tokens)
+            if self._scores.seconds:  # of several teachers perhaps no server was asked
+                self._spend(SCORING, update, self._scores.seconds, self._scores.tokens)
             told["perf/teacher_cost"] = self._scores.cost
         learned, beside = answers, None
         if self._aligner is not None:

@@ -41,7 +41,8 @@ def rows_of(
     sampler: bool = False,
     silent: Sequence[bool] | None = None,
     sampled: Mapping[str, Sequence[Any]] | None = None,
-    taught: Sequence[np.ndarray] | None = None,
+    taught: Sequence[np.ndarray | None] | None = None,
+    servers: Sequence[str] = (),
     routing: Routing | None = None,
     layout: Layout | None = None,
     second: tuple[int, int] | None = None,
@@ -66,6 +67,8 @@ def rows_of(
         name in `sampled` of every row; None: rows have no such tree.
       taught: for each answer, a teacher's log p of each token that counts: `logprobs` in `teacher`
         of every row, float32 [seq_len, 1]; None: rows have no such tree.
+      servers: of several teachers those that say it: each has such a tree in `teacher`, by its
+        name, and the answers of others are None.
       routing: several teachers, of which the note `teacher` of each prompt names one; a row holds
         answers for one. None: there are not several.
       layout: of the rows for several.
@@ -96,7 +99,7 @@ def rows_of(
     for row in rows if types else ():
         row["sampled"] = {name: np.zeros(seq_len, dtype) for name, dtype in types.items()}
     for row in rows if taught is not None else ():
-        row["teacher"] = {"logprobs": np.zeros((seq_len, 1), np.float32)}
+        row["teacher"] = empty_scores(seq_len, servers)
     logprobs = np.zeros((count, seq_len), np.float32)
     if sampler:
         for row in rows:
@@ -109,7 +112,10 @@ def rows_of(
             answer, most = answers[index], distilled or len(answers[index].tokens)
             counted = 0 if silent and silent[index] else min(len(answer.tokens), most)
             drawn = {name: values[index] for name, values in (sampled or {}).items()}
-            theirs = None if taught is None else taught[index]
+            theirs = None
+            if taught is not None and (said := taught[index]) is not None:
+                tree = rows[number]["teacher"]
+                theirs = tree[answer.prompt.notes[TEACHER]] if servers else tree, said
             target = slice(min(skip, counted), counted)
             _put(rows[number], logprobs[number], answer, place, segment, target, drawn, theirs)
             if beside is not None:
@@ -118,6 +124,12 @@ def rows_of(
                 groups += int(beside[index].groups.max())
             place += length
     return rows, logprobs
+
+
+def empty_scores(seq_len: int, servers: Sequence[str] = ()) -> dict[str, Any]:
+    """What a row has in `teacher` of a server that said nothing, or of several by their names."""
+    one = lambda: {"logprobs": np.zeros((seq_len, 1), np.float32)}
+    return {name: one() for name in servers} or one()
 
 
 def _packed(
@@ -169,7 +181,7 @@ def _put(
     segment: int,
     target: slice,
     beside: Mapping[str, Any],
-    theirs: np.ndarray | None,
+    theirs: tuple[Mapping[str, np.ndarray], np.ndarray] | None,
 ) -> None:
     """Writes a prompt and its answer, of which a slice counts, into a row, from a place on."""
     text = np.concatenate([answer.prompt.tokens, answer.tokens])
@@ -187,4 +199,5 @@ def _put(
         one = np.broadcast_to(values, len(answer.tokens))
         row["sampled"][name][counted] = one[target]
     if theirs is not None:
-        row["teacher"]["logprobs"][counted, 0] = theirs[target]
+        tree, said = theirs
+        tree["logprobs"][counted, 0] = said[target]

@@ -3,13 +3,14 @@
 import base64
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxdistill import agree
+from jaxdistill.data.records import TEACHER
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.bill import Bill
 from jaxdistill.reasoning.scored import Scorer
@@ -38,6 +39,7 @@ class Scores:
       make: makes the client, when it is first needed.
       folder: of the training; its files are written by one process.
       model: the server's name for the model, which the numbers are of.
+      teacher: its name among several, which the files have too; None: it is alone.
       most: tokens at the beginning of an answer that are asked about; None: all.
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
@@ -49,14 +51,16 @@ class Scores:
         folder: Path,
         *,
         model: str,
+        teacher: str | None = None,
         most: int | None = None,
         stop: Callable[[], bool] = lambda: False,
         hooks: Hooks = NO_HOOKS,
     ):
         self._make, self._model, self._most = make, model, most
         self._stop, self._hooks = stop, hooks
-        self._decisions = Decisions(folder / FILE, _read)
-        self._bill_at = folder / BILL
+        self._key = "teacher" if teacher is None else f"teachers.{teacher}"
+        self._decisions = Decisions(folder / named(FILE, teacher), _read)
+        self._bill_at = folder / named(BILL, teacher)
         self._client: tuple[Scorer, Bill] | None = None
         self.seconds, self.tokens, self.cost = 0.0, 0, 0.0
 
@@ -94,7 +98,7 @@ class Scores:
                     self._decisions.add(name, _packed(known, len(answers)))
         if failed:
             raise ModelError(
-                f"teacher.api: {len(failed)} of {len(answers)} answers of the student were not "
+                f"{self._key}.api: {len(failed)} of {len(answers)} answers of the student were not "
                 f"scored ({failed[0]}): nothing was learned from them, and what was received is "
                 "kept: mend the server and resume the run"
             )
@@ -130,6 +134,45 @@ class Scores:
         finally:
             self.cost = bill.spend(scorer.spent())["cost"]
         return failed
+
+
+class RoutedScores:
+    """Asks of each answer the server of its prompt's teacher, where that is one.
+
+    Attributes:
+      seconds, tokens: of all servers in the last call, one after the other.
+      cost: of all that the run asked them for so far.
+
+    Args:
+      servers: by the names of the teachers.
+    """
+
+    def __init__(self, servers: Mapping[str, Scores]):
+        self._servers = servers
+        self.seconds, self.tokens, self.cost = 0.0, 0, 0.0
+
+    def __call__(self, answers: Sequence[Answer]) -> list[np.ndarray | None] | None:
+        """As `Scores`; None of an answer whose teacher is no server."""
+        found: list[np.ndarray | None] = [None] * len(answers)
+        self.seconds, self.tokens = 0.0, 0
+        for name, server in self._servers.items():
+            own = [n for n, one in enumerate(answers) if one.prompt.notes[TEACHER] == name]
+            if not own:
+                continue
+            said = server([answers[number] for number in own])
+            if said is None:
+                return None
+            for number, logprobs in zip(own, said, strict=True):
+                found[number] = logprobs
+            self.seconds, self.tokens = self.seconds + server.seconds, self.tokens + server.tokens
+        self.cost = sum(server.cost for server in self._servers.values())
+        return found
+
+
+def named(file: str, teacher: str | None) -> str:
+    """The name of a file, or that of one of several teachers."""
+    stem, _, ending = file.partition(".")
+    return file if teacher is None else f"{stem}-{teacher}.{ending}"
 
 
 def _packed(known: Known, count: int) -> dict[str, Any]:

@@ -138,8 +138,13 @@ def check(
 
 
 def rule_of(name: str) -> Rule:
-    """The rule of a fact: that of the longest beginning of its name."""
+    """The rule of a fact: that of the longest beginning of its name.
+
+    Each of several teachers has the rules of the one.
+    """
     parts = name.split(".")
+    if parts[:2] == ["config", "teachers"]:
+        parts = ["config", "teacher", *parts[3:]]
     for count in range(len(parts), 0, -1):
         if rule := RULES.get(".".join(parts[:count])):
             return rule

@@ -8,7 +8,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.models import Model, count_parameters
+from jaxdistill.config.server import Api
+from jaxdistill.models import count_parameters
 from jaxdistill.run import changes, participants, routing
 from jaxdistill.run.folder import describe_machine, fingerprint
 from jaxdistill.run.stored import Stored
@@ -57,24 +58,19 @@ def describe(models: participants.Models, mesh: Mesh) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for name, model in (("teacher", models.teacher), ("student", models.student)):
         if model is not None:
-            parts[name] = _loaded(model)
+            parts[name] = _described(model)
     if models.teachers:
-        parts["teachers"] = {
-            name: _stored(one) if isinstance(one, Stored) else _loaded(one)
-            for name, one in models.teachers.items()
-        }
+        parts["teachers"] = {name: _described(one) for name, one in models.teachers.items()}
     if models.stored is not None:
-        parts["teacher"] = _stored(models.stored)
+        parts["teacher"] = _described(models.stored)
     if vocabularies := models.pairing.lines():
         parts["vocabularies"] = vocabularies
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
 
 
-def _loaded(model: Model) -> dict[str, Any]:
-    return {"source": model.source, "parameters": count_parameters(model.config)}
-
-
-def _stored(answers: Stored) -> dict[str, Any]:
-    arch = answers.config
-    known = {} if arch is None else {"parameters": count_parameters(arch)}
-    return {"source": answers.place, **known}
+def _described(one: routing.Teaching) -> dict[str, Any]:
+    """Where a model, or what it says, comes from; and its size, where that is known."""
+    if isinstance(one, Api):
+        return {"source": one.model}
+    known = {} if one.config is None else {"parameters": count_parameters(one.config)}
+    return {"source": one.place if isinstance(one, Stored) else one.source, **known}

@@ -230,6 +230,7 @@ def feed_of(
             "sampler": methods.of(config.method).reads_sampler,
             "routing": routing.of(config),
             "layout": routing.layout(config),
+            "servers": [name for name in setup.servers(config) if name],
             **oneself.rows(models.context),
             **({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
         },

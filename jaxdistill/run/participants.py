@@ -40,8 +40,8 @@ class Models:
       start: the student before the first step, where the method compares with it: a copy of its
         weights in student.compute_dtype.
       second: the teacher's own tokens, where the method has it read them; or None.
-      teachers: several by name, in place of the one, those that are stored among them; {} where
-        there are not several.
+      teachers: several by name, in place of the one, those that are stored or behind servers among
+        them; {} where there are not several.
       context: how the prompts of a teacher are made that is the student itself; or None.
     """
 
@@ -53,7 +53,7 @@ class Models:
     pairing: Pairing = Pairing()
     start: Model | None = None
     second: SecondView | None = None
-    teachers: Mapping[str, Model | Stored] = dataclasses.field(default_factory=dict)
+    teachers: Mapping[str, routing.Teaching] = dataclasses.field(default_factory=dict)
     context: PrivilegedView | None = None
 
     @property
@@ -249,8 +249,10 @@ def _loaded(config: Config, shape: Model, mesh: Mesh) -> Model:
     return dataclasses.replace(model, tokenizer=shape.tokenizer)
 
 
-def _loaded_of_several(config: Config, one: Model | Stored, mesh: Mesh) -> Model | Stored:
-    return one.loaded(mesh) if isinstance(one, Stored) else _loaded(config, one, mesh)
+def _loaded_of_several(config: Config, one: routing.Teaching, mesh: Mesh) -> routing.Teaching:
+    if isinstance(one, Model):
+        return _loaded(config, one, mesh)
+    return one.loaded(mesh) if isinstance(one, Stored) else one
 
 
 def _uncut_teacher(config: Config, mesh: Mesh) -> Model:

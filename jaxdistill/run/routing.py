@@ -4,19 +4,23 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxdistill import errors
+from jaxdistill import errors, teachers
 from jaxdistill.config import Config
+from jaxdistill.config.server import Api
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.methods import signals
+from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.run import pairing, shapes, stored
 from jaxdistill.run.stored import Stored
 
 log = logging.getLogger(__name__)
+
+Teaching = Model | Stored | Api  # in the step, before it, or while the student writes
 
 
 def of(config: Config) -> Routing | None:
@@ -49,17 +53,20 @@ def each(config: Config) -> dict[str, Config]:
     }
 
 
-def shapes_of(
-    config: Config, tokenizer: Any, vocab: int, student: Model
-) -> dict[str, Model | Stored]:
+def shapes_of(config: Config, tokenizer: Any, vocab: int, student: Model) -> dict[str, Teaching]:
     """Each of several teachers without weights, once it reads the tokens of the run.
 
     Raises:
       ModelError, ConfigError: as `shapes.of`, and as `stored.of`.
       MismatchError: for one with other tokens.
     """
-    found: dict[str, Model | Stored] = {}
+    found: dict[str, Teaching] = {}
     for name, one in each(config).items():
+        assert one.teacher is not None
+        if one.teacher.served:
+            assert one.teacher.api is not None, "that is what served says"
+            found[name] = one.teacher.api
+            continue
         shape = shapes.teacher_of(one, config.security.allow_network)
         shape = shapes.ended(shape, tokenizer)
         answers = stored.of(one, shape, tokenizer, vocab, f"teachers.{name}")
@@ -127,23 +134,34 @@ def _unused(taught: Mapping[str, int], told: str) -> Iterator[ConfigError]:
             )
 
 
-def online(several: Mapping[str, Model | Stored]) -> dict[str, Model]:
+def online(several: Mapping[str, Teaching]) -> dict[str, Model]:
     """Those of several teachers that are asked in the step."""
     return {name: one for name, one in several.items() if isinstance(one, Model)}
 
 
-def answers(several: Mapping[str, Model | Stored]) -> dict[str, Stored]:
+def answers(several: Mapping[str, Teaching]) -> dict[str, Stored]:
     """Those of several teachers whose answers are stored."""
     return {name: one for name, one in several.items() if isinstance(one, Stored)}
 
 
-def whole(several: Mapping[str, Model | Stored]) -> bool:
+def whole(several: Mapping[str, Teaching]) -> bool:
     """Whether each of several teachers gives whole rows of its probabilities."""
-    return not any(signals.sparse(one.format.name) for one in answers(several).values())
+    sparse = any(signals.sparse(one.format.name) for one in answers(several).values())
+    return compared(several) and not sparse
+
+
+def compared(several: Mapping[str, Teaching]) -> bool:
+    """Whether held-out text can be compared with what each of several teachers says of it."""
+    return bool(several) and not any(isinstance(one, Api) for one in several.values())
+
+
+def silent(several: Mapping[str, Teaching]) -> teachers.Teacher | Routed:
+    """No teacher, which still tells the rows of several apart."""
+    return Routed(dict.fromkeys(several, teachers.none)) if several else teachers.none
 
 
 def beside(
-    several: Mapping[str, Model | Stored], data: Mapping[str, Dataset], tokenizer: Any
+    several: Mapping[str, Teaching], data: Mapping[str, Dataset], tokenizer: Any
 ) -> Mapping[str, Dataset]:
     """The data sets with what is stored of several teachers; as they are, where nothing is.
 
@@ -157,15 +175,11 @@ def beside(
     return {name: taught.beside(rows, stores, tokenizer) for name, rows in data.items()}
 
 
-def flops_per_token(several: Mapping[str, Model | Stored], length: int) -> float:
-    """FLOPs of one of several teachers for a token, on an average over them."""
-    flops = [
-        one.flops_per_token()
-        if isinstance(one, Stored)
-        else forward_flops_per_token(one.config, length)
-        for one in several.values()
-    ]
-    return sum(flops) / len(flops)
+def flops_per_token(several: Mapping[str, Teaching], length: int) -> float:
+    """FLOPs of one of several teachers for a token, on an average; a server's are elsewhere."""
+    flops = [forward_flops_per_token(one.config, length) for one in online(several).values()]
+    flops += [one.flops_per_token() for one in answers(several).values()]
+    return sum(flops) / len(several)
 
 
 def keyed(named: Mapping[str, Any]) -> dict[str, Any]:

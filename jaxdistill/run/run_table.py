@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxdistill import agree, optim, teachers
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
+from jaxdistill.config.server import Api
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import gaps, meter, speed
@@ -95,7 +96,8 @@ class RunTable:
         # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too. One that reads other
         # tokens gives no distribution to compare with.
         if alone:
-            objective, signal = measuring.cross_entropy(vocab=models.vocab), teachers.none
+            objective = measuring.cross_entropy(vocab=models.vocab)
+            signal = routing.silent(models.teachers)
         else:
             objective = measuring.against_teacher(
                 vocab=models.vocab, columns=models.pairing.columns
@@ -180,7 +182,7 @@ class RunTable:
         metrics = rows.measure(scoring, None, self._teacher_params, text_bytes=text_bytes)
         if (stored := self._models.stored) is not None:
             return self._add("teacher", metrics, _size(stored), None)
-        sizes = [_size(one) for one in self._models.teachers.values()]
+        sizes = [_size(one) for one in self._models.teachers.values() if not isinstance(one, Api)]
         size = {name: sum(one[name] for one in sizes) for name in _SUMMED}
         self._add("teacher", metrics, size, None)
 

@@ -1,5 +1,6 @@
 """A teacher behind a server: its client, and whether it reads the tokens that a run writes."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from jaxdistill.config.server import Api
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.reasoning import served
 from jaxdistill.reasoning.scored import Scorer
-from jaxdistill.rollouts.scores import Scores
+from jaxdistill.rollouts.scores import RoutedScores, Scores
 from jaxdistill.run import setup
 from jaxdistill.train.hooks import Hooks
 
@@ -45,10 +46,11 @@ def check(config: Config, tokenizer: Any, vocab: int) -> None:
       MismatchError: if it has another tokenizer than the run.
       ModelError: if it does not answer, or reports no log-probabilities of given text.
     """
-    if not setup.is_served(config):
-        return
-    assert config.teacher is not None and config.teacher.api is not None
-    server = config.teacher.api
+    for name, server in setup.servers(config).items():
+        _check(server, "teacher" if name is None else f"teachers.{name}", config, tokenizer, vocab)
+
+
+def _check(server: Api, key: str, config: Config, tokenizer: Any, vocab: int) -> None:
     asked = scorer(server, k=0, vocab=vocab)
     ours = list(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     theirs = asked.spelled(TEXT)
@@ -57,7 +59,7 @@ def check(config: Config, tokenizer: Any, vocab: int) -> None:
     wrong = not behind or any(id not in one for id, one in zip(ours[1:], behind, strict=True))
     if wrong:
         raise MismatchError(
-            f"teacher.api.model = {server.model!r}: the server cuts a text into other tokens "
+            f"{key}.api.model = {server.model!r}: the server cuts a text into other tokens "
             f"({1 + len(theirs)}, not {len(ours)}) than tokenizer.from = "
             f"{config.tokenizer.from_!r}, so its log-probabilities would be of other words: name "
             "the model's own tokenizer there, or ask another server"
@@ -65,13 +67,13 @@ def check(config: Config, tokenizer: Any, vocab: int) -> None:
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     (said,) = asked.score([("", [*ours, *ends, vocab - 1])])
     if said.failed:
-        raise ModelError(f"teacher.api: {said.reason}: a run that asks it needs prompt_logprobs")
+        raise ModelError(f"{key}.api: {said.reason}: a run that asks it needs prompt_logprobs")
 
 
 def scores_of(
     config: Config, vocab: int, folder: pathlib.Path, stop: Callable[[], bool], hooks: Hooks
-) -> Scores | None:
-    """Who says log p of the student's tokens; None where the teacher is no server.
+) -> Scores | RoutedScores | None:
+    """Who says log p of the student's tokens; None where no teacher is a server.
 
     Args:
       config: of the run.
@@ -80,16 +82,19 @@ def scores_of(
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
-    if not setup.is_served(config):
-        return None
-    assert config.teacher is not None and config.rollout is not None
-    server = config.teacher.api
-    assert server is not None, "it is asked"
-    return Scores(
-        lambda: scorer(server, k=0, vocab=vocab),
-        folder,
-        model=server.model,
-        most=config.rollout.distilled_tokens,
-        stop=stop,
-        hooks=hooks,
-    )
+    assert config.rollout is not None, "only asked for where there are rollouts"
+    most = config.rollout.distilled_tokens
+    found = {
+        name: Scores(
+            functools.partial(scorer, server, k=0, vocab=vocab),
+            folder,
+            model=server.model,
+            teacher=name,
+            most=most,
+            stop=stop,
+            hooks=hooks,
+        )
+        for name, server in setup.servers(config).items()
+    }
+    several = {name: one for name, one in found.items() if name is not None}
+    return RoutedScores(several) if several else found.get(None)

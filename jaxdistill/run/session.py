@@ -23,6 +23,7 @@ from jaxdistill.run import (
     hearing,
     identity,
     participants,
+    routing,
     run_table,
     schedule,
     setup,
@@ -267,7 +268,8 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
-        known = bool(self.models.teacher or self.models.stored or self.models.teachers)
+        alone = self.models.teacher or self.models.stored
+        known = bool(alone) or routing.compared(self.models.teachers)
         self.table = run_table.RunTable(
             run,
             self.models,

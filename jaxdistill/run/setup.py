@@ -14,6 +14,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.config import Config
 from jaxdistill.config import oneself as selves
 from jaxdistill.config.optimizer import Optimizer
+from jaxdistill.config.server import Api
 from jaxdistill.data import pipeline
 from jaxdistill.data.dataset import empty_route, empty_row, empty_second
 from jaxdistill.data.teacher_cache import taught
@@ -24,6 +25,7 @@ from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import two_tokenizers
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import Model
+from jaxdistill.rollouts.rows import empty_scores
 from jaxdistill.run import oneself, participants, routing, shapes, sparse, states
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.stored import Stored
@@ -150,10 +152,15 @@ def facts_of(config: Config, models: participants.Models) -> methods.Facts:
     )
 
 
-def is_served(config: Config) -> bool:
-    """Whether a server says what the teacher says of the student's text, while it writes."""
-    teacher, asked = config.teacher, methods.of(config.method).needs_teacher(config.method)
-    return asked and config.rollout is not None and teacher is not None and teacher.served
+def servers(config: Config) -> dict[str | None, Api]:
+    """The servers that are asked about the student's text while it writes.
+
+    By the names of several teachers; None is the one teacher's.
+    """
+    if config.rollout is None or not methods.of(config.method).needs_teacher(config.method):
+        return {}
+    given = {None: config.teacher} | dict(config.teachers or {})
+    return {name: one.api for name, one in given.items() if one and one.served and one.api}
 
 
 def signal_of(
@@ -173,7 +180,7 @@ def signal_of(
             for name, one in routing.each(config).items()
         }
         return Routed(signals, normalise)
-    if is_served(config):
+    if None in servers(config):
         return teachers.served
     if models.stored is not None:
         return models.stored.signal(None if objective is None else config.method)
@@ -188,9 +195,11 @@ def signal_of(
 
 
 def _of_several(
-    config: Config, teacher: Model | Stored, objective: methods.Objective | None
+    config: Config, teacher: routing.Teaching, objective: methods.Objective | None
 ) -> teachers.Teacher:
     """One of several teachers, by the configuration as it would be with it alone."""
+    if isinstance(teacher, Api):
+        return teachers.served
     if isinstance(teacher, Stored):
         return teacher.signal(None if objective is None else config.method)
     return _online(config, teacher)
@@ -236,7 +245,8 @@ def abstract_teacher_of(
     if method.objective.needs_start or oneself.copies(config):
         dtype = jnp.dtype(config.student.compute_dtype)
         return abstract_params(models.student.config, dtype, mesh)
-    if not method.objective.needs_teacher or is_served(config) or selves.of(config) is not None:
+    asked = method.objective.needs_teacher and None not in servers(config)
+    if not asked or selves.of(config) is not None:
         return None
     if models.stored is not None:
         return models.stored.abstract_params(mesh)
@@ -249,7 +259,9 @@ def abstract_teacher_of(
     return _abstract_teacher(config, models.teacher, models.pairing, mesh)
 
 
-def _abstract_of_several(config: Config, teacher: Model | Stored, mesh: Mesh) -> Any:
+def _abstract_of_several(config: Config, teacher: routing.Teaching, mesh: Mesh) -> Any:
+    if isinstance(teacher, Api):
+        return {}
     if isinstance(teacher, Stored):
         return teacher.abstract_params(mesh)
     return _abstract_teacher(config, teacher, Pairing(), mesh)
@@ -315,8 +327,8 @@ def abstract_batch_of(
         beside |= empty_second(length, theirs, 0)
     if form is not None:
         beside |= taught.empty(form, theirs)
-    if is_served(config):
-        beside |= {taught.LEAF: {"logprobs": np.zeros((length, 1), np.float32)}}
+    if asked := servers(config):
+        beside |= {taught.LEAF: empty_scores(length, [name for name in asked if name])}
     itself = selves.of(config)
     if itself is not None and itself.context is not None:
         beside |= empty_second(length, selves.length(itself, length), 0)
@@ -378,7 +390,10 @@ def signal_params(models: participants.Models) -> Any:
     Of one that is the student itself those before the first step, where they are a copy.
     """
     if models.teachers:
-        return {name: teacher.params for name, teacher in models.teachers.items()}
+        return {
+            name: {} if isinstance(one, Api) else one.params
+            for name, one in models.teachers.items()
+        }
     if models.stored is not None:
         return models.stored.params
     teacher = models.start if models.teacher is None else models.teacher

@@ -56,6 +56,10 @@ def test_what_is_given_loads_and_is_written_out():
         (["teachers.code={api: {base_url: 'http://h/v1', model: m}}"], SERVER),
         (["teachers.code={cache: c}", *ASKING], ANSWERS),
         (
+            ["teachers.code={api: {base_url: 'http://h/v1', model: m}}", *ASKING],
+            "method reverse_kd reads the teacher's probabilities for reverse_kl, and a server says",
+        ),
+        (
             ["routing.default=maths"],
             'routing.default = "maths": no such teacher: there are math, co',
         ),

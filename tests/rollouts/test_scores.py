@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 
 from jaxdistill.data.prompts import Prompt
+from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.errors import ModelError, StorageError
 from jaxdistill.reasoning.asking import Job, SamplingParams
 from jaxdistill.reasoning.scored import Scored
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.rows import rows_of
-from jaxdistill.rollouts.scores import BILL, FILE, Scores
+from jaxdistill.rollouts.scores import BILL, FILE, RoutedScores, Scores
 
 
-def answer(*tokens, prompt=(1, 2)):
+def answer(*tokens, prompt=(1, 2), **notes):
     ids = np.array(tokens, np.int32)
     none = np.zeros(len(ids), np.float32)
-    return Answer(Prompt(np.array(prompt, np.int32), {}), 0, 0, 0, ids, False, none, none)
+    return Answer(Prompt(np.array(prompt, np.int32), notes), 0, 0, 0, ids, False, none, none)
 
 
 class Server:
@@ -126,6 +127,54 @@ def test_what_is_no_log_probability_is_asked_again(damage, tmp_path):
     for one, other in zip(again(FIRST), found, strict=True):
         np.testing.assert_array_equal(one, other)
     assert not later.asked  # the new line stands alone, whatever lies before it
+
+
+OF_THREE = [
+    answer(3, 4, teacher="code"), answer(5, teacher="math"), answer(6, prompt=(7,), teacher="law"),
+    answer(8, teacher="code"),
+]  # fmt: skip
+
+
+def test_each_server_of_several_is_asked_about_its_own_answers(tmp_path):
+    """Those of law are for a teacher that is no server."""
+    servers = {name: Server() for name in ("math", "code")}
+    scores = RoutedScores({
+        name: Scores(lambda server=server: server, tmp_path, model="m", teacher=name)
+        for name, server in servers.items()
+    })  # fmt: skip
+    first, second, third, fourth = scores(OF_THREE)
+    assert servers["math"].asked == [[1, 2, 5]] and third is None
+    assert servers["code"].asked == [[1, 2, 8], [1, 2, 3, 4]]
+    np.testing.assert_allclose(first, [-0.32, -0.42])
+    np.testing.assert_allclose(second, [-0.51])
+    np.testing.assert_allclose(fourth, [-0.81])
+    assert scores.tokens == 4 and scores.cost == 1.5 and scores.seconds > 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "scores-math.jsonl", "scores-code.jsonl", "spent-math.json", "spent-code.json",
+    }  # fmt: skip
+    assert scores(OF_THREE[2:3]) == [None] and scores.tokens == 0  # nobody is asked
+    broken = RoutedScores({"math": Scores(Server, tmp_path, model="m", teacher="math")})
+    with pytest.raises(ModelError, match=r"teachers.math.api: 1 of 1 answers"):
+        broken([answer(9, teacher="math")])
+
+
+def test_rows_of_several_have_a_tree_for_each_server():
+    taught = [np.float32([-0.1, -0.2]), np.float32([-0.3]), None, np.float32([-0.4])]
+    rows, _ = rows_of(
+        OF_THREE, seq_len=8, pad=0, packing_by="best_fit", sizes=[1, 2, 4], distilled=None,
+        taught=taught, servers=["math", "code"], routing=Routing(("law", "math", "code")),
+        layout=Layout(3, 1),
+    )  # fmt: skip
+    found = {}
+    for row in rows:
+        route = ("", "law", "math", "code")[row["route"]]
+        assert row["teacher"].keys() == {"math", "code"}
+        for name, tree in row["teacher"].items():
+            told = tree["logprobs"][row["mask"], 0].tolist()
+            assert np.count_nonzero(tree["logprobs"]) == (len(told) if name == route else 0)
+            found[route] = told if name == route else found.get(route)
+    assert found["math"] == [np.float32(-0.3)] and found["law"] is None
+    assert sorted(found["code"]) == sorted(np.float32([-0.1, -0.2, -0.4]).tolist())
 
 
 def test_what_cannot_be_written_down_is_not_used(tmp_path):

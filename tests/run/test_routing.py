@@ -16,6 +16,7 @@ from jaxdistill.models import decoder
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import html, read_metrics
 from jaxdistill.run import (
+    changes,
     identity,
     participants,
     routing,
@@ -29,6 +30,7 @@ from jaxdistill.run import (
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.step import place
 from tests.inject import Fault
+from tests.reasoning import scoring_server
 from tests.run.conftest import sentences
 from tests.run.test_on_policy import numbers, same
 from tests.run.test_pairing import SHAPE, in_other_order
@@ -315,7 +317,7 @@ def asking(load, tmp_path_factory):
     ]
     path.write_text("\n".join(lines) + "\n")
 
-    def make(folder, rollout, *overrides):
+    def make(folder, rollout, *overrides, **teachers):
         sizes = "prompts_per_step: 4, samples: 2, max_new_tokens: 12"
         return load(
             folder,
@@ -323,6 +325,7 @@ def asking(load, tmp_path_factory):
             f"data.prompts=[{{path: {path}}}]",
             "method={name: reverse_kd, alpha: 0.0}",
             *overrides,
+            **teachers,
         )
 
     return make
@@ -348,15 +351,47 @@ def test_the_students_own_text_is_routed_and_resumes_to_the_same_bits(asking, tm
     same(tmp_path / "lost" / "run", tmp_path / "whole" / "run")
 
 
-def test_tokens_drawn_by_the_student_are_routed_too(asking, tmp_path):
-    settings = ("method={name: sampled_kl}", "train.steps=2", "optimizer.warmup=0")
-    api.train(asking(tmp_path, "share: 1.0", *settings, "data.train=[]"))
-    records = [one for one in read_metrics(tmp_path / "run") if "loss/sampled_kl" in one]
+def test_tokens_drawn_by_the_student_are_routed_to_a_server_and_to_a_teacher_in_the_step(
+    asking, tmp_path
+):
+    pytest.importorskip("openai", reason="needs the extra api")
+    settings = ("method={name: sampled_kl}", "train.steps=2", "optimizer.warmup=0", "data.train=[]")
+    with scoring_server.running() as server:
+        given = f"api: {{base_url: '{server.url}', model: m, concurrency: 1}}"
+        teachers = f"{{math: {{{MATH}}}, code: {{{given}}}}}"
+        loaded = asking(tmp_path, "share: 1.0", *settings, teachers=teachers)
+        result = api.train(loaded)
+        texts = [one["prompt"] for one in server.asked[2:]]  # behind the two before the run
+    run = tmp_path / "run"
+    records = [one for one in read_metrics(run) if "loss/sampled_kl" in one]
     assert len(records) == 2
     for one in records:
         met = [n for n in ("math", "code") if one[f"teachers/{n}/tokens"]]
         total = sum(one[f"teachers/{n}/share"] * one[f"teachers/{n}/sampled_kl"] for n in met)
         assert total == pytest.approx(one["loss/sampled_kl"], rel=1e-4, abs=1e-6)
+    lines = map(json.loads, (run / "scores-code.jsonl").read_text().splitlines())
+    sizes = [one["sizes"] for one in lines]
+    assert len(texts) == sum(map(len, sizes))
+    assert sum(sizes[0]) == records[0]["teachers/code/tokens"] > 0
+    mesh = setup.mesh_of(loaded)
+    student = participants.load_models(loaded, participants.shapes_of(loaded, mesh), mesh).student
+    gaps = []
+    for text, size in zip(texts, sizes[0], strict=False):
+        tokens = np.zeros(32, np.int32)
+        tokens[: len(text)] = text
+        logits = np.asarray(student.logits(tokens[None], np.ones((1, 32), np.int32)))[0, :, :257]
+        ours = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+        both = ours[: len(text) - 1] - scoring_server.logprobs_of(text)[:-1]
+        gaps += [both[place, text[place + 1]] for place in range(len(text) - 1)][-size:]
+    assert records[0]["teachers/code/sampled_kl"] == pytest.approx(np.mean(gaps), rel=1e-5)
+    # Held-out text is measured without the teachers, and still by whom it is for.
+    assert [row["name"] for row in result.rows] == ["student before", "student after"]
+    assert result.rows[1]["by_teacher"].keys() == {"math", "code"}
+    assert "eval/kl_t1" not in result.metrics
+    facts = changes.facts_of(loaded.settings())
+    assert facts["config.teachers.code.api.model"]
+    assert changes.rule_of("config.teachers.code.api.model").refused
+    assert changes.rule_of("config.teachers.code.api.concurrency").bitwise
 
 
 def test_a_loop_of_ones_own_gets_the_same_step(load, tmp_path):

@@ -59,6 +59,7 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
         teacher=model if teacher else None,
         student=model,
         stored=None,
+        teachers={},
         vocab=VOCAB,
         pairing=pairing.Pairing(),
         second=None,
