@@ -52,6 +52,9 @@ def problems(config: Any) -> Iterator[Problem]:
             ("method", "name"),
             f"{config.method.name} {why}: it does not go with several teachers",
         )
+    if config.reward is not None and config.routing and config.routing.normalise == "teacher":
+        rule = "would weigh rewards by how much text is for a teacher: use token"
+        yield ("routing", "normalise"), rule
     student, several = config.student, "and there are several teachers"
     if student.from_ == "teacher":
         yield ("student", "from"), f"is cut out of one, {several}: give student.source"
@@ -64,13 +67,13 @@ def problems(config: Any) -> Iterator[Problem]:
 def problem(options: Any) -> str | None:
     """Why a method cannot learn from several teachers; None where it can."""
     row = methods.of(options)
+    silent = "has no teacher with teacher_weight: 0" if row.rewards else "has no teacher"
     for alone, why in (
-        (row.rewards, "learns from rewards"),
-        (not row.needs_teacher(options), "has no teacher"),
+        (not row.needs_teacher(options), silent),
         (row.second_view, "has a teacher read tokens of its own"),
         (row.reads(options) == signals.LAYERS, "reads layers, whose widths it fits to one teacher"),
         (bool(row.sides), "compares text of several origins"),
-        (not row.any_text, "reads records of a form of their own"),
+        (not (row.any_text or row.rewards), "reads records of a form of their own"),
     ):
         if alone:
             return why

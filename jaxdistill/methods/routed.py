@@ -39,6 +39,9 @@ class Routed:
     Attributes:
       teachers: name -> teacher; the step takes parameters by the same names.
       normalise: `token` or `teacher`.
+
+    Where a loss is a mean of something else than tokens, such as sequences that earned rewards,
+    S and N are of that, and of the whole batch.
     """
 
     teachers: Mapping[str, Teacher]

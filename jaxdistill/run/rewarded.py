@@ -20,7 +20,7 @@ from jaxdistill.rollouts import difference, old, siblings
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
-from jaxdistill.run import on_policy, oneself, participants
+from jaxdistill.run import on_policy, oneself, participants, routing
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
@@ -151,6 +151,8 @@ def feed_of(
             "pad": prepare(models.tokenizer).pad,
             "packing_by": config.data.packing,
             "distilled": rollout.distilled_tokens,
+            "routing": routing.of(config),
+            "layout": routing.layout(config),
             **oneself.rows(models.context),
         },
         unit=parts * config.train.micro_batches,

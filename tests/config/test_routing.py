@@ -26,8 +26,16 @@ ASKING = [
     "method={name: reverse_kd, alpha: 0}", "data.prompts=[{path: p.jsonl}]",
     "rollout={prompts_per_step: 4, max_new_tokens: 8}",
 ]  # fmt: skip
+REWARDS = [
+    *ASKING, "rollout.samples=2", "method={name: grpo, teacher_weight: 1.0}",
+    "reward={verifiers: [{verifier: number}]}",
+]  # fmt: skip
 SERVER = "teachers.code.cache: a server takes no part in a step: `jaxdistill teacher cache --tea"
 ANSWERS = 'teachers.code.cache = "c": was never asked about what the student will write: remove it'
+
+
+def test_rewards_stand_beside_several_teachers():
+    assert config.loads(BASE, overrides=REWARDS).reward is not None
 
 
 def told(*overrides, text=BASE):
@@ -58,6 +66,19 @@ def test_what_is_given_loads_and_is_written_out():
         (
             ["teachers.code={api: {base_url: 'http://h/v1', model: m}}", *ASKING],
             "method reverse_kd reads the teacher's probabilities for reverse_kl, and a server says",
+        ),
+        (
+            ["teachers.code={api: {base_url: 'http://h/v1', model: m}}", *REWARDS],
+            "method grpo reads whole rows of its probabilities, and a server says",
+        ),
+        ([*REWARDS, "routing.normalise=teacher"], "would weigh rewards by how much text is for a"),
+        (
+            [*REWARDS, "method.teacher_weight=0"],
+            "grpo has no teacher with teacher_weight: 0: it do",
+        ),
+        (
+            ["teachers.code={self: {weights: frozen}}"],
+            "teachers.code.self: the student itself teaches alone",
         ),
         (
             ["routing.default=maths"],
@@ -94,7 +115,8 @@ def test_every_method_goes_with_several_teachers_or_says_why_not():
     for name, row in methods.METHODS.items():
         found[name] = problem(row.options(name=name))
     assert {name for name, why in found.items() if why is None} == several
-    assert found["grpo"] == "learns from rewards"
+    assert found["grpo"] == "has no teacher with teacher_weight: 0"
+    assert problem(methods.METHODS["grpo"].options(name="grpo", teacher_weight=0.5)) is None
     assert found["alm"] == found["uld"] == "has a teacher read tokens of its own"
     assert found["ted"] == found["minilm"] == found["hidden"]
     assert found["distillm2"] == "compares text of several origins"

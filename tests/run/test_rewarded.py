@@ -21,7 +21,8 @@ MINE = "reward={verifiers: [{verifier: mine}], %s}"
 def load(load_config, tmp_path_factory):
     """(folder, reward's settings, overrides) -> Config."""
     path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
-    lines = [json.dumps({"prompt": f"{n}=", "answer": f"{n}", "n": n}) for n in range(9)]
+    named = lambda n: {"teacher": "math" if n % 2 else "code"}
+    lines = [json.dumps({"prompt": f"{n}=", "answer": f"{n}"} | named(n)) for n in range(9)]
     path.write_text("\n".join(lines) + "\n")
 
     def make(folder, reward="updates: 1", *overrides):
@@ -114,15 +115,24 @@ def test_nothing_to_learn_is_told_and_ends_the_run(load, tmp_path):
         run(load(tmp_path, "patience: 3"), lambda *_: 1.0)
 
 
-def test_teacher_and_reward_stand_side_by_side(load, tmp_path):
-    teacher = "teacher={random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}}"
+def test_teachers_and_reward_stand_side_by_side(load, tmp_path):
+    """Two teachers, each of the answers to its own prompts, which two updates learn from."""
+    shape = "random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}"
+    teachers = f"teachers={{math: {{{shape}}}, code: {{{shape.replace('32', '64')}}}}}"
     method = "method={name: grpo, teacher_weight: {schedule: linear, start: 1.0, end: 0.0}, "
     method += "distil: wrong}"
-    more = ("train.steps=3", "train.eval_every=3")
-    run(load(tmp_path, "updates: 1", teacher, method, *more))
+    more = ("train.steps=4", "train.eval_every=4", "routing={default: math}")
+    run(load(tmp_path, "updates: 2", teachers, method, *more))
     records = [one for one in numbers(tmp_path / "run") if "reward/mean" in one]
-    assert all(one["loss/divergence"] > 0 for one in records)
-    assert [one["knobs/teacher_weight"] for one in records] == [1.0, 0.5, 0.0]
+    assert [one["knobs/teacher_weight"] for one in records] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert [one["rollout/reused"] for one in records] == [0, 1, 0, 1]
+    for one in records:
+        assert one["loss/divergence"] > 0 and one["policy/sampler_difference"] < 1e-4
+        assert one["teachers/math/tokens"] + one["teachers/code/tokens"] == one["rollout/tokens"]
+    assert {one["rollout/reused"]: one["policy/old_kl"] > 1e-7 for one in records} == {
+        0: False, 1: True
+    }  # fmt: skip
+    assert all(sum(one[f"teachers/{n}/tokens"] for one in records) for n in ("math", "code"))
 
 
 def test_answers_that_were_cut_may_count_nothing(load, tmp_path):

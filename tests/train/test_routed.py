@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import models, optim, teachers
+from jaxdistill import losses, models, optim, teachers
 from jaxdistill.data.routes import Layout
 from jaxdistill.data.teacher_cache import formats
 from jaxdistill.evaluate import answers_to_store
-from jaxdistill.methods import kd
+from jaxdistill.methods import grpo, kd
 from jaxdistill.methods.routed import Routed
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
@@ -58,10 +58,13 @@ KNOWING = optim.optimizer(1e-2, knobs={name: float(value) for name, value in KNO
 class Learning:
     """A student under the given teachers."""
 
-    def __init__(self, signal, params, micro_batches, *, rows=ROWS, mesh=None, tx=SGD, like=None):
+    def __init__(
+        self, signal, params, micro_batches, *, rows=ROWS, mesh=None, tx=SGD, like=None, loss=None,
+        **more,
+    ):  # fmt: skip
         self.mesh = mesh or mesh_of(1, 1)
         self.state, self.params = begun(self.mesh, tx), params
-        step = steps.make(given, signal, tx, micro_batches=micro_batches)
+        step = steps.make(loss or given, signal, tx, micro_batches=micro_batches, **more)
         like = example(isinstance(signal, Routed)) if like is None else like
         shape = steps.abstract_batch(like, rows, self.mesh)
         self.program = steps.compiled(step, self.state, params, shape, self.mesh)
@@ -242,6 +245,55 @@ def test_any_split_and_mesh_gives_the_same(micro_batches, axes, normalise):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), other.student(), expected
     )
+
+
+def test_beside_rewards_each_answer_has_the_term_of_its_own_teacher():
+    """L = -mean A q / sg(q) + 0.7 mean_t KL(q, p of the row's), counted in the whole batch."""
+    policy, weight = losses.POLICIES["dapo"], 0.7
+    objective = grpo.objective(vocab=VOCAB, policy=policy, divergence="reverse_kl", only_wrong=True)
+    loss = steps.make_loss(STUDENT, objective, compute_dtype="float32")
+    rng, whole = np.random.default_rng(3), rows(0)
+    sampled = {
+        "advantages": rng.normal(size=whole.mask.shape).astype(np.float32),
+        "wrong": rng.random(whole.mask.shape) < 0.6,
+    }
+    drawn = dataclasses.replace(
+        whole, sampled=sampled, sampler_logprobs=np.full(whole.mask.shape, -9.0, np.float32)
+    )
+    layout, mesh = Layout(2, 2), mesh_of(1, 1)
+    batch = laid(drawn, MIXED, layout)
+    signals = {n: teachers.online(one, compute_dtype="float32") for n, one in SHAPES.items()}
+    params = {name: params_of(name, mesh) for name in SHAPES}
+    run = Learning(
+        Routed(signals), params, layout.parts, rows=layout.size(ROWS), like=batch,
+        loss=lambda p, signal, part, knobs: loss(
+            p, signal, part, {**knobs, "teacher_weight": jnp.float32(weight)}
+        ),
+        prepare=objective.prepare,
+    )  # fmt: skip
+    before = run.student()
+    told = run.step(batch)
+    theirs = [logits(SHAPES[name], params[name], whole)[..., :VOCAB] for name in SHAPES]
+    own = jnp.where((MIXED == 1)[:, None, None], *theirs)
+
+    def expected(student):
+        z = logits(STUDENT, student, whole)[..., :VOCAB]
+        logq = jax.nn.log_softmax(z)
+        q = jnp.take_along_axis(logq, whole.targets[..., None], -1)[..., 0]
+        # q_old / mu is far above its bound of 2 in every token.
+        gain = 2 * sampled["advantages"] * jnp.exp(q - jax.lax.stop_gradient(q))
+        kl = (jnp.exp(logq) * (logq - jax.nn.log_softmax(own))).sum(-1)
+        taught = whole.mask & sampled["wrong"]
+        return (
+            -(gain * whole.mask).sum() / whole.mask.sum()
+            + weight * (kl * taught).sum() / taught.sum()
+        )
+
+    value, gradient = jax.jit(jax.value_and_grad(expected))(before)
+    assert told["loss/total"] == pytest.approx(float(value), rel=2e-5)
+    assert told["teachers/math/tokens"] + told["teachers/code/tokens"] == whole.mask.sum()
+    moved = jax.tree.map(lambda old, new: (old - new) / 0.1, before, run.student())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moved, gradient)
 
 
 @pytest.mark.parametrize(("lost", "route"), [("code", 1), ("math", 2)])
