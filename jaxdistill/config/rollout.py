@@ -114,6 +114,11 @@ class Rollout(Drawing):
         return (self.max_age * self.answers + replayed) * self.answer_bytes
 
     @property
+    def reads(self) -> bool:
+        """Whether any update learns from given text."""
+        return self.share < 1
+
+    @property
     def writes(self) -> bool:
         """Whether any update learns from the student's text."""
         return self.share > 0 or self.replay is not None

@@ -55,9 +55,8 @@ class ContextPrompts:
         if reason := view.apart(ours, ids, bool(record.roles)):
             return reason
         self.tally.contexts["cut"] += cut
-        answer = record.notes.get("answer", "").strip()
-        only = all(record.notes[name].strip() == answer for name in view.fields)
-        self.tally.contexts["answers"] += bool(answer) and sibling is None and only
+        answer = record.notes.get("answer", "")
+        self.tally.contexts["answers"] += sibling is None and view.says_no_more(record, answer)
         return np.asarray(ids, np.int32)
 
     @functools.cached_property

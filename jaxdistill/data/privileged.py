@@ -10,6 +10,7 @@ place. The answer is never cut: what does not fit is left out, or the context is
 import dataclasses
 import functools
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,13 @@ def phrases(template: str) -> tuple[str, ...]:
         pairs = zip(words[:-1], words[1:], strict=True)
         found += [f"{a} {b}" for a, b in pairs if min(len(a), len(b)) >= 5]
     return tuple(dict.fromkeys(found))
+
+
+def _within(text: str, other: str) -> bool:
+    """Whether a text's words are words of another, side by side; case and marks around are none."""
+    ours, theirs = (" ".join(one.casefold().split()) for one in (text, other))
+    ours = ours.strip(string.punctuation + string.whitespace)
+    return bool(ours) and re.search(rf"(?<!\w){re.escape(ours)}(?!\w)", theirs) is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +108,11 @@ class PrivilegedView:
             return None
         told = f"no `{lacking[0]}`, which teacher.self.context asks for"
         return WithoutContext(told) if self.without == "mask" else told
+
+    def says_no_more(self, record: Record, answer: str) -> bool:
+        """Whether all that a record adds is the answer, or stands in it word by word."""
+        fields = [record.notes[name] for name in self.fields]
+        return bool(fields) and all(_within(one, answer) for one in fields)
 
     def filled(self, prompt: str, values: Mapping[str, str]) -> str:
         """The template with a prompt and the fields of a record in place of their names."""
@@ -283,8 +296,8 @@ class ContextEncoder:
         if reason := view.apart(ours, prompt, self.chat is not None):
             return reason
         told["cut"] += cut
-        said = self._codec.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        told["answers"] += all(record.notes[name].strip() == said for name in view.fields)
+        said = self._codec.tokenizer.decode(answer, skip_special_tokens=True)
+        told["answers"] += view.says_no_more(record, said)
         loss = np.zeros(len(document.ids), bool)
         loss[first + view.skip_first : end] = True
         return (Document(document.ids, loss, beside(len(document.ids), first, answer, prompt)),)

@@ -79,9 +79,9 @@ class Tally:
             )
         if self.contexts["answers"]:
             yield (
-                f"the context of {self.contexts['answers']} of {used} records is the answer "
-                "itself: the teacher copies it, and the student learns what fine-tuning on the "
-                "answers teaches"
+                f"the context of {self.contexts['answers']} of {used} records is the answer, or "
+                "a part of it: the teacher copies it, and the student learns what fine-tuning on "
+                "the answers teaches"
             )
 
     def of_conversations(self) -> Iterator[str]:

@@ -108,16 +108,19 @@ def check(config: Config, data: Mapping[str, Any], prompts: Prompts | None) -> N
     if routing is None:
         return
     taught = dict.fromkeys(routing.names, 0)
-    told = []
+    told, rollout = [], config.rollout
     if "train" in data:
+        read = rollout is None or rollout.reads
+        unread = "" if read else ", which rollout.share = 1 leaves unread"
         for name, count, tokens in data["train"].teachers:
-            taught[name] += count
-            told.append(f"{name}: {count} rows, {tokens} tokens")
-    if prompts is not None:
+            taught[name] += count * read
+            told.append(f"{name}: {count} rows, {tokens} tokens{unread}")
+    if rollout is not None and prompts is not None:
         asked = [routing.names.index(one.notes["teacher"]) + 1 for one in prompts.prompts]
+        unread = "" if rollout.writes else ", which rollout.share = 0 leaves unanswered"
         for name, count in routing.counted(asked).items():
-            taught[name] += count
-            told.append(f"{name}: {count} prompts")
+            taught[name] += count * rollout.writes
+            told.append(f"{name}: {count} prompts{unread}")
     errors.check(_unused(taught, "; ".join(told)))
     log.info("teachers: %s", "; ".join(told))
     for name, count, _ in data["eval"].teachers:

@@ -178,10 +178,14 @@ def test_modes_of_the_chat_template_must_begin_the_answer_alike(tmp_path):
     assert one.fingerprint != other.fingerprint
 
 
-def test_contexts_that_are_the_answer_itself_are_told(tmp_path):
-    records = [completion(solution="4"), completion("3+3=", "6", solution="3+3 is 6")]
+def test_contexts_that_say_no_more_than_the_answer_are_told(tmp_path):
+    pairs = [
+        ("4", "4"), ("It is 4, then.", " it IS\n4."), ("It is 14.", "4"), ("6", "3+3 is 6"),
+        ("a 4", "..."), ("x = -4", "x = 4"),
+    ]  # fmt: skip
+    records = [completion(f"{n}=", answer, solution=said) for n, (answer, said) in enumerate(pairs)]
     notices = build(tmp_path, records).notices
-    assert any("the context of 1 of 2 records is the answer itself" in one for one in notices)
+    assert any("context of 2 of 6 records is the answer, or a part of it" in one for one in notices)
 
 
 @pytest.mark.parametrize(

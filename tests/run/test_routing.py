@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from jaxdistill import api, commands, models
 from jaxdistill.data.feed import CorpusFeed
+from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.errors import ConfigError, DataError, MismatchError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.models import decoder
@@ -293,6 +295,29 @@ def test_a_run_whose_records_and_teachers_do_not_meet_is_refused(
     with pytest.raises(kind, match=words):
         api.train(load(tmp_path, *overrides))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [
+        ("1.0", r"teachers.code: no record .*code: 2 rows, 9 tokens, which rollout.share = 1 leav"),
+        ("0.0", r"teachers.law: no record .*law: 1 prompts, which rollout.share = 0 leaves unansw"),
+        ("0.5", None),
+    ],
+)
+def test_records_that_no_update_reads_are_no_records(asking, tmp_path, share, words):
+    three = f"{{math: {{{MATH}}}, code: {{{CODE}}}, law: {{{CODE}}}}}"
+    loaded = asking(tmp_path, f"share: {share}", teachers=three)
+    data = {
+        "train": types.SimpleNamespace(teachers=[("math", 1, 5), ("code", 2, 9), ("law", 0, 0)]),
+        "eval": types.SimpleNamespace(teachers=[]),
+    }
+    named = [Prompt(np.array([7]), {"teacher": name}) for name in ("math", "law")]
+    prompts = Prompts(named, "print", {}, [])
+    if words is None:
+        return routing.check(loaded, data, prompts)
+    with pytest.raises(ConfigError, match=words):
+        routing.check(loaded, data, prompts)
 
 
 def test_a_teacher_of_other_tokens_is_refused_by_name(load, tmp_path):
