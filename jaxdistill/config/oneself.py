@@ -96,6 +96,9 @@ class Oneself(Section):
             if self.weights == "live":
                 rule = "a teacher of the same weights behind the same prompt says the same"
                 yield ("weights",), f"{rule}: give context, or use ema or frozen"
+            if self.ema_decay == 0 and self.ema_every == 1:
+                rule = "the average of one moment says what the student says behind the same prompt"
+                yield ("ema_decay",), f"{rule}: give context, raise it, or give ema_every"
             return
         yield from _template_problems(self.context)
         for name, value in self.template_kwargs.items():

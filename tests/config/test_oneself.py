@@ -37,6 +37,10 @@ def test_the_tokenizer_is_the_students_and_what_is_written_out_loads_again():
             "the same weights behind the same prompt says the same",
         ),
         (
+            ["teacher={self: {weights: ema, ema_decay: 0}}"],
+            "ema_decay = 0: the average of one moment says what the student says",
+        ),
+        (
             ["teacher={self: {weights: ema, skip_first: 1}}"],
             "skip_first = 1: has no effect without",
         ),
