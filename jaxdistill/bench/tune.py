@@ -1,7 +1,7 @@
 """Times the kernel's tilings on this device and writes the best of each problem into the table.
 
-A problem is what a call looks up: rows of a chunk, columns with their padding, and how many values
-of how many models the kernel carries.
+A problem is what a call looks up: rows of a chunk, columns with their padding, and what the kernel
+carries of which models.
 """
 
 import functools
@@ -15,13 +15,15 @@ import jax.numpy as jnp
 from jaxdistill.bench import cases, timing
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.errors import ConfigError
-from jaxdistill.kernels import choice, measure, rows, tiling
+from jaxdistill.kernels import choice, rows, tiling
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size, loss_statistics
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.sparse.definition import Known
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LEAD, Rows
+from jaxdistill.kernels.tiling import Work
 from jaxdistill.kernels.token_loss import TokenRows
+from jaxdistill.ranges import ENTRIES
 
 TAID = "taid"  # named among kinds: forward_kl to TAID's mixture
 
@@ -33,27 +35,17 @@ class Problem(NamedTuple):
       tokens: rows that it is given.
       vocab: columns, with padding.
       dtype: of the logits.
-      names: of the statistics; none for the second read of a divergence without a closed form.
-      models: whose logits it reads.
-      mixed: whether it makes TAID's mixture of both.
+      work: what it does with them.
     """
 
     tokens: int
     vocab: int
     dtype: str
-    names: tuple[str, ...]
-    models: int
-    mixed: bool = False
-
-    @property
-    def values(self) -> int:
-        """How many values it carries for each row."""
-        return measure.values(self.names, self.models) if self.names else measure.SECOND_READ
+    work: Work
 
     def key(self, device: choice.Device) -> str:
         """Where the table holds it."""
-        sizes = (self.tokens, self.vocab, self.dtype, device.kind)
-        return tiling.key(*sizes, self.values, self.models)
+        return tiling.key(self.tokens, self.vocab, self.dtype, device.kind, self.work)
 
 
 def tune(
@@ -96,8 +88,9 @@ def tune(
 def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator[Problem]:
     """What the losses of a shape look up: of given logits, and of a head on one device.
 
-    The head loss runs with and without its metrics, with labels and without. One model alone is
-    read for cross-entropy, known tokens and shared columns, and by `linear_logprobs` in float32.
+    The head loss runs with and without its metrics, with labels and without, at a temperature that
+    is known to be 1 and at others. One model alone is read for cross-entropy, known tokens and
+    shared columns, and by `linear_logprobs` in float32.
 
     Raises:
       ConfigError: for an unknown kind.
@@ -106,20 +99,25 @@ def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator
     chunk = lambda dtype: chunk_size(shape.tokens, padded, "gpu", jnp.dtype(dtype).itemsize)
     head = functools.partial(Problem, chunk(shape.dtype), padded, shape.dtype)
     given = functools.partial(Problem, shape.tokens, shape.vocab, shape.dtype)
-    for kind, labels in itertools.product(kinds, (True, False)):
-        one, mixed = _rows(kind, labels), kind == TAID
+    for kind, labels, at_one in itertools.product(kinds, (True, False), (True, False)):
+        mixed = kind == TAID
+        if mixed and not at_one:
+            continue  # it has no temperature
+        one = _rows(kind, labels, at_one)
         assert one.divergence_row is not None, "a named kind has one"
-        reads = [()] if one.divergence_row.closed is None else []
-        if shape.vocab % 64 == 0:  # others are XLA's where logits are given
-            yield from (given(names, 2, mixed) for names in (one.loss_statistics(), *reads))
         loss, metrics = loss_statistics(one), one.metric_statistics()
-        sets = (*(_measured(one, names) for names in (loss, (*loss, *metrics))), *reads)
-        yield from (head(names, 2, mixed) for names in sets)
-    for alone in (_rows(None, True), _known(labels=True), _known(labels=False)):
-        loss, metrics = alone.loss_statistics(), alone.metric_statistics()
-        sets = (loss, metrics, (*loss, *metrics))
-        yield from (head(_measured(alone, names), 1) for names in sets)
-    yield Problem(chunk("float32"), padded, "float32", ("sum_s", "self_s", LEAD), 1)
+        does = functools.partial(Work, mixed=mixed)
+        reads = [] if one.divergence_row.closed else [does((kind,))]
+        if shape.vocab % 64 == 0:  # others are XLA's where logits are given
+            yield from map(given, (does(_measured(one, one.loss_statistics())), *reads))
+        sets = (_measured(one, loss), _measured(one, (*loss, *metrics)))
+        yield from map(head, (*map(does, sets), *reads))
+    for labels, at_one in itertools.product((True, False), (True, False)):
+        for alone in (_known(labels, at_one), *([_rows(None, True, at_one)] if labels else ())):
+            loss, metrics = alone.loss_statistics(), alone.metric_statistics()
+            for names in (loss, metrics, (*loss, *metrics)):
+                yield head(Work(_measured(alone, names), 1))
+    yield Problem(chunk("float32"), padded, "float32", Work(("sum_s", "self_s", LEAD), 1))
 
 
 def _measured(rows: TokenRows, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -127,23 +125,22 @@ def _measured(rows: TokenRows, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(rows.twins(names).values()))
 
 
-def _rows(kind: str | None, labels: bool) -> TokenRows:
+def _rows(kind: str | None, labels: bool, at_one: bool) -> TokenRows:
     """Rows of one logit: what they ask of a kernel is what those of training ask."""
     numbers = Coefficients(jnp.float32(0), jnp.float32(1))
-    taid = kind == TAID
-    if taid:
+    if kind == TAID:
         kind, numbers = "forward_kl", numbers._replace(taid_t=jnp.float32(0.5))
     one, shard = jnp.zeros((1, 1)), VocabularyShard((), 0, 1)
     teacher = None if kind is None else one
-    spec = LossSpec(kind, labels, at_one=taid)  # other temperatures are traced numbers
+    spec = LossSpec(kind, labels, at_one=at_one)
     return TokenRows(spec, "mosaic_gpu", numbers, shard, one, teacher, jnp.zeros(1, int))
 
 
-def _known(labels: bool) -> SparseRows:
+def _known(labels: bool, at_one: bool) -> SparseRows:
     """Rows of one logit beside a teacher of whom one token is known."""
-    plain = _rows(None, labels)
+    plain = _rows(None, labels, at_one)
     known = Known(jnp.zeros((1, 1), int), jnp.zeros((1, 1)))
-    spec = LossSpec("forward_kl", labels)
+    spec = LossSpec("forward_kl", labels, at_one=at_one)
     return SparseRows(
         spec, "mosaic_gpu", plain.coefficients, plain.vocabulary, plain.student, None, plain.labels,
         known, 1,
@@ -153,7 +150,7 @@ def _known(labels: bool) -> SparseRows:
 def candidates(problem: Problem, device: choice.Device) -> list[tiling.Tiling]:
     """The heuristic's tiling and its neighbours, a dozen."""
     sizes = (problem.tokens, problem.vocab, problem.dtype, device.kind)
-    first = tiling.heuristic(*sizes, problem.values, problem.models)
+    first = tiling.heuristic(*sizes, problem.work)
     splits = sorted({max(1, first.split + step) for step in (-1, 0, 1)})
     neighbours = [
         tiling.within(tiling.Tiling(columns, stages, split), problem.vocab, device.kind)
@@ -168,22 +165,29 @@ def candidates(problem: Problem, device: choice.Device) -> list[tiling.Tiling]:
 def _best(problem: Problem, rounds: int, device: choice.Device) -> tiling.Tiling:
     from jaxdistill.kernels import mosaic_gpu
 
-    keys = jax.random.split(jax.random.key(0), problem.models)
+    work = problem.work
+    keys = jax.random.split(jax.random.key(0), work.models)
     shape = (problem.tokens, problem.vocab)
     logits: Rows = {
         model: (3 * jax.random.normal(key, shape)).astype(problem.dtype)
         for model, key in zip("st", keys, strict=False)
     }
-    taid_t = jnp.float32(0.5) if problem.mixed else None
-    temperature = jnp.float32(cases.TEMPERATURE)
-    coefficients = Coefficients(jnp.float32(0), temperature, (), taid_t)
-    tops = {name: jnp.ones(problem.tokens) for name in ("max_s", "max_t", "max_z")}
-    measured = tops | {name: jnp.ones(problem.tokens) for name in ("sum_s", "sum_z")}
+    second = next((kind for kind in work.sums if kind in rows.KINDS), None)
+    named = {} if second is None else ENTRIES[second]
+    parameters = tuple(jnp.float32(one.default) for one in named.values())
+    coefficients = Coefficients(
+        jnp.float32(0),
+        jnp.float32(cases.TEMPERATURE),
+        parameters,
+        jnp.float32(0.5) if work.mixed else None,
+    )
+    ones = jnp.ones(problem.tokens)
+    measured = dict.fromkeys(("max_s", "max_t", "max_z", "sum_s", "sum_z"), ones)
 
     def run(logits: Rows, cut: tiling.Tiling) -> Any:
-        if problem.names:
-            return mosaic_gpu.statistics(problem.names, logits, coefficients, cut)
-        row = functools.partial(rows.make, "generalized_jsd")  # the kind hardly matters to a read
+        if second is None:
+            return mosaic_gpu.statistics(work.sums, logits, coefficients, cut)
+        row = functools.partial(rows.make, second)
         return mosaic_gpu.row_sums(row, logits, coefficients, measured, cut)
 
     programs = {}

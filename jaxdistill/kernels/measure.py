@@ -9,9 +9,7 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients, VocabularyShard
 from jaxdistill.kernels.statistics import LEAD, Rows
-from jaxdistill.kernels.tiling import Tiling, tiling
-
-SECOND_READ = 2  # values that `mosaic_gpu.row_sums` carries for each row
+from jaxdistill.kernels.tiling import Tiling, Work, tiling
 
 
 def measure(
@@ -39,7 +37,8 @@ def measure(
         from jaxdistill.kernels import mosaic_gpu
 
         alike = of_one_dtype(given)
-        cut = tiling_of(alike, values(names, len(alike)))
+        mixed = coefficients.taid_t is not None and len(alike) == 2
+        cut = tiling_of(alike, Work(tuple(names), len(alike), mixed))
         measured = mosaic_gpu.statistics(names, alike, coefficients, cut, choice.INTERPRET)
     elif choice.reads_in_passes(choice.current_device()):
         measured = stats.in_passes(names, clamped, scales)
@@ -52,20 +51,14 @@ def measure(
     return measured
 
 
-def values(names: Sequence[str], models: int) -> int:
-    """How many values a kernel carries for each row: the statistics, and a maximum per model."""
-    return len(names) + models
-
-
 def of_one_dtype(logits: Rows) -> Rows:
     """Logits as the kernel takes them: the tiles of both models lie alike in memory."""
     common = jnp.result_type(*(x.dtype for x in logits.values()))
     return {model: x.astype(common) for model, x in logits.items()}
 
 
-def tiling_of(logits: Rows, values: int) -> Tiling:
-    """The tiling of a kernel that reads these logits and carries so many values for each row."""
+def tiling_of(logits: Rows, work: Work) -> Tiling:
+    """The tiling of a kernel that does this with these logits."""
     first: Array = next(iter(logits.values()))
     tokens, vocab = first.shape
-    kind = choice.current_device().kind
-    return tiling(tokens, vocab, first.dtype.name, kind, values, len(logits))
+    return tiling(tokens, vocab, first.dtype.name, choice.current_device().kind, work)

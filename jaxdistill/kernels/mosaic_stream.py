@@ -43,15 +43,17 @@ class _Grid(NamedTuple):
     Attributes:
       vocab: V.
       columns: of a tile.
-      per_split: tiles in a row of each block.
+      blocks: tiles in a row.
+      per_split: tiles in a row of each block; the last may have fewer.
       split: blocks that share a row.
       padded: rows, in whole tiles.
-      masked: whether some tile has dead columns: uneven splits, a width that no tile divides. Only
-        then are masks compiled in.
+      masked: whether the last tile has dead columns: a width that no tile divides. Only then are
+        masks compiled in.
     """
 
     vocab: int
     columns: int
+    blocks: int
     per_split: int
     split: int
     padded: int
@@ -100,9 +102,9 @@ def _grid(tokens: int, vocab: int, tiling: Tiling) -> _Grid:
     blocks = pl.cdiv(vocab, tiling.columns)
     per_split = pl.cdiv(blocks, tiling.split)
     split = pl.cdiv(blocks, per_split)  # fewer where the last ones would have no tile
-    masked = vocab % tiling.columns != 0 or per_split * split != blocks
+    masked = vocab % tiling.columns != 0
     padded = pl.cdiv(tokens, ROWS) * ROWS
-    return _Grid(vocab, tiling.columns, per_split, split, padded, masked)
+    return _Grid(vocab, tiling.columns, blocks, per_split, split, padded, masked)
 
 
 def _body(
@@ -145,7 +147,7 @@ def _body(
         spec = plgpu.BlockSpec(shape, lambda j: (0, first + j), transforms=transforms)
         pipeline = plgpu.emit_pipeline(
             step,
-            grid=(grid.per_split,),
+            grid=(jnp.minimum(grid.per_split, grid.blocks - first),),
             in_specs=[spec] * len(models),
             max_concurrent_steps=stages,
             init_carry=tuple(map(full, start)),

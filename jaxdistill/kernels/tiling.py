@@ -8,6 +8,8 @@ import pathlib
 from typing import NamedTuple
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels.rows import KINDS
+from jaxdistill.kernels.statistics import MOMENTS
 from jaxdistill.safe import json_file
 
 ROWS = 64
@@ -53,59 +55,94 @@ class Tiling:
             raise ConfigError(f"split = {self.split}: must be at least 1")
 
 
+_SCRATCH = 2048  # bytes of a block's shared memory beside its tiles
+
+# Kinds whose second read makes the logarithm of a mixture.
+_OF_MIXTURES = ("generalized_jsd", "skew_forward_kl", "skew_reverse_kl")
+
 _FIELDS = tuple(field.name for field in dataclasses.fields(Tiling))
 
 
-def tiling(
-    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
-) -> Tiling:
-    """The table's entry for these shapes, or else the heuristic's."""
-    entry = _table().get(key(tokens, vocab, dtype, device_kind, values, models))
+class Work(NamedTuple):
+    """What a kernel does with the logits that it reads: its program but for their shape.
+
+    Attributes:
+      sums: names of the statistics that it carries, others where T is known to be 1; or the kind of
+        a divergence whose second read it is.
+      models: whose logits it reads.
+      mixed: whether it makes TAID's mixture of both.
+    """
+
+    sums: tuple[str, ...]
+    models: int = 2
+    mixed: bool = False
+
+
+def tiling(tokens: int, vocab: int, dtype: str, device_kind: str, work: Work) -> Tiling:
+    """The table's entry for these shapes and this work, or else the heuristic's."""
+    entry = _table().get(key(tokens, vocab, dtype, device_kind, work))
     if entry is None:
-        return heuristic(tokens, vocab, dtype, device_kind, values, models)
+        return heuristic(tokens, vocab, dtype, device_kind, work)
     return within(Tiling(**entry), vocab, device_kind)
 
 
 def within(tiling: Tiling, vocab: int, device_kind: str) -> Tiling:
     """The same tiling, or on a GPU whose copies know no bounds one whose tiles all lie inside V.
 
-    Where a split has fewer tiles than another, or a tile fewer columns, such a GPU would read what
-    lies behind the row, and behind the array at its end.
+    Where a tile has fewer columns than another, such a GPU would read what lies behind the row, and
+    behind the array at its end.
     """
-    if "A100" not in device_kind:
+    if "A100" not in device_kind or vocab % tiling.columns == 0:
         return tiling
-    columns = tiling.columns if vocab % tiling.columns == 0 else 64
-    blocks = vocab // columns
-    split = max(n for n in range(1, min(tiling.split, max(blocks, 1)) + 1) if blocks % n == 0)
-    return dataclasses.replace(tiling, columns=columns, split=split)
+    return dataclasses.replace(tiling, columns=64)
 
 
-def heuristic(
-    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
-) -> Tiling:
-    """Tiles of 64 x 64, four in flight, and as many blocks to a row as run at one time.
+def heuristic(tokens: int, vocab: int, dtype: str, device_kind: str, work: Work) -> Tiling:
+    """Tiles of 64 x 64, and as many blocks to a row as run at one time.
 
     A second wave that is partly empty costs more than a smaller split: 128 row blocks on 132
-    multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. A kernel of two
-    models that carries more than 5 values per row needs 199 registers and more, which leave room
-    for 2 blocks of 128 threads; one model's needs no more than 152.
+    multiprocessors with 3 blocks each take 3 splits (384 of 396 places), not 4. Up to four tiles
+    are in flight, and fewer rather than fewer blocks: float32 tiles are twice as large.
     """
     gpu = next((gpu for name, gpu in GPUS.items() if name in device_kind), GPUS["H100"])
-    stages = 4
-    tile = ROWS * 64 * (4 if dtype == "float32" else 2)
-    fitting = gpu.shared_memory // (models * stages * tile + 2048)
-    resident = max(1, min(3 if values <= 5 or models == 1 else 2, fitting))
+    tile = work.models * ROWS * 64 * (4 if dtype == "float32" else 2)
+    tiles = lambda resident: min(4, (gpu.shared_memory // resident - _SCRATCH) // tile)
+    resident = next((n for n in range(resident_blocks(work), 1, -1) if tiles(n) >= 2), 1)
     row_blocks = -(-tokens // ROWS)
     split = max(1, gpu.multiprocessors * resident // row_blocks)
-    return within(Tiling(64, stages, min(split, max(1, vocab // 64 // 4))), vocab, device_kind)
+    split = min(split, max(1, vocab // 64 // 4))
+    return within(Tiling(64, tiles(resident), split), vocab, device_kind)
 
 
-def key(
-    tokens: int, vocab: int, dtype: str, device_kind: str, values: int = 5, models: int = 2
-) -> str:
+def resident_blocks(work: Work) -> int:
+    """Blocks of a kernel, of 128 threads each, that a multiprocessor's registers hold.
+
+    As compiled (benchmarks/README.md): of two models up to four sums at one temperature, or three
+    at two, take 168 registers of a thread at most, which leaves room for 3 blocks; more sums take
+    up to 250, and the second read of a mixture's divergence 200. One model takes 128, at two
+    temperatures 152.
+    """
+    if work.sums[0] in KINDS:
+        return 2 if work.sums[0] in _OF_MIXTURES else 3
+    one = len({MOMENTS[name].tempered for name in work.sums if name in MOMENTS}) == 1
+    if work.models == 1:
+        return 4 if one else 3
+    return 3 if len(work.sums) <= (4 if one else 3) else 2
+
+
+def key(tokens: int, vocab: int, dtype: str, device_kind: str, work: Work) -> str:
     """How a table names a problem; tokens, those of a chunk, by the power of two below them."""
     rows = 1 << (tokens.bit_length() - 1)
-    return f"{device_kind}|{rows}|{vocab}|{dtype}|{models} models, {values} values"
+    sums = "+".join(sorted(_of_any_model(work.sums) if work.models == 1 else work.sums))
+    does = f"{work.models} models{', mixed' if work.mixed else ''}, {sums}"
+    return f"{device_kind}|{rows}|{vocab}|{dtype}|{does}"
+
+
+def _of_any_model(sums: tuple[str, ...]) -> list[str]:
+    """The sums of one model alone: either's program is the same, at any one temperature."""
+    names = [name.replace("_t", "_s") for name in sums]
+    at_one = all(name.endswith("1") for name in names)
+    return [name.removesuffix("1") for name in names] if at_one else names
 
 
 def load(path: str | os.PathLike) -> dict[str, dict[str, int]]:

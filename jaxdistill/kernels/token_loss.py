@@ -26,7 +26,8 @@ from jaxdistill.kernels import choice, rows
 from jaxdistill.kernels import measure as measuring
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard, taid_target
-from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, top_of
+from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, Scales, top_of
+from jaxdistill.kernels.tiling import Work
 
 
 class Divergence(NamedTuple):
@@ -160,7 +161,9 @@ class TokenRows:
         log-probabilities their last five bits.
         """
         moment = MOMENTS[name]
-        top, k = top_of(statistics, moment.model), self.coefficients.scales.of(moment)
+        # Known to be 1, both names ask for the same array, and XLA makes it once.
+        scales = Scales(1.0, 1.0) if self.spec.at_one else self.coefficients.scales
+        top, k = top_of(statistics, moment.model), scales.of(moment)
         entries = self.logits[moment.model if moment.model in self.logits else "t"]
         shifted = (entries - as_column(top)) * as_column(jnp.asarray(k, jnp.float32))
         return shifted - as_column(jnp.log(statistics[name]))
@@ -239,9 +242,10 @@ class TokenRows:
             assert isinstance(self.spec.kind, str) and self.teacher is not None, "it has a row"
             make = functools.partial(rows.make, self.spec.kind)  # with the kind's own defaults
             alike = measuring.of_one_dtype(self.given)
+            work = Work((self.spec.kind,), mixed=self.coefficients.taid_t is not None)
             value, slope_sum = mosaic_gpu.row_sums(
-                make, alike, self.coefficients, statistics,
-                measuring.tiling_of(alike, measuring.SECOND_READ), choice.INTERPRET,
+                make, alike, self.coefficients, statistics, measuring.tiling_of(alike, work),
+                choice.INTERPRET,
             )  # fmt: skip
         else:
             log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))

@@ -153,6 +153,7 @@ def ted_stage1(
         mask=jnp.tile(mask, (count, 1)),
         alpha=1.0,
         reduction="sum",
+        monitor=False,  # its metrics are nobody's
         **fused,
     )
     return Mean(total / count, mask.sum())

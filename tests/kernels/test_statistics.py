@@ -13,9 +13,10 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice, divergence, linear_divergence, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients
-from jaxdistill.kernels.tiling import Tiling, heuristic, within
+from jaxdistill.kernels.tiling import Tiling, Work, heuristic, within
 from jaxdistill.losses import divergences
 
+A100, H100 = (choice.Device("gpu", f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB"))
 NAMES = (*stats.MOMENTS, stats.ECHO, stats.LEAD)
 JAX = tuple(map(int, importlib.metadata.version("jax").split(".")[:2]))
 mosaic = pytest.mark.skipif(
@@ -306,19 +307,28 @@ def test_splits_without_a_tile_read_nothing():
         np.testing.assert_allclose(found[name], want[name], rtol=1e-5)
 
 
+@mosaic
 def test_tiles_lie_inside_the_array_where_copies_know_no_bounds():
+    """And every tile is some block's, however a split divides them."""
+    from jaxdistill.kernels.mosaic_stream import _grid
+
+    kl = Work(("sum_s", "sum_z", "gap_z"))
     for tokens, vocab in ((8192, 151_936), (64, 50_304), (1024, 640), (128, 128_256)):
+        chosen = heuristic(tokens, vocab, "bfloat16", A100.kind, kl)
         for columns, split in ((64, 1), (128, 7), (256, 3)):
-            one = within(Tiling(columns, 4, split), vocab, "NVIDIA A100-SXM4-80GB")
-            assert vocab % one.columns == 0
-            assert vocab // one.columns % one.split == 0
-            assert 1 <= one.split <= split
-            assert within(one, vocab, "NVIDIA H100") == one
-        chosen = heuristic(tokens, vocab, "bfloat16", "NVIDIA A100-SXM4-80GB")
-        assert vocab // chosen.columns % chosen.split == 0
-
-
-A100, H100 = (choice.Device("gpu", f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 80GB"))
+            one = within(Tiling(columns, 4, split), vocab, A100.kind)
+            assert within(one, vocab, H100.kind) == one
+            assert one.split == split
+            for tiling in (one, chosen):
+                assert vocab % tiling.columns == 0
+                grid = _grid(tokens, vocab, tiling)
+                tiles = [
+                    min(grid.per_split, grid.blocks - block * grid.per_split)
+                    for block in range(grid.split)
+                ]
+                assert min(tiles) > 0
+                assert sum(tiles) * tiling.columns == vocab
+                assert not grid.masked
 
 
 @mosaic

@@ -8,6 +8,7 @@ from jaxdistill.bench import tune
 from jaxdistill.bench.shapes import LISTS
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice, divergence, linear_divergence, linear_logprobs, tiling
+from jaxdistill.kernels import statistics as stats
 
 H100 = choice.Device("gpu", "NVIDIA H100 80GB HBM3")
 if jax.__version_info__ < (0, 11):
@@ -43,7 +44,7 @@ def test_every_kernel_of_a_loss_finds_its_entry(name, monkeypatch):
         more = {"labels": given, "alpha": 0.5, "monitor": monitor, "temperature": 2.0} | options
         return linear_divergence(hidden, head, taught, teacher, **more)
 
-    both = ({}, {"labels": None, "alpha": 0.0})
+    both = ({}, {"labels": None, "alpha": 0.0}, {"temperature": 1.0})
     for options in (*both, {"kind": "generalized_jsd"}, {"taid_t": 0.5, "temperature": 1.0}):
         traced(lambda *x, o=options: head(*x, **o), *student, *teacher, ids, monitor)
     traced(lambda *x: head(*x[:2], None, None, *x[2:], alpha=1.0), *student, ids, monitor)
@@ -60,8 +61,11 @@ def test_every_kernel_of_a_loss_finds_its_entry(name, monkeypatch):
             dense = lambda s, t, k=kind: divergence(s, t, temperature=2.0, kind=k)
             traced(dense, *[array(tokens, vocab)] * 2)
     assert looked_up <= tuned
-    assert len(looked_up) == (11 if vocab % 64 == 0 else 8)
-    # What is tuned and not traced above: divergences without labels, of given logits with them.
+    carried = {key.rsplit("|", 1)[1] for key in looked_up}
+    at_one = "echo+gap_z+self_s+self_z+sum_s+sum_z"  # each sum once, the metrics' among them
+    assert {"2 models, gap_z+sum_s+sum_s1+sum_z", f"2 models, {at_one}"} <= carried
+    assert len(looked_up) == (16 if vocab % 64 == 0 else 13)
+    # What is tuned and not traced above, such as metrics beside known tokens at other temperatures.
     assert len(tuned - looked_up) <= 5
 
 
@@ -75,10 +79,38 @@ def test_a_dozen_programs_are_compiled_for_a_problem():
         for problem in tune.problems(shape):
             found = tune.candidates(problem, H100)
             assert 4 <= len(found) <= 13
-            assert found[0] == tiling.heuristic(
-                problem.tokens, problem.vocab, problem.dtype, H100.kind,
-                problem.values, problem.models,
-            )  # fmt: skip
+            sizes = (problem.tokens, problem.vocab, problem.dtype, H100.kind)
+            assert found[0] == tiling.heuristic(*sizes, problem.work)
+
+
+KL = ("sum_s", "sum_z", "gap_z")
+TWO_BLOCKS = tiling.Tiling(64, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("work", "gpu", "dtype", "tiling_"),
+    [
+        # 147 registers of 128 threads: 3 blocks on each of 132 multiprocessors, 16 to a row.
+        (tiling.Work(KL), "H100", "bfloat16", tiling.Tiling(64, 4, 24)),
+        (tiling.Work(("sum_s1", *KL)), "H100", "bfloat16", TWO_BLOCKS),  # 182: 2
+        (tiling.Work((*KL, "self_z"), mixed=True), "H100", "bfloat16", tiling.Tiling(64, 4, 24)),
+        (tiling.Work((*KL, "self_s", "self_z", stats.ECHO)), "H100", "bfloat16", TWO_BLOCKS),
+        (tiling.Work(("generalized_jsd",)), "H100", "bfloat16", TWO_BLOCKS),  # 187
+        (tiling.Work(("total_variation",)), "H100", "bfloat16", tiling.Tiling(64, 4, 24)),  # 89
+        (tiling.Work(("sum_s", "self_s"), 1), "H100", "bfloat16", tiling.Tiling(64, 4, 33)),
+        (tiling.Work(("sum_s", "sum_s1"), 1), "H100", "bfloat16", tiling.Tiling(64, 4, 24)),
+        # 227 KiB hold two tiles of either model of float32 for each of 3 blocks, 164 KiB three.
+        (tiling.Work(KL), "H100", "float32", tiling.Tiling(64, 2, 24)),
+        (tiling.Work(KL), "A100", "bfloat16", tiling.Tiling(64, 3, 20)),
+        (tiling.Work(KL), "A100", "float32", tiling.Tiling(64, 2, 13)),
+    ],
+)  # fmt: skip
+def test_as_many_blocks_share_a_row_as_run_at_one_time(work, gpu, dtype, tiling_):
+    found = tiling.heuristic(1024, 128_256, dtype, f"NVIDIA {gpu}", work)
+    assert found == tiling_
+    each = work.models * found.stages * 64 * 64 * (4 if dtype == "float32" else 2) + 2048
+    blocks = found.split * 16 // tiling.GPUS[gpu].multiprocessors
+    assert blocks * each <= tiling.GPUS[gpu].shared_memory
 
 
 def test_where_no_kernel_runs_there_is_nothing_to_tune(tmp_path):
@@ -89,12 +121,20 @@ def test_where_no_kernel_runs_there_is_nothing_to_tune(tmp_path):
 def test_a_table_is_read_by_the_whole_problem(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     entry = tiling.Tiling(128, 2, 5)
-    tiling.save(path, {tiling.key(1024, 640, "bfloat16", H100.kind, 9, 2): entry})
+    work = tiling.Work(("sum_s", "sum_z", "gap_z", "sum_s1"))
+    problem = ("bfloat16", H100.kind)
+    tiling.save(path, {tiling.key(1024, 640, *problem, work): entry})
     monkeypatch.setenv(tiling.TABLE_VARIABLE, str(path))
     tiling._table.cache_clear()
-    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 9, 2) == entry
-    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 5, 2) != entry
-    assert tiling.tiling(1100, 640, "bfloat16", H100.kind, 9, 1) != entry
+    found = lambda work: tiling.tiling(1100, 640, *problem, work)
+    assert found(work) == found(work._replace(sums=work.sums[::-1])) == entry
+    for other in (
+        work._replace(sums=work.sums[:3]),
+        work._replace(sums=(*work.sums[:3], "gap_s")),  # as many, of one temperature
+        work._replace(models=1),
+        work._replace(mixed=True),
+    ):
+        assert found(other) != entry
     tiling._table.cache_clear()
 
 

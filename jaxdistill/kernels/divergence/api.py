@@ -82,15 +82,17 @@ def divergence(
     operands.check_alpha(alpha, labels)
     coefficients = operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing)
     arrays = fused.Operands(student, teacher, *operands.per_token(labels, mask, dims), coefficients)
+    at_one = checks.known(temperature) == 1
+    loss = operands.LossSpec(kind, labels is not None, scale_by_t2, at_one=at_one)
     if implementation == choice.REFERENCE:
         if vocab_axes:
             raise ConfigError(
                 f"vocab_axes = {vocab_axes}: the reference needs whole rows of logits; None takes "
                 "an implementation that shares them"
             )
-        return reference(operands.LossSpec(kind, labels is not None, scale_by_t2), *arrays)
+        return reference(loss, *arrays)
     operands.check_manual_axes(arrays)
-    static = fused.static(arrays, kind, scale_by_t2, implementation, mesh, spec, vocab_axes)
+    static = fused.static(arrays, loss, implementation, mesh, spec, vocab_axes)
     return fused.losses(static, arrays)
 
 

@@ -109,8 +109,7 @@ class Static:
 
 def static(
     operands: Operands,
-    kind: str,
-    scale_by_t2: bool,
+    loss: LossSpec,
     implementation: str | None,
     mesh: AnyMesh | None,
     spec: PartitionSpec | None,
@@ -138,8 +137,7 @@ def static(
         scalar_temperature=operands.coefficients.has_scalar_temperature,
         tokens=tokens,
     )
-    loss = LossSpec(kind, operands.labels is not None, scale_by_t2, axes)
-    return Static(loss, chosen, mesh, spec)
+    return Static(dataclasses.replace(loss, vocab_axes=axes), chosen, mesh, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -18,6 +18,7 @@ from jaxdistill.plan import targets
 from tests.kernels.aot import sass
 
 N, V, DS, DT, K = 8192, 128_256, 2048, 4096, 8
+CHUNK, WIDTH = 1024, 64  # tokens of a chunk of N; hidden states that make no product worth naming
 
 
 def main() -> None:
@@ -101,6 +102,8 @@ def make(target: targets.Target, case: str):
 
     if name == "alone":
         return mesh, alone, (logits, scalar)
+    if name == "trains":
+        return mesh, *one_chunk(option, array)
     if name == "value":
         return mesh, dense, (logits, logits, per_token, scalar)
     if name == "gradient":
@@ -123,6 +126,35 @@ def make(target: targets.Target, case: str):
 
     arguments = (hidden(DS), heads(DS), hidden(DT), heads(DT), labels, scalar)
     return mesh, jax.value_and_grad(linear, (0, 1), has_aux=True), arguments
+
+
+def one_chunk(option: str, array):
+    """(value and gradient of a chunk as a step makes them, abstract arguments): few products.
+
+    The metrics are made where a traced number asks for them, so there are two kernels.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdistill import kernels
+
+    words = option.split("-")
+    kinds = {"taid": "forward_kl", "jsd": "generalized_jsd", "symmetric": "symmetric_kl"}
+    kind = next((kinds[word] for word in words if word in kinds), "forward_kl")
+    given = {"taid_t": 0.4} if "taid" in words else {}
+
+    def loss(hs, ws, ht, wt, labels, temperature, monitor):
+        return kernels.linear_divergence(
+            hs, ws, ht, wt, kind=kind, monitor=monitor,
+            labels=None if "unlabelled" in words else labels,
+            alpha=0.0 if "unlabelled" in words else 0.5,
+            temperature=1.0 if {"one", "taid"} & set(words) else temperature, **given,
+        )  # fmt: skip
+
+    hidden, head = array((CHUNK, WIDTH), jnp.bfloat16), array((V, WIDTH), jnp.bfloat16)
+    more = array((CHUNK,), jnp.int32), array((), jnp.float32), array((), jnp.bool_)
+    function = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    return function, (hidden, head, hidden, head, *more)
 
 
 def given_in_part(name: str, mesh):
