@@ -193,6 +193,22 @@ class Method:
     measured: bool = False
 
 
+def at_known_temperature(objective: Objective, knobs: Mapping[str, Any]) -> Objective:
+    """The same, with T = 1 as part of the program where the knob `temperature` is 1 throughout.
+
+    A knob is traced: one program serves all of its values. One that is known to be 1 lets the
+    losses make every sum once, see `kernels.operands.LossSpec`; the run has the knob all the same.
+    """
+    given = knobs.get("temperature")
+    if not isinstance(given, int | float) or given != 1:
+        return objective
+
+    def apply(params, student, signal, batch, knobs):
+        return objective.apply(params, student, signal, batch, {**knobs, "temperature": 1.0})
+
+    return objective._replace(apply=apply)
+
+
 def no_parameters(key: Any) -> dict:
     """The `init` of an objective without parameters of its own."""
     return {}

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from jaxdistill.methods import kd, sft
-from jaxdistill.methods.base import Head, Objective
+from jaxdistill.methods.base import Head, Objective, at_known_temperature
 
 # With these knobs the loss of `against_teacher` is the cross-entropy that a control is trained on.
 KNOBS = {"alpha": 1.0, "temperature": 1.0}
@@ -17,6 +17,6 @@ def cross_entropy(**head: Unpack[Head]) -> Objective:
 def against_teacher(**head: Unpack[Head]) -> Objective:
     """As `cross_entropy`, and KL and agreement with a teacher.
 
-    Knobs: alpha, temperature.
+    Knobs: alpha, and temperature, which is 1 whatever is given.
     """
-    return kd.objective(**head)
+    return at_known_temperature(kd.objective(**head), KNOBS)

@@ -26,7 +26,7 @@ from jaxdistill.methods import (
     ted,
     uld,
 )
-from jaxdistill.methods.base import Built, Facts, Method, Options
+from jaxdistill.methods.base import Built, Facts, Method, Options, at_known_temperature
 from jaxdistill.methods.knobs import Alpha
 
 METHODS: dict[str, Method] = {}
@@ -152,13 +152,13 @@ def of(options: Options) -> Method:
 
 
 def build(options: Options, facts: Facts) -> Built:
-    """The method of a run, by its row."""
+    """The method of a run, by its row; a temperature that is 1 throughout is no traced number."""
     method = of(options)
     built = method.build(options, facts)
     objective = built.objective
     assert objective.needs_teacher == method.needs_teacher(options), "the row says so too"
     assert objective.needs_start == method.needs_start(options), "the row says so too"
-    return built
+    return dataclasses.replace(built, objective=at_known_temperature(objective, built.knobs))
 
 
 def control(options: Options) -> Options:

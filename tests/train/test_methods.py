@@ -28,7 +28,7 @@ from jaxdistill.methods import (
     ted,
     uld,
 )
-from jaxdistill.methods.base import Facts
+from jaxdistill.methods.base import Facts, at_known_temperature
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
@@ -206,7 +206,7 @@ class Training:
     def __init__(self, name, mesh=None, micro_batches=1, lr=1e-2, ratio=10.0, poisonable=False):
         self.mesh = mesh or make_mesh(devices=jax.devices()[:1])
         make, knobs = (METHODS | OTHERS)[name]
-        objective, knobs = make(), dict(knobs)
+        objective, knobs = at_known_temperature(make(), knobs), dict(knobs)
         if "taid_t" in knobs:
             knobs["taid_t"] = optim.taid(STEPS, mode="scaled")
         if "feature_balance" in knobs:
