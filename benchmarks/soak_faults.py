@@ -367,7 +367,8 @@ def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     rig.whole("kd")
     run = rig.folder / "whole-kd"
     checkpoint = run / "checkpoints" / str(_newest(run))
-    cached = next(path for path in (rig.folder / "cache").iterdir() if path.name.startswith("tr"))
+    (cached,) = (rig.folder / "cache").glob("train-*")
+    shard = cached.parent / manifest.read(cached)["shards"][0]
 
     def refused(folder: pathlib.Path) -> bool:
         try:
@@ -379,6 +380,7 @@ def flips(rig: Rig, count: int, seed: int = 0) -> dict[str, Any]:
     return {
         "checkpoint": _flip(checkpoint, count, seed, refused),
         "data": _flip(cached, count, seed, lambda folder: store.problem(folder) is not None),
+        "tokens": _flip(shard, count, seed, lambda folder: store.problem(folder) is not None),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import soak_faults
 from benchmarks.soak_faults import Rig
 from benchmarks.warm import LIFE, Command
-from jaxdistill.safe import json_file
+from jaxdistill.safe import json_file, manifest
 
 SENTENCES = 60_000  # some seconds of tokenising
 LOST = {
@@ -175,14 +175,14 @@ def _until(command: Command, seen: Callable[[], Any]) -> None:
 def _building(cache: pathlib.Path, pid: int) -> bool:
     """Whether a process tokenises the training data, or they are finished."""
     with contextlib.suppress(OSError):  # it is finished at this moment
-        held = [path.read_text() for path in cache.glob(".train-*/LOCK")]
+        held = [path.read_text() for path in cache.glob(".tokens-*/LOCK")]
         return any(f'"pid": {pid},' in text for text in held) or any(cache.glob("train-*"))
     return True
 
 
 def _done(cache: pathlib.Path) -> int:
     """The records that a killed build has noted as done."""
-    notes = cache.glob(".train-*/content/progress.json")
+    notes = cache.glob(".tokens-*/content/progress.json")
     return max(
         (json.loads(path.read_text())["content"]["progress"]["records"] for path in notes),
         default=0,
@@ -201,4 +201,6 @@ def _built(rig: Rig, run: pathlib.Path) -> tuple[dict[str, bytes], float]:
     command.kill(signal.SIGKILL)  # what comes behind the data is no part of this
     command.wait()
     (folder,) = cache.glob("train-*")
-    return {path.name: path.read_bytes() for path in folder.iterdir()}, seconds
+    shards = [cache / name for name in manifest.read(folder)["shards"]]
+    files = (path for one in (folder, *shards) for path in one.iterdir())
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}, seconds

@@ -130,12 +130,12 @@ class Data(Section):
     )
     cache_dir: Path = Field(
         "runs/.cache",
-        description="Folder for tokenised rows, shared by runs; relative to the current directory.",
+        description="Folder for tokens and rows, shared by runs; relative to the present folder.",
     )
     workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None,
         description="Processes that tokenise where it takes more than two seconds; the rows are "
-        "the same for any number. None: one for each processor, 32 at most.",
+        "the same for any number. None: one for each processor, 16 at most.",
     )
 
     @property

@@ -12,13 +12,19 @@ _BLOCK = 1 << 20  # tokens that are counted at a time
 
 
 def occurrences(dataset: Dataset, ids: Collection[int], size: int) -> np.ndarray:
-    """How often each of some tokens stands in the documents: int64 [size], 0 for other ids."""
+    """How often each of some tokens stands in the rows: int64 [size], 0 for other ids."""
     wanted = np.zeros(size, bool)
     wanted[list(ids)] = True
     counts = np.zeros(size, np.int64)
-    tokens = dataset.arrays["tokens"]
-    for first in range(0, dataset.num_tokens, _BLOCK):
-        counts += np.bincount(np.asarray(tokens[first : first + _BLOCK]), minlength=size)[:size]
+    tokens, segments = dataset.arrays["tokens"], np.asarray(dataset.arrays["segments"][:])
+    starts = np.sort(segments[:, 0])
+    ends = np.sort(segments.sum(axis=1))
+    for first in range(0, len(tokens), _BLOCK):
+        here = np.asarray(tokens[first : first + _BLOCK])
+        # How many segments hold each token: those that begin at it or before, less those that end.
+        places = np.arange(first, first + len(here))
+        times = np.searchsorted(starts, places, "right") - np.searchsorted(ends, places, "right")
+        counts += np.bincount(here, times, minlength=size)[:size].astype(np.int64)
     return np.where(wanted, counts, 0)
 
 

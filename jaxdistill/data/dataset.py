@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import quarantine, store
+from jaxdistill.data import arrays, quarantine
 from jaxdistill.data.encode import Beside
 
 
@@ -228,6 +228,6 @@ def open_dataset(
         origins=origins if any(code for _, code in origins) else (),
         second=(second["seq_len"], second["pad"]) if second else None,
         teachers=tuple((name, rows, tokens) for name, rows, tokens in facts.get("teachers", ())),
-        arrays=store.read_arrays(folder),
+        arrays=arrays.of_rows(folder, [folder.parent / shard for shard in facts["shards"]]),
         **counts,
     )

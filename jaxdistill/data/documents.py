@@ -47,7 +47,7 @@ class Encoder:
         self.chat: chat.ChatEncoder | None = None
         self._pairs = kind in PAIRS
         chats = PAIRS.get(kind, kind) in CHATS
-        _check(settings, kind, chats, source)
+        check(settings, kind, source)
         if chats:
             template = settings.chat_template
             if template is None:
@@ -97,9 +97,14 @@ class Encoder:
         return made
 
 
-def _check(settings: Settings, kind: str, chats: bool, source: str) -> None:
-    """Which settings go with which kind."""
-    loss_on = settings.loss_on
+def check(settings: Settings, kind: str, source: str) -> None:
+    """Which settings go with which kind of records, which a source holds.
+
+    Raises:
+      DataError: if `loss_on` does not suit the kind.
+      ConfigError: for a setting that has no effect on the kind.
+    """
+    loss_on, chats = settings.loss_on, PAIRS.get(kind, kind) in CHATS
     if kind not in LOSS_ON[loss_on]:
         fitting = [choice for choice, kinds in LOSS_ON.items() if kind in kinds]
         raise DataError(

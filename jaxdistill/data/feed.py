@@ -4,7 +4,7 @@ import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.routes import Layout
 from jaxdistill.types import DATA, ORIGINS, Batch, Span
@@ -105,7 +105,7 @@ class CorpusFeed(Feed):
         threads: int = 2,
         layout: Layout | None = None,
     ):
-        self._open = lambda start, gaps: pipeline.batches(
+        self._open = lambda start, gaps: batching.batches(
             dataset,
             batch_size=batch_size,
             start=start,
@@ -134,4 +134,4 @@ class CorpusFeed(Feed):
 
     def usual(self) -> Batch:
         """One row of padding with all leaves."""
-        return pipeline.stack([self._dataset.empty_row()])
+        return batching.stack([self._dataset.empty_row()])

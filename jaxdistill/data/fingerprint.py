@@ -17,8 +17,21 @@ from jaxdistill.errors import DataError
 _VERSION = 5
 
 
+def content_of(source: Source) -> dict[str, Any]:
+    """What a source holds, as JSON: how it is read, and a hash of its bytes.
+
+    Raises:
+      DataError: if it cannot be read.
+    """
+    try:
+        return {"format": source.format, "sha256": source.digest()}
+    except OSError as error:
+        raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+
+
 def fingerprint(
     sources: Sequence[Source],
+    contents: Sequence[Mapping[str, Any]],
     codec: Codec,
     settings: Settings,
     second: Mapping[str, Any] | None = None,
@@ -26,12 +39,14 @@ def fingerprint(
 ) -> str:
     """A hash over every byte of the sources, the tokenizer, the template and the settings.
 
-    `second` is the identity of a second view, `routing` of several teachers; they join where there
-    are such.
+    `contents` are those of `content_of`; `second` is the identity of a second view, `routing` of
+    several teachers; they join where there are such.
     """
     content: dict[str, Any] = {
         "version": _VERSION,
-        "sources": [_identity(source) for source in sources],
+        "sources": [
+            _identity(source, content) for source, content in zip(sources, contents, strict=True)
+        ],
         "tokenizer": tokenizer_fingerprint(codec.tokenizer),
         "prefix": codec.prefix,
         "template": rendering.template_of(codec.tokenizer, settings.chat_template),
@@ -43,15 +58,28 @@ def fingerprint(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def _identity(source: Source, content: Mapping[str, Any]) -> dict[str, Any]:
     # Who wrote it joins where it matters, so that other data sets keep their fingerprints.
     whose = {} if source.origin == "data" else {"origin": source.origin}
     often = {} if source.weight == 1.0 else {"weight": source.weight}
-    return {"format": source.format, "sha256": _digest(source), **whose, **often}
+    return {**content, **whose, **often}
 
 
-def _digest(source: Source) -> str:
-    try:
-        return source.digest()
-    except OSError as error:
-        raise DataError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+def of_documents(
+    codec: Codec, settings: Settings, second: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What decides, besides its content, which documents a source gives, as JSON.
+
+    Without a second view, in which documents are cut to fit, that is not the length of rows.
+    """
+    names = ["loss_on", "template_kwargs", "turns", "special_tokens"]
+    if second is not None:
+        names += ["seq_len", "long_documents"]
+    return {
+        "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+        "prefix": codec.prefix,
+        "end": codec.end,
+        "template": rendering.template_of(codec.tokenizer, settings.chat_template),
+        "settings": {name: dataclasses.asdict(settings)[name] for name in names},
+        "second": second,
+    }

@@ -9,24 +9,25 @@ PACKINGS = ("best_fit", "none")
 _OPEN_ROWS = 1024  # that a piece of several views is tried in
 
 
-def windows(offsets: np.ndarray, seq_len: int) -> np.ndarray:
+def windows(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts every document into windows of seq_len tokens, the last one shorter.
 
     Args:
-      offsets: int64 [D + 1], document d is tokens offsets[d] to offsets[d + 1]; none is empty.
+      starts: int64 [D], the first token of each document.
+      lengths: int64 [D], how many follow, none of them 0.
       seq_len: the longest window.
 
     Returns:
-      int64 [S, 2], start and length of every window, in the order of the tokens.
+      int64 [S, 2], start and length of every window, document by document; and int64 [S], the
+      document that each is of.
     """
-    lengths_D = np.diff(offsets)
-    count_D = -(-lengths_D // seq_len)
+    count_D = -(-lengths // seq_len)
     first_D = np.cumsum(count_D) - count_D
+    of_S = np.repeat(np.arange(len(count_D)), count_D)
     # The number of each window within its document.
-    within_S = np.arange(int(count_D.sum())) - np.repeat(first_D, count_D)
-    start_S = np.repeat(offsets[:-1], count_D) + within_S * seq_len
-    length_S = np.minimum(seq_len, np.repeat(offsets[1:], count_D) - start_S)
-    return np.stack([start_S, length_S], axis=1)
+    before_S = (np.arange(len(of_S)) - first_D[of_S]) * seq_len
+    length_S = np.minimum(seq_len, lengths[of_S] - before_S)
+    return np.stack([starts[of_S] + before_S, length_S], axis=1), of_S
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -1,27 +1,25 @@
-"""The door of the data room: build a data set once, then take batches of it by row."""
+"""The door of the data room: a data set is built once, and opened afterwards."""
 
 import dataclasses
-import functools
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxdistill.data import build as building
-from jaxdistill.data import digests, fingerprint, quarantine, settings, store, tokenising
+from jaxdistill.data import digests, fingerprint, quarantine, settings, store
+from jaxdistill.data import shards as sharding
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.privileged import PrivilegedView
-from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.routes import Routing
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
+from jaxdistill.data.tokenising import Tokeniser, default_workers
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.safe import manifest
-from jaxdistill.types import Batch, Span
 
+_LAYOUT = 2  # of the folder of a data set: one of another is not opened
 _log = logging.getLogger(__name__)
 
 Sources = str | Path | Source | Sequence[str | Path | Source]
@@ -113,39 +111,43 @@ def build(
         raise ConfigError(f"data.workers: {workers}: must be at least 1")
     opened = _open(sources, name)
     codec = prepare(tokenizer)
+    cache = Path(cache_dir)
+    with digests.kept_in(cache):
+        contents = [fingerprint.content_of(source) for source in opened]
+    shards = sharding.planned(opened, contents, codec, chosen, second, cache)
     beside = None if second is None else second.identity()
     routed = None if routing is None else routing.identity()
-    with digests.kept_in(Path(cache_dir)):
-        identity = fingerprint.fingerprint(opened, codec, chosen, beside, routed)
-    folder = Path(cache_dir) / f"{name}-{identity[:20]}"
+    identity = fingerprint.fingerprint(opened, contents, codec, chosen, beside, routed)
+    tokeniser = Tokeniser(codec, chosen, second, name, workers or default_workers())
+    fail_fast = on_bad_record == "fail"
     left_out = None if quarantine_path is None else Path(quarantine_path)
-    notices = []
+    damages = sharding.ensure(shards, tokeniser, codec=codec, name=name, fail_fast=fail_fast)
+    folder = cache / f"{name}-{_LAYOUT}-{identity[:20]}"
     damage = store.problem(folder) if folder.exists() else "not built yet"
     if damage:
-        if folder.exists():
-            notices.append(f"the cached data is damaged and was built again: {damage}")
-        _log.info("tokenising data.%s", name)
+        damages += [damage] if folder.exists() else []
         building.build(
             folder,
-            opened,
+            shards,
             codec,
             chosen,
             identity,
-            fail_fast=on_bad_record == "fail",
+            kind=tokeniser.kind,
+            fail_fast=fail_fast,
             name=name,
             quarantine_path=left_out,
             second=second,
             routing=routing,
-            workers=tokenising.default_workers() if workers is None else workers,
         )
     facts = manifest.read(folder)
     assert facts["fingerprint"] == identity
+    notices = [f"the cached data is damaged and was built again: {one}" for one in damages]
     notices += facts["notices"]
     for notice in notices:
         _log.warning("data.%s: %s", name, notice)
     names = tuple(source.name for source in opened)
     quarantine.export(folder, names, left_out)
-    allowed = 0.0 if on_bad_record == "fail" else max_bad_fraction
+    allowed = 0.0 if fail_fast else max_bad_fraction
     _judge(facts["counts"], quarantine.first_reasons(folder, names), allowed, name, left_out)
     return open_dataset(folder, facts, name, tuple(notices), names)
 
@@ -171,163 +173,3 @@ def _judge(
     bad, total = counts[quarantine.BROKEN], counts["records"]
     where = f"; all of them are listed in {left_out}" if left_out else ""
     quarantine.check_share(f"data.{name}", bad, total, allowed, reasons, where)
-
-
-def batches(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    start: int = 0,
-    left_out: Sequence[tuple[int, int]] = (),
-    seed: int,
-    shuffle: bool = True,
-    rows: Sequence[int] | None = None,
-    threads: int = 2,
-    layout: Layout | None = None,
-) -> Iterator[tuple[Span, Batch]]:
-    """Batches without end, epoch after epoch, each epoch in an order of its own.
-
-    The epochs are one stream of rows, whose row r depends on (dataset, seed, r) only. A batch holds
-    the next `batch_size` rows of the stream that are not left out. To resume, start at the row
-    where the batch before ended, with batches of any size and any number of processes and threads.
-
-        batch_size=4, start=0, left_out=[(2, 6)]     rows 0 1 6 7 | 8 9 10 11 | ...
-                                                     Span(0, 8), Span(8, 12), ...
-
-    Args:
-      dataset: from `build`.
-      batch_size: rows of the stream in the global batch.
-      start: the row of the stream to start with.
-      left_out: ranges (first row, end) that no batch holds, disjoint and ascending.
-      seed: decides the order of every epoch.
-      shuffle: False keeps the rows' own order in every epoch.
-      rows: which rows of every global batch this process wants, such as
-        `sharding.local_rows(mesh, batch_size)`; None: all.
-      threads: how many prepare batches ahead; 0 prepares each when it is asked for.
-      layout: of batches for several teachers, of `layout.size(batch_size)` rows; None: there are
-        not several.
-
-    Returns:
-      An iterator of (Span, Batch of NumPy arrays [rows, L]).
-
-    Raises:
-      ConfigError: if a number is out of range.
-    """
-    wanted = _wanted(batch_size if layout is None else layout.size(batch_size), rows)
-    if start < 0:
-        raise ConfigError(f"data: row {start}: must be at least 0")
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed: {seed}: must lie between 0 and 2**32 - 1")
-    if start == 0 and batch_size > len(dataset):
-        _log.warning(
-            "batch_size = %d: the data set has %d rows, so every batch holds some of them more "
-            "than once: take a smaller batch, a shorter seq_len, or more data",
-            batch_size,
-            len(dataset),
-        )
-    # Importing grain takes seconds, which building and inspecting data do not need.
-    import grain
-
-    stream = grain.MapDataset.range(len(dataset))
-    if shuffle:
-        stream = stream.seed(seed).shuffle()
-    stream = stream.repeat()
-    gaps = [(max(first, start), end) for first, end in left_out if end > start]
-
-    def row_at(place: int) -> int:
-        """The row of the stream behind `place` others that are not left out, from `start` on."""
-        row = start + place
-        for first, end in gaps:
-            if row >= first:
-                row += end - first
-        return row
-
-    padding = dataset.empty_row()
-
-    def number_of(row: int) -> int:
-        """Which row of the data stands at a row of the stream."""
-        found: Any = stream[row]
-        return int(found)
-
-    def of_stream(row: int) -> Any:
-        return dataset.in_epoch(dataset[number_of(row)], row // len(dataset))
-
-    def batch_of(number: int) -> tuple[Span, Batch]:
-        first = number * batch_size
-        span = Span(row_at(first), row_at(first + batch_size - 1) + 1)
-        places = range(batch_size)
-        if layout is not None:
-            routes = [dataset.route(number_of(row_at(first + row))) for row in places]
-            places = layout.places(routes, batch_size).tolist()
-        here = [places[place] for place in wanted]
-        return span, stack([padding if row < 0 else of_stream(row_at(first + row)) for row in here])
-
-    return _feed(batch_of, sys.maxsize, threads)
-
-
-def eval_batches(
-    dataset: Dataset,
-    *,
-    batch_size: int,
-    rows: Sequence[int] | None = None,
-    threads: int = 2,
-) -> Iterator[tuple[int, Batch]]:
-    """Every row exactly once, in order; the last batch is filled up with empty rows.
-
-    Empty rows have segment 0 and a mask of False. All processes get the same number of batches.
-
-    Args:
-      dataset: from `build`.
-      batch_size: rows of the global batch.
-      rows: which rows of every global batch this process wants, as in `batches`.
-      threads: how many prepare batches ahead.
-
-    Returns:
-      An iterator of (number, Batch of NumPy arrays [rows, L]).
-
-    Raises:
-      ConfigError: if a number is out of range.
-    """
-    wanted = _wanted(batch_size, rows)
-    padding = dataset.empty_row()
-
-    def batch_of(number: int) -> tuple[int, Batch]:
-        indices = [number * batch_size + row for row in wanted]
-        held = [dataset.in_epoch(dataset[i], 0) for i in indices if i < len(dataset)]
-        return number, stack(held + [padding] * (len(indices) - len(held)))
-
-    return _feed(batch_of, -(-len(dataset) // batch_size), threads)
-
-
-def _wanted(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: {batch_size}: must be at least 1")
-    if rows is None:
-        return range(batch_size)
-    if not rows or min(rows) < 0 or max(rows) >= batch_size:
-        raise ConfigError(f"rows: {list(rows)}: must be some of 0 to {batch_size - 1}")
-    return rows
-
-
-def stack(rows: Sequence[Any]) -> Batch:
-    """A batch of rows: trees of arrays by the names of `Batch`, such as `Dataset` gives."""
-    return Batch(**_stacked(rows))
-
-
-def _stacked(nodes: Sequence[Any]) -> Any:
-    # By hand: jax.tree.map takes half as long again as np.stack alone.
-    if isinstance(nodes[0], np.ndarray):
-        return np.stack(nodes)
-    return {name: _stacked([node[name] for node in nodes]) for name in nodes[0]}
-
-
-def _feed(batch_of: Any, count: int, threads: int) -> Iterator[tuple[Any, Batch]]:
-    """batch_of(0), batch_of(1), ..., made ahead of the reader in threads; the order is kept."""
-    import grain
-
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    # Grain names a function by its line in a file, which may be torn while somebody edits it, and
-    # that would end the run; a partial has no line.
-    made = functools.partial(batch_of)
-    # No worker processes: they outlive a killed trainer, and slicing mapped arrays needs none.
-    return iter(grain.MapDataset.range(count).map(made).to_iter_dataset(options))

@@ -18,7 +18,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.safe import json_file
 
 FILE = "progress.json"
-_VERSION = 2
+_VERSION = 3
 _log = logging.getLogger(__name__)
 
 
@@ -28,30 +28,24 @@ class Progress:
 
     Attributes:
       items: records of the source that is read, good and bad, that are done.
-      used: records of it that were used.
       kind: of all records, once one was seen.
-      kind_from: the number of the source of that one.
+      first: the number of the source of that one, and its line.
       records: of all sources, good and bad.
-      truncated: documents that were cut.
-      tokens: that were written.
-      counted: tokens that count in the loss.
+      begun: (records, documents, tokens) that were written before each source that was begun.
       tally: what was counted of them for notices.
       left_out: records that were left out, by reason.
-      origins: (first token, who wrote it) of every source that was begun.
+      teachers: names of several teachers, as records have them.
       unread: names of fields that were met and not read.
     """
 
     items: int = 0
-    used: int = 0
     kind: str | None = None
-    kind_from: int = 0
+    first: tuple[int, int] = (0, 0)
     records: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    counted: int = 0
+    begun: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
     tally: Tally = dataclasses.field(default_factory=Tally)
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    origins: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    teachers: list[str] = dataclasses.field(default_factory=list)
     unread: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -60,17 +54,17 @@ class Files:
 
     Args:
       folder: where.
-      parts: the arrays of `store` that are written.
+      parts: the arrays of `store` that are written, by name.
       marks: what is kept of each, by its name; without it they begin anew.
     """
 
     def __init__(
-        self, folder: Path, parts: Mapping[str, np.dtype], marks: Mapping[str, store.Mark]
+        self, folder: Path, parts: Mapping[str, store.Spec], marks: Mapping[str, store.Mark]
     ):
-        self._folder, self._parts = folder, parts
+        self._folder = folder
         self.arrays = {
-            part: store.ArrayWriter(_array(folder, part), dtype, _row(part), marks.get(part))
-            for part, dtype in parts.items()
+            part: store.ArrayWriter(_array(folder, part), *spec, marks.get(part))
+            for part, spec in parts.items()
         }
         path = folder / store.QUARANTINE
         self.quarantine = store.Appender(path, mark=marks.get(store.QUARANTINE))
@@ -78,12 +72,6 @@ class Files:
     def append(self, part: str, values: np.ndarray) -> None:
         """Adds rows to an array."""
         self.arrays[part].append(values)
-
-    def written(self, part: str) -> np.ndarray:
-        """The values of a flat array so far."""
-        self.arrays[part].mark()  # written by now
-        dtype = self._parts[part]
-        return np.fromfile(_array(self._folder, part), dtype, offset=_header(part, dtype))
 
     def marks(self) -> dict[str, store.Mark]:
         """How far each file is."""
@@ -107,16 +95,7 @@ def _array(folder: Path, part: str) -> Path:
     return folder / f"{part}.npy"
 
 
-def _row(part: str) -> tuple[int, ...]:
-    return (2,) if part in ("segments", "second_segments") else ()
-
-
-def _header(part: str, dtype: np.dtype) -> int:
-    """Bytes before the values."""
-    return len(store.npy_header(dtype, _row(part)))
-
-
-def begin(folder: Path, identity: str, parts: Mapping[str, np.dtype]) -> tuple[Progress, Files]:
+def begin(folder: Path, identity: str, parts: Mapping[str, store.Spec]) -> tuple[Progress, Files]:
     """Where a killed build of the same data was, and its files; or the beginning.
 
     Args:
@@ -161,7 +140,7 @@ def write(folder: Path, identity: str, progress: Progress, files: Files) -> None
 
 
 def _read(
-    folder: Path, identity: str, parts: Mapping[str, np.dtype]
+    folder: Path, identity: str, parts: Mapping[str, store.Spec]
 ) -> tuple[Progress, dict[str, store.Mark]] | None:
     """What a killed build noted, if it was of this data and its files hold it; or None."""
     try:
@@ -173,7 +152,8 @@ def _read(
             return None
         marks = {name: (size, crc) for name, (size, crc) in content["marks"].items()}
         places = {
-            part: (_array(folder, part), _header(part, dtype)) for part, dtype in parts.items()
+            part: (_array(folder, part), len(store.npy_header(*spec)))
+            for part, spec in parts.items()
         }
         places[store.QUARANTINE] = folder / store.QUARANTINE, 0
         if not all(store.holds(*places[name], mark) for name, mark in marks.items()):
@@ -182,7 +162,8 @@ def _read(
         return None
     facts = content["progress"]  # a sound note is one that we wrote
     facts["left_out"] = collections.Counter(facts["left_out"])
-    facts["origins"] = [(first, origin) for first, origin in facts["origins"]]
+    facts["begun"] = [tuple(before) for before in facts["begun"]]
+    facts["first"] = tuple(facts["first"])
     facts["unread"] = set(facts["unread"])
     facts["tally"] = Tally.from_json(facts["tally"])
     return Progress(**facts), marks

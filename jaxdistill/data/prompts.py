@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data import chat, encode, quarantine, rendering
-from jaxdistill.data.build import batched
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.context_prompts import ContextPrompts
@@ -23,6 +22,7 @@ from jaxdistill.data.routes import Routing
 from jaxdistill.data.rules import Empty, TooLong
 from jaxdistill.data.second_answers import AnswerView, AnswerViews
 from jaxdistill.data.second_view import SecondView
+from jaxdistill.data.shard_build import batched
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError, ModelError
 

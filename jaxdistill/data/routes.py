@@ -37,8 +37,16 @@ class Routing:
         Raises:
           DataError: naming the record, for a name that no teacher has, or for none.
         """
-        name = record.notes.get(TEACHER) or source.teacher or self.default
-        where, known = f"{source.name}:{record.line}", ", ".join(self.names)
+        return self.chosen(record.notes.get(TEACHER), source, record.line)
+
+    def chosen(self, named: str | None, source: Source, line: int) -> int:
+        """The route of a record that names one of them, or none.
+
+        Raises:
+          DataError: as `of`.
+        """
+        name = named or source.teacher or self.default
+        where, known = f"{source.name}:{line}", ", ".join(self.names)
         if name is None:
             raise DataError(
                 f"{where}: names no teacher, and there are {len(self.names)} ({known}): give the "

@@ -329,7 +329,7 @@ def second_rows(dataset: Dataset) -> Dataset:
     """The same rows in the tokens of the second model alone; what is aligned counts in the loss."""
     assert dataset.second is not None, "only asked for where there is one"
     (seq_len, pad), arrays = dataset.second, dataset.arrays
-    own = {name: arrays[f"second_{name}"] for name in ("tokens", "documents", "segments")}
+    own = {name: arrays[f"second_{name}"] for name in ("tokens", "segments")}
     groups = arrays["second_groups"]
     own |= {"loss": _Aligned(groups), "aligned": groups, "rows": arrays["rows"]}
     tokens = len(own["tokens"])

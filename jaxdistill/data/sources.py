@@ -33,6 +33,7 @@ class Source:
       origin: who wrote it, a value of `types.ORIGINS`.
       weight: how often each of its records is read in an epoch.
       teacher: which of several its records are for, where they do not say; or None.
+      size: bytes of its file; None: many, or nobody knows.
       parts: the sources that it joins, the files of a folder.
       unread: names of fields that passes over it met and did not read.
       notes: what the user should know about how it was found.
@@ -45,6 +46,7 @@ class Source:
     origin: str = "data"
     weight: float = 1.0
     teacher: str | None = None
+    size: int | None = None
     parts: tuple["Source", ...] = ()
     unread: set[str] = dataclasses.field(default_factory=set, compare=False)
     notes: tuple[str, ...] = ()
@@ -152,7 +154,8 @@ def _file(path: Path, name: str, format: str) -> Source:
         return files.json_objects(path) if ending == ".json" else files.jsonl_objects(path)
 
     read = lambda: _typed(objects(), format, name, unread, table=ending in TABLE_ENDINGS)
-    return Source(name, format, read, lambda: digests.of(path), unread=unread)
+    size = path.stat().st_size
+    return Source(name, format, read, lambda: digests.of(path), size=size, unread=unread)
 
 
 def _python_source(name: str, format: str) -> Source:
@@ -176,7 +179,8 @@ def _text_source(path: Path, name: str, format: str) -> Source:
             "records of other kinds go into .jsonl or .parquet files"
         )
     paragraphs = format == "paragraphs"
-    return Source(name, format, lambda: _documents(path, paragraphs), lambda: digests.of(path))
+    read, size = lambda: _documents(path, paragraphs), path.stat().st_size
+    return Source(name, format, read, lambda: digests.of(path), size=size)
 
 
 def _typed(

@@ -1,13 +1,10 @@
-"""Tokenised data on disk: flat arrays written as a stream, verified block by block when read."""
+"""Tokenised data on disk: which arrays a folder has, and how they are written, as a stream."""
 
-import collections
 import contextlib
 import io
 import math
 import os
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +15,47 @@ from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import beside, manifest
 
 Mark = tuple[int, int]  # bytes behind a header, and their CRC-32
-ARRAYS = {
-    "tokens": np.dtype(np.int32),  # [N], all documents, one after the other; see `ids`
-    "loss": np.dtype(np.bool_),  # [N], whether the token counts as a target; [0]: all of them do
-    "documents": np.dtype(np.int64),  # [D + 1], where each document begins
-    "segments": np.dtype(np.int64),  # [S, 2], start and length, sorted by row
-    "rows": np.dtype(np.int64),  # [R + 1], which segments are in a row
-    "records": np.dtype(np.uint64),  # [K], hashes of the records that were used
+Spec = tuple[
+    np.dtype, tuple[int, ...]
+]  # the numbers of an array, and the shape behind the first dim
+
+
+def _flat(dtype: Any) -> Spec:
+    return np.dtype(dtype), ()
+
+
+# Of a shard: documents as they are, one after the other.
+TOKENS: dict[str, Spec] = {
+    "tokens": _flat(np.int32),  # [N]; see `ids`
+    "loss": _flat(np.bool_),  # [N], whether the token counts as a target; [0]: all of them do
 }
-# Beside them, of data that are given in the tokens of a second model too.
-SECOND_ARRAYS = {
-    "groups": np.dtype(np.int32),  # [N], of each token, counted from 1 in its document; 0 is none
-    "second_tokens": np.dtype(np.int32),  # [M]
-    "second_groups": np.dtype(np.int32),  # [M]
-    "second_documents": np.dtype(np.int64),  # [D + 1]
-    "second_segments": np.dtype(np.int64),  # [S, 2]
+DOCUMENTS: dict[str, Spec] = {
+    "documents": _flat(np.int64),  # [D + 1], where each document begins
+    # [R, 4]: a hash of what each record says, its line, its documents, and whom it names of
+    # several teachers, from 1
+    "records": (np.dtype(np.int64), (4,)),
 }
-# Beside them, of data for several teachers: which one teaches, from 1.
-ROUTE_ARRAYS = {
-    "routes": np.dtype(np.int32),  # [D]
-    "row_routes": np.dtype(np.int32),  # [R]
+# Beside them, of documents that are given in the tokens of a second model too.
+SECOND_TOKENS: dict[str, Spec] = {
+    "groups": _flat(np.int32),  # [N], of each token, counted from 1 in its document; 0 is none
+    "second_tokens": _flat(np.int32),  # [M]
+    "second_groups": _flat(np.int32),  # [M]
 }
+SECOND_DOCUMENTS: dict[str, Spec] = {
+    "second_documents": _flat(np.int64),  # [D + 1]
+    "shortened": _flat(np.bool_),  # [D], whether it is the beginning of a longer one
+}
+# Of a data set, whose tokens are those of its shards, joined.
+ROWS: dict[str, Spec] = {
+    "segments": (np.dtype(np.int64), (2,)),  # [S, 2], start and length, sorted by row
+    "rows": _flat(np.int64),  # [R + 1], which segments are in a row
+    "records": _flat(np.uint64),  # [K], hashes of the records that were used
+}
+SECOND_ROWS: dict[str, Spec] = {"second_segments": (np.dtype(np.int64), (2,))}  # [S, 2]
+ROUTES: dict[str, Spec] = {"row_routes": _flat(np.int32)}  # [R], which teacher teaches, from 1
 QUARANTINE = "quarantine.jsonl"
 IDS = "ids"  # the fact of a folder that names the numbers of `tokens`
 BLOCK = 1 << 16  # bytes with a checksum of their own: what is read to have a row of them
-_KEPT_BLOCKS = 256  # of an array, in memory: 16 MiB
 
 
 def ids(vocab: int) -> np.dtype:
@@ -151,6 +164,13 @@ class ArrayWriter:
         return self._file.size // self._row
 
 
+def write_array(folder: Path, name: str, spec: Spec, values: np.ndarray) -> None:
+    """Writes an array whole."""
+    writer = ArrayWriter(folder / f"{name}.npy", *spec)
+    writer.append(values.astype(spec[0], copy=False))
+    writer.finish()
+
+
 def npy_header(dtype: np.dtype, row_shape: tuple[int, ...], count: int = 0) -> bytes:
     """The header of a .npy file of `count` rows; NumPy pads it so that the first dim can grow."""
     file = io.BytesIO()
@@ -164,15 +184,16 @@ def npy_header(dtype: np.dtype, row_shape: tuple[int, ...], count: int = 0) -> b
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, resumes: bool) -> Iterator[Path]:
     """A temporary folder beside the final one; it takes the final one's place if all went well.
 
-    Another process may finish the same data first: then its folder stays and ours is dropped. What
-    a killed build of the same data has left is in it; what others have left is removed, and told.
+    Another process may finish the same data first: then its folder stays and ours is dropped. Where
+    it resumes, what a killed build of the same data has left is in it; what others have left is
+    removed, and told.
     """
     with writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with beside.folder(folder, resumes=True) as temporary:
+        with beside.folder(folder, resumes=resumes) as temporary:
             yield temporary
             if folder.exists() and problem(folder) is None:
                 return
@@ -196,125 +217,3 @@ def problem(folder: Path) -> str | None:
     if facts["block"] != BLOCK:
         return f"{folder}: its checksums are of blocks of {facts['block']} bytes, not {BLOCK}"
     return None
-
-
-def read_arrays(folder: Path) -> dict[str, Any]:
-    """The arrays of a folder, each block read against its checksum when it is used.
-
-    Tokens are int32 and the mask has their length, whatever the folder keeps of both.
-    """
-    content = manifest.read(folder)
-    files = content["files"]
-    known = ARRAYS | SECOND_ARRAYS | ROUTE_ARRAYS
-    short = content.get(IDS) == "uint16"
-    known |= {"tokens": np.dtype(np.uint16)} if short else {}
-    found: dict[str, Any] = {
-        name: Checked(folder / f"{name}.npy", dtype, files[f"{name}.npy"]["crc32"])
-        for name, dtype in known.items()
-        if name in ARRAYS or f"{name}.npy" in files
-    }
-    if short:
-        found["tokens"] = _Wide(found["tokens"])
-    if not len(found["loss"]):
-        found["loss"] = _AllCount(found["tokens"])
-    return found
-
-
-class _Wide:
-    """An array of small numbers whose slices are int32, as tokens are everywhere else."""
-
-    def __init__(self, kept: "Checked"):
-        self._kept, self.shape, self.dtype = kept, kept.shape, np.dtype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        return self._kept[index].astype(np.int32)
-
-
-class _AllCount:
-    """The mask of tokens all of which count, of which no file is kept."""
-
-    def __init__(self, tokens: Any):
-        self.shape, self.dtype = tokens.shape, np.dtype(np.bool_)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        return np.ones(len(range(*index.indices(len(self)))), np.bool_)
-
-
-class Checked:
-    """An array in a file whose slices are read from there, block by block, each time checked.
-
-    What changes on the disk after the start is found before it is used. No map: a file that is cut
-    off under one ends the process without a message. The blocks used last stay in memory.
-
-    Args:
-      path: a .npy file.
-      dtype: what it must hold.
-      sums: CRC-32 of every block of `BLOCK` bytes of the file.
-
-    Raises:
-      DamagedError: if it is no such file.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype, sums: Sequence[int]):
-        self._path, self._sums = path, sums
-        self._blocks: collections.OrderedDict[int, bytes] = collections.OrderedDict()
-        self._lock = threading.Lock()  # several threads make batches
-        try:
-            self._file = os.open(path, os.O_RDONLY)
-            self._close = weakref.finalize(self, os.close, self._file)
-            with open(path, "rb") as file:
-                np.lib.format.read_magic(file)
-                self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
-                self._start = file.tell()
-        except (OSError, ValueError) as error:
-            raise self._damaged(f"cannot be read: {error}") from error
-        if self.dtype != dtype:
-            raise self._damaged(f"holds {self.dtype}, not {dtype}")
-        self._row = dtype.itemsize * math.prod(self.shape[1:])
-        self._end = self._start + len(self) * self._row
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: slice) -> np.ndarray:
-        """Rows of the array, a copy.
-
-        Raises:
-          DamagedError: if the file has changed since it was written.
-        """
-        first, last, step = index.indices(len(self))
-        assert step == 1, "rows lie one after the other"
-        count = max(last - first, 0)
-        start = self._start + first * self._row
-        end, at = start + count * self._row, start // BLOCK * BLOCK
-        blocks = range(start // BLOCK, -(-end // BLOCK) if count else 0)
-        data = b"".join(map(self._block, blocks))[start - at : end - at]
-        return np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
-
-    def _block(self, number: int) -> bytes:
-        with self._lock:
-            if number in self._blocks:
-                self._blocks.move_to_end(number)
-                return self._blocks[number]
-        place = number * BLOCK
-        size = min(BLOCK, self._end - place)
-        try:
-            data = os.pread(self._file, size, place)
-        except OSError as error:
-            raise self._damaged(f"cannot be read: {error.strerror or error}") from error
-        if len(data) != size or isal_zlib.crc32(data) != self._sums[number]:
-            raise self._damaged(f"is changed since it was written, in bytes {place}-{place + size}")
-        with self._lock:
-            self._blocks[number] = data
-            while len(self._blocks) > _KEPT_BLOCKS:
-                self._blocks.popitem(last=False)
-        return data
-
-    def _damaged(self, what: str) -> DamagedError:
-        return DamagedError(f"{self._path}: {what}: start again, and the data are built anew")

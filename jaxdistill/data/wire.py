@@ -1,6 +1,5 @@
 """Records and documents as bytes, on their way to a process that tokenises and back."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,6 @@ import numpy as np
 
 from jaxdistill.data import rules
 from jaxdistill.data.conversations import Conversation
-from jaxdistill.data.encode import Beside, Document
 from jaxdistill.data.records import Record
 from jaxdistill.data.tally import Tally
 
@@ -31,14 +29,25 @@ class Made(NamedTuple):
     """What becomes of a batch of records.
 
     Attributes:
-      documents: of each record, or the reason why there are none.
+      counts: documents of each record, of which something can be learned.
+      reasons: why a record has none, by its place.
       hashes: uint64 [records], what each says, see `record_hash`.
+      arrays: of all documents, one after the other, by the names in `store`: `tokens` int32 [N],
+        `loss` bool [N], or [0] where all of them count, `sizes` int64 [D]; and of a second view
+        `groups`, `second_tokens`, `second_groups`, `second_sizes` and `shortened`.
       tally: what was counted meanwhile.
     """
 
-    documents: list[tuple[Document, ...] | str]
+    counts: list[int]
+    reasons: dict[int, str]
     hashes: np.ndarray
+    arrays: dict[str, np.ndarray]
     tally: Tally
+
+
+def nothing() -> Made:
+    """What becomes of no records."""
+    return Made([], {}, np.zeros(0, np.uint64), {}, Tally())
 
 
 def packed(header: Any, *parts: bytes) -> bytes:
@@ -110,60 +119,23 @@ def _record(facts: dict[str, Any], texts: Iterator[str]) -> Record:
 
 def of_made(made: Made) -> bytes:
     """What became of records, as a message for `made_of`."""
-    outcomes = [
-        [type(one).__name__, one] if isinstance(one, str) else len(one) for one in made.documents
-    ]
-    flat = [document for one in made.documents if not isinstance(one, str) for document in one]
     facts = {
-        "outcomes": outcomes,
-        "sizes": [len(one.ids) for one in flat],
-        "shortened": [place for place, one in enumerate(flat) if one.shortened],
+        "counts": made.counts,
+        "reasons": [[place, type(one).__name__, one] for place, one in made.reasons.items()],
+        "arrays": {name: array.dtype.str for name, array in made.arrays.items()},
         "tally": made.tally.to_json(),
     }
-    loss = _all([one.loss for one in flat], bool)
-    parts = [made.hashes, _all([one.ids for one in flat], np.int32)]
-    parts.append(loss[:0] if loss.all() else loss)
-    both = [one.beside for one in flat if one.beside is not None]
-    if both:
-        assert len(both) == len(flat), "all documents have a second view, or none"
-        facts["others"] = [len(one.ids) for one in both]
-        parts += [
-            _all([getattr(one, name) for one in both], np.int32)
-            for name in ("groups", "ids", "other_groups")
-        ]
+    parts = (made.hashes, *made.arrays.values())
     return packed(facts, *(part.tobytes() for part in parts))
-
-
-def _all(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
 
 
 def made_of(message: bytes) -> Made:
     """What `of_made` was given."""
-    facts, (hashes, ids, loss, *both) = unpacked(message)
-    sizes, others = facts["sizes"], facts.get("others")
-    counted = np.frombuffer(loss, bool) if len(loss) else np.ones(sum(sizes), bool)
-    cut = [_cut(np.frombuffer(ids, np.int32), sizes), _cut(counted, sizes)]
-    flat = [Document(*one) for one in zip(*cut, strict=True)]
-    for place in facts["shortened"]:
-        flat[place] = dataclasses.replace(flat[place], shortened=True)
-    if others is not None:
-        parts = zip(both, (sizes, others, others), strict=True)
-        views = zip(*(_cut(np.frombuffer(part, np.int32), own) for part, own in parts), strict=True)
-        pairs = zip(flat, views, strict=True)
-        flat = [dataclasses.replace(one, beside=Beside(*view)) for one, view in pairs]
-    rest = iter(flat)
-    documents: list[tuple[Document, ...] | str] = [
-        tuple(next(rest) for _ in range(one))
-        if isinstance(one, int)
-        else _REASONS.get(one[0], str)(one[1])
-        for one in facts["outcomes"]
-    ]
+    facts, (hashes, *parts) = unpacked(message)
+    arrays = {
+        name: np.frombuffer(part, dtype)
+        for (name, dtype), part in zip(facts["arrays"].items(), parts, strict=True)
+    }
+    reasons = {place: _REASONS.get(kind, str)(words) for place, kind, words in facts["reasons"]}
     tally = Tally.from_json(facts["tally"])
-    return Made(documents, np.frombuffer(hashes, np.uint64), tally)
-
-
-def _cut(array: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-    """An array in pieces of such sizes."""
-    ends = np.cumsum(sizes, dtype=np.int64).tolist()
-    return [array[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return Made(facts["counts"], reasons, np.frombuffer(hashes, np.uint64), arrays, tally)

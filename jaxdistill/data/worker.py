@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxdistill.data import rendering, wire
 from jaxdistill.data.codec import Codec, portable, ported
-from jaxdistill.data.documents import CHATS, Encoder
+from jaxdistill.data.documents import CHATS, Documents, Encoder
+from jaxdistill.data.encode import Document
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.record_hash import fingerprint_of
 from jaxdistill.data.records import PAIRS, Record
@@ -50,7 +51,8 @@ class Worker:
         """What becomes of records."""
         documents = self._encode(records) if records else []
         hashes = np.asarray([fingerprint_of(one) for one in records], np.uint64)
-        return wire.Made(documents, hashes, self._tally.taken())
+        counts, reasons, flat = _learnable(documents, whole=self.kind in PAIRS)
+        return wire.Made(counts, reasons, hashes, _arrays(flat), self._tally.taken())
 
     def portable(self) -> bytes:
         """What `opened` makes the same of in another process."""
@@ -66,6 +68,51 @@ class Worker:
             "second": None if second is None else _view_facts(second),
         }
         return wire.packed(facts)
+
+
+def _learnable(
+    documents: Sequence[Documents], whole: bool
+) -> tuple[list[int], dict[int, str], list[Document]]:
+    """(how many of each record, why there are none, all) of the documents that teach something.
+
+    Where records are learned as wholes, a document that teaches nothing takes the others along.
+    """
+    counts, reasons, flat = [0] * len(documents), {}, []
+    for place, made in enumerate(documents):
+        if isinstance(made, str):
+            reasons[place] = made
+            continue
+        good = [one for one in made if one.loss[1:].any()]
+        if not made:
+            reasons[place] = "no token counts in the loss: the assistant says nothing"
+        elif not good or (whole and len(good) < len(made)):
+            reasons[place] = "no token counts in the loss"
+        else:
+            counts[place] = len(good)
+            flat += good
+    return counts, reasons, flat
+
+
+def _arrays(documents: Sequence[Document]) -> dict[str, np.ndarray]:
+    """The arrays of `wire.Made`."""
+    join = lambda parts, dtype: np.concatenate([np.zeros(0, dtype), *parts])
+    sizes = lambda parts: np.asarray([len(part) for part in parts], np.int64)
+    ids, loss = [one.ids for one in documents], [one.loss for one in documents]
+    made = {"tokens": join(ids, np.int32), "sizes": sizes(ids), "loss": np.zeros(0, bool)}
+    if not all(one.all() for one in loss):
+        made["loss"] = join(loss, bool)
+    views = [one.beside for one in documents if one.beside is not None]
+    if views:
+        assert len(views) == len(documents), "all documents have a second view, or none"
+        others = [one.ids for one in views]
+        made |= {
+            "groups": join([one.groups for one in views], np.int32),
+            "second_tokens": join(others, np.int32),
+            "second_groups": join([one.other_groups for one in views], np.int32),
+            "second_sizes": sizes(others),
+            "shortened": np.asarray([one.shortened for one in documents], bool),
+        }
+    return made
 
 
 def _view_facts(view: SecondView | PrivilegedView) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill.commands import Files
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching, pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
 from jaxdistill.evaluate import meter, speed
@@ -66,7 +66,7 @@ class HeldOut:
             yield from part.batches()
         if self.by_teacher:
             return
-        feed = pipeline.eval_batches(
+        feed = batching.eval_batches(
             self.dataset,
             batch_size=self._batch_size,
             rows=local_rows(self.mesh, self._batch_size),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.rollouts import answers as records
@@ -248,7 +248,7 @@ class RolloutFeed(Feed):
             learned, sizes=self._sizes, taught=taught, beside=beside, **self._shape
         )
         mine = self._rows(len(rows))
-        batch = pipeline.stack([rows[number] for number in mine])
+        batch = batching.stack([rows[number] for number in mine])
         told |= {"rollout/student": 1.0, "rollout/rows": float(len(rows))}
         told |= dict(records.numbers(answers, step))
         if self._leaks is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import losses
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import DivergedError
@@ -241,12 +241,12 @@ class RewardedFeed(Feed):
         drawn = self._drawn[first]
         rows = self._rows_of(drawn)
         mine = self._rows(len(rows))
-        batch = pipeline.stack([rows[number] for number in mine])
+        batch = batching.stack([rows[number] for number in mine])
         if plan.updates > 1 and drawn.old is None:
             old = self._old_of(params, batch)
             self._drawn[first] = drawn = dataclasses.replace(drawn, old=old)
             rows = self._rows_of(drawn)
-            batch = pipeline.stack([rows[number] for number in mine])
+            batch = batching.stack([rows[number] for number in mine])
         told = {
             "rollout/epoch": self.epoch(row + plan.rows),
             "rollout/rows": float(len(rows)),

@@ -15,7 +15,7 @@ from jaxdistill.config import Config
 from jaxdistill.config import oneself as selves
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.config.server import Api
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.dataset import empty_route, empty_row, empty_second
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.formats import Format
@@ -342,7 +342,7 @@ def abstract_batch_of(
         beside |= {"sampled": sampled}
     if config.teachers is not None:
         beside |= empty_route()
-    row = pipeline.stack([empty_row(length, 0, origins) | beside])
+    row = batching.stack([empty_row(length, 0, origins) | beside])
     return steps.abstract_batch(row, routing.rows(config), mesh)
 
 

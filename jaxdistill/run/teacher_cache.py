@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import jaxdistill
 from jaxdistill import agree, commands, compilation_cache, errors, methods, processes
 from jaxdistill.config import Config, preflight
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import catalog, formats, parts, work
@@ -327,7 +327,7 @@ class _Asked:
                     key[first : first + len(wanted.mask)] = of_segment
             rows.append(row)
             keys.append(key)
-        batch_here = dataclasses.replace(pipeline.stack(rows), teacher={KEYS: np.stack(keys)})
+        batch_here = dataclasses.replace(batching.stack(rows), teacher={KEYS: np.stack(keys)})
         with jax.set_mesh(self._mesh):
             return self._step(self._teacher.params, place(batch_here, self._mesh))
 

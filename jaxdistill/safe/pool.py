@@ -107,15 +107,18 @@ class Pool:
 
     def _answer(self, place: Any, message: bytes) -> bytes:
         """The answer of whichever process is free; of another one where it ends."""
-        for left in reversed(range(_TRIES)):
+        tries = 0
+        while True:
             process = self._idle.get()
+            # One that had ended before, while it waited, says nothing about this message.
+            tries += process.lives()
             try:
                 answer = process.ask(self._setup, message)
             except (OSError, EOFError):
                 reason = process.ended()
                 with self._lock:
                     self._deaths += 1
-                    if self._closed or not left or self._deaths > _MOST_DEATHS:
+                    if self._closed or tries == _TRIES or self._deaths > _MOST_DEATHS:
                         self._idle.put(process)  # nobody waits for it for ever
                         raise Died(place, reason) from None
                     self._begin()
@@ -126,7 +129,6 @@ class Pool:
             else:
                 self._idle.put(process)
                 return answer
-        raise AssertionError("the last try returns or raises")
 
     def close(self) -> None:
         """Ends the processes, whatever they are doing."""
@@ -192,6 +194,10 @@ class _Process:
         if kind == _REFUSAL:
             raise getattr(errors, facts["class"])(facts["words"])
         raise RuntimeError(facts["words"])
+
+    def lives(self) -> bool:
+        """Whether it has not ended, as far as can be told."""
+        return self._process.poll() is None
 
     def stop(self) -> None:
         """Ends it, whatever it is doing."""

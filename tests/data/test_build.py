@@ -175,7 +175,7 @@ def test_nothing_to_learn_from(build, jsonl, tmp_path):
     with pytest.raises(DataError, match="none of the 2 records"):
         build(jsonl([b"{", b"["]), quarantine_path=tmp_path / "quarantine" / "bad.jsonl")
     assert len((tmp_path / "quarantine" / "bad.jsonl").read_text().splitlines()) == 2
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "cache").glob("train-*"))
 
 
 def test_kinds_do_not_mix_and_fit_the_mask(build, jsonl):
@@ -265,22 +265,25 @@ def test_the_cache_is_reused_and_a_damaged_one_rebuilt(build, jsonl, tmp_path, m
     path = jsonl([{"text": "abc"}, b"{"])
     first = build(path, max_bad_fraction=0.5)
     rows = [row["tokens"].tolist() for row in first]
-    stamp = (first.folder / "tokens.npy").stat().st_mtime_ns
+    cache = first.folder.parent
+    (shard,) = cache.glob("tokens-*")
+    files = {name: name.read_bytes() for name in cache.glob("*/*")}
+    stamps = {name: name.stat().st_mtime_ns for name in files}
     moved = jsonl([{"text": "abc"}, b"{"], "moved.jsonl")
     again = build(moved, max_bad_fraction=0.5, quarantine_path=tmp_path / "q.jsonl")
     assert again.folder == first.folder and again.notices == ()
-    assert (again.folder / "tokens.npy").stat().st_mtime_ns == stamp
+    assert stamps == {name: name.stat().st_mtime_ns for name in cache.glob("*/*")}
     # The quarantine names the file as it is called now.
     assert json.loads((tmp_path / "q.jsonl").read_text())["file"] == str(moved)
-    tokens = (first.folder / "tokens.npy").read_bytes()
-    (first.folder / "tokens.npy").write_bytes(tokens[:-1] + b"\x07")
-    with caplog.at_level(logging.WARNING):
-        rebuilt = build(path, max_bad_fraction=0.5)
-    assert "tokens.npy is changed" in rebuilt.notices[0]
-    assert "was built again" in caplog.text
-    assert [row["tokens"].tolist() for row in rebuilt] == rows
-    assert (first.folder / "tokens.npy").read_bytes() == tokens
-    assert [item.name for item in first.folder.parent.iterdir()] == [first.folder.name]
+    for damaged in (shard / "tokens.npy", first.folder / "segments.npy"):
+        damaged.write_bytes(files[damaged][:-1] + b"\x07")
+        with caplog.at_level(logging.WARNING):
+            rebuilt = build(path, max_bad_fraction=0.5)
+        assert f"{damaged.name} is changed" in rebuilt.notices[0]
+        assert "was built again" in caplog.text
+        assert [row["tokens"].tolist() for row in rebuilt] == rows
+        assert files == {name: name.read_bytes() for name in cache.glob("*/*")}
+    assert {item.name for item in cache.iterdir()} == {shard.name, first.folder.name}
 
 
 def test_building_twice_gives_the_same_bytes(build, jsonl, tmp_path):
@@ -424,20 +427,23 @@ def test_ids_take_16_bits_where_all_of_them_fit(tmp_path, jsonl, count):
     assert data[0]["tokens"][:3].tolist() == [5, count - 2, count - 1]
     assert data[0]["tokens"].dtype == np.int32
     bits = {2: np.uint16, 4: np.int32}[2 if count <= 1 << 16 else 4]
-    assert np.load(data.folder / "tokens.npy").dtype == bits
+    (shard,) = data.folder.parent.glob("tokens-*")
+    assert np.load(shard / "tokens.npy").dtype == bits
 
 
-def test_no_mask_of_ones_is_kept(build, jsonl):
+def test_no_mask_of_ones_is_kept(build, jsonl, tmp_path):
     pair = {"prompt": "ab", "completion": "cd"}
-    kept = lambda data: len(np.load(data.folder / "loss.npy"))
     for records, options, count in (
         ([{"text": "abcd"}], {}, 0),
         ([pair], {}, 0),
         ([pair], {"loss_on": "completion"}, 5),
         ([talk(("user", "a"), ("assistant", "b"))], {"seq_len": 64}, None),
     ):
-        data = build(jsonl(records), **options)
-        assert kept(data) == (data.num_tokens if count is None else count)
+        cache = tmp_path / f"cache-{len(options)}-{count}-{len(records[0])}"
+        data = build(jsonl(records), cache_dir=cache, **options)
+        (shard,) = cache.glob("tokens-*")
+        kept = len(np.load(shard / "loss.npy"))
+        assert kept == (data.num_tokens if count is None else count)
         row = data[0]
         counted = 4 if count == 0 else int(row["mask"].sum())
         assert row["mask"].sum() == counted == data.num_loss_tokens

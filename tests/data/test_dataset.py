@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching, pipeline
 from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -116,12 +116,12 @@ def test_who_wrote_a_text_is_told_token_by_token(tmp_path, byte_tokenizer):
                 assert origin == whose[token]
                 seen.add(origin)
     assert seen == {0, 1, 2}
-    [*_, (_, last)] = pipeline.eval_batches(dataset, batch_size=2, threads=0)
+    [*_, (_, last)] = batching.eval_batches(dataset, batch_size=2, threads=0)
     assert last.origin.shape == (2, 9)
     plain = build(teacher="data", student="data")
     assert "origin" not in plain[0]
     assert plain.fingerprint != dataset.fingerprint
-    [*_, (_, last)] = pipeline.eval_batches(plain, batch_size=2, threads=0)
+    [*_, (_, last)] = batching.eval_batches(plain, batch_size=2, threads=0)
     assert last.origin is None
     with pytest.raises(DataError, match="origin 'me' is unknown"):
         open_source(files["data"], origin="me")

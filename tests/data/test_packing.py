@@ -13,13 +13,13 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 @given(LENGTHS, st.integers(2, 20))
 def test_windows_cut_every_document_and_lose_nothing(lengths, seq_len):
     offsets = np.cumsum([0, *lengths])
-    pieces = windows(offsets, seq_len)
+    pieces, own = windows(offsets[:-1], np.asarray(lengths), seq_len)
     expected = [
-        (start, min(seq_len, offsets[d + 1] - start))
+        (start, min(seq_len, offsets[d + 1] - start), d)
         for d in range(len(lengths))
         for start in range(offsets[d], offsets[d + 1], seq_len)
     ]
-    assert [tuple(piece) for piece in pieces] == expected
+    assert [(*piece, d) for piece, d in zip(pieces, own, strict=True)] == expected
 
 
 def slow_best_fit(lengths, capacity):
@@ -57,7 +57,7 @@ def test_best_fit_by_hand():
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 @given(lengths=LENGTHS)
 def test_a_plan_holds_every_piece_once(packing, lengths):
-    pieces = windows(np.cumsum([0, *lengths]), 16)
+    pieces, _ = windows(np.cumsum([0, *lengths])[:-1], np.asarray(lengths), 16)
     segments, rows = plan(pieces, [16], packing)
     assert sorted(map(tuple, segments)) == sorted(map(tuple, pieces))
     assert rows[0] == 0 and rows[-1] == len(pieces) and (np.diff(rows) > 0).all()

@@ -9,7 +9,7 @@ import tokenize
 import numpy as np
 import pytest
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching, pipeline
 from jaxdistill.data.feed import CorpusFeed
 from jaxdistill.errors import ConfigError
 from jaxdistill.types import Batch
@@ -30,7 +30,7 @@ def dataset(tmp_path_factory, byte_tokenizer):
 
 def take(dataset, count, **options):
     options = {"seed": 3, "batch_size": 4, **options}
-    return list(itertools.islice(pipeline.batches(dataset, **options), count))
+    return list(itertools.islice(batching.batches(dataset, **options), count))
 
 
 def same(one, other):
@@ -103,7 +103,7 @@ def test_batches_pass_over_the_rows_that_are_left_out(dataset, start, left_out):
 
 
 def test_a_corpus_is_read_ahead_and_gives_any_row_again(dataset, monkeypatch):
-    opened, original, gaps = [], pipeline.batches, [(20, 22)]
+    opened, original, gaps = [], batching.batches, [(20, 22)]
     whole = take(dataset, 8, left_out=gaps)
     after = take(dataset, 1, start=16)[0][1]
 
@@ -111,7 +111,7 @@ def test_a_corpus_is_read_ahead_and_gives_any_row_again(dataset, monkeypatch):
         opened.append(options["start"])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "batches", batches)
+    monkeypatch.setattr(batching, "batches", batches)
     feed = CorpusFeed(dataset, batch_size=4, seed=3, left_out=lambda: gaps)
     row = 0
     for span, batch in whole[:6]:
@@ -152,7 +152,7 @@ def test_fewer_rows_than_the_batch_are_reported(dataset, caplog):
     [said] = [record.getMessage() for record in caplog.records]
     assert said.startswith("batch_size = 50: the data set has 23 rows, so every batch holds some")
     caplog.clear()
-    next(pipeline.batches(dataset, batch_size=len(dataset), seed=0))
+    next(batching.batches(dataset, batch_size=len(dataset), seed=0))
     assert not caplog.records
 
 
@@ -166,7 +166,7 @@ def test_a_feed_opens_while_somebody_edits_the_package(dataset, monkeypatch):
 
     monkeypatch.setattr(inspect, "getsourcelines", torn)
     monkeypatch.setattr(inspect, "getsourcefile", lambda _: "pipeline.py")
-    span, _ = next(pipeline.batches(dataset, batch_size=4, seed=0))
+    span, _ = next(batching.batches(dataset, batch_size=4, seed=0))
     assert span == (0, 4)
 
 
@@ -181,12 +181,12 @@ def test_wrong_arguments(dataset):
     ):
         # At the call, not at the first batch.
         with pytest.raises(ConfigError, match=words):
-            pipeline.batches(dataset, **{"batch_size": 4, "seed": 0, **options})
+            batching.batches(dataset, **{"batch_size": 4, "seed": 0, **options})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 40])
 def test_evaluation_sees_every_row_once(dataset, batch_size):
-    steps = list(pipeline.eval_batches(dataset, batch_size=batch_size))
+    steps = list(batching.eval_batches(dataset, batch_size=batch_size))
     assert [number for number, _ in steps] == list(range(-(-23 // batch_size)))
     whole = {f: np.concatenate([getattr(batch, f) for _, batch in steps]) for f in FIELDS}
     for field in FIELDS:
@@ -198,9 +198,9 @@ def test_evaluation_sees_every_row_once(dataset, batch_size):
 
 
 def test_evaluation_tiles_too(dataset):
-    whole = [batch for _, batch in pipeline.eval_batches(dataset, batch_size=8)]
+    whole = [batch for _, batch in batching.eval_batches(dataset, batch_size=8)]
     parts = [
-        [batch for _, batch in pipeline.eval_batches(
+        [batch for _, batch in batching.eval_batches(
             dataset, batch_size=8, rows=[2 * p, 2 * p + 1])]
         for p in range(4)
     ]  # fmt: skip
@@ -213,7 +213,7 @@ def test_evaluation_tiles_too(dataset):
 def test_an_abandoned_iterator_leaves_no_threads(dataset):
     before = threading.active_count()
     for _ in range(3):
-        iterator = pipeline.batches(dataset, batch_size=4, seed=0, threads=3)
+        iterator = batching.batches(dataset, batch_size=4, seed=0, threads=3)
         next(iterator)
         del iterator
     gc.collect()

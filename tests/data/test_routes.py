@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxdistill.data import pipeline, prompts
+from jaxdistill.data import batching, pipeline, prompts
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -135,8 +135,8 @@ def test_the_names_and_the_default_are_part_of_the_data(build):
 
 def test_batches_hold_the_same_rows_of_the_stream_each_part_of_one_teacher(build):
     data, layout = build(LINES), Layout(2, 2)
-    plain = list(zip(range(5), pipeline.batches(data, batch_size=4, seed=3), strict=False))
-    routed = list(zip(range(5), pipeline.batches(data, batch_size=4, seed=3, layout=layout),
+    plain = list(zip(range(5), batching.batches(data, batch_size=4, seed=3), strict=False))
+    routed = list(zip(range(5), batching.batches(data, batch_size=4, seed=3, layout=layout),
                       strict=False))  # fmt: skip
     for (_, (span, batch)), (_, (other, split)) in zip(plain, routed, strict=True):
         assert span == other and split.tokens.shape == (6, 8)
@@ -150,10 +150,10 @@ def test_batches_hold_the_same_rows_of_the_stream_each_part_of_one_teacher(build
             assert len(set(own[own > 0].tolist())) <= 1
             assert not split.segment_ids[part::3][own == 0].any()
     start = routed[2][1][0].first_row
-    again = next(pipeline.batches(data, batch_size=4, seed=3, start=start, layout=layout))
+    again = next(batching.batches(data, batch_size=4, seed=3, start=start, layout=layout))
     assert again[0] == routed[2][1][0]
     halves = [
-        next(pipeline.batches(data, batch_size=4, seed=3, start=start, layout=layout, rows=rows))[1]
+        next(batching.batches(data, batch_size=4, seed=3, start=start, layout=layout, rows=rows))[1]
         for rows in (range(3), range(3, 6))
     ]
     for name in ("tokens", "mask", "route"):

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching, pipeline
 from jaxdistill.data.packing import best_fit_both, plan
 from jaxdistill.data.second_view import SecondView, second_rows
 from jaxdistill.data.token_bytes import token_bytes
@@ -279,7 +279,7 @@ def test_another_teacher_is_another_data_set_and_without_one_nothing_changes(tmp
     alone = pipeline.build(path, ours, seq_len=64, cache_dir=tmp_path / "cache")
     prints.add(alone.fingerprint)
     assert len(prints) == 4 and "groups" not in alone[0] and alone.second is None
-    batch = next(pipeline.batches(one, batch_size=2, seed=0, threads=0))[1]
+    batch = next(batching.batches(one, batch_size=2, seed=0, threads=0))[1]
     assert batch.groups.shape == (2, 64) and batch.second["groups"].shape == (2, 48)
     assert dataclasses.replace(batch).second is not None
 

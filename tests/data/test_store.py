@@ -4,23 +4,23 @@ import os
 import numpy as np
 import pytest
 
-from jaxdistill.data import store
+from jaxdistill.data import arrays, store
 from jaxdistill.errors import DamagedError, StorageError
 from jaxdistill.safe import manifest
 
+ARRAYS = store.TOKENS | store.DOCUMENTS
+
 
 def fill(folder, value=1):
-    for name, dtype in store.ARRAYS.items():
-        writer = store.ArrayWriter(folder / f"{name}.npy", dtype)
-        writer.append(np.full(5, value, dtype))
-        writer.finish()
+    for name, (dtype, row_shape) in ARRAYS.items():
+        store.write_array(folder, name, (dtype, row_shape), np.full((5, *row_shape), value, dtype))
     (folder / store.QUARANTINE).write_text("")
     store.seal(folder, {"fingerprint": "f", "value": value})
 
 
 def sealed(tmp_path, value=1):
     folder = tmp_path / "set"
-    with store.new_folder(folder) as temporary:
+    with store.new_folder(folder, resumes=False) as temporary:
         fill(temporary, value)
     return folder
 
@@ -40,12 +40,12 @@ def test_a_sealed_folder_is_whole(tmp_path):
     folder = sealed(tmp_path)
     assert store.problem(folder) is None
     assert manifest.read(folder)["fingerprint"] == "f"
-    arrays = store.read_arrays(folder)
-    assert all(len(array) == 5 for array in arrays.values())
+    found = arrays.of_shards([folder])
+    assert all(len(array) == 5 for array in found.values())
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in store.ARRAYS), manifest.NAME])
+@pytest.mark.parametrize("name", [*(f"{name}.npy" for name in ARRAYS), manifest.NAME])
 def test_every_flipped_bit_is_found(tmp_path, name):
     folder = sealed(tmp_path)
     path = folder / name
@@ -82,7 +82,7 @@ def test_missing_and_cut_files_are_found(tmp_path):
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError), store.new_folder(tmp_path / "set") as temporary:
+    with pytest.raises(RuntimeError), store.new_folder(tmp_path / "set", resumes=True) as temporary:
         fill(temporary)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +101,7 @@ def test_a_damaged_folder_is_replaced_and_a_whole_one_stays(tmp_path):
 def test_what_cannot_be_written_names_the_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file.*cannot be written"):
-        with store.new_folder(tmp_path / "file" / "set"):
+        with store.new_folder(tmp_path / "file" / "set", resumes=True):
             pass
 
 
@@ -109,21 +109,19 @@ def test_arrays_with_objects_are_refused(tmp_path):
     folder = sealed(tmp_path)
     np.save(folder / "tokens.npy", np.asarray([{}], object), allow_pickle=True)
     with pytest.raises(DamagedError, match="holds object, not int32"):
-        store.read_arrays(folder)
+        arrays.of_shards([folder])
 
 
 def long(tmp_path, monkeypatch, kept):
     """A set with several blocks in each array, read once."""
-    monkeypatch.setattr(store, "_KEPT_BLOCKS", kept)
+    monkeypatch.setattr(arrays, "_KEPT_BLOCKS", kept)
     values = np.random.default_rng(0).integers(0, 99, 3 * store.BLOCK // 4).astype(np.int32)
     folder = tmp_path / "set"
-    with store.new_folder(folder) as temporary:
-        for name, dtype in store.ARRAYS.items():
-            writer = store.ArrayWriter(temporary / f"{name}.npy", dtype)
-            writer.append(values.astype(dtype))
-            writer.finish()
+    with store.new_folder(folder, resumes=False) as temporary:
+        for name, spec in store.TOKENS.items():
+            store.write_array(temporary, name, spec, values)
         store.seal(temporary, {})
-    array = store.read_arrays(folder)["tokens"]
+    array = arrays.of_shards([folder])["tokens"]
     np.testing.assert_array_equal(array[:], values)
     return folder / "tokens.npy", array, values
 
@@ -158,3 +156,31 @@ def test_a_small_set_is_read_once(tmp_path, monkeypatch):
     path, array, values = long(tmp_path, monkeypatch, kept=100)
     os.truncate(path, 100)
     np.testing.assert_array_equal(array[:], values)
+
+
+@pytest.mark.parametrize("kept", [1, 100])
+def test_files_that_are_joined_are_one_array(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(arrays, "_KEPT_FILES", kept)
+    draw = np.random.default_rng(0)
+    sizes = [3, 0, 3 * store.BLOCK // 2, 1, 0, 40, 0]
+    parts = [draw.integers(0, 99, size).astype(np.uint16) for size in sizes]
+    folders = []
+    for number, part in enumerate(parts):
+        folders.append(tmp_path / str(number))
+        with store.new_folder(folders[-1], resumes=False) as temporary:
+            store.write_array(temporary, "tokens", (np.dtype(np.uint16), ()), part)
+            store.write_array(temporary, "loss", store.TOKENS["loss"], np.zeros(0, bool))
+            store.seal(temporary, {store.IDS: "uint16"})
+    found = arrays.of_shards(folders)
+    whole = np.concatenate(parts)
+    assert len(found["tokens"]) == len(found["loss"]) == len(whole)
+    cuts = [(0, len(whole)), (2, 5), (3, 3), (len(whole) - 41, len(whole) + 7), (5, 2)]
+    cuts += [tuple(sorted(draw.integers(0, len(whole), 2).tolist())) for _ in range(20)]
+    for first, last in cuts:
+        np.testing.assert_array_equal(found["tokens"][first:last], whole[first:last])
+        assert found["loss"][first:last].sum() == len(whole[first:last])
+    path = folders[2] / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    fresh = arrays.of_shards(folders)["tokens"]
+    with pytest.raises(DamagedError, match="tokens.npy: is changed since it was written"):
+        fresh[:]

@@ -6,8 +6,7 @@ import signal
 
 import pytest
 
-from jaxdistill.data import build as building
-from jaxdistill.data import pipeline, tokenising, worker
+from jaxdistill.data import pipeline, shard_build, tokenising, worker
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.errors import ConfigError, DataError
@@ -83,10 +82,11 @@ def kinds():
 
 
 def built(path, folder, **options):
-    """Every file of a build by name, and its counts."""
+    """Every file of a build by its place, and how many records it uses."""
     given = {"seq_len": 32, "max_bad_fraction": 1.0, **options}
     data = pipeline.build(path, chats(), cache_dir=folder, **given)
-    return {one.name: one.read_bytes() for one in data.folder.iterdir()}, data.used
+    files = (one for one in folder.rglob("*") if one.is_file())
+    return {str(one.relative_to(folder)): one.read_bytes() for one in files}, data.used
 
 
 @pytest.mark.parametrize("kind", list(kinds()))
@@ -94,7 +94,7 @@ def test_documents_are_those_of_one_process(kind, tmp_path, monkeypatch):
     records, options = kinds()[kind]
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    monkeypatch.setattr(building, "_BATCH_RECORDS", 2)
+    monkeypatch.setattr(shard_build, "_BATCH_RECORDS", 2)
     alone, used = built(path, tmp_path / "alone", **options, workers=1)
     monkeypatch.setattr(tokenising, "ALONE_SECONDS", 0.0)
     monkeypatch.setattr(tokenising, "Pool", Here)
@@ -107,7 +107,7 @@ def test_documents_are_those_of_one_process(kind, tmp_path, monkeypatch):
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A file of 40 records, which are read 4 at a time; processes begin at once."""
-    monkeypatch.setattr(building, "_BATCH_RECORDS", 4)
+    monkeypatch.setattr(shard_build, "_BATCH_RECORDS", 4)
     monkeypatch.setattr(tokenising, "ALONE_SECONDS", 0.0)
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
@@ -116,7 +116,7 @@ def many(tmp_path, monkeypatch):
 
 def test_processes_that_are_killed_change_nothing_and_are_told(many, tmp_path, monkeypatch, caplog):
     alone = built(many, tmp_path / "alone", workers=1)
-    taken, pools = building._Build._take, []
+    taken, pools = shard_build.ShardBuild.take, []
 
     class Kept(pool.Pool):
         def __init__(self, *given):
@@ -130,7 +130,7 @@ def test_processes_that_are_killed_change_nothing_and_are_told(many, tmp_path, m
         return taken(work, index, batch, made)
 
     monkeypatch.setattr(tokenising, "Pool", Kept)
-    monkeypatch.setattr(building._Build, "_take", take)
+    monkeypatch.setattr(shard_build.ShardBuild, "take", take)
     assert built(many, tmp_path / "together", workers=2) == alone
     assert len(pools) == 1 and "was ended by SIGKILL" in caplog.text
     for process in pools[0]._all:

@@ -74,7 +74,12 @@ def test_a_pair_says_what_is_masked():
 def test_coverage_counts_what_a_model_cannot_read():
     named = {"name": "", "folder": pathlib.Path(), "fingerprint": "", "kind": "text"}
     counts = {f.name: 5 for f in dataclasses.fields(Dataset) if f.type in (int, "int")}
-    tokens = {"arrays": {"tokens": np.array([0, 1, 2, 2, 1], np.int32)}}
+    # The last two are in no row, 1 and 2 twice.
+    arrays = {
+        "tokens": np.array([0, 1, 2, 1, 0], np.int32),
+        "segments": np.array([[0, 3], [1, 2]]),
+    }
+    tokens = {"arrays": arrays}
     dataset = Dataset(**named, **counts, **tokens)
     ours = made("a", "b", added=["<x>"])
     pair = compare(ours, made("a"))

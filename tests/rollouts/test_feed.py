@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompt, Prompts
@@ -53,7 +53,7 @@ class Corpus(Feed):
 
     def next(self, row, state):
         filled = [empty_row(4, -1 - row) for _ in range(4)]
-        return Span(row, row + 4), pipeline.stack(filled)
+        return Span(row, row + 4), batching.stack(filled)
 
     def epoch(self, row):
         return float(row)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import losses
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.data.routes import Layout, Routing
 from jaxdistill.methods import kd, sampled_kl
@@ -129,7 +129,7 @@ def _expected_gradient(student, teacher, make=EXACT, sampler=None):
     drawn = lambda pair: (log_mu[0, pair[0]], log_mu[1 + pair[0], pair[1]])
     # Token V is the prompt; a state tells the token that was read: the table's row.
     batches = [
-        pipeline.stack(
+        batching.stack(
             rows([answer([vocab], pair, drawn=drawn(pair))], 4, sizes=(1,), sampler=True)[0]
         )
         for pair in pairs

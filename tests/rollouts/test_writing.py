@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import models, teachers
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ModelError
 from jaxdistill.models import DecoderConfig, decoder
@@ -139,7 +139,7 @@ def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
         Program(model.config, 40, np.dtype("float32"), quantization=scheme),
         params,
         None,
-        jax.tree.map(jnp.asarray, pipeline.stack(rows)),
+        jax.tree.map(jnp.asarray, batching.stack(rows)),
         jnp.asarray(logprobs),
     )
     assert compare(model.params, scheme)["rollout/sampler_difference_max"] < 1e-5
@@ -158,7 +158,7 @@ def test_the_likely_tokens_of_student_and_teacher_are_compared(model):
     rows, logprobs = rows_of(
         answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None
     )
-    batch = jax.tree.map(jnp.asarray, pipeline.stack(rows))
+    batch = jax.tree.map(jnp.asarray, batching.stack(rows))
     other = models.random(model.config, seed=2)
     teacher = teachers.online(model.config, compute_dtype=jnp.float32)
     program = Program(model.config, 40, np.dtype("float32"), teacher=teacher)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import api
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching
 from jaxdistill.errors import ConfigError, DivergedError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import Progress, read_metrics
@@ -72,7 +72,7 @@ def same(folder, other, but=()):
 
 def without(monkeypatch, first, end):
     """From here on the data set has no rows from `first` to before `end`."""
-    original = pipeline.batches
+    original = batching.batches
 
     def batches(dataset, *, start, batch_size, **options):
         feed = original(dataset, start=0, batch_size=batch_size, **options)
@@ -80,7 +80,7 @@ def without(monkeypatch, first, end):
         spans = (Span(row, row + batch_size) for row in itertools.count(0, batch_size))
         return ((span, batch) for span, batch in zip(spans, kept, strict=False) if span[0] >= start)
 
-    monkeypatch.setattr(pipeline, "batches", batches)
+    monkeypatch.setattr(batching, "batches", batches)
 
 
 def test_a_transient_fault_leaves_no_trace_but_its_events(run, undisturbed):
@@ -137,7 +137,7 @@ def test_a_run_that_gives_up_saves_the_batch_and_says_where(run, load_config, tm
     path = tmp_path / "run" / "crash" / "rows_00000040.npz"
     assert str(path) in str(error.value)
     dataset = texts.data_of(load_config(tmp_path).data, byte_tokenizer())["train"]
-    _, expected = next(pipeline.batches(dataset, batch_size=8, start=40, seed=3))
+    _, expected = next(batching.batches(dataset, batch_size=8, start=40, seed=3))
     with np.load(path, allow_pickle=False) as saved:
         for name in ("tokens", "targets", "mask", "segment_ids"):
             np.testing.assert_array_equal(saved[name], getattr(expected, name))
@@ -196,7 +196,7 @@ def test_a_run_that_resumes_with_another_batch_size_reads_the_rows_that_follow(
 ):
     config = load_config(tmp_path, "train.steps=12", "train.eval_every=null")
     dataset = texts.data_of(config.data, byte_tokenizer())["train"]
-    stream = pipeline.batches(dataset, batch_size=1, seed=3)
+    stream = batching.batches(dataset, batch_size=1, seed=3)
     rows = np.concatenate([batch.tokens for _, batch in itertools.islice(stream, 120)])
     first = rows_seen(monkeypatch, lambda: api.train(config))
     np.testing.assert_array_equal(first, rows[:96])

@@ -11,7 +11,7 @@ from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast
 
 from jaxdistill import commands, config, models
-from jaxdistill.data import pipeline, spelling
+from jaxdistill.data import batching, spelling
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.evaluate import meter
 from jaxdistill.evaluate.perplexity import evaluate
@@ -110,7 +110,7 @@ def loss_of(data, tmp_path_factory):
         both = participants.load_models(loaded, shapes, mesh)
         method = setup.method_of(loaded, both)
         step = meter.make_step(method.loss, method.teacher)
-        _, batch = next(iter(pipeline.eval_batches(dataset["train"], batch_size=8, rows=range(8))))
+        _, batch = next(iter(batching.eval_batches(dataset["train"], batch_size=8, rows=range(8))))
         params = {"student": both.student.params, "objective": {}}
         with jax.set_mesh(mesh):
             means = step(params, both.teacher.params, place(batch, mesh), method_knobs(loaded))

@@ -76,6 +76,17 @@ def test_a_killed_process_is_replaced_and_its_message_answered(pool, caplog):
                                   "is done again" in one for one in told)  # fmt: skip
 
 
+def test_processes_that_end_while_they_wait_take_no_message_along(pool, tmp_path):
+    for _ in range(2):
+        processes = {process for process, _ in asked(pool, *["wait 0.05"] * 6)}
+        assert len(processes) == 2
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    found = list(asked(pool, "die one", "a", "b"))
+    assert [command for _, command in found] == ["die one", "a", "b"]
+
+
 def test_a_message_that_ends_two_processes_is_named(pool, caplog):
     with pytest.raises(Died, match="ended with code 3: last words") as caught:
         list(asked(pool, "a", "exit", "b"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import models, optim, teachers
-from jaxdistill.data import pipeline
+from jaxdistill.data import batching, pipeline
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.methods import kd
 from jaxdistill.models import decoder
@@ -60,7 +60,7 @@ def built(folder, template, records=RECORDS, length=96, **options):
 def batch(tmp_path_factory):
     """Rows with several answers, which lie elsewhere in the teacher's rows."""
     rows = built(tmp_path_factory.mktemp("context"), TEMPLATE)
-    found = pipeline.stack([rows[i] for i in range(8)])
+    found = batching.stack([rows[i] for i in range(8)])
     assert max(row.max() for row in found.segment_ids) > 2
     return found
 
@@ -70,7 +70,7 @@ def untold(tmp_path_factory):
     """The same documents, whose teacher is told nothing, in rows of one length."""
     records = [one | {"solution": "."} for one in RECORDS]
     rows = built(tmp_path_factory.mktemp("untold"), TEMPLATE, records, 48)
-    found = pipeline.stack([rows[i] for i in range(8)])
+    found = batching.stack([rows[i] for i in range(8)])
     view = {name: getattr(found, name) for name in ("tokens", "positions", "segment_ids", "groups")}
     return dataclasses.replace(found, second=view)
 
@@ -163,7 +163,7 @@ def test_each_token_of_an_answer_is_compared_with_itself_behind_the_other_prompt
 
 def test_skipped_tokens_count_on_neither_side(batch, tmp_path):
     rows = built(tmp_path, TEMPLATE, skip_first=1)
-    fewer = pipeline.stack([rows[i] for i in range(8)])
+    fewer = batching.stack([rows[i] for i in range(8)])
     assert 0 < fewer.mask.sum() < batch.mask.sum()
     run = Training(live, fewer)
     wanted = definition(run.first, run.first, fewer, skip=1)
