@@ -42,6 +42,9 @@ def sentences(first: int, count: int) -> str:
     return "\n\n".join(lines)
 
 
+_MAKE_MESH, _WRITE_PAGE = setup.make_mesh, terminal.write_page
+
+
 def take_devices(patch: pytest.MonkeyPatch, count: int) -> None:
     """Runs in this process take its first devices only."""
     make = setup.make_mesh
@@ -117,10 +120,16 @@ def heard() -> Heard:
 
 @pytest.fixture(scope="session")
 def finished(load_config, tmp_path_factory, heard) -> api.RunResult:
-    """A run with everything: control, samples, table, report, a callback."""
+    """A run with everything: control, samples, table, report, a callback.
+
+    The same whichever file asks first, also one with `plain_runs`.
+    """
     folder = tmp_path_factory.mktemp("finished")
     config = load_config(folder, "eval.compare=true", "eval.samples=2")
-    return api.train(config, callbacks=[heard])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_mesh", _MAKE_MESH)
+        patch.setattr(terminal, "write_page", _WRITE_PAGE)
+        return api.train(config, callbacks=[heard])
 
 
 def models_of(loaded, mesh):

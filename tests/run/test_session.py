@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import api, commands, models
-from jaxdistill.data import settings as data_settings
+from jaxdistill.data import fingerprint
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError, MismatchError
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
@@ -434,8 +434,7 @@ def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(shapes, "of", counted("shapes", shapes.of))
-    fingerprint = counted("data", data_settings.fingerprint)
-    monkeypatch.setattr(data_settings, "fingerprint", fingerprint)
+    monkeypatch.setattr(fingerprint, "fingerprint", counted("data", fingerprint.fingerprint))
     loaded = load_config(tmp_path, "train.steps=1", "optimizer.warmup=0", "train.eval_every=null")
     api.train(loaded)
     assert calls == {"shapes": 1, "data": 2}  # training and held-out rows
