@@ -375,18 +375,19 @@ def test_pickles_are_never_read(tmp_path, canary, name):
 
 def test_importance_and_data_are_no_pickles(tmp_path, canary):
     from jaxdistill.compress import importance
-    from jaxdistill.data import store
+    from jaxdistill.data import arrays, store
     from jaxdistill.errors import UserError
 
     path = tmp_path / "scores.safetensors"
     path.write_bytes(pickle.dumps(hostile.Canary(canary)))
     with pytest.raises(UserError):
         importance.load(path)
-    for name in store.ARRAYS:
+    for name in {**store.ROWS, **store.TOKENS}:
         np.save(tmp_path / f"{name}.npy", np.array([hostile.Canary(canary)]), allow_pickle=True)
     store.seal(tmp_path, {})
-    with pytest.raises(UserError, match="holds object"):
-        store.read_arrays(tmp_path)
+    for read in (lambda: arrays.of_rows(tmp_path, []), lambda: arrays.of_shards([tmp_path])):
+        with pytest.raises(UserError, match="holds object"):
+            read()
 
 
 def test_a_tensor_of_another_size_than_the_configuration_is_refused(tmp_path):
