@@ -278,7 +278,8 @@ class _Encoder:
 
     def _of_chat(self, record: Record) -> list[int] | str:
         try:
-            return self._chat.encode_prompt(record)
+            ours = record if self._views is None else self._views.sided(record)[0]
+            return self._chat.encode_prompt(ours)
         except RenderError as error:
             return str(error)
 

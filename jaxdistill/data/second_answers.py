@@ -18,12 +18,11 @@ from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.codec import Codec
 from jaxdistill.data.encode import Document
+from jaxdistill.data.matching import Around, around, bytes_of, matched
 from jaxdistill.data.records import Record
 from jaxdistill.data.rules import TooLong, Unaligned, text_problem
-from jaxdistill.data.second_view import SecondView, bytes_of, cut, matched
+from jaxdistill.data.second_view import SecondView, cut, sided
 from jaxdistill.errors import MismatchError, ModelError
-
-_LETTER = "x"  # an answer by which a template shows what it puts around answers
 
 
 class AnswerViews:
@@ -78,14 +77,17 @@ class AnswerViews:
 
     def _of_chat(self, record: Record, ours: Sequence[int]) -> "AnswerView | str":
         try:
-            theirs = self._chats[1].encode_prompt(record)
+            theirs = self._chats[1].encode_prompt(self.sided(record)[1])
         except RenderError as error:
             return f"of the teacher's tokens: {error}"
+        each = self._around
         if record.roles[-1] == "assistant":  # the answer goes on with what stands there
-            around = tuple((b"", end) for _, end in self._around)
-        else:
-            around = self._around
-        return self._fitting(AnswerView(self, tuple(ours), tuple(theirs), None, around))
+            each = tuple(one._replace(lead=b"") for one in each)
+        return self._fitting(AnswerView(self, tuple(ours), tuple(theirs), None, each))
+
+    def sided(self, record: Record) -> tuple[Record, ...]:
+        """A conversation for the student's template, and for the teacher's."""
+        return sided(record, self._templates)
 
     def _fitting(self, made: "AnswerView") -> "AnswerView | str":
         if len(made.theirs) >= self.limits[1]:
@@ -117,22 +119,17 @@ class AnswerViews:
         return rendering.divided(self._made_of[2], self._templates)
 
     @functools.cached_property
-    def _around(self) -> tuple[tuple[bytes, int | None], ...]:
-        """What each template puts around an answer: a space that is not of it, and its end."""
-        shown = Record("messages", ("a", _LETTER), 1, ("user", "assistant"))
-        found = []
+    def _around(self) -> tuple[Around, ...]:
+        """What each template puts around an answer."""
+        made = []
         for who, encoder, table in zip(
             ("student", "teacher"), self._chats, self.tables, strict=True
         ):
-            (document,) = encoder.encode([shown])
-            if isinstance(document, str):
-                raise ModelError(f"the {who}'s {document}")
-            ids = document.ids[document.loss].tolist()
-            pieces = table.pieces(ids)
-            space = table.dummy_prefix and b"".join(pieces).startswith(b" " + _LETTER.encode())
-            behind = 1 + max((i for i, piece in enumerate(pieces) if piece), default=-1)
-            found.append((b" " if space else b"", ids[behind] if behind < len(ids) else None))
-        return tuple(found)
+            found = around(encoder, table)
+            if isinstance(found, str):
+                raise ModelError(f"the {who}'s {found}")
+            made.append(found)
+        return tuple(made)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,15 +140,14 @@ class AnswerView:
       of: what they have in common.
       ours, theirs: the prompt's tokens, of the student and of the teacher.
       text: the prompt; None of a conversation.
-      around: of a conversation, for each model: a space before an answer that is not of it, and
-        the token that ends it.
+      each: of a conversation, what the student's template, and the teacher's, puts around answers.
     """
 
     of: AnswerViews
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
     text: str | None
-    around: tuple[tuple[bytes, int | None], ...] = ()
+    each: tuple[Around, ...] = (Around(), Around())
 
     def document(self, answer: np.ndarray, ended: bool, counted: int) -> Document | str:
         """Prompt and answer in both models' tokens, or why they cannot be compared.
@@ -161,7 +157,7 @@ class AnswerView:
           ended: whether one did.
           counted: so many tokens at its beginning are compared.
         """
-        written = self._written(answer[:-1] if ended else answer)
+        written = self._written(answer, ended)
         if isinstance(written, Unaligned):
             return written
         theirs = self._of_teacher(written, ended)
@@ -171,7 +167,7 @@ class AnswerView:
         ours = Document(ids, np.arange(len(ids)) >= len(self.ours))
         whole = None if self.text is None else (self.text + written).encode()
         try:
-            groups = matched((ours, theirs), self.of.tables, whole)
+            groups = matched((ours, theirs), self.of.tables, whole, self.each)
         except MismatchError as error:
             return Unaligned(str(error))
         loss = ours.loss & (np.arange(len(ids)) < len(self.ours) + counted)
@@ -182,16 +178,17 @@ class AnswerView:
         nothing = Unaligned("nothing that both models predict ends at one place")
         return pieces[0] if pieces else nothing
 
-    def _written(self, tokens: np.ndarray) -> str:
+    def _written(self, answer: np.ndarray, ended: bool) -> str:
         """What the student wrote; a reason, `Unaligned`, where it is no text."""
+        tokens = answer[:-1] if ended else answer
         pieces = self.of.tables[0].pieces(tokens.tolist())
         if b"" in pieces:
             token = int(tokens[pieces.index(b"")])
             shown = self.of.codecs[0].tokenizer.convert_ids_to_tokens(token)
             return Unaligned(f"the student wrote the special token {shown!r} within its answer")
-        spelled = b"".join(pieces)
-        if self.around:
-            spelled = spelled.removeprefix(self.around[0][0])
+        spelled = b"".join(pieces).removeprefix(self.each[0].lead)
+        if ended:
+            spelled = spelled.removesuffix(self.each[0].tail)
         try:
             text = spelled.decode()
         except UnicodeDecodeError as error:
@@ -214,8 +211,11 @@ class AnswerView:
             if isinstance(made, str) or ended or codec.end is None:
                 return made
             return Document(made.ids[:-1], made.loss[:-1])
-        space, end = self.around[1]
-        ids = encode.encode_middle(codec, space.decode() + written) if written else []
+        lead, tail, end = self.each[1]
+        # White space alone: a block of thoughts is not put before what may begin with one.
+        text = ("" if lead.strip() else lead.decode()) + written
+        text += tail.decode() if ended else ""
+        ids = encode.encode_middle(codec, text) if text else []
         if isinstance(ids, str):
             return ids
         whole = [*self.theirs, *ids, *([end] if ended and end is not None else [])]

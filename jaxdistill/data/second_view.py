@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data import alignment, rendering
+from jaxdistill.data import alignment, matching, rendering
 from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.documents import Documents, Encoder
 from jaxdistill.data.encode import Beside, Document
+from jaxdistill.data.matching import Around, around, bytes_of, matched
 from jaxdistill.data.records import PAIRS, Record
 from jaxdistill.data.rules import TooLong, Unaligned
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.tally import Tally
-from jaxdistill.data.token_bytes import TokenBytes, token_bytes
 from jaxdistill.errors import ConfigError, DataError, MismatchError
-
-Run = tuple[int, int]  # first token, and the one behind the last
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +65,7 @@ class SecondView:
     def identity(self) -> dict[str, Any]:
         """What decides its tokens and where documents are cut, as JSON."""
         return {
+            "matching": matching.VERSION,
             "tokenizer": tokenizer_fingerprint(self.codec.tokenizer),
             "prefix": self.codec.prefix,
             "template": rendering.template_of(self.codec.tokenizer, None),
@@ -78,6 +77,17 @@ class SecondView:
     ) -> "ViewsEncoder":
         """What makes documents with this view of records of a kind."""
         return ViewsEncoder(codec, settings, self, kind, tally, source=source)
+
+
+def sided(record: Record, templates: Sequence[str | None]) -> tuple[Record, ...]:
+    """A conversation for each of several templates, with those of its variables that it knows."""
+    more = record.conversation
+    if more is None or not more.variables:
+        return (record,) * len(templates)
+    return tuple(
+        dataclasses.replace(record, conversation=dataclasses.replace(more, variables=own))
+        for own in rendering.divided(more.variables, templates)
+    )
 
 
 class ViewsEncoder:
@@ -124,9 +134,10 @@ class ViewsEncoder:
         self._settings, self._view = settings, view
         self._whole = kind in ("text", "completion")
         ours, theirs = settings, dataclasses.replace(settings, chat_template=None)
+        self._templates: tuple[str | None, ...] = ()
         if not self._whole:
-            templates = view.templates(codec, settings.chat_template)
-            words = rendering.divided(settings.template_kwargs, templates)
+            self._templates = view.templates(codec, settings.chat_template)
+            words = rendering.divided(settings.template_kwargs, self._templates)
             ours, theirs = (
                 dataclasses.replace(one, template_kwargs=own)
                 for one, own in zip((ours, theirs), words, strict=True)
@@ -138,8 +149,20 @@ class ViewsEncoder:
 
     def __call__(self, records: Sequence[Record]) -> list[Documents]:
         """What becomes of each record."""
-        both = zip(records, self._ours(records), self._theirs(records), strict=True)
+        ours = theirs = records
+        if self._templates:
+            ours, theirs = zip(*(sided(one, self._templates) for one in records), strict=True)
+        both = zip(records, self._ours(ours), self._theirs(theirs), strict=True)
         return [self._pair(*one) for one in both]
+
+    @functools.cached_property
+    def _around(self) -> tuple[Around, ...]:
+        """What each template puts around answers; nothing where it does not show it."""
+        ours, theirs = self._ours.chat, self._theirs.chat
+        if ours is None or theirs is None:
+            return Around(), Around()
+        each = around(ours, self._bytes[0]), around(theirs, self._bytes[1])
+        return tuple(Around() if isinstance(one, str) else one for one in each)
 
     def _pair(self, record: Record, ours: Documents, theirs: Documents) -> Documents:
         if isinstance(ours, str):
@@ -156,7 +179,7 @@ class ViewsEncoder:
         made: list[Document] = []
         for one, other in zip(ours, theirs, strict=True):
             try:
-                groups = matched((one, other), self._bytes, text)
+                groups = matched((one, other), self._bytes, text, self._around)
             except MismatchError as error:
                 return str(error)
             pieces = cut((one, other), groups, limits, self._settings.policy(record.kind))
@@ -164,89 +187,6 @@ class ViewsEncoder:
                 return pieces
             made += pieces
         return tuple(made) or Unaligned("nothing that both models predict ends at one place")
-
-
-def bytes_of(who: str, codec: Codec) -> TokenBytes:
-    """The bytes of a tokenizer's tokens, all of its special ones without.
-
-    Raises:
-      MismatchError: naming whose they are, if they stand for no fixed bytes.
-    """
-    try:
-        table = token_bytes(codec.tokenizer)
-    except MismatchError as error:
-        raise MismatchError(f"{who}: {error}") from None
-    inert = np.flatnonzero(codec.inert).tolist()
-    return dataclasses.replace(table, special=table.special.union(inert))
-
-
-def matched(
-    sides: tuple[Document, Document], tables: tuple[TokenBytes, ...], text: bytes | None
-) -> np.ndarray:
-    """The groups of two documents of one record, those that end an answer among them.
-
-    Args:
-      sides: the student's document and the teacher's.
-      tables: the bytes of their tokens.
-      text: that both must spell; None where only what counts in the loss is compared.
-
-    Returns:
-      int32 [groups, 4], as `alignment.align` gives them.
-
-    Raises:
-      MismatchError: with the first difference, where the two do not spell the same.
-    """
-    if text is None:
-        runs = [_runs(side.loss) for side in sides]
-    else:
-        runs = [[(0, len(side.ids))] for side in sides]
-    if len(runs[0]) != len(runs[1]):
-        raise MismatchError(
-            f"the student's template shows {len(runs[0])} answers, the teacher's {len(runs[1])}"
-        )
-    found = [np.zeros((0, 4), np.int32)]
-    for ours, theirs in zip(*runs, strict=True):
-        spelled = _spelled(sides, (ours, theirs), tables, text)
-        groups = alignment.align(*spelled)
-        ends = [_end(pieces) for pieces in spelled]
-        if None not in ends:
-            groups = np.concatenate([groups, np.repeat(np.asarray([ends], np.int32), 2, axis=1)])
-        found.append(groups + np.repeat([ours[0], theirs[0]], 2).astype(np.int32))
-    return np.concatenate(found)
-
-
-def _runs(loss: np.ndarray) -> list[Run]:
-    """The stretches of tokens that count."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], loss.astype(np.int8), [0]])))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _spelled(
-    sides: tuple[Document, Document],
-    runs: tuple[Run, Run],
-    tables: tuple[TokenBytes, ...],
-    text: bytes | None,
-) -> list[list[bytes]]:
-    """The bytes of the tokens of a stretch on both sides, once they are the same."""
-    ids = [side.ids[first:last].tolist() for side, (first, last) in zip(sides, runs, strict=True)]
-    if text is None:
-        text = b"".join(tables[0].pieces(ids[0]))
-        theirs = b"".join(tables[1].pieces(ids[1]))
-        if tables[0].dummy_prefix and text == b" " + theirs:
-            text = theirs
-    spelled = []
-    for who, table, own in zip(("student", "teacher"), tables, ids, strict=True):
-        try:
-            spelled.append(table.spell(own, text))
-        except MismatchError as error:
-            raise MismatchError(f"the {who}'s {error}") from None
-    return spelled
-
-
-def _end(pieces: list[bytes]) -> int | None:
-    """The special token behind the last one that spells something; None where there is none."""
-    behind = 1 + max((i for i, piece in enumerate(pieces) if piece), default=-1)
-    return behind if behind < len(pieces) else None
 
 
 def cut(

@@ -50,15 +50,10 @@ class TokenBytes:
             spelled[first] = spelled[first][1:]
             got = got[1:]
         if got != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b),
-                min(len(got), len(wanted)),
-            )
-            near = slice(max(0, at - 8), at + 8)
             raise MismatchError(
-                f"tokens do not spell their text: from byte {at} on the text has {wanted[near]!r}, "
-                f"the tokens {got[near]!r}: this tokenizer changes what it reads and cannot be "
-                "aligned by bytes"
+                f"tokens do not spell their text: "
+                f"{difference(wanted, 'the text has', got, 'the tokens')}: this tokenizer changes "
+                "what it reads and cannot be aligned by bytes"
             )
         return spelled
 
@@ -70,6 +65,14 @@ class TokenBytes:
         """
         found = (i for i, piece in self.table.items() if piece[:1] in (b" ", b"\t", b"\n", b"\r"))
         return sorted(self.special.union(found))
+
+
+def difference(one: bytes, this: str, other: bytes, that: str) -> str:
+    """Where two texts begin to differ, and what each has there, in the words given for them."""
+    pairs = enumerate(zip(one, other, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    near = slice(max(0, at - 8), at + 8)
+    return f"from byte {at} on {this} {one[near]!r}, {that} {other[near]!r}"
 
 
 def token_bytes(tokenizer: Any) -> TokenBytes:

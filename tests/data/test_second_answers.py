@@ -166,14 +166,14 @@ def test_conversations_are_rendered_by_each_models_own_template(text):
 
 PLAIN = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}<s>{% endif %}{% endfor %}"
+    "{% else %} {{ m.content }} <s>{% endif %}{% endfor %}"
 )
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["prepend", "metaspace"])
-def test_a_space_that_a_template_puts_before_answers_is_not_of_them(side, name):
-    """As Llama 2 has it: the answer begins with a space to one model, and not to the other."""
+def test_spaces_that_a_template_puts_around_answers_are_not_of_them(side, name):
+    """As Llama 2 has it: to one model an answer has a space at either end, and not to the other."""
     spaced, other = ending(name), byte_tokenizer()
     other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     spaced.chat_template, other.chat_template = PLAIN, CHATML
@@ -192,6 +192,16 @@ def test_a_space_that_a_template_puts_before_answers_is_not_of_them(side, name):
         spaces = token_bytes(theirs).pieces(made.beside.ids.tolist())
         assert b"".join(spaces).endswith(b"[/INST] fox")
     assert made.beside.groups[-1] == made.beside.other_groups[-1] > 0
+    tail = ours.convert_tokens_to_ids(["\u2581"] * (side == "student"))
+    end = ours.convert_tokens_to_ids("<|im_end|>") if ours is other else ours.eos_token_id
+    whole = view.document(np.asarray([*body, *tail, end], np.int32), True, 9).beside
+    assert whole.groups[-1] == whole.other_groups[-1] == whole.groups.max() > 0
+    if side == "student":
+        assert whole.groups.max() == 4
+        assert theirs.decode(whole.ids.tolist()).endswith("\nfox<|im_end|>")
+    else:
+        last = theirs.convert_ids_to_tokens(whole.ids.tolist())[-2:]
+        assert last[0].endswith("\u2581") and last[1] == "<s>"
     if side == "student":  # behind words of its own a space is the answer's
         begun = Record("prompt", ("how?", "So"), 1, ("user", "assistant"))
         turns = [

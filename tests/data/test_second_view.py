@@ -1,5 +1,6 @@
 """Documents in the tokens of two models: groups, cuts, rows, and what cannot be aligned."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 
 from jaxdistill.data import batching, pipeline
+from jaxdistill.data.chat import ChatEncoder
+from jaxdistill.data.codec import prepare
+from jaxdistill.data.matching import Around, around, bytes_of
 from jaxdistill.data.packing import best_fit_both, plan
 from jaxdistill.data.second_view import SecondView, second_rows
+from jaxdistill.data.tally import Tally
 from jaxdistill.data.token_bytes import token_bytes
 from jaxdistill.errors import ConfigError, DataError, MismatchError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
@@ -235,13 +240,71 @@ def test_templates_that_print_other_answers_set_the_record_aside(tmp_path):
         tmp_path, records, ours, theirs, loss_on="assistant", quarantine_path=path, length=64
     )
     assert (data.used, data.quarantined) == (1, 1)
-    assert "the teacher's tokens do not spell" in path.read_text()
+    told = "the two templates print other answers: from byte 3 on the student's has b'yes"
+    assert told in path.read_text()
     theirs.chat_template = None
     with pytest.raises(DataError, match="the teacher's tokenizer has no chat template"):
         build(tmp_path, records, ours, theirs, loss_on="assistant")
     ours, theirs = chat_tokenizers()
     with pytest.raises(ConfigError, match=r"data\.loss_on = all: each model renders"):
         build(tmp_path, records, ours, theirs)
+
+
+PLAIN = (  # as Llama 2 has it
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["prepend", "metaspace", "byte-level 400"])
+def test_white_space_that_a_template_puts_around_answers_is_compared_with_nothing(
+    tmp_path, side, name
+):
+    """And what is counted for notices does not know how that was found."""
+    spaced, other = copy.deepcopy(TOKENIZERS[name]), chat_tokenizers()[0]
+    spaced.add_special_tokens({"eos_token": "</s>"})
+    spaced.chat_template = PLAIN
+    ours, theirs = (spaced, other) if side == "student" else (other, spaced)
+    # No token spells Z and more: one that did would be compared with nothing.
+    records = [conversation("hi", "the fox\n jumpsZ", "and?", "nZ"), conversation("a", "unZ")]
+    data = build(tmp_path, records, ours, theirs, 256, 256, loss_on="assistant")
+    assert data.quarantined == 0 and data.used == 2 and not data.notices
+    found, plain = [], other.convert_tokens_to_ids("<|im_end|>")
+    for row in map(data.__getitem__, range(len(data))):
+        views = (row["tokens"], row["groups"]), (row["second"]["tokens"], row["second"]["groups"])
+        (tokens, groups), (others, their_groups) = views if ours is other else views[::-1]
+        # In the other's tokens nothing is added to the answers.
+        found += spelled(other, tokens, groups).values()
+        assert set(groups) == set(their_groups)
+        ends = (others == spaced.eos_token_id) & (their_groups > 0)
+        assert ends.sum() == ((tokens == plain) & (groups > 0)).sum() > 0
+    assert sorted(b"".join(found)) == sorted(b"the fox\n jumpsZnZunZ")
+
+
+def test_what_a_template_puts_around_answers_is_found_without_counting_it():
+    tokenizer, tally = chat_tokenizers()[0], Tally(said=7, ends_turns=False)
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "<t>\n{{ m.content }}\t")
+    codec = prepare(tokenizer)
+    encoder = ChatEncoder(codec, tokenizer.chat_template, "assistant", {}, tally)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    table = bytes_of("student", codec)
+    assert around(encoder, table) == Around(b"<t>\n", b"\t", end)
+    assert (encoder.tally.said, encoder.tally.ends_turns) == (7, False)
+    tokenizer.chat_template = CHATML.replace("m.content", "m.content | upper")
+    encoder = ChatEncoder(codec, tokenizer.chat_template, "assistant")
+    assert around(encoder, table) == "chat template: does not print an answer of one letter"
+
+
+def test_what_a_record_gives_templates_goes_to_those_that_know_it(tmp_path):
+    ours, theirs = chat_tokenizers()
+    theirs.chat_template = "{% if mode is defined %}{{ mode }}{% endif %}" + LLAMA
+    records = [conversation("hi", "yes") | {"chat_template_kwargs": {"mode": "brief"}}]
+    data = build(tmp_path, records, ours, theirs, 256, 256, loss_on="assistant")
+    assert "brief" in theirs.decode(data[0]["second"]["tokens"])
+    records[0]["chat_template_kwargs"] = {"mood": "brief"}
+    with pytest.raises(DataError, match="the chat template knows no `mood`"):
+        build(tmp_path, records, ours, theirs, 256, 256, loss_on="assistant")
 
 
 def test_each_template_is_given_the_words_that_it_knows(tmp_path):
