@@ -406,6 +406,8 @@ FORBIDDEN_MODULES = {
     "marshal",
     "torch",
 }
+# Timed beside ours in a process of its own, which reads no file but arrays that it is given.
+PEERS = {"jaxdistill/bench/liger_worker.py: torch"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"}
 
@@ -440,7 +442,7 @@ def test_the_package_has_no_way_to_run_what_it_reads():
         for path in files
         for complaint in _complaints(ast.parse(path.read_text()))
     }
-    assert not found
+    assert found == PEERS
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import kernels
-from jaxdistill.bench import end_to_end
+from jaxdistill.bench import attention_cases, end_to_end, liger
 from jaxdistill.bench import run as timed
 from jaxdistill.bench.shapes import Shape
 from jaxdistill.kernels import choice, rows
@@ -51,6 +51,7 @@ class Sizes:
       dtypes: of logits.
       head: (N, V, D) of the checks of the head loss.
       shapes: of what is timed.
+      attention: what is checked and timed of it.
       rounds: of timing.
     """
 
@@ -59,6 +60,7 @@ class Sizes:
     dtypes: tuple[str, ...]
     head: tuple[tuple[int, int, int], ...]
     shapes: tuple[Shape, ...]
+    attention: attention_cases.Sizes
     rounds: int
 
 
@@ -71,11 +73,12 @@ LARGE = Sizes(
         Shape("llama-3", 8192, 128_256, 2048, 4096, "bfloat16"),
         Shape("qwen", 4096, 151_936, 2560, 5120, "bfloat16"),
     ),
+    attention_cases.LARGE,
     9,
 )
 SMALL = Sizes(
     (64, 9), (128, 93), ("float32", "bfloat16"), ((9, 93, 8),),
-    (Shape("tiny", 16, 128, 8, 16, "float32"),), 1,
+    (Shape("tiny", 16, 128, 8, 16, "float32"),), attention_cases.SMALL, 1,
 )  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def run(
     notice: Callable[[str], None],
     chosen: list[Part] | None = None,
     clock: Callable[[], float] = time.monotonic,
+    peers_python: str | None = None,
 ) -> dict[str, Any]:
     """Finds out in turn what can be found out in so many minutes.
 
@@ -97,13 +101,14 @@ def run(
       notice: receives one line for each part.
       chosen: what is found out; None: all of `parts`, in sizes for the device.
       clock: seconds.
+      peers_python: a Python that has torch and liger-kernel; None: this one, where it has them.
 
     Returns:
       What the file holds: {"machine", "parts": [{"name", "ok", "seconds", ...}], "left_out", "ok"}.
     """
     sizes = LARGE if choice.current_device().platform == "gpu" else SMALL
     ends = clock() + 60 * minutes
-    todo = list(parts(sizes) if chosen is None else chosen)
+    todo = list(parts(sizes, peers_python) if chosen is None else chosen)
     result: dict[str, Any] = {"machine": machine(), "parts": [], "ok": True, "left_out": []}
     while todo and clock() < ends:
         part, began = todo.pop(0), clock()
@@ -149,8 +154,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parts(sizes: Sizes) -> Iterator[Part]:
-    """Everything, what tells most first."""
+def parts(sizes: Sizes, peers_python: str | None = None) -> Iterator[Part]:
+    """Everything, what tells most first; `peers_python` as in `run`."""
     first, vocab = sizes.dtypes[0], sizes.vocabs[0]
     for dtype in sizes.dtypes:
         yield Part(f"self-check {dtype}", functools.partial(_self_check, dtype))
@@ -165,16 +170,29 @@ def parts(sizes: Sizes) -> Iterator[Part]:
     seen = list(dict.fromkeys(cases))
     yield from map(_dense_part, seen)
     for tokens, vocab, width in sizes.head:
-        for taid_t in (None, 0.4):
-            name = f"linear_divergence {tokens}x{vocab} {'taid' if taid_t else 'kd'}"
-            yield Part(name, functools.partial(_head, tokens, vocab, width, taid_t))
+        for name, given in {
+            "kd": (None, False),
+            "kd at 1": (None, True),
+            "taid": (0.4, True),
+        }.items():
+            name = f"linear_divergence {tokens}x{vocab} {name}"
+            yield Part(name, functools.partial(_head, tokens, vocab, width, *given))
         name = f"linear_logprobs {tokens}x{vocab}"
         yield Part(name, functools.partial(_logprobs, tokens, vocab, width))
-    yield Part("attention", _attention)
+    for problem in sizes.attention.checked:
+        for form in attention_cases.forms(problem):
+            name = f"attention {form} {problem.label}"
+            yield Part(name, functools.partial(attention_cases.check, problem, form))
     yield Part(f"end to end {first}", functools.partial(end_to_end.run, first))
     for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
         name = f"time {kind} {timed.label(shape)}"
         yield Part(name, functools.partial(_time, kind, shape, sizes.rounds))
+    for shape in sizes.shapes:
+        name = f"time beside Liger {timed.label(shape)}"
+        yield Part(name, functools.partial(liger.run, shape, sizes.rounds, peers_python))
+    for problem in sizes.attention.timed:
+        name = f"time attention {problem.label}"
+        yield Part(name, functools.partial(_time_attention, problem, sizes.rounds))
     if sizes is not SMALL:
         yield from map(_dense_part, [case for case in rest if case not in seen])
 
@@ -264,8 +282,10 @@ def _dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
     return found.facts() | {"implementation": chosen}
 
 
-def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str, Any]:
-    """Value and all gradients of `linear_divergence`, some tokens masked."""
+def _head(
+    tokens: int, vocab: int, width: int, taid_t: float | None, at_one: bool
+) -> dict[str, Any]:
+    """Value and all gradients of `linear_divergence`, some tokens masked; or at a known T = 1."""
     hidden, head = _states_and_head(1, tokens, vocab, width)
     teacher_hidden, teacher_head = _states_and_head(2, tokens, vocab, width)
     labels = jnp.where(jnp.arange(tokens) % 5 == 0, -100, jnp.arange(tokens) % vocab)
@@ -274,7 +294,7 @@ def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str
     def loss(hidden, head, temperature, teacher_hidden, teacher_head, implementation):
         return kernels.linear_divergence(
             hidden, head, teacher_hidden, teacher_head, labels=labels, mask=mask, alpha=0.4,
-            temperature=temperature, taid_t=taid_t, label_smoothing=0.1,
+            temperature=1.0 if at_one else temperature, taid_t=taid_t, label_smoothing=0.1,
             implementation=implementation,
         )[0]  # fmt: skip
 
@@ -282,7 +302,7 @@ def _head(tokens: int, vocab: int, width: int, taid_t: float | None) -> dict[str
     found = _Errors("float32")
     arrays = (hidden, head, teacher_hidden, teacher_head)
     with jax.default_matmul_precision("highest"):
-        for temperature in TEMPERATURES:
+        for temperature in (1.0,) if at_one else TEMPERATURES:
             h, w, ht, wt = arrays
             value, slopes = run(h, w, jnp.float32(temperature), ht, wt, implementation=None)
             with jax.enable_x64(True):
@@ -333,28 +353,12 @@ def _states_and_head(seed: int, tokens: int, vocab: int, width: int) -> tuple[ja
     return draw(tokens, width), draw(vocab, width) / np.sqrt(width)
 
 
-def _attention() -> dict[str, Any]:
-    """The device's own attention kernel beside XLA's, value and gradient."""
-    gpu = choice.current_device().platform == "gpu"
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, 128, 4, 64), jnp.bfloat16) for key in keys)
-
-    def total(q, k, v, implementation):
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-        return jnp.sum(mixed.astype(jnp.float32) ** 2)
-
-    run = jax.jit(jax.grad(total, argnums=(0, 1, 2)), static_argnames="implementation")
-    found = _Errors("bfloat16")
-    wanted = run(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="xla")
-    for got, want in zip(
-        run(q, k, v, implementation="cudnn" if gpu else None), wanted, strict=True
-    ):
-        found.slope(np.asarray(got.astype(jnp.float32)), want, ulps=16)
-    return found.facts() | {"implementation": "cudnn" if gpu else "xla"}
-
-
 def _time(kind: str, shape: Shape, rounds: int) -> dict[str, Any]:
     return {"ok": True, "rows": list(timed.measure(kind, shape, rounds, choice.current_device()))}
+
+
+def _time_attention(problem: attention_cases.Problem, rounds: int) -> dict[str, Any]:
+    return {"ok": True, "rows": list(attention_cases.measure(problem, rounds))}
 
 
 class _Errors:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import pathlib
+import shutil
 import sys
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,11 @@ class Bench(Section):
     )
     minutes: Annotated[float, Field(gt=0, le=1440), Flag(metavar="M")] = Field(
         8, description="Of `bench device`: no part begins after them."
+    )
+    peers_python: Annotated[str, Flag(metavar="PYTHON")] | None = Field(
+        None,
+        description="Of `bench device`: a Python that has torch and liger-kernel, for a row beside "
+        "ours; without it, this one where it has them.",
     )
     shapes: Annotated[str, Flag(metavar="SHAPES")] = Field(
         "auto", description="auto, quick, full, or N=8192,V=128256,S=2048,T=4096."
@@ -78,8 +84,11 @@ def _device(options: argparse.Namespace) -> None:
 
     notice = lambda line: print(line, file=sys.stderr, flush=True)
     path = pathlib.Path(options.save) if options.save else None
+    peers = options.peers_python
+    if peers is not None and shutil.which(peers) is None:
+        raise ConfigError(f"--peers-python {peers}: there is no such program")
     with output.stdout_is_json(options.json):
-        result = device.run(options.minutes, path, notice)
+        result = device.run(options.minutes, path, notice, peers_python=peers)
     if options.json:
         output.print_json(result)
     wrong = [part["name"] for part in result["parts"] if not part["ok"]]

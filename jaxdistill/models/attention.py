@@ -43,15 +43,9 @@ def causal(
     """
     named = implementation or "auto"
     check("xla" if named == "blocks" else named, config, length, choice.current_device().platform)
-    forms = {
-        "splash": lambda: attention_tpu.attention(config, length, score_scale(config)),
-        "cudnn": lambda: _at_once(config, length, segment_ids, "cudnn"),
-        "blocks": lambda: _in_blocks(config, length),
-        "xla": lambda: _at_once(config, length, segment_ids, None),
-    }
     # Masks are made here, once for all layers; which form it is depends on the activations' type.
     could_be = {chosen(named, config, length, dtype) for dtype in ("bfloat16", "float32")}
-    made = {form: forms[form]() for form in could_be}
+    made = {form: of_form(form, config, length, segment_ids) for form in could_be}
 
     def attend(state, index, query, key, value):
         mixed = made[chosen(named, config, length, query.dtype)]
@@ -59,6 +53,29 @@ def causal(
         return state, mixed(index, query, key, value, segment_ids)
 
     return attend
+
+
+def of_form(
+    form: str,
+    config: DecoderConfig,
+    length: int,
+    segment_ids: Array | None,
+    interpret: bool = False,
+) -> Callable[..., Array]:
+    """mixed(layer index, query [B, L, H, E], key, value [B, L, G, E], segment_ids) by one form.
+
+    Args:
+      form: "splash", "cudnn", "blocks", or "xla" for all scores at once.
+      config: of the model.
+      length: L.
+      segment_ids: int32 [B, L], or None for one document a row.
+      interpret: run splash as plain JAX, on any device.
+    """
+    if form == "splash":
+        return attention_tpu.attention(config, length, score_scale(config), interpret)
+    if form == "blocks":
+        return _in_blocks(config, length)
+    return _at_once(config, length, segment_ids, "cudnn" if form == "cudnn" else None)
 
 
 def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> str:
@@ -78,7 +95,7 @@ def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> s
     if name == "auto":
         platform = choice.current_device().platform
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-        if kernel and _lacks(kernel, config, length, context, np.dtype(dtype).name) is None:
+        if kernel and lacks(kernel, config, length, context, np.dtype(dtype).name) is None:
             return kernel
         name = "xla"
     if name == "xla" and length > attention_blocks.SHORT and context == 1:
@@ -86,7 +103,7 @@ def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> s
     return name
 
 
-def _lacks(kernel: str, config: DecoderConfig, length: int, context: int, dtype: str) -> str | None:
+def lacks(kernel: str, config: DecoderConfig, length: int, context: int, dtype: str) -> str | None:
     """Why "auto" passes a kernel by, or None."""
     if kernel == "splash":
         return attention_tpu.problem(config, length, context=context)

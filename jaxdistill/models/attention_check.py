@@ -1,6 +1,7 @@
 """Compares the attention kernel that a run will use with XLA's form, before it starts."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,36 +48,62 @@ def self_check(
         windows=(_WINDOW,) if config.windows and any(config.windows) else None,
         turned=None,
     )
-    draw = np.random.default_rng(0)
-    shapes = [(2, _LENGTH, groups, small.head_dim) for groups in (small.heads, 1, 1)]
-    arrays = [jnp.asarray(draw.standard_normal(shape), dtype) for shape in shapes]
-    segments = jnp.asarray(np.sort(draw.integers(1, 4, (2, _LENGTH)), axis=1), jnp.int32)
-    exact = _answers("xla", small, [x.astype(jnp.float32) for x in arrays], segments)
-    rounded = _answers("xla", small, arrays, segments)
-    found = _answers(form, small, arrays, segments)
-    for what, true, plain, ours in zip(_NAMES, exact, rounded, found, strict=True):
-        off = lambda x, true=true: float(np.abs(x - true).max() / np.abs(true).max())
-        allowed = max(4 * off(plain), 1e-5)
-        if not off(ours) <= allowed:
+    for what, (off, allowed) in errors(form, small, _LENGTH, dtype).items():
+        if not off <= allowed:
             raise ConfigError(
                 f"the {who}'s attention {form} computes something else than XLA's on this device: "
-                f"its {what} is off by {off(ours):.1e} (allowed {allowed:.1e}). Set "
+                f"its {what} is off by {off:.1e} (allowed {allowed:.1e}). Set "
                 f"{who}.attention: xla to go on without it, and please report it"
             )
     return form
+
+
+def errors(
+    form: str, config: DecoderConfig, length: int, dtype: DTypeLike, interpret: bool = False
+) -> dict[str, tuple[float, float]]:
+    """How far a form's values and gradients are off, beside what XLA's rounding allows.
+
+    Two rows of several documents, relative to the largest number, against XLA in float32.
+
+    Args:
+      form: as in `attention.of_form`.
+      config: of the model, whose first layer it is.
+      length: tokens of a row.
+      dtype: of the activations.
+      interpret: as in `attention.of_form`.
+
+    Returns:
+      What it is of -> (the form's error, four times that of XLA's form in the same dtype).
+    """
+    draw = np.random.default_rng(0)
+    groups = (config.heads, config.kv_heads, config.kv_heads)
+    shapes = [(2, length, heads, config.head_dim) for heads in groups]
+    arrays = [jnp.asarray(draw.standard_normal(shape), dtype) for shape in shapes]
+    segments = jnp.asarray(np.sort(draw.integers(1, 4, (2, length)), axis=1), jnp.int32)
+    answers = lambda form, arrays, interpret=False: _answers(
+        attention.of_form(form, config, length, segments, interpret), arrays, segments
+    )
+    with jax.default_matmul_precision("highest"):  # float32 is rounded by default on TPUs and GPUs
+        exact = answers("xla", [x.astype(jnp.float32) for x in arrays])
+    rounded, found = answers("xla", arrays), answers(form, arrays, interpret)
+    told = {}
+    for what, true, plain, ours in zip(_NAMES, exact, rounded, found, strict=True):
+        off = lambda x, true=true: float(np.abs(x - true).max() / np.abs(true).max())
+        told[what] = off(ours), max(4 * off(plain), 1e-5)
+    return told
 
 
 _NAMES = ("values", "gradient by query", "gradient by key", "gradient by value")
 
 
 def _answers(
-    form: str, config: DecoderConfig, arrays: list[Array], segments: Array
+    attend: Callable[..., Array], arrays: list[Array], segments: Array
 ) -> list[np.ndarray]:
     """Mixed values, and the gradients of a weighted sum of them, as float32."""
-    attend = attention.causal(config, _LENGTH, segments, form)
 
     def total(*qkv: Array) -> tuple[Array, Array]:
-        mixed = attend(None, jnp.int32(0), *qkv)[1].astype(jnp.float32)
+        key, value = (attention.repeated(qkv[0], x) for x in qkv[1:])
+        mixed = attend(jnp.int32(0), qkv[0], key, value, segments).astype(jnp.float32)
         weight = jnp.cos(jnp.arange(mixed.size, dtype=jnp.float32)).reshape(mixed.shape)
         return jnp.sum(weight * mixed), mixed
 

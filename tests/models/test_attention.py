@@ -175,7 +175,8 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
         attention, "chosen", lambda name, *rest: "xla" if name == "xla" else "splash"
     )
     monkeypatch.setattr(attention, "check", lambda *arguments: None)
-    right = functools.partial(attention_tpu.attention, interpret=True)
+    kernel = attention_tpu.attention
+    right = lambda config, length, scale, interpret: kernel(config, length, scale, interpret=True)
     monkeypatch.setattr(attention_tpu, "attention", right)
     check = functools.partial(attention_check.self_check, "student", "auto", CAPPED, 256)
     assert check("float32") == "splash"
