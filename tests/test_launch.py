@@ -93,6 +93,17 @@ def test_a_launcher_passes_its_signal_on_and_waits():
     assert group.signals == [signal.SIGTERM]
 
 
+@pytest.mark.parametrize("other", ["os.abort()", "sys.exit(1)", "sys.exit(0)"])
+def test_processes_that_end_within_one_look_are_reported_and_the_cause_is_named(other, capfd):
+    group = launch.Group(["serve", "missing"], 2, 1)
+    for code in (other, "os.kill(os.getpid(), 9)"):
+        group._running.append(subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"]))
+    for process in group._running:
+        process.wait()
+    assert group._watch() == 128 + signal.SIGKILL
+    assert "process 1 ended with signal SIGKILL" in capfd.readouterr().err
+
+
 def test_a_restart_neither_changes_settings_nor_begins_anew_again():
     words = ["resume", "runs/a", "train.steps=9", "--from-start", "--json"]
     assert launch._resumed(words) == ["resume", "runs/a", "--json"]

@@ -136,16 +136,17 @@ class Group:
 
     def _watch(self) -> int:
         """Waits; once one has failed, or a second signal came, the others have a grace."""
-        code, deadline = 0, math.inf
-        while any(process.poll() is None for process in self._running):
+        code, deadline, alive = 0, math.inf, True
+        while alive:
+            # Before who has failed: those that end together in between are still reported.
+            alive = any(process.poll() is None for process in self._running)
             ended = {
                 rank: process.returncode
                 for rank, process in enumerate(self._running)
                 if process.poll() not in (None, 0)
             }
             if ended and not code:
-                # Losing another process aborts one: it is the consequence, not the cause.
-                rank = min(ended, key=lambda rank: ended[rank] == -signal.SIGABRT)
+                rank = min(ended, key=lambda rank: _consequence(ended[rank]))
                 code = _exit_code(ended[rank])
                 _tell(f"process {rank} ended with {_described(ended[rank])}")
             if code not in (0, 75) or len(self.signals) > 1:
@@ -154,7 +155,8 @@ class Group:
                 deadline = min(deadline, time.monotonic() + LINGER_SECONDS)
             if time.monotonic() > deadline:
                 self._kill()
-            time.sleep(_POLL_SECONDS)
+            if alive:
+                time.sleep(_POLL_SECONDS)
         codes = [_exit_code(process.returncode) for process in self._running]
         return code or next((one for one in codes if one), 0)
 
@@ -233,6 +235,15 @@ def _log(folder: pathlib.Path, rank: int) -> Any:
         return open(path, "a", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"launch: --log-dir: {path}: cannot be written: {error}") from error
+
+
+def _consequence(status: int) -> int:
+    """0 for what ended a process from outside, 1 for its own error, 2 for an abort.
+
+    A process that loses another aborts, or fails in a collective operation: what happened to the
+    other is the cause, though both may have ended by the time they are looked at.
+    """
+    return 2 if status == -signal.SIGABRT else int(status > 0)
 
 
 def _exit_code(status: int) -> int:
