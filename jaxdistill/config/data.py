@@ -19,7 +19,8 @@ class DataSource(Section):
 
     path: Path = Field(
         description="A file, folder or pattern: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt "
-        "or .md, compressed or not; hf:NAME?split=train (extra hf); or python:docs?split=train and "
+        "or .md, compressed or not; the same behind gs:// or s3://, as streams, but for .parquet; "
+        "hf:NAME?split=train (extra hf); or python:docs?split=train and "
         "?split=held_out (the documentation inside the installed Python; &part=manual or "
         "&part=library for a part)."
     )

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxdistill import methods, rules
@@ -81,7 +81,7 @@ def _run_dir_errors(folder: str) -> Iterator[UserError]:
 def _data_errors(config: Config) -> Iterator[UserError]:
     """Every source of data is there and can be read, and held-out files are no training files."""
     data, network = config.data, config.security.allow_network
-    files: dict[str, list[tuple[str, pathlib.Path]]] = {"train": [], "prompts": [], "eval": []}
+    files: dict[str, list[tuple[str, paths.File]]] = {"train": [], "prompts": [], "eval": []}
     groups = (("train", data.train), ("prompts", data.prompts), ("eval", data.eval_files))
     for name, sources in groups:
         for i, source in enumerate(sources):
@@ -92,11 +92,11 @@ def _data_errors(config: Config) -> Iterator[UserError]:
                 yield DataError(f"{key}: {str(error).removeprefix(source.path + ': ')}")
                 continue
             files[name] += [(key, path) for path in found]
-            if found and not any(path.stat().st_size for path in found):
+            if found and all(paths.size_of(path) == 0 for path in found):
                 yield DataError(f"{key}: the file is empty")
     for key, path in files["eval"]:
         for other_key, other in files["train"] + files["prompts"]:
-            if _same_content(path, other):
+            if paths.same_content(path, other):
                 section = ".".join(other_key.split(".")[:2])
                 yield DataError(
                     f"{key}: is {shown(str(other))} of {section} again: held-out data must not be "
@@ -108,7 +108,7 @@ def _data_errors(config: Config) -> Iterator[UserError]:
         yield DataError(f"data.chat_template = {shown(template)}: no such file ({_here()})")
 
 
-def _data_files(path: str, network: bool) -> list[pathlib.Path]:
+def _data_files(path: str, network: bool) -> Sequence[paths.File]:
     """The files of a source; none where it is a set with a name.
 
     Raises:
@@ -125,13 +125,6 @@ def _data_files(path: str, network: bool) -> list[pathlib.Path]:
         tables.HubDataset(path, network)
         return []
     return paths.find(path)[0]
-
-
-def _same_content(left: pathlib.Path, right: pathlib.Path) -> bool:
-    """Whether two paths lead to one file, or to files with the same bytes."""
-    return os.path.samefile(left, right) or (
-        left.stat().st_size == right.stat().st_size and filecmp.cmp(left, right, shallow=False)
-    )
 
 
 def _here() -> str:

@@ -231,7 +231,7 @@ class Security(Section):
     """What a run may do."""
 
     allow_network: bool = Field(
-        False, description="Let model and data names that are no local path be downloaded."
+        False, description="Let model and data names of the Hub be downloaded."
     )
 
 

@@ -9,10 +9,9 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jaxdistill.data.paths import ending_of
+from jaxdistill.data.paths import File, ending_of
 from jaxdistill.data.records import Rejected
 from jaxdistill.data.rules import MARKS, MAX_RECORD_BYTES
 from jaxdistill.errors import DataError
@@ -35,7 +34,7 @@ Objects = Iterator[tuple[int, Any] | Rejected]
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: File) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed.
 
     Raises:
@@ -43,12 +42,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         that of its ending.
     """
     try:
-        with _decompressed(path) as file:
+        with path.open("rb") as packed, _decompressed(path, packed) as file:
             start = file.peek(_LOOKED_AT)[:_LOOKED_AT]
-            packed = next((ending for magic, ending in _MAGIC if start.startswith(magic)), None)
-            if packed:
-                remedy = "unpack it" if packed == ".zip" else f"call it {path.name}{packed}"
-                raise DataError(f"{path}: holds {packed} data under another ending: {remedy}")
+            other = next((ending for magic, ending in _MAGIC if start.startswith(magic)), None)
+            if other:
+                remedy = "unpack it" if other == ".zip" else f"call it {path.name}{other}"
+                raise DataError(f"{path}: holds {other} data under another ending: {remedy}")
             wide = _wide(start)
             if wide:
                 raise DataError(
@@ -62,15 +61,15 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: its compression is damaged: {error}: write it again") from error
 
 
-def _decompressed(path: Path) -> Any:
+def _decompressed(path: File, packed: io.BufferedReader) -> Any:
     ending = path.suffix.lower()
     if ending == ".zst":
-        return _zstandard(path)
-    open_with = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending, open)
-    return open_with(path, "rb")
+        return _zstandard(path, packed)
+    open_with = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(ending)
+    return contextlib.nullcontext(packed) if open_with is None else open_with(packed, "rb")
 
 
-def _zstandard(path: Path) -> io.BufferedReader:
+def _zstandard(path: File, packed: io.BufferedReader) -> io.BufferedReader:
     try:
         import pyarrow
     except ImportError:
@@ -78,7 +77,7 @@ def _zstandard(path: Path) -> io.BufferedReader:
             f"{path}: reading .zst needs pyarrow: pip install 'jaxdistill[parquet]', or compress "
             "it as .gz"
         ) from None
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
+    return io.BufferedReader(pyarrow.input_stream(packed, compression="zstd"), 1 << 20)
 
 
 def _wide(start: bytes) -> str | None:
@@ -120,7 +119,7 @@ def decode(data: bytes, line: int) -> str | Rejected:
         return Rejected(line, f"invalid UTF-8 at byte {error.start}")
 
 
-def jsonl_objects(path: Path) -> Objects:
+def jsonl_objects(path: File) -> Objects:
     """One object a line."""
     with opened(path) as file:
         yield from _object_lines(file)
@@ -148,7 +147,7 @@ def _object_lines(file: BinaryIO) -> Objects:
             yield number, value
 
 
-def json_objects(path: Path) -> Objects:
+def json_objects(path: File) -> Objects:
     """The objects of one JSON list, numbered from 1; a .json file of lines is read as lines.
 
     Raises:
@@ -169,7 +168,7 @@ def json_objects(path: Path) -> Objects:
         yield from _object_lines(file)
 
 
-def _list_objects(file: BinaryIO, path: Path) -> Objects:
+def _list_objects(file: BinaryIO, path: File) -> Objects:
     """Streams the values of a JSON list: at most about one record more than needed is in memory."""
     reader = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder, number, ended = json.JSONDecoder(), 0, False
@@ -218,7 +217,7 @@ def _ends(text: str, reader: io.TextIOWrapper) -> bool:
     return False
 
 
-def csv_objects(path: Path) -> Objects:
+def csv_objects(path: File) -> Objects:
     """The rows of a table of text; its first row names the fields.
 
     Raises:

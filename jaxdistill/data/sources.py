@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxdistill.data import digests, files, parquet, paths, python_docs, tables
+from jaxdistill.data import files, parquet, paths, python_docs, tables
 from jaxdistill.data.files import decode, lines, too_large
-from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, ending_of
+from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, File, ending_of
 from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
 from jaxdistill.data.rules import Empty, names_of, text_problem
 from jaxdistill.errors import DataError
@@ -75,7 +75,8 @@ def open_source(
     with the file.
 
     Args:
-      path: a file, a folder, a pattern such as `data/*.jsonl`, `python:docs` with an optional
+      path: a file, a folder, a pattern such as `data/*.jsonl`, the same behind `gs://` or `s3://`
+        (no Parquet), `python:docs` with an optional
         `?split=train` or `?split=held_out`, and `&part=manual` or `&part=library`; or
         `hf:NAME?split=train` (extra `hf`).
       format: a value of FORMATS.
@@ -138,7 +139,7 @@ def _check_record_format(name: str, format: str) -> None:
         )
 
 
-def _file(path: Path, name: str, format: str) -> Source:
+def _file(path: File, name: str, format: str) -> Source:
     ending = ending_of(path)
     if ending in TEXT_ENDINGS:
         return _text_source(path, name, format)
@@ -148,14 +149,15 @@ def _file(path: Path, name: str, format: str) -> Source:
     def objects() -> Iterable[tuple[int, Any] | Rejected]:
         if ending == ".parquet":
             columns = lambda names: tables.columns(names, format, name, unread)
+            assert isinstance(path, Path), "Parquet of a bucket was refused"
             return parquet.objects(path, columns)
         if ending in TABLE_ENDINGS:
             return files.csv_objects(path)
         return files.json_objects(path) if ending == ".json" else files.jsonl_objects(path)
 
     read = lambda: _typed(objects(), format, name, unread, table=ending in TABLE_ENDINGS)
-    size = path.stat().st_size
-    return Source(name, format, read, lambda: digests.of(path), size=size, unread=unread)
+    size, digest = paths.size_of(path), lambda: paths.digest_of(path)
+    return Source(name, format, read, digest, size=size, unread=unread)
 
 
 def _python_source(name: str, format: str) -> Source:
@@ -170,7 +172,7 @@ def _python_source(name: str, format: str) -> Source:
     return Source(name, "text", read, lambda: python_docs.digest(split, part))
 
 
-def _text_source(path: Path, name: str, format: str) -> Source:
+def _text_source(path: File, name: str, format: str) -> Source:
     if format == "auto":
         format = "plain"
     if format not in TEXT_FORMATS:
@@ -179,8 +181,8 @@ def _text_source(path: Path, name: str, format: str) -> Source:
             "records of other kinds go into .jsonl or .parquet files"
         )
     paragraphs = format == "paragraphs"
-    read, size = lambda: _documents(path, paragraphs), path.stat().st_size
-    return Source(name, format, read, lambda: digests.of(path), size=size)
+    read, digest = lambda: _documents(path, paragraphs), lambda: paths.digest_of(path)
+    return Source(name, format, read, digest, size=paths.size_of(path))
 
 
 def _typed(
@@ -227,7 +229,7 @@ def _no_kind(value: Any, line: int) -> Rejected:
     return Rejected(line, f"missing field: expected {need}; found {names_of(value)}")
 
 
-def _documents(path: Path, paragraphs: bool) -> Stream:
+def _documents(path: File, paragraphs: bool) -> Stream:
     """The texts of a file; long ones in several records, which know whether they open or close."""
     held: tuple[int, int, bytes] | None = None
     opens = True

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -11,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.errors import ConfigError, DamagedError, StorageError
+from jaxdistill.data import places
+from jaxdistill.errors import DamagedError, StorageError
 
-SCHEMES = ("gs", "s3", "memory")
 ARRAY_FILE = "zarr.json"
 _CACHE_BYTES = 1 << 28  # of decoded chunks, shared by all arrays of a process
 _CHUNK_BYTES = 1 << 18  # what is read for a text at least
-_ERRORS = (OSError, ValueError, RuntimeError)  # TensorStore has no class of its own
 
 
 class Objects:
@@ -40,7 +38,7 @@ class Objects:
 
         self.place = re.sub(r"(?<=[^/:])/+$", "", str(place))
         self._ts: Any = tensorstore
-        self._spec = _spec(tensorstore, self.place)
+        self._spec = places.spec(tensorstore, self.place)
         with self._reading(""):
             self._kv = tensorstore.KvStore.open(self._spec, context=_context()).result()
 
@@ -146,41 +144,20 @@ class Objects:
     def _reading(self, name: str) -> Iterator[None]:
         try:
             yield
-        except _ERRORS as error:
-            raise DamagedError(f"{self.place}: {name} cannot be read: {_first(error)}") from error
+        except places.ERRORS as error:
+            why = places.first_line(error)
+            raise DamagedError(f"{self.place}: {name} cannot be read: {why}") from error
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except _ERRORS as error:
+        except places.ERRORS as error:
+            why = places.first_line(error)
             raise StorageError(
-                f"{self.place}: {name} cannot be written: {_first(error)}: free space there and "
-                "run the command again: what is there is kept"
+                f"{self.place}: {name} cannot be written: {why}: free space there and run the "
+                "command again: what is there is kept"
             ) from error
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def _spec(tensorstore: Any, place: str) -> dict[str, Any]:
-    """TensorStore's description of a place; its path ends with a slash."""
-    scheme, separator, _ = place.partition("://")
-    if not separator:
-        return {"driver": "file", "path": os.path.abspath(os.path.expanduser(place)) + "/"}
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES if name != "memory")
-        raise ConfigError(f"{place}: give a folder, or a URL that begins with {known}")
-    if not re.match(r"^[a-z0-9]+://[^/]+", place):
-        raise ConfigError(f"{place}: names no bucket")
-    try:
-        spec = tensorstore.KvStore.Spec(place + "/").to_json()
-    except _ERRORS as error:
-        raise ConfigError(f"{place}: is no URL of a bucket: {_first(error)}") from error
-    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
-    return spec
 
 
 @functools.cache

@@ -6,24 +6,15 @@ import pytest
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import DamagedError
-from tests.data.teacher_cache import buckets
+from tests.data import fake_buckets
 from tests.data.teacher_cache.test_store import TEXTS, Words, dataset, files, fill
 
 
 @pytest.fixture(params=["gs", "s3"])
 def bucket(request, monkeypatch):
     """(URL, objects) of a bucket in this process."""
-    handler = {"gs": buckets.Gcs, "s3": buckets.S3}[request.param]
-    with buckets.running(handler) as (port, objects):
-        for name, value in {
-            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-        }.items():
-            monkeypatch.setenv(name, value)
-        yield f"{request.param}://bucket/a/b", objects
+    with fake_buckets.running(request.param, monkeypatch) as bucket:
+        yield f"{bucket.url}/a/b", bucket.objects
 
 
 def content(objects):

@@ -10,6 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_request(self, code="-", size="-"):
+        self.server.asked.append((self.command, self.path, self.headers.get("range")))
 
     def log_message(self, *arguments):
         pass
@@ -41,7 +45,26 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = max(0, len(data) - int(last)), len(data)
         else:
             start, end = int(first), min(len(data), int(last) + 1 if last else len(data))
+        if start >= len(data):
+            return 416, b"", {}
         return 206, data[start:end], {"content_range": f"bytes {start}-{end - 1}/{len(data)}"}
+
+    def parse_request(self):
+        """Reads a request; one that is refused is answered."""
+        if not super().parse_request():
+            return False
+        path = urllib.parse.urlparse(self.path).path.removeprefix("/upload")
+        bucket = path.removeprefix("/storage/v1/b").split("/")[1]
+        if bucket != "bucket":
+            self.answer(404, self.no_bucket)
+        elif self.server.refused:
+            self.answer(403, self.no_right)
+        else:
+            return True
+        return False
+
+    no_bucket = b'{"error": {"code": 404, "message": "The specified bucket does not exist."}}'
+    no_right = b'{"error": {"code": 403, "message": "does not have storage.objects.get access"}}'
 
     def url(self):
         parsed = urllib.parse.urlparse(self.path)
@@ -92,6 +115,9 @@ class Gcs(_Handler):
 class S3(_Handler):
     """REST with the bucket in the path: put, get, head, list, delete."""
 
+    no_bucket = b"<Error><Code>NoSuchBucket</Code><Message>does not exist</Message></Error>"
+    no_right = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
     def name_of(self):
         path, query = self.url()
         _, _, name = urllib.parse.unquote(path).lstrip("/").partition("/")
@@ -122,23 +148,55 @@ class S3(_Handler):
 
     def do_HEAD(self):
         name, _ = self.name_of()
-        found = not name or name in self.objects
-        self.answer(200 if found else 404, x_amz_bucket_region="us-east-1")
+        if name and name not in self.objects:
+            return self.answer(404)
+        tag = {"ETag": f'"{hashlib.md5(self.objects[name]).hexdigest()}"'} if name else {}
+        self.answer(200, x_amz_bucket_region="us-east-1", **tag)
 
     def do_DELETE(self):
         self.objects.pop(self.name_of()[0], None)
         self.answer(204)
 
 
+class Bucket:
+    """A bucket that runs in this process.
+
+    Attributes:
+      url: of it, such as gs://bucket.
+      objects: name -> bytes, or (bytes, generation).
+      asked: (method, path and query, range) of every request.
+    """
+
+    def __init__(self, scheme, server):
+        self.url, self._server = f"{scheme}://bucket", server
+        self.objects, self.asked = server.objects, server.asked
+
+    def put(self, name, data):
+        self._server.count += 1
+        self.objects[name] = (data, self._server.count) if self.url.startswith("gs") else data
+
+    def refuse(self, refused=True):
+        self._server.refused = refused
+
+
 @contextlib.contextmanager
-def running(handler):
-    """(port, objects) of a bucket."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.objects, server.count = {}, 0
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+def running(scheme, monkeypatch):
+    """A Bucket of gs or s3; TensorStore finds it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), {"gs": Gcs, "s3": S3}[scheme])
+    server.objects, server.count, server.refused, server.asked = {}, 0, False, []
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield server.server_port, server.objects
+        yield Bucket(scheme, server)
     finally:
         server.shutdown()
         server.server_close()
