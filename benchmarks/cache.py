@@ -240,12 +240,11 @@ def _worker(form: str, folder: pathlib.Path, options: argparse.Namespace) -> Non
     mesh = setup.mesh_of(config)
     models = participants.shapes_of(config, mesh)
     data = texts.data_of(config.data, models.tokenizer)
-    if models.stored is not None:
-        data = models.stored.beside(data, models.tokenizer)
+    data = models.teaching.beside(data, models.tokenizer)
     models = participants.load_models(config, models, mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
-    params = setup.teacher_params_of(models, method)
+    params = method.asked.params
     program = setup.compile_step(config, method, state, params, mesh)
     feed = CorpusFeed(
         data["train"], batch_size=config.train.batch_size, seed=config.seed, left_out=list
@@ -406,16 +405,20 @@ def _empty(place: str, online: Any, asked: dict[str, Any]) -> None:
     """A stored teacher that nobody asked anything yet, so that a step can be compiled for it."""
     from jaxdistill.data.teacher_cache import catalog, formats
     from jaxdistill.data.teacher_cache.objects import Objects
-    from jaxdistill.run import shapes, stored
+    from jaxdistill.run import participants, shapes, stored
 
-    teacher, student = shapes.of(online, False)
-    tokenizer = shapes.named_tokenizer(online, {"teacher": teacher, "student": student})
-    vocab, teacher = shapes.vocabulary(online, tokenizer), shapes.ended(teacher, tokenizer)
+    given = participants.given_of(online)
+    teacher, student = shapes.of(given)
+    tokenizer = shapes.named_tokenizer(given, {"teacher": teacher, "student": student})
+    vocab, teacher = (
+        shapes.vocabulary(online.tokenizer, tokenizer),
+        shapes.ended(teacher, tokenizer),
+    )
     chosen = {("name" if key == "format" else key): value for key, value in asked.items()}
     form = formats.choose(**chosen, vocab=vocab, embed=teacher.config.embed)
     identity = {
         **stored.words(tokenizer, vocab),
-        **stored.whose(online, teacher.config),
+        **stored.whose(online.teacher, teacher.config),
         "format": form.facts(),
     }
     objects = Objects(place)

@@ -171,7 +171,6 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
     import jax.numpy as jnp
 
     from jaxdistill.plan import worker
-    from jaxdistill.run import setup
     from jaxdistill.sharding import batch_sharding, replicated
     from jaxdistill.train import step as steps
     from jaxdistill.train.state import abstract_params
@@ -192,7 +191,7 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
     student = arguments(
         models.student.config, config.student.param_dtype, config.student.compute_dtype
     )
-    dtype = setup.teacher_dtype(config)
+    dtype = jnp.dtype(config.teacher.dtype)
     teacher = arguments(models.teacher.config, dtype, dtype)
 
     def step(student, teacher, batch, knobs):

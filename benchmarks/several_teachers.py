@@ -110,7 +110,9 @@ def _seed(seed: int, folder: pathlib.Path, options: argparse.Namespace) -> dict[
     models = participants.load_models(loaded, inputs.models, mesh)
     held_out = HeldOut(inputs.data["eval"], 16, loaded.eval.max_rows, mesh, "held out")
     found = {
-        f"teacher of the {part}": _measured(models.teachers[part], held_out, models.vocab)
+        f"teacher of the {part}": _measured(
+            models.teaching.each[part].model, held_out, models.vocab
+        )
         for part in PARTS
     }
     for kind in KINDS:
@@ -134,16 +136,18 @@ def _taught(kind: str, loaded: Any, models: Any, dataset: Any, mesh: Any) -> Any
     import dataclasses
 
     from jaxdistill import teachers
+    from jaxdistill.config import routing
     from jaxdistill.data.feed import CorpusFeed
-    from jaxdistill.run import participants, routing, setup, states
+    from jaxdistill.run import participants, setup, states
     from jaxdistill.train import step as steps
 
     method = setup.method_of(loaded, models)
-    lies, signal, params = routing.layout(loaded), method.teacher, setup.signal_params(models)
+    lies, signal, params = routing.layout(loaded), method.teacher, models.teaching.params
     if kind != "routed":
         lies, names = None, PARTS if kind == "average" else (kind.split(" ")[0],)
         asked = [
-            teachers.online(models.teachers[name].config, compute_dtype="float32") for name in names
+            teachers.online(models.teaching.each[name].model.config, compute_dtype="float32")
+            for name in names
         ]
         params = [params[name] for name in names]
         signal = lambda given, state, batch: _mean(

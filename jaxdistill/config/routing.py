@@ -8,6 +8,7 @@ from pydantic import Field
 from jaxdistill import methods
 from jaxdistill.config.models import Teacher
 from jaxdistill.config.rollout import Name
+from jaxdistill.data import routes
 from jaxdistill.methods import signals
 from jaxdistill.section import Problem, Section
 
@@ -25,6 +26,36 @@ class Routing(Section):
         description="token: the loss is a mean over all tokens of the batch; teacher: a mean over "
         "the teachers in it, each a mean over its own tokens, so that one with few counts as much.",
     )
+
+
+def of(config: Any) -> routes.Routing | None:
+    """Who the records of a run may be for; None where there are not several teachers."""
+    if config.teachers is None:
+        return None
+    default = None if config.routing is None else config.routing.default
+    return routes.Routing(tuple(config.teachers), default)
+
+
+def layout(config: Any) -> routes.Layout | None:
+    """How the batches of a run lie, where it has several teachers."""
+    if config.teachers is None:
+        return None
+    return routes.Layout(len(config.teachers), config.train.micro_batches)
+
+
+def rows(config: Any) -> int:
+    """Rows of the batch that the step takes, padding between teachers among them."""
+    lies = layout(config)
+    return config.train.batch_size if lies is None else lies.size(config.train.batch_size)
+
+
+def each(config: Any) -> dict[str, Any]:
+    """The configuration as it would be with each of several teachers alone; random ones differ."""
+    alone = {"teachers": None, "routing": None}
+    return {
+        name: config.model_copy(update={**alone, "teacher": teacher, "seed": config.seed + place})
+        for place, (name, teacher) in enumerate((config.teachers or {}).items())
+    }
 
 
 def problems(config: Any) -> Iterator[Problem]:

@@ -27,7 +27,7 @@ from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import on_policy, oneself, participants, routing, setup, states, stored
+from jaxdistill.run import on_policy, participants, setup, states, stored, teaching
 from jaxdistill.run.participants import Models
 from jaxdistill.run.setup import RunMethod
 from jaxdistill.train import step as steps
@@ -86,9 +86,9 @@ def measure(
       dump: the folder of XLA_FLAGS=--xla_dump_to.
     """
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
-    teacher_params = setup.abstract_teacher_of(config, models, method, mesh)
-    batch = setup.abstract_batch_of(config, mesh, method.stored)
-    asked = list(models.teachers) if method.objective.needs_teacher else []
+    teacher_params = method.asked.abstract_params(mesh)
+    batch = setup.abstract_batch_of(config, mesh, method.asked)
+    asked = teaching.names(method.asked)
     dtype = config.student.compute_dtype
     held = plan.argument_bytes(state, teacher_params, batch, dtype, asked)
     length = config.data.seq_len
@@ -105,8 +105,9 @@ def measure(
     embed = models.teacher.config.embed if models.teacher else None
     answers = None  # nobody can ask before about what the student will write
     if config.rollout is None:
-        read = length if models.second is None else models.second.seq_len
-        answers = stored.sizes(config, models.stored, models.read[1], embed, read)
+        kept = teaching.stored(models.teaching).get("teacher")
+        theirs = config.train.steps * config.train.batch_size * models.read_length(length)
+        answers = stored.sizes(theirs, kept, models.read[1], embed)
     monitor = steps.recorded(config.train.log_every, config.train.steps)
     began = time.perf_counter()
     try:
@@ -219,8 +220,8 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> fl
     for who, (form, model, length, _) in chosen.items():
         if form in ("splash", "cudnn"):
             again = config.student.remat != "none"
-            asked = 1.0 / max(len(models.teachers), 1)  # of several each on its share of the rows
-            passes = 3.5 + again if who == "student" else asked
+            several = len(teaching.names(models.teaching)) or 1  # each reads its share of the rows
+            passes = 3.5 + again if who == "student" else 1.0 / several
             total += passes * rows * length * attention_flops_per_token(model, length)
     return total / mesh.size
 
@@ -228,8 +229,8 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> fl
 def _counts(models: Models, state: Any) -> dict[str, int]:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     trainable, frozen = count(state.params), count(state.frozen)
-    asked = routing.online(models.teachers).values() or [models.teacher]
-    teacher = sum(count_parameters(one.config) for one in asked if one)
+    online = teaching.online(models.teaching).values()
+    teacher = sum(count_parameters(one.model.config) for one in online)
     return {"total": trainable + frozen + teacher, "trainable": trainable, "teacher": teacher}
 
 
@@ -258,20 +259,8 @@ def _work(
     """FLOPs, bytes, collectives and the floor on the step's time."""
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
     length = config.data.seq_len
-    theirs = length if models.second is None else models.second.seq_len
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
-    if method.objective.needs_teacher and models.stored is not None:
-        model_flops += models.stored.flops_per_token() * theirs / length
-    elif (own := oneself.flops_per_token(config, models.student.config)) is not None:
-        model_flops += own
-    elif method.objective.needs_start:
-        model_flops += forward_flops_per_token(models.student.config, length)
-    elif method.objective.needs_teacher:
-        if models.teachers:
-            model_flops += routing.flops_per_token(models.teachers, length)
-        elif models.teacher is not None:  # a server computes elsewhere
-            flops = forward_flops_per_token(models.teacher.config, theirs)
-            model_flops += flops * theirs / length
+    model_flops += method.asked.flops_per_token(length, models.read_length(length))
     seconds = cost.seconds(chip)
     floor = max(seconds.values(), default=None)
     known = chip is not None and floor is not None

@@ -6,11 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.config import Config
+from jaxdistill.config import Config, routing
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import CorpusFeed, Feed
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.run import on_policy, participants, rewarded, routing, setup
+from jaxdistill.run import on_policy, participants, rewarded, setup
+from jaxdistill.run.teaching import Teaching
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 
@@ -20,6 +21,7 @@ def feed_of(
     models: participants.Models,
     mesh: Mesh,
     *,
+    asked: Teaching,
     dataset: Dataset | None,
     prompts: Prompts | None,
     questions: Prompts | None,
@@ -35,6 +37,7 @@ def feed_of(
       config: of the training.
       models: who takes part.
       mesh: of all devices.
+      asked: whom the method asks.
       dataset: the rows of data.train, or None.
       prompts: what the student answers, or None.
       questions: held-out ones, or None.
@@ -77,6 +80,7 @@ def feed_of(
         models,
         prompts,
         mesh,
+        asked=asked,
         corpus=corpus,
         folder=folder,
         params_of=params_of,

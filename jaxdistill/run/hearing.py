@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxdistill import agree, errors
 from jaxdistill.callbacks import Broadcast, Callback, Start, build_trackers
-from jaxdistill.config import Config, trackers
+from jaxdistill.config import trackers
+from jaxdistill.config.schema import Logging
 from jaxdistill.errors import ConfigError
 from jaxdistill.run.folder import RunDir
 from jaxdistill.safe.redact import redacted
@@ -15,9 +16,9 @@ from jaxdistill.safe.redact import redacted
 KEPT = "callbacks"  # in RUN.json: what each of them keeps from one attempt to the next
 
 
-def check(config: Config, callbacks: Sequence[Callback]) -> None:
+def check(logging: Logging, callbacks: Sequence[Callback]) -> None:
     """Raises ConfigError where a callback is none, or the client of a tracker is not installed."""
-    errors.check(trackers.missing(config.logging))
+    errors.check(trackers.missing(logging))
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(
@@ -26,7 +27,7 @@ def check(config: Config, callbacks: Sequence[Callback]) -> None:
             )
 
 
-def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Broadcast:
+def broadcast(logging: Logging, run: RunDir, callbacks: Sequence[Callback]) -> Broadcast:
     """All that hear this run, which `check` knows; in one process of it, the others have none."""
 
     def notice(text: str) -> None:
@@ -35,20 +36,22 @@ def broadcast(config: Config, run: RunDir, callbacks: Sequence[Callback]) -> Bro
 
     named: dict[str, Callback] = {}
     if agree.leads():
-        named |= build_trackers(config.logging, notice)
+        named |= build_trackers(logging, notice)
         named |= {f"{type(one).__name__}.{i}": one for i, one in enumerate(callbacks)}
     return Broadcast(named, notice)
 
 
 @contextlib.contextmanager
-def attempt(told: Broadcast, config: Config, run: RunDir, step: int) -> Iterator[None]:
+def attempt(
+    told: Broadcast, name: str, settings: Mapping[str, Any], run: RunDir, step: int
+) -> Iterator[None]:
     """Reports the start and the end of an attempt, and keeps what callbacks want kept."""
     kept = dict(run.record.get(KEPT) or {})
     before = dict(kept)
 
     def start(own: Mapping[str, Any]) -> Start:
-        options = redacted(config.settings())
-        return Start(run.path, config.run.name, run.record["id"], options, step, own)
+        options = redacted(settings)
+        return Start(run.path, name, run.record["id"], options, step, own)
 
     with told.attempt(start, kept):
         if kept != before:

@@ -8,11 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill.config.server import Api
 from jaxdistill.models import count_parameters
-from jaxdistill.run import changes, participants, routing
+from jaxdistill.run import changes, participants, teaching
 from jaxdistill.run.folder import describe_machine, fingerprint
-from jaxdistill.run.stored import Stored
 from jaxdistill.run.texts import Text
 
 
@@ -28,23 +26,22 @@ def fingerprints(
     """
     prints = {f"data.{name}": one.fingerprint for name, one in texts.items()}
     prints["tokenizer"] = fingerprint(models.tokenizer.get_vocab())
-    several = routing.keyed(routing.online(models.teachers))
-    for name, model in {"teacher": models.teacher, "student": models.student, **several}.items():
-        if model is not None:
-            prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model.config))
-    # Random weights are made anew from the seed, and on another mesh rounded otherwise.
-    if models.teacher is not None and not settings["teacher"]["random"]:
-        prints["teacher.weights"] = changes.weights(models.teacher.params)
-    for name, teacher in routing.online(models.teachers).items():
-        shape = settings["teachers"][name]["random"]
-        found = changes.weights(teacher.params) if shape is None else fingerprint(shape)
-        prints[f"teachers.{name}.weights"] = found
+    online = teaching.online(models.teaching)
+    shaped = {key: one.model.config for key, one in online.items()}
+    for name, model in {**shaped, "student": models.student.config}.items():
+        prints[f"{name}.shape"] = fingerprint(dataclasses.asdict(model))
+    for key, one in online.items():
+        # Random weights are made anew from the seed, and on another mesh rounded otherwise.
+        if one.given.random is None:
+            prints[f"{key}.weights"] = changes.weights(one.params)
+        elif key != "teacher":
+            name = key.removeprefix("teachers.")
+            prints[f"{key}.weights"] = fingerprint(settings["teachers"][name]["random"])
     drawn = settings["student"]["random"] or (settings["teacher"] or {}).get("random")
     if models.start is not None and not drawn:
         prints["student.start"] = changes.weights(models.start.params)
-    stores = {"teacher": models.stored, **routing.keyed(routing.answers(models.teachers))}
-    for name, stored in stores.items():
-        if stored is not None and stored.store is not None:
+    for name, stored in teaching.stored(models.teaching).items():
+        if stored.store is not None:
             prints[f"{name}.cache"] = fingerprint(dict(stored.store.identity))
     prints |= changes.facts_of(settings)
     if prune := settings["student"]["prune"]:
@@ -56,21 +53,10 @@ def fingerprints(
 def describe(models: participants.Models, mesh: Mesh) -> dict[str, Any]:
     """What RUN.json says of the run's models and of the machine."""
     parts: dict[str, Any] = {}
-    for name, model in (("teacher", models.teacher), ("student", models.student)):
-        if model is not None:
-            parts[name] = _described(model)
-    if models.teachers:
-        parts["teachers"] = {name: _described(one) for name, one in models.teachers.items()}
-    if models.stored is not None:
-        parts["teacher"] = _described(models.stored)
+    if described := models.teaching.described():
+        parts["teachers" if teaching.names(models.teaching) else "teacher"] = described
+    student = models.student
+    parts["student"] = {"source": student.source, "parameters": count_parameters(student.config)}
     if vocabularies := models.pairing.lines():
         parts["vocabularies"] = vocabularies
     return parts | describe_machine(list(mesh.devices.flat), mesh.shape)
-
-
-def _described(one: routing.Teaching) -> dict[str, Any]:
-    """Where a model, or what it says, comes from; and its size, where that is known."""
-    if isinstance(one, Api):
-        return {"source": one.model}
-    known = {} if one.config is None else {"parameters": count_parameters(one.config)}
-    return {"source": one.place if isinstance(one, Stored) else one.source, **known}

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import errors, methods
-from jaxdistill.config import Config
+from jaxdistill.config import Config, routing
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
-from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
@@ -22,7 +21,8 @@ from jaxdistill.rollouts.feed import Plan, RolloutFeed
 from jaxdistill.rollouts.replay import Replay, Settings
 from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
-from jaxdistill.run import oneself, participants, routing, served_teacher, setup, states
+from jaxdistill.run import oneself, participants, served_teacher, states
+from jaxdistill.run.teaching import Online, Teaching, served
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
@@ -188,6 +188,7 @@ def feed_of(
     prompts: Prompts,
     mesh: Mesh,
     *,
+    asked: Teaching,
     corpus: Feed | None,
     folder: pathlib.Path,
     params_of: Callable[[Any], Any],
@@ -202,6 +203,7 @@ def feed_of(
       models: who takes part.
       prompts: what is answered.
       mesh: of all devices.
+      asked: whom the method asks.
       corpus: the batches of data.train, or None.
       folder: of the training, where is written down what a server says.
       params_of: state -> the student's parameters, adapters in place.
@@ -212,10 +214,10 @@ def feed_of(
     rollout, student = config.rollout, config.student
     assert rollout is not None, "only asked for where there are rollouts"
     # Of other vocabularies the likely tokens cannot be compared.
-    signal, second = None, models.second
-    if models.teacher is not None and models.pairing.columns is None and second is None:
-        signal = setup.signal_of(config, models)
-        assert not isinstance(signal, Routed), "there is one teacher"
+    signal, second, teaching = None, models.second, models.teaching
+    if isinstance(teaching, Online) and models.pairing.columns is None and second is None:
+        signal = teaching.signal()
+    servers = served(asked)
     return RolloutFeed(
         plan_of(config),
         prompts,
@@ -230,7 +232,7 @@ def feed_of(
             "sampler": methods.of(config.method).reads_sampler,
             "routing": routing.of(config),
             "layout": routing.layout(config),
-            "servers": [name for name in setup.servers(config) if name],
+            "servers": [name for name in servers if name],
             **oneself.rows(models.context),
             **({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
         },
@@ -248,13 +250,15 @@ def feed_of(
                 student.quantize,
                 signal,
             ),
-            None if signal is None else setup.signal_params(models),
+            None if signal is None else teaching.params,
             models.tokenizer,
             lambda tree: place(tree, mesh),
         ),
         recorded=recorded(config.train.log_every, config.train.steps),
-        scores=served_teacher.scores_of(config, models.vocab, folder, stop, hooks),
-        leaks=oneself.leaks_of(config, models.tokenizer),
+        scores=served_teacher.scores_of(
+            servers, models.vocab, folder, most=rollout.distilled_tokens, stop=stop, hooks=hooks
+        ),
+        leaks=oneself.leaks_of(models.teaching, models.tokenizer),
         aligner=None if second is None else Aligner(rollout.distilled_tokens),
     )
 

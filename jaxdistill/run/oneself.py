@@ -1,5 +1,6 @@
 """A teacher that is the student itself: whose weights it has, and what it reads."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,47 +11,49 @@ from jax.sharding import Mesh
 
 from jaxdistill import errors, optim, rules, teachers
 from jaxdistill.compress import quantize
-from jaxdistill.config import Config
 from jaxdistill.config import oneself as options
+from jaxdistill.config.data import Data
+from jaxdistill.config.models import Student
+from jaxdistill.config.oneself import Oneself
+from jaxdistill.data.dataset import empty_second
 from jaxdistill.data.privileged import PrivilegedView, phrases
 from jaxdistill.data.rendering import read_template
+from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, forward_flops_per_token
 from jaxdistill.run import states
+from jaxdistill.run.teaching import Plain, Start, Teaching
 from jaxdistill.train.state import TrainState, whole
 
 
-def copies(config: Config) -> bool:
+def copies(given: Oneself | None, student: Student) -> bool:
     """Whether the teacher is a copy of the first weights, an argument of the step.
 
     Beside adapters the frozen model is that already.
     """
-    oneself = options.of(config)
-    return oneself is not None and oneself.weights == "frozen" and config.student.lora is None
+    return given is not None and given.weights == "frozen" and student.lora is None
 
 
-def average_of(config: Config) -> tuple[float, int] | None:
+def average_of(given: Oneself | None) -> tuple[float, int] | None:
     """(decay, every) of the average that the optimizer keeps; None where there is none."""
-    oneself = options.of(config)
-    if oneself is None or oneself.weights != "ema":
+    if given is None or given.weights != "ema":
         return None
-    return oneself.ema_decay, oneself.ema_every
+    return given.ema_decay, given.ema_every
 
 
-def view_of(config: Config, tokenizer: Any) -> PrivilegedView | None:
+def view_of(given: Oneself | None, data: Data, tokenizer: Any) -> PrivilegedView | None:
     """How the teacher's prompts are made; None where it reads what the student reads."""
-    oneself, data = options.of(config), config.data
-    if oneself is None or oneself.context is None:
+    if given is None or given.context is None:
         return None
     return PrivilegedView(
         tokenizer,
-        options.length(oneself, data.seq_len),
-        oneself.context,
-        without=oneself.without_context,
-        long=oneself.long_context,
-        skip_first=oneself.skip_first,
+        options.length(given, data.seq_len),
+        given.context,
+        without=given.without_context,
+        long=given.long_context,
+        skip_first=given.skip_first,
         chat_template=None if data.chat_template is None else read_template(data.chat_template),
         template_kwargs=data.template_kwargs,
-        own_kwargs=oneself.template_kwargs,
+        own_kwargs=given.template_kwargs,
     )
 
 
@@ -71,59 +74,67 @@ def check(view: PrivilegedView | None, student: DecoderConfig, mesh: Mesh) -> No
         )
 
 
-def teacher_of(config: Config, student: DecoderConfig) -> teachers.Teacher:
-    """What says what the student itself says of a batch, by its teacher's weights.
+@dataclasses.dataclass(frozen=True)
+class Itself(Plain):
+    """The student as its own teacher, with its weights of some time.
 
-    Args:
-      config: of the run.
-      student: its shape.
+    Attributes:
+      given: its section.
+      section: the student's.
+      offload: whether the optimizer's state waits in the host's memory.
+      model: the student's shape.
+      start: a copy of the first weights, where it is one; without parameters until it is made.
     """
-    oneself, section = options.of(config), config.student
-    assert oneself is not None, "only asked for where it is its own teacher"
-    read = weights_of(config)
-    itself = teachers.online(
-        student,
-        compute_dtype=jnp.dtype(section.compute_dtype),
-        attention=section.attention,
-        aligned=oneself.context is not None,
-    )
 
-    def teacher(params: Any, state: TrainState, batch: Any) -> Any:
-        weights = read(params, state)
-        if section.quantize is not None:  # as the student computes
-            weights = quantize.aware(weights, section.quantize)
-        return itself(weights, state, batch)
+    given: Oneself
+    section: Student
+    offload: bool
+    model: DecoderConfig
+    start: Start | None
 
-    return teacher
+    @property
+    def params(self) -> Any:
+        return None if self.start is None else self.start.params
 
+    def abstract_params(self, mesh: Mesh) -> Any:
+        return None if self.start is None else self.start.abstract_params(mesh)
 
-def weights_of(config: Config) -> Callable[[Any, TrainState], Any]:
-    """(the step's argument, the state before the step) -> the teacher's parameters."""
-    oneself, adapters = options.of(config), states.adapters_of(config.student)
-    assert oneself is not None, "only asked for where it is its own teacher"
+    def signal(self, objective: Objective | None = None) -> teachers.Teacher:
+        itself = teachers.online(
+            self.model,
+            compute_dtype=jnp.dtype(self.section.compute_dtype),
+            attention=self.section.attention,
+            aligned=self.given.context is not None,
+        )
 
-    def frozen(params: Any, state: TrainState) -> Any:
-        return state.frozen if params is None else params
+        def teacher(params: Any, state: TrainState, batch: Any) -> Any:
+            weights = self.weights(params, state)
+            if self.section.quantize is not None:  # as the student computes
+                weights = quantize.aware(weights, self.section.quantize)
+            return itself(weights, state, batch)
 
-    def averaged(params: Any, state: TrainState) -> Any:
+        return teacher
+
+    def weights(self, params: Any, state: TrainState) -> Any:
+        """The teacher's parameters, from the step's argument and the state before the step."""
+        adapters = states.adapters_of(self.section)
+        if self.given.weights == "frozen":
+            return state.frozen if params is None else params
+        if self.given.weights == "live":
+            return whole(state.params, state.frozen, adapters)["student"]
         kept = optim.average(state.opt_state)
-        if config.optimizer.offload:
+        if self.offload:
             kept = jax.device_put(kept, jax.memory.Space.Device)
         return whole(kept, state.frozen, adapters)["student"]
 
-    def live(params: Any, state: TrainState) -> Any:
-        return whole(state.params, state.frozen, adapters)["student"]
+    def empty(self, length: int, theirs: int) -> dict[str, Any]:
+        if self.given.context is None:
+            return {}
+        return empty_second(length, options.length(self.given, length), 0)
 
-    return {"frozen": frozen, "ema": averaged, "live": live}[oneself.weights]
-
-
-def flops_per_token(config: Config, student: DecoderConfig) -> float | None:
-    """FLOPs of the teacher for each token of the student's rows; None where it is another model."""
-    oneself, length = options.of(config), config.data.seq_len
-    if oneself is None:
-        return None
-    theirs = length if oneself.context is None else options.length(oneself, length)
-    return forward_flops_per_token(student, theirs) * theirs / length
+    def flops_per_token(self, length: int, theirs: int) -> float:
+        theirs = length if self.given.context is None else options.length(self.given, length)
+        return forward_flops_per_token(self.model, theirs) * theirs / length
 
 
 def rows(view: PrivilegedView | None) -> dict[str, Any]:
@@ -133,13 +144,12 @@ def rows(view: PrivilegedView | None) -> dict[str, Any]:
     return {"second": (view.seq_len, view.codec.pad), "skip": view.skip_first}
 
 
-def leaks_of(config: Config, tokenizer: Any) -> Callable[[Sequence[np.ndarray]], float] | None:
+def leaks_of(teaching: Teaching, tokenizer: Any) -> Callable[[Sequence[np.ndarray]], float] | None:
     """Answers -> the share that speaks in words of the teacher's prompt; None: nobody looks."""
-    oneself = options.of(config)
-    if oneself is None or oneself.context is None:
+    if not isinstance(teaching, Itself) or teaching.given.context is None:
         return None
-    given = oneself.leak_phrases
-    found = phrases(oneself.context) if given == "auto" else [one.lower() for one in given]
+    own = teaching.given.leak_phrases
+    found = phrases(teaching.given.context) if own == "auto" else [one.lower() for one in own]
     if not found:
         return None
 

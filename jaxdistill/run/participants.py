@@ -23,7 +23,7 @@ from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, oneself, pairing, routing, shapes, states, stored
 from jaxdistill.run.pairing import Pairing
-from jaxdistill.run.stored import Stored
+from jaxdistill.run.teaching import Nobody, Online, Served, Start, Teaching, online
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,30 +31,34 @@ class Models:
     """Who takes part.
 
     Attributes:
-      teacher: None where there is none, or its answers are stored.
+      teaching: the teacher, of whatever kind, or several, or nobody.
       student: float32 (or as configured) parameters on the mesh.
       tokenizer: of both; of the student where there is a second view.
       vocab: how many rows of the heads are tokens; where the teacher has its own, of the student's.
-      stored: the teacher whose answers are stored, or None.
       pairing: how the tokenizer fits those that the models come with.
       start: the student before the first step, where the method compares with it: a copy of its
         weights in student.compute_dtype.
       second: the teacher's own tokens, where the method has it read them; or None.
-      teachers: several by name, in place of the one, those that are stored or behind servers among
-        them; {} where there are not several.
       context: how the prompts of a teacher are made that is the student itself; or None.
     """
 
-    teacher: Model | None
+    teaching: Teaching
     student: Model
     tokenizer: Any
     vocab: int
-    stored: Stored | None = None
     pairing: Pairing = Pairing()
     start: Model | None = None
     second: SecondView | None = None
-    teachers: Mapping[str, routing.Teaching] = dataclasses.field(default_factory=dict)
     context: PrivilegedView | None = None
+
+    @property
+    def teacher(self) -> Model | None:
+        """The one teacher in the step; None where there is none there, or several."""
+        return self.teaching.model if isinstance(self.teaching, Online) else None
+
+    def read_length(self, length: int) -> int:
+        """Tokens in a row that the teacher reads, of rows of `length` tokens of the student's."""
+        return length if self.second is None else self.second.seq_len
 
     @property
     def read(self) -> tuple[Any, int]:
@@ -81,71 +85,96 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
         errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
 
 
+def given_of(config: Config) -> shapes.Given:
+    """What a configuration says of its models."""
+    network = config.security.allow_network
+    seq_len = config.data.seq_len
+    return shapes.Given(config.teacher, config.student, config.tokenizer, seq_len, network)
+
+
 def shapes_of(config: Config, mesh: Mesh) -> Models:
     """The models without parameters, from their small files, once they can work together.
 
     Raises:
       ModelError, MismatchError, ConfigError: for what is missing or does not fit.
     """
-    network = config.security.allow_network
-    teacher, student = shapes.of(config, network)
-    itself = None if options.of(config) is None else student
-    tokenizer = shapes.named_tokenizer(config, {"teacher": teacher or itself, "student": student})
-    vocab = shapes.vocabulary(config, tokenizer)
-    teacher, student = shapes.ended(teacher, tokenizer), shapes.ended(student, tokenizer)
-    second = _second_view(config, teacher, tokenizer, mesh)
-    asked_before = stored.of(config, teacher, *_read(second, tokenizer, vocab))
-    teacher = teacher if asked_before is None else None
+    given = given_of(config)
+    shape, student = shapes.of(given)
+    itself = options.of(config)
+    named = {"teacher": student if shape is None and itself else shape, "student": student}
+    tokenizer = shapes.named_tokenizer(given, named)
+    vocab = shapes.vocabulary(config.tokenizer, tokenizer)
+    shape, student = shapes.ended(shape, tokenizer), shapes.ended(student, tokenizer)
+    second = _second_view(config, shape, tokenizer, mesh)
+    best, words = config.checkpoint.best_metric, _read(second, tokenizer, vocab)
+    asked_before = stored.of(config.teacher, config.method, shape, *words, best_metric=best)
+    shape = shape if asked_before is None else None
     pairs, seated = pairing.of(
         tokenizer,
-        teacher if second is None else None,  # it reads its own tokens
+        shape if second is None else None,  # it reads its own tokens
         student,
         born=config.student,
         named=config.tokenizer.from_,
         needs_teacher=methods.of(config.method).needs_teacher(config.method),
-        best_metric=config.checkpoint.best_metric,
+        best_metric=best,
     )
-    teacher = seated if second is None else teacher
-    several = routing.shapes_of(config, tokenizer, vocab, student)
-    in_step = routing.keyed(routing.online(several))
-    named = {"teacher": teacher, "student": student, **in_step}
-    read = dict.fromkeys(named, (vocab, config.data.seq_len))
-    if second is not None:
-        read["teacher"] = _read(second, tokenizer, vocab)[1], second.seq_len
-    for name, shape in named.items():
-        if shape is None:
-            continue
-        tokens, length = read[name]
-        check_rows(name, shape.config.vocab_size, tokens)
-        errors.check(rules.row_length(length, name, shape.config.max_positions))
-    context = oneself.view_of(config, tokenizer)
-    oneself.check(context, student.config, mesh)
-    states.check(config, student.config, mesh)
-    check_tensor(mesh, {name: shape.config for name, shape in named.items() if shape})
-    asked = routing.keyed(config.teachers or {}) | {"teacher": config.teacher}
-    for name, given in asked.items():
-        if given and given.quantize:
-            quantize.check_backend(given.quantize)
-            if named.get(name) is not None:
-                shapes.teacher_scheme(given, network)
-    sections = {**asked, "student": config.student}
-    for name, section in sections.items():
-        shape = named.get(name)
-        if section is not None and shape is not None:
-            with jax.set_mesh(mesh):
-                platform = choice.current_device().platform
-            attention.check(section.attention, shape.config, read[name][1], platform)
-    return Models(
-        teacher,
-        student,
+    shape = seated if second is None else shape
+    several = routing.several_of(
+        config.teachers,
+        config.routing,
+        given,
         tokenizer,
         vocab,
-        asked_before,
-        pairs,
-        second=second,
-        teachers=several,
-        context=context,
+        student,
+        method=config.method,
+        best_metric=best,
+        seed=config.seed,
     )
+    teaching = several or asked_before or _alone(config, shape, student, pairs, second)
+    models = Models(teaching, student, tokenizer, vocab, pairs, second=second)
+    in_step = {key: one.model for key, one in online(teaching).items()}
+    read = {key: (models.read[1], models.read_length(config.data.seq_len)) for key in in_step}
+    read["student"] = vocab, config.data.seq_len
+    shaped = {**in_step, "student": student}
+    for name, model in shaped.items():
+        tokens, length = read[name]
+        check_rows(name, model.config.vocab_size, tokens)
+        errors.check(rules.row_length(length, name, model.config.max_positions))
+    context = oneself.view_of(itself, config.data, tokenizer)
+    oneself.check(context, student.config, mesh)
+    states.check(config, student.config, mesh)
+    check_tensor(mesh, {name: model.config for name, model in shaped.items()})
+    for section in [config.teacher, *(config.teachers or {}).values()]:
+        if section and section.quantize:
+            quantize.check_backend(section.quantize)
+    for one in online(teaching).values():
+        if one.given.quantize:
+            shapes.teacher_scheme(one.given, given.network)
+    with jax.set_mesh(mesh):
+        platform = choice.current_device().platform
+    sections = {key: one.given.attention for key, one in online(teaching).items()}
+    for name, form in {**sections, "student": config.student.attention}.items():
+        attention.check(form, shaped[name].config, read[name][1], platform)
+    return dataclasses.replace(models, context=context)
+
+
+def _alone(
+    config: Config,
+    shape: Model | None,
+    student: Model,
+    pairs: Pairing,
+    second: SecondView | None,
+) -> Teaching:
+    """The one teacher that was not asked before, or nobody."""
+    given, itself = config.teacher, options.of(config)
+    if itself is not None:
+        start = Start(config.student, student) if oneself.copies(itself, config.student) else None
+        offload = config.optimizer.offload
+        return oneself.Itself(itself, config.student, offload, student.config, start)
+    if given is not None and shape is not None:
+        network = config.security.allow_network
+        return Online(given, shape, config.seed + 1, network, pairs, second is not None)
+    return Served(given.api) if given is not None and given.served and given.api else Nobody()
 
 
 def _second_view(
@@ -178,20 +207,16 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
         chosen = attention_of(config, models)
     for who, (name, model, length, dtype) in chosen.items():
         attention_check.self_check(who, name, model, length, dtype)
-    teacher = load_teacher(config, models.pairing.as_loaded(models.teacher), mesh)
-    teacher = models.pairing.seated(teacher)
-    several = {
-        name: _loaded_of_several(one, models.teachers[name], mesh)
-        for name, one in routing.each(config).items()
-    }
-    student = student_of(config, models.student, teacher, mesh)
+    models = dataclasses.replace(models, teaching=models.teaching.loaded(mesh))
+    student = student_of(config, models.student, models.teacher, mesh)
     student = dataclasses.replace(student, tokenizer=models.tokenizer)
-    answers = None if models.stored is None else models.stored.loaded(mesh)
-    compared = methods.of(config.method).needs_start(config.method)
-    start = _start(config, student) if compared or oneself.copies(config) else None
-    return dataclasses.replace(
-        models, teacher=teacher, student=student, stored=answers, start=start, teachers=several
-    )
+    start, teaching = None, models.teaching
+    if methods.of(config.method).needs_start(config.method):
+        start = _start(config, student)
+    if isinstance(teaching, oneself.Itself) and teaching.start is not None:
+        start = _start(config, student) if start is None else start
+        teaching = dataclasses.replace(teaching, start=Start(config.student, start))
+    return dataclasses.replace(models, student=student, start=start, teaching=teaching)
 
 
 def attention_of(config: Config, models: Models) -> dict[str, tuple[str, DecoderConfig, int, str]]:
@@ -199,14 +224,12 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
 
     The form is as `attention.chosen` names it.
     """
-    found = {}
     length = config.data.seq_len
-    if models.teacher is not None and config.teacher is not None:
-        theirs = length if models.second is None else models.second.seq_len
-        found["teacher"] = (config.teacher.attention, models.teacher, theirs, config.teacher.dtype)
-    for name, one in routing.online(models.teachers).items():
-        given = (config.teachers or {})[name]
-        found[f"teachers.{name}"] = (given.attention, one, length, given.dtype)
+    theirs = models.read_length(length)
+    found = {
+        key: (one.given.attention, one.model, theirs, one.given.dtype)
+        for key, one in online(models.teaching).items()
+    }
     student = config.student
     found["student"] = (student.attention, models.student, length, student.compute_dtype)
     return {
@@ -222,39 +245,6 @@ def _start(config: Config, student: Model) -> Model:
     return dataclasses.replace(student, params=params)
 
 
-def load_teacher(config: Config, shape: Model | None, mesh: Mesh) -> Model | None:
-    """The teacher of a shape with its parameters on the mesh; None where there is no shape.
-
-    Raises:
-      ModelError, ConfigError: if weights cannot be read, or are not those of the shape.
-    """
-    return None if shape is None or config.teacher is None else _loaded(config, shape, mesh)
-
-
-def _loaded(config: Config, shape: Model, mesh: Mesh) -> Model:
-    assert config.teacher is not None, "the shape is that of a teacher"
-    source, dtype = config.teacher, config.teacher.dtype
-    if source.random:
-        model = random(shape.config, config.seed + 1, dtype, mesh)
-    else:
-        model = load_any(
-            shapes.source(source),
-            dtype=dtype,
-            mesh=mesh,
-            tokenizer=False,
-            allow_network=config.security.allow_network,
-        )
-    if source.quantize:
-        model = quantize.quantized(model, source.quantize)
-    return dataclasses.replace(model, tokenizer=shape.tokenizer)
-
-
-def _loaded_of_several(config: Config, one: routing.Teaching, mesh: Mesh) -> routing.Teaching:
-    if isinstance(one, Model):
-        return _loaded(config, one, mesh)
-    return one.loaded(mesh) if isinstance(one, Stored) else one
-
-
 def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
     """The weights that the student is cut out of, read for this alone, as their files have them.
 
@@ -262,8 +252,10 @@ def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
       MismatchError: if they are not those that were asked.
     """
     assert config.teacher is not None
-    teacher = load_teacher(config, shapes.of(config, config.security.allow_network)[0], mesh)
-    assert teacher is not None, "the configuration names the weights to cut the student out of"
+    given = given_of(config)
+    shape = shapes.teacher_of(given)
+    assert shape is not None, "the configuration names the weights to cut the student out of"
+    teacher = Online(config.teacher, shape, config.seed + 1, given.network).loaded(mesh).model
     # A random one is made anew, on another mesh rounded otherwise.
     if config.teacher.cache and not config.teacher.random:
         stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
@@ -277,7 +269,7 @@ def _cut_out(config: Config, shape: Model, teacher: Model) -> Model:
         found = importance.load(student.prune.importance)
         made, _ = command.cut(teacher, student.prune, found, dtype)
         return dataclasses.replace(made, tokenizer=shape.tokenizer)
-    layers = shapes.kept_layers(config, teacher.config.layers)
+    layers = shapes.kept_layers(student, teacher.config.layers)
     arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)
     return dataclasses.replace(shape, config=arch, params=params)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import methods
-from jaxdistill.config import Config
+from jaxdistill.config import Config, routing
 from jaxdistill.config.reward import Verifier
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.prompts import Prompts
@@ -20,7 +20,7 @@ from jaxdistill.rollouts import difference, old, siblings
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
-from jaxdistill.run import on_policy, oneself, participants, routing
+from jaxdistill.run import on_policy, oneself, participants
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
@@ -162,7 +162,7 @@ def feed_of(
         questions=asked,
         hooks=hooks,
         told=told,
-        leaks=oneself.leaks_of(config, models.tokenizer),
+        leaks=oneself.leaks_of(models.teaching, models.tokenizer),
     )
 
 

@@ -11,28 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import agree, optim, teachers
+from jaxdistill import agree, optim
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
-from jaxdistill.config.server import Api
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import gaps, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
-from jaxdistill.methods import measuring, signals
-from jaxdistill.methods.routed import Routed
-from jaxdistill.models import Model, decoder
+from jaxdistill.methods import measuring
+from jaxdistill.models import Model
 from jaxdistill.report import MetricsWriter, json_lines
-from jaxdistill.run import participants, routing, setup, states
+from jaxdistill.run import participants, setup, states
 from jaxdistill.run.folder import RunDir
-from jaxdistill.run.stored import Stored
+from jaxdistill.run.teaching import Online, names, online
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import make_loss
 
 ORDER = ("teacher", "student before", "SFT control", "student after")
 FILE = "table.json"
 _FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "scored_tokens_per_second", "parameters"}
-_SUMMED = ("parameters", "parameters_non_embedding", "bytes")  # over several teachers
 PROMPT_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -48,8 +45,6 @@ class RunTable:
         held_out: HeldOut,
         *,
         student: Student,
-        signal: teachers.Teacher | Routed | None,
-        teacher_dtype: Any,
         speaks: Eval,
         seed: int,
     ):
@@ -61,21 +56,15 @@ class RunTable:
           method: of the run.
           held_out: what is measured on.
           student: the student's options.
-          signal: what a teacher says, at T = 1; None without one.
-          teacher_dtype: that the teacher computes in; None without one.
           speaks: the options of evaluation, which say what models complete.
           seed: of the method's own parameters.
         """
         self._run, self._models, self._held_out = run, models, held_out
-        self._student, self._signal, self._speaks = student, signal, speaks
-        self._teacher_dtype = teacher_dtype
+        self._student, self._speaks = student, speaks
         self._adapters = states.adapters_of(student)
         self._own = method.objective.init(jax.random.key(seed))
         self._row_knobs = {**method.measuring, **measuring.KNOBS}
-        self._teacher_params = setup.signal_params(models)
-        if self._pairs:
-            self._teacher_params = setup.teacher_params_of(models, method)
-        self._step = self._program(method)
+        self._step, self._asked_params = self._program(method)
         self._rows = agree.by_leader(lambda: _stored(run))
         self._teacher_answers: list[str | None] | None = None
         self._student_speed: float | None = None
@@ -83,34 +72,34 @@ class RunTable:
         apart = models.second is not None or models.pairing.aside
         self._bytes = held_out.text_bytes(models.tokenizer) if apart else None
 
-    def _program(self, method: setup.RunMethod) -> meter.Step:
-        """The loss without gradient: that of training, if it measures against the teacher too."""
-        models, objective = self._models, method.objective
-        if self._pairs:
-            return meter.make_step(method.loss, method.teacher)
-        alone = models.second is not None or self._signal is None
+    def _program(self, method: setup.RunMethod) -> tuple[meter.Step, Any]:
+        """The loss without gradient: that of training, if it measures against the teacher too.
+
+        With it what it takes for the teacher.
+        """
+        models, objective, teaching = self._models, method.objective, self._models.teaching
+        alone = models.second is not None or not teaching.compared
         # One that is the student itself exists in a step alone.
-        itself = objective.needs_teacher and self._signal is None
-        if objective.token_means and not itself and (alone or objective.needs_teacher):
-            return meter.make_step(method.loss, method.teacher)
+        itself = objective.needs_teacher and not teaching.compared
+        own = objective.token_means and not itself and (alone or objective.needs_teacher)
+        if self._pairs or own:
+            return meter.make_step(method.loss, method.teacher), method.asked.params
         # Beside a teacher, alpha = 1 makes cross-entropy the loss of this too. One that reads other
         # tokens gives no distribution to compare with.
         if alone:
-            objective = measuring.cross_entropy(vocab=models.vocab)
-            signal = routing.silent(models.teachers)
+            objective, signal = measuring.cross_entropy(vocab=models.vocab), teaching.silent()
         else:
             objective = measuring.against_teacher(
                 vocab=models.vocab, columns=models.pairing.columns
             )
-            assert self._signal is not None, "there is a teacher"
-            signal = self._signal
+            signal = teaching.signal()
         loss = make_loss(
-            self._models.student.config,
+            models.student.config,
             objective,
             compute_dtype=jnp.dtype(self._student.compute_dtype),
             quantization=self._student.quantize,
         )
-        return meter.make_step(loss, signal)
+        return meter.make_step(loss, signal), teaching.params
 
     @property
     def _pairs(self) -> bool:
@@ -120,12 +109,7 @@ class RunTable:
     @property
     def tells_teacher(self) -> bool:
         """Whether the teacher's row can be measured: whole rows of it are known."""
-        models, stored = self._models, self._models.stored
-        if stored is not None:
-            return stored.config is not None and not signals.sparse(stored.format.name)
-        if models.teachers:
-            return routing.whole(models.teachers)
-        return models.teacher is not None
+        return self._models.teaching.whole
 
     def has(self, name: str) -> bool:
         """Whether this row has been measured already."""
@@ -146,7 +130,7 @@ class RunTable:
     def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
         knobs = {name: jnp.float32(value) for name, value in knobs.items()}
         return self._held_out.measure(
-            self._step, params, self._teacher_params, knobs, text_bytes=self._bytes
+            self._step, params, self._asked_params, knobs, text_bytes=self._bytes
         )
 
     def add_teacher(self) -> None:
@@ -154,17 +138,19 @@ class RunTable:
 
         Of several together, each on the rows that are for it; nobody can time them.
         """
-        teacher = self._models.teacher
+        teaching = self._models.teaching
         if self.has("teacher") or not self.tells_teacher:
             return
-        if teacher is None:
-            return self._add_untimed_teacher()
         rows, text_bytes = self._as_read()
         vocab = self._models.read[1]
-        scoring = meter.scoring_step(teacher.config, vocab, compute_dtype=self._teacher_dtype)
-        metrics = rows.measure(scoring, teacher.params, text_bytes=text_bytes)
-        rate = rows.speed(scoring, teacher.params)
-        self._add("teacher", metrics, speed.size(teacher.config, teacher.params), rate)
+        if not isinstance(teaching, Online):  # several, or a stored one
+            scoring = meter.teacher_scoring_step(teaching.signal(), vocab)
+            metrics = rows.measure(scoring, None, teaching.params, text_bytes=text_bytes)
+            return self._add("teacher", metrics, teaching.size(), None)
+        dtype = jnp.dtype(teaching.given.dtype)
+        scoring = meter.scoring_step(teaching.model.config, vocab, compute_dtype=dtype)
+        metrics = rows.measure(scoring, teaching.params, text_bytes=text_bytes)
+        self._add("teacher", metrics, teaching.size(), rows.speed(scoring, teaching.params))
 
     def _as_read(self) -> tuple[HeldOut, int | None]:
         """The held-out rows in the tokens that the teacher reads; their bytes if it has its own."""
@@ -173,18 +159,6 @@ class RunTable:
             return rows, None
         rows = rows.replaced(second_rows(rows.dataset))
         return rows, rows.text_bytes(models.second.tokenizer)
-
-    def _add_untimed_teacher(self) -> None:
-        """The row of several teachers, or of a stored one."""
-        assert self._signal is not None, "there are teachers"
-        rows, text_bytes = self._as_read()
-        scoring = meter.teacher_scoring_step(self._signal, self._models.read[1])
-        metrics = rows.measure(scoring, None, self._teacher_params, text_bytes=text_bytes)
-        if (stored := self._models.stored) is not None:
-            return self._add("teacher", metrics, _size(stored), None)
-        sizes = [_size(one) for one in self._models.teachers.values() if not isinstance(one, Api)]
-        size = {name: sum(one[name] for one in sizes) for name in _SUMMED}
-        self._add("teacher", metrics, size, None)
 
     def add_student(
         self, name: str, params: Any, metrics: Mapping[str, float] | None = None
@@ -215,10 +189,10 @@ class RunTable:
             **_measured(metrics, "eval"),
             "scored_tokens_per_second": rate,
         }
-        if self._models.teachers:
+        if several := names(self._models.teaching):
             row["by_teacher"] = {
                 teacher: _measured(metrics, f"eval/teachers/{teacher}")
-                for teacher in self._models.teachers
+                for teacher in several
                 if f"eval/teachers/{teacher}/perplexity" in metrics
             }
         if "eval/bits_per_byte" in metrics:
@@ -256,14 +230,15 @@ class RunTable:
 
         In one process alone: the parameters of another one's devices cannot be read here.
         """
-        teacher = self._models.teacher
-        if teacher is None or self._models.second is not None:  # which has tokens of its own
+        teaching = self._models.teaching
+        # One with tokens of its own says nothing of the student's.
+        if not isinstance(teaching, Online) or self._models.second is not None:
             return []
         if not any(answers) or jax.process_count() > 1:
             return []
         readers = (
             gaps.Reader(self._models.student.config, self._student.compute_dtype, params),
-            gaps.Reader(teacher.config, self._teacher_dtype, self._teacher_params),
+            gaps.Reader(teaching.model.config, teaching.given.dtype, teaching.params),
         )
         found = gaps.token_gaps(*readers, self._models.vocab, prompts, answers)
         decode = self._models.tokenizer.decode
@@ -293,14 +268,14 @@ class RunTable:
 
     def _taught(self, prompts: list[list[int]]) -> list[str | None]:
         """What the teacher answers; of several the one that a held-out row is for."""
-        if not self._models.teachers:
-            teacher = self._models.teacher
-            return list(self._asked(teacher, prompts)) if teacher else [None] * len(prompts)
+        teachers = online(self._models.teaching)
+        if not names(self._models.teaching):
+            alone = self._models.teacher
+            return list(self._asked(alone, prompts)) if alone else [None] * len(prompts)
         found: list[str | None] = [None] * len(self._speaks.prompts)
         for name, part in self._beginnings().items():
-            teacher = self._models.teachers.get(name)
-            asked = isinstance(teacher, Model) and part
-            found += self._asked(teacher, part) if asked else [None] * len(part)
+            one = teachers.get(f"teachers.{name}")
+            found += self._asked(one.model, part) if one and part else [None] * len(part)
         return found
 
     def _asked(self, teacher: Model, prompts: list[list[int]]) -> list[str]:
@@ -316,13 +291,6 @@ class RunTable:
     def _continued(self, model: Model, prompts: list[list[int]]) -> list[list[int]]:
         answers = model.generate(prompts, max_new_tokens=ANSWER_TOKENS)
         return [[int(token) for token in one] for one in answers]
-
-
-def _size(teacher: Model | Stored) -> Mapping[str, int | float]:
-    if isinstance(teacher, Model):
-        return speed.size(teacher.config, teacher.params)
-    assert teacher.config is not None, "whole rows are those of a model that was at hand"
-    return speed.size(teacher.config, decoder.shapes(teacher.config, teacher.dtype))
 
 
 def _measured(metrics: Mapping[str, float], where: str) -> dict[str, float | None]:

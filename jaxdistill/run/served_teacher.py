@@ -2,16 +2,14 @@
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxdistill.config import Config
 from jaxdistill.config.server import Api
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.reasoning import served
 from jaxdistill.reasoning.scored import Scorer
 from jaxdistill.rollouts.scores import RoutedScores, Scores
-from jaxdistill.run import setup
 from jaxdistill.train.hooks import Hooks
 
 # Words, numbers, code, spaces and scripts that tokenizers cut in ways of their own.
@@ -34,23 +32,24 @@ def scorer(server: Api, *, k: int, vocab: int) -> Scorer:
     )
 
 
-def check(config: Config, tokenizer: Any, vocab: int) -> None:
-    """Asks the server two short questions, where a run will ask it about the student's text.
+def check(servers: Mapping[str | None, Api], tokenizer: Any, vocab: int, named: str) -> None:
+    """Asks the servers two short questions that a run will ask about the student's text.
 
     Args:
-      config: of the run.
+      servers: as `teaching.served` has them.
       tokenizer: of the run.
       vocab: how many tokens it has.
+      named: `tokenizer.from`, for messages.
 
     Raises:
       MismatchError: if it has another tokenizer than the run.
       ModelError: if it does not answer, or reports no log-probabilities of given text.
     """
-    for name, server in setup.servers(config).items():
-        _check(server, "teacher" if name is None else f"teachers.{name}", config, tokenizer, vocab)
+    for name, server in servers.items():
+        _check(server, "teacher" if name is None else f"teachers.{name}", tokenizer, vocab, named)
 
 
-def _check(server: Api, key: str, config: Config, tokenizer: Any, vocab: int) -> None:
+def _check(server: Api, key: str, tokenizer: Any, vocab: int, named: str) -> None:
     asked = scorer(server, k=0, vocab=vocab)
     ours = list(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     theirs = asked.spelled(TEXT)
@@ -61,7 +60,7 @@ def _check(server: Api, key: str, config: Config, tokenizer: Any, vocab: int) ->
         raise MismatchError(
             f"{key}.api.model = {server.model!r}: the server cuts a text into other tokens "
             f"({1 + len(theirs)}, not {len(ours)}) than tokenizer.from = "
-            f"{config.tokenizer.from_!r}, so its log-probabilities would be of other words: name "
+            f"{named!r}, so its log-probabilities would be of other words: name "
             "the model's own tokenizer there, or ask another server"
         )
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -71,19 +70,24 @@ def _check(server: Api, key: str, config: Config, tokenizer: Any, vocab: int) ->
 
 
 def scores_of(
-    config: Config, vocab: int, folder: pathlib.Path, stop: Callable[[], bool], hooks: Hooks
+    servers: Mapping[str | None, Api],
+    vocab: int,
+    folder: pathlib.Path,
+    *,
+    most: int | None,
+    stop: Callable[[], bool],
+    hooks: Hooks,
 ) -> Scores | RoutedScores | None:
     """Who says log p of the student's tokens; None where no teacher is a server.
 
     Args:
-      config: of the run.
+      servers: as `teaching.served` has them.
       vocab: tokens of the tokenizer.
       folder: of the training, where it is written down.
+      most: tokens of an answer that are asked about, or None: all.
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
-    assert config.rollout is not None, "only asked for where there are rollouts"
-    most = config.rollout.distilled_tokens
     found = {
         name: Scores(
             functools.partial(scorer, server, k=0, vocab=vocab),
@@ -94,7 +98,7 @@ def scores_of(
             stop=stop,
             hooks=hooks,
         )
-        for name, server in setup.servers(config).items()
+        for name, server in servers.items()
     }
     several = {name: one for name, one in found.items() if name is not None}
     return RoutedScores(several) if several else found.get(None)

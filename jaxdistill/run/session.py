@@ -23,13 +23,13 @@ from jaxdistill.run import (
     hearing,
     identity,
     participants,
-    routing,
     run_table,
     schedule,
     setup,
     start,
     states,
     student_folder,
+    teaching,
     terminal,
 )
 from jaxdistill.run.folder import RunDir
@@ -103,7 +103,7 @@ def train(
     with config.written.told():
         mesh = _begin(config)
         agree.together(lambda: errors.check(preflight.check(config)))
-        agree.together(lambda: hearing.check(config, callbacks))
+        agree.together(lambda: hearing.check(config.logging, callbacks))
         inputs = start.read(config, mesh, hooks.verifiers)
 
     def create() -> None:
@@ -163,7 +163,7 @@ def resume(
         )
     with config.written.told():
         mesh = _begin(config)
-        agree.together(lambda: hearing.check(config, callbacks))
+        agree.together(lambda: hearing.check(config.logging, callbacks))
         inputs = start.read(config, mesh, run.hooks.verifiers)
     return _execute(config, run, inputs, callbacks, from_start)
 
@@ -179,7 +179,7 @@ def _execute(
         agree.by_leader(lambda: stack.enter_context(run.held()) or _prepare(run, from_start))
         agree.together(run.reread)
         stop = stack.enter_context(stopping.listening())
-        told = agree.together(lambda: hearing.broadcast(config, run, callbacks))
+        told = agree.together(lambda: hearing.broadcast(config.logging, run, callbacks))
         with _checkpoints(config, run, "student", told) as checkpoints:
             latest = checkpoints.latest() or 0
             if latest > config.train.steps:
@@ -268,16 +268,12 @@ class _Session:
             mesh,
             ", ".join(source.path for source in config.data.eval_files) or "held-out share",
         )
-        alone = self.models.teacher or self.models.stored
-        known = bool(alone) or routing.compared(self.models.teachers)
         self.table = run_table.RunTable(
             run,
             self.models,
             self.method,
             held_out,
             student=config.student,
-            signal=setup.signal_of(config, self.models) if known else None,
-            teacher_dtype=None if config.teacher is None else setup.teacher_dtype(config),
             speaks=config.eval,
             seed=config.seed,
         )
@@ -286,7 +282,8 @@ class _Session:
         """Trains what is not trained yet, measures what is not measured yet, reports."""
         if (metrics := self._finished(checkpoints)) is not None:
             return RunResult(self.run.path, metrics, self.table.rows)
-        with hearing.attempt(self.told, self.config, self.run, self.step):
+        name, settings = self.config.run.name, self.config.settings()
+        with hearing.attempt(self.told, name, settings, self.run, self.step):
             metrics = self._work(checkpoints)
             self.told.measured(self.table.rows)
         if agree.leads():
@@ -371,7 +368,7 @@ class _Session:
             method=method,
             models=self.models,
             mesh=self.mesh,
-            dataset=self.plain if method.stored is None else self.taught,
+            dataset=self.taught if teaching.stored(method.asked) else self.plain,
             prompts=self.prompts,
             questions=self.questions,
             hooks=self.run.hooks,

@@ -6,8 +6,7 @@ from typing import Any
 
 from jaxdistill import errors, rules
 from jaxdistill.compress import command, prune
-from jaxdistill.config import Config
-from jaxdistill.config.models import RandomModel, Student, Teacher
+from jaxdistill.config.models import RandomModel, Student, Teacher, Tokenizer
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, Model
@@ -19,64 +18,83 @@ from jaxdistill.references import generation_any, scheme_any, spec_any
 from jaxdistill.run import stored
 
 
-def of(config: Config, network: bool) -> tuple[Model | None, Model]:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a configuration says of the models of a run.
+
+    Attributes:
+      teacher: its section, or None.
+      student: its section.
+      tokenizer: its section.
+      seq_len: tokens in a row.
+      network: whether the Hub may be asked.
+    """
+
+    teacher: Teacher | None
+    student: Student
+    tokenizer: Tokenizer
+    seq_len: int
+    network: bool
+
+
+def of(given: Given) -> tuple[Model | None, Model]:
     """Configurations and tokenizers of teacher and student, without weights.
 
     Raises:
       ModelError, ConfigError: for a model that is not there, or numbers that fit no model.
     """
-    teacher, student = teacher_of(config, network), config.student
+    teacher, student = teacher_of(given), given.student
     if student.from_ == "teacher":
         assert teacher is not None, "the configuration has a teacher to cut the student out of"
         if student.prune:
             small = command.shape_of(teacher.config, student.prune)
-            return teacher, _cut(config, teacher, small, "pruned teacher")
-        layers = kept_layers(config, teacher.config.layers)
+            return teacher, _cut(given, teacher, small, "pruned teacher")
+        layers = kept_layers(student, teacher.config.layers)
         small = picked(teacher.config, layers)
-        return teacher, _cut(config, teacher, small, f"layers {layers} of the teacher")
+        return teacher, _cut(given, teacher, small, f"layers {layers} of the teacher")
     if student.random:
-        return teacher, _random_shape(student.random, teacher, config, network, "student.random")
-    return teacher, _spec(source(student), network)
+        return teacher, _random_shape(student.random, teacher, given, "student.random")
+    return teacher, _spec(source(student), given.network)
 
 
-def teacher_of(config: Config, network: bool) -> Model | None:
+def teacher_of(given: Given) -> Model | None:
     """The teacher without weights; None where there is none, or no shape of it.
 
     Raises:
       ModelError, ConfigError: as `of`.
     """
-    given = config.teacher
-    if given is None:
+    teacher = given.teacher
+    if teacher is None:
         return None
-    if given.random:
-        return _random_shape(given.random, None, config, network, "teacher.random")
-    if given.source:
-        return _spec(given.source, network)
-    return stored.spec(given) if given.cache else None
+    if teacher.random:
+        return _random_shape(teacher.random, None, given, "teacher.random")
+    if teacher.source:
+        return _spec(teacher.source, given.network)
+    return stored.spec(teacher) if teacher.cache else None
 
 
-def named_tokenizer(config: Config, shapes: Mapping[str, Model | None]) -> Any:
+def named_tokenizer(given: Given, shapes: Mapping[str, Model | None]) -> Any:
     """The tokenizer that `tokenizer.from` names.
 
     Raises:
       ModelError: if there is none.
     """
-    name = config.tokenizer.from_
+    name = given.tokenizer.from_
     if name in ("teacher", "student"):
         model = shapes.get(name)
         tokenizer = model.tokenizer if model else None
     else:
-        return _tokenizer_at("tokenizer.from", name, config)
+        return _tokenizer_at("tokenizer.from", name, given.network)
     if tokenizer is None:
         raise _no_tokenizer("tokenizer.from", name)
     return tokenizer
 
 
-def _tokenizer_at(key: str, name: str, config: Config) -> Any:
+def _tokenizer_at(key: str, name: str, network: bool) -> Any:
     """The tokenizer of a model folder that a setting names, or the one of bytes."""
     if name == "bytes":
         return byte_tokenizer()
-    tokenizer = spec_any(name, allow_network=config.security.allow_network, tokenizer_only=True)
+    tokenizer = spec_any(name, allow_network=network, tokenizer_only=True)
     if tokenizer is None:
         raise _no_tokenizer(key, name)
     return tokenizer
@@ -88,13 +106,13 @@ def _no_tokenizer(key: str, name: str) -> ModelError:
     )
 
 
-def vocabulary(config: Config, tokenizer: Any) -> int:
+def vocabulary(section: Tokenizer, tokenizer: Any) -> int:
     """How many rows of the heads are tokens.
 
     Raises:
       ConfigError: for `tokenizer.rows` below the tokenizer's own number.
     """
-    known, rows = vocabulary_size(tokenizer), config.tokenizer.rows
+    known, rows = vocabulary_size(tokenizer), section.rows
     errors.check(rules.tokenizer_rows(rows, known))
     return rows or known
 
@@ -130,26 +148,26 @@ def teacher_scheme(teacher: Teacher, network: bool) -> Scheme | None:
     return SCHEMES[teacher.quantize]
 
 
-def kept_layers(config: Config, count: int) -> list[int]:
-    student = config.student
+def kept_layers(student: Student, count: int) -> list[int]:
+    """The layers of a teacher of `count` that its student keeps."""
     if student.layers is not None:
         return prune.check_layers(count, student.layers)
     return list(range(0, count, student.every or 1))
 
 
-def _cut(config: Config, teacher: Model, small: DecoderConfig, source: str) -> Model:
+def _cut(given: Given, teacher: Model, small: DecoderConfig, source: str) -> Model:
     """The shape of a student cut out of its teacher, with all else that is the teacher's.
 
     A tokenizer of its own brings as many rows as it has tokens, and its ends of texts.
     """
     cut = dataclasses.replace(teacher, config=small, source=source)
-    name = config.student.tokenizer
+    name = given.student.tokenizer
     if name is None:
         return cut
-    own = _tokenizer_at("student.tokenizer", name, config)
+    own = _tokenizer_at("student.tokenizer", name, given.network)
     arch = dataclasses.replace(
         small,
-        vocab_size=vocabulary(config, own),
+        vocab_size=vocabulary(given.tokenizer, own),
         bos_id=own.bos_token_id,
         eos_ids=() if own.eos_token_id is None else (own.eos_token_id,),
         pad_id=own.pad_token_id,
@@ -163,15 +181,13 @@ def _spec(source: str, network: bool) -> Model:
     return Model(config, None, tokenizer, source, drawn)
 
 
-def _random_shape(
-    shape: RandomModel, teacher: Model | None, config: Config, network: bool, key: str
-) -> Model:
+def _random_shape(shape: RandomModel, teacher: Model | None, given: Given, key: str) -> Model:
     """The configuration of a random model: numbers given, the rest from the model it is like."""
     like = None
     if shape.like == "teacher":
         like = teacher
     elif shape.like is not None:
-        like = _spec(shape.like, network)
+        like = _spec(shape.like, given.network)
     numbers = {
         name: getattr(shape, name)
         for name in ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab_size")
@@ -193,12 +209,14 @@ def _random_shape(
     numbers.setdefault("kv_heads", numbers["heads"])
     numbers.setdefault("head_dim", numbers["embed"] // numbers["heads"])
     numbers.setdefault("tied_head", True)
-    numbers.setdefault("max_positions", max(2048, config.data.seq_len))
+    numbers.setdefault("max_positions", max(2048, given.seq_len))
     if "vocab_size" not in numbers:
-        numbers["vocab_size"] = vocabulary(config, named_tokenizer(config, {"teacher": teacher}))
+        numbers["vocab_size"] = vocabulary(
+            given.tokenizer, named_tokenizer(given, {"teacher": teacher})
+        )
     family = FAMILIES[shape.family or "llama"]
-    given: dict[str, Any] = {**family.features, **numbers}
-    arch = DecoderConfig(shape.family or "llama", **given)
+    every: dict[str, Any] = {**family.features, **numbers}
+    arch = DecoderConfig(shape.family or "llama", **every)
     return Model(arch, None, None, "random")
 
 

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import methods, rules
-from jaxdistill.config import Config
+from jaxdistill.config.models import Teacher
 from jaxdistill.errors import ConfigError
-from jaxdistill.run import participants, setup
 from jaxdistill.train.step import PerShape
 from jaxdistill.types import Mean
 
@@ -28,28 +27,33 @@ class Stage(NamedTuple):
     taught: bool
 
 
-def of(config: Config) -> list[Stage]:
-    """The stages of a run, in order; one, where the teacher is asked throughout or never."""
-    teacher, steps = config.teacher, config.train.steps
+def of(teacher: Teacher | None, method: Any, steps: int) -> list[Stage]:
+    """The stages of a run, in order; one, where the teacher is asked throughout or never.
+
+    Args:
+      teacher: its section.
+      method: the options of the method.
+      steps: of the run.
+    """
     if teacher is None or (teacher.from_ is None and teacher.until is None):
         return [Stage(0, True)]
     begin = 0 if teacher.from_ is None else rules.moment(teacher.from_, steps)
     end = steps if teacher.until is None else rules.moment(teacher.until, steps)
-    if not methods.of(config.method).needs_teacher(config.method):  # the control of such a run
+    if not methods.of(method).needs_teacher(method):  # the control of such a run
         return [Stage(0, True)]
     parts = [Stage(0, False)] if begin else []
     return [*parts, Stage(begin, True), *([Stage(end, False)] if end < steps else [])]
 
 
-def check(config: Config, models: participants.Models) -> None:
+def check(parts: Sequence[Stage], method: Any, facts: methods.Facts) -> None:
     """The method works without its teacher in some of the steps.
 
     Raises:
       ConfigError: where it adapts to what the teacher says, or has stages of its own.
     """
-    if len(of(config)) == 1:
+    if len(parts) == 1:
         return
-    built = methods.build(config.method, setup.facts_of(config, models))
+    built = methods.build(method, facts)
     adapting = [
         name for name, knob in built.knobs.items() if isinstance(knob, optax.GradientTransformation)
     ]
@@ -57,7 +61,7 @@ def check(config: Config, models: participants.Models) -> None:
     why = "trains its parts in stages of its own" if built.trained else why
     if why is not None:
         raise ConfigError(
-            f"teacher.until, teacher.from: method {config.method.name} {why}: leave them out, or "
+            f"teacher.until, teacher.from: method {method.name} {why}: leave them out, or "
             "take a method whose knobs are numbers or schedules, such as kd"
         )
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxdistill import agree
+from jaxdistill import agree, methods
 from jaxdistill.config import Config
+from jaxdistill.config import routing as routed
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
@@ -19,7 +20,9 @@ from jaxdistill.run import (
     rewarded,
     routing,
     served_teacher,
+    setup,
     stages,
+    teaching,
     terminal,
     texts,
 )
@@ -63,15 +66,17 @@ def read(
       mesh: of all devices.
       verifiers: functions that were handed in.
     """
-    network = config.security.allow_network
+    network, routes = config.security.allow_network, routed.of(config)
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    agree.together(lambda: stages.check(config, models))
+    parts = stages.of(config.teacher, config.method, config.train.steps)
+    facts = setup.facts_of(config, models)
+    agree.together(lambda: stages.check(parts, config.method, facts))
     data = agree.leader_first(
         lambda: texts.data_of(
             config.data,
             models.tokenizer,
             models.second,
-            routing=routing.of(config),
+            routing=routes,
             context=models.context,
             network=network,
         )
@@ -81,15 +86,13 @@ def read(
     if agree.leads():
         for name, line in models.pairing.lines().items():
             terminal.say(f"{name}: vocabulary: {line}", sys.stderr)
-    stored, taught = models.stored, data
-    if stored is not None:
-        taught = agree.together(lambda: stored.beside(data, models.read[0]))
-    if models.teachers:
-        several = lambda: routing.beside(models.teachers, data, models.tokenizer)
-        taught = agree.together(several)
+    taught = agree.together(lambda: models.teaching.beside(data, models.read[0]))
     prompts, questions = agree.together(lambda: _prompts(config, models, mesh, verifiers))
-    agree.together(lambda: routing.check(config, data, prompts))
-    agree.by_leader(lambda: served_teacher.check(config, models.tokenizer, models.vocab))
+    agree.together(lambda: routing.check(routes, config.rollout, data, prompts))
+    if methods.of(config.method).needs_teacher(config.method):
+        servers, named = teaching.served(models.teaching), config.tokenizer.from_
+        check = lambda: served_teacher.check(servers, models.tokenizer, models.vocab, named)
+        agree.by_leader(check)
     return Inputs(mesh, models, data, taught, prompts, questions)
 
 
@@ -109,7 +112,7 @@ def _prompts(
         models.tokenizer,
         models.second,
         context=models.context,
-        routing=routing.of(config),
+        routing=routed.of(config),
         network=network,
     )
     on_policy.check(config, models, prompts, mesh)

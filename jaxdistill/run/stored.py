@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill import methods, teachers
-from jaxdistill.config import Config
 from jaxdistill.config.models import Teacher
 from jaxdistill.data import rendering
 from jaxdistill.data.codec import prepare, tokenizer_fingerprint
@@ -23,8 +22,9 @@ from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import ConfigError
+from jaxdistill.evaluate import speed
 from jaxdistill.methods import signals
-from jaxdistill.models import DecoderConfig, Model
+from jaxdistill.models import DecoderConfig, Model, count_parameters, decoder
 from jaxdistill.references import spec_any
 from jaxdistill.run.folder import fingerprint
 from jaxdistill.sharding import shardings
@@ -40,6 +40,7 @@ class Stored:
       dtype: that it computed in.
       format: what is stored.
       store: None while a run is only planned, and nobody was asked yet.
+      temperature: T of the method's loss, which known tokens are given at.
       params: what the step takes in place of the teacher's parameters: of `hidden` the head.
     """
 
@@ -48,7 +49,18 @@ class Stored:
     dtype: Any
     format: Format
     store: Store | None
+    temperature: float = 1.0
     params: Mapping[str, jax.Array] | None = None
+
+    @property
+    def compared(self) -> bool:
+        """Held-out text can be compared with what it says."""
+        return True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it gives whole rows of its probabilities: of a server's nobody knows the size."""
+        return self.config is not None and not signals.sparse(self.format.name)
 
     def abstract_params(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and places of what the step takes in place of the teacher's parameters."""
@@ -72,20 +84,41 @@ class Stored:
             params = {"head": jax.make_array_from_callback(like.shape, like.sharding, make)}
         return dataclasses.replace(self, params=params)
 
-    def signal(self, options: Any) -> teachers.Teacher:
-        """What the step asks; `options` are the method's, or None for measuring at T = 1."""
-        temperature = 1.0 if options is None else signals.temperature(options)
+    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+        """What the step asks; without an objective for measuring, at T = 1."""
         return teachers.cached(
             self.format,
-            temperature=1.0 if temperature is None else temperature,
+            temperature=1.0 if objective is None else self.temperature,
             softcap=None if self.config is None else self.config.logits_softcap,
             compute_dtype=self.dtype,
         )
 
-    def flops_per_token(self) -> float:
+    def silent(self) -> teachers.Teacher:
+        """No teacher."""
+        return teachers.none
+
+    def empty(self, length: int, theirs: int) -> dict[str, Any]:
+        """What a row of padding carries of it, in the tokens that the teacher reads."""
+        return taught.empty(self.format, theirs)
+
+    def flops_per_token(self, length: int, theirs: int) -> float:
         """FLOPs of its part of a step: of `hidden` the head's product."""
         sparse = signals.sparse(self.format.name)
-        return 0.0 if sparse else 2.0 * self.format.vocab * self.format.embed
+        head = 0.0 if sparse else 2.0 * self.format.vocab * self.format.embed
+        return head * theirs / length
+
+    def described(self) -> dict[str, Any]:
+        """Where it is; and the size of the teacher, where a model was asked."""
+        known = {} if self.config is None else {"parameters": count_parameters(self.config)}
+        return {"source": self.place, **known}
+
+    def size(self) -> Mapping[str, int | float]:
+        """Parameters and bytes of the teacher that was asked.
+
+        Needs `whole`: of a server's nobody knows them.
+        """
+        assert self.config is not None, "whole rows are those of a model that was at hand"
+        return speed.size(self.config, decoder.shapes(self.config, self.dtype))
 
     @property
     def opened(self) -> Store:
@@ -124,15 +157,24 @@ def spec(teacher: Teacher) -> Model | None:
 
 
 def of(
-    config: Config, shape: Any, tokenizer: Any, vocab: int, key: str = "teacher"
+    teacher: Teacher | None,
+    method: Any,
+    shape: Any,
+    tokenizer: Any,
+    vocab: int,
+    *,
+    best_metric: str,
+    key: str = "teacher",
 ) -> Stored | None:
-    """The stored teacher of a configuration, once it can serve this run; None where it has none.
+    """The stored teacher of a section, once it can serve this run; None where it has none.
 
     Args:
-      config: of the run.
+      teacher: its section.
+      method: the options of the run's method.
       shape: the teacher without weights: of `teacher.source`, or out of the store.
       tokenizer: of what the teacher reads.
       vocab: how many tokens it has.
+      best_metric: what checkpoints are ranked by.
       key: of the teacher in the file, for messages.
 
     Raises:
@@ -140,23 +182,23 @@ def of(
       MismatchError: if it was captured of another teacher, tokenizer or template.
       DamagedError: if it is not as it was written.
     """
-    teacher = config.teacher
     if teacher is None or teacher.cache is None:
         return None
     arch = None if shape is None else shape.config
     named = bool(teacher.source or teacher.random)
+    temperature = signals.temperature(method) or 1.0
     if arch is not None and named and Objects(teacher.cache).get(catalog.IDENTITY) is None:
         planned = formats.choose(formats.HIDDEN, vocab=vocab, embed=arch.embed)
-        found = Stored(teacher.cache, arch, jnp.dtype(teacher.dtype), planned, None)
+        found = Stored(teacher.cache, arch, jnp.dtype(teacher.dtype), planned, None, temperature)
     else:
         store = Store(teacher.cache)
         given = words(tokenizer, vocab)
         if arch is not None and named:
-            given |= whose(config, arch)
+            given |= whose(teacher, arch)
         catalog.differing(store.place, store.identity, given)
         dtype = jnp.dtype(store.identity.get("teacher.dtype", teacher.dtype))
-        found = Stored(teacher.cache, arch, dtype, store.format, store)
-    _check_method(config, found, key)
+        found = Stored(teacher.cache, arch, dtype, store.format, store, temperature)
+    _check_method(method, best_metric, found, key)
     return found
 
 
@@ -170,20 +212,17 @@ def check_weights(place: str, weights: str) -> None:
     catalog.differing(place, known, {"teacher.weights": weights})
 
 
-def _check_method(config: Config, stored: Stored, key: str) -> None:
+def _check_method(method: Any, best: str, stored: Stored, key: str) -> None:
     """What goes with what.
 
     Raises:
       ConfigError: for everything that the format cannot give.
     """
-    row, form = methods.of(config.method), stored.format
+    row, form = methods.of(method), stored.format
     told = []
-    if row.needs_teacher(config.method):
-        for path, rule in signals.problems(
-            config.method, row.reads(config.method), form.name, form.temperatures
-        ):
+    if row.needs_teacher(method):
+        for path, rule in signals.problems(method, row.reads(method), form.name, form.temperatures):
             told.append(f"{'.'.join(['method', *map(str, path)])}: {rule}")
-    best = config.checkpoint.best_metric
     if signals.sparse(form.name) and best in ("eval/kl_t1", "eval/agree_top1"):
         told.append(
             f"checkpoint.best_metric: {best} reads whole rows, which the format {form.name} does "
@@ -194,16 +233,15 @@ def _check_method(config: Config, stored: Stored, key: str) -> None:
 
 
 def sizes(
-    config: Config, stored: Stored | None, vocab: int, embed: int | None, length: int
+    tokens: int, stored: Stored | None, vocab: int, embed: int | None
 ) -> dict[str, Any] | None:
     """How large the teacher's answers are, as they are stored or in the usual formats.
 
     Args:
-      config: of the run.
+      tokens: that the run reads, in the tokens of the teacher.
       stored: the stored teacher.
       vocab: tokens of the vocabulary that the teacher reads.
       embed: width of the teacher's hidden states; None without a teacher.
-      length: tokens in a row that it reads.
 
     Returns:
       tokens: that the run reads, which is at most what is asked; bytes_per_token by format. None
@@ -216,7 +254,6 @@ def sizes(
     else:
         return None
     named = {f"{one.name} {one.k or ''}".strip(): one.bytes_per_token() for one in forms}
-    tokens = config.train.steps * config.train.batch_size * length
     return {"tokens": tokens, "bytes_per_token": named}
 
 
@@ -241,11 +278,10 @@ def words(tokenizer: Any, vocab: int) -> dict[str, Any]:
     }
 
 
-def whose(config: Config, arch: DecoderConfig) -> dict[str, Any]:
+def whose(teacher: Teacher, arch: DecoderConfig) -> dict[str, Any]:
     """The fields of an identity that say which teacher it is, but for its weights."""
-    assert config.teacher is not None
     return {
         "teacher.config": fingerprint(dataclasses.asdict(arch)),
-        "teacher.dtype": config.teacher.dtype,
-        "teacher.quantize": config.teacher.quantize,
+        "teacher.dtype": teacher.dtype,
+        "teacher.quantize": teacher.quantize,
     }

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.sharding import Mesh
 
 import jaxdistill
 from jaxdistill import agree, commands, compilation_cache, errors, methods, processes
-from jaxdistill.config import Config, preflight
+from jaxdistill.config import Config, preflight, routing
 from jaxdistill.data import batching
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.second_view import second_rows
@@ -31,13 +32,13 @@ from jaxdistill.run import (
     alike,
     changes,
     participants,
-    routing,
     setup,
     stored,
     teacher_cache_served,
     texts,
 )
 from jaxdistill.run.capture_progress import Progress
+from jaxdistill.run.teaching import Online
 from jaxdistill.sharding import batch_sharding, local_rows, replicated
 from jaxdistill.train.step import place
 
@@ -112,8 +113,8 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
             config, server, models, form, objects, rows, options.share()
         )
         return found | agree.by_leader(more)
-    teacher = agree.together(lambda: participants.load_teacher(config, models.teacher, mesh))
-    assert teacher is not None
+    assert isinstance(models.teaching, Online), "who is neither stored nor served is in the step"
+    teacher = agree.together(lambda: models.teaching.loaded(mesh))
     asked = _Asked(config, teacher, models, mesh, form, objects)
     agree.by_leader(asked.begin)
     return found | {"whole": asked.store(rows, data, options.share())}
@@ -207,27 +208,26 @@ class _Asked:
     def __init__(
         self,
         config: Config,
-        teacher: Model,
+        asked: Online,
         models: participants.Models,
         mesh: Mesh,
         form: Format,
         objects: Objects,
     ):
+        teacher, section = asked.model, asked.given
         self._config, self._teacher, self._models = config, teacher, models
         self._mesh, self._form, self._objects = mesh, form, objects
         self._batch = config.train.batch_size // config.train.micro_batches
         self._identity = stored.words(*models.read) | {
-            **stored.whose(config, teacher.config),
+            **stored.whose(section, teacher.config),
             "teacher.weights": changes.weights(teacher.params),
             "format": form.facts(),
         }
-        section = config.teacher
-        assert section is not None
         self._step = answers_to_store.step(
             teacher.config,
             form,
             mesh,
-            compute_dtype=setup.teacher_dtype(config),
+            compute_dtype=jnp.dtype(section.dtype),
             attention=section.attention,
         )
         self._head = _whole_head(teacher, form.vocab, mesh) if form.name == HIDDEN else None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxdistill import agree, report
 from jaxdistill import config as configs
 from jaxdistill.callbacks import CONTROL, Broadcast
-from jaxdistill.config import Config
+from jaxdistill.config import Config, routing
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
@@ -22,9 +22,7 @@ from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.run import (
     anew,
     feeds,
-    oneself,
     participants,
-    routing,
     run_table,
     setup,
     stages,
@@ -232,7 +230,7 @@ class Training:
         """The steps, compiled for the batches of the data; for others when they come."""
         config = self.config
         agree.together(lambda: setup.check_kernels_of(config))
-        parts = stages.of(config)
+        parts = stages.of(config.teacher, config.method, config.train.steps)
         methods = {True: self.method}
         if len(parts) > 1:
             methods[False] = setup.without_teacher(config, self.models, self.method)
@@ -245,8 +243,7 @@ class Training:
             what = "is asked" if stage.taught else "is asked no more: cross-entropy alone"
             progress.event(f"from step {number} on the teacher {what}")
 
-        teacher_params = setup.teacher_params_of(self.models, self.method)
-        step = stages.Staged(parts, programs, teacher_params, tell, meter.asked)
+        step = stages.Staged(parts, programs, self.method.asked.params, tell, meter.asked)
         if (row := feed.usual()) is not None:
             step.prepare(state, abstract_batch(row, routing.rows(config), self.mesh))
         return step
@@ -282,6 +279,7 @@ class Training:
             self.config,
             self.models,
             self.mesh,
+            asked=self.method.asked,
             dataset=self.dataset,
             prompts=self.prompts,
             questions=self.questions,
@@ -326,20 +324,7 @@ def _meter(
     config: Config, models: participants.Models, method: setup.RunMethod, mesh: Mesh
 ) -> Meter:
     length = config.data.seq_len
-    theirs = length if models.second is None else models.second.seq_len
     student = 3 * forward_flops_per_token(models.student.config, length)
-    teacher = 0.0
-    if (own := oneself.flops_per_token(config, models.student.config)) is not None:
-        teacher = own
-    elif method.objective.needs_start:
-        teacher = forward_flops_per_token(models.student.config, length)
-    elif method.objective.needs_teacher:
-        if models.stored is not None:
-            teacher = models.stored.flops_per_token() * theirs / length
-        elif models.teachers:
-            teacher = routing.flops_per_token(models.teachers, length)
-        elif models.teacher is not None:  # a server's are elsewhere
-            # For each of the student's tokens, as the meter counts.
-            teacher = forward_flops_per_token(models.teacher.config, theirs) * theirs / length
+    teacher = method.asked.flops_per_token(length, models.read_length(length))
     total = student + teacher
     return Meter(length, length * total, teacher / total, list(mesh.devices.flat))

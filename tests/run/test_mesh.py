@@ -81,6 +81,6 @@ def test_no_array_is_brought_whole_to_every_device(mesh, load_config, tmp_path, 
     models = participants.shapes_of(config, devices)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, devices)
-    teacher = setup.abstract_teacher_of(config, models, method, devices)
+    teacher = method.asked.abstract_params(devices)
     setup.compile_step(config, method, state, teacher, devices)
     assert "full rematerialization" not in capfd.readouterr().err

@@ -59,8 +59,8 @@ def test_the_step_of_a_method_reads_the_knobs_that_it_is_given(name, configured)
     models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
-    teacher = setup.abstract_teacher_of(config, models, method, mesh)
-    batch = setup.abstract_batch_of(config, mesh)
+    teacher = method.asked.abstract_params(mesh)
+    batch = setup.abstract_batch_of(config, mesh, method.asked)
     with jax.set_mesh(mesh):
         _, means = jax.eval_shape(setup.make_step(config, method), state, teacher, batch)
     assert {f"knobs/{knob}" for knob in method.measuring} <= set(means)
@@ -118,10 +118,12 @@ def test_the_step_of_a_rule_is_traced(rule, configured):
     models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
-    teacher = setup.abstract_teacher_of(config, models, method, mesh)
+    teacher = method.asked.abstract_params(mesh)
     with jax.set_mesh(mesh):
         step = setup.make_step(config, method)
-        after, _ = jax.eval_shape(step, state, teacher, setup.abstract_batch_of(config, mesh))
+        after, _ = jax.eval_shape(
+            step, state, teacher, setup.abstract_batch_of(config, mesh, method.asked)
+        )
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
     assert all(jax.tree.leaves(same))
 

@@ -10,7 +10,7 @@ from jaxdistill import api, config, optim
 from jaxdistill.config import inherit
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.report import read_metrics
-from jaxdistill.run import changes, oneself, participants, setup
+from jaxdistill.run import changes, participants, setup
 from tests.run.test_on_policy import Lost, same
 from tests.run.test_session import arrays
 
@@ -89,15 +89,15 @@ def test_who_teaches_and_what_it_takes(load, tmp_path, weights, lora):
     step, state, teacher = setup.build(loaded, mesh)
     models = participants.shapes_of(loaded, mesh)
     method = setup.method_of(loaded, models)
-    shape = setup.abstract_teacher_of(loaded, models, method, mesh)
+    shape = method.asked.abstract_params(mesh)
     assert jax.tree.structure(shape) == jax.tree.structure(teacher)
     copied = weights == "frozen" and not lora
-    assert (teacher is not None) == copied == oneself.copies(loaded)
+    assert (teacher is not None) == copied
     average = optim.average(state.opt_state)
     assert (average is not None) == (weights == "ema")
     if average is not None:
         assert jax.tree.structure(average) == jax.tree.structure(state.params)
-    read = oneself.weights_of(loaded)(teacher, state)
+    read = method.asked.weights(teacher, state)
     kernel = lambda tree: tree["embedding"]
     first = state.frozen if lora else state.params["student"]
     np.testing.assert_array_equal(kernel(read), kernel(first))

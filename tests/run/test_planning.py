@@ -48,7 +48,7 @@ def compiled(loaded, mesh):
     models = participants.shapes_of(loaded, mesh)
     method = setup.method_of(loaded, models)
     state = states.abstract(loaded, models.student.config, method.objective, method.tx, mesh)
-    teacher = setup.abstract_teacher_of(loaded, models, method, mesh)
+    teacher = method.asked.abstract_params(mesh)
     monitor = recorded(loaded.train.log_every, loaded.train.steps)
     return setup.compile_step(loaded, method, state, teacher, mesh, monitor)
 
@@ -58,7 +58,7 @@ def held(loaded, mesh):
     models = models_of(loaded, mesh)
     method = setup.method_of(loaded, models)
     state = states.create(loaded, models.student, method.objective, method.tx, mesh)
-    teacher = setup.teacher_params_of(models, method)
+    teacher = method.asked.params
     monitor = recorded(loaded.train.log_every, loaded.train.steps)
     return setup.compile_step(loaded, method, state, teacher, mesh, monitor), state, teacher
 

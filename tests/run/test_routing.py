@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import api, commands, models
+from jaxdistill.config import routing as configured
 from jaxdistill.data.feed import CorpusFeed
 from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.errors import ConfigError, DataError, MismatchError
@@ -125,7 +126,7 @@ def test_the_table_holds_all_and_each_on_its_own_held_out_records(routed, load, 
     shapes = participants.shapes_of(loaded, mesh)
     found = participants.load_models(loaded, shapes, mesh)
     own = data["eval"].of_teacher("code")
-    model = found.teachers["code"]
+    model = found.teaching.each["code"].model
     nats = count = 0.0
     for index in range(len(own)):
         row = own[index]
@@ -145,7 +146,7 @@ def test_the_table_holds_all_and_each_on_its_own_held_out_records(routed, load, 
 
 def api_data(loaded, mesh):
     shapes = participants.shapes_of(loaded, mesh)
-    return texts.data_of(loaded.data, shapes.tokenizer, routing=routing.of(loaded))
+    return texts.data_of(loaded.data, shapes.tokenizer, routing=configured.of(loaded))
 
 
 def tokens_of(data, name):
@@ -181,11 +182,10 @@ def test_a_stored_teacher_among_several_teaches_as_it_does_in_the_step(routed, l
     models = participants.load_models(loaded, inputs.models, mesh)
     method = setup.method_of(loaded, models)
     state = states.create(loaded, models.student, method.objective, method.tx, mesh)
-    params = setup.teacher_params_of(models, method)
+    params = method.asked.params
     table = run_table.RunTable(
         RunDir(tmp_path, {}), models, method, HeldOut(inputs.taught["eval"], 8, 8, mesh, "eval"),
-        student=loaded.student, signal=setup.signal_of(loaded, models), teacher_dtype=None,
-        speaks=loaded.eval, seed=loaded.seed,
+        student=loaded.student, speaks=loaded.eval, seed=loaded.seed,
     )  # fmt: skip
     table.add_teacher()
     [row] = table.rows
@@ -196,8 +196,9 @@ def test_a_stored_teacher_among_several_teaches_as_it_does_in_the_step(routed, l
         assert ours == pytest.approx(theirs["perplexity"], rel=1e-6)
     assert row["parameters"] == was["parameters"]
     step = setup.compile_step(loaded, method, state, params, mesh)
-    feed = CorpusFeed(inputs.taught["train"], batch_size=loaded.train.batch_size,
-                      seed=loaded.seed, left_out=list, layout=routing.layout(loaded))  # fmt: skip
+    lies, size = configured.layout(loaded), loaded.train.batch_size
+    feed = CorpusFeed(inputs.taught["train"], batch_size=size,
+                      seed=loaded.seed, left_out=list, layout=lies)  # fmt: skip
     at = 0
     for expected in numbers(routed.run_dir)[:2]:
         span, batch = feed.next(at, None)
@@ -315,9 +316,9 @@ def test_records_that_no_update_reads_are_no_records(asking, tmp_path, share, wo
     named = [Prompt(np.array([7]), {"teacher": name}) for name in ("math", "law")]
     prompts = Prompts(named, "print", {}, [])
     if words is None:
-        return routing.check(loaded, data, prompts)
+        return routing.check(configured.of(loaded), loaded.rollout, data, prompts)
     with pytest.raises(ConfigError, match=words):
-        routing.check(loaded, data, prompts)
+        routing.check(configured.of(loaded), loaded.rollout, data, prompts)
 
 
 def test_a_teacher_of_other_tokens_is_refused_by_name(load, tmp_path):
@@ -422,6 +423,8 @@ def test_tokens_drawn_by_the_student_are_routed_to_a_server_and_to_a_teacher_in_
 def test_a_loop_of_ones_own_gets_the_same_step(load, tmp_path):
     loaded = load(tmp_path)
     step, state, teachers = setup.build(loaded)
-    batch = setup.abstract_batch_of(loaded, setup.mesh_of(loaded))
+    mesh = setup.mesh_of(loaded)
+    asked = setup.method_of(loaded, participants.shapes_of(loaded, mesh)).asked
+    batch = setup.abstract_batch_of(loaded, mesh, asked)
     assert batch.tokens.shape == (12, 32) and batch.route.shape == (12,)
     assert list(teachers) == ["math", "code"] and step and state

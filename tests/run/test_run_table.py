@@ -6,19 +6,33 @@ import jax.numpy as jnp
 import pytest
 
 from jaxdistill import models, optim, teachers
+from jaxdistill.config.models import Teacher
 from jaxdistill.data.teacher_cache import formats
 from jaxdistill.methods import distillm2, dpo, kd, measuring, sft, step_by_step
 from jaxdistill.run import pairing, run_table, setup
 from jaxdistill.run.run_table import RunTable
 from jaxdistill.run.stored import Stored
+from jaxdistill.run.teaching import Nobody, Online, Several
 
 VOCAB = 11
 SHAPE = models.DecoderConfig("llama", VOCAB, 4, 8, 1, 1, 1, 4)
 MODEL = models.Model(SHAPE, None, None, "made")
+ONLINE = Online(Teacher(random={"embed": 4, "layers": 1, "heads": 1, "mlp": 8}), MODEL, 0, False)
 HIDDEN, TOPK = (
     Stored("c", SHAPE, "float32", formats.choose(name, vocab=VOCAB, embed=4), None)
     for name in ("hidden", "topk")
 )
+
+
+class Asked(Nobody):
+    """A teacher in the step, of whom nothing else is asked here."""
+
+    compared, params = True, "weights"
+
+    def signal(self, objective=None):
+        return "online"
+
+
 OBJECTIVES = {
     "kd": kd.objective(vocab=VOCAB),
     "sft": sft.objective(vocab=VOCAB),
@@ -56,24 +70,28 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
     table = object.__new__(RunTable)
     model = types.SimpleNamespace(config=None, params=None)
     table._models = types.SimpleNamespace(
-        teacher=model if teacher else None,
+        teaching=Asked() if teacher else Nobody(),
         student=model,
-        stored=None,
-        teachers={},
         vocab=VOCAB,
         pairing=pairing.Pairing(),
         second=None,
     )
     table._student = types.SimpleNamespace(compute_dtype=jnp.float32, quantize=None)
-    table._signal = "online" if teacher else None
     kind = "pairs" if name == "dpo" and not teacher else "text"
     table._held_out = types.SimpleNamespace(dataset=types.SimpleNamespace(kind=kind))
     training = lambda *_: {}
     method = setup.RunMethod(
-        OBJECTIVES[name], {}, teachers.none, optim.optimizer(0.1), lambda step: 0.1, training
+        OBJECTIVES[name],
+        {},
+        Nobody(),
+        teachers.none,
+        optim.optimizer(0.1),
+        lambda step: 0.1,
+        training,
     )
-    table._program(method)
+    _, params = table._program(method)
     (step,) = made
+    assert params == ("weights" if teacher and want != "own" else None)
     if want == "own":
         assert step == (training, teachers.none)
     else:
@@ -84,16 +102,15 @@ def test_what_is_no_token_mean_is_not_measured_by(name, teacher, want, monkeypat
 @pytest.mark.parametrize(
     ("known", "told"),
     [
-        ({"teacher": MODEL}, True),
-        ({"stored": HIDDEN}, True),
-        ({"stored": TOPK}, False),
-        ({"teachers": {"math": MODEL, "code": HIDDEN}}, True),
-        ({"teachers": {"math": MODEL, "code": TOPK}}, False),
-        ({}, False),
+        (ONLINE, True),
+        (HIDDEN, True),
+        (TOPK, False),
+        (Several({"math": ONLINE, "code": HIDDEN}), True),
+        (Several({"math": ONLINE, "code": TOPK}), False),
+        (Nobody(), False),
     ],
 )
 def test_a_teacher_that_is_known_in_part_has_no_row(known, told):
     table = object.__new__(RunTable)
-    none = {"teacher": None, "stored": None, "teachers": {}}
-    table._models = types.SimpleNamespace(**none | known)
+    table._models = types.SimpleNamespace(teaching=known)
     assert table.tells_teacher is told

@@ -23,7 +23,16 @@ from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.references import STUDENT
 from jaxdistill.report import Progress, read_metrics
-from jaxdistill.run import participants, run_table, setup, shapes, states, student_folder, texts
+from jaxdistill.run import (
+    participants,
+    run_table,
+    setup,
+    shapes,
+    stages,
+    states,
+    student_folder,
+    texts,
+)
 from jaxdistill.run import session as running
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
@@ -395,14 +404,13 @@ def test_a_device_without_room_ends_the_run_in_one_message(load_config, tmp_path
 def test_numbers_that_stay_bad_end_the_run_and_keep_the_last_checkpoint(
     load_config, tmp_path, monkeypatch
 ):
-    original = setup.teacher_params_of
+    original = stages.Staged._params
 
-    def poisoned(models, method):
-        params = original(models, method)
-        return jax.tree.map(lambda leaf: leaf * np.nan, params)
+    def poisoned(step, stage):
+        return jax.tree.map(lambda leaf: leaf * np.nan, original(step, stage))
 
     config = load_config(tmp_path, "guards.nonfinite.max_consecutive=2", "train.eval_every=null")
-    monkeypatch.setattr(running.setup, "teacher_params_of", poisoned)
+    monkeypatch.setattr(stages.Staged, "_params", poisoned)
     with pytest.raises(
         DivergedError, match=r"step 1 \(rows 32 to 39\).*2 rollbacks are spent"
     ) as error:

@@ -57,7 +57,7 @@ def test_the_run_is_three_runs_glued_together_to_the_bit(staged, load_config):
     for number in range(1, 7):
         taught = 3 <= number <= 5
         one = method if taught else sft
-        teacher_params = setup.teacher_params_of(models, one)
+        teacher_params = one.asked.params
         assert (one.teacher is teachers.none) == (not taught) == (teacher_params is None)
         batch = steps.place(batches[number - 1], mesh)
         program = steps.compiled(
@@ -107,7 +107,11 @@ def test_a_resumed_run_ends_in_the_same_bits_on_either_side(staged, tmp_path, at
 
 
 def test_the_stages_of_a_configuration(load_config, tmp_path):
-    shown = lambda *options: stages.of(load_config(tmp_path, *options))
+
+    def shown(*options):
+        config = load_config(tmp_path, *options)
+        return stages.of(config.teacher, config.method, config.train.steps)
+
     assert shown() == [(0, True)]
     assert shown("teacher.until=0.6") == [(0, True), (4, False)]
     assert shown("teacher.from=2") == [(0, False), (2, True)]

@@ -65,12 +65,11 @@ def curve(config, steps: int) -> np.ndarray:
     mesh = setup.mesh_of(config, jax.devices()[:1])  # captured on all of them
     models = participants.shapes_of(config, mesh)
     data = texts.data_of(config.data, models.tokenizer)
-    if models.stored is not None:
-        data = models.stored.beside(data, models.tokenizer)
+    data = models.teaching.beside(data, models.tokenizer)
     models = participants.load_models(config, models, mesh)
     method = setup.method_of(config, models)
     state = states.create(config, models.student, method.objective, method.tx, mesh)
-    params = setup.teacher_params_of(models, method)
+    params = method.asked.params
     step = setup.compile_step(config, method, state, params, mesh, check_kernels=False)
     feed = CorpusFeed(
         data["train"], batch_size=config.train.batch_size, seed=config.seed, left_out=list
@@ -108,7 +107,7 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
     mesh = setup.mesh_of(config, jax.devices()[:1])
     models = participants.shapes_of(config, mesh)
     data = texts.data_of(config.data, models.tokenizer)
-    rows = models.stored.beside(data, models.tokenizer)["eval"]
+    rows = models.teaching.beside(data, models.tokenizer)["eval"]
     models = participants.load_models(config, models, mesh)
     (tmp_path / "kept").mkdir()
     kept = RunDir(tmp_path / "kept", {})
@@ -118,8 +117,6 @@ def test_the_teachers_row_of_a_runs_table_comes_from_its_hidden_states(
         setup.method_of(config, models),
         HeldOut(rows, 8, None, mesh, "eval"),
         student=config.student,
-        signal=setup.signal_of(config, models),
-        teacher_dtype=setup.teacher_dtype(config),
         speaks=config.eval,
         seed=config.seed,
     )
@@ -166,7 +163,7 @@ def the_teacher(load_config, folder):
     """The teacher itself."""
     config = load_config(folder / "live", *SMALL)
     mesh = setup.mesh_of(config)
-    return participants.load_teacher(config, participants.shapes_of(config, mesh).teacher, mesh)
+    return participants.shapes_of(config, mesh).teaching.loaded(mesh).model
 
 
 REFUSED = {
@@ -283,7 +280,7 @@ def test_drawn_tokens_train_and_every_epoch_has_its_draw(captured, load_config, 
     models = participants.shapes_of(config, mesh)
     method = setup.method_of(config, models)
     state = states.abstract(config, models.student.config, method.objective, method.tx, mesh)
-    batch = setup.abstract_batch_of(config, mesh, method.stored)
+    batch = setup.abstract_batch_of(config, mesh, method.asked)
     assert batch.teacher["ids"].shape == (8, 32, 20, 2)  # of one draw
     with jax.set_mesh(mesh):
         _, means = jax.eval_shape(setup.make_step(config, method), state, {}, batch)

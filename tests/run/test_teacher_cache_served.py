@@ -63,7 +63,7 @@ def test_a_servers_answers_are_stored_once_and_learned_from(asking, server, tmp_
     mesh = setup.mesh_of(config)
     models = participants.shapes_of(config, mesh)
     data = texts.data_of(config.data, models.tokenizer)
-    row = models.stored.beside(data, models.tokenizer)["train"][0]
+    row = models.teaching.beside(data, models.tokenizer)["train"][0]
     assert row["teacher"]["ids"].shape == (32, 5, 2) and row["teacher"]["rest"].any()
     assert asking()["segments"] == 0 and len(server.asked) == 4
 
