@@ -44,6 +44,11 @@ class Codec:
         return self.opened()
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """See `tokenizer_fingerprint`; of a large vocabulary it takes a moment."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @functools.cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """Matches the string of any special token, the longest first; nothing if there are none."""
         strings = sorted(filter(None, self.controls), key=len, reverse=True)

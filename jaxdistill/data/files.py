@@ -23,6 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 _WIDE = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"),
          (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))  # fmt: skip
 _LOOKED_AT = 256
+_BLANKS = " \t\r\n"
 _MAGIC = ((b"\x1f\x8b", ".gz"), (b"BZh91AY&SY", ".bz2"), (b"\xfd7zXZ\x00", ".xz"),
           (b"\x28\xb5\x2f\xfd", ".zst"), (b"PK\x03\x04", ".zip"))  # fmt: skip
 # Cells that hold JSON, because a table of text has no lists.
@@ -135,7 +136,7 @@ def _object_lines(file: BinaryIO) -> Objects:
             yield text
             continue
         # Lines of white space are not records: files end with one, and editors leave them.
-        if not text.strip(" \t\r\n"):
+        if text[:1] in _BLANKS and not text.strip(_BLANKS):
             continue
         try:
             value = json.loads(text)

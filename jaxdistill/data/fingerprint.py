@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.data import rendering
-from jaxdistill.data.codec import Codec, tokenizer_fingerprint
+from jaxdistill.data.codec import Codec
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError
@@ -47,7 +47,7 @@ def fingerprint(
         "sources": [
             _identity(source, content) for source, content in zip(sources, contents, strict=True)
         ],
-        "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+        "tokenizer": codec.fingerprint,
         "prefix": codec.prefix,
         "template": rendering.template_of(codec.tokenizer, settings.chat_template),
         "settings": dataclasses.asdict(settings),
@@ -76,7 +76,7 @@ def of_documents(
     if second is not None:
         names += ["seq_len", "long_documents"]
     return {
-        "tokenizer": tokenizer_fingerprint(codec.tokenizer),
+        "tokenizer": codec.fingerprint,
         "prefix": codec.prefix,
         "end": codec.end,
         "template": rendering.template_of(codec.tokenizer, settings.chat_template),

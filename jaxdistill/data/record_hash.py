@@ -6,6 +6,7 @@ import unicodedata
 
 from jaxdistill.data.records import Record
 
+_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "  # what `str.split` parts ASCII at
 # Mark of byte order, spaces and joiners of no width, soft hyphen.
 _UNSEEN = "\ufeff\u200b\u200c\u200d\u2060\u00ad"
 
@@ -26,8 +27,9 @@ def fingerprint_of(record: Record) -> int:
 
 def seen(text: str) -> str:
     """The characters of a text that are seen."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-        for unseen in _UNSEEN:
-            text = text.replace(unseen, "")
+    if text.isascii():  # ten times as fast as `split`
+        return text.encode().translate(None, _SPACES).decode()
+    text = unicodedata.normalize("NFKC", text)
+    for unseen in _UNSEEN:
+        text = text.replace(unseen, "")
     return "".join(text.split())

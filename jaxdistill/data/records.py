@@ -108,7 +108,12 @@ class Rejected:
 
 def kinds_of(value: Mapping[str, Any]) -> list[str]:
     """The kinds whose fields an object has, all of them."""
-    return [kind for kind in SHOWN_KINDS if all(field in value for field in KINDS[kind])]
+    return [kind for kind in SHOWN_KINDS if has_fields(value, kind)]
+
+
+def has_fields(value: Mapping[str, Any], kind: str) -> bool:
+    """Whether an object has the fields that make a record of a kind."""
+    return all(field in value for field in KINDS[kind])
 
 
 def parse(
@@ -137,7 +142,8 @@ def parse(
         record = _parsed(value, kind, line, set() if unread is None else unread)
     except Unusable as unusable:
         return Rejected(line, unusable.args[0])
-    return record if kind == "prompts" else dataclasses.replace(record, notes=_notes(value, kind))
+    notes = {} if kind == "prompts" else _notes(value, kind)
+    return dataclasses.replace(record, notes=notes) if notes else record
 
 
 def _notes(value: Mapping[str, Any], kind: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from jaxdistill.data import files, parquet, paths, python_docs, tables
 from jaxdistill.data.files import decode, lines, too_large
 from jaxdistill.data.paths import TABLE_ENDINGS, TEXT_ENDINGS, File, ending_of
-from jaxdistill.data.records import KINDS, Record, Rejected, kinds_of, parse
+from jaxdistill.data.records import KINDS, Record, Rejected, has_fields, kinds_of, parse
 from jaxdistill.data.rules import Empty, names_of, text_problem
 from jaxdistill.errors import DataError
 from jaxdistill.types import ORIGINS
@@ -199,7 +199,8 @@ def _typed(
             yield item
             continue
         line, value = item
-        found = kinds_of(value) if isinstance(value, dict) else []
+        known = kind is not None and isinstance(value, dict) and has_fields(value, kind)
+        found = kinds_of(value) if isinstance(value, dict) and not known else []
         if kind is None:
             if len(found) > 1:
                 raise DataError(
