@@ -16,9 +16,9 @@ pytestmark = pytest.mark.floor
 def scripts(tmp_path_factory):
     """Shell -> the file of its script."""
     folder = tmp_path_factory.mktemp("completion")
-    for shell in ("bash", "zsh"):
+    for shell in ("bash", "zsh", "fish"):
         (folder / shell).write_text(completion.script(shell, options.parser()))
-    return {shell: folder / shell for shell in ("bash", "zsh")}
+    return {shell: folder / shell for shell in ("bash", "zsh", "fish")}
 
 
 def in_bash(script, line, folder):
@@ -39,31 +39,53 @@ def in_bash(script, line, folder):
     return done.stdout.split()
 
 
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("jaxdistill tr", ["train"]),
-        ("jaxdistill teacher ", ["generate", "cache"]),
-        ("jaxdistill teacher cache ", ["ls", "verify"]),
-        ("jaxdistill ckpt ro", ["rollback"]),
-        ("jaxdistill ls ", ["recipes", "methods", "models", "runs"]),
-        ("jaxdistill init quickstart", ["quickstart", "quickstart_30min"]),
-        ("jaxdistill schema ", ["run", "workflow", "generate"]),
-        ("jaxdistill train --j", ["--json"]),
-        ("jaxdistill export --format ", ["folder", "gguf"]),
-        ("jaxdistill export --format=g", ["gguf"]),
-        ("jaxdistill train a.yaml method.name=distillm", ["distillm", "distillm2"]),
-        ("jaxdistill train a.yaml data.loss_on=", ["all", "completion", "assistant"]),
-        ("jaxdistill train a.yaml optimizer.clip", ["optimizer.clip_norm="]),
-        ("jaxdistill train --json a.yaml train.ste", ["train.steps="]),
-        ("jaxdistill validate --explain train.ste", ["train.steps"]),
-        ("jaxdistill train ", []),  # a file: bash's own completion
-        ("jaxdistill export --output ", []),
-    ],
-)
+LINES = [
+    ("jaxdistill tr", ["train"]),
+    ("jaxdistill teacher ", ["generate", "cache"]),
+    ("jaxdistill teacher cache ", ["ls", "verify"]),
+    ("jaxdistill ckpt ro", ["rollback"]),
+    ("jaxdistill ls ", ["recipes", "methods", "models", "runs"]),
+    ("jaxdistill init quickstart", ["quickstart", "quickstart_30min"]),
+    ("jaxdistill schema ", ["run", "workflow", "generate"]),
+    ("jaxdistill train --j", ["--json"]),
+    ("jaxdistill export --format ", ["folder", "gguf"]),
+    ("jaxdistill export --format=g", ["gguf"]),
+    ("jaxdistill train a.yaml method.name=distillm", ["distillm", "distillm2"]),
+    ("jaxdistill train a.yaml data.loss_on=", ["all", "completion", "assistant"]),
+    ("jaxdistill train a.yaml optimizer.clip", ["optimizer.clip_norm="]),
+    ("jaxdistill train --json a.yaml train.ste", ["train.steps="]),
+    ("jaxdistill validate --explain train.ste", ["train.steps"]),
+    ("jaxdistill train ", []),  # a file: bash's own completion
+    ("jaxdistill export --output ", []),
+]
+
+
+@pytest.mark.parametrize(("line", "offered"), LINES)
 def test_bash_offers(scripts, tmp_path, line, offered):
     found = in_bash(scripts["bash"], line, tmp_path)
     assert found == offered or (len(offered) > 2 and set(found) >= set(offered))
+
+
+@pytest.mark.parametrize(("line", "offered"), LINES)
+def test_fish_offers(scripts, tmp_path, line, offered):
+    fish = shutil.which("fish")
+    if fish is None:
+        pytest.skip("fish is not installed")
+    (tmp_path / "of_the_folder.yaml").touch()
+    code = f"source {scripts['fish']}; complete -C '{line}'"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    environment |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        [fish, "--no-config", "-c", code],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=True,
+    )  # fmt: skip
+    assert done.stderr == ""
+    *_, typed = line.split(" ")
+    start = typed[: typed.rfind("=") + 1]
+    found = [one.removeprefix(start) for one in done.stdout.split()]
+    if not offered:
+        assert "of_the_folder.yaml" in found
+    assert set(found) >= set(offered) and (len(offered) > 2 or len(found) <= max(len(offered), 1))
 
 
 def test_zsh_completes(scripts, tmp_path):

@@ -1,4 +1,4 @@
-"""Completion for shells, `jaxdistill completion bash|zsh`: a script that starts no Python."""
+"""Completion for shells, `jaxdistill completion bash|zsh|fish`: a script that starts no Python."""
 
 import argparse
 import shlex
@@ -82,6 +82,19 @@ _jaxdistill) _jaxdistill "$@" ;; # zsh has found this file by itself
 *) compdef _jaxdistill jaxdistill ;;
 esac
 """
+# fish has a language of its own: the functions run in sh. Where nothing is offered, files are.
+_FISH = r"""
+function _jaxdistill_replies
+  set -l jd_before (commandline -opc)
+  set -e jd_before[1]
+  sh -c "$_jaxdistill_functions"' _jaxdistill_replies "$@"' sh $jd_before (commandline -ct)
+end
+function _jaxdistill_offers
+  set -l jd_typed '^'(string escape --style=regex -- (commandline -ct))
+  string match --quiet --regex -- $jd_typed (_jaxdistill_replies)
+end
+complete -c jaxdistill -f -n _jaxdistill_offers -a '(_jaxdistill_replies)'
+"""
 
 
 @dataclass
@@ -109,8 +122,12 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
     table.words["init"] = tuple(inherit.recipes())
     table.words["validate --explain"] = tuple(".".join(path) for path in keys.all_keys())
     table.words = {place: words for place, words in table.words.items() if words}
+    functions = _functions(table) + _SHARED
+    if shell == "fish":
+        quoted = functions.replace("\\", "\\\\").replace("'", "\\'")
+        return f"set -g _jaxdistill_functions '{quoted}'\n{_FISH}"
     head = "#compdef jaxdistill\n" if shell == "zsh" else ""
-    return head + _functions(table) + _SHARED + {"bash": _BASH, "zsh": _ZSH}[shell]
+    return head + functions + {"bash": _BASH, "zsh": _ZSH}[shell]
 
 
 def _read(parser: argparse.ArgumentParser, command: str, table: Table) -> None:

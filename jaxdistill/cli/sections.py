@@ -254,6 +254,7 @@ class Schema(Section):
 class Shell(Section):
     """Which shell completes words."""
 
-    shell: Annotated[Literal["bash", "zsh"], _POSITIONAL] = Field(
-        description="Its script: `source <(jaxdistill completion bash)`, or kept in a file."
+    shell: Annotated[Literal["bash", "zsh", "fish"], _POSITIONAL] = Field(
+        description="Its script: `source <(jaxdistill completion bash)`, fish: `jaxdistill "
+        "completion fish | source`; or kept in a file."
     )
