@@ -145,6 +145,23 @@ def test_light_commands_import_nothing_heavy(folder, arguments):
     assert done.stdout.splitlines()[-1] == "heavy: []", done
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["ls", "rus"], 2, "there is no 'rus': did you mean runs?"),
+        (["teacher", "caceh"], 2, "there is no 'caceh': did you mean cache?"),
+        (["export", "a", "--format", "foldr"], 2, "--format: there is no 'foldr': did you mean"),
+        (["xyzzy"], 2, "there is no 'xyzzy': choose from plan, train"),
+        (["help"], 0, "exit codes:"),
+        (["help", "sweep"], 0, "usage: jaxdistill sweep"),
+        (["help", "teacher", "cache", "ls"], 0, "usage: jaxdistill teacher cache ls"),
+    ],
+)
+def test_wrong_words_and_help(capsys, words, code, says):
+    found, out, err = run(capsys, *words)
+    assert found == code and says in (err if code else out)
+
+
 def test_importing_the_package_imports_nothing_heavy():
     done = python("import sys, jaxdistill; print(*sys.modules)")
     assert not set(done.stdout.split()) & {*HEAVY, "pydantic", "yaml"}
@@ -159,7 +176,7 @@ def test_python_dash_m_and_a_wrong_command(folder):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert done.returncode == 2
-    assert "invalid choice: 'trian'" in done.stderr
+    assert "there is no 'trian': did you mean train?" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -297,14 +297,31 @@ GROUPS = {
 }
 
 
-class _Words(argparse.ArgumentParser):
-    """Takes the last two of a command's three words as one, which argparse cannot.
+class _Parser(argparse.ArgumentParser):
+    """Says which of the words that may stand somewhere was probably meant."""
 
-    So `teacher cache ls DIR` stands beside `teacher cache CONFIG`.
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        from jaxdistill.config.keys import nearest  # as heavy as what an error may cost
+
+        names = [str(choice) for choice in action.choices]
+        best = nearest(str(value), names)
+        hint = f"did you mean {best}?" if best else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentError(action, f"there is no {value!r}: {hint}")
+
+
+class _Words(_Parser):
+    """Takes the last two of a command's three words as one, which argparse cannot, and `help`.
+
+    So `teacher cache ls DIR` stands beside `teacher cache CONFIG`, and `help train` for
+    `train --help`.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        if words[:1] == ["help"]:
+            words = [*words[1:], "--help"]
         if " ".join(words[:3]) in {one.name for one in COMMANDS if one.name.count(" ") == 2}:
             words = [words[0], " ".join(words[1:3]), *words[3:]]
         return super().parse_known_args(words, namespace)
@@ -320,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    plain: Any = {"parser_class": argparse.ArgumentParser}
+    plain: Any = {"parser_class": _Parser}
     top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, **plain)
     groups: dict[str, Any] = {}
     for command in COMMANDS:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,22 @@ SYNONYMS = {
     "learning_rate": "optimizer.lr",
     "per_device_train_batch_size": "train.batch_size",
     "gradient_accumulation_steps": "train.micro_batches",
+    "lr_scheduler_type": "optimizer.schedule",
+    "warmup_steps": "optimizer.warmup",
+    "warmup_ratio": "optimizer.warmup",
+    "max_grad_norm": "optimizer.clip_norm",
+    "logging_steps": "train.log_every",
+    "eval_steps": "train.eval_every",
+    "save_steps": "checkpoint.every.steps",
+    "save_total_limit": "checkpoint.keep.latest",
+    "output_dir": "run.dir",
+    "model_name_or_path": "student.source",
+    "teacher_model_name_or_path": "teacher.source",
+    "gradient_checkpointing": "student.remat",
+    "alfa": "method.alpha",
+    "T": "method.temperature",
+    "tau": "method.temperature",
+    "kd_temperature": "method.temperature",
     "max_length": "data.seq_len",
     "max_seq_length": "data.seq_len",
     "report_to": "logging",
@@ -139,13 +156,19 @@ def _schema_with(rows: object) -> Schema:
 def explain(key: str) -> str:
     """Description, type, range and default of a key such as `method.alpha`; "" lists everything.
 
-    The name of a method is what it is, and its options.
+    The name of a method is what it is, and its options; so it is with what others call a key or a
+    method.
 
     Raises:
       ConfigError: if there is no such key.
     """
     if key in SYNONYMS:
-        return f"{key} is {SYNONYMS[key]} here\n\n{explain(SYNONYMS[key])}"
+        also = f"; method.name: {OTHER_METHODS[key]}" if key in OTHER_METHODS else ""
+        return f"{key} is {SYNONYMS[key]} here{also}\n\n{explain(SYNONYMS[key])}"
+    if key in OTHER_METHODS:
+        name = re.match(r"\w+", OTHER_METHODS[key])
+        assert name, "it begins with the name of a method"
+        return f"{key} is method.name: {OTHER_METHODS[key]}\n\n{explain(name[0])}"
     if key in methods.METHODS:
         (own,) = [node for node in _step([tree()], "method") if _named(node) == key]
         return _describe(f"method: {{name: {key}}}", own)
@@ -175,6 +198,17 @@ def _names(key: str, found: Sequence[Schema]) -> str:
             f"`--explain {key}.{first}` lists keys",
         ]
     )
+
+
+def example(path: Sequence[str | int]) -> str:
+    """How a section may be written, such as `{project: ...}`; "" where it has no own keys."""
+    nodes = [tree()]
+    for part in path:
+        nodes = _step(nodes, part)
+    for node in nodes:
+        for name in (*node.get("required", ()), *node.get("properties", {})):
+            return f"{{{name}: ...}}"
+    return ""
 
 
 def suggest(section: Sequence[str | int], key: str, given: Any = None) -> str:

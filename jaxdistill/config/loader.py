@@ -258,7 +258,9 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
     if kind == "missing":
         return "required, but missing"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"must be a section of keys{' (or removed)' if value is None else ''}"
+        such = keys.example(path) if schema is Config else ""
+        such = f", such as {such}" if such else ""
+        return f"must be a section of keys{such}{' (or removed)' if value is None else ''}"
     if kind.startswith("union_tag"):
         name = value.get("name") if isinstance(value, dict) else None
         ours = keys.OTHER_METHODS.get(str(name).lower().replace("-", "_"))

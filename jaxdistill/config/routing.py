@@ -1,16 +1,18 @@
 """The options of several teachers, `teachers:` and `routing:`, and what cannot go with them."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from jaxdistill import methods
 from jaxdistill.config.models import Teacher
 from jaxdistill.config.rollout import Name
-from jaxdistill.data import routes
 from jaxdistill.methods import signals
 from jaxdistill.section import Problem, Section
+
+if TYPE_CHECKING:  # NumPy, which `--help` and `validate` do without
+    from jaxdistill.data import routes
 
 Teachers = Annotated[dict[Name, Teacher], Field(min_length=1, max_length=64)]
 
@@ -28,18 +30,22 @@ class Routing(Section):
     )
 
 
-def of(config: Any) -> routes.Routing | None:
+def of(config: Any) -> "routes.Routing | None":
     """Who the records of a run may be for; None where there are not several teachers."""
     if config.teachers is None:
         return None
     default = None if config.routing is None else config.routing.default
+    from jaxdistill.data import routes
+
     return routes.Routing(tuple(config.teachers), default)
 
 
-def layout(config: Any) -> routes.Layout | None:
+def layout(config: Any) -> "routes.Layout | None":
     """How the batches of a run lie, where it has several teachers."""
     if config.teachers is None:
         return None
+    from jaxdistill.data import routes
+
     return routes.Layout(len(config.teachers), config.train.micro_batches)
 
 

@@ -145,4 +145,24 @@ def test_names_of_other_tools_lead_to_what_is_here():
         assert key in {".".join(path) for path in keys.all_keys()}, word
         assert config.explain(word).startswith(f"{word} is {key} here")
     for word, ours in keys.OTHER_METHODS.items():
-        assert word not in METHODS and re.match(r"\w+", ours)[0] in METHODS
+        name = re.match(r"\w+", ours)[0]
+        assert word not in METHODS and name in METHODS
+        if word not in keys.SYNONYMS:
+            assert config.explain(word).startswith(f"{word} is method.name: {name}")
+            assert config.explain(name) in config.explain(word)
+        else:
+            assert f"method.name: {ours}" in config.explain(word).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("logging.wandb=true", "{project: ...}"),
+        ("logging={mlflow: yes}", "{experiment: ...}"),
+        ("checkpoint.keep=2", "{latest: ...}"),
+    ],
+)
+def test_a_section_that_is_none_is_told_how_one_is_written(value, written):
+    with pytest.raises(ConfigError) as raised:
+        config.loads("{}", overrides=[value])
+    assert f"must be a section of keys, such as {written}" in str(raised.value)
