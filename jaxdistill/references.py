@@ -5,18 +5,21 @@ import logging
 import pathlib
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxdistill import errors, models, rules
+from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.formats import loading, sums
 from jaxdistill.formats.huggingface import folder_config, folder_generation, folder_scheme
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
-from jaxdistill.models import DecoderConfig, Model, decoder, lora
+from jaxdistill.models import DecoderConfig, Model, lora
 from jaxdistill.models.lora import Lora
 from jaxdistill.models.quantized import Scheme
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.state import abstract_params
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +84,12 @@ def load_any(
     mesh: Mesh | None = None,
     tokenizer: bool = True,
     allow_network: bool = True,
+    scheme: str | None = None,
 ) -> Model:
     """A model from any source, for a run the student of one of its checkpoints.
 
-    A model that is loaded already is returned as it is.
+    A model that is loaded already is returned as it is. With the name of a scheme its kernels are
+    held in whole numbers, rounded as they are read; those of a run once they are read.
 
     Raises:
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
@@ -95,24 +100,49 @@ def load_any(
     log.info("loading %s", source)
     if run is None:
         return models.load(
-            source, dtype=dtype, mesh=mesh, tokenizer=tokenizer, allow_network=allow_network
+            source,
+            dtype=dtype,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            allow_network=allow_network,
+            scheme=None if scheme is None else quantize.scheme_of(scheme),
         )
     config = _run_config(run)
     mesh = make_mesh(fsdp=-1) if mesh is None else mesh
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
         step = run.step(checkpoints)
-        shapes = decoder.shapes(config, dtype or "float32")
-        places = shardings(mesh, decoder.logical_axes(config), shapes)
-        described = run.folder / STUDENT / lora.FILE
-        where = ("frozen",) if described.is_file() else ("params", "student")
-        params = checkpoints.restore_part(step, where, shapes, places, dtype=dtype)
-        if described.is_file():
-            adapters, _ = lora.read(described, config)
-            beside = _adapters(checkpoints, step, config, adapters, mesh)
-            params = lora.merge(params, beside, adapters)
+        params = _params(checkpoints, step, run.folder / STUDENT, config, mesh, dtype)
     own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
     drawn = folder_generation(run.folder / STUDENT)
-    return Model(config, params, own, f"{run.folder}@{step}", drawn)
+    model = Model(config, params, own, f"{run.folder}@{step}", drawn)
+    return model if scheme is None else quantize.quantized(model, scheme)
+
+
+def _params(
+    checkpoints: Checkpoints,
+    step: int,
+    folder: pathlib.Path,
+    config: DecoderConfig,
+    mesh: Mesh,
+    dtype: Any,
+) -> Any:
+    """The student of a checkpoint, its adapters merged."""
+    shapes = abstract_params(config, dtype or "float32", mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    described = folder / lora.FILE
+    if not described.is_file():
+        part = ("params", "student")
+        return checkpoints.restore_part(step, part, shapes, places, dtype=dtype)
+    adapters, _ = lora.read(described, config)
+    beside = _adapters(checkpoints, step, config, adapters, mesh)
+    if adapters.scheme is None:
+        frozen = checkpoints.restore_part(step, ("frozen",), shapes, places, dtype=dtype)
+        return lora.merge(frozen, beside, adapters)
+    shapes = quantize.abstract(shapes, quantize.scheme_of(adapters.scheme))
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    frozen = checkpoints.restore_part(step, ("frozen",), shapes, places)
+    merged = quantize.in_floats(lora.merge(frozen, beside, adapters))
+    return merged if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), merged)
 
 
 def adapters_any(source: str) -> tuple[Model, Lora]:

@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
+from jaxdistill.models.kernel import array, is_kernel
 from jaxdistill.models.quantized import (
     SCHEMES,
     AwareKernel,
     QuantizedKernel,
     Scheme,
-    is_kernel,
+    is_projection,
     quantize,
     scale_place,
 )
@@ -102,12 +103,12 @@ def aware(params: Any, name: str) -> Any:
 
 def dequantized(model: Model) -> Model:
     """The model in floating point again, with the rounded values; inputs are not rounded."""
+    return dataclasses.replace(model, params=in_floats(model.params))
 
-    def turn(leaf):
-        return leaf.dequantized() if is_kernel(leaf) else leaf
 
-    params = jax.tree.map(turn, model.params, is_leaf=is_kernel)
-    return dataclasses.replace(model, params=params)
+def in_floats(params: Any) -> Any:
+    """Parameters with every kernel as an array."""
+    return jax.tree.map(array, params, is_leaf=is_kernel)
 
 
 def check_backend(name: str) -> None:
@@ -133,4 +134,4 @@ def check_backend(name: str) -> None:
 
 def _is_projection(path: tuple) -> bool:
     """Whether a leaf is the kernel of one of the layers' projections."""
-    return path[0].key == "layers" and path[-1].key == "kernel"
+    return is_projection(".".join(part.key for part in path))

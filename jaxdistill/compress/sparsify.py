@@ -15,7 +15,7 @@ from jaxdistill.compress.importance import Importance
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.architecture import flat_weights, weights
-from jaxdistill.models.quantized import is_kernel
+from jaxdistill.models.kernel import is_kernel
 from jaxdistill.optim.sparsity import one_shot
 from jaxdistill.sharding import on_mesh
 

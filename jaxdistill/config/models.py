@@ -221,6 +221,12 @@ class Student(Section):
     lora: Adapters | None = Field(
         None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
     )
+    base: Literal["int8", "int4"] | None = Field(
+        None,
+        description="Hold the frozen kernels beside lora in whole numbers (QLoRA: load_in_4bit, "
+        "load_in_8bit): they are rounded as they are read and stay so; all else is in param_dtype. "
+        "`jaxdistill export` merges adapters into the rounded kernels.",
+    )
     sparsity: Sparsity | None = Field(
         None, description="Make weights of the projections 0 by a schedule, and keep them 0."
     )
@@ -248,6 +254,8 @@ class Student(Section):
             yield ("prune",), "give layers, every or prune, not several of them"
         if self.lora is not None and self.quantize is not None:
             yield ("lora",), "does not go together with quantize: remove one of them"
+        if self.base is not None and self.lora is None:
+            yield ("base",), "nothing would be trained: add lora, or leave it out"
         if self.lora is not None and self.sparsity is not None:
             rule = "adapters would fill what masks make 0: remove lora, or prune the merged model"
             yield ("sparsity",), rule

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jaxdistill.formats.tensor_names import Part, TensorName
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models import decoder
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
+from jaxdistill.models.quantized import Scheme, is_projection, quantize_in_place
 
 _THREADS = 8  # that read the layers of one weight; copies hold no lock of Python's
 _TILE = 256
@@ -47,11 +48,13 @@ def assemble(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Mapping = sharding.RULES,
+    scheme: Scheme | None = None,
 ) -> dict:
     """The parameter tree read from `tensors`.
 
     A host holds at most the slices of one weight that its own devices need: layers are stacked and
-    kernels turned to [in, out] slice by slice.
+    kernels turned to [in, out] slice by slice. With a scheme the same holds of devices: a kernel is
+    rounded before the next one is read.
 
     Args:
       config: the configuration; every tensor it asks for must be there with its shape.
@@ -59,12 +62,18 @@ def assemble(
       dtype: dtype of all weights; None keeps each one's own.
       mesh: None puts all on one device.
       rules: table from logical axes to mesh axes.
+      scheme: of the kernels of the layers; None leaves them in floating point.
+
+    Raises:
+      ConfigError: if groups of the scheme do not divide a projection.
     """
     places = placement(config, mesh, rules)
-    flat = {
-        ours: weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
-        for ours, (name, row) in tensor_rows(config).items()
-    }
+    flat: dict[str, Any] = {}
+    for ours, (name, row) in tensor_rows(config).items():
+        read: Any = weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
+        if scheme is not None and is_projection(ours):
+            read = quantize_in_place(read, scheme)
+        flat[ours] = read
     return nest(flat)
 
 

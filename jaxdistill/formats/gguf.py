@@ -20,6 +20,7 @@ from jaxdistill.formats.tensor_table import expected_tensors
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
+from jaxdistill.models.quantized import Scheme
 from jaxdistill.sharding import RULES
 
 # Quantisation types whose dequantisation the tests compare with a second implementation.
@@ -53,6 +54,7 @@ def load_file(
     mesh: Mesh | None = None,
     rules: Mapping = RULES,
     tokenizer: bool = True,
+    scheme: Scheme | None = None,
 ) -> Model:
     """The model of one GGUF file.
 
@@ -62,15 +64,17 @@ def load_file(
       mesh: where the parameters lie; each device dequantises only the rows it needs.
       rules: table from logical axes to mesh axes.
       tokenizer: also build the tokenizer from the metadata.
+      scheme: of its kernels, rounded as they are read; None leaves them in floating point.
 
     Raises:
+      ConfigError: if groups of the scheme do not divide a projection.
       ModelError: where the gguf package is missing, or the file is damaged or of an unsupported
         architecture or quantisation.
     """
     file = _File(path)
     config = file.config()
     file.check_tensors(config)
-    params = assemble(config, file, dtype=dtype, mesh=mesh, rules=rules)
+    params = assemble(config, file, dtype=dtype, mesh=mesh, rules=rules, scheme=scheme)
     jax.block_until_ready(params)
     built = build_tokenizer(file.metadata, str(path)) if tokenizer else None
     return Model(config=config, params=params, tokenizer=built, source=str(path))

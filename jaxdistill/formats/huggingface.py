@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxdistill.errors import ModelError
+from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats import compressed, new_folder, shards, sums
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config, unwrapped, write_config
@@ -51,28 +51,34 @@ def load_folder(
     mesh: Mesh | None = None,
     rules: Mapping = RULES,
     tokenizer: bool = True,
+    scheme: Scheme | None = None,
 ) -> Model:
     """The model of a local folder; every device reads only its own slices of the files.
 
+    With a scheme its kernels are rounded as they are read, or were so before.
+
     Raises:
+      ConfigError: if groups of the scheme do not divide, or its files hold another one.
       ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
         weights, or a feature that this decoder does not build.
       DamagedError: if a folder of our own is not as it was written.
     """
     check_folder(folder)
     sums.check(folder, weights=True, shared=mesh is not None)
-    config, scheme = folder_config(folder), folder_scheme(folder)
+    config, own = folder_config(folder), folder_scheme(folder)
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
-    if scheme is None:
+    if own is None:
         kind = read_json(folder / "config.json").get("model_type")
         inside = TEXT_MODEL if kind in WRAPPERS else {}
         with shards.Folder(folder, root=root_name(config), inside=inside) as files:
             _check_tensors(config, files)
-            params = assemble(config, files, **options)
+            params = assemble(config, files, scheme=scheme, **options)
     else:
+        if scheme not in (None, own):
+            raise ConfigError(f"{folder}: is quantised already: use the model it was")
         compressed.check_names(config)
         with compressed.open_folder(folder) as files:
-            params = compressed.load_params(config, files, scheme, **options)
+            params = compressed.load_params(config, files, own, **options)
     jax.block_until_ready(params)
     loaded = folder_tokenizer(folder) if tokenizer else None
     return Model(config, params, loaded, str(folder), folder_generation(folder))

@@ -14,6 +14,7 @@ from jaxdistill.formats import assemble, huggingface
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
+from jaxdistill.models.quantized import Scheme
 from jaxdistill.sharding import RULES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -33,6 +34,7 @@ def load(
     tokenizer: bool = True,
     allow_network: bool = True,
     revision: str | None = None,
+    scheme: Scheme | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -45,18 +47,23 @@ def load(
       tokenizer: also load the tokenizer; None in the model where the folder has none.
       allow_network: a Hub id that is not in the local cache may be downloaded.
       revision: branch, tag or commit on the Hub.
+      scheme: of its kernels (`models.quantized.SCHEMES`), rounded as they are read: in floating
+        point there is one weight at a time. None leaves them as they are.
 
     Raises:
+      ConfigError: if groups of the scheme do not divide, or it is quantised by another one.
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
     place = resolve(path_or_id, allow_network=allow_network, revision=revision)
     if place.is_file():
         from jaxdistill.formats import gguf
 
-        model = gguf.load_file(place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer)
+        model = gguf.load_file(
+            place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer, scheme=scheme
+        )
     else:
         model = huggingface.load_folder(
-            place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer
+            place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer, scheme=scheme
         )
     return model
 

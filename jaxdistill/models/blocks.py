@@ -12,7 +12,7 @@ from jax import Array
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.experts import RoutedMLP
-from jaxdistill.models.quantized import is_kernel
+from jaxdistill.models.kernel import times
 from jaxdistill.sharding import MeshAxes, constrain, current_mesh
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -61,8 +61,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.kernel.get_value()
-        y = kernel.dot(x) if is_kernel(kernel) else x @ kernel
+        y = times(x, self.kernel.get_value())
         return y if self.bias is None else y + last(self.bias[...], y)
 
 

@@ -24,7 +24,7 @@ from jaxdistill.models import per_layer, rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last, multiplied
-from jaxdistill.models.quantized import is_kernel
+from jaxdistill.models.kernel import is_kernel
 from jaxdistill.sharding import RULES, MeshAxes, constrain, mesh_axes
 from jaxdistill.types import Outputs
 

@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxdistill.models.architecture import Experts
-from jaxdistill.models.quantized import is_kernel
+from jaxdistill.models.kernel import array, is_kernel
 from jaxdistill.sharding import MeshAxes, current_mesh, spec
 
 _IN, _OUT = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
@@ -207,7 +207,7 @@ def _scores(x: Array, router_DX: Array) -> Array:
 
 def _array(kernel: Any, dtype: Any) -> Array:
     """A kernel as numbers: ragged products have no quantised form here."""
-    return kernel.dequantized().astype(dtype) if is_kernel(kernel) else kernel
+    return array(kernel).astype(dtype) if is_kernel(kernel) else kernel
 
 
 def _names(axes: MeshAxes) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.model_folder import read_json
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
+from jaxdistill.models.kernel import Kernel, array, times
+from jaxdistill.models.quantized import SCHEMES
 
 FILE = "lora.json"  # in a run's folder of its student
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -37,12 +39,15 @@ class Lora:
       alpha: its product is multiplied by alpha / rank.
       targets: of `TARGETS`, in every layer.
       dropout: share of an adapter's inputs that a training step leaves out.
+      scheme: of `quantized.SCHEMES`, that the frozen kernels of all layers are held in; None: they
+        are in floating point.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
+    scheme: str | None = None
 
     @property
     def scale(self) -> float:
@@ -64,10 +69,12 @@ def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
             float(raw["alpha"]),
             tuple(raw["targets"]),
             float(raw.get("dropout", 0)),
+            raw.get("scheme"),
         )
     except (KeyError, TypeError, ValueError):
         lora = Lora(0, 0.0, ())
-    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS):
+    known = lora.scheme is None or lora.scheme in SCHEMES
+    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS) or not known:
         raise ModelError(f"{path}: is damaged: needs rank, alpha and targets")
     rows(config, lora)
     return lora, str(raw.get("base", ""))
@@ -82,14 +89,17 @@ def described(lora: Lora, base: str) -> dict[str, Any]:
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraKernel:
+class LoraKernel(Kernel):
     """A kernel [..., in, out] with its adapter [..., in, rank] and [..., rank, out].
+
+    The kernel may itself be in whole numbers: only the adapter is trained (Dettmers et al. 2023,
+    arXiv 2305.14314).
 
     With key data [..., 2], one key per kernel, a share `dropout` of the adapter's inputs is 0 and
     the others are divided by 1 - dropout.
     """
 
-    kernel: Array
+    kernel: Any
     down: Array
     up: Array
     scale: float = dataclasses.field(metadata={"static": True})
@@ -103,7 +113,7 @@ class LoraKernel:
             share = 1 - self.dropout
             keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key), share, x.shape)
             read = jnp.where(keep, x / share, 0)
-        return x @ self.kernel + self.scale * ((read @ self.down) @ self.up)
+        return times(x, self.kernel) + self.scale * ((read @ self.down) @ self.up)
 
     def astype(self, dtype: DTypeLike) -> "LoraKernel":
         """The three in another dtype."""
@@ -114,8 +124,8 @@ class LoraKernel:
     def dequantized(self) -> Array:
         """The merged kernel, in the kernel's dtype; the product is made in float32."""
         product = jnp.matmul(self.down.astype(jnp.float32), self.up.astype(jnp.float32))
-        merged = self.kernel.astype(jnp.float32) + self.scale * product
-        return merged.astype(self.kernel.dtype)
+        own = array(self.kernel)
+        return (own.astype(jnp.float32) + self.scale * product).astype(own.dtype)
 
 
 def rows(config: DecoderConfig, lora: Lora) -> dict[str, Weight]:
@@ -191,7 +201,8 @@ def attach(params: Mapping, adapters: Mapping, lora: Lora, key: Array | None = N
         adapted = LoraKernel(kernel, down, up, lora.scale)
         if key is None or not lora.dropout:
             return adapted
-        keys = jax.random.split(jax.random.fold_in(key, next(number)), kernel.shape[0])
+        layers = jax.tree.leaves(kernel)[0].shape[0]
+        keys = jax.random.split(jax.random.fold_in(key, next(number)), layers)
         return dataclasses.replace(adapted, dropout=lora.dropout, key=jax.random.key_data(keys))
 
     return _with(params, adapters, make)

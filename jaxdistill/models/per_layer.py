@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.quantized import is_kernel
+from jaxdistill.models.kernel import is_kernel
 from jaxdistill.sharding import on_mesh
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.models.lora import LoraKernel
+from jaxdistill.models.kernel import Kernel
 
 
 class Scheme(NamedTuple):
@@ -60,7 +60,7 @@ def qwix() -> Any:
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedKernel:
+class QuantizedKernel(Kernel):
     """values * scale, with int8 or int4 values [..., in, out] and scales [..., groups, out]."""
 
     values: Array
@@ -68,11 +68,12 @@ class QuantizedKernel:
     scheme: Scheme = dataclasses.field(default=Scheme(8), metadata={"static": True})
 
     def dot(self, x: Array) -> Array:
-        """x @ (values * scale), for x [..., in]; in the dtype of x."""
-        product = qwix().dot_general(
-            _rounded(x) if self.scheme.dynamic else x, self._array(), _last(x)
-        )
-        return product.astype(x.dtype)
+        """x @ (values * scale), for x [..., in]; in the dtype of x.
+
+        The gradient of x is that of the product with the rounded kernel, as if x was not rounded;
+        the kernel has none. What waits for the backward pass are the whole numbers.
+        """
+        return _dot(x, self)
 
     def astype(self, dtype: DTypeLike) -> "QuantizedKernel":
         """The same kernel: whole numbers have no other dtype, and scales stay as they are."""
@@ -86,10 +87,28 @@ class QuantizedKernel:
         return qwix().QArray(qvalue=self.values, scale=self.scale)
 
 
+@jax.custom_vjp
+def _dot(x: Array, kernel: QuantizedKernel) -> Array:
+    read = _rounded(x) if kernel.scheme.dynamic else x
+    return qwix().dot_general(read, kernel._array(), _last(x)).astype(x.dtype)
+
+
+def _dot_forward(x: Array, kernel: QuantizedKernel) -> tuple[Array, QuantizedKernel]:
+    return _dot(x, kernel), kernel
+
+
+def _dot_backward(kernel: QuantizedKernel, slope: Array) -> tuple[Array, None]:
+    # Without this rule a scan over layers keeps every layer's kernel in floating point.
+    return slope @ kernel.dequantized().astype(slope.dtype).T, None
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AwareKernel:
+class AwareKernel(Kernel):
     """A float kernel that computes as its quantised form would, and learns as if it did not.
 
         y = x @ (w + stop_gradient(dequantize(quantize(w)) - w))
@@ -137,6 +156,24 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
     return QuantizedKernel(quantized.qvalue, quantized.scale, scheme)
 
 
+def is_projection(name: str) -> bool:
+    """Whether a weight, by its dotted name, is the kernel of one of the layers' projections."""
+    return name.startswith("layers.") and name.endswith(".kernel")
+
+
+def quantize_in_place(kernel: Array, scheme: Scheme) -> QuantizedKernel:
+    """As `quantize`: every number lies where it lay."""
+
+    def parts(kernel: Array) -> tuple[Array, Array]:
+        made = quantize(kernel, scheme)
+        return made.values, made.scale
+
+    _, scale = jax.eval_shape(parts, kernel)
+    places = kernel.sharding, scale_place(kernel.sharding, scale.shape)
+    values, scale = jax.block_until_ready(jax.jit(parts, out_shardings=places)(kernel))
+    return QuantizedKernel(values, scale, scheme)
+
+
 def scale_place(place: Sharding, shape: tuple[int, ...]) -> Sharding:
     """Where the scales [..., groups, out] of a kernel lie: beside its numbers.
 
@@ -154,11 +191,6 @@ def scale_place(place: Sharding, shape: tuple[int, ...]) -> Sharding:
     if shape[-2] % math.prod(place.mesh.shape[name] for name in names):
         axes[-2] = None
     return NamedSharding(place.mesh, PartitionSpec(*axes))
-
-
-def is_kernel(leaf: Any) -> bool:
-    """Whether a leaf of the parameters is a kernel that says itself how it is multiplied."""
-    return isinstance(leaf, QuantizedKernel | AwareKernel | LoraKernel)
 
 
 def _rounded(x: Array) -> Any:

@@ -67,6 +67,7 @@ RULES: Mapping[str, Rule] = {
     "config.student.param_dtype": Rule(True, False, _OTHER_RUN),
     "config.student.lora": Rule(True, False, _OTHER_RUN),
     "config.student.lora.dropout": Rule(False, False, "from here on the new value holds"),
+    "config.student.base": Rule(True, False, _OTHER_RUN),
     "config.student.sparsity": Rule(True, False, _OTHER_RUN),  # masks are in the checkpoints
     "config.rollout": Rule(True, False, _OTHER_RUN),  # which prompt is whose turn
     **dict.fromkeys(

@@ -147,6 +147,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     for section in [config.teacher, *(config.teachers or {}).values()]:
         if section and section.quantize:
             quantize.check_backend(section.quantize)
+    shapes.check_base(given, student)
     for one in online(teaching).values():
         if one.given.quantize:
             shapes.teacher_scheme(one.given, given.network)
@@ -294,7 +295,19 @@ def _respelled(config: Config, made: Model, shape: Model, teacher: Model) -> Mod
 
 
 def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
-    """A student before its first step, with arrays of its own."""
+    """A student before its first step, with arrays of its own, its frozen kernels as they stay.
+
+    Raises:
+      ConfigError: if groups of `student.base` do not divide a projection.
+    """
+    made, base = _born(config, shape, teacher, mesh), config.student.base
+    if base is None or config.student.source is not None:  # rounded as it was read
+        return made
+    return dataclasses.replace(quantize.quantized(made, base), source=made.source)
+
+
+def _born(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Model:
+    """A student in floating point; with `student.base` one that is read is rounded as it is."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
         if teacher is None or student.tokenizer:  # stored, aside, or in other ids
@@ -309,4 +322,5 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
         mesh=mesh,
         tokenizer=False,
         allow_network=config.security.allow_network,
+        scheme=student.base,
     )

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill import errors, rules
-from jaxdistill.compress import command, prune
+from jaxdistill.compress import command, prune, quantize
 from jaxdistill.config.models import RandomModel, Student, Teacher, Tokenizer
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, Model
-from jaxdistill.models.architecture import picked
+from jaxdistill.models.architecture import flat_weights, picked, weights
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
-from jaxdistill.models.quantized import SCHEMES, Scheme
+from jaxdistill.models.quantized import SCHEMES, Scheme, is_projection
 from jaxdistill.models.vocabulary import vocabulary_size
 from jaxdistill.references import generation_any, scheme_any, spec_any
 from jaxdistill.run import stored
@@ -146,6 +146,38 @@ def teacher_scheme(teacher: Teacher, network: bool) -> Scheme | None:
             "it out, or name the model it was"
         )
     return SCHEMES[teacher.quantize]
+
+
+def check_base(given: Given, student: Model) -> None:
+    """The frozen kernels of a student with adapters can be held as `student.base` says.
+
+    Args:
+      given: what the configuration says.
+      student: its shape.
+
+    Raises:
+      ConfigError: where the backend cannot, groups do not divide, or its files hold others.
+    """
+    section, own = given.student, None
+    if section.source is not None:
+        own = scheme_any(section.source, allow_network=given.network)
+    wanted = None if section.base is None else SCHEMES[section.base]
+    if own is not None and own != wanted:
+        fits = [name for name, scheme in SCHEMES.items() if scheme == own and not scheme.dynamic]
+        beside = f"train adapters beside it (student.lora, base: {fits[0]}), or " if fits else ""
+        raise ConfigError(
+            f"student.source = {section.source}: its kernels are whole numbers, which no step "
+            f"moves: {beside}name the model it was"
+        )
+    if section.base is None or wanted is None:
+        return
+    quantize.check_backend(section.base)
+    for name, row in flat_weights(weights(student.config)).items():
+        if wanted.group and is_projection(name) and row.shape[-2] % wanted.group:
+            raise ConfigError(
+                f"student.base = {section.base}: groups of {wanted.group} inputs do not divide "
+                f"the {row.shape[-2]} inputs of {name.split('.')[-2]}: use int8"
+            )
 
 
 def kept_layers(student: Student, count: int) -> list[int]:

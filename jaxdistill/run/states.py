@@ -20,7 +20,7 @@ HOST = states.HOST
 def adapters_of(student: Student) -> lora.Lora | None:
     """The student's adapters, or None where all of it is trained."""
     section = student.lora
-    return None if section is None else lora.Lora(**section.model_dump())
+    return None if section is None else lora.Lora(**section.model_dump(), scheme=student.base)
 
 
 def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:

@@ -198,9 +198,12 @@ class Online(Plain):
                 mesh=mesh,
                 tokenizer=False,
                 allow_network=self.network,
+                scheme=given.quantize,
             )
-        if given.quantize:
+        if given.quantize and given.random:
             model = quantize.quantized(model, given.quantize)
+        elif given.quantize:
+            model = dataclasses.replace(model, source=f"{given.quantize} of {model.source}")
         model = dataclasses.replace(model, tokenizer=self.model.tokenizer)
         return dataclasses.replace(self, model=self.pairing.seated(model))
 

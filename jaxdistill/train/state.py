@@ -11,6 +11,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder, lora
 from jaxdistill.models.lora import Lora
 from jaxdistill.sharding import RULES, MeshAxes, replicated, shardings
@@ -98,6 +99,8 @@ def abstract(
     student, frozen = abstract_params(config, dtype, mesh, rules), None
     if adapters is not None:
         frozen, small = student, lora.shapes(config, adapters)
+        if adapters.scheme is not None:
+            frozen = quantize.abstract(frozen, quantize.scheme_of(adapters.scheme))
         axes = lora.logical_axes(config, adapters)
         student = _placed(small, shardings(mesh, axes, small, rules))
     params = {"student": student, "objective": _placed(objective, everywhere)}

@@ -16,6 +16,7 @@ from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats import compressed, sums
 from jaxdistill.formats.tensor_table import tensor_rows
 from jaxdistill.models import decoder, quantized
+from jaxdistill.models.kernel import is_kernel
 from jaxdistill.sharding import make_mesh
 from tests.models import oracle
 
@@ -68,7 +69,7 @@ def test_logits_are_those_of_the_rounded_weights(model, name):
     named = oracle.tensors(RAW)
     for ours, (theirs, _) in tensor_rows(model.config).items():
         leaf = functools.reduce(lambda node, key: node[key], ours.split("."), small.params)
-        for layer in range(3) if quantized.is_kernel(leaf) else ():
+        for layer in range(3) if is_kernel(leaf) else ():
             values, scale = np.asarray(leaf.values[layer], float), np.asarray(leaf.scale[layer])
             scale = np.repeat(scale, len(values) // len(scale), axis=0)
             named[theirs.pattern.format(layer)] = (values * scale).T
