@@ -21,8 +21,8 @@ import time
 from benchmarks import duel
 
 FORMS = {
-    "float32": (),
-    "bfloat16": ("student.param_dtype=bfloat16",),
+    "float32": ("student.base=null",),
+    "bfloat16": ("student.base=null", "student.param_dtype=bfloat16"),
     "int8": ("student.base=int8",),
     "int4": ("student.base=int4",),
 }
