@@ -86,20 +86,39 @@ def _peak_bytes() -> int:
 
 def duel(ours: Worker, theirs: Worker, rounds: int) -> dict:
     """Steps in turn; medians of the seconds, the median ratio of neighbours, peak memory."""
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(rounds):
-        for name, worker in (("ours", ours), ("theirs", theirs)):
-            time.sleep(0.3)  # a thread pool may spin for a while after its step
-            seconds[name].append(worker.ask("step")["seconds"])
-    pairs = [a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
-    peaks = {"ours": ours.ask("memory")["peak_bytes"], "theirs": theirs.ask("memory")["peak_bytes"]}
+    seconds, peaks = in_turn({"ours": ours, "theirs": theirs}, rounds)
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "seconds_range": {name: [min(v), max(v)] for name, v in seconds.items()},
-        "time_ratio": statistics.median(pairs),
+        "time_ratio": ratio(seconds["ours"], seconds["theirs"]),
         "peak_mib": {name: round(peak / 2**20) for name, peak in peaks.items()},
         "memory_ratio": peaks["ours"] / peaks["theirs"],
     }
+
+
+def in_turn(
+    workers: dict[str, Worker], rounds: int, between: Callable[[], object] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each worker's steps, one of each a round, and its peak bytes after all of them.
+
+    Args:
+      workers: by name.
+      rounds: of all workers.
+      between: is called once a round, while no worker works.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            time.sleep(0.3)  # a thread pool may spin for a while after its step
+            seconds[name].append(worker.ask("step")["seconds"])
+        time.sleep(0.3)
+        between()
+    return seconds, {name: worker.ask("memory")["peak_bytes"] for name, worker in workers.items()}
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median ratio of the steps of a round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def save(name: str, result: dict) -> pathlib.Path:

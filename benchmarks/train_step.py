@@ -1,22 +1,27 @@
-"""Our training step against PyTorch eager on the same models and tokens, in turn, in one run.
+"""Our training step beside torch's on the same models and tokens, in turn, in one run.
 
-    python -m benchmarks.train_step --torch-python /path/to/python-with-torch
+    python -m benchmarks.train_step --torch-python PYTHON --baseline eager compiled liger_chunked
 
-Both train the same student from the same teacher (Llama shapes, random float32 weights that PyTorch
-makes and saves and we load): loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), AdamW.
-Compilation and two steps come before the clock and before the high-water mark of memory. Both are
-also given as multiples of what the step cannot do without, see `benchmarks.floor`.
+All train the same student from the same teacher (Llama shapes, random float32 weights that torch
+makes and saves): loss = alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), AdamW. Compilation
+and two steps come before the clock and before the high-water mark of memory. Every round makes one
+step of each and measures once what no step can do without, see `benchmarks.floor`: other work on
+the machine slows all of them alike.
 """
 
 import argparse
 import json
+import os
 import pathlib
+import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 from benchmarks import duel, floor
 
+BASELINES = ("eager", "compiled", "liger_chunked", "liger_compiled")
 VOCAB, BATCH, LENGTH = 32_000, 4, 256
 ALPHA, TEMPERATURE, LEARNING_RATE = 0.5, 2.0, 1e-4
 SHAPES = {
@@ -26,110 +31,106 @@ SHAPES = {
 
 
 def main() -> None:
-    """Starts both workers and prints the ratios."""
+    """Starts all workers and prints times, memory and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--baseline", nargs="+", choices=BASELINES, default=["eager"])
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("models", "ours", *BASELINES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker = {"ours": _our_worker, "theirs": _their_worker}[options.worker]
-        return worker(options.folder, options.length)
+        return _work(options.worker, options.folder, options.length)
     with tempfile.TemporaryDirectory() as folder:
-        common = [
-            "-m",
-            "benchmarks.train_step",
-            "--folder",
-            folder,
-            "--length",
-            str(options.length),
-        ]
-        theirs = duel.Worker([options.torch_python, *common, "--worker", "theirs"])
-        their_facts = theirs.read()
-        ours = duel.Worker([sys.executable, *common, "--worker", "ours"])
-        our_facts = ours.read()
-        result = duel.duel(ours, theirs, options.rounds)
-        # In the same run, while neither works: a machine's rates change with its other load.
-        least = floor.measure(SHAPES, VOCAB, BATCH, options.length)
-        ours.close()
-        theirs.close()
-    result = {
-        "baseline": "PyTorch eager, transformers LlamaForCausalLM",
-        "shapes": SHAPES | {"vocab": VOCAB, "batch": BATCH, "length": options.length},
-        "ours": our_facts,
-        "theirs": their_facts,
-        **result,
-        "floor": least,
-        "over_floor": {who: taken / least["total"] for who, taken in result["seconds"].items()},
-    }
+        result = _race(folder, options)
     print(json.dumps(result, indent=2))
-    difference = abs(our_facts["first_loss"] / their_facts["first_loss"] - 1)
-    assert difference < 1e-4, f"the two sides do not compute the same loss: {difference:.1e} apart"
+    _check_alike({name: row["first_loss"] for name, row in result["rows"].items()})
     if options.save:
         print(duel.save(options.save, result))
     return None
+
+
+def _race(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All workers and the floor in turn, round after round."""
+    arguments = ["-m", "benchmarks.train_step", "--folder", folder]
+    arguments += ["--length", str(options.length), "--worker"]
+    maker = duel.Worker([options.torch_python, *arguments, "models"])
+    maker.read()
+    maker.close()
+    workers, facts = {}, {}
+    for name in ("ours", *options.baseline):
+        python = sys.executable if name == "ours" else options.torch_python
+        workers[name] = duel.Worker([python, *arguments, name])
+        facts[name] = workers[name].read()
+    torch = duel.Worker([options.torch_python, "-m", "benchmarks.floor"])
+    torch.read()
+    least = floor.Floor(SHAPES, VOCAB, BATCH, options.length, torch)
+    load = [os.getloadavg()[0]]
+    seconds, peaks = duel.in_turn(workers, options.rounds, between=least.measure)
+    load.append(os.getloadavg()[0])
+    for worker in (*workers.values(), torch):
+        worker.close()
+    found = least.result()
+    return {
+        "shapes": SHAPES | {"vocab": VOCAB, "batch": BATCH, "length": options.length},
+        "vector_bits": found["vector_bits"],
+        "rounds": options.rounds,
+        "load_average": {"before": load[0], "after": load[1], "of_all_workers": True},
+        "rows": {
+            name: facts[name]
+            | {
+                "seconds": statistics.median(taken),
+                "seconds_range": [min(taken), max(taken)],
+                "over_floor": statistics.median(taken) / found["total"],
+                "peak_mib": round(peaks[name] / 2**20),
+            }
+            for name, taken in seconds.items()
+        },
+        "ours_as_a_part_of": {
+            name: {
+                "time": duel.ratio(seconds["ours"], seconds[name]),
+                "peak": peaks["ours"] / peaks[name],
+            }
+            for name in options.baseline
+        },
+        "floor": found,
+    }
+
+
+def _check_alike(losses: dict[str, float]) -> None:
+    """Fails unless all first losses are one."""
+    apart = max(abs(loss / losses["ours"] - 1) for loss in losses.values())
+    assert apart < 1e-4, f"not all compute the same loss: {losses}"
+
+
+def _work(name: str, folder: pathlib.Path, length: int) -> None:
+    """What a worker does: it makes the models, or steps each time it is asked."""
+    if name == "ours":
+        return _our_worker(folder, length)
+    from benchmarks.peers import torch_step
+
+    if name == "models":
+        torch_step.make_models(SHAPES, VOCAB, folder)
+        return print(json.dumps({}), flush=True)
+    made = torch_step.make(name, folder, _tokens(length), ALPHA, TEMPERATURE, LEARNING_RATE)
+    return _serve(*made)
+
+
+def _serve(step, facts: dict) -> None:
+    """Warms up by two steps, then answers."""
+    began = time.perf_counter()
+    first = step()
+    facts |= {"first_loss": first, "first_step_seconds": time.perf_counter() - began}
+    step()
+    duel.serve(step, facts)
 
 
 def _tokens(length: int):
     import numpy as np
 
     return np.random.default_rng(0).integers(0, VOCAB, (BATCH, length + 1))
-
-
-def _their_worker(folder: pathlib.Path, length: int) -> None:
-    import torch
-    import torch.nn.functional as functional
-    import transformers
-
-    torch.manual_seed(0)
-    models = {name: _torch_model(shape) for name, shape in SHAPES.items()}
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    teacher, student = models["teacher"].eval(), models["student"].train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
-    tokens = torch.from_numpy(_tokens(length))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-
-    def step() -> float:
-        with torch.no_grad():
-            teacher_logits = teacher(inputs, use_cache=False).logits.float()
-        logits = student(inputs, use_cache=False).logits.float()
-        ce = functional.cross_entropy(logits.reshape(-1, VOCAB), labels.reshape(-1))
-        kl = functional.kl_div(
-            functional.log_softmax(logits / TEMPERATURE, -1).reshape(-1, VOCAB),
-            functional.log_softmax(teacher_logits / TEMPERATURE, -1).reshape(-1, VOCAB),
-            reduction="batchmean",
-            log_target=True,
-        )
-        loss = ALPHA * ce + (1 - ALPHA) * TEMPERATURE**2 * kl
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    first = step()
-    step()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    duel.serve(step, {"first_loss": first, "threads": torch.get_num_threads()} | versions)
-
-
-def _torch_model(shape: dict):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=shape["embed"],
-        intermediate_size=shape["mlp"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).float()
 
 
 def _our_worker(folder: pathlib.Path, length: int) -> None:
@@ -183,12 +184,10 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
         return float(means["loss/total"].value)
 
     del state
-    first = step()
-    step()
     memory = program.memory_analysis()
-    facts = {"first_loss": first, "jax": jax.__version__, "compile_seconds": compile_seconds}
+    facts = {"versions": {"jax": jax.__version__}, "compile_seconds": compile_seconds}
     facts["temporary_mib"] = round(memory.temp_size_in_bytes / 2**20)
-    duel.serve(step, facts)
+    _serve(step, facts)
 
 
 if __name__ == "__main__":

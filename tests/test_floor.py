@@ -9,6 +9,7 @@ SHAPES = {
     "student": {"embed": 16, "layers": 1, "heads": 2, "mlp": 24},
 }
 VOCAB, BATCH, LENGTH = 64, 2, 8
+ALL = SHAPES, VOCAB, BATCH, LENGTH
 
 
 def flops(shape, times):
@@ -20,29 +21,50 @@ def flops(shape, times):
 
 
 def test_the_products_are_the_teachers_once_and_the_students_three_times():
-    found = floor.products(SHAPES, VOCAB, BATCH, LENGTH)
+    found = floor.products(*ALL)
     total = sum(2 * times * rows * k * n for (rows, k, n), times in found.items())
     assert total == flops(SHAPES["teacher"], 1) + flops(SHAPES["student"], 3)
 
 
-def test_each_part_is_taken_at_its_best_rate(monkeypatch):
-    """With every product 2 ms by one maker and 3 by the other, 1 s per block of exponentials."""
+def test_each_part_is_taken_at_its_best_rate():
+    """With every product 2 ms by one maker and 3 by the other; the first round is disturbed."""
+    least = floor.Floor(*ALL)
+    first = [True]
 
-    def in_turn(makers):
-        if "copy" in makers:
-            return {"copy": 2.0}
-        first, second = (0.002, 0.003) if len(makers) == 3 else (1.0, 4.0)
-        return {"numpy": first, "xla": second}
+    def clock(seconds):
+        return lambda: 9.0 if first[0] else seconds
 
-    monkeypatch.setattr(floor, "_in_turn", in_turn)
-    monkeypatch.setattr(floor, "_makers", lambda *_: dict.fromkeys(("numpy", "xla", "torch")))
-    found = floor.measure(SHAPES, VOCAB, BATCH, LENGTH)
-    count = sum(floor.products(SHAPES, VOCAB, BATCH, LENGTH).values())
-    assert found["products"] == pytest.approx(0.002 * count)
-    assert found["exponentials"] == pytest.approx(3 * 16 * 64 / (64 * 2**16))
-    weights = 4 * 16**2 + 3 * 16 * 24 + 2 * 64 * 16
-    assert found["optimizer"] == pytest.approx(28 * weights * 2.0 / (2 * 4 * 2**25))
+    clocks = {part: {"numpy": 0.003, "xla": 0.002} for part in floor.products(*ALL)}
+    clocks |= {"exponential": {"numpy": 5e-9, "xla": 7e-9}, "byte": {"copy": 3e-9}}
+    for part, makers in clocks.items():
+        assert least.clocks[part].keys() == makers.keys()
+        least.clocks[part] = {name: clock(seconds) for name, seconds in makers.items()}
+    for first[0] in (True, False, False):
+        least.measure()
+    found = least.result()
+    assert found["products"] == pytest.approx(0.002 * floor.products(*ALL).total())
+    assert found["fastest_for_shapes"] == {"xla": len(floor.products(*ALL))}
+    assert found["exponentials"] == pytest.approx(3 * 16 * 64 * 5e-9)
+    student = 4 * 16**2 + 3 * 16 * 24 + 2 * 64 * 16
+    assert found["optimizer"] == pytest.approx(28 * student * 3e-9)
     assert found["total"] == sum(found[part] for part in ("products", "exponentials", "optimizer"))
+    teacher = 2 * (4 * 32**2 + 3 * 32 * 48) + 2 * 64 * 32
+    assert found["held_mib"] == 4 * (teacher + 4 * student) / 2**20
+
+
+def test_rates_are_those_of_one_product_exponential_and_byte():
+    """A clock divides by what its call makes, and torch's is asked for the product by its shape."""
+
+    class Torch:
+        def ask(self, words):
+            return {"seconds": float(len(words))}
+
+    least = floor.Floor(*ALL, Torch())
+    shapes = [part for part in least.clocks if isinstance(part, tuple)]
+    for shape in shapes:
+        assert least.clocks[shape]["torch"]() == len(" ".join(map(str, shape)))
+    assert 1e-11 < least.clocks["byte"]["copy"]() < 1e-6
+    assert 1e-12 < least.clocks["exponential"]["numpy"]() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,7 @@ def _in_turn(module: str, folder: str, names: tuple[str, ...], options: argparse
         command = [python, "-m", f"benchmarks.peers.{module}", "--folder", folder]
         workers[name] = duel.Worker([*command, "--worker", name])
         facts[name] = workers[name].read()
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            time.sleep(0.3)  # a thread pool may spin for a while after its call
-            seconds[name].append(worker.ask("step")["seconds"])
-    peaks = {name: worker.ask("memory")["peak_bytes"] for name, worker in workers.items()}
+    seconds, peaks = duel.in_turn(workers, options.rounds)
     for worker in workers.values():
         worker.close()
     losses = {
@@ -107,17 +102,12 @@ def _in_turn(module: str, folder: str, names: tuple[str, ...], options: argparse
         for name in workers
     }
     ours = losses["jaxdistill"]
-
-    def time_ratio(name: str) -> float:
-        pairs = zip(seconds["jaxdistill"], seconds[name], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
-
     fastest = min(peers, key=lambda name: losses[name]["seconds"])
     smallest = min(peers, key=lambda name: losses[name]["peak_mib"])
     return {
         "shape": {k: getattr(options, k) for k in ("tokens", "vocab", "student", "teacher")},
         "losses": losses,
-        "time_ratios": {name: time_ratio(name) for name in peers},
+        "time_ratios": {name: duel.ratio(seconds["jaxdistill"], seconds[name]) for name in peers},
         "peak_ratios": {name: ours["peak_mib"] / losses[name]["peak_mib"] for name in peers},
         "fastest_peer": fastest,
         "smallest_peer": smallest,
