@@ -6,7 +6,8 @@ group find it in the cache. An accelerator fuses the passes: there a group is th
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -203,18 +204,41 @@ def run(
     if static.group == static.chunk:
         sums, slope, by_temperature = one(per_row)
     else:
-        split = lambda array: array.reshape(-1, static.group, *array.shape[1:])
-        sums, slope, by_temperature = jax.lax.map(one, jax.tree.map(split, per_row))
-        sums = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
-        slope = None if slope is None else slope.reshape(student.shape)
-        if by_temperature is not None:
-            by_temperature = by_temperature.reshape(-1)
+        sums, slope, by_temperature = _in_groups(one, static.group, per_row, wanted.slope)
     gradients = {}
     if by_temperature is not None:
         gradients["temperature"] = jnp.sum(by_temperature) if scalar else by_temperature
     if slope is not None:
         gradients |= pull_back(static, wanted, slope, hidden, x.student_head)
     return sums, gradients
+
+
+def _in_groups(
+    one: Callable, group: int, per_row: tuple[Any, ...], slopes: bool
+) -> tuple[dict[str, Array], Array | None, Array | None]:
+    """What `one` makes of the groups of a chunk, one after the other.
+
+    Each group's slopes take the place of its logits, which nothing reads afterwards.
+    """
+    split = lambda array: array.reshape(-1, group, *array.shape[1:])
+    student, *others = jax.tree.map(split, per_row)
+    in_place = slopes and student.dtype == jnp.float32
+
+    def body(held, piece):
+        number, rows = piece
+        # Apart from the buffer, so that the slopes' loop reads nothing of what it writes to.
+        own = jax.lax.optimization_barrier(held[number])
+        sums, slope, by_temperature = one((own, *rows))
+        if in_place:
+            held, slope = held.at[number].set(slope), None
+        return held, (sums, slope, by_temperature)
+
+    numbered = jnp.arange(len(student)), others
+    held, (sums, slope, by_temperature) = jax.lax.scan(body, student, numbered)
+    slope = held if in_place else slope
+    sums = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
+    whole = lambda array: None if array is None else array.reshape(-1, *array.shape[2:])
+    return sums, whole(slope), whole(by_temperature)
 
 
 def logits(

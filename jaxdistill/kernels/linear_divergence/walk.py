@@ -63,7 +63,10 @@ class Pieces(NamedTuple):
         head = self.operands.student_head
         totals: Gradients = {}
         if wanted.head:
-            totals["student_head"] = jnp.zeros(head.shape, jnp.float32)
+            # A zero of its own: XLA keeps one array of zeros for all that begin as such, and
+            # would hold it beside this sum until the last of them begins.
+            zero = jax.lax.optimization_barrier(jnp.float32(0))
+            totals["student_head"] = jnp.full(head.shape, zero)
         if wanted.bias:
             totals["student_bias"] = jnp.zeros(head.shape[0], jnp.float32)
         if wanted.temperature and self.operands.coefficients.has_scalar_temperature:
