@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from jaxdistill.data import stretches
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.record_hash import fingerprint_of, seen
 from jaxdistill.data.records import Record
@@ -17,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 # More held-out records than this share in the training data too, and the numbers mean nothing.
 MAX_SHARED = 0.1
+# Of the held-out text, the shares that may be trained on unsaid (texts quote), and at all.
+QUOTED, MAX_SHARED_TEXT = 0.01, 0.5
 
 
 def split(sources: Sequence[Source], fraction: float) -> tuple[list[Source], list[Source]]:
@@ -92,6 +96,35 @@ def check(train: Dataset, held_out: Dataset) -> None:
     theirs = held_out.arrays["records"][:]
     shared = int(np.isin(theirs, train.arrays["records"][:]).sum())
     _judge(shared, len(theirs), "records", "data.train")
+
+
+def check_stretches(
+    train: Dataset, held_out: Dataset, tokenizer: Any, refuses: bool = True
+) -> None:
+    """Compares what the two say, however it is cut into records; warns of what is in both.
+
+    Args:
+      train: what is trained on.
+      held_out: what is not.
+      tokenizer: of both.
+      refuses: whether too much of it is an error, and no warning.
+
+    Raises:
+      DataError: if more than MAX_SHARED_TEXT of the held-out stretches of tokens are trained on.
+    """
+    shared, total = stretches.shared(train, held_out, tokenizer)
+    if shared <= QUOTED * total:
+        return
+    told = (
+        f"data.eval: {shared / total:.0%} of its text is in data.train too, cut into other records "
+        f"({shared} of {total} stretches of {stretches.LENGTH} learned tokens)"
+    )
+    if refuses and shared > MAX_SHARED_TEXT * total:
+        raise DataError(
+            f"{told}: held-out data must not be trained on: take it out of one of the two, or let "
+            "data.eval: {fraction: 0.01} choose"
+        )
+    _log.warning("%s", told)
 
 
 def check_prompts(

@@ -68,6 +68,8 @@ def data_of(
     }
     if "train" in built:
         held_out.check(built["train"], built["eval"])
+        # Records that were chosen one by one may repeat others' texts; files were given as apart.
+        held_out.check_stretches(built["train"], built["eval"], tokenizer, refuses=share is None)
     return built
 
 

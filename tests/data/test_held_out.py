@@ -1,11 +1,13 @@
 import gzip
 import itertools
 import json
+import re
 import unicodedata
 
+import numpy as np
 import pytest
 
-from jaxdistill.data import files, held_out, pipeline
+from jaxdistill.data import files, held_out, pipeline, stretches
 from jaxdistill.data.record_hash import fingerprint_of
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import open_source
@@ -169,6 +171,59 @@ def test_a_copy_of_a_long_text_is_known_by_its_pieces(tmp_path, monkeypatch):
         path.write_bytes((more + ends.join(lines)).encode())
         found.append([fingerprint_of(one) for one in open_source(path)])
     assert len(found[0]) > 5 and found.count(found[0]) == len(found)
+
+
+def _told(seed, lines=40):
+    """A text of its own: lines of words that no other seed has in this order."""
+    rng = np.random.default_rng(seed)
+    words = lambda: " ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(8))
+    return "\n".join(words() for _ in range(lines))
+
+
+FRAME = "This text is free to use by everybody, for whatever purpose. "
+CUT_ANEW = {
+    "in two": lambda texts: [part for t in texts for part in (t[: len(t) // 2], t[len(t) // 2 :])],
+    "joined": lambda texts: ["\n".join(texts)],
+    "by lines, with other blanks": lambda texts: [
+        "  ".join(line.split()) for text in texts for line in text.splitlines()
+    ],
+}
+
+
+@pytest.fixture
+def told(jsonl, build):
+    def make(texts, name):
+        return build(open_source(jsonl([{"text": t} for t in texts], f"{name}.jsonl")), name)
+
+    return make
+
+
+@pytest.mark.parametrize("how", CUT_ANEW)
+def test_a_copy_in_other_records_is_a_copy(how, told, byte_tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(stretches, "_BLOCK", 1000)  # the training data is read in several
+    texts = [_told(seed) for seed in range(4)]
+    train, copy = told(texts, "train"), told(CUT_ANEW[how](texts[1:3]), "eval")
+    held_out.check(train, copy)
+    with pytest.raises(DataError, match=r"data.eval: (9\d|100)% of its text is in data.train"):
+        held_out.check_stretches(train, copy, byte_tokenizer)
+    held_out.check_stretches(train, copy, byte_tokenizer, refuses=False)
+    assert "cut into other records" in caplog.text
+
+
+@pytest.mark.parametrize("most", [2**17, 2**8])
+def test_a_quarter_of_a_text_is_told_and_a_frame_is_not(
+    most, told, byte_tokenizer, monkeypatch, caplog
+):
+    monkeypatch.setattr(stretches, "_SAMPLED", most)
+    train = told([FRAME + _told(seed) for seed in range(3)], "train")
+    other = told([FRAME + _told(seed) for seed in range(3, 6)], "eval")
+    held_out.check_stretches(train, other, byte_tokenizer)
+    assert not caplog.records
+    mixed = told([_told(0), *(_told(seed) for seed in range(7, 10))], "eval")
+    held_out.check_stretches(train, mixed, byte_tokenizer)
+    [record] = caplog.records
+    share = int(re.search(r"data.eval: (\d+)%", record.getMessage())[1])
+    assert 20 <= share <= 30
 
 
 def test_questions_that_are_held_out_are_not_asked(jsonl, caplog):

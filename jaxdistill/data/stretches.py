@@ -1,0 +1,74 @@
+"""Stretches of tokens that two data sets have in common, however their texts are cut into records.
+
+    train       | a b c d e f g h |          the record as it was
+    held-out    | a b c d | e f g h |        the same, cut in two
+
+Records differ, and stretches of 32 learned tokens do not. White space and control tokens are left
+out before, so that other line ends and other marks between turns change nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.data.dataset import Dataset
+
+LENGTH = 32
+_BLOCK = 2**20  # tokens
+_SAMPLED = 2**17  # of more held-out tokens one stretch in eight is compared
+_ODD = 0x9E3779B97F4A7C15
+# Space, line feed, carriage return and tab of byte-level tokenizers, the space of SentencePiece.
+_BLANK = "\u0120\u010a\u010d\u0109\u2581 \n\r\t"
+_BLANK_BYTES = ("<0x20>", "<0x0A>", "<0x0D>", "<0x09>")
+
+
+def shared(train: Dataset, held_out: Dataset, tokenizer: Any) -> tuple[int, int]:
+    """(how many stretches of the held-out data are trained on, how many there are).
+
+    A stretch that comes more than once in the held-out data, such as a licence or the frame of a
+    question, is none of a text's own and not counted.
+    """
+    numbers = _numbers(tokenizer)
+    bits = 3 if held_out.num_tokens > _SAMPLED else 0
+    theirs = np.concatenate([np.empty(0, np.uint64), *_stretches(held_out, numbers, bits)])
+    distinct, counts = np.unique(theirs, return_counts=True)
+    own = distinct[counts == 1]
+    if not len(own):
+        return 0, 0
+    found = np.zeros(len(own), bool)
+    for block in _stretches(train, numbers, bits):
+        place = np.minimum(np.searchsorted(own, block), len(own) - 1)
+        found[place[own[place] == block]] = True
+    return int(found.sum()), len(own)
+
+
+def _numbers(tokenizer: Any) -> np.ndarray:
+    """By id a random number, one for all tokens that differ in white space; 0: left out."""
+    by_id = {id: text for text, id in tokenizer.get_vocab().items()}
+    said = {id: text.strip(_BLANK) for id, text in by_id.items() if text not in _BLANK_BYTES}
+    texts = sorted({text for text in said.values() if text})
+    drawn = np.random.default_rng(0).integers(1, 2**63, len(texts), np.uint64)
+    number = dict(zip(texts, drawn, strict=True))
+    numbers = np.zeros(max(by_id) + 1, np.uint64)
+    for id, text in said.items():
+        numbers[id] = number.get(text, 0)
+    numbers[list(tokenizer.all_special_ids)] = 0
+    return numbers
+
+
+def _stretches(data: Dataset, numbers: np.ndarray, bits: int) -> Iterator[np.ndarray]:
+    """Hashes of a data set's stretches: those that begin with `bits` zeros."""
+    rest = np.empty(0, np.uint64)
+    for start in range(0, len(data.arrays["tokens"]), _BLOCK):
+        here = slice(start, start + _BLOCK)
+        ids = np.asarray(data.arrays["tokens"][here])[np.asarray(data.arrays["loss"][here], bool)]
+        said = numbers[ids]
+        line = np.concatenate([rest, said[said > 0]])
+        rest = line[max(len(line) - LENGTH + 1, 0) :]
+        hashed, width = line, 1
+        while width < LENGTH and len(hashed) > width:
+            factor = np.uint64(pow(_ODD, width, 2**64))
+            hashed, width = hashed[:-width] * factor + hashed[width:], 2 * width
+        if width == LENGTH:
+            yield hashed if not bits else hashed[hashed >> np.uint64(64 - bits) == 0]
