@@ -111,13 +111,23 @@ def in_floats(params: Any) -> Any:
     return jax.tree.map(array, params, is_leaf=is_kernel)
 
 
-def check_backend(name: str) -> None:
+def check_backend(name: str, *, in_step: bool = False) -> None:
     """The products of a scheme compile and run on this backend.
+
+    Args:
+      name: of the scheme.
+      in_step: as arguments of a program that is compiled before it runs, as a training step is.
 
     Raises:
       ConfigError: naming scheme, backend and what the compiler said.
     """
     scheme = scheme_of(name)
+    # It lays their arrays out otherwise than the compiled program asks for them.
+    if in_step and scheme.bits == 4 and jax.__version_info__ < (0, 11):
+        raise ConfigError(
+            f"quantisation = {name!r}: JAX {jax.__version__} gives a compiled step no arrays of 4 "
+            "bits: use int8, or JAX 0.11 or newer (Python 3.12)"
+        )
     kernel = quantize(jnp.ones((scheme.group or 32, 32)), scheme)
     try:
         jax.block_until_ready(

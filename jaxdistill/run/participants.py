@@ -146,7 +146,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     check_tensor(mesh, {name: model.config for name, model in shaped.items()})
     for section in [config.teacher, *(config.teachers or {}).values()]:
         if section and section.quantize:
-            quantize.check_backend(section.quantize)
+            quantize.check_backend(section.quantize, in_step=True)
     shapes.check_base(given, student)
     for one in online(teaching).values():
         if one.given.quantize:

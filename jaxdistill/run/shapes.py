@@ -171,7 +171,7 @@ def check_base(given: Given, student: Model) -> None:
         )
     if section.base is None or wanted is None:
         return
-    quantize.check_backend(section.base)
+    quantize.check_backend(section.base, in_step=True)
     for name, row in flat_weights(weights(student.config)).items():
         if wanted.group and is_projection(name) and row.shape[-2] % wanted.group:
             raise ConfigError(
