@@ -21,6 +21,7 @@ from jaxdistill import config as configs
 from jaxdistill.cli import launch
 from jaxdistill.report import read_metrics
 from tests.run.conftest import take_devices
+from tests.run.test_routing import written
 from tests.run.test_session import losses
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -182,15 +183,19 @@ def test_two_processes_learn_as_one_does(devices, pair, alone):
         assert left["perplexity"] == pytest.approx(right["perplexity"], rel=1e-5)
 
 
-def test_gradients_are_the_same_leaf_by_leaf(pair, alone):
+def assert_same_first_gradients(one: pathlib.Path, other: pathlib.Path) -> None:
     """Adam's first moment after one step is 0.1 of the first gradient."""
-    ours, theirs = arrays(pair, 1), arrays(alone(8), 1)
+    ours, theirs = arrays(one, 1), arrays(other, 1)
     moments = [name for name in ours if "/mu/" in name]
     assert len(moments) > 5
     for name in moments:
         size = np.abs(theirs[name]).max()
         assert size > 0
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6 * size)
+
+
+def test_gradients_are_the_same_leaf_by_leaf(pair, alone):
+    assert_same_first_gradients(pair, alone(8))
 
 
 def test_one_process_writes_and_the_others_say_nothing(pair):
@@ -262,6 +267,40 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
             assert ours[number] == again[number], number
         assert ours["rollout/tokens"] == theirs["rollout/tokens"]
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
+
+
+def test_two_teachers_teach_in_two_processes_as_in_one(write_config, load_config, tmp_path):
+    """Each text is taught by its own one, in micro-batches of one teacher each."""
+    shape = "random: {layers: %d, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, dtype: float32"
+    named = lambda number: {"teacher": "math" if number % 3 else "code"}
+    for name, first, count in (("train", 0, 60), ("eval", 1000, 9)):
+        written(tmp_path / f"{name}.jsonl", first, count, named)
+    several = (
+        "train={steps: 4, batch_size: 8, micro_batches: 2, eval_every: 4, log_every: 1}",
+        "checkpoint.every.steps=4",
+        "teacher=null",
+        f"teachers={{math: {{{shape % 1}}}, code: {{{shape % 2}}}}}",
+        "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4}, compute_dtype: float32}",
+        "method={name: kd, alpha: 0.0}",
+        f"data.train=[{{path: {tmp_path}/train.jsonl}}]",
+        f"data.eval=[{{path: {tmp_path}/eval.jsonl}}]",
+    )
+    words = ("-n", "2", "--devices-per-process", "1", "--", "train")
+    for name in ("pair", "alone"):
+        (tmp_path / name).mkdir()
+    with launched(tmp_path, *words, write_config(tmp_path / "pair", *several)) as process:
+        ended(process, tmp_path, 0)
+    config = load_config(tmp_path / "alone", *RUN, *several, "mesh.fsdp=1")
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch, 1, lambda: api.train(config))
+    runs = [tmp_path / name / "run" for name in ("pair", "alone")]
+    assert_same_curve(*runs)
+    told = [one for one in read_metrics(runs[0]) if "loss/total" in one]
+    assert len(told) == 4
+    for name in ("math", "code"):  # both teach, and two programs of other sizes differ
+        assert sum(one[f"teachers/{name}/tokens"] for one in told) > 0
+    assert told[0]["teachers/math/kl_t1"] != told[0]["teachers/code/kl_t1"]
+    assert_same_first_gradients(*runs)
 
 
 def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
