@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack
 
 from pydantic import Field
 
+from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
 from jaxdistill.methods.knobs import Weight, schedules
 from jaxdistill.section import Problem
@@ -40,12 +41,14 @@ class Grpo(Options):
     correction_bound: float = Field(2.0, ge=1, le=1e6, description="The largest q_old / mu.")
     teacher_weight: Weight = Field(
         0.0,
-        description="Of the divergence from a teacher, exact over the vocabulary, beside the "
-        "reward (teacher_kl_coef, opd_kl_coef, distillation weight); 0: no teacher. A number or "
+        description="Of the divergence from a teacher beside the reward (teacher_kl_coef, "
+        "opd_kl_coef, distillation weight); 0: no teacher. A number or "
         "{schedule, start, end}.",
     )
-    divergence: Literal["reverse_kl", "forward_kl"] = Field(
-        "reverse_kl", description="From the teacher."
+    divergence: Literal["reverse_kl", "forward_kl", "sampled_kl"] = Field(
+        "reverse_kl",
+        description="From the teacher: exact over the vocabulary, or sampled_kl: log p - log q of "
+        "each drawn token joins its advantage, for which a server (teacher.api) can be asked.",
     )
     distil: Literal["all", "wrong"] = Field(
         "all",
@@ -107,7 +110,11 @@ def objective(
         L = L_policy + teacher_weight mean_t D(p, q) + start_weight mean_t KL
 
     L_policy is the mean that `policy.per` says, the others are means over tokens, all of the whole
-    batch. Of the batch it reads `sampled` and `sampler_logprobs`. Where q_old is not given it is q
+    batch. With `sampled_kl` the teacher is a part of the advantages instead:
+
+        A_t = A + teacher_weight (log p(y_t) - sg log q(y_t))
+
+    Of the batch it reads `sampled` and `sampler_logprobs`. Where q_old is not given it is q
     itself, and ratios are 1. The correction for the sampler multiplies the policy loss alone.
     Knob: teacher_weight.
 
@@ -116,7 +123,7 @@ def objective(
       max_length: tokens of an answer at most, for `per` "length".
       correction: a rule of `losses.sampler_weights`.
       correction_bound: its upper bound.
-      divergence: from the teacher; None: there is none.
+      divergence: from the teacher, "sampled_kl" among them; None: there is none.
       only_wrong: the teacher teaches the answers in `sampled["wrong"]` alone.
       start_weight: of the KL to the student before the first step.
       estimator: of that KL.
@@ -130,8 +137,11 @@ def objective(
 
     from jaxdistill import losses
     from jaxdistill.methods.chunks import following
-    from jaxdistill.methods.head_loss import from_heads, said
+    from jaxdistill.methods.head_loss import from_heads, said, said_by_teacher
     from jaxdistill.types import Mean
+
+    drawn = divergence == "sampled_kl"
+    exact = None if drawn else divergence
 
     def taught(batch):
         mask = batch.mask & batch.sampled["wrong"] if only_wrong else batch.mask
@@ -143,8 +153,23 @@ def objective(
         zeros = jnp.zeros(batch.mask.shape)
         whole = losses.per_mean(zeros, batch.mask, policy.per, batch.segment_ids, max_length)
         counts = {"policy_count": whole.count, "answer_tokens": batch.mask.sum()}
-        counts |= {"taught_tokens": taught(batch).sum()} if divergence else {}
+        counts |= {"taught_tokens": taught(batch).sum()} if exact else {}
         return {name: count.astype(jnp.float32) for name, count in counts.items()}
+
+    def gains_of(signal, new, batch, knobs):
+        """The advantages of the drawn tokens, and what is told of their two parts."""
+        gains = batch.sampled["advantages"]
+        if not drawn:
+            return gains, {}
+        part = taught(batch)
+        theirs = said_by_teacher(head, signal, dataclasses.replace(batch, mask=part))
+        own = losses.teacher_advantages(new, theirs, part, weight=knobs["teacher_weight"])
+        over = lambda values, mask: Mean(jnp.where(mask, values, 0.0).sum(), mask.sum() * 1.0)
+        return gains + own, {
+            "loss/sampled_kl": over(new - theirs, part),
+            "policy/of_reward": over(jnp.abs(gains), batch.mask),
+            "policy/of_teacher": over(jnp.abs(own), batch.mask),
+        }
 
     def apply(params, student, signal, batch, knobs):
         counts = knobs if "policy_count" in knobs else prepare(batch)
@@ -155,8 +180,9 @@ def objective(
             old, batch.sampler_logprobs, mask, rule=correction, upper=correction_bound,
             segment_ids=batch.segment_ids,
         )  # fmt: skip
+        gains, beside = gains_of(signal, jax.lax.stop_gradient(new), batch, knobs)
         means = losses.policy_loss(
-            new, old, sampled["advantages"], mask, policy,
+            new, old, gains, mask, policy,
             segment_ids=batch.segment_ids, weights=bounded.weights, max_length=max_length,
         )  # fmt: skip
         count = means["loss"].count
@@ -174,10 +200,11 @@ def objective(
             "policy/sampler_difference": bounded.difference,
             "policy/sampler_kl": bounded.mismatch,
         }
-        if divergence:
+        means |= beside
+        if exact:
             part = dataclasses.replace(batch, mask=taught(batch))
             theirs = from_heads(
-                head, student, signal.outputs, part, knobs, kind=divergence, alpha=0.0
+                head, student, signal.outputs, part, knobs, kind=exact, alpha=0.0
             )
             share = counts["policy_count"] / jnp.maximum(counts["taught_tokens"], 1.0)
             total += knobs["teacher_weight"] * share * theirs["loss"].total
@@ -232,6 +259,7 @@ METHOD = Method(
     build,
     needs_teacher=lambda options: options.with_teacher,
     needs_start=lambda options: options.start_weight > 0,
+    reads=lambda options: signals.DRAWN if options.divergence == "sampled_kl" else signals.ROWS,
     any_text=False,
     reads_sampler=True,
     rewards=True,

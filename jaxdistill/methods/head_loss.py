@@ -13,7 +13,7 @@ from jaxdistill.kernels.linear_divergence import linear_divergence
 from jaxdistill.kernels.linear_logprobs import Logprobs, linear_logprobs
 from jaxdistill.methods.base import MONITOR
 from jaxdistill.sharding import current_mesh
-from jaxdistill.types import Batch, Known, Mean, Outputs
+from jaxdistill.types import Batch, Known, Mean, Outputs, TeacherSignal
 
 
 def from_heads(
@@ -88,6 +88,14 @@ def said(head: Any, outputs: Outputs, batch: Batch, **asked: Any) -> tuple[Array
     found = statistics(head, outputs, batch.targets, batch.mask, **asked)
     assert found.logprobs is not None, "of the ids that were given"
     return found.logprobs, found.entropy
+
+
+def said_by_teacher(head: Any, signal: TeacherSignal, batch: Batch, **asked: Any) -> Array:
+    """log p of the teacher at the batch's targets, [B, L]: computed, or as a server said it."""
+    if signal.outputs is not None:
+        return said(head, signal.outputs, batch, **asked)[0]
+    assert signal.known is not None, "what says nothing is no teacher"
+    return signal.known.logprobs[..., 0]
 
 
 def statistics(head: Any, outputs: Outputs, ids: Array, mask: Array, **asked: Any) -> Logprobs:

@@ -68,17 +68,14 @@ def objective(
     import jax
 
     from jaxdistill import losses
-    from jaxdistill.methods.head_loss import said
+    from jaxdistill.methods.head_loss import said, said_by_teacher
     from jaxdistill.types import Mean
 
     def apply(params, student, signal, batch, knobs):
         mask = batch.mask
         mine, entropy = said(head, student, batch, temperature=temperature)
         now = jax.lax.stop_gradient(mine)
-        if signal.outputs is not None:
-            theirs, _ = said(head, signal.outputs, batch, temperature=temperature)
-        else:
-            theirs = signal.known.logprobs[..., 0]
+        theirs = said_by_teacher(head, signal, batch, temperature=temperature)
         assert batch.sampler_logprobs is not None, "the row says that its feed fills it"
         ratio = losses.sampler_weights(
             now, batch.sampler_logprobs, mask, upper=max_ratio, segment_ids=batch.segment_ids

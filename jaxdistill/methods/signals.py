@@ -49,9 +49,10 @@ def problem(name: str, reads: str, format: str) -> str | None:
         return None
     what = _READS.get(reads, f"the teacher's probabilities for {reads}")
     if format == SERVED:
+        way = "divergence: sampled_kl" if name == "grpo" else "sampled_kl"
         return (
             f"method {name} reads {what}, and a server says its probability of drawn tokens alone: "
-            "use sampled_kl, or give the model's weights in teacher.source"
+            f"use {way}, or give the model's weights in teacher.source"
         )
     holds = {one: how for one, how in holds.items() if one != SERVED}
     remedy = f"capture with --format {' or '.join(holds)}" if holds else (

@@ -20,6 +20,7 @@ from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rows import buckets, rows_of
+from jaxdistill.rollouts.scores import RoutedScores, Scores
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.types import ORIGINS, STUDENT, Batch, Span
@@ -150,6 +151,7 @@ class RewardedFeed(Feed):
       told: answers behind the prompts of a teacher that is told of others of their group, see
         `siblings.told`; None: it is not.
       leaks: as `RolloutFeed` takes it.
+      scores: likewise.
     """
 
     def __init__(
@@ -170,9 +172,10 @@ class RewardedFeed(Feed):
         hooks: Hooks = NO_HOOKS,
         told: Callable[[Sequence[Answer], Sequence[Verdict]], Sequence[Answer]] | None = None,
         leaks: Callable[[Sequence[np.ndarray]], float] | None = None,
+        scores: Scores | RoutedScores | None = None,
     ):
         self.plan, self._prompts, self._writer, self._judge = plan, prompts, writer, judge
-        self._told_of, self._leaks = told, leaks
+        self._told_of, self._leaks, self._scores = told, leaks, scores
         self._params_of, self._old_of, self._shape = params_of, old_of, shape
         self._sizes, self._rows = buckets(plan.rows, unit), rows
         self._left_out, self._recalled, self._questions = left_out, recalled, questions
@@ -239,13 +242,16 @@ class RewardedFeed(Feed):
         if fresh and not self._draw(first, step, params):
             return None
         drawn = self._drawn[first]
-        rows = self._rows_of(drawn)
+        taught = None if self._scores is None else self._scores(drawn.answers)
+        if taught is None and self._scores is not None:
+            return None
+        rows = self._rows_of(drawn, taught)
         mine = self._rows(len(rows))
         batch = batching.stack([rows[number] for number in mine])
         if plan.updates > 1 and drawn.old is None:
             old = self._old_of(params, batch)
             self._drawn[first] = drawn = dataclasses.replace(drawn, old=old)
-            rows = self._rows_of(drawn)
+            rows = self._rows_of(drawn, taught)
             batch = batching.stack([rows[number] for number in mine])
         told = {
             "rollout/epoch": self.epoch(row + plan.rows),
@@ -258,6 +264,9 @@ class RewardedFeed(Feed):
             told["reward/siblings"] = siblings.share(self._behind(drawn))
         if self._leaks is not None:
             told["rollout/leaks"] = self._leaks([one.tokens for one in drawn.answers])
+        if self._scores is not None:
+            told["perf/teacher_cost"] = self._scores.cost
+            told["perf/scoring_seconds"] = self._scores.seconds
         self._told = {one: t for one, t in self._told.items() if one > update - UNREAD}
         self._told[update] = told | (self._took if fresh else {})
         return Span(row, row + plan.rows), batch
@@ -318,8 +327,10 @@ class RewardedFeed(Feed):
             return drawn.answers
         return self._told_of(drawn.answers, drawn.verdicts)
 
-    def _rows_of(self, drawn: Drawn) -> list[dict[str, Any]]:
-        """The rows of the whole batch."""
+    def _rows_of(
+        self, drawn: Drawn, taught: Sequence[np.ndarray | None] | None
+    ) -> list[dict[str, Any]]:
+        """The rows of the whole batch, with what servers said of the answers."""
         plan = self.plan
         gains = losses.group_advantages(
             plan.rewards(drawn.answers, drawn.verdicts), scale=plan.advantage
@@ -337,6 +348,7 @@ class RewardedFeed(Feed):
             silent=silent,
             sampled=sampled,
             sampler=True,
+            taught=taught,
             **self._shape,
         )
         if plan.updates > 1:

@@ -67,6 +67,7 @@ def feed_of(
             models,
             prompts,
             mesh,
+            asked=asked,
             questions=questions,
             head=config.method.head(setup.facts_of(config, models)),
             folder=folder,

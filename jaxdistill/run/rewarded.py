@@ -20,7 +20,8 @@ from jaxdistill.rollouts import difference, old, siblings
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
-from jaxdistill.run import on_policy, oneself, participants
+from jaxdistill.run import on_policy, oneself, participants, served_teacher
+from jaxdistill.run.teaching import Teaching, served
 from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
@@ -89,6 +90,7 @@ def feed_of(
     prompts: Prompts,
     mesh: Mesh,
     *,
+    asked: Teaching,
     questions: Prompts | None,
     head: methods.Head,
     folder: pathlib.Path,
@@ -104,9 +106,10 @@ def feed_of(
       models: who takes part.
       prompts: what is answered.
       mesh: of all devices.
+      asked: whom the method asks.
       questions: held-out ones, or None.
       head: how the method computes the student's head.
-      folder: of the training, where verdicts are written down.
+      folder: of the training, where verdicts, and what a server says, are written down.
       params_of: state -> the student's parameters, adapters in place.
       left_out: rows that no batch holds, as they are now.
       stop: whether this process was asked to stop.
@@ -133,12 +136,12 @@ def feed_of(
         functions=hooks.verifiers,
     )
     verdicts = Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config)))
-    asked = None
+    exam, servers = None, served(asked)
     if questions is not None and reward.held_out is not None:
         samples, decode = reward.held_out.samples, models.tokenizer.decode
         writer = on_policy.writer_of(config, models, questions, mesh, samples=samples)
         kind = _kind(reward.verifiers[0])
-        asked = Questions(questions, writer, verdicts, decode, samples=samples, kind=kind)
+        exam = Questions(questions, writer, verdicts, decode, samples=samples, kind=kind)
     return RewardedFeed(
         plan_of(config),
         prompts,
@@ -153,16 +156,20 @@ def feed_of(
             "distilled": rollout.distilled_tokens,
             "routing": routing.of(config),
             "layout": routing.layout(config),
+            "servers": [name for name in servers if name],
             **oneself.rows(models.context),
         },
         unit=parts * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         recalled=config.guards.nonfinite.recalled,
-        questions=asked,
+        questions=exam,
         hooks=hooks,
         told=told,
         leaks=oneself.leaks_of(models.teaching, models.tokenizer),
+        scores=served_teacher.scores_of(
+            servers, models.vocab, folder, most=rollout.distilled_tokens, stop=stop, hooks=hooks
+        ),
     )
 
 
