@@ -56,6 +56,10 @@ PARTS: dict[str, Part] = {
         ),
         100,
     ),
+    "ema_kills": _on_rig(
+        lambda rig, n, seed, report: soak_faults.kills(rig, n, seed, report, 3, methods=("ema",)),
+        30,
+    ),
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
     "doubled_stops": _on_rig(
@@ -98,6 +102,7 @@ _EVERY = lambda found, field, value: all(one[field] == value for one in _rows(fo
 SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "kills": lambda f: f["bitwise_equal_runs"] == f["runs"] and not f["unreadable_run_folders"],
     "writing_kills": lambda f: SOUND["kills"](f),
+    "ema_kills": lambda f: SOUND["kills"](f),
     "cold_kills": lambda f: f["bitwise_equal"],
     **dict.fromkeys(
         ("stops", "doubled_stops"),

@@ -44,25 +44,31 @@ METHODS = {
     "replay": "{name: distillm, alpha: 0.0}\n"
     "rollout: {share: 0.8, prompts_per_step: 4, samples: 2, max_new_tokens: 12,\n"
     "  replay: {capacity: 24, schedule: constant, tolerance: 0.0}}",
+    "ema": "{name: kd, alpha: 0.0}\n"
+    "rollout: {prompts_per_step: 4, samples: 2, max_new_tokens: 12}\n"
+    'teacher: {self: {weights: ema, ema_decay: 0.9, context: "Answer: {solution}; {prompt}"}}\n'
+    "student: {random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, "
+    "compute_dtype: float32}",
 }
 # Runs whose student writes, and where they are: generating, and around the step, in which the
 # teacher scores and the student is updated.
-WRITING = ("on_policy", "replay")
+WRITING = ("on_policy", "replay", "ema")
 WHILE_WRITING = tuple(p for p in POINTS if p.startswith(("rollout.", "step.")))
 STEPS = 30
 # Whether a run stops at once when it cannot save: the minutes that it may stay unsaved.
 FULL_DISKS = {"stops": 0.0, "goes_on": 60.0}
+MODELS = """teacher:
+  random: {layers: 2, embed: 32, mlp: 48, heads: 4, kv_heads: 2}
+  dtype: float32
+student: {from: teacher, every: 2, compute_dtype: float32}
+"""
 CONFIG = """
 version: 1
 seed: 3
 run: {{name: tiny, dir: {folder}}}
-teacher:
-  random: {{layers: 2, embed: 32, mlp: 48, heads: 4, kv_heads: 2}}
-  dtype: float32
-student: {{from: teacher, every: 2, compute_dtype: float32}}
-tokenizer: {{from: bytes}}
+{models}tokenizer: {{from: bytes}}
 data:
-  train: [{{path: {data}/train.txt, format: paragraphs}}]
+  train: [{train}]
   eval: [{{path: {data}/eval.txt, format: paragraphs}}]
   seq_len: 32
   cache_dir: {data}/cache
@@ -96,7 +102,8 @@ class Rig:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text(_sentences(0, 120))
         (folder / "eval.txt").write_text(_sentences(1000, 12))
-        prompts = [json.dumps({"prompt": word}) + "\n" for word in _WORDS]
+        asked = [{"prompt": word, "solution": f"of {word}"} for word in _WORDS]
+        prompts = [json.dumps(one) + "\n" for one in asked]
         (folder / "prompts.jsonl").write_text("".join(prompts))
         (folder / "jax").mkdir(mode=0o700, exist_ok=True)
         compiled = os.fspath(cache or folder / "jax")
@@ -115,8 +122,11 @@ class Rig:
     def config(self, method: str, run: pathlib.Path, unsaved: float = 60.0) -> pathlib.Path:
         """A configuration file for a run in a folder that does not exist yet."""
         asked = f"  prompts: [{{path: {self.folder}/prompts.jsonl}}]\n"
+        itself, given = "self:" in METHODS[method], f"path: {self.folder}/train.txt"
         text = CONFIG.format(
             folder=run,
+            models="" if itself else MODELS,
+            train="" if itself else f"{{{given}, format: paragraphs}}",
             data=self.folder,
             method=METHODS[method],
             prompts=asked if "rollout:" in METHODS[method] else "",
