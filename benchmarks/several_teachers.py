@@ -43,8 +43,8 @@ def main() -> None:
     """Trains and measures seed after seed, saves after each, and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--teacher-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     options = parser.parse_args()

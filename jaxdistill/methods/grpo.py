@@ -203,9 +203,7 @@ def objective(
         means |= beside
         if exact:
             part = dataclasses.replace(batch, mask=taught(batch))
-            theirs = from_heads(
-                head, student, signal.outputs, part, knobs, kind=exact, alpha=0.0
-            )
+            theirs = from_heads(head, student, signal.outputs, part, knobs, kind=exact, alpha=0.0)
             share = counts["policy_count"] / jnp.maximum(counts["taught_tokens"], 1.0)
             total += knobs["teacher_weight"] * share * theirs["loss"].total
             means |= {
