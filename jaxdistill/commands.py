@@ -117,6 +117,7 @@ class Sizes(Section):
 
 AXES: tuple[str, ...] = get_args(Axis)
 BUDGETS = ("parameters", "memory", "latency")
+SPARSITY_PATTERN = r"^(2:4|[0-9]{1,2}(\.[0-9]+)?%)$"
 
 
 class Prune(Sizes):
@@ -129,7 +130,7 @@ class Prune(Sizes):
     )
     sparsity: Annotated[str, Flag(metavar="2:4|SHARE")] | None = Field(
         None,
-        pattern=r"^(2:4|[0-9]{1,2}(\.[0-9]+)?%)$",
+        pattern=SPARSITY_PATTERN,
         description="Make weights 0, and leave sizes: 2:4, two of every four along the input "
         "dimension, or a share such as 50% of any; by |w|, or with scores by |w| |x| (Wanda).",
     )

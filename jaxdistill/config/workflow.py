@@ -78,6 +78,22 @@ class PruneStep(ModelStep, commands.Prune):
     kind: Literal["prune"] = Field(description="The kind of step.")
     importance: Path = Field(description="Its scores: the output of an importance step.")
 
+    def problems(self) -> Iterator[Problem]:
+        """Rules: one step makes a model smaller, another one sparse."""
+        yield from super().problems()
+        if self.sparsity is not None:
+            yield ("sparsity",), "is a step of its own: kind: sparsify"
+
+
+class SparsifyStep(ModelStep, commands.Prune):
+    """Makes weights of a model 0, at once, and leaves its sizes."""
+
+    kind: Literal["sparsify"] = Field(description="The kind of step.")
+    sparsity: Annotated[str, Field(pattern=commands.SPARSITY_PATTERN)] = Field(
+        description="2:4, two of every four weights along the input dimension, or a share such as "
+        "50% of any; by |w|, or with importance by |w| |x| (Wanda)."
+    )
+
 
 class QuantizeStep(ModelStep, commands.Quantize):
     """Writes a model in whole numbers."""
@@ -114,10 +130,17 @@ class CompareStep(Step, commands.Compare):
 
 
 AnyStep = Annotated[
-    TrainStep | GenerateStep | ImportanceStep | PruneStep | QuantizeStep | ExportStep | CompareStep,
+    TrainStep
+    | GenerateStep
+    | ImportanceStep
+    | PruneStep
+    | SparsifyStep
+    | QuantizeStep
+    | ExportStep
+    | CompareStep,
     Field(discriminator="kind"),
 ]
-KINDS = ("train", "generate", "importance", "prune", "quantize", "export", "compare")
+KINDS = ("train", "generate", "importance", "prune", "sparsify", "quantize", "export", "compare")
 
 
 class Workflow(Section):
@@ -270,6 +293,7 @@ _SECTIONS = (
     GenerateStep,
     ImportanceStep,
     PruneStep,
+    SparsifyStep,
     QuantizeStep,
     ExportStep,
     CompareStep,

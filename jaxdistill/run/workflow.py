@@ -25,6 +25,7 @@ from jaxdistill.config.workflow import (
     ImportanceStep,
     PruneStep,
     QuantizeStep,
+    SparsifyStep,
     TrainStep,
     Workflow,
 )
@@ -273,6 +274,13 @@ class Runner:
         note = command.pruning_note(folder)
         return {key: note[key] for key in ("parameters", "layers")}
 
+    def _sparsify(self, step: SparsifyStep) -> dict[str, Any]:
+        step = self.resolved(step)
+        folder = self.folder / step.name
+        command.prune(step.model, folder, step)
+        note = command.pruning_note(folder)
+        return {key: note[key] for key in ("sparsity", "by", "zeros")}
+
     def _quantize(self, step: QuantizeStep) -> dict[str, Any]:
         step = self.resolved(step)
         quantize(step.model, self.folder / step.name, step)
@@ -302,6 +310,7 @@ _RUN: Mapping[str, Callable[[Runner, Any], dict[str, Any]]] = {
     "generate": Runner._generate,
     "importance": Runner._importance,
     "prune": Runner._prune,
+    "sparsify": Runner._sparsify,
     "quantize": Runner._quantize,
     "export": Runner._export,
     "compare": Runner._compare,

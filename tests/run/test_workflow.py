@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from jaxdistill import api, cli, models
@@ -293,3 +294,51 @@ def test_a_model_is_asked_and_another_learns_from_it(teacher, data, tmp_path):
     path.write_text(path.read_text().replace("forms:", "output: x\n      forms:"))
     with pytest.raises(ConfigError, match="the step's own folder"):
         workflows.plan(path)
+
+
+SPARSE = """
+dir: {folder}/out
+steps:
+  - name: scores
+    kind: importance
+    model: {teacher}
+    data: [{data}/train.txt]
+    rows: 8
+    seq_len: 32
+  - {{name: plain, kind: sparsify, model: {teacher}, sparsity: "2:4"}}
+  - {{name: wanda, kind: sparsify, model: {teacher}, sparsity: "2:4", importance: "${{scores}}"}}
+  - {{name: rounded, kind: quantize, model: "${{wanda}}", scheme: int8}}
+"""
+
+
+def test_a_model_becomes_sparse_and_is_rounded_after(teacher, data, tmp_path):
+    file = tmp_path / "flow.yaml"
+    file.write_text(SPARSE.format(folder=tmp_path, teacher=teacher, data=data))
+    api.run_workflow(file)
+    kernels = {}
+    for name in ("plain", "wanda"):
+        params = models.load(tmp_path / "out" / name, tokenizer=False).params
+        kernels[name] = np.asarray(params["layers"]["mlp"]["up"]["kernel"])
+        layers, inputs, outputs = kernels[name].shape
+        groups = kernels[name].reshape(layers, inputs // 4, 4, outputs)
+        np.testing.assert_array_equal((groups == 0).sum(2), 2)
+    assert not np.array_equal(*kernels.values()), "the scores count"
+    held = models.load(tmp_path / "out" / "rounded", tokenizer=False).params
+    values = held["layers"]["mlp"]["up"]["kernel"].values
+    assert np.all(np.asarray(values)[kernels["wanda"] == 0] == 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("{name: a, kind: prune, model: m, importance: i, sparsity: 50%}", "kind: sparsify"),
+        ("{name: a, kind: sparsify, model: m}", "sparsity"),
+        ("{name: a, kind: sparsify, model: m, sparsity: 3:4}", "sparsity"),
+        ("{name: a, kind: sparsify, model: m, sparsity: 50%, mlp: 8}", "leaves sizes as they are"),
+    ],
+)
+def test_smaller_and_sparse_are_two_steps(step, words, tmp_path):
+    file = tmp_path / "flow.yaml"
+    file.write_text(f"dir: {tmp_path}/out\nsteps: [{step}]\n")
+    with pytest.raises(ConfigError, match=words):
+        workflows.Runner(file)
