@@ -240,10 +240,16 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
 
 
 def _start(config: Config, student: Model) -> Model:
-    """A copy of the student, which stays as it is, in the type that it computes in."""
+    """A copy of the student, which stays as it is, in the type that it computes in.
+
+    Whole numbers of `student.base` stay such.
+    """
     dtype = jnp.dtype(config.student.compute_dtype)
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), student.params)
-    return dataclasses.replace(student, params=params)
+
+    def copied(leaf: Any) -> jax.Array:
+        return jnp.array(leaf, dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
+
+    return dataclasses.replace(student, params=jax.tree.map(copied, student.params))
 
 
 def _uncut_teacher(config: Config, mesh: Mesh) -> Model:

@@ -244,7 +244,9 @@ class Start(Plain):
         return self.model.params
 
     def abstract_params(self, mesh: Mesh) -> Any:
-        return abstract_params(self.model.config, jnp.dtype(self.section.compute_dtype), mesh)
+        dtype, base = jnp.dtype(self.section.compute_dtype), self.section.base
+        params = abstract_params(self.model.config, dtype, mesh)
+        return params if base is None else quantize.abstract(params, quantize.scheme_of(base))
 
     def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
         return teachers.online(

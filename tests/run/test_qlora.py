@@ -1,5 +1,6 @@
 """Runs whose adapters stand beside kernels in whole numbers: what is held, learned and exported."""
 
+import json
 import shutil
 
 import jax
@@ -161,3 +162,26 @@ def test_a_student_in_whole_numbers_has_base_or_is_refused(load_config, tmp_path
     fits = load_config(tmp_path, f"student={{{source}, lora: {{rank: 2}}, base: int8}}")
     held = models_of(fits, setup.mesh_of(fits)).student.params["layers"]["mlp"]["up"]["kernel"]
     assert isinstance(held, QuantizedKernel)
+
+
+def test_the_student_before_the_first_step_stays_in_whole_numbers(load_config, tmp_path):
+    """A method that compares with it reads a copy of the rounded kernels, as `plan` counts it."""
+    for name, first in (("train", 0), ("eval", 100)):
+        texts = [f"the fox {number}" for number in range(first, first + 16)]
+        rows = [{"prompt": one, "chosen": "jumps", "rejected": "sleeps"} for one in texts]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    held = f"train: [{{path: {tmp_path}/train.jsonl}}], eval: [{{path: {tmp_path}/eval.jsonl}}]"
+    told = f"data={{{held}, seq_len: 64, loss_on: completion}}"
+    given = (told, "teacher=null", "tokenizer={from: bytes}", "method={name: dpo}")
+    config = load_config(tmp_path, WIDE, LORA, "student.base=int8", *given)
+    mesh = setup.mesh_of(config)
+    method = setup.method_of(config, models_of(config, mesh))
+    planned = setup.method_of(config, participants.shapes_of(config, mesh)).asked
+    same = lambda one, two: (one.shape, one.dtype) == (two.shape, two.dtype)
+    shapes = planned.abstract_params(mesh)
+    assert jax.tree.all(jax.tree.map(same, method.asked.params, shapes))
+    assert isinstance(shapes["layers"]["mlp"]["up"]["kernel"], QuantizedKernel)
+    found = losses(api.train(config).run_dir)
+    assert found[1] == pytest.approx(np.log(2), rel=1e-5), "nothing has moved yet"
+    assert found[6] < found[1]
