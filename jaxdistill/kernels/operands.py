@@ -155,6 +155,7 @@ def check_numbers(
       ConfigError: naming the number.
     """
     checks.temperature(temperature, dims)
+    checks.number("alpha", alpha)  # None too, which the others may be
     checks.numbers({"alpha": alpha, "taid_t": taid_t, "label_smoothing": label_smoothing})
     for value in parameters:
         if jnp.ndim(value):

@@ -8,6 +8,7 @@ import pytest
 from jaxdistill import losses
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import divergence, linear_divergence, rows
+from jaxdistill.kernels.linear_divergence import arguments
 
 B, L, V, D = 4, 6, 9, 5
 _rng = np.random.default_rng(0)
@@ -42,6 +43,7 @@ HEAD_LOSS = [
     ({"student_softcap": -1.0}, "student_softcap = -1.0: must be positive"),
     ({"logits_dtype": "int32"}, "logits_dtype = int32"),
     ({"monitor": jnp.ones(3, bool)}, "monitor"),
+    ({"labels": None, "teacher_hidden": None, "teacher_head": None, "alpha": 0.0}, "give labels"),
     ({"student_hidden": jnp.ones((B, L, D), jnp.int32)}, "student_hidden is int32"),
     ({"teacher_hidden": None, "teacher_head": None, "taid_t": 0.5}, "taid_t has no effect"),
 ]
@@ -61,6 +63,15 @@ def head_loss(**changes):
 def test_the_head_loss_names_what_does_not_fit(changes, words):
     with pytest.raises(ConfigError, match=words):
         head_loss(**changes)
+
+
+def test_what_is_of_no_type_is_named_where_nothing_else_checks_types():
+    """Under test every public function checks its annotations first."""
+    teacher = (HIDDEN, HEAD, None)
+    with pytest.raises(ConfigError, match="kind = 3: must be one of forward_kl, .*, or a function"):
+        arguments.check_choices(3, (), "mean", (B, L), V, teacher, (None, None))
+    with pytest.raises(ConfigError, match="monitor = 'no': must be a bool"):
+        arguments.check_pieces(None, None, "no")
 
 
 @pytest.mark.parametrize(("changes", "words"), COMMON)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks, choice, operands
 from jaxdistill.kernels.linear_divergence import arguments, fused
 from jaxdistill.kernels.linear_divergence.chunk import Operands
@@ -206,6 +207,8 @@ def linear_divergence(
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )  # fmt: skip
     has_teacher = x.teacher_head is not None
+    if labels is None and not has_teacher and known is None:
+        raise ConfigError("there is nothing to learn from: give labels, a teacher, or both")
     at_one = checks.known(temperature) == 1
     loss = LossSpec(
         kind if has_teacher or known else None, labels is not None, scale_by_t2, at_one=at_one

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -75,6 +76,8 @@ def check_choices(kind, parameters, reduction, dims, vocab, teacher, softcaps) -
     """Raises for what does not fit together."""
     if isinstance(kind, str):
         rows.make(kind, *parameters)  # raises for an unknown kind or a parameter out of range
+    elif not callable(kind):
+        raise ConfigError(f"kind = {kind!r}: must be one of {', '.join(rows.KINDS)}, or a function")
     elif parameters:
         raise ConfigError("parameters belong to named kinds; bind them to the function")
     if teacher[0] is not None and (teacher[1].shape[0] != vocab or teacher[0].shape[:-1] != dims):
@@ -95,7 +98,11 @@ def check_pieces(chunk, logits_dtype, monitor) -> None:
         checks.whole("chunk", chunk)
     if logits_dtype is not None and not jnp.issubdtype(logits_dtype, jnp.floating):
         raise ConfigError(f"logits_dtype = {logits_dtype}: must be a float type")
-    if jnp.ndim(monitor if monitor is not None else True):
+    if monitor is None:
+        return
+    if not isinstance(monitor, bool | np.generic | np.ndarray | jax.Array):
+        raise ConfigError(f"monitor = {monitor!r}: must be a bool, or None")
+    if jnp.ndim(monitor):
         raise ConfigError(f"monitor {list(jnp.shape(monitor))}: must be one bool, []")
 
 
