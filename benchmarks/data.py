@@ -7,7 +7,8 @@ The text is that inside the installed Python, as JSONL; the tokenizer is SmolLM2
 in each process. `ours` is `pipeline.build`: read, check, tokenise, mark, pack, write. `datasets` is
 `load_dataset` of the file and a `map` that stores the ids of `encode_batch_fast`; it does not pack.
 `bare` is that call alone, in as many processes, its texts in memory. Both others build a small and
-a large file: rates are of the bytes and seconds between the two, so that starts do not count.
+a large file: rates are of the bytes and seconds between the two, so that starts do not count. Beside
+the clock's seconds stand the processor's, of all processes together, which other work hardly moves.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import resource
 import shutil
 import statistics
 import sys
@@ -36,7 +38,7 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 def main() -> None:
     """Times the three, in turn."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--megabytes", type=int, nargs=2, default=(8, 24), help="small, large")
+    parser.add_argument("--megabytes", type=int, nargs=2, default=(12, 28), help="small, large")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--datasets-python", metavar="PYTHON", default=sys.executable)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
@@ -93,31 +95,44 @@ def _timed(
     facts = {kind: worker.read() for kind, worker in whole.items()}
     for worker in bare:
         worker.read()
-    seconds: dict[str, list[float]] = {}
+    rounds = {"wall": [], "processor": []}
     with ThreadPoolExecutor(count) as threads:
         for _ in range(options.rounds):
-            for (what, size), worker in whole.items():
-                seconds.setdefault(f"{what} {size}", []).append(worker.ask("step")["seconds"])
-            together = threads.map(lambda one: one.ask("step")["seconds"], bare)
-            seconds.setdefault("bare", []).append(max(together))
+            answers = {" ".join(kind): worker.ask("step") for kind, worker in whole.items()}
+            together = list(threads.map(lambda one: one.ask("step"), bare))
+            rounds["wall"].append(
+                {name: one["seconds"] for name, one in answers.items()}
+                | {"bare": max(one["seconds"] for one in together)}
+            )
+            rounds["processor"].append(
+                {name: one["value"] for name, one in answers.items()}
+                | {"bare": sum(one["value"] for one in together)}
+            )
     for worker in (*whole.values(), *bare):
         worker.close()
     between = (sizes["large"] - sizes["small"]) / 1e6
-    rates = {"bare": [between / one for one in seconds["bare"]]}
-    for what in pythons:
-        pairs = zip(seconds[f"{what} small"], seconds[f"{what} large"], strict=True)
-        rates[what] = [between / (large - small) for small, large in pairs]
-    ratio = lambda other: statistics.median(
-        ours / theirs for ours, theirs in zip(rates["ours"], rates[other], strict=True)
-    )
+    found = {clock: _rates(between, times) for clock, times in rounds.items()}
+    return {"datasets_version": facts["datasets", "large"]["version"], **found}
+
+
+def _rates(megabytes: float, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Seconds of every round, megabytes a second, and medians of the rounds' ratios."""
+    rates = [
+        {
+            "bare": megabytes / one["bare"],
+            **{
+                what: megabytes / (one[f"{what} large"] - one[f"{what} small"])
+                for what in ("ours", "datasets")
+            },
+        }
+        for one in rounds
+    ]
+    middle = lambda values: round(statistics.median(values), 3)
     return {
-        "datasets_version": facts["datasets", "large"]["version"],
-        "seconds": {name: [round(one, 2) for one in values] for name, values in seconds.items()},
-        "megabytes_per_second": {
-            name: round(statistics.median(values), 2) for name, values in rates.items()
-        },
-        "ours_of_bare": round(ratio("bare"), 3),
-        "ours_of_datasets": round(ratio("datasets"), 3),
+        "seconds": {name: [round(one[name], 2) for one in rounds] for name in rounds[0]},
+        "megabytes_per_second": {name: middle(one[name] for one in rates) for name in rates[0]},
+        "ours_of_bare": middle(one["ours"] / one["bare"] for one in rates),
+        "ours_of_datasets": middle(one["ours"] / one["datasets"] for one in rates),
     }
 
 
@@ -135,27 +150,39 @@ def _worker(folder: pathlib.Path, what: str, size: str, part: int, count: int) -
 
     tokenizer = spec_any(TOKENIZER, allow_network=False, tokenizer_only=True)
     if what == "bare":
-        return duel.serve(_bare(tokenizer, folder, part, count), {})
+        return duel.serve(_processor(_bare(tokenizer, folder, part, count)), {})
     build = {"ours": _ours, "datasets": _datasets}[what](tokenizer, folder / what / size, count)
     build(folder / "warm.jsonl")
     return duel.serve(
-        lambda: build(folder / f"{size}.jsonl"),
+        _processor(lambda: build(folder / f"{size}.jsonl")),
         {"version": importlib.metadata.version("datasets")} if what == "datasets" else {},
     )
 
 
-def _ours(tokenizer: Any, cache: pathlib.Path, count: int) -> Callable[[pathlib.Path], float]:
+def _processor(step: Callable[[], None]) -> Callable[[], float]:
+    """Gives the processor's seconds of a step, in this process and in those that it ended."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    now = lambda: sum(sum(resource.getrusage(who)[:2]) for who in whose)
+
+    def timed() -> float:
+        before = now()
+        step()
+        return now() - before
+
+    return timed
+
+
+def _ours(tokenizer: Any, cache: pathlib.Path, count: int) -> Callable[[pathlib.Path], None]:
     from jaxdistill.data import pipeline
 
-    def build(path: pathlib.Path) -> float:
+    def build(path: pathlib.Path) -> None:
         shutil.rmtree(cache, ignore_errors=True)
-        made = pipeline.build(path, tokenizer, seq_len=1024, cache_dir=cache, workers=count)
-        return float(made.num_tokens)
+        pipeline.build(path, tokenizer, seq_len=1024, cache_dir=cache, workers=count)
 
     return build
 
 
-def _datasets(tokenizer: Any, cache: pathlib.Path, count: int) -> Callable[[pathlib.Path], float]:
+def _datasets(tokenizer: Any, cache: pathlib.Path, count: int) -> Callable[[pathlib.Path], None]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -165,31 +192,27 @@ def _datasets(tokenizer: Any, cache: pathlib.Path, count: int) -> Callable[[path
         encoded = encode(batch["text"], add_special_tokens=False)
         return {"input_ids": [one.ids for one in encoded]}
 
-    def build(path: pathlib.Path) -> float:
+    def build(path: pathlib.Path) -> None:
         shutil.rmtree(cache, ignore_errors=True)
         read = datasets.load_dataset(
             "json", data_files=str(path), split="train", cache_dir=str(cache)
         )
         several = {"num_proc": count} if count > 1 else {}
-        made = read.map(ids, batched=True, batch_size=BATCH, remove_columns=["text"], **several)
-        return float(len(made))
+        read.map(ids, batched=True, batch_size=BATCH, remove_columns=["text"], **several)
 
     return build
 
 
-def _bare(tokenizer: Any, folder: pathlib.Path, part: int, count: int) -> Callable[[], float]:
+def _bare(tokenizer: Any, folder: pathlib.Path, part: int, count: int) -> Callable[[], None]:
     """Tokenises every count-th of the texts that the large file has and the small one has not."""
     encode = tokenizer.backend_tokenizer.encode_batch_fast
     lines = [(folder / f"{size}.jsonl").read_text().splitlines() for size in ("small", "large")]
     texts = [json.loads(line)["text"] for line in lines[1][len(lines[0]) :][part::count]]
 
-    def step() -> float:
-        batches = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
-        return float(
-            sum(
-                len(one.ids) for batch in batches for one in encode(batch, add_special_tokens=False)
-            )
-        )
+    def step() -> None:
+        for at in range(0, len(texts), BATCH):
+            encoded = encode(texts[at : at + BATCH], add_special_tokens=False)
+            sum(len(one.ids) for one in encoded)
 
     encode(texts[:50], add_special_tokens=False)
     return step
