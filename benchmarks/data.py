@@ -7,8 +7,8 @@ The text is that inside the installed Python, as JSONL; the tokenizer is SmolLM2
 in each process. `ours` is `pipeline.build`: read, check, tokenise, mark, pack, write. `datasets` is
 `load_dataset` of the file and a `map` that stores the ids of `encode_batch_fast`; it does not pack.
 `bare` is that call alone, in as many processes, its texts in memory. Both others build a small and
-a large file: rates are of the bytes and seconds between the two, so that starts do not count. Beside
-the clock's seconds stand the processor's, of all processes together, which other work hardly moves.
+a large file: rates are of the bytes and seconds between the two, so that starts do not count.
+Beside the clock's seconds stand the processor's, of all processes, which other work hardly moves.
 """
 
 import argparse
