@@ -115,7 +115,9 @@ def load_any(
     own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
     drawn = folder_generation(run.folder / STUDENT)
     model = Model(config, params, own, f"{run.folder}@{step}", drawn)
-    return model if scheme is None else quantize.quantized(model, scheme)
+    if scheme is None:
+        return model
+    return dataclasses.replace(quantize.quantized(model, scheme), source=model.source)
 
 
 def _params(

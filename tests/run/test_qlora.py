@@ -99,6 +99,17 @@ def test_a_folder_is_rounded_as_it_is_read_and_never_held_in_floating_point(
 
 
 @FOUR_BITS
+def test_a_run_is_rounded_once_it_is_read(run, load_config, tmp_path):
+    whole = api.load(str(run)).params["layers"]["mlp"]["up"]["kernel"]
+    options = ("teacher.random=null", f"teacher.source={run}", "teacher.quantize=int8")
+    config = load_config(tmp_path, WIDE, *options)
+    model = models_of(config, setup.mesh_of(config)).teacher
+    assert model.source == f"int8 of {run}@6"
+    held = model.params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_allclose(held.dequantized(), whole, atol=np.abs(whole).max() / 250)
+
+
+@FOUR_BITS
 def test_what_waits_for_the_backward_pass_is_whole_numbers(load_config, tmp_path):
     """The step's memory, beside that of the same step on kernels in floating point."""
     size = "student={random: {embed: 512, mlp: 1024, layers: 8, heads: 4}, compute_dtype: float32}"
