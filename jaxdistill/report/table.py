@@ -163,6 +163,12 @@ def recovered(rows: Sequence[Mapping[str, typing.Any]]) -> str:
     distance = {row["name"]: _cell(row, "kl_t1") for row in ordered(rows)}
     needed = ("teacher", "student before", "student after")
     absent = [name for name in needed if perplexity.get(name) is None]
+    if absent == ["teacher"]:
+        before, after = (wording.number(perplexity[name]) for name in needed[1:])
+        return (
+            f"No teacher was measured, so no gap: the student's {measure.words} went from {before} "
+            f"to {after}."
+        )
     if absent:
         return f"Not comparable yet: no {measure.words} of {' and '.join(absent)}."
     finite = {name: float(p) for name, p in perplexity.items() if wording.is_number(p)}

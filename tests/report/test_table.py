@@ -129,6 +129,10 @@ def test_missing_rows_are_named():
         "Not comparable yet: no perplexity of teacher and student before and student after."
     )
     assert "There is no SFT control" in recovered(rows(control=None))
+    alone = [row for row in rows() if row["name"] != "teacher"]
+    assert recovered(alone) == (
+        "No teacher was measured, so no gap: the student's perplexity went from 60.00 to 24.00."
+    )
     assert recovered(rows(before=None)) == "Not comparable yet: no perplexity of student before."
 
 
