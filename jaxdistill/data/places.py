@@ -33,6 +33,9 @@ def spec(tensorstore: Any, place: str) -> dict[str, Any]:
         raise ConfigError(f"{place}: is no URL of a bucket: {first_line(error)}") from error
     if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         found |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    if scheme == "s3" and {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= os.environ.keys():
+        # They come first anyway; the client says on stderr that it finds no files in ~/.aws.
+        found |= {"aws_credentials": {"type": "environment"}}
     return found
 
 

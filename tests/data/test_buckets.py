@@ -8,10 +8,11 @@ import re
 
 import numpy as np
 import pytest
+import tensorstore
 
 from jaxdistill.config import preflight
 from jaxdistill.config.loader import loads
-from jaxdistill.data import buckets, pipeline
+from jaxdistill.data import buckets, pipeline, places
 from jaxdistill.data.records import Record
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -148,6 +149,15 @@ def test_who_may_not_read_is_told_what_gives_the_right(bucket):
     for path in ("a.jsonl", "*.jsonl", "folder", ""):
         with pytest.raises(DataError, match=f"no right to read it: .*{remedy}"):
             open_source(f"{bucket.url}/{path}")
+
+
+def test_keys_in_the_environment_are_all_that_is_looked_at(bucket, monkeypatch, capfd):
+    bucket.put("a.jsonl", MANY)
+    assert len(texts(open_source(f"{bucket.url}/a.jsonl"))) == 900
+    if bucket.url.startswith("s3"):
+        assert capfd.readouterr().err == ""  # nothing of files in ~/.aws that are not there
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        assert "aws_credentials" not in places.spec(tensorstore, bucket.url)
 
 
 def test_a_server_that_does_not_answer_is_named_soon(bucket, monkeypatch):
