@@ -3,8 +3,9 @@
     train       | a b c d e f g h |          the record as it was
     held-out    | a b c d | e f g h |        the same, cut in two
 
-Records differ, and stretches of 32 learned tokens do not. White space and control tokens are left
-out before, so that other line ends and other marks between turns change nothing.
+Records differ, and stretches of 32 learned tokens do not. White space is left out before, so that
+other line ends change nothing. No stretch goes over the end of a text or a turn: many short
+answers, one after the other, are the same in any data of one task.
 """
 
 from collections.abc import Iterator
@@ -29,22 +30,24 @@ def shared(train: Dataset, held_out: Dataset, tokenizer: Any) -> tuple[int, int]
     A stretch that comes more than once in the held-out data, such as a licence or the frame of a
     question, is none of a text's own and not counted.
     """
-    numbers = _numbers(tokenizer)
+    numbers, ends = _numbers(tokenizer)
     bits = 3 if held_out.num_tokens > _SAMPLED else 0
-    theirs = np.concatenate([np.empty(0, np.uint64), *_stretches(held_out, numbers, bits)])
+    theirs = np.concatenate([np.empty(0, np.uint64), *_stretches(held_out, numbers, ends, bits)])
     distinct, counts = np.unique(theirs, return_counts=True)
     own = distinct[counts == 1]
     if not len(own):
         return 0, 0
     found = np.zeros(len(own), bool)
-    for block in _stretches(train, numbers, bits):
+    for block in _stretches(train, numbers, ends, bits):
         place = np.minimum(np.searchsorted(own, block), len(own) - 1)
         found[place[own[place] == block]] = True
     return int(found.sum()), len(own)
 
 
-def _numbers(tokenizer: Any) -> np.ndarray:
-    """By id a random number, one for all tokens that differ in white space; 0: left out."""
+def _numbers(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(by id a random number, one for all tokens that differ in white space, 0 for those that are
+    left out; whether the token is a control token, which ends a text or a turn).
+    """
     by_id = {id: text for text, id in tokenizer.get_vocab().items()}
     said = {id: text.strip(_BLANK) for id, text in by_id.items() if text not in _BLANK_BYTES}
     texts = sorted({text for text in said.values() if text})
@@ -53,22 +56,31 @@ def _numbers(tokenizer: Any) -> np.ndarray:
     numbers = np.zeros(max(by_id) + 1, np.uint64)
     for id, text in said.items():
         numbers[id] = number.get(text, 0)
-    numbers[list(tokenizer.all_special_ids)] = 0
-    return numbers
+    ends = np.zeros(len(numbers), bool)
+    ends[list(tokenizer.all_special_ids)] = True
+    return np.where(ends, np.uint64(0), numbers), ends
 
 
-def _stretches(data: Dataset, numbers: np.ndarray, bits: int) -> Iterator[np.ndarray]:
+def _stretches(
+    data: Dataset, numbers: np.ndarray, ends: np.ndarray, bits: int
+) -> Iterator[np.ndarray]:
     """Hashes of a data set's stretches: those that begin with `bits` zeros."""
-    rest = np.empty(0, np.uint64)
+    rest, rest_of, last = np.empty(0, np.uint64), np.empty(0, np.int64), 0
     for start in range(0, len(data.arrays["tokens"]), _BLOCK):
         here = slice(start, start + _BLOCK)
-        ids = np.asarray(data.arrays["tokens"][here])[np.asarray(data.arrays["loss"][here], bool)]
-        said = numbers[ids]
-        line = np.concatenate([rest, said[said > 0]])
-        rest = line[max(len(line) - LENGTH + 1, 0) :]
+        ids = np.asarray(data.arrays["tokens"][here])
+        learned = np.asarray(data.arrays["loss"][here], bool)
+        of = last + np.cumsum(ends[ids] | ~learned)  # the text or turn that a token is of
+        last = of[-1]
+        kept = learned & (numbers[ids] > 0)
+        line = np.concatenate([rest, numbers[ids][kept]])
+        of = np.concatenate([rest_of, of[kept]])
+        keep = max(len(line) - LENGTH + 1, 0)
+        rest, rest_of = line[keep:], of[keep:]
         hashed, width = line, 1
         while width < LENGTH and len(hashed) > width:
             factor = np.uint64(pow(_ODD, width, 2**64))
             hashed, width = hashed[:-width] * factor + hashed[width:], 2 * width
         if width == LENGTH:
+            hashed = hashed[of[: len(hashed)] == of[LENGTH - 1 :]]
             yield hashed if not bits else hashed[hashed >> np.uint64(64 - bits) == 0]

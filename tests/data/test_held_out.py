@@ -16,8 +16,8 @@ from jaxdistill.errors import DataError
 
 @pytest.fixture
 def build(tmp_path, byte_tokenizer):
-    return lambda sources, name: pipeline.build(
-        sources, byte_tokenizer, seq_len=16, cache_dir=tmp_path / "cache", name=name
+    return lambda sources, name, **more: pipeline.build(
+        sources, byte_tokenizer, seq_len=16, cache_dir=tmp_path / "cache", name=name, **more
     )
 
 
@@ -208,6 +208,23 @@ def test_a_copy_in_other_records_is_a_copy(how, told, byte_tokenizer, monkeypatc
         held_out.check_stretches(train, copy, byte_tokenizer)
     held_out.check_stretches(train, copy, byte_tokenizer, refuses=False)
     assert "cut into other records" in caplog.text
+
+
+def test_short_answers_of_one_task_are_no_copies(jsonl, build, byte_tokenizer, caplog):
+    """One behind the other they are the same thirty-two tokens in any data of the task."""
+
+    drawn = np.random.default_rng(0).integers(0, 2, 1100)
+
+    def made(name, first, count):
+        rows = [
+            {"prompt": f"{n}: ", "completion": ["no.", "yes."][drawn[n]]}
+            for n in range(first, first + count)
+        ]
+        return build(open_source(jsonl(rows, f"{name}.jsonl")), name, loss_on="completion")
+
+    train, other = made("train", 0, 1000), made("eval", 1000, 100)
+    held_out.check_stretches(train, other, byte_tokenizer)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("most", [2**17, 2**8])
