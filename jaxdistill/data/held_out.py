@@ -118,7 +118,7 @@ def check_stretches(
         return
     told = (
         f"data.eval: {shared / total:.0%} of its text is in data.train too, cut into other records "
-        f"({shared} of {total} stretches of {stretches.LENGTH} learned tokens)"
+        f"({shared} of {total} stretches of {stretches.length(tokenizer)} learned tokens)"
     )
     if refuses and shared > MAX_SHARED_TEXT * total:
         raise DataError(

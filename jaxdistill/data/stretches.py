@@ -3,9 +3,9 @@
     train       | a b c d e f g h |          the record as it was
     held-out    | a b c d | e f g h |        the same, cut in two
 
-Records differ, and stretches of 32 learned tokens do not. White space is left out before, so that
-other line ends change nothing. No stretch goes over the end of a text or a turn: many short
-answers, one after the other, are the same in any data of one task.
+Records differ, and stretches of 32 learned tokens (of 128 bytes) do not. White space is left out
+before, so that other line ends change nothing. No stretch goes over the end of a text or a turn:
+many short answers, one after the other, are the same in any data of one task.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdistill.data.dataset import Dataset
 
-LENGTH = 32
+LENGTH, BYTES = 32, 128  # tokens of words; of bytes, 32 are no more than six words
 _BLOCK = 2**20  # tokens
 _SAMPLED = 2**17  # of more held-out tokens one stretch in eight is compared
 _ODD = 0x9E3779B97F4A7C15
@@ -31,17 +31,25 @@ def shared(train: Dataset, held_out: Dataset, tokenizer: Any) -> tuple[int, int]
     question, is none of a text's own and not counted.
     """
     numbers, ends = _numbers(tokenizer)
+    size = length(tokenizer)
     bits = 3 if held_out.num_tokens > _SAMPLED else 0
-    theirs = np.concatenate([np.empty(0, np.uint64), *_stretches(held_out, numbers, ends, bits)])
+    theirs = np.concatenate(
+        [np.empty(0, np.uint64), *_stretches(held_out, size, numbers, ends, bits)]
+    )
     distinct, counts = np.unique(theirs, return_counts=True)
     own = distinct[counts == 1]
     if not len(own):
         return 0, 0
     found = np.zeros(len(own), bool)
-    for block in _stretches(train, numbers, ends, bits):
+    for block in _stretches(train, size, numbers, ends, bits):
         place = np.minimum(np.searchsorted(own, block), len(own) - 1)
         found[place[own[place] == block]] = True
     return int(found.sum()), len(own)
+
+
+def length(tokenizer: Any) -> int:
+    """Tokens of a stretch: more of a tokenizer whose tokens are bytes or letters."""
+    return LENGTH if len(tokenizer) >= 1000 else BYTES
 
 
 def _numbers(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +70,7 @@ def _numbers(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stretches(
-    data: Dataset, numbers: np.ndarray, ends: np.ndarray, bits: int
+    data: Dataset, size: int, numbers: np.ndarray, ends: np.ndarray, bits: int
 ) -> Iterator[np.ndarray]:
     """Hashes of a data set's stretches: those that begin with `bits` zeros."""
     rest, rest_of, last = np.empty(0, np.uint64), np.empty(0, np.int64), 0
@@ -75,12 +83,12 @@ def _stretches(
         kept = learned & (numbers[ids] > 0)
         line = np.concatenate([rest, numbers[ids][kept]])
         of = np.concatenate([rest_of, of[kept]])
-        keep = max(len(line) - LENGTH + 1, 0)
+        keep = max(len(line) - size + 1, 0)
         rest, rest_of = line[keep:], of[keep:]
         hashed, width = line, 1
-        while width < LENGTH and len(hashed) > width:
+        while width < size and len(hashed) > width:
             factor = np.uint64(pow(_ODD, width, 2**64))
             hashed, width = hashed[:-width] * factor + hashed[width:], 2 * width
-        if width == LENGTH:
-            hashed = hashed[of[: len(hashed)] == of[LENGTH - 1 :]]
+        if width == size:
+            hashed = hashed[of[: len(hashed)] == of[size - 1 :]]
             yield hashed if not bits else hashed[hashed >> np.uint64(64 - bits) == 0]

@@ -173,10 +173,10 @@ def test_a_copy_of_a_long_text_is_known_by_its_pieces(tmp_path, monkeypatch):
     assert len(found[0]) > 5 and found.count(found[0]) == len(found)
 
 
-def _told(seed, lines=40):
+def _told(seed, lines=12):
     """A text of its own: lines of words that no other seed has in this order."""
     rng = np.random.default_rng(seed)
-    words = lambda: " ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(8))
+    words = lambda: " ".join("".join(rng.choice(list("abcdefgh"), 5)) for _ in range(30))
     return "\n".join(words() for _ in range(lines))
 
 
@@ -210,9 +210,10 @@ def test_a_copy_in_other_records_is_a_copy(how, told, byte_tokenizer, monkeypatc
     assert "cut into other records" in caplog.text
 
 
-def test_short_answers_of_one_task_are_no_copies(jsonl, build, byte_tokenizer, caplog):
+def test_short_answers_of_one_task_are_no_copies(jsonl, build, byte_tokenizer, caplog, monkeypatch):
     """One behind the other they are the same thirty-two tokens in any data of the task."""
 
+    monkeypatch.setattr(stretches, "BYTES", 32)
     drawn = np.random.default_rng(0).integers(0, 2, 1100)
 
     def made(name, first, count):
