@@ -269,6 +269,22 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
 
+def alike(options, write_config, load_config, tmp_path) -> list[dict]:
+    """What two processes report, once one process has learned the same of the same options."""
+    words = ("-n", "2", "--devices-per-process", "1", "--", "train")
+    for name in ("pair", "alone"):
+        (tmp_path / name).mkdir()
+    with launched(tmp_path, *words, write_config(tmp_path / "pair", *options)) as process:
+        ended(process, tmp_path, 0)
+    config = load_config(tmp_path / "alone", *RUN, *options, "mesh.fsdp=1")
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch, 1, lambda: api.train(config))
+    runs = [tmp_path / name / "run" for name in ("pair", "alone")]
+    assert_same_curve(*runs)
+    assert_same_first_gradients(*runs)
+    return [one for one in read_metrics(runs[0]) if "loss/total" in one]
+
+
 def test_two_teachers_teach_in_two_processes_as_in_one(write_config, load_config, tmp_path):
     """Each text is taught by its own one, in micro-batches of one teacher each."""
     shape = "random: {layers: %d, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, dtype: float32"
@@ -285,22 +301,35 @@ def test_two_teachers_teach_in_two_processes_as_in_one(write_config, load_config
         f"data.train=[{{path: {tmp_path}/train.jsonl}}]",
         f"data.eval=[{{path: {tmp_path}/eval.jsonl}}]",
     )
-    words = ("-n", "2", "--devices-per-process", "1", "--", "train")
-    for name in ("pair", "alone"):
-        (tmp_path / name).mkdir()
-    with launched(tmp_path, *words, write_config(tmp_path / "pair", *several)) as process:
-        ended(process, tmp_path, 0)
-    config = load_config(tmp_path / "alone", *RUN, *several, "mesh.fsdp=1")
-    with pytest.MonkeyPatch.context() as patch:
-        run_here(patch, 1, lambda: api.train(config))
-    runs = [tmp_path / name / "run" for name in ("pair", "alone")]
-    assert_same_curve(*runs)
-    told = [one for one in read_metrics(runs[0]) if "loss/total" in one]
+    told = alike(several, write_config, load_config, tmp_path)
     assert len(told) == 4
     for name in ("math", "code"):  # both teach, and two programs of other sizes differ
         assert sum(one[f"teachers/{name}/tokens"] for one in told) > 0
     assert told[0]["teachers/math/kl_t1"] != told[0]["teachers/code/kl_t1"]
-    assert_same_first_gradients(*runs)
+
+
+def test_two_processes_learn_from_themselves_what_one_does(write_config, load_config, tmp_path):
+    """Given answers, behind a prompt that holds the solution, by the average of the weights."""
+    for name, first, count in (("train", 0, 60), ("eval", 1000, 9)):
+        records = [
+            {"prompt": f"{n}: ", "completion": f"is {n * n}.", "solution": f"{n} by {n}"}
+            for n in range(first, first + count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    itself = (
+        "train={steps: 4, batch_size: 8, micro_batches: 2, eval_every: 4, log_every: 1}",
+        "checkpoint.every.steps=4",
+        "teacher={self: {weights: ema, ema_decay: 0.5, context: 'Know {solution}: {prompt}'}}",
+        # Weights so large that what stands before an answer matters, and gradients are no noise.
+        "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4, initializer_range: 0.3}, "
+        "compute_dtype: float32}",
+        "data.loss_on=completion",
+        "method={name: kd, alpha: 0.0}",
+        f"data.train=[{{path: {tmp_path}/train.jsonl}}]",
+        f"data.eval=[{{path: {tmp_path}/eval.jsonl}}]",
+    )
+    told = alike(itself, write_config, load_config, tmp_path)
+    assert len(told) == 4 and all(one["loss/divergence"] > 0 for one in told)
 
 
 def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
