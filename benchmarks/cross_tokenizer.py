@@ -1,101 +1,167 @@
 """A teacher with another tokenizer: ALM beside SFT and sequence-level KD, at equal steps.
 
     python -m benchmarks.cross_tokenizer --save cross_tokenizer      # or a part of it:
-    python -m benchmarks.cross_tokenizer --student bytes --steps 30 --save cross_tokenizer
+    python -m benchmarks.cross_tokenizer --student words --seeds 1
 
-SmolLM2-135M-Instruct teaches a student that is cut out of it, 6 of its 30 layers, and reads other
+SmolLM2-135M-Instruct teaches a student that is cut out of it, 4 of its 30 layers, and reads other
 tokens: bytes, or 2,000 that were trained on the source code of Python's library. Rows of new tokens
 are means of the old rows that spell them. All learn from the documentation inside Python, but for
 sequence-level KD, which learns what the teacher writes behind the beginnings of the same documents.
-Bits per byte are of held-out documents, all students by one program. What was saved of other
-students and methods stays.
+Bits per byte, and how often the likeliest token is the next one, are of held-out documents, read by
+one program. A seed is another order of the rows. Methods share their starts and their programs over
+seeds. What was saved of other students stays.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import duel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LAYERS = [0, 1, 2, 3, 28, 29]
+LAYERS = [0, 1, 28, 29]
 LENGTHS = {"bytes": (256, 96), "words": (96, 96)}  # of rows, student and teacher
 METHODS = {
-    "before": None,
     "sft": "{name: sft}",
     "sequence_kd": "{name: sft}",
     "alm": "{name: alm, alpha: 0.5, teacher_seq_len: %d}",
-    "alm alone": "{name: alm, alpha: 0.0, teacher_seq_len: %d}",
 }
+SAID = ("steps", "batch", "rows", "answers")
 
 
 def main() -> None:
     """Trains them one after the other, saves after each, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", nargs="*", choices=LENGTHS, default=list(LENGTHS))
-    parser.add_argument("--only", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=48, help="held-out rows")
     parser.add_argument("--answers", type=int, default=64, help="that the teacher writes")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json, or add to it")
     options = parser.parse_args()
+    said = {"layers": LAYERS, **{name: getattr(options, name) for name in SAID}}
     file = duel.RESULTS / f"{options.save}.json"
-    students = json.loads(file.read_text())["students"] if file.exists() else {}
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    kept = all(saved.get(name) == value for name, value in said.items())
+    students = saved["students"] if kept else {}
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        for seed in range(options.seeds):
-            for student in options.student:
-                for method in options.only:
-                    if method == "before" and seed:
-                        continue  # nothing of it is drawn
-                    found = _bits(student, method, seed, folder, options)
-                    rows = students.setdefault(student, {})
-                    rows.setdefault(method, {})[str(seed)] = found
-                    print(student, method, seed, found, flush=True)
+        for student in options.student:
+            students[student] = {}
+            for method in METHODS:
+                for who, seed, found in _measured(student, method, pathlib.Path(name), options):
+                    students[student].setdefault(who, {})[str(seed)] = found
+                    print(student, who, seed, found, flush=True)
                     if options.save:
-                        duel.save(options.save, _result(students, options))
-    print(json.dumps(_result(students, options), indent=1))
+                        duel.save(options.save, _result(students, said))
+    print(json.dumps(_result(students, said), indent=1))
 
 
-def _result(students: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def _result(students: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Means over seeds, and every seed."""
+    mean = lambda seeds, name: round(statistics.mean(one[name] for one in seeds.values()), 4)
     middle = {
-        f"{student}, {method}": round(
-            statistics.mean(each["bits_per_byte"] for each in seeds.values()), 4
-        )
+        f"{student}, {method}": {name: mean(seeds, name) for name in ("bits_per_byte", "accuracy")}
         for student, methods in students.items()
         for method, seeds in methods.items()
     }
-    said = {name: getattr(options, name) for name in ("steps", "batch", "rows", "answers")}
-    return {**said, "layers": LAYERS, "mean bits per byte": middle, "students": students}
+    return {**said, "means": middle, "students": students}
 
 
-def _bits(
-    student: str, method: str, seed: int, folder: pathlib.Path, options: argparse.Namespace
-) -> dict[str, float]:
-    """Bits per byte of a student after a method, on held-out documents."""
-    from jaxdistill import api, commands, config
-    from jaxdistill.evaluate import perplexity
+def _measured(
+    student: str, method: str, folder: pathlib.Path, options: argparse.Namespace
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """(method, seed, what is measured after it) of a student; before the first method of it too."""
+    from jaxdistill.data.feed import CorpusFeed
+    from jaxdistill.evaluate.held_out import HeldOut
+    from jaxdistill.run import participants, setup, start, states
+    from jaxdistill.train import step as steps
+
+    loaded = _loaded(student, method, folder, options)
+    mesh = setup.mesh_of(loaded)
+    inputs = start.read(loaded, mesh)
+    models = participants.load_models(loaded, inputs.models, mesh)
+    built = setup.method_of(loaded, models)
+    held_out = HeldOut(inputs.data["eval"], options.batch, options.rows, mesh, "held out")
+    score = _scorer(models, held_out)
+    if method == next(iter(METHODS)):
+        yield "before", 0, score(models.student.params)
+    given, program = built.asked.params, None
+    for seed in range(options.seeds):
+        fresh = dataclasses.replace(models.student, params=_copied(models.student.params))
+        state = states.create(loaded, fresh, built.objective, built.tx, mesh)
+        if program is None:
+            program = setup.compile_step(loaded, built, state, given, mesh, check_kernels=False)
+        feed = CorpusFeed(inputs.taught["train"], batch_size=options.batch, seed=seed,
+                          left_out=list)  # fmt: skip
+        row, began = 0, time.perf_counter()
+        for _ in range(options.steps):
+            span, batch = feed.next(row, state)
+            state, _ = program(state, given, steps.place(batch, mesh))
+            row = span.end_row
+        found = score(state.params["student"])
+        yield method, seed, found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _copied(params: Any) -> Any:
+    """The same weights once more, as a step takes its own over."""
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(jnp.copy, params)
+
+
+def _scorer(models: Any, held_out: Any) -> Callable[[Any], dict[str, float]]:
+    """parameters -> bits per byte and the share of next tokens that are the likeliest."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdistill.models import decoder
+
+    size, shape = held_out.text_bytes(models.tokenizer), models.student.config
+
+    @jax.jit
+    def read(params, batch):
+        outputs = decoder.apply(
+            shape, params, batch.tokens, batch.positions, batch.segment_ids, compute_dtype="float32"
+        )
+        scores = decoder.logits(outputs)[..., : models.vocab]
+        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), batch.targets[..., None], -1)
+        right = scores.argmax(-1) == batch.targets
+        under = lambda values: jnp.where(batch.mask, values, 0.0).sum()
+        return under(-picked[..., 0]), under(right), batch.mask.sum()
+
+    def score(params):
+        parts = [read(params, batch) for batch in held_out.batches()]
+        nats, right, count = (
+            sum(float(one) for one in column) for column in zip(*parts, strict=True)
+        )
+        return {"bits_per_byte": nats / math.log(2) / size, "accuracy": right / count}
+
+    return score
+
+
+def _loaded(student: str, method: str, folder: pathlib.Path, options: argparse.Namespace) -> Any:
+    """The configuration of a run by a method, which is taken apart here."""
+    from jaxdistill import config
 
     length, theirs = LENGTHS[student]
     tokenizer = "bytes" if student == "bytes" else str(_words(folder))
-    chosen = METHODS[method] or "{name: sft}"
+    chosen = METHODS[method]
     data = '[{path: "python:docs?split=train"}]'
     if method == "sequence_kd":
         data = f"[{{path: {_answers(folder, options)}}}]"
-    run = folder / f"{student}-{method.replace(' ', '_')}-{seed}"
-    steps = 1 if method == "before" else options.steps
-    rate = "0.0" if method == "before" else "5e-4"
-    loaded = config.load(
+    return config.load(
         ROOT / "configs" / "quickstart.yaml",
         [
-            f"seed={seed}",
-            f"run={{name: {run.name}, dir: {run}}}",
+            f"run.dir={folder / 'run'}",
             f"student={{from: teacher, layers: {LAYERS}, tokenizer: {tokenizer}, "
             "compute_dtype: float32}",
             "tokenizer.from=student",
@@ -103,25 +169,12 @@ def _bits(
             f"data.train={data}",
             f"data.seq_len={length}",
             f"data.cache_dir={folder / 'data'}",
-            f"train={{steps: {steps}, batch_size: {options.batch}}}",
-            f"optimizer={{lr: {rate if float(rate) else 1e-12}, warmup: 0.1}}",
-            "eval={max_rows: 4, samples: 0, compare: false}",
-            "logging={progress: none, tensorboard: false}",
+            f"train={{steps: {options.steps}, batch_size: {options.batch}, eval_every: null}}",
+            "optimizer={lr: 5e-4, warmup: 0.1}",
+            "eval={samples: 0, compare: false}",
+            "mesh={data: 1, fsdp: 1}",
         ],
     )
-    began = time.perf_counter()
-    api.train(loaded)
-    seconds = time.perf_counter() - began
-    model = api.export(f"{run}@latest", folder / f"{run.name}-model")
-    text = commands.Evaluate(
-        data=("python:docs?split=held_out",),
-        seq_len=length,
-        max_rows=options.rows,
-        cache_dir=str(folder / "data"),
-        dtype="float32",
-    )
-    metrics = perplexity.evaluate(str(model or folder / f"{run.name}-model"), text)
-    return {"bits_per_byte": metrics["eval/bits_per_byte"], "seconds": round(seconds, 1)}
 
 
 def _words(folder: pathlib.Path) -> pathlib.Path:
