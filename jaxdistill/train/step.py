@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 
 from jaxdistill import optim
 from jaxdistill.compress import quantize
-from jaxdistill.kernels.choice import current_device
 from jaxdistill.losses import load_balancing
 from jaxdistill.methods import CONTROL, MONITOR, Objective, routed
 from jaxdistill.methods.routed import Routed
@@ -179,25 +178,20 @@ def _updated(
     # Each is a sum over all devices and micro-batches: all of them decide alike.
     finite = jnp.isfinite(means["loss"].value) & jnp.isfinite(norm) & jnp.isfinite(control)
     values = {name: mean.value for name, mean in means.items()}
-    told = {"value": control, "metrics": values, "gradients": gradients}
     with jax.named_scope(OPTIMIZER):
         # Moments are fetched where they are used, behind the backward pass: XLA places the copies.
         before = state.opt_state
         before = jax.device_put(before, jax.memory.Space.Device) if offload else before
-        updates, opt_state = tx.update(gradients, before, state.params, **told)
-        params = _chosen(finite, optax.apply_updates(state.params, updates), state.params)
-        if current_device().platform == "cpu":
-            # There each result is a loop of its own, and those of parameters read the old moments,
-            # which XLA copies as long as nothing says that they are read before they are replaced.
-            params, gradients, before = jax.lax.optimization_barrier((params, gradients, before))
-            _, opt_state = tx.update(gradients, before, state.params, **told)
-        opt_state = _chosen(finite, opt_state, before)
+        updates, opt_state = tx.update(
+            gradients, before, state.params, value=control, metrics=values, gradients=gradients
+        )
+        params = optax.apply_updates(state.params, updates)
     in_a_row, altogether = state.skipped
     bad = jnp.where(finite, 0, 1)
     return TrainState(
         step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
+        params=_chosen(finite, params, state.params),
+        opt_state=_chosen(finite, opt_state, before),
         key=state.key,
         skipped=jnp.stack([(in_a_row + 1) * bad, altogether + bad]),
         frozen=state.frozen,
