@@ -60,6 +60,18 @@ PARTS: dict[str, Part] = {
         lambda rig, n, seed, report: soak_faults.kills(rig, n, seed, report, 3, methods=("ema",)),
         30,
     ),
+    "rewarded_kills": _on_rig(
+        lambda rig, n, seed, report: soak_faults.kills(
+            rig,
+            n,
+            seed,
+            report,
+            per_run=5,
+            methods=("grpo",),
+            points=soak_faults.WHILE_WRITING,
+        ),
+        50,
+    ),
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
     "doubled_stops": _on_rig(
@@ -103,6 +115,7 @@ SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "kills": lambda f: f["bitwise_equal_runs"] == f["runs"] and not f["unreadable_run_folders"],
     "writing_kills": lambda f: SOUND["kills"](f),
     "ema_kills": lambda f: SOUND["kills"](f),
+    "rewarded_kills": lambda f: SOUND["kills"](f),
     "cold_kills": lambda f: f["bitwise_equal"],
     **dict.fromkeys(
         ("stops", "doubled_stops"),

@@ -44,6 +44,11 @@ METHODS = {
     "replay": "{name: distillm, alpha: 0.0}\n"
     "rollout: {share: 0.8, prompts_per_step: 4, samples: 2, max_new_tokens: 12,\n"
     "  replay: {capacity: 24, schedule: constant, tolerance: 0.0}}",
+    "grpo": "{name: grpo, teacher_weight: 0.5}\n"
+    "rollout: {prompts_per_step: 4, samples: 2, max_new_tokens: 12}\n"
+    "reward: {updates: 2, resample: 1, verifiers: [\n"
+    "  {verifier: length, options: {limit: 12, ramp: 12}},\n"
+    "  {verifier: format, options: {pattern: '.*[a-m].*'}, weight: 0.5}]}",
     "ema": "{name: kd, alpha: 0.0}\n"
     "rollout: {prompts_per_step: 4, samples: 2, max_new_tokens: 12}\n"
     'teacher: {self: {weights: ema, ema_decay: 0.9, context: "Answer: {solution}; {prompt}"}}\n'
@@ -52,7 +57,7 @@ METHODS = {
 }
 # Runs whose student writes, and where they are: generating, and around the step, in which the
 # teacher scores and the student is updated.
-WRITING = ("on_policy", "replay", "ema")
+WRITING = ("on_policy", "replay", "ema", "grpo")
 WHILE_WRITING = tuple(p for p in POINTS if p.startswith(("rollout.", "step.")))
 STEPS = 30
 # Whether a run stops at once when it cannot save: the minutes that it may stay unsaved.
@@ -123,10 +128,11 @@ class Rig:
         """A configuration file for a run in a folder that does not exist yet."""
         asked = f"  prompts: [{{path: {self.folder}/prompts.jsonl}}]\n"
         itself, given = "self:" in METHODS[method], f"path: {self.folder}/train.txt"
+        alone = itself or "reward:" in METHODS[method]  # it writes all its text
         text = CONFIG.format(
             folder=run,
             models="" if itself else MODELS,
-            train="" if itself else f"{{{given}, format: paragraphs}}",
+            train="" if alone else f"{{{given}, format: paragraphs}}",
             data=self.folder,
             method=METHODS[method],
             prompts=asked if "rollout:" in METHODS[method] else "",

@@ -69,7 +69,8 @@ class Batch:
         drawn from; None: nobody drew them, or nobody asks.
       sampled: of text that earned rewards, by name and per token: `advantages`,
         float32; where several updates learn from it `old`, log q_old; where it matters
-        `wrong`, bool. None: nothing.
+        `wrong`, bool; where some is for the reward alone, or for the teacher alone, `rewarded`
+        and `taught`, bool. None: nothing.
       route: int32 [B], which of several teachers a row is for, from 1; 0 is none, as of padding.
         None: there are not several.
     """

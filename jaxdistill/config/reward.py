@@ -7,6 +7,7 @@ from pydantic import Field
 
 from jaxdistill import methods
 from jaxdistill.config.rollout import AHEAD_BYTES, PromptSource
+from jaxdistill.data.context_names import SIBLING, places
 from jaxdistill.drawing import FILTERS
 from jaxdistill.section import NAME_PATTERN, Count, Problem, Section, Size
 
@@ -100,9 +101,45 @@ class Reward(Section):
     )
 
 
+def mixed(config: Any) -> bool:
+    """Whether some prompts are for the reward alone, or for the teacher alone."""
+    return any(one.learns_from != "both" for one in config.data.prompts)
+
+
+def _mixture_problems(config: Any) -> Iterator[Problem]:
+    """Prompts learn from what there is, and whoever is there teaches some of them."""
+    asked = {("data", "prompts", n): one for n, one in enumerate(config.data.prompts)}
+    held = config.reward.held_out if config.reward else None
+    for number, source in enumerate(held.prompts if held else ()):
+        if source.learns_from != "both":
+            where = ("reward", "held_out", "prompts", number, "learns_from")
+            yield where, "nobody learns from held-out questions: remove it"
+    alone = [where for where, one in asked.items() if one.learns_from != "both"]
+    row = methods.of(config.method)
+    if not alone:
+        return
+    if not (row.rewards and row.needs_teacher(config.method)):
+        rule = "needs rewards and a teacher: method grpo with teacher_weight, or remove it"
+        yield (*alone[0], "learns_from"), rule
+        return
+    if (oneself := config.teacher and config.teacher.self_) and SIBLING in places(
+        oneself.context or ""
+    ):
+        rule = "a teacher that is told of right answers needs all of them judged: remove it"
+        yield (*alone[0], "learns_from"), rule
+    for missing, other, remedy in (
+        ("reward", "teacher", "use a method of teachers, such as reverse_kd"),
+        ("teacher", "reward", "use teacher_weight: 0"),
+    ):
+        if all(one.learns_from == other for one in asked.values()):
+            rule = f"no prompt would learn from the {missing}: {remedy}, or add others"
+            yield (*alone[0], "learns_from"), rule
+
+
 def problems(config: Any) -> Iterator[Problem]:
     """What is wrong between `reward` and the other sections of a `Config`."""
     reward, rollout, name = config.reward, config.rollout, config.method.name
+    yield from _mixture_problems(config)
     best = config.checkpoint.best_metric
     if best in ("eval/pass_at_1", "eval/reward_mean") and not (reward and reward.held_out):
         rule = "is measured on reward.held_out, and there is none: add it, or use eval/loss"

@@ -25,6 +25,11 @@ class PromptSource(Section):
     teacher: Name | None = Field(
         None, description="Which of `teachers` its prompts are for, where they do not say."
     )
+    learns_from: Literal["both", "reward", "teacher"] = Field(
+        "both",
+        description="Of grpo with a teacher: what answers to its prompts are for. Each of the two "
+        "terms is a mean over its own answers; those for the teacher alone are not judged.",
+    )
 
 
 SLOTS_PER_DEVICE = 64  # where the configuration names none

@@ -42,6 +42,7 @@ class Prompt:
         the teacher is not told of such.
       view: gives answers in the tokens of a teacher with another tokenizer too; None where there
         is no such.
+      learns_from: what answers to it are for: "reward", "teacher" or "both".
     """
 
     tokens: np.ndarray
@@ -49,6 +50,17 @@ class Prompt:
     context: np.ndarray | None = None
     with_sibling: Callable[[str], np.ndarray | str] | None = None
     view: AnswerView | None = None
+    learns_from: str = "both"
+
+    @property
+    def judged(self) -> bool:
+        """Whether answers to it earn rewards."""
+        return self.learns_from != "teacher"
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher, where there is one, teaches answers to it."""
+        return self.learns_from != "reward"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,6 +140,7 @@ def read(
     context_longest: int = 0,
     second: SecondView | None = None,
     seq_len: int = 0,
+    learns_from: Sequence[str] = (),
 ) -> Prompts:
     """Reads and tokenises prompts.
 
@@ -150,6 +163,7 @@ def read(
       context_longest: tokens of the longest of these.
       second: another model's tokens, in which answers are given too; None: there is none.
       seq_len: tokens in a row of the student's tokens beside it.
+      learns_from: `Prompt.learns_from` of the prompts of each source; none: both.
 
     Raises:
       DataError: if no prompt can be asked, too many records are unusable, or one that can be asked
@@ -169,11 +183,18 @@ def read(
     found: list[Prompt] = []
     left_out: list[dict[str, Any]] = []
     counts: collections.Counter[str] = collections.Counter()
-    for part in (part for source in sources for part in source.parts or (source,)):
+    whence = learns_from or ["both"] * len(sources)
+    parts = [
+        (part, signal)
+        for source, signal in zip(sources, whence, strict=True)
+        for part in source.parts or (source,)
+    ]
+    for part, signal in parts:
         for batch in batched(part):
             for item, made in zip(batch, encoder.prompts(batch), strict=True):
                 if isinstance(made, Prompt):
-                    found.append(_routed(made, item, part, routing))
+                    named = _routed(made, item, part, routing)
+                    found.append(dataclasses.replace(named, learns_from=signal))
                     continue
                 left_out.append(quarantine.entry(part.name, item.line, made))
                 counts[quarantine.why(made)] += 1
@@ -194,6 +215,7 @@ def read(
     if routing is not None:
         content["routing"] = routing.identity() | {"of_sources": [one.teacher for one in sources]}
     content |= {} if context is None else {"context": [context.identity(), context_longest]}
+    content |= {"learns_from": list(whence)} if set(whence) != {"both"} else {}
     content |= {} if second is None else {"second": [second.identity(), seq_len]}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Prompts(found, fingerprint, counts, left_out)

@@ -114,6 +114,10 @@ def objective(
 
         A_t = A + teacher_weight (log p(y_t) - sg log q(y_t))
 
+    Where some answers are for the reward alone and others for the teacher alone (`rewarded` and
+    `taught` of `sampled`), L_policy is a mean over the former, and what the teacher adds one over
+    the latter, whichever form it has: each has a count of its own.
+
     Of the batch it reads `sampled` and `sampler_logprobs`. Where q_old is not given it is q
     itself, and ratios are 1. The correction for the sampler multiplies the policy loss alone.
     Knob: teacher_weight.
@@ -145,30 +149,44 @@ def objective(
 
     def taught(batch):
         mask = batch.mask & batch.sampled["wrong"] if only_wrong else batch.mask
+        mask = mask & batch.sampled["taught"] if "taught" in batch.sampled else mask
         if batch.groups is None:
             return mask
         return mask & (following(batch.groups) > 0)  # answers whose teacher is told something
 
     def prepare(batch):
-        zeros = jnp.zeros(batch.mask.shape)
-        whole = losses.per_mean(zeros, batch.mask, policy.per, batch.segment_ids, max_length)
-        counts = {"policy_count": whole.count, "answer_tokens": batch.mask.sum()}
+        of = lambda mask: (
+            losses.per_mean(
+                jnp.zeros(mask.shape), mask, policy.per, batch.segment_ids, max_length
+            ).count
+        )
+        counts = {"policy_count": of(batch.mask), "answer_tokens": batch.mask.sum()}
         counts |= {"taught_tokens": taught(batch).sum()} if exact else {}
+        if "rewarded" in batch.sampled:
+            counts["rewarded_count"] = of(batch.mask & batch.sampled["rewarded"])
+            counts |= {"taught_count": of(taught(batch))} if drawn else {}
         return {name: count.astype(jnp.float32) for name, count in counts.items()}
 
-    def gains_of(signal, new, batch, knobs):
+    def gains_of(signal, new, batch, knobs, counts):
         """The advantages of the drawn tokens, and what is told of their two parts."""
+        # The loss divides by the count of all answers: each part is scaled to a mean over its own.
+        mixed = "rewarded" in batch.sampled
+        rewarded = batch.mask & batch.sampled["rewarded"] if mixed else batch.mask
+        share = lambda name: counts["policy_count"] / jnp.maximum(counts[name], 1.0) if mixed else 1
+        over = lambda values, mask: Mean(jnp.where(mask, values, 0.0).sum(), mask.sum() * 1.0)
         gains = batch.sampled["advantages"]
-        if not drawn:
+        if divergence is None:
             return gains, {}
+        told = {"policy/of_reward": over(jnp.abs(gains), rewarded)}
+        gains = gains * share("rewarded_count")
+        if not drawn:
+            return gains, told
         part = taught(batch)
         theirs = said_by_teacher(head, signal, dataclasses.replace(batch, mask=part))
         own = losses.teacher_advantages(new, theirs, part, weight=knobs["teacher_weight"])
-        over = lambda values, mask: Mean(jnp.where(mask, values, 0.0).sum(), mask.sum() * 1.0)
-        return gains + own, {
+        return gains + own * share("taught_count"), told | {
             "loss/sampled_kl": over(new - theirs, part),
-            "policy/of_reward": over(jnp.abs(gains), batch.mask),
-            "policy/of_teacher": over(jnp.abs(own), batch.mask),
+            "policy/of_teacher": over(jnp.abs(own), part if mixed else batch.mask),
         }
 
     def apply(params, student, signal, batch, knobs):
@@ -180,7 +198,7 @@ def objective(
             old, batch.sampler_logprobs, mask, rule=correction, upper=correction_bound,
             segment_ids=batch.segment_ids,
         )  # fmt: skip
-        gains, beside = gains_of(signal, jax.lax.stop_gradient(new), batch, knobs)
+        gains, beside = gains_of(signal, jax.lax.stop_gradient(new), batch, knobs, counts)
         means = losses.policy_loss(
             new, old, gains, mask, policy,
             segment_ids=batch.segment_ids, weights=bounded.weights, max_length=max_length,
@@ -205,7 +223,11 @@ def objective(
             part = dataclasses.replace(batch, mask=taught(batch))
             theirs = from_heads(head, student, signal.outputs, part, knobs, kind=exact, alpha=0.0)
             share = counts["policy_count"] / jnp.maximum(counts["taught_tokens"], 1.0)
-            total += knobs["teacher_weight"] * share * theirs["loss"].total
+            weight = knobs["teacher_weight"]
+            total += weight * share * theirs["loss"].total
+            means |= {
+                "policy/of_teacher": Mean(weight * theirs["loss"].total, theirs["loss"].count)
+            }
             means |= {
                 name: mean for name, mean in theirs.items() if name not in ("loss", "loss/ce")
             }

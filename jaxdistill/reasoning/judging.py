@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import importlib.util
+import logging
 import math
 import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.reasoning import extract, scorers
 from jaxdistill.safe.guarded import Guarded, TimedOut
 
+_log = logging.getLogger(__name__)
 # function(prompt, answer, record) -> a number, or None where it cannot say.
 Function = Callable[[str, str, Mapping[str, str]], float | None]
 
@@ -74,7 +77,8 @@ class Judges:
     each kind of verifier. One that takes too long is killed, and costs that answer its reward; so
     does one that fails. A reward that is not finite, or beyond LARGEST, is refused.
 
-    Functions run in this process, one after the other; nothing can stop one that does not end.
+    Functions run in the thread that asks, one after the other; nothing can stop one that does not
+    end, and a warning names it after `seconds`.
 
     Args:
       parts: at least one.
@@ -97,6 +101,7 @@ class Judges:
         self._parts, self._functions = tuple(parts), dict(functions or {})
         for part in self._parts:
             check(part, self._functions)
+        self._seconds = seconds
         names = {_home(part.name) for part in self._parts if part.name not in self._functions}
         self._idle: Mapping[str, queue.SimpleQueue[Guarded]] = {
             name: queue.SimpleQueue() for name in names
@@ -113,20 +118,37 @@ class Judges:
     def __call__(self, questions: Sequence[Question]) -> list[Verdict]:
         """Verdicts in the order of the questions."""
         tasks = [(part, one) for one in questions for part in self._parts]
-        said = list(self._threads.map(lambda task: self._ask(*task), tasks))
+        ours = {n for n, (part, _) in enumerate(tasks) if part.name in self._functions}
+        asked = {
+            n: self._threads.submit(self._ask, *tasks[n])
+            for n in range(len(tasks))
+            if n not in ours
+        }
+        said = [
+            self._call(*task) if number in ours else asked[number].result()
+            for number, task in enumerate(tasks)
+        ]
         count = len(self._parts)
         return [self._sum(said[i * count : (i + 1) * count]) for i in range(len(questions))]
 
     def _ask(self, part: Part, question: Question) -> float | str:
-        """A number, or one of REASONS."""
-        if part.name in self._functions:
-            return _of_function(self._functions[part.name], question)
+        """A number of a process, or one of REASONS."""
         idle = self._idle[_home(part.name)]
         process = idle.get()
         try:
             return _of_process(process, part, question)
         finally:
             idle.put(process)
+
+    def _call(self, part: Part, question: Question) -> float | str:
+        """A number of a function, or one of REASONS."""
+        late = threading.Timer(self._seconds, _warn, (part.name, self._seconds, question))
+        late.daemon = True
+        late.start()
+        try:
+            return _of_function(self._functions[part.name], question)
+        finally:
+            late.cancel()
 
     def _sum(self, said: Sequence[float | str]) -> Verdict:
         values = tuple(None if isinstance(one, str) else one for one in said)
@@ -149,11 +171,22 @@ class Judges:
         self.close()
 
 
+def _warn(name: str, seconds: float, question: Question) -> None:
+    _log.warning(
+        "verifier %s: has said nothing for %g s of the answer %r to %r: a function runs in the "
+        "process of the run, and nothing else can end it; stop the run, or wait",
+        name,
+        seconds,
+        question.answer[:200],
+        question.prompt[-200:],
+    )
+
+
 def _of_function(function: Function, question: Question) -> float | str:
     """What a function of the caller says, or one of REASONS."""
     try:
         value = function(*question)
-    except Exception:  # whatever a caller's function makes of a strange answer
+    except (Exception, SystemExit):  # whatever a caller's function makes of a strange answer
         return FAILED
     return SILENT if value is None else _checked(value)
 
@@ -177,9 +210,11 @@ def _of_process(process: Guarded, part: Part, question: Question) -> float | str
 
 def _checked(value: Any) -> float | str:
     """A reward that can be used, or REFUSED."""
+    if isinstance(value, str | bytes):
+        return REFUSED
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except Exception:  # of no number, of one beyond floats, or of a class of the caller's
         return REFUSED
     return number if math.isfinite(number) and abs(number) <= LARGEST else REFUSED
 

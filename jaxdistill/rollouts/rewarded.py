@@ -1,6 +1,5 @@
 """Answers that earn rewards as a feed: drawn, judged and compared once, learned from k times."""
 
-import base64
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,12 @@ from jaxdistill.data import batching
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import DivergedError
-from jaxdistill.reasoning.judging import REASONS, Verdict
+from jaxdistill.reasoning.judging import Verdict
 from jaxdistill.rollouts import answers as records
+from jaxdistill.rollouts import drawn as drawing
 from jaxdistill.rollouts import siblings
 from jaxdistill.rollouts.answers import Answer
+from jaxdistill.rollouts.drawn import Drawn, Plan
 from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rows import buckets, rows_of
@@ -26,105 +27,6 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.types import ORIGINS, STUDENT, Batch, Span
 
 META = "rewarded"  # in a checkpoint's meta: the answers that updates still learn from
-LAST_PLACE = 2**31 - 1  # prompts that stand in for others are counted from the end of all places
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which answers an update learns from, and what they are worth.
-
-    Updates u to u + updates - 1, u a multiple of `updates`, learn from answers to the prompts at
-    places (u / updates) * prompts and on. Each stands for `prompts * samples` rows of the stream.
-
-    Attributes:
-      prompts, samples: of an update.
-      updates: that learn from the same answers.
-      advantage: `scale` of `losses.group_advantages`.
-      names: of the verifiers.
-      longest: tokens of an answer at most.
-      mask_cut: whether answers that were cut there count nothing.
-      ramp: tokens before it over which the reward falls; None: it does not.
-      resample: how often other prompts stand in for those without spread.
-      patience: batches in a row without any spread, after which the run stops.
-      wrong: whether rows say which answers the first verifier gave less than 1.
-      seed: of the run.
-    """
-
-    prompts: int
-    samples: int
-    updates: int
-    advantage: str
-    names: tuple[str, ...]
-    longest: int
-    mask_cut: bool
-    ramp: int | None
-    resample: int
-    patience: int
-    wrong: bool
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the stream that an update stands for."""
-        return self.prompts * self.samples
-
-    def places(self, first: int) -> list[int]:
-        """The places of the prompts that are asked before an update."""
-        begin = first // self.updates * self.prompts
-        return list(range(begin, begin + self.prompts))
-
-    def stand_in(self, place: int, attempt: int) -> int:
-        """The place of the prompt that stands in for one, at an attempt from 0."""
-        return LAST_PLACE - (place * self.resample + attempt)
-
-    def rewards(self, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> np.ndarray:
-        """float32 [prompts, samples]: what each answer earned; NaN where nobody could say."""
-        earned = [np.nan if one.reward is None else one.reward for one in verdicts]
-        found = np.asarray(earned, np.float32)
-        if self.ramp is not None:
-            sizes = np.asarray([len(one.tokens) for one in answers])
-            found = found + losses.overlong_penalty(sizes, limit=self.longest, ramp=self.ramp)
-        return np.asarray(found, np.float32).reshape(-1, self.samples)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """The answers of a few updates.
-
-    Attributes:
-      answers: group by group, [prompts * samples].
-      verdicts: of each.
-      stood_in: prompts that stood in for others.
-      old: float32 [rows, L], log q_old of the targets; None where one update learns from them.
-    """
-
-    answers: list[Answer]
-    verdicts: list[Verdict]
-    stood_in: int
-    old: np.ndarray | None = None
-
-    def packed(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        old = {} if self.old is None else {
-            "old": base64.b64encode(self.old.tobytes()).decode(),
-            "old_rows": len(self.old),
-        }  # fmt: skip
-        return {
-            **records.packed(self.answers),
-            "verdicts": [[one.reward, list(one.values), one.reason] for one in self.verdicts],
-            "stood_in": self.stood_in,
-            **old,
-        }
-
-
-def unpacked(stored: Mapping[str, Any], prompt_at: Callable[[int], Any]) -> Drawn:
-    """What `Drawn.packed` was made of."""
-    old = None
-    if "old" in stored:
-        flat = np.frombuffer(base64.b64decode(stored["old"]), np.float32)
-        old = flat.reshape(stored["old_rows"], -1)
-    verdicts = [Verdict(reward, tuple(values), why) for reward, values, why in stored["verdicts"]]
-    return Drawn(records.unpacked(stored, prompt_at), verdicts, stored["stood_in"], old)
 
 
 class RewardedFeed(Feed):
@@ -188,7 +90,9 @@ class RewardedFeed(Feed):
         # Batches in a row without any spread: as many as ended before the updates of a number.
         self._flat: dict[int, int] = {}
         self._flat_now: int = stored.get("flat", 0)
-        self._drawn = {one["first"]: unpacked(one, self._prompt) for one in stored.get("drawn", ())}
+        self._drawn = {
+            one["first"]: drawing.unpacked(one, self._prompt) for one in stored.get("drawn", ())
+        }
         self._told: dict[int, dict[str, float]] = {}
 
     def _prompt(self, place: int) -> Any:
@@ -242,7 +146,7 @@ class RewardedFeed(Feed):
         if fresh and not self._draw(first, step, params):
             return None
         drawn = self._drawn[first]
-        taught = None if self._scores is None else self._scores(drawn.answers)
+        taught = None if self._scores is None else self._scored(drawn.answers)
         if taught is None and self._scores is not None:
             return None
         rows = self._rows_of(drawn, taught)
@@ -258,7 +162,7 @@ class RewardedFeed(Feed):
             "rollout/rows": float(len(rows)),
             "rollout/reused": float(update - first),
             **dict(records.numbers(drawn.answers, step)),
-            **self._rewarded(drawn),
+            **drawing.numbers(plan, drawn, self._flat_now),
         }
         if self._told_of is not None:
             told["reward/siblings"] = siblings.share(self._behind(drawn))
@@ -276,7 +180,8 @@ class RewardedFeed(Feed):
         plan, seconds, written, judging = self.plan, 0.0, 0, 0.0
         places = plan.places(first)
         groups: dict[int, tuple[list[Answer], list[Verdict]]] = {}
-        asked, stood_in, flat = dict(zip(places, places, strict=True)), 0, places
+        earning = [place for place in places if self._prompt(place).judged]
+        asked, stood_in, flat = dict(zip(places, places, strict=True)), 0, earning
         for attempt in range(plan.resample + 1):
             prompts = {place: self._prompt(place) for place in asked.values()}
             answers = self._writer.write(params, step, prompts)
@@ -287,19 +192,22 @@ class RewardedFeed(Feed):
             by_place = {place: [a for a in answers if a.place == place] for place in prompts}
             ordered = [answer for place in asked.values() for answer in by_place[place]]
             began = time.perf_counter()
-            verdicts = self._judge(ordered)
+            verdicts = self._judged(ordered)
             judging += time.perf_counter() - began
             self._hooks.at("rollout.judged")
             for number, place in enumerate(asked):
                 part = slice(number * plan.samples, (number + 1) * plan.samples)
                 groups[place] = ordered[part], verdicts[part]
-            flat = [place for place in places if not self._spread(*groups[place])]
-            if not flat or attempt == plan.resample:
-                break
-            stood_in += len(flat)
+            flat = [place for place in earning if not self._spread(*groups[place])]
             asked = {place: plan.stand_in(place, attempt) for place in flat}
+            # Whoever would only be taught stands in for nobody.
+            asked = {place: at for place, at in asked.items() if self._prompt(at).judged}
+            if not asked or attempt == plan.resample:
+                break
+            stood_in += len(asked)
         before = self._flat.setdefault(first, self._flat_now)  # of an update that is run again
-        self._flat_now = before + 1 if len(flat) == len(places) else 0
+        if earning:  # who is only taught says nothing of it
+            self._flat_now = before + 1 if len(flat) == len(earning) else 0
         self._drawn[first] = Drawn(
             [answer for place in places for answer in groups[place][0]],
             [verdict for place in places for verdict in groups[place][1]],
@@ -317,6 +225,21 @@ class RewardedFeed(Feed):
                 "verifier and at the prompts (too easy, or too hard), or raise rollout.samples"
             )
         return True
+
+    def _judged(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """A verdict for each; of those that are for the teacher alone one that says nothing."""
+        said = iter(self._judge([one for one in answers if one.prompt.judged]))
+        nothing = Verdict(None, (None,) * len(self.plan.names))
+        return [next(said) if one.prompt.judged else nothing for one in answers]
+
+    def _scored(self, answers: Sequence[Answer]) -> list[np.ndarray | None] | None:
+        """What servers say of each, None of those that are for the reward alone; None: to stop."""
+        assert self._scores is not None, "only asked for where there are some"
+        said = self._scores([one for one in answers if one.prompt.taught])
+        if said is None:
+            return None
+        each = iter(said)
+        return [next(each) if one.prompt.taught else None for one in answers]
 
     def _spread(self, answers: list[Answer], verdicts: list[Verdict]) -> bool:
         return bool(losses.spread(self.plan.rewards(answers, verdicts))[0])
@@ -338,6 +261,9 @@ class RewardedFeed(Feed):
         sampled: dict[str, Sequence[Any]] = {
             "advantages": list(np.asarray(gains, np.float32).ravel()),
         }
+        if plan.mixed:
+            sampled["rewarded"] = [np.bool_(one.prompt.judged) for one in drawn.answers]
+            sampled["taught"] = [np.bool_(one.prompt.taught) for one in drawn.answers]
         if plan.wrong:
             values = [one.values[0] for one in drawn.verdicts]
             sampled["wrong"] = [np.bool_(value is None or value < 1) for value in values]
@@ -358,25 +284,3 @@ class RewardedFeed(Feed):
                 none = np.zeros(len(row["tokens"]), np.float32)
                 row["sampled"]["old"] = none if old is None or number >= len(old) else old[number]
         return rows
-
-    def _rewarded(self, drawn: Drawn) -> dict[str, float]:
-        """What the record of a step says of rewards."""
-        rewards = self.plan.rewards(drawn.answers, drawn.verdicts)
-        known = rewards[np.isfinite(rewards)]
-        spread = np.asarray(losses.spread(rewards))
-        told = {
-            "reward/mean": float(known.mean(dtype=np.float64)) if len(known) else 0.0,
-            "reward/std": float(known.std(dtype=np.float64)) if len(known) else 0.0,
-            "reward/flat_groups": float(np.mean(~spread)),
-            "reward/flat_batches": float(self._flat_now),
-            "reward/stood_in": float(drawn.stood_in),
-            "reward/unjudged": float(np.mean(~np.isfinite(rewards))),
-        }
-        for reason in REASONS:
-            count = sum(one.reason == reason for one in drawn.verdicts)
-            told |= {f"reward/{reason}": float(count)} if count else {}
-        for number, name in enumerate(self.plan.names):
-            values = [one.values[number] for one in drawn.verdicts]
-            said = [value for value in values if value is not None]
-            told |= {f"reward/of_{name}": float(np.mean(said))} if said else {}
-        return told

@@ -9,6 +9,7 @@ from jaxdistill.reasoning.judging import REASONS, Judges, Question, Verdict
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.decisions import Decisions, hash_of
 from jaxdistill.safe import json_file
+from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 FILE = "verdicts.jsonl"
 BEYOND = 1e30  # a reward of this size is damage: sums of them are still float32s
@@ -25,6 +26,7 @@ class Verdicts:
       decode: token ids -> text.
       folder: of the training; its file is written by one process.
       verifiers: how many values a verdict has.
+      hooks: what the caller handed in.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class Verdicts:
         decode: Callable[[Sequence[int]], str],
         folder: Path,
         verifiers: int,
+        hooks: Hooks = NO_HOOKS,
     ):
         self._make, self._decode = make, decode
         self._judges: Judges | None = None
+        self._hooks = hooks
         self._decisions = Decisions(folder / FILE, lambda record: _read(record, verifiers))
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
@@ -57,6 +61,7 @@ class Verdicts:
             self._judges = self._make()
         said = self._judges([self._question(one) for one in answers])
         decided = [[one.reward, list(one.values), one.reason] for one in said]
+        self._hooks.at("rollout.judging")
         self._decisions.add(name, {"verdicts": decided})
         return decided
 

@@ -1,6 +1,7 @@
 """The feed of a run whose student's answers earn rewards, made from its configuration."""
 
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,15 +11,16 @@ from jax.sharding import Mesh
 
 from jaxdistill import methods
 from jaxdistill.config import Config, routing
-from jaxdistill.config.reward import Verifier
+from jaxdistill.config.reward import mixed
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.reasoning import judging, scorers
+from jaxdistill.reasoning import extract, judging, scorers, verifiers
 from jaxdistill.reasoning.judging import Judges, Part
 from jaxdistill.rollouts import difference, old, siblings
+from jaxdistill.rollouts.drawn import Plan
 from jaxdistill.rollouts.questions import Questions
-from jaxdistill.rollouts.rewarded import Plan, RewardedFeed
+from jaxdistill.rollouts.rewarded import RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
 from jaxdistill.run import on_policy, oneself, participants, served_teacher
 from jaxdistill.run.teaching import Teaching, served
@@ -26,16 +28,25 @@ from jaxdistill.sharding import local_rows
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
 
+_log = logging.getLogger(__name__)
 _VOTING = {name: name for name in ("number", "choice", "yes_no", "expression")}
 _VOTING["numeric"] = "number"
 
 
-def check(config: Config, prompts: Prompts, functions: Mapping[str, Any]) -> None:
+def check(
+    config: Config, prompts: Prompts, functions: Mapping[str, Any], key: str = "data.prompts"
+) -> None:
     """Refuses verifiers that do not exist, and prompts that they cannot judge.
+
+    Args:
+      config: of the run.
+      prompts: what is judged.
+      functions: verifiers that were handed in.
+      key: of the configuration, that messages about prompts begin with.
 
     Raises:
       ConfigError: for a verifier, or one that was handed in and is not asked.
-      DataError: for prompts without an answer.
+      DataError: for prompts without an answer, or whose answers a verifier reads nothing in.
     """
     if config.reward is None:
         if functions:
@@ -50,12 +61,39 @@ def check(config: Config, prompts: Prompts, functions: Mapping[str, Any]) -> Non
         )
     free = {*scorers.NEED_NO_ANSWER, *functions}
     needing = [part.name for part in parts_of(config) if part.name not in free]
-    without = sum("answer" not in prompt.notes for prompt in prompts.prompts)
+    judged = [prompt for prompt in prompts.prompts if prompt.judged]
+    without = sum("answer" not in prompt.notes for prompt in judged)
     if needing and without:
         raise DataError(
-            f"data.prompts: {without} of {len(prompts)} prompts have no `answer`, which the "
+            f"{key}: {without} of {len(judged)} prompts have no `answer`, which the "
             f"verifier {needing[0]} compares with: add it, or use format, length or a function"
         )
+    for part in parts_of(config):
+        if part.name in needing:
+            _check_answers(part, [prompt.notes["answer"] for prompt in judged], key)
+
+
+def _check_answers(part: Part, answers: Sequence[str], key: str) -> None:
+    """Says which right answers nothing can equal.
+
+    Raises:
+      DataError: if that is so of all.
+    """
+    kind, letters = _kind(part), {k: v for k, v in part.options.items() if k == "choices"}
+    if part.name == "numeric":
+        readable = [verifiers.quantity(one)[0] is not None for one in answers]
+    elif kind is not None:
+        readable = [extract.is_answer(one, kind, **letters) for one in answers]
+    else:
+        return
+    if all(readable):
+        return
+    example = answers[readable.index(False)][:60]
+    told = f"{key}: in {readable.count(False)} of {len(answers)} answers, such as {example!r}, the "
+    told += f"verifier {part.name} finds nothing, so that nobody is ever right"
+    if not any(readable):
+        raise DataError(f"{told}: use another verifier, or write the answers as it reads them")
+    _log.warning("%s", told)
 
 
 def parts_of(config: Config) -> list[Part]:
@@ -80,6 +118,7 @@ def plan_of(config: Config) -> Plan:
         resample=reward.resample,
         patience=reward.patience,
         wrong=methods.of(config.method).marks_wrong(config.method),
+        mixed=mixed(config),
         seed=config.seed,
     )
 
@@ -135,18 +174,18 @@ def feed_of(
         seconds=reward.seconds,
         functions=hooks.verifiers,
     )
-    verdicts = Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config)))
+    judge = Verdicts(judges, models.tokenizer.decode, folder, len(parts_of(config)), hooks)
     exam, servers = None, served(asked)
     if questions is not None and reward.held_out is not None:
         samples, decode = reward.held_out.samples, models.tokenizer.decode
         writer = on_policy.writer_of(config, models, questions, mesh, samples=samples)
-        kind = _kind(reward.verifiers[0])
-        exam = Questions(questions, writer, verdicts, decode, samples=samples, kind=kind)
+        kind = _kind(parts_of(config)[0])
+        exam = Questions(questions, writer, judge, decode, samples=samples, kind=kind)
     return RewardedFeed(
         plan_of(config),
         prompts,
         on_policy.writer_of(config, models, prompts, mesh, stop, hooks),
-        verdicts,
+        judge,
         params_of=params_of,
         old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
         shape={
@@ -173,8 +212,8 @@ def feed_of(
     )
 
 
-def _kind(verifier: Verifier) -> str | None:
+def _kind(part: Part) -> str | None:
     """The kind of the final answers that vote; None: the verifier compares no such answers."""
-    if verifier.verifier == "exact":
-        return str(verifier.options.get("kind", "text"))
-    return _VOTING.get(verifier.verifier)
+    if part.name == "exact":
+        return str(part.options.get("kind", "text"))
+    return _VOTING.get(part.name)

@@ -13,6 +13,7 @@ from jaxdistill import errors, methods, optim, rules, teachers
 from jaxdistill.config import Config, routing
 from jaxdistill.config import oneself as selves
 from jaxdistill.config.optimizer import Optimizer
+from jaxdistill.config.reward import mixed
 from jaxdistill.data import batching
 from jaxdistill.data.dataset import empty_route, empty_row, empty_second
 from jaxdistill.errors import ConfigError
@@ -200,6 +201,8 @@ def abstract_batch_of(config: Config, mesh: Mesh, asked: Teaching) -> Batch:
         sampled = {name: np.zeros(length, np.float32) for name in numbers}
         if method.marks_wrong(config.method):
             sampled["wrong"] = np.zeros(length, bool)
+        if mixed(config):
+            sampled |= {name: np.zeros(length, bool) for name in ("rewarded", "taught")}
         beside |= {"sampled": sampled}
     if config.teachers is not None:
         beside |= empty_route()

@@ -124,5 +124,5 @@ def _prompts(
     )
     questions = questions.first(held_out.limit)
     on_policy.check(config, models, questions, mesh)
-    rewarded.check(config, questions, verifiers)
+    rewarded.check(config, questions, verifiers, "reward.held_out.prompts")
     return prompts, questions

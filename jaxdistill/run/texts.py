@@ -163,5 +163,6 @@ def prompts_of(
         context_longest=0 if context is None else longest + context.seq_len - data.seq_len,
         second=second,
         seq_len=data.seq_len,
+        learns_from=[one.learns_from for one in data.prompts],
         **options,
     )

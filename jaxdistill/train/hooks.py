@@ -15,6 +15,7 @@ POINTS = (
     "rollout.call",  # a call of the decoder has made some tokens of them
     "rollout.after",  # all are written, and not yet in a batch
     "rollout.scored",  # a teacher that is served has scored them, which is on the disk
+    "rollout.judging",  # verifiers have judged them, and nothing of it is on the disk
     "rollout.judged",  # their rewards are on the disk, and no update has learned from them
     "step.before",  # the batch is there, the step is not dispatched
     "step.after",  # the step is dispatched, its numbers are not read

@@ -1,6 +1,8 @@
 """Rewards: what each verifier gives, and that a hostile answer costs its own reward and no more."""
 
 import math
+import threading
+import time
 
 import pytest
 
@@ -35,22 +37,44 @@ def test_each_verifier_gives_its_number_and_the_sum_is_weighted():
 
 def test_functions_of_the_caller_cost_an_answer_at_most():
     said = {"good": 1, "none": None, "nan": math.nan, "large": 1e9, "word": "x"}
+    said |= {"text": "1", "endless": 10**400}
 
     def mine(prompt, answer, record):
         assert prompt == "2 + 3 = " and record["level"] == "2"
         if answer == "raise":
             raise KeyError(answer)
+        if answer == "exit":
+            raise SystemExit(3)
         return said[answer]
 
     with Judges([Part("mine")], functions={"mine": mine}) as judges:
-        found = judges([asked(name, level="2") for name in (*said, "raise")])
-    assert [one.reward for one in found] == [1.0, None, None, None, None, None]
+        found = judges([asked(name, level="2") for name in (*said, "raise", "exit")])
+    assert [one.reward for one in found] == [1.0] + [None] * 8
     assert [one.reason for one in found] == [
         None,
         judging.SILENT,
-        *[judging.REFUSED] * 3,
-        judging.FAILED,
+        *[judging.REFUSED] * 5,
+        *[judging.FAILED] * 2,
     ]
+
+
+def test_functions_run_one_after_the_other_in_the_thread_that_asks_and_a_slow_one_is_named(caplog):
+    threads = []
+
+    def slow(prompt, answer, record):
+        threads.append(threading.current_thread())
+        while answer == "slow" and not caplog.messages:
+            time.sleep(0.001)
+        return 1.0
+
+    parts = [Part("slow"), Part("length", 1.0, {"limit": 9, "ramp": 9})]
+    with Judges(parts, functions={"slow": slow}, workers=2, seconds=60.0) as judges:
+        judges._seconds = 0.05  # of functions; the processes start in their own time
+        found = judges([asked("slow"), asked("quick"), asked("quick")])
+    assert set(threads) == {threading.current_thread()}
+    assert [one.values[0] for one in found] == [1.0] * 3
+    (said,) = caplog.messages
+    assert "verifier slow: has said nothing for 0.05 s of the answer 'slow'" in said
 
 
 def test_a_hostile_answer_costs_its_own_reward():

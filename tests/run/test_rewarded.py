@@ -81,8 +81,13 @@ def test_a_run_tells_of_its_rewards(three):
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("rollout.call", 3), ("rollout.after", 3), ("rollout.judged", 4), ("step.after", 4)],
-    ids=["while it writes", "before it is judged", "once it is judged", "between two updates"],
+    [("rollout.call", 3), ("rollout.judging", 3), ("rollout.judged", 4), ("step.after", 4)],
+    ids=[
+        "while it writes",
+        "judged and not written down",
+        "once it is judged",
+        "between two updates",
+    ],
 )
 def test_a_run_that_ends_anywhere_resumes_to_the_same_bits(three, load, tmp_path, point, count):
     config = load(tmp_path, "updates: 2, resample: 1", "checkpoint.every.steps=1")
@@ -133,6 +138,42 @@ def test_teachers_and_reward_stand_side_by_side(load, tmp_path):
         0: False, 1: True
     }  # fmt: skip
     assert all(sum(one[f"teachers/{n}/tokens"] for one in records) for n in ("math", "code"))
+
+
+def test_some_prompts_are_for_the_reward_alone_and_some_for_the_teacher(load, tmp_path):
+    """Those for the teacher have no answers to be compared with, and are never judged."""
+    for name, lines in (
+        ("sums", [{"prompt": f"{n}=", "answer": f"{n}"} for n in range(5)]),
+        ("texts", [{"prompt": f"{n}:"} for n in range(5)]),
+    ):
+        (tmp_path / name).with_suffix(".jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sources = f"{{path: {tmp_path}/sums.jsonl, learns_from: reward}}"
+    sources += f", {{path: {tmp_path}/texts.jsonl, learns_from: teacher}}"
+    teacher = "teacher={random: {layers: 1, embed: 32, mlp: 48, heads: 4, kv_heads: 2}}"
+    more = (
+        teacher,
+        f"data.prompts=[{sources}]",
+        "rollout={share: 1.0, prompts_per_step: 4, samples: 2, max_new_tokens: 4}",
+    )
+    more += ("train.steps=4", "train.eval_every=4")
+    asked = []
+
+    def judge(prompt, answer, record):
+        asked.append(prompt)
+        return float(len(asked) % 2)
+
+    run(
+        load(tmp_path, "resample: 1", *more, "method={name: grpo, teacher_weight: 1.0}"),
+        judge,
+    )
+    assert asked and all(prompt.endswith("=") for prompt in asked)
+    records = [one for one in numbers(tmp_path / "run") if "reward/mean" in one]
+    for one in records:
+        assert one["reward/answers"] + one["reward/taught"] == one["rollout/answers"] == 8
+        assert one["reward/unjudged"] == one["reward/flat_groups"] == one["reward/stood_in"] == 0
+        assert (one["policy/of_teacher"] > 0) == (one["reward/taught"] > 0)
+        assert (one["policy/of_reward"] > 0) == (one["reward/answers"] > 0)
+    assert {one["reward/answers"] for one in records} - {0, 8}  # both in one batch
 
 
 def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
@@ -234,6 +275,15 @@ def test_held_out_questions_are_not_trained_on(load, tmp_path):
         (["method={name: grpo, bound: 1.1}"], ConfigError, "the clip would never act"),
         (["method={name: grpo, distil: wrong}"], ConfigError, "no effect with teacher_weight: 0"),
         (["method={name: grpo, teacher_weight: 1.0}"], ConfigError, "grpo needs a teacher"),
+        (["data.prompts=[{path: p, learns_from: teacher}]"], ConfigError, "needs rewards and a te"),
+        (
+            [
+                "data.prompts=[{path: p, learns_from: teacher}]",
+                "method={name: grpo, teacher_weight: 1.0}",
+            ],
+            ConfigError,
+            "no prompt would learn from the reward: use a method of teachers",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_refused(overrides, error, message, load, tmp_path):
@@ -247,3 +297,8 @@ def test_questions_without_answers_are_refused(load, tmp_path):
     more = (f"data.prompts=[{{path: {path}}}]", "reward={verifiers: [{verifier: number}]}")
     with pytest.raises(DataError, match="have no `answer`"):
         api.train(load(tmp_path, "updates: 1", *more))
+    path.write_text(json.dumps({"prompt": "why?", "answer": "because"}) + "\n")
+    for name in ("number", "numeric", "choice"):
+        judge = f"reward={{verifiers: [{{verifier: format}}, {{verifier: {name}}}]}}"
+        with pytest.raises(DataError, match=f"'because', the verifier {name} finds nothing"):
+            api.train(load(tmp_path, "updates: 1", more[0], judge))
