@@ -148,15 +148,40 @@ def per_token(name: str, value: Array | None, dims: Sequence[int], *kinds: Any) 
         raise ConfigError(f"{name} are {value.dtype}: must be {allowed}")
 
 
-def temperature(value: ArrayLike, dims: Sequence[int]) -> None:
-    """Raises unless T is positive, one number or one for each token.
+def counted(
+    dims: Sequence[int], mask: ArrayLike | None, labels: ArrayLike | None = None
+) -> np.ndarray | None:
+    """Which tokens have a weight, bool [...]; None where that is traced.
+
+    Both are as the caller gave them: what is computed of them inside a jit is traced.
+    """
+    if isinstance(mask, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
+        return None
+    some = np.ones(dims, bool) if mask is None else np.asarray(mask) != 0
+    return some if labels is None else some & (np.asarray(labels) != IGNORED)
+
+
+def temperature(value: ArrayLike, dims: Sequence[int], some: np.ndarray | None) -> None:
+    """Raises unless T is positive, one number or one for each token that has a weight.
+
+    Args:
+      value: T.
+      dims: of the tokens.
+      some: which of them have a weight, of `counted`.
 
     Raises:
       ConfigError: naming the temperature.
     """
     number("temperature", value)
-    if jnp.ndim(value):
-        per_token("temperature", jnp.asarray(value), dims, jnp.floating, jnp.integer)
+    if not jnp.ndim(value):
+        return
+    per_token("temperature", jnp.asarray(value), dims, jnp.floating, jnp.integer)
+    if some is None or isinstance(value, jax.core.Tracer):
+        return
+    each = np.asarray(value)[some].astype(np.float64)
+    wrong = each[~(np.isfinite(each) & (each > 0))]
+    if wrong.size:
+        raise ConfigError(f"temperature holds {wrong[0]}: must be {COMMON['temperature']}")
 
 
 def floating(name: str, value: Array) -> None:

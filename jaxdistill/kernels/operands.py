@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -111,15 +112,15 @@ def coefficients(
     taid_t: ArrayLike | None,
     label_smoothing: ArrayLike | None,
 ) -> Coefficients:
-    """The caller's numbers as float32 arrays."""
+    """The caller's numbers as float32 arrays; all but alpha and T are constants."""
     number = lambda x: jnp.asarray(x, jnp.float32)
-    optional = lambda x: None if x is None else number(x)
+    constant = lambda x: None if x is None else jax.lax.stop_gradient(number(x))
     return Coefficients(
         number(alpha),
         number(temperature),
-        tuple(map(number, parameters)),
-        optional(taid_t),
-        optional(label_smoothing),
+        tuple(map(constant, parameters)),
+        constant(taid_t),
+        constant(label_smoothing),
     )
 
 
@@ -133,7 +134,7 @@ def per_token(
     """
     weights = jnp.ones(dims) if mask is None else checks.array("mask", mask)
     checks.per_token("mask", weights, dims, jnp.bool_, jnp.integer, jnp.floating)
-    weights = weights.astype(jnp.float32)
+    weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     if labels is None:
         return None, weights
     labels = checks.indices("labels", labels)
@@ -148,13 +149,16 @@ def check_numbers(
     label_smoothing: ArrayLike | None,
     parameters: Sequence[ArrayLike],
     dims: Sequence[int],
+    some: np.ndarray | None,
 ) -> None:
     """Raises where a number of the formula is out of its range, or has dims that it must not have.
+
+    `some` is which tokens have a weight, of `checks.counted`.
 
     Raises:
       ConfigError: naming the number.
     """
-    checks.temperature(temperature, dims)
+    checks.temperature(temperature, dims, some)
     checks.number("alpha", alpha)  # None too, which the others may be
     checks.numbers({"alpha": alpha, "taid_t": taid_t, "label_smoothing": label_smoothing})
     for value in parameters:

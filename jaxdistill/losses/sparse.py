@@ -4,7 +4,7 @@
 All take logits at the temperature at which the teacher's log-probabilities were taken: divide them
 by it first. Traced numbers are not looked at, nor are log-probabilities beside traced ids: one
 above 0 is 0, probabilities that sum above 1 leave no rest, an id that stands twice counts once, and
-an id of V or more makes its row NaN.
+an id of V or more makes its row NaN. A token of log-probability -inf is as one that is not listed.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.kernels.sparse.definition import KINDS as _KINDS
 from jaxdistill.kernels.sparse.definition import Known, entries, is_known, silence
@@ -217,7 +218,8 @@ def _checked(
         "sampled_ids": sampled,
         "sampled_logprobs": sampled_logprobs,
     }
-    known = known_teacher(kind, logits.shape[:-1], logits.shape[-1], sparse, None)
+    dims = logits.shape[:-1]
+    known = known_teacher(kind, dims, logits.shape[-1], sparse, checks.counted(dims, None))
     came = given.wide(logits)
     unknown = jnp.any(is_known(known) & jnp.isnan(known.logprobs), axis=-1)
     if known.rest is not None:

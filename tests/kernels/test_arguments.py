@@ -28,6 +28,7 @@ COMMON = [
     ({"temperature": np.float32(0)}, "temperature"),
     ({"temperature": jnp.float32(-2)}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": np.full((B, L), -1.0)}, "temperature holds -1.0: must be positive"),
     ({"alpha": 7.0}, r"alpha = 7.0: must be in \[0, 1\]"),
     ({"alpha": -0.1}, "alpha"),
     ({"alpha": jnp.ones(V)}, r"alpha \[9\]: must be one number"),

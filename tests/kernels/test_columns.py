@@ -235,6 +235,31 @@ def test_traced_columns_that_are_none_or_stand_twice_are_left_out(others):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-7), got, want)
 
 
+@pytest.mark.parametrize("others", ["mask", "bucket"])
+@pytest.mark.parametrize("traced", [0, 1])
+def test_a_column_of_one_traced_list_takes_its_partner_with_it(others, traced):
+    x = make()
+    arrays = [jnp.float32(x[name]) for name in ("hidden", "head", "taught", "teacher")]
+    known = np.arange(4), np.array([7, 3, 0, 5])
+    broken = [np.array(one) for one in known]
+    broken[traced][1] = 99
+
+    def run(one, implementation=None):
+        lists = [one if at == traced else broken[at] for at in range(2)]
+        return linear_divergence(
+            *arrays, student_columns=lists[0], teacher_columns=lists[1], other_columns=others,
+            implementation=implementation,
+        )[0]  # fmt: skip
+
+    kept = [one[[0, 2, 3]] for one in known]
+    want = linear_divergence(
+        *arrays, student_columns=kept[0], teacher_columns=kept[1], other_columns=others
+    )[0]
+    for implementation in (None, "reference"):
+        got = jax.jit(lambda one, i=implementation: run(one, i))(jnp.asarray(broken[traced]))
+        np.testing.assert_allclose(got, want, rtol=5e-6)
+
+
 def test_the_plain_function_holds_the_mass_of_the_others():
     z = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4]]))
     np.testing.assert_allclose(

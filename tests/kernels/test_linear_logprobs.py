@@ -1,11 +1,14 @@
 """linear_logprobs against float64 NumPy: every number, every gradient, masks, meshes, memory."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxdistill.kernels import choice, linear_divergence, linear_logprobs
+from jaxdistill.kernels.linear_logprobs.sets import columns_of
 
 N, V, D, K, TOP = 24, 53, 8, 3, 2
 SETS = ([0, 5, 9, 52], [1, 2, 3], [5])
@@ -320,6 +323,21 @@ def test_no_head_crosses_the_mesh(mesh8):
     assert f"[64,{vocab}]" not in text and f"[64,{taught}]" not in text
 
 
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_no_tokens_at_all_are_no_fault(chunk):
+    hidden, head, ids = jnp.ones((0, 4, D)), jnp.ones((V, D)), jnp.zeros((0, 4, K), int)
+
+    def loss(hidden, head):
+        said = linear_logprobs(hidden, head, ids, sets=SETS, top_k=TOP, chunk=chunk)
+        known = {"teacher_ids": ids, "teacher_logprobs": jnp.zeros(ids.shape)}
+        return said.logprobs.sum() + linear_divergence(hidden, head, **known, chunk=chunk)[0], said
+
+    (value, said), slopes = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+    assert value == 0 and said.entropy.shape == (0, 4) and said.log_masses.shape == (0, 4, 3)
+    assert slopes[0].shape == hidden.shape
+    np.testing.assert_array_equal(slopes[1], np.zeros((V, D)))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -333,15 +351,20 @@ def test_no_head_crosses_the_mesh(mesh8):
         ({"sets": [[1, 53]]}, "within 0 to V - 1 = 52"),
         ({"sets": [np.zeros(V, bool)]}, "empty"),
         ({"sets": np.zeros((1, V - 1), bool)}, "a mask must be"),
+        ({"head": jnp.ones((0, D)), "ids": None}, r"head \[0, 8\]: V and D must be at least 1"),
+        ({"vocab_axes": "model"}, "no shard_map around this call has an axis 'model'"),
+        ({"mesh": jax.make_mesh((1,), ("x",))}, "mesh has the axes x: it must have data, fsdp"),
         ({"top_k": 54}, "top_k = 54: must be a whole number, from 0 to 53"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": jnp.float32(-1)}, "temperature"),
         ({"temperature": jnp.ones(2, bool)}, "temperature"),
         ({"temperature": jnp.ones(3)}, "temperature"),
+        ({"temperature": np.array([1.0, 0.0])}, "temperature holds 0.0: must be positive"),
         ({"mask": jnp.ones(3)}, "mask"),
         ({"mask": np.array(["a", "b"])}, "mask is no array"),
         ({"chunk": 0}, "chunk = 0: must be a whole number"),
         ({"logits_dtype": "int32"}, "logits_dtype = int32"),
+        ({"logits_dtype": "float99"}, "logits_dtype = float99"),
         ({"hidden": jnp.ones((2, D), int)}, "hidden is int32: must be of a float type"),
         ({"bias": jnp.ones(3)}, "bias"),
         ({"softcap": -1.0}, "softcap = -1.0: must be positive"),
@@ -354,3 +377,10 @@ def test_bad_input_is_named(change, words):
     arguments = {"hidden": jnp.ones((2, D)), "head": jnp.ones((V, D)), "ids": jnp.array([0, 1])}
     with pytest.raises(ValueError, match=words):
         linear_logprobs(**(arguments | change))
+
+
+@pytest.mark.parametrize("sets", [3, [[[1], [2, 3]]]])
+def test_what_is_no_list_of_sets_is_named(sets):
+    """Under test every public function checks its annotations first."""
+    with pytest.raises(ValueError, match="must be a list of sets"):
+        inspect.unwrap(columns_of)(sets, V, shared=False)

@@ -326,3 +326,23 @@ def test_padded_columns_of_float16_are_no_tokens():
     log_q = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     want = (-0.9 * log_q[range(4), range(4)] - 0.1 * log_q.mean(1)).mean()
     np.testing.assert_allclose(value, want, rtol=1e-5)
+
+
+def test_a_slope_of_slopes_has_none_of_the_teachers():
+    """Of a head that is student and teacher at once, whose teacher's side is a constant."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3), (5, 3)))
+
+    def ours(head):
+        return linear_divergence(hidden, head, hidden[::-1] * 2, head)[0]
+
+    def plain(head):
+        taught = jax.lax.stop_gradient(hidden[::-1] * 2 @ head.T)
+        log_q, log_p = map(jax.nn.log_softmax, (hidden @ head.T, taught))
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1))
+
+    along = jnp.asarray(rng.normal(size=head.shape), jnp.float32)
+    got, want = (
+        jax.grad(lambda w, f=f: jnp.vdot(jax.grad(f)(w), along))(head) for f in (ours, plain)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -134,10 +134,10 @@ def pair(
             "student_columns [1] with other_columns = mask: one column alone has all of the mass, "
             "so its divergence is 0 for any student; list more, or bucket"
         )
-    first = columns.student
-    if isinstance(first, jax.core.Tracer):
-        none = (columns.student < 0) | (columns.teacher < 0)
-        return Columns(*(jnp.where(none, -1, list_) for list_ in columns))
-    if (np.diff(np.asarray(first)) <= 0).any():
+    traced = [isinstance(one, jax.core.Tracer) for one in columns]
+    if not traced[0] and (np.diff(np.asarray(columns.student)) <= 0).any():
         raise ConfigError("student_columns must ascend; sort both lists by the student's")
-    return columns
+    if not any(traced):
+        return columns
+    none = (columns.student < 0) | (columns.teacher < 0)  # in either list: its partner is none too
+    return Columns(*(jnp.where(none, -1, one) for one in columns))

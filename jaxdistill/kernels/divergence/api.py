@@ -78,10 +78,12 @@ def divergence(
     teacher = checks.array("teacher_logits", teacher_logits)
     _check(kind, parameters, student, teacher)
     dims = student.shape[:-1]
-    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
+    per_token = operands.per_token(labels, mask, dims)
+    some = checks.counted(dims, mask, labels)
+    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims, some)
     operands.check_alpha(alpha, labels)
     coefficients = operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing)
-    arrays = fused.Operands(student, teacher, *operands.per_token(labels, mask, dims), coefficients)
+    arrays = fused.Operands(student, teacher, *per_token, coefficients)
     at_one = checks.known(temperature) == 1
     loss = operands.LossSpec(kind, labels is not None, scale_by_t2, at_one=at_one)
     if implementation == choice.REFERENCE:

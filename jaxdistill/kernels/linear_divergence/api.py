@@ -68,7 +68,8 @@ def linear_divergence(
     Exact in value and gradient; the largest temporary is a few arrays of [chunk, V]. `alpha` and
     `temperature` may be traced and differentiated. Nothing flows to the teacher's arrays: they are
     constants. Matrix products take the dtype of the hidden states, everything else is float32.
-    It has reverse mode alone (grad, vjp, and both under vmap), once: no jvp, no second derivative.
+    It has reverse mode alone (grad, vjp, and both under vmap): no jvp. A second derivative, which
+    keeps the logits of all chunks, is right too: of the teacher's arrays there is none.
 
     Args:
       student_hidden: [N, D_S] or [B, L, D_S], after the final norm; so are all that is per token.
@@ -80,7 +81,7 @@ def linear_divergence(
         tokens whose probabilities are known, different in each row; a negative id is none. See
         below.
       teacher_logprobs: [N, K], log p of these tokens, normalised over the vocabulary at the
-        temperature of the call.
+        temperature of the call. A token of -inf is as one that is not listed.
       teacher_rest: [N], the mass of all other tokens; None takes what the known ones leave.
       sampled_ids: int [N], with kind "generalized_reverse_kl": a token that the student has drawn
         at the temperature of the call; a negative id is none.
@@ -178,6 +179,8 @@ def linear_divergence(
     """
     arrays = arguments.arrays(student_hidden, student_head, student_bias, prefix="student_")
     teacher = arguments.teacher(teacher_hidden, teacher_head, teacher_bias, teacher_softcap, taid_t)
+    # The walk has no slope by them; a slope of its slopes must have none either.
+    teacher = jax.lax.stop_gradient(teacher)
     dims, vocab = arrays[0].shape[:-1], arrays[1].shape[0]
     softcaps = (student_softcap, teacher_softcap)
     axes = arguments.vocabulary_axes(vocab_axes, implementation)
@@ -188,21 +191,22 @@ def linear_divergence(
         "sampled_ids": sampled_ids,
         "sampled_logprobs": sampled_logprobs,
     }
+    per_token = operands.per_token(labels, mask, dims)
+    some = checks.counted(dims, mask, labels)
     taid, taught = taid_t is not None, vocab if teacher[1] is None else teacher[1].shape[0]
     whole = lambda rows: rows * (jax.lax.axis_size(axes) if axes else 1)
-    known = known_part(kind, taid or bool(parameters), teacher[1], dims, whole(vocab), tokens, mask)
+    known = known_part(kind, taid or bool(parameters), teacher[1], dims, whole(vocab), tokens, some)
     columns = shared_part(
         kind, taid or known is not None, teacher[1], (whole(vocab), whole(taught)),
         (student_columns, teacher_columns), other_columns,
     )  # fmt: skip
     rows_of, row_kind = taught if columns else vocab, "forward_kl" if known else kind
     arguments.check_choices(row_kind, parameters, reduction, dims, rows_of, teacher, softcaps)
-    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims)
+    operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims, some)
     operands.check_alpha(alpha, labels)
     arguments.check_pieces(chunk, logits_dtype, monitor)
-    labels, weights = operands.per_token(labels, mask, dims)
     x = Operands(
-        *arrays, *teacher, labels=labels, weights=weights, known=known, columns=columns,
+        *arrays, *teacher, *per_token, known=known, columns=columns,
         coefficients=operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing),
         monitor=None if monitor is None else jnp.asarray(monitor, bool),
     )  # fmt: skip

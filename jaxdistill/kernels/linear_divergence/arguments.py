@@ -34,6 +34,8 @@ def arrays(
             f"{prefix}hidden {list(hidden.shape)} and {prefix}head {list(head.shape)} must be "
             "[N, D] or [B, L, D], and [V, D]"
         )
+    if not head.size:
+        raise ConfigError(f"{prefix}head {list(head.shape)}: V and D must be at least 1")
     if bias is not None and bias.shape != (head.shape[0],):
         raise ConfigError(f"{prefix}bias {list(bias.shape)} must be [V] = [{head.shape[0]}]")
     for name, value in (("hidden", hidden), ("head", head), ("bias", bias)):
@@ -62,13 +64,21 @@ def teacher(
 
 
 def vocabulary_axes(axes: str | Sequence[str], implementation: str | None) -> tuple[str, ...]:
-    """`vocab_axes` as a tuple; the reference takes none."""
+    """`vocab_axes` as a tuple of axes that there are; the reference takes none."""
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     if axes and implementation == choice.REFERENCE:
         raise ConfigError(
             f"vocab_axes = {axes}: the reference needs a whole head; None takes an implementation "
             "that shares it"
         )
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError as error:
+            raise ConfigError(
+                f"vocab_axes = {axes}: no shard_map around this call has an axis {axis!r}; outside "
+                "of one it is `mesh` that says where the arrays lie"
+            ) from error
     return axes
 
 
@@ -96,7 +106,7 @@ def check_pieces(chunk, logits_dtype, monitor) -> None:
     """Raises for a chunk of no tokens, logits that are no floats, or a `monitor` of several."""
     if chunk is not None:
         checks.whole("chunk", chunk)
-    if logits_dtype is not None and not jnp.issubdtype(logits_dtype, jnp.floating):
+    if logits_dtype is not None and not _is_float(logits_dtype):
         raise ConfigError(f"logits_dtype = {logits_dtype}: must be a float type")
     if monitor is None:
         return
@@ -104,6 +114,13 @@ def check_pieces(chunk, logits_dtype, monitor) -> None:
         raise ConfigError(f"monitor = {monitor!r}: must be a bool, or None")
     if jnp.ndim(monitor):
         raise ConfigError(f"monitor {list(jnp.shape(monitor))}: must be one bool, []")
+
+
+def _is_float(dtype: DTypeLike) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:  # the name of no type
+        return False
 
 
 def static(

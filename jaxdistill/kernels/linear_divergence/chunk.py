@@ -126,6 +126,7 @@ def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4, gather
       gathered: bytes of what the devices bring together for each token, however few columns each
         of them has. A CPU has them for a group of rows alone.
     """
+    tokens = max(tokens, 1)  # of none there is one chunk's size, and no chunk
     budget = _CHUNK_BYTES.get(platform, _CHUNK_BYTES_ACCELERATOR)
     most = budget // (itemsize * vocab + (0 if platform == "cpu" else gathered))
     if platform == "cpu":
@@ -139,7 +140,7 @@ def chunk_size(tokens: int, vocab: int, platform: str, itemsize: int = 4, gather
 
 def whole_chunk(chunk: int, tokens: int, platform: str) -> int:
     """A chunk as asked for, at most all tokens; on a GPU whole tiles of the kernel's rows."""
-    return _round_up(min(chunk, tokens), KERNEL_ROWS if platform == "gpu" else 1)
+    return _round_up(min(chunk, max(tokens, 1)), KERNEL_ROWS if platform == "gpu" else 1)
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -22,7 +22,7 @@ from jaxdistill.kernels.linear_divergence.walk import (
     pad_vocabulary,
     walk,
 )
-from jaxdistill.sharding import BATCH_AXES, AnyMesh, spec
+from jaxdistill.sharding import AXES, BATCH_AXES, AnyMesh, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,11 @@ def layout(
     if mesh is None:
         return Layout(tokens=((),) * len(dims), vocab=vocab_axes)
     shape = mesh.shape
+    if not set(AXES) <= set(shape):
+        raise ConfigError(
+            f"mesh has the axes {', '.join(map(str, shape))}: it must have {', '.join(AXES)}, as "
+            "`jaxdistill.sharding.make_mesh` makes it; a shard_map of your own takes vocab_axes"
+        )
     batch, length = BATCH_AXES, ("context",)
     shared: tuple[str, ...] = ()
     if whole_rows:

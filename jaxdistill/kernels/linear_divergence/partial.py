@@ -1,5 +1,6 @@
 """What is known of a teacher in part: some of its tokens, or some of its head's rows."""
 
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -17,7 +18,7 @@ def known_part(
     dims: tuple[int, ...],
     vocab: int,
     tokens: dict[str, ArrayLike | None],
-    mask: ArrayLike | None,
+    some: np.ndarray | None,
 ) -> Known | None:
     """The teacher's known tokens, None where none are given.
 
@@ -28,7 +29,7 @@ def known_part(
       dims: of the tokens.
       vocab: V of the student, of all devices together.
       tokens: by name, as `sparse.checks.known_teacher` takes them.
-      mask: of the call.
+      some: which tokens have a weight, of `checks.counted`.
 
     Raises:
       ConfigError: for what does not go together, and for numbers that break a rule.
@@ -40,7 +41,7 @@ def known_part(
             "teacher_ids stand in place of the teacher's hidden states and head, and go with "
             "neither taid_t nor parameters: these need the teacher's whole rows"
         )
-    return known_teacher(kind, dims, vocab, tokens, mask)
+    return known_teacher(kind, dims, vocab, tokens, some)
 
 
 def shared_part(

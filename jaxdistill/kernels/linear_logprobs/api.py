@@ -6,7 +6,6 @@ makes them again.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ def linear_logprobs(
     ratio to an old log-probability times an advantage, a sum over the tokens of a word. A loss
     whose token weights are known beforehand is cheaper by `linear_divergence`, which makes its
     gradient on the way forward. Matrix products take the dtype of the hidden states, the rest is
-    float32.
+    float32. It has reverse mode alone (grad, vjp, both under vmap and twice): no jvp.
 
     Args:
       hidden: [N, D] or [B, L, D], after the final norm; so are all that is per token.
@@ -90,9 +89,10 @@ def linear_logprobs(
 
     Raises:
       ConfigError: for shapes that do not fit, ids beyond the vocabulary, a set that is empty, not
-        ascending or not of different tokens, top_k outside 0 to V, or a temperature that is not
-        positive. Numbers that are traced are not looked at: of a traced set an id counts once, one
-        that is no token is left out, and a set of none has the log-mass -inf, without a gradient.
+        ascending or not of different tokens, top_k outside 0 to V, a temperature that is not
+        positive where a token counts, or axes that the mesh does not have. Numbers that are traced
+        are not looked at: of a traced set an id counts once, one that is no token is left out, and
+        a set of none has the log-mass -inf, without a gradient.
 
     >>> import jax.numpy as jnp
     >>> head = jnp.log(jnp.array([[0.5, 0.3, 0.2]])).T
@@ -108,8 +108,9 @@ def linear_logprobs(
     axes = arguments.vocabulary_axes(vocab_axes, implementation)
     whole = vocab * (jax.lax.axis_size(axes) if axes else 1)
     weights = operands.per_token(None, mask, dims)[1]
-    tokens = _ids(ids, dims, whole, mask)
-    checks.temperature(temperature, dims)
+    some = checks.counted(dims, mask)
+    tokens = _ids(ids, dims, whole, some)
+    checks.temperature(temperature, dims, some)
     checks.softcap("softcap", softcap)
     checks.whole("top_k", top_k, 0, whole)
     arguments.check_pieces(chunk, logits_dtype, None)
@@ -145,8 +146,10 @@ def linear_logprobs(
     return said
 
 
-def _ids(ids: ArrayLike | None, dims: tuple[int, ...], vocab: int, mask: Any) -> Array | None:
-    """Tokens as int [..., K]."""
+def _ids(
+    ids: ArrayLike | None, dims: tuple[int, ...], vocab: int, some: np.ndarray | None
+) -> Array | None:
+    """Tokens as int [..., K]; `some` of them have a weight."""
     if ids is None:
         return None
     tokens = checks.indices("ids", ids)
@@ -159,7 +162,6 @@ def _ids(ids: ArrayLike | None, dims: tuple[int, ...], vocab: int, mask: Any) ->
             f"ids {list(np.shape(ids))}: must be {list(dims)} or {[*dims, 'K']}, K at least 1, as "
             "the hidden states have it"
         )
-    if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
-        counted = np.ones(dims, bool) if mask is None else np.asarray(mask) != 0
-        check_ids("ids", np.asarray(tokens)[counted], vocab, different=False)
+    if some is not None and not isinstance(tokens, jax.core.Tracer):
+        check_ids("ids", np.asarray(tokens)[some], vocab, different=False)
     return tokens

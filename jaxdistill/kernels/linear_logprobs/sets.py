@@ -26,7 +26,12 @@ def columns_of(sets: Sets, vocab: int, shared: bool) -> Array:
     Raises:
       ConfigError: for a set that is no set.
     """
-    masks = [one if isinstance(one, jax.Array) else np.asarray(one) for one in sets]
+    try:
+        masks = [one if isinstance(one, jax.Array) else np.asarray(one) for one in sets]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "sets: must be a list of sets, each the ids of its tokens or a bool [V], or bool [M, V]"
+        ) from error
     if not masks:
         raise ConfigError("sets is empty: leave it out, or give at least one set")
     return jnp.stack([_column(m, one, vocab, shared) for m, one in enumerate(masks)], axis=1)

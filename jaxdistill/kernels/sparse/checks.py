@@ -22,7 +22,7 @@ def known_teacher(
     dims: tuple[int, ...],
     vocab: int,
     given: dict[str, ArrayLike | None],
-    mask: ArrayLike | None,
+    some: np.ndarray | None,
 ) -> Known:
     """The caller's arrays as a `Known`; numbers are looked at where they are no tracers.
 
@@ -31,7 +31,7 @@ def known_teacher(
       dims: of the tokens.
       vocab: V, of all devices together.
       given: by name: teacher_ids, teacher_logprobs, teacher_rest, sampled_ids, sampled_logprobs.
-      mask: [...], or None; tokens of weight 0 may hold anything.
+      some: which tokens have a weight, of `checks.counted`; the others may hold anything.
 
     Raises:
       ConfigError: naming the array, its value and the rule.
@@ -51,7 +51,7 @@ def known_teacher(
         )
     arrays = {name: None if x is None else _array(name, x) for name, x in given.items()}
     _check_shapes(arrays, dims, vocab)
-    _check_numbers(arrays, vocab, mask)
+    _check_numbers(arrays, vocab, some)
     wide = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # What rounding or a tracer brings above 0 counts as certain, in each place where it is read.
     log = lambda x: None if x is None else jnp.minimum(x, 0.0)
@@ -90,19 +90,16 @@ def _check_shapes(arrays: dict[str, Array | None], dims: tuple[int, ...], vocab:
         )
 
 
-def _check_numbers(arrays: dict[str, Array | None], vocab: int, mask: ArrayLike | None) -> None:
+def _check_numbers(arrays: dict[str, Array | None], vocab: int, some: np.ndarray | None) -> None:
     """Raises for numbers that break a rule, in tokens that count; tracers are not looked at."""
     known = {
         name: np.asarray(array)
         for name, array in arrays.items()
         if array is not None and not isinstance(array, jax.core.Tracer)
     }
-    if isinstance(mask, jax.core.Tracer) or "teacher_ids" not in known:
+    if some is None or "teacher_ids" not in known:
         return
-    counted = np.ones(known["teacher_ids"].shape[:-1], bool)
-    if mask is not None:
-        counted = np.asarray(mask) != 0
-    known = {name: array[counted] for name, array in known.items()}
+    known = {name: array[some] for name, array in known.items()}
     check_ids("teacher_ids", known["teacher_ids"], vocab)
     if "sampled_ids" in known:
         check_ids("sampled_ids", known["sampled_ids"][:, None], vocab)
