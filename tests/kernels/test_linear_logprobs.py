@@ -206,6 +206,22 @@ def test_bfloat16_keeps_float32_arithmetic():
     assert slopes["hidden"].dtype == slopes["head"].dtype == jnp.bfloat16
 
 
+def test_float16_keeps_gradients_of_any_size():
+    """At a cotangent of 1e-6 the slopes lie below the least float16, at 1e6 beyond the most."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float16) for s in ((8, D), (203, D)))
+    ids, by = rng.integers(0, 203, 8), 1 + rng.random(8)
+    h, w = np.float64(hidden), np.float64(head)
+    q = np.exp(h @ w.T)
+    slope = by[:, None] * (np.eye(203)[ids] - q / q.sum(1, keepdims=True))
+    slopes = jax.jit(
+        jax.grad(lambda head, by: jnp.sum(by * linear_logprobs(hidden, head, ids).logprobs))
+    )
+    for size in (1e-6, 1.0, 1e6):
+        got = slopes(jnp.float32(head), jnp.float32(by * size)) / size
+        np.testing.assert_allclose(got, slope.T @ h, atol=2e-3 * np.abs(slope.T @ h).max())
+
+
 def test_masses_too_small_for_a_float_and_logits_of_300():
     head = jnp.float32([[300.0], [100.0], [99.0], [-300.0]])
     said = linear_logprobs(jnp.ones((1, 1)), head, jnp.array([3]), sets=[[1, 2], [3]])

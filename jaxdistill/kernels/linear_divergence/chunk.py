@@ -333,16 +333,32 @@ def pull_back(
 ) -> dict[str, Array]:
     """From d loss / d logits to the gradients of hidden states, head and bias."""
     gradients = {}
+    size = None
     narrow = slope.astype(hidden.dtype)
+    if hidden.dtype == jnp.float16:
+        # Its least number is 6e-8 and its largest 65,504: a weight of 1 / N, or a loss that is
+        # scaled, would bring slopes beyond either. So each row is of size 1, and its size apart.
+        size = _power_of_two(slope)
+        narrow = (slope / size).astype(hidden.dtype)
     if wanted.hidden:
         by_hidden = jnp.einsum("nv,vd->nd", narrow, head, preferred_element_type=jnp.float32)
+        by_hidden = by_hidden if size is None else by_hidden * size
         # Devices that share the vocabulary add their parts before rounding.
         shared = bool(static.loss.vocab_axes)
         gradients["student_hidden"] = by_hidden if shared else by_hidden.astype(hidden.dtype)
     if wanted.head:
-        gradients["student_head"] = jnp.einsum(
-            "nv,nd->vd", narrow, hidden, preferred_element_type=jnp.float32
-        )
+        sized, most = hidden, None
+        if size is not None:
+            most = jnp.max(size)
+            sized = hidden * (size / most).astype(hidden.dtype)
+        by_head = jnp.einsum("nv,nd->vd", narrow, sized, preferred_element_type=jnp.float32)
+        gradients["student_head"] = by_head if most is None else by_head * most
     if wanted.bias:
         gradients["student_bias"] = jnp.sum(slope, axis=0)
     return gradients
+
+
+def _power_of_two(slope: Array) -> Array:
+    """The power of two above each row's largest entry, [n, 1]; 1 for a row of zeros."""
+    exponent = jnp.frexp(jnp.max(jnp.abs(slope), axis=1, keepdims=True))[1]
+    return jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 127))  # a float32 in any case
