@@ -25,6 +25,10 @@ class RenderError(Exception):
     """The template refuses one conversation; the message is the reason."""
 
 
+class VariableError(RenderError):
+    """A variable is not for the one who sets it to set, or not known to the template."""
+
+
 class Stalled(RenderError):
     """The template did not end for one conversation."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdistill.commands import SpecialTokens
 from jaxdistill.data import chat, encode, rendering
-from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.chat_template import RenderError, VariableError
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.records import Record, parse
 from jaxdistill.data.rules import text_problem
@@ -82,6 +82,8 @@ class Prompter:
         try:
             with self._lock:
                 return self._chat.encode_prompt(record, variables)
+        except VariableError as error:
+            raise DataError(str(error)) from error
         except RenderError as error:
             raise DataError(f"messages: {error}") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jaxdistill.data.chat_template import ChatTemplate, RenderError, mentions
+from jaxdistill.data.chat_template import ChatTemplate, RenderError, VariableError, mentions
 from jaxdistill.data.codec import Codec
 from jaxdistill.data.conversations import REASONING, RESERVED, called
 from jaxdistill.data.records import Record
@@ -161,7 +161,7 @@ class ChatRenderer:
           RenderError: if the template refuses it, or a variable is not the stranger's to set.
         """
         if taken := sorted({*self._reserved, *RESERVED} & set(variables)):
-            raise RenderError(f"chat template: {taken[0]}: is not the client's to set")
+            raise VariableError(f"chat_template_kwargs.{taken[0]}: is not the client's to set")
         shielded = self._shielded(record)
         shielded.variables.update(variables)
         if mark_end:
@@ -169,7 +169,7 @@ class ChatRenderer:
         own = record.conversation.variables if record.conversation else ()
         for name in (*own, *variables):
             if not self.template.mentions(name):
-                raise RenderError(
+                raise VariableError(
                     f"field `chat_template_kwargs`: the chat template knows no `{name[:40]}`"
                 )
         refused: RenderError | None = None

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, per_layer, prompt_scores, slot_settings
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.requests import Completion, PromptScores, Request, check
+from jaxdistill.models.requests import Completion, PromptScores, Request, Words, check
 from jaxdistill.sharding import on_mesh
 
 SHORTEST = 16
@@ -368,7 +368,7 @@ def complete(
         return []
     length = max(len(request.tokens) + request.max_new_tokens for request in requests)
     for number, request in enumerate(requests):
-        check(config, request, length, f"prompt {number}")
+        check(config, request, length, Words(f"prompt {number}"))
     rows = min(slots, 1 << (sum(request.samples for request in requests) - 1).bit_length())
     generator = Generator(
         config, params, slots=rows, length=length, cache_dtype=cache_dtype, logprobs=logprobs

@@ -1,7 +1,8 @@
 """Requests to the generation engine and its completions, in token ids; what cannot be served."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,8 +113,36 @@ class Completion:
         return self.tokens[:-1] if self.ended else self.tokens
 
 
-def check(config: DecoderConfig, request: Request, length: int, name: str = "the prompt") -> None:
-    """Refuses a request that cannot be served; `name` is what the message calls its prompt.
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What messages call things, where who asked knows the fields of a request by other names.
+
+    Attributes:
+      prompt: what is continued.
+      prefix: what a message begins with.
+      names: from a field to its other name.
+    """
+
+    prompt: str = "the prompt"
+    prefix: str = "generate: "
+    names: Mapping[str, str] = MappingProxyType({})
+
+    def of(self, field: str) -> str:
+        """The name of a field."""
+        return self.names.get(field, field)
+
+
+PLAIN = Words()
+
+
+def check(config: DecoderConfig, request: Request, length: int, words: Words = PLAIN) -> None:
+    """Refuses a request that cannot be served.
+
+    Args:
+      config: of the model.
+      request: what is asked.
+      length: tokens of a prompt and its answer together.
+      words: what the message calls things.
 
     Raises:
       ModelError: with field, value, rule and remedy.
@@ -121,28 +150,29 @@ def check(config: DecoderConfig, request: Request, length: int, name: str = "the
     ids = np.asarray(request.tokens, np.int64)
     if not ids.size or ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ModelError(
-            f"generate: {name} must have tokens, each from 0 to {config.vocab_size - 1}; for "
-            "an empty text give the beginning-of-text token"
+            f"{words.prefix}{words.prompt} must have tokens, each from 0 to "
+            f"{config.vocab_size - 1}; for an empty text give the beginning-of-text token"
         )
-    check_settings(request)
-    _check_tokens(config, request)
+    check_settings(request, words)
+    _check_tokens(config, request, words)
     together = ids.size + request.max_new_tokens
     for where, most in (("model's context", config.max_positions), ("generator's rows", length)):
         if together > most:
             raise ModelError(
-                f"generate: {name} has {ids.size} tokens, which with max_new_tokens = "
-                f"{request.max_new_tokens} do not fit the {where} of {most}: shorten either"
+                f"{words.prefix}{words.prompt} has {ids.size} tokens, which with "
+                f"{words.of('max_new_tokens')} = {request.max_new_tokens} do not fit the "
+                f"{where} of {most}: shorten either"
             )
-    _check_border(config, ids.size, request.max_new_tokens, name)
+    _check_border(config, ids.size, request.max_new_tokens, words)
 
 
-def _check_tokens(config: DecoderConfig, request: Request) -> None:
+def _check_tokens(config: DecoderConfig, request: Request, words: Words) -> None:
     """Refuses settings that name tokens which the model does not have, or more than it has."""
     named = {"stop_tokens": request.stop_tokens, "bias": tuple(token for token, _ in request.bias)}
     for name, ids in named.items():
         if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise ModelError(
-                f"generate: {name}: {list(ids)[:8]} must be tokens from 0 to "
+                f"{words.prefix}{words.of(name)}: {list(ids)[:8]} must be tokens from 0 to "
                 f"{config.vocab_size - 1}"
             )
     counts = {
@@ -151,10 +181,12 @@ def _check_tokens(config: DecoderConfig, request: Request) -> None:
     }
     for name, count in counts.items():
         if not 0 <= count <= config.vocab_size:
-            raise ModelError(f"generate: {name}: {count} must be from 0 to {config.vocab_size}")
+            raise ModelError(
+                f"{words.prefix}{words.of(name)}: {count} must be from 0 to {config.vocab_size}"
+            )
 
 
-def _check_border(config: DecoderConfig, size: int, new: int, name: str) -> None:
+def _check_border(config: DecoderConfig, size: int, new: int, words: Words) -> None:
     """A row stays on its side of the original context of longrope, the last token read included.
 
     The other side has other frequencies: every key of the row would have to be made anew, as
@@ -170,13 +202,14 @@ def _check_border(config: DecoderConfig, size: int, new: int, name: str) -> None
     assert border is not None, "longrope has an original context"
     if size <= border < size + new - 1:
         raise ModelError(
-            f"generate: {name} has {size} tokens, and with max_new_tokens = {new} it would grow "
-            f"past the {border} after which this model turns all keys otherwise, which is not "
-            f"built: ask for at most {border + 1 - size}, or give a prompt longer than {border}"
+            f"{words.prefix}{words.prompt} has {size} tokens, and with "
+            f"{words.of('max_new_tokens')} = {new} it would grow past the {border} after "
+            "which this model turns all keys otherwise, which is not built: ask for at most "
+            f"{border + 1 - size}, or give a prompt longer than {border}"
         )
 
 
-def check_settings(request: Request) -> None:
+def check_settings(request: Request, words: Words = PLAIN) -> None:
     """Refuses settings out of range.
 
     Raises:
@@ -199,10 +232,11 @@ def check_settings(request: Request) -> None:
     }
     for name, (bad, rule) in wrong.items():
         if bad:
-            raise ModelError(f"generate: {name}: {getattr(request, name)} must be {rule}")
+            given = getattr(request, name)
+            raise ModelError(f"{words.prefix}{words.of(name)}: {given} must be {rule}")
     filters = (request.top_k, request.top_p, request.min_p)
     if request.temperature == 0 and any(value is not None for value in filters):
         raise ModelError(
-            "generate: top_k, top_p and min_p have no effect at temperature 0: set it above 0 to "
-            "draw, or leave them out"
+            f"{words.prefix}top_k, top_p and min_p have no effect at temperature 0: set it "
+            "above 0 to draw, or leave them out"
         )

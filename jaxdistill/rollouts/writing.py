@@ -14,7 +14,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.models import DecoderConfig, Model, decoding, per_layer, slot_settings
 from jaxdistill.models.generator import STEPS, Generator, cache_length
-from jaxdistill.models.requests import Request, check
+from jaxdistill.models.requests import Request, Words, check
 from jaxdistill.models.vocabulary import BIAS, only_tokens
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.sharding import on_mesh
@@ -85,7 +85,7 @@ class Writer:
           ModelError: naming the first of them by its number.
         """
         for number, prompt in enumerate(prompts):
-            check(self._config, self._request(0, prompt), self._length, f"prompt {number}")
+            check(self._config, self._request(0, prompt), self._length, Words(f"prompt {number}"))
 
     def _request(self, place: int, prompt: Prompt) -> Request:
         return Request(

@@ -42,6 +42,9 @@ async def while_there(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
         for one in (task, leaving):
             one.cancel()
         await asyncio.gather(task, leaving, return_exceptions=True)
+        # A task holds its error, which holds this frame: with all that was read, until Python
+        # looks for cycles, which may be gigabytes later.
+        del task, leaving, one
 
 
 async def _left(receive: Receive) -> None:

@@ -182,6 +182,8 @@ class _Routes:
 async def _body(request: Request) -> bytes:
     if not origin.is_json(request.headers.get("content-type", "")):
         raise HTTPException(415, "Content-Type: must be application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "Content-Encoding: must be identity: send the JSON as it is")
     too_large = HTTPException(413, f"the body: must have at most {MAX_BODY} bytes")
     length = request.headers.get("content-length", "0")
     if len(length) > 9 or int(length) > MAX_BODY:

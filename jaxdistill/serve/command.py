@@ -37,7 +37,6 @@ def serve(source: str, options: Serve | None = None, *, key: str | None = None) 
         if key is None and everywhere:
             print("anybody who reaches this machine can ask: --key-env sets a key", file=sys.stderr)
         host = f"[{options.host}]" if ":" in options.host else options.host
-        taken.listen()  # whoever reads the next line may ask
         print(f"serving {source} on http://{host}:{taken.getsockname()[1]}/v1", flush=True)
         with contextlib.closing(behind):
             server = listening.make_server(app.make_app(behind, key=key, everywhere=everywhere))

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import resource
 import time
 from typing import Any
 
@@ -13,25 +14,72 @@ from jaxdistill.serve.app import Patient, error
 
 PATIENCE = 30.0  # seconds for a whole request, and for reading an answer that has piled up
 MAX_CONNECTIONS = 512
-_MOST = MAX_CONNECTIONS + 256  # that are told so; beyond, they are cut off
+MOST_TOLD = 2048  # that are told so, as many as may wait to be taken; beyond, they are cut off
+MAX_HEAD = 65_536  # bytes of a request before its body
+MAX_CHUNKS = 4096  # of a body: each costs as much work as some kilobytes in one piece
+_OTHER_FILES = 256
 _LATE = 2.0  # seconds after which a connection without a whole request may go for another
 _LATE_ANSWER = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 _END = re.compile(rb"\r?\n\r?\n")
-_FOLDED = re.compile(rb"\r?\n[ \t]+")
+_FOLDED = re.compile(rb"\n[ \t]")
 _LENGTH = re.compile(rb"(?im)^content-length[ \t]*:([^\r\n]*)")
 
 
-def has_two_lengths(request: bytes) -> bool:
-    """Whether the head of a request, of which all may not be there yet, has two lengths.
+def framing_problem(request: bytes) -> str | None:
+    """What in the head of a request somebody before this server may have understood otherwise.
 
-    h11 makes one of two that are equal: but who has passed them on may have understood them
-    otherwise.
+    h11 makes one length of two that are equal, and one line of a header that is folded.
     """
-    head = _FOLDED.sub(b" ", _END.split(request, maxsplit=1)[0])
+    head = _END.split(request, maxsplit=1)[0]
+    if _FOLDED.search(head):
+        return "a header must stand on one line"
     found = _LENGTH.findall(head)
-    return len(found) > 1 or any(b"," in value for value in found)
+    if len(found) > 1 or any(b"," in value for value in found):
+        return "Content-Length: must not be given twice"
+    return None
+
+
+def allow_files() -> None:
+    """Lets this process hold as many connections as are told something, if that is left to it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_TOLD + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _most_told() -> int:
+    """How many connections this process can hold without want of files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_TOLD if files == resource.RLIM_INFINITY else min(MOST_TOLD, files - _OTHER_FILES)
+
+
+class Reader(h11.Connection):
+    """h11's reader of requests, which refuses a body in more pieces than anybody makes of one.
+
+    Attributes:
+      problem: why it has refused one; None where h11 did.
+    """
+
+    problem: str | None = None
+    _chunks = 0
+
+    def next_event(self) -> Any:
+        """The next part of a request.
+
+        Raises:
+          RemoteProtocolError: where it is none.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = 0
+        self._chunks += isinstance(event, h11.Data) and event.chunk_start
+        if self._chunks > MAX_CHUNKS:
+            self.problem = f"the body: must have at most {MAX_CHUNKS} chunks: make them larger"
+            raise h11.RemoteProtocolError(self.problem)
+        return event
 
 
 class Connection(H11Protocol):
@@ -39,6 +87,11 @@ class Connection(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     _since = 0.0
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._reader = Reader(h11.SERVER, MAX_HEAD)
+        self.conn: h11.Connection = self._reader
 
     def connection_made(self, transport: Any) -> None:
         """A client has come: where there are too many, the one that has dripped longest goes."""
@@ -50,7 +103,7 @@ class Connection(H11Protocol):
         slow = [one for one in self.connections if isinstance(one, Connection) and one.is_late]
         if slow:
             min(slow, key=lambda one: one._since).transport.abort()
-        elif len(self.connections) > _MOST:
+        elif len(self.connections) > _most_told():
             self.transport.abort()
         else:
             self.app = _Crowded(self.app)
@@ -72,10 +125,8 @@ class Connection(H11Protocol):
         Reading goes on, which is how a client that hangs up is noticed.
         """
         if not self._is_answering:
-            if self.conn.their_state is h11.IDLE and has_two_lengths(
-                self.conn.trailing_data[0] + data
-            ):
-                self.send_400_response("Content-Length: must not be given twice")
+            if self.conn.their_state is h11.IDLE and (problem := self._problem(data)):
+                self.send_400_response(problem)
                 return
             super().data_received(data)
             if not self._is_answering:
@@ -85,6 +136,22 @@ class Connection(H11Protocol):
                 return
         self.cycle.keep_alive = False
         self.flow.resume_reading()
+
+    def _problem(self, data: bytes) -> str | None:
+        """What is wrong with a head once it is there: bytes that come one by one are cheap."""
+        held = self.conn.trailing_data[0]
+        return framing_problem(held + data) if _END.search(held[-3:] + data) else None
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses in the protocol's words, where an answer has not begun, and ends it."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            refusal = error(400, self._reader.problem or msg)
+            start = h11.Response(
+                status_code=400, headers=refusal.raw_headers, reason=b"Bad Request"
+            )
+            for event in (start, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """An answer is complete: the time for the next request begins."""

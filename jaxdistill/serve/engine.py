@@ -6,7 +6,6 @@ import threading
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, text
 from jaxdistill.models.generator import Generator
-from jaxdistill.models.requests import check
 from jaxdistill.serve.stream import Stream
 
 MAX_PENDING = 4096  # samples that are asked for and not yet answered
@@ -44,15 +43,12 @@ class Engine:
         return self._pending
 
     def begin(self, stream: Stream) -> None:
-        """Begins to answer; whoever waits must call `release` in the end.
+        """Begins to answer what `requests.check` let in; who waits must call `release` in the end.
 
         Raises:
-          ModelError: if a request cannot be served.
+          ModelError: if the engine has stopped.
           Busy: if too many samples are waited for already.
         """
-        for number, request in enumerate(stream.requests):
-            name = "the prompt" if len(stream.requests) == 1 else f"prompt {number}"
-            check(self._model.config, request, self.length, name)
         if not self.alive:
             raise ModelError("the server's engine has stopped: start it again")
         with self._counting:

@@ -9,13 +9,15 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from jaxdistill.errors import ModelError
-from jaxdistill.serve.connection import Connection
+from jaxdistill.serve.connection import Connection, allow_files
 
-MAX_HEADERS = 65_536  # bytes of a request before its body
+BACKLOG = 2048  # connections that wait to be taken
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The port, taken and not yet answered on.
+    """The port, which is nobody else's from now on; who comes waits until he is answered.
+
+    A port that is bound and not listened to can be bound by others as well.
 
     Raises:
       ModelError: if host and port cannot be had.
@@ -26,6 +28,7 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind((host, port))
+            taken.listen(BACKLOG)
         except BaseException:
             taken.close()
             raise
@@ -37,9 +40,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
     """The server, which says nothing itself: the terminal belongs to the command."""
+    allow_files()
     config = uvicorn.Config(
         app,
         http=Connection,
+        backlog=BACKLOG,
         ws="none",
         loop="asyncio",
         interface="asgi3",
@@ -51,7 +56,6 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         server_header=False,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=MAX_HEADERS,
     )
     return uvicorn.Server(config)
 
@@ -61,7 +65,6 @@ def running(app: ASGIApp, taken: socket.socket) -> Iterator[int]:
     """Serves in a thread of its own while the context lasts; gives the port."""
     server, port = make_server(app), taken.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([taken],), name="serve", daemon=True)
-    taken.listen()  # whoever comes before the thread is there waits
     thread.start()
     try:
         yield port

@@ -3,15 +3,17 @@
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError
 
+from jaxdistill.data.rules import printable
 from jaxdistill.section import Problem, Section
 
 MAX_SAMPLES = 256  # of all prompts of a request together
 MAX_STOPS, MAX_STOP = 16, 256  # strings, and characters of each
 MAX_BIASES = 1024
+MAX_TURNS = 2048  # a template may look at all of them for each of them
 MAX_ALTERNATIVES = 20  # tokens whose log-probabilities are told beside the chosen one's
 MAX_PROMPT_ALTERNATIVES = 1024
 
@@ -20,8 +22,43 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+
+
+def _one_or_several(value: Any) -> str:
+    """Which of the two forms a value has, whatever is wrong with it."""
+    return "<several>" if isinstance(value, list) else "<one>"
+
+
+def _prompt_form(value: Any) -> str:
+    """Which of the forms of prompts a value has, by its first item."""
+    first = value[0] if isinstance(value, list) and value else ""
+    if isinstance(first, str):
+        return _one_or_several(value)
+    return "<several lists>" if isinstance(first, list) else "<ids>"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("<one>")]
+    | Annotated[list[Text], Field(min_length=1), Tag("<several>")]
+    | Annotated[Tokens, Tag("<ids>")]
+    | Annotated[list[Tokens], Tag("<several lists>")],
+    Discriminator(_prompt_form),
+]
+Stops = Annotated[
+    Annotated[Stop, Tag("<one>")]
+    | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("<several>")],
+    Discriminator(_one_or_several),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+# What fields of `models.requests.Request` are called here.
+NAMES = {
+    "max_new_tokens": "max_tokens",
+    "samples": "n",
+    "stop_tokens": "stop_token_ids",
+    "bias": "logit_bias",
+}
 
 B = TypeVar("B", bound="Body")
 
@@ -47,18 +84,29 @@ class Part(Section):
     text: str
 
 
+Content = Annotated[
+    Annotated[str, Tag("<one>")] | Annotated[list[Part], Tag("<several>")],
+    Discriminator(_one_or_several),
+]
+
+
 class Turn(Section):
     """One message of a conversation."""
 
-    role: Annotated[str, Field(max_length=40)]
-    content: str | list[Part] = ""
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
 
     @property
     def text(self) -> str:
         """The content, its parts joined."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    def problems(self) -> Iterator[Problem]:
+        """Only the assistant may not have begun to speak."""
+        if self.content is None and self.role != "assistant":
+            yield ("content",), "is missing"
 
 
 class TextFormat(Section):
@@ -68,7 +116,13 @@ class TextFormat(Section):
 
 
 class Body(Section):
-    """What both routes take."""
+    """What both routes take.
+
+    Attributes:
+      NAMES: what fields of `models.requests.Request` are called here, besides those of `NAMES`.
+    """
+
+    NAMES: ClassVar[Mapping[str, str]] = {}
 
     model: Annotated[str, Field(max_length=1000)] = ""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
@@ -78,7 +132,7 @@ class Body(Section):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stop: Stops = Field(default_factory=list)
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOPS)] = Field(
         default_factory=list
     )
@@ -126,7 +180,9 @@ class Body(Section):
 class CompletionBody(Body):
     """A request to /v1/completions."""
 
-    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1)]
+    NAMES = {"alternatives": "logprobs", "prompt_alternatives": "prompt_logprobs"}
+
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_ALTERNATIVES)] | None = None
     # What others may answer with is taken where it asks for nothing.
@@ -157,7 +213,9 @@ class CompletionBody(Body):
 class ChatBody(Body):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    NAMES = {"alternatives": "top_logprobs"}
+
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS)]
     max_completion_tokens: Number | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
@@ -194,10 +252,8 @@ def read(kind: type[B], given: Mapping[str, Any]) -> B:
     try:
         return kind.model_validate(_without_nulls(given))
     except ValidationError as error:
-        # Of the alternatives of a union the first one is told.
-        told = dict(reversed([_words(kind, one) for one in error.errors(include_url=False)]))
-        problems = [f"{name}: {rule}" if name else rule for name, rule in reversed(told.items())]
-        raise BadRequest("; ".join(problems[:4])) from None
+        told = [_words(kind, one) for one in error.errors(include_url=False)[:4]]
+        raise BadRequest("; ".join(told)) from None
 
 
 def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,27 +285,23 @@ def _full(value: Any) -> Any:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _words(kind: type[Body], error: Any) -> tuple[str, str]:
+def _words(kind: type[Body], error: Any) -> str:
     """A broken rule: where, and what was given and what is right."""
-    # Of a union pydantic names the alternative, too; only fields and places are the client's.
-    kinds = ("str", "int", "list")
-    plain = lambda part: part not in kinds and (part.isidentifier() or part.isdigit())
-    where = [part for part in error["loc"] if isinstance(part, int) or plain(part)]
-    name = ".".join(str(part)[:60] for part in where)
+    # Of a union pydantic names the form, too; only fields and places are the client's.
+    where = [part for part in error["loc"] if str(part)[:1] != "<"]
+    name = printable(".".join(str(part)[:60] for part in where))
     if error["type"] == "rules":
-        return "", str(error["ctx"]["text"])
+        return f"{name}.{error['ctx']['text']}" if name else str(error["ctx"]["text"])
     if error["type"] == "extra_forbidden":
-        inside = [part for part in error["loc"][:-1] if isinstance(part, int) or plain(part)]
-        name = ".".join(str(part)[:60] for part in (*inside, error["loc"][-1]))
-        near = difflib.get_close_matches(str(error["loc"][-1]), kind.model_fields, 1)
+        near = difflib.get_close_matches(str(where[-1]), kind.model_fields, 1, cutoff=0.8)
         hint = f"did you mean {near[0]}?" if near and len(where) == 1 else "leave it out"
-        return name, f"is not supported by this server: {hint}"
+        return f"{name}: is not supported by this server: {hint}"
     if error["type"] == "missing":
-        return name, "is missing"
+        return f"{name}: is missing"
     if error["type"] == "string_unicode":
-        return name, "contains a lone surrogate, which is not Unicode text"
-    rule = error["msg"].replace("Input should", "must")
-    return name, f"{_short(error['input'])} {rule[0].lower()}{rule[1:]}"
+        return f"{name}: contains a lone surrogate, which is not Unicode text"
+    rule = error["msg"].replace("Input should", "must").replace(" or instance of", ", a")
+    return f"{name}: {_short(error['input'])} {rule[0].lower()}{rule[1:]}"
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from jaxdistill.commands import SpecialTokens
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, text
-from jaxdistill.models.requests import Completion, Request
+from jaxdistill.models.requests import Completion, Request, Words, check
 from jaxdistill.serve import protocol
 from jaxdistill.serve.engine import Engine
 from jaxdistill.serve.logprobs import Told
@@ -86,6 +86,10 @@ class Service:
         requests = [
             self._request(body, tokens, seed, number) for number, tokens in enumerate(prompts)
         ]
+        for number, request in enumerate(requests):
+            prompt = "messages" if chat else f"prompt.{number}" if len(prompts) > 1 else "prompt"
+            words = Words(prompt, "", {**protocol.NAMES, **body.NAMES})
+            check(self.model.config, request, self._length, words)
         self._told.check(body, requests)
         return Asked(body, requests)
 
@@ -146,7 +150,7 @@ class Service:
         """What an answer begins with, or every event of one."""
         kind = "chat.completion.chunk" if part else "chat.completion"
         return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": kind if asked.chat else "text_completion",
             "created": int(time.time()),
             "model": self.name,

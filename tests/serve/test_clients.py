@@ -1,7 +1,9 @@
 """Clients that are no good: pages of other sites, smugglers, those that drip, burst and hang up."""
 
 import collections
+import gc
 import json
+import resource
 import socket
 import threading
 import time
@@ -34,6 +36,8 @@ FOREIGN = {"Host": "evil.example", "Origin": "https://evil.example"}
     [
         ("Content-Type: application/json", 200),
         ("Content-Type: application/json; charset=UTF-8", 200),
+        (JSON + "Content-Encoding: identity", 200),
+        (JSON + "Content-Encoding: gzip", 415),
         ("Content-Type: text/plain;x=json", 415),
         ("Content-Type: multipart/form-data; boundary=json", 415),
         ("Content-Type: application/json; x=y", 415),
@@ -107,7 +111,8 @@ def _head(more, start="POST /v1/completions"):
     return f"{start} HTTP/1.1\r\nHost: localhost\r\n{JSON}{more}\r\n\r\n".encode()
 
 
-def test_a_request_is_never_two(port):
+def test_a_request_is_never_two(port, monkeypatch):
+    framing_problem = connection.framing_problem
     two, body = raw(SHORT), json.dumps(SHORT).encode()
     size = len(body)
     for data in (
@@ -119,6 +124,11 @@ def test_a_request_is_never_two(port):
         _head(f"Content-Length: {size}\r\ncontent-length:{size}") + body,
         _head(f"Content-Length: {size}, {size}") + body,
         _head(f"Content-Length: {size}\r\n , {size}") + body,
+        _head("Transfer-Encoding:\r\n chunked")
+        + f"{size:x}\r\n".encode()
+        + body
+        + b"\r\n0\r\n\r\n",
+        _head(f"X: a\n\tb\r\nContent-Length: {size}") + body,
         _head(f"Content-Length: {size}\r\nContent-Type: text/plain") + body,
         _head(f"Content-Length: {size}\r\nOrigin: null\r\nOrigin: http://localhost") + body,
         _head(f"Content-Length: {size}\r\nHost: evil.example") + body,
@@ -128,10 +138,15 @@ def test_a_request_is_never_two(port):
     ):
         said = talk(port, data + two)
         assert status(said) == 400 and said.count(b"HTTP/1.1 ") == 1, said
-    with connected(port) as line:  # a byte at a time is seen as well
+        assert json.loads(said.split(b"\r\n\r\n")[1])["error"]["code"] == 400
+    looked = []
+    look = lambda head: looked.append(head) or framing_problem(head)
+    monkeypatch.setattr(connection, "framing_problem", look)
+    with connected(port) as line:  # a byte at a time is seen as well, once the last one is there
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in _head(f"Content-Length: {size}\r\nContent-Length: {size}"):
             line.sendall(bytes([byte]))
-        assert status(line.recv(65536)) == 400
+        assert status(line.recv(65536)) == 400 and len(looked) == 1
     said = talk(port, raw(SHORT | {"prompt": "Content-Length: 1\r\nContent-Length: 1"}))
     assert status(said) == 200  # a body may say what it likes
     said = talk(port, _head(f"Content-Length: {size}") + body + two)  # the second in haste
@@ -218,6 +233,45 @@ def test_what_drips_has_one_deadline_for_the_whole_request(port, monkeypatch):
                     left.remove(line)
 
 
+def test_a_body_in_tiny_pieces_is_refused_before_it_costs_seconds(port):
+    """Half a million pieces of one byte would keep everybody waiting for some seconds."""
+    body = json.dumps(SHORT).encode().ljust(connection.MAX_CHUNKS)
+    chunked = lambda data: b"".join(b"1\r\n%c\r\n" % byte for byte in data) + b"0\r\n\r\n"
+    head = _head("Transfer-Encoding: chunked\r\nConnection: close")
+    assert status(talk(port, head + chunked(body))) == 200
+    said = talk(port, head + chunked(body + b" "))
+    assert status(said) == 400 and b"at most 4096 chunks" in said
+
+
+def test_what_is_refused_is_forgotten_at_once(port, chatting):
+    """An error that holds its own frame keeps all that was read until Python looks for cycles."""
+    size = 50_003
+    kept = lambda: sum(type(one) is list and len(one) >= size for one in gc.get_objects())
+    gc.collect()
+    gc.disable()
+    try:
+        before = kept()
+        turns = [{"role": "user", "content": "a" * size}]
+        for path, body in (
+            ("/v1/completions", {"prompt": "a" * size}),
+            ("/v1/completions", {"prompt": [1] * size}),
+            ("/v1/chat/completions", {"messages": turns}),
+        ):
+            assert post(port, path, body)[0] == 400
+        until(lambda: kept() == before, 5)
+    finally:
+        gc.enable()
+
+
+def test_a_burst_as_long_as_the_queue_is_told_to_come_again(port, monkeypatch):
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert min(files, 2304) == min(most, 2304) if most != resource.RLIM_INFINITY else files >= 2304
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (260, 260))
+    assert connection._most_told() == 4
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10_000, 10_000))
+    assert connection._most_told() == listening.BACKLOG
+
+
 def test_too_many_connections_are_told_so_and_the_latest_make_room(port, monkeypatch):
     until(lambda: status(talk(port, HEALTH)) == 200)
     monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
@@ -280,7 +334,6 @@ def test_an_engine_that_stops_leaves_nobody_waiting(talker, monkeypatch):
 def test_a_port_that_cannot_be_had_is_told():
     with listening.bind("127.0.0.1", 0) as first:
         assert first.getsockname()[0] == "127.0.0.1"
-        first.listen()
         with pytest.raises(ModelError, match="port must be 0-65535"):
             listening.bind("127.0.0.1", 65536)
         with pytest.raises(ModelError, match="cannot be had: Address already in use"):
@@ -293,6 +346,5 @@ def test_the_port_is_checked_before_the_model_is_loaded(monkeypatch):
 
     monkeypatch.setattr(command, "load_any", lambda *_, **__: pytest.fail("it was loaded"))
     with listening.bind("127.0.0.1", 0) as first:
-        first.listen()
         with pytest.raises(ModelError, match="cannot be had"):
             command.serve("a-model", commands.Serve(port=first.getsockname()[1]))

@@ -1,7 +1,10 @@
 """What is asked for: fields by their meaning, null as absent, all others refused by name."""
 
+import typing
+
 import pytest
 
+from jaxdistill.data.conversations import ROLES
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import DataError
 from jaxdistill.serve import protocol
@@ -26,6 +29,15 @@ def _read(chat, change):
         (False, {"prompt": ""}, "prompt: '' "),
         (False, {"prompt": []}, "prompt: a list of 0 "),
         (False, {"prompt": None}, "prompt: is missing"),
+        # The form is that of the first item: what is wrong is told of it alone.
+        (False, {"prompt": ["a", ""]}, "^prompt.1: '' string should have at least 1 character$"),
+        (False, {"prompt": [1, "a"]}, "^prompt.1: 'a' must be a valid integer$"),
+        (False, {"prompt": [True]}, "^prompt.0: True must be a valid integer$"),
+        (False, {"prompt": [[1], "a"]}, "^prompt.1: 'a' must be a valid list$"),
+        (False, {"prompt": [[1], []]}, "^prompt.1: a list of 0 "),
+        (False, {"stop": ["a", None]}, "^stop.1: None must be a valid string$"),
+        (False, {"store": True}, "store: is not supported by this server: leave it out"),
+        (False, {"\x1b[2J": 1}, r"\x1b[2J: is not supported"),
         (False, {"temperature": -1}, "temperature: -1 must be greater"),
         (False, {"temperature": float("inf")}, "temperature: inf must be"),
         (False, {"temperature": 10**400}, "temperature: "),
@@ -54,7 +66,15 @@ def _read(chat, change):
         (True, {"messages": []}, "messages: a list of 0 "),
         (True, {"messages": [{"content": "x"}]}, "messages.0.role: is missing"),
         (True, {"messages": [TURN | {"name": "me"}]}, "messages.0.name: is not supported"),
-        (True, {"messages": [TURN | {"content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (
+            True,
+            {"messages": [TURN | {"content": [{"type": "image_url"}]}]},
+            "^messages.0.content.0.type: 'image_url' must be 'text'; messages.0.content.0.text",
+        ),
+        (True, {"messages": [{"role": "user"}]}, "^messages.0.content: is missing$"),
+        (True, {"messages": [TURN | {"content": None}]}, "^messages.0.content: is missing$"),
+        (True, {"messages": [TURN | {"role": "wizard"}]}, "messages.0.role: 'wizard' must be 'sys"),
+        (True, {"messages": [TURN] * 2049}, "messages: a list of 2049 list should have at most 2"),
         (
             True,
             {"messages": [TURN | {"content": [{"type": "text", "text": "x", "cache": 1}]}]},
@@ -71,7 +91,12 @@ def _read(chat, change):
 def test_what_is_not_served_is_refused_by_name(chat, change, words):
     with pytest.raises(BadRequest) as caught:
         _read(chat, change)
-    assert words in str(caught.value) and len(str(caught.value)) < 500
+    said, whole = f"^{caught.value}$", words[:1] == "^"
+    assert (said.startswith(words) if whole else words in said) and len(said) < 500
+
+
+def test_roles_are_those_of_records():
+    assert typing.get_args(protocol.Turn.model_fields["role"].annotation) == ROLES
 
 
 def test_null_is_absent_and_neutral_values_are_taken():
@@ -99,16 +124,17 @@ def test_null_is_absent_and_neutral_values_are_taken():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_tokens": 4000}, "do not fit the"),
+        ({"max_tokens": 4000}, "prompt has 1 tokens, which with max_tokens = 4000 do not fit the"),
         ({"prompt": "a" * 5000}, "do not fit the"),
+        ({"prompt": ["a", "b" * 5000]}, "prompt.1 has 5000 tokens"),
         ({"prompt": ["x", [1]]}, "prompt"),
         ({"prompt": [257]}, "each from 0 to 256"),
         ({"prompt": "\ud800"}, "lone surrogate"),
         ({"prompt": "\0"}, "NUL"),
         ({"prompt": "a<end>b"}, "holds the special token '<end>'"),
-        ({"stop_token_ids": [300]}, "must be tokens from 0 to 256"),
-        ({"logit_bias": {"300": 1}}, "must be tokens from 0 to 256"),
-        ({"prompt_logprobs": 300}, "must be from 0 to 257"),
+        ({"stop_token_ids": [300]}, "stop_token_ids: [300] must be tokens from 0 to 256"),
+        ({"logit_bias": {"300": 1}}, "logit_bias: [300] must be tokens from 0 to 256"),
+        ({"prompt_logprobs": 300}, "prompt_logprobs: 300 must be from 0 to 257"),
         ({"n": 256, "logprobs": 20}, "logprobs: "),
         ({"prompt": [5] * 100, "n": 50, "prompt_logprobs": 200}, "prompt_logprobs: 5000 tokens"),
     ],
@@ -118,6 +144,7 @@ def test_what_the_model_cannot_do_is_told(port, change, words):
     code, reply = post(port, "/v1/completions", body)
     assert code == 400 and words in reply["error"]["message"]
     assert reply["error"]["type"] == "invalid_request_error"
+    assert not reply["error"]["message"].startswith("generate")
 
 
 def test_special_tokens_are_what_the_server_was_told(served, talker, monkeypatch):
@@ -149,7 +176,7 @@ def test_a_conversation_is_rendered_continued_and_keeps_text_text(served, talker
     assert shown(messages=[TURN], chat_template_kwargs={"mood": "well"}) == "user:x<end>>well"
     unknown = ("mod", 1), ("a" * 99, 1)
     for name, value in (("mood", "<end>"), ("eos_token", "x"), ("messages", []), *unknown):
-        with pytest.raises(DataError, match="chat_template_kwargs|not the client's to set"):
+        with pytest.raises(DataError, match="^(field .)?chat_template_kwargs"):
             read(messages=[TURN], chat_template_kwargs={name: value})
     said = {"role": "assistant", "content": "So<end> "}
     tokens = read(messages=[TURN, said])
