@@ -1,6 +1,7 @@
 """How commands end: output that nobody reads, signals before there is a run, missing platforms."""
 
 import dataclasses
+import glob
 import io
 import os
 import signal
@@ -187,6 +188,23 @@ def test_a_platform_that_is_not_there_is_two_lines(monkeypatch, capsys, words):
     first, *lines = capsys.readouterr().err.splitlines()
     assert first == "jaxdistill resume: loading JAX" and len(lines) == 2
     assert "no platform 'cuda'" in lines[0] and "pip install" in lines[1]
+
+
+@pytest.mark.skipif(glob.glob("/dev/nvidia*") != [], reason="there is such a platform")
+def test_jax_itself_without_a_gpu_is_two_lines():
+    """What JAX raises differs from version to version, so that it is asked itself."""
+    code = "import sys, jax; from jaxdistill import api, cli; api.resume = lambda *_, **__: "
+    code += "jax.devices(); sys.exit(cli.main(['resume', 'runs/a']))"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert told.returncode == 2, told.stderr
+    _, *lines = told.stderr.splitlines()
+    assert "no platform 'cuda'" in lines[0] and len(lines) == 2
 
 
 OF_A_RUN = [

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jaxdistill import compilation_cache
@@ -67,12 +68,12 @@ def _ended(argv: Sequence[str] | None, hooks: Hooks) -> int:
         if not streams.has_no_reader(sys.stdout):
             raise
         return 141
-    except RuntimeError as error:
-        platform = _NO_PLATFORM.search(str(error))
+    except (RuntimeError, AssertionError) as error:
+        platform = _missing_platform(error)
         if platform is None:
             raise
         print(
-            f"error: JAX has no platform {platform[1]!r} that works here (JAX_PLATFORMS = "
+            f"error: JAX has no platform {platform!r} that works here (JAX_PLATFORMS = "
             f"{os.environ.get('JAX_PLATFORMS', '')!r})\ninstall its plugin, such as "
             "`pip install 'jax[cuda13]'`, or unset JAX_PLATFORMS",
             file=sys.stderr,
@@ -87,6 +88,17 @@ def _ended(argv: Sequence[str] | None, hooks: Hooks) -> int:
         # A file that no command foresaw to be out of reach; its name is all there is to say.
         print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return StorageError.exit_code
+
+
+def _missing_platform(error: Exception) -> str | None:
+    """The platform that JAX was told to use and cannot, by its error; None: it is another error."""
+    if isinstance(error, RuntimeError):
+        found = _NO_PLATFORM.search(str(error))
+        return found[1] if found else None
+    # Of a CUDA without a GPU JAX says nothing, but asserts that another platform is left.
+    told = os.environ.get("JAX_PLATFORMS")
+    where = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return told if told and where[-1].endswith("xla_bridge.py") else None
 
 
 def _run(words: list[str], hooks: Hooks) -> int:

@@ -31,6 +31,9 @@ ORDER = ("teacher", "student before", "SFT control", "student after")
 FILE = "table.json"
 _FIELDS = {"name", "perplexity", "kl_t1", "agree_top1", "scored_tokens_per_second", "parameters"}
 PROMPT_TOKENS = 24
+# Settings of the student's training: those that the control has too, and those that it has not.
+_BOTH = ("config.train", "config.optimizer", "config.method", "config.student")
+_STUDENT_ALONE = ("config.rollout", "config.reward", "config.teacher.self")
 ANSWER_TOKENS = 40
 
 
@@ -306,17 +309,14 @@ def stale(changed: Collection[str]) -> Sequence[str]:
     """Rows of the table that other settings made than those that hold now."""
     if "config.eval.max_rows" in changed:
         return ORDER
-    ours = ("config.train", "config.optimizer", "config.method", "config.student")
-    if any(name.startswith(ours) for name in changed):
+    if any(name.startswith(_BOTH) for name in changed):
         return ("SFT control", "student after")
-    return (
-        ("student after",)
-        if any(
-            n.startswith(("config.rollout", "config.reward", "config.teacher.self"))
-            for n in changed
-        )
-        else ()
-    )
+    return ("student after",) if any(map(trains, changed)) else ()
+
+
+def trains(name: str) -> bool:
+    """Whether a fact is a setting that the student is trained by."""
+    return name.startswith(_BOTH + _STUDENT_ALONE)
 
 
 def last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:

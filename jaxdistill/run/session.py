@@ -247,6 +247,7 @@ class _Session:
         resolved = configs.dump(config)
 
         def accept(changed: Collection[str]) -> None:
+            schedule.check(run, config.train.steps, changed, step)
             run_table.drop(run, run_table.stale(changed))
             run.configure(resolved)
 

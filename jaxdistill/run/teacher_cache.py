@@ -1,5 +1,6 @@
 """Asks a teacher once about all texts of a configuration, and stores it: `teacher cache`."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -108,16 +109,19 @@ def capture(config: Config, options: commands.TeacherCache) -> dict[str, Any]:
         raise DataError(f"data: no position counts in the loss (loss_on: {config.data.loss_on})")
     if options.dry_run:
         return found | {"whole": not rows}
-    if server is not None:
-        more = lambda: teacher_cache_served.store(
-            config, server, models, form, objects, rows, options.share()
-        )
-        return found | agree.by_leader(more)
-    assert isinstance(models.teaching, Online), "who is neither stored nor served is in the step"
-    teacher = agree.together(lambda: models.teaching.loaded(mesh))
-    asked = _Asked(config, teacher, models, mesh, form, objects)
-    agree.by_leader(asked.begin)
-    return found | {"whole": asked.store(rows, data, options.share())}
+    share = options.share()
+    with contextlib.ExitStack() as stack:
+        agree.by_leader(lambda: stack.enter_context(catalog.alone(objects, share)))
+        if server is not None:
+            more = lambda: teacher_cache_served.store(
+                config, server, models, form, objects, rows, share
+            )
+            return found | agree.by_leader(more)
+        assert isinstance(models.teaching, Online), "neither stored nor served is in the step"
+        teacher = agree.together(lambda: models.teaching.loaded(mesh))
+        asked = _Asked(config, teacher, models, mesh, form, objects)
+        agree.by_leader(asked.begin)
+        return found | {"whole": asked.store(rows, data, share)}
 
 
 def _asking(config: Config, options: commands.TeacherCache) -> tuple[Config, str]:

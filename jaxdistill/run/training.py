@@ -19,6 +19,7 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
+from jaxdistill.report import json_lines
 from jaxdistill.run import (
     anew,
     feeds,
@@ -129,7 +130,12 @@ class Training:
         if self.checkpoints.latest() is None:
             return states.create(self.config, student, objective, tx, self.mesh), {}
         shape = states.abstract(self.config, student.config, objective, tx, self.mesh)
-        damaged = lambda step, reason: self.run.event("damaged", step=step, reason=reason)
+
+        def damaged(step: int, reason: str) -> None:
+            if agree.leads():
+                log.warning("%s: it is put aside, and the one before is used", reason)
+            self.run.event("damaged", step=step, reason=reason)
+
         _, state, meta = self.checkpoints.restore_latest(shape, damaged)
         if loop.ROW not in meta:  # of a version that counted batches
             meta[loop.ROW] = meta["data_step"] * self._rows_per_batch()
@@ -160,22 +166,24 @@ class Training:
         """What keeps the numbers, in one process of the run."""
         if not agree.leads():
             return report.SilentWriter()
-        there = (self.folder / "metrics.jsonl").exists()
-        resume_step = first if there else None
-        if first and not there:
-            told = f"metrics.jsonl is gone: there are no records of the steps up to {first}"
-            progress.event(told)
-            self.run.event("records_missing", until=first)
+        resume_step = first if (self.folder / "metrics.jsonl").exists() else None
+        # What is lost is told where no progress is shown, too.
+        notice = log.warning if self.config.logging.progress == "none" else progress.event
         board = self.config.logging.tensorboard
         listener = self.callbacks.listener("" if self.main else CONTROL)
-        return report.MetricsWriter(
+        writer = report.MetricsWriter(
             self.folder,
             board,
             resume_step,
-            notice=progress.event,
+            notice=notice,
             hooks=self.hooks,
             listener=listener,
         )
+        last = _last_recorded(self.folder)
+        if first - last >= self.config.train.log_every:
+            notice(f"metrics.jsonl: there are no records of the steps {last + 1} to {first}")
+            writer.event("records_missing", after=last, until=first)
+        return writer
 
     def _parts(
         self,
@@ -294,6 +302,13 @@ class Training:
         """The batch of these rows on the mesh, as the hooks want it."""
         index = span.first_row // self.config.train.batch_size
         return place(self.hooks.batch(index, batch), self.mesh)
+
+
+def _last_recorded(folder: pathlib.Path) -> int:
+    """The step of the last record in metrics.jsonl; 0 without one."""
+    records, _ = json_lines.scan(folder / "metrics.jsonl")
+    steps = (record.get("step") for record in records)
+    return max((step for step in steps if isinstance(step, int)), default=0)
 
 
 def _schedule(config: Config) -> loop.Schedule:

@@ -209,9 +209,14 @@ class Runner:
         old = self.folder / name
         if old.exists():
             aside = self.folder / ASIDE
-            aside.mkdir(exist_ok=True)
-            count = sum(1 for path in aside.iterdir() if path.name.startswith(f"{name}-"))
-            os.rename(old, aside / f"{name}-{count + 1}")
+            try:
+                aside.mkdir(exist_ok=True)
+                os.rename(old, aside / f"{name}-{_last(aside, name) + 1}")
+            except OSError as error:
+                raise StorageError(
+                    f"{old}: cannot be moved to {aside}, where what a step made before is kept: "
+                    f"{error.strerror or error}: move it yourself, and run the workflow again"
+                ) from error
 
     def outputs(self, step: Any) -> list[str]:
         """The paths that `${name}` stands for: several for a train step with seeds."""
@@ -331,6 +336,12 @@ def workflow(
 def plan(path: str | os.PathLike, start: str | None = None) -> list[Planned]:
     """What `workflow` would do, without doing it."""
     return Runner(path).plan(start)
+
+
+def _last(aside: pathlib.Path, name: str) -> int:
+    """The largest number of what a step of this name had made; 0: nothing of it is kept."""
+    numbers = (path.name.removeprefix(f"{name}-") for path in aside.glob(f"{name}-*"))
+    return max((int(one) for one in numbers if one.isdecimal()), default=0)
 
 
 def _texts(value: Any) -> set[str]:

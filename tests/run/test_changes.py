@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdistill import api
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.formats import sums
+from jaxdistill.references import STUDENT
 from jaxdistill.report import Progress, read_metrics
 from jaxdistill.run import anew, changes, run_table, schedule
 from jaxdistill.run.folder import RunDir
@@ -131,6 +132,9 @@ def test_what_becomes_of_the_learning_rate_is_told(run, load_config, tmp_path, c
     assert "step 95: 100 -> 200 steps, cosine schedule: the learning rate goes from 4" in (
         capsys.readouterr().err
     )
+    schedule.tell(run, longer.optimizer, 200, {"config.optimizer.lr": "0.1"}, step=95)
+    told = capsys.readouterr().err
+    assert "step 95: 200 steps, cosine schedule" in told and "number of steps" not in told
     schedule.tell(run, longer.optimizer, 200, {"config.train.log_every": "5"}, step=95)
     schedule.tell(run, longer.optimizer, 200, changed, step=0)
     assert not capsys.readouterr().err
@@ -273,9 +277,10 @@ def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-5)
 
 
-def test_a_teacher_whose_weights_have_changed_is_refused(
-    finished, load_config, tmp_path, monkeypatch
+def test_another_teacher_is_refused_and_what_was_lost_meanwhile_is_told(
+    finished, load_config, tmp_path, monkeypatch, caplog, capsys
 ):
+    """Weights of the teacher, all records of the run, and what its checkpoints mean."""
     teacher = api.export(str(finished.run_dir), tmp_path / "teacher")
     config = load_config(
         tmp_path,
@@ -293,4 +298,17 @@ def test_a_teacher_whose_weights_have_changed_is_refused(
         api.resume(tmp_path / "run")
     data[-2] ^= 1
     weights.write_bytes(data)
-    api.resume(tmp_path / "run")
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").write_bytes(b"")
+    student = run / STUDENT / "config.json"
+    described = student.read_text()
+    student.write_text(described.replace("10000.0", "17.0"))
+    assert student.read_text() != described
+    capsys.readouterr()
+    with caplog.at_level("WARNING"):
+        api.resume(run)
+    assert student.read_text() == described
+    assert "config.json is changed since it was saved" in capsys.readouterr().err
+    assert "there are no records of the steps 1 to" in caplog.text
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert {"records_missing", "student_renewed"} <= set(kinds)

@@ -244,6 +244,18 @@ def test_a_resumed_run_stays_where_it_is_and_never_goes_back_by_itself(finished,
         assert {p: p.read_bytes() for p in before} == before
 
 
+@pytest.mark.parametrize("override", ["optimizer.lr=0.5", "train.batch_size=16"])
+def test_a_finished_run_does_not_take_settings_that_no_step_would_use(finished, tmp_path, override):
+    """Else its configuration, and its control, would be those of another training."""
+    run = _copy(finished, tmp_path)
+    names = "config.resolved.yaml", "fingerprints.json", "table.json", "metrics.jsonl"
+    before = {name: (run / name).read_bytes() for name in names}
+    with pytest.raises(ConfigError, match=f"none would use the new {override.partition('=')[0]}"):
+        api.resume(run, [override])
+    assert {name: (run / name).read_bytes() for name in names} == before
+    assert json.loads((run / "RUN.json").read_text())["status"] == "done"
+
+
 def test_random_models_end_their_texts_and_are_as_wide_as_told(load_config, tmp_path):
     random = "{random: {layers: 2, embed: 32, mlp: 48, heads: 4, initializer_range: 0.125}}"
     for config in (load_config(tmp_path), load_config(tmp_path, f"student={random}")):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxdistill import api, cli, commands, methods
 from jaxdistill.data.feed import CorpusFeed
+from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import ConfigError, DataError, MismatchError
 from jaxdistill.evaluate.held_out import HeldOut
@@ -254,6 +255,9 @@ def test_shards_together_are_the_whole_and_a_dry_run_asks_nobody(
     )
     told = ask(dry_run=True)
     assert told["bytes_per_token"] == 64 and not (tmp_path / "c").exists()
+    with Objects(str(tmp_path / "c")).alone("1-of-2"):
+        with pytest.raises(ConfigError, match="is being written by process"):
+            ask(shard="1/2")
     first, second = ask(shard="1/2"), ask(shard="2/2")
     assert (first["whole"], second["whole"]) == (False, True)
     store = Store(str(tmp_path / "c"))

@@ -1,6 +1,7 @@
 """The manifest of a stored teacher: what it is of, every object with its digest, and the checks."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +27,41 @@ def begin(objects: Objects, identity: Mapping[str, Any], notes: Mapping[str, Any
       MismatchError: naming every field that differs.
       ConfigError: if something else is there.
     """
-    before = objects.get(IDENTITY)
-    if before is None:
-        if objects.names():
-            raise ConfigError(f"{objects.place}: is not empty and holds no teacher's answers")
+    check_place(objects)
+    if objects.get(IDENTITY) is None:
         content = {"identity": identity, "notes": notes}
         objects.put(IDENTITY, json.dumps(content, sort_keys=True, indent=1).encode())
         return
     known = read_identity(objects)["identity"]
     differing(objects.place, known, identity)
+
+
+@contextlib.contextmanager
+def alone(objects: Objects, share: tuple[int, int]) -> Iterator[None]:
+    """Within, no other process captures the same share: each would remove the other's parts.
+
+    Args:
+      objects: where.
+      share: (which, of how many).
+
+    Raises:
+      ConfigError: naming the process that does; or if something else is there.
+      StorageError: if the folder cannot be written.
+    """
+    check_place(objects)
+    number, count = share
+    with objects.alone(f"{number}-of-{count}"):
+        yield
+
+
+def check_place(objects: Objects) -> None:
+    """Refuses a place with something else in it.
+
+    Raises:
+      ConfigError: if it is neither empty nor a store.
+    """
+    if objects.get(IDENTITY) is None and objects.names():
+        raise ConfigError(f"{objects.place}: is not empty and holds no teacher's answers")
 
 
 def read_identity(objects: Objects) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 
 from jaxdistill.data import places
 from jaxdistill.errors import DamagedError, StorageError
+from jaxdistill.safe import lock
 
 ARRAY_FILE = "zarr.json"
+_LOCKS = "locks/"  # of processes that write; no objects
 _CACHE_BYTES = 1 << 28  # of decoded chunks, shared by all arrays of a process
 _CHUNK_BYTES = 1 << 18  # what is read for a text at least
 
@@ -50,7 +53,35 @@ class Objects:
     def names(self) -> list[str]:
         """All objects, in the order of names."""
         with self._reading(""):
-            return sorted(name.decode() for name in self._kv.list().result())
+            found = sorted(name.decode() for name in self._kv.list().result())
+        return [name for name in found if not name.startswith(_LOCKS)]
+
+    @contextlib.contextmanager
+    def alone(self, work: str) -> Iterator[None]:
+        """Within, no other process does the same work here; behind a URL nobody can tell.
+
+        Args:
+          work: a name of it.
+
+        Raises:
+          ConfigError: naming the process that does it.
+          StorageError: if the folder cannot be written.
+        """
+        if self.folder is None:
+            yield
+            return
+        place = self.folder / _LOCKS / work
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise lock.cannot_write(place, error) from error
+        with lock.held(place):
+            try:
+                yield
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another's lock is in it
+            place.parent.rmdir()
 
     def get(self, name: str) -> bytes | None:
         """The bytes of an object, or None where there is none.

@@ -192,6 +192,23 @@ def test_two_processes_store_a_share_each(tmp_path):
     taught.beside(data["train"], Store(str(tmp_path / "c")), Words())
 
 
+def test_one_share_is_captured_by_one_process(tmp_path):
+    place = tmp_path / "c"
+    objects = Objects(str(place))
+    with catalog.alone(objects, (1, 2)), catalog.alone(objects, (2, 2)):
+        with pytest.raises(ConfigError, match="1-of-2: is being written by process"):
+            with catalog.alone(Objects(str(place)), (1, 2)):
+                pass
+        fill(place, {"train": dataset(TEXTS)})  # a lock is no object
+    assert len(Store(str(place))) == len(TEXTS) and not (place / "locks").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(ConfigError, match="holds no teacher's answers"):
+        with catalog.alone(Objects(str(tmp_path / "other")), (1, 1)):
+            pass
+    assert os.listdir(tmp_path / "other") == ["file"]
+
+
 def test_another_identity_is_refused_by_its_fields(tmp_path):
     fill(tmp_path / "c", {"train": dataset(TEXTS)})
     objects = Objects(str(tmp_path / "c"))
