@@ -23,6 +23,7 @@ from benchmarks import (
     soak_faults,
     soak_input,
     soak_numbers,
+    soak_rewarded,
     soak_serve,
     soak_small_files,
     soak_strangers,
@@ -72,6 +73,7 @@ PARTS: dict[str, Part] = {
         ),
         50,
     ),
+    "rewarded_processes": _on_rig(lambda rig, *_: soak_rewarded.processes(rig), 1),
     "cold_kills": _on_rig(lambda rig, n, seed, _: soak_faults.cold_kills(rig, n, seed), 10),
     "stops": _on_rig(soak_faults.stops, 50),
     "doubled_stops": _on_rig(
@@ -116,6 +118,9 @@ SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "writing_kills": lambda f: SOUND["kills"](f),
     "ema_kills": lambda f: SOUND["kills"](f),
     "rewarded_kills": lambda f: SOUND["kills"](f),
+    "rewarded_processes": lambda f: all(
+        one["equal_rewards_and_answers"] and one["largest_difference"] < 1e-5 for one in _rows(f)
+    ),
     "cold_kills": lambda f: f["bitwise_equal"],
     **dict.fromkeys(
         ("stops", "doubled_stops"),

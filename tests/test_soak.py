@@ -16,7 +16,8 @@ WORSE = {
     "sound": False, "arrays_equal": False, "resumed_exit_code": 1, "records/lost": 1,
     "nonfinite_values_in_any_checkpoint": 1, "values_checked": 0, "configs/without a place": 1,
     "files/message without a name": 1, "bad": {"reset": 1}, "left": 1, "slowest_health": 1.5,
-    "digest_share_of_time": 0.06, "bounded": False,
+    "digest_share_of_time": 0.06, "bounded": False, "equal_rewards_and_answers": False,
+    "largest_difference": 0.1,
 }  # fmt: skip
 
 

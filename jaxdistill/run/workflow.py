@@ -1,5 +1,6 @@
 """Runs a workflow: each step once, again only when what it depends on has changed."""
 
+import glob
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ from jaxdistill.safe import json_file, lock, whole_file
 from jaxdistill.safe.redact import redacted
 
 HASHED_BYTES = 1 << 28
+_OF_MODELS = ("config.json", "RUN.json")  # a folder with one of these is a model or a run
 
 
 @dataclass(frozen=True)
@@ -356,13 +358,22 @@ def _texts(value: Any) -> set[str]:
 
 
 def _identity(text: str) -> str | None:
-    """What tells whether the file or folder of this name has changed; None where there is none."""
-    path = pathlib.Path(text.rpartition("@")[0] or text) if "@" in text else pathlib.Path(text)
+    """What tells whether what this names has changed; None where there is no such file.
+
+    A name may be of a file, a folder, or a pattern of files; a checkpoint behind `@` and what a
+    task or a named set of records is asked for behind `?` are no part of it.
+    """
     try:
+        whole = (text, text.rpartition("@")[0], text.partition("?")[0])
+        path = next((one for name in whole if name and (one := pathlib.Path(name)).exists()), None)
+        if path is None:
+            found = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+            return str([(name, _identity(name)) for name in found]) if found else None
         if path.is_dir():
-            return str([(p.name, _identity(str(p))) for p in sorted(path.glob("*")) if p.is_file()])
-        if not path.is_file():
-            return None
+            own = any((path / name).is_file() for name in _OF_MODELS)
+            below = sorted(path.glob("*") if own else path.rglob("*"))
+            files = [one for one in below if one.is_file()]
+            return str([(str(p.relative_to(path)), _identity(str(p))) for p in files])
         size = path.stat().st_size
         if size > HASHED_BYTES:
             return f"{size} bytes of {path.stat().st_mtime_ns}"

@@ -187,12 +187,13 @@ def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
 
 
 def test_parts_of_a_batch_and_a_mesh_learn_the_same(load, tmp_path, monkeypatch):
-    """Groups of four answers lie across micro-batches and devices; all sums are global."""
+    """Groups of four answers lie across micro-batches and 8 devices; all sums are global."""
     found = {}
-    for name, devices, parts in (("whole", 1, 1), ("parts", 2, 2)):
+    for name, devices, parts in (("whole", 1, 1), ("parts", 8, 2)):
         with monkeypatch.context() as patch:
             take_devices(patch, devices)
             options = ("train.steps=3", "train.eval_every=3", f"train.micro_batches={parts}")
+            options += ("rollout.prompts_per_step=4", "train.batch_size=16")
             run(load(tmp_path / name, "updates: 2, advantage: group", *options))
         records = numbers(tmp_path / name / "run")
         found[name] = {

@@ -142,6 +142,14 @@ def test_what_is_due_follows_from_what_changed(flow, tmp_path, data):
     changed = tmp_path / "changed.yaml"
     changed.write_text(text.replace("scheme: int8}", "scheme: int8_dynamic}"))
     assert {n for n, a in actions(changed).items() if a != "skip"} == {"int8", "table"}
+    below = tmp_path / "more" / "deep" / "a.txt"
+    below.parent.mkdir(parents=True)
+    for name in (f"{tmp_path}/more", f"{tmp_path}/more/*/*.txt", f"{below}?kind=number"):
+        below.write_text("one")
+        before = workflows._identity(name)
+        assert before == workflows._identity(name) is not None
+        below.write_text("two")
+        assert workflows._identity(name) != before, name
     changed.write_text(text.replace("layers: 2", "layers: 1"))
     due = {"cut", "sft", "kd", "int8", "table"}
     assert {n for n, a in actions(changed).items() if a != "skip"} == due
