@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peers import race
-from jaxdistill.bench import cases, run
+from jaxdistill.bench import cases, liger, peer_logprobs, run
 from jaxdistill.bench.shapes import Shape
 
 SHAPE = Shape("odd", 12, 331, 8, 10, "float32")
@@ -28,3 +28,41 @@ def test_a_race_compares_signed_values():
     for other in (0.6253, -0.62, float("nan")):
         with pytest.raises(AssertionError, match="not the same"):
             race.check_alike({"torch": other, "jaxdistill": -0.62530864})
+
+
+class Peer(liger.Worker):
+    """Stands in for a peer's process: TRL by the definition in float64, and no Liger."""
+
+    def __init__(self, python, folder, script, key):
+        self.folder, self.key = folder, key
+
+    def ask(self, do, **words):
+        if self.key == "liger":
+            raise liger.Skipped("No module named 'liger_kernel'")
+        if do == "answer":
+            arrays = [np.float64(np.load(self.folder / f"{n}.npy")) for n in peer_logprobs.ARRAYS]
+            hidden, head, ids, advantages = arrays
+            log_q = cases.log_softmax64(hidden @ head.T)[range(len(ids)), ids.astype(int)]
+            return {"value": (advantages * log_q).mean()}
+        return {"trl": "9"} if do == "begin" else {"seconds": 0.5, "peak_mib": 3.0}
+
+    def close(self):
+        pass
+
+
+def test_peers_stand_beside_our_log_probabilities_or_are_said_to_be_left_out(monkeypatch):
+    monkeypatch.setattr(peer_logprobs, "Worker", Peer)
+    monkeypatch.setitem(run.KINDS, "loss", ())
+    told = []
+    found = run.run("loss", (SHAPE,), 1, told.append, "some-python")
+    (row,) = found["rows"]
+    assert set(row) == set(run.COLUMNS) and found["peers"]["trl"]["trl"] == "9"
+    assert (row["function"], row["ms"], row["temporary_mib"]) == ("log q, TRL", 500, 3.0)
+    assert row["error"] < 1e-6 and row["ratio"] > 1
+    assert [line for line in told if "Liger: left out: No module named 'liger_kernel'" in line]
+
+
+def test_a_python_without_torch_has_no_peers():
+    told = []
+    assert peer_logprobs.there("false", told.append) == {}
+    assert len(told) == 2 and all("its process ended with 1" in line for line in told)

@@ -406,8 +406,11 @@ FORBIDDEN_MODULES = {
     "marshal",
     "torch",
 }
-# Timed beside ours in a process of its own, which reads no file but arrays that it is given.
-PEERS = {"jaxdistill/bench/liger_worker.py: torch"}
+# Timed beside ours in processes of their own, which read no file but arrays that they are given.
+PEERS = {
+    "jaxdistill/bench/liger_worker.py: torch",
+    "jaxdistill/bench/peer_logprobs_worker.py: torch",
+}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_CALLS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"}
 

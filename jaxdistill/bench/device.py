@@ -23,7 +23,7 @@ import numpy as np
 from jaxdistill import kernels
 from jaxdistill.bench import attention_cases, end_to_end, liger
 from jaxdistill.bench import run as timed
-from jaxdistill.bench.shapes import Shape
+from jaxdistill.bench.shapes import Shape, label
 from jaxdistill.kernels import choice, rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.operands import Coefficients
@@ -185,10 +185,10 @@ def parts(sizes: Sizes, peers_python: str | None = None) -> Iterator[Part]:
             yield Part(name, functools.partial(attention_cases.check, problem, form))
     yield Part(f"end to end {first}", functools.partial(end_to_end.run, first))
     for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
-        name = f"time {kind} {timed.label(shape)}"
+        name = f"time {kind} {label(shape)}"
         yield Part(name, functools.partial(_time, kind, shape, sizes.rounds))
     for shape in sizes.shapes:
-        name = f"time beside Liger {timed.label(shape)}"
+        name = f"time beside Liger {label(shape)}"
         yield Part(name, functools.partial(liger.run, shape, sizes.rounds, peers_python))
     for problem in sizes.attention.timed:
         name = f"time attention {problem.label}"

@@ -21,8 +21,7 @@ import numpy as np
 
 from jaxdistill import kernels
 from jaxdistill.bench.cases import log_softmax64
-from jaxdistill.bench.run import label
-from jaxdistill.bench.shapes import Shape
+from jaxdistill.bench.shapes import Shape, label
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 WORKER = pathlib.Path(__file__).with_name("liger_worker.py")
@@ -34,18 +33,22 @@ class Skipped(Exception):
 
 
 class Worker:
-    """Liger's process: it answers one question after the other.
+    """A peer's process, Liger's where nothing is said: it answers one question after the other.
 
     Args:
-      python: that has torch and liger-kernel.
+      python: that has torch and the peer.
       folder: where arrays are exchanged.
+      script: that it runs.
+      more: words behind the folder.
     """
 
-    def __init__(self, python: str, folder: pathlib.Path):
+    def __init__(
+        self, python: str, folder: pathlib.Path, script: pathlib.Path = WORKER, *more: str
+    ):
         self._told = folder / "stderr.txt"
         with self._told.open("w") as stderr:
             self._process = subprocess.Popen(
-                [python, str(WORKER), str(folder)],
+                [python, str(script), str(folder), *more],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
             )  # fmt: skip
 

@@ -27,8 +27,9 @@ def draw(result: dict[str, Any], path: str | os.PathLike) -> None:
         bars = axis.barh([row["function"] for row in rows], [row["ms"] for row in rows])
         for bar, colour, row in zip(bars, colours, rows, strict=True):
             bar.set_color(colour)
+            memory = row["temporary_mib"]
             axis.annotate(
-                f" {row['ms']:.3g} ms, {row['temporary_mib']:.0f} MiB",
+                f" {row['ms']:.3g} ms" + ("" if memory is None else f", {memory:.0f} MiB"),
                 (bar.get_width(), bar.get_y() + bar.get_height() / 2),
                 va="center",
                 fontsize=8,

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jaxdistill import device_memory
-from jaxdistill.bench import cases, timing, token_cases
-from jaxdistill.bench.shapes import Shape
+from jaxdistill.bench import cases, peer_logprobs, timing, token_cases
+from jaxdistill.bench.shapes import Shape, label
 from jaxdistill.kernels import choice
 
 COLUMNS = (
@@ -32,7 +32,11 @@ KINDS: dict[str, tuple[Callable[[Shape], cases.Case], ...]] = {
 
 
 def run(
-    kind: str, shapes: tuple[Shape, ...], rounds: int, notice: Callable[[str], None]
+    kind: str,
+    shapes: tuple[Shape, ...],
+    rounds: int,
+    notice: Callable[[str], None],
+    peers_python: str | None = None,
 ) -> dict[str, Any]:
     """Measures every function on every shape.
 
@@ -40,19 +44,25 @@ def run(
       kind: "kernels" (logits in) or "loss" (hidden states and heads in).
       shapes: of the problems; one that does not fit in memory is noticed and left out.
       rounds: of timing.
-      notice: receives one line for each shape.
+      notice: receives one line for each shape, and for each peer that is left out.
+      peers_python: of "loss": a Python that may have TRL and Liger; None: this one.
 
     Returns:
-      {"device", "jax", "date", "load", "rows"}; `load` is the machine's load average before it
+      {"device", "jax", "date", "load", "peers", "rows"}; `peers` are the versions of those that
+      are there, `load` is the machine's load average before it
       began, None where there is none; a row's `ratio` is its time over that of naive log_softmax on
       the same problem in the same round, the median of all rounds.
     """
     device = choice.current_device()
     rows: list[dict[str, Any]] = []
+    peers = peer_logprobs.there(peers_python, notice) if kind == "loss" else {}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     for shape in shapes:
         try:
             rows += measure(kind, shape, rounds, device)
+            for peer in peers:
+                found = peer_logprobs.rows(peer, shape, rounds, peers_python, notice)
+                rows += [{"shape": label(shape), **row} for row in found]
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
             if not device_memory.is_full(error):
@@ -67,13 +77,9 @@ def run(
         "date": datetime.date.today().isoformat(),
         "rounds": rounds,
         "load": load,
+        "peers": peers,
         "rows": rows,
     }
-
-
-def label(shape: Shape) -> str:
-    """A shape in one word."""
-    return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
 
 
 def measure(

@@ -44,6 +44,11 @@ LISTS = {
 _FIELDS = {"N": "tokens", "V": "vocab", "S": "student", "T": "teacher", "dtype": "dtype"}
 
 
+def label(shape: Shape) -> str:
+    """A shape in one word."""
+    return f"{shape.name}[{shape.tokens}x{shape.vocab}]{shape.dtype}"
+
+
 def parse(text: str, platform: str) -> tuple[Shape, ...]:
     """A list by name ("quick", "full", "auto"), or one shape: "N=8192,V=128256,S=2048,T=4096".
 

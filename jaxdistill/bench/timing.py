@@ -57,10 +57,11 @@ def in_turn(
     for _ in range(rounds):
         for name, function in functions.items():
             seconds[name].append(measure(function))
-    return {name: _summary(values, clock) for name, values in seconds.items()}
+    return {name: summary(values, clock) for name, values in seconds.items()}
 
 
-def _summary(values: list[float], clock: str) -> Timing:
+def summary(values: list[float], clock: str) -> Timing:
+    """The seconds of all rounds, and what they say."""
     ordered = sorted(values)
     at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
     return Timing(statistics.median(ordered), at(0.1), at(0.9), clock, tuple(values))

@@ -29,8 +29,8 @@ class Bench(Section):
     )
     peers_python: Annotated[str, Flag(metavar="PYTHON")] | None = Field(
         None,
-        description="Of `bench device`: a Python that has torch and liger-kernel, for a row beside "
-        "ours; without it, this one where it has them.",
+        description="Of `bench device` and `bench loss`: a Python that has torch and liger-kernel, "
+        "or trl, for rows beside ours; without it, this one where it has them.",
     )
     shapes: Annotated[str, Flag(metavar="SHAPES")] = Field(
         "auto", description="auto, quick, full, or N=8192,V=128256,S=2048,T=4096."
@@ -51,6 +51,9 @@ class Bench(Section):
 
 def run(options: argparse.Namespace) -> None:
     """Measures and prints one table; notices go to standard error."""
+    peers = options.peers_python
+    if peers is not None and shutil.which(peers) is None:
+        raise ConfigError(f"--peers-python {peers}: there is no such program")
     if options.what == "device":
         _device(options)
         return
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         if options.tune:
             kinds = tuple(options.kinds.split(","))
             tune.tune(options.tune, found, options.rounds, notice, kinds)
-        result = runner.run(options.what, found, options.rounds, notice)
+        result = runner.run(options.what, found, options.rounds, notice, options.peers_python)
         if options.csv:
             _write_csv(options.csv, result["rows"], runner.COLUMNS)
         if options.save:
@@ -84,11 +87,8 @@ def _device(options: argparse.Namespace) -> None:
 
     notice = lambda line: print(line, file=sys.stderr, flush=True)
     path = pathlib.Path(options.save) if options.save else None
-    peers = options.peers_python
-    if peers is not None and shutil.which(peers) is None:
-        raise ConfigError(f"--peers-python {peers}: there is no such program")
     with output.stdout_is_json(options.json):
-        result = device.run(options.minutes, path, notice, peers_python=peers)
+        result = device.run(options.minutes, path, notice, peers_python=options.peers_python)
     if options.json:
         output.print_json(result)
     wrong = [part["name"] for part in result["parts"] if not part["ok"]]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.tiling import ROWS
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")  # the best first
@@ -77,14 +78,21 @@ def support(
 
     Returns:
       name -> (runs, reason), the best first.
+
+    Raises:
+      ConfigError: for a vocabulary of no token, or the name of no dtype.
     """
     device = device or current_device()
-    vocab, dtype = int(vocab), jnp.dtype(dtype).name
-    checks = {
+    checks.whole("vocab", vocab)
+    try:
+        vocab, dtype = int(vocab), jnp.dtype(dtype).name
+    except TypeError as error:
+        raise ConfigError(f"dtype = {dtype!r}: must be one of {', '.join(FLOATS)}") from error
+    ask = {
         "mosaic_gpu": lambda: _mosaic_gpu(vocab, dtype, device, scalar_temperature, tokens),
         "xla": lambda: None,
     }
-    obstacles = {name: checks[name]() for name in IMPLEMENTATIONS}
+    obstacles = {name: ask[name]() for name in IMPLEMENTATIONS}
     return {name: Support(why is None, why or "runs") for name, why in obstacles.items()}
 
 

@@ -62,10 +62,23 @@ def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
       The shape of `tokens`, float32 (float64 for float64 logits), nats, never positive.
 
     Raises:
-      ConfigError: if the shapes do not fit.
+      ConfigError: if the shapes do not fit, or tokens are no integers.
     """
-    logits, tokens = jnp.asarray(logits), checks.indices("tokens", tokens)
-    if tokens.ndim != logits.ndim or tokens.shape[:-1] != logits.shape[:-1]:
+    logits, tokens = checks.array("logits", logits), checks.indices("tokens", tokens)
+    several = tokens.ndim == logits.ndim
+    dims = logits.shape[:-1]
+    if (
+        not logits.ndim
+        or tokens.shape[: tokens.ndim - several] != dims
+        or not all(tokens.shape[len(dims) :])
+    ):
+        raise ConfigError(
+            f"tokens {list(tokens.shape)}: must be {list(dims)} or {[*dims, 'K']}, K at least 1, "
+            f"as the logits {list(logits.shape)} have it"
+        )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ConfigError(f"tokens are {tokens.dtype}: they must be integers, the index of a token")
+    if not several:
         return -cross_entropy(logits, tokens)
     return -jnp.stack([cross_entropy(logits, one) for one in jnp.moveaxis(tokens, -1, 0)], axis=-1)
 

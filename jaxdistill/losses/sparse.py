@@ -208,7 +208,7 @@ def _checked(
     sampled_logprobs: ArrayLike | None = None,
 ) -> tuple[Array, Known, Callable[[Array], Array]]:
     """Float logits, what is known of the teacher, and what marks the values of spoiled rows."""
-    logits = jnp.asarray(student_logits)
+    logits = checks.array("student_logits", student_logits)
     if logits.ndim == 0:
         raise ConfigError("student_logits []: must be [..., V]")
     sparse: dict[str, ArrayLike | None] = {

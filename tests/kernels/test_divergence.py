@@ -255,6 +255,12 @@ def test_bad_input_is_named(change, words):
 
 
 @pytest.mark.floor
+@pytest.mark.parametrize("wrong", [(0, "float32"), (64, "float99")])
+def test_support_names_what_is_no_vocabulary_or_dtype(wrong):
+    with pytest.raises(ValueError, match=r"vocab = 0|dtype = 'float99'"):
+        choice.support(*wrong)
+
+
 def test_support_says_why():
     found = choice.support(50_257, jnp.bfloat16, device=choice.Device("gpu", "NVIDIA H100"))
     assert found["xla"].runs

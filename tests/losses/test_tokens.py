@@ -31,6 +31,19 @@ def test_an_impossible_token_has_no_entropy_and_no_slope():
     np.testing.assert_array_equal(slope, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (np.zeros(2), "tokens are float"),
+        (np.zeros((2, 0), int), "K at least 1"),
+        (np.zeros(3, int), r"tokens \[3\]: must be \[2\] or \[2, 'K'\]"),
+    ],
+)
+def test_tokens_that_are_none_are_named(tokens, words):
+    with pytest.raises(ValueError, match=words):
+        losses.token_log_probability(jnp.zeros((2, 5)), tokens)
+
+
 @pytest.mark.parametrize("sets", [[], [[1, 0]], [[0, 3]]])
 def test_sets_that_are_none_are_named(sets):
     with pytest.raises(ValueError, match="sets"):

@@ -51,7 +51,9 @@ def shared_columns(
     >>> print(jax.nn.softmax(shared_columns(z, jnp.array([0, 2]), others="bucket")).round(4))
     [0.4 0.2 0.4]
     """
-    logits = jnp.asarray(logits)
+    logits = checks.array("logits", logits)
+    if logits.ndim == 0:
+        raise ConfigError("logits []: must be [..., V]")
     columns = check("columns", columns, logits.shape[-1], others)
     wide = jnp.maximum(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), LOWEST)
     picked = pick(wide, columns)
