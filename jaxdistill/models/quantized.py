@@ -89,8 +89,48 @@ class QuantizedKernel(Kernel):
 
 @jax.custom_vjp
 def _dot(x: Array, kernel: QuantizedKernel) -> Array:
-    read = _rounded(x) if kernel.scheme.dynamic else x
-    return qwix().dot_general(read, kernel._array(), _last(x)).astype(x.dtype)
+    # Whole numbers become floats where they are multiplied, layer by layer: without an order XLA
+    # converts those of all layers first, and a step of decoding writes the model in floats.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    if len(kernel.scale) > 1:
+        return jax.lax.platform_dependent(x, kernel, cpu=_by_halves, default=_by_qwix)
+    scale = kernel.scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    if not kernel.scheme.dynamic:
+        values = kernel.values.astype(x.dtype)
+        return (_product(x, values, jnp.float32) * scale).astype(x.dtype)
+    read = _rounded(x)
+    sums = _product(read.qvalue, kernel.values, jnp.int32).astype(jnp.float32)
+    return (sums * read.scale * scale).astype(x.dtype)
+
+
+def _product(x: Array, values: Array, dtype: DTypeLike) -> Array:
+    return jax.lax.dot_general(x, values, _last(x), preferred_element_type=dtype)
+
+
+def _by_qwix(x: Array, kernel: QuantizedKernel) -> Array:
+    return qwix().dot_general(x, kernel._array(), _last(x)).astype(x.dtype)
+
+
+def _by_halves(x: Array, kernel: QuantizedKernel) -> Array:
+    """The same product where a byte holds two numbers and none is read alone: on CPUs.
+
+    Columns 2 j and 2 j + 1 of an int4 kernel share a byte: two products of half as many columns.
+    """
+    inputs, outputs = kernel.values.shape
+    if kernel.scheme.bits != 4 or outputs % 2:
+        return _by_qwix(x, kernel)
+    groups = len(kernel.scale)
+    scale = kernel.scale.astype(x.dtype).reshape(groups, 1, outputs // 2, 2)
+    both = jax.lax.bitcast_convert_type(kernel.values.reshape(inputs, -1, 2), jnp.int8)
+    halves = (both << 4) >> 4, both >> 4
+    parts = [
+        x
+        @ (half.astype(x.dtype).reshape(groups, -1, outputs // 2) * scale[..., place]).reshape(
+            inputs, -1
+        )
+        for place, half in enumerate(halves)
+    ]
+    return jnp.stack(parts, axis=-1).reshape(*x.shape[:-1], outputs)
 
 
 def _dot_forward(x: Array, kernel: QuantizedKernel) -> tuple[Array, QuantizedKernel]:

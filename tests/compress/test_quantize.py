@@ -94,6 +94,40 @@ def test_dynamic_int8_adds_up_whole_numbers():
     assert "tensor<5x48xi32>" in program  # a product of whole numbers, not of rounded floats
 
 
+@pytest.mark.parametrize("outputs", [48, 47])
+@pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 128)])
+def test_four_bits_are_multiplied_as_their_numbers(shape, outputs):
+    """Against float64; an odd number of columns leaves one without another in its byte."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=shape).astype(np.float32)
+    w = rng.normal(size=(128, outputs)).astype(np.float32)
+    kernel = quantized.quantize(jnp.asarray(w), quantized.SCHEMES["int4"])
+    scale = np.repeat(np.asarray(kernel.scale, float), 64, axis=0)
+    want = x.astype(float) @ (np.asarray(kernel.values).astype(float) * scale)
+    np.testing.assert_allclose(jax.jit(kernel.dot)(x), want, rtol=2e-5, atol=2e-5)
+    got = jax.grad(lambda x: kernel.dot(x).sum())(jnp.asarray(x))
+    want = np.broadcast_to((np.asarray(kernel.values).astype(float) * scale).sum(1), shape)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 converts all layers first")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_more_than_one_layer_is_in_floats_at_a_time(name):
+    """Else a step of decoding writes the whole model in floats, and takes twice a float model's."""
+    kernels = [
+        quantized.quantize(jnp.full((256, 512), 0.1 * number), quantized.SCHEMES[name])
+        for number in range(1, 9)
+    ]
+
+    def layers(x, kernels):
+        for kernel in kernels:
+            x = kernel.dot(x)[..., :256]
+        return x
+
+    program = jax.jit(layers).lower(jnp.ones((1, 256)), kernels).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 256 * 512 * 4
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_folder_keeps_every_number(model, name, tmp_path, one_device):
     small = quantize.quantized(model, name)
