@@ -81,6 +81,9 @@ def largest(s: Array, k: int, vocabulary: VocabularyShard) -> tuple[Array, Array
 
     Of equal logits the lower token comes first.
     """
+    if vocabulary.padded:  # behind an impossible token of another device, whose number it has
+        column = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        s = jnp.where(column < vocabulary.size, s, NOTHING)
     values, columns = jax.lax.top_k(s, min(k, s.shape[1]))
     ids = columns + vocabulary.offset
     if not vocabulary.axes:

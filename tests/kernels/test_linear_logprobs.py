@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxdistill.kernels import choice, linear_divergence, linear_logprobs
+from jaxdistill.kernels import choice, linear_divergence, linear_logprobs, logprob_rows
+from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.linear_logprobs.sets import columns_of
+from jaxdistill.kernels.operands import VocabularyShard
 
 N, V, D, K, TOP = 24, 53, 8, 3, 2
 SETS = ([0, 5, 9, 52], [1, 2, 3], [5])
@@ -337,6 +340,22 @@ def test_no_head_crosses_the_mesh(mesh8):
         line for line in gathered for count in rows if f"[{count}," in line or f",{count}" in line
     ]
     assert f"[64,{vocab}]" not in text and f"[64,{taught}]" not in text
+
+
+def test_padding_between_devices_is_none_of_the_most_likely():
+    """As on a GPU, where each device's rows end in columns that no token has."""
+    low = stats.LOWEST
+    logits = jnp.array([[1.0, 2.0, 3.0, low, low, low], [4.0, low, low, low, low, low]])
+
+    def largest(mine):
+        offset = jax.lax.axis_index("model") * 3
+        return logprob_rows.largest(mine, 6, VocabularyShard(("model",), offset, 3, padded=True))[1]
+
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("model",))
+    split = jax.shard_map(
+        largest, mesh=mesh, in_specs=(P("model"),), out_specs=P(), check_vma=False
+    )
+    assert jax.jit(split)(logits).tolist() == [[3, 2, 1, 0, 4, 5]]
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
