@@ -63,11 +63,12 @@ def _new(place: pathlib.Path, stack: contextlib.ExitStack) -> pathlib.Path:
         made.mkdir()
         try:
             stack.enter_context(lock.held(made))
-        except UserError:
-            if made.exists():
-                raise
-            continue  # it was taken for a leftover: this process had stood still for a minute
-        (made / CONTENT).mkdir()
+            (made / CONTENT).mkdir()
+        except (OSError, UserError) as error:
+            if isinstance(error, UserError) and not made.exists():
+                continue  # it was taken for a leftover: this process had stood still for a minute
+            shutil.rmtree(made, ignore_errors=True)  # the disk is full
+            raise
         return made
 
 

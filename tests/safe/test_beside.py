@@ -1,5 +1,6 @@
 """Folders filled beside their place: a kill's leavings are swept; what lives, and others', stay."""
 
+import errno
 import os
 import pathlib
 import shutil
@@ -9,7 +10,7 @@ import sys
 
 import pytest
 
-from jaxdistill.errors import UserError
+from jaxdistill.errors import StorageError, UserError
 from jaxdistill.safe import beside, lock
 
 KILLED = """
@@ -56,6 +57,17 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         with beside.folder(pathlib.Path(tmp_path / "x")):
             raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_full_disk_has_no_room_for_the_lock_nothing_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock, "_rewrite", full)
+    with pytest.raises(StorageError, match="cannot be written: No space left"):
+        with beside.folder(tmp_path / "x"):
+            pass
     assert not list(tmp_path.iterdir())
 
 
