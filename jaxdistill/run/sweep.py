@@ -155,7 +155,8 @@ def sweep(
             except DivergedError as error:
                 failed.append(DivergedError(f"{point.name}: {error}"))
                 print(f"sweep: {failed[-1]}", file=sys.stderr, flush=True)
-            _write(folder, points)
+            finally:  # also of a run that was stopped
+                _write(folder, points)
     try:
         terminal.say(f"report: {pages.write(folder)}", sys.stderr)
     except UserError as error:  # the runs are done all the same

@@ -40,6 +40,7 @@ class Trainer:
             config.run.dir, name="x", input_text=input_text, resolved=resolved, overrides=overrides
         )
         if name == self._stops_at:
+            run.update(status="stopped")
             raise Preempted("asked to stop")
         if name == self._diverges_at:
             run.update(status="failed")
@@ -133,6 +134,8 @@ def test_a_stopped_sweep_resumes_and_a_finished_run_is_not_trained_again(file, t
     with pytest.raises(Preempted):
         sweeps.sweep(file, values, out, run=first.run, resume=first.resume)
     assert first.began == ["alpha=0.1,seed=1", "alpha=0.1,seed=2", "alpha=0.5,seed=1"]
+    noted = json.loads((out / pages.FILE).read_text())["runs"]
+    assert [run["status"] for run in noted] == ["done", "done", "stopped", "not begun"]
     then = Trainer()
     found = sweeps.sweep(file, values, out, run=then.run, resume=then.resume)
     assert then.began == ["alpha=0.5,seed=2"] and "alpha=0.5,seed=1" in then.resumed
