@@ -62,7 +62,8 @@ def logits(
       lowest: smallest logit, at which others are held; None leaves -inf, an impossible entry.
 
     Raises:
-      ConfigError: if shapes differ, or a temperature is not positive or of another shape.
+      ConfigError: if shapes differ, V is 0, one temperature for all is not positive, or is of
+        another shape. A position whose own temperature is not positive is a spoiled row.
     """
     student, teacher = (wide(jnp.asarray(x)) for x in (student_logits, teacher_logits))
     if student.shape != teacher.shape or student.ndim == 0:
@@ -70,6 +71,7 @@ def logits(
             f"{where}student_logits {list(student.shape)} and teacher_logits "
             f"{list(teacher.shape)} must have one shape [..., V]; slice padded vocabulary off first"
         )
+    some_tokens(f"{where}logits", student)
     t = column("temperature", temperature, student, COMMON["temperature"], where)
     given = student, teacher
     if lowest is not None:
@@ -78,6 +80,16 @@ def logits(
     bad = unsound(student) | unsound(teacher) | ~sound_t
     sound = lambda x: jnp.where(bad[..., None], 0.0, x)
     return Logits(sound(student), sound(teacher), t, bad, given)
+
+
+def some_tokens(name: str, logits: Array) -> None:
+    """Raises unless there is an entry in every row of logits [..., V].
+
+    Raises:
+      ConfigError: naming the logits.
+    """
+    if not logits.shape[-1]:
+        raise ConfigError(f"{name} {list(logits.shape)}: must be [..., V] with V of at least 1")
 
 
 def usable(temperature: Array) -> tuple[Array, Array]:

@@ -28,7 +28,7 @@ def cross_entropy(
       [...], float32 (float64 for float64 logits), nats, unreduced.
 
     Raises:
-      ConfigError: if the shapes do not fit or label_smoothing lies outside [0, 1].
+      ConfigError: if the shapes do not fit, V is 0, or label_smoothing lies outside [0, 1].
 
     >>> import jax.numpy as jnp
     >>> print(cross_entropy(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1])))
@@ -38,6 +38,7 @@ def cross_entropy(
     """
     came, labels = _checked(student_logits, labels)
     checks.numbers({"label_smoothing": label_smoothing})
+    given.some_tokens("logits", came)
     spoiled = given.unsound(came) & (labels >= 0)
     logits = jnp.where(given.unsound(came)[..., None], 0.0, came)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -62,7 +63,7 @@ def token_log_probability(logits: ArrayLike, tokens: ArrayLike) -> Array:
       The shape of `tokens`, float32 (float64 for float64 logits), nats, never positive.
 
     Raises:
-      ConfigError: if the shapes do not fit, or tokens are no integers.
+      ConfigError: if the shapes do not fit, V is 0, or tokens are no integers.
     """
     logits, tokens = checks.array("logits", logits), checks.indices("tokens", tokens)
     several = tokens.ndim == logits.ndim

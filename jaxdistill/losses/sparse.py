@@ -211,6 +211,7 @@ def _checked(
     logits = checks.array("student_logits", student_logits)
     if logits.ndim == 0:
         raise ConfigError("student_logits []: must be [..., V]")
+    given.some_tokens("student_logits", logits)
     sparse: dict[str, ArrayLike | None] = {
         "teacher_ids": ids,
         "teacher_logprobs": logprobs,

@@ -27,7 +27,8 @@ def entropy(logits: ArrayLike, *, temperature: ArrayLike = 1.0) -> Array:
       [...], float32 (float64 for float64 logits), nats.
 
     Raises:
-      ConfigError: if the temperature is not positive, or of another shape.
+      ConfigError: if V is 0, or one temperature for all is not positive, or of another shape. A
+        position whose own temperature is not positive has the value NaN.
 
     >>> import jax.numpy as jnp
     >>> print(round(float(entropy(jnp.zeros(4))), 4))
@@ -53,8 +54,8 @@ def log_mass(logits: ArrayLike, sets: Sets, *, temperature: ArrayLike = 1.0) -> 
 
     Raises:
       ConfigError: for a set that is empty, not ascending or not of different tokens of the
-        vocabulary, or a temperature that is not positive or of another shape. Of a traced set an id
-        counts once, one that is no token is left out, and a set of none has the log-mass -inf.
+        vocabulary, or a temperature as in `entropy`. Of a traced set an id counts once, one that is
+        no token is left out, and a set of none has the log-mass -inf.
 
     >>> import jax.numpy as jnp
     >>> print(log_mass(jnp.log(jnp.array([0.5, 0.3, 0.2])), [[0], [1, 2]]).round(4))
@@ -75,6 +76,7 @@ def _log_softmax(
     came = given.wide(checks.array("logits", logits))
     if came.ndim == 0:
         raise ConfigError("logits []: must be [..., V]")
+    given.some_tokens("logits", came)
     t = given.column("temperature", temperature, came, COMMON["temperature"])
     t, usable = given.usable(t)
     spoiled = given.unsound(came) | ~usable

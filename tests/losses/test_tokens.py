@@ -48,3 +48,18 @@ def test_tokens_that_are_none_are_named(tokens, words):
 def test_sets_that_are_none_are_named(sets):
     with pytest.raises(ValueError, match="sets"):
         losses.log_mass(jnp.zeros(3), sets)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.entropy,
+        lambda rows: losses.forward_kl(rows, rows),
+        lambda rows: losses.cross_entropy(rows, jnp.zeros(2, int)),
+        lambda rows: losses.token_log_probability(rows, jnp.zeros(2, int)),
+        lambda rows: losses.topk_kl(rows, jnp.zeros((2, 1), int), jnp.zeros((2, 1))),
+    ],
+)
+def test_rows_of_no_token_are_named(loss):
+    with pytest.raises(ValueError, match=r"logits \[2, 0\]: must be .* V of at least 1"):
+        loss(jnp.zeros((2, 0)))
