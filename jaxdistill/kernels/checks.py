@@ -184,6 +184,28 @@ def temperature(value: ArrayLike, dims: Sequence[int], some: np.ndarray | None) 
         raise ConfigError(f"temperature holds {wrong[0]}: must be {COMMON['temperature']}")
 
 
+EXPLICIT_REMEDY = (
+    "give every axis of the mesh the type Auto, as jaxdistill.sharding.make_mesh does and "
+    "jax.make_mesh with axis_types=(jax.sharding.AxisType.Auto, ...)"
+)
+
+
+def automatic(name: str, value: Array) -> None:
+    """Raises where an array is split over an axis whose type is Explicit, JAX's default.
+
+    Every operation behind such an array must say how its result is split: the kernels leave that
+    to the compiler.
+
+    Raises:
+      ConfigError: naming the array, the axis and the remedy.
+    """
+    spec = getattr(jax.typeof(value).sharding, "spec", ())
+    if split := [axis for axis in spec if axis is not None]:
+        raise ConfigError(
+            f"{name} is split over {split[0]!r}, whose type is Explicit: {EXPLICIT_REMEDY}"
+        )
+
+
 def floating(name: str, value: Array) -> None:
     """Raises unless an array holds floats.
 

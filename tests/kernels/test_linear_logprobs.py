@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.kernels import choice, linear_divergence, linear_logprobs, logprob_rows
@@ -419,3 +420,19 @@ def test_what_is_no_list_of_sets_is_named(sets):
     """Under test every public function checks its annotations first."""
     with pytest.raises(ValueError, match="must be a list of sets"):
         inspect.unwrap(columns_of)(sets, V, shared=False)
+
+
+def test_axes_of_type_explicit_are_named():
+    """JAX's default for a mesh: the kernels leave to the compiler how results are split."""
+    axes = ("data", "fsdp", "tensor", "context")
+    mesh = jax.make_mesh((1, 2, 1, 1), axes, axis_types=(jax.sharding.AxisType.Explicit,) * 4)
+    plain = jax.make_mesh((1, 2, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    hidden, head, ids = jnp.ones((4, 3)), jnp.ones((6, 3)), jnp.zeros(4, int)
+    split = lambda mesh: jax.device_put(head, NamedSharding(mesh, P("fsdp")))
+    with pytest.raises(ValueError, match="head is split over 'fsdp', whose type is Explicit"):
+        linear_logprobs(hidden, split(mesh), ids)
+    with pytest.raises(ValueError, match="teacher_head is split over 'fsdp'"):
+        linear_divergence(hidden, head, hidden, split(mesh))
+    with pytest.raises(ValueError, match="mesh has axes whose type is Explicit: give every axis"):
+        linear_logprobs(hidden, head, ids, mesh=mesh)
+    np.testing.assert_allclose(linear_logprobs(hidden, split(plain), ids).logprobs, -np.log(6))

@@ -36,6 +36,7 @@ def arrays(
         )
     if not head.size:
         raise ConfigError(f"{prefix}head {list(head.shape)}: V and D must be at least 1")
+    checks.automatic(f"{prefix}head", head)
     if bias is not None and bias.shape != (head.shape[0],):
         raise ConfigError(f"{prefix}bias {list(bias.shape)} must be [V] = [{head.shape[0]}]")
     for name, value in (("hidden", hidden), ("head", head), ("bias", bias)):

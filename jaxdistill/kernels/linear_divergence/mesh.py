@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.kernels import checks
 from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
 from jaxdistill.kernels.linear_divergence.walk import (
     HEADS,
@@ -73,7 +74,8 @@ def layout(
       vocab_axes: without a mesh, axes of a shard_map around the call that share the heads' rows.
 
     Raises:
-      ConfigError: if the mesh does not divide the tokens, or whole rows are asked of shared ones.
+      ConfigError: if the mesh does not divide the tokens, or has axes of type Explicit, or whole
+        rows are asked of shared ones.
     """
     if vocab_axes and (mesh is not None or whole_rows):
         raise ConfigError(
@@ -88,6 +90,8 @@ def layout(
             f"mesh has the axes {', '.join(map(str, shape))}: it must have {', '.join(AXES)}, as "
             "`jaxdistill.sharding.make_mesh` makes it; a shard_map of your own takes vocab_axes"
         )
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:
+        raise ConfigError(f"mesh has axes whose type is Explicit: {checks.EXPLICIT_REMEDY}")
     batch, length = BATCH_AXES, ("context",)
     shared: tuple[str, ...] = ()
     if whole_rows:
