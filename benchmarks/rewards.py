@@ -145,20 +145,34 @@ def split(out: pathlib.Path, name: str) -> dict:
 
 
 def judged(model: str, file: pathlib.Path) -> dict[str, float]:
-    """Accuracy on questions, greedy, and of eight answers by vote and at best."""
-    from jaxdistill.reasoning import votes
+    """Accuracy on questions, see `accuracy`."""
     from jaxdistill.references import load_any
 
     loaded = load_any(model, dtype="float32")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     prompts = [loaded.tokenizer(one["prompt"])["input_ids"] for one in records]
-    golds = [one["answer"] for one in records]
     text = lambda ids: loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    greedy = [text(ids) for ids in loaded.generate(prompts, max_new_tokens=4)]
-    drawn = loaded.generate(
-        [ids for ids in prompts for _ in range(8)], max_new_tokens=4, temperature=1.0, seed=1
+    return accuracy(loaded, prompts, [one["answer"] for one in records], text, 4)
+
+
+def accuracy(model, prompts, golds, final, longest: int) -> dict[str, float]:
+    """Accuracy, greedy, and of eight answers by vote and at best.
+
+    Args:
+      model: that is asked.
+      prompts: token ids of each.
+      golds: the right answers.
+      final: token ids of an answer -> what it says.
+      longest: tokens of an answer.
+    """
+    from jaxdistill.reasoning import votes
+
+    greedy = [final(ids) for ids in model.generate(prompts, max_new_tokens=longest)]
+    drawn = model.generate(
+        [ids for ids in prompts for _ in range(8)], max_new_tokens=longest, temperature=1.0, seed=1
     )
-    groups = np.reshape([text(ids) for ids in drawn], (-1, 8)).tolist()
+    said = [final(ids) for ids in drawn]
+    groups = [said[at : at + 8] for at in range(0, len(said), 8)]
     share = lambda right: float(np.mean(list(right)))
     pairs = lambda answers: zip(answers, golds, strict=True)
     return {

@@ -118,8 +118,8 @@ SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "writing_kills": lambda f: SOUND["kills"](f),
     "ema_kills": lambda f: SOUND["kills"](f),
     "rewarded_kills": lambda f: SOUND["kills"](f),
-    "rewarded_processes": lambda f: all(
-        one["equal_rewards_and_answers"] and one["largest_difference"] < 1e-5 for one in _rows(f)
+    "rewarded_processes": lambda f: (
+        f["equal_rewards_and_answers"] and f["largest_difference"] < 1e-5
     ),
     "cold_kills": lambda f: f["bitwise_equal"],
     **dict.fromkeys(

@@ -10,41 +10,34 @@ from typing import Any
 from benchmarks.soak_faults import Rig
 from benchmarks.warm import ROOT
 
-DEVICES, PROCESSES = 8, 2
+DEVICES, PROCESSES = 2, 2  # devices of each process
 COMPARED = ("loss/total", "loss/policy", "loss/divergence", "optim/grad_norm", "policy/old_kl")
 
 
 def processes(rig: Rig) -> dict[str, Any]:
     """A group of answers lies on several devices of two processes; all means are global."""
-    each = DEVICES // PROCESSES
-    launched = ["launch", "-n", str(PROCESSES), "--devices-per-process", str(each), "--"]
-    together = f"--xla_force_host_platform_device_count={DEVICES}"
-    runs = {
-        "processes": _run(rig, "processes", launched, ""),
-        "devices": _run(rig, "devices", [], together),
-        "one": _run(rig, "one", [], ""),
+    launched = ["launch", "-n", str(PROCESSES), "--devices-per-process", str(DEVICES), "--"]
+    together, alone = _run(rig, "together", launched), _run(rig, "alone", [])
+    pairs = list(zip(together, alone, strict=True))
+    told = [key for key in alone[0] if key.startswith(("reward/", "rollout/"))]
+    return {
+        "processes": PROCESSES,
+        "devices": PROCESSES * DEVICES,
+        "updates": len(alone),
+        "equal_rewards_and_answers": all(
+            abs(one[key] - other[key]) < 1e-5 for one, other in pairs for key in told
+        ),
+        "largest_difference": max(
+            abs(one[key] - other[key]) for one, other in pairs for key in COMPARED
+        ),
     }
-    alone = runs.pop("one")
-    found: dict[str, Any] = {"updates": len(alone)}
-    for name, records in runs.items():
-        pairs = list(zip(records, alone, strict=True))
-        told = [key for key in alone[0] if key.startswith(("reward/", "rollout/"))]
-        found[name] = {
-            "equal_rewards_and_answers": all(
-                abs(one[key] - other[key]) < 1e-5 for one, other in pairs for key in told
-            ),
-            "largest_difference": max(
-                abs(one[key] - other[key]) for one, other in pairs for key in COMPARED
-            ),
-        }
-    return found
 
 
-def _run(rig: Rig, name: str, before: list[str], flags: str) -> list[dict]:
+def _run(rig: Rig, name: str, before: list[str]) -> list[dict]:
     """The records of the updates of a run."""
     run = rig.folder / f"{name}-run"
     words = [*before, "train", str(_config(rig, run))]
-    environment = {**os.environ, **rig.environment, "XLA_FLAGS": flags}
+    environment = {**os.environ, **rig.environment}
     with rig.log.open("a") as log:
         code = subprocess.run(
             [sys.executable, "-m", "jaxdistill", *words],

@@ -56,6 +56,10 @@ class Feed(abc.ABC):
         """What the feed measures of a state at an evaluation, beside the held-out rows."""
         return {}
 
+    def shown(self) -> Sequence[Mapping[str, str]]:
+        """What of the last `measure` people look at: rows as `MetricsWriter.samples` takes them."""
+        return []
+
     def numbers(self, span: Span) -> Mapping[str, float]:
         """What the record of the step that learned from these rows says of its text."""
         return {}

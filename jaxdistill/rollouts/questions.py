@@ -14,6 +14,7 @@ from jaxdistill.rollouts.writing import Writer
 
 # Random streams of their own: prompts of training count from 0, stand-ins from 2**31 - 1 down.
 FIRST_PLACE = 2**30
+SHOWN = 6  # questions whose answers are shown
 
 
 class Questions:
@@ -22,6 +23,10 @@ class Questions:
         eval/pass_at_1     share of all answers that the first verifier gives 1
         eval/pass_at_k     share of questions with a right one among k answers
         eval/maj_at_k      share of questions whose most frequent final answer is right
+
+    Attributes:
+      shown: of a few questions, as they were last answered, a right and a wrong answer side by
+        side, those that have both before the others: rows of `MetricsWriter.samples`.
 
     Args:
       prompts: what is asked.
@@ -45,6 +50,7 @@ class Questions:
         self._asked = {FIRST_PLACE + i: one for i, one in enumerate(prompts.prompts)}
         self._writer, self._judge, self._decode = writer, judge, decode
         self._samples, self._kind = samples, kind
+        self.shown: list[dict[str, str]] = []
 
     def measure(self, params: Any, step: int) -> dict[str, float]:
         """What the student's answers are worth with these parameters.
@@ -61,6 +67,7 @@ class Questions:
         k = self._samples
         right = np.asarray([one.values[0] is not None and one.values[0] >= 1 for one in verdicts])
         right = right.reshape(-1, k)
+        self.shown = self._side_by_side(answers, right)
         found = {
             "eval/questions": float(len(self._asked)),
             "eval/reward_mean": float(np.mean(rewards)) if rewards else 0.0,
@@ -71,6 +78,22 @@ class Questions:
         if self._kind is not None:
             found[f"eval/maj_at_{k}"] = self._majority(answers)
         return found | {"perf/questions_seconds": time.perf_counter() - began}
+
+    def _side_by_side(self, answers: Sequence[Answer], right: np.ndarray) -> list[dict[str, str]]:
+        """A right and a wrong answer to each of a few questions, where it has them."""
+        mixed = [number for number, row in enumerate(right) if row.any() and not row.all()]
+        alike = [number for number in range(len(right)) if number not in mixed]
+        rows = []
+        for number in (mixed + alike)[:SHOWN]:
+            first = number * self._samples
+            prompt = answers[first].prompt
+            row = {"prompt": self._decode(prompt.tokens.tolist())}
+            row |= {"wanted": prompt.notes["answer"]} if "answer" in prompt.notes else {}
+            for name, wanted in (("right", True), ("wrong", False)):
+                found = np.flatnonzero(right[number] == wanted)
+                row |= {name: self._text(answers[first + found[0]])} if len(found) else {}
+            rows.append(row)
+        return rows
 
     def _majority(self, answers: Sequence[Answer]) -> float:
         kind, k = str(self._kind), self._samples

@@ -113,6 +113,10 @@ class RewardedFeed(Feed):
             return {}
         return self._questions.measure(self._params_of(state), int(state.step))
 
+    def shown(self) -> Sequence[Mapping[str, str]]:
+        """Right and wrong answers to held-out questions, as they were when last asked."""
+        return [] if self._questions is None else self._questions.shown
+
     def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its answers and rewards."""
         return self._told.get(span.first_row // self.plan.rows, {})

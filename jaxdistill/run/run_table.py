@@ -208,10 +208,18 @@ class RunTable:
         """The rows measured so far, in the table's order."""
         return [self._rows[name] for name in ORDER if name in self._rows]
 
-    def write_samples(self, number: int, state: TrainState, writer: MetricsWriter) -> None:
-        """What teacher and student say to the same prompts, written to samples/."""
+    def write_samples(
+        self,
+        number: int,
+        state: TrainState,
+        writer: MetricsWriter,
+        more: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """What teacher and student say to the same prompts, and more rows, written to samples/."""
         prompts = self._prompts()
         if not prompts:
+            if more:
+                writer.samples(number, more)
             return
         student, tokenizer = self._models.student, self._models.tokenizer
         if self._teacher_answers is None:
@@ -224,7 +232,8 @@ class RunTable:
             if (theirs := self._teacher_answers[index]) is not None:
                 row["teacher"] = theirs
             rows.append(row)
-        writer.samples(number, rows, self._marks(params, prompts, ours))
+        marks = self._marks(params, prompts, ours)
+        writer.samples(number, [*rows, *more], marks and [*marks, *[[]] * len(more)])
 
     def _marks(
         self, params: Any, prompts: list[list[int]], answers: list[list[int]]

@@ -200,7 +200,7 @@ class Training:
         def evaluate(number: int, state: TrainState) -> dict[str, float]:
             latest.update({**self.table.evaluate(state), **feed.measure(state)})
             if self.main:
-                self.table.write_samples(number, state, writer)
+                self.table.write_samples(number, state, writer, feed.shown())
             return dict(latest)
 
         def restore() -> tuple[TrainState, Mapping[str, Any]]:

@@ -43,7 +43,13 @@ def judge(answers):
 def test_shares_are_of_answers_of_questions_and_of_votes():
     asked = Prompts([Prompt(np.ones(1, np.int32), {"answer": gold}) for gold in SAID], "")
     decode = lambda ids: "".join(map(chr, ids))
-    found = Questions(asked, Scribe(), judge, decode, samples=3, kind="number").measure(None, 5)
+    questions = Questions(asked, Scribe(), judge, decode, samples=3, kind="number")
+    found = questions.measure(None, 5)
+    assert questions.shown == [
+        {"prompt": "\x01", "wanted": "7", "right": "7", "wrong": "8"},
+        {"prompt": "\x01", "wanted": "5", "right": "5", "wrong": "4"},
+        {"prompt": "\x01", "wanted": "3", "wrong": "x"},
+    ]
     assert found["eval/pass_at_1"] == pytest.approx(3 / 9)
     assert found["eval/pass_at_3"] == pytest.approx(2 / 3)
     assert found["eval/maj_at_3"] == pytest.approx(1 / 3)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxdistill import api
+from jaxdistill import api, report
 from jaxdistill.errors import ConfigError, DataError, DivergedError
 from jaxdistill.report import read_metrics
 from tests.run.conftest import take_devices
@@ -234,6 +234,11 @@ def test_held_out_questions_are_asked_at_each_evaluation(load, tmp_path):
         assert one["eval/reward_mean"] == pytest.approx(1 / 3)
         assert one["eval/pass_at_3"] == 1
         assert "eval/maj_at_3" not in one  # of a function nobody knows what is an answer
+    page = report.build(tmp_path / "run").read_text()
+    lines = (tmp_path / "run" / "samples" / "step_000006.jsonl").read_text().splitlines()
+    shown = [json.loads(line) for line in lines]
+    assert all({"wanted", "right", "wrong"} <= set(one) for one in shown) and len(shown) == 2
+    assert ">right<" in page and ">wrong<" in page
 
 
 def test_held_out_questions_change_nothing_that_is_trained(three, load, tmp_path):
