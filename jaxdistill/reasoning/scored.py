@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
-from jaxdistill.reasoning.served import GARBLED_TRIES, LARGEST, Api, Garbled, reason_of
+from jaxdistill.reasoning.served import GARBLED_TRIES, LARGEST, Api, Garbled, field, reason_of, told
 
 _NOTHING = SamplingParams(max_new_tokens=1, temperature=0.0)
 _ABOVE = 1e-3  # a log-probability may be rounded above 0
@@ -89,16 +89,19 @@ class Scorer(Api):
 
     def _said(self, prompt: str | Sequence[int]) -> list[Any]:
         """`prompt_logprobs` of a text, or of its tokens."""
-        reply = self._client.completions.create(
-            model=self._model,
-            prompt=prompt,
-            max_tokens=1,
-            temperature=0.0,
-            extra_body={"prompt_logprobs": self._k},
+        reply = told(
+            self._client.completions.with_raw_response.create(
+                model=self._model,
+                prompt=prompt,
+                max_tokens=1,
+                temperature=0.0,
+                extra_body={"prompt_logprobs": self._k},
+            )
         )
         self._spend(reply)
-        choices = getattr(reply, "choices", None)
-        entries = getattr(choices[0], "prompt_logprobs", None) if choices else None
+        choices = field(reply, "choices")
+        first = choices[0] if isinstance(choices, list) and choices else None
+        entries = field(first, "prompt_logprobs")
         if not isinstance(entries, list):
             raise Garbled("the answer holds no prompt_logprobs: the server does not report them")
         return entries

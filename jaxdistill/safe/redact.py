@@ -17,8 +17,8 @@ _SHORTEST = 12  # characters of a value of the environment that can be told from
 # Every part is bounded: a hostile text must not be able to make the search take for ever.
 _NAME = (
     r"(?:secret|passw(?:or)?d|passphrase|mysql_pwd|credentials?"
-    r"|(?:api|access|account|private|encryption|signing|auth|subscription)[_-]?key"
-    r"|(?:api|auth|access|hf|refresh|session|bearer|bot|private|personal|oauth|security)[_-]?token"
+    r"|(?:api|access|account|private|encryption|signing|auth|subscription|secret)[_-]?key"
+    r"|(?:api|auth|access|hf|refresh|session|bearer|bot|private|personal|oauth|security|identity)[_-]?token"
     r"|(?<![a-z])id[_-]?token)"
 )
 # A text within a text has its quotes escaped: such a value ends at the next backslash.
@@ -31,7 +31,7 @@ _BEGINNINGS = (
     r"hf_|api_org_|sk-|sk_live_|rk_live_|sk_test_|gh[opsur]_|github_pat_|gl(?:pat|dt|rt|ft|soat|cbt|ptt|agent|imt|oas)-|npm_|pypi-"
     r"|xox[a-z]-|xapp-|AIza|ya29\.|SG\.|dop_v1_|doo_v1_|hv[sb]\.|dckr_pat_|whsec_"
     r"|sntry[su]_|lin_api_|shp(?:at|ss|ca|pa)_|r8_|gsk_|nvapi-|PMAK-|SK(?=[0-9a-f]{32})"
-    r"|xai-|pplx-|csk-|tgp_v1_|tvly-|lsv2_|wandb_v1_|GOCSPX-|sq0(?:atp|csp)-|figd_"
+    r"|xai-|pplx-|csk-|tgp_v1_|tvly-|lsv2_|wandb_v1_|GOCSPX-|sq0(?:atp|csp)-|figd_|sbp_|nfp_"
 )
 _ANY_QUOTE = r"\\{0,4}[\"']"
 _SECRETS = (
@@ -47,7 +47,7 @@ _SECRETS = (
     r"|\"auth\"\s{0,9}:\s{0,9}(?=\"[a-z0-9+/]{8,500}=)"
     r"|\blogin\s{1,9}[^\s]{1,100}\s{1,9}password\s{1,9}"
     r"|\bclient-key-data:\s{0,9}|\bpwd\s{0,9}=\s{0,9}(?![/$~.\s])"
-    rf"|[?&](?:token|key|sig|signature|x-amz-signature)=){_QUOTE}{_VALUE})",
+    rf"|[?&](?:token|key|sig|signature|x-(?:amz|goog)-signature)=){_QUOTE}{_VALUE})",
     # By a word that is often plain: as a variable of a shell, or where the value is a long number.
     # What names another variable, a placeholder or a pattern holds none.
     r"(\b(?:[A-Z0-9_]{0,40}_(?:PASS|PWD|TOKEN|SECRET)|PASS|TOKEN)=)"
@@ -61,6 +61,8 @@ _SECRETS = (
     rf"(?i:(\buser(?:name)?(?:{_ANY_QUOTE})?\s{{0,3}}:\s{{0,3}}{_ANY_QUOTE}[^\"'\\\n]{{1,100}}{_ANY_QUOTE}"
     rf",\s{{0,20}}(?:{_ANY_QUOTE})?pass(?:{_ANY_QUOTE})?\s{{0,3}}:\s{{0,3}}{_ANY_QUOTE})[^\"'\\\n]{{1,1000}})",
     r"(\b_auth\s{0,3}=\s{0,3})[A-Za-z0-9+/]{6,1000}={0,2}",
+    rf"(\b[A-Z0-9_]{{1,40}}_(?:PASS|PWD|TOKEN|SECRET){_ANY_QUOTE}\s{{0,3}}:\s{{0,3}}{_ANY_QUOTE})"
+    r"(?=[^\"'\\\n]{0,200}[0-9])(?![<$\[{])[^\"'\\\n]{8,1000}",
     r"(?i:(\b(?:\w{0,40}_)?token(?:\\{0,4}[\"'])?\s{0,9}[:=]\s{0,9}(?:\\{0,4}[\"'])?)"
     r"(?=[a-z_-]{0,100}[0-9])[a-z0-9_.~+/=-]{16,1000})",
     # By the option of a command.
@@ -92,6 +94,7 @@ _SECRETS = (
     r"()(?<=://)[^\s/:@]{0,100}:[^\s/]{1,200}(?=@)",
     r"()(?<=://)(?=[^\s/:@]{0,200}[0-9])[^\s/:@]{16,500}(?=@)",
 )
+_CODE_GOES_ON = r"""(?:[\x60'"\s;]|\\[nr]|$)"""
 _BASIC = re.compile(r"(?i:(\bbasic\s{1,9}[\"']?))([\w+/-]{6,1000}={0,2})(?![\w=])")
 _VARIABLE = re.compile(r"(?i)(?:^|_)(?:key|token|secret|passw(?:or)?d|credentials?)$|api_?key")
 _learnt: set[str] = set()
@@ -167,7 +170,11 @@ def _compiled(regex: str) -> re.Pattern[str]:
 def _rules() -> tuple[_Rule, ...]:
     text = pathlib.Path(__file__).with_name("secret_rules.toml").read_text(encoding="utf-8")
     rules = tomllib.loads(text).values()
-    return tuple(_Rule(tuple(rule["keywords"]), rule["regex"]) for rule in rules)
+    # A key in a sentence has a comma or a bracket behind it, for which gitleaks does not look.
+    return tuple(
+        _Rule(tuple(rule["keywords"]), rule["regex"].replace(_CODE_GOES_ON, r"(?![\w/+=-])"))
+        for rule in rules
+    )
 
 
 @functools.cache

@@ -79,6 +79,10 @@ class Script(http.server.BaseHTTPRequestHandler):
             return self._send(200, " " * 100_000)
         if fault == "not json":
             return self._send(200, "<html>")
+        if fault == "many":
+            return self._send(200, {"choices": [{}] * 5_000})
+        if fault == "deep":
+            return self._send(200, "[" * 100_000)
         if fault == "no choices":
             return self._send(200, {"choices": []})
         if fault == "no text":

@@ -11,7 +11,7 @@ import types
 import pytest
 
 from jaxdistill.errors import ModelError
-from jaxdistill.reasoning import bounded_http
+from jaxdistill.reasoning import bounded_http, served
 from jaxdistill.reasoning.asking import Job, SamplingParams
 from tests.reasoning.teachers import UNSCORED
 
@@ -97,18 +97,27 @@ def test_the_time_is_that_of_the_whole_request():
         ("gzip", "the answer is compressed"),
         ("large", "more than 50000 bytes"),
         ("redirect", "Redirect|307"),
+        ("many", "the answer holds more than 4000 objects"),
         ({"prompt_tokens": -5}, "usage: prompt_tokens: -5 is no number of tokens"),
         ({"completion_tokens": float("nan")}, "usage: completion_tokens: nan is no number"),
         ({"completion_tokens": 10**400}, "usage: completion_tokens: 1000"),
+        ({"completion_tokens": 10**9}, "usage: completion_tokens: 1000000000 is no number"),
     ],
 )
 def test_what_no_server_should_say_is_one_failed_answer(scripted, monkeypatch, fault, words):
     monkeypatch.setattr(bounded_http, "MAX_ANSWER", 50_000)
+    monkeypatch.setattr(served, "MAX_OBJECTS", 4_000)
     scripted.faults = [fault] * 3
     api = _api(scripted, retries=2)
     (answer,) = api.ask(_jobs(1))
     assert answer.failed and re.search(words, answer.reason), answer.reason
     assert set(api.spent().values()) == {0.0}
+
+
+def test_an_answer_that_is_nested_too_deeply_is_one_failed_answer(scripted):
+    scripted.faults = ["deep"] * 3
+    (answer,) = _api(scripted).ask(_jobs(1))
+    assert answer.failed and "nested too deeply" in answer.reason
 
 
 @pytest.mark.parametrize("fault", UNSCORED)

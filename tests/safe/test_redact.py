@@ -1,8 +1,11 @@
 """Keys stay out of whatever is kept: by their looks, by their names, by their values."""
 
 import json
+import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -159,6 +162,14 @@ HEX = "0123456789abcdef" * 4
                 "SignedHeaders=host;range, Signature=@@",
                 HEX,
             ),
+            ("https://x/y?a=1&X-Goog-Signature=@@&b=2", HEX),
+            ("secret_key: @@", "hunter2hunter"),
+            ('{"identitytoken": "@@"}', LETTERS[:30]),
+            ('{"env": {"MY_TOKEN": "@@"}}', "abc123def456"),
+            ("@@", f"pat{LETTERS[:14]}.{HEX}"),
+            ("@@", "sbp_" + HEX[:40]),
+            # What stands behind a key that gitleaks knows.
+            *[("@@" + end, "dapi" + HEX[:32]) for end in ("", ",", ")", ".", "]", "<br>", "&")],
             ("@@", "AGE-" + f"SECRET-KEY-1{'QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L' * 2}"[:74]),
         ]
     ],
@@ -194,6 +205,8 @@ def test_one_of_each_kind_of_secret_is_known(text, secret):
         "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0D\n-----END PUBLIC KEY-----",
         "eyJ is how JSON begins in base 64. eyJhIjoxfQ== is an object, k.eyJhIjoxfQ is none",
         "models/SmolLM2-135M-Instruct@best https://host:8000/v1?model=a",
+        '{"PAD_TOKEN": "<|endoftext|>", "BOS_TOKEN": 128001, "EOS_TOKEN": "end_of_text"}',
+        f"dapi{HEX[:32]}0, path/to/patterns.0123456789abcdef, secret_keys: 3",
     ],
 )
 def test_plain_words_are_no_secrets(text):
@@ -220,6 +233,14 @@ for piece in ("eyJ-", "sk-", "://", "https://", "curl ", "mysql -p", "token=", "
               "cookie': 'a", "A_KEY=a", "amzn.mws.01234567-", "key-0", "PASS=$"):
     redact(piece * (200_000 // len(piece)))
 """
+
+
+def test_rules_are_written_for_python():
+    """Go's classes of letters are another thing in Python, which says nothing."""
+    rules = tomllib.loads(
+        pathlib.Path(redacting.__file__).with_name("secret_rules.toml").read_text()
+    )
+    assert not [name for name, rule in rules.items() if re.search(r"\[:\w+:\]", rule["regex"])]
 
 
 def test_redaction_takes_time_in_proportion_to_the_text():
