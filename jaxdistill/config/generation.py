@@ -39,7 +39,7 @@ class Prompt(Section):
         "zero_shot",
         description="zero_shot: one of the published triggers; few_shot: worked examples; "
         "auto_cot: worked examples that the teacher makes itself; preamble: a text in front; "
-        "plain: the question alone.",
+        "plain: the question alone, in a chat without Q: and A: around it.",
     )
     trigger: int = Field(1, ge=1, le=14, description="Number of the zero-shot trigger.")
     exemplars: Path | None = Field(None, description="File of worked examples, for few_shot.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.data.rules import text_problem
 from jaxdistill.errors import ConfigError
 from jaxdistill.reasoning import extract
 from jaxdistill.reasoning.auto_cot import tfidf
@@ -132,6 +133,8 @@ def keep(
 
 def _fault(one: Sample, correct_only: bool, complete_only: bool, parsable_only: bool) -> str | None:
     """Why a sample cannot be used, or None."""
+    if text_problem(one.completion + one.rationale):  # as a model draws it, now and then
+        return "no text that can be trained on"
     if complete_only and one.reason == "length" and one.answer is None:
         return "cut at the limit of tokens"
     if one.answer is None and (parsable_only or correct_only):

@@ -184,17 +184,27 @@ def _collect(
 ) -> dict[str, int]:
     """Asks in the style of the configuration; failures by reason."""
     return collector.collect(
-        _template(config.prompt, collector, teacher),
+        _template(config.prompt, collector, teacher, _chats(config.teacher)),
         SamplingParams(**config.sampling.model_dump(exclude={"samples"})),
         count,
         two_stages=config.prompt.style == "zero_shot",
     )
 
 
+def _chats(teacher: generation.AskedTeacher) -> bool:
+    """Whether a prompt becomes the user's turn of a chat."""
+    return teacher.chat if teacher.api is None else teacher.api.chat
+
+
 def _template(
-    prompt: generation.Prompt, collector: collect.Collector, teacher: _Teacher
+    prompt: generation.Prompt, collector: collect.Collector, teacher: _Teacher, chat: bool
 ) -> Callable[[str], str]:
-    """question -> prompt; for auto_cot the teacher makes the worked examples first."""
+    """question -> prompt; for auto_cot the teacher makes the worked examples first.
+
+    A plain question is a user's turn as it is, which is what the form `think` trains on.
+    """
+    if chat and prompt.style == "plain":
+        return lambda question: question
     style, exemplars, preamble = prompt.style, [], ""
     if prompt.exemplars is not None:
         exemplars = prompts.load_exemplars(prompt.exemplars)

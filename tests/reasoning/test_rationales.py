@@ -29,12 +29,14 @@ def test_samples_are_dropped_for_named_reasons():
         _sample(5, rationale=""),
         _sample(6, rationale="Other.", gold="", correct=None),
         _sample(7, id="q2"),
+        _sample(8, rationale="Two\0 and \0 two."),
     ]
     kept, dropped = keep(samples)
     assert [one.sample for one in kept] == [0, 7]
     assert dropped == {
         "duplicate": 1, "wrong answer": 1, "no answer could be parsed": 1,
         "cut at the limit of tokens": 1, "no rationale": 1, "no gold answer": 1,
+        "no text that can be trained on": 1,
     }  # fmt: skip
     kept, dropped = keep(samples, correct_only=False, dedupe=False)
     assert [one.sample for one in kept] == [0, 1, 2, 6, 7]

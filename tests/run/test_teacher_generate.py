@@ -238,6 +238,17 @@ def test_a_local_model_is_asked_through_the_engine(tmp_path, talker, monkeypatch
         assert again[key]["completion"] == row["completion"]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_plain_question_is_a_turn_of_a_chat_as_it_stands(chat, tmp_path, oracle):
+    made = oracle()
+    more = (f"teacher.chat={str(chat).lower()}", "sampling.samples=1", "forms=[think]")
+    teacher_generate.generate(_config(tmp_path, *more))
+    turns = [row["messages"][0]["content"] for row in _lines(tmp_path / "out/train_think.jsonl")]
+    assert turns[0].startswith("Work from left to right: ")
+    expected = turns if chat else [f"Q: {turn}\nA:" for turn in turns]
+    assert [prompt for _, _, prompt in made.asked] == expected
+
+
 def test_over_http_a_dead_server_leaves_a_run_to_go_on_with(tmp_path, scripted):
     pytest.importorskip("openai", reason="needs the extra api")
     path = tmp_path / "ask.yaml"
