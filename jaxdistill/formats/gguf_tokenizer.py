@@ -1,14 +1,13 @@
-"""Builds a tokenizer from the metadata of a GGUF file, and describes one in its words."""
+"""Builds a tokenizer from the metadata of a GGUF file."""
 
-import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxdistill.errors import ModelError
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_TOKEN = 2048  # characters; the longest in use are runs of spaces
-_SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = "\u2581"  # SentencePiece's visible space
 
 # How text is cut before byte-level BPE, by `tokenizer.ggml.pre`.
 _LLAMA3 = (
@@ -40,7 +39,7 @@ def _split(pattern: str) -> Callable:
     return build
 
 
-_PRE: Mapping[str, Callable] = {
+PRE: Mapping[str, Callable] = {
     "default": _plain,
     "gpt-2": _plain,
     "smollm": _digits,
@@ -121,10 +120,10 @@ def _words(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[int
     return tokens, kinds
 
 
-def _vocabulary(tokens: list[str], kinds: list[int]) -> dict[str, int]:
+def tokens_of(tokens: list[str], kinds: list[int]) -> dict[str, int]:
     """Token -> id, without what only fills the embedding up: such rows are no tokens."""
     pairs = enumerate(zip(tokens, kinds, strict=True))
-    return {token: number for number, (token, kind) in pairs if kind != _UNUSED}
+    return {token: number for number, (token, kind) in pairs if kind != UNUSED}
 
 
 def _valid(token: Any, tokens: list[str]) -> bool:
@@ -137,19 +136,19 @@ def _byte_level(metadata, tokens, kinds, where):
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE:
+    if pre not in PRE:
         raise ModelError(
-            f"{where}: tokenizer.ggml.pre: {pre!r} is not known here; known: {', '.join(_PRE)}; "
+            f"{where}: tokenizer.ggml.pre: {pre!r} is not known here; known: {', '.join(PRE)}; "
             "load with tokenizer=False, or use the model's folder"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    vocabulary = _vocabulary(tokens, kinds)
+    vocabulary = tokens_of(tokens, kinds)
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     )
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _PRE[pre](pre_tokenizers)
+    backend.pre_tokenizer = PRE[pre](pre_tokenizers)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -161,32 +160,32 @@ def _sentencepiece(metadata, tokens, kinds, where):
     scores = metadata.get("tokenizer.ggml.scores")
     if not scores or len(scores) != len(tokens):
         raise ModelError(f"{where}: tokenizer.ggml.scores must be a list as long as the tokens")
-    vocabulary = _vocabulary(tokens, kinds)
+    vocabulary = tokens_of(tokens, kinds)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     backend = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(tokens, kinds, scores, vocabulary),
+            merges=joins_of(tokens, kinds, scores, vocabulary),
             unk_token=tokens[unknown] if _valid(unknown, tokens) else None,
             fuse_unk=True,
             byte_fallback=True,
         )
     )
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    steps = [normalizers.Prepend(_SPACE)] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    steps = [normalizers.Prepend(SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     ends = [decoders.Strip(content=" ", left=1)] if prefix else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
     )
     return backend
 
 
-def _merges(tokens, kinds, scores, vocabulary) -> list[tuple[str, str]]:
+def joins_of(tokens, kinds, scores, vocabulary) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best result first, then the earliest parts."""
     merges = []
     for token, kind, score in zip(tokens, kinds, scores, strict=True):
-        if kind in (_CONTROL, _BYTE, _UNKNOWN):
+        if kind in (CONTROL, BYTE, UNKNOWN):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -201,7 +200,7 @@ def _add_special(backend, tokens, kinds) -> None:
     from tokenizers import AddedToken
 
     for control in (True, False):
-        wanted = _CONTROL if control else _USER_DEFINED
+        wanted = CONTROL if control else USER_DEFINED
         added = [
             AddedToken(token, special=control, normalized=False)
             for token, kind in zip(tokens, kinds, strict=True)
@@ -230,80 +229,3 @@ def _add_ends(backend, metadata, tokens, kind) -> None:
         pair=f"{first}$A{last} {first}$B{last}",
         special_tokens=list(ends.values()),
     )
-
-
-class Described(NamedTuple):
-    """A byte-level BPE tokenizer in the words of a GGUF file.
-
-    Attributes:
-      pre: how text is cut before merges.
-      tokens: by id, as many as the embedding has rows.
-      kinds: of each.
-      merges: in order.
-      begins, ends: whether a text gets BOS before it, and EOS behind.
-    """
-
-    pre: str
-    tokens: list[str]
-    kinds: list[int]
-    merges: list[str]
-    begins: bool
-    ends: bool
-
-
-def described(tokenizer: Any, rows: int) -> Described:
-    """What a GGUF file says of a tokenizer; ids that are no token are rows of padding.
-
-    Raises:
-      ModelError: for one that is no byte-level BPE, or cuts text as llama.cpp cannot.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = state["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ModelError(
-            f"the tokenizer is {model['type']}, and no byte-level BPE, the only kind that is "
-            "written as GGUF: export a folder, and convert it with llama.cpp's "
-            "convert_hf_to_gguf.py"
-        )
-    known = tokenizer.get_vocab()
-    if max(known.values()) >= rows:
-        raise ModelError(
-            f"the tokenizer's ids reach {max(known.values())}: the model has {rows} rows"
-        )
-    tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [_UNUSED] * rows
-    for token, number in known.items():
-        tokens[number], kinds[number] = token, _NORMAL
-    for number, added in tokenizer.added_tokens_decoder.items():
-        kinds[number] = _CONTROL if added.special else _USER_DEFINED
-    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
-    ids = tokenizer("a")["input_ids"]
-    begins = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    ends = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
-    return Described(_pre_of(state, bool(merges)), tokens, kinds, merges, begins, ends)
-
-
-def _pre_of(state: Mapping[str, Any], merges: bool) -> str:
-    """llama.cpp's name of how a tokenizer cuts text; without merges every way is the same."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    if not merges:
-        return "gpt-2"
-    found = _cut(state["pre_tokenizer"])
-    for name, build in _PRE.items():
-        one = Tokenizer(models.BPE())
-        one.pre_tokenizer = build(pre_tokenizers)
-        normalizer = {"type": "NFC"} if name == "qwen2" else None
-        same = _cut(json.loads(one.to_str())["pre_tokenizer"]) == found
-        if same and state["normalizer"] == normalizer:
-            return "gpt-2" if name == "default" else name
-    raise ModelError(
-        f"the tokenizer cuts text in a way that is none of {', '.join(_PRE)}: export a folder, and "
-        "convert it with llama.cpp's convert_hf_to_gguf.py"
-    )
-
-
-def _cut(state: Any) -> Any:
-    """The settings of a pre-tokenizer that change its tokens; offsets do not."""
-    if isinstance(state, Mapping):
-        return {key: _cut(value) for key, value in state.items() if key != "trim_offsets"}
-    return [_cut(one) for one in state] if isinstance(state, list) else state

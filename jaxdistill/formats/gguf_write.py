@@ -1,27 +1,45 @@
 """Writes a model as one GGUF file, which llama.cpp opens: weights, tokenizer, chat template."""
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxdistill import errors, rules
 from jaxdistill.errors import ModelError, StorageError
-from jaxdistill.formats.gguf import ROPE_FACTORS, gguf_name, interleaved
-from jaxdistill.formats.gguf_tokenizer import described
+from jaxdistill.formats.config_json import write_config
+from jaxdistill.formats.gguf_config import ROPE_FACTORS, Description
+from jaxdistill.formats.gguf_layout import (
+    LAYOUTS,
+    file_shapes,
+    interleaved,
+    name_of,
+    settings_of,
+    stacked,
+)
+from jaxdistill.formats.gguf_tokenizer_write import Described, described
 from jaxdistill.formats.huggingface import file_tensors
 from jaxdistill.formats.tensor_table import expected_tensors
 from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
+from jaxdistill.models.kernel import is_kernel
 from jaxdistill.models.model import Model
-from jaxdistill.models.quantized import QuantizedKernel
 from jaxdistill.safe import beside, manifest
 
-# Our family -> the architecture of the file.
-WRITTEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURE = "general.architecture"
+# Of these llama.cpp computes every layer over the whole context, whatever a file says.
+_WITHOUT_WINDOWS = ("llama", "qwen2", "qwen3", "qwen3moe")
+_ADD: Mapping[type, Callable[[Any, str, Any], None]] = {
+    int: lambda writer, key, value: writer.add_uint32(key, value),
+    float: lambda writer, key, value: writer.add_float32(key, value),
+    str: lambda writer, key, value: writer.add_string(key, value),
+}
 # Types that the package gguf can make of floats; it makes no K-quants.
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
@@ -38,7 +56,8 @@ def save(model: Model, path: str | os.PathLike, kind: str = "F16") -> pathlib.Pa
       kind: one of `TYPES`.
 
     Raises:
-      ModelError: for a model or a tokenizer that the format, or llama.cpp, has no words for.
+      ModelError: for a model or a tokenizer that the format, or llama.cpp, has no words for, before
+        anything is written.
       StorageError: where the file exists, or cannot be written.
     """
     errors.check(rules.local("the new file", str(path)))
@@ -50,15 +69,20 @@ def save(model: Model, path: str | os.PathLike, kind: str = "F16") -> pathlib.Pa
     if kind not in TYPES:
         raise ModelError(f"gguf_type: {kind} is not one of {', '.join(TYPES)}")
     gguf = _library()
-    config = model.config
     _check(model)
-    _check_rows(gguf, config, kind)
+    _check_rows(gguf, model.config, kind)
+    factors = _rope_factors(model.config)
+    metadata = {**_shape(model.config), **_ends(model)}
+    _check_words(model.config, metadata, factors)
+    words = described(model.tokenizer, model.config.vocab_size)
     with _whole(file) as partial:
-        writer = gguf.GGUFWriter(partial, WRITTEN[config.family])
+        writer = gguf.GGUFWriter(partial, LAYOUTS[model.config.family].architecture)
         with contextlib.closing(writer):
-            _add_shape(gguf, writer, config)
-            _add_tokenizer(gguf, writer, model)
-            _write_tensors(gguf, writer, model, kind)
+            for key, value in metadata.items():
+                if key != ARCHITECTURE:
+                    _ADD[type(value)](writer, key, value)
+            _add_tokenizer(writer, words, model.tokenizer.chat_template)
+            _write_tensors(gguf, writer, model, kind, factors)
     return file
 
 
@@ -95,19 +119,18 @@ def _library() -> Any:
 def _check(model: Model) -> None:
     """What of a model the file has no words for, or llama.cpp computes in another way."""
     config = model.config
-    if config.family not in WRITTEN:
+    if config.family not in LAYOUTS:
         raise ModelError(
-            f"{config.family} models are not written as GGUF here, only {', '.join(WRITTEN)}: "
+            f"{config.family} models are not written as GGUF here, only {', '.join(LAYOUTS)}: "
             "export a folder, and convert it with llama.cpp's convert_hf_to_gguf.py"
         )
-    if any(
-        isinstance(one, QuantizedKernel) for one in model.params["layers"]["mlp"]["up"].values()
-    ):
+    leaves = jax.tree.leaves(model.params, is_leaf=is_kernel)
+    if any(is_kernel(leaf) for leaf in leaves):
         raise ModelError("the model is quantised: export the one that it was made from, as GGUF")
-    if config.windows is not None:
+    if LAYOUTS[config.family].architecture in _WITHOUT_WINDOWS and config.windows is not None:
         raise ModelError(
             f"the model has windows ({max(w for w in config.windows if w)} tokens), which "
-            f"llama.cpp leaves out for {WRITTEN[config.family]}: long texts would be others"
+            f"llama.cpp leaves out for {config.family}: long texts would be others"
         )
     if model.tokenizer is None:
         raise ModelError("the model has no tokenizer, which a GGUF file has to hold")
@@ -122,6 +145,32 @@ def _check(model: Model) -> None:
         raise ModelError("rope: settings of yarn beside factor and length: export a folder")
 
 
+def _check_words(
+    config: DecoderConfig, metadata: Mapping[str, Any], factors: np.ndarray | None
+) -> None:
+    """The file would be read as the model that it was written from."""
+    shapes = file_shapes(config)
+    back = Description(metadata, shapes, factors, "the GGUF file").config()
+    told = {"family": config.family, "initializer_range": config.initializer_range}
+    back = dataclasses.replace(back, **told)
+    for field in dataclasses.fields(config):
+        wanted, got = (_single(getattr(one, field.name)) for one in (config, back))
+        if wanted != got:
+            raise ModelError(
+                f"{field.name}: {wanted!r} has no words in a GGUF file of {config.family}, where "
+                f"llama.cpp computes with {got!r}: export a folder"
+            )
+
+
+def _single(value: Any) -> Any:
+    """A value of a configuration as a file holds it: numbers in float32."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _single(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
 def _check_rows(gguf: Any, config: DecoderConfig, kind: str) -> None:
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     for name, shape in expected_tensors(config).items():
@@ -132,94 +181,117 @@ def _check_rows(gguf: Any, config: DecoderConfig, kind: str) -> None:
             )
 
 
-def _add_shape(gguf: Any, writer: Any, config: DecoderConfig) -> None:
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.embed)
-    writer.add_feed_forward_length(config.mlp)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(config.head_dim)
+def _shape(config: DecoderConfig) -> dict[str, Any]:
+    """The metadata of a configuration, by key."""
     assert config.rope is not None, "checked"
-    writer.add_rope_freq_base(config.rope.theta)
+    found = settings_of(config.family, write_config(config, "float32"))
+    found["vocab_size"] = config.vocab_size
+    found |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+    found["rope.dimension_count"] = config.rope.dims(config.head_dim)
+    found["rope.freq_base"] = config.rope.theta
     if config.rope.kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.kind))
-        writer.add_rope_scaling_factor(config.rope.factor)
+        found["rope.scaling.type"] = config.rope.kind
+        found["rope.scaling.factor"] = config.rope.factor
     if config.rope.kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_positions)
+        found["rope.scaling.original_context_length"] = config.rope.original_max_positions
+    architecture = LAYOUTS[config.family].architecture
+    return {ARCHITECTURE: architecture, **{f"{architecture}.{k}": v for k, v in found.items()}}
 
 
-def _add_tokenizer(gguf: Any, writer: Any, model: Model) -> None:
-    words = described(model.tokenizer, model.config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    writer.add_token_merges(words.merges)
-    writer.add_add_bos_token(words.begins)
-    writer.add_add_eos_token(words.ends)
-    tokenizer = model.tokenizer
-    own = {"bos": tokenizer.bos_token_id, "unk": tokenizer.unk_token_id}
-    for name, token in {**own, "pad": tokenizer.pad_token_id}.items():
-        if token is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
-    stops = list(dict.fromkeys(model.config.eos_ids)) or [tokenizer.eos_token_id]
+def _ends(model: Model) -> dict[str, Any]:
+    """The metadata of the ids that begin, end and fill a text."""
+    tokenizer, config = model.tokenizer, model.config
+    stops = list(dict.fromkeys(config.eos_ids)) or [tokenizer.eos_token_id]
     names = ("eos", "eot", "eom")
     if len(stops) > len(names):
         raise ModelError(f"the model has {len(stops)} tokens that end a text: GGUF has 3 at most")
-    for name, token in zip(names, stops, strict=False):
-        if token is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id}
+    ids |= {"padding": tokenizer.pad_token_id, **dict(zip(names, stops, strict=False))}
+    return {
+        f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items() if token is not None
+    }
 
 
-def _write_tensors(gguf: Any, writer: Any, model: Model, kind: str) -> None:
+def _add_tokenizer(writer: Any, words: Described, template: Any) -> None:
+    writer.add_tokenizer_model(words.model)
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.kinds)
+    writer.add_tokenizer_pre(words.pre)
+    if words.scores is not None:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(words.space)
+    else:
+        writer.add_token_merges(words.merges)
+    writer.add_add_bos_token(words.begins)
+    writer.add_add_eos_token(words.ends)
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def _rope_factors(config: DecoderConfig) -> np.ndarray | None:
+    """What Llama 3.1 divides its frequencies by."""
+    if config.rope is None or config.rope.kind != "llama3":
+        return None
+    plain, _ = rope.frequencies(rope.Rope(theta=config.rope.theta), config.head_dim)
+    scaled, _ = rope.frequencies(config.rope, config.head_dim)
+    return plain / scaled
+
+
+def _write_tensors(
+    gguf: Any, writer: Any, model: Model, kind: str, factors: np.ndarray | None
+) -> None:
     """First what tensors there are, then each of them, one at a time."""
-    config = model.config
     types = gguf.GGMLQuantizationType
-    factors = {}
-    if config.rope is not None and config.rope.kind == "llama3":
-        plain, _ = rope.frequencies(rope.Rope(theta=config.rope.theta), config.head_dim)
-        scaled, _ = rope.frequencies(config.rope, config.head_dim)
-        factors[ROPE_FACTORS] = plain / scaled
-        shape = factors[ROPE_FACTORS].shape
-        writer.add_tensor_info(ROPE_FACTORS, shape, np.dtype(np.float32), 4 * shape[0])
-    for name, shape in expected_tensors(config).items():
-        if len(shape) == 1 or kind in ("F32", "F16"):
-            dtype = np.dtype(np.float16 if kind == "F16" and len(shape) > 1 else np.float32)
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, shape in file_shapes(model.config).items():
+        held = _kind_of(name, shape, kind)
+        if held in ("F32", "F16"):
+            dtype = np.dtype(np.float16 if held == "F16" else np.float32)
             size = int(np.prod(shape)) * dtype.itemsize
-            writer.add_tensor_info(gguf_name(name), shape, dtype, size)
+            writer.add_tensor_info(name, shape, dtype, size)
         else:
-            packed = gguf.quants.quant_shape_to_byte_shape(shape, types[kind])
+            packed = gguf.quants.quant_shape_to_byte_shape(shape, types[held])
             size = int(np.prod(packed))
-            writer.add_tensor_info(gguf_name(name), packed, np.dtype(np.uint8), size, types[kind])
+            writer.add_tensor_info(name, packed, np.dtype(np.uint8), size, types[held])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for values in factors.values():
-        writer.write_tensor_data(values)
-    for values in _laid_out(model):
-        if values.ndim > 1 and kind == "F16":
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for name, values in _laid_out(model):
+        held = _kind_of(name, values.shape, kind)
+        if held == "F16":
             values = values.astype(np.float16)
-        elif values.ndim > 1 and kind != "F32":
-            values = gguf.quants.quantize(values, types[kind])
+        elif held != "F32":
+            values = gguf.quants.quantize(values, types[held])
         writer.write_tensor_data(values)
 
 
-def _laid_out(model: Model) -> Iterator[np.ndarray]:
-    """Every tensor in float32, queries and keys of the architecture llama pair by pair."""
-    config = model.config
+def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The type of a tensor: vectors and routers stay F32, as llama.cpp's converter has them."""
+    return "F32" if len(shape) == 1 or "ffn_gate_inp" in name else kind
+
+
+def _laid_out(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the file in float32 under its name there, in the order of `file_shapes`."""
+    config, layout = model.config, LAYOUTS[model.config.family]
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
-    named = zip(expected_tensors(config), file_tensors(model, np.dtype(np.float32)), strict=True)
-    for name, values in named:
+    named = zip(
+        map(stacked, expected_tensors(config)),
+        file_tensors(model, np.dtype(np.float32)),
+        strict=True,
+    )
+    for name, parts in itertools.groupby(named, lambda one: one[0][0]):
         stem = name.split(".")[-2]
-        if WRITTEN[config.family] == "llama" and stem in heads:
+        each = list(parts)
+        values = each[0][1]
+        if each[0][0][1] is not None:  # experts of one layer
+            values = np.stack([one for _, one in each])
+        if layout.pairs and stem in heads:
             turned = np.empty_like(values)
-            rows = np.arange(len(values))
-            turned[interleaved(rows, len(values) // heads[stem])] = values
+            turned[interleaved(np.arange(len(values)), len(values) // heads[stem])] = values
             values = turned
-        yield np.ascontiguousarray(values)
+        if layout.offset_norms and stem.endswith("norm"):
+            values = values + np.float32(1.0)
+        yield name_of(layout, config.layers, name), np.ascontiguousarray(values)

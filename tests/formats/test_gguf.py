@@ -170,9 +170,15 @@ def test_llama3_factors_are_recognised(tmp_path):
 
 
 REFUSED = {
-    "general.architecture: 'gemma' is not supported": {"model_type": "gemma"},
+    "general.architecture: 'bert' is not supported": {"model_type": "bert"},
     "is one part of a split file": {"extra": {"add_uint16": ("split.count", 3)}},
-    "llama.expert_count: 8: mixtures of experts": {"extra": {"add_expert_count": (8,)}},
+    "qwen2.expert_count: 8: llama.cpp computes with it": {
+        "model_type": "qwen2",
+        "extra": {"add_expert_count": (8,)},
+    },
+    "llama.attention.scale: 0.5: llama.cpp computes with it": {
+        "extra": {"add_attention_scale": (0.5,)}
+    },
     "rope.dimension_count: 4 differs from the head size 8": {
         "raw": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32},
         "extra": {"add_uint32": ("llama.attention.key_length", 8)},
