@@ -151,8 +151,9 @@ def _check_words(
     """The file would be read as the model that it was written from."""
     shapes = file_shapes(config)
     back = Description(metadata, shapes, factors, "the GGUF file").config()
-    told = {"family": config.family, "initializer_range": config.initializer_range}
-    back = dataclasses.replace(back, **told)
+    # The architecture llama has three families; ids are the tokenizer's, where the model has none.
+    told = ("family", "initializer_range", "bos_id", "eos_ids", "pad_id")
+    back = dataclasses.replace(back, **{name: getattr(config, name) for name in told})
     for field in dataclasses.fields(config):
         wanted, got = (_single(getattr(one, field.name)) for one in (config, back))
         if wanted != got:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,7 +124,7 @@ class Words:
 
     prompt: str = "the prompt"
     prefix: str = "generate: "
-    names: Mapping[str, str] = MappingProxyType({})
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, field: str) -> str:
         """The name of a field."""
