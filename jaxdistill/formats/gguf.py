@@ -116,11 +116,15 @@ class _File:
             self._names[name] = gguf_layout.name_of(self.layout, self.config.layers, name)
         name = self._names[name]
         shape = self.tensors[name].shape
-        size = shape[0] if expert is None else shape[1]
+        size, stem = shape[0] if expert is None else shape[1], name.split(".")[-2]
+        if len(index) == 2 and gguf_layout.turned_over(self.layout, name, shape):
+            columns, chosen = index
+            return self._rows(name, np.arange(size)[chosen])[:, columns].T
         rows = np.arange(size)[index[0]]
-        stem = name.split(".")[-2]
         if self.layout.pairs and stem in self._heads:
             rows = gguf_layout.interleaved(rows, size // self._heads[stem])
+        if self.layout.by_part and stem == "attn_qkv":
+            rows = gguf_layout.part_by_part(rows, self.config.heads, self.config.head_dim)
         if len(index) == 1:  # a vector is one row in the file
             vector = self._rows(name, slice(None)).reshape(-1)[rows]
             return vector - 1.0 if self.layout.offset_norms and stem.endswith("norm") else vector

@@ -83,13 +83,17 @@ class Description:
         biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
         for word, tensor in biases.items():
             if word in FAMILIES[self.family].read.values():
-                raw[word] = f"blk.0.{tensor}.bias" in self.shapes
-        raw["head_dim"] = size = self._head_dim()
+                fused = "blk.0.attn_qkv.bias" if tensor == "attn_q" else ""
+                raw[word] = f"blk.0.{tensor}.bias" in self.shapes or fused in self.shapes
+        size = self._head_dim()
+        if "head_dim" not in FAMILIES[self.family].absent:
+            raw["head_dim"] = size
         if gguf_layout.LAYOUTS[self.family].partial and size:
-            raw["partial_rotary_factor"] = self.setting("rope.dimension_count", size) / size
-        return read_config(
-            raw | self._rope(size), f"{self.where}: metadata, in the words of config.json"
-        )
+            share = self.setting("rope.dimension_count", size) / size
+            raw[FAMILIES[self.family].field("partial_rotary_factor")] = share
+        if FAMILIES[self.family].ropes:
+            raw |= self._rope(size)
+        return read_config(raw, f"{self.where}: metadata, in the words of config.json")
 
     def _head_dim(self) -> int | None:
         heads, embed = self.setting("attention.head_count"), self.setting("embedding_length")
@@ -132,7 +136,7 @@ class Description:
                 table["attention_factor"] = self.setting("rope.scaling.attn_factor")
         elif self.factors is not None and head_dim:
             table = self._llama3(self.factors, theta, head_dim)
-        return {"rope_theta": theta, "rope_scaling": table}
+        return {FAMILIES[self.family].field("rope_theta"): theta, "rope_scaling": table}
 
     def _llama3(self, given: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
         given = given.reshape(-1).astype(np.float64)

@@ -20,6 +20,10 @@ class Layout(NamedTuple):
       pairs: rows of queries and keys stand pair by pair, as llama.cpp turns them.
       offset_norms: norms hold 1 + scale.
       partial: `rope.dimension_count` says how many dims of a head turn; else all do.
+      transposed: kernels of layers are [in, out] in the folder, and [out, in] here as everywhere.
+      by_part: a tensor of queries, keys and values, head by head in the folder, has all heads'
+        queries first here.
+      epsilon: key of the norms' epsilon.
       settings: words of config.json -> keys of the file behind the architecture's name, beyond
         `COMMON`.
       fixed: words of config.json -> values that llama.cpp computes with whatever a file says.
@@ -30,6 +34,9 @@ class Layout(NamedTuple):
     pairs: bool = False
     offset_norms: bool = False
     partial: bool = False
+    transposed: bool = False
+    by_part: bool = False
+    epsilon: str = "attention.layer_norm_rms_epsilon"
     settings: Mapping[str, str] = {}
     fixed: Mapping[str, Any] = {}
     special: int | None = None
@@ -41,7 +48,6 @@ COMMON: Mapping[str, str] = {
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "max_position_embeddings": "context_length",
 }
 _WINDOW = {"sliding_window": "attention.sliding_window"}
@@ -84,10 +90,20 @@ LAYOUTS: Mapping[str, Layout] = {
         special=62,
     ),
     "olmo2": Layout("olmo2"),
+    "olmo3": Layout("olmo2", settings=_WINDOW, fixed={"sliding_window_pattern": 4}),
     "smollm3": Layout("smollm3", pairs=True, fixed={"no_rope_layer_interval": 4}),
     "granite": Layout("granite", pairs=True, settings=_SCALES),
     "arcee": Layout("arcee", pairs=True),
     "glm4": Layout("glm4", partial=True),
+    "phi3": Layout("phi3", partial=True),
+    "gpt2": Layout("gpt2", transposed=True, epsilon="attention.layer_norm_epsilon"),
+    "gpt_neox": Layout(
+        "gptneox",
+        partial=True,
+        by_part=True,
+        epsilon="attention.layer_norm_epsilon",
+        settings={"use_parallel_residual": "use_parallel_residual"},
+    ),
 }
 # Settings that change what a model computes, wherever they stand -> the word that may fix them.
 MATTERS: Mapping[str, str] = {
@@ -108,7 +124,9 @@ ARCHITECTURES = tuple(dict.fromkeys(layout.architecture for layout in LAYOUTS.va
 
 
 def family_of(architecture: str, window: Any, experts: Any) -> str:
-    """Our family of a file: three of them share the architecture llama."""
+    """Our family of a file: three of them share the architecture llama, and two olmo2."""
+    if architecture == "olmo2":
+        return "olmo3" if window else "olmo2"
     if architecture == "llama":
         return "mixtral" if experts else "mistral" if window else "llama"
     return next(name for name, row in LAYOUTS.items() if row.architecture == architecture)
@@ -122,12 +140,17 @@ def words_of(family: str, setting: Any) -> dict[str, Any]:
       setting: gives the value of a key behind the architecture's name, or None.
     """
     layout, row = LAYOUTS[family], FAMILIES[family]
-    keys = {**COMMON, **layout.settings}
-    words = {row.field(word): setting(key) for word, key in keys.items()}
+    words = {row.field(word): setting(key) for word, key in _keys(family).items()}
     words |= {row.field(word): value for word, value in layout.fixed.items()}
     if layout.special is not None:
         words["query_pre_attn_scalar"] = _scalar(layout, setting)
     return words
+
+
+def _keys(family: str) -> dict[str, str]:
+    layout, absent = LAYOUTS[family], FAMILIES[family].absent
+    keys = {**COMMON, "rms_norm_eps": layout.epsilon, **layout.settings}
+    return {word: key for word, key in keys.items() if word not in absent}
 
 
 def _scalar(layout: Layout, setting: Any) -> Any:
@@ -139,9 +162,8 @@ def _scalar(layout: Layout, setting: Any) -> Any:
 
 def settings_of(family: str, words: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a file behind the architecture's name -> values, of a written configuration."""
-    layout, row = LAYOUTS[family], FAMILIES[family]
-    keys = {**COMMON, **layout.settings}
-    found = {key: words.get(row.field(word)) for word, key in keys.items()}
+    row = FAMILIES[family]
+    found = {key: words.get(row.field(word)) for word, key in _keys(family).items()}
     # Nobody reads the width of an MLP that there is not, and llama.cpp wants it.
     found.setdefault("feed_forward_length", found.get("expert_feed_forward_length"))
     return {key: value for key, value in found.items() if value is not None}
@@ -180,8 +202,15 @@ def file_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         if expert is not None:
             assert config.experts is not None, name
             shape = (config.experts.count, *shape)
+        if turned_over(layout, name, shape):
+            shape = shape[::-1]
         shapes[name_of(layout, config.layers, name)] = shape
     return shapes
+
+
+def turned_over(layout: Layout, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a folder's tensor is a kernel whose dims stand the other way round in the file."""
+    return layout.transposed and len(shape) == 2 and any(part.isdigit() for part in name.split("."))
 
 
 def stacked(name: str) -> tuple[str, int | None]:
@@ -198,3 +227,10 @@ def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     head, place = rows // head_dim, rows % head_dim
     half, pair = place // (head_dim // 2), place % (head_dim // 2)
     return head * head_dim + pair * 2 + half
+
+
+def part_by_part(rows: np.ndarray, heads: int, head_dim: int) -> np.ndarray:
+    """Where the file keeps these rows of queries, keys and values: all heads' queries first."""
+    head, inside = rows // (3 * head_dim), rows % (3 * head_dim)
+    part, place = inside // head_dim, inside % head_dim
+    return (part * heads + head) * head_dim + place

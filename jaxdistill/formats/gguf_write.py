@@ -14,14 +14,17 @@ import numpy as np
 from jaxdistill import errors, rules
 from jaxdistill.errors import ModelError, StorageError
 from jaxdistill.formats.config_json import write_config
+from jaxdistill.formats.families import FAMILIES
 from jaxdistill.formats.gguf_config import ROPE_FACTORS, Description
 from jaxdistill.formats.gguf_layout import (
     LAYOUTS,
     file_shapes,
     interleaved,
     name_of,
+    part_by_part,
     settings_of,
     stacked,
+    turned_over,
 )
 from jaxdistill.formats.gguf_tokenizer_write import Described, described
 from jaxdistill.formats.huggingface import file_tensors
@@ -38,6 +41,7 @@ _WITHOUT_WINDOWS = ("llama", "qwen2", "qwen3", "qwen3moe")
 _ADD: Mapping[type, Callable[[Any, str, Any], None]] = {
     int: lambda writer, key, value: writer.add_uint32(key, value),
     float: lambda writer, key, value: writer.add_float32(key, value),
+    bool: lambda writer, key, value: writer.add_bool(key, value),
     str: lambda writer, key, value: writer.add_string(key, value),
 }
 # Types that the package gguf can make of floats; it makes no K-quants.
@@ -135,7 +139,8 @@ def _check(model: Model) -> None:
     if model.tokenizer is None:
         raise ModelError("the model has no tokenizer, which a GGUF file has to hold")
     scaled = config.rope
-    assert scaled is not None, "these families turn their heads"
+    if scaled is None:
+        return
     plain = rope.Rope(scaled.theta, "llama3", scaled.factor, 8192, 1.0, 4.0)
     bent = scaled.attention_factor, scaled.mscale, scaled.mscale_all_dim
     usual = (scaled.beta_fast, scaled.beta_slow, scaled.truncate) == (32.0, 1.0, True)
@@ -184,19 +189,25 @@ def _check_rows(gguf: Any, config: DecoderConfig, kind: str) -> None:
 
 def _shape(config: DecoderConfig) -> dict[str, Any]:
     """The metadata of a configuration, by key."""
-    assert config.rope is not None, "checked"
     found = settings_of(config.family, write_config(config, "float32"))
     found["vocab_size"] = config.vocab_size
-    found |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
-    found["rope.dimension_count"] = config.rope.dims(config.head_dim)
-    found["rope.freq_base"] = config.rope.theta
-    if config.rope.kind in ("linear", "yarn"):
-        found["rope.scaling.type"] = config.rope.kind
-        found["rope.scaling.factor"] = config.rope.factor
-    if config.rope.kind == "yarn":
-        found["rope.scaling.original_context_length"] = config.rope.original_max_positions
+    if "head_dim" not in FAMILIES[config.family].absent:
+        found |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+    if config.rope is not None:
+        found |= _turns(config.rope, config.head_dim)
     architecture = LAYOUTS[config.family].architecture
     return {ARCHITECTURE: architecture, **{f"{architecture}.{k}": v for k, v in found.items()}}
+
+
+def _turns(settings: rope.Rope, head_dim: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"rope.dimension_count": settings.dims(head_dim)}
+    found["rope.freq_base"] = settings.theta
+    if settings.kind in ("linear", "yarn"):
+        found["rope.scaling.type"] = settings.kind
+        found["rope.scaling.factor"] = settings.factor
+    if settings.kind == "yarn":
+        found["rope.scaling.original_context_length"] = settings.original_max_positions
+    return found
 
 
 def _ends(model: Model) -> dict[str, Any]:
@@ -289,10 +300,20 @@ def _laid_out(model: Model) -> Iterator[tuple[str, np.ndarray]]:
         values = each[0][1]
         if each[0][0][1] is not None:  # experts of one layer
             values = np.stack([one for _, one in each])
+        rows = np.arange(len(values))
         if layout.pairs and stem in heads:
-            turned = np.empty_like(values)
-            turned[interleaved(np.arange(len(values)), len(values) // heads[stem])] = values
-            values = turned
+            values = _moved(values, interleaved(rows, len(values) // heads[stem]))
+        if layout.by_part and stem == "query_key_value":
+            values = _moved(values, part_by_part(rows, config.heads, config.head_dim))
+        if turned_over(layout, name, values.shape):
+            values = values.T
         if layout.offset_norms and stem.endswith("norm"):
             values = values + np.float32(1.0)
         yield name_of(layout, config.layers, name), np.ascontiguousarray(values)
+
+
+def _moved(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Row i at places[i]."""
+    moved = np.empty_like(values)
+    moved[places] = values
+    return moved

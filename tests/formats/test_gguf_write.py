@@ -48,8 +48,9 @@ def words(pre="qwen2"):
 
 def model(family="llama", **fields):
     """A random model of a case whose rows the tokenizer fits, its ends two tokens."""
+    heads = fields.pop("kv_heads", 2)
     shape = models.DecoderConfig(
-        family, 288, 64, 96, 2, 4, 2, 16, max_positions=128, norm_eps=1e-5, **fields
+        family, 288, 64, 96, 2, 4, heads, 16, max_positions=128, norm_eps=1e-5, **fields
     )
     made = models.random(shape, dtype="float32")
     tokenizer = words()
@@ -64,6 +65,14 @@ GEMMA = {
     "embedding_scaled": True,
     "activation": "gelu_tanh",
     "tied_head": True,
+}
+OLMO = {"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_whole": True}
+PLAIN = {
+    "norm": "layer",
+    "gated": False,
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "mlp_bias": True,
 }
 CASES = {
     "llama": {"rope": Rope(500_000.0, "llama3", 8.0, 8192, 1.0, 4.0), "tied_head": True},
@@ -88,13 +97,28 @@ CASES = {
         "rope": Rope(1e6, "linear", 8.0),
         "local_rope": Rope(1e4),
     },
-    "olmo2": {"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_whole": True},
+    "olmo2": OLMO,
     "smollm3": {"rope": Rope(2e6), "tied_head": True},
     "granite": {
         "embedding_multiplier": 12.0,
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.1,
         "logits_divisor": 8.0,
+    },
+    "olmo3": {
+        **OLMO,
+        "rope": Rope(5e5),
+        "local_rope": Rope(5e5),
+        "windows": (8, 8),
+    },
+    "phi3": {"rope": Rope(share=0.5)},
+    "gpt2": {**PLAIN, "rope": None, "tied_head": True, "activation": "gelu_tanh", "kv_heads": 4},
+    "gpt_neox": {
+        **PLAIN,
+        "rope": Rope(share=0.5),
+        "parallel": True,
+        "activation": "gelu",
+        "kv_heads": 4,
     },
     "arcee": {"activation": "relu2", "gated": False},
     "glm4": {
@@ -148,7 +172,7 @@ def test_every_way_to_cut_text_has_its_name(pre):
 
 REFUSED = {
     "windows": ({"windows": (8, None)}, "has windows (8 tokens)"),
-    "family": ({"family": "phi3"}, "phi3 models are not written as GGUF here"),
+    "family": ({"family": "ministral"}, "ministral models are not written as GGUF here"),
     "activation": ({"activation": "gelu"}, "activation: 'gelu' has no words in a GGUF file"),
     "rope": ({"rope": Rope(1e4, "llama3", 8.0, 64, 1.0, 4.0)}, "band of llama3"),
     "yarn": ({"rope": Rope(1e4, "yarn", 8.0, 64, attention_factor=2.0)}, "settings of yarn"),
