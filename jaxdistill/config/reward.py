@@ -114,6 +114,9 @@ def _mixture_problems(config: Any) -> Iterator[Problem]:
         if source.learns_from != "both":
             where = ("reward", "held_out", "prompts", number, "learns_from")
             yield where, "nobody learns from held-out questions: remove it"
+        if source.teacher is not None:
+            where = ("reward", "held_out", "prompts", number, "teacher")
+            yield where, "no teacher is asked about held-out questions: remove it"
     alone = [where for where, one in asked.items() if one.learns_from != "both"]
     row = methods.of(config.method)
     if not alone:

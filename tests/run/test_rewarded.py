@@ -283,6 +283,11 @@ def test_held_out_questions_are_not_trained_on(load, tmp_path):
         (["method={name: grpo, teacher_weight: 1.0}"], ConfigError, "grpo needs a teacher"),
         (["data.prompts=[{path: p, learns_from: teacher}]"], ConfigError, "needs rewards and a te"),
         (
+            ["reward.held_out={prompts: [{path: p, teacher: big}]}"],
+            ConfigError,
+            "no teacher is asked about held-out questions",
+        ),
+        (
             [
                 "data.prompts=[{path: p, learns_from: teacher}]",
                 "method={name: grpo, teacher_weight: 1.0}",
