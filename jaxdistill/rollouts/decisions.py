@@ -1,8 +1,8 @@
 """What was decided once and would not come again: lines on the disk before an update learns."""
 
-import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from jaxdistill.errors import StorageError
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.safe import json_file
 
+_log = logging.getLogger(__name__)
 NAME = "answers"  # of a line: the hash of what it is about
 
 
@@ -38,11 +39,10 @@ class Decisions:
         Raises:
           StorageError: where the file cannot be read.
         """
-        if self._places is None:
-            self._places = {one: place for place, one, _ in self._lines(0)}
-        if name not in self._places:
+        places = self._known()
+        if name not in places:
             return None
-        _, found, said = next(self._lines(self._places[name]), (0, "", None))
+        _, found, said = next(self._lines(places[name]), (0, "", None))
         return said if found == name else None
 
     def add(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -51,12 +51,31 @@ class Decisions:
         Raises:
           StorageError: where it cannot be written.
         """
-        if self._places is None:
-            self._places = {one: place for place, one, _ in self._lines(0)}
-        self._places[name] = _append(self._path, {NAME: name, **fields})
+        self._known()[name] = _append(self._path, {NAME: name, **fields})
 
-    def _lines(self, place: int) -> Iterator[tuple[int, str, Any]]:
-        """(place, hash, what was decided) of the file's lines from a place on."""
+    def _known(self) -> dict[str, int]:
+        """The place of each decision; lines that are none are reported when they are first met."""
+        if self._places is None:
+            damaged: list[int] = []
+            self._places = {one: place for place, one, _ in self._lines(0, damaged)}
+            if damaged:
+                _log.warning(
+                    "%s: %d lines are damaged, the first at byte %d: their answers are judged "
+                    "again if they are asked for",
+                    self._path,
+                    len(damaged),
+                    damaged[0],
+                )
+        return self._places
+
+    def _lines(
+        self, place: int, damaged: list[int] | None = None
+    ) -> Iterator[tuple[int, str, Any]]:
+        """(place, hash, what was decided) of the file's lines from a place on.
+
+        The places of whole lines that are no decision go to `damaged`; a line that a kill cut short
+        is none.
+        """
         if not self._path.exists():
             return
         try:
@@ -65,10 +84,15 @@ class Decisions:
             with self._path.open("rb") as file:
                 file.seek(place)
                 while line := file.readline(json_file.MAX_BYTES):
-                    with contextlib.suppress(ValueError):
+                    try:
                         record = json_file.parse(line)
                         json_file.check(record, {NAME: str})
-                        yield place, record[NAME], self._read(record)
+                        said = self._read(record)
+                    except ValueError:
+                        if damaged is not None and line.endswith(b"\n"):
+                            damaged.append(place)
+                    else:
+                        yield place, record[NAME], said
                     place = file.tell()
         except OSError as error:
             raise StorageError(

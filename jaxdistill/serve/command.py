@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from jaxdistill.commands import Serve
-from jaxdistill.errors import ConfigError
+from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
@@ -29,7 +29,13 @@ def serve(source: str, options: Serve | None = None, *, key: str | None = None) 
     # Before the model is loaded, which may take minutes.
     with contextlib.closing(listening.bind(options.host, options.port)) as taken:
         model = load_any(source, dtype=options.dtype, mesh=make_mesh()).consume_per_layer()
-        length = min(options.length or 2048, model.config.max_positions)
+        longest = model.config.max_positions
+        if options.length is not None and options.length > longest:
+            raise ModelError(
+                f"length: {options.length} tokens are more than the {longest} that {source} was "
+                f"made for: use at most {longest}"
+            )
+        length = options.length or min(2048, longest)
         behind = service.Service(
             model, slots=options.slots, length=length, special_tokens=options.special_tokens
         )

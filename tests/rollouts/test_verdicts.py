@@ -90,6 +90,21 @@ def test_what_is_no_verdict_is_judged_again(damage, tmp_path):
     assert third(first) == found and not judges.asked
 
 
+def test_damaged_lines_are_reported_and_a_torn_one_is_not(tmp_path, caplog):
+    _, verdicts = opened(tmp_path)
+    first = [answer(3, 4)]
+    verdicts(first)
+    path = tmp_path / FILE
+    whole = path.read_text()
+    path.write_text(whole + whole[:-9])
+    opened(tmp_path)[1](first)
+    assert not caplog.records
+    path.write_text(whole.replace("0.1", "0.x") + whole)
+    opened(tmp_path)[1](first)
+    (record,) = caplog.records
+    assert "1 lines are damaged, the first at byte 0" in record.getMessage()
+
+
 def test_what_was_damaged_since_it_was_read_is_judged_again(tmp_path):
     judges, verdicts = opened(tmp_path)
     first = [answer(3, 4)]

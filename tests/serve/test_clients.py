@@ -348,3 +348,16 @@ def test_the_port_is_checked_before_the_model_is_loaded(monkeypatch):
     with listening.bind("127.0.0.1", 0) as first:
         with pytest.raises(ModelError, match="cannot be had"):
             command.serve("a-model", commands.Serve(port=first.getsockname()[1]))
+
+
+def test_no_more_tokens_than_the_model_was_made_for(talker, monkeypatch):
+    from jaxdistill import commands
+    from jaxdistill.serve import command
+
+    longest = talker.config.max_positions
+    monkeypatch.setattr(command, "load_any", lambda *_, **__: talker)
+    monkeypatch.setattr(type(talker), "consume_per_layer", lambda self: self)
+    with pytest.raises(
+        ModelError, match=f"length: {longest + 1} tokens are more than the {longest}"
+    ):
+        command.serve("a-model", commands.Serve(port=0, length=longest + 1))
