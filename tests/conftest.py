@@ -30,6 +30,7 @@ import hashlib
 import importlib.util
 import pathlib
 import platform
+import signal
 import warnings
 
 import hypothesis
@@ -38,6 +39,10 @@ import numpy as np
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+# A shell ignores SIGINT in all that it starts behind it, and so would tests of Ctrl-C: they hang.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _machine() -> str:
