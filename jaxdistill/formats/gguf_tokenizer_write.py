@@ -117,8 +117,10 @@ def _space_of(state: Mapping[str, Any]) -> bool:
             return True
         if steps == [_REPLACED]:
             return False
-    elif cut["type"] == "Metaspace" and not steps and not cut.get("split", True):
-        return cut["prepend_scheme"] != "never"
+    # Metaspace puts no space before a text that begins with one, and llama.cpp does.
+    elif cut["type"] == "Metaspace" and not steps and cut["prepend_scheme"] == "never":
+        if not cut.get("split", True):
+            return False
     raise ModelError(f"the tokenizer writes spaces in a way that llama.cpp has not: {_ELSE}")
 
 

@@ -270,6 +270,22 @@ def test_sentencepiece_goes_there_and_back(space, tmp_path):
         assert again.decode(again(text)["input_ids"]) == tokenizer.decode(again(text)["input_ids"])
 
 
+def test_a_space_that_depends_on_the_text_is_refused():
+    from tokenizers import normalizers, pre_tokenizers
+
+    for scheme in ("never", "first", "always"):
+        tokenizer = sentences()
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=scheme, split=False
+        )
+        if scheme == "never":
+            assert gguf_tokenizer_write.described(tokenizer, 300).space is False
+            continue
+        with pytest.raises(ModelError, match="writes spaces in a way that llama.cpp has not"):
+            gguf_tokenizer_write.described(tokenizer, 300)
+
+
 def test_merges_that_are_no_order_of_tokens_are_refused():
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
