@@ -114,23 +114,38 @@ def _by_qwix(x: Array, kernel: QuantizedKernel) -> Array:
 def _by_halves(x: Array, kernel: QuantizedKernel) -> Array:
     """The same product where a byte holds two numbers and none is read alone: on CPUs.
 
-    Columns 2 j and 2 j + 1 of an int4 kernel share a byte: two products of half as many columns.
+    Columns 2 j and 2 j + 1 of an int4 kernel share a byte: two kernels of half as many columns.
     """
     inputs, outputs = kernel.values.shape
     if kernel.scheme.bits != 4 or outputs % 2:
         return _by_qwix(x, kernel)
-    groups = len(kernel.scale)
-    scale = kernel.scale.astype(x.dtype).reshape(groups, 1, outputs // 2, 2)
     both = jax.lax.bitcast_convert_type(kernel.values.reshape(inputs, -1, 2), jnp.int8)
     halves = (both << 4) >> 4, both >> 4
+    # XLA multiplies several rows by a kernel for each group several times slower.
+    product = _by_groups if math.prod(x.shape[:-1]) == 1 else _by_scaled
     parts = [
-        x
-        @ (half.astype(x.dtype).reshape(groups, -1, outputs // 2) * scale[..., place]).reshape(
-            inputs, -1
-        )
+        product(x, half.astype(x.dtype), kernel.scale[:, place::2])
         for place, half in enumerate(halves)
     ]
-    return jnp.stack(parts, axis=-1).reshape(*x.shape[:-1], outputs)
+    return jnp.stack(parts, axis=-1).reshape(*x.shape[:-1], outputs).astype(x.dtype)
+
+
+def _by_groups(x: Array, values: Array, scale: Array) -> Array:
+    """x @ (values * scale), where the product of each group is scaled, and not the values."""
+    groups, outputs = scale.shape
+    sums = jnp.einsum(
+        "...gk,gkn->...gn",
+        x.reshape(*x.shape[:-1], groups, -1),
+        values.reshape(groups, -1, outputs),
+        preferred_element_type=jnp.float32,
+    )
+    return (sums * scale).sum(-2)
+
+
+def _by_scaled(x: Array, values: Array, scale: Array) -> Array:
+    groups, outputs = scale.shape
+    scaled = values.reshape(groups, -1, outputs) * scale[:, None].astype(x.dtype)
+    return x @ scaled.reshape(-1, outputs)
 
 
 def _dot_forward(x: Array, kernel: QuantizedKernel) -> tuple[Array, QuantizedKernel]:

@@ -1,6 +1,7 @@
 """Judges answers in a fixed number of killable processes: a reward, or why there is none."""
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.reasoning import extract, scorers
+from jaxdistill.safe import deadline
 from jaxdistill.safe.guarded import Guarded, TimedOut
 
 _log = logging.getLogger(__name__)
@@ -21,6 +23,11 @@ LARGEST = 1000.0  # a reward beyond it is a fault of the verifier
 CALLS = 10_000  # of a process, before it is replaced
 TIMED_OUT, FAILED, REFUSED, SILENT = "timed_out", "failed", "refused", "silent"
 REASONS = (TIMED_OUT, FAILED, REFUSED, SILENT)
+_TO_END = 2.0  # seconds within which a function that was ended has ended
+_ENDED = "it was ended, and the answer has no reward"
+_STUCK = (
+    "a function runs in the process of the run, and nothing else can end it; stop the run, or wait"
+)
 _RATE = "jaxdistill.reasoning.scorers:rate"
 _MATH = "jaxdistill.reasoning.math_judge:judge"
 
@@ -77,8 +84,8 @@ class Judges:
     each kind of verifier. One that takes too long is killed, and costs that answer its reward; so
     does one that fails. A reward that is not finite, or beyond LARGEST, is refused.
 
-    Functions run in the thread that asks, one after the other; nothing can stop one that does not
-    end, and a warning names it after `seconds`.
+    Functions run in the thread that asks, one after the other. In the main thread one that takes
+    longer is ended too, and named; in another nothing can end it, and a warning says so.
 
     Args:
       parts: at least one.
@@ -142,11 +149,17 @@ class Judges:
 
     def _call(self, part: Part, question: Question) -> float | str:
         """A number of a function, or one of REASONS."""
-        late = threading.Timer(self._seconds, _warn, (part.name, self._seconds, question))
+        ending = deadline.possible()
+        wait = self._seconds + (_TO_END if ending else 0.0)
+        late = threading.Timer(wait, _warn, (part.name, wait, question, _STUCK))
         late.daemon = True
         late.start()
         try:
-            return _of_function(self._functions[part.name], question)
+            with deadline.within(self._seconds) if ending else contextlib.nullcontext():
+                return _of_function(self._functions[part.name], question)
+        except deadline.TooLate:
+            _warn(part.name, self._seconds, question, _ENDED)
+            return TIMED_OUT
         finally:
             late.cancel()
 
@@ -171,14 +184,14 @@ class Judges:
         self.close()
 
 
-def _warn(name: str, seconds: float, question: Question) -> None:
+def _warn(name: str, seconds: float, question: Question, told: str) -> None:
     _log.warning(
-        "verifier %s: has said nothing for %g s of the answer %r to %r: a function runs in the "
-        "process of the run, and nothing else can end it; stop the run, or wait",
+        "verifier %s: has said nothing for %g s of the answer %r to %r: %s",
         name,
         seconds,
         question.answer[:200],
         question.prompt[-200:],
+        told,
     )
 
 

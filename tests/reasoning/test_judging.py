@@ -1,6 +1,10 @@
 """Rewards: what each verifier gives, and that a hostile answer costs its own reward and no more."""
 
+import concurrent.futures
+import contextlib
 import math
+import re
+import signal
 import threading
 import time
 
@@ -9,6 +13,7 @@ import pytest
 from jaxdistill.errors import ConfigError
 from jaxdistill.reasoning import judging
 from jaxdistill.reasoning.judging import Judges, Part, Question
+from jaxdistill.safe import deadline
 
 THOUGHT = "<think>2 + 3\nis 5</think> The answer is 5."
 
@@ -58,24 +63,77 @@ def test_functions_of_the_caller_cost_an_answer_at_most():
     ]
 
 
-def test_functions_run_one_after_the_other_in_the_thread_that_asks_and_a_slow_one_is_named(caplog):
+def _loops(answer):
+    while answer:
+        pass
+
+
+def _keeps(answer):
+    """Catches what it can, and goes on."""
+    for _ in range(3):
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+def test_functions_run_one_after_the_other_in_the_thread_that_asks_and_are_ended(caplog):
+    """A loop, a regular expression, sleep, and a function that catches exceptions."""
     threads = []
+    hang = {
+        "loop": _loops,
+        "regex": lambda _: re.match(r"(a+)+$", "a" * 60 + "b"),
+        "sleep": lambda _: time.sleep(60),
+        "keep": _keeps,
+    }
 
     def slow(prompt, answer, record):
         threads.append(threading.current_thread())
-        end = time.monotonic() + 30  # seconds that a warning may take on a busy machine
-        while answer == "slow" and not caplog.messages and time.monotonic() < end:
-            time.sleep(0.001)
+        hang.get(answer, len)(answer)
         return 1.0
 
     parts = [Part("slow"), Part("length", 1.0, {"limit": 9, "ramp": 9})]
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
     with Judges(parts, functions={"slow": slow}, workers=2, seconds=60.0) as judges:
         judges._seconds = 0.05  # of functions; the processes start in their own time
-        found = judges([asked("slow"), asked("quick"), asked("quick")])
+        found = judges([asked(name) for name in (*hang, "quick", "quick")])
     assert set(threads) == {threading.current_thread()}
-    assert [one.values[0] for one in found] == [1.0] * 3
+    assert [one.values[0] for one in found] == [None] * 4 + [1.0] * 2
+    assert [one.reason for one in found] == [judging.TIMED_OUT] * 4 + [None] * 2
+    assert len(caplog.messages) == 4
+    assert "verifier slow: has said nothing for 0.05 s of the answer 'loop'" in caplog.messages[0]
+    after = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert after == before
+
+
+def test_in_another_thread_a_slow_function_is_named_and_waited_for(caplog):
+    def slow(prompt, answer, record):
+        end = time.monotonic() + 30  # seconds that a warning may take on a busy machine
+        while not caplog.messages and time.monotonic() < end:
+            time.sleep(0.001)
+        return 1.0
+
+    with Judges([Part("slow")], functions={"slow": slow}, seconds=0.05) as judges:
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            (found,) = other.submit(judges, [asked("slow")]).result()
+    assert found.reward == 1.0
     (said,) = caplog.messages
-    assert "verifier slow: has said nothing for 0.05 s of the answer 'slow'" in said
+    assert "nothing else can end it" in said
+
+
+def test_a_timer_of_the_caller_is_set_again_after_a_deadline():
+    rang = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with deadline.within(60.0):
+            time.sleep(0.1)
+            assert not rang
+        end = time.monotonic() + 30
+        while not rang and time.monotonic() < end:
+            time.sleep(0.001)
+        assert rang
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def test_a_hostile_answer_costs_its_own_reward():
