@@ -139,7 +139,7 @@ def _by_groups(x: Array, values: Array, scale: Array) -> Array:
         values.reshape(groups, -1, outputs),
         preferred_element_type=jnp.float32,
     )
-    return (sums * scale).sum(-2)
+    return (sums * scale.reshape((1,) * (sums.ndim - 2) + scale.shape)).sum(-2)
 
 
 def _by_scaled(x: Array, values: Array, scale: Array) -> Array:
