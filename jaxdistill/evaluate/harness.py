@@ -1,6 +1,5 @@
 """Our models in EleutherAI's lm-eval: its tasks, few-shot prompts and metrics, our forward pass."""
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,102 +69,109 @@ def adapter(model: Model, batch_size: int = 8) -> Any:
     base = _library().TemplateLM
     if model.tokenizer is None:
         raise ModelError(f"{model.source}: has no tokenizer: lm-eval asks in text")
-    vocab = vocabulary_size(model.tokenizer)
-    score = functools.partial(scoring.continuations, model, vocab=vocab, batch_size=batch_size)
+    return type("Adapter", (_Answers, base), {})(model, batch_size)
 
-    class Adapter(base):
-        """Answers lm-eval's three kinds of request as its own `hf` model does, token for token."""
 
-        tokenizer = model.tokenizer
+class _Answers:
+    """Answers lm-eval's three kinds of request as its own `hf` model does, token for token."""
 
-        @property
-        def eot_token_id(self) -> int:
-            """What ends a text."""
-            ids = (self.tokenizer.eos_token_id, *model.config.eos_ids, model.config.bos_id)
-            return next(int(one) for one in ids if one is not None)
+    def __init__(self, model: Model, batch_size: int):
+        super().__init__()
+        self.tokenizer: Any = model.tokenizer
+        self._model, self._batch_size = model, batch_size
 
-        @property
-        def prefix_token_id(self) -> int:
-            """What stands before a text that has no context: BOS, or EOS where there is none."""
-            begins = self.tokenizer.bos_token_id
-            return self.eot_token_id if begins is None else int(begins)
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        vocab = vocabulary_size(self.tokenizer)
+        return scoring.continuations(self._model, pairs, vocab=vocab, batch_size=self._batch_size)
 
-        @property
-        def tokenizer_name(self) -> str:
-            """The model's name, which lm-eval keeps prompts under."""
-            return model.source.replace("/", "__")
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        config = self._model.config
+        ids = (self.tokenizer.eos_token_id, *config.eos_ids, config.bos_id)
+        return next(int(one) for one in ids if one is not None)
 
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **options: Any
-        ) -> list[int]:
-            """Token ids, begun as the tokenizer begins a text unless it is begun already."""
-            if add_special_tokens is None:
-                begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-                add_special_tokens = not begun
-            return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: BOS, or EOS where there is none."""
+        begins = self.tokenizer.bos_token_id
+        return self.eot_token_id if begins is None else int(begins)
 
-        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
-            return score([(context, rest) for _, context, rest in requests])
+    @property
+    def tokenizer_name(self) -> str:
+        """The model's name, which lm-eval keeps prompts under."""
+        return self._model.source.replace("/", "__")
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            """Log-probability of whole texts; long ones in windows that do not overlap."""
-            from lm_eval import utils
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        """Token ids, begun as the tokenizer begins a text unless it is begun already."""
+        if add_special_tokens is None:
+            begun = string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+            add_special_tokens = not begun
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
-            windows, size = [], model.config.max_positions
-            for number, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, size, 1):
-                    windows.append((number, utils.make_disjoint_window(window)))
-            totals = [0.0] * len(requests)
-            scores = score([pair for _, pair in windows])
-            for (number, _), (logprob, _) in zip(windows, scores, strict=True):
-                totals[number] += logprob
-            return totals
+    def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
+        return self._score([(context, rest) for _, context, rest in requests])
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Continuations up to the first of the stop texts; those asked for alike together."""
-            alike: dict[str, list[int]] = {}
-            for number, request in enumerate(requests):
-                alike.setdefault(repr(request.args[1]), []).append(number)
-            found: dict[int, str] = {}
-            for numbers in alike.values():
-                settings = _settings(model, requests[numbers[0]].args[1])
-                room = model.config.max_positions - settings["max_new_tokens"]
-                ids = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
-                ids = [one or [self.prefix_token_id] for one in ids]
-                done = model.complete(
-                    ids, slots=batch_size, streams=numbers, logprobs=False, **settings
-                )
-                texts = [text.text_of(model.tokenizer, row[0]) for row in done]
-                found |= dict(zip(numbers, texts, strict=True))
-            return [found[number] for number in range(len(requests))]
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts; long ones in windows that do not overlap."""
+        from lm_eval import utils
 
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-        ) -> str:
-            """The conversation as one text; a system turn goes where the template refuses it."""
-            source = template_of(self.tokenizer)
-            if source is None:
-                raise ConfigError(f"lm-eval: {model.source}: has no chat template: leave chat out")
-            template = ChatTemplate(source, self.tokenizer.special_tokens_map)
-            options = {"add_generation_prompt": add_generation_prompt}
-            try:
-                made = template.render(chat_history, **options)
-            except RenderError as error:
-                turns = [turn for turn in chat_history if turn["role"] != "system"]
-                if turns == chat_history:
-                    raise DataError(f"lm-eval: {error}") from error
-                _log.warning("lm-eval: %s; asked again without the system turn", error)
-                made = template.render(turns, **options)
-            made = template.spans(made)[0]
-            if not add_generation_prompt:  # the last turn goes on
-                last = chat_history[-1]["content"].lstrip()
-                place = made.rindex(last.rstrip())
-                kept = last if made[place:].startswith(last) else last.rstrip()
-                made = made[: place + len(kept)]
-            return made
+        windows, size = [], self._model.config.max_positions
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for window in utils.get_rolling_token_windows(ids, self.prefix_token_id, size, 1):
+                windows.append((number, utils.make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        scores = self._score([pair for _, pair in windows])
+        for (number, _), (logprob, _) in zip(windows, scores, strict=True):
+            totals[number] += logprob
+        return totals
 
-    return Adapter()
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the stop texts; those asked for alike together."""
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(number)
+        found: dict[int, str] = {}
+        for numbers in alike.values():
+            settings = _settings(self._model, requests[numbers[0]].args[1])
+            room = self._model.config.max_positions - settings["max_new_tokens"]
+            ids = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            ids = [one or [self.prefix_token_id] for one in ids]
+            done = self._model.complete(
+                ids, slots=self._batch_size, streams=numbers, logprobs=False, **settings
+            )
+            texts = [text.text_of(self.tokenizer, row[0]) for row in done]
+            found |= dict(zip(numbers, texts, strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as one text; a system turn goes where the template refuses it."""
+        source = template_of(self.tokenizer)
+        if source is None:
+            name = self._model.source
+            raise ConfigError(f"lm-eval: {name}: has no chat template: leave chat out")
+        template = ChatTemplate(source, self.tokenizer.special_tokens_map)
+        options = {"add_generation_prompt": add_generation_prompt}
+        try:
+            made = template.render(chat_history, **options)
+        except RenderError as error:
+            turns = [turn for turn in chat_history if turn["role"] != "system"]
+            if turns == chat_history:
+                raise DataError(f"lm-eval: {error}") from error
+            _log.warning("lm-eval: %s; asked again without the system turn", error)
+            made = template.render(turns, **options)
+        made = template.spans(made)[0]
+        if not add_generation_prompt:  # the last turn goes on
+            last = chat_history[-1]["content"].lstrip()
+            place = made.rindex(last.rstrip())
+            kept = last if made[place:].startswith(last) else last.rstrip()
+            made = made[: place + len(kept)]
+        return made
 
 
 def _settings(model: Model, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,115 +136,18 @@ def objective(
     Reference: Shao et al. 2024, arXiv 2402.03300; `losses.policy_loss` has the formula of L_policy,
     `losses.sampler_weights` that of the correction, each with its source.
     """
-    import jax
-    import jax.numpy as jnp
+    from jaxdistill.methods.grpo_terms import Terms
 
-    from jaxdistill import losses
-    from jaxdistill.methods.chunks import following
-    from jaxdistill.methods.head_loss import from_heads, said, said_by_teacher
-    from jaxdistill.types import Mean
-
-    drawn = divergence == "sampled_kl"
-    exact = None if drawn else divergence
-
-    def taught(batch):
-        mask = batch.mask & batch.sampled["wrong"] if only_wrong else batch.mask
-        mask = mask & batch.sampled["taught"] if "taught" in batch.sampled else mask
-        if batch.groups is None:
-            return mask
-        return mask & (following(batch.groups) > 0)  # answers whose teacher is told something
-
-    def prepare(batch):
-        of = lambda mask: (
-            losses.per_mean(
-                jnp.zeros(mask.shape), mask, policy.per, batch.segment_ids, max_length
-            ).count
-        )
-        counts = {"policy_count": of(batch.mask), "answer_tokens": batch.mask.sum()}
-        counts |= {"taught_tokens": taught(batch).sum()} if exact else {}
-        if "rewarded" in batch.sampled:
-            counts["rewarded_count"] = of(batch.mask & batch.sampled["rewarded"])
-            counts |= {"taught_count": of(taught(batch))} if drawn else {}
-        return {name: count.astype(jnp.float32) for name, count in counts.items()}
-
-    def gains_of(signal, new, batch, knobs, counts):
-        """The advantages of the drawn tokens, and what is told of their two parts."""
-        # The loss divides by the count of all answers: each part is scaled to a mean over its own.
-        mixed = "rewarded" in batch.sampled
-        rewarded = batch.mask & batch.sampled["rewarded"] if mixed else batch.mask
-        share = lambda name: counts["policy_count"] / jnp.maximum(counts[name], 1.0) if mixed else 1
-        over = lambda values, mask: Mean(jnp.where(mask, values, 0.0).sum(), mask.sum() * 1.0)
-        gains = batch.sampled["advantages"]
-        if divergence is None:
-            return gains, {}
-        told = {"policy/of_reward": over(jnp.abs(gains), rewarded)}
-        gains = gains * share("rewarded_count")
-        if not drawn:
-            return gains, told
-        part = taught(batch)
-        theirs = said_by_teacher(head, signal, dataclasses.replace(batch, mask=part))
-        own = losses.teacher_advantages(new, theirs, part, weight=knobs["teacher_weight"])
-        return gains + own * share("taught_count"), told | {
-            "loss/sampled_kl": over(new - theirs, part),
-            "policy/of_teacher": over(jnp.abs(own), part if mixed else batch.mask),
-        }
-
-    def apply(params, student, signal, batch, knobs):
-        counts = knobs if "policy_count" in knobs else prepare(batch)
-        new, entropy = said(head, student, batch)
-        sampled, mask = batch.sampled, batch.mask
-        old = jax.lax.stop_gradient(sampled.get("old", new))
-        bounded = losses.sampler_weights(
-            old, batch.sampler_logprobs, mask, rule=correction, upper=correction_bound,
-            segment_ids=batch.segment_ids,
-        )  # fmt: skip
-        gains, beside = gains_of(signal, jax.lax.stop_gradient(new), batch, knobs, counts)
-        means = losses.policy_loss(
-            new, old, gains, mask, policy,
-            segment_ids=batch.segment_ids, weights=bounded.weights, max_length=max_length,
-        )  # fmt: skip
-        count = means["loss"].count
-        total = means["loss"].total
-        tokens = mask.sum().astype(jnp.float32)
-        over = lambda values: Mean(jnp.where(mask, values, 0.0).sum(), tokens)
-        gap = jnp.where(mask, new - old, 0.0)
-        means |= {
-            "loss/policy": means["loss"],
-            "loss/ce": over(-new),
-            "student/entropy": over(entropy),
-            "policy/ratio": over(jnp.exp(gap)),
-            "policy/old_kl": over(jnp.expm1(gap) - gap),
-            "policy/sampler_at_bound": bounded.at_bound,
-            "policy/sampler_difference": bounded.difference,
-            "policy/sampler_kl": bounded.mismatch,
-        }
-        means |= beside
-        if exact:
-            part = dataclasses.replace(batch, mask=taught(batch))
-            theirs = from_heads(head, student, signal.outputs, part, knobs, kind=exact, alpha=0.0)
-            share = counts["policy_count"] / jnp.maximum(counts["taught_tokens"], 1.0)
-            weight = knobs["teacher_weight"]
-            total += weight * share * theirs["loss"].total
-            means |= {
-                "policy/of_teacher": Mean(weight * theirs["loss"].total, theirs["loss"].count)
-            }
-            means |= {
-                name: mean for name, mean in theirs.items() if name not in ("loss", "loss/ce")
-            }
-        if start_weight:
-            first, _ = jax.lax.stop_gradient(said(head, signal.outputs, batch))
-            kl = over(losses.kl_loss(new, first, estimator=estimator, old_logprobs=old))
-            share = counts["policy_count"] / jnp.maximum(counts["answer_tokens"], 1.0)
-            total += start_weight * share * kl.total
-            means |= {"loss/start_kl": kl}
-        return jax.lax.stop_gradient(means) | {"loss": Mean(total, count)}
-
+    terms = Terms(
+        policy, max_length, correction, correction_bound, divergence, only_wrong,
+        start_weight, estimator, head,
+    )  # fmt: skip
     return Objective(
         no_parameters,
-        apply,
+        terms.apply,
         needs_teacher=bool(divergence),
         needs_start=bool(start_weight),
-        prepare=prepare,
+        prepare=terms.prepare,
         token_means=False,
     )
 
