@@ -22,11 +22,11 @@ import numpy as np
 from benchmarks import duel
 from jaxdistill import models, optim, teachers
 from jaxdistill.methods import kd
-from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.report import MetricsWriter, ProgressLine
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
-from jaxdistill.train.guard import Guard, Policy, StepRecord
+from jaxdistill.train.guard import Guard, GuardPolicy, StepRecord
 from jaxdistill.types import Batch, Span
 
 VOCAB = 8192
@@ -114,7 +114,7 @@ def _host_seconds(batch: Batch, count: int = 2000) -> float:
     losses = 3 + 0.1 * np.random.default_rng(0).normal(size=count)
     seconds = []
     with tempfile.TemporaryDirectory() as folder, MetricsWriter(folder, False) as writer:
-        guard, progress = Guard(folder, Policy()), Progress(count, mode="none")
+        guard, progress = Guard(folder, GuardPolicy()), ProgressLine(count, mode="none")
         for number, loss in enumerate(losses.tolist(), start=1):
             numbers = {"loss/total": loss, "optim/grad_norm": 1.0, "guard/in_a_row": 0}
             numbers |= {"knobs/alpha": 0.5, "knobs/temperature": 2.0}

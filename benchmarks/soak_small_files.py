@@ -17,7 +17,7 @@ from jaxdistill.errors import UserError
 from jaxdistill.evaluate import choices
 from jaxdistill.reasoning import prompts, tasks
 from jaxdistill.reasoning.judging import TIMED_OUT, Verdict
-from jaxdistill.reasoning.store import Store
+from jaxdistill.reasoning.store import AnswerStore
 from jaxdistill.report import answers, html, story
 from jaxdistill.rollouts import decisions, verdicts
 from jaxdistill.rollouts.answers import Answer
@@ -213,7 +213,7 @@ READERS = {
         {"tasks.json": TASKS, "answers_svamp.jsonl": ANSWERS},
     ),
     "store": (
-        lambda folder: Store(folder, ASKED).close(),
+        lambda folder: AnswerStore(folder, ASKED).close(),
         {"samples.jsonl": [SAMPLE], "asked.json": ASKED, "spent.json": {"requests": 1.0}},
     ),
     "verdicts": (_verdicts, {verdicts.FILE: [VERDICTS]}),

@@ -15,7 +15,7 @@ from jaxdistill.cli import bench
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import attention
 
-TINY = device.Sizes(
+TINY = device.CheckSizes(
     (9,), (93,), ("float32",), ((9, 93, 8),), (Shape("tiny", 8, 128, 8, 16, "float32"),),
     attention_cases.SMALL, 1,
 )  # fmt: skip
@@ -74,8 +74,8 @@ def test_it_stops_in_time_and_a_failure_is_a_finding(tmp_path):
         assert not path.exists() or json.loads(path.read_text())["parts"]
         raise RuntimeError("no such instruction")
 
-    chosen = [device.Part("one", lambda: {"ok": True}), device.Part("two", fails)]
-    chosen += [device.Part(str(n), lambda: {"ok": True}) for n in range(9)]
+    chosen = [device.Check("one", lambda: {"ok": True}), device.Check("two", fails)]
+    chosen += [device.Check(str(n), lambda: {"ok": True}) for n in range(9)]
     result = device.run(3.0, path, print, chosen=chosen, clock=lambda: next(ticks))
     one, two, *rest = result["parts"]
     assert one == {"name": "one", "seconds": 20, "ok": True}

@@ -16,7 +16,7 @@ from jaxdistill.models import DecoderConfig, attention, attention_check
 _HOME = {"gpu": "cudnn", "tpu": "splash", "cpu": "splash"}  # on a CPU as plain JAX
 
 
-class Problem(NamedTuple):
+class AttentionProblem(NamedTuple):
     """Rows of one layer.
 
     Attributes:
@@ -37,11 +37,11 @@ class Problem(NamedTuple):
         return f"{self.name}[{self.length}]{self.dtype}"
 
 
-class Sizes(NamedTuple):
+class AttentionSizes(NamedTuple):
     """Which problems are checked, and which are timed."""
 
-    checked: tuple[Problem, ...]
-    timed: tuple[Problem, ...]
+    checked: tuple[AttentionProblem, ...]
+    timed: tuple[AttentionProblem, ...]
 
 
 def _heads(heads: int, groups: int, size: int) -> DecoderConfig:
@@ -51,33 +51,36 @@ def _heads(heads: int, groups: int, size: int) -> DecoderConfig:
 _LLAMA, _GEMMA = _heads(32, 8, 128), _heads(8, 4, 256)
 _WINDOW = dataclasses.replace(_LLAMA, windows=(300,))
 _CAPPED = dataclasses.replace(_GEMMA, windows=(512,), attention_softcap=50.0)
-LARGE = Sizes(
+LARGE = AttentionSizes(
     (
-        Problem("llama", _LLAMA, 1024, "bfloat16"),
-        Problem("window", _WINDOW, 1024, "bfloat16"),
-        Problem("capped", _CAPPED, 1024, "bfloat16"),
-        Problem("smollm2", _heads(9, 3, 64), 1000, "bfloat16"),
-        Problem("llama", _LLAMA, 1024, "float16"),
-        Problem("llama", _LLAMA, 1024, "float32"),
+        AttentionProblem("llama", _LLAMA, 1024, "bfloat16"),
+        AttentionProblem("window", _WINDOW, 1024, "bfloat16"),
+        AttentionProblem("capped", _CAPPED, 1024, "bfloat16"),
+        AttentionProblem("smollm2", _heads(9, 3, 64), 1000, "bfloat16"),
+        AttentionProblem("llama", _LLAMA, 1024, "float16"),
+        AttentionProblem("llama", _LLAMA, 1024, "float32"),
     ),
-    (Problem("llama", _LLAMA, 2048, "bfloat16"), Problem("llama", _LLAMA, 8192, "bfloat16")),
+    (
+        AttentionProblem("llama", _LLAMA, 2048, "bfloat16"),
+        AttentionProblem("llama", _LLAMA, 8192, "bfloat16"),
+    ),
 )
 _TINY = _heads(2, 1, 16)
-SMALL = Sizes(
+SMALL = AttentionSizes(
     (
-        Problem("tiny", _TINY, 128, "float32"),
-        Problem(
+        AttentionProblem("tiny", _TINY, 128, "float32"),
+        AttentionProblem(
             "capped",
             dataclasses.replace(_TINY, windows=(40,), attention_softcap=1.5),
             128,
             "bfloat16",
         ),
     ),
-    (Problem("tiny", _TINY, 300, "float32"),),
+    (AttentionProblem("tiny", _TINY, 300, "float32"),),
 )
 
 
-def forms(problem: Problem) -> list[str]:
+def forms(problem: AttentionProblem) -> list[str]:
     """What computes it on this device beside all scores at once: its kernel, and blocks."""
     kernel = _HOME[choice.current_device().platform]
     _, config, length, dtype = problem
@@ -85,7 +88,7 @@ def forms(problem: Problem) -> list[str]:
     return [kernel, "blocks"] if can else ["blocks"]
 
 
-def check(problem: Problem, form: str) -> dict[str, Any]:
+def check(problem: AttentionProblem, form: str) -> dict[str, Any]:
     """Values and gradients of a form, against XLA in float32 at the highest precision."""
     interpret = choice.current_device().platform == "cpu"
     _, config, length, dtype = problem
@@ -97,7 +100,7 @@ def check(problem: Problem, form: str) -> dict[str, Any]:
     }
 
 
-def measure(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(problem: AttentionProblem, rounds: int) -> Iterator[dict[str, Any]]:
     """A row for each form: one row of tokens in one document, values and gradients.
 
     The ratio is that to all scores at once, where they fit; a form that does not fit is left out.
@@ -143,7 +146,7 @@ def measure(problem: Problem, rounds: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _total(problem: Problem, form: str) -> Any:
+def _total(problem: AttentionProblem, form: str) -> Any:
     attend = attention.of_form(form, problem.config, problem.length, None)
 
     def total(query, key, value):

@@ -34,7 +34,7 @@ from jaxdistill.safe import whole_file
 TEMPERATURES = (0.3, 0.7, 1.0, 2.0)
 
 
-class Part(NamedTuple):
+class Check(NamedTuple):
     """One thing that is found out: its name, and the function that returns the facts."""
 
     name: str
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class CheckSizes:
     """How large the problems are: a GPU's, or small ones for a CPU.
 
     Attributes:
@@ -60,11 +60,11 @@ class Sizes:
     dtypes: tuple[str, ...]
     head: tuple[tuple[int, int, int], ...]
     shapes: tuple[Shape, ...]
-    attention: attention_cases.Sizes
+    attention: attention_cases.AttentionSizes
     rounds: int
 
 
-LARGE = Sizes(
+LARGE = CheckSizes(
     (64, 100, 824, 8192),
     (640, 50_304, 151_936),
     ("bfloat16", "float32", "float16"),
@@ -76,7 +76,7 @@ LARGE = Sizes(
     attention_cases.LARGE,
     9,
 )
-SMALL = Sizes(
+SMALL = CheckSizes(
     (64, 9), (128, 93), ("float32", "bfloat16"), ((9, 93, 8),),
     (Shape("tiny", 16, 128, 8, 16, "float32"),), attention_cases.SMALL, 1,
 )  # fmt: skip
@@ -86,7 +86,7 @@ def run(
     minutes: float,
     path: pathlib.Path | None,
     notice: Callable[[str], None],
-    chosen: list[Part] | None = None,
+    chosen: list[Check] | None = None,
     clock: Callable[[], float] = time.monotonic,
     peers_python: str | None = None,
 ) -> dict[str, Any]:
@@ -154,15 +154,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parts(sizes: Sizes, peers_python: str | None = None) -> Iterator[Part]:
+def parts(sizes: CheckSizes, peers_python: str | None = None) -> Iterator[Check]:
     """Everything, what tells most first; `peers_python` as in `run`."""
     first, vocab = sizes.dtypes[0], sizes.vocabs[0]
     for dtype in sizes.dtypes:
-        yield Part(f"self-check {dtype}", functools.partial(_self_check, dtype))
+        yield Check(f"self-check {dtype}", functools.partial(_self_check, dtype))
     if choice.support(vocab - vocab % 64, first)["mosaic_gpu"].runs or _interpreter():
         for split, tokens in ((1, sizes.tokens[0]), (3, sizes.tokens[-1])):
             name = f"statistics {tokens}x{vocab} split {split}"
-            yield Part(name, functools.partial(_statistics, tokens, vocab, split))
+            yield Check(name, functools.partial(_statistics, tokens, vocab, split))
     cases = [("forward_kl", first, n, v) for n in sizes.tokens for v in sizes.vocabs]
     cases += [(kind, first, sizes.tokens[0], vocab) for kind in rows.KINDS]
     cases += [("forward_kl", dtype, sizes.tokens[:2][-1], vocab) for dtype in sizes.dtypes]
@@ -176,23 +176,23 @@ def parts(sizes: Sizes, peers_python: str | None = None) -> Iterator[Part]:
             "taid": (0.4, True),
         }.items():
             name = f"linear_divergence {tokens}x{vocab} {name}"
-            yield Part(name, functools.partial(_head, tokens, vocab, width, *given))
+            yield Check(name, functools.partial(_head, tokens, vocab, width, *given))
         name = f"linear_logprobs {tokens}x{vocab}"
-        yield Part(name, functools.partial(_logprobs, tokens, vocab, width))
+        yield Check(name, functools.partial(_logprobs, tokens, vocab, width))
     for problem in sizes.attention.checked:
         for form in attention_cases.forms(problem):
             name = f"attention {form} {problem.label}"
-            yield Part(name, functools.partial(attention_cases.check, problem, form))
-    yield Part(f"end to end {first}", functools.partial(end_to_end.run, first))
+            yield Check(name, functools.partial(attention_cases.check, problem, form))
+    yield Check(f"end to end {first}", functools.partial(end_to_end.run, first))
     for shape, kind in itertools.product(sizes.shapes, ("loss", "kernels")):
         name = f"time {kind} {label(shape)}"
-        yield Part(name, functools.partial(_time, kind, shape, sizes.rounds))
+        yield Check(name, functools.partial(_time, kind, shape, sizes.rounds))
     for shape in sizes.shapes:
         name = f"time beside Liger {label(shape)}"
-        yield Part(name, functools.partial(liger.run, shape, sizes.rounds, peers_python))
+        yield Check(name, functools.partial(liger.run, shape, sizes.rounds, peers_python))
     for problem in sizes.attention.timed:
         name = f"time attention {problem.label}"
-        yield Part(name, functools.partial(_time_attention, problem, sizes.rounds))
+        yield Check(name, functools.partial(_time_attention, problem, sizes.rounds))
     if sizes is not SMALL:
         yield from map(_dense_part, [case for case in rest if case not in seen])
 
@@ -242,9 +242,9 @@ def _statistics(tokens: int, vocab: int, split: int) -> dict[str, Any]:
     return {"ok": worst < 1e-5, "error": worst}
 
 
-def _dense_part(case: tuple[str, str, int, int]) -> Part:
+def _dense_part(case: tuple[str, str, int, int]) -> Check:
     kind, dtype, tokens, vocab = case
-    return Part(f"{kind} {dtype} {tokens}x{vocab}", functools.partial(_dense, *case))
+    return Check(f"{kind} {dtype} {tokens}x{vocab}", functools.partial(_dense, *case))
 
 
 def _dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def _time(kind: str, shape: Shape, rounds: int) -> dict[str, Any]:
     return {"ok": True, "rows": list(timed.measure(kind, shape, rounds, choice.current_device()))}
 
 
-def _time_attention(problem: attention_cases.Problem, rounds: int) -> dict[str, Any]:
+def _time_attention(problem: attention_cases.AttentionProblem, rounds: int) -> dict[str, Any]:
     return {"ok": True, "rows": list(attention_cases.measure(problem, rounds))}
 
 

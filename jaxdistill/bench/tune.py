@@ -28,7 +28,7 @@ from jaxdistill.ranges import ENTRIES
 TAID = "taid"  # named among kinds: forward_kl to TAID's mixture
 
 
-class Problem(NamedTuple):
+class TuningProblem(NamedTuple):
     """One kernel that some call runs.
 
     Attributes:
@@ -85,7 +85,7 @@ def tune(
     return best
 
 
-def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator[Problem]:
+def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator[TuningProblem]:
     """What the losses of a shape look up: of given logits, and of a head on one device.
 
     The head loss runs with and without its metrics, with labels and without, at a temperature that
@@ -97,8 +97,8 @@ def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator
     """
     padded = shape.vocab + -shape.vocab % 64
     chunk = lambda dtype: chunk_size(shape.tokens, padded, "gpu", jnp.dtype(dtype).itemsize)
-    head = functools.partial(Problem, chunk(shape.dtype), padded, shape.dtype)
-    given = functools.partial(Problem, shape.tokens, shape.vocab, shape.dtype)
+    head = functools.partial(TuningProblem, chunk(shape.dtype), padded, shape.dtype)
+    given = functools.partial(TuningProblem, shape.tokens, shape.vocab, shape.dtype)
     for kind, labels, at_one in itertools.product(kinds, (True, False), (True, False)):
         mixed = kind == TAID
         if mixed and not at_one:
@@ -117,7 +117,7 @@ def problems(shape: Shape, kinds: tuple[str, ...] = ("forward_kl",)) -> Iterator
             loss, metrics = alone.loss_statistics(), alone.metric_statistics()
             for names in (loss, metrics, (*loss, *metrics)):
                 yield head(Work(_measured(alone, names), 1))
-    yield Problem(chunk("float32"), padded, "float32", Work(("sum_s", "self_s", LEAD), 1))
+    yield TuningProblem(chunk("float32"), padded, "float32", Work(("sum_s", "self_s", LEAD), 1))
 
 
 def _measured(rows: TokenRows, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ def _known(labels: bool, at_one: bool) -> SparseRows:
     )  # fmt: skip
 
 
-def candidates(problem: Problem, device: choice.Device) -> list[tiling.Tiling]:
+def candidates(problem: TuningProblem, device: choice.Device) -> list[tiling.Tiling]:
     """The heuristic's tiling and its neighbours, a dozen."""
     sizes = (problem.tokens, problem.vocab, problem.dtype, device.kind)
     first = tiling.heuristic(*sizes, problem.work)
@@ -162,7 +162,7 @@ def candidates(problem: Problem, device: choice.Device) -> list[tiling.Tiling]:
     return list(dict.fromkeys([first, *neighbours]))
 
 
-def _best(problem: Problem, rounds: int, device: choice.Device) -> tiling.Tiling:
+def _best(problem: TuningProblem, rounds: int, device: choice.Device) -> tiling.Tiling:
     from jaxdistill.kernels import mosaic_gpu
 
     work = problem.work

@@ -27,7 +27,7 @@ _CHOICES = {"source", "from", "random", "api", "self"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Place:
+class FilePosition:
     """Where something stands: how many bases down its file is, then line and column from 1."""
 
     depth: int
@@ -47,8 +47,8 @@ class Source:
     """
 
     value: Any
-    places: dict[Path, Place]
-    faults: list[tuple[Place, str]]
+    places: dict[Path, FilePosition]
+    faults: list[tuple[FilePosition, str]]
     incomplete: bool = False
 
 
@@ -91,7 +91,7 @@ def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] 
       above: the files that extend this one, outermost first.
     """
     document = syntax.parse(text)
-    place = lambda line, column: Place(len(above), line, column, name)
+    place = lambda line, column: FilePosition(len(above), line, column, name)
     places = {path: place(*mark) for path, mark in document.marks.items()}
     faults = [(place(f.line, f.column), f.message) for f in document.faults]
     source = Source(document.value, places, faults)
@@ -103,7 +103,7 @@ def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] 
             source.faults.append((where, f"{KEY} = {shown(wanted)}: {error}"))
             source.incomplete = True
         else:
-            merged: dict[Path, Place] = {(): places[()]}
+            merged: dict[Path, FilePosition] = {(): places[()]}
             source.value = _merge(base.value, source.value, (), base.places, places, merged)
             source.places = merged
             source.faults += base.faults

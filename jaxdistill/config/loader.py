@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from jaxdistill.config import inherit, keys, syntax
-from jaxdistill.config.inherit import Place, read
+from jaxdistill.config.inherit import FilePosition, read
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.config.written import Written
@@ -87,17 +87,17 @@ class _Report:
     """Collects messages, each with the place in a file or the override it is about."""
 
     name: str
-    places: dict[Path, Place]
+    places: dict[Path, FilePosition]
     schema: type[Section]
     sources: dict[Path, str] = dataclasses.field(default_factory=dict)
     lines: list[tuple[tuple, str]] = dataclasses.field(default_factory=list)
 
     @property
-    def start(self) -> Place:
+    def start(self) -> FilePosition:
         """The beginning of the file."""
-        return Place(0, 1, 1, self.name)
+        return FilePosition(0, 1, 1, self.name)
 
-    def at(self, place: Place, message: str) -> None:
+    def at(self, place: FilePosition, message: str) -> None:
         self.lines.append(((0, place), f"{place}: {message}"))
 
     def override(self, override: str, message: str) -> None:

@@ -24,7 +24,7 @@ DATE = datetime.datetime(2024, 7, 26)
 GENERATION_STARTS, GENERATION_ENDS = "\ue002", "\ue003"
 
 
-class TooLong(Exception):
+class RenderTooLong(Exception):
     """The template printed more than is allowed."""
 
 
@@ -61,7 +61,7 @@ def render(
     """The conversation as one string, generation marks included.
 
     Raises:
-      TooLong: if it has more than `limit` characters.
+      RenderTooLong: if it has more than `limit` characters.
       Exception: whatever the template trips over.
     """
     parts, size = [], 0
@@ -75,7 +75,9 @@ def render(
         parts.append(part)
         size += len(part)
         if size > limit:
-            raise TooLong(f"printed {size} characters and did not end: at most {limit} are allowed")
+            raise RenderTooLong(
+                f"printed {size} characters and did not end: at most {limit} are allowed"
+            )
     return "".join(parts)
 
 

@@ -105,7 +105,7 @@ def _check(path: Path, metadata: Any, columns: Collection[str]) -> int:
     return batch
 
 
-def _pages(path: Path, chunk: Any) -> list[parquet_pages.Page]:
+def _pages(path: Path, chunk: Any) -> list[parquet_pages.PageHeader]:
     try:
         begin, size = parquet_pages.start_of(chunk), chunk.total_compressed_size
         return list(itertools.islice(parquet_pages.pages(path, begin, size), MAX_VALUES))

@@ -9,7 +9,7 @@ _DEPTH = 8  # of structs within structs
 _COUNTED = (5, 7, 8)  # headers of data pages, of dictionaries, and of data pages in version 2
 
 
-class Page(NamedTuple):
+class PageHeader(NamedTuple):
     """What a page says of itself.
 
     Attributes:
@@ -21,7 +21,7 @@ class Page(NamedTuple):
     values: int
 
 
-def pages(path: Path, start: int, size: int) -> Iterator[Page]:
+def pages(path: Path, start: int, size: int) -> Iterator[PageHeader]:
     """The pages of a column of a row group, none of them decompressed.
 
     Args:
@@ -39,7 +39,7 @@ def pages(path: Path, start: int, size: int) -> Iterator[Page]:
             header = _Thrift(file.read(min(_HEADER, end - at)))
             try:
                 told = header.struct()
-                page = Page(told[2], sum(told[one][1] for one in _COUNTED if one in told))
+                page = PageHeader(told[2], sum(told[one][1] for one in _COUNTED if one in told))
                 compressed = told[3]
             except (IndexError, KeyError, TypeError) as error:
                 raise ValueError(f"the header of a page at byte {at} is damaged") from error

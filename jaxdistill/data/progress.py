@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Progress:
+class BuildProgress:
     """What a build knows of the records behind it, beside what is in its files.
 
     Attributes:
@@ -95,7 +95,9 @@ def _array(folder: Path, part: str) -> Path:
     return folder / f"{part}.npy"
 
 
-def begin(folder: Path, identity: str, parts: Mapping[str, store.Spec]) -> tuple[Progress, Files]:
+def begin(
+    folder: Path, identity: str, parts: Mapping[str, store.Spec]
+) -> tuple[BuildProgress, Files]:
     """Where a killed build of the same data was, and its files; or the beginning.
 
     Args:
@@ -114,10 +116,10 @@ def begin(folder: Path, identity: str, parts: Mapping[str, store.Spec]) -> tuple
             _log.info("what a killed build left cannot be resumed: begun anew")
             shutil.rmtree(folder)
             folder.mkdir()
-    return Progress(), Files(folder, parts, {})
+    return BuildProgress(), Files(folder, parts, {})
 
 
-def write(folder: Path, identity: str, progress: Progress, files: Files) -> None:
+def write(folder: Path, identity: str, progress: BuildProgress, files: Files) -> None:
     """Notes how far a build is; what it has written is the system's already.
 
     Not forced to the disk, which would cost more than the note saves: where a power cut keeps the
@@ -141,7 +143,7 @@ def write(folder: Path, identity: str, progress: Progress, files: Files) -> None
 
 def _read(
     folder: Path, identity: str, parts: Mapping[str, store.Spec]
-) -> tuple[Progress, dict[str, store.Mark]] | None:
+) -> tuple[BuildProgress, dict[str, store.Mark]] | None:
     """What a killed build noted, if it was of this data and its files hold it; or None."""
     try:
         note = json_file.read(folder / FILE, {"crc32": int, "content": dict})
@@ -166,4 +168,4 @@ def _read(
     facts["first"] = tuple(facts["first"])
     facts["unread"] = set(facts["unread"])
     facts["tally"] = Tally.from_json(facts["tally"])
-    return Progress(**facts), marks
+    return BuildProgress(**facts), marks

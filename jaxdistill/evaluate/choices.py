@@ -13,7 +13,7 @@ from jaxdistill.safe import json_file
 LETTERS = "ABCDEFGHIJ"
 
 
-class Question(NamedTuple):
+class ChoiceQuestion(NamedTuple):
     """A prompt, answers that may follow it, and the index of the right one."""
 
     prompt: str
@@ -21,7 +21,7 @@ class Question(NamedTuple):
     answer: int
 
 
-def read(path: str | os.PathLike, limit: int | None = None) -> list[Question]:
+def read(path: str | os.PathLike, limit: int | None = None) -> list[ChoiceQuestion]:
     """Questions of a JSONL file.
 
     A line holds `prompt` (or `question`), `choices` and `answer` (an index), or, as AQuA has them,
@@ -30,7 +30,7 @@ def read(path: str | os.PathLike, limit: int | None = None) -> list[Question]:
     Raises:
       DataError: with file and line of what cannot be used.
     """
-    questions: list[Question] = []
+    questions: list[ChoiceQuestion] = []
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -43,7 +43,7 @@ def read(path: str | os.PathLike, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, where: str) -> ChoiceQuestion:
     try:
         raw = json_file.parse(line)
         prompt = raw["prompt"] if "prompt" in raw else f"Question: {raw['question']}\nAnswer: "
@@ -54,7 +54,7 @@ def _question(line: str, where: str) -> Question:
             answer = LETTERS.index(raw["correct"])
         good = len(choices) > 1 and all(isinstance(one, str) and one for one in choices)
         if good and prompt != "" and choices[answer] != "" and answer >= 0:
-            return Question(prompt, tuple(choices), answer)
+            return ChoiceQuestion(prompt, tuple(choices), answer)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         pass
     raise DataError(
@@ -62,7 +62,7 @@ def _question(line: str, where: str) -> Question:
     )
 
 
-def from_texts(texts: Sequence[str], count: int, seed: int = 0) -> list[Question]:
+def from_texts(texts: Sequence[str], count: int, seed: int = 0) -> list[ChoiceQuestion]:
     """Which of four continuations is the text's own: a set built from any texts.
 
     The three others are pieces of other texts, as long and cut at a space too.
@@ -85,12 +85,12 @@ def from_texts(texts: Sequence[str], count: int, seed: int = 0) -> list[Question
         others = draw.sample([p[1] for j, p in enumerate(pieces) if j != i], 3)
         answer = draw.randrange(4)
         choices = others[:answer] + [right] + others[answer:]
-        questions.append(Question(prompt, tuple(choices), answer))
+        questions.append(ChoiceQuestion(prompt, tuple(choices), answer))
     return questions
 
 
 def accuracy(
-    model: Model, questions: Sequence[Question], *, vocab: int, batch_size: int = 8
+    model: Model, questions: Sequence[ChoiceQuestion], *, vocab: int, batch_size: int = 8
 ) -> dict[str, float]:
     """How often the right answer is the most likely, in all or per byte.
 

@@ -113,7 +113,7 @@ class _TestSet:
         self.text_bytes = self.rows.text_bytes(tokenizer)
         self.questions = self._questions()
 
-    def _questions(self) -> list[choices.Question]:
+    def _questions(self) -> list[choices.ChoiceQuestion]:
         wanted, most = self.options.questions, self.options.max_questions
         if wanted is None:
             return []

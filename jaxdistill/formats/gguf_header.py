@@ -19,7 +19,7 @@ _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<
 _STRING, _ARRAY = 8, 9
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where one tensor lies: shape as [out, in], quantisation type, first byte, bytes per row."""
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Header(NamedTuple):
     """What a GGUF file says about itself."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, Place]
+    tensors: dict[str, TensorPlace]
 
 
 def read_header(path: pathlib.Path) -> Header:
@@ -88,7 +88,7 @@ def _parse(cursor: "_Cursor", tensors: int, entries: int, gguf) -> Header:
                 f"tensor {name[:80]} of {list(dims)} is empty, broken within a block, or reaches "
                 "past the end of the file"
             )
-        places[name] = Place(dims[::-1], kind.name, start, row_bytes)
+        places[name] = TensorPlace(dims[::-1], kind.name, start, row_bytes)
     _check_apart(places)
     return Header(metadata, places)
 
@@ -101,7 +101,7 @@ def _aligned(place: int, alignment: Any) -> int:
     return -(-place // alignment) * alignment
 
 
-def _check_apart(places: dict[str, Place]) -> None:
+def _check_apart(places: dict[str, TensorPlace]) -> None:
     """No two tensors share bytes: a small file could otherwise claim any amount of memory."""
     end, before = 0, ""
     for name, place in sorted(places.items(), key=lambda item: item[1].start):

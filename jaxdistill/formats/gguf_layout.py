@@ -12,7 +12,7 @@ from jaxdistill.formats.tensor_table import expected_tensors
 from jaxdistill.models.architecture import DecoderConfig
 
 
-class Layout(NamedTuple):
+class GgufLayout(NamedTuple):
     """What of one family is otherwise in a GGUF file than in a folder.
 
     Attributes:
@@ -63,41 +63,41 @@ _CAPS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 # What llama.cpp has no key for is found by reading back what would be written.
-LAYOUTS: Mapping[str, Layout] = {
-    "llama": Layout("llama", pairs=True),
-    "mistral": Layout("llama", pairs=True, settings=_WINDOW),
-    "mixtral": Layout("llama", pairs=True, settings=_ROUTED),
-    "qwen2": Layout("qwen2"),
-    "qwen3": Layout("qwen3"),
-    "qwen3_moe": Layout(
+LAYOUTS: Mapping[str, GgufLayout] = {
+    "llama": GgufLayout("llama", pairs=True),
+    "mistral": GgufLayout("llama", pairs=True, settings=_WINDOW),
+    "mixtral": GgufLayout("llama", pairs=True, settings=_ROUTED),
+    "qwen2": GgufLayout("qwen2"),
+    "qwen3": GgufLayout("qwen3"),
+    "qwen3_moe": GgufLayout(
         "qwen3moe",
         settings={**_ROUTED, "intermediate_size": "expert_feed_forward_length"},
         fixed={"norm_topk_prob": True},
     ),
-    "gemma": Layout("gemma", offset_norms=True),
-    "gemma2": Layout(
+    "gemma": GgufLayout("gemma", offset_norms=True),
+    "gemma2": GgufLayout(
         "gemma2",
         offset_norms=True,
         settings={**_WINDOW, **_CAPS},
         fixed={"sliding_window_pattern": 2},
         special=46,
     ),
-    "gemma3_text": Layout(
+    "gemma3_text": GgufLayout(
         "gemma3",
         offset_norms=True,
         settings=_WINDOW,
         fixed={"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0},
         special=62,
     ),
-    "olmo2": Layout("olmo2"),
-    "olmo3": Layout("olmo2", settings=_WINDOW, fixed={"sliding_window_pattern": 4}),
-    "smollm3": Layout("smollm3", pairs=True, fixed={"no_rope_layer_interval": 4}),
-    "granite": Layout("granite", pairs=True, settings=_SCALES),
-    "arcee": Layout("arcee", pairs=True),
-    "glm4": Layout("glm4", partial=True),
-    "phi3": Layout("phi3", partial=True),
-    "gpt2": Layout("gpt2", transposed=True, epsilon="attention.layer_norm_epsilon"),
-    "gpt_neox": Layout(
+    "olmo2": GgufLayout("olmo2"),
+    "olmo3": GgufLayout("olmo2", settings=_WINDOW, fixed={"sliding_window_pattern": 4}),
+    "smollm3": GgufLayout("smollm3", pairs=True, fixed={"no_rope_layer_interval": 4}),
+    "granite": GgufLayout("granite", pairs=True, settings=_SCALES),
+    "arcee": GgufLayout("arcee", pairs=True),
+    "glm4": GgufLayout("glm4", partial=True),
+    "phi3": GgufLayout("phi3", partial=True),
+    "gpt2": GgufLayout("gpt2", transposed=True, epsilon="attention.layer_norm_epsilon"),
+    "gpt_neox": GgufLayout(
         "gptneox",
         partial=True,
         by_part=True,
@@ -153,7 +153,7 @@ def _keys(family: str) -> dict[str, str]:
     return {word: key for word, key in keys.items() if word not in absent}
 
 
-def _scalar(layout: Layout, setting: Any) -> Any:
+def _scalar(layout: GgufLayout, setting: Any) -> Any:
     embed, heads = setting("embedding_length"), setting("attention.head_count")
     if setting("block_count") == layout.special and embed and heads:
         return embed // heads
@@ -169,7 +169,7 @@ def settings_of(family: str, words: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def name_of(layout: Layout, layers: int, name: str) -> str:
+def name_of(layout: GgufLayout, layers: int, name: str) -> str:
     """llama.cpp's name of a folder's tensor, experts of a layer under one; by its own table.
 
     Raises:
@@ -208,7 +208,7 @@ def file_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def turned_over(layout: Layout, name: str, shape: tuple[int, ...]) -> bool:
+def turned_over(layout: GgufLayout, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a folder's tensor is a kernel whose dims stand the other way round in the file."""
     return layout.transposed and len(shape) == 2 and any(part.isdigit() for part in name.split("."))
 

@@ -19,7 +19,7 @@ BATCH = ("data", "fsdp")  # the axes of the mesh that share the rows of a batch
 _ROW_NUMBERS = 2**24  # of both models' rows that exist at one time, where no chunk is given
 
 
-class Side(NamedTuple):
+class ChunkSide(NamedTuple):
     """One model at the last token of every chunk.
 
         log q(v at the last place, the chunk's earlier tokens before it) = scale + log_softmax(row)
@@ -49,7 +49,7 @@ class Side(NamedTuple):
         return jax.nn.log_softmax(logits, axis=-1) + scale[..., None]
 
 
-def _student(head: Head, outputs: Outputs, batch: Batch) -> tuple[Side, Mean]:
+def _student(head: Head, outputs: Outputs, batch: Batch) -> tuple[ChunkSide, Mean]:
     """The student, and the cross-entropy of all that its loss counts."""
     assert batch.groups is not None, "the method has a second view"
     side, picked = _side(
@@ -59,7 +59,7 @@ def _student(head: Head, outputs: Outputs, batch: Batch) -> tuple[Side, Mean]:
     return side, Mean(total, jnp.sum(batch.mask.astype(jnp.float32)))
 
 
-def _teacher(head: Head, vocab: int, outputs: Outputs, batch: Batch) -> Side:
+def _teacher(head: Head, vocab: int, outputs: Outputs, batch: Batch) -> ChunkSide:
     """The teacher, in its own tokens; `vocab` are the rows of its head that are tokens."""
     view = batch.second
     groups, nothing = view["groups"], jnp.zeros(view["groups"].shape, bool)
@@ -75,7 +75,7 @@ def _side(
     groups: Array,
     mask: Array,
     count: int,
-) -> tuple[Side, Array]:
+) -> tuple[ChunkSide, Array]:
     """One model, and log q of each target [B, L]; 0 where nothing is asked."""
     rows, bias = outputs.head[:vocab], outputs.head_bias
     bias = None if bias is None else bias[:vocab]
@@ -90,7 +90,7 @@ def _side(
     # Rows are sorted and taken apart: on a mesh each device has whole ones, of its own texts.
     every = _placed(outputs.hidden, BATCH)
     hidden = jax.vmap(lambda row, at: row[at])(every, where)
-    return Side(hidden, rows, bias, outputs.softcap, scale), said.logprobs
+    return ChunkSide(hidden, rows, bias, outputs.softcap, scale), said.logprobs
 
 
 def _placed(values: Array, *dims: Any) -> Array:
@@ -131,8 +131,8 @@ def compared(
 
 def summed(
     loss: Callable[[Array, Array], Array],
-    student: Side,
-    teacher: Side,
+    student: ChunkSide,
+    teacher: ChunkSide,
     counted: Array,
     chunk: int | None,
 ) -> Array:
@@ -140,7 +140,7 @@ def summed(
 
     Args:
       loss: (log-probabilities of the student [B, c, V], the teacher's [B, c, W]) -> [B, c].
-      student: see `Side`.
+      student: see `ChunkSide`.
       teacher: a constant.
       counted: bool [B, C].
       chunk: how many chunks' rows of each model exist at a time; None chooses.
@@ -157,7 +157,7 @@ def summed(
         return values.reshape(rows, parts, few, *values.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def of_part(sides: tuple[Side, Side], part: Any) -> Array:
+    def of_part(sides: tuple[ChunkSide, ChunkSide], part: Any) -> Array:
         (ours, our_scale), (theirs, their_scale), here = part
         q = sides[0].rows(ours, our_scale)
         p = jax.lax.stop_gradient(sides[1].rows(theirs, their_scale))

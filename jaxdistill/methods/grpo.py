@@ -136,9 +136,9 @@ def objective(
     Reference: Shao et al. 2024, arXiv 2402.03300; `losses.policy_loss` has the formula of L_policy,
     `losses.sampler_weights` that of the correction, each with its source.
     """
-    from jaxdistill.methods.grpo_terms import Terms
+    from jaxdistill.methods.grpo_terms import PolicyTerms
 
-    terms = Terms(
+    terms = PolicyTerms(
         policy, max_length, correction, correction_bound, divergence, only_wrong,
         start_weight, estimator, head,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from jaxdistill.types import Mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Terms:
+class PolicyTerms:
     """The terms of one objective; the fields are the arguments of `objective`."""
 
     policy: Any

@@ -130,7 +130,9 @@ def _in_blocks(config: DecoderConfig, length: int) -> Callable[..., Array]:
     kinds, number = _window_kinds(config, length)
     scale, cap = score_scale(config), config.attention_softcap
     branches = [
-        functools.partial(attention_blocks.attention, attention_blocks.Static(scale, cap, window))
+        functools.partial(
+            attention_blocks.attention, attention_blocks.BlockSettings(scale, cap, window)
+        )
         for window in kinds
     ]
 

@@ -24,7 +24,7 @@ BLOCK = 256
 _LOWEST = -0.7 * float(np.finfo(np.float32).max)  # finite: a maximum of masked scores is subtracted
 
 
-class Static(NamedTuple):
+class BlockSettings(NamedTuple):
     """What is known when the program is made.
 
     Attributes:
@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
 
 
 def attention(
-    static: Static, query_BLHE: Array, key_BLGE: Array, value_BLGE: Array, segments_BL: Array
+    static: BlockSettings, query_BLHE: Array, key_BLGE: Array, value_BLGE: Array, segments_BL: Array
 ) -> Array:
     """Mixed values [B, L, H, E] of queries that see earlier tokens of their segment and window.
 
@@ -104,7 +104,9 @@ def pairs(blocks: int, block: int, window: int) -> np.ndarray:
     return np.asarray(seen, np.int32)
 
 
-def _scores(static: Static, query, key, segments_q, segments_k, distance) -> tuple[Array, Array]:
+def _scores(
+    static: BlockSettings, query, key, segments_q, segments_k, distance
+) -> tuple[Array, Array]:
     """(capped scores, whether they count), float32 and bool [B, G, R, C, C].
 
     `distance` is by how many tokens the block of queries begins behind that of keys.
@@ -127,11 +129,11 @@ def _put(array: Array, new: Array, number: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, blocks: Blocks) -> Array:
+def _attend(static: BlockSettings, blocks: Blocks) -> Array:
     return _forward(static, blocks)[0]
 
 
-def _forward(static: Static, blocks: Blocks) -> tuple[Array, Array]:
+def _forward(static: BlockSettings, blocks: Blocks) -> tuple[Array, Array]:
     """(mixed values [n, B, G, R, C, E], log-sum-exp of the scores [n, B, G, R, C])."""
     shape = blocks.query.shape
     start = (
@@ -165,17 +167,17 @@ def _forward(static: Static, blocks: Blocks) -> tuple[Array, Array]:
     return mixed, highest + jnp.log(total)
 
 
-def _pair_list(static: Static, blocks: int) -> tuple[Array, Array]:
+def _pair_list(static: BlockSettings, blocks: int) -> tuple[Array, Array]:
     found = pairs(blocks, static.block, static.window)
     return jnp.asarray(found[:, 0]), jnp.asarray(found[:, 1])
 
 
-def _attend_fwd(static: Static, blocks: Blocks):
+def _attend_fwd(static: BlockSettings, blocks: Blocks):
     mixed, lse = _forward(static, blocks)
     return mixed, (blocks, mixed, lse)
 
 
-def _attend_bwd(static: Static, kept: Any, slope: Array):
+def _attend_bwd(static: BlockSettings, kept: Any, slope: Array):
     blocks, mixed, lse = kept
     wide = jnp.float32
     inner = jnp.sum(slope.astype(wide) * mixed.astype(wide), axis=-1)  # [n, B, G, R, C]
@@ -211,7 +213,7 @@ def _attend_bwd(static: Static, kept: Any, slope: Array):
 
 
 def by_pair(
-    static: Static, query, key, value, segments_q, segments_k, distance, slope, lse, inner
+    static: BlockSettings, query, key, value, segments_q, segments_k, distance, slope, lse, inner
 ) -> tuple[Array, Array, Array]:
     """What a block of queries and one of keys add to the gradients of query, key and value.
 

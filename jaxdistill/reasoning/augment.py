@@ -25,7 +25,7 @@ from jaxdistill.reasoning import asking
 from jaxdistill.reasoning.asking import Job, Respondent, SamplingParams
 from jaxdistill.reasoning.duplicates import Sieve
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store, write_records
+from jaxdistill.reasoning.store import AnswerStore, write_records
 from jaxdistill.safe import whole_file
 
 KINDS = ("paraphrase", "continuation", "question", "magpie")
@@ -153,7 +153,7 @@ class Augmenter:
     def __init__(
         self,
         seeds: Sequence[Seed],
-        store: Store,
+        store: AnswerStore,
         open: Open,
         sampling: SamplingParams,
         candidates: Mapping[str, int],
@@ -323,7 +323,7 @@ def record_of(one: Candidate, teacher: str) -> dict[str, Any]:
 
 
 def finish(
-    store: Store,
+    store: AnswerStore,
     made: Sequence[Candidate],
     dropped: Mapping[str, Mapping[str, int]],
     failed: Mapping[str, int],

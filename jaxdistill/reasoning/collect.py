@@ -12,7 +12,7 @@ from jaxdistill.reasoning import asking, auto_cot, extract, prompts, rationales
 from jaxdistill.reasoning.asking import Job, Reply, Respondent, SamplingParams
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store, write_records, writing
+from jaxdistill.reasoning.store import AnswerStore, write_records, writing
 from jaxdistill.reasoning.tasks import Item, Task
 from jaxdistill.safe import whole_file
 from jaxdistill.safe.redact import redacted
@@ -23,7 +23,7 @@ _REASONS = 5  # in a message: a reason that names a length may differ for every 
 Open = Callable[[list[str], int], Respondent]
 
 
-def check_questions(task: Task, store: Store) -> None:
+def check_questions(task: Task, store: AnswerStore) -> None:
     """Refuses a store that holds answers to another question of the same id.
 
     Raises:
@@ -49,7 +49,7 @@ class Collector:
         where the teacher makes its own worked examples first.
     """
 
-    def __init__(self, task: Task, store: Store, open: Open):
+    def __init__(self, task: Task, store: AnswerStore, open: Open):
         self._task, self._store, self._open = task, store, open
         self._respondent: Respondent | None = None
         self._before: dict[str, float] = {}  # spent by teachers that were opened earlier
@@ -209,7 +209,7 @@ def _most_frequent(reasons: Mapping[str, int]) -> str:
 
 
 def finish(
-    store: Store,
+    store: AnswerStore,
     samples: Sequence[Sample],
     failed: Mapping[str, int],
     spent: Mapping[str, float],

@@ -32,7 +32,7 @@ _RATE = "jaxdistill.reasoning.scorers:rate"
 _MATH = "jaxdistill.reasoning.math_judge:judge"
 
 
-class Part(NamedTuple):
+class WeightedVerifier(NamedTuple):
     """One verifier of a reward.
 
     Attributes:
@@ -77,7 +77,8 @@ class Verdict(NamedTuple):
 class Judges:
     """A pool of processes that judge answers.
 
-        with Judges([Part("number"), Part("format", 0.1)], workers=2, seconds=5.0) as judges:
+        parts = [WeightedVerifier("number"), WeightedVerifier("format", 0.1)]
+        with Judges(parts, workers=2, seconds=5.0) as judges:
             judges([Question("1 + 1 = ", "2", {"answer": "2"})])[0].reward       # 1.0
 
     The processes are made when they are first needed, and there are never more than `workers` for
@@ -99,7 +100,7 @@ class Judges:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[WeightedVerifier],
         *,
         workers: int = 2,
         seconds: float = 5.0,
@@ -138,7 +139,7 @@ class Judges:
         count = len(self._parts)
         return [self._sum(said[i * count : (i + 1) * count]) for i in range(len(questions))]
 
-    def _ask(self, part: Part, question: Question) -> float | str:
+    def _ask(self, part: WeightedVerifier, question: Question) -> float | str:
         """A number of a process, or one of REASONS."""
         idle = self._idle[_home(part.name)]
         process = idle.get()
@@ -147,7 +148,7 @@ class Judges:
         finally:
             idle.put(process)
 
-    def _call(self, part: Part, question: Question) -> float | str:
+    def _call(self, part: WeightedVerifier, question: Question) -> float | str:
         """A number of a function, or one of REASONS."""
         ending = deadline.possible()
         wait = self._seconds + (_TO_END if ending else 0.0)
@@ -204,7 +205,7 @@ def _of_function(function: Function, question: Question) -> float | str:
     return SILENT if value is None else _checked(value)
 
 
-def _of_process(process: Guarded, part: Part, question: Question) -> float | str:
+def _of_process(process: Guarded, part: WeightedVerifier, question: Question) -> float | str:
     """What a scorer in a process says, or one of REASONS."""
     gold = question.record.get("answer")
     if gold is None and part.name not in scorers.NEED_NO_ANSWER:
@@ -237,7 +238,7 @@ def _home(name: str) -> str:
     return _MATH if name == scorers.MATH else _RATE
 
 
-def check(part: Part, functions: Mapping[str, Any]) -> None:
+def check(part: WeightedVerifier, functions: Mapping[str, Any]) -> None:
     """Refuses a verifier that does not exist, or cannot work.
 
     Raises:

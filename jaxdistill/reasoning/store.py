@@ -24,7 +24,7 @@ _SHAPE: json_file.Shape = {
 }
 
 
-class Store:
+class AnswerStore:
     """The samples of one configuration on disk. One process at a time writes a folder.
 
     samples.jsonl    one sample a line
@@ -156,7 +156,7 @@ class Store:
         """Ends writing."""
         self._file.close()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "AnswerStore":
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -20,7 +20,7 @@ UNITS = ("ignore", "match")
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What a verifier says.
 
     Attributes:
@@ -32,7 +32,7 @@ class Verdict:
     correct: bool
 
 
-Verifier = Callable[[str, str], Verdict]
+Verifier = Callable[[str, str], Finding]
 
 
 def exact(kind: str = "text", *, choices: str = "ABCDE") -> Verifier:
@@ -48,10 +48,10 @@ def exact(kind: str = "text", *, choices: str = "ABCDE") -> Verifier:
     if kind not in extract.KINDS:
         raise ConfigError(f"answer kind {kind!r}: is not one of {', '.join(extract.KINDS)}")
 
-    def verify(completion: str, gold: str) -> Verdict:
+    def verify(completion: str, gold: str) -> Finding:
         answer = extract.canonical(extract.answer(completion, kind, choices=choices), kind)
         wanted = extract.canonical(gold, kind)
-        return Verdict(answer, answer is not None and answer == wanted)
+        return Finding(answer, answer is not None and answer == wanted)
 
     return verify
 
@@ -79,16 +79,16 @@ def numeric(*, rel: float = 1e-6, abs_: float = 1e-6, units: str = "ignore") -> 
             f"units one of {', '.join(UNITS)}"
         )
 
-    def verify(completion: str, gold: str) -> Verdict:
+    def verify(completion: str, gold: str) -> Finding:
         wanted, wanted_unit = quantity(gold)
         if wanted is None:
             raise ConfigError(f"gold answer {gold[:60]!r}: is not a number")
         answer, unit = quantity(_numeric_text(completion))
         if answer is None:
-            return Verdict(None, False)
+            return Finding(None, False)
         near = abs(answer - wanted) <= max(rel * abs(wanted), abs_)
         same = units == "ignore" or not wanted_unit or unit == wanted_unit
-        return Verdict(str(answer), bool(near and same))
+        return Finding(str(answer), bool(near and same))
 
     return verify
 
@@ -141,13 +141,13 @@ def regex(pattern: str, *, seconds: float = 1.0) -> Verifier:
         raise ConfigError(f"regex {pattern!r}: {error}") from error
     find = Guarded("jaxdistill.reasoning.verifiers:search", seconds=seconds)
 
-    def verify(completion: str, gold: str) -> Verdict:
+    def verify(completion: str, gold: str) -> Finding:
         try:
             answer = find(pattern, completion[-extract.LONGEST :])
         except TimedOut:
             answer = None
         answer = extract.canonical(answer, "text")
-        return Verdict(answer, answer is not None and answer == extract.canonical(gold, "text"))
+        return Finding(answer, answer is not None and answer == extract.canonical(gold, "text"))
 
     return verify
 
@@ -175,13 +175,13 @@ def math(*, seconds: float = 5.0) -> Verifier:
         )
     judge = Guarded("jaxdistill.reasoning.math_judge:judge", seconds=seconds)
 
-    def verify(completion: str, gold: str) -> Verdict:
+    def verify(completion: str, gold: str) -> Finding:
         text = extract.without_thinking(completion)[-extract.LONGEST :]
         try:
             answer, correct = judge(text, gold)
         except (TimedOut, RuntimeError):
-            return Verdict(None, False)
-        return Verdict(answer, bool(correct))
+            return Finding(None, False)
+        return Finding(answer, bool(correct))
 
     return verify
 

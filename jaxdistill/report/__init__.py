@@ -1,6 +1,6 @@
 """What a run shows of itself: console, metric files, comparison table, HTML report."""
 
-from jaxdistill.report.console import Progress as Progress
+from jaxdistill.report.console import ProgressLine as ProgressLine
 from jaxdistill.report.html import build as build
 from jaxdistill.report.story import write_story as write_story
 from jaxdistill.report.table import by_teacher as by_teacher

@@ -80,7 +80,7 @@ def _whole(row: typing.Any) -> dict[str, typing.Any]:
     return found
 
 
-def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.Section:
+def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.PageSection:
     """One task: its table, curves and samples."""
     models = [(place.resolve().name, rows[task]) for place, rows in results.items() if task in rows]
     head = [
@@ -90,7 +90,7 @@ def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) ->
         ("one sample is right", "higher is better"),
     ]
     lines = [
-        page.Row(name, [page.Cell(_interval(share)) for share in _shares(row)], colour(index))
+        page.TableRow(name, [page.Cell(_interval(share)) for share in _shares(row)], colour(index))
         for index, (name, row) in enumerate(models)
     ]
     legend = [page.Key(line.name, line.colour) for line in lines]
@@ -101,7 +101,7 @@ def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) ->
     ]
     note = "Bars are 95 % intervals over questions."
     questions = models[0][1].get("questions", 0)
-    return page.Section(
+    return page.PageSection(
         task,
         [
             page.Table(head, lines),
@@ -178,7 +178,7 @@ def _curve(lines: Sequence[tuple[int, Points, str]], label: str, name: str) -> s
     return render(paint, name, (5.4, 3.0))
 
 
-def _samples(place: pathlib.Path, task: str) -> list[page.Sample]:
+def _samples(place: pathlib.Path, task: str) -> list[page.SamplePair]:
     """Questions with right and wrong reasoning of the first model side by side."""
     name = "".join(letter if letter.isalnum() else "_" for letter in task)
     try:
@@ -194,7 +194,7 @@ def _samples(place: pathlib.Path, task: str) -> list[page.Sample]:
             title = f"{verdict}: gold {row['gold']}, answered {row.get('answer')}"
             other = _other(row)
             texts = [(title, str(row["text"])), *([other] if other else [])]
-            samples.append(page.Sample(str(row["question"]), texts))
+            samples.append(page.SamplePair(str(row["question"]), texts))
     return samples
 
 

@@ -51,7 +51,7 @@ _MACHINE: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-class Progress:
+class ProgressLine:
     """Shows where a run is; use as a context manager, which gives a terminal back as it was.
 
     On a terminal the rows are redrawn in place; in a pipe every record is one line of
@@ -131,7 +131,7 @@ class Progress:
                 pass
         self._mode = "none"
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressLine":
         return self
 
     def __exit__(self, *exc: object) -> None:

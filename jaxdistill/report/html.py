@@ -20,7 +20,7 @@ def build(
     run_dirs: str | os.PathLike | Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
     *,
-    first: Sequence[page.Section] = (),
+    first: Sequence[page.PageSection] = (),
 ) -> pathlib.Path:
     """Writes the report of a run, or the comparison of several, as one offline HTML file.
 
@@ -53,7 +53,7 @@ def build(
     return page.write(_page(runs, first), path)
 
 
-def _page(runs: Sequence[RunFiles], above: Sequence[page.Section]) -> page.Page:
+def _page(runs: Sequence[RunFiles], above: Sequence[page.PageSection]) -> page.Page:
     alone = len(runs) == 1
     ledes = [
         (_lede(run), "" if alone else run.name, curves.colour(index))
@@ -213,7 +213,7 @@ def _phrase(value: typing.Any) -> str:
     return str(value)
 
 
-def _result(runs: Sequence[RunFiles]) -> page.Section:
+def _result(runs: Sequence[RunFiles]) -> page.PageSection:
     """The comparison, one table for all runs; bars share their scale."""
     rows = [row for run in runs for row in run.rows]
     columns = table.columns(rows)
@@ -222,23 +222,25 @@ def _result(runs: Sequence[RunFiles]) -> page.Section:
         if not run.rows:
             continue
         if len(runs) > 1:
-            lines.append(page.Row(run.name, colour=curves.colour(index)))
+            lines.append(page.TableRow(run.name, colour=curves.colour(index)))
         for row in table.ordered(run.rows):
             cells = [_cell(column, row, rows, run.rows) for column in columns]
-            lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
+            lines.append(page.TableRow(row["name"], cells, strong=row["name"] == "student after"))
         for name, own in table.by_teacher(run.rows).items():
-            lines.append(page.Row(f"for teacher {name}"))
+            lines.append(page.TableRow(f"for teacher {name}"))
             for row in own:
                 cells = [_cell(column, row, rows, own) for column in columns]
-                lines.append(page.Row(row["name"], cells, strong=row["name"] == "student after"))
+                lines.append(
+                    page.TableRow(row["name"], cells, strong=row["name"] == "student after")
+                )
         if run.held_out:
             about = f"{run.name}: " if len(runs) > 1 else ""
             notes.append(page.Text(f"{about}measured on {run.held_out}"))
     head = [(column.title, column.hint) for column in columns]
-    return page.Section("Result", [page.Table(head, lines), *notes] if lines else [])
+    return page.PageSection("Result", [page.Table(head, lines), *notes] if lines else [])
 
 
-def _training(runs: Sequence[RunFiles]) -> page.Section:
+def _training(runs: Sequence[RunFiles]) -> page.PageSection:
     """The curves."""
     drawn = [
         page.Picture(
@@ -253,7 +255,7 @@ def _training(runs: Sequence[RunFiles]) -> page.Section:
         "Numbers in the legends are the last recorded values unless a note says otherwise. "
         "Thin lines are what was recorded, thick lines a running median."
     )
-    return page.Section("Training", [page.Pictures(drawn), note] if drawn else [])
+    return page.PageSection("Training", [page.Pictures(drawn), note] if drawn else [])
 
 
 def _cell(
@@ -279,7 +281,7 @@ def _cell(
     return page.Cell(text, None if bar is None else round(max(bar, 0.0), 2), best)
 
 
-def _samples(runs: Sequence[RunFiles]) -> page.Section:
+def _samples(runs: Sequence[RunFiles]) -> page.PageSection:
     """What the models of every run say, teacher before student."""
     order = {"teacher": 0, "student before": 1, "SFT control": 2, "student": 3, "student after": 3}
     blocks: list[page.Block] = []
@@ -293,19 +295,19 @@ def _samples(runs: Sequence[RunFiles]) -> page.Section:
         for sample, own in zip(run.samples, marks, strict=True):
             answers = [(name, text) for name, text in sample.items() if name != "prompt"]
             answers.sort(key=lambda answer: order.get(answer[0], 9))
-            blocks.append(page.Sample(sample.get("prompt", ""), answers, own))
+            blocks.append(page.SamplePair(sample.get("prompt", ""), answers, own))
         blocks += [page.Text(run.samples_page, "code")] if run.samples_page else []
-    return page.Section("Samples", blocks)
+    return page.PageSection("Samples", blocks)
 
 
-def _remarks(runs: Sequence[RunFiles]) -> page.Section:
+def _remarks(runs: Sequence[RunFiles]) -> page.PageSection:
     """What went wrong and was survived, and what is missing."""
     blocks: list[page.Block] = []
     for run in runs:
         incidents = _incidents(run)
         if incidents or run.missing:
             blocks += [*_heading(run, runs), page.Remarks(incidents, run.missing)]
-    return page.Section("Remarks", blocks)
+    return page.PageSection("Remarks", blocks)
 
 
 def _incidents(run: RunFiles) -> list[str]:
@@ -338,7 +340,7 @@ def _incidents(run: RunFiles) -> list[str]:
     return lines
 
 
-def _reproduce(runs: Sequence[RunFiles]) -> page.Section:
+def _reproduce(runs: Sequence[RunFiles]) -> page.PageSection:
     """Command, versions, fingerprints, configurations and events."""
     blocks: list[page.Block] = []
     for run in runs:
@@ -350,7 +352,7 @@ def _reproduce(runs: Sequence[RunFiles]) -> page.Section:
         blocks += [page.Text(text, "code", title) for title, text in texts.items()]
         if run.events:
             blocks.append(page.Log(f"Events ({len(run.events)})", _events(run)))
-    return page.Section("Reproduce", blocks)
+    return page.PageSection("Reproduce", blocks)
 
 
 def _events(run: RunFiles) -> list[tuple[str, str, str]]:

@@ -40,7 +40,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TableRow:
     """A named row of a table, or without cells a heading; `colour` is its own in the pictures."""
 
     name: str
@@ -54,7 +54,7 @@ class Table:
     """Rows under a head, which holds a title and a hint for every column."""
 
     head: Sequence[tuple[str, str]]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _shade(gap: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class SamplePair:
     """A prompt and what several models answered: (name, text).
 
     `marks` is the student's answer once more, token by token, each with log q - log p in nats.
@@ -134,11 +134,11 @@ class Log:
     lines: Sequence[tuple[str, str, str]]
 
 
-Block = Text | Table | Pictures | Sample | Remarks | Pairs | Log
+Block = Text | Table | Pictures | SamplePair | Remarks | Pairs | Log
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class PageSection:
     """A titled part of a page; without blocks it is left out."""
 
     title: str
@@ -161,7 +161,7 @@ class Page:
 
     over: str
     title: str
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     status: str = ""
     ledes: Sequence[tuple[str, str, str]] = ()
     facts: Sequence[tuple[str, str, str]] = ()

@@ -55,7 +55,7 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
         and _rows(comparison)
     }
     sections = [_comparison(name, comparison) for name, comparison in comparisons.items()]
-    sections.append(page.Section("Importance", _prunings(folder, steps)))
+    sections.append(page.PageSection("Importance", _prunings(folder, steps)))
     if len(steps) > 1 or not comparisons:
         sections.append(_steps(steps))
     contrasts = {name: _contrast(steps[name]) for name in comparisons}
@@ -100,19 +100,19 @@ def _order(state: Mapping[str, typing.Any]) -> list[str]:
     return named + [name for name in have if name not in named]
 
 
-def _steps(steps: Mapping[str, Mapping[str, typing.Any]]) -> page.Section:
+def _steps(steps: Mapping[str, Mapping[str, typing.Any]]) -> page.PageSection:
     """How every step stands, and its options."""
     rows = []
     for name, step in steps.items():
         fields = (step.get("kind", ""), step.get("status", ""))
         cells = [*fields, wording.duration(step.get("seconds")), _outcome(step)]
-        rows.append(page.Row(name, [page.Cell(str(cell)) for cell in cells]))
+        rows.append(page.TableRow(name, [page.Cell(str(cell)) for cell in cells]))
     options = [
         page.Text(redact(json.dumps(step.get("options", {}), indent=1)), "code", name)
         for name, step in steps.items()
     ]
     head = [(title, "") for title in ("kind", "status", "time", "result")]
-    return page.Section("Steps", [page.Table(head, rows), *options])
+    return page.PageSection("Steps", [page.Table(head, rows), *options])
 
 
 def _outcome(step: Mapping[str, typing.Any]) -> str:
@@ -146,12 +146,12 @@ def _contrast(step: Mapping[str, typing.Any]) -> list[str]:
     return names if len(names) == 2 and all(isinstance(name, str) for name in names) else []
 
 
-def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section:
+def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.PageSection:
     """The table of a comparison, its pictures and its samples."""
     rows = _rows(comparison)
     columns = table.columns(rows)
     lines = [
-        page.Row(
+        page.TableRow(
             str(row["name"]),
             [page.Cell(table.written(row, column)) for column in columns],
             colour(index),
@@ -172,14 +172,14 @@ def _comparison(name: str, comparison: Mapping[str, typing.Any]) -> page.Section
     )
     legend = [page.Key(line.name, line.colour) for line in lines]
     samples = [
-        page.Sample(
+        page.SamplePair(
             str(sample.get("prompt", "")),
             [(str(model), str(text)) for model, text in sample.items() if model != "prompt"],
         )
         for sample in run_files.as_list(comparison.get("samples"))
         if isinstance(sample, dict)
     ]
-    return page.Section(
+    return page.PageSection(
         "side by side" if name == "." else name,
         [
             page.Table([(column.title, column.hint) for column in columns], lines),

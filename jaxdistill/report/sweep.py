@@ -50,10 +50,10 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> pa
     return html.build(begun, place / PAGE if out is None else out, first=first)
 
 
-def _multiples(runs: Sequence[run_files.RunFiles]) -> page.Section:
+def _multiples(runs: Sequence[run_files.RunFiles]) -> page.PageSection:
     """A small picture for each run: its own curve in front of those of all others."""
     if not 1 < len(runs) <= MOST:
-        return page.Section("Run by run", [])
+        return page.PageSection("Run by run", [])
     title, metric = next(
         (one for one in CURVES if all(len(curves.series(run.records, one[1])[0]) for run in runs)),
         CURVES[-1],
@@ -75,18 +75,18 @@ def _multiples(runs: Sequence[run_files.RunFiles]) -> page.Section:
         )
         drawn.append(page.Picture(name, svg, [page.Key(title, "blue", "dots", line.number)]))
     note = page.Text("Grey: all other runs of the sweep, on the same axes.")
-    return page.Section("Run by run", [page.Pictures(drawn, small=True), note] if drawn else [])
+    return page.PageSection("Run by run", [page.Pictures(drawn, small=True), note] if drawn else [])
 
 
-def _summary(rows: Sequence[Mapping[str, typing.Any]], begun: int, count: int) -> page.Section:
+def _summary(rows: Sequence[Mapping[str, typing.Any]], begun: int, count: int) -> page.PageSection:
     """Means over the seeds of each setting, with the standard deviation."""
     columns = table.columns(rows)
     lines = [
-        page.Row(row["name"], [page.Cell(table.written(row, column)) for column in columns])
+        page.TableRow(row["name"], [page.Cell(table.written(row, column)) for column in columns])
         for row in rows
     ]
     head = [(column.title, column.hint) for column in columns]
     note = f"{begun} of {count} runs have begun; students after training. Where several seeds are "
     note += "done: their mean ± their standard deviation."
     blocks: list[page.Block] = [page.Table(head, lines)] if lines else []
-    return page.Section("Settings", [*blocks, page.Text(note)])
+    return page.PageSection("Settings", [*blocks, page.Text(note)])

@@ -16,7 +16,7 @@ LAST_PLACE = 2**31 - 1  # prompts that stand in for others are counted from the 
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RewardPlan:
     """Which answers an update learns from, and what they are worth.
 
     Updates u to u + updates - 1, u a multiple of `updates`, learn from answers to the prompts at
@@ -115,7 +115,7 @@ def unpacked(stored: Mapping[str, Any], prompt_at: Callable[[int], Any]) -> Draw
     return Drawn(records.unpacked(stored, prompt_at), verdicts, stored["stood_in"], old)
 
 
-def numbers(plan: Plan, drawn: Drawn, flat: int) -> dict[str, float]:
+def numbers(plan: RewardPlan, drawn: Drawn, flat: int) -> dict[str, float]:
     """What the record of a step says of rewards.
 
     Args:

@@ -27,7 +27,7 @@ Difference = Callable[[Any, Batch, np.ndarray], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """Which text an update learns from.
 
     Update u stands for `prompts * samples` rows of the run's stream of rows. Where it is the
@@ -102,7 +102,7 @@ class RolloutFeed(Feed):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RolloutPlan,
         prompts: Prompts,
         writer: Writer,
         *,

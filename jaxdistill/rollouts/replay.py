@@ -17,7 +17,7 @@ _LARGEST = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ReplaySettings:
     """How the share adapts; `config.rollout.Replay` has DistiLLM's numbers.
 
         validation   where loss >= previous + tolerance: phi += rise, at most 1; previous = loss
@@ -58,7 +58,7 @@ class Replay:
       recalled: answers beyond the capacity that are kept, because the run may go back.
     """
 
-    def __init__(self, settings: Settings, seed: int, recalled: int):
+    def __init__(self, settings: ReplaySettings, seed: int, recalled: int):
         self.settings, self._seed, self._recalled = settings, seed, recalled
         self.begin({}, None, lambda place: None)  # pyrefly: ignore
 

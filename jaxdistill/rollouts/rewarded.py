@@ -17,7 +17,7 @@ from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts import drawn as drawing
 from jaxdistill.rollouts import siblings
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.drawn import Drawn, Plan
+from jaxdistill.rollouts.drawn import Drawn, RewardPlan
 from jaxdistill.rollouts.feed import UNREAD
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rows import buckets, rows_of
@@ -58,7 +58,7 @@ class RewardedFeed(Feed):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RewardPlan,
         prompts: Prompts,
         writer: Writer,
         judge: Callable[[Sequence[Answer]], list[Verdict]],

@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 _EVERY = 10.0  # seconds between lines
 
 
-class Progress:
+class CaptureProgress:
     """Tells how far a capture is, now and then."""
 
     def __init__(self, positions: int):

@@ -17,8 +17,8 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
-from jaxdistill.rollouts.feed import Plan, RolloutFeed
-from jaxdistill.rollouts.replay import Replay, Settings
+from jaxdistill.rollouts.feed import RolloutFeed, RolloutPlan
+from jaxdistill.rollouts.replay import Replay, ReplaySettings
 from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
 from jaxdistill.run import oneself, participants, served_teacher, states
@@ -29,11 +29,11 @@ from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import place, recorded
 
 
-def plan_of(config: Config) -> Plan:
+def plan_of(config: Config) -> RolloutPlan:
     """Which update of a run learns from whose text."""
     rollout = config.rollout
     assert rollout is not None, "only asked for where there are rollouts"
-    return Plan(
+    return RolloutPlan(
         rollout.share, rollout.prompts_per_step, rollout.samples, rollout.max_age, config.seed
     )
 
@@ -270,7 +270,7 @@ def _replay_of(config: Config) -> Replay | None:
     if rollout.replay is None:
         return None
     adapts = rollout.replay.model_dump()
-    settings = Settings(start=rollout.share, updates=config.train.steps, **adapts)
+    settings = ReplaySettings(start=rollout.share, updates=config.train.steps, **adapts)
     return Replay(settings, config.seed, recalled * rollout.answers)
 
 

@@ -16,9 +16,9 @@ from jaxdistill.data.codec import prepare
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import extract, judging, scorers, verifiers
-from jaxdistill.reasoning.judging import Judges, Part
+from jaxdistill.reasoning.judging import Judges, WeightedVerifier
 from jaxdistill.rollouts import difference, old, siblings
-from jaxdistill.rollouts.drawn import Plan
+from jaxdistill.rollouts.drawn import RewardPlan
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
@@ -73,7 +73,7 @@ def check(
             _check_answers(part, [prompt.notes["answer"] for prompt in judged], key)
 
 
-def _check_answers(part: Part, answers: Sequence[str], key: str) -> None:
+def _check_answers(part: WeightedVerifier, answers: Sequence[str], key: str) -> None:
     """Says which right answers nothing can equal.
 
     Raises:
@@ -96,17 +96,19 @@ def _check_answers(part: Part, answers: Sequence[str], key: str) -> None:
     _log.warning("%s", told)
 
 
-def parts_of(config: Config) -> list[Part]:
+def parts_of(config: Config) -> list[WeightedVerifier]:
     """The verifiers of a run."""
     assert config.reward is not None, "only asked for where there are rewards"
-    return [Part(one.verifier, one.weight, one.options) for one in config.reward.verifiers]
+    return [
+        WeightedVerifier(one.verifier, one.weight, one.options) for one in config.reward.verifiers
+    ]
 
 
-def plan_of(config: Config) -> Plan:
+def plan_of(config: Config) -> RewardPlan:
     """Which answers an update of a run learns from, and what they are worth."""
     reward, rollout = config.reward, config.rollout
     assert reward is not None and rollout is not None, "checked before"
-    return Plan(
+    return RewardPlan(
         prompts=rollout.prompts_per_step,
         samples=rollout.samples,
         updates=reward.updates,
@@ -212,7 +214,7 @@ def feed_of(
     )
 
 
-def _kind(part: Part) -> str | None:
+def _kind(part: WeightedVerifier) -> str | None:
     """The kind of the final answers that vote; None: the verifier compares no such answers."""
     if part.name == "exact":
         return str(part.options.get("kind", "text"))

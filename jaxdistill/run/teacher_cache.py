@@ -38,7 +38,7 @@ from jaxdistill.run import (
     teacher_cache_served,
     texts,
 )
-from jaxdistill.run.capture_progress import Progress
+from jaxdistill.run.capture_progress import CaptureProgress
 from jaxdistill.run.teaching import Online
 from jaxdistill.sharding import batch_sharding, local_rows, replicated
 from jaxdistill.train.step import place
@@ -191,7 +191,7 @@ def _check_server(options: commands.TeacherCache) -> None:
         )
 
 
-def _described(output: str, form: Format, rows: Sequence[work.Row]) -> dict[str, Any]:
+def _described(output: str, form: Format, rows: Sequence[work.CapturedRow]) -> dict[str, Any]:
     """What is to be asked, and how large it is before compression."""
     positions, tokens = sum(row.positions for row in rows), sum(row.tokens for row in rows)
     head = form.vocab * form.embed * 4 if form.name == HIDDEN else 0
@@ -261,14 +261,14 @@ class _Asked:
             self._objects.put_array(catalog.TEACHER + catalog.HEAD, self._head)
 
     def store(
-        self, rows: Sequence[work.Row], data: Mapping[str, Dataset], shard: tuple[int, int]
+        self, rows: Sequence[work.CapturedRow], data: Mapping[str, Dataset], shard: tuple[int, int]
     ) -> bool:
         """Asks for all parts of a shard that are not whole; True once every shard's are."""
         owners = _owners(self._mesh, self._batch)
         every = list(work.in_parts(rows, self._batch, parts.rows_per_part(self._form)))
         there = set(agree.by_leader(lambda: sorted(parts.whole(self._objects))))
         own = [p for p in every[shard[0] - 1 :: shard[1]] if not work.names(p, owners) <= there]
-        progress = Progress(sum(row.positions for part in own for b in part for row in b))
+        progress = CaptureProgress(sum(row.positions for part in own for b in part for row in b))
         for part in own:
             self._store_part(part, data, owners, progress)
         return agree.by_leader(lambda: self._end(every, owners))
@@ -285,10 +285,10 @@ class _Asked:
 
     def _store_part(
         self,
-        part: Sequence[Sequence[work.Row]],
+        part: Sequence[Sequence[work.CapturedRow]],
         data: Mapping[str, Dataset],
         owners: Sequence[int],
-        progress: Progress,
+        progress: CaptureProgress,
     ) -> None:
         """Asks about the batches of a part, and writes this process's share of the answers."""
         own = [row for row, owner in enumerate(owners) if owner == jax.process_index()]
@@ -316,7 +316,7 @@ class _Asked:
 
         agree.together(write)
 
-    def _ask(self, batch: Sequence[work.Row], data: Mapping[str, Dataset]) -> Any:
+    def _ask(self, batch: Sequence[work.CapturedRow], data: Mapping[str, Dataset]) -> Any:
         """The answers to a batch, not waited for."""
         like = next(iter(data.values()))
         padding = _plain(like.empty_row())
@@ -337,7 +337,7 @@ class _Asked:
 
     def _taken_of(
         self,
-        batch: Sequence[work.Row],
+        batch: Sequence[work.CapturedRow],
         own: Sequence[int],
         answers: Mapping[str, Mapping[int, np.ndarray]],
     ) -> list[dict[str, np.ndarray]]:
@@ -346,7 +346,7 @@ class _Asked:
         return [one for number in here for one in self._taken(batch[number], answers, number)]
 
     def _taken(
-        self, row: work.Row, answers: Mapping[str, Mapping[int, np.ndarray]], number: int
+        self, row: work.CapturedRow, answers: Mapping[str, Mapping[int, np.ndarray]], number: int
     ) -> list[dict[str, np.ndarray]]:
         """The stored fields of the segments of a row that are wanted.
 

@@ -19,7 +19,7 @@ from jaxdistill.errors import DamagedError, ModelError
 from jaxdistill.reasoning.asking import added
 from jaxdistill.reasoning.scored import Scored, Scorer
 from jaxdistill.run import changes, served_teacher, stored
-from jaxdistill.run.capture_progress import Progress
+from jaxdistill.run.capture_progress import CaptureProgress
 from jaxdistill.safe import json_file
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def store(
     models: Any,
     form: Format,
     objects: Objects,
-    rows: Sequence[work.Row],
+    rows: Sequence[work.CapturedRow],
     shard: tuple[int, int],
 ) -> dict[str, Any]:
     """Asks for all that is lacking; every answer is kept as it comes.
@@ -57,7 +57,7 @@ def store(
     there = parts.whole(objects)
     mine = [one for one in own[number - 1 :: count] if parts.name_of(one) not in there]
     scorer = served_teacher.scorer(server, k=form.k, vocab=form.vocab)
-    progress = Progress(sum(int(one.mask.sum()) for part in mine for one in part))
+    progress = CaptureProgress(sum(int(one.mask.sum()) for part in mine for one in part))
     purse = "spent.json" if count == 1 else f"spent-{number}-of-{count}.json"
     before = _spent(objects, purse)
     try:
@@ -82,7 +82,7 @@ def _notes(config: Config, server: Api) -> dict[str, Any]:
     }
 
 
-def _wanted(batch: Sequence[work.Row]) -> list[Wanted]:
+def _wanted(batch: Sequence[work.CapturedRow]) -> list[Wanted]:
     return [one for row in batch for _, one in row.pieces]
 
 
@@ -91,7 +91,7 @@ def _store_part(
     form: Format,
     scorer: Scorer,
     part: Sequence[Wanted],
-    progress: Progress,
+    progress: CaptureProgress,
 ) -> None:
     """Asks for what of a part was not answered before, and writes it once all of it is there."""
     names = {one.key: f"{catalog.PENDING}{one.key.hex()}-{form.k}" for one in part}

@@ -12,7 +12,7 @@ from jaxdistill.models import Model
 from jaxdistill.reasoning import asking, augment, collect, prompts, served, tasks
 from jaxdistill.reasoning.asking import Respondent, SamplingParams
 from jaxdistill.reasoning.duplicates import Sieve
-from jaxdistill.reasoning.store import Store
+from jaxdistill.reasoning.store import AnswerStore
 from jaxdistill.references import load_any
 from jaxdistill.sharding import make_mesh
 
@@ -38,7 +38,7 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
         return _augmented(config, config.augment)
     count = config.sampling.samples if samples is None else samples
     task = tasks.load(config.task, limit=config.limit)
-    with Store(config.output, _asked(config)) as store:
+    with AnswerStore(config.output, _asked(config)) as store:
         collect.check_questions(task, store)
         teacher = _Teacher(config.teacher, task.second_stage)
         collector = collect.Collector(task, store, teacher.open)
@@ -80,7 +80,7 @@ def _augmented(config: Generation, section: generation.Augment) -> dict[str, Any
                     "user_turn": user_turn},
         "sampling": config.sampling.model_dump(mode="json", exclude={"samples"}),
     }  # fmt: skip
-    with Store(config.output, asked) as store:
+    with AnswerStore(config.output, asked) as store:
         maker = augment.Augmenter(
             seeds,
             store,

@@ -32,7 +32,7 @@ from jaxdistill.run import (
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.guard import Guard, Policy
+from jaxdistill.train.guard import Guard, GuardPolicy
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
@@ -107,7 +107,7 @@ class Training:
         latest: dict[str, float] = {}
         self.run.update(status="running")
         with contextlib.ExitStack() as stack:
-            progress = report.Progress(
+            progress = report.ProgressLine(
                 self.config.train.steps,
                 mode=self.config.logging.progress if agree.leads() else "none",
                 log_every=self.config.train.log_every,
@@ -162,7 +162,7 @@ class Training:
             )
         return now
 
-    def _writer(self, first: int, progress: report.Progress) -> report.MetricsWriter:
+    def _writer(self, first: int, progress: report.ProgressLine) -> report.MetricsWriter:
         """What keeps the numbers, in one process of the run."""
         if not agree.leads():
             return report.SilentWriter()
@@ -191,7 +191,7 @@ class Training:
         feed: Feed,
         guard: Guard,
         writer: report.MetricsWriter,
-        progress: report.Progress,
+        progress: report.ProgressLine,
         latest: dict[str, float],
     ) -> loop.Parts:
         """What the loop works with; the metrics of every evaluation go to `latest`."""
@@ -233,7 +233,7 @@ class Training:
         meter: Meter,
         feed: Feed,
         writer: report.MetricsWriter,
-        progress: report.Progress,
+        progress: report.ProgressLine,
     ) -> stages.Staged:
         """The steps, compiled for the batches of the data; for others when they come."""
         config = self.config
@@ -257,7 +257,7 @@ class Training:
         return step
 
     def _programs(
-        self, method: setup.RunMethod, writer: report.MetricsWriter, progress: report.Progress
+        self, method: setup.RunMethod, writer: report.MetricsWriter, progress: report.ProgressLine
     ) -> PerShape:
         """The step of a method for batches of any shape, and what is told when it is compiled."""
         monitor = recorded(self.config.train.log_every, self.config.train.steps)
@@ -324,9 +324,9 @@ def _schedule(config: Config) -> loop.Schedule:
     )
 
 
-def _policy(config: Config) -> Policy:
+def _policy(config: Config) -> GuardPolicy:
     nonfinite, spike = config.guards.nonfinite, config.guards.spike
-    return Policy(
+    return GuardPolicy(
         max_consecutive=nonfinite.max_consecutive,
         max_rollbacks=nonfinite.max_rollbacks,
         spike_window=spike.window,

@@ -52,7 +52,7 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-class Answer:
+class PendingAnswer:
     """The answer to one client, from the beginning until somebody calls `close`.
 
     Raises:
@@ -121,7 +121,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer):
+    def __init__(self, answer: PendingAnswer):
         super().__init__(headers={"Cache-Control": "no-store"})
         self._answer = answer
         del self.headers["content-length"]

@@ -20,7 +20,7 @@ from jaxdistill.data.rules import printable
 from jaxdistill.errors import UserError
 from jaxdistill.safe import strict_json
 from jaxdistill.serve import origin
-from jaxdistill.serve.answering import Answer, EventStream, Gone, while_there
+from jaxdistill.serve.answering import EventStream, Gone, PendingAnswer, while_there
 from jaxdistill.serve.engine import Busy
 from jaxdistill.serve.protocol import BadRequest, NoModel
 from jaxdistill.serve.service import Service
@@ -153,7 +153,7 @@ class _Routes:
             data = await _body(request)
             read = lambda: self._service.read(_object(data), chat=chat)
             asked = await while_there(request.receive, asyncio.to_thread(read))
-            answer = Answer(self._service, asked)
+            answer = PendingAnswer(self._service, asked)
             if asked.body.stream:
                 return EventStream(answer)
             with contextlib.closing(answer):

@@ -56,7 +56,7 @@ def _most_told() -> int:
     return MOST_TOLD if files == resource.RLIM_INFINITY else min(MOST_TOLD, files - _OTHER_FILES)
 
 
-class Reader(h11.Connection):
+class RequestReader(h11.Connection):
     """h11's reader of requests, which refuses a body in more pieces than anybody makes of one.
 
     Attributes:
@@ -90,7 +90,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
-        self._reader = Reader(h11.SERVER, MAX_HEAD)
+        self._reader = RequestReader(h11.SERVER, MAX_HEAD)
         self.conn: h11.Connection = self._reader
 
     def connection_made(self, transport: Any) -> None:

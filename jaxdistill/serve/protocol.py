@@ -77,7 +77,7 @@ class StreamOptions(Section):
     include_usage: bool = False
 
 
-class Part(Section):
+class ContentPart(Section):
     """A piece of a turn's content."""
 
     type: Literal["text"]
@@ -85,7 +85,7 @@ class Part(Section):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[list[Part], Tag("<several>")],
+    Annotated[str, Tag("<one>")] | Annotated[list[ContentPart], Tag("<several>")],
     Discriminator(_one_or_several),
 ]
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from jaxdistill import agree
 from jaxdistill.errors import DamagedError, DivergedError, StorageError
-from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.report import MetricsWriter, ProgressLine
 from jaxdistill.safe import json_file, whole_file
 from jaxdistill.train.spikes import Spikes
 from jaxdistill.train.table import flatten
@@ -28,7 +28,7 @@ _SPIKES = {ORIGINS[DATA]: "spikes", ORIGINS[STUDENT]: "spikes_student"}
 
 
 @dataclass(frozen=True)
-class Policy:
+class GuardPolicy:
     """When a run is set back, and how often.
 
     Attributes:
@@ -105,7 +105,7 @@ class Guard:
     def __init__(
         self,
         folder: str | os.PathLike,
-        policy: Policy,
+        policy: GuardPolicy,
         rows_per_batch: Callable[[], int] | None = None,
     ):
         self.folder = pathlib.Path(folder)
@@ -155,7 +155,7 @@ class Guard:
         record: StepRecord,
         numbers: Mapping[str, float],
         writer: MetricsWriter,
-        show: Progress,
+        show: ProgressLine,
     ) -> Incident | None:
         """Reports what is wrong with a step; an Incident where the run must go back."""
         number = record.step
@@ -186,7 +186,7 @@ class Guard:
         record: StepRecord,
         numbers: Mapping[str, float],
         writer: MetricsWriter,
-        show: Progress,
+        show: ProgressLine,
     ) -> Incident | None:
         knobs = {name: value for name, value in numbers.items() if name.startswith("knobs/")}
         spike = self._spikes[record.origin].see(numbers["loss/total"], knobs)
@@ -200,7 +200,7 @@ class Guard:
         return Incident(record, record, what, "rollback") if then == "rollback" else None
 
     def judge_evaluation(
-        self, number: int, metrics: Mapping[str, float], writer: MetricsWriter, show: Progress
+        self, number: int, metrics: Mapping[str, float], writer: MetricsWriter, show: ProgressLine
     ) -> None:
         """Reports what is not finite; `Checkpoints` never ranks such an evaluation as the best."""
         wrong = [name for name, value in metrics.items() if not math.isfinite(value)]

@@ -12,7 +12,7 @@ from jaxdistill import agree
 from jaxdistill.data.feed import Feed
 from jaxdistill.errors import Preempted, StorageError
 from jaxdistill.methods import routed
-from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.report import MetricsWriter, ProgressLine
 from jaxdistill.train import guard as guards
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.guard import Guard, Incident, StepRecord
@@ -73,7 +73,7 @@ class Parts:
     guard: Guard
     checkpoints: Checkpoints
     writer: MetricsWriter
-    progress: Progress
+    progress: ProgressLine
     meter: Meter
     stop: Stop
     hooks: Hooks = NO_HOOKS

@@ -202,9 +202,9 @@ def counting():
 
 def test_the_likeliest_answer_is_taken(counting, tmp_path):
     questions = [
-        choices.Question("x ", ("bbb", "aaa"), 1),
-        choices.Question("x ", ("aaa", "bbb"), 1),
-        choices.Question("x ", ("b", "aaab"), 1),  # one b costs less than one b and three a
+        choices.ChoiceQuestion("x ", ("bbb", "aaa"), 1),
+        choices.ChoiceQuestion("x ", ("aaa", "bbb"), 1),
+        choices.ChoiceQuestion("x ", ("b", "aaab"), 1),  # one b costs less than one b and three a
     ]
     got = choices.accuracy(counting, questions, vocab=259, batch_size=4)
     assert got == {"accuracy": 1 / 3, "accuracy_per_byte": 2 / 3, "questions": 3}

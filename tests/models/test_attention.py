@@ -94,7 +94,9 @@ BLOCKS = {
 def test_blocks_equal_the_definition_and_have_its_gradient_also_on_a_mesh(name, monkeypatch):
     """Rows of 256 tokens in blocks of 96: three, of which the last is filled up."""
     config = BLOCKS[name]
-    monkeypatch.setattr(attention_blocks.Static, "__new__", _small(attention_blocks.Static))
+    monkeypatch.setattr(
+        attention_blocks.BlockSettings, "__new__", _small(attention_blocks.BlockSettings)
+    )
     query, key, value, segments = _arrays(4)
     arrays = tuple(map(jnp.asarray, (query, key, value)))
     weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)

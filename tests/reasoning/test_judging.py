@@ -12,7 +12,7 @@ import pytest
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.reasoning import judging
-from jaxdistill.reasoning.judging import Judges, Part, Question
+from jaxdistill.reasoning.judging import Judges, Question, WeightedVerifier
 from jaxdistill.safe import deadline
 
 THOUGHT = "<think>2 + 3\nis 5</think> The answer is 5."
@@ -25,11 +25,11 @@ def asked(answer, gold="5", **beside):
 
 def test_each_verifier_gives_its_number_and_the_sum_is_weighted():
     parts = [
-        Part("number", 2.0),
-        Part("format", 0.5),
-        Part("numeric", 1.0, {"rel": 0.1}),
-        Part("regex", 1.0, {"pattern": r"is (\d)\."}),
-        Part("length", 0.1, {"limit": 60, "ramp": 20}),
+        WeightedVerifier("number", 2.0),
+        WeightedVerifier("format", 0.5),
+        WeightedVerifier("numeric", 1.0, {"rel": 0.1}),
+        WeightedVerifier("regex", 1.0, {"pattern": r"is (\d)\."}),
+        WeightedVerifier("length", 0.1, {"limit": 60, "ramp": 20}),
     ]
     with Judges(parts, workers=2, seconds=60.0) as judges:
         right, near, long = judges([asked(THOUGHT), asked("4.8"), asked(THOUGHT + " " * 8)])
@@ -52,7 +52,7 @@ def test_functions_of_the_caller_cost_an_answer_at_most():
             raise SystemExit(3)
         return said[answer]
 
-    with Judges([Part("mine")], functions={"mine": mine}) as judges:
+    with Judges([WeightedVerifier("mine")], functions={"mine": mine}) as judges:
         found = judges([asked(name, level="2") for name in (*said, "raise", "exit")])
     assert [one.reward for one in found] == [1.0] + [None] * 8
     assert [one.reason for one in found] == [
@@ -90,7 +90,7 @@ def test_functions_run_one_after_the_other_in_the_thread_that_asks_and_are_ended
         hang.get(answer, len)(answer)
         return 1.0
 
-    parts = [Part("slow"), Part("length", 1.0, {"limit": 9, "ramp": 9})]
+    parts = [WeightedVerifier("slow"), WeightedVerifier("length", 1.0, {"limit": 9, "ramp": 9})]
     before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
     with Judges(parts, functions={"slow": slow}, workers=2, seconds=60.0) as judges:
         judges._seconds = 0.05  # of functions; the processes start in their own time
@@ -111,7 +111,7 @@ def test_in_another_thread_a_slow_function_is_named_and_waited_for(caplog):
             time.sleep(0.001)
         return 1.0
 
-    with Judges([Part("slow")], functions={"slow": slow}, seconds=0.05) as judges:
+    with Judges([WeightedVerifier("slow")], functions={"slow": slow}, seconds=0.05) as judges:
         with concurrent.futures.ThreadPoolExecutor(1) as other:
             (found,) = other.submit(judges, [asked("slow")]).result()
     assert found.reward == 1.0
@@ -138,7 +138,7 @@ def test_a_timer_of_the_caller_is_set_again_after_a_deadline():
 
 def test_a_hostile_answer_costs_its_own_reward():
     """A pattern without end is killed; the others are judged by the same two processes."""
-    parts = [Part("regex", 1.0, {"pattern": r"(a+)+$"})]
+    parts = [WeightedVerifier("regex", 1.0, {"pattern": r"(a+)+$"})]
     good = asked("aaa", "aaa")
     with Judges(parts, workers=2, seconds=60.0) as judges:
         judges([good] * 2)  # both processes run
@@ -153,7 +153,10 @@ def test_a_hostile_answer_costs_its_own_reward():
 
 def test_numbers_beyond_all_bounds_are_wrong_or_without_reward():
     answers = ["9" * 1_000_000, "1" + "0" * 400 + ".5", "\x00\ud800", "__import__('os')._exit(3)"]
-    with Judges([Part("number"), Part("numeric"), Part("expression")], seconds=60.0) as judges:
+    with Judges(
+        [WeightedVerifier("number"), WeightedVerifier("numeric"), WeightedVerifier("expression")],
+        seconds=60.0,
+    ) as judges:
         found = judges([asked(answer) for answer in (*answers, "5")])
     assert [one.reward for one in found[:-1]] == [0.0] * 4
     assert found[-1].reward >= 2.0
@@ -161,7 +164,9 @@ def test_numbers_beyond_all_bounds_are_wrong_or_without_reward():
 
 def test_math_has_processes_of_its_own():
     pytest.importorskip("math_verify", reason="needs the extra math")
-    with Judges([Part("math"), Part("format")], workers=1, seconds=60.0) as judges:
+    with Judges(
+        [WeightedVerifier("math"), WeightedVerifier("format")], workers=1, seconds=60.0
+    ) as judges:
         (found,) = judges([asked(r"<think>x</think> \boxed{\frac{10}{2}}")])
         assert len(judges._processes) == 2
     assert found.values == (1.0, 1.0)
@@ -170,16 +175,16 @@ def test_math_has_processes_of_its_own():
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (Part("poem"), "is neither one of"),
-        (Part("regex"), "options are not these"),
-        (Part("regex", 1.0, {"pattern": "("}), "pattern"),
-        (Part("length", 1.0, {"limit": 4, "ramp": 9}), "ramp must be in 1 to limit"),
-        (Part("number", 1.0, {"rel": 0.1}), "options are not these"),
-        (Part("numeric", 1.0, {"rel": math.inf}), "must be finite"),
+        (WeightedVerifier("poem"), "is neither one of"),
+        (WeightedVerifier("regex"), "options are not these"),
+        (WeightedVerifier("regex", 1.0, {"pattern": "("}), "pattern"),
+        (WeightedVerifier("length", 1.0, {"limit": 4, "ramp": 9}), "ramp must be in 1 to limit"),
+        (WeightedVerifier("number", 1.0, {"rel": 0.1}), "options are not these"),
+        (WeightedVerifier("numeric", 1.0, {"rel": math.inf}), "must be finite"),
     ],
 )
 def test_what_cannot_judge_is_refused(part, message):
     with pytest.raises(ConfigError, match=message):
         Judges([part])
     with pytest.raises(ConfigError, match="is the name of a built-in one"):
-        Judges([Part("number")], functions={"number": len})
+        Judges([WeightedVerifier("number")], functions={"number": len})

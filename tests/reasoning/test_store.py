@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.reasoning.rationales import Sample
-from jaxdistill.reasoning.store import Store
+from jaxdistill.reasoning.store import AnswerStore
 
 
 def _sample(name, number):
@@ -15,14 +15,14 @@ def _sample(name, number):
 
 
 def test_a_store_goes_on_where_it_was(tmp_path):
-    with Store(tmp_path / "a", {"task": "x"}) as store:
+    with AnswerStore(tmp_path / "a", {"task": "x"}) as store:
         assert store.missing("q", 5) == [(0, 5)]
         for number in (0, 1, 3):
             assert store.add(_sample("q", number))
         assert not store.add(_sample("q", 1))
     with (tmp_path / "a" / "samples.jsonl").open("a") as file:
         file.write('{"id": "q", "sam')  # a kill in the middle of a line
-    with Store(tmp_path / "a", {"task": "x"}) as store:
+    with AnswerStore(tmp_path / "a", {"task": "x"}) as store:
         assert sorted(number for _, number in store.samples) == [0, 1, 3]
         assert store.missing("q", 6) == [(2, 1), (4, 2)] and store.missing("q", 2) == []
         assert store.missing("other", 1) == [(0, 1)]
@@ -34,44 +34,44 @@ def test_a_store_goes_on_where_it_was(tmp_path):
 def test_what_is_kept_is_searched_for_keys(tmp_path):
     key = "github_pat_" + "0123456789abcdefghij"
     sample = dataclasses.replace(_sample("q", 0), completion=f"use {key}", rationale=f"{key}.")
-    with Store(tmp_path, {"model": f"x at http://me:{key}@host"}) as store:
+    with AnswerStore(tmp_path, {"model": f"x at http://me:{key}@host"}) as store:
         store.add(sample)
         assert store.samples["q", 0].completion == "use [redacted]"
     assert store.samples["q", 0].tokens == 2
     assert key not in "".join(path.read_text() for path in tmp_path.iterdir())
-    Store(tmp_path, {"model": f"x at http://me:{key}@host"}).close()  # the same configuration
+    AnswerStore(tmp_path, {"model": f"x at http://me:{key}@host"}).close()  # the same configuration
 
 
 def test_another_configuration_or_damage_is_refused(tmp_path):
-    Store(tmp_path, {"task": "x", "n": 1}).close()
+    AnswerStore(tmp_path, {"task": "x", "n": 1}).close()
     with pytest.raises(ConfigError, match=r"another configuration \(task changed\)"):
-        Store(tmp_path, {"task": "y", "n": 1})
+        AnswerStore(tmp_path, {"task": "y", "n": 1})
     (tmp_path / "samples.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(ConfigError, match="samples.jsonl:1: is no sample"):
-        Store(tmp_path, {"task": "x", "n": 1})
+        AnswerStore(tmp_path, {"task": "x", "n": 1})
 
     for name in ("sample", "tokens"):
         row = dataclasses.replace(_sample("q", 0), **{name: -1}).json()
         (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(ConfigError, match=f"'{name}' is negative"):
-            Store(tmp_path, {"task": "x", "n": 1})
+            AnswerStore(tmp_path, {"task": "x", "n": 1})
 
 
 def test_a_damaged_note_is_named(tmp_path):
-    Store(tmp_path, {"task": "x"}).close()
+    AnswerStore(tmp_path, {"task": "x"}).close()
     for text in ("{", "[1]", "7", ""):
         (tmp_path / "asked.json").write_text(text)
         with pytest.raises(ConfigError, match="asked.json: is damaged"):
-            Store(tmp_path, {"task": "x"})
+            AnswerStore(tmp_path, {"task": "x"})
 
 
 def test_one_process_asks_at_a_time(tmp_path):
     with (
-        Store(tmp_path, {"task": "x"}),
+        AnswerStore(tmp_path, {"task": "x"}),
         pytest.raises(ConfigError, match="is being written by another process"),
     ):
-        Store(tmp_path, {"task": "x"})
-    Store(tmp_path, {"task": "x"}).close()
+        AnswerStore(tmp_path, {"task": "x"})
+    AnswerStore(tmp_path, {"task": "x"}).close()
 
 
 def test_a_full_disk_is_one_message_and_leaves_whole_lines(tmp_path, monkeypatch):
@@ -90,18 +90,18 @@ def test_a_full_disk_is_one_message_and_leaves_whole_lines(tmp_path, monkeypatch
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    with Store(tmp_path, {"task": "x"}) as store:
+    with AnswerStore(tmp_path, {"task": "x"}) as store:
         store.add(_sample("q", 0))
         store._file = Full(store._file)
         with pytest.raises(StorageError, match="samples.jsonl: cannot be written: No space left"):
             store.add(_sample("q", 1))
-    with Store(tmp_path, {"task": "x"}) as store:
+    with AnswerStore(tmp_path, {"task": "x"}) as store:
         assert sorted(number for _, number in store.samples) == [0]
 
 
 def test_samples_without_what_was_asked_are_refused(tmp_path):
-    with Store(tmp_path, {"task": "x"}) as store:
+    with AnswerStore(tmp_path, {"task": "x"}) as store:
         store.add(_sample("q", 0))
     (tmp_path / "asked.json").unlink()
     with pytest.raises(ConfigError, match="asked.json: is missing, and says what the samples"):
-        Store(tmp_path, {"task": "y"})
+        AnswerStore(tmp_path, {"task": "y"})

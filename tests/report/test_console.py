@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.report.console import Progress
+from jaxdistill.report.console import ProgressLine
 
 METRICS = {
     "loss/total": 1.8431,
@@ -49,7 +49,7 @@ def fields(line):
 
 def test_a_pipe_gets_one_line_of_key_value_per_record():
     pipe, clock = io.StringIO(), Clock()
-    with Progress(1000, stream=pipe, log_every=10, clock=clock) as progress:
+    with ProgressLine(1000, stream=pipe, log_every=10, clock=clock) as progress:
         for step in range(1, 31):
             clock.now = 2.0 * step
             progress.step(step, METRICS)
@@ -66,7 +66,7 @@ def test_a_pipe_gets_one_line_of_key_value_per_record():
 
 def test_the_last_step_and_evaluations_are_always_shown_in_a_pipe():
     pipe = io.StringIO()
-    progress = Progress(25, stream=pipe, log_every=10)
+    progress = ProgressLine(25, stream=pipe, log_every=10)
     for step in range(1, 26):
         progress.step(step, METRICS)
         if step == 13:
@@ -79,11 +79,11 @@ def test_the_last_step_and_evaluations_are_always_shown_in_a_pipe():
 def test_metrics_that_are_absent_are_not_shown():
     pipe, terminal = io.StringIO(), Terminal()
     for stream in (pipe, terminal):
-        with Progress(10, stream=stream) as progress:
+        with ProgressLine(10, stream=stream) as progress:
             progress.step(1, {**METRICS, "guard/skipped": 0} if stream is terminal else METRICS)
         shown = screen(stream) if stream is terminal else stream.getvalue()
         assert "mfu" not in shown and "TFLOP" not in shown and "skipped" not in shown
-    with Progress(10, stream=terminal) as progress:
+    with ProgressLine(10, stream=terminal) as progress:
         progress.step(1, {**METRICS, "perf/mfu": 0.38, "guard/skipped": 2})
     assert "mfu 38.0%" in screen(terminal)
     assert "skipped 2" in screen(terminal)
@@ -92,7 +92,7 @@ def test_metrics_that_are_absent_are_not_shown():
 def test_a_terminal_gets_dense_rows_in_place(monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     terminal, clock = Terminal(), Clock()
-    with Progress(10_000, stream=terminal, clock=clock) as progress:
+    with ProgressLine(10_000, stream=terminal, clock=clock) as progress:
         for step in (1100, 1200):
             clock.now += 100.0
             progress.step(step, METRICS)
@@ -109,7 +109,7 @@ def test_a_terminal_gets_dense_rows_in_place(monkeypatch):
 def test_rows_fit_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     terminal = Terminal()
-    with Progress(10, stream=terminal) as progress:
+    with ProgressLine(10, stream=terminal) as progress:
         progress.step(3, METRICS)
     assert max(len(row) for row in screen(terminal).replace("\r", "\n").splitlines()) <= 60
     for words in ("loss 1.843", "taid_t 0.523", "lr 9.1e-05", "grad 0.840", "61.2 GiB"):
@@ -120,7 +120,7 @@ def test_rows_fit_a_narrow_terminal(monkeypatch):
 def test_hostile_text_reaches_no_terminal(mode):
     stream = Terminal()
     hostile = "\x1b]0;owned\x07[red]x[/red] [/nothing] \x1b[2J\nsecond"
-    with Progress(10, stream=stream, mode=mode) as progress:
+    with ProgressLine(10, stream=stream, mode=mode) as progress:
         progress.step(1, {**METRICS, "knobs/\x1b[31mevil[/]": 1.0})
         progress.event(hostile)
     assert "\x1b]0" not in stream.getvalue() and "\x1b[2J" not in stream.getvalue()
@@ -131,7 +131,7 @@ def test_hostile_text_reaches_no_terminal(mode):
 
 def test_an_event_in_a_pipe_is_one_quoted_field():
     pipe = io.StringIO()
-    progress = Progress(10, stream=pipe)
+    progress = ProgressLine(10, stream=pipe)
     progress.step(5, METRICS)
     progress.event('saved "a"\nb')
     line = pipe.getvalue().splitlines()[-1]
@@ -141,7 +141,7 @@ def test_an_event_in_a_pipe_is_one_quoted_field():
 
 def test_nonfinite_and_missing_values_are_shown_as_they_are():
     pipe = io.StringIO()
-    progress = Progress(10, stream=pipe)
+    progress = ProgressLine(10, stream=pipe)
     progress.step(1, {"loss/total": float("nan"), "loss/ce": None})
     assert "loss/total=nan" in pipe.getvalue() and "loss/ce" not in pipe.getvalue()
 
@@ -151,7 +151,7 @@ def test_a_broken_pipe_does_not_stop_the_run():
         def write(self, text):
             raise BrokenPipeError("reader is gone")
 
-    progress = Progress(10, stream=Broken(), mode="plain")
+    progress = ProgressLine(10, stream=Broken(), mode="plain")
     progress.step(1, METRICS)
     progress.event("still here")
     progress.close()
@@ -160,30 +160,30 @@ def test_a_broken_pipe_does_not_stop_the_run():
 def test_a_stream_of_ascii_gets_question_marks():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    Progress(10, stream=stream).event("é")
+    ProgressLine(10, stream=stream).event("é")
     assert raw.getvalue() == b'step=0/10 event="?"\n'
 
 
 def test_none_is_silent_and_modes_are_checked():
     stream = Terminal()
-    with Progress(10, stream=stream, mode="none") as progress:
+    with ProgressLine(10, stream=stream, mode="none") as progress:
         progress.step(10, METRICS)
         progress.event("x")
     assert stream.getvalue() == ""
     with pytest.raises(ConfigError, match="logging.progress = 'fancy'.*auto, rich, plain, none"):
-        Progress(10, mode="fancy")
+        ProgressLine(10, mode="fancy")
 
 
 def test_a_dumb_terminal_is_a_pipe(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    Progress(10, stream=stream).step(1, METRICS)
+    ProgressLine(10, stream=stream).step(1, METRICS)
     assert stream.getvalue().startswith("step=1/10 ")
 
 
 def test_the_time_left_survives_a_step_back():
     clock = Clock()
-    progress = Progress(100, stream=io.StringIO(), clock=clock)
+    progress = ProgressLine(100, stream=io.StringIO(), clock=clock)
     assert progress.seconds_left() is None
     for step in (10, 20):
         clock.now += 10
@@ -199,7 +199,7 @@ def test_the_time_left_survives_a_step_back():
 
 def test_output_piped_elsewhere_is_left_alone(capsys):
     before = sys.stdout
-    with Progress(10, stream=Terminal(), mode="rich"):
+    with ProgressLine(10, stream=Terminal(), mode="rich"):
         assert sys.stdout is before
         print('{"json": 1}')
     assert capsys.readouterr().out == '{"json": 1}\n'

@@ -14,9 +14,12 @@ BLOCKS = [
     page.Text(EVIL, "heading"),
     page.Text(EVIL, "code"),
     page.Text(EVIL, "code", EVIL),
-    page.Table([(EVIL, EVIL)], [page.Row(EVIL, (), "red"), page.Row(EVIL, [page.Cell(EVIL, 5.0)])]),
+    page.Table(
+        [(EVIL, EVIL)],
+        [page.TableRow(EVIL, (), "red"), page.TableRow(EVIL, [page.Cell(EVIL, 5.0)])],
+    ),
     page.Pictures([page.Picture(EVIL, "<svg></svg>", [page.Key(EVIL, "red", "dots", EVIL)], EVIL)]),
-    page.Sample(EVIL, [(EVIL, EVIL)], [(EVIL, 2.5)]),
+    page.SamplePair(EVIL, [(EVIL, EVIL)], [(EVIL, 2.5)]),
     page.Remarks([EVIL], [EVIL]),
     page.Pairs({EVIL: {EVIL: EVIL}}),
     page.Log(EVIL, [(EVIL, EVIL, EVIL)]),
@@ -25,7 +28,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
 def test_a_block_shows_all_its_text_as_text(block):
-    source = page.render(page.Page("Report", "One", [page.Section("Part", [block])]))
+    source = page.render(page.Page("Report", "One", [page.PageSection("Part", [block])]))
     shown = Page(source)
     fields = repr(block).count(repr(EVIL)[1:-1])
     assert fields and shown.text.count('<script>document.title="owned"</script>') == fields
@@ -38,7 +41,11 @@ def test_a_block_shows_all_its_text_as_text(block):
 def test_tokens_have_the_colour_of_their_gap():
     marks = [("a", 2.5), ("b", -1.0), ("c", 0.49), ("d", -0.5), ("e", 1.99)]
     source = page.render(
-        page.Page("R", "One", [page.Section("S", [page.Sample("", [("student", "abcde")], marks)])])
+        page.Page(
+            "R",
+            "One",
+            [page.PageSection("S", [page.SamplePair("", [("student", "abcde")], marks)])],
+        )
     )
     spans = {
         (attributes.get("class"), attributes["title"])
@@ -59,7 +66,7 @@ def test_tokens_have_the_colour_of_their_gap():
 def test_the_head_of_a_page_is_text_too():
     lede, fact = (EVIL, EVIL, "blue"), (EVIL, EVIL, EVIL)
     head = page.Page(
-        EVIL, EVIL, [page.Section(EVIL, [page.Text("x")])], EVIL, [lede], [fact], [EVIL]
+        EVIL, EVIL, [page.PageSection(EVIL, [page.Text("x")])], EVIL, [lede], [fact], [EVIL]
     )
     source = page.render(head)
     assert Page(source).text.count("<script>") == 11
@@ -67,7 +74,7 @@ def test_the_head_of_a_page_is_text_too():
 
 
 def test_a_section_without_blocks_is_left_out():
-    source = page.render(page.Page("Report", "One", [page.Section("Empty", [])]))
+    source = page.render(page.Page("Report", "One", [page.PageSection("Empty", [])]))
     assert "Empty" not in source and "<section" not in source
 
 

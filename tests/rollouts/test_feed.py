@@ -11,8 +11,8 @@ from jaxdistill.data.dataset import empty_row
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.feed import FILE, Plan, RolloutFeed
-from jaxdistill.rollouts.replay import Replay, Settings
+from jaxdistill.rollouts.feed import FILE, RolloutFeed, RolloutPlan
+from jaxdistill.rollouts.replay import Replay, ReplaySettings
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import Span
 
@@ -65,7 +65,7 @@ class Corpus(Feed):
 def make(share=1.0, max_age=0, left_out=(), replay=None):
     scribe = Scribe()
     feed = RolloutFeed(
-        Plan(share, 2, 2, max_age, seed=5),
+        RolloutPlan(share, 2, 2, max_age, seed=5),
         Prompts(PROMPTS, ""),
         scribe,
         corpus=Corpus(),
@@ -106,10 +106,10 @@ def test_share_is_drawn_for_each_update_and_the_others_are_the_corpus():
     half, _ = make(0.5)
     turns = [half.plan.of_student(update) for update in range(2000)]
     assert 0.45 < np.mean(turns) < 0.55
-    assert turns != [Plan(0.5, 2, 2, 0, 6).of_student(update) for update in range(2000)]
+    assert turns != [RolloutPlan(0.5, 2, 2, 0, 6).of_student(update) for update in range(2000)]
     none, scribe = make(0.0)
     assert [int(none.next(4 * u, at(u))[1].tokens[0, 0]) for u in range(3)] == [-1, -5, -9]
-    assert not scribe.asked and all(Plan(1.0, 2, 2, 0, 5).of_student(u) for u in range(100))
+    assert not scribe.asked and all(RolloutPlan(1.0, 2, 2, 0, 5).of_student(u) for u in range(100))
     for update, student in enumerate(turns[:8]):
         span, batch = half.next(4 * update, at(update))
         assert (batch.tokens[0, 0] > 0) == student
@@ -150,7 +150,7 @@ def test_going_back_asks_again_unless_the_batch_is_recalled():
 
 def test_going_back_to_given_text_forgets_what_was_written_behind_it():
     """The step on given text is run again, so that the next one meets another state."""
-    turns = Plan(0.5, 2, 2, 0, seed=5).of_student
+    turns = RolloutPlan(0.5, 2, 2, 0, seed=5).of_student
     given = next(update for update in range(99) if not turns(update) and turns(update + 1))
     feed, scribe = make(0.5)
     feed.next(4 * given, at(0))
@@ -199,7 +199,7 @@ def test_nothing_is_kept_of_answers_that_were_stopped():
 
 
 def replayed():
-    return make(0.7, replay=Replay(Settings(8, "constant", 0.7, 30, 0.1, 0.1), 5, 40))
+    return make(0.7, replay=Replay(ReplaySettings(8, "constant", 0.7, 30, 0.1, 0.1), 5, 40))
 
 
 def test_old_answers_are_met_again_and_a_run_resumes_in_the_midst():

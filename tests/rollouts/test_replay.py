@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.replay import META, Replay, Settings
+from jaxdistill.rollouts.replay import META, Replay, ReplaySettings
 
 PROMPT = Prompt(np.asarray([1], np.int32), {})
 
@@ -18,7 +18,7 @@ def answer(number):
 
 
 def make(capacity=4, schedule="decreasing", start=0.0, updates=20, recalled=100):
-    return Replay(Settings(capacity, schedule, start, updates, 0.1, 0.1), 7, recalled)
+    return Replay(ReplaySettings(capacity, schedule, start, updates, 0.1, 0.1), 7, recalled)
 
 
 def numbers(answers):
@@ -35,7 +35,7 @@ def numbers(answers):
 )
 def test_the_share_that_writes_anew_follows_its_schedule(schedule, expected):
     """The specification's numbers, phi = 0.3 at the start, the middle and the end."""
-    settings = Settings(4, schedule, 0.3, 20, 0.1, 0.1)
+    settings = ReplaySettings(4, schedule, 0.3, 20, 0.1, 0.1)
     np.testing.assert_allclose([settings.fresh(0.3, u) for u in (0, 10, 20)], expected, atol=1e-9)
 
 

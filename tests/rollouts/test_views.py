@@ -15,7 +15,7 @@ from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.token_bytes import token_bytes
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.feed import Plan, RolloutFeed
+from jaxdistill.rollouts.feed import RolloutFeed, RolloutPlan
 from jaxdistill.rollouts.rows import rows_of
 from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Writer
@@ -132,7 +132,7 @@ def test_answers_out_of_a_checkpoint_are_aligned_to_the_same_bits(asked):
 
     def make():
         return RolloutFeed(
-            Plan(1.0, 2, 2, 2, seed=5),
+            RolloutPlan(1.0, 2, 2, 2, seed=5),
             Prompts(asked, ""),
             Scribe(),
             corpus=None,

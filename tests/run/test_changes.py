@@ -13,7 +13,7 @@ from jaxdistill import api
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.formats import sums
 from jaxdistill.references import STUDENT
-from jaxdistill.report import Progress, read_metrics
+from jaxdistill.report import ProgressLine, read_metrics
 from jaxdistill.run import anew, changes, run_table, schedule
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.run_table import ORDER
@@ -240,14 +240,14 @@ def test_any_flipped_bit_changes_it_and_no_mesh_does(mesh8):
 
 def _break_off(config, monkeypatch, after):
     """Runs a configuration up to a step, and stops there as Ctrl-C would."""
-    step = Progress.step
+    step = ProgressLine.step
 
     def stop(self, number, scalars):
         step(self, number, scalars)
         if number == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "step", stop)
+    monkeypatch.setattr(ProgressLine, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         api.train(config)
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from jaxdistill import api
 from jaxdistill.data import batching
 from jaxdistill.errors import ConfigError, DivergedError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
-from jaxdistill.report import Progress, read_metrics
+from jaxdistill.report import ProgressLine, read_metrics
 from jaxdistill.run import run_table, texts, training
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.types import Span
@@ -113,17 +113,17 @@ def test_a_run_that_rolled_back_is_the_run_that_never_saw_those_batches(
 def test_a_killed_run_still_leaves_the_batches_out_when_it_resumes(
     load_config, rolled_back, monkeypatch, tmp_path
 ):
-    step = Progress.step
+    step = ProgressLine.step
 
     def killed(self, number, scalars):
         step(self, number, scalars)
         if number == 5 and events(tmp_path / "run", "rollback"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "step", killed)
+    monkeypatch.setattr(ProgressLine, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         api.train(load_config(tmp_path, *OPTIONS), hooks=Poison(BAD))
-    monkeypatch.setattr(Progress, "step", step)
+    monkeypatch.setattr(ProgressLine, "step", step)
     api.resume(tmp_path / "run", hooks=Poison(BAD))
     same(tmp_path / "run", rolled_back)
     assert records(tmp_path / "run") == records(rolled_back)

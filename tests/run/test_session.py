@@ -22,7 +22,7 @@ from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.references import STUDENT
-from jaxdistill.report import Progress, read_metrics
+from jaxdistill.report import ProgressLine, read_metrics
 from jaxdistill.run import (
     participants,
     run_table,
@@ -174,14 +174,14 @@ def test_callbacks_hear_the_whole_run(finished, heard):
 @pytest.mark.floor
 def test_an_interrupted_run_resumes_to_the_same_bits(finished, load_config, tmp_path, monkeypatch):
     config = load_config(tmp_path)
-    step = Progress.step
+    step = ProgressLine.step
 
     def stop_after_four(self, number, scalars):
         step(self, number, scalars)
         if number == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "step", stop_after_four)
+    monkeypatch.setattr(ProgressLine, "step", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
         api.train(config)
     folder = tmp_path / "run"

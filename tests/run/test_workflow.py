@@ -8,7 +8,7 @@ import pytest
 
 from jaxdistill import api, cli, models
 from jaxdistill.errors import ConfigError, DataError
-from jaxdistill.report import Progress, write_story
+from jaxdistill.report import ProgressLine, write_story
 from jaxdistill.run import workflow as workflows
 
 pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
@@ -172,14 +172,14 @@ def test_a_stopped_step_goes_on_and_nothing_is_lost(teacher, data, tmp_path, mon
     text = FILE.format(folder=tmp_path, data=data, teacher=teacher)
     steps = text.index("  - name: scores")
     file.write_text(text[:steps])
-    step = Progress.step
+    step = ProgressLine.step
 
     def stop(self, number, scalars):
         step(self, number, scalars)
         if number == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "step", stop)
+    monkeypatch.setattr(ProgressLine, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         api.run_workflow(file)
     monkeypatch.undo()

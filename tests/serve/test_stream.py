@@ -53,7 +53,7 @@ def test_pieces_are_numbered_by_prompt_and_sample_and_add_up():
     assert [piece.done for piece in found[1:]] == done
 
 
-class _AllThere(answering.Answer):
+class _AllThere(answering.PendingAnswer):
     """An answer of which every piece is there already."""
 
     def __init__(self):

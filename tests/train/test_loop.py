@@ -11,10 +11,10 @@ import pytest
 
 from jaxdistill.data.feed import Feed
 from jaxdistill.errors import DamagedError, DivergedError, Preempted, StorageError
-from jaxdistill.report import MetricsWriter, Progress
+from jaxdistill.report import MetricsWriter, ProgressLine
 from jaxdistill.train import loop
 from jaxdistill.train.checkpoint import Checkpoints
-from jaxdistill.train.guard import Guard, Policy
+from jaxdistill.train.guard import Guard, GuardPolicy
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
@@ -130,7 +130,7 @@ def run(
     meter = mock.Mock(spec=Meter, overlaps=overlaps)
     meter.waiting.side_effect = lambda what: contextlib.nullcontext()
     meter.read.side_effect = lambda steps, rows: {"perf/steps_read": steps, "perf/rows_read": rows}
-    guard = Guard(folder, policy or Policy())
+    guard = Guard(folder, policy or GuardPolicy())
     guard.begin({})
 
     class Corpus(Given):
@@ -150,7 +150,7 @@ def run(
         guard=guard,
         checkpoints=checkpoints,
         writer=writer,
-        progress=mock.Mock(spec=Progress),
+        progress=mock.Mock(spec=ProgressLine),
         meter=meter,
         stop=stop,
     )
@@ -259,7 +259,7 @@ def test_single_bad_steps_are_noted_and_their_batches_spent():
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_a_transient_fault_costs_nothing(overlaps):
     """Two batches go wrong once; run again they are fine, and the run is the undisturbed one."""
-    policy = Policy(max_consecutive=2)
+    policy = GuardPolicy(max_consecutive=2)
     state, log = run(schedule(), bad={2: 1, 3: 1}, overlaps=overlaps, policy=policy)
     assert learned_by(state) == tuple(range(7)) and np.asarray(state.skipped).tolist() == [0, 0]
     (rerun,) = told(log, "rerun")
@@ -273,7 +273,7 @@ def test_a_transient_fault_costs_nothing(overlaps):
 
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_batches_that_go_wrong_again_are_left_out(overlaps, tmp_path):
-    policy = Policy(max_consecutive=2)
+    policy = GuardPolicy(max_consecutive=2)
     options = {"overlaps": overlaps, "policy": policy, "folder": tmp_path}
     state, log = run(schedule(steps=9), bad={5, 6}, **options)
     assert learned_by(state) == (0, 1, 2, 3, 4, 7, 8, 9, 10) and int(state.step) == 9
@@ -291,7 +291,7 @@ def test_batches_that_go_wrong_again_are_left_out(overlaps, tmp_path):
 
 def test_parameters_that_went_wrong_lose_the_batches_since_the_checkpoint(tmp_path):
     """Batch 4 spoils them: from then on nothing is finite, not even what has been before."""
-    options = {"policy": Policy(max_consecutive=2), "folder": tmp_path}
+    options = {"policy": GuardPolicy(max_consecutive=2), "folder": tmp_path}
     state, log = run(schedule(steps=9), bad=lambda index, learned: 4 in learned, **options)
     (back,) = told(log, "rollback")
     expected = {"step": 7, "to": 4, **span_of(4, 7)._asdict(), "blamed": "parameters"}
@@ -300,7 +300,7 @@ def test_parameters_that_went_wrong_lose_the_batches_since_the_checkpoint(tmp_pa
 
 
 def test_after_the_last_rollback_the_run_stops_with_the_batch_saved(tmp_path):
-    policy = Policy(max_consecutive=2, max_rollbacks=1)
+    policy = GuardPolicy(max_consecutive=2, max_rollbacks=1)
     with pytest.raises(DivergedError) as error:
         run(schedule(steps=30), bad=range(5, 99), policy=policy, folder=tmp_path)
     assert error.value.exit_code == 7
@@ -324,11 +324,11 @@ def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(
     for unit in ("row", "batch"):
         (tmp_path / "rollbacks.json").write_text(f'[{{"first_{unit}": 3}}]')
         with pytest.raises(DamagedError, match=f"rollbacks.json.*end_{unit}"):
-            Guard(tmp_path, Policy())
+            Guard(tmp_path, GuardPolicy())
     (tmp_path / "rollbacks.json").unlink()
     (tmp_path / "rollbacks.json.tmp").mkdir()  # in the way of what is written
     with pytest.raises(StorageError, match="rollbacks.json: cannot be written"):
-        run(schedule(), bad={3}, policy=Policy(max_consecutive=1), folder=tmp_path)
+        run(schedule(), bad={3}, policy=GuardPolicy(max_consecutive=1), folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_the_list_of_rollbacks_is_read_whole_and_written_whole_or_the_run_stops(
 def test_ranges_that_are_left_out_are_joined(windows, expected, tmp_path):
     rollbacks = [{"first_row": first, "end_row": end} for first, end in windows]
     (tmp_path / "rollbacks.json").write_text(json.dumps(rollbacks))
-    assert Guard(tmp_path, Policy()).left_out == expected
+    assert Guard(tmp_path, GuardPolicy()).left_out == expected
 
 
 def test_a_list_of_rollbacks_that_counts_batches_is_read_and_written_by_rows(tmp_path):
@@ -351,10 +351,10 @@ def test_a_list_of_rollbacks_that_counts_batches_is_read_and_written_by_rows(tmp
     file.write_text(
         '[{"step": 9, "first_batch": 3, "end_batch": 5}, {"first_row": 9, "end_row": 10}]'
     )
-    assert Guard(tmp_path, Policy(), lambda: 8).left_out == [(9, 10), (24, 40)]
+    assert Guard(tmp_path, GuardPolicy(), lambda: 8).left_out == [(9, 10), (24, 40)]
     counted = [{"step": 9, "first_row": 24, "end_row": 40}, {"first_row": 9, "end_row": 10}]
     assert json.loads(file.read_text()) == counted
-    assert Guard(tmp_path, Policy()).left_out == [(9, 10), (24, 40)]
+    assert Guard(tmp_path, GuardPolicy()).left_out == [(9, 10), (24, 40)]
 
 
 class Rollouts(Given):
@@ -381,7 +381,7 @@ def test_a_feed_may_depend_on_the_state_and_going_back_asks_it_again(overlaps):
     # Two steps go wrong once: the second half of a rollout, and a rollout drawn without it.
     calls = itertools.count(1)
     bad = lambda index, learned: next(calls) in (4, 5)
-    policy = Policy(max_consecutive=2)
+    policy = GuardPolicy(max_consecutive=2)
     again, log = run(schedule(steps=9), bad, feed=Rollouts(), overlaps=overlaps, policy=policy)
     assert len(told(log, "rerun")) == 1 and learned_by(again) == learned
 
@@ -412,7 +412,7 @@ class Hearing(Given):
 def test_a_feed_hears_evaluations_and_gets_its_memory_back_with_the_state(tmp_path):
     """Evaluated after steps 3, 6 and 8, saved after 4; step 7 goes wrong twice: back to step 4."""
     feed = Hearing()
-    policy = Policy(max_consecutive=1)
+    policy = GuardPolicy(max_consecutive=1)
     run(schedule(steps=8), bad={6: 2}, feed=feed, policy=policy, folder=tmp_path)
     (meta,) = feed.begun
     assert meta["heard"] == [(3 * ROWS, 3.0)] and meta["row"] == meta[loop.ROW] == 4 * ROWS
@@ -420,13 +420,15 @@ def test_a_feed_hears_evaluations_and_gets_its_memory_back_with_the_state(tmp_pa
 
 
 def test_nothing_is_saved_in_a_row_of_bad_steps_but_right_after_it():
-    _, log = run(schedule(steps=9, eval_every=None), bad={3, 4}, policy=Policy(max_consecutive=3))
+    _, log = run(
+        schedule(steps=9, eval_every=None), bad={3, 4}, policy=GuardPolicy(max_consecutive=3)
+    )
     assert [entry[1] for entry in log if entry[0] == "save"] == [1, 6, 8, 9]
 
 
 def test_a_row_that_an_earlier_process_left_open_counts_on(tmp_path):
     """Only this process's part of it is run again: what is on disk stays behind."""
-    options = {"first": 5, "skipped": (1, 1), "policy": Policy(max_consecutive=2)}
+    options = {"first": 5, "skipped": (1, 1), "policy": GuardPolicy(max_consecutive=2)}
     state, log = run(schedule(steps=8), bad={5: 1}, folder=tmp_path, **options)
     assert stepped(log) == [(6, 5), (6, 5), (7, 6), (8, 7)]
     assert np.asarray(state.skipped).tolist() == [0, 1]
@@ -439,7 +441,7 @@ def test_a_loss_spike_is_told_and_its_batch_left_out_where_asked(then, events, t
     state, log = run(
         schedule(steps=70, save_steps=10),
         loss=lambda number, index: 10 / number + 50 * (index == 64),
-        policy=Policy(spike_then=then),
+        policy=GuardPolicy(spike_then=then),
         folder=tmp_path,
     )
     spikes = told(log, "spike")

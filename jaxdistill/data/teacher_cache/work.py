@@ -12,7 +12,7 @@ from jaxdistill.data.teacher_cache.segments import Key
 from jaxdistill.data.teacher_cache.store import Store
 
 
-class Row(NamedTuple):
+class CapturedRow(NamedTuple):
     """A row of a data set of which something is to be stored.
 
     Attributes:
@@ -36,7 +36,7 @@ class Row(NamedTuple):
         return sum(int(one.mask.sum()) for _, one in self.pieces)
 
 
-def lacking(data: Mapping[str, Dataset], base: Store | None) -> list[Row]:
+def lacking(data: Mapping[str, Dataset], base: Store | None) -> list[CapturedRow]:
     """The rows with segments that a store lacks, each segment where it comes first.
 
     Where a segment comes again and other positions of it count, all of them are wanted.
@@ -52,7 +52,7 @@ def lacking(data: Mapping[str, Dataset], base: Store | None) -> list[Row]:
         for index in range(dataset.num_rows):
             pieces = tuple(_pieces(dataset, index, masks, base))
             if pieces:
-                rows.append(Row(name, index, pieces))
+                rows.append(CapturedRow(name, index, pieces))
     return rows
 
 
@@ -67,9 +67,11 @@ def _pieces(
         yield segment.place, Wanted(segment.key, mask, segment.tokens)
 
 
-def in_parts(rows: Sequence[Row], batch_size: int, most: int) -> Iterator[list[list[Row]]]:
+def in_parts(
+    rows: Sequence[CapturedRow], batch_size: int, most: int
+) -> Iterator[list[list[CapturedRow]]]:
     """Batches of rows, and as many of them to a part as have about `most` positions."""
-    part: list[list[Row]] = []
+    part: list[list[CapturedRow]] = []
     positions = 0
     for first in range(0, len(rows), batch_size):
         batch = list(rows[first : first + batch_size])
@@ -83,7 +85,9 @@ def in_parts(rows: Sequence[Row], batch_size: int, most: int) -> Iterator[list[l
         yield part
 
 
-def wanted_of(part: Sequence[Sequence[Row]], owners: Sequence[int], process: int) -> list[Wanted]:
+def wanted_of(
+    part: Sequence[Sequence[CapturedRow]], owners: Sequence[int], process: int
+) -> list[Wanted]:
     """What a process stores of a part, in order.
 
     Args:
@@ -100,7 +104,7 @@ def wanted_of(part: Sequence[Sequence[Row]], owners: Sequence[int], process: int
     ]
 
 
-def names(part: Sequence[Sequence[Row]], owners: Sequence[int]) -> set[str]:
+def names(part: Sequence[Sequence[CapturedRow]], owners: Sequence[int]) -> set[str]:
     """The names of what all processes store of a part."""
     shares = [wanted_of(part, owners, process) for process in sorted(set(owners))]
     return {parts.name_of(share) for share in shares if share}

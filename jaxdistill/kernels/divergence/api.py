@@ -83,7 +83,7 @@ def divergence(
     operands.check_numbers(alpha, temperature, taid_t, label_smoothing, parameters, dims, some)
     operands.check_alpha(alpha, labels)
     coefficients = operands.coefficients(alpha, temperature, parameters, taid_t, label_smoothing)
-    arrays = fused.Operands(student, teacher, *per_token, coefficients)
+    arrays = fused.RowOperands(student, teacher, *per_token, coefficients)
     at_one = checks.known(temperature) == 1
     loss = operands.LossSpec(kind, labels is not None, scale_by_t2, at_one=at_one)
     if implementation == choice.REFERENCE:

@@ -23,7 +23,7 @@ from jaxdistill.kernels.token_loss import TokenRows, as_column
 from jaxdistill.sharding import BATCH_AXES, AnyMesh
 
 
-class Operands(NamedTuple):
+class RowOperands(NamedTuple):
     """The arrays of a call.
 
     Attributes:
@@ -40,12 +40,12 @@ class Operands(NamedTuple):
     weights: Any
     coefficients: Coefficients
 
-    def flat(self) -> "Operands":
+    def flat(self) -> "RowOperands":
         """The same with one leading dim."""
         by_row = lambda x: x if x is None or x.ndim == 0 else x.reshape(-1)
         wide = lambda x: x.reshape(-1, x.shape[-1])
         temperature = by_row(self.coefficients.temperature)
-        return Operands(
+        return RowOperands(
             wide(self.student),
             wide(self.teacher),
             by_row(self.labels),
@@ -55,7 +55,7 @@ class Operands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class FusedStatic:
     """The static arguments of a call.
 
     Attributes:
@@ -75,7 +75,7 @@ class Static:
         """How an array [...] lies on the mesh."""
         return PartitionSpec(*self.spec[:-1])
 
-    def rows(self, flat: Operands) -> TokenRows:
+    def rows(self, flat: RowOperands) -> TokenRows:
         """A device's rows of logits, [n, V]."""
         width, axes = flat.student.shape[-1], self.loss.vocab_axes
         shard = VocabularyShard(axes, jax.lax.axis_index(axes) * width if axes else 0, width)
@@ -84,14 +84,14 @@ class Static:
             flat.student, flat.teacher, flat.labels,
         )  # fmt: skip
 
-    def on_mesh(self, function: Callable[..., Any], operands: Operands, *by_row: Any) -> Any:
+    def on_mesh(self, function: Callable[..., Any], operands: RowOperands, *by_row: Any) -> Any:
         """function(operands, *by_row) where the logits lie; it returns two trees.
 
         With `by_row`, on the way back, the first tree is [..., V]; else all is [...].
         """
         if self.mesh is None:
             return function(operands, *by_row)
-        specs = Operands(
+        specs = RowOperands(
             self.spec,
             self.spec,
             None if operands.labels is None else self.by_row,
@@ -108,13 +108,13 @@ class Static:
 
 
 def static(
-    operands: Operands,
+    operands: RowOperands,
     loss: LossSpec,
     implementation: str | None,
     mesh: AnyMesh | None,
     spec: PartitionSpec | None,
     vocab_axes: str | Sequence[str],
-) -> Static:
+) -> FusedStatic:
     """The static arguments: where the logits lie, and which implementation runs there."""
     ndim = operands.student.ndim
     if mesh is None:
@@ -137,19 +137,19 @@ def static(
         scalar_temperature=operands.coefficients.has_scalar_temperature,
         tokens=tokens,
     )
-    return Static(dataclasses.replace(loss, vocab_axes=axes), chosen, mesh, spec)
+    return FusedStatic(dataclasses.replace(loss, vocab_axes=axes), chosen, mesh, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def losses(static: Static, operands: Operands) -> Array:
+def losses(static: FusedStatic, operands: RowOperands) -> Array:
     """weights * loss of each position, [...]."""
     return _forward(static, operands)[0]
 
 
-def _forward(static: Static, operands: Operands) -> tuple[Array, Rows]:
+def _forward(static: FusedStatic, operands: RowOperands) -> tuple[Array, Rows]:
     """weights * loss [...], and what the way back needs of each row, [...] each."""
 
-    def local(operands: Operands):
+    def local(operands: RowOperands):
         flat = operands.flat()
         value, residuals = _rows_forward(static.rows(flat), flat.weights)
         back = lambda x: x.reshape(operands.weights.shape)
@@ -173,15 +173,15 @@ def _rows_forward(rows: TokenRows, weights: Array) -> tuple[Array, Rows]:
     return jnp.where(weights == 0, 0.0, loss * weights), residuals
 
 
-def _losses_fwd(static: Static, operands: Operands):
+def _losses_fwd(static: FusedStatic, operands: RowOperands):
     value, residuals = _forward(static, operands)
     return value, (operands, residuals)
 
 
-def _losses_bwd(static: Static, saved, cotangent: Array):
+def _losses_bwd(static: FusedStatic, saved, cotangent: Array):
     operands, residuals = saved
 
-    def local(operands: Operands, residuals: Rows, cotangent: Array):
+    def local(operands: RowOperands, residuals: Rows, cotangent: Array):
         flat = operands.flat()
         along = cotangent.reshape(-1) * flat.weights
         residuals = jax.tree.map(lambda x: x.reshape(-1), residuals)
@@ -195,7 +195,7 @@ def _losses_bwd(static: Static, saved, cotangent: Array):
         alpha=jnp.sum(by_alpha),
         temperature=jnp.sum(by_temperature) if scalar else by_temperature,
     )
-    return (Operands(slope, None, None, None, coefficients),)
+    return (RowOperands(slope, None, None, None, coefficients),)
 
 
 def _rows_backward(rows: TokenRows, residuals: Rows, along: Array) -> tuple[Array, Array, Array]:

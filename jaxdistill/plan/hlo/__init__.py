@@ -3,11 +3,11 @@
 from jaxdistill.plan.hlo.collectives import Collective, collectives
 from jaxdistill.plan.hlo.products import product_flops
 from jaxdistill.plan.hlo.text import Program, dims, elements, nbytes, parse
-from jaxdistill.plan.hlo.traffic import Kernel, bytes_moved, kernels
+from jaxdistill.plan.hlo.traffic import KernelCall, bytes_moved, kernels
 
 __all__ = [
     "Collective",
-    "Kernel",
+    "KernelCall",
     "Program",
     "bytes_moved",
     "collectives",

@@ -13,7 +13,7 @@ _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveDone")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-class Kernel(NamedTuple):
+class KernelCall(NamedTuple):
     """One operation of the program, all its iterations together.
 
     Attributes:
@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
     shape: str
 
 
-def kernels(text: str) -> list[Kernel]:
+def kernels(text: str) -> list[KernelCall]:
     """The operations that touch memory, loops times their trip count.
 
     An operand that a kernel only takes a slice of counts as the slice, a result that it only
@@ -48,7 +48,7 @@ def bytes_moved(text: str) -> float:
     return sum(kernel.read + kernel.written for kernel in kernels(text))
 
 
-def _kernels(program: Program, name: str, times: int) -> Iterator[Kernel]:
+def _kernels(program: Program, name: str, times: int) -> Iterator[KernelCall]:
     for op in program.computations.get(name, ()):
         if op.opcode in _FREE or op.opcode.endswith(("-done", "-update")):
             continue
@@ -66,7 +66,7 @@ def _kernels(program: Program, name: str, times: int) -> Iterator[Kernel]:
             yield from max(ways, key=lambda way: sum(k.read + k.written for k in way), default=[])
         else:
             read, written = _bytes(program, name, op)
-            yield Kernel(op.name, op.opcode, times * read, times * written, times, op.shape)
+            yield KernelCall(op.name, op.opcode, times * read, times * written, times, op.shape)
 
 
 def _large(shape: str) -> float:
