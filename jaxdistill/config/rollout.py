@@ -285,9 +285,12 @@ def _sampler_problems(config: Any) -> Iterator[Problem]:
         if getattr(rollout, filter) is not None:
             rule = f"{name} compares the probabilities of all tokens, not of those kept: remove it"
             yield ("rollout", filter), rule
-    if rollout.temperature != config.method.temperature:
+    if rollout.temperature != signals.temperature(config.method):
         rule = f"must be rollout.temperature ({rollout.temperature:g}), which tokens are drawn at"
-        yield ("method", "temperature"), rule
+        if hasattr(config.method, "temperature"):
+            yield ("method", "temperature"), rule
+        else:
+            yield ("rollout", "temperature"), f"{name} reads probabilities at 1: use 1.0"
 
 
 def _most(alpha: Any) -> float:

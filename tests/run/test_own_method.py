@@ -13,7 +13,7 @@ import jaxdistill
 from jaxdistill import methods
 from jaxdistill.config import explain
 from jaxdistill.errors import ConfigError
-from jaxdistill.methods import head_loss
+from jaxdistill.methods import head_loss, signals
 from jaxdistill.methods.knobs import Weight, scheduled
 from jaxdistill.types import Mean
 
@@ -60,17 +60,25 @@ logging: {{progress: none, tensorboard: false}}
 
 
 @pytest.fixture
-def write(data, tmp_path):
-    """strength -> the path of a configuration; the table has the method until the test ends."""
-    methods.add("toy", methods.Method(ToyOptions, build))
+def add():
+    """`methods.add`, undone when the test ends."""
+    before = dict(methods.METHODS)
+    yield methods.add
+    for name in set(methods.METHODS) - set(before):
+        del methods.METHODS[name]
+
+
+@pytest.fixture
+def write(add, data, tmp_path):
+    """strength -> the path of a configuration of the toy method."""
+    add("toy", methods.Method(ToyOptions, build))
 
     def write(strength) -> pathlib.Path:
         path = tmp_path / "toy.yaml"
         path.write_text(CONFIG.format(folder=tmp_path, data=data, strength=strength))
         return path
 
-    yield write
-    del methods.METHODS["toy"]
+    return write
 
 
 def test_a_method_of_ones_own_trains_from_a_file(write):
@@ -93,6 +101,24 @@ def test_its_options_are_checked_and_explained_as_all_others(write):
     assert "Price of a hidden state's mean square." in explain("method.strength")
     with pytest.raises(ValueError, match="there is such a method already"):
         methods.add("toy", methods.Method(ToyOptions, build))
+
+
+def test_a_method_of_drawn_tokens_needs_no_temperature_of_its_own(add, data, tmp_path):
+    row = methods.Method(ToyOptions, build, reads=lambda _: signals.DRAWN, reads_sampler=True)
+    add("stand_in", row)
+    path = tmp_path / "toy.yaml"
+    asked = "rollout: {share: 1.0, prompts_per_step: 8, samples: 1, max_new_tokens: 4"
+    text = CONFIG.format(folder=tmp_path, data=data, strength=1).replace(
+        "name: toy, strength", "name: stand_in, strength"
+    )
+    text = text.replace(", batch_size: 8", "").replace(
+        "  train: [", "  prompts: [{path: p.jsonl}]\n  train: ["
+    )
+    path.write_text(f"{text}{asked}}}\n")
+    assert jaxdistill.load_config(path).method.strength == 1
+    path.write_text(f"{text}{asked}, temperature: 0.5}}\n")
+    with pytest.raises(ConfigError, match=r"rollout.temperature = 0.5: stand_in reads prob.*at 1"):
+        jaxdistill.load_config(path)
 
 
 def test_a_method_that_left_the_table_is_unknown(data, tmp_path):
