@@ -5,7 +5,14 @@ from jaxdistill.evaluate.comparison import compare_models
 from jaxdistill.evaluate.harness import adapter, harness
 from jaxdistill.plan.search import plan
 from jaxdistill.run.evaluation import evaluate
-from jaxdistill.run.export import export, export_adapters, load, quantize
+from jaxdistill.run.export import (
+    export,
+    export_adapters,
+    load,
+    quantization_of,
+    quantize,
+    trained_for,
+)
 from jaxdistill.run.result import RunResult
 from jaxdistill.run.session import distill, resume, train
 from jaxdistill.run.setup import build
@@ -31,11 +38,13 @@ __all__ = [
     "plan",
     "prune",
     "pruning_note",
+    "quantization_of",
     "quantize",
     "resume",
     "run_workflow",
     "sweep",
     "train",
+    "trained_for",
     "verify_captured",
     "workflow_plan",
 ]

@@ -12,11 +12,11 @@ from jaxdistill import errors, models, rules
 from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.formats import loading, sums
-from jaxdistill.formats.huggingface import folder_config, folder_generation, folder_scheme
+from jaxdistill.formats.huggingface import folder_config, folder_generation, folder_rounded
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
-from jaxdistill.models import DecoderConfig, Model, lora
+from jaxdistill.models import DecoderConfig, Model, host, lora
 from jaxdistill.models.lora import Lora
-from jaxdistill.models.quantized import Scheme
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.sharding import make_mesh, shardings
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.state import abstract_params
@@ -84,12 +84,13 @@ def load_any(
     mesh: Mesh | None = None,
     tokenizer: bool = True,
     allow_network: bool = True,
-    scheme: str | None = None,
+    rounded: Quantization | None = None,
+    offload: bool = False,
 ) -> Model:
     """A model from any source, for a run the student of one of its checkpoints.
 
-    A model that is loaded already is returned as it is. With the name of a scheme its kernels are
-    held in whole numbers, rounded as they are read; those of a run once they are read.
+    One that is loaded already is returned as it is. What shall be `rounded` is so as it is read,
+    of a run once it is read; with `offload` the layers wait in the host's memory.
 
     Raises:
       ModelError, ConfigError: if there is nothing there, or it cannot be used.
@@ -105,7 +106,8 @@ def load_any(
             mesh=mesh,
             tokenizer=tokenizer,
             allow_network=allow_network,
-            scheme=None if scheme is None else quantize.scheme_of(scheme),
+            rounded=rounded,
+            offload=offload,
         )
     config = _run_config(run)
     mesh = make_mesh(fsdp=-1) if mesh is None else mesh
@@ -115,9 +117,9 @@ def load_any(
     own = folder_tokenizer(run.folder / STUDENT) if tokenizer else None
     drawn = folder_generation(run.folder / STUDENT)
     model = Model(config, params, own, f"{run.folder}@{step}", drawn)
-    if scheme is None:
-        return model
-    return dataclasses.replace(quantize.quantized(model, scheme), source=model.source)
+    if rounded is not None:
+        model = dataclasses.replace(quantize.quantized(model, rounded), source=model.source)
+    return dataclasses.replace(model, params=host.waiting(model.params)) if offload else model
 
 
 def _params(
@@ -137,10 +139,10 @@ def _params(
         return checkpoints.restore_part(step, part, shapes, places, dtype=dtype)
     adapters, _ = lora.read(described, config)
     beside = _adapters(checkpoints, step, config, adapters, mesh)
-    if adapters.scheme is None:
+    if adapters.held is None:
         frozen = checkpoints.restore_part(step, ("frozen",), shapes, places, dtype=dtype)
         return lora.merge(frozen, beside, adapters)
-    shapes = quantize.abstract(shapes, quantize.scheme_of(adapters.scheme))
+    shapes = quantize.abstract(shapes, adapters.held)
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     frozen = checkpoints.restore_part(step, ("frozen",), shapes, places)
     merged = quantize.in_floats(lora.merge(frozen, beside, adapters))
@@ -192,7 +194,7 @@ def spec_any(source: str, *, allow_network: bool, tokenizer_only: bool = False) 
     return tokenizer if tokenizer_only else (config, tokenizer)
 
 
-def scheme_any(source: str, *, allow_network: bool) -> Scheme | None:
+def rounded_any(source: str, *, allow_network: bool) -> Quantization | None:
     """How the kernels of a model's files are quantised; None where they are not.
 
     Raises:
@@ -201,7 +203,7 @@ def scheme_any(source: str, *, allow_network: bool) -> Scheme | None:
     if as_run(source) is not None:
         return None
     place = models.resolve(source, weights=False, allow_network=allow_network)
-    return folder_scheme(place) if place.is_dir() else None
+    return folder_rounded(place) if place.is_dir() else None
 
 
 def generation_any(source: str, *, allow_network: bool) -> dict[str, Any]:

@@ -15,6 +15,8 @@ AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
 MeshAxes = str | tuple[str, ...] | None
+HOST = "pinned_host"  # the memory of a device's host that the device can address
+
 AnyMesh = Mesh | AbstractMesh  # real devices, or the mesh in context while a function is traced
 
 # Parameters name the first block, activations the second. Two dims of one array never land on the

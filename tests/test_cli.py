@@ -82,6 +82,7 @@ def engine(monkeypatch):
         {"eval/ce": 2.25, "parameters": 100, "eval/x": math.nan, "eval/reliability": []},
     )(*words)
     fake.export = answer("export", pathlib.Path("out"))
+    fake.trained_for = lambda source: None
     fake.load = answer("load", Model())
     fake.plan = answer("plan", {"fits": False, "target": "cpu:8"})
     monkeypatch.setitem(sys.modules, "jaxdistill.api", fake)

@@ -52,9 +52,10 @@ def quantize(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill import api
 
+        wanted = api.quantization_of(arguments.model, options)
         path = api.quantize(arguments.model, arguments.output, options)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    print(f"wrote {path}: {arguments.scheme}, {size:,} bytes of weights")
+    print(f"wrote {path}: {wanted}, {size:,} bytes of weights")
 
 
 def compare(arguments: argparse.Namespace) -> None:

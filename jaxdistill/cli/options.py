@@ -168,7 +168,7 @@ COMMANDS = (
     Command(
         "quantize",
         compress.quantize,
-        "Write a model folder in 8-bit or 4-bit numbers.",
+        "Write a model folder in numbers of 8 or 4 bits.",
         (Model, Folder, commands.Quantize),
         json=False,
     ),

@@ -185,7 +185,12 @@ def export(arguments: argparse.Namespace) -> None:
             path = api.export_adapters(arguments.model, arguments.output)
         else:
             path = api.export(arguments.model, arguments.output, options)
+        aim = api.trained_for(arguments.model)
     print(f"wrote {path}")
+    if aim is not None:
+        print(
+            f"trained to be {aim}: `jaxdistill quantize {arguments.model} -o FOLDER` writes it so"
+        )
     if arguments.push is not None:
         print(f"uploaded: {hub.push(path, arguments.push)}")
 

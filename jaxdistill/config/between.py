@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxdistill import methods, rules
-from jaxdistill.config import oneself, reward, rollout, routing, sparsity, stages
+from jaxdistill.config import oneself, quantize, reward, rollout, routing, sparsity, stages
 from jaxdistill.section import Problem
 
 
@@ -133,6 +133,7 @@ _RULES = (
     _size_problems,
     rollout.problems,
     reward.problems,
+    quantize.problems,
     sparsity.problems,
     stages.problems,
 )

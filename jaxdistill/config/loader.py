@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from jaxdistill.config import inherit, keys, syntax
 from jaxdistill.config.inherit import FilePosition, read
 from jaxdistill.config.schema import Config
+from jaxdistill.config.synonyms import OTHER_METHODS
 from jaxdistill.config.syntax import Path, shown
 from jaxdistill.config.written import Written
 from jaxdistill.errors import ConfigError
@@ -234,6 +235,8 @@ _ALTERNATIVES = {
     "<number>": " or {schedule: linear, start: a, end: b}",
     "<auto>": " or a number of tokens",
     "<steps>": " of steps, or a fraction below 1",
+    "<scheme>": ", or {scheme: int8, exceptions: [mlp.down=none]}",
+    "<whole>": ", or {scheme: int4, exceptions: [mlp.down=int8]}",
     "<files>": ", or {fraction: 0.01} of the training data",
 }
 
@@ -263,7 +266,7 @@ def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type
         return f"must be a section of keys{such}{' (or removed)' if value is None else ''}"
     if kind.startswith("union_tag"):
         name = value.get("name") if isinstance(value, dict) else None
-        ours = keys.OTHER_METHODS.get(str(name).lower().replace("-", "_"))
+        ours = OTHER_METHODS.get(str(name).lower().replace("-", "_"))
         if ours is not None:
             return f"must be one of {', '.join(METHODS)}; here it is {ours}"
         return _choice(name, list(METHODS))

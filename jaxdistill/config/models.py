@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands import Scheme, Sizes
+from jaxdistill.commands import Sizes
 from jaxdistill.config.oneself import Oneself
+from jaxdistill.config.quantize import Rounded, RoundedBase, RoundedStudent
 from jaxdistill.config.server import Api
 from jaxdistill.config.sparsity import TARGETS, Sparsity, Target
 from jaxdistill.section import Dtype, Moment, Path, Problem, Section, Size
@@ -99,10 +100,17 @@ class Teacher(Section):
     )
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
     attention: Attention = Field("auto", description=ATTENTION)
-    quantize: Scheme | None = Field(
+    quantize: Rounded | None = Field(
         None,
-        description="Hold the kernels of its layers in whole numbers, rounded once it is loaded "
-        "(extra quant); int8_dynamic rounds activations too. All else stays in dtype.",
+        description="Hold the kernels of its layers in few bits, rounded as they are read "
+        "(extra quant): int8, int4, float8, with _dynamic activations too; or {scheme: int8, "
+        "exceptions: [mlp.down=none]}. All else stays in dtype.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep its layers in host memory, where the device can address it, and bring "
+        "them one at a time in every micro-batch: less device memory, more time. It completes no "
+        "samples then.",
     )
 
     from_: Moment | None = Field(
@@ -132,9 +140,13 @@ class Teacher(Section):
             for name, usual in (("dtype", "bfloat16"), ("attention", "auto"), ("quantize", None)):
                 if getattr(self, name) != usual:
                     yield (name,), f"is the student's (student.{_OF_STUDENT[name]}): remove it"
+            if self.offload:
+                yield ("offload",), "is of a teacher of its own: remove it"
             for name, moment in (("from", self.from_), ("until", self.until)):
                 if moment is not None:
                     yield (name,), "the student itself teaches in every step: remove it"
+        if self.offload and self.self_ is None and (self.cache or not (self.source or self.random)):
+            yield ("offload",), "no layers of it are in the step: remove it"
         if self.random and self.random.like == "teacher":
             yield ("random", "like"), "a teacher cannot be shaped like itself: give a path"
 
@@ -213,18 +225,20 @@ class Student(Section):
         "or down in proportion, so that small updates count on the mean.",
     )
     compute_dtype: Dtype = Field("bfloat16", description="Type its layers compute in.")
-    quantize: Scheme | None = Field(
+    quantize: RoundedStudent | None = Field(
         None,
         description="Quantisation-aware: the student computes as it will after `jaxdistill "
-        "quantize` by this scheme; int8_dynamic rounds activations too.",
+        "quantize` by this scheme: int8, int4, float8, with _dynamic activations rounded too; or "
+        "{scheme: int8, then: [{at: 300, scheme: int4}], exceptions: [mlp.down=none]}.",
     )
     lora: Adapters | None = Field(
         None, description="Train low-rank adapters alone; `jaxdistill export` merges them."
     )
-    base: Literal["int8", "int4"] | None = Field(
+    base: RoundedBase | None = Field(
         None,
         description="Hold the frozen kernels beside lora in whole numbers (QLoRA: load_in_4bit, "
-        "load_in_8bit): they are rounded as they are read and stay so; all else is in param_dtype. "
+        "load_in_8bit), rounded as they are read; int8, int4 or {scheme: int4, "
+        "exceptions: [mlp.down=int8]}; all else is in param_dtype. "
         "`jaxdistill export` merges adapters into the rounded kernels.",
     )
     sparsity: Sparsity | None = Field(

@@ -84,6 +84,8 @@ def problems(config: Any) -> Iterator[Problem]:
         if teacher.self_ is not None:
             rule = "the student itself teaches alone: give source or random, or teacher.self"
             yield ("teachers", name, "self"), rule
+        if teacher.offload:
+            yield ("teachers", name, "offload"), "one teacher alone can wait on the host: remove it"
     if (why := problem(config.method)) is not None:
         yield (
             ("method", "name"),

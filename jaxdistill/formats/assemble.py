@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 from jaxdistill import sharding
 from jaxdistill.formats.tensor_names import Part, TensorName
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
-from jaxdistill.models import decoder
+from jaxdistill.models import decoder, host
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
-from jaxdistill.models.quantized import Scheme, is_projection, quantize_in_place
+from jaxdistill.models.quantized import Quantization, quantize_in_place
 
 _THREADS = 8  # that read the layers of one weight; copies hold no lock of Python's
 _TILE = 256
@@ -48,13 +48,14 @@ def assemble(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: Mapping = sharding.RULES,
-    scheme: Scheme | None = None,
+    rounded: Quantization | None = None,
+    offload: bool = False,
 ) -> dict:
     """The parameter tree read from `tensors`.
 
     A host holds at most the slices of one weight that its own devices need: layers are stacked and
-    kernels turned to [in, out] slice by slice. With a scheme the same holds of devices: a kernel is
-    rounded before the next one is read.
+    kernels turned to [in, out] slice by slice. Devices hold no more of what is rounded: a kernel
+    is rounded before the next one is read.
 
     Args:
       config: the configuration; every tensor it asks for must be there with its shape.
@@ -62,18 +63,19 @@ def assemble(
       dtype: dtype of all weights; None keeps each one's own.
       mesh: None puts all on one device.
       rules: table from logical axes to mesh axes.
-      scheme: of the kernels of the layers; None leaves them in floating point.
+      rounded: which kernels of the layers, and to which numbers; None leaves them as they are.
+      offload: whether the layers wait in the memory of the devices' host, moved as they are read.
 
     Raises:
-      ConfigError: if groups of the scheme do not divide a projection.
+      ConfigError: if groups do not divide a projection.
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
     for ours, (name, row) in tensor_rows(config).items():
         read: Any = weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
-        if scheme is not None and is_projection(ours):
+        if rounded is not None and (scheme := rounded.of(ours)) is not None:
             read = quantize_in_place(read, scheme)
-        flat[ours] = read
+        flat[ours] = host.moved(read) if offload and host.waits(ours) else read
     return nest(flat)
 
 

@@ -3,8 +3,10 @@
     pack-quantized   weights alone: weight_packed int32 [out, in * bits / 32], lowest bits first,
                      offset by 2 ** (bits - 1); weight_scale [out, groups]; weight_shape
     int-quantized    weights int8 [out, in] and weight_scale [out, 1]; inputs by token, dynamic
+    float-quantized  weights float8_e4m3fn [out, in] and weight_scale [out, 1]
 
-int8 and int4 are written as the first, int8_dynamic as the second. Other forms are refused.
+int8 and int4 are written as the first, int8_dynamic as the second, float8 and float8_dynamic as the
+third. Other forms are refused. What is not rounded has its tensor as in any folder.
 """
 
 import pathlib
@@ -19,83 +21,10 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import shards
 from jaxdistill.formats.assemble import placement, weight
+from jaxdistill.formats.compressed_settings import form
 from jaxdistill.formats.tensor_table import tensor_rows
 from jaxdistill.models.architecture import DecoderConfig, nest
-from jaxdistill.models.quantized import QuantizedKernel, Scheme, scale_place
-
-METHOD = "compressed-tensors"
-
-
-def check_names(config: DecoderConfig) -> None:
-    """Every projection is a tensor of its own in the family's files.
-
-    Raises:
-      ModelError: where it is not.
-    """
-    for ours, (name, _) in tensor_rows(config).items():
-        if name.fused or name.stacked > 1 or (ours.endswith("up.kernel") and not name.transposed):
-            raise ModelError(
-                f"{config.family}: {ours} has no tensor [out, in] of its own in its files, and "
-                f"{METHOD} has no form for that: export the model before it is quantised"
-            )
-
-
-def write_settings(scheme: Scheme) -> dict[str, Any]:
-    """The quantization_config of config.json."""
-    number = {"num_bits": scheme.bits, "type": "int", "symmetric": True}
-    strategy = "group" if scheme.group else "channel"
-    weights = {**number, "strategy": strategy, "group_size": scheme.group, "dynamic": False}
-    inputs = {**number, "strategy": "token", "dynamic": True} if scheme.dynamic else None
-    return {
-        "quant_method": METHOD,
-        "format": "int-quantized" if scheme.dynamic else "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": inputs,
-                "output_activations": None,
-            }
-        },
-        "ignore": ["lm_head"],
-    }
-
-
-def read_settings(raw: Any, where: str) -> Scheme | None:
-    """The scheme of a quantization_config; None where there is none.
-
-    Raises:
-      ModelError: for a form that is not read here.
-    """
-    if raw is None or (isinstance(raw, Mapping) and raw.get("quant_method") != METHOD):
-        return None  # of other tools: `config_json_fields.check_quantised` has their remedies
-    scheme = Scheme(8)
-    try:
-        weights = raw["config_groups"]["group_0"]["weights"]
-        inputs = raw["config_groups"]["group_0"].get("input_activations")
-        scheme = Scheme(weights["num_bits"], weights.get("group_size"), inputs is not None)
-        theirs = {key: raw[key] for key in ("quant_method", "format")}
-        ours = write_settings(scheme)
-        known = theirs == {key: ours[key] for key in theirs} and scheme.bits in (4, 8)
-        known &= all(weights.get(k, v) == v for k, v in _weights(ours).items())
-    except (KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise ModelError(
-            f"{where}: quantization_config: only {METHOD} with symmetric int8 or int4 weights is "
-            "read (pack-quantized, int-quantized): use the unquantised model"
-        )
-    return scheme
-
-
-def _weights(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    return settings["config_groups"]["group_0"]["weights"]
-
-
-def scheme_of(params: Any) -> Scheme:
-    """The scheme that a quantised model's kernels have."""
-    return params["layers"]["mlp"]["up"]["kernel"].scheme
+from jaxdistill.models.quantized import Quantization, QuantizedKernel, Scheme, scale_place
 
 
 def file_tensors(
@@ -114,7 +43,8 @@ def file_tensors(
         for layer in range(row.shape[0] if stacked else 1):
             base = name.pattern.format(layer)
             if isinstance(leaf, QuantizedKernel):
-                values = np.asarray(leaf.values[layer]).astype(np.int8).T
+                values = np.asarray(leaf.values[layer]).T
+                values = values.astype(np.int8) if leaf.scheme.kind == "int" else values
                 scale = np.asarray(leaf.scale[layer]).T.astype(dtype)
                 yield from _kernel_tensors(base, values, scale, leaf)
             else:
@@ -124,7 +54,7 @@ def file_tensors(
 
 def _kernel_tensors(base, values, scale, leaf) -> Iterator[tuple[str, np.ndarray]]:
     stem = base.removesuffix("weight")
-    if leaf.scheme.dynamic:
+    if form(leaf.scheme) != "pack-quantized":
         yield base, values
     else:
         yield stem + "weight_packed", pack(values, leaf.scheme.bits)
@@ -162,7 +92,7 @@ def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
 def load_params(
     config: DecoderConfig,
     files: shards.Folder,
-    scheme: Scheme,
+    rounded: Quantization,
     *,
     dtype: DTypeLike | None,
     mesh: Mesh | None,
@@ -180,7 +110,7 @@ def load_params(
     for ours, (name, row) in tensor_rows(config).items():
         stacked = ours.startswith("layers.")
         bases = [name.pattern.format(layer) for layer in range(row.shape[0] if stacked else 1)]
-        if stacked and ours.endswith(".kernel"):
+        if (scheme := rounded.of(ours)) is not None:
             flat[ours] = _kernel(files, bases, scheme, row.shape, places[ours], dtype)
             continue
         wanted = row.shape[1:] if stacked else row.shape
@@ -206,7 +136,6 @@ def _kernel(
         name = base.removesuffix("weight") + "weight_scale"
         _check_shape(files, name, (outputs, inputs // (scheme.group or inputs)))
         scales.append(files.read(name, (slice(None), slice(None))).T)
-    kind = jax.numpy.int4 if scheme.bits == 4 else jax.numpy.int8
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -214,7 +143,7 @@ def _kernel(
             range(*one.indices(size)) for one, size in zip(index, shape, strict=True)
         )
         blocks = [_values(files, bases[layer], scheme, rows, columns) for layer in layers]
-        return np.stack(blocks).astype(kind)
+        return np.stack(blocks).astype(scheme.dtype)
 
     scale = np.stack(scales)
     return QuantizedKernel(
@@ -225,8 +154,8 @@ def _kernel(
 
 
 def _stored(base: str, scheme: Scheme, inputs: int, outputs: int) -> tuple[str, tuple[int, int]]:
-    """Name and shape of the tensor that holds a projection's whole numbers."""
-    if scheme.dynamic:
+    """Name and shape of the tensor that holds a projection's rounded numbers."""
+    if form(scheme) != "pack-quantized":
         return base, (outputs, inputs)
     return base.removesuffix("weight") + "weight_packed", (outputs, -(-inputs * scheme.bits // 32))
 
@@ -236,7 +165,7 @@ def _values(
 ) -> np.ndarray:
     """These inputs and outputs of one projection, [in, out]; words are read as whole ones."""
     out = slice(columns.start, columns.stop)
-    if scheme.dynamic:
+    if form(scheme) != "pack-quantized":
         return files.read(base, (out, slice(rows.start, rows.stop))).T
     each = 32 // scheme.bits
     first, last = rows.start // each, -(-rows.stop // each)
@@ -255,4 +184,4 @@ def _check_shape(files: shards.Folder, name: str, shape: tuple[int, ...]) -> Non
 
 def open_folder(folder: pathlib.Path) -> shards.Folder:
     """The tensors of a quantised folder."""
-    return shards.Folder(folder, whole_numbers=True)
+    return shards.Folder(folder, rounded=True)

@@ -18,7 +18,7 @@ from jaxdistill.formats.gguf_header import read_header
 from jaxdistill.formats.gguf_tokenizer import build_tokenizer
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
-from jaxdistill.models.quantized import Scheme
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.sharding import RULES
 
 # Quantisation types whose dequantisation the tests compare with a second implementation.
@@ -32,7 +32,8 @@ def load_file(
     mesh: Mesh | None = None,
     rules: Mapping = RULES,
     tokenizer: bool = True,
-    scheme: Scheme | None = None,
+    rounded: Quantization | None = None,
+    offload: bool = False,
 ) -> Model:
     """The model of one GGUF file.
 
@@ -42,17 +43,20 @@ def load_file(
       mesh: where the parameters lie; each device dequantises only the rows it needs.
       rules: table from logical axes to mesh axes.
       tokenizer: also build the tokenizer from the metadata.
-      scheme: of its kernels, rounded as they are read; None leaves them in floating point.
+      rounded: which of its kernels, and to which numbers, as they are read; None: none.
+      offload: whether the layers wait in the memory of the devices' host.
 
     Raises:
-      ConfigError: if groups of the scheme do not divide a projection.
+      ConfigError: if groups do not divide a projection.
       ModelError: where the gguf package is missing, or the file is damaged or of an unsupported
         architecture or quantisation.
     """
     file = _File(path)
     config = file.config
     file.check_tensors()
-    params = assemble(config, file, dtype=dtype, mesh=mesh, rules=rules, scheme=scheme)
+    params = assemble(
+        config, file, dtype=dtype, mesh=mesh, rules=rules, rounded=rounded, offload=offload
+    )
     jax.block_until_ready(params)
     built = build_tokenizer(file.metadata, str(path)) if tokenizer else None
     return Model(config=config, params=params, tokenizer=built, source=str(path))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.formats import compressed, new_folder, shards, sums
+from jaxdistill.formats import compressed, compressed_settings, new_folder, shards, sums
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config, unwrapped, write_config
 from jaxdistill.formats.config_json_fields import shown
@@ -29,9 +29,10 @@ from jaxdistill.formats.tensor_table import (
 )
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.model_folder import check_folder, read_json
+from jaxdistill.models import host
 from jaxdistill.models.architecture import DecoderConfig, flat_weights, weights
 from jaxdistill.models.model import Model
-from jaxdistill.models.quantized import QuantizedKernel, Scheme
+from jaxdistill.models.quantized import Quantization, QuantizedKernel
 from jaxdistill.sharding import RULES
 
 SHARD_BYTES = 4_000_000_000
@@ -51,34 +52,36 @@ def load_folder(
     mesh: Mesh | None = None,
     rules: Mapping = RULES,
     tokenizer: bool = True,
-    scheme: Scheme | None = None,
+    rounded: Quantization | None = None,
+    offload: bool = False,
 ) -> Model:
     """The model of a local folder; every device reads only its own slices of the files.
 
-    With a scheme its kernels are rounded as they are read, or were so before.
+    What shall be `rounded` is so as it is read, or was before; with `offload` the
+    layers wait in the memory of the devices' host.
 
     Raises:
-      ConfigError: if groups of the scheme do not divide, or its files hold another one.
+      ConfigError: if groups do not divide, or its files hold other numbers.
       ModelError: for a missing or damaged file, tensors that do not fit the configuration, pickled
         weights, or a feature that this decoder does not build.
       DamagedError: if a folder of our own is not as it was written.
     """
     check_folder(folder)
     sums.check(folder, weights=True, shared=mesh is not None)
-    config, own = folder_config(folder), folder_scheme(folder)
+    config, own = folder_config(folder), folder_rounded(folder)
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
     if own is None:
         kind = read_json(folder / "config.json").get("model_type")
         inside = TEXT_MODEL if kind in WRAPPERS else {}
         with shards.Folder(folder, root=root_name(config), inside=inside) as files:
             _check_tensors(config, files)
-            params = assemble(config, files, scheme=scheme, **options)
+            params = assemble(config, files, rounded=rounded, offload=offload, **options)
     else:
-        if scheme not in (None, own):
+        if rounded is not None and rounded.table(config) != own.table(config):
             raise ConfigError(f"{folder}: is quantised already: use the model it was")
-        compressed.check_names(config)
         with compressed.open_folder(folder) as files:
             params = compressed.load_params(config, files, own, **options)
+            params = host.waiting(params) if offload else params
     jax.block_until_ready(params)
     loaded = folder_tokenizer(folder) if tokenizer else None
     return Model(config, params, loaded, str(folder), folder_generation(folder))
@@ -92,8 +95,8 @@ def folder_config(folder: pathlib.Path) -> DecoderConfig:
     if not path.is_file():
         raise ModelError(f"{path}: missing; a model folder needs it: download the whole model")
     raw = read_json(path)
-    if compressed.read_settings(raw.get("quantization_config"), str(path)):
-        raw["quantization_config"] = None  # what the kernels are says `folder_scheme`
+    if compressed_settings.read_settings(raw.get("quantization_config"), str(path)):
+        raw["quantization_config"] = None  # what the kernels are says `folder_rounded`
     return read_config({**unwrapped(raw, str(path)), **_generation_file(folder, _IDS)}, str(path))
 
 
@@ -120,10 +123,16 @@ def _generation_file(folder: pathlib.Path, fields: Sequence[str]) -> dict[str, A
     return {key: extra[key] for key in fields if extra.get(key) is not None}
 
 
-def folder_scheme(folder: pathlib.Path) -> Scheme | None:
-    """How the kernels of a local folder are quantised; None where they are not."""
-    raw = read_json(folder / "config.json")
-    return compressed.read_settings(raw.get("quantization_config"), str(folder / "config.json"))
+def folder_rounded(folder: pathlib.Path) -> Quantization | None:
+    """How the kernels of a local folder are quantised; None where they are not.
+
+    Raises:
+      ModelError: for a form that is not read here.
+    """
+    path = folder / "config.json"
+    raw = read_json(path).get("quantization_config")
+    settings = compressed_settings.read_settings(raw, str(path))
+    return None if settings is None else settings.of(folder_config(folder))
 
 
 def _check_tensors(config: DecoderConfig, files: shards.Folder) -> None:
@@ -218,10 +227,8 @@ def save(
     quantized = any(isinstance(leaf, QuantizedKernel) for leaf in flat.values())
     folder = new_folder.place(path)
     if quantized:
-        config["quantization_config"] = compressed.write_settings(
-            compressed.scheme_of(model.params)
-        )
-        compressed.check_names(model.config)
+        compressed_settings.check_names(model.config)
+        config["quantization_config"] = compressed_settings.write_settings(model.config, flat)
         named = dict(compressed.file_tensors(model.config, flat, out))
         sizes = {name: value.nbytes for name, value in named.items()}
         tensors = iter(named.values())

@@ -14,7 +14,7 @@ from jaxdistill.formats import assemble, huggingface
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
-from jaxdistill.models.quantized import Scheme
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.sharding import RULES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -34,7 +34,8 @@ def load(
     tokenizer: bool = True,
     allow_network: bool = True,
     revision: str | None = None,
-    scheme: Scheme | None = None,
+    rounded: Quantization | None = None,
+    offload: bool = False,
 ) -> Model:
     """Loads a model.
 
@@ -47,11 +48,12 @@ def load(
       tokenizer: also load the tokenizer; None in the model where the folder has none.
       allow_network: a Hub id that is not in the local cache may be downloaded.
       revision: branch, tag or commit on the Hub.
-      scheme: of its kernels (`models.quantized.SCHEMES`), rounded as they are read: in floating
-        point there is one weight at a time. None leaves them as they are.
+      rounded: which of its kernels, and to which numbers, as they are read: in floating point there
+        is one weight at a time. None leaves them as they are.
+      offload: whether the layers wait in the memory of the devices' host, moved as they are read.
 
     Raises:
-      ConfigError: if groups of the scheme do not divide, or it is quantised by another one.
+      ConfigError: if groups do not divide, or it is quantised otherwise.
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
     place = resolve(path_or_id, allow_network=allow_network, revision=revision)
@@ -59,11 +61,23 @@ def load(
         from jaxdistill.formats import gguf
 
         model = gguf.load_file(
-            place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer, scheme=scheme
+            place,
+            dtype=dtype,
+            mesh=mesh,
+            rules=rules,
+            tokenizer=tokenizer,
+            rounded=rounded,
+            offload=offload,
         )
     else:
         model = huggingface.load_folder(
-            place, dtype=dtype, mesh=mesh, rules=rules, tokenizer=tokenizer, scheme=scheme
+            place,
+            dtype=dtype,
+            mesh=mesh,
+            rules=rules,
+            tokenizer=tokenizer,
+            rounded=rounded,
+            offload=offload,
         )
     return model
 

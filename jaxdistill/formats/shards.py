@@ -27,7 +27,8 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 
 
-WHOLE: Mapping[str, np.dtype] = {
+ROUNDED: Mapping[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
@@ -46,7 +47,7 @@ class Entry(NamedTuple):
 class Folder:
     """Tensors of a model folder; nothing is read before `read`, and only the slice asked for.
 
-    Whole numbers are no weights, except where the caller knows that the folder is quantised. With a
+    Rounded numbers are no weights, unless the caller knows that the folder is quantised. With a
     `root`, names of a folder where none begins with it get it: GPT-2's was saved without its head.
     With `inside`, only the tensors whose names begin with one of its keys are there, under names
     that begin with its value instead: the text model of a larger one.
@@ -57,12 +58,12 @@ class Folder:
     def __init__(
         self,
         folder: pathlib.Path,
-        whole_numbers: bool = False,
+        rounded: bool = False,
         root: str = "",
         inside: Mapping[str, str] = types.MappingProxyType({}),
     ):
         self.folder = folder
-        self._dtypes = {**DTYPES, **(WHOLE if whole_numbers else {})}
+        self._dtypes = {**DTYPES, **(ROUNDED if rounded else {})}
         self.entries: dict[str, Entry] = {}
         self._files = contextlib.ExitStack()
         self._open: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.models import per_layer, rope
+from jaxdistill.models import host, per_layer, rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last, multiplied
@@ -91,7 +91,8 @@ def forward(
         outputs = dataclasses.replace(outputs, taps=tapped[: len(taps)])
     if relations:
         axes = logical_axes(config)["layers"]
-        layer = lambda n: _layer(config, _slice(params["layers"], n), axes, compute_dtype, rules)
+        one = lambda n: host.brought(_slice(params["layers"], n))
+        layer = lambda n: _layer(config, one(n), axes, compute_dtype, rules)
         after = tapped if tapped is not None else ()
         entering = lambda n: after[tapped_at.index(n - 1)] if n else first_BLD
         related = tuple(_relations(layer(n), entering(n)) for n in relations)
@@ -112,7 +113,7 @@ def layer_step(
     visit = visit or (lambda layer, *given: (*layer(*given), None))
 
     def step(x_BLD, state, params, index):
-        layer = _layer(config, params, axes, dtype, rules)
+        layer = _layer(config, host.brought(params), axes, dtype, rules)
         return visit(layer, x_BLD, turn(index), attend, state, index, rules)
 
     return step

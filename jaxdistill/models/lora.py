@@ -24,7 +24,7 @@ from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.model_folder import read_json
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 from jaxdistill.models.kernel import Kernel, array, times
-from jaxdistill.models.quantized import SCHEMES
+from jaxdistill.models.quantized import Quantization, named
 
 FILE = "lora.json"  # in a run's folder of its student
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -41,6 +41,7 @@ class Lora:
       dropout: share of an adapter's inputs that a training step leaves out.
       scheme: of `quantized.SCHEMES`, that the frozen kernels of all layers are held in; None: they
         are in floating point.
+      exceptions: to it, such as mlp.down=none.
     """
 
     rank: int
@@ -48,6 +49,12 @@ class Lora:
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
     scheme: str | None = None
+    exceptions: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> Quantization | None:
+        """What the frozen kernels are rounded to; None: nothing."""
+        return None if self.scheme is None else named(self.scheme, self.exceptions)
 
     @property
     def scale(self) -> float:
@@ -70,11 +77,12 @@ def read(path: pathlib.Path, config: DecoderConfig) -> tuple[Lora, str]:
             tuple(raw["targets"]),
             float(raw.get("dropout", 0)),
             raw.get("scheme"),
+            tuple(raw.get("exceptions", ())),
         )
-    except (KeyError, TypeError, ValueError):
+        _ = lora.held  # it raises where there is no such scheme
+    except (KeyError, TypeError, ValueError, AttributeError):
         lora = Lora(0, 0.0, ())
-    known = lora.scheme is None or lora.scheme in SCHEMES
-    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS) or not known:
+    if lora.rank < 1 or not lora.targets or set(lora.targets) - set(TARGETS):
         raise ModelError(f"{path}: is damaged: needs rank, alpha and targets")
     rows(config, lora)
     return lora, str(raw.get("base", ""))

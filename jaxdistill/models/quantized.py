@@ -1,13 +1,14 @@
-"""Kernels in whole numbers, and kernels that are trained to become such: leaves of the parameters.
+"""Kernels in few bits, and kernels that are trained to become such: leaves of the parameters.
 
 Either stands where a projection's kernel array stands, goes through `lax.scan` like one, and says
 itself how a vector is multiplied by it; the decoder asks nothing else of it.
 """
 
 import dataclasses
+import fnmatch
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,28 +18,120 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
+from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, weights
 from jaxdistill.models.kernel import Kernel
 
 
 class Scheme(NamedTuple):
-    """How numbers become whole.
+    """Which numbers a kernel is rounded to.
 
     Attributes:
       bits: of a weight, 4 or 8; symmetric around 0.
       group: inputs that share a scale, per output; None: all of them.
       dynamic: inputs are rounded to 8 bits too, with a scale per token measured as they come.
+      kind: "int", whole numbers, or "float", e4m3 (Micikevicius et al. 2022, arXiv 2209.05433).
     """
 
     bits: int
     group: int | None = None
     dynamic: bool = False
+    kind: str = "int"
+
+    @property
+    def dtype(self) -> Any:
+        """Of the rounded weights."""
+        if self.kind == "float":
+            return jnp.float8_e4m3fn
+        return jnp.int4 if self.bits == 4 else jnp.int8
 
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(8),
     "int4": Scheme(4, group=64),
     "int8_dynamic": Scheme(8, dynamic=True),
+    "float8": Scheme(8, kind="float"),
+    "float8_dynamic": Scheme(8, dynamic=True, kind="float"),
 }
+NONE = "none"  # in place of a scheme: in floating point as it is
+
+
+class Quantization(NamedTuple):
+    """Which kernels are rounded, and by which scheme each.
+
+    Attributes:
+      scheme: of the projections that no pattern names; None leaves them as they are.
+      exceptions: (pattern, scheme), of which the first that matches holds: as a shell matches
+        files, the name of a projection in its layer, such as mlp.down or attention.*; of every
+        layer alike.
+    """
+
+    scheme: Scheme | None
+    exceptions: tuple[tuple[str, Scheme | None], ...] = ()
+
+    def of(self, name: str) -> Scheme | None:
+        """The scheme of a weight by its dotted name; None: it stays as it is."""
+        if not is_projection(name):
+            return None
+        for pattern, scheme in self.exceptions:
+            if fnmatch.fnmatchcase(in_layer(name), pattern):
+                return scheme
+        return self.scheme
+
+    def table(self, config: DecoderConfig) -> dict[str, Scheme | None]:
+        """The scheme of every projection of a model by its dotted name."""
+        return {name: self.of(name) for name in projections(config)}
+
+    @property
+    def schemes(self) -> list[Scheme]:
+        """All that it names, each once."""
+        named = (self.scheme, *(scheme for _, scheme in self.exceptions))
+        return list(dict.fromkeys(one for one in named if one is not None))
+
+    def __str__(self) -> str:
+        more = (f"{pattern}={name_of(scheme)}" for pattern, scheme in self.exceptions)
+        return ", ".join((name_of(self.scheme), *more))
+
+
+def named(scheme: str, exceptions: Sequence[str] = ()) -> Quantization:
+    """The quantisation that a scheme's name and exceptions such as mlp.down=none mean.
+
+    Raises:
+      ConfigError: for a name that is none.
+    """
+    pairs = [text.rpartition("=") for text in exceptions]
+    return Quantization(
+        _scheme(scheme), tuple((pattern, _scheme(one)) for pattern, _, one in pairs)
+    )
+
+
+def _scheme(name: str) -> Scheme | None:
+    if name != NONE and name not in SCHEMES:
+        raise ConfigError(f"quantisation = {name!r}: must be one of {', '.join(SCHEMES)}")
+    return SCHEMES.get(name)
+
+
+def name_of(scheme: Scheme | None) -> str:
+    """The name of a scheme; of one that has none its bits."""
+    if scheme is None:
+        return NONE
+    names = [name for name, one in SCHEMES.items() if one == scheme]
+    return names[0] if names else f"{scheme.kind}{scheme.bits} in groups of {scheme.group}"
+
+
+def projections(config: DecoderConfig) -> dict[str, Weight]:
+    """The kernels of a model's layers by their dotted names: what can be rounded."""
+    table = flat_weights(weights(config))
+    return {name: row for name, row in table.items() if is_projection(name)}
+
+
+def is_projection(name: str) -> bool:
+    """Whether a weight, by its dotted name, is the kernel of one of the layers' projections."""
+    return name.startswith("layers.") and name.endswith(".kernel")
+
+
+def in_layer(name: str) -> str:
+    """What a projection is called in its layer: mlp.down of layers.mlp.down.kernel."""
+    return name.removeprefix("layers.").removesuffix(".kernel")
 
 
 def qwix() -> Any:
@@ -61,7 +154,7 @@ def qwix() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedKernel(Kernel):
-    """values * scale, with int8 or int4 values [..., in, out] and scales [..., groups, out]."""
+    """values * scale, with values [..., in, out] of few bits and scales [..., groups, out]."""
 
     values: Array
     scale: Array
@@ -71,12 +164,12 @@ class QuantizedKernel(Kernel):
         """x @ (values * scale), for x [..., in]; in the dtype of x.
 
         The gradient of x is that of the product with the rounded kernel, as if x was not rounded;
-        the kernel has none. What waits for the backward pass are the whole numbers.
+        the kernel has none. What waits for the backward pass are the rounded numbers.
         """
         return _dot(x, self)
 
     def astype(self, dtype: DTypeLike) -> "QuantizedKernel":
-        """The same kernel: whole numbers have no other dtype, and scales stay as they are."""
+        """The same kernel: rounded numbers have no other dtype, and scales stay as they are."""
         return self
 
     def dequantized(self) -> Array:
@@ -89,7 +182,7 @@ class QuantizedKernel(Kernel):
 
 @jax.custom_vjp
 def _dot(x: Array, kernel: QuantizedKernel) -> Array:
-    # Whole numbers become floats where they are multiplied, layer by layer: without an order XLA
+    # Rounded numbers become floats where they are multiplied, layer by layer: without an order XLA
     # converts those of all layers first, and a step of decoding writes the model in floats.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     if len(kernel.scale) > 1:
@@ -98,8 +191,9 @@ def _dot(x: Array, kernel: QuantizedKernel) -> Array:
     if not kernel.scheme.dynamic:
         values = kernel.values.astype(x.dtype)
         return (_product(x, values, jnp.float32) * scale).astype(x.dtype)
-    read = _rounded(x)
-    sums = _product(read.qvalue, kernel.values, jnp.int32).astype(jnp.float32)
+    read = _rounded(x, kernel.scheme)
+    dtype = jnp.int32 if kernel.scheme.kind == "int" else jnp.float32
+    sums = _product(read.qvalue, kernel.values, dtype).astype(jnp.float32)
     return (sums * read.scale * scale).astype(x.dtype)
 
 
@@ -177,7 +271,7 @@ class AwareKernel(Kernel):
     def dot(self, x: Array) -> Array:
         """x @ kernel with rounded numbers, for x [..., in]."""
         if self.scheme.dynamic:
-            x = _through(x, qwix().dequantize(_rounded(x)))
+            x = _through(x, qwix().dequantize(_rounded(x, self.scheme)))
         return x @ self.dequantized()
 
     def dequantized(self) -> Array:
@@ -190,7 +284,7 @@ class AwareKernel(Kernel):
 
 
 def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
-    """A kernel [..., in, out] in whole numbers; the scales have its dtype.
+    """A kernel [..., in, out] in numbers of few bits; the scales have its dtype.
 
     Raises:
       ConfigError: if groups do not divide the inputs.
@@ -204,16 +298,11 @@ def quantize(kernel: Array, scheme: Scheme) -> QuantizedKernel:
     others = tuple(dim for dim in range(kernel.ndim) if dim != kernel.ndim - 2)
     quantized = qwix().quantize(
         kernel,
-        jnp.int4 if scheme.bits == 4 else jnp.int8,
+        scheme.dtype,
         channelwise_axes=others,
         tiled_axes={kernel.ndim - 2: scheme.group} if scheme.group else {},
     )
     return QuantizedKernel(quantized.qvalue, quantized.scale, scheme)
-
-
-def is_projection(name: str) -> bool:
-    """Whether a weight, by its dotted name, is the kernel of one of the layers' projections."""
-    return name.startswith("layers.") and name.endswith(".kernel")
 
 
 def quantize_in_place(kernel: Array, scheme: Scheme) -> QuantizedKernel:
@@ -248,9 +337,10 @@ def scale_place(place: Sharding, shape: tuple[int, ...]) -> Sharding:
     return NamedSharding(place.mesh, PartitionSpec(*axes))
 
 
-def _rounded(x: Array) -> Any:
+def _rounded(x: Array, scheme: Scheme) -> Any:
     """Inputs as 8-bit numbers with a scale per token."""
-    return qwix().quantize(x, jnp.int8, channelwise_axes=tuple(range(x.ndim - 1)))
+    dtype = jnp.int8 if scheme.kind == "int" else scheme.dtype
+    return qwix().quantize(x, dtype, channelwise_axes=tuple(range(x.ndim - 1)))
 
 
 def _last(x: Array) -> Any:

@@ -16,6 +16,7 @@ class Cost(NamedTuple):
       collectives: by kind and axes: how often, bytes of the results, bytes sent.
       largest: the largest collectives of all, each with where it comes from.
       unknown_loops: loops that count once because nothing tells their iterations.
+      host_bytes: that come from the memory of the host, in one direction.
     """
 
     flops: float
@@ -23,6 +24,7 @@ class Cost(NamedTuple):
     collectives: list[dict[str, Any]]
     largest: list[dict[str, Any]]
     unknown_loops: list[str]
+    host_bytes: float = 0.0
 
     @property
     def link_bytes(self) -> float:
@@ -30,7 +32,7 @@ class Cost(NamedTuple):
         return sum(entry["sent_bytes"] for entry in self.collectives)
 
     def seconds(self, chip: Chip | None) -> dict[str, float]:
-        """Least seconds of computing, of memory traffic and of sending; {} if nothing is known.
+        """Least seconds of computing, of traffic of memory and host, and of sending; {} if unknown.
 
         Each alone at the published peak, with all links of the device busy at once: no program
         with this work is faster than the longest of them.
@@ -40,6 +42,8 @@ class Cost(NamedTuple):
         found = {"compute": self.flops / chip.flops, "memory": self.nbytes / chip.bandwidth}
         if chip.links is not None:
             found["links"] = self.link_bytes / chip.links
+        if self.host_bytes and chip.host is not None:
+            found["host"] = self.host_bytes / chip.host
         return found
 
 

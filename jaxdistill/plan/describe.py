@@ -46,6 +46,8 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
     yield "memory of each device"
     for name, size in memory["arguments"].items():
         yield f"  {name:<28}{_size(size):>12}"
+    for name, size in memory.get("host", {}).items():
+        yield f"  {name + ' on the host':<28}{_size(size):>12}   not counted here"
     yield f"  {'temporaries':<28}{_size(memory['temporaries']):>12}   at the fullest moment:"
     for name, size in sorted(memory["at_peak"].items(), key=lambda item: -item[1]):
         if size:
@@ -78,6 +80,8 @@ def _work(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'products':<28}{plan['flops'] / 1e12:>8.2f} TFLOP{shown('compute')}"
     yield f"  {'memory traffic':<28}{_size(plan['bytes']):>14}{shown('memory')}"
     yield f"  {'sent to other devices':<28}{_size(plan['sent_bytes']):>14}{shown('links')}"
+    if plan.get("host_bytes"):
+        yield f"  {'from the host':<28}{_size(plan['host_bytes']):>14}{shown('host')}"
     for entry in plan["collectives"]:
         name = f"{entry['kind']} over {', '.join(entry['axes'])}"
         yield f"    {name:<36}{entry['times']:>7} times {_size(entry['sent_bytes']):>12}"

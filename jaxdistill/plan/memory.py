@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxdistill.models.decoder import WEIGHTS
 from jaxdistill.plan.hlo.live import Buffer
+from jaxdistill.sharding import HOST
 from jaxdistill.train.step import LOSS, OPTIMIZER, STUDENT, TEACHER
 
 OTHER = "other"
@@ -21,6 +22,8 @@ def argument_bytes(
     state: Any, teacher_params: Any, batch: Any, compute_dtype: Any, teachers: Sequence[str] = ()
 ) -> dict:
     """Bytes that a device holds of the state, the teacher and the batch, from their places.
+
+    What waits in the memory of its host is not among them: `host_bytes`.
 
     Args:
       state: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
@@ -43,8 +46,22 @@ def argument_bytes(
     if state.frozen is not None:
         parts["frozen weights"] = state.frozen
     for name, tree in parts.items():
-        held[name] += sum(map(_local_bytes, jax.tree.leaves(tree)))
+        held[name] += sum(map(_local_bytes, _lying(tree, on_host=False)))
     return dict(held)
+
+
+def host_bytes(state: Any, teacher_params: Any) -> dict[str, int]:
+    """Bytes of the optimizer and the teacher that wait in the host's memory, for one device."""
+    parts = {"optimizer": state.opt_state, "teacher": teacher_params}
+    sizes = {
+        name: sum(map(_local_bytes, _lying(tree, on_host=True))) for name, tree in parts.items()
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _lying(tree: Any, on_host: bool) -> list[Any]:
+    leaves = jax.tree.leaves(tree)
+    return [leaf for leaf in leaves if (leaf.sharding.memory_kind == HOST) == on_host]
 
 
 def _local_bytes(leaf: Any) -> int:

@@ -119,6 +119,9 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
         if mesh["fsdp"] % tensor == 0:
             fsdp, parts = mesh["fsdp"] // tensor, mesh["tensor"] * tensor
             yield _Change("mesh", (f"mesh.fsdp={fsdp}", f"mesh.tensor={parts}"))
+    teacher = config.teacher
+    if teacher and (teacher.source or teacher.random) and not (teacher.offload or teacher.cache):
+        yield _Change("place of the teacher", ("teacher.offload=true",))
     if config.data.seq_len % 2 == 0 and (config.data.seq_len // 2) % mesh["context"] == 0:
         yield _Change("length", (f"data.seq_len={config.data.seq_len // 2}",))
 

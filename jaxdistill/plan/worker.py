@@ -91,6 +91,7 @@ def measure(
     asked = teaching.names(method.asked)
     dtype = config.student.compute_dtype
     held = plan.argument_bytes(state, teacher_params, batch, dtype, asked)
+    away = plan.host_bytes(state, teacher_params)
     length = config.data.seq_len
     tokens = config.train.batch_size * length
     facts = {
@@ -120,7 +121,7 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         raise FitError(f"target = {target}: its compiler gives up: {error}") from None
     seconds = time.perf_counter() - began
-    memory = _memory(program, held, target)
+    memory = _memory(program, held, target) | {"host": away}
     writing = on_policy.memory(config, models.student.config, mesh)
     if writing is not None:
         begin = on_policy.program_of(config, models, state, mesh)
@@ -128,7 +129,10 @@ def measure(
         writing["total"] = sum(held.values()) + writing["temporaries"]
     largest = max(memory["total"], writing["total"] if writing else 0)
     cost = plan.cost(program.text, mesh.shape)
-    cost = cost._replace(flops=cost.flops + _kernel_flops(config, models, mesh))
+    cost = cost._replace(
+        flops=cost.flops + _kernel_flops(config, models, mesh),
+        host_bytes=_from_host(away, config.train.micro_batches),
+    )
     work = _work(config, models, method, target, cost, mesh.size)
     return facts | {
         "teacher_cache": answers,
@@ -226,6 +230,11 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> fl
     return total / mesh.size
 
 
+def _from_host(away: dict[str, int], parts: int) -> float:
+    """Bytes that come from the host in a step: the teacher's layers in each of its parts."""
+    return away.get("optimizer", 0) + parts * away.get("teacher", 0)
+
+
 def _counts(models: Models, state: Any) -> dict[str, int]:
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     trainable, frozen = count(state.params), count(state.frozen)
@@ -269,6 +278,7 @@ def _work(
         "model_flops": model_flops * tokens / devices,
         "bytes": cost.nbytes,
         "sent_bytes": cost.link_bytes,
+        "host_bytes": cost.host_bytes,
         "collectives": cost.collectives,
         "largest_collectives": cost.largest,
         "unknown_loops": cost.unknown_loops,

@@ -13,6 +13,7 @@ from jax import Array
 from jaxdistill.compress import quantize
 from jaxdistill.methods.head_loss import statistics
 from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.models.vocabulary import only_tokens
 from jaxdistill.sharding import on_mesh
 from jaxdistill.teachers import Teacher
@@ -30,7 +31,7 @@ class Program:
       vocab: rows of its head at most that are tokens.
       dtype: that it computes in.
       attention: the kernel of its attention, or None.
-      quantization: the scheme that it will be quantised by, or None.
+      quantization: how it will be quantised, or None.
       teacher: says whole rows of the same tokens, at T = 1; None: it is not asked.
     """
 
@@ -38,7 +39,7 @@ class Program:
     vocab: int
     dtype: np.dtype
     attention: str | None = None
-    quantization: str | None = None
+    quantization: Quantization | None = None
     teacher: Teacher | None = None
 
     def outputs(self, params: Any, batch: Batch) -> Outputs:

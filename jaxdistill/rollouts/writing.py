@@ -14,6 +14,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.models import DecoderConfig, Model, decoding, per_layer, slot_settings
 from jaxdistill.models.generator import STEPS, Generator, cache_length
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.models.requests import Request, Words, check
 from jaxdistill.models.vocabulary import BIAS, only_tokens
 from jaxdistill.rollouts.answers import Answer
@@ -49,7 +50,7 @@ class Writer:
       longest: tokens of the longest prompt.
       compute_dtype: that the student computes in.
       cache_dtype: of keys and values; None: compute_dtype.
-      quantization: the scheme that the student will be quantised by, or None.
+      quantization: how the student will be quantised, or None.
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
@@ -65,7 +66,7 @@ class Writer:
         longest: int,
         compute_dtype: Any,
         cache_dtype: str | None = None,
-        quantization: str | None = None,
+        quantization: Quantization | None = None,
         stop: Callable[[], bool] = lambda: False,
         hooks: Hooks = NO_HOOKS,
     ):

@@ -19,6 +19,7 @@ import jaxdistill
 from jaxdistill.config import syntax
 from jaxdistill.errors import ConfigError, DamagedError
 from jaxdistill.run.folder import RunDir
+from jaxdistill.sharding import HOST
 from jaxdistill.train.table import flatten
 
 FILE = "fingerprints.json"
@@ -223,7 +224,14 @@ def weights(params: Any) -> str:
         return jnp.stack([_sum(leaf) for leaf in leaves])
 
     named = flatten(params)
-    numbers = np.asarray(sums(list(named.values()))).tolist()
+    # What waits on the host comes to the device one array after the other.
+    away = {name: leaf for name, leaf in named.items() if leaf.sharding.memory_kind == HOST}
+    here = {name: leaf for name, leaf in named.items() if name not in away}
+    made = dict(zip(here, np.asarray(sums(list(here.values()))).tolist(), strict=True))
+    for name, leaf in away.items():
+        place = leaf.sharding.with_memory_kind("device")
+        made[name] = int(sums([jax.device_put(leaf, place)])[0])
+    numbers = [made[name] for name in named]
     told = [(name, str(leaf.dtype), leaf.shape) for name, leaf in named.items()]
     return hashlib.sha256(repr((told, numbers)).encode()).hexdigest()
 

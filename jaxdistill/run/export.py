@@ -5,9 +5,11 @@ import pathlib
 from typing import Any
 
 from jaxdistill import commands, models
+from jaxdistill import config as configs
 from jaxdistill.compress import quantize as quantizing
 from jaxdistill.formats import gguf_write, peft
-from jaxdistill.references import adapters_any, load_any
+from jaxdistill.models.quantized import Quantization
+from jaxdistill.references import adapters_any, as_run, load_any, spec_any
 
 
 def load(source: str, *, dtype: Any = None, allow_network: bool = True) -> models.Model:
@@ -31,17 +33,36 @@ def quantize(
     Args:
       source: as in `export`.
       out: a folder that does not exist yet, or is empty.
-      options: the scheme (int8 or int4 round weights, int8_dynamic inputs too as they come), and
-        the type of everything that is not quantised, scales included; None: int8, as trained.
+      options: the scheme and its exceptions, and the type of everything that is not quantised,
+        scales included; None: what a run's student was trained for, else int8, as trained.
 
     Raises:
       ModelError, ConfigError: if there is no such model, or it cannot be quantised here.
       StorageError: if the folder cannot be written.
     """
     options = options or commands.Quantize()
-    quantizing.check_backend(options.scheme)
-    student = quantizing.quantized(load(source), options.scheme, options.dtype)
+    wanted = quantization_of(source, options)
+    config, _ = spec_any(source, allow_network=True)
+    quantizing.check("quantisation", wanted, config)
+    quantizing.check_backend(wanted)
+    student = quantizing.quantized(load(source), wanted, options.dtype)
     return models.save(student, pathlib.Path(out))
+
+
+def quantization_of(source: str, options: commands.Quantize) -> Quantization:
+    """What `quantize` makes of a model's kernels."""
+    if options.scheme is not None:
+        return quantizing.named(options.scheme, options.exceptions)
+    return trained_for(source) or quantizing.named("int8")
+
+
+def trained_for(source: str) -> Quantization | None:
+    """The last quantisation that a run's student was trained to have; None of all else."""
+    run = as_run(source)
+    if run is None:
+        return None
+    config = configs.load(run.folder / "config.resolved.yaml")
+    return quantizing.of(config.student.quantize)
 
 
 def export(

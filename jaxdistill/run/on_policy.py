@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import errors, methods
+from jaxdistill.compress import quantize
 from jaxdistill.config import Config, routing
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.feed import Feed
@@ -91,7 +92,7 @@ def writer_of(
         longest=max(len(prompt.tokens) for prompt in prompts.prompts),
         compute_dtype=jnp.dtype(student.compute_dtype),
         cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
-        quantization=student.quantize,
+        quantization=quantize.of(student.quantize),
         stop=stop,
         hooks=hooks,
     )
@@ -247,7 +248,7 @@ def feed_of(
                 models.vocab,
                 jnp.dtype(student.compute_dtype),
                 student.attention,
-                student.quantize,
+                quantize.of(student.quantize),
                 signal,
             ),
             None if signal is None else teaching.params,

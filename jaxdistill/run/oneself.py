@@ -109,8 +109,9 @@ class Itself(Plain):
 
         def teacher(params: Any, state: TrainState, batch: Any) -> Any:
             weights = self.weights(params, state)
-            if self.section.quantize is not None:  # as the student computes
-                weights = quantize.aware(weights, self.section.quantize)
+            rounded = quantize.of(self.section.quantize)
+            if rounded is not None:  # as the student computes
+                weights = quantize.aware(weights, rounded)
             return itself(weights, state, batch)
 
         return teacher

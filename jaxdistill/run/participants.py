@@ -12,6 +12,7 @@ from jaxdistill import errors, methods, rules
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.config import oneself as options
+from jaxdistill.config.models import Teacher
 from jaxdistill.data import spelling
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.second_view import SecondView
@@ -144,19 +145,29 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     oneself.check(context, student.config, mesh)
     states.check(config, student.config, mesh)
     check_tensor(mesh, {name: model.config for name, model in shaped.items()})
-    for section in [config.teacher, *(config.teachers or {}).values()]:
-        if section and section.quantize:
-            quantize.check_backend(section.quantize, in_step=True)
-    shapes.check_base(given, student)
+    device = mesh.devices.flat[0]
+    for key, section in _teachers(config).items():
+        one = in_step.get(key)
+        shapes.check_teacher(key, section, None if one is None else one.config, device)
+    shapes.check_student(given, student, device)
+    if config.teacher is not None and config.teacher.offload:
+        states.check_host("teacher.offload", device, "spread the teacher")
     for one in online(teaching).values():
         if one.given.quantize:
-            shapes.teacher_scheme(one.given, given.network)
+            shapes.teacher_rounded(one.given, given.network)
     with jax.set_mesh(mesh):
         platform = choice.current_device().platform
     sections = {key: one.given.attention for key, one in online(teaching).items()}
     for name, form in {**sections, "student": config.student.attention}.items():
         attention.check(form, shaped[name].config, read[name][1], platform)
     return dataclasses.replace(models, context=context)
+
+
+def _teachers(config: Config) -> dict[str, Teacher]:
+    """The sections of the teachers by their keys."""
+    several = config.teachers or {}
+    alone = {} if config.teacher is None else {"teacher": config.teacher}
+    return alone | {f"teachers.{name}": section for name, section in several.items()}
 
 
 def _alone(
@@ -262,7 +273,8 @@ def _uncut_teacher(config: Config, mesh: Mesh) -> Model:
     given = given_of(config)
     shape = shapes.teacher_of(given)
     assert shape is not None, "the configuration names the weights to cut the student out of"
-    teacher = Online(config.teacher, shape, config.seed + 1, given.network).loaded(mesh).model
+    section = config.teacher.model_copy(update={"offload": False})
+    teacher = Online(section, shape, config.seed + 1, given.network).loaded(mesh).model
     # A random one is made anew, on another mesh rounded otherwise.
     if config.teacher.cache and not config.teacher.random:
         stored.check_weights(config.teacher.cache, changes.weights(teacher.params))
@@ -306,7 +318,8 @@ def student_of(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) 
     Raises:
       ConfigError: if groups of `student.base` do not divide a projection.
     """
-    made, base = _born(config, shape, teacher, mesh), config.student.base
+    made = _born(config, shape, teacher, mesh)
+    base = quantize.of(config.student.base)
     if base is None or config.student.source is not None:  # rounded as it was read
         return made
     return dataclasses.replace(quantize.quantized(made, base), source=made.source)
@@ -316,7 +329,8 @@ def _born(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Mo
     """A student in floating point; with `student.base` one that is read is rounded as it is."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
-        if teacher is None or student.tokenizer:  # stored, aside, or in other ids
+        away = config.teacher is not None and config.teacher.offload
+        if teacher is None or student.tokenizer or away:  # stored, aside, in other ids, on the host
             teacher = _uncut_teacher(config, mesh)
         made = _cut_out(config, shape, teacher)
         return made if student.tokenizer is None else _respelled(config, made, shape, teacher)
@@ -328,5 +342,5 @@ def _born(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Mo
         mesh=mesh,
         tokenizer=False,
         allow_network=config.security.allow_network,
-        scheme=student.base,
+        rounded=quantize.of(student.base),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import methods
+from jaxdistill.compress import quantize
 from jaxdistill.config import Config, routing
 from jaxdistill.config.reward import mixed
 from jaxdistill.data.codec import prepare
@@ -163,7 +164,7 @@ def feed_of(
         models.vocab,
         jnp.dtype(student.compute_dtype),
         student.attention,
-        student.quantize,
+        quantize.of(student.quantize),
     )
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     told = None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import agree, optim
+from jaxdistill.compress import quantize
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
 from jaxdistill.data.records import PAIRS
@@ -100,7 +101,7 @@ class RunTable:
             models.student.config,
             objective,
             compute_dtype=jnp.dtype(self._student.compute_dtype),
-            quantization=self._student.quantize,
+            quantization=quantize.of(self._student.quantize),
         )
         return meter.make_step(loss, signal), teaching.params
 
@@ -282,8 +283,10 @@ class RunTable:
         """What the teacher answers; of several the one that a held-out row is for."""
         teachers = online(self._models.teaching)
         if not names(self._models.teaching):
-            alone = self._models.teacher
-            return list(self._asked(alone, prompts)) if alone else [None] * len(prompts)
+            alone = teachers.get("teacher")
+            if alone is None or alone.given.offload:  # generation would hold all of its layers
+                return [None] * len(prompts)
+            return list(self._asked(alone.model, prompts))
         found: list[str | None] = [None] * len(self._speaks.prompts)
         for name, part in self._beginnings().items():
             one = teachers.get(f"teachers.{name}")

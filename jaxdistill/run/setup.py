@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxdistill import errors, methods, optim, rules, teachers
+from jaxdistill.compress import quantize
 from jaxdistill.config import Config, routing
 from jaxdistill.config import oneself as selves
 from jaxdistill.config.optimizer import Optimizer
@@ -21,7 +22,9 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import two_tokenizers
 from jaxdistill.methods.routed import Routed
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.run import oneself, participants, sparse, states
+from jaxdistill.run.stages import Stage
 from jaxdistill.run.teaching import Nobody, Start, Teaching
 from jaxdistill.sharding import make_mesh
 from jaxdistill.train import step as steps
@@ -91,7 +94,7 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
         last=sparse.transform(config.student.sparsity, config.train.steps, models.student.config),
         average=oneself.average_of(selves.of(config)),
     )
-    loss = _loss_of(config, models, objective)
+    loss = _loss_of(config, models, objective, quantize.of(config.student.quantize))
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
     return RunMethod(objective, measuring, asked, asked.signal(objective), tx, rate, loss)
 
@@ -104,7 +107,10 @@ def asked_of(config: Config, models: participants.Models, objective: methods.Obj
 
 
 def _loss_of(
-    config: Config, models: participants.Models, objective: methods.Objective
+    config: Config,
+    models: participants.Models,
+    objective: methods.Objective,
+    quantization: Quantization | None,
 ) -> steps.Loss:
     return steps.make_loss(
         models.student.config,
@@ -112,16 +118,25 @@ def _loss_of(
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
         attention=config.student.attention,
-        quantization=config.student.quantize,
+        quantization=quantization,
         router_aux_loss_coef=config.student.router_aux_loss_coef,
     )
 
 
-def without_teacher(config: Config, models: participants.Models, method: RunMethod) -> RunMethod:
-    """The method in steps that ask no teacher: cross-entropy alone, with the same optimizer."""
-    objective = methods.build(methods.control(config.method), facts_of(config, models)).objective
-    loss = _loss_of(config, models, objective)
-    return dataclasses.replace(method, objective=objective, teacher=teachers.none, loss=loss)
+def in_stage(
+    config: Config, models: participants.Models, method: RunMethod, stage: Stage
+) -> RunMethod:
+    """The method in the steps of a stage, with the same optimizer.
+
+    Where they ask no teacher, it is cross-entropy alone.
+    """
+    objective, teacher = method.objective, method.teacher
+    if not stage.taught:
+        control = methods.control(config.method)
+        objective = methods.build(control, facts_of(config, models)).objective
+        teacher = teachers.none
+    loss = _loss_of(config, models, objective, stage.rounded)
+    return dataclasses.replace(method, objective=objective, teacher=teacher, loss=loss)
 
 
 def facts_of(config: Config, models: participants.Models) -> methods.Facts:

@@ -2,19 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from jaxdistill import errors, rules
 from jaxdistill.compress import command, prune, quantize
 from jaxdistill.config.models import RandomModel, Student, Teacher, Tokenizer
+from jaxdistill.config.quantize import Whole, stages
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.formats.families import FAMILIES
 from jaxdistill.models import DecoderConfig, Model
-from jaxdistill.models.architecture import flat_weights, picked, weights
+from jaxdistill.models.architecture import picked
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
-from jaxdistill.models.quantized import SCHEMES, Scheme, is_projection
+from jaxdistill.models.quantized import SCHEMES, Quantization, name_of
 from jaxdistill.models.vocabulary import vocabulary_size
-from jaxdistill.references import generation_any, scheme_any, spec_any
+from jaxdistill.references import generation_any, rounded_any, spec_any
 from jaxdistill.run import stored
 
 
@@ -131,53 +132,86 @@ def source(model: Teacher | Student) -> str:
     return model.source
 
 
-def teacher_scheme(teacher: Teacher, network: bool) -> Scheme | None:
-    """How the teacher's kernels are held in whole numbers, by `quantize` or in its own files.
+def teacher_rounded(teacher: Teacher, network: bool) -> Quantization | None:
+    """How the teacher's kernels are held in few bits, by `quantize` or in its own files.
 
     Raises:
       ConfigError: where both would round them.
     """
-    own = None if teacher.random else scheme_any(source(teacher), allow_network=network)
-    if teacher.quantize is None:
+    own = None if teacher.random else rounded_any(source(teacher), allow_network=network)
+    wanted = quantize.of(teacher.quantize)
+    if wanted is None:
         return own
     if own is not None:
         raise ConfigError(
-            f"teacher.quantize = {teacher.quantize}: {teacher.source} is quantised already: leave "
-            "it out, or name the model it was"
+            f"teacher.quantize = {wanted}: {teacher.source} is quantised already: leave it out, or "
+            "name the model it was"
         )
-    return SCHEMES[teacher.quantize]
+    return wanted
 
 
-def check_base(given: Given, student: Model) -> None:
-    """The frozen kernels of a student with adapters can be held as `student.base` says.
+def check_teacher(key: str, teacher: Teacher, config: DecoderConfig | None, device: Any) -> None:
+    """What `quantize` of a teacher's section says can be done here.
+
+    Args:
+      key: of its section.
+      teacher: the section.
+      config: its shape; None where no weights of it are read.
+      device: of the mesh.
+
+    Raises:
+      ConfigError: for patterns that match nothing, groups that do not divide, or a backend or
+        device that cannot compute so.
+    """
+    wanted = quantize.of(teacher.quantize)
+    if wanted is None:
+        return
+    if config is not None:
+        quantize.check(f"{key}.quantize", wanted, config)
+    quantize.check_backend(wanted, in_step=True, device=device)
+
+
+def check_student(given: Given, student: Model, device: Any) -> None:
+    """The student's kernels can be held as `base` says, and computed as `quantize` does.
 
     Args:
       given: what the configuration says.
       student: its shape.
+      device: of the mesh.
 
     Raises:
-      ConfigError: where the backend cannot, groups do not divide, or its files hold others.
+      ConfigError: where the backend or the device cannot, groups do not divide, a pattern matches
+        nothing, or its files hold others.
     """
     section, own = given.student, None
+    for _, stage in stages(section.quantize, steps=1):
+        if (aware := quantize.of(stage)) is not None:
+            quantize.check("student.quantize", aware, student.config)
+            quantize.check_backend(aware, device=device)
     if section.source is not None:
-        own = scheme_any(section.source, allow_network=given.network)
-    wanted = None if section.base is None else SCHEMES[section.base]
-    if own is not None and own != wanted:
-        fits = [name for name, scheme in SCHEMES.items() if scheme == own and not scheme.dynamic]
-        beside = f"train adapters beside it (student.lora, base: {fits[0]}), or " if fits else ""
+        own = rounded_any(section.source, allow_network=given.network)
+    wanted = quantize.of(section.base)
+    table = None if wanted is None else wanted.table(student.config)
+    if own is not None and own.table(student.config) != table:
+        beside = ""
+        if all(one in map(SCHEMES.get, get_args(Whole)) for one in own.schemes):
+            beside = f"train adapters beside it (student.lora, base: {_written(own)}), or "
         raise ConfigError(
             f"student.source = {section.source}: its kernels are whole numbers, which no step "
             f"moves: {beside}name the model it was"
         )
-    if section.base is None or wanted is None:
-        return
-    quantize.check_backend(section.base, in_step=True)
-    for name, row in flat_weights(weights(student.config)).items():
-        if wanted.group and is_projection(name) and row.shape[-2] % wanted.group:
-            raise ConfigError(
-                f"student.base = {section.base}: groups of {wanted.group} inputs do not divide "
-                f"the {row.shape[-2]} inputs of {name.split('.')[-2]}: use int8"
-            )
+    if wanted is not None:
+        quantize.check("student.base", wanted, student.config)
+        quantize.check_backend(wanted, in_step=True, device=device)
+
+
+def _written(own: Quantization) -> str:
+    """A quantisation as a configuration says it."""
+    scheme = name_of(own.scheme)
+    if not own.exceptions:
+        return scheme
+    exceptions = ", ".join(f"{pattern}={name_of(one)}" for pattern, one in own.exceptions)
+    return f"{{scheme: {scheme}, exceptions: [{exceptions}]}}"
 
 
 def kept_layers(student: Student, count: int) -> list[int]:

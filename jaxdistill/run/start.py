@@ -68,7 +68,7 @@ def read(
     """
     network, routes = config.security.allow_network, routed.of(config)
     models = agree.together(lambda: participants.shapes_of(config, mesh))
-    parts = stages.of(config.teacher, config.method, config.train.steps)
+    parts = stages.of(config.teacher, config.student, config.method, config.train.steps)
     facts = setup.facts_of(config, models)
     agree.together(lambda: stages.check(parts, config.method, facts))
     data = agree.leader_first(

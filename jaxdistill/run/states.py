@@ -1,26 +1,36 @@
 """The state of a run as its configuration wants it: new, or as shapes to restore into."""
 
+import dataclasses
+
 import jax
 import optax
 from jax.sharding import Mesh
 
 from jaxdistill.config import Config
 from jaxdistill.config.models import Student
+from jaxdistill.config.quantize import QuantizedBase
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, Model, lora
 from jaxdistill.run import sparse
-from jaxdistill.sharding import shardings
+from jaxdistill.sharding import HOST, shardings
 from jaxdistill.train import state as states
 from jaxdistill.train.state import TrainState
-
-HOST = states.HOST
 
 
 def adapters_of(student: Student) -> lora.Lora | None:
     """The student's adapters, or None where all of it is trained."""
     section = student.lora
-    return None if section is None else lora.Lora(**section.model_dump(), scheme=student.base)
+    return None if section is None else _with_base(lora.Lora(**section.model_dump()), student.base)
+
+
+def _with_base(adapters: lora.Lora, base: str | QuantizedBase | None) -> lora.Lora:
+    """Adapters beside kernels that are held as `student.base` says."""
+    if base is None:
+        return adapters
+    if isinstance(base, str):
+        return dataclasses.replace(adapters, scheme=base)
+    return dataclasses.replace(adapters, scheme=base.scheme, exceptions=base.exceptions)
 
 
 def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
@@ -40,14 +50,27 @@ def check(config: Config, student: DecoderConfig, mesh: Mesh) -> None:
             f"student.router_aux_loss_coef = {coefficient}: the student has no routed experts: "
             "leave it out"
         )
-    if not config.optimizer.offload:
-        return
-    device = mesh.devices.flat[0]
+    if config.optimizer.offload:
+        check_host("optimizer.offload", mesh.devices.flat[0], "spread the state")
+
+
+def check_host(option: str, device: jax.Device, instead: str) -> None:
+    """The device addresses the memory of its host.
+
+    Args:
+      option: that asks for it.
+      device: of the mesh.
+      instead: what to do over more devices.
+
+    Raises:
+      ConfigError: if not.
+    """
     kinds = {memory.kind for memory in device.addressable_memories()}
     if HOST not in kinds:
+        known = ", ".join(sorted(kinds)) or "nothing that JAX lists, as described GPUs do,"
         raise ConfigError(
-            f"optimizer.offload = true: {device.device_kind} addresses {', '.join(sorted(kinds))} "
-            f"and no {HOST}: leave it out, and spread the state over more devices (mesh.fsdp)"
+            f"{option} = true: {device.device_kind} addresses {known} and no {HOST}: leave it out, "
+            f"and {instead} over more devices (mesh.fsdp)"
         )
 
 

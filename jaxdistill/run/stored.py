@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill import methods, teachers
+from jaxdistill.compress import quantize
 from jaxdistill.config.models import Teacher
 from jaxdistill.data import rendering
 from jaxdistill.data.codec import prepare, tokenizer_fingerprint
@@ -283,5 +284,5 @@ def whose(teacher: Teacher, arch: DecoderConfig) -> dict[str, Any]:
     return {
         "teacher.config": fingerprint(dataclasses.asdict(arch)),
         "teacher.dtype": teacher.dtype,
-        "teacher.quantize": teacher.quantize,
+        "teacher.quantize": quantize.written(teacher.quantize),
     }

@@ -40,8 +40,8 @@ def verify(place: str, teacher: str | Model, count: int) -> dict[str, Any]:
     store = Store(place, thorough=True)
     identity = store.identity
     model = load_any(teacher, dtype=identity["teacher.dtype"], mesh=make_mesh(), tokenizer=False)
-    if identity["teacher.quantize"]:
-        model = quantize.quantized(model, identity["teacher.quantize"])
+    if (rounded := quantize.of(identity["teacher.quantize"])) is not None:
+        model = quantize.quantized(model, rounded)
     same = changes.weights(model.params) == identity["teacher.weights"]
     picked = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).round().astype(int))
     head = store.head() if store.format.name == HIDDEN else None

@@ -15,7 +15,7 @@ from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.evaluate import speed
 from jaxdistill.methods.routed import Routed
-from jaxdistill.models import Model, count_parameters, forward_flops_per_token, random
+from jaxdistill.models import Model, count_parameters, forward_flops_per_token, host, random
 from jaxdistill.references import load_any
 from jaxdistill.rollouts.rows import empty_scores
 from jaxdistill.run import shapes
@@ -182,11 +182,12 @@ class Online(Plain):
     def abstract_params(self, mesh: Mesh) -> Any:
         params = abstract_params(self.model.config, jnp.dtype(self.given.dtype), mesh)
         params = self.pairing.abstract(params, mesh)
-        scheme = shapes.teacher_scheme(self.given, self.network)
-        return params if scheme is None else quantize.abstract(params, scheme)
+        rounded = shapes.teacher_rounded(self.given, self.network)
+        params = params if rounded is None else quantize.abstract(params, rounded)
+        return host.abstract(params) if self.given.offload else params
 
     def loaded(self, mesh: Mesh) -> "Online":
-        given = self.given
+        given, rounded = self.given, quantize.of(self.given.quantize)
         if given.random:
             as_made = self.pairing.as_loaded(self.model)
             assert as_made is not None
@@ -198,12 +199,15 @@ class Online(Plain):
                 mesh=mesh,
                 tokenizer=False,
                 allow_network=self.network,
-                scheme=given.quantize,
+                rounded=rounded,
+                offload=given.offload,
             )
-        if given.quantize and given.random:
-            model = quantize.quantized(model, given.quantize)
-        elif given.quantize:
-            model = dataclasses.replace(model, source=f"{given.quantize} of {model.source}")
+        if rounded is not None and given.random:
+            model = quantize.quantized(model, rounded)
+        elif rounded is not None:
+            model = dataclasses.replace(model, source=f"{rounded} of {model.source}")
+        if given.offload:
+            model = dataclasses.replace(model, params=host.waiting(model.params))
         model = dataclasses.replace(model, tokenizer=self.model.tokenizer)
         return dataclasses.replace(self, model=self.pairing.seated(model))
 
@@ -244,9 +248,9 @@ class Start(Plain):
         return self.model.params
 
     def abstract_params(self, mesh: Mesh) -> Any:
-        dtype, base = jnp.dtype(self.section.compute_dtype), self.section.base
+        dtype, base = jnp.dtype(self.section.compute_dtype), quantize.of(self.section.base)
         params = abstract_params(self.model.config, dtype, mesh)
-        return params if base is None else quantize.abstract(params, quantize.scheme_of(base))
+        return params if base is None else quantize.abstract(params, base)
 
     def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
         return teachers.online(

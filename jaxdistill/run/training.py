@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
@@ -238,18 +239,19 @@ class Training:
         """The steps, compiled for the batches of the data; for others when they come."""
         config = self.config
         agree.together(lambda: setup.check_kernels_of(config))
-        parts = stages.of(config.teacher, config.method, config.train.steps)
-        methods = {True: self.method}
-        if len(parts) > 1:
-            methods[False] = setup.without_teacher(config, self.models, self.method)
+        parts = stages.of(config.teacher, config.student, config.method, config.train.steps)
+        in_stage = functools.partial(setup.in_stage, config, self.models, self.method)
         programs = {
-            taught: self._programs(method, writer, progress) for taught, method in methods.items()
+            stage.program: self._programs(
+                in_stage(stage) if len(parts) > 1 else self.method, writer, progress
+            )
+            for stage in {stage.program: stage for stage in parts}.values()
         }
 
-        def tell(number: int, stage: stages.Stage) -> None:
-            writer.event("stage", step=number, teacher=stage.taught)
-            what = "is asked" if stage.taught else "is asked no more: cross-entropy alone"
-            progress.event(f"from step {number} on the teacher {what}")
+        def tell(number: int, stage: stages.Stage, before: stages.Stage) -> None:
+            facts, words = stage.told(before)
+            writer.event("stage", step=number, **facts)
+            progress.event(f"from step {number} on {', and '.join(words)}")
 
         step = stages.Staged(parts, programs, self.method.asked.params, tell, meter.asked)
         if (row := feed.usual()) is not None:

@@ -34,7 +34,7 @@ from jaxdistill.errors import ConfigError, StorageError
 from jaxdistill.evaluate import comparison
 from jaxdistill.report import json_lines
 from jaxdistill.run import session, teacher_generate
-from jaxdistill.run.export import export, quantize
+from jaxdistill.run.export import export, quantization_of, quantize
 from jaxdistill.safe import json_file, lock, whole_file
 from jaxdistill.safe.redact import redacted
 
@@ -291,7 +291,7 @@ class Runner:
     def _quantize(self, step: QuantizeStep) -> dict[str, Any]:
         step = self.resolved(step)
         quantize(step.model, self.folder / step.name, step)
-        return {"scheme": step.scheme}
+        return {"scheme": str(quantization_of(step.model, step))}
 
     def _export(self, step: ExportStep) -> dict[str, Any]:
         step = self.resolved(step)

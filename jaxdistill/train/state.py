@@ -14,9 +14,7 @@ from jax.sharding import Mesh
 from jaxdistill.compress import quantize
 from jaxdistill.models import DecoderConfig, decoder, lora
 from jaxdistill.models.lora import Lora
-from jaxdistill.sharding import RULES, MeshAxes, replicated, shardings
-
-HOST = "pinned_host"  # the memory of a device's host that the device can address
+from jaxdistill.sharding import HOST, RULES, MeshAxes, replicated, shardings
 
 
 @typing.no_type_check
@@ -99,8 +97,8 @@ def abstract(
     student, frozen = abstract_params(config, dtype, mesh, rules), None
     if adapters is not None:
         frozen, small = student, lora.shapes(config, adapters)
-        if adapters.scheme is not None:
-            frozen = quantize.abstract(frozen, quantize.scheme_of(adapters.scheme))
+        if adapters.held is not None:
+            frozen = quantize.abstract(frozen, adapters.held)
         axes = lora.logical_axes(config, adapters)
         student = _placed(small, shardings(mesh, axes, small, rules))
     params = {"student": student, "objective": _placed(objective, everywhere)}

@@ -23,6 +23,7 @@ from jaxdistill.methods import CONTROL, MONITOR, Objective, routed
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
+from jaxdistill.models.quantized import Quantization
 from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
 from jaxdistill.teachers import Teacher
 from jaxdistill.train.state import TrainState, whole
@@ -43,12 +44,12 @@ def make_loss(
     remat: str = "none",
     attention: str | None = None,
     rules: Mapping[str, MeshAxes] = RULES,
-    quantization: str | None = None,
+    quantization: Quantization | None = None,
     router_aux_loss_coef: float = 0.0,
 ) -> Loss:
     """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`.
 
-    With `quantization` the student computes as it will once it is quantised by that scheme; with
+    With `quantization` the student computes as it will once it is quantised so; with
     `router_aux_loss_coef` the load-balancing loss of its routed experts is added to the objective.
     """
 

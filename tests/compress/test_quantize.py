@@ -7,6 +7,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -62,7 +63,7 @@ def test_weights_are_rounded_as_numpy_rounds_them(model, name, bits, group):
         np.testing.assert_allclose(got[~halfway], want[~halfway], atol=1e-5 * step)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "float8"])
 def test_logits_are_those_of_the_rounded_weights(model, name):
     """The oracle runs in float64 on whole numbers times scales, multiplied out in NumPy."""
     small = quantize.quantized(model, name)
@@ -140,7 +141,7 @@ def test_a_folder_keeps_every_number(model, name, tmp_path, one_device):
     mesh = make_mesh(data=2, fsdp=4)
     spread = models.load(folder, tokenizer=False, mesh=mesh)
     # Sums in another order move some inputs to the other side of a half.
-    limit = 0.1 if name == "int8_dynamic" else 1e-5
+    limit = 0.1 if name.endswith("dynamic") else 1e-5
     assert oracle.distance(spread.logits(TOKENS), small.logits(TOKENS)) < limit
     assert not spread.params["layers"]["mlp"]["up"]["kernel"].values.is_fully_replicated
 
@@ -173,12 +174,13 @@ def test_packing_equals_compressed_tensors():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", (*SCHEMES, "exceptions"))
 def test_transformers_reads_the_folder(model, name, tmp_path):
     import torch
 
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
-    small = quantize.quantized(model, name)
+    how = quantized.named("int4", EXCEPTIONS) if name == "exceptions" else name
+    small = quantize.quantized(model, how)
     folder = models.save(small, tmp_path / "q")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own
@@ -190,7 +192,7 @@ def test_transformers_reads_the_folder(model, name, tmp_path):
         with torch.no_grad():
             want = theirs(torch.tensor(TOKENS)).logits.numpy()
     # Rounding of inputs may fall to the other side of a half here and there.
-    limit = 0.1 if name == "int8_dynamic" else 3e-5
+    limit = 0.1 if name.endswith("dynamic") else 3e-5
     assert oracle.distance(small.logits(TOKENS), want) < limit
 
 
@@ -205,12 +207,12 @@ def test_training_that_knows_multiplies_as_the_quantised_model(name):
     assert float(jnp.abs(got - x @ kernel).max()) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "float8"])
 def test_training_that_knows_computes_the_quantised_model(model, name):
     apply = lambda params: decoder.logits(
         decoder.apply(model.config, params, jnp.asarray(TOKENS), compute_dtype="float32")
     )
-    aware = apply(quantize.aware(model.params, name))
+    aware = apply(quantize.aware(model.params, quantized.named(name)))
     want = quantize.quantized(model, name).logits(TOKENS)
     assert oracle.distance(aware, want) < 1e-4
 
@@ -222,7 +224,9 @@ def test_gradients_go_straight_through(model):
             decoder.apply(model.config, params, jnp.asarray(TOKENS), compute_dtype="float32").hidden
         )
     )
-    ours = jax.grad(lambda params: apply(quantize.aware(params, "int8")))(model.params)
+    ours = jax.grad(lambda params: apply(quantize.aware(params, quantized.named("int8"))))(
+        model.params
+    )
     rounded = quantize.dequantized(quantize.quantized(model, "int8")).params
     want = jax.grad(apply)(rounded)
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
@@ -231,13 +235,15 @@ def test_gradients_go_straight_through(model):
 
 
 def test_bad_input_is_told(model, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="must be one of int8, int4, int8_dynamic"):
+    with pytest.raises(ConfigError, match="must be one of int8, int4, int8_dynamic, float8"):
         quantize.quantized(model, "int3")
     small = quantize.quantized(model, "int8")
     with pytest.raises(ConfigError, match="quantised already"):
         quantize.quantized(small, "int4")
     odd = models.random(models.DecoderConfig("llama", 61, 48, 40, 1, 2, 2, 24))
-    with pytest.raises(ConfigError, match="groups of 64 do not divide a projection of 48"):
+    with pytest.raises(
+        ConfigError, match="groups of 64 inputs do not divide the 48 inputs of query"
+    ):
         quantize.quantized(odd, "int4")
 
     def refuse(self, x):
@@ -245,7 +251,7 @@ def test_bad_input_is_told(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(quantized.QuantizedKernel, "dot", refuse)
     with pytest.raises(ConfigError, match="cpu cannot run it .no such unit"):
-        quantize.check_backend("int8_dynamic")
+        quantize.check_backend(quantized.named("int8_dynamic"))
     monkeypatch.undo()
     folder = models.save(small, tmp_path / "q")
     (folder / sums.FILE).unlink()
@@ -262,6 +268,98 @@ def test_bad_input_is_told(model, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ModelError, match="use the unquantised model"):
         models.load(folder)
+
+
+def test_float8_is_rounded_as_ml_dtypes_rounds(model):
+    """Exact: the largest of a column becomes 448, and ties go to the even number."""
+    kernel = np.asarray(model.params["layers"]["mlp"]["down"]["kernel"])
+    found = quantize.quantized(model, "float8").params["layers"]["mlp"]["down"]["kernel"]
+    scale = np.abs(kernel).max(1, keepdims=True) / np.float32(448)
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-6)
+    want = (kernel / np.asarray(found.scale)).astype(ml_dtypes.float8_e4m3fn)
+    assert found.values.dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_array_equal(np.asarray(found.values).view(np.uint8), want.view(np.uint8))
+    assert np.abs(want.astype(float)).max() == 448
+
+
+def test_dynamic_float8_multiplies_rounded_inputs():
+    """Against float64 products of numbers that ml_dtypes rounded."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 64)).astype(np.float32), rng.normal(size=(64, 48)).astype(np.float32)
+    kernel = quantized.quantize(jnp.asarray(w), quantized.SCHEMES["float8_dynamic"])
+    step = np.abs(x).max(1, keepdims=True) / np.float32(448)
+    rounded = (x / step).astype(ml_dtypes.float8_e4m3fn).astype(float)
+    want = rounded @ np.asarray(kernel.values).astype(float) * step * np.asarray(kernel.scale)
+    np.testing.assert_allclose(kernel.dot(jnp.asarray(x)), want, rtol=1e-5, atol=1e-5)
+    program = jax.jit(kernel.dot).lower(jnp.asarray(x)).as_text()
+    assert "f8E4M3FN>, tensor<64x48xf8E4M3FN>" in program  # a product of such numbers
+
+
+EXCEPTIONS = ("attention.k*=none", "mlp.down=int4", "mlp.*=int8")
+
+
+def test_exceptions_are_found_by_name_and_written_as_others_read_them(model, tmp_path, one_device):
+    """The first pattern that matches holds; the folder's words are compressed-tensors' own."""
+    wanted = quantized.named("int4", EXCEPTIONS)
+    small = quantize.quantized(model, wanted)
+    flat = {
+        quantized.in_layer(name): functools.reduce(
+            lambda node, key: node[key], name.split("."), small.params
+        )
+        for name in quantized.projections(model.config)
+    }
+    bits = {name: leaf.scheme.bits if is_kernel(leaf) else None for name, leaf in flat.items()}
+    attention = {"attention.query": 4, "attention.key": None, "attention.value": 4}
+    mlp = {"mlp.gate": 8, "mlp.up": 8, "mlp.down": 4}
+    assert bits == attention | {"attention.out": 4} | mlp
+    np.testing.assert_array_equal(
+        flat["attention.key"], model.params["layers"]["attention"]["key"]["kernel"]
+    )
+    folder = models.save(small, tmp_path / "q")
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert raw["ignore"] == ["lm_head", r"re:.*self_attn\.k_proj$"]
+    assert [group["targets"] for group in raw["config_groups"].values()] == [
+        ["Linear"],
+        [r"re:.*mlp\.gate_proj$", r"re:.*mlp\.up_proj$"],
+    ]
+    again = models.load(folder, tokenizer=False, mesh=one_device)
+    np.testing.assert_array_equal(again.logits(TOKENS), small.logits(TOKENS))
+    aware = decoder.apply(
+        model.config,
+        quantize.aware(model.params, wanted),
+        jnp.asarray(TOKENS),
+        compute_dtype="float32",
+    )
+    assert oracle.distance(decoder.logits(aware), small.logits(TOKENS)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ignore": ["re:(.*)*x"]}, "only compressed-tensors with"),
+        ({"ignore": ["re:.*.*.*x"]}, "only compressed-tensors with"),
+        ({"ignore": ["re:*"]}, "only compressed-tensors with"),
+        ({"ignore": [7]}, "only compressed-tensors with"),
+        ({"ignore": ["model.layers.1.mlp.up_proj"]}, "layers differ in the scheme of mlp.up"),
+    ],
+)
+def test_what_a_folder_says_of_its_modules_is_read_or_refused(model, tmp_path, change, message):
+    folder = models.save(quantize.quantized(model, "int8"), tmp_path / "q")
+    (folder / sums.FILE).unlink()
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=message):
+        models.load(folder)
+
+
+def test_a_gpu_without_such_numbers_is_named():
+    class Ampere:
+        platform, device_kind, compute_capability = "gpu", "NVIDIA A100", "8.0"
+
+    with pytest.raises(ConfigError, match="A100 has compute capability 8.0, and float8 needs 8.9"):
+        quantize.check_backend(quantized.named("float8"), device=Ampere())
+    quantize.check_backend(quantized.named("int8"), device=Ampere())
 
 
 def test_without_qwix_it_says_how_to_get_it(model, monkeypatch):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdistill import config
-from jaxdistill.config import keys
+from jaxdistill.config import keys, synonyms
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import METHODS
 
@@ -141,13 +141,13 @@ def test_distance_is_that_of_its_definition(left, right):
 
 
 def test_names_of_other_tools_lead_to_what_is_here():
-    for word, key in keys.SYNONYMS.items():
+    for word, key in synonyms.SYNONYMS.items():
         assert key in {".".join(path) for path in keys.all_keys()}, word
         assert config.explain(word).startswith(f"{word} is {key} here")
-    for word, ours in keys.OTHER_METHODS.items():
+    for word, ours in synonyms.OTHER_METHODS.items():
         name = re.match(r"\w+", ours)[0]
         assert word not in METHODS and name in METHODS
-        if word not in keys.SYNONYMS:
+        if word not in synonyms.SYNONYMS:
             assert config.explain(word).startswith(f"{word} is method.name: {name}")
             assert config.explain(name) in config.explain(word)
         else:

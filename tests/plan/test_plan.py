@@ -57,6 +57,9 @@ def test_the_floor_is_the_longest_of_three():
     found = Cost(197e12, 2 * 819e9, [{"sent_bytes": 100e9}, {"sent_bytes": 500e9}], [], [])
     assert found.seconds(chip) == {"compute": 1.0, "memory": 2.0, "links": 3.0}
     assert "links" not in found.seconds(chips.TPUS["v4"])  # nothing is published
+    away = found._replace(host_bytes=128e9)
+    assert away.seconds(chips.GPUS["h100"])["host"] == 2.0  # 64 GB/s in one direction
+    assert "host" not in away.seconds(chip)
     assert found.seconds(None) == {}
 
 

@@ -12,7 +12,7 @@ from jaxdistill import models, teachers
 from jaxdistill.data import batching
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ModelError
-from jaxdistill.models import DecoderConfig, decoder
+from jaxdistill.models import DecoderConfig, decoder, quantized
 from jaxdistill.rollouts.difference import Program, difference
 from jaxdistill.rollouts.rows import rows_of
 from jaxdistill.rollouts.writing import Sampling, Writer
@@ -119,7 +119,7 @@ def test_a_stop_drops_what_is_under_way(model):
 def test_a_quantised_student_samples_quantised(model):
     from jaxdistill.compress import quantize
 
-    few = writer(model, quantization="int8").write(model.params, 0, PROMPTS)
+    few = writer(model, quantization=quantized.named("int8")).write(model.params, 0, PROMPTS)
     rounded = quantize.quantized(model, "int8")
     expected = writer(model).write(rounded.params, 0, PROMPTS)
     assert [one.tokens.tolist() for one in few] == [one.tokens.tolist() for one in expected]
@@ -131,6 +131,7 @@ def test_a_quantised_student_samples_quantised(model):
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
     """A student that is trained for a scheme writes, and is compared, as it computes there."""
+    scheme = scheme and quantized.named(scheme)
     answers = writer(model, quantization=scheme).write(model.params, 0, PROMPTS)
     rows, logprobs = rows_of(
         answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill import api
+from jaxdistill import api, models
 from jaxdistill.compress import quantize
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
+from jaxdistill.plan import describe
 from jaxdistill.run import participants, setup, states
 from tests.run.conftest import models_of
 from tests.run.test_session import arrays, losses
@@ -106,7 +107,67 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
     config = load_config(tmp_path, "student.router_aux_loss_coef=0.02")
     with pytest.raises(ConfigError, match="coef = 0.02: the student has no routed experts: leave"):
         participants.shapes_of(config, setup.mesh_of(config))
-    config = load_config(tmp_path, "optimizer.offload=true")
     monkeypatch.setattr(states, "HOST", "host_of_another_kind")
-    with pytest.raises(ConfigError, match=r"optimizer.offload = true: cpu addresses .*pinned_host"):
-        participants.shapes_of(config, setup.mesh_of(config))
+    for option in ("optimizer.offload", "teacher.offload"):
+        config = load_config(tmp_path, f"{option}=true")
+        with pytest.raises(ConfigError, match=rf"{option} = true: cpu addresses .*pinned_host"):
+            participants.shapes_of(config, setup.mesh_of(config))
+    for teacher in (
+        "{self: {weights: live}}",
+        "{cache: somewhere}",
+        "{api: {base_url: 'http://h', model: m}}",
+    ):
+        with pytest.raises(ConfigError, match="offload"):
+            load_config(tmp_path, RANDOM, f"teacher={teacher}", "teacher.offload=true")
+
+
+def test_a_teacher_on_the_host_says_the_same_to_the_bit(load_config, tmp_path):
+    """Its layers wait there; the student is cut out of a copy that does not."""
+    mesh = "mesh={data: 2, fsdp: 2, tensor: 2}"
+    plain = api.train(load_config(tmp_path / "plain", mesh)).run_dir
+    config = load_config(tmp_path / "host", mesh, "teacher.offload=true")
+    away = api.train(config).run_dir
+    assert losses(plain) == losses(away)
+    for name, value in arrays(plain, 6).items():
+        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+    shutil.rmtree(away / "checkpoints" / "6")
+    api.resume(away)
+    for name, value in arrays(plain, 6).items():
+        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+
+
+@needs_qwix
+def test_a_folder_is_read_to_the_host_as_it_is_planned(load_config, tmp_path):
+    teacher = models_of(load_config(tmp_path), setup.mesh_of(load_config(tmp_path))).teacher
+    models.save(teacher, tmp_path / "teacher")
+    source = f"teacher={{source: {tmp_path}/teacher, dtype: float32, offload: true}}"
+    options = (RANDOM, source, "teacher.quantize={scheme: int8, exceptions: [mlp.down=none]}")
+    config = load_config(tmp_path, *options)
+    mesh = setup.mesh_of(config)
+    params = models_of(config, mesh).teaching.params
+    shapes = participants.shapes_of(config, mesh).teaching.abstract_params(mesh)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params["layers"])}
+    assert kinds == {states.HOST} and params["embedding"].sharding.memory_kind == "device"
+    same = lambda one, two: (
+        (one.shape, one.dtype, one.sharding) == (two.shape, two.dtype, two.sharding)
+    )
+    assert jax.tree.all(jax.tree.map(same, params, shapes))
+    held = dataclasses.replace(teacher, params=params).logits(np.arange(32)[None])
+    rounded = quantize.quantized(teacher, quantize.named("int8", ("mlp.down=none",)))
+    np.testing.assert_array_equal(held, rounded.logits(np.arange(32)[None]))
+
+
+def test_what_waits_on_the_host_is_planned_apart(load_config, tmp_path):
+    def planned(*more):
+        config = load_config(tmp_path, RANDOM, "train.micro_batches=2", *more)
+        return api.plan(config, "cpu:1")
+
+    before, after = planned(), planned("teacher.offload=true", "optimizer.offload=true")
+    layers = 4 * 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
+    held = after["memory"]["host"]
+    assert held["teacher"] == layers and "host" in describe(after)
+    assert before["memory"]["host"] == {} and before["host_bytes"] == 0
+    for name, moved in held.items():
+        arguments = before["memory"]["arguments"][name] - after["memory"]["arguments"][name]
+        assert arguments == moved
+    assert after["host_bytes"] == 2 * layers + held["optimizer"]

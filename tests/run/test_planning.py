@@ -351,3 +351,23 @@ def test_a_described_target_is_planned(target):
     assert found["fits"] and 0 < found["mfu"] <= 1
     assert found["floor_seconds"] == max(found["seconds"].values())
     assert np.isclose(found["tokens_per_second"], ROWS * LENGTH / found["floor_seconds"])
+
+
+def test_a_teacher_on_the_host_of_a_tpu_is_planned_and_a_described_gpu_is_refused():
+    """Its layers are no memory of the device, and come once in each micro-batch."""
+    target = "tpu:v5e:2x2"
+    lacking = targets.missing(targets.parse(target))
+    if lacking:
+        pytest.skip(f"needs {lacking}")
+    tall = f"{{random: {written(TEACHER | {'layers': 24})}, dtype: bfloat16}}"
+    loaded = config.loads(text(teacher=tall))
+    away = config.loads(text(teacher=tall), "away", ["teacher.offload=true"])
+    here, there = api.plan(loaded, target, tries=0), api.plan(away, target, tries=0)
+    moved = there["memory"]["host"]["teacher"]
+    arguments = [one["memory"]["arguments"]["teacher"] for one in (here, there)]
+    assert arguments[0] - arguments[1] == moved == there["host_bytes"]
+    saved = here["memory"]["total"] - there["memory"]["total"]
+    assert saved > 0.7 * moved, "a layer or two are on the device at a time"
+    if targets.missing(targets.parse("gpu:h100:1")) is None:
+        with pytest.raises(ConfigError, match="nothing that JAX lists, as described GPUs do"):
+            api.plan(away, "gpu:h100:4")

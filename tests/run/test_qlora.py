@@ -21,7 +21,8 @@ OLD = jax.__version_info__ < (0, 11)
 FOUR_BITS = pytest.mark.skipif(OLD, reason="JAX 0.10 gives a compiled step no arrays of 4 bits")
 LORA = "student.lora={rank: 2, alpha: 8.0, targets: [query, value, down]}"
 WIDE = "student={random: {embed: 64, mlp: 64, layers: 2, heads: 2}, compute_dtype: float32}"
-QLORA = (WIDE, LORA, "student.base=int4")
+BASE = "{scheme: int4, exceptions: [attention.key=int8, attention.out=none]}"
+QLORA = (WIDE, LORA, f"student.base={BASE}")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_the_rounded_kernels_stay_as_they_are_and_adapters_learn(run, load_confi
     name = "frozen/layers/attention/query/kernel"
     np.testing.assert_array_equal(last[f"{name}/values"], held.values)
     np.testing.assert_array_equal(last[f"{name}/scale"], held.scale)
+    assert last["frozen/layers/attention/key/kernel/values"].dtype == np.int8
+    assert last["frozen/layers/attention/out/kernel"].dtype == np.float32
     trained = [name for name in last if name.startswith("params/student/")]
     assert trained and all(not np.array_equal(first[name], last[name]) for name in trained)
     assert losses(run)[6] < losses(run)[1]
@@ -93,7 +96,7 @@ def test_a_folder_is_rounded_as_it_is_read_and_never_held_in_floating_point(
     monkeypatch.setattr(quantize, "quantized", None)  # of a whole model
     source = f"student={{source: {tmp_path}/model, base: int4, lora: {{rank: 2}}}}"
     found = models_of(load_config(tmp_path, source), setup.mesh_of(config)).student
-    whole = jax.jit(lambda params: quantize._turned(params, quantize.scheme_of("int4"), None))
+    whole = jax.jit(lambda params: quantize._turned(params, quantize.named("int4"), None))
     jax.tree.map(np.testing.assert_array_equal, found.params, whole(student.params))
     assert found.source == str(tmp_path / "model")
 

@@ -110,7 +110,9 @@ def test_the_stages_of_a_configuration(load_config, tmp_path):
 
     def shown(*options):
         config = load_config(tmp_path, *options)
-        return stages.of(config.teacher, config.method, config.train.steps)
+        parts = stages.of(config.teacher, config.student, config.method, config.train.steps)
+        assert all(stage.rounded is None for stage in parts)
+        return [stage[:2] for stage in parts]
 
     assert shown() == [(0, True)]
     assert shown("teacher.until=0.6") == [(0, True), (4, False)]
