@@ -101,10 +101,10 @@ def _measure(folder: pathlib.Path, options: argparse.Namespace) -> None:
     """Captures what is not there yet, then times or trains."""
     small = options.quality and not (options.smollm2 or options.tiny)
     if small:
-        _texts(folder, **SMALL_TEXTS)
+        texts(folder, **SMALL_TEXTS)
         _make_teacher(folder)
     else:
-        _texts(folder, options.documents)
+        texts(folder, options.documents)
     result: dict[str, Any] = {"documents": options.documents, "stored": {}}
     result["load_before"] = os.getloadavg()
     for form in FORMS if options.quality else TIMED:
@@ -151,7 +151,7 @@ def _make_teacher(folder: pathlib.Path) -> None:
     api.train(config.loads(SMALL_TEACHER.format(folder=folder)))
 
 
-def _texts(folder: pathlib.Path, documents: int, characters: int = KEPT) -> None:
+def texts(folder: pathlib.Path, documents: int, characters: int = KEPT) -> None:
     """The beginnings of so many documents of each part of the documentation, as JSON Lines."""
     from jaxdistill.data.records import Rejected
     from jaxdistill.data.sources import open_source
