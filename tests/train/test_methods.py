@@ -271,8 +271,18 @@ def curve(name):
     return trained(name)[1]
 
 
-@pytest.mark.floor
-@pytest.mark.parametrize("name", METHODS)
+def split(tensor=1):
+    """Rows over both axes of a mesh, in two micro-batches: one program sees all of it."""
+    count = 4 * tensor
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices, XLA shows {jax.device_count()}")
+    return {"mesh": make_mesh(2, 2, tensor, devices=jax.devices()[:count]), "micro_batches": 2}
+
+
+# On the oldest versions one curve for each objective: KINDS are kd with another formula.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.floor] * (n not in KINDS)) for n in METHODS]
+)
 def test_the_curve_is_the_committed_one(name):
     """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
     golden = json.loads(GOLDEN.read_text())[name]
@@ -290,24 +300,16 @@ def test_every_objective_has_a_curve():
 
 
 @pytest.mark.parametrize("name", SECOND_VIEW)
-@pytest.mark.parametrize("case", ["devices", "micro_batches"])
-def test_a_second_view_gives_the_same_over_devices_and_micro_batches(name, case):
-    if case == "devices" and jax.device_count() < 8:
-        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
-    mesh = {"mesh": make_mesh(2, 2, 2)} if case == "devices" else {"micro_batches": 4}
-    other = Training(name, **mesh).run(3)
+def test_a_second_view_gives_the_same_over_devices_and_micro_batches(name):
+    other = Training(name, **split(tensor=2)).run(3)
     for key in ("loss/total", "loss/ce", "loss/divergence", "optim/grad_norm"):
         one = [step[key] for step in curve(name)[:3]]
         np.testing.assert_allclose([step[key] for step in other], one, rtol=3e-5)
 
 
-@pytest.mark.parametrize("case", ["devices", "micro_batches"])
-def test_taid_moves_alike_over_devices_and_micro_batches(case):
-    if case == "devices" and jax.device_count() < 8:
-        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
+def test_taid_moves_alike_over_devices_and_micro_batches():
     one = [step["knobs/taid_t"] for step in curve("taid")]
-    options = {"mesh": make_mesh(2, 4)} if case == "devices" else {"micro_batches": 4}
-    other = [step["knobs/taid_t"] for step in Training("taid", **options).run()]
+    other = [step["knobs/taid_t"] for step in Training("taid", **split()).run()]
     np.testing.assert_allclose(other, one, rtol=1e-6)
     assert one[0] == one[1] == np.float32(0.4)
     assert one[-1] > 0.7
@@ -329,13 +331,9 @@ def test_taids_control_is_the_cross_entropy_form():
     np.testing.assert_allclose(own.previous, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["devices", "micro_batches"])
-def test_dpo_is_the_papers_formula_however_a_batch_is_split(case):
+def test_dpo_is_the_papers_formula_however_a_batch_is_split():
     """Float64 from the logits of both models: sums over answers, the mean over whole pairs."""
-    if case == "devices" and jax.device_count() < 8:
-        pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
-    options = {"mesh": make_mesh(2, 4)} if case == "devices" else {"micro_batches": 4}
-    training = Training("dpo", **options)
+    training = Training("dpo", **split())
     student = jax.tree.map(jnp.copy, training.state.params["student"])
     batch = training.rows(0)
     margins, sums = [], []
@@ -368,13 +366,10 @@ def test_dpo_is_the_papers_formula_however_a_batch_is_split(case):
 @pytest.mark.parametrize("name", REWARDED)
 def test_policy_losses_do_not_depend_on_how_a_batch_is_split(name):
     """Counts of sequences and tokens are of the whole batch, and so is the teacher's part."""
-    cases = [Training(name), Training(name, micro_batches=4)]
-    if jax.device_count() >= 8:
-        cases.append(Training(name, mesh=make_mesh(2, 4)))
-    one, *others = (training.run(1)[0] for training in cases)
-    for other in others:
-        for key in ("loss/total", "loss/policy", "optim/grad_norm", "policy/clip_high"):
-            assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7), key
+    one = curve(name)[0] if name in METHODS else Training(name).run(1)[0]
+    other = Training(name, **split()).run(1)[0]
+    for key in ("loss/total", "loss/policy", "optim/grad_norm", "policy/clip_high"):
+        assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7), key
     if "alone" not in name:
         assert one["loss/total"] != pytest.approx(one["loss/policy"], rel=1e-3)
 
@@ -527,14 +522,10 @@ def test_distillm2_is_the_mean_of_responses_of_each_side():
     expected = 0.8 * np.mean(means[TEACHERS]) + 1.2 * np.mean(means[STUDENTS])
     found = training.run(1)[0]
     np.testing.assert_allclose(found["loss/total"], expected, rtol=1e-5)
-    for options in ({"micro_batches": 4}, {"mesh": make_mesh(2, 4)}):
-        if jax.device_count() >= 8 or "mesh" not in options:
-            other = Training("distillm2", **options).run(3)
-            np.testing.assert_allclose(
-                [step["loss/total"] for step in other],
-                [step["loss/total"] for step in curve("distillm2")[:3]],
-                rtol=2e-5,
-            )
+    other, one = Training("distillm2", **split()).run(3), curve("distillm2")[:3]
+    np.testing.assert_allclose(
+        [step["loss/total"] for step in other], [step["loss/total"] for step in one], rtol=2e-5
+    )
 
 
 def test_teds_stages_train_what_they_should_and_nothing_else():
