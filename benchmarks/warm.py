@@ -4,6 +4,7 @@ A command of ours spends seconds on imports. A child that is forked off after th
 and before JAX has a backend, runs exactly as a fresh process would, and dies as one.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -113,10 +114,14 @@ def _serve() -> None:
     import transformers  # noqa: F401
     from jax._src import xla_bridge
 
-    from jaxdistill import cli
+    from jaxdistill import api, cli  # noqa: F401
     from jaxdistill.cli import runs  # noqa: F401
     from jaxdistill.train.hooks import NO_HOOKS
     from tests import inject
+
+    with contextlib.suppress(ImportError):  # of the extra `report`
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
 
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1 and not xla_bridge._backends, "a child would not be as a fresh process"
