@@ -22,7 +22,7 @@ TREE = re.compile(r"(?<=^```\n)jaxdistill/\n.*?(?=^```)", re.DOTALL | re.MULTILI
 NOT_PASTED = "# Not pasted by the test of this page"
 # The first distillation takes a reader three minutes; a few of its steps go the same way.
 SHORTER = r"""if [ "$*" = "init tiny" ]; then
-  sed -i 's/steps: 300,/steps: 40,/; s/steps: 100,/steps: 20,/' tiny.yaml
+  sed -i 's/steps: 300,/steps: 12,/; s/steps: 100,/steps: 12,/' tiny.yaml
 fi
 """
 # Without the suite's settings, under which programs compile fast and run slowly.
