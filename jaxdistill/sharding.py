@@ -93,10 +93,20 @@ def _networks(devices: Sequence[jax.Device]) -> tuple[int, bool]:
 
     A TPU slice is one fast network, however many hosts it has; elsewhere it ends at the host.
     """
+    by_host = _ends_at_host(devices)
+    return len(set(networks(devices))), by_host
+
+
+def networks(devices: Sequence[Any]) -> list[int]:
+    """Of each device the number of the fast network that it belongs to."""
+    if _ends_at_host(devices):
+        return [device.process_index for device in devices]
+    return [getattr(device, "slice_index", 0) for device in devices]
+
+
+def _ends_at_host(devices: Sequence[Any]) -> bool:
     slices = {getattr(device, "slice_index", 0) for device in devices}
-    hosts = {device.process_index for device in devices}
-    by_host = len(slices) == 1 and devices[0].platform != "tpu"
-    return len(hosts if by_host else slices), by_host
+    return len(slices) == 1 and devices[0].platform != "tpu"
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

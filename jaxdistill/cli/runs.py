@@ -28,7 +28,8 @@ def plan(arguments: argparse.Namespace) -> int:
         from jaxdistill.plan import describe
 
         notice = lambda line: print(line, file=sys.stderr, flush=True)
-        found = api.plan(loaded, options.target, tries=options.tries, notice=notice)
+        limits = {"tries": options.tries, "minutes": options.minutes}
+        found = api.plan(loaded, options.target, **limits, notice=notice)
     if arguments.json:
         print_json(found)
     else:

@@ -1,6 +1,7 @@
 """The work of a compiled step on one device, and the least time that the device can do it in."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxdistill.chips import Chip
@@ -13,7 +14,8 @@ class Cost(NamedTuple):
     Attributes:
       flops: of matrix products, loops times their iterations.
       nbytes: read and written in the large memory.
-      collectives: by kind and axes: how often, bytes of the results, bytes sent.
+      collectives: by kind and axes: how often, bytes of the results, bytes sent, and of these the
+        bytes that leave the host or slice.
       largest: the largest collectives of all, each with where it comes from.
       unknown_loops: loops that count once because nothing tells their iterations.
       host_bytes: that come from the memory of the host, in one direction.
@@ -31,41 +33,56 @@ class Cost(NamedTuple):
         """Bytes that the device sends."""
         return sum(entry["sent_bytes"] for entry in self.collectives)
 
+    @property
+    def network_bytes(self) -> float:
+        """Of these the bytes that leave its host or slice."""
+        return sum(entry["network_bytes"] for entry in self.collectives)
+
     def seconds(self, chip: Chip | None) -> dict[str, float]:
         """Least seconds of computing, of traffic of memory and host, and of sending; {} if unknown.
 
-        Each alone at the published peak, with all links of the device busy at once: no program
-        with this work is faster than the longest of them.
+        Each alone at the published peak, with all links of the device busy at once, and its share
+        of the network beyond its host or slice: no program with this work is faster than the
+        longest of them.
         """
         if chip is None:
             return {}
         found = {"compute": self.flops / chip.flops, "memory": self.nbytes / chip.bandwidth}
         if chip.links is not None:
-            found["links"] = self.link_bytes / chip.links
+            found["links"] = (self.link_bytes - self.network_bytes) / chip.links
+        if chip.network is not None and self.network_bytes:
+            found["network"] = self.network_bytes / chip.network
         if self.host_bytes and chip.host is not None:
             found["host"] = self.host_bytes / chip.host
         return found
 
 
-def cost(text: str, mesh: Mapping[str, int], most: int = 8) -> Cost:
+def cost(
+    text: str, mesh: Mapping[str, int], networks: Sequence[int] | None = None, most: int = 8
+) -> Cost:
     """Counts the work in a program's text; a collective over one device is none.
 
     Args:
       text: of the compiled step.
       mesh: axis -> size.
+      networks: of each place of the mesh the number of the fast network that it lies in
+        (`sharding.networks`); None: all in one.
       most: how many of the largest collectives are told apart.
     """
+    networks = [0] * math.prod(mesh.values()) if networks is None else networks
     found = [one for one in hlo.collectives(text) if one.axes(mesh)]
     sums: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
     for one in found:
         axes = one.axes(mesh)
         entry = sums.setdefault(
             (one.kind, axes),
-            {"kind": one.kind, "axes": axes, "times": 0, "bytes": 0.0, "sent_bytes": 0.0},
+            {"kind": one.kind, "axes": axes, "times": 0}
+            | {"bytes": 0.0, "sent_bytes": 0.0, "network_bytes": 0.0},
         )
         entry["times"] += one.times
         entry["bytes"] += one.times * one.nbytes
         entry["sent_bytes"] += one.link_bytes(mesh)
+        entry["network_bytes"] += one.network_bytes(networks)
     largest = sorted(found, key=lambda one: -one.nbytes)[:most]
     return Cost(
         flops=hlo.product_flops(text),

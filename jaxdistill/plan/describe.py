@@ -36,9 +36,9 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["unknown_loops"]:
         loops = ", ".join(plan["unknown_loops"])
         yield f"counted once, because nothing tells how often they run: {loops}"
-    if not plan["fits"]:
+    if plan.get("tried"):
         yield ""
-        yield from _changes(plan)
+        yield from _faster(plan) if plan["fits"] else _changes(plan)
 
 
 def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -79,18 +79,33 @@ def _work(plan: Mapping[str, Any]) -> Iterator[str]:
     shown = lambda name: f"   {1e3 * seconds[name]:10.1f} ms at the peak" if name in seconds else ""
     yield f"  {'products':<28}{plan['flops'] / 1e12:>8.2f} TFLOP{shown('compute')}"
     yield f"  {'memory traffic':<28}{_size(plan['bytes']):>14}{shown('memory')}"
-    yield f"  {'sent to other devices':<28}{_size(plan['sent_bytes']):>14}{shown('links')}"
+    others = "other slices" if plan["target"].startswith("tpu") else "other hosts"
+    local = plan["sent_bytes"] - plan["network_bytes"]
+    yield f"  {'sent to other devices':<28}{_size(local):>14}{shown('links')}"
+    if plan["network_bytes"]:
+        name = f"sent to {others}"
+        yield f"  {name:<28}{_size(plan['network_bytes']):>14}{shown('network')}"
     if plan.get("host_bytes"):
         yield f"  {'from the host':<28}{_size(plan['host_bytes']):>14}{shown('host')}"
     for entry in plan["collectives"]:
-        name = f"{entry['kind']} over {', '.join(entry['axes'])}"
-        yield f"    {name:<36}{entry['times']:>7} times {_size(entry['sent_bytes']):>12}"
+        name, beyond = f"{entry['kind']} over {', '.join(entry['axes'])}", entry["network_bytes"]
+        crossing = f", {_size(beyond)} of it to {others}" if beyond else ""
+        sent = f"{_size(entry['sent_bytes']):>12}{crossing}"
+        yield f"    {name:<36}{entry['times']:>7} times {sent}"
+    for name, value in plan["compiler_options"].items():
+        yield f"  compiled with {name}={value}"
     if plan["floor_seconds"] is not None:
         yield (
             f"floor: {1e3 * plan['floor_seconds']:.1f} ms a step, at most "
             f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.0%} "
-            f"({plan['source']})"
+            f"({', '.join(_sources(plan))})"
         )
+
+
+def _sources(plan: Mapping[str, Any]) -> Iterator[str]:
+    yield plan["source"]
+    if "network" in plan["seconds"] and plan["network_source"] != plan["source"]:
+        yield plan["network_source"]
 
 
 def _stored(sizes: Mapping[str, Any]) -> Iterator[str]:
@@ -101,17 +116,26 @@ def _stored(sizes: Mapping[str, Any]) -> Iterator[str]:
 
 def _changes(plan: Mapping[str, Any]) -> Iterator[str]:
     changes = plan.get("changes", [])
-    tried = plan.get("tried", 0)
-    if not tried:
-        return
+    tried = plan["tried"]
     if not changes:
         yield f"none of {tried} changes that were tried makes it fit"
         return
     yield f"what makes it fit, the fastest first ({tried} changes were compiled):"
-    for change in changes:
-        floor = change["floor_seconds"]
-        speed = "" if floor is None else f", {1e3 * floor:.1f} ms a step"
-        yield f"  {' '.join(change['overrides'])}: {_size(change['total'])}{speed}"
+    yield from map(_outcome, changes)
+
+
+def _faster(plan: Mapping[str, Any]) -> Iterator[str]:
+    if not plan["faster"]:
+        yield f"no faster settings were found ({plan['tried']} changes were compiled)"
+        return
+    yield f"faster settings, the best first ({plan['tried']} changes were compiled):"
+    yield from map(_outcome, plan["faster"])
+
+
+def _outcome(change: Mapping[str, Any]) -> str:
+    floor = change["floor_seconds"]
+    speed = "" if floor is None else f", {1e3 * floor:.1f} ms a step"
+    return f"  {' '.join(change['overrides'])}: {_size(change['total'])}{speed}"
 
 
 def _size(count: int | float) -> str:

@@ -1,4 +1,4 @@
-"""Plans a run: compiles its step for a target, here or nowhere, and looks for what makes it fit."""
+"""Plans a run: compiles its step for a target, and looks for what makes it fit, or faster."""
 
 import dataclasses
 import json
@@ -13,14 +13,19 @@ from jaxdistill import config as configs
 from jaxdistill import errors
 from jaxdistill.config import Config
 from jaxdistill.errors import UserError
-from jaxdistill.plan import targets
+from jaxdistill.plan import faster, targets
 from jaxdistill.plan.targets import Target
 
 Notice = Callable[[str], None]
 
 
 def plan(
-    config: Config, target: str, *, tries: int = 8, notice: Notice = lambda line: None
+    config: Config,
+    target: str,
+    *,
+    tries: int = 8,
+    minutes: float = 10.0,
+    notice: Notice = lambda line: None,
 ) -> dict[str, Any]:
     """What one step of a configuration asks of each device of a target, as a dict for JSON.
 
@@ -31,8 +36,9 @@ def plan(
     Args:
       config: of the run; its models may be random shapes, or folders that hold a config.json.
       target: such as tpu:v5p:2x2x4, gpu:h100:8 or cpu:8.
-      tries: how many single changes are compiled, at most, if it does not fit; where none is
-        enough, the best of them together.
+      tries: how many changes are compiled, at most. If it does not fit, single ones, and where none
+        is enough the best of them together; if it does, those that may be faster.
+      minutes: after which no change that may be faster is begun.
       notice: called with a line on what is being compiled.
 
     Raises:
@@ -43,12 +49,19 @@ def plan(
     notice(f"compiling the step for {target}")
     with config.written.told():
         found = _measured(config, target)
-    if found["fits"] or not tries:
+    if not tries or (found["fits"] and found["floor_seconds"] is None):
         return found
-    outcomes = list(_search(config, target, found, tries, notice))
-    fitting = [outcome for outcome in outcomes if outcome["fits"]]
-    fitting.sort(key=lambda outcome: outcome["seconds_per_token"] or 0.0)
-    return found | {"tried": len(outcomes), "changes": fitting[:3]}
+    if not found["fits"]:
+        outcomes = list(_search(config, target, found, tries, notice))
+        fitting = [outcome for outcome in outcomes if outcome["fits"]]
+        fitting.sort(key=lambda outcome: outcome["seconds_per_token"] or 0.0)
+        return found | {"tried": len(outcomes), "changes": fitting[:3]}
+    attempt = lambda overrides: _tried(config, target, overrides, notice)
+    search = faster.Search(found, attempt, tries, 60 * minutes)
+    outcomes = list(search.over(faster.kinds(config, found["mesh"])))
+    gains = [one for one in outcomes if one["fits"] and faster.better(one, found)]
+    gains.sort(key=lambda one: (one["floor_seconds"], sum(one["seconds"].values())))
+    return found | {"tried": len(outcomes), "faster": gains[:3]}
 
 
 def _measured(config: Config, target: str) -> dict[str, Any]:
@@ -171,6 +184,7 @@ def _tried(
         "overrides": list(overrides),
         "total": found["memory"]["total"],
         "floor_seconds": floor,
+        "seconds": found["seconds"],
         "seconds_per_token": None if floor is None else floor / found["tokens_per_step"],
         "fits": found["fits"],
     }

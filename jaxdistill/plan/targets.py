@@ -63,8 +63,14 @@ GPUS: Mapping[str, Gpu] = {
         "NVIDIA B200", (10, 0), 148, 128,
         7_672_320_000_000, 191_514_411_008, 132_644_864, 1.965, 233_472, 232_448,
     ),
+    "gb200": Gpu(
+        "NVIDIA GB200", (10, 0), 152, 128,
+        7_928_064_000_000, 197_897_748_480, 135_528_448, 2.062, 233_472, 232_448,
+    ),
 }  # fmt: skip
-_SIDES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}  # of a slice's torus
+_SIDES = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2, "v7x": 3}  # of a slice's torus
+_LIBTPU_NAMES = {"v7x": "tpu7x"}  # where they are not ours
+_DEVICES_OF_A_CHIP = {"v7x": 2}
 _TARGET = re.compile(r"(gpu):(\w+)(?::(\d+(?:x\d+)?))?|(tpu):(\w+):(\d+(?:x\d+)*)|(cpu):(\d+)")
 # The module to look for, and what to install, `{jax}` being JAX's own version.
 _PACKAGES = {
@@ -77,7 +83,8 @@ _PACKAGES = {
 class Target(NamedTuple):
     """What to compile for: "gpu:h100:8", "gpu:h100:2x8" (hosts x GPUs), "tpu:v5e:4x4" or "cpu:8".
 
-    A TPU may have one number more than its kind has sides: how many slices there are.
+    A TPU may have one number more than its kind has sides: how many slices there are. Of GPUs a
+    host is what NVLink spans: of GB200 NVL72 all 72.
     """
 
     platform: str
@@ -91,7 +98,7 @@ class Target(NamedTuple):
     @property
     def size(self) -> int:
         """Devices."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * _DEVICES_OF_A_CHIP.get(self.kind, 1)
 
     @property
     def chip(self) -> chips.Chip | None:
@@ -184,15 +191,14 @@ def devices(target: Target) -> list[Any]:
         )
         return list(topology.devices)
     sides = _SIDES[target.kind]
-    name = f"{target.kind}:{'x'.join(map(str, target.shape[:sides]))}"
+    name = _LIBTPU_NAMES.get(target.kind, target.kind)
+    name += f":{'x'.join(map(str, target.shape[:sides]))}"
     slices = math.prod(target.shape[sides:])
     options = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except Exception as error:  # libtpu's errors have no class of their own
-        raise ConfigError(
-            f"target = tpu:{name}: no TPU slice that libtpu knows ({error})"
-        ) from None
+        raise ConfigError(f"target = {target}: no TPU slice that libtpu knows ({error})") from None
 
 
 def assume_capability(target: Target) -> None:

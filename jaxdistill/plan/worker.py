@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdistill import config as configs
-from jaxdistill import plan
+from jaxdistill import overlap, plan
 from jaxdistill.config import Config
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.models import count_parameters, forward_flops_per_token
@@ -30,6 +30,7 @@ from jaxdistill.plan.targets import Target
 from jaxdistill.run import on_policy, participants, setup, states, stored, teaching
 from jaxdistill.run.participants import Models
 from jaxdistill.run.setup import RunMethod
+from jaxdistill.sharding import networks
 from jaxdistill.train import step as steps
 
 # The rest of a device's memory is for its runtime, libraries and fragments.
@@ -101,6 +102,7 @@ def measure(
         "jax": jax.__version__,
         "tokens_per_step": tokens,
         "attention": _attention(config, models, mesh),
+        "compiler_options": overlap.options(target.platform, mesh.size),
         "parameters": _counts(models, state),
     }
     embed = models.teacher.config.embed if models.teacher else None
@@ -128,7 +130,7 @@ def measure(
         writing["temporaries"] = compiled(begin, pathlib.Path(dump), "write").total
         writing["total"] = sum(held.values()) + writing["temporaries"]
     largest = max(memory["total"], writing["total"] if writing else 0)
-    cost = plan.cost(program.text, mesh.shape)
+    cost = plan.cost(program.text, mesh.shape, networks(list(mesh.devices.flat)))
     cost = cost._replace(
         flops=cost.flops + _kernel_flops(config, models, mesh),
         host_bytes=_from_host(away, config.train.micro_batches),
@@ -279,6 +281,7 @@ def _work(
         "bytes": cost.nbytes,
         "sent_bytes": cost.link_bytes,
         "host_bytes": cost.host_bytes,
+        "network_bytes": cost.network_bytes,
         "collectives": cost.collectives,
         "largest_collectives": cost.largest,
         "unknown_loops": cost.unknown_loops,
@@ -287,6 +290,7 @@ def _work(
         "tokens_per_second": tokens / floor if known else None,
         "mfu": model_flops * tokens / devices / (floor * chip.flops) if known else None,
         "source": chip.source if chip else None,
+        "network_source": chip.network_source if chip else None,
     }
 
 

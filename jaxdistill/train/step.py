@@ -16,8 +16,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxdistill import optim
+from jaxdistill import optim, overlap
 from jaxdistill.compress import quantize
+from jaxdistill.kernels import choice
 from jaxdistill.losses import load_balancing
 from jaxdistill.methods import CONTROL, MONITOR, Objective, routed
 from jaxdistill.methods.routed import Routed
@@ -207,12 +208,14 @@ def recorded(every: int, last: int) -> Callable[[Any], Any]:
 def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh) -> Any:
     """The step as a compiled program for these shapes: `jax.stages.Compiled`.
 
-    The state comes back exactly where it lay, which lets every buffer of it be reused.
+    The state comes back exactly where it lay, which lets every buffer of it be reused. It
+    is compiled to send while it computes (`overlap`).
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-        return jitted.lower(state, teacher_params, batch).compile()
+        lowered = jitted.lower(state, teacher_params, batch)
+        return overlap.compiled(lowered, choice.current_device().platform, mesh.size)
 
 
 class PerShape:

@@ -150,6 +150,68 @@ def test_what_a_collective_sends():
     }
 
 
+# Eight devices, four on each of two hosts, and a result of 1,000 bytes.
+HOSTS = (0, 0, 0, 0, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "leaving"),
+    [
+        # The four of a host together need what the other host has: 500, or both its results.
+        ("all-gather", "[1,8]<=[8]", 500 / 4),
+        ("all-reduce", "[1,8]<=[8]", 2 * 500 / 4),
+        ("reduce-scatter", "[1,8]<=[8]", 4 * 1000 / 4),
+        ("all-to-all", "[1,8]<=[8]", 4 * 1000 / 8),  # each device has four of eight parts to send
+        ("all-gather", "[4,2]<=[2,4]T(1,0)", 500),  # {0, 4}, {1, 5}, ...: nobody shares the way
+        ("all-gather", "[2,4]<=[8]", 0),  # each host by itself
+        ("collective-permute", "{{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}", 1000 / 4),
+        ("collective-permute", "{{0,4},{4,0}}", 1000 / 4),
+        ("collective-permute", "{{0,1},{1,0}}", 0),
+    ],
+)
+def test_what_leaves_a_host(kind, groups, leaving):
+    one = hlo.Collective("x", kind, "", 1000.0, 3, "", groups)
+    assert one.network_bytes(HOSTS) == 3 * leaving
+    assert one.network_bytes([5] * 8) == 0
+
+
+# As libtpu writes them: two slices of four devices; what they do first among themselves is told by
+# the places of one slice.
+SLICES = """
+ENTRY %main (a: f32[32]) -> f32[8] {
+  %a = f32[32] parameter(0)
+  %near = f32[32] all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  %token = token[] after-all()
+  %r.1 = (f32[8], u32[], token[]) recv(%token), frontend_attributes={ATTRIBUTES}
+  ROOT %b = f32[8] get-tuple-element(%r.1), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "transfer", "kind", "sent"),
+    [
+        ('"{1,2}x{0:3}"', "ALL_REDUCE", "all-reduce", 32),
+        ('"{1,2}x{0:3}"', "ALL_GATHER", "all-gather", 16),
+        (
+            "{{100000,200000},{100003,200003},{100001,200001}}",
+            "REDUCE_SCATTER",
+            "reduce-scatter",
+            32,
+        ),
+        ("{{100003->200000},{200003->100000}}", "ONE_TO_ONE", "collective-permute", 32 / 4),
+    ],
+)
+def test_what_leaves_a_slice(target, transfer, kind, sent):
+    written = f'_xla_megascale_target={target},_xla_megascale_transfer_type="{transfer}"'
+    near, beyond = hlo.collectives(SLICES.replace("ATTRIBUTES", written))
+    mesh = {"data": 2, "fsdp": 4}
+    assert (beyond.kind, beyond.nbytes, near.network_bytes(HOSTS)) == (kind, 32, 0)
+    assert beyond.network_bytes(HOSTS) == sent
+    assert beyond.axes(mesh) == (("data", "fsdp") if kind == "collective-permute" else ("data",))
+    assert near.axes(mesh) == ("fsdp",) and near.link_bytes(mesh) == 2 * 128 * 3 / 4
+
+
 def test_collectives_of_a_sharded_product(mesh8):
     place = lambda *axes: jax.NamedSharding(mesh8, jax.P(*axes))
     a = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=place(None, "tensor"))

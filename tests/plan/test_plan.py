@@ -52,15 +52,21 @@ def test_temporaries_are_counted_when_most_are_alive():
     assert most == {"activations": 110, "loss": 70}  # at 2, at 4
 
 
-def test_the_floor_is_the_longest_of_three():
+def test_the_floor_is_the_longest_of_four():
     chip = chips.TPUS["v5e"]
-    found = Cost(197e12, 2 * 819e9, [{"sent_bytes": 100e9}, {"sent_bytes": 500e9}], [], [])
+    sent = lambda all, beyond: {"sent_bytes": all, "network_bytes": beyond}
+    found = Cost(197e12, 2 * 819e9, [sent(100e9, 0.0), sent(500e9, 0.0)], [], [])
     assert found.seconds(chip) == {"compute": 1.0, "memory": 2.0, "links": 3.0}
     assert "links" not in found.seconds(chips.TPUS["v4"])  # nothing is published
     away = found._replace(host_bytes=128e9)
     assert away.seconds(chips.GPUS["h100"])["host"] == 2.0  # 64 GB/s in one direction
     assert "host" not in away.seconds(chip)
     assert found.seconds(None) == {}
+    beyond = Cost(0.0, 0.0, [sent(100e9, 0.0), sent(512.5e9, 12.5e9)], [], [])
+    assert beyond.seconds(chip) == {
+        "compute": 0.0, "memory": 0.0, "links": 3.0, "network": 4.0,  # 3.125 GB/s
+    }  # fmt: skip
+    assert "network" not in beyond.seconds(chips.GPUS["mi300x"])
 
 
 def test_collectives_over_one_device_are_none():
@@ -73,17 +79,22 @@ def test_collectives_over_one_device_are_none():
     assert [(e["kind"], e["axes"], e["times"]) for e in found.collectives] == [
         ("all-reduce", ("fsdp",), 1)
     ]
-    assert found.link_bytes == 32
+    assert (found.link_bytes, found.network_bytes) == (32, 0)
+    apart = cost(text, {"data": 1, "fsdp": 2}, [0, 1])
+    assert (apart.link_bytes, apart.network_bytes) == (32, 32)
 
 
 def test_a_chip_is_found_by_the_longest_name():
     assert chips.of_kind("TPU v5 lite") is chips.TPUS["v5e"]
     assert chips.of_kind("TPU v5p") is chips.TPUS["v5p"]
     assert chips.of_kind("NVIDIA H100 80GB HBM3") is chips.GPUS["h100"]
+    assert chips.of_kind("NVIDIA GB200") is chips.GPUS["gb200"]
+    assert chips.of_kind("TPU7x") is chips.TPUS["v7x"]
     assert chips.of_kind("cpu") is None
-    assert all(
-        chip.source.startswith("https://") for chip in (*chips.TPUS.values(), *chips.GPUS.values())
-    )
+    for chip in (*chips.TPUS.values(), *chips.GPUS.values()):
+        assert chip.source.startswith("https://")
+        assert (chip.network is None) == (chip.network_source is None)
+        assert chip.network is None or chip.network_source.startswith("https://")
 
 
 def test_each_of_several_teachers_has_its_bytes():

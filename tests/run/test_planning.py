@@ -224,7 +224,14 @@ def text_of_untied():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("gpu:h200:8", 8), ("gpu:h100:8x8", 64), ("tpu:v5p:8x8x4x2", 512)]
+    ("text", "size"),
+    [
+        ("gpu:h200:8", 8),
+        ("gpu:h100:8x8", 64),
+        ("gpu:gb200:2x72", 144),
+        ("tpu:v5p:8x8x4x2", 512),
+        ("tpu:v7x:2x2x1", 8),  # a chip shows two devices
+    ],
 )
 def test_hosts_and_slices_are_part_of_a_target(text, size):
     target = targets.parse(text)
@@ -235,8 +242,8 @@ def test_hosts_and_slices_are_part_of_a_target(text, size):
     ("target", "words"),
     [
         ("cpu", "must look like gpu:h100:8, tpu:v5e:4x4"),
-        ("gpu:h9:8", "GPUs are a100, h100, h200, b200"),
-        ("tpu:v9:2x2", "TPUs are v4, v5e, v5p, v6e"),
+        ("gpu:h9:8", "GPUs are a100, h100, h200, b200, gb200"),
+        ("tpu:v9:2x2", "TPUs are v4, v5e, v5p, v6e, v7x"),
     ],
 )
 def test_an_unknown_target_is_told_with_those_that_are_known(target, words):
@@ -283,6 +290,7 @@ def simple_model(loaded, target):
         "memory": {"total": total},
         "fits": total <= simple_model.room,
         "floor_seconds": seconds,
+        "seconds": {"compute": seconds},
         "tokens_per_step": tokens,
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
     }
@@ -309,6 +317,59 @@ def test_changes_are_combined_where_one_is_not_enough(monkeypatch):
     assert {"student.remat=full", "train.micro_batches=8"} <= set(change["overrides"])
     monkeypatch.setattr(simple_model, "room", 1.0)
     assert api.plan(config.loads(text()), "cpu:1", tries=6)["changes"] == []
+
+
+# ------------------------------------------------------------------------------- what is faster
+
+
+def machine(loaded, target):
+    """A step that fits: weights are gathered once a micro-batch, activations are made twice."""
+    machine.compiled += 1
+    remat, parts, mesh = loaded.student.remat, loaded.train.micro_batches, loaded.mesh
+    fsdp = 8 // (mesh.data or 1) // mesh.tensor
+    seconds = {
+        "compute": {"none": 0.9, "dots": 1.0, "full": 1.2}[remat],
+        "links": 0.5 * parts * (fsdp - 1) / 7 + 0.2 * (mesh.tensor > 1),
+    }
+    total = {"none": 60.0, "dots": 30.0, "full": 10.0}[remat] / parts + 40 / fsdp
+    return {
+        "memory": {"total": total},
+        "fits": total <= machine.room,
+        "floor_seconds": max(seconds.values()),
+        "seconds": seconds,
+        "tokens_per_step": 1,
+        "mesh": {"data": 1, "fsdp": 8, "tensor": 1, "context": 1},
+    }
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A configuration that fits in 41, gathers four times and makes activations twice: 2 s."""
+    monkeypatch.setattr(search, "_measured", machine)
+    monkeypatch.setattr(machine, "room", 41.0, raising=False)
+    monkeypatch.setattr(machine, "compiled", 0, raising=False)
+    return config.loads(text(), "slow", ("train.micro_batches=4", "student.remat=full"))
+
+
+def test_faster_settings_are_found_one_kind_after_the_other(slow):
+    found = api.plan(slow, "cpu:1", tries=20)
+    best = found["faster"][0]
+    # Gathered once, links take 0.5 s; then products are longest: activations of "none" do not fit,
+    # those of "dots" do. The room that is left is for a second copy of the weights, no fourth.
+    assert best["overrides"] == [
+        "mesh.data=2", "mesh.fsdp=4", "mesh.tensor=1",
+        "train.micro_batches=1", "student.remat=dots",
+    ]  # fmt: skip
+    assert best["seconds"] == {"compute": 1.0, "links": pytest.approx(0.5 * 3 / 7)}
+    assert found["tried"] == machine.compiled - 1 == 6
+    assert found["floor_seconds"] == 2.0  # of what was asked, which stays the plan
+
+
+def test_a_search_ends_with_its_tries_and_its_minutes(slow):
+    assert api.plan(slow, "cpu:1", tries=1)["tried"] == machine.compiled - 1 == 1
+    assert "tried" not in api.plan(slow, "cpu:1", tries=0)
+    found = api.plan(slow, "cpu:1", minutes=-1.0)
+    assert (found["tried"], found["faster"]) == (0, [])
 
 
 def test_the_program_that_writes_is_compiled_and_counted():

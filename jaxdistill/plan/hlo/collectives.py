@@ -1,11 +1,13 @@
 """A program's collectives: how often they run, what they carry, and over which axes of the mesh."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxdistill.plan.hlo import megascale
 from jaxdistill.plan.hlo.text import Operation, Program, elements, nbytes, parse
 
 KINDS = (
@@ -45,8 +47,8 @@ class Collective(NamedTuple):
         With n devices and a result of R bytes: all-gather and all-to-all R (n - 1) / n, all-reduce
         2 R (n - 1) / n, reduce-scatter R (n - 1), a permutation R.
         """
-        n = int(np.prod([mesh[axis] for axis in self.axes(mesh)] or [1]))
-        if n == 1:
+        n = max(map(len, _groups(self.groups, math.prod(mesh.values()))))
+        if n == 1 or not self.axes(mesh):
             return 0.0
         share = {
             "all-reduce": 2 * (n - 1) / n,
@@ -56,16 +58,48 @@ class Collective(NamedTuple):
         }.get(self.kind, (n - 1) / n)
         return self.times * self.nbytes * share
 
+    def network_bytes(self, networks: Sequence[int]) -> float:
+        """Of these the bytes that leave a device's fast network: a mean over the busiest network.
+
+        A group of n devices in k networks works in two stages, among the devices of each network
+        and then between the networks, so that with a result of R bytes a device sends to others:
+        all-gather R (k - 1) / n, all-reduce 2 R (k - 1) / n, reduce-scatter R (k - 1), all-to-all
+        R (k - 1) / k, and a permutation R where its pair crosses.
+
+        Args:
+          networks: of each place of the mesh the number of its network.
+        """
+        lies = np.asarray(networks)
+        groups = _groups(self.groups, len(lies))
+        if self.kind == "collective-permute":
+            leaving = [lies[a] for a, b in groups if lies[a] != lies[b]]
+            sent = max(
+                (leaving.count(one) / np.sum(lies == one) for one in set(leaving)), default=0
+            )
+        else:
+            sent = max(self._crossing(len(group), len(set(lies[group]))) for group in groups)
+        return float(self.times * self.nbytes * sent)
+
+    def _crossing(self, n: int, k: int) -> float:
+        """The part of the result that a device of a group sends to other networks."""
+        return {
+            "all-gather": (k - 1) / n,
+            "all-reduce": 2 * (k - 1) / n,
+            "reduce-scatter": float(k - 1),
+            "collective-broadcast": (k - 1) / n,
+        }.get(self.kind, (k - 1) / k)
+
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives; an asynchronous one counts at its start.
+    """All collectives; an asynchronous one counts at its start, one between slices at its end.
 
     On a TPU one may be cut into pieces that run inside fusions, of one channel: it counts once.
     """
     program = parse(text)
     found: list[Collective] = []
     pieces: dict[int, Collective] = {}
-    for channel, one in _walk(program, "ENTRY", 1):
+    size = megascale.slice_size(text)
+    for channel, one in _walk(program, "ENTRY", 1, size):
         if channel is None:
             found.append(one)
         elif channel not in pieces or one.times < pieces[channel].times:
@@ -73,18 +107,26 @@ def collectives(text: str) -> list[Collective]:
     return found + list(pieces.values())
 
 
-def _walk(program: Program, name: str, times: int) -> Iterator[tuple[int | None, Collective]]:
+def _walk(
+    program: Program, name: str, times: int, size: int
+) -> Iterator[tuple[int | None, Collective]]:
     """(channel of a piece, or None; collective) of a computation and of those it calls."""
     for op in program.computations.get(name, ()):
         kind = op.opcode.removesuffix("-start")
         if kind in KINDS:
             channel = op.number("channel_id") if "chain_id=" in op.rest else None
             yield channel, _collective(op, kind, times)
+        elif beyond := megascale.kind_of(op):
+            shape, groups = elements(op.shape)[0], megascale.groups_of(op, size)
+            yield (
+                None,
+                Collective(op.name, beyond, shape, nbytes(shape), times, op.written_by, groups),
+            )
         elif op.opcode == "while":
-            yield from _walk(program, op.called("body")[0], times * program.trips(name, op))
+            yield from _walk(program, op.called("body")[0], times * program.trips(name, op), size)
         else:
             for inside in op.called("calls") + op.called("to_apply") + op.branches:
-                yield from _walk(program, inside, times)
+                yield from _walk(program, inside, times, size)
 
 
 def _collective(op: Operation, kind: str, times: int) -> Collective:
