@@ -1,6 +1,7 @@
 """DeepSeek-R1's steps as one workflow, on sums: what each stage is worth, and what a kill costs.
 
     python -m benchmarks.r1_pipeline --save r1_pipeline_sums_cpu
+    python -m benchmarks.r1_pipeline --seeds 1 2 --save r1_pipeline_sums_seeds_cpu    # no kills
     python -m benchmarks.r1_pipeline --smoke          # minutes: everything runs, nothing is learned
 
 The workflow is configs/r1_pipeline.yaml with the paths and sizes of this file. Sums of three digits
@@ -44,6 +45,7 @@ SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 SHAPE = "{random: {layers: 2, embed: 64, mlp: 192, heads: 4, initializer_range: 0.1},"
 # What every run has, over what the recipe says.
 RUN = """
+seed: {seed}
 data: {{seq_len: 64, cache_dir: '{cache}', eval: [{{path: '{held_out}', format: messages}}]}}
 optimizer: {{lr: 3e-3, schedule: cosine, warmup: 0.05, weight_decay: 0.01}}
 checkpoint: {{every: {{steps: 20}}}}
@@ -57,10 +59,13 @@ def main() -> None:
     options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/r1_pipeline"))
     options.add_argument("--save", default="")
     options.add_argument("--smoke", action="store_true")
+    options.add_argument("--seeds", type=int, nargs="+", default=(), help="accuracy of each alone")
     given = options.parse_args()
     size = {name: pair[given.smoke] for name, pair in SIZES.items()}
     began = time.time()
     given.folder.mkdir(parents=True, exist_ok=True)
+    if given.seeds:
+        return seeds(given, size)
     files = questions(given.folder, size)
     made = models(given.folder, files, size)
     accuracy = {name: judged(model, files["test"]) for name, model in made.items()}
@@ -89,7 +94,26 @@ def main() -> None:
         "total_seconds": round(time.time() - began),
     }
     print(json.dumps(result, indent=1))
-    save()
+    return save()
+
+
+def seeds(given: argparse.Namespace, size: dict[str, int]) -> None:
+    """The accuracy of each stage with other questions, first weights and draws."""
+    result: dict[str, Any] = {"sizes": size, "accuracy": {}, "seconds_of_steps": {}}
+    for seed in given.seeds:
+        folder = given.folder / f"seed{seed}"
+        folder.mkdir(exist_ok=True)
+        files = questions(folder, size, seed)
+        made = models(folder, files, size, seed)
+        flow = _Workflow(folder, "left_alone", files, made, size, seed)
+        flow.called()
+        places = made | {stage: f"{flow.out / stage}@latest" for stage in STAGES}
+        found = {name: judged(place, files["test"]) for name, place in places.items()}
+        print(seed, json.dumps(found), flush=True)
+        result["accuracy"][seed] = found
+        result["seconds_of_steps"][seed] = flow.seconds()
+        if given.save:
+            duel.save(given.save, result)
 
 
 def worked(question: str) -> tuple[str, int]:
@@ -99,9 +123,9 @@ def worked(question: str) -> tuple[str, int]:
     return f"{a}+{b}={first} {first}+{c}={last}", last
 
 
-def questions(folder: pathlib.Path, size: dict[str, int]) -> dict[str, pathlib.Path]:
+def questions(folder: pathlib.Path, size: dict[str, int], seed: int = 0) -> dict[str, pathlib.Path]:
     """Files of questions and answers; none is of two of test, base and reasoner."""
-    numbers = np.random.default_rng(5).permutation(BASE**3).tolist()
+    numbers = np.random.default_rng(5 + seed).permutation(BASE**3).tolist()
     texts = [f"{n // BASE**2}+{n // BASE % BASE}+{n % BASE}=" for n in numbers]
     test, rest = texts[:TEST], texts[TEST:]
     half, shown = rest[:300], rest[300:]
@@ -148,7 +172,9 @@ def tokenizer(folder: pathlib.Path, texts: list[str]) -> None:
     made.save_pretrained(folder)
 
 
-def models(folder: pathlib.Path, files: dict, size: dict[str, int]) -> dict[str, str]:
+def models(
+    folder: pathlib.Path, files: dict, size: dict[str, int], seed: int = 0
+) -> dict[str, str]:
     """The base and the reasoner, as model folders."""
     from jaxdistill import api, commands, config
     from jaxdistill.run.export import export
@@ -157,7 +183,7 @@ def models(folder: pathlib.Path, files: dict, size: dict[str, int]) -> dict[str,
     for name in ("base", "reasoner"):
         run, place = folder / f"{name}-run", folder / name
         if not (run / "checkpoints" / str(size[name])).exists():
-            tree = yaml.safe_load(RUN.format(cache=folder / "cache", **files))
+            tree = yaml.safe_load(RUN.format(cache=folder / "cache", seed=seed, **files))
             tree |= {
                 "run": {"name": name, "dir": str(run)},
                 "student": yaml.safe_load(SHAPE + " compute_dtype: float32}"),
@@ -177,11 +203,15 @@ def models(folder: pathlib.Path, files: dict, size: dict[str, int]) -> dict[str,
 class _Workflow:
     """A workflow of configs/r1_pipeline.yaml in a folder, called as a command."""
 
-    def __init__(self, folder: pathlib.Path, name: str, files: dict, made: dict, size: dict):
+    def __init__(
+        self, folder: pathlib.Path, name: str, files: dict, made: dict, size: dict, seed: int = 0
+    ):
         self.out, self.path = folder / name, folder / f"{name}.yaml"
         self.log = folder / f"{name}.log"
         tree = yaml.safe_load((ROOT / "configs" / "r1_pipeline.yaml").read_text())
-        self.path.write_text(yaml.safe_dump(fitted(tree, self.out, folder, files, made, size)))
+        self.path.write_text(
+            yaml.safe_dump(fitted(tree, self.out, folder, files, made, size, seed))
+        )
 
     def call(self) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxdistill", "workflow", str(self.path)]
@@ -246,10 +276,11 @@ class _Workflow:
             path.write_text(before)
 
 
-def fitted(tree: dict, out: pathlib.Path, folder: pathlib.Path, files, made, size) -> dict:
+def fitted(tree: dict, out: pathlib.Path, folder: pathlib.Path, files, made, size, seed=0) -> dict:
     """The recipe with the paths and sizes of this experiment."""
     tree = copy.deepcopy(tree) | {"dir": str(out)}
-    own = yaml.safe_load(RUN.format(cache=folder / "cache", **files))
+    own = yaml.safe_load(RUN.format(cache=folder / "cache", seed=seed, **files))
+    tree["base"]["seed"] = own.pop("seed")
     for section, values in own.items():
         tree["base"][section] = tree["base"].get(section, {}) | values
     steps = {step["name"]: step["config"] for step in tree["steps"]}
