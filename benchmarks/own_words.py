@@ -1,0 +1,285 @@
+"""What a student learns from its own words: on-policy distillation beside given answers.
+
+    python -m benchmarks.own_words SELF_INSTRUCT --save own_words_smollm2
+    python -m benchmarks.own_words SELF_INSTRUCT --updates 1 --warm 1 --tokens 8 --tests 4
+
+SELF_INSTRUCT holds seed_tasks.jsonl and user_oriented_instructions.jsonl, whose instructions are
+the prompts. The teacher is SmolLM2-135M-Instruct, the student has 22 of its 30 layers. The teacher
+answers every prompt once, at T = 1; the student first learns from these answers for `--warm` steps,
+and every arm goes on from there for as many updates of as many answers:
+
+- sft: the teacher's answers; kd: the same, with its probabilities;
+- share 0.5, share 1.0: generalised JSD (beta 0.5), half of the updates, or all, on own answers;
+- reverse: exact reverse KL on own answers; taid: TAID on own answers;
+- replay: skew KL with DistiLLM's adaptive share and buffer.
+
+Of prompts that nobody trained on it measures, in nats a token: KL(p || q) and KL(q || p) on the
+teacher's answers and on the student's own, both drawn at T = 1; how much larger the first is on own
+answers (excess, the exposure bias of Arora et al. 2022, arXiv 2204.01171); and ROUGE-L (F1 of words
+in common order) of greedy answers with the human's. What is saved is saved after every arm.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks import duel
+
+RECIPE = pathlib.Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+OFFLINE = {"sft": "{name: sft}", "kd": "{name: kd, alpha: 0.0}"}
+# arm -> (method, settings of rollout)
+ON_POLICY = {
+    "share 0.5": ("{name: jsd, parameters: {beta: 0.5}, alpha: 0.0}", "share: 0.5"),
+    "share 1.0": ("{name: jsd, parameters: {beta: 0.5}, alpha: 0.0}", "share: 1.0"),
+    "reverse": ("{name: reverse_kd, alpha: 0.0}", "share: 1.0"),
+    "taid": ("{name: taid, mode: linear, t_start: 0.4, alpha: 0.0}", "share: 1.0"),
+    "replay": (
+        "{name: distillm, divergence: skew_reverse_kl, alpha: 0.0}",
+        "share: 0.0, replay: {capacity: 64, tolerance: 0.0}",
+    ),
+}
+ROWS = 4  # of logits at a time
+
+
+def main() -> None:
+    """Trains every arm of every seed, measures it, and saves."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path, help="with the two files of self-instruct")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=20, help="steps before the arms part")
+    parser.add_argument("--answers", type=int, default=16, help="of an update")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
+    parser.add_argument("--tests", type=int, default=48, help="prompts that nobody trains on")
+    parser.add_argument("--only", nargs="+", choices=[*OFFLINE, *ON_POLICY])
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    options = parser.parse_args()
+    arms = options.only or [*OFFLINE, *ON_POLICY]
+    with tempfile.TemporaryDirectory() as name:
+        bench = _Bench(pathlib.Path(name), options)
+        each: dict[str, list[dict[str, float]]] = {}
+        sizes = {k: v for k, v in vars(options).items() if k not in ("folder", "only", "save")}
+        result: dict[str, Any] = {"sizes": sizes, "teacher": bench.measured(None, 0)}
+        print("teacher", result["teacher"], flush=True)
+        for seed in options.seeds:
+            start = bench.warm(seed)
+            for arm in ("start", *arms):
+                began = time.time()
+                model = start if arm == "start" else bench.arm(arm, start, seed)
+                found = bench.measured(model, seed) | {"seconds": round(time.time() - began)}
+                print(seed, arm, json.dumps(found), flush=True)
+                each.setdefault(arm, []).append(found)
+                result |= {"mean": _means(each), "each": each}
+                if options.save:
+                    duel.save(options.save, result)
+
+
+class _Bench:
+    """Prompts, the teacher's answers to them, and the two models."""
+
+    def __init__(self, folder: pathlib.Path, options: argparse.Namespace):
+        from jaxdistill import models
+
+        self.folder, self.options = folder, options
+        self.source = yaml.safe_load(RECIPE.read_text())["teacher"]["source"]
+        self.teacher = models.load(self.source, dtype="float32")
+        records = _records(options.folder)
+        order = np.random.default_rng(0).permutation(len(records))
+        records = [records[number] for number in order]
+        self.test, self.train = records[: options.tests], records[options.tests :]
+        self._write("train", self.train, self._answers(self.teacher, self.train, 0))
+        self.theirs = self._answers(self.teacher, self.test, 1)
+        self._write("eval", self.test, self.theirs)
+        lines = [json.dumps({"messages": [_user(prompt)]}) for prompt, _ in self.train]
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+
+    def _write(self, name: str, records: Sequence, answers: Sequence[Sequence[int]]) -> None:
+        decode = lambda ids: self.teacher.tokenizer.decode(ids, skip_special_tokens=True)
+        lines = [
+            {"messages": [_user(prompt), {"role": "assistant", "content": decode(ids).strip()}]}
+            for (prompt, _), ids in zip(records, answers, strict=True)
+        ]
+        lines = [json.dumps(one) for one in lines if one["messages"][1]["content"]]
+        (self.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def _ids(self, records: Sequence) -> list[list[int]]:
+        tokenizer = self.teacher.tokenizer
+        return [
+            tokenizer(
+                tokenizer.apply_chat_template(
+                    [_user(prompt)], tokenize=False, add_generation_prompt=True
+                )
+            )["input_ids"]
+            for prompt, _ in records
+        ]
+
+    def _answers(self, model: Any, records: Sequence, seed: int, **drawing: Any) -> list[list[int]]:
+        drawing = {"temperature": 1.0, "seed": seed} | drawing
+        done = model.complete(
+            self._ids(records), max_new_tokens=self.options.tokens, logprobs=False, slots=16,
+            **drawing,
+        )  # fmt: skip
+        return [list(row[0].tokens) for row in done]
+
+    def _train(self, run: pathlib.Path, seed: int, *settings: str) -> Any:
+        from jaxdistill import api, config
+        from jaxdistill.references import load_any
+
+        data = "train: [{path: %s, format: messages}], eval: [{path: %s, format: messages}]"
+        data %= (self.folder / "train.jsonl", self.folder / "eval.jsonl")
+        api.train(
+            config.load(
+                RECIPE,
+                [
+                    f"run.dir={run}", f"seed={seed}", "eval.compare=false", "eval.samples=0",
+                    f"data={{{data}, seq_len: 256, loss_on: assistant, "
+                    f"cache_dir: {self.folder / 'cache'}}}",
+                    "optimizer={lr: 1e-4, warmup: 0.1}", "logging={progress: none, tensorboard: false}",
+                    *settings,
+                ],
+            )
+        )  # fmt: skip
+        return load_any(f"{run}@latest", dtype="float32")
+
+    def warm(self, seed: int) -> Any:
+        """The student after the steps that all arms share."""
+        steps = f"train={{steps: {self.options.warm}, batch_size: 4, eval_every: null}}"
+        model = self._train(self.folder / f"warm{seed}", seed, steps, f"method={OFFLINE['kd']}")
+        self._export(model, seed)
+        return model
+
+    def _export(self, model: Any, seed: int) -> None:
+        from jaxdistill import models
+
+        models.save(model, self.folder / f"start{seed}")
+
+    def arm(self, name: str, start: Any, seed: int) -> Any:
+        """The student after the updates of an arm."""
+        run = self.folder / f"{name.replace(' ', '')}{seed}"
+        source = f"student={{source: {self.folder / f'start{seed}'}, compute_dtype: float32}}"
+        updates, answers = self.options.updates, self.options.answers
+        if name in OFFLINE:
+            steps = f"train={{steps: {updates}, batch_size: {answers}, eval_every: null}}"
+            one = "data.packing=none"  # as many answers in an update as the student would write
+            return self._train(run, seed, source, steps, one, f"method={OFFLINE[name]}")
+        method, rollout = ON_POLICY[name]
+        every = max(updates // 4, 1) if name == "replay" else "null"
+        sizes = f"prompts_per_step: {answers}, samples: 1, max_new_tokens: {self.options.tokens}"
+        settings = [
+            source,
+            f"train={{steps: {updates}, eval_every: {every}}}",
+            f"method={method}",
+            f"rollout={{{rollout}, {sizes}}}",
+            f"data.prompts=[{{path: {self.folder / 'prompts.jsonl'}}}]",
+        ]
+        if rollout == "share: 1.0":
+            settings.append("data.train=[]")
+        return self._train(run, seed, *settings)
+
+    def measured(self, model: Any, seed: int) -> dict[str, float]:
+        """A student on the test's prompts; None: the teacher, whose answers alone are measured."""
+        greedy = self._answers(model or self.teacher, self.test, 0, temperature=0.0)
+        decode = lambda ids: self.teacher.tokenizer.decode(ids, skip_special_tokens=True)
+        pairs = zip(greedy, self.test, strict=True)
+        found = {
+            "rouge_l": statistics.fmean(rouge_l(decode(ids), gold) for ids, (_, gold) in pairs)
+        }
+        if model is None:
+            return found
+        own = self._answers(model, self.test, 100 + seed)
+        for place, answers in (("given", self.theirs), ("own", own)):
+            forward, reverse = self._divergences(model, answers)
+            found |= {f"forward_kl_{place}": forward, f"reverse_kl_{place}": reverse}
+        found["excess"] = found["forward_kl_own"] / found["forward_kl_given"] - 1
+        found["own_tokens"] = statistics.fmean(map(len, own))
+        return found
+
+    def _divergences(self, model: Any, answers: list[list[int]]) -> tuple[float, float]:
+        """KL(p || q) and KL(q || p), means of the tokens of answers to the test's prompts."""
+        import jax
+        import jax.numpy as jnp
+
+        rows = [
+            (prompt, answer)
+            for prompt, answer in zip(self._ids(self.test), answers, strict=True)
+            if answer
+        ]
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        tokens = np.zeros((-(-len(rows) // ROWS) * ROWS, length), np.int32)
+        counted = np.zeros(tokens.shape, bool)
+        for number, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            tokens[number, :end] = prompt + answer
+            counted[number, len(prompt) - 1 : end - 1] = True
+
+        @jax.jit
+        def sums(q_BLV, p_BLV, counted_BL):
+            logq, logp = jax.nn.log_softmax(q_BLV), jax.nn.log_softmax(p_BLV)
+            forward = (jnp.exp(logp) * (logp - logq)).sum(-1)
+            reverse = (jnp.exp(logq) * (logq - logp)).sum(-1)
+            return (forward * counted_BL).sum(), (reverse * counted_BL).sum()
+
+        vocab = len(self.teacher.tokenizer)
+        totals = np.zeros(2)
+        for first in range(0, len(tokens), ROWS):
+            part = tokens[first : first + ROWS]
+            logits = [one.logits(part)[..., :vocab] for one in (model, self.teacher)]
+            totals += np.asarray(sums(*logits, counted[first : first + ROWS]), float)
+        forward, reverse = totals / counted.sum()
+        return float(forward), float(reverse)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _records(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """(prompt, a human's answer), shorter than 400 characters each."""
+    found = []
+    for name in ("seed_tasks", "user_oriented_instructions"):
+        for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines():
+            one = json.loads(line)
+            instance = one["instances"][0]
+            prompt = "\n\n".join(filter(None, (one["instruction"], instance["input"])))
+            if len(prompt) < 400 and instance["output"].strip():
+                found.append((prompt, instance["output"]))
+    return found
+
+
+def rouge_l(answer: str, gold: str) -> float:
+    """F1 of the longest common subsequence of words, lower case and without a stemmer."""
+    ours, theirs = (re.findall(r"[a-z0-9]+", text.lower())[:200] for text in (answer, gold))
+    if not ours or not theirs:
+        return 0.0
+    lengths = [0] * (len(theirs) + 1)
+    for word in ours:
+        before = 0
+        for place, other in enumerate(theirs, 1):
+            corner, before = before, lengths[place]
+            lengths[place] = corner + 1 if word == other else max(before, lengths[place - 1])
+    same = lengths[-1]
+    return 2 * same / (len(ours) + len(theirs))
+
+
+def _means(each: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """arm -> measure -> mean, least and largest over the seeds."""
+    return {
+        arm: {
+            name: [f([one[name] for one in seeds]) for f in (statistics.fmean, min, max)]
+            for name in seeds[0]
+        }
+        for arm, seeds in each.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
