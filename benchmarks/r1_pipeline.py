@@ -59,9 +59,12 @@ def main() -> None:
     options.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("/tmp/r1_pipeline"))
     options.add_argument("--save", default="")
     options.add_argument("--smoke", action="store_true")
+    for name in ("cold", "second"):
+        options.add_argument(f"--{name}", type=int, help=f"steps of {name}")
     options.add_argument("--seeds", type=int, nargs="+", default=(), help="accuracy of each alone")
     given = options.parse_args()
     size = {name: pair[given.smoke] for name, pair in SIZES.items()}
+    size |= {name: n for name in ("cold", "second") if (n := getattr(given, name)) is not None}
     began = time.time()
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.seeds:
