@@ -143,7 +143,8 @@ class _Bench:
                     f"run.dir={run}", f"seed={seed}", "eval.compare=false", "eval.samples=0",
                     f"data={{{data}, seq_len: 256, loss_on: assistant, "
                     f"cache_dir: {self.folder / 'cache'}}}",
-                    "optimizer={lr: 1e-4, warmup: 0.1}", "logging={progress: none, tensorboard: false}",
+                    "optimizer={lr: 1e-4, warmup: 0.1}",
+                    "logging={progress: none, tensorboard: false}",
                     *settings,
                 ],
             )
