@@ -237,3 +237,16 @@ def test_a_collective_in_pieces_counts_once():
     (found,) = hlo.collectives(text)
     assert (found.kind, found.times, found.nbytes) == ("all-gather", 1, 32 * 4)
     assert np.isclose(found.link_bytes({"fsdp": 4, "tensor": 4}), 32 * 4 * 3 / 4)
+
+
+def test_a_tpu_writes_a_reduce_scatter_as_an_all_reduce_that_is_sliced():
+    text = (
+        "%all-reduce-scatter.1.clone (p: f32[32]) -> f32[8] {\n  %p = f32[32] parameter(0)\n"
+        "  %r = f32[32] all-reduce(%p), replica_groups=[4,4]<=[16], to_apply=%add\n"
+        "  ROOT %s = f32[8] dynamic-slice(%r, %n), dynamic_slice_sizes={8}\n}\n"
+        "ENTRY %main (a: f32[32]) -> f32[8] {\n  %a = f32[32] parameter(0)\n"
+        "  ROOT %f = f32[8] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1.clone\n}\n"
+    )
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.nbytes) == ("reduce-scatter", 8 * 4)
+    assert found.link_bytes({"fsdp": 4, "tensor": 4}) == 3 * 8 * 4

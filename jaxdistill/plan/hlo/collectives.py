@@ -93,7 +93,8 @@ class Collective(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """All collectives; an asynchronous one counts at its start, one between slices at its end.
 
-    On a TPU one may be cut into pieces that run inside fusions, of one channel: it counts once.
+    On a TPU one may be cut into pieces that run inside fusions, of one channel: it counts once. A
+    reduce-scatter is a fusion there of an all-reduce and a slice.
     """
     program = parse(text)
     found: list[Collective] = []
@@ -124,9 +125,24 @@ def _walk(
             )
         elif op.opcode == "while":
             yield from _walk(program, op.called("body")[0], times * program.trips(name, op), size)
+        elif scattered := _scattered(program, op):
+            yield (
+                None,
+                _collective(scattered, "reduce-scatter", times)._replace(
+                    shape=op.shape, nbytes=nbytes(op.shape), written_by=op.written_by
+                ),
+            )
         else:
             for inside in op.called("calls") + op.called("to_apply") + op.branches:
                 yield from _walk(program, inside, times, size)
+
+
+def _scattered(program: Program, op: Operation) -> Operation | None:
+    """The all-reduce of a fusion that is a reduce-scatter, or None."""
+    for name in op.called("calls"):
+        if name.startswith("all-reduce-scatter"):
+            return next((o for o in program.computations[name] if o.opcode == "all-reduce"), None)
+    return None
 
 
 def _collective(op: Operation, kind: str, times: int) -> Collective:
