@@ -16,8 +16,8 @@ _OF_A_MODEL = ("RUN.json", "config.json", "tokenizer.json")  # of a run's studen
 def batches(
     batch_size: int, micro_batches: int, eval_batch_size: int, parts: int
 ) -> Iterator[tuple[tuple[str, str], str]]:
-    """Every device of `data` and `fsdp` has as many rows as the others: (key, what it must be)."""
-    sizes = f"mesh.data * mesh.fsdp ({parts})"
+    """Each part of a batch's rows has as many as the others: (key, what it must be)."""
+    sizes = f"mesh.data * mesh.fsdp * mesh.expert ({parts})"
     if batch_size // micro_batches % parts:
         yield ("train", "batch_size"), f"batch_size / micro_batches must be a multiple of {sizes}"
     if eval_batch_size % parts:
@@ -72,12 +72,33 @@ def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[Conf
         )
 
 
-def context_axis(seq_len: int, parts: int) -> Iterator[ConfigError]:
-    """Every device of `context` has as much of a row as the others."""
-    if seq_len % parts:
+def expert_axis(parts: int, tensor: int, experts: Mapping[str, int]) -> Iterator[ConfigError]:
+    """The expert axis, with tensor, divides the experts of every model that has some.
+
+    Args:
+      parts: mesh.expert.
+      tensor: mesh.tensor.
+      experts: who has experts -> how many in a layer.
+    """
+    if parts > 1 and not experts:
         yield ConfigError(
-            f"data.seq_len = {seq_len}: must be a multiple of mesh.context = {parts}: change one "
-            "of them"
+            f"mesh.expert = {parts}: no model of this run has routed experts: use mesh.fsdp"
+        )
+    for who, count in experts.items():
+        if parts > 1 and count % (parts * tensor):
+            fits = [n for n in range(1, count + 1) if count % (n * tensor) == 0]
+            yield ConfigError(
+                f"mesh.expert = {parts}: with mesh.tensor = {tensor} it does not divide the "
+                f"{who}'s {count} experts: take one of {', '.join(map(str, fits[-6:]))}"
+            )
+
+
+def context_axis(seq_len: int, parts: int) -> Iterator[ConfigError]:
+    """Every device of `context` has a part from the front of a row and one from its end."""
+    if parts > 1 and seq_len % (2 * parts):
+        yield ConfigError(
+            f"data.seq_len = {seq_len}: must be a multiple of 2 * mesh.context = {2 * parts}: "
+            "change one of them"
         )
 
 

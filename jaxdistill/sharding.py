@@ -1,6 +1,7 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxdistill.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor", "context")
-BATCH_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor", "context")  # of every mesh
+EXPERT = "expert"  # between fsdp and tensor, of a mesh with more than one part of experts
+BATCH_AXES = ("data", "fsdp", EXPERT)
+PARAMETER_AXES = ("fsdp", EXPERT)
 
 MeshAxes = str | tuple[str, ...] | None
 HOST = "pinned_host"  # the memory of a device's host that the device can address
@@ -21,24 +24,36 @@ AnyMesh = Mesh | AbstractMesh  # real devices, or the mesh in context while a fu
 
 # Parameters name the first block, activations the second. Two dims of one array never land on the
 # same mesh axis, because no array has two of "embed", or two of "heads, kv_heads, mlp,
-# experts, vocab".
+# experts, vocab"; where a dim before took one of several axes, as "experts" does, the others are
+# left. What divides experts divides the rows and the other parameters, too.
 RULES: Mapping[str, MeshAxes] = {
-    "embed": "fsdp",
+    "embed": PARAMETER_AXES,
     "vocab": "tensor",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
-    "experts": "tensor",
+    "experts": (EXPERT, "tensor"),
     "expert_mlp": None,
     "routes": None,
     "positions": None,
     "layers": None,
     "batch": BATCH_AXES,
     "length": "context",
+    "length_between": ("context", "tensor"),
     "act_embed": None,
     "act_mlp": "tensor",
     "act_heads": "tensor",
 }
+
+# How a teacher's parameters may lie: as the student's; over the copies too, which only a gradient
+# would need; or whole on every device, so that they cross no mesh.
+TEACHER_RULES: Mapping[str, Mapping[str, MeshAxes]] = {
+    "fsdp": RULES,
+    "all": {**RULES, "embed": ("data", *PARAMETER_AXES)},
+    "whole": {**RULES, "embed": None},
+}
+# The same where the layers' weights were brought together before: `constrain_weight`.
+GATHERED: Mapping[str, MeshAxes] = {**RULES, "layer_embed": None}
 
 
 def make_mesh(
@@ -46,9 +61,12 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     context: int = 1,
+    expert: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """The mesh with axes data, fsdp, tensor and context; one size may be -1: all that is left.
+
+    Behind fsdp it has the axis expert where that is not 1.
 
     Args:
       data: None takes as many as there are fast networks (hosts of GPUs, slices of a TPU) where
@@ -56,17 +74,21 @@ def make_mesh(
       fsdp: parts of parameters and batch.
       tensor: parts of heads, MLP and vocabulary.
       context: parts of rows.
+      expert: parts of the experts of each layer, and of all that fsdp divides.
       devices: None takes all.
 
     Raises:
       ConfigError: if the sizes do not multiply to the number of devices, or no such grid exists.
     """
     devices = list(jax.devices() if devices is None else devices)
+    given = {"fsdp": fsdp, EXPERT: expert, "tensor": tensor, "context": context}
     if data is None:
-        others = math.prod(size for size in (fsdp, tensor, context) if size > 0)
-        free = -1 in (fsdp, tensor, context)
+        others = math.prod(size for size in given.values() if size > 0)
+        free = -1 in given.values()
         data = math.gcd(_networks(devices)[0], max(1, len(devices) // others)) if free else 1
-    sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
+    sizes = {"data": data, **given}
+    if expert == 1:
+        del sizes[EXPERT]
     shown = ", ".join(f"{axis}: {size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     wrong = [axis for axis, size in sizes.items() if size < 1 and size != -1]
@@ -84,8 +106,7 @@ def make_mesh(
             "multiply to the number of devices; set one of them to -1 to let it follow, or start "
             "more processes (`jaxdistill launch -n N --devices-per-process M`)"
         )
-    shape = tuple(sizes.values())
-    return Mesh(_arrange(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arrange(sizes, devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _networks(devices: Sequence[jax.Device]) -> tuple[int, bool]:
@@ -109,7 +130,7 @@ def _ends_at_host(devices: Sequence[Any]) -> bool:
     return len(slices) == 1 and devices[0].platform != "tpu"
 
 
-def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+def _arrange(sizes: Mapping[str, int], devices: list[jax.Device]) -> np.ndarray:
     """Devices in the mesh's shape: slow networks on the first axes, neighbours on the last.
 
     Axes of a TPU's torus stay whole where that gives the shape; else they are split.
@@ -119,6 +140,7 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """
     from jax.experimental import mesh_utils
 
+    shape = tuple(sizes.values())
     granules, by_host = _networks(devices)
     outer = spread(shape, granules)
     inner = tuple(size // parts for size, parts in zip(shape, outer, strict=True))
@@ -139,7 +161,7 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     try:
         return arranged(split=True)
     except (NotImplementedError, ValueError) as error:
-        named = ", ".join(f"{axis}: {size}" for axis, size in zip(AXES, shape, strict=True))
+        named = ", ".join(f"{axis}: {size}" for axis, size in sizes.items())
         raise ConfigError(
             f"mesh: {{{named}}}: the {len(devices)} devices in {granules} fast networks cannot be "
             f"laid out so ({str(error).splitlines()[0][:200]}): take powers of two that multiply "
@@ -172,16 +194,29 @@ def spec(
     entries: list[MeshAxes] = []
     used: list[str] = []
     for dim, name in enumerate(logical):
-        axes = None if name is None else rules[name]
-        if axes is not None and shape is not None and mesh is not None:
-            if shape[dim] % math.prod(mesh.shape[axis] for axis in mesh_axes(axes)):
-                axes = None
-        entries.append(axes)
-        used += mesh_axes(axes)
+        wanted = mesh_axes(None if name is None else rules[name])
+        axes = present(wanted, mesh) if mesh is not None else wanted
+        if len(wanted) > 1:
+            axes = tuple(axis for axis in axes if axis not in used)
+        if shape is not None and mesh is not None:
+            if shape[dim] % math.prod(mesh.shape[axis] for axis in axes):
+                axes = ()
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+        used += axes
     assert len(used) == len(set(used)), (
         f"{tuple(logical)} puts two dims on one mesh axis: {entries}"
     )
     return PartitionSpec(*entries)
+
+
+def present(axes: MeshAxes, mesh: AnyMesh) -> tuple[str, ...]:
+    """Those of these axes that the mesh has."""
+    return tuple(axis for axis in mesh_axes(axes) if axis in mesh.shape)
+
+
+def row_parts(mesh: AnyMesh) -> int:
+    """How many parts the rows of a batch have."""
+    return math.prod(mesh.shape[axis] for axis in present(BATCH_AXES, mesh))
 
 
 def mesh_axes(axes: MeshAxes) -> tuple[str, ...]:
@@ -203,14 +238,14 @@ def shardings(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How [B, L] batches lie on the mesh: rows over data and fsdp, length over context."""
-    return NamedSharding(mesh, spec(("batch", "length")))
+    """How [B, L] batches lie on the mesh: rows over data, fsdp and expert, length over context."""
+    return NamedSharding(mesh, spec(("batch", "length"), mesh=mesh))
 
 
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a global batch lie on this process's devices, ascending.
 
-    Processes that differ in the data and fsdp axes have different rows; those that differ in the
+    Processes that differ in the axes of `BATCH_AXES` have different rows; those that differ in the
     others have the same.
     """
     shape = (rows, mesh.shape["context"])
@@ -233,6 +268,49 @@ def constrain(
     return jax.lax.with_sharding_constraint(array, spec(logical, array.shape, mesh, rules))
 
 
+def between(array: jax.Array, rules: Mapping[str, MeshAxes] = RULES) -> jax.Array:
+    """Pins activations [B, L, D] between blocks: devices of `tensor` have a part of each row.
+
+    What a block adds up over them is left in parts, and norms and sums run on these alone
+    (Korthikanti et al. 2022, arXiv 2205.05198). Rows that do not divide are whole on each.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return array
+    parts = math.prod(mesh.shape[axis] for axis in mesh_axes(rules["length_between"]))
+    length = "length" if array.shape[1] % parts else "length_between"
+    return constrain(array, ("batch", length, "act_embed"), rules)
+
+
+def within(array: jax.Array, rules: Mapping[str, MeshAxes] = RULES) -> jax.Array:
+    """Pins activations [B, L, D] that enter a block: all its devices have the same tokens."""
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return array
+    return constrain(array, ("batch", "length", "act_embed"), rules)
+
+
+def constrain_weight(
+    array: jax.Array, logical: Sequence[str | None], rules: Mapping[str, MeshAxes] = RULES
+) -> jax.Array:
+    """`constrain` of a layer's weight; by `GATHERED` it stays whole, its gradient is divided."""
+    mesh = current_mesh()
+    if mesh is None or "layer_embed" not in rules:
+        return constrain(array, logical, rules)
+    return _divided_back(spec(logical, array.shape, mesh, rules), array)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divided_back(place: PartitionSpec, array: jax.Array) -> jax.Array:
+    return array
+
+
+_divided_back.defvjp(
+    lambda place, array: (array, None),
+    lambda place, _, slope: (jax.lax.with_sharding_constraint(slope, place),),
+)
+
+
 def by_device(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A function of attention, run by each device on its own rows and heads.
 
@@ -245,8 +323,8 @@ def by_device(local: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         mesh = current_mesh()
         if mesh is None:
             return local(query_BLHE, key_BLGE, value_BLGE, segments_BL, *rest)
-        rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        batch = BATCH_AXES if query_BLHE.shape[0] % rows == 0 else None
+        whole_rows = query_BLHE.shape[0] % row_parts(mesh) != 0
+        batch = None if whole_rows else present(BATCH_AXES, mesh)
         divides = key_BLGE.shape[2] % mesh.shape["tensor"] == 0
         heads = PartitionSpec(batch, None, "tensor" if divides else None, None)
         whole = (PartitionSpec(),) * len(rest)

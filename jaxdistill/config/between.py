@@ -48,6 +48,9 @@ def _teacher_problems(config: Any) -> Iterator[Problem]:
     if teacher and teacher.quantize and student.from_ == "teacher":
         rule = "the student would be cut out of rounded weights: give student.source"
         yield ("teacher", "quantize"), rule
+    if teacher and teacher.sharding != "fsdp" and student.from_ == "teacher":
+        rule = "the student, cut out of it, would lie as it does: use fsdp, or student.source"
+        yield ("teacher", "sharding"), rule
     if methods.of(config.method).is_control and config.eval.compare:
         rule = f"has no effect with method {config.method.name}, which is the control itself"
         yield ("eval", "compare"), rule
@@ -118,9 +121,33 @@ def _size_problems(config: Any) -> Iterator[Problem]:
     if isinstance(warmup, int) and warmup >= train.steps:
         rule = f"must be below train.steps ({train.steps}), or a fraction below 1"
         yield ("optimizer", "warmup"), rule
-    data, fsdp, *_ = config.mesh.sizes
-    parts = max(data, 1) * max(fsdp, 1)
+    parts = config.mesh.row_parts
     yield from rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
+
+
+def _once_problems(config: Any) -> Iterator[Problem]:
+    """What crosses the mesh once a step would cross it several times."""
+    place, wanted = ("train", "gather_once"), config.train.gather_once
+    if wanted == "none":
+        return
+    if config.teachers is not None:
+        yield place, "each micro-batch is of one of several teachers: use none"
+    elif config.train.micro_batches == 1:
+        yield place, "has no effect with train.micro_batches: 1, where all crosses once: use none"
+    elif wanted == "teacher" and not _reads_in_the_step(config):
+        yield place, "no teacher computes in the step: use none, or both for the student's layers"
+    if wanted == "both" and config.student.quantize is not None:
+        rule = "student.quantize rounds the weights of every micro-batch where they lie: use "
+        yield place, f"{rule}teacher or none"
+
+
+def _reads_in_the_step(config: Any) -> bool:
+    """Whether a teacher computes in the step: none that is stored or served."""
+    teacher, method = config.teacher, methods.of(config.method)
+    if method.needs_start(config.method):
+        return True
+    needed = method.needs_teacher(config.method) and teacher is not None
+    return needed and teacher.cache is None and not teacher.served
 
 
 _RULES = (
@@ -131,6 +158,7 @@ _RULES = (
     _second_view_problems,
     _origin_problems,
     _size_problems,
+    _once_problems,
     rollout.problems,
     reward.problems,
     quantize.problems,

@@ -113,6 +113,12 @@ class Teacher(Section):
         "samples then.",
     )
 
+    sharding: Literal["fsdp", "all", "whole"] = Field(
+        "fsdp",
+        description="How its parameters lie on the mesh, beside tensor and expert: fsdp, as the "
+        "student's; all: over data too, less memory for more traffic; whole: all of them on every "
+        "device, so that none crosses the mesh.",
+    )
     from_: Moment | None = Field(
         None,
         alias="from",
@@ -134,6 +140,16 @@ class Teacher(Section):
         """Rules: one origin, or none where it was asked before; no setting without effect."""
         if self.cache is None or self.source or self.random or self.api or self.self_:
             yield from _one_of(self, ("source", "random", "api", "self"))
+        if self.sharding != "fsdp" and self.offload:
+            yield (
+                ("sharding",),
+                "layers that wait in host memory lie as fsdp divides them: use fsdp",
+            )
+        if self.sharding != "fsdp" and (self.cache or not (self.source or self.random)):
+            yield (
+                ("sharding",),
+                "has no effect: no parameters of a teacher are in the step: remove it",
+            )
         if self.self_ is not None:
             if self.cache is not None:
                 yield ("cache",), "stores what another model said: remove it, or self"

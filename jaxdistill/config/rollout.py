@@ -224,8 +224,7 @@ def problems(config: Any) -> Iterator[Problem]:
         rule = f"follows from rollout: prompts_per_step * samples = {rollout.answers}: remove it"
         yield ("train", "batch_size"), rule
     yield from _method_problems(config)
-    data, fsdp, *_ = config.mesh.sizes
-    parts = max(data, 1) * max(fsdp, 1)
+    parts = config.mesh.row_parts
     yield from ((("rollout", *key), rule) for key, rule in rollout.slots_problems(parts))
 
 

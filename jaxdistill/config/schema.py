@@ -1,5 +1,6 @@
 """The configuration tree: every option a run has, its unit, its range and its default."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,12 @@ class Train(Section):
     micro_batches: Size = Field(
         1, description="Parts a batch is computed in, one after the other; must divide batch_size."
     )
+    gather_once: Literal["none", "teacher", "both"] = Field(
+        "none",
+        description="Whose parameters cross the mesh once a step, not once a micro-batch: none; "
+        "teacher: it reads the whole batch before the first micro-batch; both: also the student's "
+        "layers, which then lie whole on every device. Less is sent, more memory used: see `plan`.",
+    )
     eval_every: Count | None = Field(
         100, description="Steps between evaluations; null: only at the end."
     )
@@ -74,6 +81,13 @@ class Mesh(Section):
         1, ge=-1, le=10**6, description="Parts of heads, MLP and vocabulary (devices)."
     )
     context: int = Field(1, ge=-1, le=10**6, description="Parts of every row's length (devices).")
+    expert: int = Field(
+        1,
+        ge=-1,
+        le=10**6,
+        description="Parts of each layer's experts, which tokens go to by all-to-all, and of all "
+        "that fsdp divides (devices); divides the experts, with tensor.",
+    )
     processes: Size | None = Field(
         None,
         description="Processes the devices belong to; null: as many as Slurm, Open MPI, Cloud TPU, "
@@ -82,12 +96,18 @@ class Mesh(Section):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Devices along data (1 where that is left to the start), fsdp, tensor and context."""
-        return 1 if self.data is None else self.data, self.fsdp, self.tensor, self.context
+        """Devices along data (1 where that is left to the start), fsdp, tensor, context, expert."""
+        data = 1 if self.data is None else self.data
+        return data, self.fsdp, self.tensor, self.context, self.expert
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of a batch's rows, as far as they are known before the start."""
+        return math.prod(max(size, 1) for size in (self.sizes[0], self.fsdp, self.expert))
 
     def problems(self) -> Iterator[Problem]:
         """Rules: sizes that exist."""
-        axes = ("data", "fsdp", "tensor", "context")
+        axes = ("data", "fsdp", "tensor", "context", "expert")
         for axis in axes:
             if getattr(self, axis) == 0:
                 yield (axis,), "must be at least 1, or -1: all devices that are left"

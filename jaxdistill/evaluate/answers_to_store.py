@@ -14,7 +14,7 @@ from jaxdistill.data.teacher_cache import formats
 from jaxdistill.data.teacher_cache.formats import HIDDEN, TOPK, Format
 from jaxdistill.evaluate.scoring import chunk_logits, over_chunks
 from jaxdistill.models import DecoderConfig, decoder
-from jaxdistill.sharding import BATCH_AXES
+from jaxdistill.sharding import BATCH_AXES, present
 from jaxdistill.types import Batch, Outputs
 
 KEYS = "keys"
@@ -56,7 +56,7 @@ def step(
             return {"hidden": outputs.hidden}
         return of_outputs(form, outputs, batch.positions, batch.teacher[KEYS])
 
-    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    rows = NamedSharding(mesh, PartitionSpec(present(BATCH_AXES, mesh)))
     return jax.jit(answers, out_shardings=rows)
 
 

@@ -12,10 +12,9 @@ from jaxdistill.losses import chunk_sums
 from jaxdistill.methods.base import Head, Objective, no_parameters
 from jaxdistill.methods.chunks import chunk_count, following, per_chunk
 from jaxdistill.methods.head_loss import statistics
-from jaxdistill.sharding import current_mesh
+from jaxdistill.sharding import BATCH_AXES, current_mesh, present
 from jaxdistill.types import Batch, Mean, Outputs
 
-BATCH = ("data", "fsdp")  # the axes of the mesh that share the rows of a batch
 _ROW_NUMBERS = 2**24  # of both models' rows that exist at one time, where no chunk is given
 
 
@@ -42,7 +41,7 @@ class ChunkSide(NamedTuple):
         """float32 [..., V], log-probabilities of some chunks' last places."""
         head = _placed(self.head.astype(hidden.dtype))
         logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
-        logits = _placed(logits, BATCH)
+        logits = _placed(logits, rows=True)
         if self.bias is not None:
             logits += self.bias.astype(jnp.float32)
         logits = soft_cap(logits, self.softcap)
@@ -88,16 +87,18 @@ def _side(
     places = jnp.broadcast_to(jnp.arange(groups.shape[1]), groups.shape)
     where = chunk_sums(places, jnp.where(last, predicted, 0), count).astype(jnp.int32)
     # Rows are sorted and taken apart: on a mesh each device has whole ones, of its own texts.
-    every = _placed(outputs.hidden, BATCH)
+    every = _placed(outputs.hidden, rows=True)
     hidden = jax.vmap(lambda row, at: row[at])(every, where)
     return ChunkSide(hidden, rows, bias, outputs.softcap, scale), said.logprobs
 
 
-def _placed(values: Array, *dims: Any) -> Array:
-    """An array whose leading dims lie on these axes of the mesh, and no other dim is divided."""
-    if current_mesh() is None:
+def _placed(values: Array, rows: bool = False) -> Array:
+    """An array whose first dim is divided as the rows of a batch are, or not; no other dim is."""
+    mesh = current_mesh()
+    if mesh is None:
         return values
-    return jax.lax.with_sharding_constraint(values, jax.P(*dims))
+    place = jax.P(present(BATCH_AXES, mesh)) if rows else jax.P()
+    return jax.lax.with_sharding_constraint(values, place)
 
 
 def compared(

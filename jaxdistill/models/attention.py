@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.models import attention_blocks, attention_tpu
+from jaxdistill.models import attention_blocks, attention_ring, attention_tpu
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.sharding import by_device, constrain, current_mesh
 
@@ -29,26 +29,36 @@ Attend = Callable[[Any, Array, Array, Array, Array], tuple[Any, Array]]
 
 
 def causal(
-    config: DecoderConfig, length: int, segment_ids: Array | None, implementation: Any
+    config: DecoderConfig,
+    length: int,
+    segment_ids: Array | None,
+    implementation: Any,
+    balanced: bool = False,
 ) -> Attend:
     """Attention within a row: causal, within segments, within each layer's window.
 
     Layers with and without a window are one scanned body: a layer takes its window by its index. A
     scan over groups of layers would tie the number of layers to the pattern (which pruning breaks)
     and compile every kind of layer once more. `implementation` is one of `IMPLEMENTATIONS`; None is
-    "auto".
+    "auto". Rows that the mesh divides meet in a ring where they are `balanced`, in the order of
+    `attention_ring.order`; others have their keys brought together.
 
     Raises:
       ConfigError: where a named kernel cannot compute this.
     """
     named = implementation or "auto"
     check("xla" if named == "blocks" else named, config, length, choice.current_device().platform)
+
     # Masks are made here, once for all layers; which form it is depends on the activations' type.
-    could_be = {chosen(named, config, length, dtype) for dtype in ("bfloat16", "float32")}
+    def of(dtype: DTypeLike) -> str:
+        form = chosen(named, config, length, dtype)
+        return "xla" if form == "ring" and not balanced else form
+
+    could_be = {of(dtype) for dtype in ("bfloat16", "float32")}
     made = {form: of_form(form, config, length, segment_ids) for form in could_be}
 
     def attend(state, index, query, key, value):
-        mixed = made[chosen(named, config, length, query.dtype)]
+        mixed = made[of(query.dtype)]
         key, value = repeated(query, key), repeated(query, value)
         return state, mixed(index, query, key, value, segment_ids)
 
@@ -65,7 +75,7 @@ def of_form(
     """mixed(layer index, query [B, L, H, E], key, value [B, L, G, E], segment_ids) by one form.
 
     Args:
-      form: "splash", "cudnn", "blocks", or "xla" for all scores at once.
+      form: "splash", "cudnn", "blocks", "ring", or "xla" for all scores at once.
       config: of the model.
       length: L.
       segment_ids: int32 [B, L], or None for one document a row.
@@ -75,14 +85,17 @@ def of_form(
         return attention_tpu.attention(config, length, score_scale(config), interpret)
     if form == "blocks":
         return _in_blocks(config, length)
+    if form == "ring":
+        return _in_a_ring(config, length)
     return _at_once(config, length, segment_ids, "cudnn" if form == "cudnn" else None)
 
 
 def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> str:
-    """What computes it on the device and mesh in context: splash, cudnn, blocks or xla.
+    """What computes it on the device and mesh in context: splash, cudnn, ring, blocks or xla.
 
     "xla" has all scores [B, H, L, L] at once: for rows of up to `attention_blocks.SHORT` tokens,
-    and for rows that the mesh divides. "blocks" is XLA's form for all others.
+    and for rows that the mesh divides, but not into the two parts for each device that "ring"
+    needs. "blocks" is XLA's form for all others.
 
     Args:
       name: one of `IMPLEMENTATIONS`.
@@ -98,6 +111,8 @@ def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> s
         if kernel and lacks(kernel, config, length, context, np.dtype(dtype).name) is None:
             return kernel
         name = "xla"
+    if name == "xla" and attention_ring.devices(length) > 1:
+        return "ring"
     if name == "xla" and length > attention_blocks.SHORT and context == 1:
         return "blocks"
     return name
@@ -145,6 +160,21 @@ def _in_blocks(config: DecoderConfig, length: int) -> Callable[..., Array]:
         kind = jnp.asarray(number)[index] if config.windows else jnp.int32(0)
         segments = jnp.ones(query.shape[:2], jnp.int32) if segments is None else segments
         return by_device(local)(query, key, value, segments, kind)
+
+    return mixed
+
+
+def _in_a_ring(config: DecoderConfig, length: int) -> Callable[..., Array]:
+    """`attention_ring` of rows in the balanced order."""
+    windows = np.asarray([min(window or length, length) for window in config.windows or (length,)])
+    ring = attention_ring.attention(
+        score_scale(config), config.attention_softcap, bool(windows.min() < length)
+    )
+
+    def mixed(index, query, key, value, segments):
+        window = jnp.asarray(windows, jnp.int32)[index if config.windows else 0]
+        segments = jnp.ones(query.shape[:2], jnp.int32) if segments is None else segments
+        return ring(query, key, value, segments, window)
 
     return mixed
 

@@ -36,7 +36,7 @@ class BlockSettings(NamedTuple):
 
     scale: float
     cap: float | None
-    window: int
+    window: int | Array
     block: int = BLOCK
 
 
@@ -51,6 +51,14 @@ class Blocks(NamedTuple):
     """
 
     query: Array
+    key: Array
+    value: Array
+    segments: Array
+
+
+class Keys(NamedTuple):
+    """What queries meet, as in `Blocks`."""
+
     key: Array
     value: Array
     segments: Array
@@ -73,14 +81,18 @@ def attention(
     missing = -length % static.block
     fill = lambda x: jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
     arrays = map(fill, (query_BLHE, key_BLGE, value_BLGE, segments_BL))
-    mixed = _attend(static, _cut(static.block, *arrays))  # [n, B, G, R, C, E]
-    mixed_BLHE = mixed.transpose(1, 0, 4, 2, 3, 5).reshape(
-        query_BLHE.shape[0], -1, *query_BLHE.shape[2:]
-    )
-    return mixed_BLHE[:, :length]
+    return joined(_attend(static, cut(static.block, *arrays)))[:, :length]
 
 
-def _cut(block: int, query: Array, key: Array, value: Array, segments: Array) -> Blocks:
+def joined(mixed: Array) -> Array:
+    """[B, L, H, E] of mixed values in blocks [n, B, G, R, C, E]."""
+    blocks, batch, groups, per_group, size, width = mixed.shape
+    rows = mixed.transpose(1, 0, 4, 2, 3, 5)
+    return rows.reshape(batch, blocks * size, groups * per_group, width)
+
+
+def cut(block: int, query: Array, key: Array, value: Array, segments: Array) -> Blocks:
+    """Arrays [B, L, ...] in blocks of so many tokens."""
     batch, length, heads, size = query.shape
     blocks, groups = length // block, key.shape[2]
     grouped = query.reshape(batch, blocks, block, groups, heads // groups, size)
@@ -135,39 +147,63 @@ def _attend(static: BlockSettings, blocks: Blocks) -> Array:
 
 def _forward(static: BlockSettings, blocks: Blocks) -> tuple[Array, Array]:
     """(mixed values [n, B, G, R, C, E], log-sum-exp of the scores [n, B, G, R, C])."""
-    shape = blocks.query.shape
-    start = (
-        jnp.full(shape[:-1], _LOWEST, jnp.float32),
-        jnp.zeros(shape[:-1], jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-    )
 
     def one(carry, pair):
         i, j = pair
-        query, segments = _take(blocks.query, i), _take(blocks.segments, i)
-        key, value, others = (_take(x, j) for x in (blocks.key, blocks.value, blocks.segments))
-        distance = (i - j) * static.block
-        scores, seen = _scores(static, query, key, segments, others, distance)
-        scores = jnp.where(seen, scores, _LOWEST)
-        highest, total, mixed = (_take(x, i) for x in carry)
-        new = jnp.maximum(highest, scores.max(-1))
-        shares, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
-        total = total * kept + shares.sum(-1)
-        added = jnp.einsum(
-            "bgrqk,bgke->bgrqe",
-            shares.astype(value.dtype),
-            value,
-            preferred_element_type=jnp.float32,
-        )
-        mixed = mixed * kept[..., None] + added
-        return tuple(_put(x, y, i) for x, y in zip(carry, (new, total, mixed), strict=True)), None
+        return forward_pair(static, blocks, blocks, carry, i, j, (i - j) * static.block), None
 
-    (highest, total, mixed), _ = jax.lax.scan(one, start, _pair_list(static, shape[0]))
-    mixed = (mixed / total[..., None]).astype(blocks.value.dtype)
-    return mixed, highest + jnp.log(total)
+    carry, _ = jax.lax.scan(
+        one, forward_start(blocks.query), _pair_list(static, blocks.query.shape[0])
+    )
+    return forward_end(carry, blocks.value.dtype)
+
+
+def forward_start(query: Array) -> tuple[Array, Array, Array]:
+    """Of no key yet: the highest score, the sum of shares, and the mixed values."""
+    shape = query.shape
+    highest = jnp.full(shape[:-1], _LOWEST, jnp.float32)
+    return highest, jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32)
+
+
+def forward_pair(
+    static: BlockSettings,
+    own: Blocks,
+    others: Blocks | Keys,
+    carry: Any,
+    i: Array,
+    j: Array,
+    distance: Array,
+) -> Any:
+    """The carry of `forward_start` after block i of `own` queries has met block j of `others` keys.
+
+    `distance` is by how many tokens that block of queries begins behind that of keys.
+    """
+    query, segments = _take(own.query, i), _take(own.segments, i)
+    key, value, beside = (_take(x, j) for x in (others.key, others.value, others.segments))
+    scores, seen = _scores(static, query, key, segments, beside, distance)
+    scores = jnp.where(seen, scores, _LOWEST)
+    highest, total, mixed = (_take(x, i) for x in carry)
+    new = jnp.maximum(highest, scores.max(-1))
+    shares, kept = jnp.exp(scores - new[..., None]), jnp.exp(highest - new)
+    total = total * kept + shares.sum(-1)
+    added = jnp.einsum(
+        "bgrqk,bgke->bgrqe",
+        shares.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    mixed = mixed * kept[..., None] + added
+    return tuple(_put(x, y, i) for x, y in zip(carry, (new, total, mixed), strict=True))
+
+
+def forward_end(carry: Any, dtype: Any) -> tuple[Array, Array]:
+    """(mixed values, log-sum-exp of the scores) once all keys have been met."""
+    highest, total, mixed = carry
+    return (mixed / total[..., None]).astype(dtype), highest + jnp.log(total)
 
 
 def _pair_list(static: BlockSettings, blocks: int) -> tuple[Array, Array]:
+    assert isinstance(static.window, int), "the list of pairs is part of the program"
     found = pairs(blocks, static.block, static.window)
     return jnp.asarray(found[:, 0]), jnp.asarray(found[:, 1])
 
@@ -179,37 +215,56 @@ def _attend_fwd(static: BlockSettings, blocks: Blocks):
 
 def _attend_bwd(static: BlockSettings, kept: Any, slope: Array):
     blocks, mixed, lse = kept
-    wide = jnp.float32
-    inner = jnp.sum(slope.astype(wide) * mixed.astype(wide), axis=-1)  # [n, B, G, R, C]
-    start = tuple(jnp.zeros(x.shape, wide) for x in blocks[:3])
+    above = Above(slope, lse, inner_product(slope, mixed))
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in blocks[:3])
 
     def one(carry, pair):
         i, j = pair
-        query, segments, above, norm, share_of = (
-            _take(x, i) for x in (blocks.query, blocks.segments, slope, lse, inner)
-        )
-        key, value, others = (_take(x, j) for x in (blocks.key, blocks.value, blocks.segments))
-        parts = by_pair(
-            static,
-            query,
-            key,
-            value,
-            segments,
-            others,
-            (i - j) * static.block,
-            above,
-            norm,
-            share_of,
-        )
-        at = (i, j, j)
-        return tuple(
-            _put(x, _take(x, n) + y, n) for x, y, n in zip(carry, parts, at, strict=True)
-        ), None
+        distance = (i - j) * static.block
+        return backward_pair(static, blocks, blocks, above, carry, i, j, distance), None
 
     sums, _ = jax.lax.scan(one, start, _pair_list(static, blocks.query.shape[0]))
     query, key, value = (x.astype(y.dtype) for x, y in zip(sums, blocks[:3], strict=True))
     none: Any = np.zeros(blocks.segments.shape, jax.dtypes.float0)  # of whole numbers
     return (Blocks(query, key, value, none),)
+
+
+class Above(NamedTuple):
+    """What the way back knows of queries.
+
+    Attributes:
+      slope: of the mixed values [n, B, G, R, C, E].
+      lse: log-sum-exp of their scores [n, B, G, R, C].
+      inner: slope times mixed values [n, B, G, R, C].
+    """
+
+    slope: Array
+    lse: Array
+    inner: Array
+
+
+def inner_product(slope: Array, mixed: Array) -> Array:
+    """Of the last dims, in float32."""
+    return jnp.sum(slope.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
+
+
+def backward_pair(
+    static: BlockSettings,
+    own: Blocks,
+    others: Blocks | Keys,
+    above: Above,
+    carry: Any,
+    i: Array,
+    j: Array,
+    distance: Array,
+) -> Any:
+    """Gradients of query, key and value after block i of queries has met block j of keys."""
+    query, segments = _take(own.query, i), _take(own.segments, i)
+    key, value, beside = (_take(x, j) for x in (others.key, others.value, others.segments))
+    slope, norm, inner = (_take(x, i) for x in above)
+    parts = by_pair(static, query, key, value, segments, beside, distance, slope, norm, inner)
+    at = (i, j, j)
+    return tuple(_put(x, _take(x, n) + y, n) for x, y, n in zip(carry, parts, at, strict=True))
 
 
 def by_pair(

@@ -13,7 +13,7 @@ from jaxdistill.models import rope
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.experts import RoutedMLP
 from jaxdistill.models.kernel import times
-from jaxdistill.sharding import MeshAxes, constrain, current_mesh
+from jaxdistill.sharding import MeshAxes, between, constrain, current_mesh, within
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -36,10 +36,11 @@ def multiplied(x: Array, factor: float) -> Array:
 def _rows(x_BLD: Array) -> Array:
     """[B * L, D], which spares XLA a transposed copy per weight gradient on CPU.
 
-    Where the length is spread over the mesh, merging it with the batch would gather it: [B, L, D].
+    Where the length is spread over the mesh, merging it with the batch would gather it; where it is
+    so between blocks, what is added up would come whole to every device: [B, L, D].
     """
     mesh = current_mesh()
-    if mesh is not None and mesh.shape["context"] > 1:
+    if mesh is not None and mesh.shape["context"] * mesh.shape["tensor"] > 1:
         return x_BLD
     return x_BLD.reshape(-1, x_BLD.shape[-1])
 
@@ -209,18 +210,21 @@ class Layer(nnx.Module):
 
     def _attend(self, x_BLD, turn, attend, state, index, rules):
         """(x + attention(norm(x)), what enters the MLP, the state)."""
-        state, mixed_BLD = self.attention(
-            _normed(self.attention_norm, x_BLD), turn, attend, state, index, rules
-        )
-        mixed_BLD = multiplied(_normed(self.attention_post_norm, mixed_BLD), self.multiplier)
-        between_BLD = x_BLD + mixed_BLD
+        entering_BLD = within(_normed(self.attention_norm, x_BLD), rules)
+        state, mixed_BLD = self.attention(entering_BLD, turn, attend, state, index, rules)
+        mixed_BLD = _normed(self.attention_post_norm, self._left(mixed_BLD, rules))
+        between_BLD = x_BLD + multiplied(mixed_BLD, self.multiplier)
         entering_BLD = x_BLD if self.parallel else between_BLD
-        return between_BLD, _normed(self.mlp_norm, entering_BLD), state
+        return between_BLD, within(_normed(self.mlp_norm, entering_BLD), rules), state
 
     def _close(self, between_BLD, entering_BLD, rules):
-        made_BLD = _normed(self.mlp_post_norm, self.mlp(entering_BLD, rules))
-        x_BLD = between_BLD + multiplied(made_BLD, self.multiplier)
-        return constrain(x_BLD, ("batch", "length", "act_embed"), rules)
+        made_BLD = _normed(self.mlp_post_norm, self._left(self.mlp(entering_BLD, rules), rules))
+        return between(between_BLD + multiplied(made_BLD, self.multiplier), rules)
+
+    def _left(self, made_BLD, rules):
+        """What a block made, in the parts that its devices keep of it."""
+        mesh = current_mesh()
+        return made_BLD if mesh is None or mesh.shape["tensor"] == 1 else between(made_BLD, rules)
 
 
 def _normed(norm: Callable[[Array], Array] | None, x: Array) -> Array:

@@ -20,12 +20,12 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.models import host, per_layer, rope
+from jaxdistill.models import attention_ring, host, per_layer, rope
 from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last, multiplied
 from jaxdistill.models.kernel import is_kernel
-from jaxdistill.sharding import RULES, MeshAxes, constrain, mesh_axes
+from jaxdistill.sharding import RULES, MeshAxes, constrain, constrain_weight, mesh_axes
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
@@ -269,7 +269,7 @@ def _layer(
             return weight
         if is_kernel(weight):
             return weight.astype(dtype)
-        return constrain(weight.astype(dtype), logical[1:], rules)
+        return constrain_weight(weight.astype(dtype), logical[1:], rules)
 
     with jax.named_scope(WEIGHTS):
         params = jax.tree_util.tree_map_with_path(cast, params, axes, is_leaf=is_kernel)
@@ -360,13 +360,14 @@ def apply(
     if positions is None:
         places = jnp.broadcast_to(jnp.arange(length)[None, :], tokens.shape)
         positions = places if segment_ids is None else segment_positions(segment_ids)
-    attend = causal(config, length, segment_ids, attention)
+    balance, restore = attention_ring.order(length)
+    attend = causal(config, length, balance(segment_ids), attention, balanced=True)
     # One scanned program, however the parameters lie.
     outputs, _, scores = forward(
         config,
         per_layer.stack(params) if per_layer.is_split(params) else params,
-        tokens,
-        positions,
+        balance(tokens),
+        balance(positions),
         attend,
         compute_dtype=compute_dtype,
         remat=remat,
@@ -375,7 +376,7 @@ def apply(
         relations=relations,
         visit=Layer.routed if routing else None,
     )
-    return dataclasses.replace(outputs, routing=scores)
+    return restore(dataclasses.replace(outputs, routing=scores))
 
 
 def segment_positions(segment_ids: Array) -> Array:

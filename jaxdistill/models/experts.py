@@ -1,9 +1,11 @@
 """Routed experts: every token passes the few that its router chooses; none is dropped.
 
 (token, choice) pairs are sorted by expert, and each expert's rows go through its own weights in one
-ragged product, `jax.lax.ragged_dot`. On a mesh the experts are spread over an axis: a device holds
-all pairs of its tokens, computes those of its own experts, and what the others made is added. There
-is no capacity, so nothing depends on how full an expert is.
+ragged product, `jax.lax.ragged_dot`. On a mesh the experts are spread over axes. Along `tensor`,
+whose devices have the same tokens, a device computes the pairs of its own experts, and what the
+others made is added. Along `expert`, whose devices have tokens of their own, pairs go to the
+devices of their experts and come back (`experts_exchange`). There is no capacity, so nothing
+depends on how full an expert is.
 
 Reference: Shazeer et al. 2017, arXiv 1701.06538; dropless as in MegaBlocks, Gale et al. 2022,
 arXiv 2211.15841.
@@ -19,9 +21,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from jaxdistill.models import experts_exchange
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.kernel import array, is_kernel
-from jaxdistill.sharding import MeshAxes, current_mesh, spec
+from jaxdistill.sharding import EXPERT, MeshAxes, current_mesh, mesh_axes, spec
 
 _IN, _OUT = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
 
@@ -73,7 +76,9 @@ class RoutedMLP(nnx.Module):
     def passed(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Passed:
         """What goes on inside, for those who measure it."""
         places = lambda tokens, width: (tokens, tokens, PartitionSpec(*tokens, width), tokens)
-        return Passed(*self._everywhere(_look, places, x_BLD, rules))
+        # Each device sees all pairs of a token, so that none has to tell another of them.
+        batch = tuple(axis for axis in mesh_axes(rules["batch"]) if axis != EXPERT)
+        return Passed(*self._everywhere(_look, places, x_BLD, {**rules, "batch": batch}))
 
     def _everywhere(
         self,
@@ -88,19 +93,23 @@ class RoutedMLP(nnx.Module):
             _array(one.kernel.get_value(), dtype) for one in (self.gate, self.up, self.down)
         )
 
-        def run(shared, split, x_BLD, *weights):
-            pairs = _run(self.experts, self.activate, shared, x_BLD, *weights)
+        def run(shared, sent, split, x_BLD, *weights):
+            pairs = _run(self.experts, self.activate, shared, sent, x_BLD, *weights)
             return make(pairs, shared, split, x_BLD)
 
         mesh = current_mesh()
         if mesh is None:
-            return run((), (), x_BLD, router, *kernels)
+            return run((), None, (), x_BLD, router, *kernels)
         place = lambda axes, array: spec(axes, array.shape, mesh, rules)
         tokens = place(("batch", "length", None), x_BLD)
         inner, outer = place(_IN, kernels[0]), place(_OUT, kernels[2])
-        shared, split = _names(inner[0]), _names(inner[2])
+        shared, split = mesh_axes(inner[0]), mesh_axes(inner[2])
+        sent = None
+        if EXPERT in shared and EXPERT in mesh_axes(tokens[0]):
+            shared = tuple(axis for axis in shared if axis != EXPERT)
+            sent = experts_exchange.Devices(EXPERT, mesh.shape[EXPERT], tuple(mesh.axis_names))
         return jax.shard_map(
-            functools.partial(run, shared, split),
+            functools.partial(run, shared, sent, split),
             mesh=mesh,
             in_specs=(tokens, PartitionSpec(), inner, inner, outer),
             out_specs=places(tokens, inner[2]),
@@ -135,40 +144,80 @@ def _run(
     experts: Experts,
     activate: Callable[[Array], Array],
     shared: tuple[str, ...],
+    sent: experts_exchange.Devices | None,
     x_BLD: Array,
     router_DX: Array,
-    gate_XDF: Array,
-    up_XDF: Array,
-    down_XFD: Array,
+    *kernels: Array,
 ) -> _Pairs:
     """One device's part: its tokens through its experts.
 
     Args:
       experts: how many, and how many of them per token.
       activate: of the gate.
-      shared: mesh axes that share the experts.
+      shared: mesh axes that share the experts of the same tokens.
+      sent: the devices that pairs go to, or None: they stay.
       x_BLD: its tokens.
       router_DX: whole.
-      gate_XDF: of its experts.
-      up_XDF: of its experts.
-      down_XFD: of its experts.
+      kernels: gate and up [X, D, F], down [X, F, D], of its experts.
     """
-    count, chosen = gate_XDF.shape[0], experts.chosen
+    count, chosen = kernels[0].shape[0], experts.chosen
     x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
     shares_NK, expert_NK = route(experts, x_ND, router_DX)
-    first = jax.lax.axis_index(shared) * count if shared else 0
+    own = functools.partial(_own, shared, count)
+    if sent is None:
+        ran = _through(
+            activate, lambda order: x_ND[order // chosen], own(expert_NK.ravel()), kernels
+        )
+        return _Pairs(shares_NK, expert_NK, *ran)
+    there = count * jax.lax.axis_size(shared) if shared else count  # experts of a device's peers
+    device_P, number_P = jnp.divmod(expert_NK.ravel(), there)
+    order_P = jnp.argsort(device_P)
+
+    def apply(rows, numbers, *kernels):
+        ran = _through(activate, lambda order: rows[order], own(numbers), kernels)
+        return jnp.zeros_like(rows).at[ran.order_P].set(ran.made_PD, unique_indices=True)
+
+    made_PD = experts_exchange.exchanged(
+        sent, apply, x_ND[order_P // chosen], device_P[order_P], number_P[order_P], kernels
+    )
+    none = jnp.zeros((order_P.shape[0], 0), made_PD.dtype)
+    return _Pairs(shares_NK, expert_NK, none, made_PD, order_P >= 0, order_P)
+
+
+def _own(shared: tuple[str, ...], count: int, number_P: Array) -> Array:
+    """The numbers of a device's own experts; `count` for those of others."""
+    number_P = number_P - (jax.lax.axis_index(shared) * count if shared else 0)
+    return jnp.where((number_P >= 0) & (number_P < count), number_P, count)
+
+
+class _Ran(NamedTuple):
+    """Rows that went through a device's experts; see `_Pairs`."""
+
+    hidden_PF: Array
+    made_PD: Array
+    mine_P1: Array
+    order_P: Array
+
+
+def _through(
+    activate: Callable[[Array], Array],
+    rows_of: Callable[[Array], Array],
+    own_P: Array,
+    kernels: tuple[Array, ...],
+) -> _Ran:
+    """Rows, in the order that `rows_of` is given, through the experts of their numbers."""
+    gate_XDF, up_XDF, down_XFD = kernels
+    count = gate_XDF.shape[0]
     # Pairs of other devices' experts go behind all of one's own.
-    own_P = expert_NK.reshape(-1) - first
-    own_P = jnp.where((own_P >= 0) & (own_P < count), own_P, count)
     order_P = jnp.argsort(own_P)
     sizes_X = jnp.zeros(count, jnp.int32).at[own_P].add(1, mode="drop")
     mine_P1 = (own_P[order_P] < count)[:, None]
     # What a ragged product makes of rows behind its last group is not defined: 0, on both sides.
-    rows_PD = jnp.where(mine_P1, x_ND[order_P // chosen], 0)
+    rows_PD = jnp.where(mine_P1, rows_of(order_P), 0)
     product = lambda rows, kernels: jax.lax.ragged_dot(rows, kernels, sizes_X)
     hidden_PF = activate(product(rows_PD, gate_XDF)) * product(rows_PD, up_XDF)
     made_PD = jnp.where(mine_P1, product(hidden_PF, down_XFD), 0)
-    return _Pairs(shares_NK, expert_NK, hidden_PF, made_PD, mine_P1, order_P)
+    return _Ran(hidden_PF, made_PD, mine_P1, order_P)
 
 
 def _sum(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array) -> Array:
@@ -208,9 +257,3 @@ def _scores(x: Array, router_DX: Array) -> Array:
 def _array(kernel: Any, dtype: Any) -> Array:
     """A kernel as numbers: ragged products have no quantised form here."""
     return array(kernel).astype(dtype) if is_kernel(kernel) else kernel
-
-
-def _names(axes: MeshAxes) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else axes

@@ -119,13 +119,14 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
     order = ("none", "dots", "full")
     for remat in order[order.index(config.student.remat) + 1 :]:
         yield _Change("remat", (f"student.remat={remat}",))
+    rows_apart = mesh["data"] * mesh["fsdp"] * mesh.get("expert", 1)
     if mesh["data"] > 1:
         whole = mesh["data"] * mesh["fsdp"]  # also over slow networks
         yield _Change("mesh", ("mesh.data=1", f"mesh.fsdp={whole}"))
     for more in (2, 4, 8):
         micro = config.train.micro_batches * more
         rows = config.train.batch_size // micro
-        if rows and rows % (mesh["data"] * mesh["fsdp"]) == 0:
+        if rows and rows % rows_apart == 0:
             yield _Change("micro-batches", (f"train.micro_batches={micro}",))
     yield _Change("chunk", ("method.chunk=256",))
     for tensor in (2, 4):

@@ -24,7 +24,7 @@ from jaxdistill.rollouts.views import Aligner
 from jaxdistill.rollouts.writing import Sampling, Writer, one_call
 from jaxdistill.run import oneself, participants, served_teacher, states
 from jaxdistill.run.teaching import Online, Teaching, served
-from jaxdistill.sharding import local_rows
+from jaxdistill.sharding import local_rows, row_parts
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import place, recorded
@@ -47,7 +47,7 @@ def check(config: Config, models: participants.Models, prompts: Prompts | None, 
     """
     if config.rollout is None or prompts is None:
         return
-    wrong = config.rollout.slots_problems(_parts(mesh))
+    wrong = config.rollout.slots_problems(row_parts(mesh))
     told = [f"rollout.{key[0]} = {config.rollout.slots}: {rule}" for key, rule in wrong]
     errors.check(map(ConfigError, [*told, *unread(models.pairing.pairs)]))
     writer_of(config, models, prompts, mesh).check(prompts.prompts)
@@ -88,7 +88,7 @@ def writer_of(
         vocab=models.vocab,
         tokenizer=models.tokenizer,
         sampling=_sampling_of(config, samples),
-        slots=rollout.slots_on(_parts(mesh)),
+        slots=rollout.slots_on(row_parts(mesh)),
         longest=max(len(prompt.tokens) for prompt in prompts.prompts),
         compute_dtype=jnp.dtype(student.compute_dtype),
         cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
@@ -131,7 +131,7 @@ def program_of(
         models.student.config,
         vocab=models.vocab,
         sampling=_sampling_of(config),
-        slots=rollout.slots_on(_parts(mesh)),
+        slots=rollout.slots_on(row_parts(mesh)),
         length=config.data.seq_len,
         compute_dtype=student.compute_dtype,
         cache_dtype=None if rollout.cache_dtype == "auto" else rollout.cache_dtype,
@@ -174,12 +174,12 @@ def memory(config: Config, student: DecoderConfig, mesh: Mesh) -> dict[str, int]
     number = jnp.dtype(kept).itemsize
     a_token = 2 * student.layers * student.kv_heads * (student.head_dim * number)
     a_token += 2 * student.layers * student.kv_heads * 4 * (kept == "int8")  # scales
-    slots, tensor = rollout.slots_on(_parts(mesh)), mesh.shape["tensor"]
+    slots, tensor = rollout.slots_on(row_parts(mesh)), mesh.shape["tensor"]
     copy = count_parameters(student) * jnp.dtype(config.student.compute_dtype).itemsize
     return {
         "slots": slots,
-        "cache": a_token * slots * cache_length(config.data.seq_len) // (_parts(mesh) * tensor),
-        "weights": copy // (mesh.shape["fsdp"] * tensor),
+        "cache": a_token * slots * cache_length(config.data.seq_len) // (row_parts(mesh) * tensor),
+        "weights": copy // (row_parts(mesh) // mesh.shape["data"] * tensor),
     }
 
 
@@ -237,7 +237,7 @@ def feed_of(
             **oneself.rows(models.context),
             **({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
         },
-        unit=_parts(mesh) * config.train.micro_batches,
+        unit=row_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         replay=_replay_of(config),
@@ -273,7 +273,3 @@ def _replay_of(config: Config) -> Replay | None:
     adapts = rollout.replay.model_dump()
     settings = ReplaySettings(start=rollout.share, updates=config.train.steps, **adapts)
     return Replay(settings, config.seed, recalled * rollout.answers)
-
-
-def _parts(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]

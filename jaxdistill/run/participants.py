@@ -25,6 +25,7 @@ from jaxdistill.references import load_any
 from jaxdistill.run import changes, oneself, pairing, routing, shapes, states, stored
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.teaching import Nobody, Online, Served, Start, Teaching, online
+from jaxdistill.sharding import EXPERT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _read(second: SecondView | None, tokenizer: Any, vocab: int) -> tuple[Any, i
 
 
 def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
-    """Raises where the tensor axis does not divide a model; the vocabulary may be any size.
+    """Raises where tensor or expert axis do not divide a model; the vocabulary may be any size.
 
     Raises:
       ConfigError: with the numbers and the sizes that would do.
@@ -84,6 +85,9 @@ def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
         sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
         sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
         errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
+    experts = {who: config.experts.count for who, config in named.items() if config.experts}
+    parts = mesh.shape.get(EXPERT, 1)
+    errors.check(rules.expert_axis(parts, mesh.shape["tensor"], experts))
 
 
 def given_of(config: Config) -> shapes.Given:

@@ -25,7 +25,7 @@ from jaxdistill.rollouts.rewarded import RewardedFeed
 from jaxdistill.rollouts.verdicts import Verdicts
 from jaxdistill.run import on_policy, oneself, participants, served_teacher
 from jaxdistill.run.teaching import Teaching, served
-from jaxdistill.sharding import local_rows
+from jaxdistill.sharding import local_rows, row_parts
 from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.step import place
 
@@ -166,7 +166,7 @@ def feed_of(
         student.attention,
         quantize.of(student.quantize),
     )
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_parts(mesh)
     told = None
     if models.context is not None and models.context.of_siblings:
         decode = functools.partial(models.tokenizer.decode, skip_special_tokens=True)

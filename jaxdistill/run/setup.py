@@ -22,11 +22,14 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels.self_check import self_check
 from jaxdistill.methods import two_tokenizers
 from jaxdistill.methods.routed import Routed
+from jaxdistill.models import DecoderConfig
 from jaxdistill.models.quantized import Quantization
 from jaxdistill.run import oneself, participants, sparse, states
 from jaxdistill.run.stages import Stage
-from jaxdistill.run.teaching import Nobody, Start, Teaching
-from jaxdistill.sharding import make_mesh
+from jaxdistill.run.stored import Stored
+from jaxdistill.run.teaching import Nobody, Served, Start, Teaching
+from jaxdistill.sharding import make_mesh, row_parts
+from jaxdistill.train import once
 from jaxdistill.train import step as steps
 from jaxdistill.train.state import TrainState
 from jaxdistill.types import Batch
@@ -39,7 +42,7 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
     mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_parts(mesh)
     train = config.train
     wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
     devices = f"there are {mesh.size} devices"
@@ -60,6 +63,7 @@ class RunMethod:
       tx: the optimizer's chain, knobs included.
       learning_rate: update number -> learning rate.
       loss: student and objective parameters to named means, for training and evaluation alike.
+      gather: brings the student's layers together before the micro-batches, or None.
     """
 
     objective: methods.Objective
@@ -69,6 +73,7 @@ class RunMethod:
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
+    gather: Callable[[Any], Any] | None = None
 
 
 def method_of(config: Config, models: participants.Models) -> RunMethod:
@@ -96,7 +101,15 @@ def method_of(config: Config, models: participants.Models) -> RunMethod:
     )
     loss = _loss_of(config, models, objective, quantize.of(config.student.quantize))
     measuring = {**dict.fromkeys(built.knobs, 1.0), **built.measuring}
-    return RunMethod(objective, measuring, asked, asked.signal(objective), tx, rate, loss)
+    gather = _gather_of(config, models.student.config)
+    return RunMethod(objective, measuring, asked, asked.signal(objective), tx, rate, loss, gather)
+
+
+def _gather_of(config: Config, student: DecoderConfig) -> Callable[[Any], Any] | None:
+    if config.train.gather_once != "both":
+        return None
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return lambda params: once.gathered(student, params, dtype)
 
 
 def asked_of(config: Config, models: participants.Models, objective: methods.Objective) -> Teaching:
@@ -188,6 +201,7 @@ def make_step(
 ) -> steps.Step:
     """The training step of a run as a pure function; `monitor` as in `steps.make`."""
     lies = routing.layout(config)
+    computes = not isinstance(method.asked, Nobody | Served | Stored)  # in the step
     return steps.make(
         method.loss,
         method.teacher,
@@ -197,6 +211,8 @@ def make_step(
         prepare=method.objective.prepare,
         adapters=states.adapters_of(config.student),
         offload=config.optimizer.offload,
+        ahead=config.train.gather_once != "none" and computes,
+        gather=method.gather,
     )
 
 

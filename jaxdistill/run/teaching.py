@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -21,6 +22,7 @@ from jaxdistill.rollouts.rows import empty_scores
 from jaxdistill.run import shapes
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.stored import Stored
+from jaxdistill.sharding import TEACHER_RULES
 from jaxdistill.train.state import abstract_params
 
 _SUMMED = ("parameters", "parameters_non_embedding", "bytes")  # over several teachers
@@ -180,7 +182,8 @@ class Online(Plain):
         return self.model.params
 
     def abstract_params(self, mesh: Mesh) -> Any:
-        params = abstract_params(self.model.config, jnp.dtype(self.given.dtype), mesh)
+        dtype, rules = jnp.dtype(self.given.dtype), TEACHER_RULES[self.given.sharding]
+        params = abstract_params(self.model.config, dtype, mesh, rules)
         params = self.pairing.abstract(params, mesh)
         rounded = shapes.teacher_rounded(self.given, self.network)
         params = params if rounded is None else quantize.abstract(params, rounded)
@@ -209,13 +212,19 @@ class Online(Plain):
         if given.offload:
             model = dataclasses.replace(model, params=host.waiting(model.params))
         model = dataclasses.replace(model, tokenizer=self.model.tokenizer)
-        return dataclasses.replace(self, model=self.pairing.seated(model))
+        loaded = dataclasses.replace(self, model=self.pairing.seated(model))
+        if given.sharding == "fsdp":
+            return loaded
+        places = jax.tree.map(lambda leaf: leaf.sharding, loaded.abstract_params(mesh))
+        params = jax.tree.map(_moved, loaded.model.params, places)
+        return dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, params=params))
 
     def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
         return teachers.online(
             self.model.config,
             compute_dtype=jnp.dtype(self.given.dtype),
             attention=self.given.attention,
+            rules=TEACHER_RULES[self.given.sharding],
             taps=() if objective is None else objective.teacher_taps,
             relations=() if objective is None else objective.teacher_relations,
             second_view=self.second_view,
@@ -229,6 +238,15 @@ class Online(Plain):
 
     def size(self) -> Mapping[str, int | float]:
         return speed.size(self.model.config, self.model.params)
+
+
+def _moved(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    """The array where it shall lie; where it lay before it is given up."""
+    if array.sharding.is_equivalent_to(place, array.ndim):
+        return array
+    moved = jax.block_until_ready(jax.jit(lambda array: array, out_shardings=place)(array))
+    array.delete()
+    return moved
 
 
 @dataclasses.dataclass(frozen=True)

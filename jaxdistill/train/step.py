@@ -5,6 +5,7 @@
 The state is donated and comes back changed; the teacher's parameters go in and never come out.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,8 +26,16 @@ from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.lora import Lora
 from jaxdistill.models.quantized import Quantization
-from jaxdistill.sharding import RULES, MeshAxes, batch_sharding, local_rows
+from jaxdistill.sharding import (
+    GATHERED,
+    RULES,
+    MeshAxes,
+    batch_sharding,
+    local_rows,
+    row_parts,
+)
 from jaxdistill.teachers import Teacher
+from jaxdistill.train import once
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.types import Batch, Mean, Outputs
 
@@ -34,7 +43,7 @@ from jaxdistill.types import Batch, Mean, Outputs
 TEACHER, STUDENT, LOSS, OPTIMIZER = "teacher", "student", "loss", "optimizer"
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
-Loss = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
+Loss = Callable[..., dict[str, Mean]]  # see `make_loss`
 
 
 def make_loss(
@@ -50,11 +59,12 @@ def make_loss(
 ) -> Loss:
     """loss(params, signal, batch, knobs) -> named means, of the student `params["student"]`.
 
-    With `quantization` the student computes as it will once it is quantised so; with
-    `router_aux_loss_coef` the load-balancing loss of its routed experts is added to the objective.
+    It takes `rules` as well, in place of these. With `quantization` the student computes as it will
+    once it is quantised so; with `router_aux_loss_coef` the load-balancing loss of its routed
+    experts is added to the objective.
     """
 
-    def loss(params, signal, batch, knobs):
+    def loss(params, signal, batch, knobs, rules=rules):
         student = params["student"]
         with jax.named_scope(STUDENT):
             outputs = decoder.apply(
@@ -104,6 +114,8 @@ def make(
     prepare: Callable[[Batch], Mapping[str, Array]] | None = None,
     adapters: Lora | None = None,
     offload: bool = False,
+    ahead: bool = False,
+    gather: Callable[[Any], Any] | None = None,
 ) -> Step:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
@@ -123,7 +135,14 @@ def make(
       prepare: of the objective: whole batch -> more knobs; or None.
       adapters: of the student, which are all of it that is trained; None trains all of it.
       offload: the optimizer's moments come from host memory; the state's sharding takes them back.
+      ahead: the teacher, which is one, reads the whole batch before the first micro-batch.
+      gather: brings the student's layers together before the first micro-batch, see
+        `once.gathered`.
     """
+    if micro_batches == 1:
+        ahead, gather = False, None  # once as it is
+    if gather is not None:
+        loss = functools.partial(loss, rules=GATHERED)
 
     def step(state: TrainState, teacher_params: Any, batch: Batch):
         knobs = optim.knobs(state.opt_state)
@@ -131,6 +150,7 @@ def make(
         if prepare is not None:
             inputs = {**inputs, **prepare(batch)}
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        given, frozen = _gathered(gather, state, adapters)
 
         def sums(one: Teacher, its_params: Any, part: Batch, number: Any):
             # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
@@ -139,15 +159,19 @@ def make(
             dropout = jax.random.fold_in(key, number)
 
             def total(params):
-                student = whole(params, state.frozen, adapters, dropout)
+                student = whole(params, frozen, adapters, dropout)
                 means = loss(student, signal, part, inputs)
                 return means["loss"].total, means
 
-            (_, means), gradients = jax.value_and_grad(total, has_aux=True)(state.params)
+            (_, means), gradients = jax.value_and_grad(total, has_aux=True)(given)
             return means, gradients
 
-        of_part = routed.asked(teacher, teacher_params, batch, sums)
-        means, gradients = _over_micro_batches(of_part, batch, micro_batches)
+        if ahead:
+            with jax.named_scope(TEACHER):
+                of_part, rows = once.told_before(teacher, teacher_params, state, batch, sums)
+        else:
+            of_part, rows = routed.asked(teacher, teacher_params, batch, sums), batch
+        means, gradients = _over_micro_batches(of_part, rows, micro_batches)
         tokens = jnp.maximum(means["loss"].count, 1)
         gradients = jax.tree.map(lambda g: g / tokens.astype(g.dtype), gradients)
         # What adaptive knobs read: of the whole batch, all devices and micro-batches.
@@ -165,6 +189,18 @@ def make(
         return new, means | {name: _single(value) for name, value in reported.items()}
 
     return step
+
+
+def _gathered(
+    gather: Callable[[Any], Any] | None, state: TrainState, adapters: Lora | None
+) -> tuple[Any, Any]:
+    """(what is trained, what is frozen), with the student's layers as `gather` brings them."""
+    if gather is None:
+        return state.params, state.frozen
+    with jax.named_scope(STUDENT):
+        if adapters is not None:
+            return state.params, gather(state.frozen)
+        return {**state.params, "student": gather(state.params["student"])}, state.frozen
 
 
 def _updated(
@@ -268,7 +304,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
 
     The batch is a `Batch` or any other tree of arrays whose first dim is its rows.
     """
-    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = row_parts(mesh)
     here = len(local_rows(mesh, blocks))
 
     def make(rows):
@@ -286,8 +322,10 @@ def _leaf_sharding(mesh: Mesh, dims: int) -> NamedSharding:
     return whole_rows if dims > 1 else NamedSharding(mesh, PartitionSpec(whole_rows.spec[0]))
 
 
-def _over_micro_batches(one: Callable, batch: Batch, parts: int) -> tuple[dict[str, Mean], Any]:
+def _over_micro_batches(one: Callable, batch: Any, parts: int) -> tuple[dict[str, Mean], Any]:
     """Adds sums, counts and gradients over the parts of a batch: of `one(part, its number)`.
+
+    A batch is any tree whose leaves have its rows first.
 
     `optax.microbatching` adds up the same bits, but its loop needs other memory on some meshes.
     """

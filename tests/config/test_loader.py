@@ -160,6 +160,7 @@ logging: {tensorboard: yes}
         ("teacher={random: {like: teacher}}", "cannot be shaped like itself"),
         ("checkpoint.every={steps: null, minutes: null}", "nothing would be saved"),
         ("checkpoint.mode=max", "use min"),
+        ("teacher={cache: x, sharding: all}", "no parameters of a teacher are in the step"),
     ],
 )
 def test_a_wrong_value_is_told_with_its_override(override, message):
@@ -171,10 +172,15 @@ def test_a_wrong_value_is_told_with_its_override(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mesh.fsdp=3", "must be a multiple of mesh.data * mesh.fsdp (3)"),
+        ("mesh.fsdp=3", "must be a multiple of mesh.data * mesh.fsdp * mesh.expert (3)"),
         ("teacher={random: {layers: 1, embed: 8, mlp: 8, heads: 2}}", "has no tokenizer"),
         ("teacher=null", "method kd needs a teacher"),
         ("checkpoint.best_metric=eval/agree_top1", "use max"),
+        ("train.gather_once=both", "has no effect with train.micro_batches: 1"),
+        (
+            "mesh={expert: 2, fsdp: 3}",
+            "must be a multiple of mesh.data * mesh.fsdp * mesh.expert (6)",
+        ),
     ],
 )
 def test_a_rule_between_sections_is_told_where_the_broken_field_stands(override, message):

@@ -99,7 +99,7 @@ def test_a_teacher_that_reads_its_own_tokens_has_rows_of_its_own_length(base):
         ("run.dir=big", ConfigError, "is not empty and holds no run"),
         ("run.dir=a.jsonl", ConfigError, "is a file"),
         ("run.dir=gs://bucket/run", ConfigError, "run.dir = gs://bucket/run: gs:// is no folder"),
-        ("mesh={fsdp: 1, context: 3}", ConfigError, "must be a multiple of mesh.context = 3"),
+        ("mesh={fsdp: 1, context: 3}", ConfigError, "must be a multiple of 2 * mesh.context = 6"),
         ("tokenizer={from: tokens, rows: 2}", ConfigError, "tokenizer.rows = 2: the tokenizer has"),
         (
             "student={random: {like: small, vocab_size: 2}}",

@@ -17,8 +17,11 @@ from jaxdistill.models import (
     attention,
     attention_blocks,
     attention_check,
+    attention_ring,
     attention_tpu,
 )
+from jaxdistill.plan import hlo
+from jaxdistill.types import Outputs
 
 CONFIG = DecoderConfig("llama", 50, 16, 24, 2, 4, 2, 128, windows=(None, 40), query_scalar=96)
 CAPPED = dataclasses.replace(CONFIG, attention_softcap=1.5)
@@ -121,6 +124,72 @@ def test_blocks_equal_the_definition_and_have_its_gradient_also_on_a_mesh(name, 
             np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.usefixtures("contracted")
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("plain", {"fsdp": 2, "context": 4}),
+        ("capped", {"fsdp": 1, "tensor": 4, "context": 2}),
+        ("two windows", {"fsdp": 1, "context": 8}),
+    ],
+)
+def test_a_ring_equals_the_definition_and_gathers_no_keys(name, sizes, monkeypatch):
+    """Chunks of 32, 64 and 16 tokens in blocks of 20, of which the last is filled up."""
+    config = BLOCKS[name]
+    monkeypatch.setattr(attention_blocks, "BLOCK", 20)
+    query, key, value, segments = _arrays(4)
+    weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)
+    plain = attention.causal(config, LENGTH, jnp.asarray(segments), "xla")
+
+    def ring(index, *arrays):
+        balance, restore = attention_ring.order(LENGTH)
+        *qkv, segments = map(balance, arrays)
+        assert attention.chosen("auto", config, LENGTH, "float32") == "ring"
+        attend = attention.causal(config, LENGTH, segments, None, balanced=True)
+        mixed = attend(None, index, *qkv)[1]
+        hidden = restore(Outputs(mixed.reshape(*mixed.shape[:2], -1), None)).hidden
+        mixed = hidden.reshape(query.shape)
+        return jnp.sum(weight * mixed), mixed
+
+    mesh = sharding.make_mesh(**sizes)
+    rows = jax.NamedSharding(mesh, sharding.spec(("batch", "length"), mesh=mesh))
+    spread = [jax.device_put(array, rows) for array in (query, key, value, segments)]
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(ring, (1, 2, 3), has_aux=True))
+        program = program.lower(jnp.int32(0), *spread).compile()
+    sent = hlo.collectives(program.as_text())
+    kinds = {one.kind for one in sent if "context" in one.axes(mesh.shape)}
+    assert "collective-permute" in kinds and "all-gather" not in kinds
+    total = lambda index, *qkv: jnp.sum(weight * plain(None, index, *qkv)[1])
+    slopes = jax.jit(jax.grad(total, (1, 2, 3)))
+    for layer in (0, 1):
+        (_, mixed), found = program(jnp.int32(layer), *spread)
+        expected = _expected(config, layer, query, key, value, segments)
+        np.testing.assert_allclose(mixed, expected, atol=2e-5)
+        for one, other in zip(found, slopes(jnp.int32(layer), query, key, value), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_each_device_of_a_ring_meets_as_many_blocks_in_every_step():
+    static = attention_ring._RingSettings(
+        1.0, None, 4, chunk=3, tokens=30, block=10, windowed=False
+    )
+    place = lambda device, block: (
+        (device if block < 3 else 7 - device) * 3 + block % 3  # of 24 blocks in the row
+    )
+    own, _ = attention_ring._own_pairs(static)
+    earlier, later = attention_ring._pairs(static)
+    assert len(earlier) == len(later)
+    met = []
+    for here in range(4):
+        for there in range(4):
+            pairs = own if here == there else earlier if there < here else later
+            met += [(place(here, i), place(there, j)) for i, j in pairs]
+            starts = attention_ring._start(static, jnp.int32(here), jnp.asarray(pairs[:, 0]))
+            assert starts.tolist() == [10 * place(here, i) for i, _ in pairs]
+    assert sorted(met) == [(i, j) for i in range(24) for j in range(i + 1)]
+
+
 def _small(kind):
     made = kind.__new__
     return lambda cls, scale, cap, window, block=96: made(cls, scale, cap, window, block)
@@ -148,7 +217,8 @@ def test_long_rows_are_in_blocks_and_short_ones_keep_their_bits():
     )
     assert (of(short), of(short + 1), of(4096, "xla")) == ("xla", "blocks", "blocks")
     with jax.set_mesh(sharding.make_mesh(fsdp=4, context=2)):
-        assert of(4096) == "xla"  # rows that are divided are not cut
+        assert (of(4096), of(48)) == ("ring", "ring")
+        assert of(4098) == "xla"  # no two parts for each device: all keys are brought together
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from jaxdistill.run import participants, setup, states
 
 WIDE = (
     "teacher.random={layers: 4, embed: 32, mlp: 48, heads: 4, kv_heads: 1}",
+    "student={random: {like: teacher, layers: 2}, compute_dtype: float32}",
     "train.steps=3",
     "train.eval_every=3",
 )
@@ -31,12 +32,17 @@ def plain(load_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["{fsdp: 2, tensor: 4}", "{fsdp: 2, context: 4}", "{fsdp: 2, tensor: 2, context: 2}"]
+    "overrides",
+    [
+        ("mesh={fsdp: 2, tensor: 4}", "train.gather_once=both", "train.micro_batches=2"),
+        ("mesh={fsdp: 2, context: 4}", "teacher.sharding=whole"),
+        ("mesh={data: 2, fsdp: 1, tensor: 2, context: 2}", "teacher.sharding=all"),
+    ],
 )
-def test_a_run_is_the_same_on_any_mesh(mesh, plain, load_config, tmp_path):
+def test_a_run_is_the_same_on_any_mesh(overrides, plain, load_config, tmp_path):
     if jax.device_count() != 8:
         pytest.skip(f"needs 8 devices, XLA shows {jax.device_count()}")
-    result = api.train(load_config(tmp_path, *WIDE, f"mesh={mesh}"))
+    result = api.train(load_config(tmp_path, *WIDE, *overrides))
     assert losses(result) == pytest.approx(plain, rel=1e-5)
 
 
@@ -44,7 +50,7 @@ def test_a_run_is_the_same_on_any_mesh(mesh, plain, load_config, tmp_path):
     ("overrides", "words"),
     [
         (("mesh={fsdp: 1, tensor: 8}",), "heads = 4.*: take one of 1, 2, 4"),
-        (("mesh={fsdp: 2, context: 4}", "data.seq_len=30"), "multiple of mesh.context = 4"),
+        (("mesh={fsdp: 2, context: 4}", "data.seq_len=28"), r"multiple of 2 \* mesh.context = 8"),
         (("mesh={fsdp: 2, tensor: 2}",), "does not divide the 8 devices"),
     ],
 )

@@ -20,7 +20,7 @@ from jaxdistill.kernels import choice
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.statistics import Rows
 from jaxdistill.kernels.token_loss import TokenRows, as_column
-from jaxdistill.sharding import BATCH_AXES, AnyMesh
+from jaxdistill.sharding import BATCH_AXES, AnyMesh, present
 
 
 class RowOperands(NamedTuple):
@@ -122,7 +122,8 @@ def static(
         spec = PartitionSpec(*(None,) * (ndim - 1), vocab or None)
     elif spec is None:
         vocab = "tensor" if mesh.shape["tensor"] > 1 else None
-        spec = PartitionSpec(*(BATCH_AXES,) * (ndim > 1), *(None,) * (ndim - 2), vocab)
+        rows = present(BATCH_AXES, mesh)
+        spec = PartitionSpec(*(rows,) * (ndim > 1), *(None,) * (ndim - 2), vocab)
     spec = PartitionSpec(*spec, *(None,) * (ndim - len(spec)))
     axes = spec[-1] or ()
     axes = (axes,) if isinstance(axes, str) else tuple(axes)

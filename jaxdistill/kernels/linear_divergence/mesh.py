@@ -23,7 +23,7 @@ from jaxdistill.kernels.linear_divergence.walk import (
     pad_vocabulary,
     walk,
 )
-from jaxdistill.sharding import AXES, BATCH_AXES, AnyMesh, spec
+from jaxdistill.sharding import AXES, BATCH_AXES, PARAMETER_AXES, AnyMesh, present, spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Layout:
         if self.mesh is None:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Axes that divide the heads' columns where they lie, and the rows of batches too."""
+        return () if self.mesh is None else present(PARAMETER_AXES, self.mesh)
+
+    @property
+    def brings_tokens(self) -> bool:
+        """Whether the tokens of those devices come together, and their heads stay."""
+        return bool(self.columns) and self.columns[0] in self.vocab
 
     @property
     def token_axes(self) -> tuple[str, ...]:
@@ -92,13 +102,13 @@ def layout(
         )
     if jax.sharding.AxisType.Explicit in mesh.axis_types:
         raise ConfigError(f"mesh has axes whose type is Explicit: {checks.EXPLICIT_REMEDY}")
-    batch, length = BATCH_AXES, ("context",)
+    rows, columns = present(BATCH_AXES, mesh), present(PARAMETER_AXES, mesh)
+    batch, length = rows, ("context",)
+    size = lambda axes: math.prod(shape[axis] for axis in axes)
     shared: tuple[str, ...] = ()
     if whole_rows:
         # The tensor axis shares tokens too, where it divides them; else its devices do the same.
-        last = shape["tensor"] * (
-            shape["context"] if len(dims) == 2 else shape["data"] * shape["fsdp"]
-        )
+        last = shape["tensor"] * (shape["context"] if len(dims) == 2 else size(rows))
         if dims[-1] % last == 0 and len(dims) == 2:
             length = (*length, "tensor")
         elif dims[-1] % last == 0:
@@ -106,11 +116,11 @@ def layout(
     else:
         shared = tuple(axis for axis in ("tensor",) if shape[axis] > 1)
         in_a_group = math.prod(dims) // (shape["data"] * shape["context"])
-        if shape["fsdp"] > 1 and in_a_group <= vocab // shape["tensor"]:
-            batch, shared = ("data",), ("fsdp", *shared)
+        if size(columns) > 1 and in_a_group <= vocab // shape["tensor"]:
+            batch, shared = ("data",), (*columns, *shared)
     chosen = Layout(mesh, (batch, length)[: len(dims)], shared)
     # All devices divide the tokens in the end, whichever way they are laid out for the loss.
-    whole = Layout(mesh, ((BATCH_AXES if "fsdp" in shared else batch), length)[: len(dims)])
+    whole = Layout(mesh, ((rows if chosen.brings_tokens else batch), length)[: len(dims)])
     for dim, axes in zip(dims, whole.tokens, strict=True):
         if dim % whole.size(axes):
             raise ConfigError(
@@ -181,14 +191,15 @@ def operand_specs(place: Layout, operands: Operands) -> Operands:
 def gradient_specs(place: Layout, wanted: Wanted, operands: Operands) -> dict[str, PartitionSpec]:
     """How the gradients lie on the mesh that `add_up` leaves there, by name."""
     after = list(place.tokens)
-    if "fsdp" in place.vocab:  # the sum over fsdp leaves each device with its own rows
-        after[0] = BATCH_AXES
+    if place.brings_tokens:  # their sum leaves each device with its own rows
+        assert place.mesh is not None
+        after[0] = present(BATCH_AXES, place.mesh)
     scalar_t = operands.coefficients.has_scalar_temperature
     width = operands.student_head.shape[1]
     out = {
         "student_hidden": PartitionSpec(*(axes or None for axes in after)),
         "student_head": PartitionSpec(
-            place.vocab or None, "fsdp" if _splits_head(place, width) else None
+            place.vocab or None, place.columns if _splits_head(place, width) else None
         ),
         "student_bias": PartitionSpec(place.vocab or None),
         "temperature": PartitionSpec() if scalar_t else place.per_token,
@@ -221,25 +232,26 @@ def add_up(gradients: Gradients, operands: Operands, place: Layout) -> Gradients
 
 
 def _splits_head(place: Layout, width: int) -> bool:
-    """Whether each device of fsdp keeps a slice of the head's gradient."""
-    if place.mesh is None or "fsdp" not in place.token_axes:
+    """Whether each device that has rows of its own keeps a slice of the head's gradient."""
+    if place.mesh is None or not set(place.columns) <= set(place.token_axes):
         return False
-    return width % place.mesh.shape["fsdp"] == 0
+    return width % place.size(place.columns) == 0
 
 
 def _sum_head(gradient: Array, place: Layout, split: bool) -> Array:
     """The sum of the devices' head gradients; with `split` each device keeps its slice of D."""
     if not split:
         return jax.lax.psum(gradient, place.token_axes)
-    gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=1, tiled=True)
-    return jax.lax.psum(gradient, tuple(axis for axis in place.token_axes if axis != "fsdp"))
+    gradient = jax.lax.psum_scatter(gradient, place.columns, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(
+        gradient, tuple(axis for axis in place.token_axes if axis not in place.columns)
+    )
 
 
 def _sum_hidden(gradient: Array, place: Layout) -> Array:
-    """The sum over the parts of the vocabulary; over fsdp each device keeps its own tokens."""
-    if place.mesh is not None and "fsdp" in place.vocab:
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=0, tiled=True)
-        rest = tuple(axis for axis in place.vocab if axis != "fsdp")
-    else:
-        rest = place.vocab
+    """The sum over the parts of the vocabulary; of tokens that came together each keeps its own."""
+    rest = place.vocab
+    if place.brings_tokens:
+        gradient = jax.lax.psum_scatter(gradient, place.columns, scatter_dimension=0, tiled=True)
+        rest = tuple(axis for axis in rest if axis not in place.columns)
     return jax.lax.psum(gradient, rest) if rest else gradient
