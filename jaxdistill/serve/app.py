@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from jaxdistill.safe import strict_json
 from jaxdistill.serve import origin
 from jaxdistill.serve.answering import EventStream, Gone, PendingAnswer, while_there
 from jaxdistill.serve.engine import Busy
-from jaxdistill.serve.protocol import BadRequest, NoModel
+from jaxdistill.serve.protocol import BadRequest, ChatBody, CompletionBody, NoModel
 from jaxdistill.serve.service import Service
 
 MAX_BODY = 1_000_000  # bytes of a request
@@ -55,6 +56,10 @@ def make_app(service: Service, *, key: str | None, everywhere: bool = False) -> 
     # A page does not know the key, by whatever name it comes.
     known = (lambda _: True) if key else origin.is_own if everywhere else origin.is_loopback
     return Patient(_Guard(app, known))
+
+
+_FIELD = re.compile(r"[a-z][a-z0-9_]*\b")  # how a message begins that names a field
+_FIELDS = {*ChatBody.model_fields, *CompletionBody.model_fields}
 
 
 class Patient:
@@ -226,6 +231,9 @@ def error(code: int, message: str, *, close: bool = True, word: str | None = Non
     kind = "invalid_request_error" if code < 500 else "server_error"
     headers = (_CLOSE if close else {}) | ({"Retry-After": "1"} if code == 503 else {})
     told = {"message": message, "type": kind, "param": None, "code": word or code}
+    if code == 400 and (field := _FIELD.match(message)):
+        known = field[0] in _FIELDS or message[field.end() :].startswith(": is not supported")
+        told["param"] = field[0] if known else None
     return _json(code, {"error": told}, headers)
 
 

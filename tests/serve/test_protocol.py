@@ -184,3 +184,19 @@ def test_a_conversation_is_rendered_continued_and_keeps_text_text(served, talker
     assert tokens.count(talker.tokenizer.eos_token_id) == 1
     nothing = {"role": "assistant", "content": None}
     assert shown(messages=[TURN, nothing]) == shown(messages=[TURN])
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"stop": ["a", None]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"temprature": 1}, "temprature"),
+        ({"stop_token_ids": [300]}, "stop_token_ids"),
+        ({"prompt": "a" * 5000}, "prompt"),
+    ],
+)
+def test_an_error_names_its_field_for_programs_too(port, change, param):
+    code, reply = post(port, "/v1/completions", {"prompt": "x"} | change)
+    assert code == 400 and reply["error"]["param"] == param
