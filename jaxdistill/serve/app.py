@@ -230,7 +230,7 @@ def error(code: int, message: str, *, close: bool = True, word: str | None = Non
     """The protocol's answer to what cannot be served; `word` stands for the code in the body."""
     kind = "invalid_request_error" if code < 500 else "server_error"
     headers = (_CLOSE if close else {}) | ({"Retry-After": "1"} if code == 503 else {})
-    told = {"message": message, "type": kind, "param": None, "code": word or code}
+    told: dict[str, Any] = {"message": message, "type": kind, "param": None, "code": word or code}
     if code == 400 and (field := _FIELD.match(message)):
         known = field[0] in _FIELDS or message[field.end() :].startswith(": is not supported")
         told["param"] = field[0] if known else None
