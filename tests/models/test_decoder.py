@@ -284,3 +284,29 @@ def test_memory_grows_with_taps_and_not_with_depth(what):
     one = 4 * 64 * 64 * 4
     extra = temporary(16, (3, 9)) - temporary(16, ())
     assert extra < 8 * one, extra / one  # two taps, their gradients and little else; not 16 layers
+
+
+def test_between_blocks_each_device_of_tensor_keeps_a_part_of_every_row():
+    shape = DecoderConfig("llama", 64, embed=64, mlp=128, layers=3, heads=8, kv_heads=8, head_dim=8)
+    mesh = sharding.make_mesh(fsdp=1, tensor=8)
+    abstract = decoder.shapes(shape)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        sharding.shardings(mesh, decoder.logical_axes(shape), abstract),
+    )
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def compiled(rules):
+        options = {"compute_dtype": "float32", "remat": "full", "rules": rules}
+        total = lambda *given: jnp.sum(decoder.apply(shape, *given, **options).hidden ** 2)
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.grad(total)).lower(params, tokens).compile()
+
+    parts = compiled(sharding.RULES)
+    whole = compiled({**sharding.RULES, "length_between": "context"})
+    entering = lambda length: f"f32[3,4,{length},64]"  # what full rematerialization keeps of layers
+    assert entering(32) in parts.as_text() and entering(256) not in parts.as_text()
+    assert entering(256) in whole.as_text()
+    memory = [one.memory_analysis().temp_size_in_bytes for one in (parts, whole)]
+    assert memory[0] < 0.9 * memory[1]
