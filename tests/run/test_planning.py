@@ -420,7 +420,8 @@ def test_a_teacher_on_the_host_of_a_tpu_is_planned_and_a_described_gpu_is_refuse
     lacking = targets.missing(targets.parse(target))
     if lacking:
         pytest.skip(f"needs {lacking}")
-    tall = f"{{random: {written(TEACHER | {'layers': 24})}, dtype: bfloat16}}"
+    large = TEACHER | {"layers": 8, "embed": 512, "mlp": 2048, "head_dim": 64}
+    tall = f"{{random: {written(large)}, dtype: bfloat16}}"
     loaded = config.loads(text(teacher=tall))
     away = config.loads(text(teacher=tall), "away", ["teacher.offload=true"])
     here, there = api.plan(loaded, target, tries=0), api.plan(away, target, tries=0)
