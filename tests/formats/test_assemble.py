@@ -1,7 +1,9 @@
 """Parameter trees put together slice by slice, and random ones that no mesh changes."""
 
 import jax
+import ml_dtypes
 import numpy as np
+import pytest
 
 from jaxdistill import models
 from jaxdistill.formats import assemble
@@ -66,3 +68,15 @@ def test_layers_of_two_dtypes_and_float64_meet_in_float32():
         source.named[name] = source.named[name].astype(dtype)
     params = assemble.assemble(read_config(RAW), source)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_a_kernel_of_several_tiles_is_turned_whole(dtype):
+    """Sizes that no tile divides, as they are and widened."""
+    values = np.arange(200 * 431, dtype=np.uint16).reshape(200, 431).view(ml_dtypes.bfloat16)
+    place = np.zeros((431, 200), dtype)
+    assemble._fill(place, values.T)
+    expected = values.astype(dtype).T
+    np.testing.assert_array_equal(
+        place.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8)
+    )

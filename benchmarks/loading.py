@@ -1,0 +1,202 @@
+"""How fast a model's folder becomes parameters on eight devices, beside a plain read of its files.
+
+    python -m benchmarks.loading --save loading_cpu              # makes 1.1 GB of weights
+    python -m benchmarks.loading --model FOLDER                  # of a folder of one's own
+
+Devices are the CPU's virtual ones, of one process or spread over several. Each form runs once a
+round, with the files' pages dropped before ("cold") and then once more ("warm"); the plain read of
+that round is its baseline. `asked` are the bytes of a process's own slices, each counted once,
+`read` what the kernel fetched from the disk for it (/proc/self/io): where they exceed what was
+asked, pages hold other slices too.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from benchmarks import duel
+
+DEVICES, BLOCK, THREADS = 8, 2**23, 8
+# Layers of Llama-3.1-8B's shape; 1.1 GB in bfloat16.
+SHAPE = {"layers": 2, "embed": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocab_size": 32768}
+MESHES = {"fsdp 8": {"fsdp": 8}, "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
+PROCESSES = (1, 2, 4)
+
+
+def main() -> None:
+    """Loads in every form, in turn; --child is one process of a loading."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=pathlib.Path, metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return _child(*options.child)
+    with tempfile.TemporaryDirectory() as name:
+        folder = options.model or _made(pathlib.Path(name) / "model")
+        result = _measured(folder, options.rounds)
+    print(json.dumps(result, indent=1))
+    if options.save:
+        print(duel.save(options.save, result))
+    return None
+
+
+def _made(folder: pathlib.Path) -> pathlib.Path:
+    """A folder with random weights, written by a process of its own."""
+    text = (
+        "import sys; from jaxdistill import models; "
+        f"config = models.DecoderConfig('llama', tied_head=True, head_dim=128, **{SHAPE}); "
+        "models.save(models.random(config, dtype='bfloat16'), sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", text, str(folder)], check=True)
+    (folder / "jaxdistill.json").unlink()  # as others write it: no sums to read everything for
+    os.sync()
+    return folder
+
+
+def _measured(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    forms = {
+        "plain": lambda: _plain(files, 1),
+        f"plain, {THREADS} threads": lambda: _plain(files, THREADS),
+    }
+    for mesh, sizes in MESHES.items():
+        for count in PROCESSES:
+            name = f"{mesh}; {count} x {DEVICES // count} devices"
+            forms[name] = lambda sizes=sizes, count=count: _loaded(folder, sizes, count)
+        name = f"{mesh}; the first of {PROCESSES[-1]} processes alone"
+        forms[name] = lambda sizes=sizes: _loaded(folder, sizes, PROCESSES[-1], alone=True)
+    runs: dict[str, dict[str, list]] = {name: {"cold": [], "warm": []} for name in forms}
+    for _ in range(rounds):
+        for name, run in forms.items():
+            _drop(files)
+            for state in ("cold", "warm"):
+                runs[name][state].append(run())
+    rows = {}
+    for name, states in runs.items():
+        for state, found in states.items():
+            plain = [one["seconds"] for one in runs["plain"][state]]
+            seconds = [one["seconds"] for one in found]
+            middle = statistics.median(seconds)
+            rows[f"{name}, {state}"] = {
+                "seconds": middle,
+                "gb_per_second": size / middle / 1e9,
+                "over_plain": duel.ratio(seconds, plain),
+                "asked_mb": [round(count / 1e6, 1) for count in found[-1]["asked"]],
+                "read_mb": [round(count / 1e6, 1) for count in found[-1]["read"]],
+            }
+            print(name, state, json.dumps(rows[f"{name}, {state}"]), flush=True)
+    return {"bytes": size, "rounds": rounds, "load": os.getloadavg()[0], "forms": rows}
+
+
+def _drop(files: list[pathlib.Path]) -> None:
+    """Gives the pages of the files back: the next reading comes from the disk."""
+    for file in files:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _plain(files: list[pathlib.Path], threads: int) -> dict[str, Any]:
+    """Every byte once, in order, into buffers that are used again."""
+    before, began = _read_bytes(), time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as stream:
+            number, size = stream.fileno(), file.stat().st_size
+            buffers = [bytearray(BLOCK) for _ in range(threads)]
+
+            def part(one: int, number: int = number, size: int = size) -> None:
+                for start in range(one * BLOCK, size, threads * BLOCK):
+                    os.preadv(number, [buffers[one]], start)  # noqa: B023
+
+            with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+                list(pool.map(part, range(threads)))
+    seconds = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in files)
+    return {"seconds": seconds, "asked": [size], "read": [_read_bytes() - before]}
+
+
+def _loaded(
+    folder: pathlib.Path, mesh: dict[str, int], count: int, alone: bool = False
+) -> dict[str, Any]:
+    """One loading by so many processes: the slowest one's time, and the bytes of each.
+
+    `alone`: the first reads its slices, and no other fills the system's cache for it.
+    """
+    from jaxdistill.cli import launch
+
+    port = launch._free_port()
+    command = [sys.executable, "-m", "benchmarks.loading", "--child", str(folder), json.dumps(mesh)]
+    started = [
+        subprocess.Popen(
+            command,
+            env=launch._environment(rank, count, DEVICES // count, port)
+            | {"LOADING_ALONE": "yes" if alone else ""},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
+    said = said[:1] if alone else said
+    return {
+        "seconds": max(one["seconds"] for one in said),
+        "asked": [one["asked"] for one in said],
+        "read": [one["read"] for one in said],
+    }
+
+
+def _child(folder: str, mesh: str) -> None:
+    """One process: loads once all are ready, and tells what it took."""
+    os.environ.pop("JAXDISTILL_LAUNCHER", None)
+    if os.environ["JAX_NUM_PROCESSES"] == "1":
+        for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+            del os.environ[name]
+    import jax
+    from jax.experimental import multihost_utils
+
+    from jaxdistill import models, processes
+    from jaxdistill.sharding import make_mesh
+
+    processes.start()
+    devices = make_mesh(**json.loads(mesh))
+    multihost_utils.sync_global_devices("ready")
+    before, began = _read_bytes(), time.perf_counter()
+    params = {}
+    if jax.process_index() == 0 or not os.environ.get("LOADING_ALONE"):
+        params = models.load(folder, mesh=devices, tokenizer=False).params
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - began
+    read = _read_bytes() - before
+    multihost_utils.sync_global_devices("done")
+    print(json.dumps({"seconds": seconds, "asked": _asked(params), "read": read}), flush=True)
+
+
+def _asked(params: Any) -> int:
+    """Bytes of this process's slices, replicas once."""
+    import jax
+
+    total = 0
+    for leaf in jax.tree.leaves(params):
+        slices = {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
+        total += sum(slices.values())
+    return total
+
+
+def _read_bytes() -> int:
+    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+if __name__ == "__main__":
+    main()
