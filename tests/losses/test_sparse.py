@@ -1,5 +1,6 @@
 """Top-k teachers: reference values, the bounds of the ghost, finite differences, missing tokens."""
 
+import functools
 import json
 import pathlib
 
@@ -26,6 +27,8 @@ def inputs():
     return jnp.float32(student), jnp.float32(teacher), labels != -100
 
 
+# What these tests compute is one program each: one by one, its operations compile for seconds.
+@functools.partial(jax.jit, static_argnums=1)
 def kept(teacher, k):
     logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), k)
     return ids, logprobs
@@ -41,7 +44,7 @@ def test_reference_values(row):
             losses.topk_kl(student, ids, logprobs, tail=tail)
         return
     loss = lambda s: losses.masked_mean(losses.topk_kl(s, ids, logprobs, tail=tail), mask).value
-    value, slope = jax.value_and_grad(loss)(student)
+    value, slope = jax.jit(jax.value_and_grad(loss))(student)
     wanted = GOLDEN["values"][row]
     np.testing.assert_allclose(value, wanted["loss"], rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(slope), wanted["grad_l2"], rtol=1e-5)
@@ -51,7 +54,8 @@ def test_reference_values(row):
 def test_the_ghost_grows_to_the_whole_and_never_above():
     rng = np.random.default_rng(0)
     student, teacher = (jnp.float32(2 * rng.normal(size=(20, 12))) for _ in range(2))
-    values = [losses.topk_kl(student, *kept(teacher, k)) for k in range(1, 13)]
+    run = jax.jit(lambda s, t: [losses.topk_kl(s, *kept(t, k)) for k in range(1, 13)])
+    values = np.asarray(run(student, teacher))
     whole = losses.forward_kl(student, teacher)
     for small, large in zip(values, values[1:], strict=False):
         assert (small <= large + 1e-5).all()
@@ -64,8 +68,8 @@ def test_slopes_are_finite_differences_in_float64(tail):
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         student, teacher = (jnp.asarray(rng.normal(size=(3, 9))) for _ in range(2))
-        loss = lambda s: losses.topk_kl(s, *kept(teacher, 4), tail=tail).sum()
-        slope = jax.grad(loss)(student)
+        loss = jax.jit(lambda s: losses.topk_kl(s, *kept(teacher, 4), tail=tail).sum())
+        slope = jax.jit(jax.grad(loss))(student)
         assert slope.dtype == jnp.float64
         direction, step = jnp.asarray(rng.normal(size=(3, 9))), 1e-6
         numeric = (loss(student + step * direction) - loss(student - step * direction)) / 2 / step
@@ -79,11 +83,8 @@ def test_a_token_that_is_none_is_as_if_absent(tail):
     padding = (jnp.full((2, 5, 2), -1), jnp.full((2, 5, 2), jnp.nan))
     more = [jnp.concatenate([a, b], -1) for a, b in zip((ids, logprobs), padding, strict=True)]
     loss = lambda s, *given: losses.topk_kl(s, *given, tail=tail).sum()
-    for a, b in zip(
-        jax.value_and_grad(loss)(student, *more),
-        jax.value_and_grad(loss)(student, ids, logprobs),
-        strict=True,
-    ):
+    run = jax.jit(jax.value_and_grad(loss))
+    for a, b in zip(run(student, *more), run(student, ids, logprobs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -137,11 +138,13 @@ def test_the_generalised_kl_has_the_oracles_values(ids, reverse, value, slope):
     ids = jnp.array(ids)
     logprobs = jax.nn.log_softmax(TEACHER)[ids]
     loss = lambda s: losses.topk_generalized_kl(s, ids, logprobs, reverse=reverse)
-    got, by_logits = jax.value_and_grad(loss)(STUDENT)
+    got, by_logits = jax.jit(jax.value_and_grad(loss))(STUDENT)
     np.testing.assert_allclose(got, value, atol=1e-6)
     np.testing.assert_allclose(by_logits, slope, atol=1e-6)
-    given = losses.topk_kl(STUDENT, ids, logprobs, teacher_rest=1 - jnp.exp(logprobs).sum())
-    np.testing.assert_allclose(given, losses.topk_kl(STUDENT, ids, logprobs), rtol=1e-6)
+    rest = 1 - jnp.exp(logprobs).sum()
+    given = jax.jit(lambda s, rest: losses.topk_kl(s, ids, logprobs, teacher_rest=rest))
+    plain = jax.jit(lambda s: losses.topk_kl(s, ids, logprobs))
+    np.testing.assert_allclose(given(STUDENT, rest), plain(STUDENT), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("tail", "value"), [("drop", 0.537951), ("ghost", 0.303059)])
@@ -167,10 +170,11 @@ def test_drawn_tokens_have_the_whole_rows_mean():
     one = lambda s, y: losses.sampled_cross_entropy(s, jnp.array([y]), jnp.zeros(1))
     mean = lambda s: sum(p[y] * one(s, y) for y in range(4))
     whole = lambda s: -jnp.sum(p * jax.nn.log_softmax(s))
-    np.testing.assert_allclose(jax.grad(mean)(STUDENT), jax.grad(whole)(STUDENT), atol=1e-6)
+    slopes = (jax.jit(jax.grad(loss))(STUDENT) for loss in (mean, whole))
+    np.testing.assert_allclose(*slopes, atol=1e-6)
     ids, log_p = jnp.array([1, 3]), jnp.log(p)
     tail = lambda s, y: losses.sampled_reverse_kl(s, ids, log_p[ids], jnp.array(y), log_p[y])
     mean = lambda s: sum(q[y] * tail(s, y) for y in range(4))
-    value, slope = jax.value_and_grad(mean)(STUDENT)
+    value, slope = jax.jit(jax.value_and_grad(mean))(STUDENT)
     np.testing.assert_allclose(value, 0.306657, atol=1e-6)
     np.testing.assert_allclose(slope, (0.293048, -0.253492, 0.055495, -0.095050), atol=1e-6)

@@ -64,8 +64,8 @@ def test_the_weights_of_adaptive_kl_carry_no_gradient():
         forward, reverse = losses.forward_kl(student, teacher), losses.reverse_kl(student, teacher)
         return ((1 - weight) * forward + weight * reverse).sum()
 
-    ours = jax.grad(lambda s: losses.adaptive_kl(s, teacher).sum())(student)
-    np.testing.assert_allclose(ours, jax.grad(fixed)(student), atol=2e-6)
+    ours = jax.jit(jax.grad(lambda s: losses.adaptive_kl(s, teacher).sum()))(student)
+    np.testing.assert_allclose(ours, jax.jit(jax.grad(fixed))(student), atol=2e-6)
 
 
 def test_decoupled_kl_adds_up_to_the_whole():
@@ -147,7 +147,7 @@ def test_impossible_and_padded_columns_stay_so_at_any_temperature(name, gpu, mon
             jnp.eye(6), head, jnp.eye(6), teacher.T, kind=whole_rows.bound(name),
             temperature=temperature, implementation="xla", student_bias=bias, teacher_bias=bias,
         )[0]  # fmt: skip
-        found, slope = jax.value_and_grad(value)(student.T)
+        found, slope = jax.jit(jax.value_and_grad(value))(student.T)
         np.testing.assert_allclose(found, want.mean(), rtol=1e-5)
         by_s = temperature * (q - p) if name == "smoothed_forward_kl" else 2 * (s - t) / 21
         np.testing.assert_allclose(slope[:21].T, by_s / 6, atol=2e-6)
@@ -217,14 +217,14 @@ def test_gradients_are_finite_differences_in_float64(name):
         loss = lambda s, t, temperature: CASES[name](
             s, t, labels, temperature=temperature, **more
         ).sum()
-        value = loss
+        value = jax.jit(loss)
         if name == "alphanet":  # a surrogate: its slope is that of the unclipped divergence
             loss = lambda s, t, _: losses.alphanet(s, t, alphas=(-0.5, -0.5), clip=1e30).sum()
-            value = lambda s, t, _: losses.alphanet_value(
-                s, t, alphas=(-0.5, -0.5), clip=1e30
-            ).sum()
+            value = jax.jit(
+                lambda s, t, _: losses.alphanet_value(s, t, alphas=(-0.5, -0.5), clip=1e30).sum()
+            )
         for argument in range(1 if name == "alphanet" else 3):
-            slope = jax.grad(loss, argnums=argument)(*at)
+            slope = jax.jit(jax.grad(loss, argnums=argument))(*at)
             along = jnp.asarray(rng.normal(size=slope.shape))
             moved = lambda h, a=argument, d=along: value(
                 *(x + h * d if i == a else x for i, x in enumerate(at))
@@ -270,8 +270,7 @@ def test_it_runs_in_the_fused_head_loss(name):
         values = CASES[name](hs @ ws.T, ht @ wt.T, labels, temperature=2.0)
         return losses.masked_mean(values, mask).value
 
-    got = jax.value_and_grad(fused, argnums=(0, 1))(hs, ws)
-    want = jax.value_and_grad(plain, argnums=(0, 1))(hs, ws)
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hs, ws) for f in (fused, plain))
     np.testing.assert_allclose(got[0], want[0], rtol=2e-6)
     for a, b in zip(got[1], want[1], strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)
@@ -301,7 +300,7 @@ def test_bad_input_is_refused(call):
 @pytest.mark.parametrize("alphas", [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.5)])
 def test_alphanet_pulls_across_gaps_that_float32_cannot_hold(alphas):
     s, t = jnp.array([[0.0, -90.0, -120.0]]), jnp.array([[-90.0, 0.0, -1.0]])
-    run = jax.value_and_grad(lambda s, t: losses.alphanet(s, t, alphas=alphas).sum())
+    run = jax.jit(jax.value_and_grad(lambda s, t: losses.alphanet(s, t, alphas=alphas).sum()))
     value, slope = run(s, t)
     with jax.enable_x64(True):
         want, wide = run(*(jnp.asarray(np.float64(x)) for x in (s, t)))
