@@ -65,12 +65,14 @@ def write_settings(config: DecoderConfig, flat: Mapping[str, Any]) -> dict[str, 
     }
     known = [scheme for scheme in schemes.values() if scheme is not None]
     usual = max(known, key=known.count)
-    targets, ignored = {usual: ["Linear"]}, ["lm_head"]
+    targets: dict[Scheme, list[str]] = {}
+    ignored = ["lm_head"]
     for name, scheme in schemes.items():
         if scheme is None:
             ignored.append(_target(config, name))
         elif scheme != usual:
             targets.setdefault(scheme, []).append(_target(config, name))
+    targets[usual] = ["Linear"]  # last: else compressed-tensors warns of the others, and reads them
     return {
         "quant_method": METHOD,
         "format": form(usual),

@@ -319,8 +319,8 @@ def test_exceptions_are_found_by_name_and_written_as_others_read_them(model, tmp
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert raw["ignore"] == ["lm_head", r"re:.*self_attn\.k_proj$"]
     assert [group["targets"] for group in raw["config_groups"].values()] == [
-        ["Linear"],
         [r"re:.*mlp\.gate_proj$", r"re:.*mlp\.up_proj$"],
+        ["Linear"],
     ]
     again = models.load(folder, tokenizer=False, mesh=one_device)
     np.testing.assert_array_equal(again.logits(TOKENS), small.logits(TOKENS))
