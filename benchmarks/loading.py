@@ -27,8 +27,8 @@ from benchmarks import duel
 DEVICES, BLOCK, THREADS = 8, 2**23, 8
 # Layers of Llama-3.1-8B's shape; 1.1 GB in bfloat16.
 SHAPE = {"layers": 2, "embed": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocab_size": 32768}
-MESHES = {"fsdp 8": {"fsdp": 8}, "data 2, fsdp 2, tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}}
-PROCESSES = (1, 2, 4)
+MESHES = {"fsdp 8": {"fsdp": 8}}
+PROCESSES = (1, 4)
 
 
 def main() -> None:
@@ -82,6 +82,7 @@ def _measured(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
             _drop(files)
             for state in ("cold", "warm"):
                 runs[name][state].append(run())
+                print(name, state, json.dumps(runs[name][state][-1]), flush=True)
     rows = {}
     for name, states in runs.items():
         for state, found in states.items():
@@ -95,7 +96,6 @@ def _measured(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
                 "asked_mb": [round(count / 1e6, 1) for count in found[-1]["asked"]],
                 "read_mb": [round(count / 1e6, 1) for count in found[-1]["read"]],
             }
-            print(name, state, json.dumps(rows[f"{name}, {state}"]), flush=True)
     return {"bytes": size, "rounds": rounds, "load": os.getloadavg()[0], "forms": rows}
 
 
