@@ -28,6 +28,7 @@ from jaxdistill.sharding import BATCH_AXES, current_mesh, present, row_parts
 from jaxdistill.types import Outputs
 
 AXIS = "context"
+BLOCK = 1024  # tokens: what is carried from block to block is read and written with each
 _PADDING = -1  # segment of what fills a chunk up: no token sees it
 
 
@@ -101,7 +102,7 @@ def _places(array: Array, dim: int) -> PartitionSpec:
 
 def _local(scale, cap, windowed, count, query, key, value, segments, window) -> Array:
     tokens = query.shape[1] // 2
-    block = min(blocks.BLOCK, tokens)
+    block = min(BLOCK, tokens)
     missing = -tokens % block
 
     def filled(array: Array, fill: int = 0) -> Array:

@@ -136,7 +136,7 @@ def test_blocks_equal_the_definition_and_have_its_gradient_also_on_a_mesh(name, 
 def test_a_ring_equals_the_definition_and_gathers_no_keys(name, sizes, monkeypatch):
     """Chunks of 32, 64 and 16 tokens in blocks of 20, of which the last is filled up."""
     config = BLOCKS[name]
-    monkeypatch.setattr(attention_blocks, "BLOCK", 20)
+    monkeypatch.setattr(attention_ring, "BLOCK", 20)
     query, key, value, segments = _arrays(4)
     weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)
     plain = attention.causal(config, LENGTH, jnp.asarray(segments), "xla")
