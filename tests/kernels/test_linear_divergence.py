@@ -1,5 +1,7 @@
 """linear_divergence against float64 NumPy: value, every gradient, masks, meshes, memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,8 @@ def slope64(x, name, *options, step=1e-6):
 PARAMETERS = {"generalized_jsd": (0.3,)}
 
 
-def ours(x, kind, alpha, temperature, scale_by_t2=True, dtype=jnp.float32, **options):
+def program(x, kind, scale_by_t2=True, dtype=jnp.float32, **options):
+    """(alpha, temperature) -> value, means and slopes: compiled once for all of them."""
     a = {name: jnp.asarray(v, jnp.int32 if name == "y" else dtype) for name, v in x.items()}
 
     def loss(hs, ws, bs, alpha, temperature):
@@ -82,8 +85,23 @@ def ours(x, kind, alpha, temperature, scale_by_t2=True, dtype=jnp.float32, **opt
         )  # fmt: skip
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))
-    (value, means), slopes = run(a["hs"], a["ws"], a["bs"], float(alpha), float(temperature))
-    return value, means, dict(zip(("hs", "ws", "bs", "alpha", "temperature"), slopes, strict=True))
+    names = ("hs", "ws", "bs", "alpha", "temperature")
+
+    def at(alpha, temperature):
+        (value, means), slopes = run(a["hs"], a["ws"], a["bs"], float(alpha), float(temperature))
+        return value, means, dict(zip(names, slopes, strict=True))
+
+    return at
+
+
+def ours(x, kind, alpha, temperature, scale_by_t2=True, dtype=jnp.float32, **options):
+    return program(x, kind, scale_by_t2, dtype, **options)(alpha, temperature)
+
+
+@functools.cache
+def whole():
+    """Of one chunk, for tests that compare with it."""
+    return ours(make(), "forward_kl", 0.4, 2.0, chunk=N)
 
 
 both = pytest.mark.parametrize("implementation", [None, "reference"])
@@ -91,23 +109,25 @@ both = pytest.mark.parametrize("implementation", [None, "reference"])
 
 @both
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "total_variation", "generalized_jsd"])
-@pytest.mark.parametrize(("alpha", "temperature"), [(0.3, 2.0), (0.0, 0.7), (1.0, 1.0)])
-def test_value_and_gradients_equal_float64(kind, alpha, temperature, implementation):
+def test_value_and_gradients_equal_float64(kind, implementation):
     x = make()
-    options = {"chunk": 16, "implementation": implementation}
-    value, _, slopes = ours(x, kind, alpha, temperature, **options)
-    np.testing.assert_allclose(value, loss64(x, kind, alpha, temperature), rtol=2e-6)
-    for name in ("hs", "ws", "bs"):
-        places, expected = slope64(x, name, kind, alpha, temperature)
-        got = np.array([slopes[name][place] for place in places])
-        np.testing.assert_allclose(got, expected, atol=2e-6 * max(1, np.abs(slopes[name]).max()))
-    for index, name in enumerate(("alpha", "temperature")):
-        ends = []
-        for sign in (1e-6, -1e-6):
-            point = [alpha, temperature]
-            point[index] += sign
-            ends.append(loss64(x, kind, *point))
-        np.testing.assert_allclose(slopes[name], (ends[0] - ends[1]) / 2e-6, rtol=3e-5, atol=1e-5)
+    run = program(x, kind, chunk=16, implementation=implementation)
+    for alpha, temperature in ((0.3, 2.0), (0.0, 0.7), (1.0, 1.0)):
+        value, _, slopes = run(alpha, temperature)
+        np.testing.assert_allclose(value, loss64(x, kind, alpha, temperature), rtol=2e-6)
+        for name in ("hs", "ws", "bs"):
+            places, expected = slope64(x, name, kind, alpha, temperature)
+            got = np.array([slopes[name][place] for place in places])
+            atol = 2e-6 * max(1, np.abs(slopes[name]).max())
+            np.testing.assert_allclose(got, expected, atol=atol)
+        for index, name in enumerate(("alpha", "temperature")):
+            ends = []
+            for sign in (1e-6, -1e-6):
+                point = [alpha, temperature]
+                point[index] += sign
+                ends.append(loss64(x, kind, *point))
+            expected = (ends[0] - ends[1]) / 2e-6
+            np.testing.assert_allclose(slopes[name], expected, rtol=3e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("taid_t", [None, 0.4])
@@ -156,12 +176,12 @@ def test_direction_of_forward_kl_is_teacher_to_student():
     assert abs(forward - ours(x, "reverse_kl", 0.0, 1.0)[0]) > 0.1
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 40, 64])
+@pytest.mark.parametrize("chunk", [1, 7, 8, 64])
 def test_chunks_change_nothing(chunk):
     x = make()
     value, means, slopes = ours(x, "forward_kl", 0.4, 2.0, chunk=chunk)
-    whole, whole_means, whole_slopes = ours(x, "forward_kl", 0.4, 2.0, chunk=N)
-    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    one, whole_means, whole_slopes = whole()
+    np.testing.assert_allclose(value, one, rtol=1e-6)
     for name in slopes:
         np.testing.assert_allclose(slopes[name], whole_slopes[name], atol=2e-6)
     for name in means:

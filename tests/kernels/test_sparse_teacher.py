@@ -228,7 +228,7 @@ def of_four(ids, kind, logits=STUDENT, **more):
     log_p = np.float32(log_softmax(TEACHER[None])[0])
     given = {"teacher_ids": jnp.array([ids]), "teacher_logprobs": jnp.array([log_p[list(ids)]])}
     loss = lambda hidden: linear_divergence(hidden, jnp.eye(4), kind=kind, **given, **more)[0]
-    value, slope = jax.value_and_grad(loss)(jnp.float32(logits)[None])
+    value, slope = jax.jit(jax.value_and_grad(loss))(jnp.float32(logits)[None])
     return float(value), np.asarray(slope)[0]
 
 
@@ -250,7 +250,7 @@ def test_oracle_values(kind, ids, value, slope):
 def test_oracle_values_of_whole_rows(kind, value, slope):
     teacher = jnp.float32(TEACHER)[None], jnp.eye(4)
     loss = lambda hidden: linear_divergence(hidden, jnp.eye(4), *teacher, kind=kind)[0]
-    got, by_logits = jax.value_and_grad(loss)(jnp.float32(STUDENT)[None])
+    got, by_logits = jax.jit(jax.value_and_grad(loss))(jnp.float32(STUDENT)[None])
     np.testing.assert_allclose(got, value, atol=1e-6)
     np.testing.assert_allclose(by_logits[0], slope, atol=1e-6)
 
