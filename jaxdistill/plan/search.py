@@ -136,7 +136,8 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
     teacher = config.teacher
     if teacher and (teacher.source or teacher.random) and not (teacher.offload or teacher.cache):
         yield _Change("place of the teacher", ("teacher.offload=true",))
-    if config.data.seq_len % 2 == 0 and (config.data.seq_len // 2) % mesh["context"] == 0:
+    parts = 2 * mesh["context"] if mesh["context"] > 1 else 1
+    if config.data.seq_len % (2 * parts) == 0:
         yield _Change("length", (f"data.seq_len={config.data.seq_len // 2}",))
 
 
