@@ -113,7 +113,7 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=rf"{option} = true: cpu addresses .*pinned_host"):
             participants.shapes_of(config, setup.mesh_of(config))
     for teacher in (
-        "{self: {weights: live}}",
+        "{self: {weights: frozen}}",
         "{cache: somewhere}",
         "{api: {base_url: 'http://h', model: m}}",
     ):

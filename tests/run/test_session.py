@@ -388,7 +388,7 @@ def test_rows_longer_than_the_model_was_made_for_are_refused(finished, load_conf
     ("overrides", "words"),
     [
         (["mesh.fsdp=1"], "does not divide the 8 devices"),
-        (["train.batch_size=12"], r"multiple of mesh.data \* mesh.fsdp \(8\)"),
+        (["train.batch_size=12"], r"of mesh.data \* mesh.fsdp \* mesh.expert \(8\)"),
         (["student={from: teacher, layers: [1, 7]}"], "layers"),
     ],
 )
