@@ -1,6 +1,6 @@
 """Sparse, narrower and four-bit students beside each other: quality, memory and time, three seeds.
 
-    python -m benchmarks.compression --save compression_smollm2     # about 12 minutes on two cores
+    python -m benchmarks.compression --save compression_smollm2     # about 16 minutes on two cores
     python -m benchmarks.compression --draw compression_smollm2     # the picture of what was saved
     python -m benchmarks.compression --tiny                         # random models, no claim
 
