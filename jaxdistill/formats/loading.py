@@ -3,7 +3,7 @@
 import importlib.util
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -57,29 +57,20 @@ def load(
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
     place = resolve(path_or_id, allow_network=allow_network, revision=revision)
+    read: Callable[..., Any] = huggingface.load_folder
     if place.is_file():
         from jaxdistill.formats import gguf
 
-        model = gguf.load_file(
-            place,
-            dtype=dtype,
-            mesh=mesh,
-            rules=rules,
-            tokenizer=tokenizer,
-            rounded=rounded,
-            offload=offload,
-        )
-    else:
-        model = huggingface.load_folder(
-            place,
-            dtype=dtype,
-            mesh=mesh,
-            rules=rules,
-            tokenizer=tokenizer,
-            rounded=rounded,
-            offload=offload,
-        )
-    return model
+        read = gguf.load_file
+    return read(
+        place,
+        dtype=dtype,
+        mesh=mesh,
+        rules=rules,
+        tokenizer=tokenizer,
+        rounded=rounded,
+        offload=offload,
+    )
 
 
 def spec(

@@ -17,6 +17,7 @@ from jaxdistill.run import participants, setup, states
 from tests.run.conftest import models_of
 from tests.run.test_session import arrays, losses
 
+DIVIDED = "mesh={data: 2, fsdp: 2, tensor: 2}"
 RANDOM = "student={random: {like: teacher, layers: 2}, compute_dtype: float32}"
 needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix")
 
@@ -63,19 +64,30 @@ def test_a_run_against_a_rounded_teacher(load_config, tmp_path):
     assert api.resume(rounded).metrics == result.metrics
 
 
-def test_moments_wait_on_the_host_and_change_nothing(load_config, tmp_path):
-    options = ["mesh={data: 2, fsdp: 2, tensor: 2}"]
-    plain = api.train(load_config(tmp_path / "plain", *options)).run_dir
-    options.append("optimizer.offload=true")
-    config = load_config(tmp_path / "host", *options)
-    away = api.train(config).run_dir
+@pytest.fixture(scope="module")
+def divided(load_config, tmp_path_factory):
+    """(folder, its arrays) of a run on two by two by two devices, with all memory on them."""
+    folder = tmp_path_factory.mktemp("divided")
+    run = api.train(load_config(folder, DIVIDED)).run_dir
+    return run, arrays(run, 6)
+
+
+@pytest.mark.parametrize("option", ["optimizer.offload=true", "teacher.offload=true"])
+def test_what_waits_on_the_host_changes_no_bit(option, divided, load_config, tmp_path):
+    """Moments, or the teacher's layers, of which the student is cut out of a copy on the device."""
+    plain, expected = divided
+    away = api.train(load_config(tmp_path, DIVIDED, option)).run_dir
     assert losses(plain) == losses(away)
-    for name, value in arrays(plain, 6).items():
-        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+
+    def same():
+        found = arrays(away, 6)
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value)
+
+    same()
     shutil.rmtree(away / "checkpoints" / "6")
     api.resume(away)
-    for name, value in arrays(plain, 6).items():
-        np.testing.assert_array_equal(arrays(away, 6)[name], value)
+    same()
 
 
 def test_the_step_takes_and_leaves_moments_on_the_host(load_config, tmp_path):
@@ -119,21 +131,6 @@ def test_what_cannot_be_met_is_named(load_config, tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match="offload"):
             load_config(tmp_path, RANDOM, f"teacher={teacher}", "teacher.offload=true")
-
-
-def test_a_teacher_on_the_host_says_the_same_to_the_bit(load_config, tmp_path):
-    """Its layers wait there; the student is cut out of a copy that does not."""
-    mesh = "mesh={data: 2, fsdp: 2, tensor: 2}"
-    plain = api.train(load_config(tmp_path / "plain", mesh)).run_dir
-    config = load_config(tmp_path / "host", mesh, "teacher.offload=true")
-    away = api.train(config).run_dir
-    assert losses(plain) == losses(away)
-    for name, value in arrays(plain, 6).items():
-        np.testing.assert_array_equal(arrays(away, 6)[name], value)
-    shutil.rmtree(away / "checkpoints" / "6")
-    api.resume(away)
-    for name, value in arrays(plain, 6).items():
-        np.testing.assert_array_equal(arrays(away, 6)[name], value)
 
 
 @needs_qwix
