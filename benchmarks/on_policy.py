@@ -1,13 +1,13 @@
 """Where the time of an on-policy update goes, and the rate of its answers beside transformers.
 
-    python -m benchmarks.on_policy --save on_policy     # on a machine that does no more
-    python -m benchmarks.on_policy --tiny               # random models, no claim
+    python -m benchmarks.on_policy --torch-python PYTHON --save on_policy_cpu   # on a quiet machine
+    python -m benchmarks.on_policy --tiny                                       # no claim
 
 The quickstart's models: SmolLM2-135M-Instruct and 22 of its 30 layers. One update is timed part by
 part: handing the weights to the decoder, writing, packing, the teacher's reading alone (timed
-beside the update, not part of it), and the compiled step, which reads and updates. Where torch and
-transformers are installed, their `generate` answers the same prompts with the same student, in the
-same process.
+beside the update, not part of it), and the compiled step, which reads and updates. Where PYTHON has
+torch, transformers' `generate` answers the same prompts with the same student afterwards, in a
+process of its own.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +42,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="answered in an update")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch-python", metavar="PYTHON", help="a Python that has torch")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--asked", type=pathlib.Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.asked:
+        return print(json.dumps(_generate(options.asked, options.tokens, options.rounds)))
     if options.tiny:
         options.prompts, options.tokens, options.rounds = 4, 8, 2
     with tempfile.TemporaryDirectory() as name:
@@ -141,7 +146,7 @@ def _measured(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, An
     student = dataclasses.replace(models.student, params=state.params["student"])
     models = dataclasses.replace(models, student=student)
     theirs = _transformers(folder, models, questions[: options.prompts], options)
-    return result | ({"transformers, tokens a second": theirs} if theirs else {})
+    return result | ({"transformers": theirs} if theirs else {})
 
 
 def on_policy_split(models: Any, state: Any) -> Any:
@@ -160,36 +165,54 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _transformers(
     folder: pathlib.Path, models: Any, texts: Sequence[str], options: argparse.Namespace
-) -> float | None:
-    """Tokens a second of transformers' `generate`; None where it is not installed."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError:
+) -> dict[str, Any] | None:
+    """How fast transformers answers, in a process of its own; None where nobody named a Python."""
+    if not options.torch_python:
         return None
     from jaxdistill import models as all_models
 
     all_models.save(models.student, folder / "student")
-    model = AutoModelForCausalLM.from_pretrained(str(folder / "student"), dtype="float32").eval()
     ids = [models.tokenizer(text)["input_ids"] for text in texts]
-    width = max(map(len, ids))
-    pad = models.tokenizer.pad_token_id or 0
-    tokens = torch.tensor([[pad] * (width - len(one)) + list(one) for one in ids])
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids])
+    asked = {"ids": ids, "end": models.tokenizer.eos_token_id}
+    (folder / "asked.json").write_text(json.dumps(asked))
+    command = [options.torch_python, "-m", "benchmarks.on_policy", "--asked", str(folder)]
+    command += ["--tokens", str(options.tokens), "--rounds", str(options.rounds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _generate(folder: pathlib.Path, tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of transformers' `generate`, which samples as the rollouts do."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder / "student"), dtype="float32"
+    ).eval()
+    asked = json.loads((folder / "asked.json").read_text())
+    width, end = max(map(len, asked["ids"])), asked["end"]
+    prompts = torch.tensor([[end] * (width - len(one)) + one for one in asked["ids"]])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in asked["ids"]])
     rates = []
-    for _ in range(options.rounds):
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        with torch.no_grad():
+        with torch.inference_mode():
             made = model.generate(
-                tokens,
+                prompts,
                 attention_mask=mask,
                 do_sample=True,
-                max_new_tokens=options.tokens,
-                pad_token_id=pad,
+                top_k=0,
+                max_new_tokens=tokens,
+                eos_token_id=end,
+                pad_token_id=end,
             )
-        new = made[:, width:]
-        rates.append(float((new != pad).sum()) / (time.perf_counter() - began))
-    return statistics.median(rates)
+        seconds = time.perf_counter() - began
+        answers = [row[width:].tolist() for row in made]
+        counts = [one.index(end) + 1 if end in one else len(one) for one in answers]
+        rates.append(sum(counts) / seconds)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"tokens a second": statistics.median(rates[1:]), "versions": versions}
 
 
 if __name__ == "__main__":

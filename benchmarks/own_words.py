@@ -23,12 +23,15 @@ import argparse
 import json
 import pathlib
 import re
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import yaml
 
@@ -98,6 +101,7 @@ class _Bench:
         self.test, self.train = records[: options.tests], records[options.tests :]
         self._write("train", self.train, self._answers(self.teacher, self.train, 0))
         self.theirs = self._answers(self.teacher, self.test, 1)
+        self.read: list[np.ndarray] = []  # the teacher's logits there
         self._write("eval", self.test, self.theirs)
         lines = [json.dumps({"messages": [_user(prompt)]}) for prompt, _ in self.train]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
@@ -140,7 +144,8 @@ class _Bench:
             config.load(
                 RECIPE,
                 [
-                    f"run.dir={run}", f"seed={seed}", "eval.compare=false", "eval.samples=0",
+                    f"run.dir={run}", f"seed={seed}",
+                    "eval={compare: false, samples: 0, max_rows: 8}",
                     f"data={{{data}, seq_len: 256, loss_on: assistant, "
                     f"cache_dir: {self.folder / 'cache'}}}",
                     "optimizer={lr: 1e-4, warmup: 0.1}",
@@ -149,7 +154,9 @@ class _Bench:
                 ],
             )
         )  # fmt: skip
-        return load_any(f"{run}@latest", dtype="float32")
+        model = load_any(f"{run}@latest", dtype="float32")
+        shutil.rmtree(run)  # a gigabyte each
+        return model
 
     def warm(self, seed: int) -> Any:
         """The student after the steps that all arms share."""
@@ -198,45 +205,51 @@ class _Bench:
             return found
         own = self._answers(model, self.test, 100 + seed)
         for place, answers in (("given", self.theirs), ("own", own)):
-            forward, reverse = self._divergences(model, answers)
+            rows = self._rows(answers)
+            if place == "given" and not self.read:
+                self.read = self._logits(self.teacher, rows)
+            p = self.read if place == "given" else self._logits(self.teacher, rows)
+            forward, reverse = _divergences(self._logits(model, rows), p)
             found |= {f"forward_kl_{place}": forward, f"reverse_kl_{place}": reverse}
         found["excess"] = found["forward_kl_own"] / found["forward_kl_given"] - 1
         found["own_tokens"] = statistics.fmean(map(len, own))
         return found
 
-    def _divergences(self, model: Any, answers: list[list[int]]) -> tuple[float, float]:
-        """KL(p || q) and KL(q || p), means of the tokens of answers to the test's prompts."""
-        import jax
-        import jax.numpy as jnp
-
+    def _rows(self, answers: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the test's prompts with answers, and which positions predict one of those."""
         rows = [
             (prompt, answer)
             for prompt, answer in zip(self._ids(self.test), answers, strict=True)
             if answer
         ]
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        length = -(-max(len(prompt) + len(answer) for prompt, answer in rows) // 32) * 32
         tokens = np.zeros((-(-len(rows) // ROWS) * ROWS, length), np.int32)
         counted = np.zeros(tokens.shape, bool)
         for number, (prompt, answer) in enumerate(rows):
             end = len(prompt) + len(answer)
             tokens[number, :end] = prompt + answer
             counted[number, len(prompt) - 1 : end - 1] = True
+        return tokens, counted
 
-        @jax.jit
-        def sums(q_BLV, p_BLV, counted_BL):
-            logq, logp = jax.nn.log_softmax(q_BLV), jax.nn.log_softmax(p_BLV)
-            forward = (jnp.exp(logp) * (logp - logq)).sum(-1)
-            reverse = (jnp.exp(logq) * (logq - logp)).sum(-1)
-            return (forward * counted_BL).sum(), (reverse * counted_BL).sum()
-
+    def _logits(self, model: Any, rows: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+        """Of the counted positions, some rows at a time: [places, vocab] each."""
+        tokens, counted = rows
         vocab = len(self.teacher.tokenizer)
-        totals = np.zeros(2)
-        for first in range(0, len(tokens), ROWS):
-            part = tokens[first : first + ROWS]
-            logits = [one.logits(part)[..., :vocab] for one in (model, self.teacher)]
-            totals += np.asarray(sums(*logits, counted[first : first + ROWS]), float)
-        forward, reverse = totals / counted.sum()
-        return float(forward), float(reverse)
+        parts = [slice(first, first + ROWS) for first in range(0, len(tokens), ROWS)]
+        return [np.asarray(model.logits(tokens[p])[..., :vocab])[counted[p]] for p in parts]
+
+
+def _divergences(q: list[np.ndarray], p: list[np.ndarray]) -> tuple[float, float]:
+    """KL(p || q) and KL(q || p) from logits, means of all places."""
+    totals, count = np.zeros(2), 0
+    for q_NV, p_NV in zip(q, p, strict=True):
+        logq, logp = jax.nn.log_softmax(q_NV), jax.nn.log_softmax(p_NV)
+        forward = (jnp.exp(logp) * (logp - logq)).sum()
+        reverse = (jnp.exp(logq) * (logq - logp)).sum()
+        totals += float(forward), float(reverse)
+        count += len(q_NV)
+    forward, reverse = totals / count
+    return float(forward), float(reverse)
 
 
 def _user(text: str) -> dict[str, str]:
