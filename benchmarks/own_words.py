@@ -65,13 +65,14 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=48, help="prompts that nobody trains on")
     parser.add_argument("--only", nargs="+", choices=[*OFFLINE, *ON_POLICY])
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--more", action="store_true", help="keep the seeds that it holds")
     options = parser.parse_args()
     arms = options.only or [*OFFLINE, *ON_POLICY]
+    before = _before(options, arms) if options.more else {"seeds": [], "each": {}}
     with tempfile.TemporaryDirectory() as name:
         bench = _Bench(pathlib.Path(name), options)
-        each: dict[str, list[dict[str, float]]] = {}
-        sizes = {k: v for k, v in vars(options).items() if k not in ("folder", "only", "save")}
-        result: dict[str, Any] = {"sizes": sizes, "teacher": bench.measured(None, 0)}
+        each: dict[str, list[dict[str, float]]] = before["each"]
+        result: dict[str, Any] = {"sizes": _sizes(options), "teacher": bench.measured(None, 0)}
         print("teacher", result["teacher"], flush=True)
         for seed in options.seeds:
             start = bench.warm(seed)
@@ -81,9 +82,27 @@ def main() -> None:
                 found = bench.measured(model, seed) | {"seconds": round(time.time() - began)}
                 print(seed, arm, json.dumps(found), flush=True)
                 each.setdefault(arm, []).append(found)
-                result |= {"mean": _means(each), "each": each}
+                seeds = [*before["seeds"], *options.seeds]
+                result |= {"seeds": seeds, "mean": _means(each), "each": each}
                 if options.save:
                     duel.save(options.save, result)
+
+
+def _sizes(options: argparse.Namespace) -> dict[str, int]:
+    return {
+        name: getattr(options, name) for name in ("updates", "warm", "answers", "tokens", "tests")
+    }
+
+
+def _before(options: argparse.Namespace, arms: Sequence[str]) -> dict[str, Any]:
+    """The seeds of results/NAME.json whose arms are all there, and what they gave."""
+    saved = json.loads((duel.RESULTS / f"{options.save}.json").read_text())
+    assert saved["sizes"] == _sizes(options), f"{options.save}.json has {saved['sizes']}"
+    each = {arm: saved["each"].get(arm, []) for arm in ("start", *arms)}
+    whole = min(map(len, each.values()))
+    seeds = saved["seeds"][:whole]
+    assert not set(seeds) & set(options.seeds), f"{options.save}.json has seeds {seeds}"
+    return {"seeds": seeds, "each": {arm: rows[:whole] for arm, rows in each.items()}}
 
 
 class _Bench:

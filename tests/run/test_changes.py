@@ -17,6 +17,7 @@ from jaxdistill.report import ProgressLine, read_metrics
 from jaxdistill.run import anew, changes, run_table, schedule
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.run_table import ORDER
+from tests.run.conftest import take_devices
 
 
 @pytest.fixture
@@ -247,10 +248,10 @@ def _break_off(config, monkeypatch, after):
         if number == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ProgressLine, "step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        api.train(config)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressLine, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            api.train(config)
 
 
 def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
@@ -281,6 +282,7 @@ def test_another_teacher_is_refused_and_what_was_lost_meanwhile_is_told(
     finished, load_config, tmp_path, monkeypatch, caplog, capsys
 ):
     """Weights of the teacher, all records of the run, and what its checkpoints mean."""
+    take_devices(monkeypatch, 1)
     teacher = api.export(str(finished.run_dir), tmp_path / "teacher")
     config = load_config(
         tmp_path,

@@ -14,7 +14,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
 from jaxdistill.plan import describe
 from jaxdistill.run import participants, setup, states
-from tests.run.conftest import models_of
+from tests.run.conftest import models_of, take_devices
 from tests.run.test_session import arrays, losses
 
 DIVIDED = "mesh={data: 2, fsdp: 2, tensor: 2}"
@@ -50,7 +50,8 @@ def test_a_rounded_teacher_says_almost_the_same(scheme, limit, load_config, tmp_
 
 
 @needs_qwix
-def test_a_run_against_a_rounded_teacher(load_config, tmp_path):
+def test_a_run_against_a_rounded_teacher(load_config, tmp_path, monkeypatch):
+    take_devices(monkeypatch, 1)
     plain = api.train(load_config(tmp_path / "plain", RANDOM)).run_dir
     result = api.train(load_config(tmp_path / "int8", RANDOM, "teacher.quantize=int8"))
     rounded = result.run_dir

@@ -19,6 +19,7 @@ from tests.run.test_session import arrays
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
 MIXED = "share: 0.97, max_age: 1"  # the last of six updates is not the student's
+SHORT = "rollout.max_new_tokens=4"  # as many rows in every batch, so one program
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_share_of_nothing_is_offline_distillation_to_the_bit(load, load_config
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(load, tmp_path, method):
     alone = ("student={from: teacher, layers: [0, 1, 2, 3], compute_dtype: float32}",)
     own = (f"method={{name: {method}}}", "train.steps=3", "data.train=[]")
-    api.train(load(tmp_path, "share: 1.0, distilled_tokens: 5", *alone, *own))
+    api.train(load(tmp_path, "share: 1.0, distilled_tokens: 3", *alone, *own, SHORT))
     first = numbers(tmp_path / "run")[0]  # Adam makes steps of whatever rounding leaves
     assert abs(first["loss/total"]) < 1e-6 and first["optim/grad_norm"] < 1e-5
     if "sampled" in method:  # the sampler is the trainer: nothing is to be corrected
@@ -168,6 +169,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(load, tmp_path, meth
 def test_adapters_and_a_mesh_sample_what_they_train(load, tmp_path, monkeypatch):
     """The answers do not depend on the mesh; adapters are in place when the student writes."""
     adapters = ("student.lora={rank: 2}", "optimizer.lr=0.1", "train.steps=3", "data.train=[]")
+    adapters += (SHORT,)
     api.train(load(tmp_path / "one", "share: 1.0", *adapters))
     take_devices(monkeypatch, 4)
     api.train(load(tmp_path / "four", "share: 1.0", *adapters, "mesh={data: 2, fsdp: 2}"))

@@ -17,6 +17,8 @@ from jaxdistill.methods import head_loss, signals
 from jaxdistill.methods.knobs import Weight, scheduled
 from jaxdistill.types import Mean
 
+pytestmark = pytest.mark.usefixtures("plain_runs")
+
 
 class ToyOptions(methods.Options):
     """KL, and a price on large hidden states."""

@@ -21,6 +21,7 @@ from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import Batch, TeacherSignal
 from tests import inject
+from tests.run.conftest import take_devices
 
 VOCAB, EXPLAIN, PLACE = 23, 7, 1
 SHAPE = DecoderConfig(
@@ -153,7 +154,8 @@ logging: {{progress: none, tensorboard: false}}
 """
 
 
-def test_a_run_of_records_that_teacher_generate_writes(tmp_path):
+def test_a_run_of_records_that_teacher_generate_writes(tmp_path, monkeypatch):
+    take_devices(monkeypatch, 1)
     samples = [
         rationales.Sample(f"q{n}", 0, f"{n} + 1?", str(n + 1), "", f"{n} and 1.", str(n + 1), True,
                           None, 1, "stop")
