@@ -204,7 +204,7 @@ COMMANDS = (
         "generate",
         runs.generate,
         "Let a model complete prompts.",
-        (Model, Prompts, commands.Sampling),
+        (Model, Prompts, commands.Generate),
     ),
     Command(
         "bench", bench.run, "Measure the losses on this device, beside other forms.", (bench.Bench,)

@@ -142,7 +142,7 @@ def generate(arguments: argparse.Namespace) -> None:
     prompts = arguments.prompt or [sys.stdin.read()]
     if not all(prompts):
         raise ConfigError("generate: the prompt is empty: give -p TEXT or text on standard input")
-    settings = read(commands.Sampling, arguments).model_dump()
+    settings = read(commands.Generate, arguments).model_dump()
     with stdout_is_json(True):
         from jaxdistill import api
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from jaxdistill import methods
-from jaxdistill.commands import Format
+from jaxdistill.commands.kinds import Format
 from jaxdistill.config.rollout import Name, PromptSources
 from jaxdistill.section import Path, Problem, Section
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands import Format
+from jaxdistill.commands.kinds import Format
 from jaxdistill.config.loader import loads_as, read
 from jaxdistill.config.server import Api
 from jaxdistill.drawing import Drawing

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, Tag
 
 from jaxdistill import rules
-from jaxdistill.commands import (
+from jaxdistill.commands.export import (
     EXCEPTIONS,
     SCHEME,
     Exceptions,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from jaxdistill import commands
+from jaxdistill.commands.prune import SPARSITY_PATTERN
 from jaxdistill.config import inherit, keys, loader, syntax
 from jaxdistill.config.generation import Generation
 from jaxdistill.config.schema import Config
@@ -89,7 +90,7 @@ class SparsifyStep(ModelStep, commands.Prune):
     """Makes weights of a model 0, at once, and leaves its sizes."""
 
     kind: Literal["sparsify"] = Field(description="The kind of step.")
-    sparsity: Annotated[str, Field(pattern=commands.SPARSITY_PATTERN)] = Field(
+    sparsity: Annotated[str, Field(pattern=SPARSITY_PATTERN)] = Field(
         description="2:4, two of every four weights along the input dimension, or a share such as "
         "50% of any; by |w|, or with importance by |w| |x| (Wanda)."
     )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.commands import SpecialTokens
+from jaxdistill.commands.kinds import SpecialTokens
 from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError, VariableError
 from jaxdistill.data.codec import prepare

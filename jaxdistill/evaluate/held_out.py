@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdistill.commands import Files
+from jaxdistill.commands import EvalData
 from jaxdistill.data import batching, pipeline
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.sources import open_source
@@ -143,7 +143,7 @@ class HeldOut:
 
 
 def open_rows(
-    options: Files,
+    options: EvalData,
     tokenizer: Any,
     mesh: Mesh,
     *,

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill.commands import SpecialTokens
+from jaxdistill.commands.kinds import SpecialTokens
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, text

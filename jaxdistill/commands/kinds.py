@@ -1,0 +1,21 @@
+"""Kinds of values that the options of several commands have."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jaxdistill.section import Flag, Path, Size
+
+Paths = Annotated[
+    tuple[Path, ...],
+    Field(min_length=1, max_length=1000, strict=False),
+    Flag(metavar="PATH", repeat=True),
+]
+Rows = Annotated[Size, Flag(metavar="ROWS")]
+Number = Annotated[Size, Flag(metavar="N")]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Format = Literal[
+    "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "pairs",
+    "plain", "paragraphs",
+]  # fmt: skip
+SpecialTokens = Literal["refuse", "parse", "text"]
