@@ -4,7 +4,7 @@ import os
 import pytest
 
 from jaxdistill import config, errors, rules
-from jaxdistill.config import preflight
+from jaxdistill.config import model_files, preflight
 from jaxdistill.errors import ConfigError, DataError, MismatchError, ModelError
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 4, "max_position_embeddings": 64}
@@ -158,7 +158,7 @@ def test_what_is_accepted(base, override, monkeypatch):
     model_folder(base / "padded", LLAMA | {"vocab_size": 128}, tokenizer("a", "b"))
     model_folder(base / "sharded", weights="model.safetensors.index.json")
     monkeypatch.setattr(
-        preflight, "package_file", lambda source: base / "weights.gguf", raising=True
+        model_files, "package_file", lambda source: base / "weights.gguf", raising=True
     )
     assert check(override) == []
 
@@ -177,9 +177,9 @@ def test_package_files_are_found_without_importing_the_package(base, monkeypatch
     (package / "__init__.py").write_text("raise SystemExit('imported')")
     (package / "model.gguf").write_bytes(b"")
     monkeypatch.syspath_prepend(str(base))
-    assert preflight.package_file("package:loud/model.gguf") == package / "model.gguf"
+    assert model_files.package_file("package:loud/model.gguf") == package / "model.gguf"
     with pytest.raises(ModelError, match="has no file"):
-        preflight.package_file("package:loud/../a.jsonl")
+        model_files.package_file("package:loud/../a.jsonl")
 
 
 def test_a_long_path_is_an_error_and_no_crash(base):
