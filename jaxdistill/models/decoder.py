@@ -91,7 +91,7 @@ def forward(
         outputs = dataclasses.replace(outputs, taps=tapped[: len(taps)])
     if relations:
         axes = logical_axes(config)["layers"]
-        one = lambda n: host.brought(_slice(params["layers"], n))
+        one = lambda n: host.brought(jax.tree.map(lambda leaf: leaf[n], params["layers"]))
         layer = lambda n: _layer(config, one(n), axes, compute_dtype, rules)
         after = tapped if tapped is not None else ()
         entering = lambda n: after[tapped_at.index(n - 1)] if n else first_BLD
@@ -238,10 +238,6 @@ def _relations(layer: Layer, x_BLD: Array) -> tuple[Array, ...]:
     Computed a second time, from what enters the layer: the scan would hold those of every layer.
     """
     return tuple(x.reshape(*x_BLD.shape[:2], -1) for x in layer.project(x_BLD))
-
-
-def _slice(stacked: Any, number: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def _remat(body: Callable, remat: str) -> Callable:

@@ -10,6 +10,7 @@ import pytest
 
 from jaxdistill import api, cli, commands, methods
 from jaxdistill.data.feed import CorpusFeed
+from jaxdistill.data.teacher_cache import parts
 from jaxdistill.data.teacher_cache.objects import Objects
 from jaxdistill.data.teacher_cache.store import Store
 from jaxdistill.errors import ConfigError, DataError, MismatchError
@@ -248,7 +249,7 @@ def test_a_cut_student_needs_the_weights_and_they_are_those_that_were_asked(
 def test_shards_together_are_the_whole_and_a_dry_run_asks_nobody(
     captured, load_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(teacher_cache.parts, "BYTES", 1 << 15)  # several parts
+    monkeypatch.setattr(parts, "BYTES", 1 << 15)  # several parts
     config = load_config(tmp_path, *SMALL)
     ask = lambda **options: teacher_cache.capture(
         config, commands.TeacherCache(output=str(tmp_path / "c"), **options)
