@@ -132,7 +132,7 @@ class _Bad(http.server.BaseHTTPRequestHandler):
 def _server(kind: str) -> Callable[[pathlib.Path], Any]:
     def ask(_: pathlib.Path) -> None:
         from jaxdistill.reasoning.asking import Job, SamplingParams
-        from jaxdistill.reasoning.served import Api
+        from jaxdistill.reasoning.served import ApiClient
 
         bad = type("_", (_Bad,), {"kind": kind})
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), bad)
@@ -140,7 +140,7 @@ def _server(kind: str) -> Callable[[pathlib.Path], Any]:
         server.handle_error = lambda *_: None  # the client has gone  # pyrefly: ignore
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        api = Api(url, "m", timeout=3.0, retries=1, logprobs=False, max_failures=1)
+        api = ApiClient(url, "m", timeout=3.0, retries=1, logprobs=False, max_failures=1)
         settings = SamplingParams(max_new_tokens=1, temperature=1.0)
         answers = list(api.ask(collections.deque([Job("q", "x", settings)])))
         spent = api.spent()

@@ -30,7 +30,7 @@ def test_a_race_compares_signed_values():
             race.check_alike({"torch": other, "jaxdistill": -0.62530864})
 
 
-class Peer(liger.Worker):
+class Peer(liger.PeerProcess):
     """Stands in for a peer's process: TRL by the definition in float64, and no Liger."""
 
     def __init__(self, python, folder, script, key):
@@ -51,7 +51,7 @@ class Peer(liger.Worker):
 
 
 def test_peers_stand_beside_our_log_probabilities_or_are_said_to_be_left_out(monkeypatch):
-    monkeypatch.setattr(peer_logprobs, "Worker", Peer)
+    monkeypatch.setattr(peer_logprobs, "PeerProcess", Peer)
     monkeypatch.setitem(run.KINDS, "loss", ())
     told = []
     found = run.run("loss", (SHAPE,), 1, told.append, "some-python")

@@ -55,7 +55,7 @@ def test_a_run_that_resumes_to_other_losses_is_found(monkeypatch):
     recorded = iter([{1: 3.0, 6: 2.0}, {1: 3.0, 6: 2.5}])
 
     def train(config, hooks=None):
-        if isinstance(hooks, end_to_end._Stop):
+        if isinstance(hooks, end_to_end._Interrupt):
             for _ in range(end_to_end.STOPPED):
                 hooks.at("step.before")
 
@@ -118,7 +118,7 @@ def test_the_command_fails_where_something_is_wrong(monkeypatch, capsys):
     assert "1 parts are right" in capsys.readouterr().out
 
 
-class Peer(liger.Worker):
+class Peer(liger.PeerProcess):
     """Stands in for Liger's process: the definition in float64, times `factor`."""
 
     factor = 1.0
@@ -152,7 +152,7 @@ class Peer(liger.Worker):
 
 
 def test_liger_stands_beside_ours_where_it_is_and_is_no_judge_of_it(monkeypatch):
-    monkeypatch.setattr(liger, "Worker", Peer)
+    monkeypatch.setattr(liger, "PeerProcess", Peer)
     shape = TINY.shapes[0]
     found = liger.run(shape, 1)
     assert found["ok"] and max(found["error"].values()) < 1e-5

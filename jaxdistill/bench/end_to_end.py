@@ -35,7 +35,7 @@ eval: {{max_rows: 8, samples: 0, compare: false}}
 """
 
 
-class _Stop(Hooks):
+class _Interrupt(Hooks):
     """Interrupts a run in a step between two checkpoints."""
 
     def __init__(self):
@@ -65,7 +65,7 @@ def run(dtype: str) -> dict[str, Any]:
         (folder / "eval.txt").write_text(_sentences(1000, 8))
         whole = _losses(folder, "whole", dtype, "auto")
         try:
-            _losses(folder, "stopped", dtype, "auto", _Stop())
+            _losses(folder, "stopped", dtype, "auto", _Interrupt())
         except KeyboardInterrupt:
             pass
         else:

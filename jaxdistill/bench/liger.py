@@ -32,7 +32,7 @@ class Skipped(Exception):
     """Liger cannot be asked here; the message says why."""
 
 
-class Worker:
+class PeerProcess:
     """A peer's process, Liger's where nothing is said: it answers one question after the other.
 
     Args:
@@ -88,7 +88,7 @@ def run(shape: Shape, rounds: int, python: str | None = None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="jaxdistill-liger-") as name:
         folder = pathlib.Path(name)
-        worker = Worker(python or sys.executable, folder)
+        worker = PeerProcess(python or sys.executable, folder)
         try:
             versions = worker.ask(do="begin", alpha=ALPHA, temperature=TEMPERATURE)
             found = {"versions": versions, **_compared(worker, folder)}
@@ -99,7 +99,7 @@ def run(shape: Shape, rounds: int, python: str | None = None) -> dict[str, Any]:
             worker.close()
 
 
-def _compared(worker: Worker, folder: pathlib.Path) -> dict[str, Any]:
+def _compared(worker: PeerProcess, folder: pathlib.Path) -> dict[str, Any]:
     """The largest errors of values and gradients in float32, relative to the largest number."""
     arrays = _arrays(Shape("small", 64, 640, 32, 64, "float32"))
     for name, array in zip(ARRAYS, arrays, strict=True):
@@ -120,7 +120,7 @@ def _compared(worker: Worker, folder: pathlib.Path) -> dict[str, Any]:
     return {"ok": errors["jaxdistill"] < 2e-5, "error": errors}
 
 
-def _timed(worker: Worker, shape: Shape, rounds: int) -> list[dict[str, Any]]:
+def _timed(worker: PeerProcess, shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """A row for each, in turn: neither works while the other does."""
     arrays = _arrays(shape)
     program = jax.jit(jax.value_and_grad(_loss, argnums=(0, 1))).lower(*arrays).compile()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxdistill.bench import cases, timing, token_cases
-from jaxdistill.bench.liger import Skipped, Worker
+from jaxdistill.bench.liger import PeerProcess, Skipped
 from jaxdistill.bench.shapes import Shape
 
 WORKER = pathlib.Path(__file__).with_name("peer_logprobs_worker.py")
@@ -84,15 +84,17 @@ def rows(
 
 
 @contextlib.contextmanager
-def _worker(key: str, python: str | None, folder: pathlib.Path) -> Iterator[Worker]:
-    worker = Worker(python or sys.executable, folder, WORKER, key)
+def _worker(key: str, python: str | None, folder: pathlib.Path) -> Iterator[PeerProcess]:
+    worker = PeerProcess(python or sys.executable, folder, WORKER, key)
     try:
         yield worker
     finally:
         worker.close()
 
 
-def _measured(worker: Worker, folder: pathlib.Path, shape: Shape, rounds: int) -> dict[str, Any]:
+def _measured(
+    worker: PeerProcess, folder: pathlib.Path, shape: Shape, rounds: int
+) -> dict[str, Any]:
     case = token_cases.logprobs(shape)
     truth, small = cases.exact(case)
     for name, array in zip(ARRAYS, small.arguments, strict=True):

@@ -18,7 +18,7 @@ import numpy as np
 
 def main() -> None:
     """Answers until nobody asks."""
-    peer = Peer(pathlib.Path(sys.argv[1]), sys.argv[2])
+    peer = PeerLogprobs(pathlib.Path(sys.argv[1]), sys.argv[2])
     for line in sys.stdin:
         told = json.loads(line)
         print(json.dumps(getattr(peer, told.pop("do"))(**told)), flush=True)
@@ -38,7 +38,7 @@ def _liger() -> tuple[str, Callable[..., Any]]:
     return "liger-kernel", lambda *arrays: function.apply(*arrays, None, 1.0, width)
 
 
-class Peer:
+class PeerLogprobs:
     """mean_i a_i log q_i of given tokens, and its gradients by hidden states and head.
 
     Args:

@@ -18,7 +18,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice, rows, tiling
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size, loss_statistics
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
-from jaxdistill.kernels.sparse.definition import Known
+from jaxdistill.kernels.sparse.definition import SparseTeacher
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LEAD, Rows
 from jaxdistill.kernels.tiling import Work
@@ -139,7 +139,7 @@ def _rows(kind: str | None, labels: bool, at_one: bool) -> TokenRows:
 def _known(labels: bool, at_one: bool) -> SparseRows:
     """Rows of one logit beside a teacher of whom one token is known."""
     plain = _rows(None, labels, at_one)
-    known = Known(jnp.zeros((1, 1), int), jnp.zeros((1, 1)))
+    known = SparseTeacher(jnp.zeros((1, 1), int), jnp.zeros((1, 1)))
     spec = LossSpec("forward_kl", labels, at_one=at_one)
     return SparseRows(
         spec, "mosaic_gpu", plain.coefficients, plain.vocabulary, plain.student, None, plain.labels,

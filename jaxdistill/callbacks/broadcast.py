@@ -61,9 +61,9 @@ class Broadcast:
         else:
             kept.update({name: own} if own else {})
 
-    def listener(self, prefix: str = "") -> "Listener":
+    def listener(self, prefix: str = "") -> "CallbackListener":
         """What the writer of a training's numbers reports to; `prefix` begins every name."""
-        return Listener(self, prefix)
+        return CallbackListener(self, prefix)
 
     def saved(self, step: int, path: pathlib.Path) -> None:
         """A checkpoint is complete; from any thread, passed on in the thread that trains."""
@@ -102,7 +102,7 @@ class Broadcast:
         )
 
 
-class Listener:
+class CallbackListener:
     """One training of a run, as its callbacks hear it."""
 
     def __init__(self, broadcast: Broadcast, prefix: str):

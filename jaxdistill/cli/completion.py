@@ -98,7 +98,7 @@ complete -c jaxdistill -f -n _jaxdistill_offers -a '(_jaxdistill_replies)'
 
 
 @dataclass
-class Table:
+class CompletionTable:
     """What may stand where.
 
     Attributes:
@@ -113,7 +113,7 @@ class Table:
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
     """The script of a shell for the commands of a parser."""
-    table = Table()
+    table = CompletionTable()
     _read(parser, "", table)
     settings = [path for path in keys.all_keys() if not _is_section(path)]
     table.words["="] = tuple(".".join(path) + "=" for path in settings)
@@ -130,7 +130,7 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
     return head + functions + {"bash": _BASH, "zsh": _ZSH}[shell]
 
 
-def _read(parser: argparse.ArgumentParser, command: str, table: Table) -> None:
+def _read(parser: argparse.ArgumentParser, command: str, table: CompletionTable) -> None:
     """Notes the words below a parser and all of its own parsers."""
     if command:
         table.known.add(command)
@@ -163,7 +163,7 @@ def _is_section(path: tuple[str, ...]) -> bool:
     return any(other[: len(path)] == path and other != path for other in keys.all_keys())
 
 
-def _functions(table: Table) -> str:
+def _functions(table: CompletionTable) -> str:
     """The table as two functions of any POSIX shell."""
     known = "|".join(map(shlex.quote, sorted(table.known)))
     lines = [

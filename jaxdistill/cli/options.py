@@ -22,19 +22,19 @@ from jaxdistill.cli import (
     teacher,
 )
 from jaxdistill.cli.sections import (
-    Adapters,
+    AdaptersOnly,
     Clean,
-    File,
-    Folder,
+    ClientKey,
     HarnessTasks,
-    Key,
-    Kind,
     Launch,
-    Model,
+    Listed,
+    ModelArgument,
     NamedModels,
     OptionalFolder,
+    OutputFile,
+    OutputFolder,
     Pages,
-    Prompts,
+    PromptTexts,
     Push,
     Recipe,
     Resume,
@@ -154,14 +154,14 @@ COMMANDS = (
         "importance",
         compress.importance,
         "Measure what a model's units are worth.",
-        (Model, commands.Importance, File),
+        (ModelArgument, commands.Importance, OutputFile),
         json=False,
     ),
     Command(
         "prune",
         compress.prune,
         "Cut a smaller model out of a model.",
-        (Model, Folder, commands.Prune, commands.Importance),
+        (ModelArgument, OutputFolder, commands.Prune, commands.Importance),
         optional=("data",),
         title={commands.Importance: "measuring importance first, in place of --importance"},
     ),
@@ -169,7 +169,7 @@ COMMANDS = (
         "quantize",
         compress.quantize,
         "Write a model folder in numbers of 8 or 4 bits.",
-        (Model, Folder, commands.Quantize),
+        (ModelArgument, OutputFolder, commands.Quantize),
         json=False,
     ),
     Command(
@@ -184,7 +184,7 @@ COMMANDS = (
         "eval",
         runs.evaluate,
         "Measure a model on held-out data, or on tasks.",
-        (Model, commands.Evaluate, TaskSource, commands.Tasks),
+        (ModelArgument, commands.Evaluate, TaskSource, commands.Tasks),
         optional=("data",),
         title={TaskSource: TASKS_TITLE, commands.Tasks: TASKS_TITLE},
     ),
@@ -198,13 +198,13 @@ COMMANDS = (
         "harness",
         compress.harness,
         "Run lm-eval's tasks on a model.",
-        (Model, HarnessTasks, commands.Harness),
+        (ModelArgument, HarnessTasks, commands.Harness),
     ),
     Command(
         "generate",
         runs.generate,
         "Let a model complete prompts.",
-        (Model, Prompts, commands.Generate),
+        (ModelArgument, PromptTexts, commands.Generate),
     ),
     Command(
         "bench", bench.run, "Measure the losses on this device, beside other forms.", (bench.Bench,)
@@ -245,7 +245,7 @@ COMMANDS = (
         "serve",
         reason.serve,
         "Serve a model by OpenAI's protocol.",
-        (Model, commands.Serve, Key),
+        (ModelArgument, commands.Serve, ClientKey),
         lasts=True,
         json=False,
     ),
@@ -253,7 +253,7 @@ COMMANDS = (
         "export",
         runs.export,
         "Write a model folder that transformers opens.",
-        (Model, Folder, commands.Export, Adapters, Push),
+        (ModelArgument, OutputFolder, commands.Export, AdaptersOnly, Push),
         json=False,
     ),
     Command(
@@ -274,7 +274,7 @@ COMMANDS = (
         more=_validated,
     ),
     Command("init", files.init, "Copy a recipe to start from.", (Recipe,), json=False),
-    Command("ls", files.ls, "List recipes, methods and models, or runs.", (Kind,)),
+    Command("ls", files.ls, "List recipes, methods and models, or runs.", (Listed,)),
     Command(
         "schema",
         files.schema,
@@ -297,7 +297,7 @@ GROUPS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class _ArgumentParser(argparse.ArgumentParser):
     """Says which of the words that may stand somewhere was probably meant."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -311,7 +311,7 @@ class _Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"there is no {value!r}: {hint}")
 
 
-class _Words(_Parser):
+class _TwoWordCommands(_ArgumentParser):
     """Takes the last two of a command's three words as one, which argparse cannot, and `help`.
 
     So `teacher cache ls DIR` stands beside `teacher cache CONFIG`, and `help train` for
@@ -329,7 +329,7 @@ class _Words(_Parser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = _Words(
+    parser = _TwoWordCommands(
         prog="jaxdistill",
         description="Distil language models in JAX.",
         epilog=EXIT_CODES,
@@ -337,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     )
     version = f"jaxdistill {jaxdistill.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    plain: Any = {"parser_class": _Parser}
+    plain: Any = {"parser_class": _ArgumentParser}
     top: Any = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, **plain)
     groups: dict[str, Any] = {}
     for command in COMMANDS:

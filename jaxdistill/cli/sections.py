@@ -9,7 +9,7 @@ from jaxdistill.section import Count, Flag, Section
 _POSITIONAL = Flag(positional=True)
 
 
-class Model(Section):
+class ModelArgument(Section):
     """The model that a command works on."""
 
     model: Annotated[str, Flag(positional=True, metavar="MODEL")] = Field(
@@ -18,7 +18,7 @@ class Model(Section):
     )
 
 
-class Folder(Section):
+class OutputFolder(Section):
     """Where a command writes."""
 
     output: Annotated[str, Flag("-o", "DIR")] = Field(description="A folder, new or empty.")
@@ -32,7 +32,7 @@ class OptionalFolder(Section):
     )
 
 
-class File(Section):
+class OutputFile(Section):
     """The file that a command writes."""
 
     output: Annotated[str, Flag("-o", "FILE")] = Field(description="The file to write.")
@@ -155,7 +155,7 @@ class HarnessTasks(Section):
     )
 
 
-class Prompts(Section):
+class PromptTexts(Section):
     """What a model completes."""
 
     prompt: Annotated[tuple[str, ...], Flag("-p", "TEXT", repeat=True)] = Field(
@@ -172,7 +172,7 @@ class Samples(Section):
     )
 
 
-class Key(Section):
+class ClientKey(Section):
     """Who may ask a server."""
 
     key_env: Annotated[str, Flag(metavar="NAME")] | None = Field(
@@ -180,7 +180,7 @@ class Key(Section):
     )
 
 
-class Adapters(Section):
+class AdaptersOnly(Section):
     """What of a run is written."""
 
     adapters: bool = Field(
@@ -231,7 +231,7 @@ class Recipe(Section):
     force: bool = Field(False, description="Overwrite the file.")
 
 
-class Kind(Section):
+class Listed(Section):
     """What is listed."""
 
     kind: Annotated[Literal["recipes", "methods", "models", "runs"], _POSITIONAL] | None = Field(

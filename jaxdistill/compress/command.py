@@ -11,7 +11,7 @@ from jaxdistill.commands import Sizes
 from jaxdistill.compress import importance as scores
 from jaxdistill.compress import prune as cutting
 from jaxdistill.compress import sparsify, targets
-from jaxdistill.compress.importance import Importance
+from jaxdistill.compress.importance import ImportanceScores
 from jaxdistill.errors import ConfigError, DamagedError, ModelError
 from jaxdistill.evaluate import speed
 from jaxdistill.evaluate.held_out import HeldOut, open_rows
@@ -26,7 +26,7 @@ NOTE = "pruning.json"  # in the student's folder: what was kept of which model
 
 def importance(
     model: str | Model, options: commands.Importance, *, dtype: str = "float32"
-) -> Importance:
+) -> ImportanceScores:
     """Importance of every unit of a model, from one forward pass over calibration text.
 
     Args:
@@ -123,7 +123,7 @@ def within_latency(model: Model, options: commands.Prune) -> tuple[Sizes, dict[s
 
 
 def cut(
-    model: Model, sizes: Sizes, measured: Importance, dtype: Any = None
+    model: Model, sizes: Sizes, measured: ImportanceScores, dtype: Any = None
 ) -> tuple[Model, cutting.Kept]:
     """The student as a model in memory, on the same devices, and which units it kept."""
     small = shape_of(model.config, sizes)
@@ -194,7 +194,7 @@ def _wanda(
     folder: pathlib.Path,
     options: commands.Prune,
     calibration: commands.Importance | None,
-) -> Importance | None:
+) -> ImportanceScores | None:
     """The scores that sparsity reads beside weights, where there are some or text to measure on."""
     if options.importance is not None:
         return scores.load(options.importance)

@@ -26,7 +26,7 @@ _AXES = ("layers", "embed", "mlp", "heads", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance:
+class ImportanceScores:
     """Scores of all units of one model, whatever size it is to be pruned to.
 
     Attributes:
@@ -131,7 +131,7 @@ def measure(
     *,
     compute_dtype: DTypeLike = jnp.bfloat16,
     facts: Mapping[str, Any] | None = None,
-) -> Importance:
+) -> ImportanceScores:
     """Importance of every unit, from one forward pass over calibration batches, at any sharding.
 
         neuron i:   sqrt(sum over samples of (mean over tokens of |a_i|) ** 2),  a enters `down`
@@ -173,7 +173,7 @@ def measure(
             "calibration: activations are not finite: compute in float32, check weights"
         )
     measured = {"rows": int(total["rows"]), "tokens": int(total["tokens"])}
-    return Importance(
+    return ImportanceScores(
         neurons=np.sqrt(total["neurons"]),
         heads=np.sqrt(total["heads"].sum(-1)),
         channels=np.sqrt(total["channels"]).sum((0, 1)),
@@ -194,7 +194,7 @@ def measure(
 
 
 def with_losses(
-    importance: Importance,
+    importance: ImportanceScores,
     config: DecoderConfig,
     params: Any,
     batches: Callable[[], Iterable[Batch]],
@@ -202,7 +202,7 @@ def with_losses(
     vocab: int,
     counts: Sequence[int] = (1,),
     compute_dtype: DTypeLike = jnp.bfloat16,
-) -> Importance:
+) -> ImportanceScores:
     """The importance with the rise of the loss when n layers in a row are left out, for every n.
 
     One program serves all; a pass over the batches per range, and one of the whole model.
@@ -251,7 +251,7 @@ def shape_of(config: DecoderConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in _AXES} | experts
 
 
-def check_belongs(importance: Importance, config: DecoderConfig) -> None:
+def check_belongs(importance: ImportanceScores, config: DecoderConfig) -> None:
     """The scores are of a model of this shape.
 
     Raises:
@@ -270,7 +270,7 @@ def check_belongs(importance: Importance, config: DecoderConfig) -> None:
         )
 
 
-def save(importance: Importance, path: str | os.PathLike) -> pathlib.Path:
+def save(importance: ImportanceScores, path: str | os.PathLike) -> pathlib.Path:
     """Writes the scores as a safetensors file, the facts as JSON in its header.
 
     Raises:
@@ -296,7 +296,7 @@ def save(importance: Importance, path: str | os.PathLike) -> pathlib.Path:
     return file
 
 
-def load(path: str | os.PathLike) -> Importance:
+def load(path: str | os.PathLike) -> ImportanceScores:
     """The scores of a file that `save` wrote.
 
     Raises:
@@ -319,7 +319,7 @@ def load(path: str | os.PathLike) -> Importance:
                 groups[group][rest] = arrays.pop(name)
         ranges = {int(count): value for count, value in groups["range_loss"].items()}
         own = {"shares": groups["shares"], "inputs": groups["inputs"]}
-        return Importance(**arrays, **own, range_loss=ranges, facts=facts)
+        return ImportanceScores(**arrays, **own, range_loss=ranges, facts=facts)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"importance = {str(file)!r}: is damaged or no importance file ({error}): measure again"

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxdistill import errors, rules, sharding
-from jaxdistill.compress.importance import Importance, best, check_belongs
+from jaxdistill.compress.importance import ImportanceScores, best, check_belongs
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.architecture import Experts, flat_weights, nest, picked, weights
@@ -43,7 +43,7 @@ class Kept:
 def choose(
     config: DecoderConfig,
     small: DecoderConfig,
-    importance: Importance,
+    importance: ImportanceScores,
     *,
     by: str = "range",
     layers: Sequence[int] | None = None,
@@ -57,7 +57,7 @@ def choose(
       config: of the large model.
       small: the sizes, from `targets`.
       importance: of the large model.
-      by: how layers are chosen, see `Importance.kept_layers`.
+      by: how layers are chosen, see `ImportanceScores.kept_layers`.
       layers: these layers instead.
 
     Raises:
@@ -117,7 +117,7 @@ def cut(
       config: of the large model.
       params: its parameters, which stay as they are.
       kept: from `choose`.
-      shares: of `Importance`; None leaves the scales as they are.
+      shares: of `ImportanceScores`; None leaves the scales as they are.
       dtype: of the new parameters; None keeps each one's.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdistill import models
 from jaxdistill.compress import importance as scores
-from jaxdistill.compress.importance import Importance
+from jaxdistill.compress.importance import ImportanceScores
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, Model, count_parameters
 from jaxdistill.models.architecture import flat_weights, weights
@@ -28,7 +28,7 @@ _READS = {
 }
 
 
-def input_norms(measured: Importance, config: DecoderConfig) -> dict[str, np.ndarray]:
+def input_norms(measured: ImportanceScores, config: DecoderConfig) -> dict[str, np.ndarray]:
     """|x|_2 over all measured tokens of what each projection reads, by its path, [layers, ..., in].
 
     Raises:
@@ -48,7 +48,7 @@ def input_norms(measured: Importance, config: DecoderConfig) -> dict[str, np.nda
 
 
 def sparsified(
-    model: Model, sparsity: str, *, scope: str = "layer", measured: Importance | None = None
+    model: Model, sparsity: str, *, scope: str = "layer", measured: ImportanceScores | None = None
 ) -> Model:
     """The model with weights of its projections zero.
 
@@ -84,7 +84,7 @@ def write(
     sparsity: str,
     *,
     scope: str,
-    measured: Importance | None,
+    measured: ImportanceScores | None,
     dtype: Any,
     note: str,
 ) -> pathlib.Path:

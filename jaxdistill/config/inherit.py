@@ -40,7 +40,7 @@ class FilePosition:
 
 
 @dataclasses.dataclass
-class Source:
+class MergedFile:
     """A configuration with its bases merged: its tree, where each part stands, what is wrong.
 
     `incomplete` says that a base could not be read, so that what is missing may be in it.
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike) -> str:
         raise ConfigError(f"{name}:{line}: not UTF-8 text: save the file as UTF-8") from None
 
 
-def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] = ()) -> Source:
+def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] = ()) -> MergedFile:
     """Parses a text and merges it over what it extends; `name` is its file.
 
     Args:
@@ -94,7 +94,7 @@ def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] 
     place = lambda line, column: FilePosition(len(above), line, column, name)
     places = {path: place(*mark) for path, mark in document.marks.items()}
     faults = [(place(f.line, f.column), f.message) for f in document.faults]
-    source = Source(document.value, places, faults)
+    source = MergedFile(document.value, places, faults)
     if extends and isinstance(source.value, dict) and KEY in source.value:
         wanted, where = source.value.pop(KEY), places.pop((KEY,))
         try:
@@ -111,7 +111,7 @@ def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] 
     return source
 
 
-def _base(wanted: Any, above: tuple[str, ...]) -> Source:
+def _base(wanted: Any, above: tuple[str, ...]) -> MergedFile:
     """What `extends` names, with its own bases; a ConfigError says why there is none."""
     path = _locate(wanted, above[-1])
     chain = " -> ".join((*above, path))

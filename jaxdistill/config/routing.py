@@ -30,23 +30,23 @@ class Routing(Section):
     )
 
 
-def of(config: Any) -> "routes.Routing | None":
+def of(config: Any) -> "routes.TeacherRoutes | None":
     """Who the records of a run may be for; None where there are not several teachers."""
     if config.teachers is None:
         return None
     default = None if config.routing is None else config.routing.default
     from jaxdistill.data import routes
 
-    return routes.Routing(tuple(config.teachers), default)
+    return routes.TeacherRoutes(tuple(config.teachers), default)
 
 
-def layout(config: Any) -> "routes.Layout | None":
+def layout(config: Any) -> "routes.MicroBatchLayout | None":
     """How the batches of a run lie, where it has several teachers."""
     if config.teachers is None:
         return None
     from jaxdistill.data import routes
 
-    return routes.Layout(len(config.teachers), config.train.micro_batches)
+    return routes.MicroBatchLayout(len(config.teachers), config.train.micro_batches)
 
 
 def rows(config: Any) -> int:

@@ -31,7 +31,7 @@ class Fault:
 
 
 @dataclasses.dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """Plain values, where each of them stands, and what is wrong with the text."""
 
     value: Any
@@ -79,7 +79,7 @@ class _Refused(Exception):
         self.fault = Fault(mark.line + 1 if mark else 1, mark.column + 1 if mark else 1, message)
 
 
-def parse(text: str) -> Document:
+def parse(text: str) -> YamlDocument:
     """Reads one document; what is wrong is collected in `faults`, never raised."""
     builder = _Builder()
     value = None
@@ -102,7 +102,7 @@ def parse(text: str) -> Document:
             f"character U+{ord(text[error.position]):04X} is not allowed in YAML",
         )
         builder.faults.append(fault)
-    return Document(value, builder.marks, builder.faults)
+    return YamlDocument(value, builder.marks, builder.faults)
 
 
 def dump(value: Any) -> str:

@@ -267,7 +267,7 @@ def load(path: str | os.PathLike) -> Workflow:
     return workflow
 
 
-def _line(name: str, document: syntax.Document, item: dict[str, Any]) -> list[str]:
+def _line(name: str, document: syntax.YamlDocument, item: dict[str, Any]) -> list[str]:
     """One of pydantic's errors in our words, with file, line and column."""
     location = [p for p in item["loc"] if p not in KINDS]
     if item["type"] == "rules":

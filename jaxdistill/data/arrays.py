@@ -95,7 +95,7 @@ class _AllCount:
         return np.ones(len(range(*index.indices(len(self)))), np.bool_)
 
 
-class _File:
+class _NpyFile:
     """A .npy file, its header read; it stays open where it is one of the first."""
 
     def __init__(self, path: Path, sums: Sequence[int], spec: store.Spec, keep: bool):
@@ -165,7 +165,7 @@ class Checked:
         self.dtype, self._row_shape = dtype, row_shape
         self._row = dtype.itemsize * math.prod(row_shape)
         self._files = [
-            _File(path, sums, (dtype, row_shape), number < _KEPT_FILES)
+            _NpyFile(path, sums, (dtype, row_shape), number < _KEPT_FILES)
             for number, (path, sums) in enumerate(files)
         ]
         self._ends = list(itertools.accumulate(file.count for file in self._files))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.routes import Layout
+from jaxdistill.data.routes import MicroBatchLayout
 from jaxdistill.errors import ConfigError
 from jaxdistill.types import Batch, Span
 
@@ -26,7 +26,7 @@ def batches(
     shuffle: bool = True,
     rows: Sequence[int] | None = None,
     threads: int = 2,
-    layout: Layout | None = None,
+    layout: MicroBatchLayout | None = None,
 ) -> Iterator[tuple[Span, Batch]]:
     """Batches without end, epoch after epoch, each epoch in an order of its own.
 
@@ -68,7 +68,7 @@ def batches(
             batch_size,
             len(dataset),
         )
-    stream = _Stream(dataset, start, left_out, seed if shuffle else None)
+    stream = _EpochStream(dataset, start, left_out, seed if shuffle else None)
     padding = dataset.empty_row()
 
     def batch_of(number: int) -> tuple[Span, Batch]:
@@ -85,7 +85,7 @@ def batches(
     return _feed(batch_of, sys.maxsize, threads)
 
 
-class _Stream:
+class _EpochStream:
     """The epochs of a data set as one stream of rows.
 
     Args:

@@ -69,7 +69,7 @@ class BucketFile:
     def open(self, mode: str) -> io.BufferedReader:
         """Its bytes as a stream. What reading it raises is a DataError."""
         assert mode == "rb", "objects are only read"
-        return io.BufferedReader(_Stream(self), 1 << 16)
+        return io.BufferedReader(_ObjectReader(self), 1 << 16)
 
 
 def is_url(path: str) -> bool:
@@ -172,7 +172,7 @@ def _generations(
     return [(key, one.stamp.generation) for key, one in states if one.state != "missing"]
 
 
-class _Stream(io.RawIOBase):
+class _ObjectReader(io.RawIOBase):
     """The bytes of an object, piece by piece.
 
     Raises:

@@ -13,7 +13,7 @@ from jaxdistill.data import packing, pairs, quarantine, store
 from jaxdistill.data.codec import Codec
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import PAIRS
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.rules import printable
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.settings import Settings
@@ -48,7 +48,7 @@ def build(
     name: str,
     quarantine_path: Path | None,
     second: SecondView | PrivilegedView | None = None,
-    routing: Routing | None = None,
+    routing: TeacherRoutes | None = None,
 ) -> None:
     """Builds and seals the folder of a data set whose shards are there.
 
@@ -138,7 +138,7 @@ def _write(
     settings: Settings,
     kind: str,
     second: SecondView | PrivilegedView | None,
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
 ) -> tuple[int, list[tuple[str, int, int]]]:
     """Packs, writes the arrays, and returns how many rows there are, and of several teachers the
     (name, rows, tokens) of each.
@@ -176,7 +176,7 @@ def _packed(
     route_S: np.ndarray,
     capacity: list[int],
     settings: Settings,
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[str, int, int]]]:
     """Segments and rows as `packing.plan`; of several teachers those of one behind the other.
 

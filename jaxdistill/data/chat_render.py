@@ -91,7 +91,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
+        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _tojson
     provided: dict[str, Any] = environment.globals
@@ -101,7 +101,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-class _Generation(jinja2.ext.Extension):
+class _GenerationTag(jinja2.ext.Extension):
     """The block tag `generation`: puts its body between two marks."""
 
     tags = {"generation"}

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxdistill.data import batching
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.routes import Layout
+from jaxdistill.data.routes import MicroBatchLayout
 from jaxdistill.types import DATA, ORIGINS, Batch, Span
 
 
@@ -107,7 +107,7 @@ class CorpusFeed(Feed):
         left_out: Callable[[], Sequence[tuple[int, int]]],
         rows: Sequence[int] | None = None,
         threads: int = 2,
-        layout: Layout | None = None,
+        layout: MicroBatchLayout | None = None,
     ):
         self._open = lambda start, gaps: batching.batches(
             dataset,

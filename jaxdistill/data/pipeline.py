@@ -12,7 +12,7 @@ from jaxdistill.data import shards as sharding
 from jaxdistill.data.codec import prepare
 from jaxdistill.data.dataset import Dataset, open_dataset
 from jaxdistill.data.privileged import PrivilegedView
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.data.tokenising import Tokeniser, default_workers
@@ -43,7 +43,7 @@ def build(
     turns: str = "whole",
     special_tokens: str = "text",
     second: SecondView | PrivilegedView | None = None,
-    routing: Routing | None = None,
+    routing: TeacherRoutes | None = None,
     workers: int | None = None,
 ) -> Dataset:
     """Tokenises, masks and packs the sources, or opens what an earlier call built from the same.

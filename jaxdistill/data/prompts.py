@@ -18,7 +18,7 @@ from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.context_prompts import ContextPrompts
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import TEACHER, Record, Rejected
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.rules import Empty, TooLong
 from jaxdistill.data.second_answers import AnswerView, AnswerViews
 from jaxdistill.data.second_view import SecondView
@@ -134,7 +134,7 @@ def read(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
-    routing: Routing | None = None,
+    routing: TeacherRoutes | None = None,
     key: str = "data.prompts",
     context: PrivilegedView | None = None,
     context_longest: int = 0,
@@ -179,7 +179,9 @@ def read(
     views = None
     if second is not None:
         views = AnswerViews(second, codec, seq_len, chat_template, kwargs)
-    encoder = _Encoder(codec, template, kwargs, special_tokens == "parse", longest, behind, views)
+    encoder = _PromptEncoder(
+        codec, template, kwargs, special_tokens == "parse", longest, behind, views
+    )
     found: list[Prompt] = []
     left_out: list[dict[str, Any]] = []
     counts: collections.Counter[str] = collections.Counter()
@@ -221,7 +223,7 @@ def read(
     return Prompts(found, fingerprint, counts, left_out)
 
 
-def _routed(prompt: Prompt, record: Any, source: Source, routing: Routing | None) -> Prompt:
+def _routed(prompt: Prompt, record: Any, source: Source, routing: TeacherRoutes | None) -> Prompt:
     """The prompt with the name of its teacher among several, whoever says it."""
     if routing is None:
         return prompt
@@ -258,7 +260,7 @@ def _check(
             _log.warning("%s: %d of %d records %s: left out", key, counts[why], records, words)
 
 
-class _Encoder:
+class _PromptEncoder:
     """Makes prompts of records."""
 
     def __init__(

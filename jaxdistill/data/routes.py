@@ -14,7 +14,7 @@ from jaxdistill.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class TeacherRoutes:
     """The names of several teachers, of which every record is for one.
 
     The record's own field `teacher` decides; without it that of its source, then the default.
@@ -67,7 +67,7 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class MicroBatchLayout:
     """How the rows of a batch lie where each micro-batch is of one teacher.
 
     A batch of M * m rows takes M + K - 1 parts of m rows, which is room for any of its mixtures:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxdistill.data import arrays, cutting, packing, quarantine, store
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import PAIRS, TEACHER
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.shards import Shard
@@ -88,7 +88,7 @@ def take(
     shard: Shard,
     settings: Settings,
     second: SecondView | PrivilegedView | None,
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
 ) -> Taken:
     """What a data set takes of a shard.
 
@@ -232,7 +232,7 @@ def _routed(
     table: np.ndarray,
     used_R: np.ndarray,
     source_R: np.ndarray,
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
 ) -> np.ndarray:
     """int32 [R], which of several teachers each record that is used is for; else 0.
 

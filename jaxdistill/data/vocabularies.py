@@ -68,7 +68,7 @@ def described(content: Mapping[str, Any]) -> Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class Unshared:
     """What one vocabulary has alone: ordinary tokens, and added ones."""
 
     ordinary: tuple[int, ...]
@@ -94,8 +94,8 @@ class Pair:
 
     ids: tuple[int, ...]
     renamed: tuple[int, ...]
-    ours: Side
-    theirs: Side
+    ours: Unshared
+    theirs: Unshared
     moved: int
 
     @property
@@ -185,10 +185,10 @@ def compare(ours: Vocabulary, theirs: Vocabulary, rows: int | None = None) -> Pa
     return Pair(tuple(ids), tuple(renamed), *sides, moved)
 
 
-def _side(whole: Vocabulary, alone: list[int]) -> Side:
+def _side(whole: Vocabulary, alone: list[int]) -> Unshared:
     ordinary = tuple(sorted(index for index in alone if index not in whole.added))
     added = tuple(sorted(index for index in alone if index in whole.added))
-    return Side(ordinary, added, len(whole.table))
+    return Unshared(ordinary, added, len(whole.table))
 
 
 def named(whole: Vocabulary, ids: tuple[int, ...]) -> str:

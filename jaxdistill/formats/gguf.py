@@ -51,7 +51,7 @@ def load_file(
       ModelError: where the gguf package is missing, or the file is damaged or of an unsupported
         architecture or quantisation.
     """
-    file = _File(path)
+    file = _GgufFile(path)
     config = file.config
     file.check_tensors()
     params = assemble(
@@ -64,11 +64,11 @@ def load_file(
 
 def file_spec(path: pathlib.Path, *, tokenizer: bool = True) -> tuple[DecoderConfig, Any]:
     """(configuration, tokenizer or None) of a GGUF file, without its weights."""
-    file = _File(path)
+    file = _GgufFile(path)
     return file.config, build_tokenizer(file.metadata, str(path)) if tokenizer else None
 
 
-class _File:
+class _GgufFile:
     """One open GGUF file: metadata as plain values, tensors under their Hugging Face names."""
 
     def __init__(self, path: pathlib.Path):

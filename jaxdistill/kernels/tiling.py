@@ -16,7 +16,7 @@ ROWS = 64
 TABLE_VARIABLE = "JAXDISTILL_TILING"  # the path of a table, read at the first call
 
 
-class Gpu(NamedTuple):
+class GpuLimits(NamedTuple):
     """What the heuristic knows of a GPU: multiprocessors, and shared memory of each in bytes."""
 
     multiprocessors: int
@@ -25,10 +25,10 @@ class Gpu(NamedTuple):
 
 # NVIDIA's data sheets; the first name that a device's own contains.
 GPUS = {
-    "A100": Gpu(108, 167_936),
-    "H100": Gpu(132, 233_472),
-    "H200": Gpu(132, 233_472),
-    "B200": Gpu(148, 233_472),
+    "A100": GpuLimits(108, 167_936),
+    "H100": GpuLimits(132, 233_472),
+    "H200": GpuLimits(132, 233_472),
+    "B200": GpuLimits(148, 233_472),
 }
 
 

@@ -18,7 +18,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
 from jaxdistill.kernels.sparse.checks import known_teacher
 from jaxdistill.kernels.sparse.definition import KINDS as _KINDS
-from jaxdistill.kernels.sparse.definition import Known, entries, is_known, silence
+from jaxdistill.kernels.sparse.definition import SparseTeacher, entries, is_known, silence
 from jaxdistill.kernels.sparse.reference import divergence
 from jaxdistill.losses import given
 
@@ -206,7 +206,7 @@ def _checked(
     rest: ArrayLike | None = None,
     sampled: ArrayLike | None = None,
     sampled_logprobs: ArrayLike | None = None,
-) -> tuple[Array, Known, Callable[[Array], Array]]:
+) -> tuple[Array, SparseTeacher, Callable[[Array], Array]]:
     """Float logits, what is known of the teacher, and what marks the values of spoiled rows."""
     logits = checks.array("student_logits", student_logits)
     if logits.ndim == 0:

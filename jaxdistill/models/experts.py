@@ -29,7 +29,7 @@ from jaxdistill.sharding import EXPERT, MeshAxes, current_mesh, mesh_axes, spec
 _IN, _OUT = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
 
 
-class Kernel(nnx.Module):
+class BareKernel(nnx.Module):
     """A kernel alone: how it is multiplied is its owner's business."""
 
     def __init__(self, params: Mapping[str, Any]):
@@ -62,8 +62,8 @@ class RoutedMLP(nnx.Module):
     def __init__(
         self, experts: Experts, activate: Callable[[Array], Array], params: Mapping[str, Any]
     ):
-        self.router, self.gate = Kernel(params["router"]), Kernel(params["gate"])
-        self.up, self.down = Kernel(params["up"]), Kernel(params["down"])
+        self.router, self.gate = BareKernel(params["router"]), BareKernel(params["gate"])
+        self.up, self.down = BareKernel(params["up"]), BareKernel(params["down"])
         self.experts, self.activate = experts, activate
 
     def __call__(self, x_BLD: Array, rules: Mapping[str, MeshAxes]) -> Array:
@@ -117,7 +117,7 @@ class RoutedMLP(nnx.Module):
         )(x_BLD, router, *kernels)
 
 
-class _Pairs(NamedTuple):
+class _Dispatched(NamedTuple):
     """One device's (token, choice) pairs, P = N * K, sorted by expert.
 
     Attributes:
@@ -148,7 +148,7 @@ def _run(
     x_BLD: Array,
     router_DX: Array,
     *kernels: Array,
-) -> _Pairs:
+) -> _Dispatched:
     """One device's part: its tokens through its experts.
 
     Args:
@@ -168,7 +168,7 @@ def _run(
         ran = _through(
             activate, lambda order: x_ND[order // chosen], own(expert_NK.ravel()), kernels
         )
-        return _Pairs(shares_NK, expert_NK, *ran)
+        return _Dispatched(shares_NK, expert_NK, *ran)
     there = count * jax.lax.axis_size(shared) if shared else count  # experts of a device's peers
     device_P, number_P = jnp.divmod(expert_NK.ravel(), there)
     order_P = jnp.argsort(device_P)
@@ -181,7 +181,7 @@ def _run(
         sent, apply, x_ND[order_P // chosen], device_P[order_P], number_P[order_P], kernels
     )
     none = jnp.zeros((order_P.shape[0], 0), made_PD.dtype)
-    return _Pairs(shares_NK, expert_NK, none, made_PD, order_P >= 0, order_P)
+    return _Dispatched(shares_NK, expert_NK, none, made_PD, order_P >= 0, order_P)
 
 
 def _own(shared: tuple[str, ...], count: int, number_P: Array) -> Array:
@@ -191,7 +191,7 @@ def _own(shared: tuple[str, ...], count: int, number_P: Array) -> Array:
 
 
 class _Ran(NamedTuple):
-    """Rows that went through a device's experts; see `_Pairs`."""
+    """Rows that went through a device's experts; see `_Dispatched`."""
 
     hidden_PF: Array
     made_PD: Array
@@ -220,14 +220,18 @@ def _through(
     return _Ran(hidden_PF, made_PD, mine_P1, order_P)
 
 
-def _sum(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array) -> Array:
+def _sum(
+    pairs: _Dispatched, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array
+) -> Array:
     """What the layer gives, [B, L, D]; `split`: mesh axes that share each expert's width."""
     made_NKD = pairs.back(pairs.made_PD).astype(jnp.float32)
     sum_ND = _added(jnp.einsum("NK,NKD->ND", pairs.shares_NK, made_NKD), (*shared, *split))
     return sum_ND.astype(x_BLD.dtype).reshape(x_BLD.shape)
 
 
-def _look(pairs: _Pairs, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array) -> tuple:
+def _look(
+    pairs: _Dispatched, shared: tuple[str, ...], split: tuple[str, ...], x_BLD: Array
+) -> tuple:
     """What `Passed` is made of."""
     made_NKD = pairs.back(pairs.made_PD).astype(jnp.float32)
     norms_NK = jnp.linalg.norm(_added(made_NKD, (*shared, *split)), axis=-1)

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, per_layer, prompt_scores, slot_settings
 from jaxdistill.models.architecture import DecoderConfig
-from jaxdistill.models.requests import Completion, PromptScores, Request, Words, check
+from jaxdistill.models.requests import Completion, FieldNames, PromptScores, Request, check
 from jaxdistill.sharding import on_mesh
 
 SHORTEST = 16
@@ -35,7 +35,7 @@ ALTERNATIVES = 20  # most probable tokens that are found where any row wants som
 
 
 @dataclasses.dataclass
-class _Row:
+class _Slot:
     """A slot that is in use."""
 
     request: Request
@@ -102,7 +102,7 @@ class Generator:
         self.config, self.length, self.slots = config, length, 2 if alone else slots
         self._logprobs = logprobs
         self._queue: collections.deque[tuple[Request, int]] = collections.deque()
-        self._rows: dict[int, _Row] = {}  # slots in use
+        self._rows: dict[int, _Slot] = {}  # slots in use
         self._prefilled: dict[int, _Read] = {}  # by id(request)
         self._keys = np.zeros((self.slots, 2), np.uint32)
         self._given = _kinds(params)
@@ -203,7 +203,7 @@ class Generator:
                 self._queue.popleft()
                 slot = free.pop(0)
                 source[slot], count[slot] = read.row, len(request.tokens)
-                self._rows[slot] = _Row(request, sample, read.scores)
+                self._rows[slot] = _Slot(request, sample, read.scores)
                 taken.append(slot)
                 if sample == request.first + request.samples - 1:
                     del self._prefilled[id(request)]
@@ -316,7 +316,7 @@ class Generator:
                 del self._rows[slot]
         return finished
 
-    def _finish(self, row: _Row, before: int) -> Completion | None:
+    def _finish(self, row: _Slot, before: int) -> Completion | None:
         request, tokens = row.request, row.tokens
         told = row.logprobs, row.drawn_logprobs
         size = request.stop(tokens, before) if request.stop else None
@@ -368,7 +368,7 @@ def complete(
         return []
     length = max(len(request.tokens) + request.max_new_tokens for request in requests)
     for number, request in enumerate(requests):
-        check(config, request, length, Words(f"prompt {number}"))
+        check(config, request, length, FieldNames(f"prompt {number}"))
     rows = min(slots, 1 << (sum(request.samples for request in requests) - 1).bit_length())
     generator = Generator(
         config, params, slots=rows, length=length, cache_dtype=cache_dtype, logprobs=logprobs

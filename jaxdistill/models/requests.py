@@ -113,7 +113,7 @@ class Completion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class FieldNames:
     """What messages call things, where who asked knows the fields of a request by other names.
 
     Attributes:
@@ -131,10 +131,10 @@ class Words:
         return self.names.get(field, field)
 
 
-PLAIN = Words()
+PLAIN = FieldNames()
 
 
-def check(config: DecoderConfig, request: Request, length: int, words: Words = PLAIN) -> None:
+def check(config: DecoderConfig, request: Request, length: int, words: FieldNames = PLAIN) -> None:
     """Refuses a request that cannot be served.
 
     Args:
@@ -165,7 +165,7 @@ def check(config: DecoderConfig, request: Request, length: int, words: Words = P
     _check_border(config, ids.size, request.max_new_tokens, words)
 
 
-def _check_tokens(config: DecoderConfig, request: Request, words: Words) -> None:
+def _check_tokens(config: DecoderConfig, request: Request, words: FieldNames) -> None:
     """Refuses settings that name tokens which the model does not have, or more than it has."""
     named = {"stop_tokens": request.stop_tokens, "bias": tuple(token for token, _ in request.bias)}
     for name, ids in named.items():
@@ -185,7 +185,7 @@ def _check_tokens(config: DecoderConfig, request: Request, words: Words) -> None
             )
 
 
-def _check_border(config: DecoderConfig, size: int, new: int, words: Words) -> None:
+def _check_border(config: DecoderConfig, size: int, new: int, words: FieldNames) -> None:
     """A row stays on its side of the original context of longrope, the last token read included.
 
     The other side has other frequencies: every key of the row would have to be made anew, as
@@ -208,7 +208,7 @@ def _check_border(config: DecoderConfig, size: int, new: int, words: Words) -> N
         )
 
 
-def check_settings(request: Request, words: Words = PLAIN) -> None:
+def check_settings(request: Request, words: FieldNames = PLAIN) -> None:
     """Refuses settings out of range.
 
     Raises:

@@ -28,7 +28,7 @@ Prefilled = tuple[tuple[Array, Array], ...]  # per layer keys and values [P, G, 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class CacheArray:
     """Keys or values of one layer: [B, G, C, E], and a scale [B, G, C] where they are int8."""
 
     values: Array
@@ -46,7 +46,7 @@ class Ring:
       place: int32 [], where the next token of every row goes.
     """
 
-    layers: tuple[tuple[Stored, Stored], ...]
+    layers: tuple[tuple[CacheArray, CacheArray], ...]
     place: Array
 
     @property
@@ -65,11 +65,11 @@ def empty(config: DecoderConfig, rows: int, size: int, dtype: str) -> Ring:
         raise ModelError(f"cache dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     shape = (rows, config.kv_heads, size, config.head_dim)
 
-    def one() -> Stored:
+    def one() -> CacheArray:
         values = constrain(jnp.zeros(shape, dtype), _AXES)
         if dtype != "int8":
-            return Stored(values)
-        return Stored(values, constrain(jnp.zeros(shape[:3], jnp.float32), _AXES[:3]))
+            return CacheArray(values)
+        return CacheArray(values, constrain(jnp.zeros(shape[:3], jnp.float32), _AXES[:3]))
 
     return Ring(tuple((one(), one()) for _ in range(config.layers)), jnp.zeros((), jnp.int32))
 
@@ -89,7 +89,7 @@ def insert(ring: Ring, prefilled: Prefilled, source_B: Array, count_B: Array) ->
     from_B = jnp.maximum(source_B, 0)
     index_BGCE = jnp.minimum(number_BC, width - 1)[:, None, :, None]
 
-    def put(stored: Stored, prompts_PGWE: Array) -> Stored:
+    def put(stored: CacheArray, prompts_PGWE: Array) -> CacheArray:
         rows_BGCE = jnp.take_along_axis(prompts_PGWE[from_B], index_BGCE, axis=2)
         new = _pack(rows_BGCE, stored)
         fill = lambda value, old: constrain(
@@ -109,14 +109,14 @@ def _between(mask_BC: Array, like: Array) -> tuple[int, ...]:
     return (batch, 1, size, 1)[: like.ndim]
 
 
-def _pack(values: Array, like: Stored) -> Stored:
+def _pack(values: Array, like: CacheArray) -> CacheArray:
     """Values [..., E] as the cache keeps them: cast, or whole numbers with a scale per vector."""
     if like.scale is None:
-        return Stored(values.astype(like.values.dtype))
+        return CacheArray(values.astype(like.values.dtype))
     wide = values.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis=-1) / 127.0
     whole = jnp.round(wide / jnp.where(scale > 0, scale, 1.0)[..., None])
-    return Stored(whole.astype(jnp.int8), scale)
+    return CacheArray(whole.astype(jnp.int8), scale)
 
 
 def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
@@ -166,7 +166,7 @@ def attention(config: DecoderConfig, ring: Ring, length_B: Array) -> Attend:
     return attend
 
 
-def _write(stored: Stored, new_BG1E: Array, place: Array) -> Stored:
+def _write(stored: CacheArray, new_BG1E: Array, place: Array) -> CacheArray:
     """One token of every row at the common place."""
 
     def put(old: Array, new: Array) -> Array:

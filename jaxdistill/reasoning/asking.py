@@ -3,7 +3,7 @@
 one stage     prompt -> answer
 two stages    prompt -> rationale;  prompt + rationale + "Therefore, the answer is" -> answer
 
-`ask` is the loop; `Local` and `api.Api` are who can be asked.
+`ask` is the loop; `Local` and `served.ApiClient` are who can be asked.
 """
 
 import collections
@@ -50,7 +50,7 @@ class Job:
       settings: how answers are drawn.
       first: number of the first sample.
       count: how many.
-      tag: whatever the caller wants to find in `Answer.job` again.
+      tag: whatever the caller wants to find in `SampledAnswer.job` again.
       raw: whether the prompt is a rendered one: continued as text, its special tokens read.
     """
 
@@ -64,7 +64,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """One sample of a job, or why there is none.
 
     Attributes:
@@ -90,7 +90,7 @@ class Answer:
 class Respondent(Protocol):
     """Whoever can be asked."""
 
-    def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
+    def ask(self, jobs: collections.deque[Job]) -> Iterator[SampledAnswer]:
         """Takes jobs from the left until none is left and all are answered.
 
         The caller may add jobs while it reads answers.
@@ -110,8 +110,8 @@ class Reply(NamedTuple):
       second: the answer to the second question; None where it was not asked.
     """
 
-    answer: Answer
-    second: Answer | None = None
+    answer: SampledAnswer
+    second: SampledAnswer | None = None
 
     @property
     def problem(self) -> str | None:
@@ -136,7 +136,7 @@ def ask(
     waiting = collections.deque(jobs)
     brief = SamplingParams(ANSWER_TOKENS, stop=("\n",))
     for answer in respondent.ask(waiting):
-        if isinstance(answer.job.tag, Answer):
+        if isinstance(answer.job.tag, SampledAnswer):
             yield Reply(answer.job.tag, answer)
         elif second is None or answer.failed:
             yield Reply(answer)
@@ -225,7 +225,7 @@ class Local:
         self._slots = slots
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0}
 
-    def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
+    def ask(self, jobs: collections.deque[Job]) -> Iterator[SampledAnswer]:
         """Answers as they are finished."""
         while jobs or self._generator.busy:
             while jobs and self._generator.waiting < 2 * self._slots:
@@ -233,7 +233,7 @@ class Local:
             for done in self._generator.step():
                 yield self._answer(done)
 
-    def _submit(self, job: Job) -> Iterator[Answer]:
+    def _submit(self, job: Job) -> Iterator[SampledAnswer]:
         self._spent["requests"] += 1
         given: dict[str, Any] = dataclasses.asdict(job.settings)
         try:
@@ -252,7 +252,7 @@ class Local:
             )
         except (DataError, ModelError) as error:
             for sample in range(job.first, job.first + job.count):
-                yield Answer(job, sample, "", 0, None, str(error), failed=True)
+                yield SampledAnswer(job, sample, "", 0, None, str(error), failed=True)
 
     def _tokens(self, job: Job) -> list[int]:
         if job.raw:
@@ -261,9 +261,9 @@ class Local:
             return self._prompter.text(job.prompt)
         return self._prompter.turns([{"role": "user", "content": job.prompt}])
 
-    def _answer(self, done: Completion) -> Answer:
+    def _answer(self, done: Completion) -> SampledAnswer:
         self._spent["tokens_out"] += len(done.tokens)
-        return Answer(
+        return SampledAnswer(
             done.request.tag,
             done.sample,
             text.text_of(self._tokenizer, done),

@@ -276,7 +276,7 @@ class Augmenter:
                 print(f"{done} of {len(lacking)} texts", file=sys.stderr)
 
 
-def _sample(answer: asking.Answer) -> Sample:
+def _sample(answer: asking.SampledAnswer) -> Sample:
     return Sample(
         id=answer.job.id,
         sample=answer.sample,

@@ -8,16 +8,24 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.errors import ModelError
-from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
-from jaxdistill.reasoning.served import GARBLED_TRIES, LARGEST, Api, Garbled, field, reason_of, told
+from jaxdistill.reasoning.asking import Job, SampledAnswer, SamplingParams
+from jaxdistill.reasoning.served import (
+    GARBLED_TRIES,
+    LARGEST,
+    ApiClient,
+    Garbled,
+    field,
+    reason_of,
+    told,
+)
 
 _NOTHING = SamplingParams(max_new_tokens=1, temperature=0.0)
 _ABOVE = 1e-3  # a log-probability may be rounded above 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored(Answer):
-    """What a server said of one text, or why it said nothing; of an `Answer` the text is empty.
+class Scored(SampledAnswer):
+    """What a server said of one text, or why it said nothing; its `text` is empty.
 
     Attributes:
       ids: int32 [N - 1, K], the likeliest tokens behind each of the text's tokens but the last.
@@ -30,7 +38,7 @@ class Scored(Answer):
     own: np.ndarray | None = None
 
 
-class Scorer(Api):
+class Scorer(ApiClient):
     """Asks for the K likeliest tokens at every position of given texts, as vLLM reports them.
 
     The server's `prompt_logprobs` is one entry per token of the prompt, by token id: its first is
@@ -41,11 +49,11 @@ class Scorer(Api):
       k: how many tokens; a server has a limit of its own, vLLM's is --max-logprobs. 0 asks for the
         text's own alone.
       vocab: tokens of the vocabulary; rows behind them are padding and are left out.
-      options: as `Api` takes them.
+      options: as `ApiClient` takes them.
     """
 
     # More tokens than the server allows, or a text that is too long: it would fail again.
-    hopeless = (*Api.hopeless, "BadRequestError", "UnprocessableEntityError")
+    hopeless = (*ApiClient.hopeless, "BadRequestError", "UnprocessableEntityError")
 
     def __init__(self, *args: Any, k: int, vocab: int, **options: Any):
         super().__init__(*args, **options)
@@ -61,7 +69,7 @@ class Scorer(Api):
         for answer in self.ask(collections.deque(jobs)):
             yield answer if isinstance(answer, Scored) else _failed(answer.job, answer.reason)
 
-    def _request(self, job: Job) -> list[Answer]:
+    def _request(self, job: Job) -> list[SampledAnswer]:
         tokens = job.tag[1]
         for number in range(1, GARBLED_TRIES + 1):
             try:

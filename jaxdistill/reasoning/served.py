@@ -13,7 +13,7 @@ from typing import Any
 from jaxdistill.data.rules import printable, text_problem
 from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.reasoning import bounded_http
-from jaxdistill.reasoning.asking import Answer, Job, stream
+from jaxdistill.reasoning.asking import Job, SampledAnswer, stream
 from jaxdistill.safe.redact import learn, redact
 
 GARBLED_TRIES = 3
@@ -26,7 +26,7 @@ class Garbled(Exception):
     """The server answered, and it is no answer."""
 
 
-class Api:
+class ApiClient:
     """A teacher that is asked over HTTP.
 
     Transport errors, rate limits and server errors are tried again by the client, ever later and as
@@ -90,7 +90,7 @@ class Api:
         self._spent = {"requests": 0.0, "tokens_in": 0.0, "tokens_out": 0.0, "cost": 0.0}
         self._name = redact(f"{model} at {base_url}")
 
-    def ask(self, jobs: collections.deque[Job]) -> Iterator[Answer]:
+    def ask(self, jobs: collections.deque[Job]) -> Iterator[SampledAnswer]:
         """Answers as they arrive, from up to `concurrency` requests at a time.
 
         Raises:
@@ -140,9 +140,9 @@ class Api:
                 "mend it and run the command again to go on"
             ) from error
 
-    def _request(self, job: Job) -> list[Answer]:
+    def _request(self, job: Job) -> list[SampledAnswer]:
         """All samples of a job; a server may give fewer choices than it was asked for."""
-        answers: list[Answer] = []
+        answers: list[SampledAnswer] = []
         garbled = 0
         while len(answers) < job.count:
             first = job.first + len(answers)
@@ -158,7 +158,7 @@ class Api:
                 return answers + _failed(job, first, "the server stopped answering")
         return answers
 
-    def _once(self, job: Job, first: int, count: int) -> list[Answer]:
+    def _once(self, job: Job, first: int, count: int) -> list[SampledAnswer]:
         settings = job.settings
         options: dict[str, Any] = {
             "model": self._model,
@@ -185,7 +185,9 @@ class Api:
             reply = told(ask(prompt=job.prompt, **options, **logprobs))
         return self._read(reply, job, first, count, chat)
 
-    def _read(self, reply: Any, job: Job, first: int, count: int, chat: bool) -> list[Answer]:
+    def _read(
+        self, reply: Any, job: Job, first: int, count: int, chat: bool
+    ) -> list[SampledAnswer]:
         choices = field(reply, "choices")
         if not isinstance(choices, list) or not choices:
             raise Garbled("the answer holds no choices")
@@ -200,7 +202,7 @@ class Api:
                 raise Garbled(f"a choice's text {problem}")
             logprob, tokens = _score(choice, chat)
             reason = "length" if field(choice, "finish_reason") == "length" else "stop"
-            answers.append(Answer(job, first + number, text, tokens, logprob, reason))
+            answers.append(SampledAnswer(job, first + number, text, tokens, logprob, reason))
         self._spend(reply)
         return answers
 
@@ -253,7 +255,9 @@ def _count(usage: Any, name: str) -> float:
     return float(value)
 
 
-def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer], Exception | None]:
+def _outcome(
+    future: concurrent.futures.Future, job: Job
+) -> tuple[list[SampledAnswer], Exception | None]:
     """Answers of a request, and the error that made it fail altogether."""
     error = future.exception()
     if error is None:
@@ -265,9 +269,9 @@ def _outcome(future: concurrent.futures.Future, job: Job) -> tuple[list[Answer],
     return _failed(job, job.first, reason_of(error)), error
 
 
-def _failed(job: Job, first: int, reason: str) -> list[Answer]:
+def _failed(job: Job, first: int, reason: str) -> list[SampledAnswer]:
     numbers = range(first, job.first + job.count)
-    return [Answer(job, number, "", 0, None, reason, failed=True) for number in numbers]
+    return [SampledAnswer(job, number, "", 0, None, reason, failed=True) for number in numbers]
 
 
 def reason_of(error: Exception) -> str:

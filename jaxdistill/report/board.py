@@ -7,7 +7,7 @@ import struct
 import typing
 from collections.abc import Mapping
 
-from jaxdistill.report.json_lines import Appender
+from jaxdistill.report.json_lines import JsonLinesWriter
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 
@@ -36,7 +36,7 @@ class Board:
         # Viewers read all files of a folder in the order of their names.
         name = f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}"
         name += f".{len(list(folder.iterdir()))}.{os.getpid()}"
-        self._file = Appender(folder / name, hooks)
+        self._file = JsonLinesWriter(folder / name, hooks)
         self._append(file_version="brain.Event:2", wall_time=wall_time)
         self._start = messages.SessionLog(status=messages.SessionLog.START)
         if resume_step is not None:

@@ -15,7 +15,7 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
-class Appender:
+class JsonLinesWriter:
     """A file that grows by whole records, written at once without a buffer of its own."""
 
     def __init__(self, path: pathlib.Path, hooks: Hooks = NO_HOOKS):

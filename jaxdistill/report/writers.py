@@ -80,8 +80,8 @@ class MetricsWriter:
             events = self.run_dir / "events.jsonl"
             found = {metrics: json_lines.cut(metrics, resume_step, hooks)}
             found[events] = json_lines.cut(events, None, hooks)
-            self._metrics = json_lines.Appender(metrics, self._hooks)
-            self._events = json_lines.Appender(events, hooks)
+            self._metrics = json_lines.JsonLinesWriter(metrics, self._hooks)
+            self._events = json_lines.JsonLinesWriter(events, hooks)
         except OSError as error:
             raise StorageError(
                 f"{self.run_dir}: the metric files of the run cannot be opened: {error}; "
@@ -117,7 +117,7 @@ class MetricsWriter:
         with self._guard("metrics.jsonl"):
             self._metrics.close()
             damaged = json_lines.cut(metrics, step, self._hooks)
-            self._metrics = json_lines.Appender(metrics, self._hooks)
+            self._metrics = json_lines.JsonLinesWriter(metrics, self._hooks)
             self._tell_damaged(metrics, damaged)
         if self._board is not None:
             with self._guard("tensorboard"):
@@ -220,7 +220,7 @@ def append_event(
     """
     path = pathlib.Path(run_dir) / "events.jsonl"
     damaged = json_lines.cut(path, None, hooks)
-    file = json_lines.Appender(path, hooks)
+    file = json_lines.JsonLinesWriter(path, hooks)
     try:
         if damaged:
             print(_damaged(path, damaged), file=sys.stderr)

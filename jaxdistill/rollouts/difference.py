@@ -23,7 +23,7 @@ TOP = 8  # most likely tokens of each model that are compared
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class ForwardPass:
     """How a step computes the student: what `train.step.make_loss` is given; and the teacher.
 
     Attributes:
@@ -56,7 +56,7 @@ class Program:
 
 
 def difference(
-    program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs: Array
+    program: ForwardPass, params: Any, teacher_params: Any, batch: Batch, logprobs: Array
 ) -> dict[str, float]:
     """Of the targets that count: sampler and trainer, and the teacher's likely tokens.
 
@@ -79,7 +79,7 @@ def difference(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _summary(
-    program: Program, params: Any, teacher_params: Any, batch: Batch, logprobs_BL: Array
+    program: ForwardPass, params: Any, teacher_params: Any, batch: Batch, logprobs_BL: Array
 ) -> dict[str, Array]:
     outputs = program.outputs(params, batch)
     top = 0 if program.teacher is None else min(TOP, program.vocab)
@@ -101,7 +101,7 @@ def _summary(
     return found
 
 
-def _said(program: Program, outputs: Outputs, batch: Batch, top: int) -> tuple[Array, Any]:
+def _said(program: ForwardPass, outputs: Outputs, batch: Batch, top: int) -> tuple[Array, Any]:
     """(log q of the targets [B, L], the most likely tokens [B, L, top])."""
     head = {"vocab": program.vocab, "logits_dtype": jnp.float32}
     said = statistics(head, outputs, batch.targets, batch.mask, top_k=top)
@@ -110,7 +110,7 @@ def _said(program: Program, outputs: Outputs, batch: Batch, top: int) -> tuple[A
 
 
 def of_batches(
-    program: Program, teacher_params: Any, tokenizer: Any, place: Callable[[Any], Any]
+    program: ForwardPass, teacher_params: Any, tokenizer: Any, place: Callable[[Any], Any]
 ) -> Any:
     """(parameters, rows of this process, the sampler's log q) -> the numbers of `difference`.
 

@@ -12,7 +12,7 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.replay import LOSS, Replay
+from jaxdistill.rollouts.replay import LOSS, ReplayBuffer
 from jaxdistill.rollouts.rows import buckets, rows_of
 from jaxdistill.rollouts.scores import RoutedScores, Scores
 from jaxdistill.rollouts.views import Aligner
@@ -112,7 +112,7 @@ class RolloutFeed(Feed):
         unit: int,
         rows: Callable[[int], Sequence[int]],
         left_out: Callable[[], Sequence[tuple[int, int]]],
-        replay: Replay | None = None,
+        replay: ReplayBuffer | None = None,
         recalled: int,
         difference: Difference | None = None,
         recorded: Callable[[int], bool] = lambda step: True,

@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 
 from jaxdistill.methods.head_loss import said
-from jaxdistill.rollouts.difference import Program
+from jaxdistill.rollouts.difference import ForwardPass
 from jaxdistill.sharding import on_mesh
 from jaxdistill.types import Batch
 
 
 def of_batches(
-    program: Program, head: Any, place: Callable[[Any], Any]
+    program: ForwardPass, head: Any, place: Callable[[Any], Any]
 ) -> Callable[[Any, Batch], np.ndarray]:
     """(parameters, rows of this process) -> float32 [all rows, L], log q of the targets.
 
@@ -34,7 +34,7 @@ def of_batches(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logprobs(program: Program, head: tuple, params: Any, batch: Batch) -> Array:
+def _logprobs(program: ForwardPass, head: tuple, params: Any, batch: Batch) -> Array:
     outputs = program.outputs(params, batch)
     found, _ = said(dict(head), outputs, batch)
     return jax.lax.with_sharding_constraint(found, jax.P())  # every process reads all of it

@@ -49,7 +49,7 @@ class ReplaySettings:
         return phi * by[self.schedule]
 
 
-class Replay:
+class ReplayBuffer:
     """The buffer of answers and the threshold phi, as they were at any update that may come again.
 
     Args:

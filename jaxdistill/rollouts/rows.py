@@ -10,7 +10,7 @@ from jaxdistill.data import packing
 from jaxdistill.data.dataset import empty_route, empty_row, empty_second, put_second
 from jaxdistill.data.encode import Beside
 from jaxdistill.data.records import TEACHER
-from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.routes import MicroBatchLayout, TeacherRoutes
 from jaxdistill.rollouts.answers import Answer
 
 
@@ -43,8 +43,8 @@ def rows_of(
     sampled: Mapping[str, Sequence[Any]] | None = None,
     taught: Sequence[np.ndarray | None] | None = None,
     servers: Sequence[str] = (),
-    routing: Routing | None = None,
-    layout: Layout | None = None,
+    routing: TeacherRoutes | None = None,
+    layout: MicroBatchLayout | None = None,
     second: tuple[int, int] | None = None,
     beside: Sequence[Beside] | None = None,
     skip: int = 0,
@@ -136,7 +136,7 @@ def _packed(
     answers: Sequence[Answer],
     seq_len: int,
     packing_by: str,
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
     second: tuple[int, int] | None,
     beside: Sequence[Beside] | None,
 ) -> tuple[list[list[list[int]]], list[int]]:

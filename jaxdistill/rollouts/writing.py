@@ -15,7 +15,7 @@ from jaxdistill.data.prompts import Prompt
 from jaxdistill.models import DecoderConfig, Model, decoding, per_layer, slot_settings
 from jaxdistill.models.generator import STEPS, Generator, cache_length
 from jaxdistill.models.quantized import Quantization
-from jaxdistill.models.requests import Request, Words, check
+from jaxdistill.models.requests import FieldNames, Request, check
 from jaxdistill.models.vocabulary import BIAS, only_tokens
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.sharding import on_mesh
@@ -23,7 +23,7 @@ from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class RolloutSampling:
     """How answers are drawn; the fields mean what they mean in `requests.Request`."""
 
     samples: int
@@ -61,7 +61,7 @@ class Writer:
         *,
         vocab: int,
         tokenizer: Any = None,
-        sampling: Sampling,
+        sampling: RolloutSampling,
         slots: int,
         longest: int,
         compute_dtype: Any,
@@ -86,7 +86,9 @@ class Writer:
           ModelError: naming the first of them by its number.
         """
         for number, prompt in enumerate(prompts):
-            check(self._config, self._request(0, prompt), self._length, Words(f"prompt {number}"))
+            check(
+                self._config, self._request(0, prompt), self._length, FieldNames(f"prompt {number}")
+            )
 
     def _request(self, place: int, prompt: Prompt) -> Request:
         return Request(
@@ -155,7 +157,7 @@ def one_call(
     config: DecoderConfig,
     *,
     vocab: int,
-    sampling: Sampling,
+    sampling: RolloutSampling,
     slots: int,
     length: int,
     compute_dtype: Any,

@@ -19,9 +19,9 @@ from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.models.generator import cache_length
 from jaxdistill.rollouts import difference
 from jaxdistill.rollouts.feed import RolloutFeed, RolloutPlan
-from jaxdistill.rollouts.replay import Replay, ReplaySettings
+from jaxdistill.rollouts.replay import ReplayBuffer, ReplaySettings
 from jaxdistill.rollouts.views import Aligner
-from jaxdistill.rollouts.writing import Sampling, Writer, one_call
+from jaxdistill.rollouts.writing import RolloutSampling, Writer, one_call
 from jaxdistill.run import oneself, participants, served_teacher, states
 from jaxdistill.run.teaching import Online, Teaching, served
 from jaxdistill.sharding import local_rows, row_parts
@@ -98,10 +98,10 @@ def writer_of(
     )
 
 
-def _sampling_of(config: Config, samples: int | None = None) -> Sampling:
+def _sampling_of(config: Config, samples: int | None = None) -> RolloutSampling:
     rollout = config.rollout
     assert rollout is not None, "only asked for where there are rollouts"
-    return Sampling(
+    return RolloutSampling(
         samples=rollout.samples if samples is None else samples,
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -243,7 +243,7 @@ def feed_of(
         replay=_replay_of(config),
         recalled=config.guards.nonfinite.recalled,
         difference=difference.of_batches(
-            difference.Program(
+            difference.ForwardPass(
                 models.student.config,
                 models.vocab,
                 jnp.dtype(student.compute_dtype),
@@ -264,7 +264,7 @@ def feed_of(
     )
 
 
-def _replay_of(config: Config) -> Replay | None:
+def _replay_of(config: Config) -> ReplayBuffer | None:
     """The buffer and the share that adapts; None where the share stays as it is."""
     rollout, recalled = config.rollout, config.guards.nonfinite.recalled
     assert rollout is not None, "only asked for where there are rollouts"
@@ -272,4 +272,4 @@ def _replay_of(config: Config) -> Replay | None:
         return None
     adapts = rollout.replay.model_dump()
     settings = ReplaySettings(start=rollout.share, updates=config.train.steps, **adapts)
-    return Replay(settings, config.seed, recalled * rollout.answers)
+    return ReplayBuffer(settings, config.seed, recalled * rollout.answers)

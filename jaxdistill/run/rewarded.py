@@ -159,7 +159,7 @@ def feed_of(
     """
     reward, rollout, student = config.reward, config.rollout, config.student
     assert reward is not None and rollout is not None, "checked before"
-    program = difference.Program(
+    program = difference.ForwardPass(
         models.student.config,
         models.vocab,
         jnp.dtype(student.compute_dtype),

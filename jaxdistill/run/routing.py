@@ -10,7 +10,7 @@ from jaxdistill.config import routing as config_routing
 from jaxdistill.config.models import Teacher
 from jaxdistill.config.rollout import Rollout
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.models import Model
 from jaxdistill.run import pairing, shapes, stored
@@ -101,7 +101,7 @@ def _reads_less(pairs: pairing.Pairing) -> bool:
 
 
 def check(
-    routing: Routing | None,
+    routing: TeacherRoutes | None,
     rollout: Rollout | None,
     data: Mapping[str, Any],
     prompts: Prompts | None,

@@ -258,7 +258,7 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
 
     `batch` is a `types.Batch` of arrays [train.batch_size, data.seq_len], placed by
     `sharding.batch_sharding(mesh)`; `state` is donated. Of several teachers the parameters come by
-    name, and the batch lies as `data.routes.Layout` has it.
+    name, and the batch lies as `data.routes.MicroBatchLayout` has it.
 
     Raises:
       UserError: whatever is wrong with the configuration, the models or the mesh.

@@ -40,7 +40,7 @@ def generate(config: Generation, *, samples: int | None = None) -> dict[str, Any
     task = tasks.load(config.task, limit=config.limit)
     with AnswerStore(config.output, _asked(config)) as store:
         collect.check_questions(task, store)
-        teacher = _Teacher(config.teacher, task.second_stage)
+        teacher = _LazyTeacher(config.teacher, task.second_stage)
         collector = collect.Collector(task, store, teacher.open)
         try:
             failed = _collect(config, collector, teacher, count) if collector.missing(count) else {}
@@ -67,7 +67,7 @@ def _augmented(config: Generation, section: generation.Augment) -> dict[str, Any
         language=section.language,
         near=section.near,
     )
-    teacher = _Teacher(config.teacher, lambda prompt, answer: "")
+    teacher = _LazyTeacher(config.teacher, lambda prompt, answer: "")
     user_turn = section.user_turn or ""
     if section.magpie and section.user_turn is None:
         user_turn = rendering.user_turn(teacher.model().tokenizer)
@@ -130,7 +130,7 @@ def _named_teacher(config: Generation) -> dict[str, Any]:
     return {"source": teacher["source"], "chat": teacher["chat"]}
 
 
-class _Teacher:
+class _LazyTeacher:
     """The teacher of a configuration, loaded when it is first asked."""
 
     def __init__(self, section: generation.AskedTeacher, second: asking.SecondStage):
@@ -162,10 +162,10 @@ class _Teacher:
         return load_any(section.source, dtype=section.dtype, mesh=make_mesh()).consume_per_layer()
 
     @functools.cached_property
-    def _server(self) -> served.Api:
+    def _server(self) -> served.ApiClient:
         server = self._section.api
         assert server is not None
-        return served.Api(
+        return served.ApiClient(
             server.base_url,
             server.model,
             key=served.key_from(server.key_env),
@@ -180,7 +180,7 @@ class _Teacher:
 
 
 def _collect(
-    config: Generation, collector: collect.Collector, teacher: _Teacher, count: int
+    config: Generation, collector: collect.Collector, teacher: _LazyTeacher, count: int
 ) -> dict[str, int]:
     """Asks in the style of the configuration; failures by reason."""
     return collector.collect(
@@ -197,7 +197,7 @@ def _chats(teacher: generation.AskedTeacher) -> bool:
 
 
 def _template(
-    prompt: generation.Prompt, collector: collect.Collector, teacher: _Teacher, chat: bool
+    prompt: generation.Prompt, collector: collect.Collector, teacher: _LazyTeacher, chat: bool
 ) -> Callable[[str], str]:
     """question -> prompt; for auto_cot the teacher makes the worked examples first.
 

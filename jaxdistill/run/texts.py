@@ -11,7 +11,7 @@ from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.records import PAIRS
 from jaxdistill.data.rendering import read_template
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
@@ -24,7 +24,7 @@ def data_of(
     tokenizer: Any,
     second: SecondView | None = None,
     *,
-    routing: Routing | None = None,
+    routing: TeacherRoutes | None = None,
     context: PrivilegedView | None = None,
     network: bool = False,
 ) -> dict[str, Dataset]:
@@ -116,7 +116,7 @@ def prompts_of(
     tokenizer: Any,
     second: SecondView | None = None,
     *,
-    routing: Routing | None = None,
+    routing: TeacherRoutes | None = None,
     context: PrivilegedView | None = None,
     network: bool = False,
     questions: Sequence[PromptSource] = (),

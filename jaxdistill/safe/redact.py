@@ -143,7 +143,7 @@ def _hide_basic(match: re.Match[str]) -> str:
     return f"{match[1]}{_SHOWN}" if ":" in told and told.isprintable() else match[0]
 
 
-class _Rule(NamedTuple):
+class _SecretPattern(NamedTuple):
     """One of the list: a pattern that is looked for where one of the words is."""
 
     keywords: tuple[str, ...]
@@ -167,12 +167,14 @@ def _compiled(regex: str) -> re.Pattern[str]:
 
 
 @functools.cache
-def _rules() -> tuple[_Rule, ...]:
+def _rules() -> tuple[_SecretPattern, ...]:
     text = pathlib.Path(__file__).with_name("secret_rules.toml").read_text(encoding="utf-8")
     rules = tomllib.loads(text).values()
     # A key in a sentence has a comma or a bracket behind it, for which gitleaks does not look.
     return tuple(
-        _Rule(tuple(rule["keywords"]), rule["regex"].replace(_CODE_GOES_ON, r"(?![\w/+=-])"))
+        _SecretPattern(
+            tuple(rule["keywords"]), rule["regex"].replace(_CODE_GOES_ON, r"(?![\w/+=-])")
+        )
         for rule in rules
     )
 

@@ -55,7 +55,7 @@ def make_app(service: Service, *, key: str | None, everywhere: bool = False) -> 
     app.router.redirect_slashes = False
     # A page does not know the key, by whatever name it comes.
     known = (lambda _: True) if key else origin.is_own if everywhere else origin.is_loopback
-    return Patient(_Guard(app, known))
+    return Patient(_RequestCheck(app, known))
 
 
 _FIELD = re.compile(r"[a-z][a-z0-9_]*\b")  # how a message begins that names a field
@@ -90,7 +90,7 @@ class Patient:
         await self._app(scope, receive_on, send_after)
 
 
-class _Guard:
+class _RequestCheck:
     """Looks at what every request must have, before any route does."""
 
     def __init__(self, app: ASGIApp, host_is_known: Callable[[str], bool]):

@@ -10,7 +10,7 @@ from jaxdistill.commands.kinds import SpecialTokens
 from jaxdistill.data.prompting import Prompter
 from jaxdistill.errors import ModelError
 from jaxdistill.models import Model, text
-from jaxdistill.models.requests import Completion, Request, Words, check
+from jaxdistill.models.requests import Completion, FieldNames, Request, check
 from jaxdistill.serve import protocol
 from jaxdistill.serve.engine import Engine
 from jaxdistill.serve.logprobs import Told
@@ -88,7 +88,7 @@ class Service:
         ]
         for number, request in enumerate(requests):
             prompt = "messages" if chat else f"prompt.{number}" if len(prompts) > 1 else "prompt"
-            words = Words(prompt, "", {**protocol.NAMES, **body.NAMES})
+            words = FieldNames(prompt, "", {**protocol.NAMES, **body.NAMES})
             check(self.model.config, request, self._length, words)
         self._told.check(body, requests)
         return Asked(body, requests)

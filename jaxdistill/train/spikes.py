@@ -13,7 +13,7 @@ _JUMP = (
 )
 
 
-class Spike(NamedTuple):
+class LossSpike(NamedTuple):
     """A loss far above what was expected.
 
     Attributes:
@@ -51,7 +51,7 @@ class Spikes:
         self._knobs: dict[str, float] = {}
         self._above = False
 
-    def see(self, loss: float, knobs: Mapping[str, float]) -> Spike | None:
+    def see(self, loss: float, knobs: Mapping[str, float]) -> LossSpike | None:
         """Takes a step's finite loss and its knobs; returns a spike at its first step."""
         if any(_jumped(self._knobs.get(name, value), value) for name, value in knobs.items()):
             self._losses.clear()
@@ -66,7 +66,7 @@ class Spikes:
         begins, self._above = spike is not None and not self._above, spike is not None
         return spike if begins else None
 
-    def _judge(self, loss: float, expected: float) -> Spike | None:
+    def _judge(self, loss: float, expected: float) -> LossSpike | None:
         if len(self._surprises) < _LEAST:
             return None
         usual = statistics.median(self._surprises)
@@ -74,7 +74,7 @@ class Spikes:
         spread = max(1.4826 * mad, _FLOOR * abs(expected))
         if loss - expected - usual <= self._factor * spread:
             return None
-        return Spike(loss, expected, spread)
+        return LossSpike(loss, expected, spread)
 
     def state(self) -> dict[str, Any]:
         """What it remembers, as JSON can hold it."""

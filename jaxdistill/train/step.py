@@ -126,7 +126,7 @@ def make(
     Args:
       loss: from `make_loss`.
       teacher: from `teachers`; or several, whose parameters come by name: every micro-batch is then
-        of one of them, see `data.routes.Layout`.
+        of one of them, see `data.routes.MicroBatchLayout`.
       tx: the optimizer's chain; its extra argument `value` receives what the objective calls its
         control, else the loss, `metrics` all means, and `gradients` the gradients themselves.
       micro_batches: parts a batch is computed in, one after the other; must divide its rows.

@@ -59,7 +59,7 @@ def at_random(config):
     count = () if config.experts is None else (config.experts.count,)
     channels = draw(1, 2, config.embed)
     channels[0] = 9
-    return importance.Importance(
+    return importance.ImportanceScores(
         neurons=draw(1, 2, (config.layers, *count, config.mlp)),
         heads=draw(1, 2, (config.layers, config.heads)),
         channels=channels,

@@ -248,7 +248,7 @@ def test_losses_without_layers_equal_the_oracles(load, batches):
 def scored(**fields):
     shape = {"layers": 4, "embed": 6, "mlp": 8, "heads": 4, "kv_heads": 2, "head_dim": 4}
     states = np.eye(5)
-    return importance.Importance(
+    return importance.ImportanceScores(
         neurons=np.ones((4, 8)),
         heads=np.ones((4, 4)),
         channels=np.ones(6),

@@ -164,7 +164,7 @@ def shaped(layers=2, embed=8, mlp=8, heads=6, kv_heads=3, head_dim=4):
 
 
 def scores_of(config, heads):
-    return importance.Importance(
+    return importance.ImportanceScores(
         neurons=np.ones((config.layers, config.mlp)),
         heads=np.asarray(heads, float),
         channels=np.ones(config.embed),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxdistill.data import batching, pipeline, prompts
-from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.routes import MicroBatchLayout, TeacherRoutes
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
 
-BOTH = Routing(("math", "code"))
+BOTH = TeacherRoutes(("math", "code"))
 LINES = [
     {"text": letter * length, "teacher": "math" if number % 3 else "code"}
     for number, (letter, length) in enumerate(zip("abcdefghijk", [3, 9, 2, 5, 7, 1, 4, 21, 6, 2, 8],
@@ -81,8 +81,8 @@ def test_the_record_decides_then_its_file_then_the_default(jsonl, byte_tokenizer
     }
     assert of(BOTH, teacher="math") == {"math": 3, "code": 3}
     assert of(BOTH, teacher="code") == {"math": 0, "code": 6}
-    assert of(Routing(("math", "code"), "math")) == {"math": 3, "code": 3}
-    assert of(Routing(("code", "math"), "math")) == {"math": 3, "code": 3}
+    assert of(TeacherRoutes(("math", "code"), "math")) == {"math": 3, "code": 3}
+    assert of(TeacherRoutes(("code", "math"), "math")) == {"math": 3, "code": 3}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_the_names_and_the_default_are_part_of_the_data(build):
         for routing in (
             None,
             BOTH,
-            Routing(("code", "math")),
+            TeacherRoutes(("code", "math")),
             dataclasses.replace(BOTH, default="math"),
         )
     ]
@@ -134,7 +134,7 @@ def test_the_names_and_the_default_are_part_of_the_data(build):
 
 
 def test_batches_hold_the_same_rows_of_the_stream_each_part_of_one_teacher(build):
-    data, layout = build(LINES), Layout(2, 2)
+    data, layout = build(LINES), MicroBatchLayout(2, 2)
     plain = list(zip(range(5), batching.batches(data, batch_size=4, seed=3), strict=False))
     routed = list(zip(range(5), batching.batches(data, batch_size=4, seed=3, layout=layout),
                       strict=False))  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdistill.data import cutting, pipeline, shard_build, shards, tokenising
-from jaxdistill.data.routes import Routing
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import Source, open_source
 from jaxdistill.errors import DataError
@@ -101,7 +101,7 @@ def test_an_error_removes_what_is_begun_and_keeps_what_is_done(
     assert [one.name[:7] for one in (tmp_path / "c").iterdir()] == ["tokens-"]
 
 
-ROUTING = Routing(("one", "two"), "two")
+ROUTING = TeacherRoutes(("one", "two"), "two")
 
 
 @pytest.mark.parametrize(

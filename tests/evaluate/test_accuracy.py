@@ -10,7 +10,7 @@ from jaxdistill.commands import Tasks
 from jaxdistill.errors import DataError, StorageError
 from jaxdistill.evaluate import accuracy
 from jaxdistill.reasoning import asking
-from jaxdistill.reasoning.asking import Answer
+from jaxdistill.reasoning.asking import SampledAnswer
 from tests.reasoning import teachers
 
 talker = teachers.talker
@@ -37,7 +37,7 @@ class Scripted:
                 drawn = job.settings.temperature > 0
                 words = self.words(job, sample if drawn else "greedy")
                 failed = words is None
-                yield Answer(job, sample, words or "", 3, -1.0, "stop", failed=failed)
+                yield SampledAnswer(job, sample, words or "", 3, -1.0, "stop", failed=failed)
 
 
 def _questions(tmp_path, count=4):

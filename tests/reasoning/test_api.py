@@ -25,9 +25,11 @@ def _jobs(count, samples=1):
 
 
 def _api(server, **options):
-    from jaxdistill.reasoning.served import Api
+    from jaxdistill.reasoning.served import ApiClient
 
-    return Api(server.url, "m", **({"retries": 2, "timeout": 5.0, "concurrency": 1} | options))
+    return ApiClient(
+        server.url, "m", **({"retries": 2, "timeout": 5.0, "concurrency": 1} | options)
+    )
 
 
 def test_answers_have_text_score_and_are_counted(scripted):
@@ -131,9 +133,9 @@ def test_a_score_that_is_no_number_is_not_known(scripted, fault):
 def test_who_stops_asking_waits_for_no_server_that_hangs(scripted):
     code = (
         "import collections\n"
-        "from jaxdistill.reasoning.served import Api\n"
+        "from jaxdistill.reasoning.served import ApiClient\n"
         "from jaxdistill.reasoning.asking import Job, SamplingParams\n"
-        f"api = Api({scripted.url!r}, 'm', timeout=60, retries=5, concurrency=2)\n"
+        f"api = ApiClient({scripted.url!r}, 'm', timeout=60, retries=5, concurrency=2)\n"
         "jobs = collections.deque(Job(n, n, SamplingParams(8)) for n in 'ab')\n"
         "for answer in api.ask(jobs):\n"
         "    raise KeyboardInterrupt\n"

@@ -3,7 +3,7 @@
 import collections
 
 from jaxdistill.reasoning import asking
-from jaxdistill.reasoning.asking import Answer, Job, SamplingParams
+from jaxdistill.reasoning.asking import Job, SampledAnswer, SamplingParams
 
 DRAWN = SamplingParams(8, temperature=1.0)
 
@@ -22,7 +22,7 @@ class Scripted:
                 self.asked.append((job.prompt, sample, job.settings.max_new_tokens))
                 failed = "bad" in job.prompt
                 reason = "too long" if failed else "stop"
-                yield Answer(job, sample, job.prompt.upper(), 1, -1.0, reason, failed=failed)
+                yield SampledAnswer(job, sample, job.prompt.upper(), 1, -1.0, reason, failed=failed)
 
     def spent(self):
         return {}

@@ -9,7 +9,7 @@ from jaxdistill.data.records import Record
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import asking, duplicates
-from jaxdistill.reasoning.asking import Answer
+from jaxdistill.reasoning.asking import SampledAnswer
 from jaxdistill.reasoning.duplicates import Sieve
 from jaxdistill.run import teacher_generate
 
@@ -31,7 +31,9 @@ class Teacher:
             self.left = None if self.left is None else self.left - 1
             self.jobs.append(job)
             text = self.say(job)
-            yield Answer(job, job.first, text or "", 5, -1.0, "stop" if text else "no", not text)
+            yield SampledAnswer(
+                job, job.first, text or "", 5, -1.0, "stop" if text else "no", not text
+            )
 
     def spent(self):
         return {"requests": float(len(self.jobs)), "cost": 0.5 * len(self.jobs)}
@@ -39,7 +41,7 @@ class Teacher:
 
 @pytest.fixture
 def teacher(monkeypatch):
-    monkeypatch.setattr(teacher_generate._Teacher, "model", lambda self: None)
+    monkeypatch.setattr(teacher_generate._LazyTeacher, "model", lambda self: None)
 
     def use(**options):
         made = Teacher(**options)

@@ -45,7 +45,7 @@ def folder(tmp_path):
     found = {"held_out": "some text", "rows": rows, "samples": samples}
     (tmp_path / "table" / "comparison.json").write_text(json.dumps(found))
     shape = {"layers": 4, "embed": 6, "mlp": 8, "heads": 4, "kv_heads": 2, "head_dim": 4}
-    scores = importance.Importance(
+    scores = importance.ImportanceScores(
         neurons=np.ones((4, 8)),
         heads=np.ones((4, 4)),
         channels=np.ones(6),

@@ -12,7 +12,7 @@ from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompt, Prompts
 from jaxdistill.rollouts.answers import Answer
 from jaxdistill.rollouts.feed import FILE, RolloutFeed, RolloutPlan
-from jaxdistill.rollouts.replay import Replay, ReplaySettings
+from jaxdistill.rollouts.replay import ReplayBuffer, ReplaySettings
 from jaxdistill.rollouts.writing import Writer
 from jaxdistill.types import Span
 
@@ -199,7 +199,7 @@ def test_nothing_is_kept_of_answers_that_were_stopped():
 
 
 def replayed():
-    return make(0.7, replay=Replay(ReplaySettings(8, "constant", 0.7, 30, 0.1, 0.1), 5, 40))
+    return make(0.7, replay=ReplayBuffer(ReplaySettings(8, "constant", 0.7, 30, 0.1, 0.1), 5, 40))
 
 
 def test_old_answers_are_met_again_and_a_run_resumes_in_the_midst():

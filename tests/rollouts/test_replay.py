@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.rollouts.answers import Answer
-from jaxdistill.rollouts.replay import META, Replay, ReplaySettings
+from jaxdistill.rollouts.replay import META, ReplayBuffer, ReplaySettings
 
 PROMPT = Prompt(np.asarray([1], np.int32), {})
 
@@ -18,7 +18,7 @@ def answer(number):
 
 
 def make(capacity=4, schedule="decreasing", start=0.0, updates=20, recalled=100):
-    return Replay(ReplaySettings(capacity, schedule, start, updates, 0.1, 0.1), 7, recalled)
+    return ReplayBuffer(ReplaySettings(capacity, schedule, start, updates, 0.1, 0.1), 7, recalled)
 
 
 def numbers(answers):

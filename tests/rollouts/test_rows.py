@@ -12,7 +12,7 @@ import pytest
 from jaxdistill import losses
 from jaxdistill.data import batching
 from jaxdistill.data.prompts import Prompt
-from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.routes import MicroBatchLayout, TeacherRoutes
 from jaxdistill.methods import kd, sampled_kl
 from jaxdistill.rollouts import answers as records
 from jaxdistill.rollouts.answers import Answer
@@ -222,7 +222,7 @@ def test_the_exact_gradient_of_two_steps_is_the_one_that_was_computed_elsewhere(
 
 def test_answers_of_several_teachers_share_no_row_and_no_micro_batch():
     """By hand: four answers of math in two rows, two of code in one, three parts of two rows."""
-    routing, layout = Routing(("math", "code")), Layout(2, 2)
+    routing, layout = TeacherRoutes(("math", "code")), MicroBatchLayout(2, 2)
     given = []
     for number, name in enumerate(("math", "code", "math", "math", "code", "math")):
         one = answer([1, 2], [3 + number] * 4)

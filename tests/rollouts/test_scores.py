@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.data.prompts import Prompt
-from jaxdistill.data.routes import Layout, Routing
+from jaxdistill.data.routes import MicroBatchLayout, TeacherRoutes
 from jaxdistill.errors import ModelError, StorageError
 from jaxdistill.reasoning.asking import Job, SamplingParams
 from jaxdistill.reasoning.scored import Scored
@@ -162,8 +162,8 @@ def test_rows_of_several_have_a_tree_for_each_server():
     taught = [np.float32([-0.1, -0.2]), np.float32([-0.3]), None, np.float32([-0.4])]
     rows, _ = rows_of(
         OF_THREE, seq_len=8, pad=0, packing_by="best_fit", sizes=[1, 2, 4], distilled=None,
-        taught=taught, servers=["math", "code"], routing=Routing(("law", "math", "code")),
-        layout=Layout(3, 1),
+        taught=taught, servers=["math", "code"], routing=TeacherRoutes(("law", "math", "code")),
+        layout=MicroBatchLayout(3, 1),
     )  # fmt: skip
     found = {}
     for row in rows:

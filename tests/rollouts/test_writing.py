@@ -13,9 +13,9 @@ from jaxdistill.data import batching
 from jaxdistill.data.prompts import Prompt
 from jaxdistill.errors import ModelError
 from jaxdistill.models import DecoderConfig, decoder, quantized
-from jaxdistill.rollouts.difference import Program, difference
+from jaxdistill.rollouts.difference import ForwardPass, difference
 from jaxdistill.rollouts.rows import rows_of
-from jaxdistill.rollouts.writing import Sampling, Writer
+from jaxdistill.rollouts.writing import RolloutSampling, Writer
 
 PROMPTS = {
     place: Prompt(np.asarray(tokens, np.int32), {})
@@ -40,7 +40,7 @@ def writer(model, vocab=40, slots=4, **options):
     return Writer(
         model.config,
         vocab=vocab,
-        sampling=Sampling(**sampling | options),
+        sampling=RolloutSampling(**sampling | options),
         slots=slots,
         longest=5,
         compute_dtype=jnp.float32,
@@ -137,7 +137,7 @@ def test_the_sampler_is_compared_with_the_program_that_trains(model, scheme):
         answers, seq_len=17, pad=0, packing_by="none", sizes=(6,), distilled=None
     )
     compare = lambda params, scheme: difference(
-        Program(model.config, 40, np.dtype("float32"), quantization=scheme),
+        ForwardPass(model.config, 40, np.dtype("float32"), quantization=scheme),
         params,
         None,
         jax.tree.map(jnp.asarray, batching.stack(rows)),
@@ -162,7 +162,7 @@ def test_the_likely_tokens_of_student_and_teacher_are_compared(model):
     batch = jax.tree.map(jnp.asarray, batching.stack(rows))
     other = models.random(model.config, seed=2)
     teacher = teachers.online(model.config, compute_dtype=jnp.float32)
-    program = Program(model.config, 40, np.dtype("float32"), teacher=teacher)
+    program = ForwardPass(model.config, 40, np.dtype("float32"), teacher=teacher)
     told = difference(program, model.params, other.params, batch, jnp.asarray(logprobs))
     tops = [
         np.argsort(

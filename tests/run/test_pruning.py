@@ -110,7 +110,7 @@ def teacher(tmp_path_factory):
     models.save(models.random(shape, tokenizer=byte_tokenizer()), folder / "model")
     rng = np.random.default_rng(0)
     draw = lambda *size: rng.uniform(0.5, 1.5, size)
-    made = importance.Importance(
+    made = importance.ImportanceScores(
         neurons=draw(3, 128),
         heads=draw(3, 4),
         channels=draw(32),

@@ -8,7 +8,7 @@ import pytest
 from jaxdistill.config import generation
 from jaxdistill.errors import ConfigError, DataError, ModelError
 from jaxdistill.reasoning import asking
-from jaxdistill.reasoning.asking import Answer
+from jaxdistill.reasoning.asking import SampledAnswer
 from jaxdistill.run import teacher_generate
 from tests.reasoning import teachers
 
@@ -34,13 +34,13 @@ class Oracle:
                 yield self.answer(job, sample)
 
     def answer(self, job, sample):
-        gold = job.tag.gold if not isinstance(job.tag, Answer) else "7"
+        gold = job.tag.gold if not isinstance(job.tag, SampledAnswer) else "7"
         text = f" Because {sample}. The answer is {gold}."
         if sample % 3 == 1:
             text = f" Because {sample}. The answer is {gold}1."
         if sample % 3 == 2 and sample > 2:
             text = " Who knows"
-        return Answer(job, sample, text, 5, -1.0 * sample, "stop")
+        return SampledAnswer(job, sample, text, 5, -1.0 * sample, "stop")
 
     def spent(self):
         return {"requests": float(len(self.asked))}
@@ -61,7 +61,7 @@ def oracle(monkeypatch):
 
     def use(**options):
         made.append(Oracle(**options))
-        monkeypatch.setattr(teacher_generate._Teacher, "open", lambda *_: made[-1])
+        monkeypatch.setattr(teacher_generate._LazyTeacher, "open", lambda *_: made[-1])
         return made[-1]
 
     return use
@@ -143,7 +143,7 @@ def test_zero_shot_asks_twice(tmp_path, oracle):
 
 
 def test_a_teacher_without_a_usable_answer_is_told(tmp_path, oracle):
-    oracle().answer = lambda job, sample: Answer(job, sample, " hm", 1, -1.0, "stop")
+    oracle().answer = lambda job, sample: SampledAnswer(job, sample, " hm", 1, -1.0, "stop")
     message = "none of 12 samples can be used for scotd (12 no answer could be parsed)"
     with pytest.raises(DataError, match=re.escape(message)):
         teacher_generate.generate(_config(tmp_path, "sampling.samples=2"))
@@ -151,7 +151,7 @@ def test_a_teacher_without_a_usable_answer_is_told(tmp_path, oracle):
 
 def test_of_many_reasons_the_most_frequent_are_told(tmp_path, oracle):
     numbers = iter(range(100))
-    oracle().answer = lambda job, sample: Answer(
+    oracle().answer = lambda job, sample: SampledAnswer(
         job, sample, "", 0, None, f"too long by {next(numbers) // 2}", failed=True
     )
     told = ", ".join(f"2 too long by {n}" for n in range(5))
@@ -161,8 +161,13 @@ def test_of_many_reasons_the_most_frequent_are_told(tmp_path, oracle):
 
 def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
     asked = oracle()
-    asked.answer = lambda job, sample: Answer(
-        job, sample, " 7" if isinstance(job.tag, Answer) else " First. So it is 7.", 5, -1.0, "stop"
+    asked.answer = lambda job, sample: SampledAnswer(
+        job,
+        sample,
+        " 7" if isinstance(job.tag, SampledAnswer) else " First. So it is 7.",
+        5,
+        -1.0,
+        "stop",
     )
     options = ["prompt.style=auto_cot", "prompt.clusters=2", "sampling.samples=1",
                "filter.correct_only=false"]  # fmt: skip
@@ -182,7 +187,9 @@ def test_auto_cot_makes_its_own_examples_once(tmp_path, oracle):
 
 
 def test_auto_cot_tells_what_kept_the_teacher_from_answering(tmp_path, oracle):
-    oracle().answer = lambda job, sample: Answer(job, sample, "", 0, None, "too long", failed=True)
+    oracle().answer = lambda job, sample: SampledAnswer(
+        job, sample, "", 0, None, "too long", failed=True
+    )
     message = "the teacher answered 0 of 6 questions, too few for prompt.clusters = 2: 6 too long"
     with pytest.raises(DataError, match=re.escape(message)):
         teacher_generate.generate(_config(tmp_path, "prompt.style=auto_cot", "prompt.clusters=2"))
@@ -190,10 +197,10 @@ def test_auto_cot_tells_what_kept_the_teacher_from_answering(tmp_path, oracle):
 
 def test_auto_cot_has_room_for_both_its_questions(tmp_path, talker, monkeypatch):
     opened, lengths = [], []
-    answer = lambda job, sample: Answer(
+    answer = lambda job, sample: SampledAnswer(
         job,
         sample,
-        " 7" if isinstance(job.tag, Answer) else " So it is 7.".rjust(128, "x"),
+        " 7" if isinstance(job.tag, SampledAnswer) else " So it is 7.".rjust(128, "x"),
         128,
         -1.0,
         "stop",

@@ -103,9 +103,9 @@ def test_alternatives_are_the_most_probable_tokens_with_their_bytes(locked, talk
 
 def test_our_client_reads_our_server(locked, served):
     pytest.importorskip("openai", reason="needs the extra api")
-    from jaxdistill.reasoning.served import Api
+    from jaxdistill.reasoning.served import ApiClient
 
-    api = Api(f"http://127.0.0.1:{locked}/v1", served.name, key=KEY, concurrency=5)
+    api = ApiClient(f"http://127.0.0.1:{locked}/v1", served.name, key=KEY, concurrency=5)
     settings = SamplingParams(max_new_tokens=6, temperature=1.0, stop=("zz",))
     jobs = collections.deque(Job(f"q{n}", "ab" * (n + 1), settings, count=2) for n in range(6))
     answers = list(api.ask(jobs))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxdistill import losses, models, optim, teachers
-from jaxdistill.data.routes import Layout
+from jaxdistill.data.routes import MicroBatchLayout
 from jaxdistill.data.teacher_cache import formats
 from jaxdistill.evaluate import answers_to_store
 from jaxdistill.methods import grpo, kd
@@ -94,7 +94,7 @@ def example(routed):
 @functools.cache
 def compiled(micro_batches, normalise, mesh, tx):
     """Compiled once for all tests."""
-    layout = Layout(2, micro_batches)
+    layout = MicroBatchLayout(2, micro_batches)
     signals = {n: teachers.online(one, compute_dtype="float32") for n, one in SHAPES.items()}
     params = {name: params_of(name, mesh) for name in SHAPES}
     size = layout.size(ROWS)
@@ -260,7 +260,7 @@ def test_beside_rewards_each_answer_has_the_term_of_its_own_teacher():
     drawn = dataclasses.replace(
         whole, sampled=sampled, sampler_logprobs=np.full(whole.mask.shape, -9.0, np.float32)
     )
-    layout, mesh = Layout(2, 2), mesh_of(1, 1)
+    layout, mesh = MicroBatchLayout(2, 2), mesh_of(1, 1)
     batch = laid(drawn, MIXED, layout)
     signals = {n: teachers.online(one, compute_dtype="float32") for n, one in SHAPES.items()}
     params = {name: params_of(name, mesh) for name in SHAPES}
@@ -315,7 +315,7 @@ def test_the_weights_of_a_teacher_are_an_argument_and_no_copy():
     wide = dataclasses.replace(TEACHER, mlp=4096)  # 3 * 3 * 32 * 4032 * 4 bytes more
     signals = {name: teachers.online(wide, compute_dtype="float32") for name in SHAPES}
     params = dict.fromkeys(SHAPES, models.random(wide, 1, "float32", mesh_of(1, 1)).params)
-    large = Learning(Routed(signals), params, 3, rows=Layout(2, 2).size(ROWS))
+    large = Learning(Routed(signals), params, 3, rows=MicroBatchLayout(2, 2).size(ROWS))
     more = large.program.memory_analysis().temp_size_in_bytes - made
     activations = 8 * 24 * 4096 * 4 * 3  # of one layer, rows * length * width * bytes
     assert more < activations
@@ -324,7 +324,7 @@ def test_the_weights_of_a_teacher_are_an_argument_and_no_copy():
 def test_the_layout_has_room_for_any_mixture():
     """All mixtures of three teachers in batches of up to 12 rows, by hand: nothing lost or met."""
     for micro_batches, rows_each in ((1, 4), (2, 3), (3, 4)):
-        layout, count = Layout(3, micro_batches), micro_batches * rows_each
+        layout, count = MicroBatchLayout(3, micro_batches), micro_batches * rows_each
         for first in range(count + 1):
             for second in range(count + 1 - first):
                 routes = np.repeat([1, 2, 3], [first, second, count - first - second])
@@ -336,4 +336,4 @@ def test_the_layout_has_room_for_any_mixture():
                     own = places[part :: layout.parts]
                     assert len(set(routes[own[own >= 0]])) <= 1
                 assert layout.fits(routes, count)
-    assert not Layout(2, 2).fits([1] * 5 + [2] * 5, 4)
+    assert not MicroBatchLayout(2, 2).fits([1] * 5 + [2] * 5, 4)

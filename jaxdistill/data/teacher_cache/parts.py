@@ -112,7 +112,7 @@ def note(objects: Objects, name: str) -> dict[str, Any]:
     return found
 
 
-class Index(NamedTuple):
+class PartIndex(NamedTuple):
     """The segments of a part.
 
     Attributes:
@@ -128,7 +128,7 @@ class Index(NamedTuple):
     masks: np.ndarray
 
 
-def index(objects: Objects, name: str) -> Index:
+def index(objects: Objects, name: str) -> PartIndex:
     """The index of a part, whose objects have been compared with the manifest.
 
     Raises:
@@ -138,7 +138,7 @@ def index(objects: Objects, name: str) -> Index:
     masks = _from_npy(objects, f"{FOLDER}{name}/{_MASKS}")
     if table.dtype != _ROW or masks.dtype != np.uint8:
         raise DamagedError(f"{objects.place}: damaged: part {name} has no index of ours")
-    return Index(table["key"], table["length"], table["rows"], masks)
+    return PartIndex(table["key"], table["length"], table["rows"], masks)
 
 
 def is_array_chunk(name: str) -> bool:

@@ -140,7 +140,7 @@ class _Index:
       rows: int32 [E].
     """
 
-    def __init__(self, indices: list[parts.Index]):
+    def __init__(self, indices: list[parts.PartIndex]):
         together = lambda arrays, empty: np.concatenate([empty, *arrays])
         self.rows = together([one.rows for one in indices], np.zeros(0, np.int32))
         self._lengths = together([one.lengths for one in indices], np.zeros(0, np.int32))

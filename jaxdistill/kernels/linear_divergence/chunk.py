@@ -18,7 +18,7 @@ from jaxdistill.kernels.columns.definition import Columns
 from jaxdistill.kernels.columns.rows import ColumnRows
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
-from jaxdistill.kernels.sparse.definition import Known, silence
+from jaxdistill.kernels.sparse.definition import SparseTeacher, silence
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LOWEST, Rows
 from jaxdistill.kernels.tiling import ROWS as KERNEL_ROWS
@@ -65,7 +65,7 @@ class Operands(NamedTuple):
     coefficients: Coefficients
     monitor: Array | None
     ids: Array | None = None
-    known: Known | None = None
+    known: SparseTeacher | None = None
     sets: Array | None = None
     columns: Columns | None = None
 
@@ -98,7 +98,7 @@ class Static:
     others: str = "mask"
 
 
-class Wanted(NamedTuple):
+class WantedGradients(NamedTuple):
     """Which gradients the walk makes on its way forward."""
 
     hidden: bool = False
@@ -156,7 +156,10 @@ def group_size(chunk: int, vocab: int, platform: str) -> int:
 
 
 def run(
-    static: Static, wanted: Wanted, x: Operands, shards: tuple[VocabularyShard, VocabularyShard]
+    static: Static,
+    wanted: WantedGradients,
+    x: Operands,
+    shards: tuple[VocabularyShard, VocabularyShard],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Sums over the chunk's tokens, and the wanted gradients of the summed loss, by name.
 
@@ -265,7 +268,7 @@ def logits(
 
 
 def _group(
-    static: Static, wanted: Wanted, rows: TokenRows, weights: Array, monitor: Array | None
+    static: Static, wanted: WantedGradients, rows: TokenRows, weights: Array, monitor: Array | None
 ) -> tuple[dict[str, Array], Array | None, Array | None]:
     """Sums over a group's rows; d loss / d logits [n, V] and d loss / d T [n] where wanted."""
     total = lambda per_token: jnp.sum(jnp.where(weights == 0, 0.0, per_token) * weights)
@@ -329,7 +332,7 @@ def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str,
 
 
 def pull_back(
-    static: Static, wanted: Wanted, slope: Array, hidden: Array, head: Array
+    static: Static, wanted: WantedGradients, slope: Array, hidden: Array, head: Array
 ) -> dict[str, Array]:
     """From d loss / d logits to the gradients of hidden states, head and bias."""
     gradients = {}

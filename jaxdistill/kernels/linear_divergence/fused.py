@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, WantedGradients
 from jaxdistill.kernels.linear_divergence.mesh import Layout, on_mesh, padded
 from jaxdistill.kernels.operands import Coefficients
 
@@ -16,10 +16,10 @@ from jaxdistill.kernels.operands import Coefficients
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def loss_sums(static: tuple[Static, Layout], operands: Operands) -> dict[str, Array]:
     """Sums over the tokens by name: "loss", "count", "monitored" and the metrics, float32 []."""
-    return _run(static, Wanted(), operands)[0]
+    return _run(static, WantedGradients(), operands)[0]
 
 
-def _run(static: tuple[Static, Layout], wanted: Wanted, operands: Operands):
+def _run(static: tuple[Static, Layout], wanted: WantedGradients, operands: Operands):
     """The walk on heads that the layout divides; gradients without the padding."""
     call, place = static
     vocab = operands.student_head.shape[0]
@@ -32,7 +32,7 @@ def _run(static: tuple[Static, Layout], wanted: Wanted, operands: Operands):
 
 def _loss_sums_fwd(static, primals: Any):  # operands with a CustomVJPPrimal for each leaf
     operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    wanted = Wanted(
+    wanted = WantedGradients(
         hidden=primals.student_hidden.perturbed,
         head=primals.student_head.perturbed,
         bias=primals.student_bias is not None and primals.student_bias.perturbed,

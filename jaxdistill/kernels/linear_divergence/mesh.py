@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, WantedGradients
 from jaxdistill.kernels.linear_divergence.walk import (
     HEADS,
     PER_TOKEN,
@@ -154,7 +154,7 @@ def padded(operands: Operands, place: Layout) -> Operands:
 
 
 def on_mesh(
-    static: Static, place: Layout, wanted: Wanted, operands: Operands
+    static: Static, place: Layout, wanted: WantedGradients, operands: Operands
 ) -> tuple[dict[str, Array], Gradients]:
     """Sums over all tokens, and the gradients of the summed loss that are wanted."""
 
@@ -188,7 +188,9 @@ def operand_specs(place: Layout, operands: Operands) -> Operands:
     return Operands(**given, coefficients=operands.coefficients.specs(place.per_token))
 
 
-def gradient_specs(place: Layout, wanted: Wanted, operands: Operands) -> dict[str, PartitionSpec]:
+def gradient_specs(
+    place: Layout, wanted: WantedGradients, operands: Operands
+) -> dict[str, PartitionSpec]:
     """How the gradients lie on the mesh that `add_up` leaves there, by name."""
     after = list(place.tokens)
     if place.brings_tokens:  # their sum leaves each device with its own rows

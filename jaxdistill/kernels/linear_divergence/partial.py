@@ -8,7 +8,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.kernels.columns.definition import Columns, pair
 from jaxdistill.kernels.operands import DivergenceFunction
 from jaxdistill.kernels.sparse.checks import known_teacher
-from jaxdistill.kernels.sparse.definition import Known
+from jaxdistill.kernels.sparse.definition import SparseTeacher
 
 
 def known_part(
@@ -19,7 +19,7 @@ def known_part(
     vocab: int,
     tokens: dict[str, ArrayLike | None],
     some: np.ndarray | None,
-) -> Known | None:
+) -> SparseTeacher | None:
     """The teacher's known tokens, None where none are given.
 
     Args:

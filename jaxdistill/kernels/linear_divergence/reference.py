@@ -19,7 +19,7 @@ from jaxdistill.kernels.divergence.reference import Terms, terms
 from jaxdistill.kernels.linear_divergence.chunk import Operands
 from jaxdistill.kernels.operands import Coefficients, LossSpec
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.kernels.sparse.definition import Known, is_known, silence
+from jaxdistill.kernels.sparse.definition import SparseTeacher, is_known, silence
 from jaxdistill.kernels.sparse.reference import divergence as sparse_divergence
 from jaxdistill.kernels.statistics import LOWEST
 
@@ -99,7 +99,7 @@ def reference(
 
 
 def _sparse_terms(
-    spec: LossSpec, s: Array, known: Known, y: Array | None, coefficients: Coefficients
+    spec: LossSpec, s: Array, known: SparseTeacher, y: Array | None, coefficients: Coefficients
 ) -> Terms:
     """The loss of each row beside a teacher of whom some tokens are known."""
     alone = dataclasses.replace(spec, kind=None)
@@ -160,7 +160,7 @@ def _kl(log_p: Array, log_q: Array) -> Array:
     return jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1), 0.0)
 
 
-def _sparse_metrics(log_q: Array, known: Known) -> dict[str, Array]:
+def _sparse_metrics(log_q: Array, known: SparseTeacher) -> dict[str, Array]:
     counts = is_known(known)
     picked = jnp.take_along_axis(log_q, jnp.maximum(known.ids, 0), axis=1)
     least = jnp.sort(log_q, axis=1)[:, -min(known.ids.shape[1], log_q.shape[1]), None]

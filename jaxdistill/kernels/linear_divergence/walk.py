@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.linear_divergence import chunk as chunks
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, Wanted
+from jaxdistill.kernels.linear_divergence.chunk import Operands, Static, WantedGradients
 from jaxdistill.kernels.operands import VocabularyShard
 
 Gradients = dict[str, Array]
@@ -58,7 +58,7 @@ class Pieces(NamedTuple):
         flat = array.reshape(-1, *array.shape[2:])[: math.prod(self.dims)]
         return flat.reshape(*self.dims, *flat.shape[1:])
 
-    def zeros(self, wanted: Wanted) -> Gradients:
+    def zeros(self, wanted: WantedGradients) -> Gradients:
         """What the gradients that all tokens share are added to, by name."""
         head = self.operands.student_head
         totals: Gradients = {}
@@ -118,7 +118,7 @@ def cut(
 
 
 def walk(
-    static: Static, wanted: Wanted, operands: Operands, vocab_axes: tuple[str, ...]
+    static: Static, wanted: WantedGradients, operands: Operands, vocab_axes: tuple[str, ...]
 ) -> tuple[dict[str, Array], Gradients]:
     """Sums over a device's tokens on its rows of the heads, and the wanted gradients by name."""
     pieces = cut(static, operands, vocab_axes, {})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Wanted
+from jaxdistill.kernels.linear_divergence.chunk import Operands, WantedGradients
 from jaxdistill.kernels.linear_divergence.mesh import (
     Layout,
     add_up,
@@ -19,7 +19,7 @@ from jaxdistill.kernels.linear_divergence.mesh import (
 )
 from jaxdistill.kernels.linear_divergence.walk import Gradients
 from jaxdistill.kernels.linear_logprobs import walk
-from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Kept, Logprobs
+from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Logprobs, Residuals
 from jaxdistill.kernels.operands import Coefficients
 
 
@@ -28,7 +28,7 @@ from jaxdistill.kernels.operands import Coefficients
 class _Perturbed:
     """Which gradients are asked for; known when a program is traced, so no array."""
 
-    wanted: Wanted
+    wanted: WantedGradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -37,7 +37,7 @@ def logprobs(call: Call, operands: Operands) -> Logprobs:
     return _forward(call, operands)[0]
 
 
-def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
+def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Residuals]:
     operands = padded(operands, call.place)
     if call.place.mesh is None:
         return walk.forward(call, operands)
@@ -54,7 +54,7 @@ def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
 
 def _logprobs_fwd(call: Call, primals: Any):  # operands with a CustomVJPPrimal for each leaf
     operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    wanted = Wanted(
+    wanted = WantedGradients(
         hidden=primals.student_hidden.perturbed,
         head=primals.student_head.perturbed,
         bias=primals.student_bias is not None and primals.student_bias.perturbed,
@@ -83,14 +83,14 @@ def _given(cotangent: Any) -> Array | None:
 
 
 def _back(
-    call: Call, wanted: Wanted, operands: Operands, kept: Kept, cotangents: Cotangents
+    call: Call, wanted: WantedGradients, operands: Operands, kept: Residuals, cotangents: Cotangents
 ) -> Gradients:
     """Gradients of whole arrays, without the padding of the vocabulary."""
     place: Layout = call.place
     vocab = operands.student_head.shape[0]
     wide = padded(operands, place)
 
-    def local(operands: Operands, kept: Kept, cotangents: Cotangents) -> Gradients:
+    def local(operands: Operands, kept: Residuals, cotangents: Cotangents) -> Gradients:
         return add_up(walk.back(call, wanted, operands, kept, cotangents), operands, place)
 
     if place.mesh is not None:

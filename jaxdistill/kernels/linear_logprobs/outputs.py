@@ -31,7 +31,7 @@ class Logprobs(NamedTuple):
     top_logprobs: Array | None
 
 
-class Kept(NamedTuple):
+class Residuals(NamedTuple):
     """What the way back needs of each row beside the operands, so that it reduces nothing.
 
     Attributes:

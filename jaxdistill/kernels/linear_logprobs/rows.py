@@ -9,7 +9,7 @@ from jax import Array
 from jaxdistill.kernels import logprob_rows
 from jaxdistill.kernels import statistics as stats
 from jaxdistill.kernels.linear_divergence.chunk import Static
-from jaxdistill.kernels.linear_logprobs.outputs import Cotangents, Kept, Logprobs
+from jaxdistill.kernels.linear_logprobs.outputs import Cotangents, Logprobs, Residuals
 from jaxdistill.kernels.logprob_rows import Mass, Picks
 from jaxdistill.kernels.measure import measure
 from jaxdistill.kernels.operands import Coefficients, VocabularyShard
@@ -25,7 +25,7 @@ def answer(
     top_k: int,
     static: Static,
     shard: VocabularyShard,
-) -> tuple[Logprobs, Kept]:
+) -> tuple[Logprobs, Residuals]:
     """The answers of n rows, and what their slopes need.
 
     Args:
@@ -72,7 +72,7 @@ def answer(
     )
     none = lambda x: 0.0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
     answers = jax.tree.map(lambda x: _where(counted, x, none(x)), answers)
-    return answers, Kept(top, log_sum, entropy, masses, top_ids)
+    return answers, Residuals(top, log_sum, entropy, masses, top_ids)
 
 
 def slope(
@@ -81,7 +81,7 @@ def slope(
     counted: Array,
     ids: Array | None,
     sets: Array | None,
-    kept: Kept,
+    kept: Residuals,
     cotangents: Cotangents,
     shard: VocabularyShard,
 ) -> tuple[Array, Array]:

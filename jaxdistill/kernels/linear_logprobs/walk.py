@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxdistill.kernels.linear_divergence import chunk as chunks
-from jaxdistill.kernels.linear_divergence.chunk import Operands, Wanted
+from jaxdistill.kernels.linear_divergence.chunk import Operands, WantedGradients
 from jaxdistill.kernels.linear_divergence.walk import Gradients, Pieces, cut
 from jaxdistill.kernels.linear_logprobs import rows
-from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Kept, Logprobs
+from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Logprobs, Residuals
 from jaxdistill.kernels.softcap import soft_cap_slope
 
 
-def forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
+def forward(call: Call, operands: Operands) -> tuple[Logprobs, Residuals]:
     """The answers of a device's tokens on its rows of the head, and what the way back needs."""
     pieces = cut(call.static, operands, call.place.vocab, {})
 
@@ -44,7 +44,7 @@ def forward(call: Call, operands: Operands) -> tuple[Logprobs, Kept]:
 
 
 def back(
-    call: Call, wanted: Wanted, operands: Operands, kept: Kept, cotangents: Cotangents
+    call: Call, wanted: WantedGradients, operands: Operands, kept: Residuals, cotangents: Cotangents
 ) -> Gradients:
     """The wanted gradients of a device's tokens on its rows of the head, by name."""
     more = {"kept": kept, "cotangents": cotangents}

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks
-from jaxdistill.kernels.sparse.definition import KINDS, Known
+from jaxdistill.kernels.sparse.definition import KINDS, SparseTeacher
 
 # What a stored number may be off by: float16 keeps a log-probability above -16 to 0.4 %.
 _ROUNDING = 0.005
@@ -23,8 +23,8 @@ def known_teacher(
     vocab: int,
     given: dict[str, ArrayLike | None],
     some: np.ndarray | None,
-) -> Known:
-    """The caller's arrays as a `Known`; numbers are looked at where they are no tracers.
+) -> SparseTeacher:
+    """The caller's arrays as a `SparseTeacher`; numbers are looked at where they are no tracers.
 
     Args:
       kind: a key of `KINDS`.
@@ -59,7 +59,7 @@ def known_teacher(
     assert ids is not None and logprobs is not None, "given"
     rest, sampled = wide(arrays["teacher_rest"]), arrays["sampled_ids"]
     sampled_logprobs = log(wide(arrays["sampled_logprobs"]))
-    return jax.lax.stop_gradient(Known(ids, logprobs, rest, sampled, sampled_logprobs))
+    return jax.lax.stop_gradient(SparseTeacher(ids, logprobs, rest, sampled, sampled_logprobs))
 
 
 def _array(name: str, value: ArrayLike) -> Array:

@@ -28,7 +28,7 @@ from jaxdistill.kernels.statistics import LOWEST
 LEAST_REST = 1e-7
 
 
-class Known(NamedTuple):
+class SparseTeacher(NamedTuple):
     """What is known of a teacher, per token; an absent array is None.
 
     Attributes:
@@ -87,14 +87,14 @@ KINDS: Mapping[str, SparseKind] = {
 }
 
 
-def silence(known: Known, counted: Array) -> Known:
+def silence(known: SparseTeacher, counted: Array) -> SparseTeacher:
     """What is known where a token counts, and nothing of the teacher elsewhere."""
     ids = jnp.where(counted[..., None], known.ids, -1)
     where = lambda array, other: None if array is None else jnp.where(counted, array, other)
     return known._replace(ids=ids, rest=where(known.rest, 0.0), sampled=where(known.sampled, -1))
 
 
-def is_known(known: Known) -> Array:
+def is_known(known: SparseTeacher) -> Array:
     """Which of the K are tokens of their row, bool [..., K].
 
     None is a negative id, one whose log-probability is -inf, and one that stood before in the row.
@@ -108,7 +108,7 @@ def is_known(known: Known) -> Array:
     return given & jnp.take_along_axis(new, jnp.argsort(order, axis=-1), axis=-1)
 
 
-def rest_of(known: Known, counts: Array, vocab: int) -> Array:
+def rest_of(known: SparseTeacher, counts: Array, vocab: int) -> Array:
     """p_rest, [...]: as given, or what the known tokens leave; NaN stays what it is.
 
     0 where that is rounding, or where all V tokens are known and none is left to have it.
@@ -120,7 +120,9 @@ def rest_of(known: Known, counts: Array, vocab: int) -> Array:
     return jnp.where(none, 0.0, jnp.minimum(rest, 1.0))
 
 
-def entries(kind: SparseKind, known: Known, counts: Array, log_q: Array) -> tuple[Array, Array]:
+def entries(
+    kind: SparseKind, known: SparseTeacher, counts: Array, log_q: Array
+) -> tuple[Array, Array]:
     """The known tokens' shares of the divergence and their derivatives by log q, [..., K] each."""
     log_p = jnp.where(counts, known.logprobs, 0.0)
     log_q = jnp.where(counts, jnp.maximum(log_q, LOWEST), 0.0)
@@ -135,7 +137,9 @@ def ghost(rest_p: Array, log_rest_q: Array) -> Array:
     return jnp.where(some, rest_p * (log_p - jnp.maximum(log_rest_q, LOWEST)), 0.0)
 
 
-def sampled_tail(known: Known, counts: Array, log_q: Array, mass_q: Array, mass_p: Array) -> Array:
+def sampled_tail(
+    known: SparseTeacher, counts: Array, log_q: Array, mass_q: Array, mass_p: Array
+) -> Array:
     """What one drawn token adds to `generalized_reverse_kl`: a value with a gradient by log_q.
 
     With l = log q - log p of the drawn token y, a constant, and [y not in K] the cases that count,

@@ -6,11 +6,11 @@ from jax import Array
 
 from jaxdistill.kernels import rows
 from jaxdistill.kernels.sparse import definition
-from jaxdistill.kernels.sparse.definition import Known
+from jaxdistill.kernels.sparse.definition import SparseTeacher
 from jaxdistill.kernels.statistics import LOWEST
 
 
-def divergence(kind: str, logits: Array, known: Known) -> Array:
+def divergence(kind: str, logits: Array, known: SparseTeacher) -> Array:
     """D of each row, [...]; float32, or float64 for float64 logits.
 
     Args:

@@ -11,7 +11,7 @@ from jax import Array
 from jaxdistill.kernels import logprob_rows, rows
 from jaxdistill.kernels.logprob_rows import Mass, Picks
 from jaxdistill.kernels.sparse import definition
-from jaxdistill.kernels.sparse.definition import Known, SparseKind
+from jaxdistill.kernels.sparse.definition import SparseKind, SparseTeacher
 from jaxdistill.kernels.statistics import Rows
 from jaxdistill.kernels.token_loss import Divergence, TokenRows
 
@@ -25,7 +25,7 @@ class SparseRows(TokenRows):
       vocab: V, of all devices together.
     """
 
-    known: Known
+    known: SparseTeacher
     vocab: int
 
     @property
