@@ -1,5 +1,6 @@
 """Which texts are kept: lengths, language, and what was there before, exactly or nearly."""
 
+import importlib
 import re
 import unicodedata
 from typing import Any
@@ -8,7 +9,6 @@ from jaxdistill.errors import ConfigError
 
 _PIECE = 5  # characters
 _PERMUTATIONS = 128
-_NEEDED = "needs {name}: pip install 'jaxdistill[augment]', or set augment.{field}: null"
 
 
 class Sieve:
@@ -39,8 +39,8 @@ class Sieve:
         self._bounds, self._language, self._near = (min_characters, max_characters), language, near
         self._seen: set[str] = set()
         self._pieces: list[set[str]] = []
-        self._classify = _classifier() if language else None
-        self._datasketch = _datasketch() if near else None
+        self._classify = _library("py3langid.langid", "language").classify if language else None
+        self._datasketch = _library("datasketch", "near") if near else None
         if self._datasketch is not None:
             # A lower threshold: what it misses would never be compared.
             threshold = max(0.1, (near or 0.0) - 0.2)
@@ -84,19 +84,12 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", folded)) or folded
 
 
-def _datasketch() -> Any:
+def _library(module: str, field: str) -> Any:
     try:
-        import datasketch
+        return importlib.import_module(module)
     except ImportError:
-        message = _NEEDED.format(name="datasketch", field="near")
-        raise ConfigError(f"augment.near: {message}") from None
-    return datasketch
-
-
-def _classifier() -> Any:
-    try:
-        from py3langid.langid import classify
-    except ImportError:
-        message = _NEEDED.format(name="py3langid", field="language")
-        raise ConfigError(f"augment.language: {message}") from None
-    return classify
+        name = module.partition(".")[0]
+        raise ConfigError(
+            f"augment.{field}: needs {name}: pip install 'jaxdistill[augment]', or set "
+            f"augment.{field}: null"
+        ) from None

@@ -1,7 +1,7 @@
 """The feed of a run whose student learns from its own answers, made from its configuration."""
 
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from jaxdistill.rollouts.writing import RolloutSampling, Writer, one_call
 from jaxdistill.run import oneself, participants, served_teacher, states
 from jaxdistill.run.teaching import Online, Teaching, served
 from jaxdistill.sharding import local_rows, row_parts
+from jaxdistill.teachers import Teacher
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import place, recorded
@@ -212,7 +213,7 @@ def feed_of(
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
-    rollout, student = config.rollout, config.student
+    rollout = config.rollout
     assert rollout is not None, "only asked for where there are rollouts"
     # Of other vocabularies the likely tokens cannot be compared.
     signal, second, teaching = None, models.second, models.teaching
@@ -225,32 +226,16 @@ def feed_of(
         writer_of(config, models, prompts, mesh, stop, hooks),
         corpus=corpus,
         params_of=params_of,
-        shape={
-            "seq_len": config.data.seq_len,
-            "pad": prepare(models.tokenizer).pad,
-            "packing_by": config.data.packing,
-            "distilled": rollout.distilled_tokens,
-            "sampler": methods.of(config.method).reads_sampler,
-            "routing": routing.of(config),
-            "layout": routing.layout(config),
-            "servers": [name for name in servers if name],
-            **oneself.rows(models.context),
-            **({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
-        },
+        shape=row_shape(config, models, servers)
+        | {"sampler": methods.of(config.method).reads_sampler}
+        | ({} if second is None else {"second": (second.seq_len, second.codec.pad)}),
         unit=row_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         replay=_replay_of(config),
         recalled=config.guards.nonfinite.recalled,
         difference=difference.of_batches(
-            difference.ForwardPass(
-                models.student.config,
-                models.vocab,
-                jnp.dtype(student.compute_dtype),
-                student.attention,
-                quantize.of(student.quantize),
-                signal,
-            ),
+            forward_pass_of(config, models, signal),
             None if signal is None else teaching.params,
             models.tokenizer,
             lambda tree: place(tree, mesh),
@@ -262,6 +247,39 @@ def feed_of(
         leaks=oneself.leaks_of(models.teaching, models.tokenizer),
         aligner=None if second is None else Aligner(rollout.distilled_tokens),
     )
+
+
+def forward_pass_of(
+    config: Config, models: participants.Models, teacher: Teacher | None = None
+) -> difference.ForwardPass:
+    """How a step of the run computes the student, and the teacher where it is given."""
+    student = config.student
+    return difference.ForwardPass(
+        models.student.config,
+        models.vocab,
+        jnp.dtype(student.compute_dtype),
+        student.attention,
+        quantize.of(student.quantize),
+        teacher,
+    )
+
+
+def row_shape(
+    config: Config, models: participants.Models, servers: Iterable[str | None]
+) -> dict[str, Any]:
+    """What rows of answers are made with, by the names of `rollouts.rows.rows_of`."""
+    rollout = config.rollout
+    assert rollout is not None, "only asked for where there are rollouts"
+    return {
+        "seq_len": config.data.seq_len,
+        "pad": prepare(models.tokenizer).pad,
+        "packing_by": config.data.packing,
+        "distilled": rollout.distilled_tokens,
+        "routing": routing.of(config),
+        "layout": routing.layout(config),
+        "servers": [name for name in servers if name],
+        **oneself.rows(models.context),
+    }
 
 
 def _replay_of(config: Config) -> ReplayBuffer | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,24 @@ class Models:
     def read(self) -> tuple[Any, int]:
         """The tokenizer of what the teacher reads, and how many tokens it has."""
         return _read(self.second, self.tokenizer, self.vocab)
+
+
+class InStep(NamedTuple):
+    """A model that the step computes.
+
+    Attributes:
+      model: its shape.
+      vocab: tokens of the tokenizer whose ids it reads.
+      length: tokens in a row.
+      attention: the form that was asked for.
+      dtype: that it computes in.
+    """
+
+    model: Model
+    vocab: int
+    length: int
+    attention: str
+    dtype: str
 
 
 def _read(second: SecondView | None, tokenizer: Any, vocab: int) -> tuple[Any, int]:
@@ -137,34 +155,55 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
     )
     teaching = several or asked_before or _alone(config, shape, student, pairs, second)
     models = Models(teaching, student, tokenizer, vocab, pairs, second=second)
-    in_step = {key: one.model for key, one in online(teaching).items()}
-    read = {key: (models.read[1], models.read_length(config.data.seq_len)) for key in in_step}
-    read["student"] = vocab, config.data.seq_len
-    shaped = {**in_step, "student": student}
-    for name, model in shaped.items():
-        tokens, length = read[name]
-        check_rows(name, model.config.vocab_size, tokens)
-        errors.check(rules.row_length(length, name, model.config.max_positions))
-    context = oneself.view_of(itself, config.data, tokenizer)
-    oneself.check(context, student.config, mesh)
-    states.check(config, student.config, mesh)
-    check_tensor(mesh, {name: model.config for name, model in shaped.items()})
+    for name, one in _in_step(config, models).items():
+        check_rows(name, one.model.config.vocab_size, one.vocab)
+        errors.check(rules.row_length(one.length, name, one.model.config.max_positions))
+    models = dataclasses.replace(models, context=oneself.view_of(itself, config.data, tokenizer))
+    oneself.check(models.context, student.config, mesh)
+    _check_devices(config, models, mesh)
+    return models
+
+
+def _in_step(config: Config, models: Models) -> dict[str, InStep]:
+    """The models of the step by the keys of their sections: teachers that are online, student."""
+    theirs, student = models.read_length(config.data.seq_len), config.student
+    found = {
+        key: InStep(one.model, models.read[1], theirs, one.given.attention, one.given.dtype)
+        for key, one in online(models.teaching).items()
+    }
+    found["student"] = InStep(
+        models.student,
+        models.vocab,
+        config.data.seq_len,
+        student.attention,
+        student.compute_dtype,
+    )
+    return found
+
+
+def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
+    """Everything that the devices ask of the models of the step.
+
+    Raises:
+      ConfigError, ModelError: for what they cannot divide, hold or compute.
+    """
+    in_step, given = _in_step(config, models), given_of(config)
+    states.check(config, models.student.config, mesh)
+    check_tensor(mesh, {name: one.model.config for name, one in in_step.items()})
     device = mesh.devices.flat[0]
     for key, section in _teachers(config).items():
         one = in_step.get(key)
-        shapes.check_teacher(key, section, None if one is None else one.config, device)
-    shapes.check_student(given, student, device)
+        shapes.check_teacher(key, section, None if one is None else one.model.config, device)
+    shapes.check_student(given, models.student, device)
     if config.teacher is not None and config.teacher.offload:
         states.check_host("teacher.offload", device, "spread the teacher")
-    for one in online(teaching).values():
+    for one in online(models.teaching).values():
         if one.given.quantize:
             shapes.teacher_rounded(one.given, given.network)
     with jax.set_mesh(mesh):
         platform = choice.current_device().platform
-    sections = {key: one.given.attention for key, one in online(teaching).items()}
-    for name, form in {**sections, "student": config.student.attention}.items():
-        attention.check(form, shaped[name].config, read[name][1], platform)
-    return dataclasses.replace(models, context=context)
+    for one in in_step.values():
+        attention.check(one.attention, one.model.config, one.length, platform)
 
 
 def _teachers(config: Config) -> dict[str, Teacher]:
@@ -240,17 +279,14 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
 
     The form is as `attention.chosen` names it.
     """
-    length = config.data.seq_len
-    theirs = models.read_length(length)
-    found = {
-        key: (one.given.attention, one.model, theirs, one.given.dtype)
-        for key, one in online(models.teaching).items()
-    }
-    student = config.student
-    found["student"] = (student.attention, models.student, length, student.compute_dtype)
     return {
-        who: (attention.chosen(name, model.config, tokens, dtype), model.config, tokens, dtype)
-        for who, (name, model, tokens, dtype) in found.items()
+        who: (
+            attention.chosen(one.attention, one.model.config, one.length, one.dtype),
+            one.model.config,
+            one.length,
+            one.dtype,
+        )
+        for who, one in _in_step(config, models).items()
     }
 
 

@@ -6,19 +6,16 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdistill import methods
-from jaxdistill.compress import quantize
-from jaxdistill.config import Config, routing
+from jaxdistill.config import Config
 from jaxdistill.config.reward import mixed
-from jaxdistill.data.codec import prepare
 from jaxdistill.data.prompts import Prompts
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import extract, judging, scorers, verifiers
 from jaxdistill.reasoning.judging import Judges, WeightedVerifier
-from jaxdistill.rollouts import difference, old, siblings
+from jaxdistill.rollouts import old, siblings
 from jaxdistill.rollouts.drawn import RewardPlan
 from jaxdistill.rollouts.questions import Questions
 from jaxdistill.rollouts.rewarded import RewardedFeed
@@ -157,16 +154,8 @@ def feed_of(
       stop: whether this process was asked to stop.
       hooks: what the caller handed in, verifiers among it.
     """
-    reward, rollout, student = config.reward, config.rollout, config.student
+    reward, rollout = config.reward, config.rollout
     assert reward is not None and rollout is not None, "checked before"
-    program = difference.ForwardPass(
-        models.student.config,
-        models.vocab,
-        jnp.dtype(student.compute_dtype),
-        student.attention,
-        quantize.of(student.quantize),
-    )
-    parts = row_parts(mesh)
     told = None
     if models.context is not None and models.context.of_siblings:
         decode = functools.partial(models.tokenizer.decode, skip_special_tokens=True)
@@ -190,18 +179,11 @@ def feed_of(
         on_policy.writer_of(config, models, prompts, mesh, stop, hooks),
         judge,
         params_of=params_of,
-        old_of=old.of_batches(program, head, lambda tree: place(tree, mesh)),
-        shape={
-            "seq_len": config.data.seq_len,
-            "pad": prepare(models.tokenizer).pad,
-            "packing_by": config.data.packing,
-            "distilled": rollout.distilled_tokens,
-            "routing": routing.of(config),
-            "layout": routing.layout(config),
-            "servers": [name for name in servers if name],
-            **oneself.rows(models.context),
-        },
-        unit=parts * config.train.micro_batches,
+        old_of=old.of_batches(
+            on_policy.forward_pass_of(config, models), head, lambda tree: place(tree, mesh)
+        ),
+        shape=on_policy.row_shape(config, models, servers),
+        unit=row_parts(mesh) * config.train.micro_batches,
         rows=lambda size: local_rows(mesh, size),
         left_out=left_out,
         recalled=config.guards.nonfinite.recalled,

@@ -18,18 +18,21 @@ TEXT = "The fox's 1,234.50 naïve über-jumps:\n\tdef f(x): return x**2  # 漢�
 
 def scorer(server: Api, *, k: int, vocab: int) -> Scorer:
     """The client of a server that says the k likeliest tokens of given text."""
-    return Scorer(
-        server.base_url,
-        server.model,
-        key=served.key_from(server.key_env),
-        concurrency=server.concurrency,
-        timeout=server.timeout_s,
-        retries=server.retries,
-        max_failures=server.max_failures,
-        prices=(server.price_in, server.price_out),
-        k=k,
-        vocab=vocab,
-    )
+    return Scorer(**client_options(server), k=k, vocab=vocab)
+
+
+def client_options(server: Api) -> dict[str, Any]:
+    """What every client of a server takes of its section."""
+    return {
+        "base_url": server.base_url,
+        "model": server.model,
+        "key": served.key_from(server.key_env),
+        "concurrency": server.concurrency,
+        "timeout": server.timeout_s,
+        "retries": server.retries,
+        "max_failures": server.max_failures,
+        "prices": (server.price_in, server.price_out),
+    }
 
 
 def check(servers: Mapping[str | None, Api], tokenizer: Any, vocab: int, named: str) -> None:

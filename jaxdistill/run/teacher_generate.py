@@ -14,6 +14,7 @@ from jaxdistill.reasoning.asking import Respondent, SamplingParams
 from jaxdistill.reasoning.duplicates import Sieve
 from jaxdistill.reasoning.store import AnswerStore
 from jaxdistill.references import load_any
+from jaxdistill.run.served_teacher import client_options
 from jaxdistill.sharding import make_mesh
 
 
@@ -166,16 +167,7 @@ class _LazyTeacher:
         server = self._section.api
         assert server is not None
         return served.ApiClient(
-            server.base_url,
-            server.model,
-            key=served.key_from(server.key_env),
-            chat=server.chat,
-            concurrency=server.concurrency,
-            timeout=server.timeout_s,
-            retries=server.retries,
-            max_failures=server.max_failures,
-            logprobs=server.logprobs,
-            prices=(server.price_in, server.price_out),
+            **client_options(server), chat=server.chat, logprobs=server.logprobs
         )
 
 

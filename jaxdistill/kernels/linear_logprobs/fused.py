@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from jaxdistill.kernels.linear_divergence import vjp
 from jaxdistill.kernels.linear_divergence.chunk import Operands, WantedGradients
 from jaxdistill.kernels.linear_divergence.mesh import (
     Layout,
@@ -20,7 +21,6 @@ from jaxdistill.kernels.linear_divergence.mesh import (
 from jaxdistill.kernels.linear_divergence.walk import Gradients
 from jaxdistill.kernels.linear_logprobs import walk
 from jaxdistill.kernels.linear_logprobs.outputs import Call, Cotangents, Logprobs, Residuals
-from jaxdistill.kernels.operands import Coefficients
 
 
 @jax.tree_util.register_static
@@ -52,14 +52,8 @@ def _forward(call: Call, operands: Operands) -> tuple[Logprobs, Residuals]:
     )(operands)
 
 
-def _logprobs_fwd(call: Call, primals: Any):  # operands with a CustomVJPPrimal for each leaf
-    operands = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: hasattr(p, "perturbed"))
-    wanted = WantedGradients(
-        hidden=primals.student_hidden.perturbed,
-        head=primals.student_head.perturbed,
-        bias=primals.student_bias is not None and primals.student_bias.perturbed,
-        temperature=primals.coefficients.temperature.perturbed,
-    )
+def _logprobs_fwd(call: Call, primals: Any):
+    operands, wanted = vjp.of_primals(primals)
     answers, kept = _forward(call, operands)
     return answers, (operands, kept, _Perturbed(wanted))
 
@@ -70,11 +64,7 @@ def _logprobs_bwd(call: Call, residuals: Any, cotangents: Logprobs):
     if all(cotangent is None for cotangent in given):  # nothing depends on any of them
         return (jax.tree.map(lambda _: None, operands),)
     gradients = _back(call, perturbed.wanted, operands, kept, given)
-    like = operands._asdict() | operands.coefficients._asdict()
-    cast = {name: gradient.astype(like[name].dtype) for name, gradient in gradients.items()}
-    coefficients = Coefficients(**{name: cast.get(name) for name in Coefficients._fields})
-    fields: dict[str, Any] = {name: cast.get(name) for name in Operands._fields}
-    return (Operands(**fields | {"coefficients": coefficients}),)
+    return vjp.cotangents(vjp.cast(gradients, operands))
 
 
 def _given(cotangent: Any) -> Array | None:
@@ -87,7 +77,6 @@ def _back(
 ) -> Gradients:
     """Gradients of whole arrays, without the padding of the vocabulary."""
     place: Layout = call.place
-    vocab = operands.student_head.shape[0]
     wide = padded(operands, place)
 
     def local(operands: Operands, kept: Residuals, cotangents: Cotangents) -> Gradients:
@@ -102,11 +91,7 @@ def _back(
             out_specs=gradient_specs(place, wanted, wide),
             check_vma=False,
         )
-    gradients = local(wide, kept, cotangents)
-    for name in ("student_head", "student_bias"):
-        if name in gradients:
-            gradients[name] = gradients[name][:vocab]
-    return gradients
+    return vjp.without_padding(local(wide, kept, cotangents), operands)
 
 
 logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)
