@@ -225,11 +225,7 @@ def shown(value: Any, width: int = 60) -> str:
     elif isinstance(value, list | tuple):
         text = "[...]" if value else "[]"
     elif isinstance(value, str):
-        text = '"' + ascii(value[: width + 1])[1:-1] + '"' if _hostile(value) else f'"{value}"'
+        text = f'"{value if value.isprintable() else ascii(value[: width + 1])[1:-1]}"'
     else:
         text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def _hostile(text: str) -> bool:
-    return not text.isprintable()

@@ -65,7 +65,8 @@ class Taken:
 
     def entries(self, seq_len: int) -> Iterator[Entry]:
         """The records that are left out, in order, their sources counted in the data set."""
-        return heapq.merge(self._before(), self._here(seq_len), key=_place)
+        place = lambda entry: (entry["source"], entry["line"])
+        return heapq.merge(self._before(), self._here(seq_len), key=place)
 
     def _before(self) -> Iterator[Entry]:
         with (self.shard.folder / store.QUARANTINE).open(encoding="utf-8") as file:
@@ -78,10 +79,6 @@ class Taken:
             entry = quarantine.entry("", line, cutting.reason(why, size, seq_len))
             told = {name: entry[name] for name in ("line", "reason", "broken")}
             yield {"source": source + self.shard.first} | told
-
-
-def _place(entry: Entry) -> tuple[int, int]:
-    return entry["source"], entry["line"]
 
 
 def take(

@@ -102,8 +102,8 @@ class Tokeniser:
           DataError: if two processes end while they work on one batch.
           UserError: as `Worker`.
         """
-        begun = time.monotonic()
-        while self._worker is None or self._workers == 1 or _since(begun) < ALONE_SECONDS:
+        alone = time.monotonic() + ALONE_SECONDS
+        while self._worker is None or self._workers == 1 or time.monotonic() < alone:
             try:
                 place, batch = next(batches)
             except StopIteration:
@@ -124,10 +124,6 @@ class Tokeniser:
                     f"records ends ({died}): set data.workers to 1, which needs the least memory; "
                     "where this process ends too, leave them out"
                 ) from None
-
-
-def _since(begun: float) -> float:
-    return time.monotonic() - begun
 
 
 def good(batch: Batch) -> list[Record]:

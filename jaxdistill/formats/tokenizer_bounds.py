@@ -89,12 +89,9 @@ def _check_template(path: pathlib.Path, processor: Any) -> None:
         known = _object(part.get("special_tokens"))
         most, times = 0, 1
         for template in (_list(part.get("single")), _list(part.get("pair"))):
-            texts = [
-                str(_object(one["Sequence"]).get("id"))
-                for one in template
-                if "Sequence" in _object(one)
-            ]
-            tokens = [_object(one)["SpecialToken"] for one in template if _is_token(one)]
+            pieces = [_object(one) for one in template]
+            texts = [str(_object(one["Sequence"]).get("id")) for one in pieces if "Sequence" in one]
+            tokens = [one["SpecialToken"] for one in pieces if "SpecialToken" in one]
             ids = [
                 _list(_object(known.get(str(_object(one).get("id")))).get("ids")) for one in tokens
             ]
@@ -106,10 +103,6 @@ def _check_template(path: pathlib.Path, processor: Any) -> None:
                 f"{path}: post_processor: puts {added} tokens around a text that stands there "
                 f"{times} times: at most {MAX_ADDED}, and once, are allowed"
             )
-
-
-def _is_token(piece: Any) -> bool:
-    return "SpecialToken" in _object(piece)
 
 
 def _processors(processor: Any) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,8 @@ def in_float32(
 
     def init(params: Any) -> Any:
         state = inner.init(raised(params))
-        return RoundingState(jnp.int32(0), state) if _rounds(params) else state
+        rounds = any(map(_is_short, jax.tree.leaves(params)))
+        return RoundingState(jnp.int32(0), state) if rounds else state
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if not isinstance(state, RoundingState):
@@ -50,10 +51,6 @@ def in_float32(
 
 def _is_short(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-
-
-def _rounds(params: Any) -> bool:
-    return any(_is_short(leaf) for leaf in jax.tree.leaves(params))
 
 
 def _drawn(updates: Any, params: Any, key: Array) -> Any:

@@ -46,7 +46,8 @@ def is_story(folder: str | os.PathLike) -> bool:
 
 
 def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
-    steps = {name: _step(state["steps"][name]) for name in _order(state)}
+    # What is not of its type, in a damaged file, is left out.
+    steps = {name: run_files.fields(state["steps"][name], _STEP) for name in _order(state)}
     comparisons = {
         name: comparison
         for name, step in steps.items()
@@ -74,11 +75,6 @@ def _page(folder: pathlib.Path, state: Mapping[str, typing.Any]) -> page.Page:
 
 _STEP = {"kind": str, "status": str, "seconds": (int, float), "options": dict, "found": dict}
 _BAR = ("confidence", "accuracy", "share")
-
-
-def _step(entry: typing.Any) -> dict[str, typing.Any]:
-    """What the state says of a step; what is not of its type, in a damaged file, is left out."""
-    return run_files.fields(entry, _STEP)
 
 
 def _rows(comparison: Mapping[str, typing.Any]) -> list[dict[str, typing.Any]]:

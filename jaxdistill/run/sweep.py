@@ -237,7 +237,8 @@ def _rows(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> Iterator[d
     settings: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         table = run_files.read_object(folder / run["name"] / "table.json", [])
-        after = [row for row in run_files.as_list(table.get("rows")) if _is_after(row)]
+        rows = map(run_files.as_object, run_files.as_list(table.get("rows")))
+        after = [row for row in rows if row.get("name") == "student after"]
         if run["status"] != "done" or not after:
             continue
         named = {key: value for key, value in run["values"].items() if key != SEED}
@@ -248,7 +249,3 @@ def _rows(folder: pathlib.Path, runs: Sequence[Mapping[str, Any]]) -> Iterator[d
         yield comparison.together([{key: row[key] for key in known} for row in rows]) | {
             "name": name
         }
-
-
-def _is_after(row: Any) -> bool:
-    return run_files.as_object(row).get("name") == "student after"

@@ -119,7 +119,7 @@ class Capture:
         progress: CaptureProgress,
     ) -> None:
         """Asks about the batches of a part, and writes this process's share of the answers."""
-        own = [row for row, owner in enumerate(owners) if owner == jax.process_index()]
+        own = [number for number, owner in enumerate(owners) if owner == jax.process_index()]
         pending = [self._ask(part[0], data)]
         kept: list[dict[str, np.ndarray]] = []
         failure: ModelError | None = None  # told to all: no other may wait for this one's batches
@@ -128,7 +128,9 @@ class Capture:
             if number + 1 < len(part):  # the next is on its way while this one is taken in
                 pending.append(self._ask(part[number + 1], data))
             try:
-                kept += self._taken_of(batch, own, _local(answers))
+                here = _local(answers)
+                for place in own:
+                    kept += self._taken(batch[place], here, place) if place < len(batch) else []
             except ModelError as error:
                 failure = failure or error
             progress.add(sum(row.positions for row in batch))
@@ -162,16 +164,6 @@ class Capture:
         batch_here = dataclasses.replace(batching.stack(rows), teacher={KEYS: np.stack(keys)})
         with jax.set_mesh(self._mesh):
             return self._step(self._teacher.params, place(batch_here, self._mesh))
-
-    def _taken_of(
-        self,
-        batch: Sequence[work.CapturedRow],
-        own: Sequence[int],
-        answers: Mapping[str, Mapping[int, np.ndarray]],
-    ) -> list[dict[str, np.ndarray]]:
-        """`_taken` of every row of a batch that this process stores."""
-        here = [number for number in own if number < len(batch)]
-        return [one for number in here for one in self._taken(batch[number], answers, number)]
 
     def _taken(
         self, row: work.CapturedRow, answers: Mapping[str, Mapping[int, np.ndarray]], number: int

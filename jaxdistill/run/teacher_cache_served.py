@@ -52,7 +52,7 @@ def store(
     }
     catalog.begin(objects, identity, _notes(config, server))
     every = list(work.in_parts(rows, 1, min(MOST, parts.rows_per_part(form))))
-    own = [[one for batch in part for one in _wanted(batch)] for part in every]
+    own = [[one for batch in part for row in batch for _, one in row.pieces] for part in every]
     number, count = shard
     there = parts.whole(objects)
     mine = [one for one in own[number - 1 :: count] if parts.name_of(one) not in there]
@@ -80,10 +80,6 @@ def _notes(config: Config, server: Api) -> dict[str, Any]:
         "code": changes.code(),
         "jaxdistill": jaxdistill.__version__,
     }
-
-
-def _wanted(batch: Sequence[work.CapturedRow]) -> list[Wanted]:
-    return [one for row in batch for _, one in row.pieces]
 
 
 def _store_part(

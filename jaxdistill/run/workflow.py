@@ -116,7 +116,7 @@ class Runner:
             elif kept.get("status") != "done":
                 resumes = isinstance(step, TrainStep | GenerateStep)
                 action, why = ("resume" if resumes else "run"), f"was {kept.get('status')}"
-            elif not self._outputs_there(step):
+            elif not all(map(os.path.exists, self.outputs(step))):
                 action, why = "run", "its output is gone"
             else:
                 action, why = "skip", "unchanged"
@@ -235,9 +235,6 @@ class Runner:
     def resolved(self, step: Any) -> Any:
         """The step with its references as paths."""
         return type(step)(**files.replaced(step.model_dump(), self.first_outputs()))
-
-    def _outputs_there(self, step: Any) -> bool:
-        return all(os.path.exists(path) for path in self.outputs(step))
 
     def _fingerprint(self, step: Any, before: Mapping[str, str]) -> str:
         """A digest of all that the step's output depends on."""

@@ -162,7 +162,8 @@ class _Routes:
             if asked.body.stream:
                 return EventStream(answer)
             with contextlib.closing(answer):
-                return _whole(await while_there(request.receive, answer.whole()))
+                body = await while_there(request.receive, answer.whole())
+                return Response(body, 200, None, "application/json")
         except HTTPException:
             raise
         except (BadRequest, UserError) as problem:
@@ -239,7 +240,3 @@ def error(code: int, message: str, *, close: bool = True, word: str | None = Non
 
 def _json(code: int, value: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(json.dumps(value).encode(), code, headers, "application/json")
-
-
-def _whole(data: bytes) -> Response:
-    return Response(data, 200, None, "application/json")
