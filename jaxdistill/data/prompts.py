@@ -206,21 +206,29 @@ def read(
     if behind is not None:
         for notice in behind.tally.of_contexts(len(found)):
             _log.warning("%s: %s", key, notice)
-    content: dict[str, Any] = {
-        "version": _VERSION,
+    of_sources = {"of_sources": [one.teacher for one in sources]}
+    decides = {
         "sources": [source.digest() for source in sources],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "prefix": codec.prefix,
         "template": template,
         "settings": [longest, kwargs, special_tokens],
     }
-    if routing is not None:
-        content["routing"] = routing.identity() | {"of_sources": [one.teacher for one in sources]}
-    content |= {} if context is None else {"context": [context.identity(), context_longest]}
-    content |= {"learns_from": list(whence)} if set(whence) != {"both"} else {}
-    content |= {} if second is None else {"second": [second.identity(), seq_len]}
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    fingerprint = _fingerprint(
+        decides,
+        routing=None if routing is None else routing.identity() | of_sources,
+        context=None if context is None else [context.identity(), context_longest],
+        learns_from=list(whence) if set(whence) != {"both"} else None,
+        second=None if second is None else [second.identity(), seq_len],
+    )
     return Prompts(found, fingerprint, counts, left_out)
+
+
+def _fingerprint(decides: Mapping[str, Any], **asked: Any) -> str:
+    """Of all that decides prompts, and of what is asked of them; None is not asked."""
+    asked = {name: one for name, one in asked.items() if one is not None}
+    text = json.dumps({"version": _VERSION, **decides, **asked}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _routed(prompt: Prompt, record: Any, source: Source, routing: TeacherRoutes | None) -> Prompt:
