@@ -139,8 +139,8 @@ def _model_errors(config: Config) -> Iterator[UserError]:
         )
     if config.mesh.context > 0:
         yield from rules.context_axis(config.data.seq_len, config.mesh.context)
-    words = found.get("tokenizer", ModelFiles()).vocabulary()
-    known = _BYTES if config.tokenizer.from_ == "bytes" else words.size if words else 0
+    vocabulary = found.get("tokenizer", ModelFiles()).vocabulary()
+    known = _BYTES if config.tokenizer.from_ == "bytes" else vocabulary.size if vocabulary else 0
     if known:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
@@ -149,7 +149,7 @@ def _model_errors(config: Config) -> Iterator[UserError]:
         # A teacher with a tokenizer of its own is read through what both share.
         own = name == "teacher" != config.tokenizer.from_ and model.tokenizer_file
         yield from _fit_errors(config, name, model, 0 if own else known)
-    yield from _vocabulary_errors(config, found, words)
+    yield from _vocabulary_errors(config, found, vocabulary)
 
 
 def _fit_errors(config: Config, name: str, model: ModelFiles, known: int) -> Iterator[UserError]:
@@ -217,15 +217,15 @@ def _several(config: Config) -> dict[str, Any]:
 
 
 def _vocabulary_errors(
-    config: Config, found: Mapping[str, ModelFiles], words: Vocabulary | None
+    config: Config, found: Mapping[str, ModelFiles], vocabulary: Vocabulary | None
 ) -> Iterator[UserError]:
     """No text can be read by a model that shares no ordinary token with the run's tokenizer."""
     second_view = methods.of(config.method).second_view
-    for name, pair in _pairs(config, found, words).items():
-        assert words is not None, "there are pairs"
+    for name, pair in _pairs(config, found, vocabulary).items():
+        assert vocabulary is not None, "there are pairs"
         if name == "teacher" and second_view:
             continue  # it reads its own tokens
-        if len(pair.ours.ordinary) == len(words.table.keys() - words.added):
+        if len(pair.ours.ordinary) == len(vocabulary.table.keys() - vocabulary.added):
             yield MismatchError(
                 f"{name} ({found[name].folder}): its vocabulary has none of the tokenizer's "
                 f"ordinary tokens ({pair}): take a student of the teacher's family, or cut one out "
@@ -234,7 +234,7 @@ def _vocabulary_errors(
 
 
 def _pairs(
-    config: Config, found: Mapping[str, ModelFiles], words: Vocabulary | None
+    config: Config, found: Mapping[str, ModelFiles], vocabulary: Vocabulary | None
 ) -> dict[str, vocabularies.Pair]:
     """The run's vocabulary beside each model's own, where files say that they are two."""
     chosen, pairs = found.get("tokenizer", ModelFiles()).tokenizer_file, {}
@@ -243,9 +243,9 @@ def _pairs(
     for name in names:
         model = found.get(name, ModelFiles())
         own = model.tokenizer_file
-        if chosen is None or words is None or own is None:
+        if chosen is None or vocabulary is None or own is None:
             continue
         other = None if filecmp.cmp(chosen, own, shallow=False) else model.vocabulary()
         if other is not None:
-            pairs[name] = vocabularies.compare(words, other)
+            pairs[name] = vocabularies.compare(vocabulary, other)
     return pairs
