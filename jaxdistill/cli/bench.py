@@ -14,7 +14,7 @@ from jaxdistill.cli import output
 from jaxdistill.errors import ConfigError
 from jaxdistill.section import Count, Flag, Section
 
-File = Annotated[str, Flag(metavar="FILE")]
+OutputPath = Annotated[str, Flag(metavar="FILE")]
 
 
 class Bench(Section):
@@ -36,10 +36,10 @@ class Bench(Section):
         "auto", description="auto, quick, full, or N=8192,V=128256,S=2048,T=4096."
     )
     rounds: Annotated[Count, Flag(metavar="N")] = Field(9, description="Timings of each form.")
-    csv: File | None = Field(None, description="Also write the table here.")
-    save: File | None = Field(None, description="Also write the result here, as JSON.")
-    plot: File | None = Field(None, description="Also draw it: .svg, .png or .pdf.")
-    tune: File | None = Field(
+    csv: OutputPath | None = Field(None, description="Also write the table here.")
+    save: OutputPath | None = Field(None, description="Also write the result here, as JSON.")
+    plot: OutputPath | None = Field(None, description="Also draw it: .svg, .png or .pdf.")
+    tune: OutputPath | None = Field(
         None, description="First write the fastest tilings of the kernel here."
     )
     kinds: Annotated[str, Flag(metavar="KINDS")] = Field(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands.kinds import Format, Number, Paths, Rows, Seed
+from jaxdistill.commands.kinds import Number, Paths, RecordFormat, RowCount, Seed
 from jaxdistill.drawing import Temperature
 from jaxdistill.section import Count, Dtype, Flag, Path, Problem, Section, Size
 
@@ -16,8 +16,10 @@ class EvalData(Section):
     data: Paths = Field(
         description="Files, or names such as python:docs?split=held_out; several are joined."
     )
-    format: Format = Field("auto", description="What a record holds, as data.format in a run.")
-    batch_size: Rows = Field(8, description="Rows at a time, over all devices.")
+    format: RecordFormat = Field(
+        "auto", description="What a record holds, as data.format in a run."
+    )
+    batch_size: RowCount = Field(8, description="Rows at a time, over all devices.")
     max_bad_fraction: Annotated[float, Field(ge=0, le=1), Flag(metavar="SHARE")] = Field(
         0.001, description="Stop when more than this fraction of records is broken."
     )
@@ -126,7 +128,7 @@ class Harness(Section):
     num_fewshot: Annotated[int, Field(ge=0, le=10**4), Flag(metavar="N")] | None = Field(
         None, description="Examples before each question; none: as the task says."
     )
-    batch_size: Rows = Field(8, description="Rows at a time.")
+    batch_size: RowCount = Field(8, description="Rows at a time.")
     chat: bool = Field(
         False,
         description="Ask in turns of the tokenizer's chat template, examples as turns before.",

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jaxdistill.section import Dtype, Flag, Problem, Section
 
-Scheme = Literal["int8", "int4", "int8_dynamic", "float8", "float8_dynamic"]
+SchemeName = Literal["int8", "int4", "int8_dynamic", "float8", "float8_dynamic"]
 # The form of compressed-tensors that holds a scheme: a folder has one.
 FORMS = {
     "int8": "pack-quantized",
@@ -33,7 +33,7 @@ EXCEPTIONS = (
 class Quantized(Section):
     """Which kernels of the layers are held in numbers of few bits, and which scheme each has."""
 
-    scheme: Scheme = Field(description=SCHEME)
+    scheme: SchemeName = Field(description=SCHEME)
     exceptions: Exceptions = Field((), description=EXCEPTIONS)
 
     def problems(self) -> Iterator[Problem]:
@@ -43,7 +43,7 @@ class Quantized(Section):
 
 def exception_problems(exceptions: tuple[str, ...], schemes: tuple[str, ...]) -> Iterator[Problem]:
     """What is wrong with exceptions to schemes."""
-    names = (*get_args(Scheme), "none")
+    names = (*get_args(SchemeName), "none")
     for text in exceptions:
         pattern, _, scheme = text.rpartition("=")
         if not pattern or scheme not in names:
@@ -62,7 +62,7 @@ def exception_problems(exceptions: tuple[str, ...], schemes: tuple[str, ...]) ->
 class Quantize(Section):
     """How a model is written in numbers of few bits."""
 
-    scheme: Scheme | None = Field(
+    scheme: SchemeName | None = Field(
         None,
         description=f"{SCHEME} Default: what a run's student was trained for, else int8.",
     )

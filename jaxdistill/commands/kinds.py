@@ -11,10 +11,10 @@ Paths = Annotated[
     Field(min_length=1, max_length=1000, strict=False),
     Flag(metavar="PATH", repeat=True),
 ]
-Rows = Annotated[Size, Flag(metavar="ROWS")]
+RowCount = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Format = Literal[
+RecordFormat = Literal[
     "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "pairs",
     "plain", "paragraphs",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from jaxdistill import methods
-from jaxdistill.commands.kinds import Format
+from jaxdistill.commands.kinds import RecordFormat
 from jaxdistill.config.rollout import Name, PromptSources
 from jaxdistill.section import Path, Problem, Section
 
@@ -24,7 +24,7 @@ class DataSource(Section):
         "?split=held_out (the documentation inside the installed Python; &part=manual or "
         "&part=library for a part)."
     )
-    format: Format = Field(
+    format: RecordFormat = Field(
         "auto",
         description="What a record holds: `text`, a chat under `messages`, `prompt` and "
         "`completion`, `prompt`, `chosen` and `rejected` (pairs), sharegpt's `conversations`, "

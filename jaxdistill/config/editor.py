@@ -8,11 +8,11 @@ from jaxdistill.config import inherit, keys, workflow
 from jaxdistill.config.generation import Generation
 from jaxdistill.config.keys import Schema
 
-Kind = Literal["run", "workflow", "generate"]
+SchemaKind = Literal["run", "workflow", "generate"]
 MODELINE = "# yaml-language-server: $schema="
 
 
-def json_schema(kind: Kind = "run") -> Schema:
+def json_schema(kind: SchemaKind = "run") -> Schema:
     """The JSON Schema of a file; it checks names, types and ranges, no rule between fields.
 
     It requires no key below the top, and none of a run that extends another: the base has it. Steps
@@ -33,7 +33,7 @@ def json_schema(kind: Kind = "run") -> Schema:
     return whole | {"$defs": definitions, "required": ["steps"]}
 
 
-def text(kind: Kind) -> str:
+def text(kind: SchemaKind) -> str:
     """The schema as it is kept beside the recipes: one line for each definition."""
     schema = json_schema(kind)
     outer = [_line(name, part) for name, part in schema.items() if name != "$defs"]
@@ -41,12 +41,12 @@ def text(kind: Kind) -> str:
     return "{\n" + ",\n".join([*outer, f'"$defs": {{\n{inner}\n}}']) + "\n}\n"
 
 
-def kind_of(text: str) -> Kind:
+def kind_of(text: str) -> SchemaKind:
     """Which kind of file a YAML text is."""
     return "workflow" if workflow.is_workflow(text) else "run"
 
 
-def file(kind: Kind) -> pathlib.Path:
+def file(kind: SchemaKind) -> pathlib.Path:
     """Where the schema lies beside the recipes."""
     return next(iter(inherit.recipes().values())).parent / f"{kind}.schema.json"
 

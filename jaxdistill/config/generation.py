@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands.kinds import Format
+from jaxdistill.commands.kinds import RecordFormat
 from jaxdistill.config.loader import loads_as, read
 from jaxdistill.config.server import Api
 from jaxdistill.drawing import Drawing
@@ -106,7 +106,9 @@ class Augment(Section):
     """What is made out of given records, for task: augment."""
 
     seeds: Path = Field(description="The records, as data.train in a run.")
-    format: Format = Field("auto", description="What a record holds, as data.format in a run.")
+    format: RecordFormat = Field(
+        "auto", description="What a record holds, as data.format in a run."
+    )
     paraphrase: Candidates = Field(
         1, description="Of each record: its question in other words, with its own answer."
     )

@@ -9,7 +9,7 @@ from jaxdistill.commands import Sizes
 from jaxdistill.config.oneself import Oneself
 from jaxdistill.config.quantize import Rounded, RoundedBase, RoundedStudent
 from jaxdistill.config.server import Api
-from jaxdistill.config.sparsity import TARGETS, Sparsity, Target
+from jaxdistill.config.sparsity import TARGETS, Projection, Sparsity
 from jaxdistill.section import Dtype, Moment, Path, Problem, Section, Size
 
 
@@ -61,7 +61,7 @@ class RandomModel(Section):
             yield ("kv_heads",), f"must divide heads ({self.heads})"
 
 
-Attention = Literal["auto", "xla", "cudnn", "splash"]
+AttentionName = Literal["auto", "xla", "cudnn", "splash"]
 ATTENTION = (
     "What computes its attention: xla on any device (in blocks where rows have more than 512 "
     "tokens), cudnn on a GPU, splash (Pallas) on a TPU; auto is the kernel of the device where it "
@@ -99,7 +99,7 @@ class Teacher(Section):
         "first, averaged or present weights.",
     )
     dtype: Dtype = Field("bfloat16", description="Type its weights are held and computed in.")
-    attention: Attention = Field("auto", description=ATTENTION)
+    attention: AttentionName = Field("auto", description=ATTENTION)
     quantize: Rounded | None = Field(
         None,
         description="Hold the kernels of its layers in few bits, rounded as they are read "
@@ -183,7 +183,7 @@ class Adapters(Section):
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(
         16.0, description="An adapter's product is multiplied by alpha / rank."
     )
-    targets: tuple[Target, ...] = Field(
+    targets: tuple[Projection, ...] = Field(
         TARGETS,
         min_length=1,
         strict=False,
@@ -265,7 +265,7 @@ class Student(Section):
         description="Weight of the load-balancing loss of routed experts, beside the method's: 0 "
         "leaves how tokens are spread to what the teacher says of them; 0.001 to 0.02 is usual.",
     )
-    attention: Attention = Field("auto", description=ATTENTION)
+    attention: AttentionName = Field("auto", description=ATTENTION)
     remat: Literal["none", "dots", "full"] = Field(
         "none",
         description="What the backward pass computes again instead of keeping: nothing, all but "

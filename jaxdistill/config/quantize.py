@@ -11,14 +11,14 @@ from jaxdistill.commands.export import (
     SCHEME,
     Exceptions,
     Quantized,
-    Scheme,
+    SchemeName,
     exception_problems,
 )
 from jaxdistill.section import Moment, Problem, Section
 
 _kind = lambda value: "<section>" if isinstance(value, dict | Section) else "<scheme>"
 Rounded = Annotated[
-    Annotated[Scheme, Tag("<scheme>")] | Annotated[Quantized, Tag("<section>")],
+    Annotated[SchemeName, Tag("<scheme>")] | Annotated[Quantized, Tag("<section>")],
     Discriminator(_kind),
 ]
 
@@ -51,13 +51,13 @@ class LaterScheme(Section):
         description="First step that computes by it, from 0: a whole number of steps before it, or "
         "a fraction of train.steps below 1."
     )
-    scheme: Scheme = Field(description=SCHEME)
+    scheme: SchemeName = Field(description=SCHEME)
 
 
 class QuantizedAware(Section):
     """How the kernels of a student compute that is trained to be quantised."""
 
-    scheme: Scheme | Literal["none"] = Field(
+    scheme: SchemeName | Literal["none"] = Field(
         description=f"In the first steps. {SCHEME} none: as they are, until `then`."
     )
     then: Annotated[tuple[LaterScheme, ...], Field(max_length=20, strict=False)] = Field(
@@ -79,7 +79,7 @@ class QuantizedAware(Section):
 
 
 RoundedStudent = Annotated[
-    Annotated[Scheme, Tag("<scheme>")] | Annotated[QuantizedAware, Tag("<section>")],
+    Annotated[SchemeName, Tag("<scheme>")] | Annotated[QuantizedAware, Tag("<section>")],
     Discriminator(_kind),
 ]
 

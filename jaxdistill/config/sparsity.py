@@ -8,8 +8,8 @@ from pydantic import Field
 from jaxdistill import rules
 from jaxdistill.section import Count, Moment, Path, Problem, Section
 
-Target = Literal["query", "key", "value", "out", "gate", "up", "down"]
-TARGETS: tuple[Target, ...] = ("query", "key", "value", "out", "gate", "up", "down")
+Projection = Literal["query", "key", "value", "out", "gate", "up", "down"]
+TARGETS: tuple[Projection, ...] = ("query", "key", "value", "out", "gate", "up", "down")
 
 
 class Sparsity(Section):
@@ -36,7 +36,7 @@ class Sparsity(Section):
         None,
         description="Of wanda: the file that `jaxdistill importance` measured on the student.",
     )
-    targets: Annotated[tuple[Target, ...], Field(min_length=1, strict=False)] = Field(
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1, strict=False)] = Field(
         TARGETS, description="Projections of every layer; norms, embeddings and heads stay dense."
     )
     begin: Moment = Field(

@@ -17,11 +17,9 @@ from jaxdistill.data.encode import (
 from jaxdistill.data.learned import Learned
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import CLOSE, OPEN, SENTINEL, ChatRenderer, mark
-from jaxdistill.data.spans import last_control
+from jaxdistill.data.spans import CharSpan, last_control
 from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ModelError
-
-Span = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +36,10 @@ class _Rendered:
     """
 
     text: str
-    cuts: list[Span]
+    cuts: list[CharSpan]
     stash: list[str]
-    learned: list[Span] | None
-    left: list[Span]
+    learned: list[CharSpan] | None
+    left: list[CharSpan]
     ends_learned: bool
 
 
@@ -167,7 +165,7 @@ class ChatEncoder:
         return self._ended(item, np.asarray(ids, np.int32), loss)
 
     def _join(
-        self, text: str, cuts: list[Span], stash: list[str], encoded: Any
+        self, text: str, cuts: list[CharSpan], stash: list[str], encoded: Any
     ) -> tuple[list[int], list[int], list[int]] | str:
         """(ids, starts, ends) of the tokenised pieces and the strings between them, kept as text.
 
@@ -196,7 +194,7 @@ class ChatEncoder:
                 ids += piece
         return problem or (ids, starts, ends)
 
-    def _forged(self, text: str, start: int, ids: list[int], offsets: list[Span]) -> str | None:
+    def _forged(self, text: str, start: int, ids: list[int], offsets: list[CharSpan]) -> str | None:
         """Finds a special token that a normaliser made from other characters; what to say of it."""
         for index in np.flatnonzero(self._codec.inert[ids]):
             first, last = offsets[index]
@@ -239,7 +237,7 @@ def opening(codec: Codec, source: str | None, template_kwargs: Mapping[str, Any]
     return behind
 
 
-def _cuts(text: str, count: int) -> list[Span]:
+def _cuts(text: str, count: int) -> list[CharSpan]:
     """Where the sentinels of a rendered text are, all of them whole and of those that were made."""
     found = list(SENTINEL.finditer(text))
     cuts = [match.span() for match in found]
@@ -252,14 +250,14 @@ def _cuts(text: str, count: int) -> list[Span]:
     return cuts
 
 
-def _between(cuts: list[Span], size: int) -> list[Span]:
+def _between(cuts: list[CharSpan], size: int) -> list[CharSpan]:
     """The non-empty stretches of [0, size) outside the cuts."""
     starts = [0, *(end for _, end in cuts)]
     ends = [*(start for start, _ in cuts), size]
     return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
 
-def _inside(starts: list[int], ends: list[int], spans: list[Span]) -> np.ndarray:
+def _inside(starts: list[int], ends: list[int], spans: list[CharSpan]) -> np.ndarray:
     """bool [N]: which tokens, each at [start, end), lie in a span, wholly or in part.
 
     Some tokenizers leave spaces out of a token's place; a token of spaces only is then empty, and

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jaxdistill.data import chat, encode, pairs, rendering
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.codec import Codec
+from jaxdistill.data.encode import Documents
 from jaxdistill.data.learned import each_turn
 from jaxdistill.data.records import PAIRS, Record
 from jaxdistill.data.settings import LOSS_ON, Settings
@@ -13,9 +14,6 @@ from jaxdistill.data.tally import Tally
 from jaxdistill.errors import ConfigError, DataError
 
 CHATS = ("messages", "dialogue")
-
-# What becomes of each record: its documents, or the reason why there are none.
-Documents = tuple[encode.Document, ...] | str
 
 
 class Encoder:

@@ -46,6 +46,10 @@ class Document:
     shortened: bool = False
 
 
+# What becomes of a record: its documents, or the reason why there are none.
+Documents = tuple[Document, ...] | str
+
+
 def encode_batch(
     codec: Codec, texts: Sequence[str], *, split_special: bool, offsets: bool = False
 ) -> list[Any]:

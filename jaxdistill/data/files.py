@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from jaxdistill.data.paths import File, ending_of
-from jaxdistill.data.records import Rejected
+from jaxdistill.data.records import NumberedObjects, Rejected
 from jaxdistill.data.rules import MARKS, MAX_RECORD_BYTES
 from jaxdistill.errors import DataError
 
@@ -30,8 +30,6 @@ _MAGIC = ((b"\x1f\x8b", ".gz"), (b"BZh91AY&SY", ".bz2"), (b"\xfd7zXZ\x00", ".xz"
 _JSON_CELLS = ("messages", "conversations", "tools", "history", "chat_template_kwargs")
 _TURN_CELLS = ("prompt", "completion")  # texts, or lists of turns
 _YES_NO = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-
-Objects = Iterator[tuple[int, Any] | Rejected]
 
 
 @contextlib.contextmanager
@@ -120,13 +118,13 @@ def decode(data: bytes, line: int) -> str | Rejected:
         return Rejected(line, f"invalid UTF-8 at byte {error.start}")
 
 
-def jsonl_objects(path: File) -> Objects:
+def jsonl_objects(path: File) -> NumberedObjects:
     """One object a line."""
     with opened(path) as file:
         yield from _object_lines(file)
 
 
-def _object_lines(file: BinaryIO) -> Objects:
+def _object_lines(file: BinaryIO) -> NumberedObjects:
     for number, data in lines(file):
         if data is None:
             yield too_large(number)
@@ -148,7 +146,7 @@ def _object_lines(file: BinaryIO) -> Objects:
             yield number, value
 
 
-def json_objects(path: File) -> Objects:
+def json_objects(path: File) -> NumberedObjects:
     """The objects of one JSON list, numbered from 1; a .json file of lines is read as lines.
 
     Raises:
@@ -169,7 +167,7 @@ def json_objects(path: File) -> Objects:
         yield from _object_lines(file)
 
 
-def _list_objects(file: BinaryIO, path: File) -> Objects:
+def _list_objects(file: BinaryIO, path: File) -> NumberedObjects:
     """Streams the values of a JSON list: at most about one record more than needed is in memory."""
     reader = io.TextIOWrapper(file, encoding="utf-8-sig")
     decoder, number, ended = json.JSONDecoder(), 0, False
@@ -218,7 +216,7 @@ def _ends(text: str, reader: io.TextIOWrapper) -> bool:
     return False
 
 
-def csv_objects(path: File) -> Objects:
+def csv_objects(path: File) -> NumberedObjects:
     """The rows of a table of text; its first row names the fields.
 
     Raises:

@@ -12,13 +12,11 @@ from jaxdistill.data.codec import Codec
 from jaxdistill.data.conversations import Conversation
 from jaxdistill.data.records import Record
 from jaxdistill.data.rendering import SENTINEL, ChatRenderer, Shielded
-from jaxdistill.data.spans import MAX_PREFIXES, SpeechFinder, letters, printed_whole
+from jaxdistill.data.spans import MAX_PREFIXES, CharSpan, SpeechFinder, letters, printed_whole
 from jaxdistill.data.tally import Tally
 from jaxdistill.data.turns import Tracer
 
 LOSS_ON = ("all", "assistant", "completion")
-
-Span = tuple[int, int]
 
 
 class Learned:
@@ -36,8 +34,8 @@ class Learned:
         self._tally = tally
 
     def spans(
-        self, record: Record, shielded: Shielded, text: str, generated: list[Span]
-    ) -> tuple[list[Span] | None, list[Span]]:
+        self, record: Record, shielded: Shielded, text: str, generated: list[CharSpan]
+    ) -> tuple[list[CharSpan] | None, list[CharSpan]]:
         """(what counts, or None for all; what does not), in a rendered conversation.
 
         Args:
@@ -102,7 +100,7 @@ class Learned:
                 "use loss_on: assistant"
             )
 
-    def _found(self, finder: SpeechFinder, turns: Sequence[int]) -> dict[int, Span | None]:
+    def _found(self, finder: SpeechFinder, turns: Sequence[int]) -> dict[int, CharSpan | None]:
         """The spans of turns, while what the template leaves out of them is counted."""
         speech = finder.find(turns)
         self._count(speech.said, speech.dropped)
@@ -197,10 +195,10 @@ def _off(record: Record) -> set[int]:
     return {i for i, mark in enumerate(marks) if mark is False}
 
 
-def _spans(found: Mapping[int, Span | None]) -> list[Span]:
+def _spans(found: Mapping[int, CharSpan | None]) -> list[CharSpan]:
     return [span for span in found.values() if span is not None]
 
 
-def _meets(span: Span, others: Sequence[Span]) -> bool:
+def _meets(span: CharSpan, others: Sequence[CharSpan]) -> bool:
     """Whether a span shares a character with one of the others."""
     return any(span[0] < end and start < span[1] for start, end in others)

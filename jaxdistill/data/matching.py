@@ -18,7 +18,7 @@ from jaxdistill.data.records import Record
 from jaxdistill.data.token_bytes import TokenBytes, difference, token_bytes
 from jaxdistill.errors import MismatchError
 
-Run = tuple[int, int]  # first token, and the one behind the last
+TokenRun = tuple[int, int]  # first token, and the one behind the last
 # Part of fingerprints: raise it when the same documents would be matched otherwise.
 VERSION = 2
 _LETTER = b"x"  # an answer by which a template shows what it puts around answers
@@ -115,7 +115,7 @@ def matched(
     return np.concatenate(found)
 
 
-def _runs(loss: np.ndarray) -> list[Run]:
+def _runs(loss: np.ndarray) -> list[TokenRun]:
     """The stretches of tokens that count."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], loss.astype(np.int8), [0]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))

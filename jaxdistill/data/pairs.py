@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.encode import Document
+from jaxdistill.data.encode import Document, Documents
 from jaxdistill.data.records import Record
 from jaxdistill.data.rules import TooLong
 from jaxdistill.data.settings import Settings
 from jaxdistill.errors import ConfigError
 
-Documents = tuple[Document, ...] | str
-Encoder = Callable[[Sequence[Record]], list[Any]]
+EncodeRecords = Callable[[Sequence[Record]], list[Any]]
 
 
 def check(settings: Settings) -> None:
@@ -30,7 +29,7 @@ def check(settings: Settings) -> None:
         raise ConfigError("data.turns: 'each' would compare single turns: remove it")
 
 
-def of_both(encoder: Encoder) -> Encoder:
+def of_both(encoder: EncodeRecords) -> EncodeRecords:
     """Encodes both answers of every pair; why one cannot be used is why the pair cannot."""
 
     def encode_pairs(records: Sequence[Record]) -> list[Documents]:

@@ -20,8 +20,8 @@ from jaxdistill.data import chat, encode, rendering
 from jaxdistill.data.chat_template import RenderError
 from jaxdistill.data.codec import Codec, prepare
 from jaxdistill.data.context_names import PROMPT, SIBLING, places
-from jaxdistill.data.documents import Documents, Encoder
-from jaxdistill.data.encode import Beside, Document
+from jaxdistill.data.documents import Encoder
+from jaxdistill.data.encode import Beside, Document, Documents
 from jaxdistill.data.records import Record
 from jaxdistill.data.rules import Empty, TooLong, WithoutContext
 from jaxdistill.data.settings import Settings

@@ -1,7 +1,7 @@
 """One training record: its kinds, and the rules that make it usable."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdistill.data import meaning, rules
@@ -104,6 +104,9 @@ class Rejected:
 
     line: int
     reason: str
+
+
+NumberedObjects = Iterator[tuple[int, Any] | Rejected]  # each with its line
 
 
 def kinds_of(value: Mapping[str, Any]) -> list[str]:

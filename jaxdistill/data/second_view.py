@@ -17,8 +17,8 @@ import numpy as np
 from jaxdistill.data import alignment, matching, rendering
 from jaxdistill.data.codec import Codec, prepare, tokenizer_fingerprint
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.documents import Documents, Encoder
-from jaxdistill.data.encode import Beside, Document
+from jaxdistill.data.documents import Encoder
+from jaxdistill.data.encode import Beside, Document, Documents
 from jaxdistill.data.matching import Around, around, bytes_of, matched
 from jaxdistill.data.records import PAIRS, Record
 from jaxdistill.data.rules import TooLong, Unaligned

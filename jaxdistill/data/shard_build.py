@@ -15,7 +15,7 @@ from jaxdistill.data import progress, quarantine, store, wire
 from jaxdistill.data.chat_template import check_stalled
 from jaxdistill.data.records import TEACHER, Record, Rejected
 from jaxdistill.data.sources import Source
-from jaxdistill.data.tokenising import Batch, Tokeniser, good
+from jaxdistill.data.tokenising import RecordBatch, Tokeniser, good
 from jaxdistill.errors import DataError
 
 _BATCH_RECORDS = 512
@@ -82,7 +82,7 @@ class ShardBuild:
         """Closes the files; the folder goes, where it was not sealed, but for Ctrl-C."""
         self._stack.__exit__(*error)
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
+    def batches(self) -> Iterator[tuple[int, RecordBatch]]:
         """(number of the source, batch) of what is not done yet; the records are met."""
         at = self.progress
         if at.kind is not None:
@@ -94,11 +94,11 @@ class ShardBuild:
                     self._tokeniser.meet(record.kind, source.name, record.line)
                 yield index, batch
 
-    def where(self, index: int, batch: Batch) -> str:
+    def where(self, index: int, batch: RecordBatch) -> str:
         """A batch in words."""
         return f"{self._sources[index].name}:{batch[0].line} to {batch[-1].line}"
 
-    def take(self, index: int, batch: Batch, made: wire.Made) -> None:
+    def take(self, index: int, batch: RecordBatch, made: wire.Made) -> None:
         """Writes what became of a batch of a source.
 
         Raises:
@@ -207,9 +207,9 @@ class ShardBuild:
         store.seal(self._folder, facts)
 
 
-def batched(source: Source, done: int = 0) -> Iterator[Batch]:
+def batched(source: Source, done: int = 0) -> Iterator[RecordBatch]:
     """The source behind what is `done`, in lists of a bounded number of records and characters."""
-    batch: Batch = []
+    batch: RecordBatch = []
     characters = 0
     try:
         for item in itertools.islice(source, done, None):

@@ -21,7 +21,7 @@ from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.settings import Settings
 from jaxdistill.data.shard_build import ShardBuild
 from jaxdistill.data.sources import Source
-from jaxdistill.data.tokenising import Batch, Tokeniser
+from jaxdistill.data.tokenising import RecordBatch, Tokeniser
 from jaxdistill.safe import manifest
 
 # Part of every shard's identity: raise it when the same content would give other arrays or facts.
@@ -157,14 +157,14 @@ def _build(builds: Sequence[ShardBuild], tokeniser: Tokeniser) -> None:
     """Builds shards one after the other; later ones are begun while the first is not sealed."""
     begun: list[ShardBuild] = []
 
-    def batches() -> Iterator[tuple[tuple[ShardBuild, int | None], Batch]]:
+    def batches() -> Iterator[tuple[tuple[ShardBuild, int | None], RecordBatch]]:
         for build in builds:
             begun.append(build.__enter__())
             for index, batch in build.batches():
                 yield (build, index), batch
             yield (build, None), []
 
-    def where(place: tuple[ShardBuild, int | None], batch: Batch) -> str:
+    def where(place: tuple[ShardBuild, int | None], batch: RecordBatch) -> str:
         assert place[1] is not None, "there is a batch"
         return place[0].where(place[1], batch)
 

@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.chat_template import Messages, RenderError
 from jaxdistill.data.turns import Place, Tracer
 
 # Characters: a conversation is rendered up to some of its turns, which can grow as their square.
 MAX_PREFIXES = 200_000_000
 
-Span = tuple[int, int]
-Messages = Sequence[Mapping[str, Any]]
+CharSpan = tuple[int, int]  # first character, and the one behind the last
 # (messages, whether a generation prompt follows) -> text.
 Render = Callable[[Messages, bool], str]
 
@@ -33,7 +32,7 @@ class Speech:
       stops: whether every turn ends by a special token.
     """
 
-    spans: dict[int, Span | None]
+    spans: dict[int, CharSpan | None]
     said: int
     dropped: int
     stops: bool
@@ -118,7 +117,7 @@ class SpeechFinder:
             )
         return text
 
-    def _span(self, turn: int) -> Span | None:
+    def _span(self, turn: int) -> CharSpan | None:
         place = self._places[turn]
         return None if place is None else (self._start(turn, place), self._end(turn, place))
 

@@ -2,19 +2,17 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from jaxdistill.data import meaning
-from jaxdistill.data.records import KINDS, LOST, READ, Rejected, kinds_of
+from jaxdistill.data.records import KINDS, LOST, READ, NumberedObjects, Rejected, kinds_of
 from jaxdistill.errors import DataError
 
 _BATCH = 1024
 _OPTIONS = ("split", "config", "revision")
-
-Objects = Iterator[tuple[int, Any] | Rejected]
 
 
 def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> list[str]:
@@ -36,7 +34,7 @@ def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> 
     return chosen
 
 
-def _numbered(batches: Iterable[Any]) -> Objects:
+def _numbered(batches: Iterable[Any]) -> NumberedObjects:
     from jaxdistill.data import parquet  # NumPy, which `validate` does without
 
     number = 0
@@ -94,7 +92,7 @@ class HubDataset:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             raise DataError(f"{self.name}: cannot be read as a data set: {reason}") from error
 
-    def objects(self, format: str, unread: set[str]) -> Objects:
+    def objects(self, format: str, unread: set[str]) -> NumberedObjects:
         """Its rows, numbered from 1.
 
         Raises:

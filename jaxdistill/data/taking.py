@@ -20,7 +20,7 @@ from jaxdistill.data.tally import Tally
 from jaxdistill.safe import manifest
 
 _LINE, _COUNT, _NAMED = 1, 2, 3  # columns of a shard's records
-Entry = dict[str, Any]
+LeftOut = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Taken:
             found[quarantine.why(cutting.reason(int(why), 0, seq_len))] += int(count)
         return found
 
-    def entries(self, seq_len: int) -> Iterator[Entry]:
+    def entries(self, seq_len: int) -> Iterator[LeftOut]:
         """The records that are left out, in order, their sources counted in the data set."""
         place = lambda entry: (entry["source"], entry["line"])
         return heapq.merge(self._before(), self._here(seq_len), key=place)
 
-    def _before(self) -> Iterator[Entry]:
+    def _before(self) -> Iterator[LeftOut]:
         with (self.shard.folder / store.QUARANTINE).open(encoding="utf-8") as file:
             for line in file:
                 one = json.loads(line)
                 yield one | {"source": one["source"] + self.shard.first}
 
-    def _here(self, seq_len: int) -> Iterator[Entry]:
+    def _here(self, seq_len: int) -> Iterator[LeftOut]:
         for source, line, why, size in self.left.tolist():
             entry = quarantine.entry("", line, cutting.reason(why, size, seq_len))
             told = {name: entry[name] for name in ("line", "reason", "broken")}

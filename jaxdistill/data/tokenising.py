@@ -16,7 +16,7 @@ from jaxdistill.data.worker import MAIN, Worker
 from jaxdistill.errors import DataError
 from jaxdistill.safe.pool import Died, Pool
 
-Batch = list[Record | Rejected]
+RecordBatch = list[Record | Rejected]
 Place = TypeVar("Place")
 ALONE_SECONDS = 2.0  # what takes no longer is not worth the start of processes
 _MOST = 16  # processes by default: as many as one that reads and writes keeps busy
@@ -86,9 +86,9 @@ class Tokeniser:
 
     def made(
         self,
-        batches: Iterator[tuple[Place, Batch]],
-        where: Callable[[Place, Batch], str],
-    ) -> Generator[tuple[Place, Batch, wire.Made], None, None]:
+        batches: Iterator[tuple[Place, RecordBatch]],
+        where: Callable[[Place, RecordBatch], str],
+    ) -> Generator[tuple[Place, RecordBatch, wire.Made], None, None]:
         """(place, batch, what becomes of its good records) of every batch, in order.
 
         The processes end with the iterator.
@@ -126,6 +126,6 @@ class Tokeniser:
                 ) from None
 
 
-def good(batch: Batch) -> list[Record]:
+def good(batch: RecordBatch) -> list[Record]:
     """The records of a batch that can be tokenised."""
     return [item for item in batch if isinstance(item, Record)]

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.data.chat_template import RenderError
+from jaxdistill.data.chat_template import Messages, RenderError
 from jaxdistill.data.conversations import REASONING
 
 # One character for each message: the private planes 15 and 16 of Unicode.
 _FIRST, MAX_MESSAGES = 0xF0000, 0x1FFFE
 _WHITE = np.array([0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F,
                    0x3000])  # fmt: skip
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)

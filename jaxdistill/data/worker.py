@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxdistill.data import rendering, wire
 from jaxdistill.data.codec import Codec, portable, ported
-from jaxdistill.data.documents import CHATS, Documents, Encoder
-from jaxdistill.data.encode import Document
+from jaxdistill.data.documents import CHATS, Encoder
+from jaxdistill.data.encode import Document, Documents
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.record_hash import fingerprint_of
 from jaxdistill.data.records import PAIRS, Record

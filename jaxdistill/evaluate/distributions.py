@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxdistill.evaluate.meter import CALIBRATION, Step
+from jaxdistill.evaluate.meter import CALIBRATION, MeterStep
 from jaxdistill.evaluate.scoring import chunk_logits, over_chunks
 from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.types import Batch, Mean
@@ -24,7 +24,7 @@ def step(
     vocab: int,
     compute_dtype: DTypeLike = jnp.bfloat16,
     columns: tuple[int, ...] | None = None,
-) -> Step:
+) -> MeterStep:
     """step(params, teacher_params, batch, {}) -> named means of a model, beside a teacher or alone.
 
     Models of one configuration share one compiled program.

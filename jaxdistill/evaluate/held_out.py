@@ -109,7 +109,7 @@ class HeldOut:
 
     def measure(
         self,
-        step: meter.Step,
+        step: meter.MeterStep,
         params: Any,
         teacher_params: Any = None,
         knobs: Any = None,
@@ -127,7 +127,7 @@ class HeldOut:
             text_bytes=text_bytes,
         )
 
-    def speed(self, step: meter.Step, params: Any) -> float:
+    def speed(self, step: meter.MeterStep, params: Any) -> float:
         """Tokens a second of scoring one batch by a model alone."""
         return speed.tokens_per_second(step, params, next(self.batches()), self.mesh)
 

@@ -29,7 +29,7 @@ from jaxdistill.teachers import Teacher
 from jaxdistill.train.step import Loss, make_loss
 from jaxdistill.types import Batch, Mean, TeacherSignal
 
-Step = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
+MeterStep = Callable[[Any, Any, Batch, Mapping[str, Array]], dict[str, Mean]]
 
 # What a program calls a mean over tokens, or over pairs of answers -> its key.
 NAMES = {
@@ -51,7 +51,7 @@ NAMES = {
 CALIBRATION = "calibration"  # a total of [bins, 3], see `reliability`
 
 
-def make_step(loss: Loss, teacher: Teacher | Routed) -> Step:
+def make_step(loss: Loss, teacher: Teacher | Routed) -> MeterStep:
     """step(params, teacher_params, batch, knobs) -> named means; the training loss, no gradient.
 
     Nothing that adapts in training moves here: knobs come in as numbers and do not come out. Of
@@ -73,7 +73,7 @@ def scoring_step(
     *,
     compute_dtype: DTypeLike = jnp.bfloat16,
     chunk: int | None = None,
-) -> Step:
+) -> MeterStep:
     """Cross-entropy of the data by a model alone; `params` are the model's own."""
     loss = make_loss(
         config, measuring.cross_entropy(vocab=vocab, chunk=chunk), compute_dtype=compute_dtype
@@ -86,7 +86,7 @@ def scoring_step(
     return jax.jit(step)
 
 
-def teacher_scoring_step(teacher: Teacher | Routed, vocab: int) -> Step:
+def teacher_scoring_step(teacher: Teacher | Routed, vocab: int) -> MeterStep:
     """Cross-entropy of the data by what teachers say of it: a stored one, or each of several."""
     objective = measuring.cross_entropy(vocab=vocab)
 
@@ -102,7 +102,7 @@ def teacher_scoring_step(teacher: Teacher | Routed, vocab: int) -> Step:
 
 
 def run(
-    step: Step,
+    step: MeterStep,
     params: Any,
     teacher_params: Any,
     batches: Iterable[Batch],

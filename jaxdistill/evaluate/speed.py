@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdistill.compress import sparsify
-from jaxdistill.evaluate.meter import Step
+from jaxdistill.evaluate.meter import MeterStep
 from jaxdistill.models import (
     DecoderConfig,
     Model,
@@ -90,7 +90,9 @@ def timed(run: Callable[[], Any], repeats: int) -> np.ndarray:
     return np.asarray(seconds)
 
 
-def tokens_per_second(step: Step, params: Any, batch: Batch, mesh: Mesh, repeats: int = 3) -> float:
+def tokens_per_second(
+    step: MeterStep, params: Any, batch: Batch, mesh: Mesh, repeats: int = 3
+) -> float:
     """Scored tokens a second, padding not counted: the median of `repeats` after a warm-up.
 
     Args:

@@ -32,11 +32,11 @@ REMAT = ("none", "dots", "full")
 WEIGHTS = "weights"  # part of the names of operations that make the weights a layer computes with
 
 # turn(index of a layer) -> its (cos, sin), or None without rotation
-Turn = Callable[[Any], tuple[Array, Array] | None]
+Rotations = Callable[[Any], tuple[Array, Array] | None]
 # visit(layer, x [B, L, D], (cos, sin), attend, state, index, rules) -> (x, state, what it saw)
 Visit = Callable[..., tuple[Array, Any, Any]]
 # step(x [B, L, D], state, parameters of one layer, index) -> (x, state, what was seen)
-Step = Callable[[Array, Any, Any, Any], tuple[Array, Any, Any]]
+LayerStep = Callable[[Array, Any, Any, Any], tuple[Array, Any, Any]]
 
 
 def forward(
@@ -102,12 +102,12 @@ def forward(
 
 def layer_step(
     config: DecoderConfig,
-    turn: Turn,
+    turn: Rotations,
     attend: Attend,
     dtype: DTypeLike,
     rules: Mapping[str, MeshAxes] = RULES,
     visit: Visit | None = None,
-) -> Step:
+) -> LayerStep:
     """How one layer runs, whichever it is: with its weights cast, and by `visit` where given."""
     axes = logical_axes(config)["layers"]
     visit = visit or (lambda layer, *given: (*layer(*given), None))
@@ -120,7 +120,7 @@ def layer_step(
 
 
 def walk(
-    layers: tuple, step: Step, x_BLD: Array, states: tuple | None = None
+    layers: tuple, step: LayerStep, x_BLD: Array, states: tuple | None = None
 ) -> tuple[Array, tuple]:
     """One layer after the other, each with its own parameters and state; the new states."""
     new = []
@@ -131,7 +131,7 @@ def walk(
 
 
 def _scan(
-    config: DecoderConfig, stacked: Any, step: Step, x_BLD: Array, tapped_at: tuple[int, ...]
+    config: DecoderConfig, stacked: Any, step: LayerStep, x_BLD: Array, tapped_at: tuple[int, ...]
 ) -> tuple[Array, Array | None, Any]:
     """All layers as one scanned body: hidden states, tapped ones, and what the visits saw."""
     slots = np.full(config.layers, len(tapped_at), np.int32)  # of no tap: behind the last one
@@ -184,7 +184,7 @@ def leave(config: DecoderConfig, params: Mapping[str, Any], x_BLD: Array) -> Out
     return Outputs(hidden_BLD, head, bias, softcap=config.logits_softcap)
 
 
-def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> Turn:
+def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> Rotations:
     """The (cos, sin) of every layer, by its index, traced or not.
 
     Layers with a window may have frequencies of their own, and some layers none. All tables are

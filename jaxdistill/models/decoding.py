@@ -44,7 +44,7 @@ def embed(config: DecoderConfig, rest: dict, tokens_BL: Array) -> Array:
 def read(
     config: DecoderConfig, layer: dict, x_PWD: Array, index: Array, count_P: Array
 ) -> tuple[Array, tuple[Array, Array], None]:
-    """One layer over whole prompts, as `decoder.Step`; its state: keys, values [P, G, W, E]."""
+    """A layer over whole prompts, as `decoder.LayerStep`; state: keys, values [P, G, W, E]."""
     rows, width, _ = x_PWD.shape
     within = attention.causal(config, width, None, None)
 

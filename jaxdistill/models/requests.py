@@ -12,7 +12,7 @@ from jaxdistill.ranges import DRAWING
 
 # stop(tokens of a row so far, how many of them it has seen) -> how many to keep, which ends the
 # row, or None
-Stop = Callable[[Sequence[int], int], int | None]
+StopFunction = Callable[[Sequence[int], int], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Request:
     presence_penalty: float = 0.0
     alternatives: int = 0
     prompt_alternatives: int | None = None
-    stop: Stop | None = None
+    stop: StopFunction | None = None
     tag: Any = None
 
     @property

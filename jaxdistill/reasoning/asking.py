@@ -102,6 +102,10 @@ class Respondent(Protocol):
         ...
 
 
+# (prompts, tokens of the longest answer) -> who can be asked them.
+OpenRespondent = Callable[[list[str], int], Respondent]
+
+
 class Reply(NamedTuple):
     """One sample of a question.
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill.data.record_hash import fingerprint_of
@@ -22,7 +22,7 @@ from jaxdistill.data.records import Record
 from jaxdistill.data.sources import Source
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.reasoning import asking
-from jaxdistill.reasoning.asking import Job, Respondent, SamplingParams
+from jaxdistill.reasoning.asking import Job, OpenRespondent, Respondent, SamplingParams
 from jaxdistill.reasoning.duplicates import Sieve
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import AnswerStore, write_records
@@ -38,9 +38,6 @@ _NEW = (
     "Here are some {name}s.\n\n{shown}\n\nWrite one new {name} of the same kind about something "
     "else, and nothing else.\n\nNew {name}:"
 )
-
-# (prompts, tokens of the longest answer) -> who can be asked them.
-Open = Callable[[list[str], int], Respondent]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +151,7 @@ class Augmenter:
         self,
         seeds: Sequence[Seed],
         store: AnswerStore,
-        open: Open,
+        open: OpenRespondent,
         sampling: SamplingParams,
         candidates: Mapping[str, int],
         *,

@@ -9,7 +9,7 @@ from typing import Any
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.models import Model
 from jaxdistill.reasoning import asking, auto_cot, extract, prompts, rationales
-from jaxdistill.reasoning.asking import Job, Reply, Respondent, SamplingParams
+from jaxdistill.reasoning.asking import Job, OpenRespondent, Reply, Respondent, SamplingParams
 from jaxdistill.reasoning.prompts import Exemplar
 from jaxdistill.reasoning.rationales import Sample
 from jaxdistill.reasoning.store import AnswerStore, write_records, writing
@@ -18,9 +18,6 @@ from jaxdistill.safe import whole_file
 from jaxdistill.safe.redact import redacted
 
 _REASONS = 5  # in a message: a reason that names a length may differ for every question
-
-# (prompts, tokens of the longest answer) -> who can be asked them.
-Open = Callable[[list[str], int], Respondent]
 
 
 def check_questions(task: Task, store: AnswerStore) -> None:
@@ -49,7 +46,7 @@ class Collector:
         where the teacher makes its own worked examples first.
     """
 
-    def __init__(self, task: Task, store: AnswerStore, open: Open):
+    def __init__(self, task: Task, store: AnswerStore, open: OpenRespondent):
         self._task, self._store, self._open = task, store, open
         self._respondent: Respondent | None = None
         self._before: dict[str, float] = {}  # spent by teachers that were opened earlier

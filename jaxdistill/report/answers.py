@@ -16,7 +16,7 @@ PAGE = "answers.html"
 SAMPLES = 3  # questions answered right, and as many answered wrong
 _SHARE = ("value", "low", "high")
 _ROW = {"gold": str, "text": str, "question": str}
-Model = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
+NamedAnswers = tuple[str, Mapping[str, typing.Any]]  # name, and the numbers of one task
 
 
 def write_answers(
@@ -127,7 +127,7 @@ def _interval(share: Mapping[str, float] | None) -> str:
 Points = list[tuple[float, Mapping[str, float]]]
 
 
-def _by_votes(models: Sequence[Model], name: str) -> str | None:
+def _by_votes(models: Sequence[NamedAnswers], name: str) -> str | None:
     """maj@k against k for every model."""
     lines: list[tuple[int, Points, str]] = []
     for index, (_, row) in enumerate(models):
@@ -136,7 +136,7 @@ def _by_votes(models: Sequence[Model], name: str) -> str | None:
     return _curve(lines, "votes k", name) if lines else None
 
 
-def _by_rationales(models: Sequence[Model], name: str) -> str | None:
+def _by_rationales(models: Sequence[NamedAnswers], name: str) -> str | None:
     """Accuracy against the number of rationales that a student read, greedy and by vote."""
     numbered = [
         (float(match.group(1)), row)

@@ -9,10 +9,10 @@ from jaxdistill.report import wording
 from jaxdistill.report.curves import colour
 from jaxdistill.report.pictures import PALETTE, dress, render
 
-Row = Mapping[str, typing.Any]
+StepRow = Mapping[str, typing.Any]
 
 
-def reliability(rows: Sequence[Row], name: str) -> str | None:
+def reliability(rows: Sequence[StepRow], name: str) -> str | None:
     """How often models are right against how sure they are; on the diagonal they know it.
 
     Args:
@@ -56,7 +56,7 @@ COSTS = (
 QUALITIES = (("kl_t1", "KL to the teacher"), ("perplexity", "perplexity"))
 
 
-def pareto(rows: Sequence[Row], name: str) -> str | None:
+def pareto(rows: Sequence[StepRow], name: str) -> str | None:
     """Quality against size and against speed; what no other model beats in both lies on a line.
 
     Args:
@@ -132,5 +132,5 @@ def layers(
     return render(paint, name, (5.4, 1.4 + 1.2 * len(charts)))
 
 
-def _count(rows: Sequence[Row], field: str) -> int:
+def _count(rows: Sequence[StepRow], field: str) -> int:
     return sum(wording.is_number(row.get(field)) for row in rows)

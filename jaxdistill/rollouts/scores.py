@@ -20,7 +20,7 @@ from jaxdistill.safe import json_file
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 
 FILE, BILL = "scores.jsonl", "spent.json"
-Known = dict[int, np.ndarray]  # number of an answer -> float32, log p of its tokens
+KnownLogprobs = dict[int, np.ndarray]  # number of an answer -> float32, log p of its tokens
 
 
 class Scores:
@@ -112,7 +112,7 @@ class Scores:
         answers: Sequence[Answer],
         texts: Sequence[np.ndarray],
         lacking: Sequence[int],
-        known: Known,
+        known: KnownLogprobs,
     ) -> list[str]:
         """Adds what the server says to `known`; why the others failed."""
         if self._client is None:
@@ -175,7 +175,7 @@ def named(file: str, teacher: str | None) -> str:
     return file if teacher is None else f"{stem}-{teacher}.{ending}"
 
 
-def _packed(known: Known, count: int) -> dict[str, Any]:
+def _packed(known: KnownLogprobs, count: int) -> dict[str, Any]:
     """Numbers as JSON holds them; of an answer that lacks them the size is 0."""
     held = [known.get(number, np.zeros(0, np.float32)) for number in range(count)]
     data = np.concatenate(held).astype("<f4").tobytes()
@@ -186,7 +186,7 @@ def _packed(known: Known, count: int) -> dict[str, Any]:
     }
 
 
-def _unpacked(stored: dict[str, Any]) -> Known:
+def _unpacked(stored: dict[str, Any]) -> KnownLogprobs:
     """What `_packed` was given."""
     sizes = stored["sizes"]
     flat = np.frombuffer(base64.b64decode(stored["logprobs"], validate=True), "<f4")
@@ -194,7 +194,7 @@ def _unpacked(stored: dict[str, Any]) -> Known:
     return {number: part for number, part in enumerate(parts) if len(part)}
 
 
-def _read(record: dict[str, Any]) -> Known:
+def _read(record: dict[str, Any]) -> KnownLogprobs:
     """The numbers of a line; ValueError where it holds none, or others than were written."""
     json_file.check(record, {"sizes": list, "logprobs": str, "crc32": int})
     data = base64.b64decode(record["logprobs"], validate=True)

@@ -76,7 +76,7 @@ class RunTable:
         apart = models.second is not None or models.pairing.aside
         self._bytes = held_out.text_bytes(models.tokenizer) if apart else None
 
-    def _program(self, method: setup.RunMethod) -> tuple[meter.Step, Any]:
+    def _program(self, method: setup.RunMethod) -> tuple[meter.MeterStep, Any]:
         """The loss without gradient: that of training, if it measures against the teacher too.
 
         With it what it takes for the teacher.
