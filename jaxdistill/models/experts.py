@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxdistill.models import experts_exchange
 from jaxdistill.models.architecture import Experts
 from jaxdistill.models.kernel import array, is_kernel
-from jaxdistill.sharding import EXPERT, MeshAxes, current_mesh, mesh_axes, spec
+from jaxdistill.sharding import EXPERT, AnyMesh, MeshAxes, current_mesh, mesh_axes, spec
 
 _IN, _OUT = ("experts", None, "expert_mlp"), ("experts", "expert_mlp", None)
 
@@ -243,6 +243,15 @@ def _look(
 def _added(part: Array, axes: tuple[str, ...]) -> Array:
     """The sum over the devices along mesh axes."""
     return jax.lax.psum(part, axes) if axes else part
+
+
+def filled(mesh: AnyMesh) -> float:
+    """The part of a ragged product's rows that experts of the device have, where all get as many.
+
+    The others are pairs of the devices along `tensor`, and room that a round of `expert` keeps.
+    """
+    room = experts_exchange.ROOM if mesh.shape.get(EXPERT, 1) > 1 else 1.0
+    return 1.0 / (mesh.shape["tensor"] * room)
 
 
 def route(experts: Experts, x_ND: Array, router_DX: Array) -> tuple[Array, Array]:

@@ -58,7 +58,11 @@ class Cost(NamedTuple):
 
 
 def cost(
-    text: str, mesh: Mapping[str, int], networks: Sequence[int] | None = None, most: int = 8
+    text: str,
+    mesh: Mapping[str, int],
+    networks: Sequence[int] | None = None,
+    most: int = 8,
+    filled: float = 1.0,
 ) -> Cost:
     """Counts the work in a program's text; a collective over one device is none.
 
@@ -68,6 +72,7 @@ def cost(
       networks: of each place of the mesh the number of the fast network that it lies in
         (`sharding.networks`); None: all in one.
       most: how many of the largest collectives are told apart.
+      filled: as `hlo.product_flops` takes it.
     """
     networks = [0] * math.prod(mesh.values()) if networks is None else networks
     found = [one for one in hlo.collectives(text) if one.axes(mesh)]
@@ -85,7 +90,7 @@ def cost(
         entry["network_bytes"] += one.network_bytes(networks)
     largest = sorted(found, key=lambda one: -one.nbytes)[:most]
     return Cost(
-        flops=hlo.product_flops(text),
+        flops=hlo.product_flops(text, filled),
         nbytes=hlo.bytes_moved(text),
         collectives=sorted(sums.values(), key=lambda entry: -entry["sent_bytes"]),
         largest=[

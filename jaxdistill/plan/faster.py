@@ -18,7 +18,8 @@ class Kind(NamedTuple):
       lowers: the parts of a floor that they may lower.
       overrides: as on the command line, one after the other.
       climbs: whether each goes further than the one before, so that the first without a gain ends
-        them; else the best comes first, and the first gain ends them.
+        them; else the best comes first, and the first gain ends them. What is no step decides
+        nothing.
     """
 
     about: str
@@ -39,9 +40,19 @@ def kinds(config: Config, mesh: Mapping[str, int]) -> list[Kind]:
     return [
         Kind("attention", ("compute", "memory"), [tuple(slow)] if slow else []),
         Kind("micro-batches", ("memory", "links", "network"), fewer),
+        Kind("weights", ("links", "network"), _once(config, mesh), climbs=True),
         *_meshes(mesh),
         Kind("remat", ("compute", "memory"), remat),
     ]
+
+
+def _once(config: Config, mesh: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """Weights that lie apart cross the mesh once a step, not once a micro-batch."""
+    apart = mesh["fsdp"] * mesh.get("expert", 1)
+    order = ("none", "teacher", "both")
+    further = order[order.index(config.train.gather_once) + 1 :]
+    wanted = further if config.train.micro_batches > 1 and apart > 1 else ()
+    return [(f"train.gather_once={whose}",) for whose in wanted]
 
 
 def _meshes(mesh: Mapping[str, int]) -> Iterator[Kind]:
@@ -67,7 +78,7 @@ class Search:
     Args:
       found: the plan, with floor_seconds, seconds and fits.
       attempt: overrides -> what comes of them, None where they are no step.
-      tries: how many are compiled, at most.
+      tries: how many that are steps are compiled, at most.
       seconds: after which none is begun.
     """
 
@@ -102,13 +113,16 @@ class Search:
             tried = self._taken | {kind.about: overrides}
             words = tuple(word for about in sorted(tried) for word in tried[about])
             if words not in self._seen:
-                if len(self._seen) == self._tries or time.monotonic() > self._end:
+                tries = sum(outcome is not None for outcome in self._seen.values())
+                if tries == self._tries or time.monotonic() > self._end:
                     return
                 made = self._seen[words] = self._attempt(words)
                 if made is not None:
                     yield made
             outcome, gain = self._seen[words], False
-            if outcome is not None and outcome["fits"] and gains(outcome, self._best):
+            if outcome is None:
+                continue
+            if outcome["fits"] and gains(outcome, self._best):
                 self._best, self._taken, gain = outcome, tried, True
             if gain != kind.climbs:
                 break

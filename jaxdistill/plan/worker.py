@@ -22,7 +22,7 @@ from jaxdistill import config as configs
 from jaxdistill import overlap, plan
 from jaxdistill.config import Config
 from jaxdistill.errors import FitError, UserError
-from jaxdistill.models import count_parameters, forward_flops_per_token
+from jaxdistill.models import count_parameters, experts, forward_flops_per_token
 from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
@@ -130,7 +130,8 @@ def measure(
         writing["temporaries"] = compiled(begin, pathlib.Path(dump), "write").total
         writing["total"] = sum(held.values()) + writing["temporaries"]
     largest = max(memory["total"], writing["total"] if writing else 0)
-    cost = plan.cost(program.text, mesh.shape, networks(list(mesh.devices.flat)))
+    places = networks(list(mesh.devices.flat))
+    cost = plan.cost(program.text, mesh.shape, places, filled=experts.filled(mesh))
     cost = cost._replace(
         flops=cost.flops + _kernel_flops(config, models, mesh),
         host_bytes=_from_host(away, config.train.micro_batches),

@@ -116,6 +116,56 @@ def test_products_that_a_tpu_writes_as_convolutions(left, right, out, attributes
     assert hlo.product_flops(text) == 2 * multiply_adds
 
 
+# As libtpu writes [64, 16] x [4, 16, 24] in groups: large, as a kernel beside one that prepares it;
+# small, as a product for each group whose empty blocks are passed by, in a fusion within a fusion.
+KERNEL = """
+ENTRY %main (a: bf16[64,16], b: RIGHT, n: s32[4]) -> OUT {
+  %a = bf16[64,16] parameter(0)
+  %b = RIGHT parameter(1)
+  %n = s32[4] parameter(2)
+  %ragged-dot-metadata.1 = s32[5] custom-call(%a, %b), custom_call_target="tpu_custom_call"
+  ROOT %ragged-dot-none.2 = OUT custom-call(%n, /*index=1*/%a, %b), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+MASKED = """
+%product (p: bf16[4,64,16], q: bf16[4,16,24]) -> bf16[64,24] {
+  %p = bf16[4,64,16] parameter(0)
+  %q = bf16[4,16,24] parameter(1)
+  %c = bf16[4,64,24] convolution(%p, %q), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+  ROOT %sum = bf16[64,24] reduce(%c, %zero), dimensions={0}, to_apply=%add
+}
+
+%outer (p: bf16[4,64,16], q: bf16[4,16,24]) -> bf16[64,24] {
+  %p.1 = bf16[4,64,16] parameter(0)
+  %q.1 = bf16[4,16,24] parameter(1)
+  ROOT %inner = bf16[64,24] fusion(%p.1, %q.1), kind=kOutput, calls=%product, backend_config=CONFIG
+}
+
+ENTRY %main (a: bf16[4,64,16], b: bf16[4,16,24]) -> bf16[64,24] {
+  %a = bf16[4,64,16] parameter(0)
+  %b = bf16[4,16,24] parameter(1)
+  ROOT %f = bf16[64,24] fusion(%a, %b), kind=kCustom, calls=%outer, backend_config=CONFIG
+}
+"""  # noqa: E501
+PASSED_BY = '{"convolution_algorithm_config":{"num_groups_in_ragged_dot":"4"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (KERNEL.replace("RIGHT", "bf16[4,16,24]").replace("OUT", "bf16[64,24]"), 64),
+        # The gradient of the groups' matrices.
+        (KERNEL.replace("RIGHT", "bf16[64,24]").replace("OUT", "bf16[4,16,24]"), 64),
+        (MASKED.replace("CONFIG", PASSED_BY), 64),
+        (MASKED.replace("CONFIG", "{}"), 4 * 64),
+    ],
+)
+def test_a_tpu_multiplies_each_row_of_a_ragged_product_once(text, rows):
+    assert hlo.product_flops(text) == 2 * rows * 16 * 24
+    filled = 0.25 if rows == 64 else 1.0
+    assert hlo.product_flops(text, filled=0.25) == filled * 2 * rows * 16 * 24
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [

@@ -1,6 +1,7 @@
 """`plan` against the step that the trainer compiles, against closed forms, and its errors."""
 
 import importlib.util
+import json
 import math
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 
 from jaxdistill import api, config, models
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.plan import describe, hlo, search, targets
+from jaxdistill.plan import describe, faster, hlo, search, targets
 from jaxdistill.run import participants, setup, states
 from jaxdistill.train.step import recorded
+from tests.models import variants
 from tests.run.conftest import models_of
 
 TEACHER = {"layers": 3, "embed": 64, "mlp": 96, "heads": 8, "kv_heads": 4, "head_dim": 8}
@@ -188,6 +190,39 @@ def test_flops_are_the_closed_form(planned):
     assert planned["unknown_loops"] == []
 
 
+EXPERTS, CHOSEN = 8, 2
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """A teacher of TEACHER's shape, with eight experts in each layer."""
+    folder = tmp_path_factory.mktemp("routed")
+    shape = {
+        "hidden_size": TEACHER["embed"], "num_hidden_layers": TEACHER["layers"],
+        "num_attention_heads": TEACHER["heads"], "num_key_value_heads": TEACHER["kv_heads"],
+        "head_dim": TEACHER["head_dim"], "moe_intermediate_size": TEACHER["mlp"],
+        "num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "vocab_size": VOCAB,
+    }  # fmt: skip
+    case = variants.CASES["qwen3_moe"] | shape
+    (folder / "config.json").write_text(json.dumps(case))
+    return f"{{random: {{like: {folder}}}, dtype: float32}}"
+
+
+def routed_flops(rows):
+    """As `forward_flops`, with a router, and so many passes through an expert for each token."""
+    mlps = 3 * TEACHER["embed"] * TEACHER["mlp"]
+    each = (rows - 1) * mlps + TEACHER["embed"] * EXPERTS
+    return forward_flops(TEACHER) + 2 * TEACHER["layers"] * each
+
+
+def test_a_cpu_multiplies_the_rows_of_all_choices_with_all_experts(routed):
+    loaded = config.loads(text(teacher=routed))
+    found = hlo.product_flops(compiled(loaded, mesh_of(loaded, 1)).as_text())
+    added = 2 * TEACHER["layers"] * CHOSEN * TEACHER["embed"]  # the choices' sum, by their shares
+    whole = routed_flops(CHOSEN * EXPERTS) + added + 3 * forward_flops(STUDENT)
+    assert found == ROWS * LENGTH * whole
+
+
 def weights(shape, copies=2):
     """Numbers of a model; 2 copies: embedding and head."""
     norms = shape["embed"] * (2 * shape["layers"] + 1)
@@ -327,11 +362,14 @@ def machine(loaded, target):
     machine.compiled += 1
     remat, parts, mesh = loaded.student.remat, loaded.train.micro_batches, loaded.mesh
     fsdp = 8 // (mesh.data or 1) // mesh.tensor
+    whose = loaded.train.gather_once
+    crossings = {"none": parts, "teacher": (parts + 1) / 2, "both": 1}[whose]
     seconds = {
         "compute": {"none": 0.9, "dots": 1.0, "full": 1.2}[remat],
-        "links": 0.5 * parts * (fsdp - 1) / 7 + 0.2 * (mesh.tensor > 1),
+        "links": 0.5 * crossings * (fsdp - 1) / 7 + 0.2 * (mesh.tensor > 1),
     }
     total = {"none": 60.0, "dots": 30.0, "full": 10.0}[remat] / parts + 40 / fsdp
+    total += {"none": 0.0, "teacher": 1.0, "both": 4.0}[whose]
     return {
         "memory": {"total": total},
         "fits": total <= machine.room,
@@ -363,6 +401,40 @@ def test_faster_settings_are_found_one_kind_after_the_other(slow):
     assert best["seconds"] == {"compute": 1.0, "links": pytest.approx(0.5 * 3 / 7)}
     assert found["tried"] == machine.compiled - 1 == 6
     assert found["floor_seconds"] == 2.0  # of what was asked, which stays the plan
+
+
+@pytest.mark.parametrize(("room", "whose"), [(12.0, "teacher"), (14.5, "both")])
+def test_weights_cross_once_a_step_where_memory_allows(slow, monkeypatch, room, whose):
+    """One micro-batch takes 15; two take 10, with the weights of the one or of both 11 or 14."""
+    monkeypatch.setattr(machine, "room", room)
+    best = api.plan(slow, "cpu:1", tries=20)["faster"][0]
+    assert best["overrides"] == ["train.micro_batches=2", f"train.gather_once={whose}"]
+    assert best["seconds"]["links"] == {"teacher": 0.75, "both": 0.5}[whose]
+
+
+def test_what_is_no_step_ends_no_search(slow, monkeypatch):
+    """Where nobody is asked, `teacher` is refused and `both` is not."""
+    monkeypatch.setattr(machine, "room", 14.5)
+    alone = config.loads(config.dump(slow), "alone", ("method={name: sft}", "teacher=null"))
+    found = api.plan(alone, "cpu:1", tries=20)
+    assert "train.gather_once=both" in found["faster"][0]["overrides"]
+
+
+@pytest.mark.parametrize(
+    ("override", "fsdp", "tried"),
+    [
+        ("train.micro_batches=4", 8, ["teacher", "both"]),
+        ("train.gather_once=teacher", 8, ["both"]),
+        ("train.gather_once=both", 8, []),
+        ("train.micro_batches=1", 8, []),
+        ("train.micro_batches=4", 1, []),
+    ],
+)
+def test_weights_that_lie_whole_or_cross_once_are_left(slow, override, fsdp, tried):
+    loaded = config.loads(config.dump(slow), "changed", (override,))
+    kinds = faster.kinds(loaded, {"data": 1, "fsdp": fsdp, "tensor": 1, "context": 1})
+    found = next(kind.overrides for kind in kinds if kind.about == "weights")
+    assert found == [(f"train.gather_once={whose}",) for whose in tried]
 
 
 def test_a_search_ends_with_its_tries_and_its_minutes(slow):
@@ -401,13 +473,24 @@ def test_a_plan_can_be_read(planned):
 
 
 @pytest.mark.parametrize("target", ["tpu:v5e:2x4", "gpu:h100:8"])
-def test_a_described_target_is_planned(target):
+def test_a_described_target_is_planned(target, routed):
+    """Each of two devices along `tensor` has half of the experts, and all tokens of the other.
+
+    A TPU passes by the rows of others' experts; a GPU multiplies all choices with all experts.
+    """
     lacking = targets.missing(targets.parse(target))
     if lacking:
         pytest.skip(f"compiling for {target}: {lacking}")
-    found = api.plan(config.loads(text()), target)
-    whole = ROWS * LENGTH * (forward_flops(TEACHER) + 3 * forward_flops(STUDENT))
-    assert found["flops"] == pytest.approx(whole / 8, rel=0.02)
+    loaded = config.loads(text(teacher=routed, mesh="{fsdp: 4, tensor: 2}"))
+    found = api.plan(loaded, target, tries=0)
+    passes = CHOSEN * (EXPERTS if found["target"].startswith("gpu") else 1)
+    tokens, student = ROWS * LENGTH, 3 * forward_flops(STUDENT)
+    assert found["flops"] == pytest.approx(tokens * (routed_flops(passes) + student) / 8, rel=0.02)
+    # What a token needs: the experts that it chose, and of the scores those that it sees.
+    hidden = LENGTH - 1
+    unseen = lambda shape: 2 * hidden * shape["layers"] * shape["heads"] * shape["head_dim"]
+    needed = routed_flops(CHOSEN) - unseen(TEACHER) + student - 3 * unseen(STUDENT)
+    assert 8 * found["model_flops"] == tokens * needed
     assert found["unknown_loops"] == []
     assert found["fits"] and 0 < found["mfu"] <= 1
     assert found["floor_seconds"] == max(found["seconds"].values())

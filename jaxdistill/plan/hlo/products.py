@@ -5,34 +5,67 @@ import re
 
 from jaxdistill.plan.hlo.text import Operation, Program, dims, parse
 
+# As libtpu names its kernels for ragged products, the one that prepares their blocks aside.
+_RAGGED = re.compile(r"ragged-dot-(?!metadata)")
 
-def product_flops(text: str) -> float:
+
+def product_flops(text: str, filled: float = 1.0) -> float:
     """Floating-point operations of all matrix products, 2 per multiply-add, loops by their trips.
 
     Of a conditional's branches the largest counts. Library calls that are no `dot` any more count
-    nothing: count them in a program that was compiled without a device.
+    nothing: count them in a program that was compiled without a device. A ragged product that a
+    TPU's compiler keeps counts each row once; those that other compilers write as products of all
+    rows with all groups count as these.
+
+    Args:
+      text: of the compiled program.
+      filled: the part of the rows of a TPU's ragged products that belongs to any group. It passes
+        the blocks of the others by.
     """
-    return _flops(parse(text), "ENTRY", {})
+    return _flops(parse(text), "ENTRY", filled, {})
 
 
-def _flops(program: Program, name: str, known: dict[str, float]) -> float:
+def _flops(program: Program, name: str, filled: float, known: dict[str, float]) -> float:
     if name in known:
         return known[name]
     total = 0.0
-    inner = lambda names: [_flops(program, inside, known) for inside in names]
+    inner = lambda names: [_flops(program, inside, filled, known) for inside in names]
     for op in program.computations.get(name, ()):
         if op.opcode == "dot":
             total += _dot(op, program.shape(name, op.operands[0]))
         elif op.opcode == "convolution":
             total += _convolution(op, *(program.shape(name, x) for x in op.operands[:2]))
+        elif op.opcode == "custom-call" and _RAGGED.match(op.name):
+            total += filled * _ragged(op, [program.shape(name, x) for x in op.operands])
         elif op.opcode == "while":
             total += program.trips(name, op) * sum(inner(op.called("body")))
         elif op.opcode == "conditional":
             total += max(inner(op.branches), default=0.0)
         else:
-            total += sum(inner(op.called("calls") + op.called("to_apply")))
+            called = op.called("calls") + op.called("to_apply")
+            total += sum(inner(called)) * _at_work(program, op, called, filled)
     known[name] = total
     return total
+
+
+def _ragged(op: Operation, operands: list[str]) -> float:
+    """Of a kernel for [P, D] x [X, D, F] -> [P, F], or the sum [P, D] x [P, F] -> [X, D, F]."""
+    left = next(shape for shape in operands if not shape.startswith("s32"))  # behind the groups
+    rows, width = dims(left)
+    *groups, inner, outer = dims(op.shape)
+    return 2.0 * rows * outer * (inner if groups else width)
+
+
+def _at_work(program: Program, op: Operation, called: list[str], filled: float) -> float:
+    """The part of a fused product that is computed: of a ragged one each row with one group.
+
+    It is written as a product for each group, with masks, whose empty blocks are passed by.
+    """
+    groups = re.search(r'"num_groups_in_ragged_dot":"(\d+)"', op.rest)
+    products = (
+        one.opcode == "convolution" for inside in called for one in program.computations[inside]
+    )
+    return filled / int(groups[1]) if groups and any(products) else 1.0
 
 
 def _dot(op: Operation, left: str) -> float:
