@@ -14,12 +14,16 @@ _OF_A_MODEL = ("RUN.json", "config.json", "tokenizer.json")  # of a run's studen
 
 
 def batches(
-    batch_size: int, micro_batches: int, eval_batch_size: int, parts: int
+    batch_size: int, micro_batches: int, eval_batch_size: int, parts: int, *, where: str = "mesh"
 ) -> Iterator[tuple[tuple[str, str], str]]:
-    """Each part of a batch's rows has as many as the others: (key, what it must be)."""
-    sizes = f"mesh.data * mesh.fsdp * mesh.expert ({parts})"
+    """Each part of a batch's rows has as many as the others: (key, what it must be).
+
+    `where` is the key of the mesh, here and below.
+    """
+    sizes = f"{where}.data * {where}.fsdp * {where}.expert ({parts})"
     if batch_size // micro_batches % parts:
-        yield ("train", "batch_size"), f"batch_size / micro_batches must be a multiple of {sizes}"
+        of = "batch_size" if micro_batches == 1 else "batch_size / micro_batches"
+        yield ("train", "batch_size"), f"{of} must be a multiple of {sizes}"
     if eval_batch_size % parts:
         yield ("eval", "batch_size"), f"must be a multiple of {sizes}"
 
@@ -50,7 +54,9 @@ def kept_layers(kept: Sequence[int], count: int) -> Iterator[ConfigError]:
         )
 
 
-def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[ConfigError]:
+def tensor_axis(
+    parts: int, who: str, sizes: Mapping[str, int], *, where: str = "mesh"
+) -> Iterator[ConfigError]:
     """The tensor axis divides what of a model lies along it; the vocabulary may be any size.
 
     Key and value heads are repeated where there are fewer of them than devices.
@@ -67,37 +73,40 @@ def tensor_axis(parts: int, who: str, sizes: Mapping[str, int]) -> Iterator[Conf
             if all(fits_in(name, n, size) for name, size in sizes.items())
         ]
         yield ConfigError(
-            f"mesh.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one of "
+            f"{where}.tensor = {parts} does not divide the {who}'s {', '.join(wrong)}: take one of "
             f"{', '.join(map(str, fits[-6:]))}"
         )
 
 
-def expert_axis(parts: int, tensor: int, experts: Mapping[str, int]) -> Iterator[ConfigError]:
+def expert_axis(
+    parts: int, tensor: int, experts: Mapping[str, int], *, where: str = "mesh"
+) -> Iterator[ConfigError]:
     """The expert axis, with tensor, divides the experts of every model that has some.
 
     Args:
-      parts: mesh.expert.
-      tensor: mesh.tensor.
+      parts: of the axis expert.
+      tensor: of the axis tensor.
       experts: who has experts -> how many in a layer.
+      where: the key of the mesh.
     """
     if parts > 1 and not experts:
         yield ConfigError(
-            f"mesh.expert = {parts}: no model of this run has routed experts: use mesh.fsdp"
+            f"{where}.expert = {parts}: no model on it has routed experts: use {where}.fsdp"
         )
     for who, count in experts.items():
         if parts > 1 and count % (parts * tensor):
             fits = [n for n in range(1, count + 1) if count % (n * tensor) == 0]
             yield ConfigError(
-                f"mesh.expert = {parts}: with mesh.tensor = {tensor} it does not divide the "
+                f"{where}.expert = {parts}: with {where}.tensor = {tensor} it does not divide the "
                 f"{who}'s {count} experts: take one of {', '.join(map(str, fits[-6:]))}"
             )
 
 
-def context_axis(seq_len: int, parts: int) -> Iterator[ConfigError]:
+def context_axis(seq_len: int, parts: int, *, where: str = "mesh") -> Iterator[ConfigError]:
     """Every device of `context` has a part from the front of a row and one from its end."""
     if parts > 1 and seq_len % (2 * parts):
         yield ConfigError(
-            f"data.seq_len = {seq_len}: must be a multiple of 2 * mesh.context = {2 * parts}: "
+            f"data.seq_len = {seq_len}: must be a multiple of 2 * {where}.context = {2 * parts}: "
             "change one of them"
         )
 

@@ -158,6 +158,11 @@ def _arrange(sizes: Mapping[str, int], devices: list[jax.Device]) -> np.ndarray:
         return arranged(split=False)
     except NotImplementedError:
         pass  # no product of whole axes of the torus
+    except AssertionError:
+        raise ConfigError(
+            f"mesh: the {len(devices)} devices are no whole block of the slice: take as many as "
+            "some of its rows or layers have"
+        ) from None
     try:
         return arranged(split=True)
     except (NotImplementedError, ValueError) as error:

@@ -88,6 +88,14 @@ def test_a_grid_that_no_torus_has_is_told(grid, monkeypatch):
         grid(tpu(2, 6), data=1, fsdp=4, tensor=3)
 
 
+def test_a_part_of_a_slice_is_a_whole_block_of_it_or_told(grid):
+    chips = tpu(4, 2)
+    found = grid(chips[-4:], data=1, fsdp=4)
+    assert {device.id for device in found.flat} == {4, 5, 6, 7}
+    with pytest.raises(ConfigError, match="the 3 devices are no whole block of the slice"):
+        grid(chips[-3:], data=1, fsdp=3)
+
+
 def test_hosts_and_slices_hold_copies_unless_told(grid):
     on_hosts = grid(hosts(4, 8), data=None)
     assert on_hosts.shape == (4, 8, 1, 1)

@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxdistill import methods, rules
-from jaxdistill.config import oneself, quantize, reward, rollout, routing, sparsity, stages
+from jaxdistill.config import (
+    ahead,
+    oneself,
+    quantize,
+    reward,
+    rollout,
+    routing,
+    sparsity,
+    stages,
+)
 from jaxdistill.section import Problem
 
 
@@ -164,4 +173,5 @@ _RULES = (
     quantize.problems,
     sparsity.problems,
     stages.problems,
+    ahead.problems,
 )

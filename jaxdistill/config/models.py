@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill.commands import Sizes
+from jaxdistill.config.ahead import TeacherMesh
 from jaxdistill.config.oneself import Oneself
 from jaxdistill.config.quantize import Rounded, RoundedBase, RoundedStudent
 from jaxdistill.config.server import Api
@@ -118,6 +119,11 @@ class Teacher(Section):
         description="How its parameters lie on the mesh, beside tensor and expert: fsdp, as the "
         "student's; all: over data too, less memory for more traffic; whole: all of them on every "
         "device, so that none crosses the mesh.",
+    )
+    mesh: TeacherMesh | None = Field(
+        None,
+        description="Devices of its own, {fsdp: 2, tensor: 2}: the last of the run. It reads each "
+        "batch before the step, and its final hidden states are sent. Null: the student's.",
     )
     from_: Moment | None = Field(
         None,

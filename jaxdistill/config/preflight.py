@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxdistill import methods, rules
+from jaxdistill.config import ahead, trackers
 from jaxdistill.config import oneself as selves
-from jaxdistill.config import trackers
 from jaxdistill.config.model_files import FIELDS, ModelFiles, here, look, random_shape
 from jaxdistill.config.schema import Config
 from jaxdistill.config.syntax import shown
@@ -137,8 +137,8 @@ def _model_errors(config: Config) -> Iterator[UserError]:
             f"student.prune.importance = {shown(student.prune.importance)}: no such file "
             f"({here()}): `jaxdistill importance` measures it"
         )
-    if config.mesh.context > 0:
-        yield from rules.context_axis(config.data.seq_len, config.mesh.context)
+    for where, mesh in ahead.meshes(config).items():
+        yield from rules.context_axis(config.data.seq_len, mesh.context, where=where)
     vocabulary = found.get("tokenizer", ModelFiles()).vocabulary()
     known = _BYTES if config.tokenizer.from_ == "bytes" else vocabulary.size if vocabulary else 0
     if known:
@@ -168,8 +168,9 @@ def _fit_errors(config: Config, name: str, model: ModelFiles, known: int) -> Ite
         fields["mlp"] = "intermediate_size"
     sizes = {name: model.number(field) for name, field in fields.items()}
     sizes = {name: size for name, size in sizes.items() if size}
-    if sizes and config.mesh.tensor > 0:
-        yield from rules.tensor_axis(config.mesh.tensor, name, sizes)
+    where, mesh = ahead.mesh_of(config, name)
+    if sizes and mesh.tensor > 0:
+        yield from rules.tensor_axis(mesh.tensor, name, sizes, where=where)
     rows = model.number("vocab_size")
     if known and rows is not None:
         yield from rules.head_rows(name, rows, known)

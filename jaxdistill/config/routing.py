@@ -86,6 +86,9 @@ def problems(config: Any) -> Iterator[Problem]:
             yield ("teachers", name, "self"), rule
         if teacher.offload:
             yield ("teachers", name, "offload"), "one teacher alone can wait on the host: remove it"
+        if teacher.mesh is not None:
+            rule = "one teacher alone can have devices of its own: remove it"
+            yield ("teachers", name, "mesh"), rule
     if (why := problem(config.method)) is not None:
         yield (
             ("method", "name"),

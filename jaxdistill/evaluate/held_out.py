@@ -1,6 +1,7 @@
 """A set of held-out rows: read once per measurement, in order, on the mesh."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,21 @@ class HeldOut:
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, max_rows: int | None, mesh: Mesh, name: str
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        max_rows: int | None,
+        mesh: Mesh,
+        name: str,
+        placed: Callable[[Batch], Batch] | None = None,
     ):
+        """Rows of a data set; `placed` puts a batch on the mesh, None being `step.place`."""
         self.dataset = dataset
         self._batch_size = batch_size
         self.available = len(dataset)
         self._rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
         self.mesh = mesh
+        self._placed = placed or functools.partial(place, mesh=mesh)
         self.by_teacher = self._by_teacher(max_rows)
         if self.by_teacher:
             self._rows = sum(one._rows for one in self.by_teacher.values())
@@ -51,9 +60,12 @@ class HeldOut:
             for name in names
         }
 
-    def replaced(self, dataset: Dataset) -> "HeldOut":
-        """The same rows of another data set, which has as many."""
-        same = HeldOut(dataset, self._batch_size, self._rows, self.mesh, "")
+    def replaced(self, dataset: Dataset, mesh: Mesh | None = None) -> "HeldOut":
+        """The same rows of another data set, which has as many; on another mesh, where given.
+
+        They carry what the data set has, and no more.
+        """
+        same = HeldOut(dataset, self._batch_size, self._rows, mesh or self.mesh, "")
         same.name = self.name
         return same
 
@@ -74,7 +86,7 @@ class HeldOut:
         for index, batch in feed:
             if index * self._batch_size >= self._rows:
                 return
-            yield place(batch, self.mesh)
+            yield self._placed(batch)
 
     def text_bytes(self, tokenizer: Any) -> int:
         """Bytes of UTF-8 that the counted tokens of all measured rows stand for.

@@ -2,6 +2,14 @@
 
 from jaxdistill.plan.cost import Cost, cost
 from jaxdistill.plan.describe import describe
-from jaxdistill.plan.memory import argument_bytes, host_bytes, temporary_bytes
+from jaxdistill.plan.memory import argument_bytes, host_bytes, local_bytes, temporary_bytes
 
-__all__ = ["Cost", "argument_bytes", "cost", "describe", "host_bytes", "temporary_bytes"]
+__all__ = [
+    "Cost",
+    "argument_bytes",
+    "cost",
+    "describe",
+    "host_bytes",
+    "local_bytes",
+    "temporary_bytes",
+]

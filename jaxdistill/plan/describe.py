@@ -29,6 +29,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _memory(plan)
     if plan.get("rollout"):
         yield from _writing(plan["rollout"])
+    if plan.get("teacher"):
+        yield from _apart(plan["teacher"], plan["memory"]["available"])
     yield ""
     yield from _work(plan)
     if plan.get("teacher_cache"):
@@ -56,7 +58,9 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
     if memory["available"] is None:
         yield f"  {'total':<28}{_size(memory['total']):>12}"
         return
-    verdict = "fits" if plan["fits"] else "does not fit"
+    apart = plan.get("teacher")
+    fits = memory["total"] <= memory["available"] if apart else plan["fits"]
+    verdict = "fits" if fits else "does not fit"
     yield (
         f"  {'total':<28}{_size(memory['total']):>12}   of {_size(memory['available'])}: {verdict}"
     )
@@ -71,6 +75,21 @@ def _writing(writing: Mapping[str, Any]) -> Iterator[str]:
         ("total", "total"),
     ):
         yield f"  {name:<28}{_size(writing[key]):>12}"
+
+
+def _apart(apart: Mapping[str, Any], available: float | None) -> Iterator[str]:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in apart["mesh"].items() if size > 1)
+    yield f"each of the teacher's own {apart['devices']} devices, {mesh or 'one device'}"
+    yield f"  {'parameters':<28}{_size(apart['parameters']):>12}"
+    room = ""
+    if available is not None:
+        verdict = "fits" if apart["total"] <= available else "does not fit"
+        room = f"   of {_size(available)}: {verdict}"
+    yield f"  {'total':<28}{_size(apart['total']):>12}{room}"
+    name = "hidden states, to each of the step's"
+    yield f"  {name:<28}{_size(apart['hidden_bytes']):>12}"
+    if apart["floor_seconds"] is not None:
+        yield f"  {'floor, beside the step':<28}{1e3 * apart['floor_seconds']:>9.1f} ms"
 
 
 def _work(plan: Mapping[str, Any]) -> Iterator[str]:

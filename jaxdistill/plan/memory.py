@@ -64,6 +64,11 @@ def _lying(tree: Any, on_host: bool) -> list[Any]:
     return [leaf for leaf in leaves if (leaf.sharding.memory_kind == HOST) == on_host]
 
 
+def local_bytes(tree: Any) -> int:
+    """Bytes of one device's part of all arrays of a tree, by their places."""
+    return sum(map(_local_bytes, jax.tree.leaves(tree)))
+
+
 def _local_bytes(leaf: Any) -> int:
     """Bytes of one device's part; XLA lays two numbers of 4 bits into one."""
     whole = jnp.issubdtype(leaf.dtype, jnp.integer)

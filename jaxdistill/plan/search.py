@@ -90,7 +90,7 @@ def environment(target: Target, dump: str) -> dict[str, str]:
     own = targets.environment(target)
     flags = own.get("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     flags += f" --xla_dump_to={dump} --xla_dump_hlo_as_text"
-    flags += " --xla_dump_hlo_module_re=jit_(step|write)"
+    flags += " --xla_dump_hlo_module_re=jit_(step|write|read)"
     # A program out of JAX's cache would not be compiled, and tell nothing.
     own |= {"XLA_FLAGS": flags.strip(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     return {**os.environ, **own}
@@ -134,7 +134,8 @@ def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
             fsdp, parts = mesh["fsdp"] // tensor, mesh["tensor"] * tensor
             yield _Change("mesh", (f"mesh.fsdp={fsdp}", f"mesh.tensor={parts}"))
     teacher = config.teacher
-    if teacher and (teacher.source or teacher.random) and not (teacher.offload or teacher.cache):
+    away = teacher and (teacher.offload or teacher.cache or teacher.mesh)
+    if teacher and (teacher.source or teacher.random) and not away:
         yield _Change("place of the teacher", ("teacher.offload=true",))
     parts = 2 * mesh["context"] if mesh["context"] > 1 else 1
     if config.data.seq_len % (2 * parts) == 0:

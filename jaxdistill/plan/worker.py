@@ -21,13 +21,14 @@ import jax
 from jaxdistill import config as configs
 from jaxdistill import overlap, plan
 from jaxdistill.config import Config
+from jaxdistill.config.ahead import passes
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.models import count_parameters, experts, forward_flops_per_token
 from jaxdistill.models.architecture import attention_flops_per_token
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
-from jaxdistill.run import on_policy, participants, setup, states, stored, teaching
+from jaxdistill.run import ahead, on_policy, participants, setup, states, stored, teaching
 from jaxdistill.run.participants import Models
 from jaxdistill.run.setup import RunMethod
 from jaxdistill.sharding import networks
@@ -63,8 +64,9 @@ def parts_of(config: Config, target: Target) -> tuple[jax.sharding.Mesh, Models,
         with contextlib.suppress(ImportError):  # JAX 0.10 has no such kernels
             targets.assume_capability(target)
         targets.assume_cudnn(target)
-    mesh = setup.mesh_of(config, targets.devices(target))
-    models = participants.shapes_of(config, mesh)
+    devices = targets.devices(target)
+    mesh = setup.mesh_of(config, devices)
+    models = participants.shapes_of(config, mesh, devices)
     return mesh, models, setup.method_of(config, models)
 
 
@@ -81,7 +83,7 @@ def measure(
     Args:
       config: of the run.
       target: what to compile for.
-      mesh: of the target's devices.
+      mesh: of the target's devices, but for those that are the teacher's own.
       models: without weights.
       method: of the configuration, or another in its place.
       dump: the folder of XLA_FLAGS=--xla_dump_to.
@@ -129,21 +131,58 @@ def measure(
         begin = on_policy.program_of(config, models, state, mesh)
         writing["temporaries"] = compiled(begin, pathlib.Path(dump), "write").total
         writing["total"] = sum(held.values()) + writing["temporaries"]
-    largest = max(memory["total"], writing["total"] if writing else 0)
+    apart = _apart(config, models, method.asked, batch, target, pathlib.Path(dump))
+    largest = max(one["total"] for one in (memory, writing, apart) if one)
     places = networks(list(mesh.devices.flat))
     cost = plan.cost(program.text, mesh.shape, places, filled=experts.filled(mesh))
     cost = cost._replace(
-        flops=cost.flops + _kernel_flops(config, models, mesh),
+        flops=cost.flops + _kernel_flops(config, models, mesh, apart=False),
         host_bytes=_from_host(away, config.train.micro_batches),
     )
-    work = _work(config, models, method, target, cost, mesh.size)
+    work = _work(config, models, method, target, cost, mesh, apart)
     return facts | {
         "teacher_cache": answers,
         "memory": memory,
         "rollout": writing,
+        "teacher": apart,
         "fits": memory["available"] is None or largest <= memory["available"],
         "compile_seconds": seconds,
         **work,
+    }
+
+
+def _apart(
+    config: Config,
+    models: Models,
+    asked: teaching.Teaching,
+    batch: Any,
+    target: Target,
+    folder: pathlib.Path,
+) -> dict[str, Any] | None:
+    """What a teacher on devices of its own asks of each of them; None where it computes elsewhere.
+
+    Its program for the shapes of a step's batch is compiled like the step.
+    """
+    if not isinstance(asked, ahead.Ahead):
+        return None
+    mesh, params = asked.mesh, asked.held(asked.mesh)
+    read = steps.abstract_batch(asked.read(batch), config.train.batch_size, mesh)
+    reads = asked.reads(passes(config.train))
+    program = compiled(lambda: reads.prepare(None, params, read), folder, "read")
+    places = networks(list(mesh.devices.flat))
+    cost = plan.cost(program.text, mesh.shape, places, filled=experts.filled(mesh))
+    cost = cost._replace(flops=cost.flops + _kernel_flops(config, models, mesh, apart=True))
+    seconds = cost.seconds(target.chip)
+    return {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "parameters": plan.local_bytes(params),
+        "total": program.total,
+        "flops": cost.flops,
+        "sent_bytes": cost.link_bytes,
+        "hidden_bytes": plan.local_bytes(batch.teacher),
+        "seconds": seconds,
+        "floor_seconds": max(seconds.values(), default=None),
     }
 
 
@@ -215,17 +254,19 @@ def _attention(config: Config, models: Models, mesh: jax.sharding.Mesh) -> dict[
         return {who: form for who, (form, *_) in participants.attention_of(config, models).items()}
 
 
-def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh) -> float:
+def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh, *, apart: bool) -> float:
     """FLOPs on a device of attention kernels, which show no products: by formula.
 
     Two products forward and five backward, of pairs that see each other; with rematerialization the
-    student's forward pass twice.
+    student's forward pass twice. With `apart` those of a teacher on devices of its own, else all
+    others.
     """
     rows, total = config.train.batch_size, 0.0
     with jax.set_mesh(mesh):
         chosen = participants.attention_of(config, models)
+    own = {"teacher"} if isinstance(models.teaching, ahead.Ahead) else set()
     for who, (form, model, length, _) in chosen.items():
-        if form in ("splash", "cudnn"):
+        if (who in own) == apart and form in ("splash", "cudnn"):
             again = config.student.remat != "none"
             several = len(teaching.names(models.teaching)) or 1  # each reads its share of the rows
             passes = 3.5 + again if who == "student" else 1.0 / several
@@ -266,15 +307,23 @@ def available(target: Target) -> float | None:
 
 
 def _work(
-    config: Config, models: Models, method: RunMethod, target: Target, cost: plan.Cost, devices: int
+    config: Config,
+    models: Models,
+    method: RunMethod,
+    target: Target,
+    cost: plan.Cost,
+    mesh: jax.sharding.Mesh,
+    apart: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """FLOPs, bytes, collectives and the floor on the step's time."""
+    """FLOPs, bytes, collectives and the floor on the step's time, beside that of the teacher's."""
     tokens, chip = config.train.batch_size * config.data.seq_len, target.chip
     length = config.data.seq_len
     model_flops = 3 * forward_flops_per_token(models.student.config, length)
     model_flops += method.asked.flops_per_token(length, models.read_length(length))
     seconds = cost.seconds(chip)
-    floor = max(seconds.values(), default=None)
+    beside = [apart["floor_seconds"]] if apart and seconds else []
+    floor = max([*seconds.values(), *beside], default=None)
+    devices = len(ahead.devices(method.asked, mesh))
     known = chip is not None and floor is not None
     return {
         "flops": cost.flops,

@@ -54,6 +54,7 @@ RULES: Mapping[str, Rule] = {
     "config.seed": Rule(True, False, _OTHER_RUN),
     "config.method.name": Rule(True, False, _OTHER_RUN),
     "config.teacher.random": Rule(True, False, _OTHER_RUN),
+    "config.teacher.mesh": Rule(False, False, _ROUNDING),
     "config.teacher.api": Rule(False, True, "how a server is asked, not which model answers"),
     "config.teacher.api.model": Rule(True, False, _OTHER_RUN),
     "config.teacher.self": Rule(True, False, _OTHER_RUN),

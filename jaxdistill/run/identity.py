@@ -33,7 +33,7 @@ def fingerprints(
     for key, one in online.items():
         # Random weights are made anew from the seed, and on another mesh rounded otherwise.
         if one.given.random is None:
-            prints[f"{key}.weights"] = changes.weights(one.params)
+            prints[f"{key}.weights"] = changes.weights(one.model.params)
         elif key != "teacher":
             name = key.removeprefix("teachers.")
             prints[f"{key}.weights"] = fingerprint(settings["teachers"][name]["random"])

@@ -1,7 +1,8 @@
 """Who takes part in a run: shapes and tokenizers of teacher and student, then their weights."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,9 @@ from jaxdistill.models import DecoderConfig, Model, attention, attention_check, 
 from jaxdistill.models.vocabulary import check_rows, vocabulary_size
 from jaxdistill.references import load_any
 from jaxdistill.run import changes, oneself, pairing, routing, shapes, states, stored
+from jaxdistill.run.ahead import Ahead, check_meshes, divided, on_own_mesh
 from jaxdistill.run.pairing import Pairing
 from jaxdistill.run.teaching import Nobody, Online, Served, Start, Teaching, online
-from jaxdistill.sharding import EXPERT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +94,6 @@ def _read(second: SecondView | None, tokenizer: Any, vocab: int) -> tuple[Any, i
     return second.tokenizer, vocabulary_size(second.tokenizer)
 
 
-def check_tensor(mesh: Mesh, named: Mapping[str, DecoderConfig]) -> None:
-    """Raises where tensor or expert axis do not divide a model; the vocabulary may be any size.
-
-    Raises:
-      ConfigError: with the numbers and the sizes that would do.
-    """
-    for who, config in named.items():
-        sizes = {"heads": config.heads, "kv_heads": config.kv_heads}
-        sizes |= {"experts": config.experts.count} if config.experts else {"mlp": config.mlp}
-        errors.check(rules.tensor_axis(mesh.shape["tensor"], who, sizes))
-    experts = {who: config.experts.count for who, config in named.items() if config.experts}
-    parts = mesh.shape.get(EXPERT, 1)
-    errors.check(rules.expert_axis(parts, mesh.shape["tensor"], experts))
-
-
 def given_of(config: Config) -> shapes.Given:
     """What a configuration says of its models."""
     network = config.security.allow_network
@@ -115,8 +101,13 @@ def given_of(config: Config) -> shapes.Given:
     return shapes.Given(config.teacher, config.student, config.tokenizer, seq_len, network)
 
 
-def shapes_of(config: Config, mesh: Mesh) -> Models:
+def shapes_of(config: Config, mesh: Mesh, devices: Sequence[Any] | None = None) -> Models:
     """The models without parameters, from their small files, once they can work together.
+
+    Args:
+      config: of the run.
+      mesh: of the student.
+      devices: of the run, some of which may be the teacher's own; None: all.
 
     Raises:
       ModelError, MismatchError, ConfigError: for what is missing or does not fit.
@@ -153,7 +144,7 @@ def shapes_of(config: Config, mesh: Mesh) -> Models:
         best_metric=best,
         seed=config.seed,
     )
-    teaching = several or asked_before or _alone(config, shape, student, pairs, second)
+    teaching = several or asked_before or _alone(config, shape, student, pairs, second, devices)
     models = Models(teaching, student, tokenizer, vocab, pairs, second=second)
     for name, one in _in_step(config, models).items():
         check_rows(name, one.model.config.vocab_size, one.vocab)
@@ -189,7 +180,8 @@ def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
     """
     in_step, given = _in_step(config, models), given_of(config)
     states.check(config, models.student.config, mesh)
-    check_tensor(mesh, {name: one.model.config for name, one in in_step.items()})
+    shaped = {who: one.model.config for who, one in in_step.items()}
+    check_meshes(models.teaching, mesh, shaped, config.data.seq_len)
     device = mesh.devices.flat[0]
     for key, section in _teachers(config).items():
         one = in_step.get(key)
@@ -219,6 +211,7 @@ def _alone(
     student: Model,
     pairs: Pairing,
     second: SecondView | None,
+    devices: Sequence[Any] | None,
 ) -> Teaching:
     """The one teacher that was not asked before, or nobody."""
     given, itself = config.teacher, options.of(config)
@@ -228,7 +221,9 @@ def _alone(
         return oneself.Itself(itself, config.student, offload, student.config, start)
     if given is not None and shape is not None:
         network = config.security.allow_network
-        return Online(given, shape, config.seed + 1, network, pairs, second is not None)
+        _, own = divided(given, devices)
+        made = Online if own is None else functools.partial(Ahead, mesh=own)
+        return made(given, shape, config.seed + 1, network, pairs, second is not None)
     return Served(given.api) if given is not None and given.served and given.api else Nobody()
 
 
@@ -279,15 +274,12 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
 
     The form is as `attention.chosen` names it.
     """
-    return {
-        who: (
-            attention.chosen(one.attention, one.model.config, one.length, one.dtype),
-            one.model.config,
-            one.length,
-            one.dtype,
-        )
-        for who, one in _in_step(config, models).items()
-    }
+    found = {}
+    for who, one in _in_step(config, models).items():
+        with on_own_mesh(models.teaching, who):
+            form = attention.chosen(one.attention, one.model.config, one.length, one.dtype)
+        found[who] = (form, one.model.config, one.length, one.dtype)
+    return found
 
 
 def _start(config: Config, student: Model) -> Model:
@@ -369,8 +361,9 @@ def _born(config: Config, shape: Model, teacher: Model | None, mesh: Mesh) -> Mo
     """A student in floating point; with `student.base` one that is read is rounded as it is."""
     student, dtype = config.student, config.student.param_dtype
     if student.from_ == "teacher":
-        away = config.teacher is not None and config.teacher.offload
-        if teacher is None or student.tokenizer or away:  # stored, aside, in other ids, on the host
+        section = config.teacher
+        away = section is not None and (section.offload or section.mesh is not None)
+        if teacher is None or student.tokenizer or away:  # stored, aside, in other ids, elsewhere
             teacher = _uncut_teacher(config, mesh)
         made = _cut_out(config, shape, teacher)
         return made if student.tokenizer is None else _respelled(config, made, shape, teacher)

@@ -23,6 +23,7 @@ from jaxdistill.methods import measuring
 from jaxdistill.models import Model
 from jaxdistill.report import MetricsWriter, json_lines
 from jaxdistill.run import participants, setup, states
+from jaxdistill.run.ahead import Ahead
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.teaching import Online, names, online
 from jaxdistill.train.state import TrainState, whole
@@ -153,8 +154,11 @@ class RunTable:
             return self._add("teacher", metrics, teaching.size(), None)
         dtype = jnp.dtype(teaching.given.dtype)
         scoring = meter.scoring_step(teaching.model.config, vocab, compute_dtype=dtype)
-        metrics = rows.measure(scoring, teaching.params, text_bytes=text_bytes)
-        self._add("teacher", metrics, teaching.size(), rows.speed(scoring, teaching.params))
+        if isinstance(teaching, Ahead):
+            rows = rows.replaced(rows.dataset, teaching.mesh)
+        params = teaching.model.params
+        metrics = rows.measure(scoring, params, text_bytes=text_bytes)
+        self._add("teacher", metrics, teaching.size(), rows.speed(scoring, params))
 
     def _as_read(self) -> tuple[HeldOut, int | None]:
         """The held-out rows in the tokens that the teacher reads; their bytes if it has its own."""
@@ -251,7 +255,7 @@ class RunTable:
             return []
         readers = (
             gaps.Reader(self._models.student.config, self._student.compute_dtype, params),
-            gaps.Reader(teaching.model.config, teaching.given.dtype, teaching.params),
+            gaps.Reader(teaching.model.config, teaching.given.dtype, teaching.model.params),
         )
         found = gaps.token_gaps(*readers, self._models.vocab, prompts, answers)
         decode = self._models.tokenizer.decode

@@ -17,6 +17,7 @@ from jaxdistill.config import Config, preflight
 from jaxdistill.errors import ConfigError
 from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.run import (
+    ahead,
     alike,
     anew,
     changes,
@@ -268,6 +269,7 @@ class _Session:
             config.eval.max_rows,
             mesh,
             ", ".join(source.path for source in config.data.eval_files) or "held-out share",
+            ahead.placing(self.models.teaching, mesh),
         )
         self.table = run_table.RunTable(
             run,

@@ -24,7 +24,7 @@ from jaxdistill.methods import two_tokenizers
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig
 from jaxdistill.models.quantized import Quantization
-from jaxdistill.run import oneself, participants, sparse, states
+from jaxdistill.run import ahead, oneself, participants, sparse, states
 from jaxdistill.run.stages import Stage
 from jaxdistill.run.stored import Stored
 from jaxdistill.run.teaching import Nobody, Served, Start, Teaching
@@ -36,17 +36,20 @@ from jaxdistill.types import Batch
 
 
 def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices, or of the given ones, checked against the batch sizes.
+    """The mesh of all devices, or of the given ones, but for those that are the teacher's own.
+
+    It is checked against the batch sizes.
 
     Raises:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
+    devices, _ = ahead.divided(config.teacher, devices)
     mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
     parts = row_parts(mesh)
     train = config.train
     wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)
-    devices = f"there are {mesh.size} devices"
-    errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({devices})") for key, rule in wrong)
+    there = f"there are {mesh.size} devices"
+    errors.check(ConfigError(f"{'.'.join(key)}: {rule} ({there})") for key, rule in wrong)
     errors.check(rules.context_axis(config.data.seq_len, mesh.shape["context"]))
     return mesh
 
@@ -201,7 +204,7 @@ def make_step(
 ) -> steps.Step:
     """The training step of a run as a pure function; `monitor` as in `steps.make`."""
     lies = routing.layout(config)
-    computes = not isinstance(method.asked, Nobody | Served | Stored)  # in the step
+    computes = not isinstance(method.asked, Nobody | Served | Stored | ahead.Ahead)
     return steps.make(
         method.loss,
         method.teacher,
@@ -263,6 +266,11 @@ def build(config: Config, mesh: Mesh | None = None) -> tuple[Any, TrainState, An
     Raises:
       UserError: whatever is wrong with the configuration, the models or the mesh.
     """
+    if config.teacher is not None and config.teacher.mesh is not None:
+        raise ConfigError(
+            "teacher.mesh: a loop of one's own would have to ask the teacher before every step: "
+            "remove it, so that the teacher computes in the step"
+        )
     mesh = mesh_of(config) if mesh is None else mesh
     models = participants.load_models(config, participants.shapes_of(config, mesh), mesh)
     method = method_of(config, models)

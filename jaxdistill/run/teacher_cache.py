@@ -123,7 +123,7 @@ def _asking(config: Config, options: commands.TeacherCache) -> tuple[Config, str
         raise ConfigError(f"{key}: nobody to ask: give {key}.source, or {key}.api")
     if not (output := options.output or teacher.cache):
         raise ConfigError(f"teacher cache: give a folder with -o, or {key}.cache")
-    online = teacher.model_copy(update={"cache": None})
+    online = teacher.model_copy(update={"cache": None, "mesh": None})
     return config.model_copy(update={"teacher": online}), output
 
 

@@ -182,6 +182,10 @@ class Online(Plain):
         return self.model.params
 
     def abstract_params(self, mesh: Mesh) -> Any:
+        return self.held(mesh)
+
+    def held(self, mesh: Mesh) -> Any:
+        """The shapes and places of the model's parameters on a mesh."""
         dtype, rules = jnp.dtype(self.given.dtype), TEACHER_RULES[self.given.sharding]
         params = abstract_params(self.model.config, dtype, mesh, rules)
         params = self.pairing.abstract(params, mesh)
@@ -215,7 +219,7 @@ class Online(Plain):
         loaded = dataclasses.replace(self, model=self.pairing.seated(model))
         if given.sharding == "fsdp":
             return loaded
-        places = jax.tree.map(lambda leaf: leaf.sharding, loaded.abstract_params(mesh))
+        places = jax.tree.map(lambda leaf: leaf.sharding, loaded.held(mesh))
         params = jax.tree.map(_moved, loaded.model.params, places)
         return dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, params=params))
 

@@ -6,7 +6,7 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -15,6 +15,7 @@ from jaxdistill import agree, report
 from jaxdistill import config as configs
 from jaxdistill.callbacks import CONTROL, Broadcast
 from jaxdistill.config import Config, routing
+from jaxdistill.config import ahead as options
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.feed import Feed
 from jaxdistill.data.prompts import Prompts
@@ -22,6 +23,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model, forward_flops_per_token
 from jaxdistill.report import json_lines
 from jaxdistill.run import (
+    ahead,
     anew,
     feeds,
     participants,
@@ -38,7 +40,7 @@ from jaxdistill.train.hooks import Hooks
 from jaxdistill.train.meter import Meter
 from jaxdistill.train.saving import SaveSchedule
 from jaxdistill.train.state import TrainState
-from jaxdistill.train.step import PerShape, abstract_batch, compiled, place, recorded
+from jaxdistill.train.step import PerShape, abstract_batch, compiled, recorded
 from jaxdistill.train.stopping import Stop
 from jaxdistill.types import Batch, Span
 
@@ -214,7 +216,7 @@ class Training:
         return loop.Parts(
             step=self._step(state, meter, feed, writer, progress),
             feed=feed,
-            place=self._place,
+            place=self._placing(),
             evaluate=evaluate,
             learning_rate=self.method.learning_rate,
             meta={"seed": self.config.seed},
@@ -255,6 +257,8 @@ class Training:
 
         step = stages.Staged(parts, programs, self.method.asked.params, tell, meter.asked)
         if (row := feed.usual()) is not None:
+            if isinstance(asked := self.method.asked, ahead.Ahead):
+                row = asked.padded(row)
             step.prepare(state, abstract_batch(row, routing.rows(config), self.mesh))
         return step
 
@@ -300,10 +304,12 @@ class Training:
             hooks=self.hooks,
         )
 
-    def _place(self, span: Span, batch: Batch) -> Batch:
-        """The batch of these rows on the mesh, as the hooks want it."""
-        index = span.first_row // self.config.train.batch_size
-        return place(self.hooks.batch(index, batch), self.mesh)
+    def _placing(self) -> Callable[[Span, Batch], Batch]:
+        """(its rows, a batch) -> the batch on the mesh, as the hooks want it."""
+        train = self.config.train
+        placed = ahead.placing(self.method.asked, self.mesh, options.passes(train))
+        number = lambda span: span.first_row // train.batch_size
+        return lambda span, batch: placed(self.hooks.batch(number(span), batch))
 
 
 def _last_recorded(folder: pathlib.Path) -> int:
@@ -344,4 +350,5 @@ def _meter(
     student = 3 * forward_flops_per_token(models.student.config, length)
     teacher = method.asked.flops_per_token(length, models.read_length(length))
     total = student + teacher
-    return Meter(length, length * total, teacher / total, list(mesh.devices.flat))
+    devices = ahead.devices(method.asked, mesh)
+    return Meter(length, length * total, teacher / total, devices)

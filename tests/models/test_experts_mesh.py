@@ -112,7 +112,7 @@ def test_experts_that_do_not_divide_are_told():
     assert not list(rules.expert_axis(1, 1, {}))
     assert not list(rules.expert_axis(4, 2, {"teacher": 8}))
     (none,) = rules.expert_axis(4, 1, {})
-    assert "no model of this run has routed experts: use mesh.fsdp" in str(none)
+    assert "no model on it has routed experts: use mesh.fsdp" in str(none)
     (wrong,) = rules.expert_axis(3, 2, {"teacher": 8, "student": 12})
     assert "mesh.expert = 3: with mesh.tensor = 2" in str(wrong)
     assert "the teacher's 8 experts: take one of 1, 2, 4" in str(wrong)

@@ -66,6 +66,7 @@ def run(
     feed=None,
     log=None,
     waits=(),
+    place=lambda span, batch: batch,
 ):
     """Trains with stand-ins that note what is asked of them: (state, log).
 
@@ -142,7 +143,7 @@ def run(
     parts = loop.Parts(
         step=lambda number, state, batch: step(state, None, batch),
         feed=feed or Corpus(),
-        place=lambda span, batch: batch,
+        place=place,
         evaluate=lambda number, state: {"eval/loss": evaluation or float(state.step)},
         learning_rate=lambda update: 0.5**update,
         meta={"seed": 3},
@@ -190,6 +191,16 @@ def test_numbers_are_read_one_step_late_only_where_that_saves_time():
         _, log = run(schedule(eval_every=None, save_steps=None), overlaps=overlaps)
         index = next(i for i, entry in enumerate(log) if entry[:2] == ("metrics", 2))
         assert log[index - 1][:2] == after
+
+
+def test_a_batch_is_placed_before_the_step_in_front_of_it_is_waited_for():
+    log = []
+    place = lambda span, batch: log.append(("place", span.end_row // ROWS)) or batch
+    run(schedule(eval_every=None, save_steps=None, log_every=1), log=log, place=place)
+    order = [entry[:2] for entry in log]
+    for number in range(2, 7):
+        ahead = order.index(("place", number + 1))
+        assert order.index(("step", number)) < ahead < order.index(("metrics", number))
 
 
 def test_a_checkpoint_carries_the_evaluation_of_its_step_and_no_other():
