@@ -2,19 +2,23 @@
 
     python -m benchmarks.loading --save loading_cpu              # makes 1.1 GB of weights
     python -m benchmarks.loading --model FOLDER                  # of a folder of one's own
+    python -m benchmarks.loading --against PATH                  # of a checkout of before, in turn
 
 Devices are the CPU's virtual ones, of one process or spread over several. Each form runs once a
 round, with the files' pages dropped before ("cold") and then once more ("warm"); the plain read of
 that round is its baseline. `asked` are the bytes of a process's own slices, each counted once,
 `read` what the kernel fetched from the disk for it (/proc/self/io): where they exceed what was
-asked, pages hold other slices too.
+asked, pages hold other slices too. Where each process has a folder of its own, as hosts have, no
+other fills the system's cache for it.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +33,7 @@ DEVICES, BLOCK, THREADS = 8, 2**23, 8
 SHAPE = {"layers": 2, "embed": 4096, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocab_size": 32768}
 MESHES = {"fsdp 8": {"fsdp": 8}}
 PROCESSES = (1, 4)
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -37,13 +42,19 @@ def main() -> None:
     parser.add_argument("--model", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
+    parser.add_argument("--against", type=pathlib.Path, help="a checkout of before")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return _child(*options.child)
     with tempfile.TemporaryDirectory() as name:
         folder = options.model or _made(pathlib.Path(name) / "model")
-        result = _measured(folder, options.rounds)
+        copies = [folder]
+        for number in range(1, PROCESSES[-1]):
+            copies.append(pathlib.Path(name) / f"copy{number}")
+            shutil.copytree(folder, copies[-1])
+        os.sync()
+        result = _measured(copies, options.rounds, options.against)
     print(json.dumps(result, indent=1))
     if options.save:
         print(duel.save(options.save, result))
@@ -63,23 +74,29 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def _measured(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
-    files = sorted(folder.glob("*.safetensors"))
+def _measured(
+    copies: list[pathlib.Path], rounds: int, against: pathlib.Path | None
+) -> dict[str, Any]:
+    """Every form in turn; `copies` are one folder as several hosts have it."""
+    files = sorted(copies[0].glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     forms = {
         "plain": lambda: _plain(files, 1),
         f"plain, {THREADS} threads": lambda: _plain(files, THREADS),
     }
+    checkouts = {"": ROOT} | ({} if against is None else {"before: ": against.resolve()})
     for mesh, sizes in MESHES.items():
-        for count in PROCESSES:
-            name = f"{mesh}; {count} x {DEVICES // count} devices"
-            forms[name] = lambda sizes=sizes, count=count: _loaded(folder, sizes, count)
-        name = f"{mesh}; the first of {PROCESSES[-1]} processes alone"
-        forms[name] = lambda sizes=sizes: _loaded(folder, sizes, PROCESSES[-1], alone=True)
+        for before, root in checkouts.items():
+            for count in PROCESSES:
+                name = f"{before}{mesh}; {count} x {DEVICES // count} devices"
+                shared = [copies[0]] * count
+                forms[name] = functools.partial(_loaded, root, shared, sizes)
+            name += ", each with a folder of its own"
+            forms[name] = functools.partial(_loaded, root, copies, sizes)
     runs: dict[str, dict[str, list]] = {name: {"cold": [], "warm": []} for name in forms}
     for _ in range(rounds):
         for name, run in forms.items():
-            _drop(files)
+            _drop([file for copy in copies for file in sorted(copy.glob("*.safetensors"))])
             for state in ("cold", "warm"):
                 runs[name][state].append(run())
                 print(name, state, json.dumps(runs[name][state][-1]), flush=True)
@@ -127,28 +144,23 @@ def _plain(files: list[pathlib.Path], threads: int) -> dict[str, Any]:
 
 
 def _loaded(
-    folder: pathlib.Path, mesh: dict[str, int], count: int, alone: bool = False
+    root: pathlib.Path, folders: list[pathlib.Path], mesh: dict[str, int]
 ) -> dict[str, Any]:
-    """One loading by so many processes: the slowest one's time, and the bytes of each.
-
-    `alone`: the first reads its slices, and no other fills the system's cache for it.
-    """
+    """One loading by a process for each folder: the slowest one's time, and the bytes of each."""
     from jaxdistill.cli import launch
 
-    port = launch._free_port()
-    command = [sys.executable, "-m", "benchmarks.loading", "--child", str(folder), json.dumps(mesh)]
+    port, count = launch._free_port(), len(folders)
     started = [
         subprocess.Popen(
-            command,
+            [sys.executable, __file__, "--child", str(folder), json.dumps(mesh)],
             env=launch._environment(rank, count, DEVICES // count, port)
-            | {"LOADING_ALONE": "yes" if alone else ""},
+            | {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for rank, folder in enumerate(folders)
     ]
     said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
-    said = said[:1] if alone else said
     return {
         "seconds": max(one["seconds"] for one in said),
         "asked": [one["asked"] for one in said],
@@ -172,9 +184,7 @@ def _child(folder: str, mesh: str) -> None:
     devices = make_mesh(**json.loads(mesh))
     multihost_utils.sync_global_devices("ready")
     before, began = _read_bytes(), time.perf_counter()
-    params = {}
-    if jax.process_index() == 0 or not os.environ.get("LOADING_ALONE"):
-        params = models.load(folder, mesh=devices, tokenizer=False).params
+    params = models.load(folder, mesh=devices, tokenizer=False).params
     jax.block_until_ready(params)
     seconds = time.perf_counter() - began
     read = _read_bytes() - before

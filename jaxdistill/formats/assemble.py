@@ -10,7 +10,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from jaxdistill import sharding
-from jaxdistill.formats.tensor_names import Part, TensorName
+from jaxdistill.formats import exchange
+from jaxdistill.formats.tensor_names import Part, TensorName, file_dims
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models import decoder, host
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
@@ -18,6 +19,7 @@ from jaxdistill.models.quantized import Quantization, quantize_in_place
 
 _THREADS = 8  # that read the layers of one weight; copies hold no lock of Python's
 _TILE = 192
+_PIECE = 1 << 25  # bytes of a reading: a thread holds no more beside the weight
 
 
 @runtime_checkable
@@ -87,7 +89,7 @@ def weight(
     dtype: DTypeLike | None,
     place: Sharding,
 ) -> jax.Array:
-    """One weight of the tree, each device's slice read by itself.
+    """One weight of the tree, each device's slice read by itself, or as rows of as many bytes.
 
     Args:
       name: what the file calls it.
@@ -100,17 +102,10 @@ def weight(
     dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
-    parts: dict = {}
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        spans = tuple(slice(*one.indices(size)) for one, size in zip(index, row.shape, strict=True))
-        key = str(spans)
-        if key not in parts:  # replicas on this host's devices share one reading
-            parts[key] = _read(name, part, spans, tensors, np.dtype(dtype or own))
-        return parts[key]
-
-    return jax.make_array_from_callback(row.shape, place, read)
+    found = np.dtype(dtype or own)
+    read = lambda spans: _read(name, part, spans, tensors, found)
+    rows, columns = file_dims(name, row)
+    return exchange.array(row.shape, place, read, rows, columns, found)
 
 
 def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:
@@ -126,8 +121,7 @@ def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndar
         file = name.pattern.format(*tensor)
         for here, there in runs:
             wanted = (*inner[:-1], there)
-            values = tensors.read(file, wanted[::-1] if name.transposed else wanted)
-            _fill(block[(*index, ..., here)], values.T if name.transposed else values)
+            _fill_by_rows(block[(*index, ..., here)], tensors, file, wanted, name.transposed)
 
     indices = list(np.ndindex(*sizes[: name.stacked]))
     if len(indices) == 1 or not getattr(tensors, "threads", False):
@@ -137,6 +131,20 @@ def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndar
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(one, indices))  # which raises what any of them raised
     return block
+
+
+def _fill_by_rows(
+    place: np.ndarray, tensors: Tensors, file: str, wanted: tuple[slice, ...], turned: bool
+) -> None:
+    """place[:] = a slice of one tensor, of which a few rows are read at a time."""
+    over = lambda array: array.T if turned else array
+    first, *rest = wanted[::-1] if turned else wanted
+    rows = over(place)
+    step = max(1, _PIECE * len(rows) // max(1, place.nbytes))
+    for start in range(0, len(rows), step):
+        here = rows[start : start + step]
+        chosen = slice(first.start + start, first.start + start + len(here))
+        _fill(over(here), over(tensors.read(file, (chosen, *rest))))
 
 
 def _fill(place: np.ndarray, values: np.ndarray) -> None:

@@ -13,17 +13,17 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import shards
+from jaxdistill.formats import exchange, shards
 from jaxdistill.formats.assemble import placement, weight
 from jaxdistill.formats.compressed_settings import form
-from jaxdistill.formats.tensor_table import tensor_rows
-from jaxdistill.models.architecture import DecoderConfig, nest
+from jaxdistill.formats.tensor_names import TensorName, file_shape
+from jaxdistill.formats.tensor_table import numbers, tensor_rows
+from jaxdistill.models.architecture import DecoderConfig, Weight, nest
 from jaxdistill.models.quantized import Quantization, QuantizedKernel, Scheme, scale_place
 
 
@@ -100,24 +100,38 @@ def load_params(
 ) -> dict:
     """The parameters of a quantised folder, kernels as `QuantizedKernel`.
 
-    Every device's slices are read by themselves, as `assemble` does; scales lie beside them.
-
-    Raises:
-      ModelError: where a tensor is missing or has another shape.
+    Every process reads its slices alone, as `assemble` does; scales lie beside them.
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
     for ours, (name, row) in tensor_rows(config).items():
-        stacked = ours.startswith("layers.")
-        bases = [name.pattern.format(layer) for layer in range(row.shape[0] if stacked else 1)]
         if (scheme := rounded.of(ours)) is not None:
-            flat[ours] = _kernel(files, bases, scheme, row.shape, places[ours], dtype)
-            continue
-        wanted = row.shape[1:] if stacked else row.shape
-        for base in bases:
-            _check_shape(files, base, wanted[::-1] if name.transposed else wanted)
-        flat[ours] = weight(name, row, None, files, dtype, places[ours])
+            flat[ours] = _kernel(files, _bases(name, row), scheme, row.shape, places[ours], dtype)
+        else:
+            flat[ours] = weight(name, row, None, files, dtype, places[ours])
     return nest(flat)
+
+
+def check_tensors(config: DecoderConfig, files: shards.Folder, rounded: Quantization) -> None:
+    """Every tensor of a quantised folder is there with its shape.
+
+    Raises:
+      ModelError: where one is missing or has another shape.
+    """
+    for ours, (name, row) in tensor_rows(config).items():
+        scheme = rounded.of(ours)
+        for base in _bases(name, row):
+            if scheme is None:
+                _check_shape(files, base, file_shape(name, row, None))
+                continue
+            _, inputs, outputs = row.shape
+            _check_shape(files, *_stored(base, scheme, inputs, outputs))
+            scale = base.removesuffix("weight") + "weight_scale"
+            _check_shape(files, scale, (outputs, inputs // (scheme.group or inputs)))
+
+
+def _bases(name: TensorName, row: Weight) -> list[str]:
+    return [name.pattern.format(*index) for index in numbers(name, row)]
 
 
 def _kernel(
@@ -129,26 +143,22 @@ def _kernel(
     dtype: DTypeLike | None,
 ) -> QuantizedKernel:
     """One projection of all layers, [layers, in, out]."""
-    _, inputs, outputs = shape
-    scales = []
-    for base in bases:
-        _check_shape(files, *_stored(base, scheme, inputs, outputs))
-        name = base.removesuffix("weight") + "weight_scale"
-        _check_shape(files, name, (outputs, inputs // (scheme.group or inputs)))
-        scales.append(files.read(name, (slice(None), slice(None))).T)
+    layers, inputs, outputs = shape
+    scales = [base.removesuffix("weight") + "weight_scale" for base in bases]
+    scale_shape = (layers, inputs // (scheme.group or inputs), outputs)
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        layers, rows, columns = (
-            range(*one.indices(size)) for one, size in zip(index, shape, strict=True)
-        )
-        blocks = [_values(files, bases[layer], scheme, rows, columns) for layer in layers]
-        return np.stack(blocks).astype(scheme.dtype)
+    def values(spans: tuple[slice, ...]) -> np.ndarray:
+        chosen, rows, columns = (range(one.start, one.stop) for one in spans)
+        return np.stack([_values(files, bases[layer], scheme, rows, columns) for layer in chosen])
 
-    scale = np.stack(scales)
+    def scale(spans: tuple[slice, ...]) -> np.ndarray:
+        chosen, groups, columns = spans
+        return np.stack([files.read(name, (columns, groups)).T for name in scales[chosen]])
+
+    there = scale_place(place, scale_shape)
     return QuantizedKernel(
-        jax.make_array_from_callback(shape, place, read),
-        jax.device_put(scale.astype(dtype or scale.dtype), scale_place(place, scale.shape)),
+        exchange.array(shape, place, values, 2, 1, scheme.dtype),
+        exchange.array(scale_shape, there, scale, None, 1, dtype or files.dtype(scales[0])),
         scheme,
     )
 

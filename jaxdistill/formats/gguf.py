@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import gguf_layout
+from jaxdistill.formats import exchange, gguf_layout
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.gguf_config import ROPE_FACTORS, Description
 from jaxdistill.formats.gguf_header import read_header
@@ -51,15 +51,20 @@ def load_file(
       ModelError: where the gguf package is missing, or the file is damaged or of an unsupported
         architecture or quantisation.
     """
-    file = _GgufFile(path)
+    file = exchange.together(mesh, lambda: _checked(path))
     config = file.config
-    file.check_tensors()
     params = assemble(
         config, file, dtype=dtype, mesh=mesh, rules=rules, rounded=rounded, offload=offload
     )
     jax.block_until_ready(params)
     built = build_tokenizer(file.metadata, str(path)) if tokenizer else None
     return Model(config=config, params=params, tokenizer=built, source=str(path))
+
+
+def _checked(path: pathlib.Path) -> "_GgufFile":
+    file = _GgufFile(path)
+    file.check_tensors()
+    return file
 
 
 def file_spec(path: pathlib.Path, *, tokenizer: bool = True) -> tuple[DecoderConfig, Any]:

@@ -13,7 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError, ModelError
-from jaxdistill.formats import compressed, compressed_settings, new_folder, shards, sums
+from jaxdistill.formats import (
+    compressed,
+    compressed_settings,
+    exchange,
+    new_folder,
+    shards,
+    sums,
+)
 from jaxdistill.formats.assemble import assemble
 from jaxdistill.formats.config_json import read_config, unwrapped, write_config
 from jaxdistill.formats.config_json_fields import shown
@@ -55,7 +62,7 @@ def load_folder(
     rounded: Quantization | None = None,
     offload: bool = False,
 ) -> Model:
-    """The model of a local folder; every device reads only its own slices of the files.
+    """The model of a local folder; every process reads only as much of the files as it needs.
 
     What shall be `rounded` is so as it is read, or was before; with `offload` the
     layers wait in the memory of the devices' host.
@@ -66,25 +73,37 @@ def load_folder(
         weights, or a feature that this decoder does not build.
       DamagedError: if a folder of our own is not as it was written.
     """
-    check_folder(folder)
-    sums.check(folder, weights=True, shared=mesh is not None)
-    config, own = folder_config(folder), folder_rounded(folder)
+    config, own, opened = exchange.together(mesh, lambda: _opened(folder, mesh, rounded))
     options = {"dtype": dtype, "mesh": mesh, "rules": rules}
-    if own is None:
-        kind = read_json(folder / "config.json").get("model_type")
-        inside = TEXT_MODEL if kind in WRAPPERS else {}
-        with shards.Folder(folder, root=root_name(config), inside=inside) as files:
-            _check_tensors(config, files)
+    with opened as files:
+        if own is None:
             params = assemble(config, files, rounded=rounded, offload=offload, **options)
-    else:
-        if rounded is not None and rounded.table(config) != own.table(config):
-            raise ConfigError(f"{folder}: is quantised already: use the model it was")
-        with compressed.open_folder(folder) as files:
+        else:
             params = compressed.load_params(config, files, own, **options)
             params = host.waiting(params) if offload else params
     jax.block_until_ready(params)
     loaded = folder_tokenizer(folder) if tokenizer else None
     return Model(config, params, loaded, str(folder), folder_generation(folder))
+
+
+def _opened(
+    folder: pathlib.Path, mesh: Mesh | None, rounded: Quantization | None
+) -> tuple[DecoderConfig, Quantization | None, shards.Folder]:
+    """The configuration of a folder, how it is quantised, and its tensors, all of them checked."""
+    check_folder(folder)
+    sums.check(folder, weights=True, shared=mesh is not None)
+    config, own = folder_config(folder), folder_rounded(folder)
+    if own is not None:
+        if rounded is not None and rounded.table(config) != own.table(config):
+            raise ConfigError(f"{folder}: is quantised already: use the model it was")
+        files = compressed.open_folder(folder)
+        compressed.check_tensors(config, files, own)
+        return config, own, files
+    kind = read_json(folder / "config.json").get("model_type")
+    inside = TEXT_MODEL if kind in WRAPPERS else {}
+    files = shards.Folder(folder, root=root_name(config), inside=inside)
+    _check_tensors(config, files)
+    return config, None, files
 
 
 def folder_config(folder: pathlib.Path) -> DecoderConfig:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import assemble, huggingface
+from jaxdistill.formats import assemble, exchange, huggingface
 from jaxdistill.formats.tokenizer_files import folder_tokenizer
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.models.model import Model
@@ -43,7 +43,8 @@ def load(
       path_or_id: a Hugging Face folder; a .gguf file; "package:NAME/FILE", either of them inside an
         installed Python package (which is not imported); or a Hub id "org/name" or "hf:org/name".
       dtype: dtype of the parameters; None keeps the files'. Students are trained from float32.
-      mesh: where the parameters lie; each device reads only its slices. None: one device.
+      mesh: where the parameters lie; each process reads only as many bytes as its devices need, and
+        all processes of the mesh load together. None: one device.
       rules: table from logical axes to mesh axes.
       tokenizer: also load the tokenizer; None in the model where the folder has none.
       allow_network: a Hub id that is not in the local cache may be downloaded.
@@ -56,7 +57,9 @@ def load(
       ConfigError: if groups do not divide, or it is quantised otherwise.
       ModelError: where nothing is there, or it cannot be used; the message says what to do.
     """
-    place = resolve(path_or_id, allow_network=allow_network, revision=revision)
+    place = exchange.together(
+        mesh, lambda: resolve(path_or_id, allow_network=allow_network, revision=revision)
+    )
     read: Callable[..., Any] = huggingface.load_folder
     if place.is_file():
         from jaxdistill.formats import gguf

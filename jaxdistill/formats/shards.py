@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import struct
 import types
@@ -53,7 +54,7 @@ class Folder:
     that begin with its value instead: the text model of a larger one.
     """
 
-    threads = True  # may read at once: files are mapped, and a reading changes nothing
+    threads = True  # may read at once: a reading names its place, and changes nothing
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Folder:
         self._files = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
         self._mapped: dict[str, np.ndarray] = {}
+        self._numbers: dict[str, int] = {}
         self._places: dict[str, Mapping[str, tuple[int, int]]] = {}
         self._index()
         if inside:
@@ -89,11 +91,30 @@ class Folder:
         self._files.close()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of tensor `name`: a view of the file, read where it is used."""
+        """The slice `index` of tensor `name`.
+
+        One that lies together is read alone. Of another it is a view of the file, whose pages are
+        read where they are used, many around each: its gaps are what other devices need.
+
+        Raises:
+          ModelError: where the file ends before it.
+        """
         entry = self.entries[name]
         begin, end = self._places[entry.file][entry.name]
-        whole = self._mapped[entry.file][begin:end].view(entry.dtype).reshape(entry.shape)
-        return np.asarray(whole)[index]
+        mapped = self._mapped[entry.file]
+        whole = mapped[begin:end].view(entry.dtype).reshape(entry.shape)
+        view = np.asarray(whole)[index]
+        if not view.flags.c_contiguous or not view.size:
+            return view
+        values = np.empty(view.shape, view.dtype)
+        left = memoryview(values.reshape(-1).view(np.uint8))
+        place = view.ctypes.data - mapped.ctypes.data
+        while left:
+            count = os.preadv(self._numbers[entry.file], [left], place)
+            if not count:
+                raise self._damaged(entry.file, EOFError(f"it ends within {name}"))
+            left, place = left[count:], place + count
+        return values
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of tensor `name`."""
@@ -112,6 +133,7 @@ class Folder:
             self._open[file] = self._checked_open(path)
             self._places[file] = _places(path)
             self._mapped[file] = np.memmap(path, np.uint8, "r")
+            self._numbers[file] = self._opened_alone(path)
             for name in self._open[file].keys():
                 tensor = self._open[file].get_slice(name)
                 kind = tensor.get_dtype()
@@ -147,6 +169,14 @@ class Folder:
             return self._files.enter_context(safe_open(path, framework="numpy"))
         except (SafetensorError, OSError) as error:
             raise self._damaged(path.name, error) from error
+
+    def _opened_alone(self, path: pathlib.Path) -> int:
+        """A number of the file that no reading ahead goes with: what lies behind is another's."""
+        number = os.open(path, os.O_RDONLY)
+        self._files.callback(os.close, number)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
+        return number
 
     def _damaged(self, file: str, error: Exception) -> ModelError:
         return ModelError(

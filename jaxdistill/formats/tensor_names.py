@@ -90,6 +90,17 @@ def file_shape(name: TensorName, row: Weight, part: Part | None) -> tuple[int, .
     return shape[::-1] if name.transposed else shape
 
 
+def file_dims(name: TensorName, row: Weight) -> tuple[int | None, int]:
+    """Which of our dims counts the rows of one tensor in the file, and which inside of a row.
+
+    Vectors have no rows.
+    """
+    first, last = name.stacked, len(row.shape) - 1
+    if first == last:
+        return None, last
+    return (last, first) if name.transposed else (first, last)
+
+
 def _projections(layer: str, names: Mapping[str, str], transposed: bool = True) -> dict:
     """Kernel and bias of projections; a name behind `|` says how it is fused."""
     table = {}

@@ -46,6 +46,16 @@ def test_replicas_are_read_once(mesh8):
     assert source.reads.count("model.layers.0.mlp.up_proj.weight") == 4  # fsdp 2 x tensor 2
 
 
+def test_a_large_tensor_is_read_a_few_rows_at_a_time(monkeypatch):
+    source = _Memory()
+    whole = assemble.assemble(read_config(RAW), source)
+    rows, width = source.named["model.layers.0.mlp.up_proj.weight"].shape
+    monkeypatch.setattr(assemble, "_PIECE", 5 * width * 4)
+    source.reads.clear()
+    jax.tree.map(np.testing.assert_array_equal, assemble.assemble(read_config(RAW), source), whole)
+    assert source.reads.count("model.layers.0.mlp.up_proj.weight") == -(-rows // 5) > 1
+
+
 def test_random_parameters_do_not_depend_on_the_mesh(mesh8):
     config = read_config(RAW)
     one, spread = models.random(config, seed=5), models.random(config, seed=5, mesh=mesh8)

@@ -1,6 +1,7 @@
 """Safetensors folders: slices, parts, and every way a folder can lie."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
@@ -142,7 +143,7 @@ def test_quantised_tensors_are_named(tmp_path):
         shards.Folder(tmp_path)
 
 
-def test_a_slice_reads_its_own_pages_and_no_copy_of_the_tensor(tmp_path):
+def test_parts_of_rows_are_a_view_and_no_copy_of_the_tensor(tmp_path):
     values = np.arange(64 * 96, dtype=np.float32).reshape(64, 96).astype(ml_dtypes.bfloat16)
     save_file({"a": np.ones(3, np.float16), "b": values}, tmp_path / shards.SINGLE)
     with shards.Folder(tmp_path) as folder:
@@ -150,6 +151,29 @@ def test_a_slice_reads_its_own_pages_and_no_copy_of_the_tensor(tmp_path):
         assert part.base is not None and not part.flags.owndata  # a view of the mapped file
         np.testing.assert_array_equal(part, values[8:16, 32:64])
         np.testing.assert_array_equal(folder.read("a", (slice(1, 3),)), np.ones(2, np.float16))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_what_lies_together_is_read_to_the_byte(tmp_path, monkeypatch, dtype):
+    values = np.random.default_rng(0).integers(0, 256, (64, 96, 4), np.uint8).view(dtype)
+    values = values.reshape(64, -1)
+    save_file({"a": np.ones(3, np.float16), "b": values}, tmp_path / shards.SINGLE)
+    original, read = os.preadv, []
+
+    def few(number, buffers, place):  # as a disk may give them
+        read.append(original(number, [buffers[0][:1000]], place))
+        return read[-1]
+
+    monkeypatch.setattr(shards.os, "preadv", few)
+    with shards.Folder(tmp_path) as folder:
+        for index in (np.s_[8:16, :], np.s_[63:, :], np.s_[5:6, 8:20], np.s_[:, :]):
+            read.clear()
+            part = folder.read("b", index)
+            assert part.tobytes() == values[index].tobytes()
+            assert sum(read) == values[index].nbytes
+        os.truncate(tmp_path / shards.SINGLE, (tmp_path / shards.SINGLE).stat().st_size - 8)
+        with pytest.raises(ModelError, match="it ends within b"):
+            folder.read("b", np.s_[60:, :])
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])

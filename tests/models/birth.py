@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import models, processes, sharding
-from jaxdistill.formats import shards
+from jaxdistill.errors import ModelError
+from jaxdistill.formats import exchange, shards
 from jaxdistill.train import step
 from jaxdistill.types import Batch
 
@@ -56,25 +57,60 @@ def layout(data: int, fsdp: int, tensor: int) -> dict:
     return {"owners": owners, "rows": rows, "total": total}
 
 
+def as_whole(params, whole) -> bool:
+    """Whether the slices that lie here have the bits of those of a model that was read whole."""
+    return all(
+        np.asarray(shard.data).tobytes() == np.asarray(all_of_it)[shard.index].tobytes()
+        for leaf, all_of_it in zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True)
+        for shard in leaf.addressable_shards
+    )
+
+
+def told(folder: str, mesh) -> list[str]:
+    """What each process says where the second cannot read one of the weights."""
+    original = shards.Folder.read
+
+    def torn(self, name, index):
+        if jax.process_index() == 1 and "up_proj" in name:
+            raise ModelError("no such block")
+        return original(self, name, index)
+
+    shards.Folder.read = torn
+    try:
+        models.load(folder, mesh=mesh, tokenizer=False)
+    except ModelError as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
 def main(folder: str) -> None:
     processes.start()
-    read = [0]
+    read, together = [0], [0]
     original = shards.Folder.read
 
     def counted(self, name, index):
         values = original(self, name, index)
         read[0] += values.nbytes
+        together[0] += values.nbytes * values.flags.c_contiguous
         return values
 
-    shards.Folder.read = counted
     mesh = sharding.make_mesh(fsdp=-1)
+    # What JAX needs for its first programs and connections is no part of a model.
+    columns = jax.NamedSharding(mesh, jax.P(None, None, "fsdp"))
+    zeros = np.zeros((2, 256, 256), np.float32)
+    exchange.array(zeros.shape, columns, lambda index: zeros[index], 1, 2, zeros.dtype)
+    shards.Folder.read = counted
     watch = Watch()
     watch.start()
     params = models.load(folder, mesh=mesh, tokenizer=False).params
     watch.done.set()
     watch.join()
+    shards.Folder.read = original
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    result = {"read": read[0], "local": local_bytes(params), "whole": whole}
+    result = {"read": read[0], "together": together[0], "whole": whole}
+    result |= {"local": local_bytes(params), "told": told(folder, mesh)}
+    shards.Folder.read = original
+    result["same"] = as_whole(params, models.load(folder, tokenizer=False).params)
     result |= {"grown": watch.peak - watch.first, "layouts": [layout(*sizes) for sizes in MESHES]}
     print(json.dumps(result), flush=True)
 

@@ -47,8 +47,10 @@ def born(folder: pathlib.Path) -> list[dict]:
     """What each of two processes with four devices saw while it loaded the model."""
     port = launch._free_port()
     started = []
+    # What is freed goes back to the system at once, and counts as free.
+    returned = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     for rank in range(2):
-        variables = os.environ | launch._environment(rank, 2, 4, port)
+        variables = os.environ | launch._environment(rank, 2, 4, port) | returned
         command = [sys.executable, "-m", "tests.models.birth", str(folder)]
         started.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=300)[0] for process in started]
@@ -65,9 +67,17 @@ def test_each_process_reads_and_holds_its_part_alone(kind, folders, seen):
         most = 0.5 if kind == "float32" else 0.6
         assert 0.5 <= one["local"] / one["whole"] <= most
         assert 0.49 < one["read"] / file <= most
+        assert one["together"] == one["read"]  # whole rows: no page of theirs is the other's
+        assert one["same"]
         if kind == "float32":  # beside an int4 model this small, JAX's own memory is large
             # What lies here in the end, and the slices of one weight on their way.
             assert 0.5 < one["grown"] / one["whole"] < 0.75
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_one_process_cannot_read_all_processes_say(seen):
+    said = [one["told"] for one in seen("float32")]
+    assert said == [["ModelError", "process 1: no such block"], ["ModelError", "no such block"]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

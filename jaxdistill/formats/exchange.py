@@ -1,0 +1,155 @@
+"""Reads rows, which lie together in files, where processes need columns, and exchanges them.
+
+A column of a row-major tensor lies in runs as short as its part of a row, and a disk gives pages:
+processes that each need some columns would all read the whole tensor. So each reads rows of its
+own, as many bytes as it needs, and an all-to-all over the mesh turns them into its columns.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+
+from jaxdistill import agree
+from jaxdistill.sharding import AnyMesh, mesh_axes
+
+Result = TypeVar("Result")
+_LEAST = 1 << 16  # numbers of a tensor: a smaller one is read whole sooner than it is exchanged
+
+
+def array(
+    shape: tuple[int, ...],
+    place: Sharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    rows: int | None,
+    columns: int,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The array that `read` gives in slices, of which each process reads those that lie together.
+
+    All processes of the mesh call it, in the same order, where the mesh is that of all. Beside the
+    array a device holds as much again while it is exchanged.
+
+    Args:
+      shape: of the array.
+      place: where it shall lie.
+      read: gives the slice at an index; whole numbers in bytes of their own.
+      rows: the dim that counts the rows of a file's tensor; None: slices are read as they are.
+      columns: the dim that counts inside of a row.
+      dtype: of the array; `read` may give another that holds the same numbers.
+
+    Raises:
+      UserError: that of `read` in any process.
+    """
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    by_rows = None if rows is None else _by_rows(shape, place, rows, columns)
+    if rows is None or by_rows is None:
+        cast = lambda spans: read(spans).astype(dtype, copy=False)
+        return together(mesh, lambda: _placed(shape, place, cast))
+    lying = together(mesh, lambda: _placed(shape, by_rows, read))
+    turned = _turning(by_rows, place, rows, columns, np.dtype(dtype))(lying)
+    return jax.block_until_ready(turned)  # Gloo mixes up two programs that run at once
+
+
+def _placed(
+    shape: tuple[int, ...], place: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """The array of the slices that lie here; replicas on this host's devices share one reading."""
+    parts: dict[str, np.ndarray] = {}
+
+    def once(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        spans = tuple(slice(*one.indices(size)) for one, size in zip(index, shape, strict=True))
+        key = str(spans)
+        if key not in parts:
+            parts[key] = read(spans)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, place, once)
+
+
+def together(mesh: AnyMesh | None, work: Callable[[], Result]) -> Result:
+    """Does work on files; on a mesh of all processes it fails in all of them or in none.
+
+    Who fails alone would be waited for where the others exchange.
+
+    Raises:
+      UserError: that of `work` in any process.
+    """
+    return agree.together(work) if _of_all(mesh) else work()
+
+
+def _of_all(mesh: AnyMesh | None) -> bool:
+    if not isinstance(mesh, Mesh):
+        return False
+    return len({device.process_index for device in mesh.devices.flat}) == jax.process_count()
+
+
+def _by_rows(
+    shape: tuple[int, ...], place: Sharding, rows: int, columns: int
+) -> NamedSharding | None:
+    """Where the devices that share rows have each some of these whole; None: as they lie.
+
+    That is where each process needs whole rows, where the rows cannot be divided so often, and of
+    small tensors.
+    """
+    if not isinstance(place, NamedSharding) or not _of_all(place.mesh):
+        return None
+    if shape[rows] * shape[columns] < _LEAST:
+        return None
+    if _whole_rows(shape, place.devices_indices_map(shape), columns):
+        return None
+    spec = [mesh_axes(axes) for axes in (*place.spec, *[None] * (len(shape) - len(place.spec)))]
+    spec[rows], spec[columns] = spec[rows] + spec[columns], ()
+    if shape[rows] % math.prod(place.mesh.shape[axis] for axis in spec[rows]):
+        return None
+    return NamedSharding(place.mesh, PartitionSpec(*(axes or None for axes in spec)))
+
+
+def _whole_rows(
+    shape: tuple[int, ...], needed: Mapping[Any, tuple[slice, ...] | None], columns: int
+) -> bool:
+    """Whether the devices of each process together need the whole of every row that one needs."""
+    parts: dict[tuple, set[tuple[int, int, int]]] = {}
+    for device, index in needed.items():
+        assert index is not None
+        spans = [one.indices(size) for one, size in zip(index, shape, strict=True)]
+        own = spans.pop(columns)
+        parts.setdefault((device.process_index, *spans), set()).add(own)
+    sizes = (sum(stop - start for start, stop, _ in one) for one in parts.values())
+    return all(size == shape[columns] for size in sizes)
+
+
+@functools.cache
+def _turning(
+    by_rows: NamedSharding, place: NamedSharding, rows: int, columns: int, dtype: np.dtype
+) -> Callable[[jax.Array], jax.Array]:
+    """The program that lays rows out as columns, by an all-to-all among devices that share rows.
+
+    Stacked tensors go one by one: the devices need no room for all of them on their way.
+    """
+    axes = mesh_axes(place.spec[columns])
+
+    def exchanged(bits: jax.Array, before: int = 0) -> jax.Array:
+        if min(rows, columns) > before:
+            return jax.lax.map(lambda one: exchanged(one, before + 1), bits)
+        return jax.lax.all_to_all(bits, axes, columns - before, rows - before, tiled=True)
+
+    def turned(block: jax.Array) -> jax.Array:
+        # As whole numbers: of others XLA may change the bits of a NaN.
+        bits = jax.lax.bitcast_convert_type(block, f"uint{8 * block.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(exchanged(bits), block.dtype).astype(dtype)
+
+    local = jax.shard_map(
+        turned,
+        mesh=place.mesh,
+        in_specs=by_rows.spec,
+        out_specs=place.spec,
+        check_vma=False,
+    )
+    return jax.jit(local, out_shardings=place)
