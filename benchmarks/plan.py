@@ -1,25 +1,41 @@
-"""Our step against the same step with materialised logits, compiled for devices that are described.
+"""What a training step asks of devices that are described: ours, and the same step in other forms.
 
-    python -m benchmarks.plan                                   # all of it, a quarter of an hour
-    python -m benchmarks.plan --only llama3_8b_to_1b tpu:v5e:4x4
+    python -m benchmarks.plan                                  # all of it, two hours on two cores
+    python -m benchmarks.plan --only llama3_8b_to_1b_8k tpu:v5e:4x4 --form ours --form xla
 
-Per device: memory, work, collectives and the floor on the step's time; of the loss, what it makes
-in the step at its fullest moment, and the temporaries of a program that is the loss alone. Nothing
-runs: no number here is a measured time. What is found is added to results/plan.json.
+Forms of a step: `ours` as it is configured; `once`, its weights crossing the mesh once a step;
+`xla`, attention in XLA's blocks, as where no kernel serves; `materialised`, its loss made from
+logits of all tokens, by autodiff. Per device: memory, work, collectives and the floor on the step's
+time; of the loss, what it makes in the step at its fullest moment, and of the last form the
+temporaries of a program that is the loss alone. Nothing runs: no number here is a measured time.
+What is found is added to results/plan.json after each program, with its date, beside what stands
+there: `before` is of older code, whose commit is told.
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+import time
 
 from benchmarks import compress, duel
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TPUS = ("tpu:v5e:4x4", "tpu:v5p:2x2x4")
+PAIRS = {"llama3_8b_to_1b": "plan_llama3_8b_to_1b", "qwen3_32b_to_4b": "plan_qwen3_32b_to_4b"}
+TARGETS = ("tpu:v5e:4x4", "tpu:v5p:2x2x4", "gpu:h100:8", "tpu:v5e:16x16")
+# A row for each of 256 chips; weights cross the mesh once with one micro-batch.
+POD = ("train.batch_size=256", "train.micro_batches=1", "eval.batch_size=256")
+LONG = ("data.seq_len=8192",)
+FORMS = {
+    "ours": (),
+    "once": ("train.gather_once=both",),
+    "xla": ("teacher.attention=xla", "student.attention=xla"),
+    "materialised": (),
+}
 
 
 def _minitron(name: str) -> tuple[str, ...]:
@@ -29,17 +45,26 @@ def _minitron(name: str) -> tuple[str, ...]:
     return (f"student.random={{{shown}}}",)
 
 
-# name -> configuration, overrides, targets
+# name -> configuration, overrides, targets, forms
 CASES = {
-    "llama3_8b_to_1b": ("plan_llama3_8b_to_1b", (), (*TPUS, "gpu:h100:8")),
-    "qwen3_32b_to_4b": ("plan_qwen3_32b_to_4b", (), (*TPUS, "gpu:h100:8")),
-    "minitron_width_4b": ("plan_llama3_8b_to_1b", _minitron("width 4B"), ("tpu:v5p:2x2x4",)),
-    "minitron_depth_4b": ("plan_llama3_8b_to_1b", _minitron("depth 4B"), ("tpu:v5p:2x2x4",)),
+    **{name: (file, (), TARGETS, tuple(FORMS)) for name, file in PAIRS.items()},
+    **{
+        f"{name}_8k": (file, LONG, TARGETS, ("ours", "once", "xla")) for name, file in PAIRS.items()
+    },
+    **{
+        f"minitron_{kind}_4b": (
+            PAIRS["llama3_8b_to_1b"],
+            _minitron(f"{kind} 4B"),
+            ("tpu:v5p:2x2x4",),
+            ("ours", "materialised"),
+        )
+        for kind in ("width", "depth")
+    },
 }
 KEPT = (
-    "mesh", "devices", "tokens_per_step", "parameters", "memory", "fits", "flops", "model_flops",
-    "bytes", "sent_bytes", "collectives", "largest_collectives", "seconds", "floor_seconds",
-    "tokens_per_second", "mfu", "source", "unknown_loops", "jax",
+    "mesh", "devices", "tokens_per_step", "parameters", "attention", "memory", "fits", "flops",
+    "model_flops", "bytes", "sent_bytes", "network_bytes", "collectives", "largest_collectives",
+    "seconds", "floor_seconds", "tokens_per_second", "mfu", "source", "unknown_loops", "jax",
 )  # fmt: skip
 
 
@@ -47,51 +72,69 @@ def main() -> None:
     """Compiles the cases and saves them; --child is one compilation."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs=2, metavar=("CASE", "TARGET"))
+    parser.add_argument("--form", action="append", choices=FORMS, help="all that a case has")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return _child()
-    for name, (file, overrides, found) in CASES.items():
-        for target in found:
-            if options.only in (None, [name, target]):
-                _add(name, target, _compared(file, overrides, target))
+    for form, name, target, file, overrides in _rows():
+        if form in (options.form or FORMS) and options.only in (None, [name, target]):
+            _add(name, target, form, _compiled(file, overrides, target, form))
 
 
-def _add(name: str, target: str, result: dict) -> None:
-    """One more entry of the saved file."""
+def _rows():
+    """(form, case, target, configuration, overrides) of all programs, form after form."""
+    for form in FORMS:
+        for name, (file, overrides, found, forms) in CASES.items():
+            for target in found if form in forms else ():
+                pod = POD if target == "tpu:v5e:16x16" else ()
+                if not (pod and form == "once"):  # with one micro-batch as it is
+                    yield form, name, target, file, (*overrides, *pod)
+
+
+def _add(name: str, target: str, form: str, step: dict) -> None:
+    """One more form of an entry of the saved file, and what it has of the first."""
     path = duel.RESULTS / "plan.json"
     plans = json.loads(path.read_text())["plans"] if path.exists() else {}
-    plans.setdefault(name, {})[target] = result
-    print(
-        name, target, json.dumps(result["summary"], indent=1), duel.save("plan", {"plans": plans})
-    )
+    forms = plans.setdefault(name, {}).setdefault(target, {})
+    forms[form] = step
+    ours = forms.get("ours", step)
+    ratios = {
+        "sent": ours["sent_bytes"] / step["sent_bytes"],
+        "memory": ours["memory"]["total"] / step["memory"]["total"],
+        "floor": ours["floor_seconds"] / step["floor_seconds"],
+    }
+    print(name, target, form, json.dumps(step["summary"]), flush=True)
+    print(f"  ours / {form}:", json.dumps(ratios), duel.save("plan", {"plans": plans}), flush=True)
 
 
-def _compared(file: str, overrides: tuple[str, ...], target: str) -> dict:
+def _compiled(file: str, overrides: tuple[str, ...], target: str, form: str) -> dict:
     from jaxdistill import config
 
-    loaded = config.load(ROOT / "configs" / f"{file}.yaml", overrides)
+    loaded = config.load(ROOT / "configs" / f"{file}.yaml", (*overrides, *FORMS[form]))
     ask = lambda what, head: _asked(config.dump(loaded), target, what, head)
-    steps = {head: ask("step", head) for head in ("fused", "materialised")}
-    alone = {head: ask("loss", head)["temporaries"] for head in steps}
-    within = {head: step["memory"]["most"]["loss"] for head, step in steps.items()}
-    ratio = lambda sizes: sizes["materialised"] / sizes["fused"]
-    ours, theirs = steps["fused"], steps["materialised"]
-    return {
-        "summary": {
-            "loss_bytes_in_the_step": within,
-            "loss_bytes_in_the_step_ratio": ratio(within),
-            "loss_bytes_alone": alone,
-            "loss_bytes_alone_ratio": ratio(alone),
-            "total_gib": {head: step["memory"]["total"] / 2**30 for head, step in steps.items()},
-            "fits": {head: step["fits"] for head, step in steps.items()},
-            "floor_ms": {head: 1e3 * step["floor_seconds"] for head, step in steps.items()},
-            "floor_ratio": ours["floor_seconds"] / theirs["floor_seconds"],
-            "largest_collective_mib": ours["largest_collectives"][0]["bytes"] / 2**20,
-        },
-        "overrides": list(overrides),
-        **{head: {key: step[key] for key in KEPT} for head, step in steps.items()},
+    head, began = "materialised" if form == "materialised" else "fused", time.perf_counter()
+    step = ask("step", head)
+    largest = step["largest_collectives"][0]
+    summary = {
+        "sent_gb": step["sent_bytes"] / 1e9,
+        "memory_gib": step["memory"]["total"] / 2**30,
+        "fits": step["fits"],
+        "floor_ms": 1e3 * step["floor_seconds"],
+        "largest_collective_mib": largest["bytes"] / 2**20,
+        "largest_collective": f"{largest['kind']} {largest['shape']}",
+        "loss_in_the_step_mib": step["memory"]["most"]["loss"] / 2**20,
+        "compile_seconds": time.perf_counter() - began,
     }
+    if form == "materialised":
+        alone = {head: ask("loss", head)["temporaries"] for head in ("fused", "materialised")}
+        summary["loss_alone_mib"] = {head: size / 2**20 for head, size in alone.items()}
+    today = datetime.date.today().isoformat()
+    overrides = (*overrides, *FORMS[form])
+    kept = {key: step[key] for key in KEPT} | {
+        "largest_collectives": step["largest_collectives"][:4]
+    }
+    return {"date": today, "overrides": overrides, "summary": summary, **kept}
 
 
 def _asked(text: str, target: str, what: str, head: str) -> dict:
@@ -161,6 +204,7 @@ def _with_logits(config, models, method):
         objective,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=config.student.remat,
+        attention=config.student.attention,
     )
     return dataclasses.replace(method, objective=objective, loss=loss)
 
@@ -171,6 +215,7 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
     import jax.numpy as jnp
 
     from jaxdistill.plan import worker
+    from jaxdistill.run import setup
     from jaxdistill.sharding import batch_sharding, replicated
     from jaxdistill.train import step as steps
     from jaxdistill.train.state import abstract_params
@@ -178,7 +223,7 @@ def _loss_alone(config, mesh, models, method, dump: str) -> int:
 
     rows = config.train.batch_size // config.train.micro_batches
     length = config.data.seq_len
-    batch = steps.abstract_batch(rows, length, mesh)
+    batch = steps.abstract_batch(setup.abstract_batch_of(config, mesh, method.asked), rows, mesh)
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     knobs = {"alpha": scalar, "temperature": scalar}
 
