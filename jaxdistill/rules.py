@@ -4,6 +4,7 @@ A rule yields what is wrong. `config.preflight` asks it with what small files sa
 start asks it again with the models in hand, so that `validate` and `train` say the same.
 """
 
+import fnmatch
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,25 @@ def expert_axis(
             yield ConfigError(
                 f"{where}.expert = {parts}: with {where}.tensor = {tensor} it does not divide the "
                 f"{who}'s {count} experts: take one of {', '.join(map(str, fits[-6:]))}"
+            )
+
+
+def exceptions_match(
+    key: str, patterns: Sequence[str], family: str, names: Sequence[str]
+) -> Iterator[ConfigError]:
+    """Every pattern of an exception to a scheme names a projection.
+
+    Args:
+      key: of the option.
+      patterns: as a shell matches files.
+      family: of the model.
+      names: of its projections in a layer.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            yield ConfigError(
+                f"{key}.exceptions: {pattern!r} matches no projection: a {family} model has "
+                f"{', '.join(names)}, in every layer alike"
             )
 
 

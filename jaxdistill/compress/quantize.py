@@ -7,7 +7,6 @@ kernels carry them: see `models.quantized`. Embedding, head, norms and biases st
 """
 
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxdistill import errors, rules
 from jaxdistill.errors import ConfigError
 from jaxdistill.models import DecoderConfig, Model
 from jaxdistill.models.kernel import array, is_kernel
@@ -71,13 +71,9 @@ def check(key: str, wanted: Quantization, config: DecoderConfig) -> None:
       ConfigError: for a pattern that names no projection, or groups that do not divide the inputs.
     """
     table = projections(config)
-    inner = [in_layer(name) for name in table]
-    for pattern, _ in wanted.exceptions:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in inner):
-            raise ConfigError(
-                f"{key}.exceptions: {pattern!r} matches no projection: a {config.family} model has "
-                f"{', '.join(inner)}, in every layer alike"
-            )
+    patterns = [pattern for pattern, _ in wanted.exceptions]
+    names = [in_layer(name) for name in table]
+    errors.check(rules.exceptions_match(key, patterns, config.family, names))
     for name, row in table.items():
         scheme = wanted.of(name)
         if scheme is not None and scheme.group and row.shape[-2] % scheme.group:

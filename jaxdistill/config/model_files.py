@@ -67,6 +67,8 @@ def random_shape(random: RandomModel, like: Mapping[str, Any]) -> dict[str, Any]
     """The fields of config.json that follow from the numbers of a random model."""
     given = {field: getattr(random, name) for name, field in FIELDS.items()}
     given = {field: size for field, size in given.items() if size is not None}
+    if random.like is None:
+        given["model_type"] = random.family or "llama"
     heads, groups = FIELDS["heads"], FIELDS["kv_heads"]
     if heads in given and groups not in given:
         old, few = like.get(heads), like.get(groups)

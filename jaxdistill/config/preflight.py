@@ -21,6 +21,7 @@ from jaxdistill.methods import two_tokenizers
 _PYTHON_DATA = re.compile(
     r"^python:docs(\?split=(all|train|held_out)(&part=(all|manual|library))?)?$"
 )
+_EXPERTS = ("num_experts", "num_local_experts")
 _BYTES = 257  # tokens of `models.byte_tokenizer`, which would take seconds to import
 
 
@@ -149,7 +150,76 @@ def _model_errors(config: Config) -> Iterator[UserError]:
         # A teacher with a tokenizer of its own is read through what both share.
         own = name == "teacher" != config.tokenizer.from_ and model.tokenizer_file
         yield from _fit_errors(config, name, model, 0 if own else known)
+    in_step = _in_step(config, found)
+    yield from _expert_errors(config, in_step)
+    yield from _exception_errors(config, in_step)
     yield from _vocabulary_errors(config, found, vocabulary)
+
+
+def _in_step(config: Config, found: Mapping[str, ModelFiles]) -> dict[str, Mapping[str, Any]]:
+    """config.json of each model that a step computes; {} where small files do not tell it."""
+    teachers = {"teacher": config.teacher, **_several(config)}
+    own = "teacher" if config.student.from_ else "student"
+    shapes = {"student": found.get(own, ModelFiles()).shape}
+    for name, one in teachers.items():
+        if one and not one.cache and (one.source or one.random):
+            shapes[name] = found.get(name, ModelFiles()).shape
+    # A random model that is like one of these has some of its numbers, and not its family.
+    return {name: shape if "model_type" in shape else {} for name, shape in shapes.items()}
+
+
+def _expert_errors(config: Config, in_step: Mapping[str, Mapping[str, Any]]) -> Iterator[UserError]:
+    """An expert axis has experts to divide, where small files tell that of all models on it."""
+    on: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, shape in in_step.items():
+        on.setdefault(ahead.mesh_of(config, name)[0], {})[name] = shape
+    for where, shapes in on.items():
+        mesh = ahead.meshes(config)[where]
+        counts = {name: _experts(shape) for name, shape in shapes.items()}
+        known = {name: count for name, count in counts.items() if count is not None}
+        if len(known) == len(counts) and mesh.tensor > 0:
+            experts = {name: count for name, count in known.items() if count}
+            yield from rules.expert_axis(mesh.expert, mesh.tensor, experts, where=where)
+
+
+def _experts(shape: Mapping[str, Any]) -> int | None:
+    """How many experts a layer has, 0 where it has one MLP; None where it is not told."""
+    count = next((shape[key] for key in _EXPERTS if isinstance(shape.get(key), int)), None)
+    return 0 if count is None and shape and not _routed(shape) else count
+
+
+def _routed(shape: Mapping[str, Any]) -> bool:
+    return any("experts" in key for key in shape)
+
+
+def _exception_errors(
+    config: Config, in_step: Mapping[str, Mapping[str, Any]]
+) -> Iterator[UserError]:
+    """Exceptions to schemes name projections, where small files tell the model's family."""
+    models = {"teacher": config.teacher, "student": config.student, **_several(config)}
+    options = {f"{name}.quantize": (name, one.quantize) for name, one in models.items() if one}
+    options["student.base"] = "student", config.student.base
+    for key, (name, option) in options.items():
+        patterns = [text.rpartition("=")[0] for text in getattr(option, "exceptions", ())]
+        if patterns and in_step.get(name):
+            yield from _matched(key, patterns, in_step[name])
+
+
+def _matched(key: str, patterns: Sequence[str], shape: Mapping[str, Any]) -> Iterator[UserError]:
+    # The table of weights comes with JAX, which takes seconds: for configurations that ask alone.
+    from jaxdistill.formats.families import FAMILIES
+    from jaxdistill.models.architecture import DecoderConfig, Experts
+    from jaxdistill.models.quantized import in_layer, projections
+
+    family = shape["model_type"]
+    if family not in FAMILIES:
+        return
+    sizes = ("vocab_size", "embed", "mlp", "layers", "heads", "kv_heads", "head_dim")
+    experts = Experts(1, 1) if _routed(shape) else None
+    fields: dict[str, Any] = {**FAMILIES[family].features, **dict.fromkeys(sizes, 1)}
+    fields["experts"] = experts
+    names = projections(DecoderConfig(family, **fields))
+    yield from rules.exceptions_match(key, patterns, family, [in_layer(name) for name in names])
 
 
 def _fit_errors(config: Config, name: str, model: ModelFiles, known: int) -> Iterator[UserError]:

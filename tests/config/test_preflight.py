@@ -220,6 +220,55 @@ def test_the_mesh_fits_models_that_are_made_from_numbers(base):
         assert check("teacher.source=even", f"student={student}") == []
 
 
+def test_the_expert_axis_has_experts_to_divide(base):
+    """Of all models whose small files tell; of the others a start does."""
+    mesh = "mesh={fsdp: 1, expert: 2}"
+    (none,) = rules.expert_axis(2, 1, {})
+    random = "student={random: {layers: 1, embed: 12, mlp: 16, heads: 6}}"
+    for student in ([], [random], ["student={from: teacher, layers: [0]}"]):
+        [error] = check(mesh, *student)
+        assert str(none) in str(error)
+    routed = LLAMA | {"model_type": "qwen3_moe", "num_experts": 7, "num_experts_per_tok": 2}
+    model_folder(base / "routed", routed, tokenizer("a", "b"))
+    (wrong,) = rules.expert_axis(2, 1, {"teacher": 7})
+    [error] = check(mesh, "teacher.source=routed")
+    assert str(wrong) in str(error)
+    assert (
+        check(
+            "mesh={fsdp: 1, expert: 7}",
+            "train.batch_size=7",
+            "eval.batch_size=7",
+            "teacher.source=routed",
+        )
+        == []
+    )
+    (base / "x.gguf").write_bytes(b"")
+    (alone,) = rules.expert_axis(2, 1, {}, where="teacher.mesh")
+    [error] = check("teacher.mesh={expert: 2}")
+    assert str(alone) in str(error)
+    assert check(mesh, "teacher.source=x.gguf") == []
+    assert check(mesh, "student={random: {like: x.gguf, layers: 1}}") == []
+
+
+def test_exceptions_to_a_scheme_match_a_projection(base):
+    """By the rule that a start asks: of each model's own family."""
+    gpt2 = LLAMA | {"model_type": "gpt2"}
+    model_folder(base / "plain", gpt2, tokenizer("a", "b"))
+    given = "{{scheme: int8, exceptions: [mlp.{}=none]}}"
+    llama = [f"attention.{name}" for name in ("query", "key", "value", "out")]
+    llama += [f"mlp.{name}" for name in ("gate", "up", "down")]
+    (wrong,) = rules.exceptions_match("teacher.quantize", ["mlp.dawn"], "llama", llama)
+    [error] = check(f"teacher.quantize={given.format('dawn')}")
+    assert str(wrong) in str(error)
+    random = "student={random: {layers: 1, embed: 12, mlp: 16, heads: 6}}"
+    for student in ([], [random]):
+        [error] = check(*student, f"student.quantize={given.format('dawn')}")
+        assert "student.quantize.exceptions: 'mlp.dawn' matches no projection" in str(error)
+    assert check(f"teacher.quantize={given.format('*')}") == []
+    [error] = check(f"teacher.quantize={given.format('gate')}", "teacher.source=plain")
+    assert "'mlp.gate' matches no projection: a gpt2 model has" in str(error)
+
+
 def test_models_are_compared_with_the_tokenizer_that_is_named(base):
     """As a start does it: each of them, under its name."""
     model_folder(base / "tokens", {}, tokenizer("c", "d"), weights=None)
