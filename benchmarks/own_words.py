@@ -20,11 +20,14 @@ in common order) of greedy answers with the human's. What is saved is saved afte
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -50,6 +53,14 @@ ON_POLICY = {
         "share: 0.0, replay: {capacity: 64, tolerance: 0.0}",
     ),
 }
+ARMS = (*OFFLINE, *ON_POLICY)
+SIZES = {
+    "updates": (20, "of an arm"),
+    "warm": (20, "steps before the arms part"),
+    "answers": (16, "of an update"),
+    "tokens": (64, "of an answer at most"),
+    "tests": (48, "prompts that nobody trains on"),
+}
 ROWS = 4  # of logits at a time
 
 
@@ -58,72 +69,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=pathlib.Path, help="with the two files of self-instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--warm", type=int, default=20, help="steps before the arms part")
-    parser.add_argument("--answers", type=int, default=16, help="of an update")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer at most")
-    parser.add_argument("--tests", type=int, default=48, help="prompts that nobody trains on")
-    parser.add_argument("--only", nargs="+", choices=[*OFFLINE, *ON_POLICY])
+    for name, (size, text) in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=text)
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
-    parser.add_argument("--more", action="store_true", help="keep the seeds that it holds")
+    parser.add_argument("--work", type=pathlib.Path, help="keeps models and what was measured")
+    parser.add_argument("--arm", choices=("given", "start", *ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    arms = options.only or [*OFFLINE, *ON_POLICY]
-    before = _before(options, arms) if options.more else {"seeds": [], "each": {}}
+    if options.arm:
+        return _Bench(options).measure(options.arm, options.seeds[0])
     with tempfile.TemporaryDirectory() as name:
-        bench = _Bench(pathlib.Path(name), options)
-        each: dict[str, list[dict[str, float]]] = before["each"]
-        result: dict[str, Any] = {"sizes": _sizes(options), "teacher": bench.measured(None, 0)}
-        print("teacher", result["teacher"], flush=True)
-        for seed in options.seeds:
-            start = bench.warm(seed)
-            for arm in ("start", *arms):
-                began = time.time()
-                model = start if arm == "start" else bench.arm(arm, start, seed)
-                found = bench.measured(model, seed) | {"seconds": round(time.time() - began)}
-                print(seed, arm, json.dumps(found), flush=True)
-                each.setdefault(arm, []).append(found)
-                seeds = [*before["seeds"], *options.seeds]
-                result |= {"seeds": seeds, "mean": _means(each), "each": each}
-                if options.save:
-                    duel.save(options.save, result)
-
-
-def _sizes(options: argparse.Namespace) -> dict[str, int]:
-    return {
-        name: getattr(options, name) for name in ("updates", "warm", "answers", "tokens", "tests")
-    }
-
-
-def _before(options: argparse.Namespace, arms: Sequence[str]) -> dict[str, Any]:
-    """The seeds of results/NAME.json whose arms are all there, and what they gave."""
-    saved = json.loads((duel.RESULTS / f"{options.save}.json").read_text())
-    assert saved["sizes"] == _sizes(options), f"{options.save}.json has {saved['sizes']}"
-    each = {arm: saved["each"].get(arm, []) for arm in ("start", *arms)}
-    whole = min(map(len, each.values()))
-    seeds = saved["seeds"][:whole]
-    assert not set(seeds) & set(options.seeds), f"{options.save}.json has seeds {seeds}"
-    return {"seeds": seeds, "each": {arm: rows[:whole] for arm, rows in each.items()}}
+        work = options.work or pathlib.Path(name)
+        work.mkdir(parents=True, exist_ok=True)
+        sizes = {name: getattr(options, name) for name in SIZES}
+        kept = work / "sizes.json"
+        if kept.exists() and json.loads(kept.read_text()) != sizes:
+            raise SystemExit(f"{work} has other sizes: {kept.read_text()}")
+        kept.write_text(json.dumps(sizes))
+        command = [sys.executable, "-m", "benchmarks.own_words", str(options.folder)]
+        command += ["--work", str(work), *(f"--{name}={size}" for name, size in sizes.items())]
+        each: dict[str, list[dict[str, float]]] = {}
+        for seed, arm in (
+            (0, "given"),
+            *itertools.product(options.seeds, ("start", *options.only)),
+        ):
+            measured = work / f"{arm}{seed}.json".replace(" ", "")
+            if not measured.exists():
+                subprocess.run([*command, "--arm", arm, "--seeds", str(seed)], check=True)
+            found = json.loads(measured.read_text())
+            print(seed, arm, json.dumps(found), flush=True)
+            each.setdefault(arm, []).append(found)
+            result = {"sizes": sizes, "seeds": options.seeds, "mean": _means(each), "each": each}
+            if options.save:
+                duel.save(options.save, result)
+    return None
 
 
 class _Bench:
     """Prompts, the teacher's answers to them, and the two models."""
 
-    def __init__(self, folder: pathlib.Path, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace):
         from jaxdistill import models
 
-        self.folder, self.options = folder, options
+        self.folder, self.options = options.work, options
         self.source = yaml.safe_load(RECIPE.read_text())["teacher"]["source"]
         self.teacher = models.load(self.source, dtype="float32")
         records = _records(options.folder)
         order = np.random.default_rng(0).permutation(len(records))
         records = [records[number] for number in order]
         self.test, self.train = records[: options.tests], records[options.tests :]
+
+    def measure(self, arm: str, seed: int) -> None:
+        """Makes the model of an arm, and writes down what is measured of it."""
+        began = time.time()
+        if arm == "given":
+            self._give()
+            found = {"rouge_l": self._rouge_l(self.teacher)}
+        else:
+            model = self._warm(seed) if arm == "start" else self._arm(arm, seed)
+            found = self._measured(model, seed)
+        found["seconds"] = round(time.time() - began)
+        path = self.folder / f"{arm}{seed}.json".replace(" ", "")
+        path.write_text(json.dumps(found))
+
+    def _give(self) -> None:
+        """The teacher's answers to all prompts."""
         self._write("train", self.train, self._answers(self.teacher, self.train, 0))
-        self.theirs = self._answers(self.teacher, self.test, 1)
-        self.read: list[np.ndarray] = []  # the teacher's logits there
-        self._write("eval", self.test, self.theirs)
+        theirs = self._answers(self.teacher, self.test, 1)
+        self._write("eval", self.test, theirs)
+        (self.folder / "theirs.json").write_text(json.dumps(theirs))
         lines = [json.dumps({"messages": [_user(prompt)]}) for prompt, _ in self.train]
-        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+        (self.folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
     def _write(self, name: str, records: Sequence, answers: Sequence[Sequence[int]]) -> None:
         decode = lambda ids: self.teacher.tokenizer.decode(ids, skip_special_tokens=True)
@@ -157,6 +173,7 @@ class _Bench:
         from jaxdistill import api, config
         from jaxdistill.references import load_any
 
+        shutil.rmtree(run, ignore_errors=True)  # what a killed process left
         data = "train: [{path: %s, format: messages}], eval: [{path: %s, format: messages}]"
         data %= (self.folder / "train.jsonl", self.folder / "eval.jsonl")
         api.train(
@@ -177,19 +194,16 @@ class _Bench:
         shutil.rmtree(run)  # a gigabyte each
         return model
 
-    def warm(self, seed: int) -> Any:
+    def _warm(self, seed: int) -> Any:
         """The student after the steps that all arms share."""
-        steps = f"train={{steps: {self.options.warm}, batch_size: 4, eval_every: null}}"
-        model = self._train(self.folder / f"warm{seed}", seed, steps, f"method={OFFLINE['kd']}")
-        self._export(model, seed)
-        return model
-
-    def _export(self, model: Any, seed: int) -> None:
         from jaxdistill import models
 
+        steps = f"train={{steps: {self.options.warm}, batch_size: 4, eval_every: null}}"
+        model = self._train(self.folder / f"warm{seed}", seed, steps, f"method={OFFLINE['kd']}")
         models.save(model, self.folder / f"start{seed}")
+        return model
 
-    def arm(self, name: str, start: Any, seed: int) -> Any:
+    def _arm(self, name: str, seed: int) -> Any:
         """The student after the updates of an arm."""
         run = self.folder / f"{name.replace(' ', '')}{seed}"
         source = f"student={{source: {self.folder / f'start{seed}'}, compute_dtype: float32}}"
@@ -212,23 +226,22 @@ class _Bench:
             settings.append("data.train=[]")
         return self._train(run, seed, *settings)
 
-    def measured(self, model: Any, seed: int) -> dict[str, float]:
-        """A student on the test's prompts; None: the teacher, whose answers alone are measured."""
-        greedy = self._answers(model or self.teacher, self.test, 0, temperature=0.0)
+    def _rouge_l(self, model: Any) -> float:
+        greedy = self._answers(model, self.test, 0, temperature=0.0)
         decode = lambda ids: self.teacher.tokenizer.decode(ids, skip_special_tokens=True)
         pairs = zip(greedy, self.test, strict=True)
-        found = {
-            "rouge_l": statistics.fmean(rouge_l(decode(ids), gold) for ids, (_, gold) in pairs)
-        }
-        if model is None:
-            return found
+        return statistics.fmean(rouge_l(decode(ids), gold) for ids, (_, gold) in pairs)
+
+    def _measured(self, model: Any, seed: int) -> dict[str, float]:
+        """A student on the test's prompts."""
+        found = {"rouge_l": self._rouge_l(model)}
         own = self._answers(model, self.test, 100 + seed)
-        for place, answers in (("given", self.theirs), ("own", own)):
+        theirs = json.loads((self.folder / "theirs.json").read_text())
+        for place, answers in (("given", theirs), ("own", own)):
             rows = self._rows(answers)
-            if place == "given" and not self.read:
-                self.read = self._logits(self.teacher, rows)
-            p = self.read if place == "given" else self._logits(self.teacher, rows)
-            forward, reverse = _divergences(self._logits(model, rows), p)
+            forward, reverse = _divergences(
+                self._logits(model, rows), self._logits(self.teacher, rows)
+            )
             found |= {f"forward_kl_{place}": forward, f"reverse_kl_{place}": reverse}
         found["excess"] = found["forward_kl_own"] / found["forward_kl_given"] - 1
         found["own_tokens"] = statistics.fmean(map(len, own))
