@@ -4,7 +4,8 @@
 #   make test VENV=.venv-3.11 PYTHONS=3.11   another environment, the newest 3.11 found
 #   make test TORCH=1                        with torch, for the parity tests against its models
 #   make test AOT=1                          with the compilers of GPUs and TPUs, no device needed
-#   make test ARGS="tests/losses -k jsd"     part of the suite
+#   make test LONG=1                         the long tests too (see pyproject.toml)
+#   make test ARGS="tests/losses -k jsd"     part of the suite, long tests among it
 #   make test ONLY="torch or floor"          tests with one of these marks (see pyproject.toml)
 #   make test JOBS=4                         with four processes at a time instead of two
 
@@ -14,6 +15,7 @@ PYTHON ?=
 TORCH ?=
 AOT ?=
 ARGS ?=
+LONG ?=
 ONLY ?=
 JOBS ?= 2
 
@@ -73,10 +75,13 @@ $(COMPILERS)/.installed: $(STAMP)
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm libtpu
 	@touch $@
 
+# What is chosen: by mark, else all that ARGS leaves, else all but what takes longest.
+CHOSEN = $(if $(ONLY),-m "$(ONLY)",$(if $(LONG)$(ARGS),,-m "not long"))
+
 # Compiling takes one core: two processes, each with whole files so that they share what they made.
 test: $(STAMP) $(if $(AOT),$(COMPILERS)/.installed)
 	$(if $(AOT),PYTHONPATH=$(COMPILERS)) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  --durations 25 $(if $(ONLY),-m "$(ONLY)") $(ARGS)
+	  --durations 25 $(CHOSEN) $(ARGS)
 
 # Killed runs by the hundred, and other faults: all parts together took more than three hours on two cores.
 soak: $(STAMP)

@@ -75,6 +75,41 @@ hypothesis.settings.load_profile("suite")
 # first, so that no process is left with a long file when the others have nothing more to do.
 _LONGEST = "test_readme.py"
 _FIRST = ("run", "train", "formats", "models", "compress", "kernels", "losses")
+# Files of tests/run that train whole runs of one feature each, a third of the suite's time: their
+# tests are marked `long`. What a first distillation needs is tested without them.
+_LONG = (
+    "ahead",
+    "bits",
+    "comparison",
+    "dpo",
+    "faults",
+    "guard",
+    "lora",
+    "memory",
+    "mesh",
+    "methods",
+    "on_policy",
+    "on_policy_served",
+    "oneself",
+    "pairing",
+    "processes",
+    "pruning",
+    "qlora",
+    "rewarded",
+    "rewarded_served",
+    "routing",
+    "sparsity",
+    "stages",
+    "teacher_cache",
+    "two_tokenizers",
+    "workflow",
+)
+
+
+def pytest_itemcollected(item):
+    """Marks the long ones."""
+    if item.path.parent.name == "run" and item.path.stem.removeprefix("test_") in _LONG:
+        item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_modifyitems(items):

@@ -12,8 +12,9 @@ from jaxdistill.data import batching
 from jaxdistill.errors import ConfigError, DivergedError
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.report import ProgressLine, read_metrics
-from jaxdistill.run import run_table, texts, training
+from jaxdistill.run import run_table, texts
 from jaxdistill.train.checkpoint import Checkpoints
+from jaxdistill.train.hooks import Hooks
 from jaxdistill.types import Span
 from tests.inject import Poison
 from tests.run.test_session import arrays
@@ -171,14 +172,15 @@ def test_an_evaluation_that_is_nan_is_never_the_best(load_config, monkeypatch, t
     assert arrays(folder, 3)
 
 
-def rows_seen(monkeypatch, work):
-    """The tokens of all rows that training is given while `work` runs, in order."""
-    seen, place = [], training.place
-    record = lambda batch, mesh: seen.extend(np.asarray(batch.tokens)) or place(batch, mesh)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "place", record)
-        work()
-    return np.stack(seen)
+class RowsSeen(Hooks):
+    """Keeps the tokens of all rows that training is given, in order."""
+
+    def __init__(self):
+        self.rows = []
+
+    def batch(self, index, batch):
+        self.rows.extend(np.asarray(batch.tokens))
+        return batch
 
 
 def edit(folder, *pairs):
@@ -192,18 +194,19 @@ def edit(folder, *pairs):
 
 
 def test_a_run_that_resumes_with_another_batch_size_reads_the_rows_that_follow(
-    load_config, monkeypatch, tmp_path
+    load_config, tmp_path
 ):
     config = load_config(tmp_path, "train.steps=12", "train.eval_every=null")
     dataset = texts.data_of(config.data, byte_tokenizer())["train"]
     stream = batching.batches(dataset, batch_size=1, seed=3)
     rows = np.concatenate([batch.tokens for _, batch in itertools.islice(stream, 120)])
-    first = rows_seen(monkeypatch, lambda: api.train(config))
-    np.testing.assert_array_equal(first, rows[:96])
+    first, rest = RowsSeen(), RowsSeen()
+    api.train(config, hooks=first)
+    np.testing.assert_array_equal(np.stack(first.rows), rows[:96])
     folder = tmp_path / "run"
     edit(folder, ("batch_size: 8\n  micro", "batch_size: 4\n  micro"), ("steps: 12", "steps: 18"))
-    rest = rows_seen(monkeypatch, lambda: api.resume(folder))
-    np.testing.assert_array_equal(rest, rows[96:120])
+    api.resume(folder, hooks=rest)
+    np.testing.assert_array_equal(np.stack(rest.rows), rows[96:120])
     epochs = {one["step"]: one["data/epoch"] for one in read_metrics(folder) if "data/epoch" in one}
     assert epochs[12] == 96 / len(dataset) and epochs[18] == 120 / len(dataset)
 

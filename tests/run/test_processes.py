@@ -241,7 +241,8 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
     said = told(folders["killed"])
     assert "process 1 ended with signal SIGKILL" in said and "restart 1 of 1" in said
     attempts = json.loads((killed / "RUN.json").read_text())["attempts"]
-    assert [attempt["from_step"] for attempt in attempts] == [0, 4]
+    first, second = (attempt["from_step"] for attempt in attempts)
+    assert first == 0 and second in (2, 4)  # the save of step 4 may be under way
     assert_same_bits(arrays(killed, 6), arrays(whole, 6))
     config = load_config(folders["alone"], *RUN, *rollouts)
     alone = run_here(monkeypatch, 8, lambda: api.train(config)).run_dir
