@@ -84,7 +84,7 @@ def forms(problem: AttentionProblem) -> list[str]:
     """What computes it on this device beside all scores at once: its kernel, and blocks."""
     kernel = _HOME[choice.current_device().platform]
     _, config, length, dtype = problem
-    can = attention.lacks(kernel, config, length, 1, dtype) is None
+    can = attention.lacks(kernel, config, length, dtype) is None
     return [kernel, "blocks"] if can else ["blocks"]
 
 

@@ -13,13 +13,19 @@ from jax.typing import DTypeLike
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import choice
 from jaxdistill.kernels.softcap import soft_cap
-from jaxdistill.models import attention_blocks, attention_ring, attention_tpu
+from jaxdistill.models import (
+    attention_blocks,
+    attention_ring,
+    attention_ring_tpu,
+    attention_tpu,
+)
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.sharding import by_device, constrain, current_mesh
 
 # What a configuration may name. "auto" is splash on a TPU and cuDNN on a GPU where they can compute
 # it, else "xla"; a named one is taken or refused, and nothing takes its place.
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+KERNELS = ("splash", "ring-splash", "cudnn")  # forms that are no plain JAX
 _CUDNN_TYPES = ("bfloat16", "float16")
 _CUDNN_MOST = 8192  # tokens of a row: its mask of segments is [B, 1, L, L]
 
@@ -52,7 +58,9 @@ def causal(
     # Masks are made here, once for all layers; which form it is depends on the activations' type.
     def of(dtype: DTypeLike) -> str:
         form = chosen(named, config, length, dtype)
-        return "xla" if form == "ring" and not balanced else form
+        if balanced or form not in ("ring", "ring-splash"):
+            return form
+        return "splash" if named == "splash" else "xla"  # splash refuses rows that are divided
 
     could_be = {of(dtype) for dtype in ("bfloat16", "float32")}
     made = {form: of_form(form, config, length, segment_ids) for form in could_be}
@@ -75,14 +83,15 @@ def of_form(
     """mixed(layer index, query [B, L, H, E], key, value [B, L, G, E], segment_ids) by one form.
 
     Args:
-      form: "splash", "cudnn", "blocks", "ring", or "xla" for all scores at once.
+      form: "splash", "cudnn", "blocks", "ring", "ring-splash", or "xla" for all scores at once.
       config: of the model.
       length: L.
       segment_ids: int32 [B, L], or None for one document a row.
       interpret: run splash as plain JAX, on any device.
     """
-    if form == "splash":
-        return attention_tpu.attention(config, length, score_scale(config), interpret)
+    if form in ("splash", "ring-splash"):
+        splash = attention_tpu if form == "splash" else attention_ring_tpu
+        return splash.attention(config, length, score_scale(config), interpret)
     if form == "blocks":
         return _in_blocks(config, length)
     if form == "ring":
@@ -91,11 +100,11 @@ def of_form(
 
 
 def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> str:
-    """What computes it on the device and mesh in context: splash, cudnn, ring, blocks or xla.
+    """What computes it on the device and mesh in context: a form of `of_form`.
 
     "xla" has all scores [B, H, L, L] at once: for rows of up to `attention_blocks.SHORT` tokens,
-    and for rows that the mesh divides, but not into the two parts for each device that "ring"
-    needs. "blocks" is XLA's form for all others.
+    and for rows that the mesh divides, but not into the two parts for each device that a ring
+    needs. "blocks" is XLA's form for all others. "ring" is one of blocks, "ring-splash" of kernels.
 
     Args:
       name: one of `IMPLEMENTATIONS`.
@@ -103,14 +112,15 @@ def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> s
       length: tokens of a row.
       dtype: of the activations.
     """
-    mesh = current_mesh()
-    context = 1 if mesh is None else mesh.shape["context"]
+    context = attention_ring.sizes()["context"]
     if name == "auto":
         platform = choice.current_device().platform
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-        if kernel and lacks(kernel, config, length, context, np.dtype(dtype).name) is None:
-            return kernel
-        name = "xla"
+        if kernel is None or lacks(kernel, config, length, np.dtype(dtype).name):
+            kernel = "xla"
+        name = kernel
+    if name == "splash" and context > 1:
+        return "ring-splash"
     if name == "xla" and attention_ring.devices(length) > 1:
         return "ring"
     if name == "xla" and length > attention_blocks.SHORT and context == 1:
@@ -118,10 +128,14 @@ def chosen(name: str, config: DecoderConfig, length: int, dtype: DTypeLike) -> s
     return name
 
 
-def lacks(kernel: str, config: DecoderConfig, length: int, context: int, dtype: str) -> str | None:
-    """Why "auto" passes a kernel by, or None."""
+def lacks(kernel: str, config: DecoderConfig, length: int, dtype: str) -> str | None:
+    """Why "auto" passes a kernel by on the mesh in context, or None."""
+    sizes = attention_ring.sizes()
+    tensor, context = sizes["tensor"], sizes["context"]
+    if kernel == "splash" and context > 1:
+        return attention_ring_tpu.problem(config, length, tensor, context)
     if kernel == "splash":
-        return attention_tpu.problem(config, length, context=context)
+        return attention_tpu.problem(config, length, tensor)
     reasons = {
         "it has no soft cap": config.attention_softcap is not None,
         f"it takes {' and '.join(_CUDNN_TYPES)}": dtype not in _CUDNN_TYPES,
@@ -207,7 +221,7 @@ def _at_once(
 
 
 def check(name: str, config: DecoderConfig, length: int, platform: str) -> None:
-    """Whether a named implementation can compute this.
+    """Whether a named implementation can compute this on the mesh in context.
 
     Args:
       name: of `IMPLEMENTATIONS`.
@@ -223,8 +237,11 @@ def check(name: str, config: DecoderConfig, length: int, platform: str) -> None:
     home = {"cudnn": "gpu", "splash": "tpu"}.get(name, platform)
     if platform != home:
         raise ConfigError(f"attention = {name!r}: runs on a {home}, and this is a {platform}")
-    if name == "splash":
-        attention_tpu.check(config, length)
+    sizes = attention_ring.sizes()
+    if name == "splash" and sizes["context"] > 1:
+        attention_ring_tpu.check(config, length, sizes["tensor"], sizes["context"])
+    elif name == "splash":
+        attention_tpu.check(config, length, sizes["tensor"])
     if name == "cudnn" and config.attention_softcap is not None:
         raise ConfigError("attention = 'cudnn': has no soft cap, which this model has: take xla")
 

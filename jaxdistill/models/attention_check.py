@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ConfigError
-from jaxdistill.models import attention
+from jaxdistill.models import attention, attention_ring_tpu
 from jaxdistill.models.architecture import DecoderConfig
 
 _LENGTH, _WINDOW = 256, 100
@@ -32,23 +32,27 @@ def self_check(
       dtype: of its activations.
 
     Returns:
-      What computes it: "splash", "cudnn", "blocks" or "xla"; only kernels are compared.
+      What computes it, as in `attention.of_form`; only kernels are compared. Those of a ring are
+      with the parts of two devices on one.
 
     Raises:
       ConfigError: if the kernel is further off than four times XLA's form in the same dtype.
     """
     form = attention.chosen(name, config, length, dtype)
-    if form not in ("splash", "cudnn"):
+    if form not in attention.KERNELS:
         return form
+    ring = form == "ring-splash"
+    windowed = not ring and config.windows and any(config.windows)
     small = dataclasses.replace(
         config,
         heads=config.heads // config.kv_heads,
         kv_heads=1,
         layers=1,
-        windows=(_WINDOW,) if config.windows and any(config.windows) else None,
+        windows=(_WINDOW,) if windowed else None,
         turned=None,
     )
-    for what, (off, allowed) in errors(form, small, _LENGTH, dtype).items():
+    length = 2 * _LENGTH if ring else _LENGTH  # two chunks of 128 tokens for each device
+    for what, (off, allowed) in errors(form, small, length, dtype).items():
         if not off <= allowed:
             raise ConfigError(
                 f"the {who}'s attention {form} computes something else than XLA's on this device: "
@@ -66,7 +70,7 @@ def errors(
     Two rows of several documents, relative to the largest number, against XLA in float32.
 
     Args:
-      form: as in `attention.of_form`.
+      form: as in `attention.of_form`; "ring-splash" without a mesh.
       config: of the model, whose first layer it is.
       length: tokens of a row.
       dtype: of the activations.
@@ -80,9 +84,15 @@ def errors(
     shapes = [(2, length, heads, config.head_dim) for heads in groups]
     arrays = [jnp.asarray(draw.standard_normal(shape), dtype) for shape in shapes]
     segments = jnp.asarray(np.sort(draw.integers(1, 4, (2, length)), axis=1), jnp.int32)
-    answers = lambda form, arrays, interpret=False: _answers(
-        attention.of_form(form, config, length, segments, interpret), arrays, segments
-    )
+
+    def answers(form: str, arrays: list[Array], interpret: bool = False) -> list[np.ndarray]:
+        if form == "ring-splash":
+            scale = attention.score_scale(config)
+            attend = attention_ring_tpu.on_one_device(config, length, scale, interpret)
+        else:
+            attend = attention.of_form(form, config, length, segments, interpret)
+        return _answers(attend, arrays, segments)
+
     with jax.default_matmul_precision("highest"):  # float32 is rounded by default on TPUs and GPUs
         exact = answers("xla", [x.astype(jnp.float32) for x in arrays])
     rounded, found = answers("xla", arrays), answers(form, arrays, interpret)

@@ -14,7 +14,7 @@ Reference: Liu, Zaharia, Abbeel 2023, arXiv 2310.01889; the order as in Brandon 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxdistill.models import attention_blocks as blocks
-from jaxdistill.sharding import BATCH_AXES, current_mesh, present, row_parts
+from jaxdistill.sharding import AXES, BATCH_AXES, current_mesh, present, row_parts
 from jaxdistill.types import Outputs
 
 AXIS = "context"
@@ -34,9 +34,14 @@ _PADDING = -1  # segment of what fills a chunk up: no token sees it
 
 def devices(length: int) -> int:
     """Devices that share rows of so many tokens as a ring; 1 where none of these is at hand."""
-    mesh = current_mesh()
-    count = 1 if mesh is None else mesh.shape[AXIS]
+    count = sizes()[AXIS]
     return count if length % (2 * count) == 0 else 1
+
+
+def sizes() -> Mapping[str, int]:
+    """The axes of the mesh in context, all 1 where there is none."""
+    mesh = current_mesh()
+    return dict.fromkeys(AXES, 1) if mesh is None else mesh.shape
 
 
 class _RingSettings(NamedTuple):
@@ -73,20 +78,30 @@ def attention(
       cap: soft cap of the scores, or None.
       windowed: whether `window`, the tokens that a query sees with itself, may be less than L.
     """
+    return spread(functools.partial(_local, scale, cap, windowed))
 
-    def mixed(query, key, value, segments, window):
+
+def spread(local: Callable[..., Array]) -> Callable[..., Array]:
+    """A ring's attention, run by each device on its part of rows and heads.
+
+    mixed(query [B, L, H, E], key, value [B, L, G, E], segments [B, L], *rest) of
+    local(devices of the ring, ...): rest is the same on every device.
+    """
+
+    def mixed(query, key, value, segments, *rest):
         mesh = current_mesh()
         assert mesh is not None, "`devices` says so"
         place = _places(query, 1)
         divides = key.shape[2] % mesh.shape["tensor"] == 0
         heads = PartitionSpec(*place, "tensor" if divides else None, None)
+        whole = (PartitionSpec(),) * len(rest)
         return jax.shard_map(
-            functools.partial(_local, scale, cap, windowed, mesh.shape[AXIS]),
+            functools.partial(local, mesh.shape[AXIS]),
             mesh=mesh,
-            in_specs=(heads, heads, heads, place, PartitionSpec()),
+            in_specs=(heads, heads, heads, place, *whole),
             out_specs=heads,
             check_vma=False,
-        )(query, key, value, segments, window)
+        )(query, key, value, segments, *rest)
 
     return mixed
 
@@ -134,12 +149,12 @@ def _forward(static: _RingSettings, own: blocks.Blocks, window: Array) -> tuple[
         return _meet(static, pair, carry, step, window)
 
     travelling = blocks.Keys(own.key, own.value, own.segments)
-    further = _sent(static, travelling)  # sent while the own ones are met
+    further = sent(static.count, travelling)  # sent while the own ones are met
     carry = meet(blocks.forward_start(own.query), travelling, 0)
 
     def one(carried, step):
         carry, others = carried
-        return (meet(carry, others, step), _sent(static, others)), None
+        return (meet(carry, others, step), sent(static.count, others)), None
 
     steps = jnp.arange(1, static.count - 1)
     (carry, last), _ = jax.lax.scan(one, (carry, further), steps)
@@ -168,13 +183,13 @@ def _attend_bwd(static: _RingSettings, kept: Any, slope: Array):
 
     def one(carried, step):
         by_query, others, sums = carried
-        others, sums = _sent(static, (others, sums))
+        others, sums = sent(static.count, (others, sums))
         by_query, *more = meet(by_query, others, step)
         return (by_query, others, [old + new for old, new in zip(sums, more, strict=True)]), None
 
     steps = jnp.arange(1, static.count)
     (by_query, _, sums), _ = jax.lax.scan(one, (by_query, travelling, sums), steps)
-    by_key, by_value = _sent(static, sums)
+    by_key, by_value = sent(static.count, sums)
     parts = zip((by_query, by_key, by_value), own[:3], strict=True)
     query, key, value = (slope.astype(like.dtype) for slope, like in parts)
     none = lambda array: np.zeros(array.shape, jax.dtypes.float0)  # of whole numbers
@@ -189,9 +204,9 @@ def _of_pair(static: _RingSettings, window: Array) -> blocks.BlockSettings:
     return blocks.BlockSettings(static.scale, static.cap, window, static.block)
 
 
-def _sent(static: _RingSettings, arrays: Any) -> Any:
-    """What the device before had."""
-    ring = [(n, (n + 1) % static.count) for n in range(static.count)]
+def sent(count: int, arrays: Any) -> Any:
+    """What the device before had, in a ring of so many."""
+    ring = [(n, (n + 1) % count) for n in range(count)]
     return jax.tree.map(lambda array: jax.lax.ppermute(array, AXIS, ring), arrays)
 
 

@@ -1,6 +1,7 @@
 """Attention by JAX's own Pallas kernel for TPUs, splash attention: scores are never written out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models.architecture import DecoderConfig
 from jaxdistill.sharding import by_device, current_mesh
 
-_LANES = 128  # blocks of tokens are multiples of it
+LANES = 128  # blocks of tokens are multiples of it
 _BLOCKS = (512, 256, 128)
 
 
@@ -35,8 +36,8 @@ def check(config: DecoderConfig, length: int, tensor: int = 1, context: int = 1)
 
 def problem(config: DecoderConfig, length: int, tensor: int = 1, context: int = 1) -> str | None:
     """What the kernel cannot compute of this, or None; arguments as in `check`."""
-    if length % _LANES:
-        return f"rows of {length} tokens are no multiple of {_LANES}"
+    if length % LANES:
+        return f"rows of {length} tokens are no multiple of {LANES}"
     if context > 1:
         return f"mesh.context = {context} divides rows"
     if config.kv_heads % tensor and tensor % config.kv_heads:
@@ -64,7 +65,10 @@ def attention(
 
     def local(query_BLHE, key_BLGE, value_BLGE, segment_ids_BL, kind):
         heads = query_BLHE.shape[2]
-        by_window = [_kernel(config, length, window, heads, interpret) for window in kinds]
+        by_window = [
+            kernel(_mask(length, window), heads, config.attention_softcap, interpret)
+            for window in kinds
+        ]
         head_first = lambda x: x.swapaxes(1, 2)
         segments = kernels.SegmentIds(q=segment_ids_BL, kv=segment_ids_BL)
         inputs = (head_first(query_BLHE * scale), head_first(key_BLGE), head_first(value_BLGE))
@@ -85,12 +89,26 @@ def attention(
     return mixed
 
 
-def _kernel(config: DecoderConfig, length: int, window: int, heads: int, interpret: bool):
+def _mask(length: int, window: int) -> Any:
     shape = (length, length)
-    one = kernels.CausalMask(shape)
     if window < length:
-        one = kernels.LocalMask(shape, (window - 1, 0), 0)
-    size = next(block for block in _BLOCKS if length % block == 0)
+        return kernels.LocalMask(shape, (window - 1, 0), 0)
+    return kernels.CausalMask(shape)
+
+
+def kernel(
+    mask: Any, heads: int, cap: float | None, interpret: bool, *, residuals: bool = False
+) -> Any:
+    """The kernel of one row: mixed values [H, L, E] of (query, key [G, M, E], value, segments).
+
+    Args:
+      mask: which queries see which keys, [L, M], the same for all heads.
+      heads: H.
+      cap: soft cap of the scores, or None.
+      interpret: run as plain JAX.
+      residuals: give (mixed values, (log-sum-exp of the scores [H, L],)), without a gradient.
+    """
+    size = next(block for block in _BLOCKS if all(side % block == 0 for side in mask.shape))
     blocks = kernels.BlockSizes(
         block_q=size,
         block_kv=size,
@@ -102,9 +120,10 @@ def _kernel(config: DecoderConfig, length: int, window: int, heads: int, interpr
         block_kv_dq=size,
     )
     return kernels.make_splash_mha(
-        mask=kernels.MultiHeadMask([one] * heads),
+        mask=kernels.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        attn_logits_soft_cap=config.attention_softcap,
+        save_residuals=residuals,
+        attn_logits_soft_cap=cap,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

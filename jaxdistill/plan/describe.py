@@ -7,6 +7,8 @@ _FORMS = {
     "blocks": "xla, in blocks",
     "xla": "xla, all scores of a layer at once",
     "splash": "splash (Pallas)",
+    "ring": "xla, in a ring of blocks",
+    "ring-splash": "splash (Pallas), in a ring",
     "cudnn": "cuDNN",
 }
 

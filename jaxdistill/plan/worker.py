@@ -25,6 +25,7 @@ from jaxdistill.config.ahead import passes
 from jaxdistill.errors import FitError, UserError
 from jaxdistill.models import count_parameters, experts, forward_flops_per_token
 from jaxdistill.models.architecture import attention_flops_per_token
+from jaxdistill.models.attention import KERNELS
 from jaxdistill.plan import hlo, targets
 from jaxdistill.plan.hlo import live
 from jaxdistill.plan.targets import Target
@@ -266,7 +267,7 @@ def _kernel_flops(config: Config, models: Models, mesh: jax.sharding.Mesh, *, ap
         chosen = participants.attention_of(config, models)
     own = {"teacher"} if isinstance(models.teaching, ahead.Ahead) else set()
     for who, (form, model, length, _) in chosen.items():
-        if (who in own) == apart and form in ("splash", "cudnn"):
+        if (who in own) == apart and form in KERNELS:
             again = config.student.remat != "none"
             several = len(teaching.names(models.teaching)) or 1  # each reads its share of the rows
             passes = 3.5 + again if who == "student" else 1.0 / several

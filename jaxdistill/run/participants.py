@@ -192,10 +192,10 @@ def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
     for one in online(models.teaching).values():
         if one.given.quantize:
             shapes.teacher_rounded(one.given, given.network)
-    with jax.set_mesh(mesh):
-        platform = choice.current_device().platform
-    for one in in_step.values():
-        attention.check(one.attention, one.model.config, one.length, platform)
+    for who, one in in_step.items():
+        with jax.set_mesh(mesh), on_own_mesh(models.teaching, who):
+            platform = choice.current_device().platform
+            attention.check(one.attention, one.model.config, one.length, platform)
 
 
 def _teachers(config: Config) -> dict[str, Teacher]:

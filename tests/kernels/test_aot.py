@@ -176,6 +176,18 @@ def test_xla_is_at_the_byte_floor_of_a_tpu(target):
     assert found["flops"] <= 1.01 * 2 * 8192 * 128_256 * (4096 + 3 * 2048)
 
 
+def test_a_ring_of_tpus_meets_in_kernels_and_writes_no_scores():
+    """8,192 tokens on four: the plain ring has scores of 1,024 by 1,024 of 32 heads in memory."""
+    plain, found = (compiled("tpu:v5e:2x2", f"ring-{name}") for name in ("xla", "auto"))
+    # Three hops stand in the program, of which two are of two kinds: forward, and twice back.
+    assert found["custom_calls"].count("tpu_custom_call") == 3 * (1 + 2 + 2)
+    assert "tpu_custom_call" not in plain["custom_calls"]
+    assert plain["largest_mib"] == 32 * 1024**2 * 4 / 2**20
+    assert found["largest_mib"] <= 32 * 2048 * 128 * 4 / 2**20  # a device's queries in float32
+    assert found["temporary_gib"] <= 0.07 <= plain["temporary_gib"] / 3
+    assert found["collectives"] and not any("gather" in name for name in found["collectives"])
+
+
 def test_targets_have_names():
     assert targets.parse("gpu:h100:8") == targets.Target("gpu", "h100", (8,))
     assert targets.parse("tpu:v5p:2x2x4").size == 16

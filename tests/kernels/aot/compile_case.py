@@ -54,6 +54,7 @@ def compile_case(target: targets.Target, case: str) -> dict:
         "gigabytes": hlo.bytes_moved(text) / 1e9,
         "per_pair": hlo.bytes_moved(text) / (N * V),
         "collectives": {k.name: k.shape for k in large},
+        "largest_mib": max(map(hlo.nbytes, re.findall(r"\w+\[[\d,]+\]", text))) / 2**20,
         "custom_calls": re.findall(r'custom_call_target="([^"]+)"', text),
         "flops": hlo.product_flops(text),
     }
@@ -70,6 +71,8 @@ def make(target: targets.Target, case: str):
 
     found = targets.devices(target)
     name, _, option = case.partition("-")
+    if name == "ring":
+        return ring(found, option)
     eight = option == "mesh"
     mesh = sharding.make_mesh(devices=found if eight else found[:1])
     array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
@@ -126,6 +129,28 @@ def make(target: targets.Target, case: str):
 
     arguments = (hidden(DS), heads(DS), hidden(DT), heads(DT), labels, scalar)
     return mesh, jax.value_and_grad(linear, (0, 1), has_aux=True), arguments
+
+
+def ring(devices: list, attention: str):
+    """(mesh, value and gradients of attention in a ring of all devices, abstract arguments)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxdistill import sharding
+    from jaxdistill.models import DecoderConfig
+    from jaxdistill.models.attention import causal
+
+    mesh = sharding.make_mesh(fsdp=1, context=len(devices), devices=devices)
+    rows = jax.NamedSharding(mesh, sharding.spec(("batch", "length"), mesh=mesh))
+    array = lambda dtype, *more: jax.ShapeDtypeStruct((1, N, *more), dtype, sharding=rows)
+    config = DecoderConfig("llama", 64, 32 * 128, 64, 1, 32, 8, 128)
+
+    def total(query, key, value, segments):
+        attend = causal(config, N, segments, attention, balanced=True)
+        return jnp.sum(attend(None, 0, query, key, value)[1].astype(jnp.float32) ** 2)
+
+    shaped = [array(jnp.bfloat16, heads, 128) for heads in (32, 8, 8)]
+    return mesh, jax.value_and_grad(total, (0, 1, 2)), (*shaped, array(jnp.int32))
 
 
 def one_chunk(option: str, array):
