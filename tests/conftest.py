@@ -75,8 +75,8 @@ hypothesis.settings.load_profile("suite")
 # first, so that no process is left with a long file when the others have nothing more to do.
 _LONGEST = "test_readme.py"
 _FIRST = ("run", "train", "formats", "models", "compress", "kernels", "losses")
-# Files of tests/run that train whole runs of one feature each, a third of the suite's time: their
-# tests are marked `long`. What a first distillation needs is tested without them.
+# Files of tests/run that train or plan whole runs of one feature each, a third of the suite's time:
+# their tests are marked `long`. What a first distillation needs is tested without them.
 _LONG = (
     "ahead",
     "bits",
@@ -92,6 +92,7 @@ _LONG = (
     "on_policy_served",
     "oneself",
     "pairing",
+    "planning",
     "processes",
     "pruning",
     "qlora",

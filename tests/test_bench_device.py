@@ -21,6 +21,7 @@ TINY = device.CheckSizes(
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_everything_is_right_here_and_stands_in_the_file(tmp_path):
     """The short list of a CPU, the kernel's statistics in the interpreter where there is one."""
     path, lines = tmp_path / "device.json", []

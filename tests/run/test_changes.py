@@ -254,6 +254,7 @@ def _break_off(config, monkeypatch, after):
             api.train(config)
 
 
+@pytest.mark.long
 def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     finished, load_config, tmp_path, monkeypatch
 ):
@@ -278,6 +279,7 @@ def test_on_another_mesh_a_run_goes_on_told_and_to_rounding(
     np.testing.assert_allclose(list(losses[1].values()), list(losses[0].values()), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_another_teacher_is_refused_and_what_was_lost_meanwhile_is_told(
     finished, load_config, tmp_path, monkeypatch, caplog, capsys
 ):

@@ -223,7 +223,7 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
         "checkpoint.every.steps=2",
         "method={name: reverse_kd, alpha: 0.0}",
         f"data.prompts=[{{path: {asked}}}]",
-        "rollout={prompts_per_step: 4, samples: 2, max_new_tokens: 12, max_age: 1, slots: 8}",
+        "rollout={prompts_per_step: 4, samples: 2, max_new_tokens: 6, max_age: 1, slots: 8}",
     )
     folders = {name: tmp_path / name for name in ("whole", "killed", "alone")}
     for folder in folders.values():

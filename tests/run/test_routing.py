@@ -358,8 +358,8 @@ def asking(load, tmp_path_factory):
 
 
 def test_the_students_own_text_is_routed_and_resumes_to_the_same_bits(asking, tmp_path):
-    mixed = "share: 0.97, max_age: 1"
-    api.train(asking(tmp_path / "whole", mixed))
+    mixed = ("share: 0.97, max_age: 1", "rollout.max_new_tokens=4")
+    api.train(asking(tmp_path / "whole", *mixed))
     records = [one for one in numbers(tmp_path / "whole" / "run") if "rollout/student" in one]
     own = [one for one in records if one["rollout/student"]]
     assert 0 < len(own) < 6
@@ -372,7 +372,7 @@ def test_the_students_own_text_is_routed_and_resumes_to_the_same_bits(asking, tm
         assert tokens == one["rollout/tokens"]
     assert len({one["teachers/code/tokens"] for one in own}) > 1
     with pytest.raises(KeyboardInterrupt):
-        api.train(asking(tmp_path / "lost", mixed), hooks=Fault("step.after:5:int"))
+        api.train(asking(tmp_path / "lost", *mixed), hooks=Fault("step.after:5:int"))
     api.resume(tmp_path / "lost" / "run")
     same(tmp_path / "lost" / "run", tmp_path / "whole" / "run")
 
