@@ -527,6 +527,8 @@ def test_validate(capsys, folder):
     sized = ("validate", "run.yaml", "mesh={data: 2, fsdp: 2}", "train.batch_size=8")
     expected = "run.yaml: ok (for exactly 4 devices, which are counted at the start)\n"
     assert run(capsys, *sized) == (0, expected, "")
+    own = run(capsys, *sized, "teacher.mesh={fsdp: 4}")  # beside those of mesh
+    assert own == (0, expected.replace("4", "8"), "")
     code, out, _ = run(capsys, "validate", "run.yaml", "--resolved", "train.steps=7")
     assert code == 0
     (folder / "resolved.yaml").write_text(out)

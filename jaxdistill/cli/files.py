@@ -87,7 +87,8 @@ def validate(arguments: argparse.Namespace) -> int:
             loaded = config.load(arguments.config, arguments.overrides)
             wrong, notes = preflight.check(loaded), preflight.notes(loaded)
             text = config.dump(loaded)
-            devices = _devices(loaded.mesh.sizes)
+            own = None if loaded.teacher is None else loaded.teacher.mesh
+            devices = _devices(loaded.mesh.sizes, 0 if own is None else own.devices)
     except ConfigError as error:
         wrong = [error]
     if arguments.json:
@@ -108,9 +109,9 @@ def schema(arguments: argparse.Namespace) -> None:
     print(editor.text(arguments.kind), end="")
 
 
-def _devices(sizes: Collection[int]) -> str:
+def _devices(sizes: Collection[int], teachers: int) -> str:
     """What is left to the start: to count devices takes JAX, and often another machine."""
-    count = math.prod(sizes)
+    count = math.prod(sizes) + teachers
     if -1 in sizes or count == 1:
         return ""
     return f" (for exactly {count} devices, which are counted at the start)"

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -34,6 +35,8 @@ from jaxdistill.sharding import (
 )
 from jaxdistill.train.step import TEACHER, PerShape, place
 from jaxdistill.types import Batch
+
+_NO_MESH = Mesh(np.empty((), object), ())
 
 
 def divided(
@@ -250,7 +253,8 @@ def sent(array: Array, place: NamedSharding) -> Array:
         return found[0] if len(found) == 1 else jnp.concatenate(found)
 
     there = place.devices_indices_map(array.shape)
-    parts = [part(device, index) for device, index in there.items()]
+    with jax.set_mesh(_NO_MESH):  # evaluation sets that of the step, where these devices are not
+        parts = [part(device, index) for device, index in there.items()]
     return jax.make_array_from_single_device_arrays(array.shape, place, parts)
 
 

@@ -120,7 +120,7 @@ def test_each_device_is_sent_its_own_part(rows, sizes):
     )
     there = NamedSharding(other, PartitionSpec("fsdp", "context"))
     array = jax.device_put(values, NamedSharding(own, PartitionSpec("fsdp")))
-    with jax.transfer_guard_device_to_host("disallow"):
+    with jax.set_mesh(other), jax.transfer_guard_device_to_host("disallow"):
         moved = ahead.sent(array, there)
     assert moved.sharding == there
     np.testing.assert_array_equal(moved, values)
