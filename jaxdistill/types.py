@@ -13,6 +13,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # Who wrote a token: a corpus, the teacher or the student. Losses may differ by it.
@@ -166,9 +167,11 @@ class Mean:
 
     @property
     def value(self) -> Array:
-        """total / count, and 0 where nothing was counted."""
+        """total / count, and 0 where nothing was counted; of NumPy's numbers by NumPy."""
+        xp = jnp if isinstance(self.total, jax.Array) else np
         empty = self.count == 0
-        return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1, self.count))
+        count = xp.where(empty, 1, self.count).astype(self.total.dtype)
+        return xp.where(empty, 0.0, self.total / count)
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jaxdistill import models
 from jaxdistill.compress import importance as scores
@@ -111,11 +112,20 @@ def write(
 
 def zeros(params: Any) -> float:
     """The share of the weights of the layers' projections that are exactly zero."""
-    gone, total = 0.0, 0
+    kernels = []
     named, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in named:
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         # A projection's array, or the whole numbers of a quantised one.
         if names[0] == "layers" and names[-1] in ("kernel", "values") and "router" not in names:
-            gone, total = gone + leaf.size * float(jnp.mean(leaf == 0)), total + leaf.size
-    return gone / max(total, 1)
+            kernels.append(leaf)
+    total = sum(leaf.size for leaf in kernels)
+    shares = jax.device_get(_shares_of_zeros(kernels))
+    pairs = zip(kernels, shares, strict=True)
+    return sum(leaf.size * float(share) for leaf, share in pairs) / max(total, 1)
+
+
+@jax.jit
+def _shares_of_zeros(kernels: list[Array]) -> list[Array]:
+    """Of each; one program for all compiles in a tenth of the time of two for each."""
+    return [jnp.mean(leaf == 0) for leaf in kernels]

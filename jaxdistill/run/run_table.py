@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill import agree, optim
 from jaxdistill.compress import quantize
@@ -133,7 +134,9 @@ class RunTable:
         return self._whole(state)["student"]
 
     def _measure(self, params: Any, knobs: Mapping[str, Any]) -> dict[str, float]:
-        knobs = {name: jnp.float32(value) for name, value in knobs.items()}
+        # Numbers of the host, before the first step and after it: arrays that lie elsewhere than
+        # those before would have the program compiled again.
+        knobs = {name: np.float32(jax.device_get(value)) for name, value in knobs.items()}
         return self._held_out.measure(
             self._step, params, self._asked_params, knobs, text_bytes=self._bytes
         )

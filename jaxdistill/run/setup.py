@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -171,9 +172,11 @@ def facts_of(config: Config, models: participants.Models) -> methods.Facts:
 
 
 def learning_rate_of(o: Optimizer, steps: int) -> optax.Schedule:
-    """Step index -> learning rate, over a run of `steps` steps."""
+    """Step index -> learning rate, over a run of `steps` steps; one program, where it is called."""
     warmup = rules.moment(o.warmup, steps)
-    return optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
+    return jax.jit(
+        optim.learning_rate(o.schedule, o.lr, steps, warmup=warmup, end_ratio=o.end_lr_ratio)
+    )
 
 
 def compile_step(

@@ -114,7 +114,7 @@ def loss_of(data, tmp_path_factory):
         params = {"student": both.student.params, "objective": {}}
         with jax.set_mesh(mesh):
             means = step(params, both.teacher.params, place(batch, mesh), method_knobs(loaded))
-        return {name: float(mean.value) for name, mean in means.items()}, both
+        return {name: float(mean.value) for name, mean in jax.device_get(means).items()}, both
 
     return measure
 

@@ -19,6 +19,7 @@ import pytest
 from jaxdistill import api, commands, models
 from jaxdistill.data import fingerprint
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError, MismatchError
+from jaxdistill.evaluate import meter
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.references import STUDENT
@@ -443,8 +444,11 @@ def test_checkpoints_hold_everything_that_moves(finished):
     assert not any("teacher" in name for name in names)
 
 
-def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
+def test_a_run_reads_shapes_and_data_once_and_compiles_its_evaluation_once(
+    load_config, tmp_path, monkeypatch
+):
     calls = collections.Counter()
+    made, make_step = [], meter.make_step
 
     def counted(name, function):
         def call(*arguments, **options):
@@ -455,6 +459,11 @@ def test_a_start_reads_shapes_and_data_once(load_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shapes, "of", counted("shapes", shapes.of))
     monkeypatch.setattr(fingerprint, "fingerprint", counted("data", fingerprint.fingerprint))
+    monkeypatch.setattr(
+        meter, "make_step", lambda *parts: made.append(make_step(*parts)) or made[-1]
+    )
     loaded = load_config(tmp_path, "train.steps=1", "optimizer.warmup=0", "train.eval_every=null")
     api.train(loaded)
     assert calls == {"shapes": 1, "data": 2}  # training and held-out rows
+    # Before the first step the temperature is a number, behind it an array of the state.
+    assert [program._cache_size() for program in made] == [1]

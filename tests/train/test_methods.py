@@ -256,7 +256,7 @@ class Training:
         for number in range(first, first + count):
             batch = steps.place(self.rows(number % 4), self.mesh)
             self.state, means = self.program(self.state, self.teacher, batch)
-            found.append({name: float(mean.value) for name, mean in means.items()})
+            found.append({name: float(mean.value) for name, mean in jax.device_get(means).items()})
         return found
 
 

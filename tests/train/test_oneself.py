@@ -112,7 +112,7 @@ class Training:
 
     def step(self, batch):
         self.state, means = self.program(self.state, self.params, steps.place(batch, self.mesh))
-        return {name: float(mean.value) for name, mean in means.items()}
+        return {name: float(mean.value) for name, mean in jax.device_get(means).items()}
 
 
 @jax.jit

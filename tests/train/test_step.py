@@ -69,7 +69,7 @@ class Training:
     def step(self, batch):
         batch = steps.place(batch, self.mesh)
         self.state, means = self.program(self.state, self.teacher, batch)
-        return {name: float(mean.value) for name, mean in means.items()}
+        return {name: float(mean.value) for name, mean in jax.device_get(means).items()}
 
     def params(self):
         return jax.device_get(self.state.params["student"])
