@@ -25,7 +25,7 @@ With variables as Flax has them, a dict of dicts, one example at a time under `v
 >>> def loss(variables):
 ...     one = lambda x, target: losses.skew_forward_kl(apply(variables, x), target, skew=0.1)
 ...     return losses.masked_mean(jax.vmap(one)(hidden, teacher), mask).value
->>> print(jax.tree.map(jnp.shape, jax.grad(loss)(variables)))
+>>> print(jax.tree.map(jnp.shape, jax.jit(jax.grad(loss))(variables)))
 {'params': {'Dense_0': {'bias': (16,), 'kernel': (4, 16)}}}
 
 With a model that is a tree itself, as Equinox has it; the gradient is a model again:
@@ -37,7 +37,8 @@ With a model that is a tree itself, as Equinox has it; the gradient is a model a
 ...     def __call__(self, x):
 ...         return x @ self.weight.T
 >>> model = Linear(jnp.zeros((16, 4)))
->>> slope = jax.grad(lambda model: losses.taid(model(hidden), teacher, 0.4).mean())(model)
+>>> teaches = lambda model: losses.taid(model(hidden), teacher, 0.4).mean()
+>>> slope = jax.jit(jax.grad(teaches))(model)
 >>> print(type(slope).__name__, slope.weight.shape)
 Linear (16, 4)
 
@@ -45,7 +46,8 @@ And inside a `shard_map`, each device with its own rows; sums and counts add up 
 
 >>> from jax.sharding import PartitionSpec as P
 >>> mesh = jax.sharding.Mesh(jax.devices(), ("data",))
->>> @functools.partial(
+>>> @jax.jit
+... @functools.partial(
 ...     jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
 ...     check_vma=False)
 ... def total(weight, hidden, teacher, mask):
