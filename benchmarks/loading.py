@@ -6,16 +6,20 @@
 
 Devices are the CPU's virtual ones, of one process or spread over several. Each form runs once a
 round, with the files' pages dropped before ("cold") and then once more ("warm"); the plain read of
-that round is its baseline. `asked` are the bytes of a process's own slices, each counted once,
-`read` what the kernel fetched from the disk for it (/proc/self/io): where they exceed what was
-asked, pages hold other slices too. Where each process has a folder of its own, as hosts have, no
-other fills the system's cache for it.
+that round is its baseline. A plain read uses its buffers again, or has new memory for every byte,
+as parameters need it: the system clears each page before it gives it. `asked` are the bytes of a
+process's own slices, each counted once, `read` what the kernel fetched from the disk for it
+(/proc/self/io): where they exceed what was asked, pages hold other slices too. Where each process
+has a folder of its own, as hosts have, no other fills the system's cache for it. `again` is another
+loading by the same process, pages dropped likewise: its programs are compiled, and the memory that
+the first one gave back is not cleared.
 """
 
 import argparse
 import concurrent.futures
 import functools
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -43,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json")
     parser.add_argument("--against", type=pathlib.Path, help="a checkout of before")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return _child(*options.child)
@@ -81,8 +85,9 @@ def _measured(
     files = sorted(copies[0].glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     forms = {
-        "plain": lambda: _plain(files, 1),
-        f"plain, {THREADS} threads": lambda: _plain(files, THREADS),
+        "plain": lambda cold: _plain(files, 1),
+        f"plain, {THREADS} threads": lambda cold: _plain(files, THREADS),
+        "plain, into new memory": lambda cold: _plain(files, 1, keep=True),
     }
     checkouts = {"": ROOT} | ({} if against is None else {"before: ": against.resolve()})
     for mesh, sizes in MESHES.items():
@@ -96,9 +101,9 @@ def _measured(
     runs: dict[str, dict[str, list]] = {name: {"cold": [], "warm": []} for name in forms}
     for _ in range(rounds):
         for name, run in forms.items():
-            _drop([file for copy in copies for file in sorted(copy.glob("*.safetensors"))])
+            _drop(copies)
             for state in ("cold", "warm"):
-                runs[name][state].append(run())
+                runs[name][state].append(run(state == "cold"))
                 print(name, state, json.dumps(runs[name][state][-1]), flush=True)
     rows = {}
     for name, states in runs.items():
@@ -106,35 +111,38 @@ def _measured(
             plain = [one["seconds"] for one in runs["plain"][state]]
             seconds = [one["seconds"] for one in found]
             middle = statistics.median(seconds)
+            again = "again" in found[0]
             rows[f"{name}, {state}"] = {
                 "seconds": middle,
                 "gb_per_second": size / middle / 1e9,
                 "over_plain": duel.ratio(seconds, plain),
+                **({"again": statistics.median(one["again"] for one in found)} if again else {}),
                 "asked_mb": [round(count / 1e6, 1) for count in found[-1]["asked"]],
                 "read_mb": [round(count / 1e6, 1) for count in found[-1]["read"]],
             }
     return {"bytes": size, "rounds": rounds, "load": os.getloadavg()[0], "forms": rows}
 
 
-def _drop(files: list[pathlib.Path]) -> None:
-    """Gives the pages of the files back: the next reading comes from the disk."""
-    for file in files:
+def _drop(folders: list[pathlib.Path]) -> None:
+    """Gives the pages of their tensors back: the next reading comes from the disk."""
+    for file in (file for folder in folders for file in folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _plain(files: list[pathlib.Path], threads: int) -> dict[str, Any]:
-    """Every byte once, in order, into buffers that are used again."""
+def _plain(files: list[pathlib.Path], threads: int, keep: bool = False) -> dict[str, Any]:
+    """Every byte once, in order, into buffers that are used again, or else into new memory."""
     before, began = _read_bytes(), time.perf_counter()
     for file in files:
         with file.open("rb", buffering=0) as stream:
             number, size = stream.fileno(), file.stat().st_size
-            buffers = [bytearray(BLOCK) for _ in range(threads)]
+            step = size if keep else BLOCK
+            buffers = [mmap.mmap(-1, step) for _ in range(threads)]
 
-            def part(one: int, number: int = number, size: int = size) -> None:
-                for start in range(one * BLOCK, size, threads * BLOCK):
-                    os.preadv(number, [buffers[one]], start)  # noqa: B023
+            def part(one: int, number: int = number, size: int = size, step: int = step) -> None:
+                for start in range(one * step, size, threads * step):
+                    _whole(number, memoryview(buffers[one])[: size - start], start)  # noqa: B023
 
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 list(pool.map(part, range(threads)))
@@ -143,16 +151,23 @@ def _plain(files: list[pathlib.Path], threads: int) -> dict[str, Any]:
     return {"seconds": seconds, "asked": [size], "read": [_read_bytes() - before]}
 
 
+def _whole(number: int, place: memoryview, start: int) -> None:
+    """Reads until the place is full: one call gives two gigabytes at most."""
+    while len(place):
+        read = os.preadv(number, [place], start)
+        place, start = place[read:], start + read
+
+
 def _loaded(
-    root: pathlib.Path, folders: list[pathlib.Path], mesh: dict[str, int]
+    root: pathlib.Path, folders: list[pathlib.Path], mesh: dict[str, int], cold: bool
 ) -> dict[str, Any]:
-    """One loading by a process for each folder: the slowest one's time, and the bytes of each."""
+    """Two loadings by a process for each folder: the slowest one's times, and the bytes of each."""
     from jaxdistill.cli import launch
 
     port, count = launch._free_port(), len(folders)
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, "--child", str(folder), json.dumps(mesh)],
+            [sys.executable, __file__, "--child", str(folder), json.dumps(mesh), "cold" * cold],
             env=launch._environment(rank, count, DEVICES // count, port)
             | {"PYTHONPATH": f"{root}{os.pathsep}{ROOT}"},
             stdout=subprocess.PIPE,
@@ -163,13 +178,14 @@ def _loaded(
     said = [json.loads(one.communicate()[0].splitlines()[-1]) for one in started]
     return {
         "seconds": max(one["seconds"] for one in said),
+        "again": max(one["again"] for one in said),
         "asked": [one["asked"] for one in said],
         "read": [one["read"] for one in said],
     }
 
 
-def _child(folder: str, mesh: str) -> None:
-    """One process: loads once all are ready, and tells what it took."""
+def _child(folder: str, mesh: str, cold: str) -> None:
+    """One process: loads twice, each time when all are ready, and reports what it took."""
     os.environ.pop("JAXDISTILL_LAUNCHER", None)
     if os.environ["JAX_NUM_PROCESSES"] == "1":
         for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
@@ -182,14 +198,20 @@ def _child(folder: str, mesh: str) -> None:
 
     processes.start()
     devices = make_mesh(**json.loads(mesh))
-    multihost_utils.sync_global_devices("ready")
-    before, began = _read_bytes(), time.perf_counter()
-    params = models.load(folder, mesh=devices, tokenizer=False).params
-    jax.block_until_ready(params)
-    seconds = time.perf_counter() - began
-    read = _read_bytes() - before
-    multihost_utils.sync_global_devices("done")
-    print(json.dumps({"seconds": seconds, "asked": _asked(params), "read": read}), flush=True)
+    found: dict[str, float] = {}
+    for name in ("seconds", "again"):
+        multihost_utils.sync_global_devices(f"{name} ready")
+        before, began = _read_bytes(), time.perf_counter()
+        params = models.load(folder, mesh=devices, tokenizer=False).params
+        jax.block_until_ready(params)
+        found[name] = time.perf_counter() - began
+        found.setdefault("read", _read_bytes() - before)
+        found["asked"] = _asked(params)
+        multihost_utils.sync_global_devices(f"{name} done")
+        del params
+        if cold and name == "seconds":
+            _drop([pathlib.Path(folder)])
+    print(json.dumps(found), flush=True)
 
 
 def _asked(params: Any) -> int:
