@@ -279,9 +279,13 @@ def split(tensor=1):
     return {"mesh": make_mesh(2, 2, tensor, devices=jax.devices()[:count]), "micro_batches": 2}
 
 
-# On the oldest versions one curve for each objective: KINDS are kd with another formula.
+# Curves of the oldest versions too. Of the other objectives these trace the step: a function that
+# JAX does not have yet is missed there.
+EVERYWHERE = ("kd", "taid", "ctkd", "grpo", "gold")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.floor] * (n not in KINDS)) for n in METHODS]
+    "name", [pytest.param(n, marks=[pytest.mark.floor] * (n in EVERYWHERE)) for n in METHODS]
 )
 def test_the_curve_is_the_committed_one(name):
     """Twenty steps at fixed seeds; `python -m tests.train.test_methods` writes the curves anew."""
@@ -289,6 +293,14 @@ def test_the_curve_is_the_committed_one(name):
     ours = [step["loss/total"] for step in curve(name)]
     # JAX 0.10.2 and 0.12 differ by 3e-6 on one machine; another one adds sums in another order.
     np.testing.assert_allclose(ours, golden, rtol=1e-4)
+
+
+@pytest.mark.floor
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="the newest JAX trains all curves")
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in (*KINDS, *EVERYWHERE)])
+def test_the_oldest_jax_traces_the_step(name, monkeypatch):
+    monkeypatch.setattr(steps.overlap, "compiled", lambda lowered, *_: lowered)
+    assert "stablehlo.dot_general" in Training(name).program.as_text()
 
 
 def test_every_objective_has_a_curve():
