@@ -170,6 +170,25 @@ def assert_same_bits(one: dict, other: dict) -> None:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
+    pair, alone, write_config, tmp_path, monkeypatch
+):
+    """The first of the file: what others compare with is made while the group waits for its end."""
+    words = ("-n", "2", "--devices-per-process", "4", "--", "train", write_config(tmp_path))
+    with launched(tmp_path, *words, fault="step.before:13:wait") as process:
+        reaches(tmp_path / "run", 12, process, tmp_path)
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        for devices in (8, 4, 1):
+            alone(devices)
+        left = GONE_SECONDS - (time.monotonic() - stopped)
+        ended(process, tmp_path, 128 + signal.SIGABRT, max(left, 1))
+    before = arrays(tmp_path / "run", 10)
+    assert_same_bits(before, arrays(pair, 10))
+    resumed = run_here(monkeypatch, 8, lambda: api.resume(tmp_path / "run"))
+    assert_same_curve(resumed.run_dir, pair)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_two_processes_learn_as_one_does(devices, pair, alone):
     if jax.device_count() < devices:
@@ -212,10 +231,7 @@ def test_one_process_writes_and_the_others_say_nothing(pair):
 def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
     write_config, load_config, tmp_path, monkeypatch
 ):
-    """The student writes; a process is killed while the answers of steps 5 and 6 are written.
-
-    The group ends with it, and is started again.
-    """
+    """The student writes; two processes also resume from a save, and write steps 5 and 6 again."""
     asked = tmp_path / "prompts.jsonl"
     asked.write_text("".join(json.dumps({"prompt": f"the fox {n}"}) + "\n" for n in range(20)))
     rollouts = (
@@ -225,28 +241,24 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
         f"data.prompts=[{{path: {asked}}}]",
         "rollout={prompts_per_step: 4, samples: 2, max_new_tokens: 6, max_age: 1, slots: 8}",
     )
-    folders = {name: tmp_path / name for name in ("whole", "killed", "alone")}
+    folders = {name: tmp_path / name for name in ("whole", "again", "alone")}
     for folder in folders.values():
         folder.mkdir()
-    words = ("-n", "2", "--devices-per-process", "4", "--restart", "1", "--", "train")
-    for name, fault in (("whole", ""), ("killed", "rollout.call:5:wait")):
-        folder = folders[name]
-        config = write_config(folder, *rollouts)
-        with launched(folder, *words, config, fault=fault) as process:
-            if fault:
-                reaches(folder / "run", 4, process, folder)
-                os.kill(children(process.pid)[1], signal.SIGKILL)
-            ended(process, folder, 0)
-    whole, killed = (folders[name] / "run" for name in ("whole", "killed"))
-    said = told(folders["killed"])
-    assert "process 1 ended with signal SIGKILL" in said and "restart 1 of 1" in said
-    attempts = json.loads((killed / "RUN.json").read_text())["attempts"]
-    first, second = (attempt["from_step"] for attempt in attempts)
-    assert first == 0 and second in (2, 4)  # the save of step 4 may be under way
-    assert_same_bits(arrays(killed, 6), arrays(whole, 6))
+    whole, again = (folders[name] / "run" for name in ("whole", "again"))
+    words = ("-n", "2", "--devices-per-process", "4", "--")
+    config = write_config(folders["whole"], *rollouts)
+    with launched(folders["whole"], *words, "train", config) as process:
+        ended(process, folders["whole"], 0)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "6")
+    with launched(folders["again"], *words, "resume", str(again)) as process:
+        ended(process, folders["again"], 0)
+    attempts = json.loads((again / "RUN.json").read_text())["attempts"]
+    assert [attempt["from_step"] for attempt in attempts] == [0, 4]
+    assert_same_bits(arrays(again, 6), arrays(whole, 6))
     config = load_config(folders["alone"], *RUN, *rollouts)
     alone = run_here(monkeypatch, 8, lambda: api.train(config)).run_dir
-    records = [read_metrics(run) for run in (whole, killed, alone)]
+    records = [read_metrics(run) for run in (whole, again, alone)]
     for ours, again, theirs in zip(*records, strict=True):
         if "rollout/tokens" not in ours:
             continue
@@ -319,20 +331,6 @@ def test_two_processes_learn_from_themselves_what_one_does(write_config, load_co
     )
     told = alike(itself, write_config, load_config, tmp_path)
     assert len(told) == 4 and all(one["loss/divergence"] > 0 for one in told)
-
-
-def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
-    pair, write_config, tmp_path, monkeypatch
-):
-    words = ("-n", "2", "--devices-per-process", "4", "--", "train", write_config(tmp_path))
-    with launched(tmp_path, *words, fault="step.before:13:wait") as process:
-        reaches(tmp_path / "run", 12, process, tmp_path)
-        os.kill(children(process.pid)[1], signal.SIGSTOP)
-        ended(process, tmp_path, 128 + signal.SIGABRT, GONE_SECONDS)
-    before = arrays(tmp_path / "run", 10)
-    assert_same_bits(before, arrays(pair, 10))
-    resumed = run_here(monkeypatch, 8, lambda: api.resume(tmp_path / "run"))
-    assert_same_curve(resumed.run_dir, pair)
 
 
 def test_a_signal_stops_all_at_one_step_and_others_go_on(
