@@ -72,8 +72,8 @@ def _prepared(folder: pathlib.Path) -> str | None:
             log.info(
                 "compiled programs are kept in %s (run.compilation_cache: off keeps none)", folder
             )
-        found = folder.stat()
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        status = folder.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             log.warning("no compilation cache: %s can be written by others: chmod 700 it", folder)
             return None
         with contextlib.suppress(FileNotFoundError):  # another process trims it too

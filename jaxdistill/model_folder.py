@@ -36,10 +36,10 @@ def check_folder(folder: pathlib.Path) -> None:
                     f"{path}: is a link to {place}, outside the folder: copy the file here if you "
                     "trust it"
                 )
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise ModelError(f"{path}: is a device, a pipe or a socket, no model's file: remove it")
-        if path.suffix == ".json" and found.st_size > MAX_JSON_BYTES:
+        if path.suffix == ".json" and status.st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not a model's file")
 
 

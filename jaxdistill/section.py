@@ -55,8 +55,8 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Section":
-        found = list(self.problems())
-        if found:
-            text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in found)
-            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": found})
+        problems = list(self.problems())
+        if problems:
+            text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self

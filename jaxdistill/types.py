@@ -168,7 +168,7 @@ class Mean:
     @property
     def value(self) -> Array:
         """total / count, and 0 where nothing was counted; of NumPy's numbers by NumPy."""
-        xp = jnp if isinstance(self.total, jax.Array) else np
+        xp: typing.Any = jnp if isinstance(self.total, jax.Array) else np
         empty = self.count == 0
         count = xp.where(empty, 1, self.count).astype(self.total.dtype)
         return xp.where(empty, 0.0, self.total / count)

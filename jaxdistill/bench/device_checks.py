@@ -45,7 +45,7 @@ def statistics(tokens: int, vocab: int, split: int) -> dict[str, Any]:
         )
 
     for temperature in TEMPERATURES:
-        found = measured(student, teacher, jnp.float32(temperature))
+        measures = measured(student, teacher, jnp.float32(temperature))
         picked = _some(tokens)
         with jax.enable_x64(True):
             logits = {
@@ -54,7 +54,7 @@ def statistics(tokens: int, vocab: int, split: int) -> dict[str, Any]:
             }
             want = stats.in_passes(names, logits, stats.Scales(1 / temperature, 1.0))
         for name in names:
-            error = np.abs(np.asarray(found[name], np.float64)[picked] - np.asarray(want[name]))
+            error = np.abs(np.asarray(measures[name], np.float64)[picked] - np.asarray(want[name]))
             worst = max(worst, float((error / (1 + np.abs(want[name]))).max()))
     return {"ok": worst < 1e-5, "error": worst}
 
@@ -76,7 +76,7 @@ def dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
         jax.value_and_grad(total, argnums=(0, 1), has_aux=True), static_argnames="implementation"
     )
     chosen = choice.choose(None, vocab, dtype, tokens=tokens)
-    found = _Errors(dtype)
+    errors = _Errors(dtype)
     for temperature in TEMPERATURES:
         T = jnp.full(tokens, temperature) if chosen == "xla" else jnp.float32(temperature)
         (_, values), (slope, by_t) = run(student, T, teacher, labels, implementation=chosen)
@@ -87,11 +87,11 @@ def dense(kind: str, dtype: str, tokens: int, vocab: int) -> dict[str, Any]:
                 s, jnp.full(len(picked), temperature), t, labels[picked],
                 implementation=choice.REFERENCE,
             )  # fmt: skip
-        found.value(np.asarray(values)[picked], want)
-        found.slope(np.asarray(slope)[picked], exact)
+        errors.value(np.asarray(values)[picked], want)
+        errors.slope(np.asarray(slope)[picked], exact)
         if chosen == "xla":
-            found.by_temperature(np.asarray(by_t)[picked], exact_t)
-    return found.facts() | {"implementation": chosen}
+            errors.by_temperature(np.asarray(by_t)[picked], exact_t)
+    return errors.facts() | {"implementation": chosen}
 
 
 def head_loss(
@@ -111,7 +111,7 @@ def head_loss(
         )[0]  # fmt: skip
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnames="implementation")
-    found = _Errors("float32")
+    errors = _Errors("float32")
     arrays = (hidden, head, teacher_hidden, teacher_head)
     with jax.default_matmul_precision("highest"):
         for temperature in (1.0,) if at_one else TEMPERATURES:
@@ -121,11 +121,11 @@ def head_loss(
                 h, w, ht, wt = (jnp.asarray(np.float64(x)) for x in arrays)
                 T = jnp.float64(temperature)
                 want, exact = run(h, w, T, ht, wt, implementation=choice.REFERENCE)
-            found.value(np.asarray(value), want)
+            errors.value(np.asarray(value), want)
             for got, expected in zip(slopes[:2], exact[:2], strict=True):
-                found.slope(np.asarray(got), expected)
-            found.by_temperature(np.asarray(slopes[2]), exact[2])
-    return found.facts()
+                errors.slope(np.asarray(got), expected)
+            errors.by_temperature(np.asarray(slopes[2]), exact[2])
+    return errors.facts()
 
 
 def logprobs(tokens: int, vocab: int, width: int) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def logprobs(tokens: int, vocab: int, width: int) -> dict[str, Any]:
     run = jax.jit(
         jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True), static_argnames="implementation"
     )
-    found = _Errors("float32")
+    errors = _Errors("float32")
     with jax.default_matmul_precision("highest"):
         for temperature in TEMPERATURES:
             (_, said), slopes = run(*arrays, jnp.float32(temperature), implementation=None)
@@ -152,11 +152,11 @@ def logprobs(tokens: int, vocab: int, width: int) -> dict[str, Any]:
                 wide = (*(jnp.asarray(np.float64(x)) for x in arrays), jnp.float64(temperature))
                 (_, want), exact = run(*wide, implementation=choice.REFERENCE)
             for got, expected in zip(said, want, strict=True):
-                found.value(np.asarray(got), expected)
+                errors.value(np.asarray(got), expected)
             for got, expected in zip(slopes[:2], exact[:2], strict=True):
-                found.slope(np.asarray(got), expected)
-            found.by_temperature(np.asarray(slopes[2]), exact[2])
-    return found.facts()
+                errors.slope(np.asarray(got), expected)
+            errors.by_temperature(np.asarray(slopes[2]), exact[2])
+    return errors.facts()
 
 
 def _states_and_head(seed: int, tokens: int, vocab: int, width: int) -> tuple[jax.Array, jax.Array]:

@@ -91,8 +91,8 @@ def run(shape: Shape, rounds: int, python: str | None = None) -> dict[str, Any]:
         worker = PeerProcess(python or sys.executable, folder)
         try:
             versions = worker.ask(do="begin", alpha=ALPHA, temperature=TEMPERATURE)
-            found = {"versions": versions, **_compared(worker, folder)}
-            return found | {"rows": _timed(worker, shape, rounds)}
+            facts = {"versions": versions, **_compared(worker, folder)}
+            return facts | {"rows": _timed(worker, shape, rounds)}
         except Skipped as reason:
             return {"ok": True, "skipped": str(reason)[:500]}
         finally:

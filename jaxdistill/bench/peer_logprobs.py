@@ -44,18 +44,18 @@ def there(python: str | None, notice: Callable[[str], None]) -> dict[str, dict[s
     Returns:
       By key of `PEERS`, {package: version}.
     """
-    found = {}
+    seconds = {}
     for key, peer in PEERS.items():
         with tempfile.TemporaryDirectory(prefix="jaxdistill-peer-") as name:
             try:
                 with _worker(key, python, pathlib.Path(name)) as worker:
-                    found[key] = worker.ask(do="begin")
+                    seconds[key] = worker.ask(do="begin")
             except Skipped as reason:
                 notice(
                     f"log q, {peer.name}: left out: {str(reason)[:200]}; --peers-python PYTHON "
                     f"names one that has torch and {peer.package}"
                 )
-    return found
+    return seconds
 
 
 def rows(

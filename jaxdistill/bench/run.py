@@ -61,8 +61,8 @@ def run(
         try:
             rows += measure(kind, shape, rounds, device)
             for peer in peers:
-                found = peer_logprobs.rows(peer, shape, rounds, peers_python, notice)
-                rows += [{"shape": label(shape), **row} for row in found]
+                peer_rows = peer_logprobs.rows(peer, shape, rounds, peers_python, notice)
+                rows += [{"shape": label(shape), **row} for row in peer_rows]
             notice(f"{label(shape)}: measured")
         except jax.errors.JaxRuntimeError as error:
             if not device_memory.is_full(error):

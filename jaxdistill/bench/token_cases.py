@@ -45,9 +45,9 @@ def masses(shape: Shape) -> Case:
         return jnp.mean(sum(jax.nn.logsumexp(log_q[:, one], axis=1) for one in sets))
 
     def ours(hidden, head):
-        found = kernels.linear_logprobs(hidden, head, sets=sets).log_masses
-        assert found is not None, "sets are given"
-        return jnp.mean(jnp.sum(found, axis=1))
+        log_masses = kernels.linear_logprobs(hidden, head, sets=sets).log_masses
+        assert log_masses is not None, "sets are given"
+        return jnp.mean(jnp.sum(log_masses, axis=1))
 
     def value64(hidden, head) -> float:
         q = np.exp(log_softmax64(hidden @ head.T))

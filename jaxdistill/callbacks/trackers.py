@@ -104,11 +104,11 @@ class Mlflow(Callback):
             self._id = run.kept["run_id"]
             self._client.update_run(self._id, status="RUNNING")
             return run.kept
-        found = self._client.get_experiment_by_name(self._options.experiment)
+        known = self._client.get_experiment_by_name(self._options.experiment)
         experiment = (
             self._client.create_experiment(self._options.experiment)
-            if found is None
-            else found.experiment_id
+            if known is None
+            else known.experiment_id
         )
         name = self._options.name or run.name
         tags = {"jaxdistill.run_id": run.run_id, **dict.fromkeys(self._options.tags, "")}

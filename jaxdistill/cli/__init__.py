@@ -93,8 +93,8 @@ def _ended(argv: Sequence[str] | None, hooks: Hooks) -> int:
 def _missing_platform(error: Exception) -> str | None:
     """The platform that JAX was told to use and cannot, by its error; None: it is another error."""
     if isinstance(error, RuntimeError):
-        found = _NO_PLATFORM.search(str(error))
-        return found[1] if found else None
+        match = _NO_PLATFORM.search(str(error))
+        return match[1] if match else None
     # Of a CUDA without a GPU JAX says nothing, but asserts that another platform is left.
     told = os.environ.get("JAX_PLATFORMS")
     where = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]

@@ -63,12 +63,12 @@ def run(options: argparse.Namespace) -> None:
     from jaxdistill.bench import run as runner
 
     notice = lambda line: print(line, file=sys.stderr, flush=True)
-    found = shapes.parse(options.shapes, jax.default_backend())
+    given = shapes.parse(options.shapes, jax.default_backend())
     with output.stdout_is_json(options.json):
         if options.tune:
             kinds = tuple(options.kinds.split(","))
-            tune.tune(options.tune, found, options.rounds, notice, kinds)
-        result = runner.run(options.what, found, options.rounds, notice, options.peers_python)
+            tune.tune(options.tune, given, options.rounds, notice, kinds)
+        result = runner.run(options.what, given, options.rounds, notice, options.peers_python)
         if options.csv:
             _write_csv(options.csv, result["rows"], runner.COLUMNS)
         if options.save:

@@ -97,14 +97,14 @@ def clean(arguments: argparse.Namespace) -> None:
     from jaxdistill.run.folder import RunDir
 
     run = RunDir.open(arguments.run_dir)
-    found = cleaning.remove(run) if arguments.yes else cleaning.waste(run)
-    total = sum(one.bytes for one in found)
+    removed = cleaning.remove(run) if arguments.yes else cleaning.waste(run)
+    total = sum(one.bytes for one in removed)
     if arguments.json:
-        rows = [{"path": str(one.path), "why": one.why, "bytes": one.bytes} for one in found]
+        rows = [{"path": str(one.path), "why": one.why, "bytes": one.bytes} for one in removed]
         return print_json({"removed": arguments.yes, "bytes": total, "entries": rows})
-    for one in found:
+    for one in removed:
         print(f"{one.bytes / 1e6:10.1f} MB  {one.path}: {one.why}")
-    if not found:
+    if not removed:
         print(f"{arguments.run_dir}: nothing to remove")
     elif arguments.yes:
         print(f"removed {total / 1e6:.1f} MB")

@@ -34,8 +34,8 @@ def align(arguments: argparse.Namespace) -> None:
     pair = vocabularies.compare(ours, theirs)
     counts = {who: len(tokens) for who, tokens in spelled.items()}
     if arguments.json:
-        found: dict[str, Any] = {"vocabularies": str(pair), "kind": pair.kind, "tokens": counts}
-        return print_json(found | {"groups": groups.tolist()})
+        facts: dict[str, Any] = {"vocabularies": str(pair), "kind": pair.kind, "tokens": counts}
+        return print_json(facts | {"groups": groups.tolist()})
     print(f"vocabularies, the student's beside the teacher's: {pair}")
     alone = sum(first == last and c == d for first, last, c, d in groups.tolist())
     print(
@@ -58,7 +58,7 @@ def _tokenizer(name: str, network: bool) -> Any:
 
     if name == "bytes":
         return byte_tokenizer()
-    found = spec_any(name, allow_network=network, tokenizer_only=True)
-    if found is None:
+    spec = spec_any(name, allow_network=network, tokenizer_only=True)
+    if spec is None:
         raise MismatchError(f"{name}: has no tokenizer: name a model folder that has one, or bytes")
-    return found
+    return spec

@@ -12,10 +12,10 @@ def ls(arguments: argparse.Namespace) -> None:
     """Lists what there is, with one line on each."""
     if arguments.kind == "runs":
         return _ls_runs(arguments)
-    found = {kind: LISTS[kind]() for kind in ([arguments.kind] if arguments.kind else LISTS)}
+    names = {kind: LISTS[kind]() for kind in ([arguments.kind] if arguments.kind else LISTS)}
     if arguments.json:
-        return print_json(found)
-    for kind, entries in found.items():
+        return print_json(names)
+    for kind, entries in names.items():
         print(f"{kind}:")
         width = max(map(len, entries), default=0)
         for name, description in entries.items():
@@ -29,8 +29,8 @@ def _ls_runs(arguments: argparse.Namespace) -> None:
 
     runs = run_list.found(arguments.folder)
     if arguments.json:
-        found: dict[str, object] = {"runs": [run_list.summary(run) for run in runs]}
-        return print_json(found | {"differences": run_list.differences(runs)})
+        listing: dict[str, object] = {"runs": [run_list.summary(run) for run in runs]}
+        return print_json(listing | {"differences": run_list.differences(runs)})
     if not runs:
         return print(f"{arguments.folder}: holds no runs")
     return print(printable(run_list.page(runs, arguments.diff)))

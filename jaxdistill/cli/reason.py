@@ -25,16 +25,17 @@ def teacher_generate(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill.run import teacher_generate
 
-        found = teacher_generate.generate(config)
+        written = teacher_generate.generate(config)
     if arguments.json:
-        return print_json(found)
+        return print_json(written)
     if config.augment is not None:
-        return _print_augmented(found)
+        return _print_augmented(written)
     print(
-        f"{found['samples']} samples of {found['questions']} questions: {found['parsed']} parsed, "
-        f"{found['correct']} correct, {sum(found['failed'].values())} failed"
+        f"{written['samples']} samples of {written['questions']} questions: "
+        f"{written['parsed']} parsed, {written['correct']} correct, "
+        f"{sum(written['failed'].values())} failed"
     )
-    for form, file in found["files"].items():
+    for form, file in written["files"].items():
         dropped = ", ".join(f"{count} {why}" for why, count in file["dropped"].items())
         print(f"wrote {file['path']}: {file['samples']} samples ({form}); dropped: {dropped or 0}")
     return None
@@ -69,7 +70,7 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill.evaluate import accuracy
 
-        found = accuracy.evaluate(
+        accuracies = accuracy.evaluate(
             arguments.model,
             arguments.tasks,
             options,
@@ -79,8 +80,8 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
             output=arguments.output,
         )
     if arguments.json:
-        return print_json(found)
-    for name, row in found.items():
+        return print_json(accuracies)
+    for name, row in accuracies.items():
         print(f"{name}: {row['questions']} questions, {row['tokens']} tokens")
         _print_share("greedy", row["greedy"])
         _print_share("unparsable", row["unparsable"])

@@ -29,12 +29,12 @@ def plan(arguments: argparse.Namespace) -> int:
 
         notice = lambda line: print(line, file=sys.stderr, flush=True)
         limits = {"tries": options.tries, "minutes": options.minutes}
-        found = api.plan(loaded, options.target, **limits, notice=notice)
+        planned = api.plan(loaded, options.target, **limits, notice=notice)
     if arguments.json:
-        print_json(found)
+        print_json(planned)
     else:
-        print(describe(found))
-    return 0 if found["fits"] else FitError.exit_code
+        print(describe(planned))
+    return 0 if planned["fits"] else FitError.exit_code
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -18,16 +18,16 @@ def cache(arguments: argparse.Namespace) -> None:
         from jaxdistill import agree
         from jaxdistill.run import teacher_cache
 
-        found = teacher_cache.capture(loaded, options)
+        written = teacher_cache.capture(loaded, options)
     if not agree.leads():
         return None
     if arguments.json:
-        return print_json(found)
-    print(_line(found))
+        return print_json(written)
+    print(_line(written))
     if options.dry_run:
         print("nobody was asked: leave --dry-run out to do it")
-    elif found["whole"]:
-        given = f"{{cache: {found['place']}}}"
+    elif written["whole"]:
+        given = f"{{cache: {written['place']}}}"
         of = f"teachers: {{{options.teacher}: {given}}}" if options.teacher else f"teacher: {given}"
         print(f"next: {of}")
     else:
@@ -47,24 +47,24 @@ def ls(arguments: argparse.Namespace) -> None:
     """Says what a store holds."""
     from jaxdistill.data.teacher_cache import catalog
 
-    found = catalog.describe(arguments.place)
+    facts = catalog.describe(arguments.place)
     if arguments.json:
-        return print_json(found)
-    identity, notes, form = found["identity"], found["notes"], found["identity"]["format"]
-    print(f"{found['place']}: {form['name']} ({form['dtype']})")
+        return print_json(facts)
+    identity, notes, form = facts["identity"], facts["notes"], facts["identity"]["format"]
+    print(f"{facts['place']}: {form['name']} ({form['dtype']})")
     for name in ("k", "temperatures", "draws"):
         if form[name]:
             print(f"  {name:<22}{form[name]}")
     for name, value in {**notes, **identity}.items():
         if name != "format":
             print(f"  {name:<22}{catalog.short(value)}")
-    if found["whole"]:
-        each = found["bytes"] / max(1, found["positions"])
-        print(f"  {'segments':<22}{found['segments']:,}")
-        print(f"  {'positions':<22}{found['positions']:,}")
-        print(f"  {'bytes':<22}{found['bytes']:,} ({each:.1f} a position, all objects)")
+    if facts["whole"]:
+        each = facts["bytes"] / max(1, facts["positions"])
+        print(f"  {'segments':<22}{facts['segments']:,}")
+        print(f"  {'positions':<22}{facts['positions']:,}")
+        print(f"  {'bytes':<22}{facts['bytes']:,} ({each:.1f} a position, all objects)")
     else:
-        print(f"  {'parts':<22}{found['parts']}: the capture has not ended")
+        print(f"  {'parts':<22}{facts['parts']}: the capture has not ended")
     return None
 
 
@@ -74,15 +74,15 @@ def verify(arguments: argparse.Namespace) -> None:
     with stdout_is_json(True):
         from jaxdistill.run import teacher_verify
 
-        found = teacher_verify.verify(arguments.place, options.teacher, options.segments)
+        facts = teacher_verify.verify(arguments.place, options.teacher, options.segments)
     if arguments.json:
-        return print_json(found)
-    print(f"{found['segments']} segments, {found['positions']} positions: every object is whole")
-    print(f"weights: {found['weights']}")
+        return print_json(facts)
+    print(f"{facts['segments']} segments, {facts['positions']} positions: every object is whole")
+    print(f"weights: {facts['weights']}")
     for name in ("kl_mean", "kl_max", "cross_entropy_gap", "standard_error"):
-        if name in found:
-            print(f"{name:<20}{found[name]:.6g}")
+        if name in facts:
+            print(f"{name:<20}{facts[name]:.6g}")
     for name in ("kept_mass", "entropy"):
-        shares = ", ".join(f"{share} {value:.4g}" for share, value in found.get(name, {}).items())
+        shares = ", ".join(f"{share} {value:.4g}" for share, value in facts.get(name, {}).items())
         print(f"{name:<20}{shares}") if shares else None
     return None

@@ -57,16 +57,16 @@ def explain(key: str) -> str:
         (own,) = [node for node in _step([tree()], "method") if _named(node) == key]
         return _describe(f"method: {{name: {key}}}", own)
     path = tuple(part for part in key.split(".") if part)
-    found = [tree()]
+    nodes = [tree()]
     for depth, part in enumerate(path):
-        below = _step(found, part) or [node for node in found if _named(node) == part]
+        below = _step(nodes, part) or [node for node in nodes if _named(node) == part]
         if not below:
             hint = suggest(path[:depth], part)
             raise ConfigError(f"{shown(part)}: no such key{'; ' + hint if hint else ''}")
-        found = below
-    if sum(_named(node) is not None for node in found) > _MOST:
-        return _names(".".join(path), found)
-    return "\n\n".join(_describe(".".join(path), schema) for schema in found)
+        nodes = below
+    if sum(_named(node) is not None for node in nodes) > _MOST:
+        return _names(".".join(path), nodes)
+    return "\n\n".join(_describe(".".join(path), schema) for schema in nodes)
 
 
 def _names(key: str, found: Sequence[Schema]) -> str:
@@ -191,8 +191,8 @@ def _alternatives(node: Schema) -> list[Schema]:
 
 def _any_name(node: Schema) -> Schema | None:
     """What stands under names of the user's own, where a section has such."""
-    found = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
-    return next((one for one in found if isinstance(one, dict) and one), None)
+    children = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+    return next((one for one in children if isinstance(one, dict) and one), None)
 
 
 def _named(node: Schema) -> str | None:

@@ -27,8 +27,8 @@ _BYTES = 257  # tokens of `models.byte_tokenizer`, which would take seconds to i
 
 def notes(config: Config) -> list[str]:
     """What small files say of a run that is no error: how its vocabularies go together."""
-    found = _models(config)
-    pairs = _pairs(config, found, found.get("tokenizer", ModelFiles()).vocabulary())
+    folders = _models(config)
+    pairs = _pairs(config, folders, folders.get("tokenizer", ModelFiles()).vocabulary())
     return [f"{name}: vocabulary: {pair}" for name, pair in pairs.items()]
 
 
@@ -75,12 +75,12 @@ def _data_errors(config: Config) -> Iterator[UserError]:
         for i, source in enumerate(sources):
             key = f"data.{name}.{i}.path = {shown(source.path)}"
             try:
-                found = _data_files(source.path, network)
+                matched = _data_files(source.path, network)
             except DataError as error:
                 yield DataError(f"{key}: {str(error).removeprefix(source.path + ': ')}")
                 continue
-            files[name] += [(key, path) for path in found]
-            if found and all(paths.size_of(path) == 0 for path in found):
+            files[name] += [(key, path) for path in matched]
+            if matched and all(paths.size_of(path) == 0 for path in matched):
                 yield DataError(f"{key}: the file is empty")
     for key, path in files["eval"]:
         for other_key, other in files["train"] + files["prompts"]:
@@ -117,7 +117,7 @@ def _data_files(path: str, network: bool) -> Sequence[paths.File]:
 
 def _model_errors(config: Config) -> Iterator[UserError]:
     """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
-    found = _models(config)
+    folders = _models(config)
     for name, one in {"teacher": config.teacher, **_several(config)}.items():
         if one is None or one.cache is None or "://" in one.cache:
             continue
@@ -128,8 +128,8 @@ def _model_errors(config: Config) -> Iterator[UserError]:
                 f"{name}.cache = {shown(one.cache)}: holds no teacher's answers ({here()}): "
                 f"`jaxdistill teacher cache CONFIG -o DIR{which}` asks for them"
             )
-    yield from (model.error for model in found.values() if model.error)
-    teacher, student = found.get("teacher", ModelFiles()), config.student
+    yield from (model.error for model in folders.values() if model.error)
+    teacher, student = folders.get("teacher", ModelFiles()), config.student
     layers = teacher.number("num_hidden_layers")
     if student.layers and layers is not None:
         yield from rules.kept_layers(student.layers, layers)
@@ -140,20 +140,20 @@ def _model_errors(config: Config) -> Iterator[UserError]:
         )
     for where, mesh in ahead.meshes(config).items():
         yield from rules.context_axis(config.data.seq_len, mesh.context, where=where)
-    vocabulary = found.get("tokenizer", ModelFiles()).vocabulary()
+    vocabulary = folders.get("tokenizer", ModelFiles()).vocabulary()
     known = _BYTES if config.tokenizer.from_ == "bytes" else vocabulary.size if vocabulary else 0
     if known:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
     for name in ("teacher", "student", *_several(config)):
-        model = found.get(name, ModelFiles())
+        model = folders.get(name, ModelFiles())
         # A teacher with a tokenizer of its own is read through what both share.
         own = name == "teacher" != config.tokenizer.from_ and model.tokenizer_file
         yield from _fit_errors(config, name, model, 0 if own else known)
-    in_step = _in_step(config, found)
+    in_step = _in_step(config, folders)
     yield from _expert_errors(config, in_step)
     yield from _exception_errors(config, in_step)
-    yield from _vocabulary_errors(config, found, vocabulary)
+    yield from _vocabulary_errors(config, folders, vocabulary)
 
 
 def _in_step(config: Config, found: Mapping[str, ModelFiles]) -> dict[str, Mapping[str, Any]]:
@@ -249,25 +249,25 @@ def _fit_errors(config: Config, name: str, model: ModelFiles, known: int) -> Ite
 def _models(config: Config) -> dict[str, ModelFiles]:
     """What can be told of the models that are named by path or by numbers, and of the tokenizer."""
     network = config.security.allow_network
-    found: dict[str, ModelFiles] = {}
+    folders: dict[str, ModelFiles] = {}
     asked = {"teacher": config.teacher, "student": config.student, **_several(config)}
     for name, model in asked.items():
         if model and model.source:
-            found[name] = look(f"{name}.source", model.source, network)
+            folders[name] = look(f"{name}.source", model.source, network)
         elif model and model.random:
             like = model.random.like
             if like == "teacher":
-                base = dataclasses.replace(found.get("teacher", ModelFiles()), error=None)
+                base = dataclasses.replace(folders.get("teacher", ModelFiles()), error=None)
             elif like:
                 base = look(f"{name}.random.like", like, network, weights=False)
             else:
                 base = ModelFiles()
-            found[name] = dataclasses.replace(base, shape=random_shape(model.random, base.shape))
-    student, teacher = config.student, found.get("teacher")
+            folders[name] = dataclasses.replace(base, shape=random_shape(model.random, base.shape))
+    student, teacher = config.student, folders.get("teacher")
     if student.prune and teacher:  # the sizes it has not from the teacher
         sizes = student.prune.sizes().items()
         cut = {FIELDS[axis]: size for axis, size in sizes if axis in FIELDS}
-        found["student"] = dataclasses.replace(teacher, shape=cut, error=None)
+        folders["student"] = dataclasses.replace(teacher, shape=cut, error=None)
     chosen = config.tokenizer.from_
     if chosen == "teacher" and config.teacher and config.teacher.self_:
         chosen = "student"
@@ -275,11 +275,11 @@ def _models(config: Config) -> dict[str, ModelFiles]:
         chosen = student.tokenizer or "teacher"
     if chosen in ("teacher", "student"):
         # A model that is like another has its tokenizer; what is wrong with it is said once.
-        found["tokenizer"] = dataclasses.replace(found.get(chosen, ModelFiles()), error=None)
+        folders["tokenizer"] = dataclasses.replace(folders.get(chosen, ModelFiles()), error=None)
     elif chosen != "bytes":
         key = "student.tokenizer" if student.tokenizer else "tokenizer.from"
-        found["tokenizer"] = look(key, chosen, network, weights=False)
-    return found
+        folders["tokenizer"] = look(key, chosen, network, weights=False)
+    return folders
 
 
 def _several(config: Config) -> dict[str, Any]:

@@ -271,17 +271,19 @@ def _line(name: str, document: syntax.YamlDocument, item: dict[str, Any]) -> lis
     """One of pydantic's errors in our words, with file, line and column."""
     location = [p for p in item["loc"] if p not in KINDS]
     if item["type"] == "rules":
-        found = [((*location, *below), text) for below, text in item["ctx"]["problems"]]
+        problems = [((*location, *below), text) for below, text in item["ctx"]["problems"]]
     elif item["type"] == "extra_forbidden":
         known = {field for section in _SECTIONS for field in section.model_fields}
         best = keys.nearest(str(location[-1]), known)
-        found = [(tuple(location), "unknown key" + (f'; did you mean "{best}"?' if best else ""))]
+        problems = [
+            (tuple(location), "unknown key" + (f'; did you mean "{best}"?' if best else ""))
+        ]
     elif item["type"].startswith("union_tag"):
-        found = [((*location, "kind"), f"must be one of {', '.join(KINDS)}")]
+        problems = [((*location, "kind"), f"must be one of {', '.join(KINDS)}")]
     else:
-        found = [(tuple(location), item["msg"][:1].lower() + item["msg"][1:])]
+        problems = [(tuple(location), item["msg"][:1].lower() + item["msg"][1:])]
     lines = []
-    for path, text in found:
+    for path, text in problems:
         end = next(e for e in range(len(path), -1, -1) if path[:e] in document.marks)
         line, column = document.marks[path[:end]]
         lines.append(f"{name}:{line}:{column}: {'.'.join(map(str, path))}: {text}")

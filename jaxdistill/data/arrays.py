@@ -39,12 +39,12 @@ def of_shards(shards: Sequence[Path]) -> dict[str, Any]:
     short = manifest.read(shards[0]).get(store.IDS) == "uint16"
     specs: dict[str, store.Spec] = {**store.TOKENS, **store.SECOND_TOKENS}
     specs |= {"tokens": (np.dtype(np.uint16), ())} if short else {}
-    found: dict[str, Any] = joined(shards, specs, store.TOKENS)
+    columns: dict[str, Any] = joined(shards, specs, store.TOKENS)
     if short:
-        found["tokens"] = _Wide(found["tokens"])
-    if not len(found["loss"]):
-        found["loss"] = _AllCount(found["tokens"])
-    return found
+        columns["tokens"] = _Wide(columns["tokens"])
+    if not len(columns["loss"]):
+        columns["loss"] = _AllCount(columns["tokens"])
+    return columns
 
 
 def joined(

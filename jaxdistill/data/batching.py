@@ -117,8 +117,8 @@ class _EpochStream:
 
     def number_of(self, row: int) -> int:
         """Which row of the data stands at a row of the stream."""
-        found: Any = self._numbers[row]
-        return int(found)
+        row_numbers: Any = self._numbers[row]
+        return int(row_numbers)
 
     def row(self, row: int) -> Any:
         """What a batch carries of a row of the stream."""

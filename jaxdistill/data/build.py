@@ -207,28 +207,28 @@ def _notices(
     second: SecondView | PrivilegedView | None,
 ) -> list[str]:
     """What the user should know about the result."""
-    found = []
+    notes = []
     if codec.end is None:
-        found.append("the tokenizer has no end-of-text token: documents end without one")
+        notes.append("the tokenizer has no end-of-text token: documents end without one")
     if counts["truncated"]:
-        found.append(
+        notes.append(
             f"{counts['truncated']} of {counts['num_documents']} documents were longer than "
             f"seq_len {settings.seq_len} and were cut there: raise seq_len to keep them whole"
         )
     for why, words in LEFT_OUT.items():
         if words and counts[why]:
-            found.append(f"{counts[why]} of {counts['records']} records {words}")
+            notes.append(f"{counts[why]} of {counts['records']} records {words}")
     tally = Tally()
     for one in taken:
         tally.add(one.tally)
-    found += tally.of_contexts(counts["used"])
+    notes += tally.of_contexts(counts["used"])
     unread = sorted(
         frozenset().union(*(one.unread for one in taken)).difference(getattr(second, "fields", ()))
     )
     if unread:
         names = ", ".join(f"`{printable(name)[:40]}`" for name in unread[:8])
         more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-        found.append(f"fields that are not read: {names}{more}")
-    found += tally.of_texts()
-    found += [note for one in taken for source in one.shard.sources for note in source.notes]
-    return [*found, *tally.of_conversations()]
+        notes.append(f"fields that are not read: {names}{more}")
+    notes += tally.of_texts()
+    notes += [note for one in taken for source in one.shard.sources for note in source.notes]
+    return [*notes, *tally.of_conversations()]

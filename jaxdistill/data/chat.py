@@ -239,11 +239,11 @@ def opening(codec: Codec, source: str | None, template_kwargs: Mapping[str, Any]
 
 def _cuts(text: str, count: int) -> list[CharSpan]:
     """Where the sentinels of a rendered text are, all of them whole and of those that were made."""
-    found = list(SENTINEL.finditer(text))
-    cuts = [match.span() for match in found]
+    marks = list(SENTINEL.finditer(text))
+    cuts = [match.span() for match in marks]
     outside = "".join(text[start:end] for start, end in _between(cuts, len(text)))
     whole = OPEN not in outside and CLOSE not in outside
-    if not whole or not all(int(match[1]) < count for match in found):
+    if not whole or not all(int(match[1]) < count for match in marks):
         raise RenderError(
             "chat template: cuts through a special token that is written in a message"
         )

@@ -45,8 +45,8 @@ def check(source: str) -> str | None:
 def literals(source: str) -> list[str]:
     """The strings that a template compares texts with, splits them at, or prints."""
     tree = _environment().parse(source)
-    found = {node.value for node in tree.find_all(jinja2.nodes.Const)}
-    texts = {text.strip() for text in found if isinstance(text, str)}
+    constants = {node.value for node in tree.find_all(jinja2.nodes.Const)}
+    texts = {text.strip() for text in constants if isinstance(text, str)}
     return sorted(text for text in texts if 0 < len(text) <= MAX_LITERAL)
 
 

@@ -66,8 +66,8 @@ class Encoder:
         tally = self._tally
         if self._codec.controls and not self._parse:
             for record in records:
-                found = filter(None, map(self._codec.control_pattern.search, record.texts))
-                for match in itertools.islice(found, 1):
+                controls = filter(None, map(self._codec.control_pattern.search, record.texts))
+                for match in itertools.islice(controls, 1):
                     tally.rendered += 1
                     tally.shown_control = tally.shown_control or match[0]
         if self._kind == "text":

@@ -103,7 +103,7 @@ def matched(
         raise MismatchError(
             f"the student's template shows {len(runs[0])} answers, the teacher's {len(runs[1])}"
         )
-    found = [np.zeros((0, 4), np.int32)]
+    pairs = [np.zeros((0, 4), np.int32)]
     for both in zip(*runs, strict=True):
         ids = [side.ids[a:b].tolist() for side, (a, b) in zip(sides, both, strict=True)]
         ends = [_end(table.pieces(own)) for table, own in zip(tables, ids, strict=True)]
@@ -111,8 +111,8 @@ def matched(
         groups = alignment.align(*spelled)
         if None not in ends:
             groups = np.concatenate([groups, np.repeat(np.asarray([ends], np.int32), 2, axis=1)])
-        found.append(groups + np.repeat([first for first, _ in both], 2).astype(np.int32))
-    return np.concatenate(found)
+        pairs.append(groups + np.repeat([first for first, _ in both], 2).astype(np.int32))
+    return np.concatenate(pairs)
 
 
 def _runs(loss: np.ndarray) -> list[TokenRun]:

@@ -65,9 +65,9 @@ def check(name: str, value: Any, where: str, kind: str) -> None:
     Raises:
       Unusable: naming the field and the remedy.
     """
-    found = _remedy(name, value, where != RECORD, kind)
-    if found is not None:
-        raise Unusable(f"field `{name[:40]}` of {where} is not supported: {found}")
+    remedy = _remedy(name, value, where != RECORD, kind)
+    if remedy is not None:
+        raise Unusable(f"field `{name[:40]}` of {where} is not supported: {remedy}")
 
 
 def _remedy(name: str, value: Any, in_message: bool, kind: str) -> str | None:

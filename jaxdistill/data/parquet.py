@@ -80,10 +80,10 @@ def _check(path: Path, metadata: Any, columns: Collection[str]) -> int:
         chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
         values, decoded, largest = 0, 0, 0
         for chunk in chunks:
-            found = _pages(path, chunk)
-            values = max(values, chunk.num_values, sum(page.values for page in found))
-            decoded += max(chunk.total_uncompressed_size, sum(page.size for page in found))
-            most = max((page.size for page in found), default=0)
+            pages = _pages(path, chunk)
+            values = max(values, chunk.num_values, sum(page.values for page in pages))
+            decoded += max(chunk.total_uncompressed_size, sum(page.size for page in pages))
+            most = max((page.size for page in pages), default=0)
             largest += most
             if most > max(LARGE_PAGE, MAX_RATIO * chunk.total_compressed_size):
                 raise DataError(

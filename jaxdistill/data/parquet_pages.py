@@ -67,12 +67,12 @@ class _Thrift:
     def struct(self, depth: int = 0) -> dict[int, Any]:
         if depth > _DEPTH:
             raise IndexError("nested too deeply")
-        found: dict[int, Any] = {}
+        fields: dict[int, Any] = {}
         field = 0
         while head := self._byte():
             field = field + (head >> 4) if head >> 4 else self._number()
-            found[field] = self._value(head & 15, depth)
-        return found
+            fields[field] = self._value(head & 15, depth)
+        return fields
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (1, 2):  # a truth is in its kind

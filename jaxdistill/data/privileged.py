@@ -33,12 +33,12 @@ _KINDS = ("completion", "messages", "dialogue")
 
 def phrases(template: str) -> tuple[str, ...]:
     """Pairs of neighbouring words of five or more letters: what gives the template away."""
-    found = []
+    pieces = []
     for text in re.split(r"\{[a-z_]+\}", template):
         words = re.findall(r"[^\W\d_]+", text.lower())
         pairs = zip(words[:-1], words[1:], strict=True)
-        found += [f"{a} {b}" for a, b in pairs if min(len(a), len(b)) >= 5]
-    return tuple(dict.fromkeys(found))
+        pieces += [f"{a} {b}" for a, b in pairs if min(len(a), len(b)) >= 5]
+    return tuple(dict.fromkeys(pieces))
 
 
 def _within(text: str, other: str) -> bool:

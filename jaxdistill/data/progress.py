@@ -75,8 +75,8 @@ class Files:
 
     def marks(self) -> dict[str, store.Mark]:
         """How far each file is."""
-        found = {part: writer.mark() for part, writer in self.arrays.items()}
-        return {**found, store.QUARANTINE: self.quarantine.mark()}
+        marks = {part: writer.mark() for part, writer in self.arrays.items()}
+        return {**marks, store.QUARANTINE: self.quarantine.mark()}
 
     def finish(self) -> None:
         """Completes the files, and removes the note of how far they were."""
@@ -108,9 +108,9 @@ def begin(
     Raises:
       StorageError: if the folder cannot be written.
     """
-    found = _read(folder, identity, parts)
-    if found:
-        return found[0], Files(folder, parts, found[1])
+    progress = _read(folder, identity, parts)
+    if progress:
+        return progress[0], Files(folder, parts, progress[1])
     with store.writing(folder):
         if any(folder.iterdir()):
             _log.info("what a killed build left cannot be resumed: begun anew")

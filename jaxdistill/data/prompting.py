@@ -43,14 +43,14 @@ class Prompter:
         Raises:
           DataError: if the tokenizer cannot encode it, or it holds what is refused.
         """
-        found = self._codec.control_pattern.search(prompt)
-        if found and special_tokens == "refuse":
+        control = self._codec.control_pattern.search(prompt)
+        if control and special_tokens == "refuse":
             raise DataError(
-                f"prompt: holds the special token {found[0]!r}, which would be read as plain "
+                f"prompt: holds the special token {control[0]!r}, which would be read as plain "
                 "text: send the conversation as messages, or token ids; or start the server with "
                 "--special-tokens parse (it is the token) or text (it is plain text)"
             )
-        parse = found is not None and special_tokens == "parse"
+        parse = control is not None and special_tokens == "parse"
         with self._lock:
             ids = text_problem(prompt) or encode.encode_text(self._codec, [prompt], parse)[0]
         if isinstance(ids, str):
@@ -77,8 +77,8 @@ class Prompter:
         # What a template prints of a variable would be read as its own words.
         variables = dict(variables or {})
         printed = json.dumps(variables, ensure_ascii=False)
-        if found := self._codec.control_pattern.search(printed):
-            raise DataError(f"chat_template_kwargs: must not hold the special token {found[0]!r}")
+        if control := self._codec.control_pattern.search(printed):
+            raise DataError(f"chat_template_kwargs: must not hold the special token {control[0]!r}")
         try:
             with self._lock:
                 return self._chat.encode_prompt(record, variables)

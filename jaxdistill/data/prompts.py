@@ -182,7 +182,7 @@ def read(
     encoder = _PromptEncoder(
         codec, template, kwargs, special_tokens == "parse", longest, behind, views
     )
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     left_out: list[dict[str, Any]] = []
     counts: collections.Counter[str] = collections.Counter()
     whence = learns_from or ["both"] * len(sources)
@@ -196,15 +196,15 @@ def read(
             for item, made in zip(batch, encoder.prompts(batch), strict=True):
                 if isinstance(made, Prompt):
                     named = _routed(made, item, part, routing)
-                    found.append(dataclasses.replace(named, learns_from=signal))
+                    prompts.append(dataclasses.replace(named, learns_from=signal))
                     continue
                 left_out.append(quarantine.entry(part.name, item.line, made))
                 counts[quarantine.why(made)] += 1
                 if on_bad_record == "fail":
                     quarantine.stop_at(left_out[-1])
-    _check(key, counts, len(found), quarantine.shown(left_out), max_bad_fraction, longest)
+    _check(key, counts, len(prompts), quarantine.shown(left_out), max_bad_fraction, longest)
     if behind is not None:
-        for notice in behind.tally.of_contexts(len(found)):
+        for notice in behind.tally.of_contexts(len(prompts)):
             _log.warning("%s: %s", key, notice)
     of_sources = {"of_sources": [one.teacher for one in sources]}
     decides = {
@@ -221,7 +221,7 @@ def read(
         learns_from=list(whence) if set(whence) != {"both"} else None,
         second=None if second is None else [second.identity(), seq_len],
     )
-    return Prompts(found, fingerprint, counts, left_out)
+    return Prompts(prompts, fingerprint, counts, left_out)
 
 
 def _fingerprint(decides: Mapping[str, Any], **asked: Any) -> str:

@@ -97,13 +97,13 @@ def _library() -> Path:
 
 def _modules() -> list[Path]:
     library = _library()
-    found = []
+    documented = []
     for path in library.rglob("*.py"):
         parts = path.relative_to(library).parts
         # The build's own configuration differs between machines and is no text.
         if not _SKIPPED.intersection(parts[:-1]) and not parts[-1].startswith("_sysconfigdata"):
-            found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(library).as_posix())
+            documented.append(path)
+    return sorted(documented, key=lambda path: path.relative_to(library).as_posix())
 
 
 @functools.cache
@@ -130,9 +130,9 @@ def _topics() -> list[str]:
 def _docstrings(path: Path) -> str:
     tree = _parse(path)
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in ast.walk(tree) if isinstance(node, nodes)] if tree else []
-    found.sort(key=lambda node: getattr(node, "lineno", 0))
-    return "\n\n".join(text for text in map(ast.get_docstring, found) if text)
+    definitions = [node for node in ast.walk(tree) if isinstance(node, nodes)] if tree else []
+    definitions.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(text for text in map(ast.get_docstring, definitions) if text)
 
 
 def _parse(path: Path) -> ast.Module | None:

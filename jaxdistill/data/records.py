@@ -248,8 +248,8 @@ def _prompt(value: Mapping[str, Any], line: int, unread: set[str]) -> Record:
     notes |= _answered(value)
     given = [name for name in ("prompt", "messages") if value.get(name) is not None]
     if len(given) != 1:
-        found = rules.names_of(value) if not given else "both"
-        raise Unusable(f"a prompt stands in `prompt` or in `messages`: found {found}")
+        names = rules.names_of(value) if not given else "both"
+        raise Unusable(f"a prompt stands in `prompt` or in `messages`: found {names}")
     asked = value[given[0]]
     if isinstance(asked, str) and given == ["prompt"]:
         for name in _BESIDE:

@@ -116,12 +116,12 @@ class MicroBatchLayout:
           int64 [size(rows)], places in `routes`; -1 is padding.
         """
         part = self._part(rows)
-        found = np.full((self.parts, part), -1, np.int64)
+        places = np.full((self.parts, part), -1, np.int64)
         given, at = np.asarray(routes, np.int64), 0
         for route in np.unique(given):
             own = np.flatnonzero(given == route)
             for first in range(0, len(own), part):
                 here = own[first : first + part]
-                found[at, : len(here)] = here
+                places[at, : len(here)] = here
                 at += 1
-        return found.T.reshape(-1)
+        return places.T.reshape(-1)

@@ -115,7 +115,7 @@ def mark_of(value: Mapping[str, Any], where: str) -> bool | None:
     Raises:
       Unusable: for a value that is neither yes nor no, and for marks that contradict each other.
     """
-    found: dict[str, bool] = {}
+    given_by_name: dict[str, bool] = {}
     for name in MARKS:
         given = value.get(name)
         if given is None:
@@ -126,11 +126,11 @@ def mark_of(value: Mapping[str, Any], where: str) -> bool | None:
                 f"field `{name}` of {where} is {str(given)[:40]!r}: use true, false, 0 or 1, or "
                 "remove the field"
             )
-        found[name] = bool(given) != (name == "masked")
-    if len(set(found.values())) > 1:
-        names = " and ".join(f"`{name}`" for name in found)
+        given_by_name[name] = bool(given) != (name == "masked")
+    if len(set(given_by_name.values())) > 1:
+        names = " and ".join(f"`{name}`" for name in given_by_name)
         raise Unusable(f"fields {names} of {where} contradict each other")
-    return next(iter(found.values()), None)
+    return next(iter(given_by_name.values()), None)
 
 
 def check_refused(

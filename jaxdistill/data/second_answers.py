@@ -125,10 +125,10 @@ class AnswerViews:
         for who, encoder, table in zip(
             ("student", "teacher"), self._chats, self.tables, strict=True
         ):
-            found = around(encoder, table)
-            if isinstance(found, str):
-                raise ModelError(f"the {who}'s {found}")
-            made.append(found)
+            affixes = around(encoder, table)
+            if isinstance(affixes, str):
+                raise ModelError(f"the {who}'s {affixes}")
+            made.append(affixes)
         return tuple(made)
 
 

@@ -200,8 +200,8 @@ def letters(text: str) -> int:
 
 def last_control(control: re.Pattern[str], text: str, start: int, end: int) -> int | None:
     """Where the last special token in [start, end) ends, if only white space follows it."""
-    found = [match.end() for match in control.finditer(text, start, end)]
-    return found[-1] if found and not text[found[-1] : end].strip() else None
+    ends = [match.end() for match in control.finditer(text, start, end)]
+    return ends[-1] if ends and not text[ends[-1] : end].strip() else None
 
 
 def printed_whole(message: Mapping[str, Any], text: str) -> bool:

@@ -25,17 +25,17 @@ def spelled(new: Any, old: Any, rows: int) -> list[list[int]]:
     by_role = _roles(new, old, rows)
     pieces = _pieces(theirs, rows)
     longest = max(map(len, pieces), default=0)
-    found: list[list[int]] = []
+    spellings: list[list[int]] = []
     for index, other in enumerate(pair.ids):
         if index not in ours.table:
-            found.append([])
+            spellings.append([])
         elif other >= 0:
-            found.append([other])
+            spellings.append([other])
         elif index in by_role:
-            found.append([by_role[index]])
+            spellings.append([by_role[index]])
         else:
-            found.append(_cut(ours.table[index][0], pieces, longest))
-    return found
+            spellings.append(_cut(ours.table[index][0], pieces, longest))
+    return spellings
 
 
 def _roles(new: Any, old: Any, rows: int) -> dict[int, int]:

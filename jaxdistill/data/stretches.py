@@ -40,11 +40,11 @@ def shared(train: Dataset, held_out: Dataset, tokenizer: Any) -> tuple[int, int]
     own = distinct[counts == 1]
     if not len(own):
         return 0, 0
-    found = np.zeros(len(own), bool)
+    inside = np.zeros(len(own), bool)
     for block in _stretches(train, size, numbers, ends, bits):
         place = np.minimum(np.searchsorted(own, block), len(own) - 1)
-        found[place[own[place] == block]] = True
-    return int(found.sum()), len(own)
+        inside[place[own[place] == block]] = True
+    return int(inside.sum()), len(own)
 
 
 def length(tokenizer: Any) -> int:

@@ -24,9 +24,9 @@ def columns(names: Iterable[str], format: str, where: str, unread: set[str]) -> 
     names = list(names)
     kinds = [format] if format != "auto" else kinds_of(dict.fromkeys(names))
     if not kinds or not all(field in names for field in KINDS[kinds[0]]):
-        found = ", ".join(names[:8])
+        shown = ", ".join(names[:8])
         need = format if format != "auto" else "text, messages, or prompt and completion"
-        raise DataError(f"{where}: has no columns for {need}: found {found}")
+        raise DataError(f"{where}: has no columns for {need}: found {shown}")
     wanted = frozenset().union(*(READ[kind] | LOST.get(kind, {}).keys() for kind in kinds))
     # What may have to be refused is read too: only its values show whether it must.
     chosen = [name for name in names if name in wanted or meaning.may_matter(name)]

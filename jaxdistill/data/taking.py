@@ -58,10 +58,10 @@ class Taken:
 
     def left_out(self, seq_len: int) -> collections.Counter[str]:
         """How many records are left out, by reason: when it was tokenised, and here."""
-        found = collections.Counter(self.facts["left_out"])
+        left_out = collections.Counter(self.facts["left_out"])
         for why, count in zip(*np.unique(self.left[:, 2], return_counts=True), strict=True):
-            found[quarantine.why(cutting.reason(int(why), 0, seq_len))] += int(count)
-        return found
+            left_out[quarantine.why(cutting.reason(int(why), 0, seq_len))] += int(count)
+        return left_out
 
     def entries(self, seq_len: int) -> Iterator[LeftOut]:
         """The records that are left out, in order, their sources counted in the data set."""
@@ -96,12 +96,12 @@ def take(
     facts = manifest.read(shard.folder)
     specs = store.DOCUMENTS | {"loss": store.TOKENS["loss"]}
     more = {} if second is None else store.SECOND_DOCUMENTS
-    found = arrays.joined([shard.folder], specs | more, specs)
-    ends, table = found["documents"][:], found["records"][:]
+    columns = arrays.joined([shard.folder], specs | more, specs)
+    ends, table = columns["documents"][:], columns["records"][:]
     if facts["kind"] is None:
         return _nothing(shard, facts, second)
     policy, whole = settings.policy(facts["kind"]), facts["kind"] in PAIRS
-    cut = cutting.cut(ends, found["loss"], policy, settings.seq_len)
+    cut = cutting.cut(ends, columns["loss"], policy, settings.seq_len)
     source_R = _sources_of(facts["begun"], len(table))
     left_R, left = _judged(cut, ends, table, source_R, whole, settings.seq_len)
     used_R = ~left_R
@@ -115,11 +115,11 @@ def take(
     sizes = [int(ends[-1])]
     shortened = cut.kept < np.diff(ends)
     if second is not None:  # every document is in one piece in both views
-        others = found["second_documents"][:]
+        others = columns["second_documents"][:]
         begins, lengths = others[documents], np.diff(others)[documents]
         pieces = np.concatenate([pieces, np.stack([begins, lengths], axis=1)], axis=1)
         sizes.append(int(others[-1]))
-        shortened |= found["shortened"][:]
+        shortened |= columns["shortened"][:]
     route_R = _routed(shard, facts["teachers"], table, used_R, source_R, routing)
     named = bool((table[used_R, _NAMED] > 0).any())
     return Taken(

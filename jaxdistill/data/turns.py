@@ -121,7 +121,7 @@ class Tracer:
         whose = np.where(theirs, seen.astype(np.int64) - _FIRST, -1)
         for match in self._hidden.finditer(text):
             whose[match.start() : match.end()] = owners[int(match[1])]
-        found: list[Place | None] = [None] * len(messages)
+        turns: list[Place | None] = [None] * len(messages)
         at = np.flatnonzero(whose >= 0)
         names, first = np.unique(whose[at], return_index=True)
         behind = len(at) - np.unique(whose[at][::-1], return_index=True)[1]
@@ -129,8 +129,8 @@ class Tracer:
         for name, start, end in zip(names.tolist(), first, behind, strict=True):
             last = int(at[end - 1]) + 1
             last += self._unmarked(text, last, messages[name])
-            found[name] = Place(int(at[start]), last, int(counts[name]))
-        return found
+            turns[name] = Place(int(at[start]), last, int(counts[name]))
+        return turns
 
     def _unmarked(self, text: str, place: int, message: Mapping[str, Any]) -> int:
         """How many characters of a message that stay as they are follow its last replaced one."""

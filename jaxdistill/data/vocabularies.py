@@ -172,8 +172,8 @@ def compare(ours: Vocabulary, theirs: Vocabulary, rows: int | None = None) -> Pa
         elif index in same:
             ids.append(index)
         else:
-            found = elsewhere.get(meaning)
-            ids.append(found.popleft() if found else -1)
+            other = elsewhere.get(meaning)
+            ids.append(other.popleft() if other else -1)
             used.add(ids[-1])
             if ids[-1] < 0 and index in ours.added and index in theirs.added and index in known:
                 renamed.append(index)

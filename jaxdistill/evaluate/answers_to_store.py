@@ -79,13 +79,13 @@ def _topk(form: Format, logp_BCV: Array, positions: Array, keys: Array) -> dict[
     """The K likeliest, and the sums over the others, which no difference from 1 would give."""
     top_BCK, ids_BCK = jax.lax.top_k(logp_BCV, form.k)
     other_BCV = jnp.put_along_axis(logp_BCV, ids_BCK, -jnp.inf, axis=-1, inplace=False)
-    found = {"ids": ids_BCK, "logprobs": top_BCK}
+    answers = {"ids": ids_BCK, "logprobs": top_BCK}
     log_z = [jax.nn.logsumexp(logp_BCV / t, axis=-1) for t in form.temperatures]
     rest = [jnp.sum(jnp.exp(other_BCV), axis=-1)]
     for t, log_z_BC in zip(form.temperatures, log_z, strict=True):
         rest.append(jnp.sum(jnp.exp(other_BCV / t - log_z_BC[..., None]), axis=-1))
-    found["rest"] = jnp.stack(rest, axis=-1)
-    return found | ({"log_z": jnp.stack(log_z, axis=-1)} if log_z else {})
+    answers["rest"] = jnp.stack(rest, axis=-1)
+    return answers | ({"log_z": jnp.stack(log_z, axis=-1)} if log_z else {})
 
 
 def _sampled(form: Format, logp_BCV: Array, positions: Array, keys: Array) -> dict[str, Array]:

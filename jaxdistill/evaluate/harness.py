@@ -134,7 +134,7 @@ class _Answers:
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for numbers in alike.values():
             settings = _settings(self._model, requests[numbers[0]].args[1])
             room = self._model.config.max_positions - settings["max_new_tokens"]
@@ -144,8 +144,8 @@ class _Answers:
                 ids, slots=self._batch_size, streams=numbers, logprobs=False, **settings
             )
             texts = [text.text_of(self.tokenizer, row[0]) for row in done]
-            found |= dict(zip(numbers, texts, strict=True))
-        return [found[number] for number in range(len(requests))]
+            answers |= dict(zip(numbers, texts, strict=True))
+        return [answers[number] for number in range(len(requests))]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -101,10 +101,10 @@ class Description:
         others = ["attention.value_length"]
         if not gguf_layout.LAYOUTS[self.family].partial:
             others.append("rope.dimension_count")
-        found = {name: self.setting(name) for name in others}
+        settings = {name: self.setting(name) for name in others}
         if size is None and isinstance(heads, int) and isinstance(embed, int) and heads > 0:
             size = embed // heads
-        for name, other in found.items():
+        for name, other in settings.items():
             if other is not None and other != (self.setting("attention.key_length") or size):
                 raise ModelError(
                     f"{self.where}: {self.architecture}.{name}: {other} differs from the head "

@@ -163,10 +163,10 @@ def _scalar(layout: GgufLayout, setting: Any) -> Any:
 def settings_of(family: str, words: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of a file behind the architecture's name -> values, of a written configuration."""
     row = FAMILIES[family]
-    found = {key: words.get(row.field(word)) for word, key in _keys(family).items()}
+    settings = {key: words.get(row.field(word)) for word, key in _keys(family).items()}
     # Nobody reads the width of an MLP that there is not, and llama.cpp wants it.
-    found.setdefault("feed_forward_length", found.get("expert_feed_forward_length"))
-    return {key: value for key, value in found.items() if value is not None}
+    settings.setdefault("feed_forward_length", settings.get("expert_feed_forward_length"))
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def name_of(layout: GgufLayout, layers: int, name: str) -> str:
@@ -176,10 +176,10 @@ def name_of(layout: GgufLayout, layers: int, name: str) -> str:
       ModelError: for a tensor that the architecture has none for.
     """
     stem, _, suffix = name.rpartition(".")
-    found = _table(layout.architecture, layers).get_name(stem)
-    if found is None:
+    stem_there = _table(layout.architecture, layers).get_name(stem)
+    if stem_there is None:
         raise ModelError(f"{name}: the architecture {layout.architecture} has no name for it")
-    return f"{found}.{suffix}"
+    return f"{stem_there}.{suffix}"
 
 
 @functools.lru_cache(maxsize=4)

@@ -130,12 +130,12 @@ def _pre_of(state: Mapping[str, Any], merges: bool) -> str:
 
     if not merges:
         return "gpt-2"
-    found = _cut(state["pre_tokenizer"])
+    cut = _cut(state["pre_tokenizer"])
     for name, build in read.PRE.items():
         one = Tokenizer(models.BPE())
         one.pre_tokenizer = build(pre_tokenizers)
         normalizer = {"type": "NFC"} if name == "qwen2" else None
-        same = _cut(json.loads(one.to_str())["pre_tokenizer"]) == found
+        same = _cut(json.loads(one.to_str())["pre_tokenizer"]) == cut
         if same and state["normalizer"] == normalizer:
             return "gpt-2" if name == "default" else name
     raise ModelError(

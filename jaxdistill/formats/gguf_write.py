@@ -189,25 +189,27 @@ def _check_rows(gguf: Any, config: DecoderConfig, kind: str) -> None:
 
 def _shape(config: DecoderConfig) -> dict[str, Any]:
     """The metadata of a configuration, by key."""
-    found = settings_of(config.family, write_config(config, "float32"))
-    found["vocab_size"] = config.vocab_size
+    settings = settings_of(config.family, write_config(config, "float32"))
+    settings["vocab_size"] = config.vocab_size
     if "head_dim" not in FAMILIES[config.family].absent:
-        found |= dict.fromkeys(("attention.key_length", "attention.value_length"), config.head_dim)
+        settings |= dict.fromkeys(
+            ("attention.key_length", "attention.value_length"), config.head_dim
+        )
     if config.rope is not None:
-        found |= _turns(config.rope, config.head_dim)
+        settings |= _turns(config.rope, config.head_dim)
     architecture = LAYOUTS[config.family].architecture
-    return {ARCHITECTURE: architecture, **{f"{architecture}.{k}": v for k, v in found.items()}}
+    return {ARCHITECTURE: architecture, **{f"{architecture}.{k}": v for k, v in settings.items()}}
 
 
 def _turns(settings: rope.Rope, head_dim: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"rope.dimension_count": settings.dims(head_dim)}
-    found["rope.freq_base"] = settings.theta
+    keys: dict[str, Any] = {"rope.dimension_count": settings.dims(head_dim)}
+    keys["rope.freq_base"] = settings.theta
     if settings.kind in ("linear", "yarn"):
-        found["rope.scaling.type"] = settings.kind
-        found["rope.scaling.factor"] = settings.factor
+        keys["rope.scaling.type"] = settings.kind
+        keys["rope.scaling.factor"] = settings.factor
     if settings.kind == "yarn":
-        found["rope.scaling.original_context_length"] = settings.original_max_positions
-    return found
+        keys["rope.scaling.original_context_length"] = settings.original_max_positions
+    return keys
 
 
 def _ends(model: Model) -> dict[str, Any]:

@@ -125,14 +125,14 @@ def folder_generation(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       ModelError: for a setting that is neither a number nor true or false.
     """
-    found = _generation_file(folder, GENERATION)
-    for name, value in found.items():
+    generation = _generation_file(folder, GENERATION)
+    for name, value in generation.items():
         if not isinstance(value, int | float):
             raise ModelError(
                 f"{folder / _GENERATION_FILE}: {name}: {shown(value)} must be a number, true or "
                 "false: correct it, or remove the field"
             )
-    return found
+    return generation
 
 
 def _generation_file(folder: pathlib.Path, fields: Sequence[str]) -> dict[str, Any]:

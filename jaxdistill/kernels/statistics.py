@@ -110,17 +110,17 @@ PLAIN = Arithmetic()
 
 def models(names: Sequence[str], mixed: bool) -> list[str]:
     """The models whose maxima these statistics need; z is t where there is no mixture."""
-    found = set()
+    chosen = set()
     for name in names:
         if name in AT_TOP:
-            found |= {"s", "t"} if name == ECHO else {"s"}
+            chosen |= {"s", "t"} if name == ECHO else {"s"}
         else:
-            found.add(MOMENTS[name].model)
+            chosen.add(MOMENTS[name].model)
             if MOMENTS[name].of == "gap":
-                found.add(MOMENTS[name].other)
-    if not mixed and "z" in found:
-        found = found - {"z"} | {"t"}
-    return [model for model in "stz" if model in found]
+                chosen.add(MOMENTS[name].other)
+    if not mixed and "z" in chosen:
+        chosen = chosen - {"z"} | {"t"}
+    return [model for model in "stz" if model in chosen]
 
 
 def top_of(statistics: Rows, model: str) -> Array:
@@ -158,21 +158,21 @@ def measure(
             weights[key] = by.exp(x(moment.model, moment))
         return weights[key]
 
-    found = {}
+    sums = {}
     for name in names:
         if name == ECHO:
             at_top = logits["s"] == by.spread(top_of(tops, "s"))
-            found[ECHO] = by.largest(jnp.where(at_top, logits["t"], LOWEST))
+            sums[ECHO] = by.largest(jnp.where(at_top, logits["t"], LOWEST))
             continue
         moment = MOMENTS[name]
         if moment.of == "one":
-            found[name] = by.total(weight(moment))
+            sums[name] = by.total(weight(moment))
         elif moment.of == "self":
-            found[name] = by.total(weight(moment) * x(moment.model, moment))
+            sums[name] = by.total(weight(moment) * x(moment.model, moment))
         else:
             gap = x(moment.model, moment) - x(moment.other, moment)
-            found[name] = by.total(weight(moment) * gap)
-    return found
+            sums[name] = by.total(weight(moment) * gap)
+    return sums
 
 
 def rescale(statistics: Rows, tops: Rows, scales: Scales, exp: Exp = jnp.exp) -> Rows:
@@ -240,8 +240,8 @@ def merge(a: Rows, b: Rows, scales: Scales) -> Rows:
 
 def in_passes(names: Sequence[str], logits: Rows, scales: Scales) -> Rows:
     """The statistics of whole rows, one reduction after the other: a CPU's form, from its cache."""
-    found = models(names, "z" in logits)
-    measured = {f"max_{model}": PLAIN.largest(logits[model]) for model in found}
+    read = models(names, "z" in logits)
+    measured = {f"max_{model}": PLAIN.largest(logits[model]) for model in read}
     if LEAD in names:
         measured[LEAD] = -jnp.argmax(logits["s"], axis=1).astype(jnp.float32)
     return measured | measure([name for name in names if name != LEAD], logits, measured, scales)

@@ -135,12 +135,12 @@ class TokenRows:
     def measure(self, names: Sequence[str]) -> Rows:
         """Statistics of whole rows by name, [n] each, merged over the shards of the vocabulary."""
         twins = self.twins(names)
-        found = measuring.measure(
+        measured = measuring.measure(
             tuple(dict.fromkeys(twins.values())), self.given, self.logits, self.coefficients,
             self.implementation, self.vocabulary,
         )  # fmt: skip
-        tops = {name: top for name, top in found.items() if name.startswith("max_")}
-        return tops | {name: found[twin] for name, twin in twins.items()}
+        tops = {name: top for name, top in measured.items() if name.startswith("max_")}
+        return tops | {name: measured[twin] for name, twin in twins.items()}
 
     def twins(self, names: Sequence[str]) -> dict[str, str]:
         """By name what is measured for it: at a temperature of 1 the tempered sum is the plain one.

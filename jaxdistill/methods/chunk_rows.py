@@ -124,8 +124,8 @@ def compared(
         total = summed(divergence, ours, theirs, there, head.get("chunk"))
         alpha, chunks = knobs["alpha"], jnp.sum(there.astype(jnp.float32))
         whole = alpha * ce.total + (1 - alpha) * share["per_chunk"] * total
-        found = {"loss/ce": ce, "loss/divergence": Mean(total, chunks)}
-        return {"loss": Mean(whole, ce.count), **found}
+        means = {"loss/ce": ce, "loss/divergence": Mean(total, chunks)}
+        return {"loss": Mean(whole, ce.count), **means}
 
     return Objective(no_parameters, apply, prepare=prepare, token_means=False)
 

@@ -85,9 +85,9 @@ def said(head: Any, outputs: Outputs, batch: Batch, **asked: Any) -> tuple[Array
       batch: the rows; targets that do not count give 0.
       asked: as `statistics` takes them.
     """
-    found = statistics(head, outputs, batch.targets, batch.mask, **asked)
-    assert found.logprobs is not None, "of the ids that were given"
-    return found.logprobs, found.entropy
+    means = statistics(head, outputs, batch.targets, batch.mask, **asked)
+    assert means.logprobs is not None, "of the ids that were given"
+    return means.logprobs, means.entropy
 
 
 def said_by_teacher(head: Any, signal: TeacherSignal, batch: Batch, **asked: Any) -> Array:

@@ -94,9 +94,9 @@ def problems(
     options: Any, reads: str, format: str, temperatures: tuple[float, ...]
 ) -> list[Problem]:
     """(field of the method, rule) of everything that a stored format cannot give."""
-    found: list[Problem] = []
+    faults: list[Problem] = []
     if told := problem(options.name, reads, format):
-        found.append((("name",), told))
+        faults.append((("name",), told))
     elif told := temperature_problem(options, format, temperatures):
-        found.append((("temperature",), told))
-    return found
+        faults.append((("temperature",), told))
+    return faults

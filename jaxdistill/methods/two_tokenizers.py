@@ -52,8 +52,8 @@ def matched(facts: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
     both = (facts.student_tokenizer, facts.teacher_tokenizer)
     ours, theirs = map(vocabularies.vocabulary, both)
     ids = enumerate(vocabularies.compare(ours, theirs).ids)
-    found = {i: j for i, j in ids if i in ours.table and j in theirs.table}
+    pairs = {i: j for i, j in ids if i in ours.table and j in theirs.table}
     ends = tuple(one.eos_token_id for one in both)
-    if None not in ends and ends[0] not in found and ends[1] not in found.values():
-        found[ends[0]] = ends[1]
-    return tuple(found), tuple(found.values())
+    if None not in ends and ends[0] not in pairs and ends[1] not in pairs.values():
+        pairs[ends[0]] = ends[1]
+    return tuple(pairs), tuple(pairs.values())

@@ -95,9 +95,9 @@ def errors(
 
     with jax.default_matmul_precision("highest"):  # float32 is rounded by default on TPUs and GPUs
         exact = answers("xla", [x.astype(jnp.float32) for x in arrays])
-    rounded, found = answers("xla", arrays), answers(form, arrays, interpret)
+    rounded, answer = answers("xla", arrays), answers(form, arrays, interpret)
     told = {}
-    for what, true, plain, ours in zip(_NAMES, exact, rounded, found, strict=True):
+    for what, true, plain, ours in zip(_NAMES, exact, rounded, answer, strict=True):
         off = lambda x, true=true: float(np.abs(x - true).max() / np.abs(true).max())
         told[what] = off(ours), max(4 * off(plain), 1e-5)
     return told

@@ -43,9 +43,9 @@ def check(config: DecoderConfig, length: int, tensor: int, context: int) -> None
     Raises:
       ConfigError: naming what it cannot.
     """
-    found = problem(config, length, tensor, context)
-    if found:
-        raise ConfigError(f"attention = 'splash': {found}: change it, or take xla")
+    reason = problem(config, length, tensor, context)
+    if reason:
+        raise ConfigError(f"attention = 'splash': {reason}: change it, or take xla")
 
 
 def problem(config: DecoderConfig, length: int, tensor: int, context: int) -> str | None:

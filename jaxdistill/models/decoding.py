@@ -183,7 +183,7 @@ def advance(
         return (step < steps) & (jnp.sum(~rows["live"]) < enough)
 
     def body(carry):
-        step, cache, rows, seen, found = carry
+        step, cache, rows, seen, collected = carry
         attend = ring.attention(config, cache, rows["length"])
         outputs, layers, _ = decoder.forward(
             config,
@@ -201,9 +201,9 @@ def advance(
         put = lambda all_BSX, one_BX: jax.lax.dynamic_update_slice_in_dim(
             all_BSX, one_BX[:, None], step, 1
         )
-        found = jax.tree.map(put, found, shown)
+        collected = jax.tree.map(put, collected, shown)
         cache = ring.Ring(layers, (cache.place + 1) % cache.size)
-        return step + 1, cache, _next(rows, new.token, ends_BK), seen, found
+        return step + 1, cache, _next(rows, new.token, ends_BK), seen, collected
 
     several = lambda *shape: jnp.zeros((batch, steps, *shape), jnp.float32)
     start = (

@@ -241,10 +241,10 @@ class Generator:
             names[slot] = row.request.seed, row.request.stream, row.sample
         fresh = np.asarray(decoding.row_keys(names))
         self._keys[taken] = fresh[taken]
-        found = decoding.first(
+        token = decoding.first(
             prefill.logits, source, self._keys, self._settings(), self._told, self._history()
         )
-        return self._settle([np.asarray(one)[:, None] for one in found], taken)
+        return self._settle([np.asarray(one)[:, None] for one in token], taken)
 
     def _advance(self) -> list[Completion]:
         names = ("token", "length", "count", "limit")
@@ -261,7 +261,7 @@ class Generator:
         # With rows waiting, a few free slots are worth leaving the loop for; else only all are.
         idle = self.slots - len(self._rows)
         enough = idle + max(1, self.slots // 8) if self._queue else self.slots
-        self._ring, found = decoding.advance(
+        self._ring, tokens = decoding.advance(
             self.config,
             STEPS,
             self._told,
@@ -274,7 +274,7 @@ class Generator:
             self._settings(),
             self._history(),
         )
-        return self._settle([np.asarray(one) for one in found], list(self._rows))
+        return self._settle([np.asarray(one) for one in tokens], list(self._rows))
 
     @property
     def _told(self) -> int | None:

@@ -38,8 +38,8 @@ def scores(
     for start in range(0, len(follow), AT_A_TIME):
         size = min(AT_A_TIME, len(follow) - start)
         place = np.minimum(np.arange(start, start + AT_A_TIME, dtype=np.int32), start + size - 1)
-        found = _score(config, most, rest, x_PWD, np.int32(row), place, follow[place])
-        parts.append([np.asarray(one)[:size] for one in found])
+        pieces = _score(config, most, rest, x_PWD, np.int32(row), place, follow[place])
+        parts.append([np.asarray(one)[:size] for one in pieces])
     logprob, rank, likely, likely_logprob = map(np.concatenate, zip(*parts, strict=True))
     return PromptScores(logprob, rank, likely[:, :wanted], likely_logprob[:, :wanted])
 

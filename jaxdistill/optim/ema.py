@@ -74,5 +74,5 @@ def ema(decay: float, every: int = 1) -> optax.GradientTransformationExtraArgs:
 def average(opt_state: Any) -> Any:
     """The averaged parameters in the optimizer's state, at any depth; None where there are none."""
     is_ema = lambda node: isinstance(node, EmaState)
-    found = filter(is_ema, jax.tree.leaves(opt_state, is_leaf=is_ema))
-    return next((state.average for state in found), None)
+    averages = filter(is_ema, jax.tree.leaves(opt_state, is_leaf=is_ema))
+    return next((state.average for state in averages), None)

@@ -66,11 +66,11 @@ def knobs(opt_state: Any) -> dict[str, Array]:
     def is_knob(leaf: Any) -> bool:
         return isinstance(leaf, NamedKnobState)
 
-    found: dict[str, Array] = {}
+    values: dict[str, Array] = {}
     for leaf in jax.tree.leaves(opt_state, is_leaf=is_knob):
         if is_knob(leaf):
-            found |= {name: state.value for name, state in leaf.knobs.items()}
-    return found
+            values |= {name: state.value for name, state in leaf.knobs.items()}
+    return values
 
 
 def schedule(shape: str, start: float, end: float, steps: int) -> optax.Schedule:

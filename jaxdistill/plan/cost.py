@@ -47,14 +47,14 @@ class Cost(NamedTuple):
         """
         if chip is None:
             return {}
-        found = {"compute": self.flops / chip.flops, "memory": self.nbytes / chip.bandwidth}
+        seconds = {"compute": self.flops / chip.flops, "memory": self.nbytes / chip.bandwidth}
         if chip.links is not None:
-            found["links"] = (self.link_bytes - self.network_bytes) / chip.links
+            seconds["links"] = (self.link_bytes - self.network_bytes) / chip.links
         if chip.network is not None and self.network_bytes:
-            found["network"] = self.network_bytes / chip.network
+            seconds["network"] = self.network_bytes / chip.network
         if self.host_bytes and chip.host is not None:
-            found["host"] = self.host_bytes / chip.host
-        return found
+            seconds["host"] = self.host_bytes / chip.host
+        return seconds
 
 
 def cost(
@@ -75,9 +75,9 @@ def cost(
       filled: as `hlo.product_flops` takes it.
     """
     networks = [0] * math.prod(mesh.values()) if networks is None else networks
-    found = [one for one in hlo.collectives(text) if one.axes(mesh)]
+    sends = [one for one in hlo.collectives(text) if one.axes(mesh)]
     sums: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {}
-    for one in found:
+    for one in sends:
         axes = one.axes(mesh)
         entry = sums.setdefault(
             (one.kind, axes),
@@ -88,7 +88,7 @@ def cost(
         entry["bytes"] += one.times * one.nbytes
         entry["sent_bytes"] += one.link_bytes(mesh)
         entry["network_bytes"] += one.network_bytes(networks)
-    largest = sorted(found, key=lambda one: -one.nbytes)[:most]
+    largest = sorted(sends, key=lambda one: -one.nbytes)[:most]
     return Cost(
         flops=hlo.product_flops(text, filled),
         nbytes=hlo.bytes_moved(text),

@@ -48,20 +48,20 @@ def plan(
     targets.check(targets.parse(target))
     notice(f"compiling the step for {target}")
     with config.written.told():
-        found = _measured(config, target)
-    if not tries or (found["fits"] and found["floor_seconds"] is None):
-        return found
-    if not found["fits"]:
-        outcomes = list(_search(config, target, found, tries, notice))
+        planned = _measured(config, target)
+    if not tries or (planned["fits"] and planned["floor_seconds"] is None):
+        return planned
+    if not planned["fits"]:
+        outcomes = list(_search(config, target, planned, tries, notice))
         fitting = [outcome for outcome in outcomes if outcome["fits"]]
         fitting.sort(key=lambda outcome: outcome["seconds_per_token"] or 0.0)
-        return found | {"tried": len(outcomes), "changes": fitting[:3]}
+        return planned | {"tried": len(outcomes), "changes": fitting[:3]}
     attempt = lambda overrides: _tried(config, target, overrides, notice)
-    search = faster.Search(found, attempt, tries, 60 * minutes)
-    outcomes = list(search.over(faster.kinds(config, found["mesh"])))
-    gains = [one for one in outcomes if one["fits"] and faster.better(one, found)]
+    search = faster.Search(planned, attempt, tries, 60 * minutes)
+    outcomes = list(search.over(faster.kinds(config, planned["mesh"])))
+    gains = [one for one in outcomes if one["fits"] and faster.better(one, planned)]
     gains.sort(key=lambda one: (one["floor_seconds"], sum(one["seconds"].values())))
-    return found | {"tried": len(outcomes), "faster": gains[:3]}
+    return planned | {"tried": len(outcomes), "faster": gains[:3]}
 
 
 def _measured(config: Config, target: str) -> dict[str, Any]:
@@ -179,15 +179,15 @@ def _tried(
     notice(f"trying {' '.join(overrides)}")
     try:
         changed = configs.loads(configs.dump(config), "changed", overrides)
-        found = _measured(changed, target)
+        planned = _measured(changed, target)
     except UserError:
         return None
-    floor = found["floor_seconds"]
+    floor = planned["floor_seconds"]
     return {
         "overrides": list(overrides),
-        "total": found["memory"]["total"],
+        "total": planned["memory"]["total"],
         "floor_seconds": floor,
-        "seconds": found["seconds"],
-        "seconds_per_token": None if floor is None else floor / found["tokens_per_step"],
-        "fits": found["fits"],
+        "seconds": planned["seconds"],
+        "seconds_per_token": None if floor is None else floor / planned["tokens_per_step"],
+        "fits": planned["fits"],
     }

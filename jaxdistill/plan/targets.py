@@ -112,21 +112,21 @@ def parse(text: str) -> Target:
     Raises:
       ConfigError: for a name that is none; the message shows some that are.
     """
-    found = _TARGET.fullmatch(text)
-    if not found:
+    match = _TARGET.fullmatch(text)
+    if not match:
         raise ConfigError(
             f"target = {text!r}: must look like gpu:h100:8, tpu:v5e:4x4 (chips) or cpu:8; GPUs are "
             f"{', '.join(GPUS)}; TPUs are {', '.join(chips.TPUS)}"
         )
-    if found[1]:
-        if found[2] not in GPUS:
+    if match[1]:
+        if match[2] not in GPUS:
             raise ConfigError(f"target = {text!r}: GPUs are {', '.join(GPUS)}")
-        return Target("gpu", found[2], tuple(map(int, (found[3] or "1").split("x"))))
-    if found[4]:
-        if found[5] not in chips.TPUS:
+        return Target("gpu", match[2], tuple(map(int, (match[3] or "1").split("x"))))
+    if match[4]:
+        if match[5] not in chips.TPUS:
             raise ConfigError(f"target = {text!r}: TPUs are {', '.join(chips.TPUS)}")
-        return Target("tpu", found[5], tuple(map(int, found[6].split("x"))))
-    return Target("cpu", "cpu", (int(found[8]),))
+        return Target("tpu", match[5], tuple(map(int, match[6].split("x"))))
+    return Target("cpu", "cpu", (int(match[8]),))
 
 
 def environment(target: Target) -> dict[str, str]:
@@ -151,10 +151,10 @@ def missing(target: Target) -> str | None:
         return None
     module, command = _PACKAGES[target.platform]
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
-        found = None
-    return None if found else command.format(jax=importlib.metadata.version("jax"))
+        spec = None
+    return None if spec else command.format(jax=importlib.metadata.version("jax"))
 
 
 def check(target: Target) -> None:

@@ -222,13 +222,13 @@ def compiled(work: Callable[[], Any], folder: pathlib.Path, name: str = "step") 
     before = None
     while True:
         finished = not thread.is_alive()
-        found = _dumped(folder, name)
-        if found is not None and (found == before or finished):
-            return found
-        if failed and found is None:
+        dump = _dumped(folder, name)
+        if dump is not None and (dump == before or finished):
+            return dump
+        if failed and dump is None:
             raise failed[0]
         assert not finished, f"the compiler wrote nothing to {folder}"
-        before = found
+        before = dump
         thread.join(0.5)
 
 

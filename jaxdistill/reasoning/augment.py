@@ -71,7 +71,7 @@ def load_seeds(source: Source, limit: int | None) -> tuple[list[Seed], dict[str,
     Raises:
       DataError: if there is none, or they are of several kinds.
     """
-    found: dict[str, Seed] = {}
+    seeds: dict[str, Seed] = {}
     left: collections.Counter[str] = collections.Counter()
     for item in source:
         if not isinstance(item, Record):
@@ -80,15 +80,15 @@ def load_seeds(source: Source, limit: int | None) -> tuple[list[Seed], dict[str,
         seed = _seed(item, source.name)
         if seed is None:
             left["no question with an answer"] += 1
-        elif seed.id in found:
+        elif seed.id in seeds:
             left["duplicate"] += 1
-        elif limit is None or len(found) < limit:
-            found[seed.id] = seed
-    kinds = sorted({seed.kind for seed in found.values()})
+        elif limit is None or len(seeds) < limit:
+            seeds[seed.id] = seed
+    kinds = sorted({seed.kind for seed in seeds.values()})
     if len(kinds) != 1:
         why = f"records of several kinds ({', '.join(kinds)})" if kinds else _told(left)
         raise DataError(f"augment.seeds: {source.name}: cannot be used: {why or 'no records'}")
-    return list(found.values()), dict(left)
+    return list(seeds.values()), dict(left)
 
 
 def _seed(record: Record, name: str) -> Seed | None:

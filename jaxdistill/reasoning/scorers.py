@@ -47,8 +47,8 @@ def regex(pattern: str) -> Callable[[str, str], float]:
     compiled(pattern)
 
     def score(completion: str, gold: str) -> float:
-        found = verifiers.search(pattern, completion[-extract.LONGEST :])
-        answer = extract.canonical(found, "text")
+        match = verifiers.search(pattern, completion[-extract.LONGEST :])
+        answer = extract.canonical(match, "text")
         return float(answer is not None and answer == extract.canonical(gold, "text"))
 
     return score

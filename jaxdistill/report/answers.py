@@ -64,20 +64,20 @@ def _whole(row: typing.Any) -> dict[str, typing.Any]:
       ValueError: if the share of right greedy answers is not there, or a share is beyond 0 to 1.
     """
     json_file.check(row, {"greedy": dict})
-    found = run_files.fields(row, {"greedy": dict, "questions": int})
-    if not 0 <= found.get("questions", 0):
-        raise ValueError(f"its field 'questions' is {found['questions']}: must be 0 or more")
+    fields = run_files.fields(row, {"greedy": dict, "questions": int})
+    if not 0 <= fields.get("questions", 0):
+        raise ValueError(f"its field 'questions' is {fields['questions']}: must be 0 or more")
     json_file.check_shares(row["greedy"], _SHARE)
     if isinstance(row.get("unparsable"), dict):
         json_file.check_shares(row["unparsable"], _SHARE)
-        found["unparsable"] = row["unparsable"]
+        fields["unparsable"] = row["unparsable"]
     for name in ("maj_at", "pass_at"):
         shares = run_files.fields(row, {name: dict}).get(name, {})
         if all(k.isdecimal() and isinstance(share, dict) for k, share in shares.items()):
             for share in shares.values():
                 json_file.check_shares(share, _SHARE)
-            found[name] = shares
-    return found
+            fields[name] = shares
+    return fields
 
 
 def _section(task: str, number: int, results: Mapping[pathlib.Path, Mapping]) -> page.PageSection:

@@ -144,12 +144,12 @@ def as_list(value: typing.Any) -> list:
 
 def fields(value: typing.Any, shape: json_file.Shape) -> dict[str, typing.Any]:
     """The fields of an object that are of their types; of what is no object, none."""
-    found = as_object(value)
+    record = as_object(value)
     kept = {}
     for name, types in shape.items():
         with contextlib.suppress(ValueError):
-            json_file.check(found, {name: types})
-            kept[name] = found[name]
+            json_file.check(record, {name: types})
+            kept[name] = record[name]
     return kept
 
 
@@ -199,14 +199,14 @@ def _samples(
 
 def _marks(row: Mapping[str, typing.Any]) -> list[tuple[str, float]]:
     """The tokens of a sample with their numbers; none where one of them is something else."""
-    found = as_list(row.get("marks"))[:_MAX_MARKS]
-    pairs = [one for one in found if isinstance(one, list) and len(one) == 2]
+    marks = as_list(row.get("marks"))[:_MAX_MARKS]
+    pairs = [one for one in marks if isinstance(one, list) and len(one) == 2]
     told = [
         (text, float(gap))
         for text, gap in pairs
         if isinstance(text, str) and isinstance(gap, int | float) and not isinstance(gap, bool)
     ]
-    return told if len(told) == len(found) else []
+    return told if len(told) == len(marks) else []
 
 
 def _has_text(row: dict) -> bool:

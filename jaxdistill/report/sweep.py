@@ -36,13 +36,13 @@ def write(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> pa
       StorageError: if the file cannot be written.
     """
     place = pathlib.Path(folder)
-    found = run_files.read_object(place / FILE, [])
-    runs = [run_files.as_object(run) for run in run_files.as_list(found.get("runs"))]
+    sweep = run_files.read_object(place / FILE, [])
+    runs = [run_files.as_object(run) for run in run_files.as_list(sweep.get("runs"))]
     begun = [place / str(run.get("name")) for run in runs]
     begun = [run for run in begun if (run / "RUN.json").is_file()]
     if not begun:
         raise DataError(f"{place}: no run of this sweep has begun: `jaxdistill sweep` runs it")
-    rows = [run_files.as_object(row) for row in run_files.as_list(found.get("rows"))]
+    rows = [run_files.as_object(row) for row in run_files.as_list(sweep.get("rows"))]
     rows = [row for row in rows if isinstance(row.get("name"), str)]
     summary = _summary(rows, len(begun), len(runs))
     pictures.require()
@@ -58,16 +58,16 @@ def _multiples(runs: Sequence[run_files.RunFiles]) -> page.PageSection:
         (one for one in CURVES if all(len(curves.series(run.records, one[1])[0]) for run in runs)),
         CURVES[-1],
     )
-    found = {run.name: curves.series(run.records, metric) for run in runs}
-    end = max((int(steps[-1]) for steps, _ in found.values() if len(steps)), default=0)
+    series = {run.name: curves.series(run.records, metric) for run in runs}
+    end = max((int(steps[-1]) for steps, _ in series.values() if len(steps)), default=0)
     drawn = []
-    for index, (name, (steps, values)) in enumerate(found.items()):
+    for index, (name, (steps, values)) in enumerate(series.items()):
         if not len(steps):
             continue
         line = curves.Line(name, steps, values, "blue", "dots")
         others = [
             curves.Line(other, *points, "grey", "faint")
-            for other, points in found.items()
+            for other, points in series.items()
             if other != name and len(points[0])
         ]
         svg = pictures.draw(

@@ -77,13 +77,13 @@ def by_teacher(
     rows: Sequence[Mapping[str, typing.Any]],
 ) -> dict[str, list[Mapping[str, typing.Any]]]:
     """Of several teachers the rows of each, on the held-out text that is for it; {} of one."""
-    found: dict[str, list[Mapping[str, typing.Any]]] = {}
+    groups: dict[str, list[Mapping[str, typing.Any]]] = {}
     for row in ordered(rows):
         parts = row.get("by_teacher")
         for name, numbers in parts.items() if isinstance(parts, Mapping) else ():
             if isinstance(numbers, Mapping):
-                found.setdefault(name, []).append({**numbers, "name": row["name"]})
-    return found
+                groups.setdefault(name, []).append({**numbers, "name": row["name"]})
+    return groups
 
 
 def columns(rows: Sequence[Mapping[str, typing.Any]]) -> list[Column]:

@@ -78,8 +78,8 @@ class MetricsWriter:
             if resume_step is None:
                 _refuse_records(metrics)
             events = self.run_dir / "events.jsonl"
-            found = {metrics: json_lines.cut(metrics, resume_step, hooks)}
-            found[events] = json_lines.cut(events, None, hooks)
+            left_out = {metrics: json_lines.cut(metrics, resume_step, hooks)}
+            left_out[events] = json_lines.cut(events, None, hooks)
             self._metrics = json_lines.JsonLinesWriter(metrics, self._hooks)
             self._events = json_lines.JsonLinesWriter(events, hooks)
         except OSError as error:
@@ -92,7 +92,7 @@ class MetricsWriter:
             with self._guard("tensorboard"):
                 folder = self.run_dir / "tensorboard"
                 self._board = Board(folder, resume_step, self._clock(), hooks)
-        for path, lines in found.items():
+        for path, lines in left_out.items():
             self._tell_damaged(path, lines)
 
     def write(self, step: int, scalars: Mapping[str, typing.Any]) -> None:

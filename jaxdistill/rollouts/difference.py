@@ -73,8 +73,8 @@ def difference(
       logprobs: float32 [B, L], the sampler's log q of the targets.
     """
     with on_mesh(params):
-        found = _summary(program, params, teacher_params, batch, logprobs)
-    return {f"rollout/{name}": float(value) for name, value in found.items()}
+        summary = _summary(program, params, teacher_params, batch, logprobs)
+    return {f"rollout/{name}": float(value) for name, value in summary.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -68,11 +68,11 @@ class RewardPlan:
     def rewards(self, answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> np.ndarray:
         """float32 [prompts, samples]: what each answer earned; NaN where nobody could say."""
         earned = [np.nan if one.reward is None else one.reward for one in verdicts]
-        found = np.asarray(earned, np.float32)
+        rewards = np.asarray(earned, np.float32)
         if self.ramp is not None:
             sizes = np.asarray([len(one.tokens) for one in answers])
-            found = found + losses.overlong_penalty(sizes, limit=self.longest, ramp=self.ramp)
-        return np.asarray(found, np.float32).reshape(-1, self.samples)
+            rewards = rewards + losses.overlong_penalty(sizes, limit=self.longest, ramp=self.ramp)
+        return np.asarray(rewards, np.float32).reshape(-1, self.samples)
 
 
 @dataclasses.dataclass(frozen=True)

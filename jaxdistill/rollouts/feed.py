@@ -161,10 +161,10 @@ class RolloutFeed(Feed):
             for update, (before, answers) in sorted(self._answers.items())
             if before < following <= update
         ]
-        found: dict[str, Any] = {"ahead": ahead} if ahead else {}
+        numbers: dict[str, Any] = {"ahead": ahead} if ahead else {}
         if self._replay is not None and (old := self._replay.packed(following)) is not None:
-            found["replay"] = old
-        return {FILE: found} if found else {}
+            numbers["replay"] = old
+        return {FILE: numbers} if numbers else {}
 
     def numbers(self, span: Span) -> dict[str, float]:
         """What the record of a step says of its text; of the writing, all since the last record."""

@@ -68,7 +68,7 @@ class Questions:
         right = np.asarray([one.values[0] is not None and one.values[0] >= 1 for one in verdicts])
         right = right.reshape(-1, k)
         self.shown = self._side_by_side(answers, right)
-        found = {
+        shares = {
             "eval/questions": float(len(self._asked)),
             "eval/reward_mean": float(np.mean(rewards)) if rewards else 0.0,
             "eval/answer_length": float(np.mean([len(one.tokens) for one in answers])),
@@ -76,8 +76,8 @@ class Questions:
             f"eval/pass_at_{k}": float(right.any(axis=1).mean()),
         }
         if self._kind is not None:
-            found[f"eval/maj_at_{k}"] = self._majority(answers)
-        return found | {"perf/questions_seconds": time.perf_counter() - began}
+            shares[f"eval/maj_at_{k}"] = self._majority(answers)
+        return shares | {"perf/questions_seconds": time.perf_counter() - began}
 
     def _side_by_side(self, answers: Sequence[Answer], right: np.ndarray) -> list[dict[str, str]]:
         """A right and a wrong answer to each of a few questions, where it has them."""
@@ -90,8 +90,8 @@ class Questions:
             row = {"prompt": self._decode(prompt.tokens.tolist())}
             row |= {"wanted": prompt.notes["answer"]} if "answer" in prompt.notes else {}
             for name, wanted in (("right", True), ("wrong", False)):
-                found = np.flatnonzero(right[number] == wanted)
-                row |= {name: self._text(answers[first + found[0]])} if len(found) else {}
+                chosen = np.flatnonzero(right[number] == wanted)
+                row |= {name: self._text(answers[first + chosen[0]])} if len(chosen) else {}
             rows.append(row)
         return rows
 

@@ -26,8 +26,8 @@ def buckets(most: int, unit: int) -> tuple[int, ...]:
     assert most % unit == 0, "checked before"
     parts = most // unit
     halves = range(parts.bit_length() + 1)
-    found = {-(-parts // 2**n) for n in halves} | {-(-3 * parts // 2 ** (n + 2)) for n in halves}
-    return tuple(unit * size for size in sorted(found))
+    sizes = {-(-parts // 2**n) for n in halves} | {-(-3 * parts // 2 ** (n + 2)) for n in halves}
+    return tuple(unit * size for size in sorted(sizes))
 
 
 def rows_of(

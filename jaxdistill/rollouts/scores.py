@@ -78,8 +78,8 @@ class Scores:
             return None
         self._hooks.at("rollout.scored")
         self.seconds, self.tokens, self.cost = time.perf_counter() - began, *told.pop("asked")
-        found = _unpacked(told)
-        return [found[number] for number in range(len(answers))]
+        scores = _unpacked(told)
+        return [scores[number] for number in range(len(answers))]
 
     def _decided(self, answers: Sequence[Answer]) -> dict[str, Any] | None:
         """What is written down of the answers, once all are; in one process. None: to stop."""
@@ -153,7 +153,7 @@ class RoutedScores:
 
     def __call__(self, answers: Sequence[Answer]) -> list[np.ndarray | None] | None:
         """As `Scores`; None of an answer whose teacher is no server."""
-        found: list[np.ndarray | None] = [None] * len(answers)
+        scores: list[np.ndarray | None] = [None] * len(answers)
         self.seconds, self.tokens = 0.0, 0
         for name, server in self._servers.items():
             own = [n for n, one in enumerate(answers) if one.prompt.notes[TEACHER] == name]
@@ -163,10 +163,10 @@ class RoutedScores:
             if said is None:
                 return None
             for number, logprobs in zip(own, said, strict=True):
-                found[number] = logprobs
+                scores[number] = logprobs
             self.seconds, self.tokens = self.seconds + server.seconds, self.tokens + server.tokens
         self.cost = sum(server.cost for server in self._servers.values())
-        return found
+        return scores
 
 
 def named(file: str, teacher: str | None) -> str:

@@ -54,9 +54,9 @@ class Verdicts:
     def _decided(self, answers: Sequence[Answer]) -> list[list[Any]]:
         """(reward, values, reason) of each answer, as JSON holds them; in one process."""
         name = hash_of(answers, notes=True)
-        found = self._decisions.find(name)
-        if found is not None and len(found) == len(answers):
-            return found
+        stored = self._decisions.find(name)
+        if stored is not None and len(stored) == len(answers):
+            return stored
         if self._judges is None:
             self._judges = self._make()
         said = self._judges([self._question(one) for one in answers])

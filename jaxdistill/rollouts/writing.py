@@ -113,11 +113,11 @@ class Writer:
         generator = self._generator(params)
         for place in sorted(prompts):
             generator.submit(self._request(place, prompts[place]))
-        found: dict[tuple[int, int], Answer] = {}
+        answers: dict[tuple[int, int], Answer] = {}
         while generator.busy:
             for done in generator.step():
                 place = done.request.tag
-                found[place, done.sample] = Answer(
+                answers[place, done.sample] = Answer(
                     prompts[place],
                     place,
                     done.sample,
@@ -132,7 +132,7 @@ class Writer:
                 return None
         hooks.at("rollout.after")
         self.seconds = time.perf_counter() - began
-        return [found[name] for name in sorted(found)]
+        return [answers[name] for name in sorted(answers)]
 
     def _generator(self, params: Any) -> Generator:
         if self._quantization is not None:

@@ -245,12 +245,12 @@ def sent(array: Array, place: NamedSharding) -> Array:
 
     def part(device: Any, index: tuple[slice, ...]) -> Array:
         first, last = rows(index)
-        found = [
+        sent = [
             jax.device_put(data[max(begin, first) - begin : last - begin, *index[1:]], device)
             for (begin, end), data in sorted(held.items(), key=lambda item: item[0])
             if begin < last and first < end
         ]
-        return found[0] if len(found) == 1 else jnp.concatenate(found)
+        return sent[0] if len(sent) == 1 else jnp.concatenate(sent)
 
     there = place.devices_indices_map(array.shape)
     with jax.set_mesh(_NO_MESH):  # evaluation sets that of the step, where these devices are not

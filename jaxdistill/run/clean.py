@@ -27,10 +27,10 @@ class Waste:
 
 def waste(run: RunDir) -> list[Waste]:
     """All that may go: the run keeps its newest and its best checkpoint, and all its records."""
-    found = []
+    left = []
     for path, why in _candidates(run):
-        found.append(Waste(path, why, sum(map(_bytes, path.rglob("*")))))
-    return found
+        left.append(Waste(path, why, sum(map(_bytes, path.rglob("*")))))
+    return left
 
 
 def remove(run: RunDir) -> list[Waste]:

@@ -63,11 +63,11 @@ def unread(pairs: Mapping[str, Any]) -> Iterator[str]:
       pairs: of the run's vocabulary and a model's own, as `Pairing.pairs`.
     """
     for name, ids in (("teacher", "unreadable"), ("student", "misplaced")):
-        found = getattr(pairs[name], ids) if name in pairs else ()
-        if found:
+        unknown = getattr(pairs[name], ids) if name in pairs else ()
+        if unknown:
             yield (
-                f"rollout: the student may write {len(found)} tokens that the {name} has no row "
-                f"for, such as {found[0]}: take a {name} with the tokenizer of the run, or leave "
+                f"rollout: the student may write {len(unknown)} tokens that the {name} has no row "
+                f"for, such as {unknown[0]}: take a {name} with the tokenizer of the run, or leave "
                 "rollout out"
             )
 

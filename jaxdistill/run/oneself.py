@@ -150,12 +150,12 @@ def leaks_of(teaching: Teaching, tokenizer: Any) -> Callable[[Sequence[np.ndarra
     if not isinstance(teaching, Itself) or teaching.given.context is None:
         return None
     own = teaching.given.leak_phrases
-    found = phrases(teaching.given.context) if own == "auto" else [one.lower() for one in own]
-    if not found:
+    wanted = phrases(teaching.given.context) if own == "auto" else [one.lower() for one in own]
+    if not wanted:
         return None
 
     def share(answers: Sequence[np.ndarray]) -> float:
         texts = [" ".join(tokenizer.decode(one).lower().split()) for one in answers]
-        return sum(any(phrase in text for phrase in found) for text in texts) / len(texts)
+        return sum(any(phrase in text for phrase in wanted) for text in texts) / len(texts)
 
     return share

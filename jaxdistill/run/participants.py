@@ -158,18 +158,18 @@ def shapes_of(config: Config, mesh: Mesh, devices: Sequence[Any] | None = None) 
 def _in_step(config: Config, models: Models) -> dict[str, InStep]:
     """The models of the step by the keys of their sections: teachers that are online, student."""
     theirs, student = models.read_length(config.data.seq_len), config.student
-    found = {
+    shapes_by_name = {
         key: InStep(one.model, models.read[1], theirs, one.given.attention, one.given.dtype)
         for key, one in online(models.teaching).items()
     }
-    found["student"] = InStep(
+    shapes_by_name["student"] = InStep(
         models.student,
         models.vocab,
         config.data.seq_len,
         student.attention,
         student.compute_dtype,
     )
-    return found
+    return shapes_by_name
 
 
 def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
@@ -274,12 +274,12 @@ def attention_of(config: Config, models: Models) -> dict[str, tuple[str, Decoder
 
     The form is as `attention.chosen` names it.
     """
-    found = {}
+    loaded = {}
     for who, one in _in_step(config, models).items():
         with on_own_mesh(models.teaching, who):
             form = attention.chosen(one.attention, one.model.config, one.length, one.dtype)
-        found[who] = (form, one.model.config, one.length, one.dtype)
-    return found
+        loaded[who] = (form, one.model.config, one.length, one.dtype)
+    return loaded
 
 
 def _start(config: Config, student: Model) -> Model:
@@ -317,8 +317,8 @@ def _cut_out(config: Config, shape: Model, teacher: Model) -> Model:
     """The layers, or the units, of a teacher that make a student."""
     student, dtype = config.student, config.student.param_dtype
     if student.prune:
-        found = importance.load(student.prune.importance)
-        made, _ = command.cut(teacher, student.prune, found, dtype)
+        scores = importance.load(student.prune.importance)
+        made, _ = command.cut(teacher, student.prune, scores, dtype)
         return dataclasses.replace(made, tokenizer=shape.tokenizer)
     layers = shapes.kept_layers(student, teacher.config.layers)
     arch, params = prune.keep_layers(teacher.config, teacher.params, layers, dtype)

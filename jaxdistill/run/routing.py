@@ -57,8 +57,8 @@ def several_of(
         if teacher.served:
             assert teacher.api is not None, "that is what served says"
             return Served(teacher.api)
-        found = shapes.teacher_of(dataclasses.replace(given, teacher=teacher))
-        shape, best = shapes.ended(found, tokenizer), best_metric
+        its_shape = shapes.teacher_of(dataclasses.replace(given, teacher=teacher))
+        shape, best = shapes.ended(its_shape, tokenizer), best_metric
         answers = stored.of(teacher, method, shape, tokenizer, vocab, best_metric=best, key=key)
         if answers is not None:
             return answers

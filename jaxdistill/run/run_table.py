@@ -260,11 +260,11 @@ class RunTable:
             gaps.Reader(self._models.student.config, self._student.compute_dtype, params),
             gaps.Reader(teaching.model.config, teaching.given.dtype, teaching.model.params),
         )
-        found = gaps.token_gaps(*readers, self._models.vocab, prompts, answers)
+        marked = gaps.token_gaps(*readers, self._models.vocab, prompts, answers)
         decode = self._models.tokenizer.decode
         return [
             [(decode([token]), round(float(gap), 3)) for token, gap in zip(answer, of, strict=True)]
-            for answer, of in zip(answers, found, strict=True)
+            for answer, of in zip(answers, marked, strict=True)
         ]
 
     def _prompts(self) -> list[list[int]]:
@@ -294,11 +294,11 @@ class RunTable:
             if alone is None or alone.given.offload:  # generation would hold all of its layers
                 return [None] * len(prompts)
             return list(self._asked(alone.model, prompts))
-        found: list[str | None] = [None] * len(self._speaks.prompts)
+        answers: list[str | None] = [None] * len(self._speaks.prompts)
         for name, part in self._beginnings().items():
             one = teachers.get(f"teachers.{name}")
-            found += self._asked(one.model, part) if one and part else [None] * len(part)
-        return found
+            answers += self._asked(one.model, part) if one and part else [None] * len(part)
+        return answers
 
     def _asked(self, teacher: Model, prompts: list[list[int]]) -> list[str]:
         """What the teacher answers to prompts in the student's tokens."""
@@ -342,9 +342,9 @@ def last_evaluation(folder: pathlib.Path) -> dict[str, float] | None:
     """The metrics of the last evaluation in metrics.jsonl, or None."""
     records, _ = json_lines.scan(folder / "metrics.jsonl")
     for record in reversed(records):
-        found = {name: value for name, value in record.items() if name.startswith("eval/")}
-        if found:
-            return {name: math.nan if value is None else value for name, value in found.items()}
+        metrics = {name: value for name, value in record.items() if name.startswith("eval/")}
+        if metrics:
+            return {name: math.nan if value is None else value for name, value in metrics.items()}
     return None
 
 

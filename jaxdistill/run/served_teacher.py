@@ -91,7 +91,7 @@ def scores_of(
       stop: whether this process was asked to stop.
       hooks: what the caller handed in.
     """
-    found = {
+    scores = {
         name: Scores(
             functools.partial(scorer, server, k=0, vocab=vocab),
             folder,
@@ -103,5 +103,5 @@ def scores_of(
         )
         for name, server in servers.items()
     }
-    several = {name: one for name, one in found.items() if name is not None}
-    return RoutedScores(several) if several else found.get(None)
+    several = {name: one for name, one in scores.items() if name is not None}
+    return RoutedScores(several) if several else scores.get(None)

@@ -64,11 +64,11 @@ def of(teacher: Teacher | None, student: Student, method: Any, steps: int) -> li
     """
     asked = dict(_asked(teacher, method, steps))
     rounded = {first: quantize.of(given) for first, given in bits.stages(student.quantize, steps)}
-    found: list[Stage] = []
+    stages: list[Stage] = []
     for first in sorted(asked.keys() | rounded.keys()):
         taught = asked[max(step for step in asked if step <= first)]
-        found.append(Stage(first, taught, rounded[max(step for step in rounded if step <= first)]))
-    return found
+        stages.append(Stage(first, taught, rounded[max(step for step in rounded if step <= first)]))
+    return stages
 
 
 def _asked(teacher: Teacher | None, method: Any, steps: int) -> list[tuple[int, bool]]:

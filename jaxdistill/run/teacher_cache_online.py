@@ -205,15 +205,15 @@ def _owners(mesh: Mesh, rows: int) -> list[int]:
 
 def _local(answers: Mapping[str, jax.Array]) -> dict[str, dict[int, np.ndarray]]:
     """Field -> row of the batch -> [L, ...], of the rows on this process's devices."""
-    found: dict[str, dict[int, np.ndarray]] = {}
+    numbers: dict[str, dict[int, np.ndarray]] = {}
     for name, array in answers.items():
-        rows = found.setdefault(name, {})
+        rows = numbers.setdefault(name, {})
         for shard in array.addressable_shards:
             first = shard.index[0].start or 0
             if first not in rows:
                 values = np.asarray(shard.data)
                 rows |= {first + place: row for place, row in enumerate(values)}
-    return found
+    return numbers
 
 
 def _whole_head(teacher: Model, vocab: int, mesh: Mesh) -> np.ndarray:

@@ -51,21 +51,26 @@ def verify(place: str, teacher: str | Model, count: int) -> dict[str, Any]:
         for name, values in _compared(store, head, store.reading(entry)(), model, live).items():
             rows.setdefault(name, []).append(values)
     all_rows = {name: np.concatenate(values) for name, values in rows.items()}
-    found: dict[str, Any] = {
+    differences: dict[str, Any] = {
         "segments": len(picked),
         "positions": len(all_rows["entropy"]),
         "weights": "same" if same else "other",
     }
     if "kl" in all_rows:
-        found |= {"kl_mean": float(all_rows["kl"].mean()), "kl_max": float(all_rows["kl"].max())}
+        differences |= {
+            "kl_mean": float(all_rows["kl"].mean()),
+            "kl_max": float(all_rows["kl"].max()),
+        }
     if "gap" in all_rows:
         gap = all_rows["gap"]
         error = float(gap.std() / np.sqrt(len(gap)))
-        found |= {"cross_entropy_gap": float(gap.mean()), "standard_error": error}
+        differences |= {"cross_entropy_gap": float(gap.mean()), "standard_error": error}
     for name in ("kept_mass", "entropy"):
         if name in all_rows:
-            found[name] = {q: float(np.quantile(all_rows[name], s)) for q, s in _QUANTILES.items()}
-    return found
+            differences[name] = {
+                q: float(np.quantile(all_rows[name], s)) for q, s in _QUANTILES.items()
+            }
+    return differences
 
 
 def _live(model: Model, tokens: np.ndarray, vocab: int) -> np.ndarray:

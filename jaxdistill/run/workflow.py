@@ -183,7 +183,7 @@ class Runner:
         self._note(name, entry | {"status": "running", "seconds": spent})
         status = "failed"
         try:
-            found = _RUN[one.step.kind](self, one.step)
+            outputs = _RUN[one.step.kind](self, one.step)
             status = "done"
         except KeyboardInterrupt:
             status = "stopped"
@@ -193,7 +193,7 @@ class Runner:
             entry["status"] = status
             if status == "done":
                 entry["output"] = self.outputs(one.step)
-                entry["found"] = found
+                entry["found"] = outputs
             self._note(name, entry)
 
     def _note(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -262,8 +262,8 @@ class Runner:
 
     def _generate(self, step: GenerateStep) -> dict[str, Any]:
         folder = str(self.folder / step.name)
-        found = teacher_generate.generate(files.generation(step, folder, self.first_outputs()))
-        return {"samples": found["samples"], "correct": found.get("correct")}
+        written = teacher_generate.generate(files.generation(step, folder, self.first_outputs()))
+        return {"samples": written["samples"], "correct": written.get("correct")}
 
     def _importance(self, step: ImportanceStep) -> dict[str, Any]:
         step = self.resolved(step)
@@ -304,8 +304,8 @@ class Runner:
                 paths = {ref: own[min(seed, len(own) - 1)] for ref, own in by_name.items()}
                 models.append((name, files.replaced(source, paths)))
         plain = self.resolved(step)
-        found = comparison.compare_models(models, plain, out=self.folder / step.name)
-        print(report.comparison_table(found["rows"]), file=sys.stderr)
+        compared = comparison.compare_models(models, plain, out=self.folder / step.name)
+        print(report.comparison_table(compared["rows"]), file=sys.stderr)
         return {"models": len(models)}
 
 
@@ -364,8 +364,8 @@ def _identity(text: str) -> str | None:
         whole = (text, text.rpartition("@")[0], text.partition("?")[0])
         path = next((one for name in whole if name and (one := pathlib.Path(name)).exists()), None)
         if path is None:
-            found = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
-            return str([(name, _identity(name)) for name in found]) if found else None
+            matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+            return str([(name, _identity(name)) for name in matches]) if matches else None
         if path.is_dir():
             own = any((path / name).is_file() for name in _OF_MODELS)
             below = sorted(path.glob("*") if own else path.rglob("*"))

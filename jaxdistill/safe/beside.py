@@ -123,13 +123,13 @@ def _left(place: pathlib.Path) -> list[pathlib.Path]:
     """
     if not place.parent.is_dir():
         return []
-    found = []
+    remains = []
     for left in sorted(place.parent.iterdir()):
         with contextlib.suppress(OSError):  # another process has just removed it
             young = time.time() - _age(left) < _YOUNG_SECONDS
             if _ours(left, place) and ((left / CONTENT).exists() or not young):
-                found.append(left)
-    return found
+                remains.append(left)
+    return remains
 
 
 def _ours(left: pathlib.Path, place: pathlib.Path) -> bool:

@@ -69,9 +69,9 @@ def check(value: Any, shape: Shape) -> None:
         if name not in value:
             raise ValueError(f"it has no field {name!r}")
         allowed = types if isinstance(types, tuple) else (types,)
-        found = value[name]
-        wrong = isinstance(found, bool) and bool not in allowed
-        if wrong or not isinstance(found, allowed):
+        entry = value[name]
+        wrong = isinstance(entry, bool) and bool not in allowed
+        if wrong or not isinstance(entry, allowed):
             names = " or ".join(one.__name__ for one in allowed)
             raise ValueError(f"its field {name!r} is no {names}")
 
@@ -95,9 +95,9 @@ def amounts(value: Any) -> dict[str, float]:
 
 
 def _bytes(path: pathlib.Path) -> bytes:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
-    if found.st_size > MAX_BYTES:
+    if status.st_size > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES} bytes")
     return path.read_bytes()

@@ -96,17 +96,17 @@ def verify(
     files, block = _known(content)
     files = {file: facts for file, facts in files.items() if wanted(file)}
     try:
-        found = {file: size for file, size in _sizes(folder, name).items() if wanted(file)}
+        sizes = {file: size for file, size in _sizes(folder, name).items() if wanted(file)}
         if not alone:
-            found = {file: size for file, size in found.items() if file in files}
-        _check_names(folder, {file: facts["bytes"] for file, facts in files.items()}, found)
+            sizes = {file: size for file, size in sizes.items() if file in files}
+        _check_names(folder, {file: facts["bytes"] for file, facts in files.items()}, sizes)
         own = _blocks(files, block)[part::parts]
         sums = _patiently(lambda: _sums(folder, own, block))
     except OSError as error:
         raise DamagedError(f"{folder}: cannot be read: {error}") from error
     for (file, start), crc in zip(own, sums, strict=True):
         if crc != files[file]["crc32"][start // block]:
-            end = min(start + block, found[file])
+            end = min(start + block, sizes[file])
             raise DamagedError(
                 f"{folder}: damaged: {file} is changed since it was saved, "
                 f"in bytes {start} to {end}"

@@ -88,11 +88,11 @@ class PendingAnswer:
 
     async def whole(self) -> bytes:
         """The whole answer, once it is finished."""
-        found: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         async for piece in self._come():
             if piece.done is not None:
-                found[piece.index] = piece.done
-        ordered = [found[index] for index in sorted(found)]
+                completions[piece.index] = piece.done
+        ordered = [completions[index] for index in sorted(completions)]
         make = lambda: json.dumps(self._service.reply(self._asked, ordered)).encode()
         return await asyncio.to_thread(make)
 

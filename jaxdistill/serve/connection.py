@@ -35,8 +35,8 @@ def framing_problem(request: bytes) -> str | None:
     head = _END.split(request, maxsplit=1)[0]
     if _FOLDED.search(head):
         return "a header must stand on one line"
-    found = _LENGTH.findall(head)
-    if len(found) > 1 or any(b"," in value for value in found):
+    lengths = _LENGTH.findall(head)
+    if len(lengths) > 1 or any(b"," in value for value in lengths):
         return "Content-Length: must not be given twice"
     return None
 

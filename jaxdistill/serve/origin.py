@@ -48,8 +48,8 @@ def problem(headers: Headers, host_is_known: Callable[[str], bool]) -> str | Non
       host_is_known: tells whether the name by which the server was reached is one of its own.
     """
     host = headers.get("host", "")
-    found = _HOST.fullmatch(host)
-    name = (found["name"] or found["address"]) if found else ""
+    match = _HOST.fullmatch(host)
+    name = (match["name"] or match["address"]) if match else ""
     if not host_is_known(name):
         return f"Host: this server does not answer to the name {name[:80]!r}"
     if headers.get("sec-fetch-site", "none") not in _NEAR:

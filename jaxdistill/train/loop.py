@@ -104,8 +104,8 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
     while number < schedule.steps:
         last = evaluate = save = stopping = False
         with parts.meter.waiting("data"):
-            found = _next_batch(row, state, parts)
-        if found is None:  # asked to stop while the batch was made, in all processes alike
+            following = _next_batch(row, state, parts)
+        if following is None:  # asked to stop while the batch was made, in all processes alike
             incident = unread.read(everything=True)
             if incident is None:
                 if number != saved or not saver.settled():
@@ -113,7 +113,7 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
                 _preempted(number, parts, schedule)
         else:
             number += 1
-            span, batch = found
+            span, batch = following
             row = span.end_row
             parts.hooks.at("step.before")
             state, means = parts.step(number, state, batch)
@@ -152,8 +152,8 @@ def train(state: TrainState, row: int, parts: Parts, schedule: Schedule) -> Trai
 
 def _next_batch(row: int, state: TrainState, parts: Parts) -> tuple[Span, Batch] | None:
     """The rows of the next step and their batch on the mesh; None as `Feed.next`."""
-    found = parts.feed.next(row, state)
-    return None if found is None else (found[0], parts.place(*found))
+    following = parts.feed.next(row, state)
+    return None if following is None else (following[0], parts.place(*following))
 
 
 def _save(

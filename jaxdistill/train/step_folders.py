@@ -74,11 +74,11 @@ def read(directory: pathlib.Path, step: int) -> Saved:
 
 def readable(directory: pathlib.Path) -> list[Saved]:
     """Every checkpoint whose manifest can be read, by ascending step."""
-    found = []
+    numbers = []
     for step in steps(directory):
         with contextlib.suppress(DamagedError):
-            found.append(read(directory, step))
-    return found
+            numbers.append(read(directory, step))
+    return numbers
 
 
 def best(directory: pathlib.Path) -> int | None:

@@ -78,11 +78,11 @@ def read_identity(objects: Objects) -> dict[str, Any]:
             "`jaxdistill teacher cache CONFIG -o DIR` asks for them"
         )
     try:
-        found = json_file.parse(content)
-        json_file.check(found, {"identity": dict, "notes": dict})
+        parsed = json_file.parse(content)
+        json_file.check(parsed, {"identity": dict, "notes": dict})
     except ValueError as error:
         raise DamagedError(f"{objects.place}: damaged: {IDENTITY} is no identity") from error
-    return found
+    return parsed
 
 
 def differing(place: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -116,11 +116,11 @@ def describe(place: str) -> dict[str, Any]:
       DamagedError: if it cannot be read.
     """
     objects = Objects(place)
-    found = {"place": objects.place, **read_identity(objects)}
+    facts = {"place": objects.place, **read_identity(objects)}
     if objects.get(MANIFEST) is None:
-        return found | {"whole": False, "parts": len(parts.whole(objects))}
+        return facts | {"whole": False, "parts": len(parts.whole(objects))}
     content = read(objects)
-    return found | {
+    return facts | {
         "whole": True,
         "parts": len(content["parts"]),
         "segments": content["segments"],
@@ -201,11 +201,11 @@ def check(objects: Objects, content: Mapping[str, Any], *, thorough: bool = Fals
       DamagedError: naming the first object that is missing, new or changed.
     """
     listed = content["objects"]
-    found = {n for n in objects.names() if n != MANIFEST and not n.startswith(PENDING)}
+    names = {n for n in objects.names() if n != MANIFEST and not n.startswith(PENDING)}
     # What a later capture has not sealed yet is no damage.
     sealed = set(content["parts"])
-    found = {n for n in found if not n.startswith(parts.FOLDER) or _part(n) in sealed}
-    for name in sorted(listed.keys() ^ found):
+    names = {n for n in names if not n.startswith(parts.FOLDER) or _part(n) in sealed}
+    for name in sorted(listed.keys() ^ names):
         state = "missing" if name in listed else "new"
         raise DamagedError(f"{objects.place}: damaged: {name} is {state} since it was captured")
     for name, (size, _) in listed.items():

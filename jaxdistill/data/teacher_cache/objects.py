@@ -53,8 +53,8 @@ class Objects:
     def names(self) -> list[str]:
         """All objects, in the order of names."""
         with self._reading(""):
-            found = sorted(name.decode() for name in self._kv.list().result())
-        return [name for name in found if not name.startswith(_LOCKS)]
+            names = sorted(name.decode() for name in self._kv.list().result())
+        return [name for name in names if not name.startswith(_LOCKS)]
 
     @contextlib.contextmanager
     def alone(self, work: str) -> Iterator[None]:
@@ -90,8 +90,8 @@ class Objects:
           DamagedError: if it cannot be read.
         """
         with self._reading(name):
-            found = self._kv.read(name).result()
-        return None if found.state == "missing" else bytes(found.value)
+            answer = self._kv.read(name).result()
+        return None if answer.state == "missing" else bytes(answer.value)
 
     def put(self, name: str, content: bytes) -> None:
         """Writes an object.

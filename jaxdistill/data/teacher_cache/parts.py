@@ -105,11 +105,11 @@ def note(objects: Objects, name: str) -> dict[str, Any]:
     path = f"{FOLDER}{name}/{NOTE}"
     content = objects.get(path)
     try:
-        found = json_file.parse(content or b"")
-        json_file.check(found, {"segments": int, "rows": int, "objects": dict})
+        parsed = json_file.parse(content or b"")
+        json_file.check(parsed, {"segments": int, "rows": int, "objects": dict})
     except ValueError as error:
         raise DamagedError(f"{objects.place}: damaged: {path} is no note of a part") from error
-    return found
+    return parsed
 
 
 class PartIndex(NamedTuple):

@@ -138,13 +138,13 @@ def beside(dataset: Dataset, store: Store | Mapping[str, Store], tokenizer: Any)
         count[route] += 1
         if not segment.mask.any():
             continue
-        found = stores[route].find(segment.key, segment.mask)
-        if found is None:
+        stored = stores[route].find(segment.key, segment.mask)
+        if stored is None:
             one = lacking.setdefault(route, _Lacking(row, segment))
             one.missing += 1
             one.other |= stores[route].has(segment.key)
         else:
-            entries[segment.number] = found
+            entries[segment.number] = stored
     if lacking:
         lines = [
             _told(one, read, tokenizer, stores[route], count[route], _name(names, route))

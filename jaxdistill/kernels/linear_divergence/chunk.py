@@ -324,8 +324,8 @@ def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str,
     def both() -> tuple[Rows, dict[str, Array]]:
         own = apart()
         statistics = own.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
-        found = own.metrics(statistics) | {"monitored": one}
-        return {name: statistics[name] for name in kept}, found
+        means = own.metrics(statistics) | {"monitored": one}
+        return {name: statistics[name] for name in kept}, means
 
     nothing = none(jax.eval_shape(both)[1])
     return jax.lax.cond(monitor, both, lambda: (apart().measure(loss_names), nothing))

@@ -97,15 +97,15 @@ def collectives(text: str) -> list[Collective]:
     reduce-scatter is a fusion there of an all-reduce and a slice.
     """
     program = parse(text)
-    found: list[Collective] = []
+    sends: list[Collective] = []
     pieces: dict[int, Collective] = {}
     size = megascale.slice_size(text)
     for channel, one in _walk(program, "ENTRY", 1, size):
         if channel is None:
-            found.append(one)
+            sends.append(one)
         elif channel not in pieces or one.times < pieces[channel].times:
             pieces[channel] = one
-    return found + list(pieces.values())
+    return sends + list(pieces.values())
 
 
 def _walk(
@@ -189,12 +189,12 @@ def _groups(text: str, devices: int) -> list[np.ndarray]:
 
 def _iota(text: str) -> np.ndarray | None:
     """The devices in the order of `[4,2]T(1,0)`: counted in that shape, its axes then exchanged."""
-    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not found:
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
         return None
-    shape = _numbers(found[1])
+    shape = _numbers(match[1])
     ids = np.arange(np.prod(shape)).reshape(shape)
-    return ids.transpose(_numbers(found[2])) if found[2] else ids
+    return ids.transpose(_numbers(match[2])) if match[2] else ids
 
 
 def _numbers(text: str) -> list[int]:

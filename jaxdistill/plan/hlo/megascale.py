@@ -27,8 +27,8 @@ _TARGET = re.compile(
 
 def kind_of(op: Operation) -> str | None:
     """What collective a receiving operation is; None for one that is none."""
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)
-    return _KINDS.get(found[1]) if found and op.opcode == "recv" else None
+    match = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)
+    return _KINDS.get(match[1]) if match and op.opcode == "recv" else None
 
 
 def slice_size(text: str) -> int:

@@ -33,9 +33,9 @@ def nbytes(shape: str, *, on_chip: bool = True) -> float:
 
 def dims(shape: str) -> list[int]:
     """The sizes of an array's shape: "f32[8,16]{1,0}" -> [8, 16]."""
-    found = _SHAPE.search(shape)
-    assert found, shape
-    return [int(d) for d in found[2].split(",") if d]
+    match = _SHAPE.search(shape)
+    assert match, shape
+    return [int(d) for d in match[2].split(",") if d]
 
 
 def elements(shape: str) -> list[str]:
@@ -75,10 +75,10 @@ class Operation(NamedTuple):
 
     def called(self, attribute: str) -> list[str]:
         """Names of the computations under an attribute."""
-        found = re.search(rf"\b{attribute}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.rest)
-        if not found:
+        match = re.search(rf"\b{attribute}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.rest)
+        if not match:
             return []
-        return [found[1]] if found[1] else re.findall(r"%?([\w.\-]+)", found[2])
+        return [match[1]] if match[1] else re.findall(r"%?([\w.\-]+)", match[2])
 
     @property
     def branches(self) -> list[str]:
@@ -89,13 +89,13 @@ class Operation(NamedTuple):
     @property
     def written_by(self) -> str:
         """The path of JAX's names that the operation comes from, "" if it tells none."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def number(self, attribute: str) -> int | None:
         """An attribute that is a number, such as `index` or `channel_id`."""
-        found = re.search(rf"\b{attribute}=(\d+)", self.rest)
-        return int(found[1]) if found else None
+        match = re.search(rf"\b{attribute}=(\d+)", self.rest)
+        return int(match[1]) if match else None
 
 
 class Program:
@@ -117,8 +117,8 @@ class Program:
 
     def shape(self, computation: str, name: str) -> str:
         """The shape of an operation's result, "" if there is none of this name."""
-        found = self.operation(computation, name)
-        return found.shape if found else ""
+        operation = self.operation(computation, name)
+        return operation.shape if operation else ""
 
     def root(self, computation: str) -> Operation:
         """What a computation returns."""
@@ -133,10 +133,10 @@ class Program:
         told = re.search(r'known_trip_count":\{"n":"(\d+)', loop.rest)
         if told:
             return int(told[1])
-        found = self._counted(computation, loop)
-        if found is None:
+        count = self._counted(computation, loop)
+        if count is None:
             self.unknown_loops.add(loop.name)
-        return found or 1
+        return count or 1
 
     def _counted(self, outside: str, loop: Operation) -> int | None:
         condition, body = loop.called("condition")[0], loop.called("body")[0]
@@ -207,11 +207,11 @@ def parse(text: str) -> Program:
         if opened:
             current = computations.setdefault("ENTRY" if opened[1] else opened[2], [])
             made = {}
-        elif current is not None and (found := _operation(line)):
-            if "#" in found.rest:
-                current += _parts(found, made)
-            made[found.name] = found
-            current.append(found)
+        elif current is not None and (operation := _operation(line)):
+            if "#" in operation.rest:
+                current += _parts(operation, made)
+            made[operation.name] = operation
+            current.append(operation)
     return Program(computations)
 
 
