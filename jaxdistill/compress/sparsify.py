@@ -111,7 +111,7 @@ def write(
 
 
 def zeros(params: Any) -> float:
-    """The share of the weights of the layers' projections that are exactly zero."""
+    """The share of the weights of the layers' projections that are exactly zero; 0 of shapes."""
     kernels = []
     named, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in named:
@@ -119,6 +119,8 @@ def zeros(params: Any) -> float:
         # A projection's array, or the whole numbers of a quantised one.
         if names[0] == "layers" and names[-1] in ("kernel", "values") and "router" not in names:
             kernels.append(leaf)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in kernels):
+        return 0.0  # a stored teacher's
     total = sum(leaf.size for leaf in kernels)
     shares = jax.device_get(_shares_of_zeros(kernels))
     pairs = zip(kernels, shares, strict=True)
