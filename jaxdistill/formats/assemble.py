@@ -1,6 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 import concurrent.futures
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from jaxdistill.models.quantized import Quantization, quantize_in_place
 
 _THREADS = 8  # that read the layers of one weight; copies hold no lock of Python's
 _TILE = 192
+_ALIGNED = 64  # bytes: where XLA wants a CPU's arrays to begin
 _PIECE = 1 << 25  # bytes of a reading: a thread holds no more beside the weight
 
 
@@ -111,7 +113,7 @@ def weight(
 def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:
     """One slice of a stacked weight, its tensors read by a few threads into place."""
     sizes = [span.stop - span.start for span in spans]
-    block = np.empty(sizes, dtype)
+    block = _empty(sizes, dtype)
     outer, inner = spans[: name.stacked], spans[name.stacked :]
     whole = slice(0, sizes[-1]), inner[-1]
     runs = [whole] if part is None else list(part.runs(inner[-1]))
@@ -131,6 +133,14 @@ def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndar
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(one, indices))  # which raises what any of them raised
     return block
+
+
+def _empty(sizes: list[int], dtype: np.dtype) -> np.ndarray:
+    """New memory that begins where a CPU's device takes it as it is; other memory is copied."""
+    size = math.prod(sizes) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    first = -memory.ctypes.data % _ALIGNED
+    return memory[first : first + size].view(dtype).reshape(sizes)
 
 
 def _fill_by_rows(

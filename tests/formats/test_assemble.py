@@ -90,3 +90,15 @@ def test_a_kernel_of_several_tiles_is_turned_whole(dtype):
     np.testing.assert_array_equal(
         place.view(np.uint8), np.ascontiguousarray(expected).view(np.uint8)
     )
+
+
+def test_a_cpus_devices_take_what_was_read_without_a_copy(mesh8, monkeypatch):
+    made, empty = [], assemble._empty
+    monkeypatch.setattr(assemble, "_empty", lambda *of: made.append(empty(*of)) or made[-1])
+    params = assemble.assemble(read_config(RAW), _Memory(), mesh=mesh8)
+    held = {
+        shard.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(params)
+        for shard in leaf.addressable_shards
+    }
+    assert held <= {block.ctypes.data for block in made}
