@@ -104,10 +104,10 @@ def weight(
     dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
-    own_dtype = np.dtype(dtype or own)
-    read = lambda spans: _read(name, part, spans, tensors, own_dtype)
+    chosen = np.dtype(dtype or own)
+    read = lambda spans: _read(name, part, spans, tensors, chosen)
     rows, columns = file_dims(name, row)
-    return exchange.array(row.shape, place, read, rows, columns, own_dtype)
+    return exchange.array(row.shape, place, read, rows, columns, chosen)
 
 
 def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:

@@ -43,7 +43,7 @@ def sentences(first: int, count: int) -> str:
     return "\n\n".join(lines)
 
 
-_MAKE_MESH, _WRITE_PAGE, _SPEED = setup.make_mesh, terminal.write_page, HeldOut.speed
+_MAKE_MESH, _WRITE_PAGE, SPEED = setup.make_mesh, terminal.write_page, HeldOut.speed
 
 
 def take_devices(patch: pytest.MonkeyPatch, count: int) -> None:
@@ -138,7 +138,7 @@ def finished(load_config, tmp_path_factory, heard) -> api.RunResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", _MAKE_MESH)
         patch.setattr(terminal, "write_page", _WRITE_PAGE)
-        patch.setattr(HeldOut, "speed", _SPEED)
+        patch.setattr(HeldOut, "speed", SPEED)
         return api.train(config, callbacks=[heard])
 
 

@@ -1,5 +1,6 @@
 """Runs of several real processes: the same numbers as one, and no process left when one is lost."""
 
+import concurrent.futures
 import contextlib
 import functools
 import json
@@ -86,7 +87,12 @@ def ended(process: subprocess.Popen, folder: pathlib.Path, code: int, limit: flo
     """The launcher ends with this code, and no process of it is left."""
     ranks = children(process.pid)
     assert process.wait(limit) == code, told(folder)
-    assert not [pid for pid in ranks.values() if pathlib.Path(f"/proc/{pid}").exists()]
+    assert not alive(ranks)
+
+
+def alive(ranks: dict[int, int]) -> list[int]:
+    """Those of the processes that are still there."""
+    return [pid for pid in ranks.values() if pathlib.Path(f"/proc/{pid}").exists()]
 
 
 def children(launcher: int) -> dict[int, int]:
@@ -177,12 +183,15 @@ def test_a_stopped_process_ends_the_group_and_one_process_goes_on(
     words = ("-n", "2", "--devices-per-process", "4", "--", "train", write_config(tmp_path))
     with launched(tmp_path, *words, fault="step.before:13:wait") as process:
         reaches(tmp_path / "run", 12, process, tmp_path)
-        os.kill(children(process.pid)[1], signal.SIGSTOP)
-        stopped = time.monotonic()
-        for devices in (8, 4, 1):
-            alone(devices)
-        left = GONE_SECONDS - (time.monotonic() - stopped)
-        ended(process, tmp_path, 128 + signal.SIGABRT, max(left, 1))
+        ranks, stopped = children(process.pid), time.monotonic()
+        os.kill(ranks[1], signal.SIGSTOP)
+        with concurrent.futures.ThreadPoolExecutor(1) as waiting:
+            end = waiting.submit(lambda: (process.wait(900), time.monotonic() - stopped))
+            for devices in (8, 4, 1):
+                alone(devices)
+        code, seconds = end.result()
+        assert code == 128 + signal.SIGABRT and seconds < GONE_SECONDS, (seconds, told(tmp_path))
+        assert not alive(ranks)
     before = arrays(tmp_path / "run", 10)
     assert_same_bits(before, arrays(pair, 10))
     resumed = run_here(monkeypatch, 8, lambda: api.resume(tmp_path / "run"))

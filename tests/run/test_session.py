@@ -20,6 +20,7 @@ from jaxdistill import api, commands, models
 from jaxdistill.data import fingerprint
 from jaxdistill.errors import ConfigError, DamagedError, DivergedError, FitError, MismatchError
 from jaxdistill.evaluate import meter
+from jaxdistill.evaluate.held_out import HeldOut
 from jaxdistill.formats import huggingface, sums
 from jaxdistill.models.byte_tokenizer import byte_tokenizer
 from jaxdistill.references import STUDENT
@@ -38,7 +39,7 @@ from jaxdistill.run import session as running
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.checkpoint import Checkpoints
 from jaxdistill.train.hooks import Hooks
-from tests.run.conftest import Heard, models_of
+from tests.run.conftest import SPEED, Heard, models_of
 
 
 def arrays(folder, step):
@@ -85,8 +86,9 @@ def test_a_run_leaves_its_table_its_curves_and_its_page(finished):
     assert "student after" in (run / "report.html").read_text()
 
 
-def test_eval_of_a_run_measures_what_the_run_measured(finished, data, tmp_path):
+def test_eval_of_a_run_measures_what_the_run_measured(finished, data, tmp_path, monkeypatch):
     """Rows of 32 tokens, as the run says; nothing on the command line does."""
+    monkeypatch.setattr(HeldOut, "speed", SPEED)
     given = {
         "data": (f"{data}/eval.txt",),
         "format": "paragraphs",
@@ -97,7 +99,7 @@ def test_eval_of_a_run_measures_what_the_run_measured(finished, data, tmp_path):
     found = api.evaluate(f"{finished.run_dir}@latest", commands.Evaluate(**given))
     after = finished.rows[-1]["perplexity"]
     assert found["eval/perplexity"] == pytest.approx(after, rel=1e-5)
-    assert found["scored_tokens_per_second"] > 0
+    assert 0 < found["scored_tokens_per_second"] != 1000.0  # which others of these files are told
     longer = api.evaluate(f"{finished.run_dir}@latest", commands.Evaluate(**given, seq_len=64))
     assert longer["eval/perplexity"] != pytest.approx(after, rel=1e-5)
 
