@@ -30,7 +30,7 @@ def batches(
 
 
 def moment(given: int | float, steps: int) -> int:
-    """The step, or update, that a `section.Moment` stands for in a run of so many."""
+    """The step, or update, that a `section.StepOrFraction` stands for in a run of so many."""
     return given if isinstance(given, int) else round(given * steps)
 
 

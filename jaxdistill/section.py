@@ -18,7 +18,7 @@ Size = Annotated[int, Field(ge=1, le=10**7)]
 Budget = Annotated[str, Field(max_length=20)]
 Dtype = Literal["float32", "bfloat16"]
 # A step of a run: its number, or a fraction of all steps. `rules.moment` makes a number of it.
-Moment = Annotated[
+StepOrFraction = Annotated[
     Annotated[int, Field(ge=0, le=10**9), Tag("<steps>")]
     | Annotated[float, Field(ge=0, lt=1), Tag("<fraction>")],
     Discriminator(lambda value: "<fraction>" if isinstance(value, float) else "<steps>"),

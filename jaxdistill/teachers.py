@@ -16,7 +16,7 @@ from jaxdistill.types import Batch, Known, Outputs, TeacherSignal
 
 # (teacher parameters or None, state before the step, batch) -> what the teacher says about it. The
 # state is there for teachers made of the student itself; it is None outside of training.
-Teacher = Callable[[Any, Any, Batch], TeacherSignal]
+TeacherFunction = Callable[[Any, Any, Batch], TeacherSignal]
 
 
 def online(
@@ -29,7 +29,7 @@ def online(
     relations: tuple[int, ...] = (),
     second_view: bool = False,
     aligned: bool = False,
-) -> Teacher:
+) -> TeacherFunction:
     """A teacher that reads the batch in the step; all that it says is a constant.
 
     With `second_view` it reads the batch's documents in its own tokens. With `aligned` it reads
@@ -88,7 +88,7 @@ def cached(
     temperature: float = 1.0,
     softcap: float | None = None,
     compute_dtype: DTypeLike = jnp.bfloat16,
-) -> Teacher:
+) -> TeacherFunction:
     """A teacher that was asked before; its answers are the batch's `teacher`.
 
     Args:

@@ -108,7 +108,9 @@ _LONG = (
 
 
 def pytest_itemcollected(item):
-    """Marks the long ones."""
+    """Marks the long ones, all variants among them."""
+    if item.get_closest_marker("variant"):
+        item.add_marker(pytest.mark.long)
     if item.path.parent.name == "run" and item.path.stem.removeprefix("test_") in _LONG:
         item.add_marker(pytest.mark.long)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands.kinds import Number, Paths, RecordFormat, RowCount, Seed
+from jaxdistill.commands.kinds import Number, Paths, RecordFormat, RowCount, SeedNumber
 from jaxdistill.drawing import Temperature
 from jaxdistill.section import Count, Dtype, Flag, Path, Problem, Section, Size
 
@@ -108,7 +108,9 @@ class Tasks(Section):
     limit: Annotated[Count, Flag(metavar="N")] | None = Field(
         None, description="Questions of each task; none: all."
     )
-    seed: Annotated[Seed, Flag(metavar="N")] = Field(0, description="Of the answers that vote.")
+    seed: Annotated[SeedNumber, Flag(metavar="N")] = Field(
+        0, description="Of the answers that vote."
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Rules: a file where one is used, and only there; votes that differ."""

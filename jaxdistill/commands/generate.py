@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jaxdistill.commands.kinds import Seed, SpecialTokens
+from jaxdistill.commands.kinds import SeedNumber, SpecialTokens
 from jaxdistill.drawing import Drawing, Temperature
 from jaxdistill.section import Dtype, Flag, Section, Size
 
@@ -20,7 +20,7 @@ class Generate(Drawing):
         tuple[Annotated[str, Field(min_length=1, max_length=100)], ...],
         Flag(metavar="TEXT", repeat=True),
     ] = Field((), max_length=16, strict=False, description="Strings that end an answer.")
-    seed: Annotated[Seed, Flag(metavar="N")] = Field(0, description="Of the draws.")
+    seed: Annotated[SeedNumber, Flag(metavar="N")] = Field(0, description="Of the draws.")
 
 
 class Serve(Section):

@@ -13,7 +13,7 @@ Paths = Annotated[
 ]
 RowCount = Annotated[Size, Flag(metavar="ROWS")]
 Number = Annotated[Size, Flag(metavar="N")]
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+SeedNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
 RecordFormat = Literal[
     "auto", "text", "messages", "completion", "sharegpt", "alpaca", "alpaca_prompt", "pairs",
     "plain", "paragraphs",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxdistill.commands.kinds import Seed
+from jaxdistill.commands.kinds import SeedNumber
 from jaxdistill.section import Count, Flag, Path, Problem, Section, Size
 
 
@@ -50,7 +50,7 @@ class TeacherCache(Section):
     draws: Annotated[int, Field(ge=1, le=1000), Flag(metavar="N")] | None = Field(
         None, description="Of sampled: independent draws, one for each epoch in turn."
     )
-    seed: Annotated[Seed, Flag(metavar="N")] | None = Field(
+    seed: Annotated[SeedNumber, Flag(metavar="N")] | None = Field(
         None, description="Of sampled: of the draws; none: 0."
     )
     shard: Annotated[

@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from jaxdistill import methods
 from jaxdistill.commands.kinds import RecordFormat
-from jaxdistill.config.rollout import Name, PromptSources
+from jaxdistill.config.rollout import PromptSources, TeacherName
 from jaxdistill.section import Path, Problem, Section
 
 _COMPARING = ", ".join(name for name, method in methods.METHODS.items() if method.sides)
@@ -41,7 +41,7 @@ class DataSource(Section):
         description="How often each record is read in an epoch: 2 twice, 0.5 every other one.",
     )
 
-    teacher: Name | None = Field(
+    teacher: TeacherName | None = Field(
         None, description="Which of `teachers` its records are for, where they do not say."
     )
 
@@ -52,7 +52,7 @@ class DataSource(Section):
         return plain or self.format in ("text", "plain", "paragraphs")
 
 
-Sources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000, strict=False)]
+DataSources = Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=1000, strict=False)]
 
 
 class HoldOut(Section):
@@ -63,8 +63,8 @@ class HoldOut(Section):
     )
 
 
-HeldOut = Annotated[
-    Annotated[Sources, Tag("<files>")] | Annotated[HoldOut, Tag("<fraction>")],
+HeldOutData = Annotated[
+    Annotated[DataSources, Tag("<files>")] | Annotated[HoldOut, Tag("<fraction>")],
     Discriminator(lambda value: "<fraction>" if isinstance(value, dict | HoldOut) else "<files>"),
 ]
 
@@ -83,7 +83,7 @@ class Data(Section):
         (), description="What it is trained on; where it writes all its text itself, nothing."
     )
     prompts: PromptSources = Field((), description="What it answers, where rollout is given.")
-    eval: HeldOut = Field(
+    eval: HeldOutData = Field(
         description="Held-out data that the result table is measured on: files, or "
         "{fraction: 0.01} of the training data, which then is not trained on."
     )

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from jaxdistill.config import inherit, keys, workflow
 from jaxdistill.config.generation import Generation
-from jaxdistill.config.keys import Schema
+from jaxdistill.config.keys import JsonSchema
 
 SchemaKind = Literal["run", "workflow", "generate"]
 MODELINE = "# yaml-language-server: $schema="
 
 
-def json_schema(kind: SchemaKind = "run") -> Schema:
+def json_schema(kind: SchemaKind = "run") -> JsonSchema:
     """The JSON Schema of a file; it checks names, types and ranges, no rule between fields.
 
     It requires no key below the top, and none of a run that extends another: the base has it. Steps
@@ -80,7 +80,7 @@ def _relaxed(node: Any) -> Any:
     }
 
 
-def _apart(prefix: str, schema: Schema) -> Schema:
+def _apart(prefix: str, schema: JsonSchema) -> JsonSchema:
     """A schema and its definitions as definitions of another one: all names get the prefix."""
 
     def moved(node: Any) -> Any:

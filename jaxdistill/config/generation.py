@@ -32,7 +32,7 @@ class AskedTeacher(Section):
             yield ("chat",), "has no effect with a server: use api.chat"
 
 
-class Prompt(Section):
+class PromptStyle(Section):
     """How a question is put."""
 
     style: Literal["zero_shot", "few_shot", "auto_cot", "preamble", "plain"] = Field(
@@ -167,7 +167,7 @@ class Generation(Section):
     )
     augment: Augment | None = Field(None, description="What task: augment makes.")
     limit: Count | None = Field(None, description="Only so many questions.")
-    prompt: Prompt = Field(default_factory=Prompt, description="How a question is put.")
+    prompt: PromptStyle = Field(default_factory=PromptStyle, description="How a question is put.")
     sampling: Sampling = Field(default_factory=Sampling, description="How answers are drawn.")
     filter: Filter = Field(default_factory=Filter, description="What is kept.")
     forms: tuple[Literal["scotd", "label", "step_by_step", "sequence_kd", "think"], ...] = Field(

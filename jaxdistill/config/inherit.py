@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.config import keys, syntax
-from jaxdistill.config.syntax import Path, shown
+from jaxdistill.config.syntax import KeyPath, shown
 from jaxdistill.errors import ConfigError
 
 KEY = "extends"
@@ -47,7 +47,7 @@ class MergedFile:
     """
 
     value: Any
-    places: dict[Path, FilePosition]
+    places: dict[KeyPath, FilePosition]
     faults: list[tuple[FilePosition, str]]
     incomplete: bool = False
 
@@ -103,7 +103,7 @@ def parse(text: str, name: str, *, extends: bool = True, above: tuple[str, ...] 
             source.faults.append((where, f"{KEY} = {shown(wanted)}: {error}"))
             source.incomplete = True
         else:
-            merged: dict[Path, FilePosition] = {(): places[()]}
+            merged: dict[KeyPath, FilePosition] = {(): places[()]}
             source.value = _merge(base.value, source.value, (), base.places, places, merged)
             source.places = merged
             source.faults += base.faults
@@ -151,7 +151,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(
-    base: dict, over: dict, path: Path, base_places: dict, over_places: dict, places: dict
+    base: dict, over: dict, path: KeyPath, base_places: dict, over_places: dict, places: dict
 ) -> dict[str, Any]:
     """Merges two sections at a path and writes down where each part of the result stands."""
     result = {}
@@ -178,7 +178,7 @@ def _another(key: str, old: dict, new: dict) -> bool:
     return any(choice in new and choice not in old for choice in _CHOICES)
 
 
-def _record(value: Any, path: Path, known: dict, places: dict) -> None:
+def _record(value: Any, path: KeyPath, known: dict, places: dict) -> None:
     """Copies the places of a value and of all below it."""
     if path in known:
         places[path] = known[path]

@@ -12,7 +12,7 @@ from jaxdistill.config.synonyms import OTHER_METHODS, SYNONYMS
 from jaxdistill.config.syntax import shown
 from jaxdistill.errors import ConfigError
 
-Schema = dict[str, Any]
+JsonSchema = dict[str, Any]
 
 
 _EXTENDS = {
@@ -25,13 +25,13 @@ _EXTENDS = {
 _MOST = 4  # alternatives of a section that are explained in full
 
 
-def tree() -> Schema:
+def tree() -> JsonSchema:
     """The sections of a configuration, and the key of its file that is none of them."""
     return _schema_with(methods.rows())
 
 
 @functools.lru_cache(maxsize=4)
-def _schema_with(rows: object) -> Schema:
+def _schema_with(rows: object) -> JsonSchema:
     """The schema with the methods that the table holds now."""
     schema = Config.model_json_schema()
     return {**schema, "properties": {"extends": _EXTENDS, **schema["properties"]}}
@@ -69,7 +69,7 @@ def explain(key: str) -> str:
     return "\n\n".join(_describe(".".join(path), schema) for schema in nodes)
 
 
-def _names(key: str, found: Sequence[Schema]) -> str:
+def _names(key: str, found: Sequence[JsonSchema]) -> str:
     """The alternatives of a section by name, one line on each."""
     named = {name: node.get("description", "") for node in found if (name := _named(node))}
     width = max(map(len, named))
@@ -154,9 +154,9 @@ def _edits(left: str, right: str) -> int:
     return current[-1]
 
 
-def _step(nodes: Sequence[Schema], part: str | int) -> list[Schema]:
+def _step(nodes: Sequence[JsonSchema], part: str | int) -> list[JsonSchema]:
     """The schemas one key or index below; a name below a list means that of its items."""
-    below: list[Schema] = []
+    below: list[JsonSchema] = []
     for node in nodes:
         properties = node.get("properties", {})
         if part in properties:
@@ -169,7 +169,7 @@ def _step(nodes: Sequence[Schema], part: str | int) -> list[Schema]:
     return [node for i, node in enumerate(below) if node not in below[:i]]
 
 
-def _alternatives(node: Schema) -> list[Schema]:
+def _alternatives(node: JsonSchema) -> list[JsonSchema]:
     """A schema with references resolved, split into its alternatives if they are sections."""
     reference = node.get("$ref")
     if reference:
@@ -189,13 +189,13 @@ def _alternatives(node: Schema) -> list[Schema]:
     return scalars + sections
 
 
-def _any_name(node: Schema) -> Schema | None:
+def _any_name(node: JsonSchema) -> JsonSchema | None:
     """What stands under names of the user's own, where a section has such."""
     children = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
     return next((one for one in children if isinstance(one, dict) and one), None)
 
 
-def _named(node: Schema) -> str | None:
+def _named(node: JsonSchema) -> str | None:
     """The value of `name` that tells a section apart from its alternatives."""
     return node.get("properties", {}).get("name", {}).get("const")
 
@@ -221,7 +221,7 @@ def values(path: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in words if isinstance(word, str)))
 
 
-def _below(nodes: Sequence[Schema], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _below(nodes: Sequence[JsonSchema], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     seen: set[str] = set()
     for node in nodes:
         for name in node.get("properties", {}):
@@ -231,7 +231,7 @@ def _below(nodes: Sequence[Schema], path: tuple[str, ...]) -> Iterator[tuple[str
                 yield from _below(_step(nodes, name), (*path, name))
 
 
-def _describe(key: str, schema: Schema) -> str:
+def _describe(key: str, schema: JsonSchema) -> str:
     """A section with one line per key, or a key with all there is to say."""
     if "properties" not in schema:
         return f"{key}: {_type(schema)}{_default(schema)}\n  {schema.get('description', '')}"
@@ -245,7 +245,7 @@ def _describe(key: str, schema: Schema) -> str:
     return "\n".join(lines)
 
 
-def _default(schema: Schema) -> str:
+def _default(schema: JsonSchema) -> str:
     return f", default {shown(schema['default'])}" if "default" in schema else ""
 
 
@@ -265,7 +265,7 @@ _TYPES = {
 }
 
 
-def _type(schema: Schema) -> str:
+def _type(schema: JsonSchema) -> str:
     """A type and its range in words."""
     if "$ref" in schema:
         return _type(tree()["$defs"][schema["$ref"].rpartition("/")[2]])

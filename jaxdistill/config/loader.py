@@ -12,7 +12,7 @@ from jaxdistill.config import inherit, keys, syntax
 from jaxdistill.config.inherit import FilePosition, read
 from jaxdistill.config.schema import Config
 from jaxdistill.config.synonyms import OTHER_METHODS
-from jaxdistill.config.syntax import Path, shown
+from jaxdistill.config.syntax import KeyPath, shown
 from jaxdistill.config.written import Written
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import METHODS
@@ -88,9 +88,9 @@ class _Report:
     """Collects messages, each with the place in a file or the override it is about."""
 
     name: str
-    places: dict[Path, FilePosition]
+    places: dict[KeyPath, FilePosition]
     schema: type[Section]
-    sources: dict[Path, str] = dataclasses.field(default_factory=dict)
+    sources: dict[KeyPath, str] = dataclasses.field(default_factory=dict)
     lines: list[tuple[tuple, str]] = dataclasses.field(default_factory=list)
 
     @property
@@ -104,7 +104,7 @@ class _Report:
     def override(self, override: str, message: str) -> None:
         self.lines.append(((1, self.start), f"override {shown(override)}: {message}"))
 
-    def about(self, path: Path, message: str) -> None:
+    def about(self, path: KeyPath, message: str) -> None:
         """Places a message at the nearest thing the user wrote at or above a path."""
         for end in range(len(path), -1, -1):
             if path[:end] in self.sources:
@@ -113,7 +113,7 @@ class _Report:
                 return self.at(self.places[path[:end]], message)
         return self.at(self.start, message)
 
-    def replaced(self, path: Path, override: str) -> None:
+    def replaced(self, path: KeyPath, override: str) -> None:
         """From now on what stands at and below a path comes from an override."""
         for places in (self.places, self.sources):
             for place in [place for place in places if place[: len(path)] == path]:
@@ -135,7 +135,7 @@ def _override(raw: dict[str, Any], override: str, report: _Report) -> None:
     if document.faults:
         return None
     here: Any = raw
-    path: Path = ()
+    path: KeyPath = ()
     for depth, part in enumerate(parts):
         slot: str | int = part
         section: Any = here
@@ -183,14 +183,14 @@ def _translate(raw: dict[str, Any], item: dict[str, Any], report: _Report) -> No
     report.about(path, f"{key}: {message}" if key else message)
 
 
-def _path(location: tuple[str | int, ...], kind: str) -> Path:
+def _path(location: tuple[str | int, ...], kind: str) -> KeyPath:
     """Drops what pydantic adds to an error's location for the alternative it tried."""
     parts = [part for i, part in enumerate(location) if not (i == 1 and location[0] == "method")]
     last = len(parts) - (kind == "extra_forbidden")
     return tuple(p for i, p in enumerate(parts) if i >= last or not str(p).startswith("<"))
 
 
-def _at(raw: Any, path: Path) -> tuple[bool, Any]:
+def _at(raw: Any, path: KeyPath) -> tuple[bool, Any]:
     """Whether something stands at a path, and what."""
     for part in path:
         if isinstance(raw, dict) and part in raw:
@@ -202,7 +202,7 @@ def _at(raw: Any, path: Path) -> tuple[bool, Any]:
     return True, raw
 
 
-def _key(raw: dict[str, Any], path: Path) -> str:
+def _key(raw: dict[str, Any], path: KeyPath) -> str:
     """`train.steps = 10`, or only `train.steps` where the file says nothing or a whole section."""
     name = ".".join(str(p) if re.fullmatch(r"[\w-]+", str(p)) else shown(p) for p in path)
     present, value = _at(raw, path)
@@ -241,7 +241,7 @@ _ALTERNATIVES = {
 }
 
 
-def _suggest(raw: dict[str, Any], path: Path, schema: type[Section]) -> str:
+def _suggest(raw: dict[str, Any], path: KeyPath, schema: type[Section]) -> str:
     """What an unknown key probably was."""
     key, given = str(path[-1]), _at(raw, path[:-1])[1]
     if schema is Config:
@@ -252,7 +252,9 @@ def _suggest(raw: dict[str, Any], path: Path, schema: type[Section]) -> str:
     return f'did you mean "{best}"?' if best else ""
 
 
-def _message(raw: dict[str, Any], path: Path, item: dict[str, Any], schema: type[Section]) -> str:
+def _message(
+    raw: dict[str, Any], path: KeyPath, item: dict[str, Any], schema: type[Section]
+) -> str:
     """What is wrong and, where it can be guessed, what was meant."""
     kind, value, context = item["type"], item.get("input"), item.get("ctx", {})
     if kind == "extra_forbidden":

@@ -11,7 +11,7 @@ from jaxdistill.config.oneself import Oneself
 from jaxdistill.config.quantize import Rounded, RoundedBase, RoundedStudent
 from jaxdistill.config.server import Api
 from jaxdistill.config.sparsity import TARGETS, Projection, Sparsity
-from jaxdistill.section import Dtype, Moment, Path, Problem, Section, Size
+from jaxdistill.section import Dtype, Path, Problem, Section, Size, StepOrFraction
 
 
 class RandomModel(Section):
@@ -125,13 +125,13 @@ class Teacher(Section):
         description="Devices of its own, {fsdp: 2, tensor: 2}: the last of the run. It reads each "
         "batch before the step, and its final hidden states are sent. Null: the student's.",
     )
-    from_: Moment | None = Field(
+    from_: StepOrFraction | None = Field(
         None,
         alias="from",
         description="Ask it from this step on, as until; the steps before learn from the data "
         "alone, by cross-entropy. Null: from the first.",
     )
-    until: Moment | None = Field(
+    until: StepOrFraction | None = Field(
         None,
         description="End its forward pass after so many steps, a whole number, or a fraction of "
         "train.steps below 1; the steps after learn from the data alone. Null: to the last.",

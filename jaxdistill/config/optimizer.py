@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from jaxdistill.ranges import OPTIMIZER, UNREAD
-from jaxdistill.section import Moment, Problem, Section
+from jaxdistill.section import Problem, Section, StepOrFraction
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,7 +23,7 @@ class Optimizer(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after the warmup."
     )
-    warmup: Moment = Field(
+    warmup: StepOrFraction = Field(
         0.03,
         description="Rise of the learning rate from 0: a whole number of steps, or a fraction of "
         "train.steps below 1.",

@@ -118,8 +118,8 @@ def _data_files(path: str, network: bool) -> Sequence[paths.File]:
 def _model_errors(config: Config) -> Iterator[UserError]:
     """Every model is there, kept layers exist, rows are not too long, vocabularies are the same."""
     folders = _models(config)
-    for name, one in {"teacher": config.teacher, **_several(config)}.items():
-        if one is None or one.cache is None or "://" in one.cache:
+    for name, one in config.teacher_sections.items():
+        if one.cache is None or "://" in one.cache:
             continue
         place = os.path.expanduser(one.cache)
         if not os.path.isfile(os.path.join(place, "identity.json")):
@@ -145,7 +145,7 @@ def _model_errors(config: Config) -> Iterator[UserError]:
     if known:
         yield from rules.tokenizer_rows(config.tokenizer.rows, known)
         known = max(known, config.tokenizer.rows or 0)
-    for name in ("teacher", "student", *_several(config)):
+    for name in (*config.teacher_sections, "student"):
         model = folders.get(name, ModelFiles())
         # A teacher with a tokenizer of its own is read through what both share.
         own = name == "teacher" != config.tokenizer.from_ and model.tokenizer_file
@@ -158,11 +158,10 @@ def _model_errors(config: Config) -> Iterator[UserError]:
 
 def _in_step(config: Config, found: Mapping[str, ModelFiles]) -> dict[str, Mapping[str, Any]]:
     """config.json of each model that a step computes; {} where small files do not tell it."""
-    teachers = {"teacher": config.teacher, **_several(config)}
     own = "teacher" if config.student.from_ else "student"
     shapes = {"student": found.get(own, ModelFiles()).shape}
-    for name, one in teachers.items():
-        if one and not one.cache and (one.source or one.random):
+    for name, one in config.teacher_sections.items():
+        if not one.cache and (one.source or one.random):
             shapes[name] = found.get(name, ModelFiles()).shape
     # A random model that is like one of these has some of its numbers, and not its family.
     return {name: shape if "model_type" in shape else {} for name, shape in shapes.items()}
@@ -196,7 +195,7 @@ def _exception_errors(
     config: Config, in_step: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[UserError]:
     """Exceptions to schemes name projections, where small files tell the model's family."""
-    models = {"teacher": config.teacher, "student": config.student, **_several(config)}
+    models = {**config.teacher_sections, "student": config.student}
     options = {f"{name}.quantize": (name, one.quantize) for name, one in models.items() if one}
     options["student.base"] = "student", config.student.base
     for key, (name, option) in options.items():
@@ -250,7 +249,7 @@ def _models(config: Config) -> dict[str, ModelFiles]:
     """What can be told of the models that are named by path or by numbers, and of the tokenizer."""
     network = config.security.allow_network
     folders: dict[str, ModelFiles] = {}
-    asked = {"teacher": config.teacher, "student": config.student, **_several(config)}
+    asked = {**config.teacher_sections, "student": config.student}
     for name, model in asked.items():
         if model and model.source:
             folders[name] = look(f"{name}.source", model.source, network)
@@ -280,11 +279,6 @@ def _models(config: Config) -> dict[str, ModelFiles]:
         key = "student.tokenizer" if student.tokenizer else "tokenizer.from"
         folders["tokenizer"] = look(key, chosen, network, weights=False)
     return folders
-
-
-def _several(config: Config) -> dict[str, Any]:
-    """Several teachers by their keys."""
-    return {f"teachers.{name}": model for name, model in (config.teachers or {}).items()}
 
 
 def _vocabulary_errors(

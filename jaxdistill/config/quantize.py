@@ -14,7 +14,7 @@ from jaxdistill.commands.export import (
     SchemeName,
     exception_problems,
 )
-from jaxdistill.section import Moment, Problem, Section
+from jaxdistill.section import Problem, Section, StepOrFraction
 
 _kind = lambda value: "<section>" if isinstance(value, dict | Section) else "<scheme>"
 Rounded = Annotated[
@@ -47,7 +47,7 @@ RoundedBase = Annotated[
 class LaterScheme(Section):
     """A scheme that begins within a run."""
 
-    at: Moment = Field(
+    at: StepOrFraction = Field(
         description="First step that computes by it, from 0: a whole number of steps before it, or "
         "a fraction of train.steps below 1."
     )

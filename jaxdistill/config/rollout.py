@@ -11,7 +11,9 @@ from jaxdistill.methods import signals
 from jaxdistill.section import Count, Path, Problem, Section, Size
 
 # Of one of several teachers: part of keys and of names of metrics, which dots and slashes divide.
-Name = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+TeacherName = Annotated[
+    str, Field(min_length=1, max_length=40, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+]
 
 
 class PromptSource(Section):
@@ -22,7 +24,7 @@ class PromptSource(Section):
         "`messages`, of which the last answer is not asked for; what it holds for verifiers, "
         "`teachers` and `teacher.self.context` is kept."
     )
-    teacher: Name | None = Field(
+    teacher: TeacherName | None = Field(
         None, description="Which of `teachers` its prompts are for, where they do not say."
     )
     learns_from: Literal["both", "reward", "teacher"] = Field(

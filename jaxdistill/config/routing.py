@@ -7,20 +7,20 @@ from pydantic import Field
 
 from jaxdistill import methods
 from jaxdistill.config.models import Teacher
-from jaxdistill.config.rollout import Name
+from jaxdistill.config.rollout import TeacherName
 from jaxdistill.methods import signals
 from jaxdistill.section import Problem, Section
 
 if TYPE_CHECKING:  # NumPy, which `--help` and `validate` do without
     from jaxdistill.data import routes
 
-Teachers = Annotated[dict[Name, Teacher], Field(min_length=1, max_length=64)]
+Teachers = Annotated[dict[TeacherName, Teacher], Field(min_length=1, max_length=64)]
 
 
 class Routing(Section):
     """Several teachers: which record is for whom, and what each counts for."""
 
-    default: Name | None = Field(
+    default: TeacherName | None = Field(
         None, description="The teacher of records that name none; null: they are an error."
     )
     normalise: Literal["token", "teacher"] = Field(

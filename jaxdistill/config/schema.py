@@ -17,6 +17,7 @@ from jaxdistill.config.rollout import Rollout
 from jaxdistill.config.routing import Routing, Teachers
 from jaxdistill.config.trackers import Trackers
 from jaxdistill.config.written import Written
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 
@@ -290,6 +291,12 @@ class Config(Section):
     security: Security = Field(default_factory=Security, description="What the run may do.")
 
     _written: Written = PrivateAttr(default_factory=Written)
+
+    @property
+    def teacher_sections(self) -> dict[str, Teacher]:
+        """The sections of the teachers by their keys: "teacher" of one, "teachers.NAME" of more."""
+        alone = {} if self.teacher is None else {teacher_key(None): self.teacher}
+        return alone | {teacher_key(name): one for name, one in (self.teachers or {}).items()}
 
     @property
     def written(self) -> Written:

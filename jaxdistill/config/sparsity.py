@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxdistill import rules
-from jaxdistill.section import Count, Moment, Path, Problem, Section
+from jaxdistill.section import Count, Path, Problem, Section, StepOrFraction
 
 Projection = Literal["query", "key", "value", "out", "gate", "up", "down"]
 TARGETS: tuple[Projection, ...] = ("query", "key", "value", "out", "gate", "up", "down")
@@ -39,12 +39,12 @@ class Sparsity(Section):
     targets: Annotated[tuple[Projection, ...], Field(min_length=1, strict=False)] = Field(
         TARGETS, description="Projections of every layer; norms, embeddings and heads stay dense."
     )
-    begin: Moment = Field(
+    begin: StepOrFraction = Field(
         0,
         description="First update at which weights become 0, from 0: a whole number of updates, or "
         "a fraction of train.steps below 1.",
     )
-    end: Moment = Field(
+    end: StepOrFraction = Field(
         0.5, description="Update at which the share is reached, and masks are final; as begin."
     )
     every: Count = Field(

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
@@ -35,7 +35,7 @@ class YamlDocument:
     """Plain values, where each of them stands, and what is wrong with the text."""
 
     value: Any
-    marks: dict[Path, tuple[int, int]]
+    marks: dict[KeyPath, tuple[int, int]]
     faults: list[Fault]
 
 
@@ -157,11 +157,11 @@ class _Builder:
     """Makes plain values of nodes, remembering places, counting aliases each time they are used."""
 
     def __init__(self) -> None:
-        self.marks: dict[Path, tuple[int, int]] = {}
+        self.marks: dict[KeyPath, tuple[int, int]] = {}
         self.faults: list[Fault] = []
         self._nodes = 0
 
-    def build(self, node: yaml.Node, path: Path, depth: int) -> Any:
+    def build(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
         """The value of a node at a path."""
         self._nodes += 1
         if depth > MAX_DEPTH or self._nodes > MAX_NODES:
@@ -174,7 +174,7 @@ class _Builder:
         assert isinstance(node, yaml.ScalarNode)
         return self._scalar(node)
 
-    def _mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line, column = _position(key_node)

@@ -9,7 +9,7 @@ from pydantic import Field
 from jaxdistill.errors import ConfigError
 from jaxdistill.section import PLAIN_PATTERN, Section
 
-Name = Annotated[str, Field(min_length=1, max_length=128, pattern=PLAIN_PATTERN)]
+TrackerName = Annotated[str, Field(min_length=1, max_length=128, pattern=PLAIN_PATTERN)]
 _TITLE = "Name of the run there; null: run.name."
 _TAGS = "Labels of the run there."
 # The import name of each client; the extra has the tracker's own name.
@@ -19,10 +19,10 @@ PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 class WandbTracker(Section):
     """Weights & Biases; the key is read from $WANDB_API_KEY or `wandb login`."""
 
-    project: Name = Field(description="Project of the runs.")
-    entity: Name | None = Field(None, description="User or team; null: the key's own.")
-    name: Name | None = Field(None, description=_TITLE)
-    tags: tuple[Name, ...] = Field((), max_length=50, strict=False, description=_TAGS)
+    project: TrackerName = Field(description="Project of the runs.")
+    entity: TrackerName | None = Field(None, description="User or team; null: the key's own.")
+    name: TrackerName | None = Field(None, description=_TITLE)
+    tags: tuple[TrackerName, ...] = Field((), max_length=50, strict=False, description=_TAGS)
     mode: Annotated[str, Field(pattern="^(online|offline)$")] = Field(
         "online", description="online, or offline: kept in RUN/wandb for `wandb sync`."
     )
@@ -31,20 +31,22 @@ class WandbTracker(Section):
 class MlflowTracker(Section):
     """MLflow; the server's password is read from $MLFLOW_TRACKING_PASSWORD."""
 
-    experiment: Name = Field(description="Experiment of the runs; made when missing.")
-    uri: Name | None = Field(
+    experiment: TrackerName = Field(description="Experiment of the runs; made when missing.")
+    uri: TrackerName | None = Field(
         None, description="Tracking server, or file:///FOLDER; null: $MLFLOW_TRACKING_URI."
     )
-    name: Name | None = Field(None, description=_TITLE)
-    tags: tuple[Name, ...] = Field((), max_length=50, strict=False, description=_TAGS)
+    name: TrackerName | None = Field(None, description=_TITLE)
+    tags: tuple[TrackerName, ...] = Field((), max_length=50, strict=False, description=_TAGS)
 
 
 class TrackioTracker(Section):
     """trackio, on this machine or in a Space of the Hugging Face Hub."""
 
-    project: Name = Field(description="Project of the runs.")
-    space: Name | None = Field(None, description="Space such as user/name; null: this machine.")
-    name: Name | None = Field(None, description=_TITLE)
+    project: TrackerName = Field(description="Project of the runs.")
+    space: TrackerName | None = Field(
+        None, description="Space such as user/name; null: this machine."
+    )
+    name: TrackerName | None = Field(None, description=_TITLE)
 
 
 class Trackers(Section):

@@ -25,13 +25,13 @@ ASIDE = "replaced"  # outputs that a changed step has made room for; nothing is 
 RESERVED = frozenset({STATE, f"{STATE}.tmp", ASIDE, "LOCK", "report.html"})
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 Loaded = TypeVar("Loaded", Config, Generation)
-Name = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]
+StepName = Annotated[str, Field(max_length=60, pattern=NAME_PATTERN)]
 
 
 class Step(Section):
     """What every step has."""
 
-    name: Name = Field(description="Its folder, and what `${name}` in later steps stands for.")
+    name: StepName = Field(description="Its folder, and what `${name}` in later steps stands for.")
 
 
 class TrainStep(Step):
@@ -148,7 +148,7 @@ class Workflow(Section):
     """Steps from a model to what is left of it."""
 
     version: int = Field(1, ge=1, le=1, description="Version of this format.")
-    name: Name = Field("workflow", description="Name shown on the page.")
+    name: StepName = Field("workflow", description="Name shown on the page.")
     dir: Path = Field(
         default_factory=lambda data: f"runs/{data.get('name', 'workflow')}",
         description="Folder of all outputs. Default: runs/NAME.",

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 
-from jaxdistill.config.syntax import Path, shown
+from jaxdistill.config.syntax import KeyPath, shown
 from jaxdistill.errors import UserError
 
 # What a line of a message begins with: `data.train.0.path = 'x': ...`, or `rollout: ...`.
@@ -23,15 +23,15 @@ class Written:
       overrides: path -> the override that the part comes from.
     """
 
-    places: Mapping[Path, object] = dataclasses.field(default_factory=dict)
-    overrides: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    places: Mapping[KeyPath, object] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[KeyPath, str] = dataclasses.field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Written)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def of(self, path: Path) -> str | None:
+    def of(self, path: KeyPath) -> str | None:
         """The nearest thing that the user wrote at a path or above it; None without any."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overrides:

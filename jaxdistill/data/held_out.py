@@ -12,7 +12,7 @@ from jaxdistill.data import stretches
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.record_hash import fingerprint_of, seen
 from jaxdistill.data.records import Record
-from jaxdistill.data.sources import Source, Stream
+from jaxdistill.data.sources import RecordStream, Source
 from jaxdistill.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def part(source: Source, fraction: float, held_out: bool) -> Source:
     """
     limit = int(fraction * 2**64)
 
-    def read() -> Stream:
+    def read() -> RecordStream:
         for item in source:
             # What cannot be read counts once, on the side of the training data.
             theirs = isinstance(item, Record) and fingerprint_of(item) < limit

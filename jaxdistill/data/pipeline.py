@@ -22,11 +22,11 @@ from jaxdistill.safe import manifest
 _LAYOUT = 2  # of the folder of a data set: one of another is not opened
 _log = logging.getLogger(__name__)
 
-Sources = str | Path | Source | Sequence[str | Path | Source]
+SourcesLike = str | Path | Source | Sequence[str | Path | Source]
 
 
 def build(
-    sources: Sources,
+    sources: SourcesLike,
     tokenizer: Any,
     *,
     seq_len: int,
@@ -152,7 +152,7 @@ def build(
     return open_dataset(folder, facts, name, tuple(notices), names)
 
 
-def _open(sources: Sources, name: str) -> list[Source]:
+def _open(sources: SourcesLike, name: str) -> list[Source]:
     several = [sources] if isinstance(sources, str | Path | Source) else list(sources)
     if not several:
         raise DataError(f"data.{name}: no files are given: name at least one")

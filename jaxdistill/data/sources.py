@@ -18,7 +18,7 @@ from jaxdistill.types import ORIGINS
 TEXT_FORMATS = ("plain", "paragraphs")
 FORMATS = ("auto", *KINDS, *TEXT_FORMATS)
 PYTHON_DOCS = "python:docs"
-Stream = Iterator[Record | Rejected]
+RecordStream = Iterator[Record | Rejected]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Source:
 
     name: str
     format: str
-    read: Callable[[], Stream]
+    read: Callable[[], RecordStream]
     digest: Callable[[], str]
     origin: str = "data"
     weight: float = 1.0
@@ -51,7 +51,7 @@ class Source:
     unread: set[str] = dataclasses.field(default_factory=set, compare=False)
     notes: tuple[str, ...] = ()
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> RecordStream:
         return self.read()
 
 
@@ -122,7 +122,7 @@ def _open(path: str | Path, name: str, format: str, allow_network: bool) -> Sour
 
 
 def _joined(name: str, format: str, parts: list[Source]) -> Source:
-    def read() -> Stream:
+    def read() -> RecordStream:
         for part in parts:
             yield from part
 
@@ -165,7 +165,7 @@ def _python_source(name: str, format: str) -> Source:
     if format not in ("auto", "text", "plain"):
         raise DataError(f"{name}: holds plain text: format must be auto or text, got {format!r}")
 
-    def read() -> Stream:
+    def read() -> RecordStream:
         for line, document in enumerate(python_docs.documents(split, part), start=1):
             yield Record("text", (document,), line)
 
@@ -191,7 +191,7 @@ def _typed(
     name: str,
     unread: set[str],
     table: bool,
-) -> Stream:
+) -> RecordStream:
     """Turns objects into records of one kind; `auto` takes that of the first object with one."""
     kind, first = (None, 0) if format == "auto" else (format, 0)
     for item in objects:
@@ -230,7 +230,7 @@ def _no_kind(value: Any, line: int) -> Rejected:
     return Rejected(line, f"missing field: expected {need}; found {names_of(value)}")
 
 
-def _documents(path: File, paragraphs: bool) -> Stream:
+def _documents(path: File, paragraphs: bool) -> RecordStream:
     """The texts of a file; long ones in several records, which know whether they open or close."""
     held: tuple[int, int, bytes] | None = None
     opens = True

@@ -17,7 +17,7 @@ from jaxdistill.errors import DataError
 from jaxdistill.safe.pool import Died, Pool
 
 RecordBatch = list[Record | Rejected]
-Place = TypeVar("Place")
+Origin = TypeVar("Origin")
 ALONE_SECONDS = 2.0  # what takes no longer is not worth the start of processes
 _MOST = 16  # processes by default: as many as one that reads and writes keeps busy
 
@@ -86,9 +86,9 @@ class Tokeniser:
 
     def made(
         self,
-        batches: Iterator[tuple[Place, RecordBatch]],
-        where: Callable[[Place, RecordBatch], str],
-    ) -> Generator[tuple[Place, RecordBatch, wire.Made], None, None]:
+        batches: Iterator[tuple[Origin, RecordBatch]],
+        where: Callable[[Origin, RecordBatch], str],
+    ) -> Generator[tuple[Origin, RecordBatch, wire.Made], None, None]:
         """(place, batch, what becomes of its good records) of every batch, in order.
 
         The processes end with the iterator.

@@ -25,7 +25,7 @@ from jaxdistill.errors import DataError
 from jaxdistill.methods import measuring, routed
 from jaxdistill.methods.routed import Routed
 from jaxdistill.models import DecoderConfig
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import TeacherFunction
 from jaxdistill.train.step import Loss, make_loss
 from jaxdistill.types import Batch, Mean, TeacherSignal
 
@@ -51,7 +51,7 @@ NAMES = {
 CALIBRATION = "calibration"  # a total of [bins, 3], see `reliability`
 
 
-def make_step(loss: Loss, teacher: Teacher | Routed) -> MeterStep:
+def make_step(loss: Loss, teacher: TeacherFunction | Routed) -> MeterStep:
     """step(params, teacher_params, batch, knobs) -> named means; the training loss, no gradient.
 
     Nothing that adapts in training moves here: knobs come in as numbers and do not come out. Of
@@ -59,7 +59,9 @@ def make_step(loss: Loss, teacher: Teacher | Routed) -> MeterStep:
     """
 
     def step(params, teacher_params, batch, knobs):
-        def of_one(one: Teacher, its_params: Any, part: Batch) -> tuple[dict[str, Mean], Any]:
+        def of_one(
+            one: TeacherFunction, its_params: Any, part: Batch
+        ) -> tuple[dict[str, Mean], Any]:
             return loss(params, one(its_params, None, part), part, knobs), ()
 
         return routed.asked(teacher, teacher_params, batch, of_one)(batch)[0]
@@ -86,12 +88,14 @@ def scoring_step(
     return jax.jit(step)
 
 
-def teacher_scoring_step(teacher: Teacher | Routed, vocab: int) -> MeterStep:
+def teacher_scoring_step(teacher: TeacherFunction | Routed, vocab: int) -> MeterStep:
     """Cross-entropy of the data by what teachers say of it: a stored one, or each of several."""
     objective = measuring.cross_entropy(vocab=vocab)
 
     def step(params, teacher_params, batch, knobs):
-        def of_one(one: Teacher, its_params: Any, part: Batch) -> tuple[dict[str, Mean], Any]:
+        def of_one(
+            one: TeacherFunction, its_params: Any, part: Batch
+        ) -> tuple[dict[str, Mean], Any]:
             outputs = one(its_params, None, part).outputs
             assert outputs is not None, "only asked for where whole rows are known"
             return objective.apply({}, outputs, TeacherSignal(), part, {}), ()

@@ -1,8 +1,11 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
+import collections
 import concurrent.futures
+import contextlib
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -18,7 +21,7 @@ from jaxdistill.models import decoder, host
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 from jaxdistill.models.quantized import Quantization, quantize_in_place
 
-_THREADS = 8  # that read the layers of one weight; copies hold no lock of Python's
+_THREADS = 8  # that read the pieces of one weight; copies hold no lock of Python's
 _TILE = 192
 _ALIGNED = 64  # bytes: where XLA wants a CPU's arrays to begin
 _PIECE = 1 << 25  # bytes of a reading: a thread holds no more beside the weight
@@ -28,11 +31,32 @@ _PIECE = 1 << 25  # bytes of a reading: a thread holds no more beside the weight
 class Tensors(Protocol):
     """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names."""
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The slice `index` of one tensor."""
+    def read(
+        self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The slice `index` of one tensor; it may lie in `memory`, bytes that are free for it."""
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype that `read` returns."""
+
+
+class Pieces:
+    """Memory that the readings of one loading use in turn; the system clears what is new."""
+
+    def __init__(self) -> None:
+        self._free: collections.deque[np.ndarray] = collections.deque()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[np.ndarray]:
+        """Bytes for one reading."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(_PIECE, np.uint8)
+        try:
+            yield memory
+        finally:
+            self._free.append(memory)
 
 
 def placement(config: DecoderConfig, mesh: Mesh | None, rules: Mapping) -> dict:
@@ -75,8 +99,9 @@ def assemble(
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
+    pieces = Pieces()
     for ours, (name, row) in tensor_rows(config).items():
-        read: Any = weight(name, row, name.part(ours, config), tensors, dtype, places[ours])
+        read: Any = weight(name, row, name.part(ours, config), tensors, dtype, places[ours], pieces)
         if rounded is not None and (scheme := rounded.of(ours)) is not None:
             read = quantize_in_place(read, scheme)
         flat[ours] = host.moved(read) if offload and host.waits(ours) else read
@@ -90,6 +115,7 @@ def weight(
     tensors: Tensors,
     dtype: DTypeLike | None,
     place: Sharding,
+    pieces: Pieces | None = None,
 ) -> jax.Array:
     """One weight of the tree, each device's slice read by itself, or as rows of as many bytes.
 
@@ -100,38 +126,39 @@ def weight(
       tensors: where to read.
       dtype: None keeps its own.
       place: where it lies.
+      pieces: memory for readings; None: of its own.
     """
+    pieces = pieces or Pieces()
     dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
     chosen = np.dtype(dtype or own)
-    read = lambda spans: _read(name, part, spans, tensors, chosen)
+    read = lambda spans: _read(name, part, spans, tensors, chosen, pieces)
     rows, columns = file_dims(name, row)
     return exchange.array(row.shape, place, read, rows, columns, chosen)
 
 
-def _read(name: TensorName, part: Part | None, spans, tensors, dtype) -> np.ndarray:
-    """One slice of a stacked weight, its tensors read by a few threads into place."""
+def _read(name: TensorName, part: Part | None, spans, tensors, dtype, pieces) -> np.ndarray:
+    """One slice of a stacked weight, pieces of its tensors read by a few threads into place."""
     sizes = [span.stop - span.start for span in spans]
     block = _empty(sizes, dtype)
     outer, inner = spans[: name.stacked], spans[name.stacked :]
     whole = slice(0, sizes[-1]), inner[-1]
     runs = [whole] if part is None else list(part.runs(inner[-1]))
-
-    def one(index: tuple[int, ...]) -> None:
+    readings: list[Callable[[], None]] = []
+    for index in np.ndindex(*sizes[: name.stacked]):
         tensor = (span.start + at for span, at in zip(outer, index, strict=True))
         file = name.pattern.format(*tensor)
         for here, there in runs:
-            wanted = (*inner[:-1], there)
-            _fill_by_rows(block[(*index, ..., here)], tensors, file, wanted, name.transposed)
-
-    indices = list(np.ndindex(*sizes[: name.stacked]))
-    if len(indices) == 1 or not getattr(tensors, "threads", False):
-        for index in indices:
-            one(index)
+            place, wanted = block[(*index, ..., here)], (*inner[:-1], there)
+            readings += _by_rows(place, tensors, file, wanted, name.transposed, pieces)
+    if len(readings) == 1 or not getattr(tensors, "threads", False):
+        for reading in readings:
+            reading()
         return block
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(one, indices))  # which raises what any of them raised
+        for done in [pool.submit(reading) for reading in readings]:
+            done.result()  # raises what the reading raised
     return block
 
 
@@ -143,18 +170,34 @@ def _empty(sizes: list[int], dtype: np.dtype) -> np.ndarray:
     return memory[first : first + size].view(dtype).reshape(sizes)
 
 
-def _fill_by_rows(
-    place: np.ndarray, tensors: Tensors, file: str, wanted: tuple[slice, ...], turned: bool
-) -> None:
-    """place[:] = a slice of one tensor, of which a few rows are read at a time."""
+def _by_rows(
+    place: np.ndarray,
+    tensors: Tensors,
+    file: str,
+    wanted: tuple[slice, ...],
+    turned: bool,
+    pieces: Pieces,
+) -> Iterator[Callable[[], None]]:
+    """Readings of a few rows each, which together do place[:] = a slice of one tensor."""
     over = lambda array: array.T if turned else array
     first, *rest = wanted[::-1] if turned else wanted
-    rows = over(place)
-    step = max(1, _PIECE * len(rows) // max(1, place.nbytes))
+    rows, own = over(place), tensors.dtype(file)
+    step = max(1, _PIECE * len(rows) // max(1, place.size * own.itemsize))
+
+    def reading(here: np.ndarray, chosen: tuple[slice, ...]) -> None:
+        if here.flags.c_contiguous and here.dtype == own:  # as in the file: read right there
+            memory = here.reshape(-1).view(np.uint8)
+            values = tensors.read(file, chosen, memory)
+            if not np.may_share_memory(values, memory):
+                _fill(over(here), over(values))
+            return
+        with pieces.one() as memory:
+            _fill(over(here), over(tensors.read(file, chosen, memory)))
+
     for start in range(0, len(rows), step):
         here = rows[start : start + step]
         chosen = slice(first.start + start, first.start + start + len(here))
-        _fill(over(here), over(tensors.read(file, (chosen, *rest))))
+        yield functools.partial(reading, here, (chosen, *rest))
 
 
 def _fill(place: np.ndarray, values: np.ndarray) -> None:

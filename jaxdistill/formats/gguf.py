@@ -118,7 +118,9 @@ class _GgufFile:
         """Everything is dequantised to float32."""
         return np.dtype(np.float32)
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """The slice `index` of the tensor with this Hugging Face name, in that layout."""
         name, expert = gguf_layout.stacked(name)
         if name not in self._names:

@@ -90,11 +90,14 @@ class Folder:
         self._mapped.clear()
         self._files.close()
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(
+        self, name: str, index: tuple[slice, ...], memory: np.ndarray | None = None
+    ) -> np.ndarray:
         """The slice `index` of tensor `name`.
 
-        One that lies together is read alone. Of another it is a view of the file, whose pages are
-        read where they are used, many around each: its gaps are what other devices need.
+        One that lies together is read alone, into `memory` where there is enough of it. Of another
+        it is a view of the file, whose pages are read where they are used, many around each: its
+        gaps are what other devices need.
 
         Raises:
           ModelError: where the file ends before it.
@@ -106,7 +109,9 @@ class Folder:
         view = np.asarray(whole)[index]
         if not view.flags.c_contiguous or not view.size:
             return view
-        values = np.empty(view.shape, view.dtype)
+        if memory is None or memory.nbytes < view.nbytes:
+            memory = np.empty(view.nbytes, np.uint8)
+        values = memory[: view.nbytes].view(view.dtype).reshape(view.shape)
         left = memoryview(values.reshape(-1).view(np.uint8))
         place = view.ctypes.data - mapped.ctypes.data
         while left:

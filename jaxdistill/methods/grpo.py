@@ -8,7 +8,7 @@ from pydantic import Field
 
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
-from jaxdistill.methods.knobs import Weight, schedules
+from jaxdistill.methods.knobs import WeightKnob, schedules
 from jaxdistill.section import Problem
 
 
@@ -39,7 +39,7 @@ class Grpo(Options):
         "otherwise than the one that trains (is_clip, importance sampling).",
     )
     correction_bound: float = Field(2.0, ge=1, le=1e6, description="The largest q_old / mu.")
-    teacher_weight: Weight = Field(
+    teacher_weight: WeightKnob = Field(
         0.0,
         description="Of the divergence from a teacher beside the reward (teacher_kl_coef, "
         "opd_kl_coef, distillation weight); 0: no teacher. A number or "

@@ -8,7 +8,7 @@ from pydantic import Field
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
-from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
+from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, TemperatureKnob, WeightKnob, schedules
 from jaxdistill.section import Problem
 
 Distance = Literal["cosine", "mse"]
@@ -19,7 +19,7 @@ class Hidden(Options):
     """Hidden states beside logits: a distance of chosen layers joins the KL."""
 
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
-    temperature: Temperature = Field(1.0, description="T of the KL.")
+    temperature: TemperatureKnob = Field(1.0, description="T of the KL.")
     layers: Layers = Field("even", description=LAYERS)
     distance: Distance = Field("cosine", description="Of two hidden states.")
     distances: Annotated[dict[Distance, Share], Field(min_length=1)] | None = Field(
@@ -30,7 +30,7 @@ class Hidden(Options):
     layer_weights: Annotated[list[Share], Field(min_length=1)] | None = Field(
         None, description="A weight for each pair of layers; null: 1 for all."
     )
-    feature_weight: Weight = Field(
+    feature_weight: WeightKnob = Field(
         1.0, description="Weight of the distance; a number or {schedule, start, end}."
     )
     balance: bool = Field(

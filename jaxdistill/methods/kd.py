@@ -7,7 +7,7 @@ from pydantic import Field
 
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
-from jaxdistill.methods.knobs import Alpha, Temperature, Weight, scheduled, schedules
+from jaxdistill.methods.knobs import Alpha, TemperatureKnob, WeightKnob, scheduled, schedules
 from jaxdistill.ranges import ENTRIES, PARAMETERS
 from jaxdistill.section import Problem
 
@@ -18,7 +18,7 @@ class Kd(Options):
     divergence: Literal[tuple(PARAMETERS)] = Field(  # pyrefly: ignore
         "forward_kl", description="forward_kl is KL(teacher || student), reverse_kl the other way."
     )
-    parameters: dict[str, Weight] = Field(
+    parameters: dict[str, WeightKnob] = Field(
         {},
         description="Of the divergence, such as {beta: 0.1} of generalized_jsd; each a number or "
         "{schedule, start, end}.",
@@ -28,7 +28,7 @@ class Kd(Options):
         description="Weight of the hard labels, 0 to 1: alpha * CE + (1 - alpha) * divergence; a "
         "number or {schedule, start, end}.",
     )
-    temperature: Temperature = Field(
+    temperature: TemperatureKnob = Field(
         1.0, description="T, divides both models' logits; a number or {schedule, start, end}."
     )
     scale_by_t2: bool = Field(

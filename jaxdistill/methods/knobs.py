@@ -34,7 +34,7 @@ Alpha = Annotated[
     | Annotated[AlphaSchedule, Tag("<schedule>")],
     Discriminator(_knob_kind),
 ]
-Temperature = Annotated[
+TemperatureKnob = Annotated[
     Annotated[float, Field(ge=0.01, le=1000), Tag("<number>")]
     | Annotated[TemperatureSchedule, Tag("<schedule>")],
     Discriminator(_knob_kind),
@@ -49,7 +49,7 @@ class WeightSchedule(Section):
     end: float = Field(ge=0, le=1e6, description="Value at the last step.")
 
 
-Weight = Annotated[
+WeightKnob = Annotated[
     Annotated[float, Field(ge=0, le=1e6), Tag("<number>")]
     | Annotated[WeightSchedule, Tag("<schedule>")],
     Discriminator(_knob_kind),

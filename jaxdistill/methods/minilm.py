@@ -7,7 +7,7 @@ from pydantic import Field
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
-from jaxdistill.methods.knobs import Alpha, Temperature, Weight, schedules
+from jaxdistill.methods.knobs import Alpha, TemperatureKnob, WeightKnob, schedules
 from jaxdistill.section import Count
 
 
@@ -15,7 +15,7 @@ class Minilm(Options):
     """MiniLMv2: how tokens relate in one layer, by queries, keys and values, beside the KL."""
 
     alpha: Alpha = Field(0.0, description="Weight of the hard labels.")
-    temperature: Temperature = Field(1.0, description="T of the KL.")
+    temperature: TemperatureKnob = Field(1.0, description="T of the KL.")
     student_layer: Annotated[int, Field(ge=0)] | None = Field(
         None, description="The student's layer, from 0; null: its last."
     )
@@ -29,7 +29,7 @@ class Minilm(Options):
         description="Relation heads; must divide the widths of queries, keys and values of both "
         "models; null: the most that do, up to the student's heads.",
     )
-    feature_weight: Weight = Field(
+    feature_weight: WeightKnob = Field(
         1.0, description="Weight of the relations; a number or {schedule, start, end}."
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import TeacherFunction
 from jaxdistill.types import Batch, Mean
 
 PREFIX = "teachers/"  # of what is reported of one teacher: teachers/NAME/WHAT
@@ -44,7 +44,7 @@ class Routed:
     S and N are of that, and of the whole batch.
     """
 
-    teachers: Mapping[str, Teacher]
+    teachers: Mapping[str, TeacherFunction]
     normalise: str = "token"
 
     def counts(self, batch: Batch) -> Array:
@@ -119,7 +119,7 @@ class Routed:
         return of_part
 
 
-def asked(teacher: Teacher | Routed, params: Any, batch: Batch, of_one: OfOne) -> Callable:
+def asked(teacher: TeacherFunction | Routed, params: Any, batch: Batch, of_one: OfOne) -> Callable:
     """(part, more) -> `of_one` of the one teacher, or of that of several which the part is of.
 
     Args:
@@ -133,6 +133,6 @@ def asked(teacher: Teacher | Routed, params: Any, batch: Batch, of_one: OfOne) -
     return functools.partial(of_one, teacher, params)
 
 
-def numbers(teacher: Teacher | Routed, batch: Batch) -> dict[str, Array]:
+def numbers(teacher: TeacherFunction | Routed, batch: Batch) -> dict[str, Array]:
     """What is reported of each of several teachers in a batch; nothing of one alone."""
     return teacher.numbers(batch) if isinstance(teacher, Routed) else {}

@@ -7,14 +7,14 @@ from pydantic import Field
 
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
-from jaxdistill.methods.knobs import Weight, schedules
+from jaxdistill.methods.knobs import WeightKnob, schedules
 from jaxdistill.section import Problem
 
 
 class SampledKl(Options):
     """Reverse KL at the tokens that the student drew: one number of the teacher for each."""
 
-    weight: Weight = Field(
+    weight: WeightKnob = Field(
         1.0,
         description="Of the advantage, log p - log q at the drawn token (teacher_kl_coef, "
         "opd_kl_coef); a number or {schedule, start, end}.",

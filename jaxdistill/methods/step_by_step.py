@@ -9,7 +9,7 @@ from pydantic import Field
 from jaxdistill.errors import MismatchError
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options, no_parameters
-from jaxdistill.methods.knobs import Alpha, Temperature, schedules
+from jaxdistill.methods.knobs import Alpha, TemperatureKnob, schedules
 from jaxdistill.section import Problem
 
 
@@ -25,7 +25,7 @@ class StepByStep(Options):
     alpha: Alpha = Field(
         1.0, description="Weight of the hard labels within each task; below 1 a teacher adds a KL."
     )
-    temperature: Temperature = Field(1.0, description="T of the teacher's KL.")
+    temperature: TemperatureKnob = Field(1.0, description="T of the teacher's KL.")
 
     @property
     def with_teacher(self) -> bool:

@@ -6,16 +6,16 @@ from pydantic import Field
 
 from jaxdistill.methods import signals
 from jaxdistill.methods.base import Built, Facts, Head, Method, Objective, Options
-from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, Temperature, Weight, schedules
+from jaxdistill.methods.knobs import LAYERS, Alpha, Layers, TemperatureKnob, WeightKnob, schedules
 
 
 class Ted(Options):
     """TED: filters on chosen layers learn the task, then the student matches the teacher's."""
 
     alpha: Alpha = Field(0.5, description="Weight of the hard labels.")
-    temperature: Temperature = Field(2.0, description="T of the KL; the paper's is 2.")
+    temperature: TemperatureKnob = Field(2.0, description="T of the KL; the paper's is 2.")
     layers: Layers = Field(4, description=LAYERS)
-    feature_weight: Weight = Field(
+    feature_weight: WeightKnob = Field(
         1.0, description="Weight of the filters' distance; a number or {schedule, start, end}."
     )
     filter_steps: float = Field(

@@ -52,7 +52,7 @@ class Model:
 
     def generate(
         self,
-        prompts: text.Prompts,
+        prompts: text.TextsOrTokens,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -101,7 +101,7 @@ class Model:
 
     def complete(
         self,
-        prompts: text.Prompts,
+        prompts: text.TextsOrTokens,
         *,
         streams: Sequence[int] | None = None,
         slots: int = SLOTS,

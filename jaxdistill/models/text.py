@@ -7,7 +7,7 @@ from typing import Any
 from jaxdistill.errors import ModelError
 from jaxdistill.models.requests import Completion, Request
 
-Prompts = Sequence[str] | Sequence[Sequence[int]]
+TextsOrTokens = Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def text_of(tokenizer: Any, done: Completion) -> str:
     return decode(tokenizer, done.content)
 
 
-def token_ids(tokenizer: Any, prompts: Prompts, source: str = "") -> list[list[int]]:
+def token_ids(tokenizer: Any, prompts: TextsOrTokens, source: str = "") -> list[list[int]]:
     """The prompts as token ids; texts as the tokenizer begins them.
 
     Args:

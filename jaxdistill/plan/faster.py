@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxdistill.config import Config
 
-Outcome = Mapping[str, Any]
+Trial = Mapping[str, Any]
 _GAIN = 0.99  # of a floor: what is nearer is no gain
 
 
@@ -34,9 +34,8 @@ def kinds(config: Config, mesh: Mapping[str, int]) -> list[Kind]:
     fewer = [(f"train.micro_batches={n}",) for n in range(1, parts) if parts % n == 0]
     order = ("none", "dots", "full")
     remat = [(f"student.remat={name}",) for name in order[: order.index(config.student.remat)]]
-    named = {"student": config.student, "teacher": config.teacher}
-    named |= {f"teachers.{name}": one for name, one in (config.teachers or {}).items()}
-    slow = [f"{who}.attention=auto" for who, one in named.items() if one and one.attention == "xla"]
+    named = {"student": config.student, **config.teacher_sections}
+    slow = [f"{who}.attention=auto" for who, one in named.items() if one.attention == "xla"]
     return [
         Kind("attention", ("compute", "memory"), [tuple(slow)] if slow else []),
         Kind("micro-batches", ("memory", "links", "network"), fewer),
@@ -84,17 +83,17 @@ class Search:
 
     def __init__(
         self,
-        found: Outcome,
-        attempt: Callable[[tuple[str, ...]], Outcome | None],
+        found: Trial,
+        attempt: Callable[[tuple[str, ...]], Trial | None],
         tries: int,
         seconds: float,
     ):
         self._best, self._attempt, self._tries = found, attempt, tries
         self._end = time.monotonic() + seconds
         self._taken: dict[str, tuple[str, ...]] = {}
-        self._seen: dict[tuple[str, ...], Outcome | None] = {}
+        self._seen: dict[tuple[str, ...], Trial | None] = {}
 
-    def over(self, kinds: Sequence[Kind]) -> Iterator[Outcome]:
+    def over(self, kinds: Sequence[Kind]) -> Iterator[Trial]:
         """Every outcome, once."""
         left = list(kinds)
         while kind := next((one for one in left if self._longest() in one.lowers), None):
@@ -108,7 +107,7 @@ class Search:
         seconds = self._best["seconds"]
         return max(seconds, key=lambda part: seconds[part], default="")
 
-    def _one(self, kind: Kind, gains: Callable[[Outcome, Outcome], bool]) -> Iterator[Outcome]:
+    def _one(self, kind: Kind, gains: Callable[[Trial, Trial], bool]) -> Iterator[Trial]:
         for overrides in kind.overrides:
             tried = self._taken | {kind.about: overrides}
             words = tuple(word for about in sorted(tried) for word in tried[about])
@@ -128,12 +127,12 @@ class Search:
                 break
 
 
-def lower(one: Outcome, other: Outcome) -> bool:
+def lower(one: Trial, other: Trial) -> bool:
     """Whether a floor is lower."""
     return one["floor_seconds"] < _GAIN * other["floor_seconds"]
 
 
-def better(one: Outcome, other: Outcome) -> bool:
+def better(one: Trial, other: Trial) -> bool:
     """Whether a floor is lower, or as low where all parts of the step together take less time."""
     if lower(one, other) or lower(other, one):
         return lower(one, other)

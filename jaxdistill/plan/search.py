@@ -111,11 +111,9 @@ class _Change:
 
 def changes(config: Config, mesh: dict[str, int]) -> Iterator[_Change]:
     """What may be tried, what costs least first; not all of it need be valid for the models."""
-    if config.teacher and config.teacher.dtype == "float32":
-        yield _Change("teacher", ("teacher.dtype=bfloat16",))
-    wide = [name for name, one in (config.teachers or {}).items() if one.dtype == "float32"]
+    wide = [key for key, one in config.teacher_sections.items() if one.dtype == "float32"]
     if wide:
-        yield _Change("teacher", tuple(f"teachers.{name}.dtype=bfloat16" for name in wide))
+        yield _Change("teacher", tuple(f"{key}.dtype=bfloat16" for key in wide))
     order = ("none", "dots", "full")
     for remat in order[order.index(config.student.remat) + 1 :]:
         yield _Change("remat", (f"student.remat={remat}",))

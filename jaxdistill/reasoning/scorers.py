@@ -32,7 +32,7 @@ def _made(name: str, options: tuple[tuple[str, Any], ...]) -> Callable[[str, str
     return SCORERS[name](**dict(options))
 
 
-def _right(make: Callable[..., verifiers.Verifier]) -> Callable[..., Callable]:
+def _right(make: Callable[..., verifiers.VerifierFunction]) -> Callable[..., Callable]:
     """1 for a right answer, 0 for a wrong one, by a verifier."""
 
     def scorer(**options: Any) -> Callable[[str, str], float]:

@@ -17,7 +17,7 @@ from jaxdistill.safe.redact import redacted
 
 _FIELDS = set(Sample.__dataclass_fields__)
 _NONE = type(None)
-_SHAPE: json_file.Shape = {
+_SHAPE: json_file.FieldTypes = {
     **dict.fromkeys(("id", "question", "gold", "completion", "rationale", "reason"), str),
     **{"sample": int, "tokens": int, "answer": (str, _NONE), "correct": (bool, _NONE)},
     "logprob": (int, float, _NONE),

@@ -69,7 +69,7 @@ class Task:
         """The second question of zero-shot CoT, which asks for the answer alone."""
         return prompts.second_stage(prompt, rationale, self.kind, self.choices)
 
-    def verifier(self) -> verifiers.Verifier:
+    def verifier(self) -> verifiers.VerifierFunction:
         """Judges a completion by the task's kind of answer."""
         return verifiers.exact(self.kind, choices=self.choices)
 

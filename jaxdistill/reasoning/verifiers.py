@@ -32,10 +32,10 @@ class Finding:
     correct: bool
 
 
-Verifier = Callable[[str, str], Finding]
+VerifierFunction = Callable[[str, str], Finding]
 
 
-def exact(kind: str = "text", *, choices: str = "ABCDE") -> Verifier:
+def exact(kind: str = "text", *, choices: str = "ABCDE") -> VerifierFunction:
     """Right where the extracted answer equals the gold answer in canonical spelling.
 
     Args:
@@ -56,12 +56,12 @@ def exact(kind: str = "text", *, choices: str = "ABCDE") -> Verifier:
     return verify
 
 
-def choice(choices: str = "ABCDE") -> Verifier:
+def choice(choices: str = "ABCDE") -> VerifierFunction:
     """Right where the chosen option is the gold option, "(B)" or "B"."""
     return exact("choice", choices=choices)
 
 
-def numeric(*, rel: float = 1e-6, abs_: float = 1e-6, units: str = "ignore") -> Verifier:
+def numeric(*, rel: float = 1e-6, abs_: float = 1e-6, units: str = "ignore") -> VerifierFunction:
     """Right where the number is within max(rel * |gold|, abs_) of the gold number.
 
     Args:
@@ -127,7 +127,7 @@ def quantity(text: str) -> tuple[Any, str]:
     return value, unit if value is not None else ""
 
 
-def regex(pattern: str, *, seconds: float = 1.0) -> Verifier:
+def regex(pattern: str, *, seconds: float = 1.0) -> VerifierFunction:
     """Right where the first group of the pattern's last match (or the match) equals the gold text.
 
     The search runs in a killable process: a pattern that backtracks without end costs `seconds`.
@@ -160,7 +160,7 @@ def search(pattern: str, text: str) -> str | None:
     return last
 
 
-def math(*, seconds: float = 5.0) -> Verifier:
+def math(*, seconds: float = 5.0) -> VerifierFunction:
     """Right where math-verify finds the answer mathematically equal to the gold one.
 
     Needs the extra `math`; it parses LaTeX with SymPy, which is why it runs in a killable process.
@@ -186,7 +186,7 @@ def math(*, seconds: float = 5.0) -> Verifier:
     return verify
 
 
-VERIFIERS: dict[str, Callable[..., Verifier]] = {
+VERIFIERS: dict[str, Callable[..., VerifierFunction]] = {
     "exact": exact,
     "numeric": numeric,
     "choice": choice,

@@ -142,7 +142,7 @@ def as_list(value: typing.Any) -> list:
     return value if isinstance(value, list) else []
 
 
-def fields(value: typing.Any, shape: json_file.Shape) -> dict[str, typing.Any]:
+def fields(value: typing.Any, shape: json_file.FieldTypes) -> dict[str, typing.Any]:
     """The fields of an object that are of their types; of what is no object, none."""
     record = as_object(value)
     kept = {}

@@ -16,7 +16,7 @@ from jaxdistill.models import DecoderConfig, decoder
 from jaxdistill.models.quantized import Quantization
 from jaxdistill.models.vocabulary import only_tokens
 from jaxdistill.sharding import on_mesh
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import TeacherFunction
 from jaxdistill.types import Batch, Outputs
 
 TOP = 8  # most likely tokens of each model that are compared
@@ -40,7 +40,7 @@ class ForwardPass:
     dtype: np.dtype
     attention: str | None = None
     quantization: Quantization | None = None
-    teacher: Teacher | None = None
+    teacher: TeacherFunction | None = None
 
     def outputs(self, params: Any, batch: Batch) -> Outputs:
         """What the student makes of a batch, quantised as it will be."""

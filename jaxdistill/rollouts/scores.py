@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdistill import agree
 from jaxdistill.data.records import TEACHER
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.bill import Bill
 from jaxdistill.reasoning.scored import Scorer
@@ -58,7 +59,7 @@ class Scores:
     ):
         self._make, self._model, self._most = make, model, most
         self._stop, self._hooks = stop, hooks
-        self._key = "teacher" if teacher is None else f"teachers.{teacher}"
+        self._key = teacher_key(teacher)
         self._decisions = Decisions(folder / named(FILE, teacher), _read)
         self._bill_at = folder / named(BILL, teacher)
         self._client: tuple[Scorer, Bill] | None = None

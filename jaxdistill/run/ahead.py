@@ -120,7 +120,7 @@ class Ahead(Online):
         vocab, embed = config.vocab_size, config.embed
         return formats.choose(HIDDEN, vocab=vocab, embed=embed, dtype=self.given.dtype)
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         softcap, dtype = self.model.config.logits_softcap, jnp.dtype(self.given.dtype)
         return teachers.cached(self._form, softcap=softcap, compute_dtype=dtype)
 

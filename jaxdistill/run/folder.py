@@ -195,7 +195,7 @@ class RunDir:
         """Writes a JSON file that appears whole or not at all; null for what is not finite."""
         self.write_text(name, json.dumps(json_lines.safe(content), indent=2) + "\n")
 
-    def read_json(self, name: str, shape: json_file.Shape | None = None) -> Any:
+    def read_json(self, name: str, shape: json_file.FieldTypes | None = None) -> Any:
         """The object in a JSON file of this folder, or None where there is none.
 
         Raises:

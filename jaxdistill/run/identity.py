@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jaxdistill.models import count_parameters
 from jaxdistill.run import changes, participants, teaching
 from jaxdistill.run.folder import describe_machine, fingerprint
-from jaxdistill.run.texts import Text
+from jaxdistill.run.texts import RunData
 
 
 def fingerprints(
-    settings: Mapping[str, Any], models: participants.Models, texts: Mapping[str, Text]
+    settings: Mapping[str, Any], models: participants.Models, texts: Mapping[str, RunData]
 ) -> dict[str, str]:
     """What a run is made of: `changes.RULES` says which of it must stay the same.
 

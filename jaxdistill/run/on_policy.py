@@ -25,7 +25,7 @@ from jaxdistill.rollouts.writing import RolloutSampling, Writer, one_call
 from jaxdistill.run import oneself, participants, served_teacher, states
 from jaxdistill.run.teaching import Online, Teaching, served
 from jaxdistill.sharding import local_rows, row_parts
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import TeacherFunction
 from jaxdistill.train.hooks import NO_HOOKS, Hooks
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.train.step import place, recorded
@@ -250,7 +250,7 @@ def feed_of(
 
 
 def forward_pass_of(
-    config: Config, models: participants.Models, teacher: Teacher | None = None
+    config: Config, models: participants.Models, teacher: TeacherFunction | None = None
 ) -> difference.ForwardPass:
     """How a step of the run computes the student, and the teacher where it is given."""
     student = config.student

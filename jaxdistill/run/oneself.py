@@ -21,7 +21,7 @@ from jaxdistill.data.rendering import read_template
 from jaxdistill.methods import Objective
 from jaxdistill.models import DecoderConfig, forward_flops_per_token
 from jaxdistill.run import states
-from jaxdistill.run.teaching import Plain, Start, Teaching
+from jaxdistill.run.teaching import Plain, StudentStart, Teaching
 from jaxdistill.train.state import TrainState, whole
 
 
@@ -90,7 +90,7 @@ class Itself(Plain):
     section: Student
     offload: bool
     model: DecoderConfig
-    start: Start | None
+    start: StudentStart | None
 
     @property
     def params(self) -> Any:
@@ -99,7 +99,7 @@ class Itself(Plain):
     def abstract_params(self, mesh: Mesh) -> Any:
         return None if self.start is None else self.start.abstract_params(mesh)
 
-    def signal(self, objective: Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: Objective | None = None) -> teachers.TeacherFunction:
         itself = teachers.online(
             self.model,
             compute_dtype=jnp.dtype(self.section.compute_dtype),

@@ -13,7 +13,6 @@ from jaxdistill import errors, methods, rules
 from jaxdistill.compress import command, importance, prune, quantize
 from jaxdistill.config import Config
 from jaxdistill.config import oneself as options
-from jaxdistill.config.models import Teacher
 from jaxdistill.data import spelling
 from jaxdistill.data.privileged import PrivilegedView
 from jaxdistill.data.second_view import SecondView
@@ -26,7 +25,7 @@ from jaxdistill.references import load_any
 from jaxdistill.run import changes, oneself, pairing, routing, shapes, states, stored
 from jaxdistill.run.ahead import Ahead, check_meshes, divided, on_own_mesh
 from jaxdistill.run.pairing import Pairing
-from jaxdistill.run.teaching import Nobody, Online, Served, Start, Teaching, online
+from jaxdistill.run.teaching import Nobody, Online, Served, StudentStart, Teaching, online
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
     shaped = {who: one.model.config for who, one in in_step.items()}
     check_meshes(models.teaching, mesh, shaped, config.data.seq_len)
     device = mesh.devices.flat[0]
-    for key, section in _teachers(config).items():
+    for key, section in config.teacher_sections.items():
         one = in_step.get(key)
         shapes.check_teacher(key, section, None if one is None else one.model.config, device)
     shapes.check_student(given, models.student, device)
@@ -198,13 +197,6 @@ def _check_devices(config: Config, models: Models, mesh: Mesh) -> None:
             attention.check(one.attention, one.model.config, one.length, platform)
 
 
-def _teachers(config: Config) -> dict[str, Teacher]:
-    """The sections of the teachers by their keys."""
-    several = config.teachers or {}
-    alone = {} if config.teacher is None else {"teacher": config.teacher}
-    return alone | {f"teachers.{name}": section for name, section in several.items()}
-
-
 def _alone(
     config: Config,
     shape: Model | None,
@@ -216,7 +208,11 @@ def _alone(
     """The one teacher that was not asked before, or nobody."""
     given, itself = config.teacher, options.of(config)
     if itself is not None:
-        start = Start(config.student, student) if oneself.copies(itself, config.student) else None
+        start = (
+            StudentStart(config.student, student)
+            if oneself.copies(itself, config.student)
+            else None
+        )
         offload = config.optimizer.offload
         return oneself.Itself(itself, config.student, offload, student.config, start)
     if given is not None and shape is not None:
@@ -265,7 +261,7 @@ def load_models(config: Config, models: Models, mesh: Mesh) -> Models:
         start = _start(config, student)
     if isinstance(teaching, oneself.Itself) and teaching.start is not None:
         start = _start(config, student) if start is None else start
-        teaching = dataclasses.replace(teaching, start=Start(config.student, start))
+        teaching = dataclasses.replace(teaching, start=StudentStart(config.student, start))
     return dataclasses.replace(models, student=student, start=start, teaching=teaching)
 
 

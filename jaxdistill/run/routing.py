@@ -10,7 +10,7 @@ from jaxdistill.config import routing as config_routing
 from jaxdistill.config.models import Teacher
 from jaxdistill.config.rollout import Rollout
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.data.routes import TeacherRoutes
+from jaxdistill.data.routes import TeacherRoutes, teacher_key
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.models import Model
 from jaxdistill.run import pairing, shapes, stored
@@ -53,7 +53,7 @@ def several_of(
         return None
 
     def one(name: str, teacher: Teacher, place: int) -> Online | Stored | Served:
-        key = f"teachers.{name}"
+        key = teacher_key(name)
         if teacher.served:
             assert teacher.api is not None, "that is what served says"
             return Served(teacher.api)
@@ -146,8 +146,3 @@ def _unused(taught: Mapping[str, int], told: str) -> Iterator[ConfigError]:
                 f"teachers.{name}: no record is for it ({told}): remove it, or name it in the "
                 "field `teacher` of records, or as data.train.N.teacher"
             )
-
-
-def keyed(named: Mapping[str, Any]) -> dict[str, Any]:
-    """What is by the names of several teachers, by their keys in the configuration."""
-    return {f"teachers.{name}": value for name, value in named.items()}

@@ -17,6 +17,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
 from jaxdistill.data.records import PAIRS
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import gaps, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut
@@ -296,7 +297,7 @@ class RunTable:
             return list(self._asked(alone.model, prompts))
         answers: list[str | None] = [None] * len(self._speaks.prompts)
         for name, part in self._beginnings().items():
-            one = teachers.get(f"teachers.{name}")
+            one = teachers.get(teacher_key(name))
             answers += self._asked(one.model, part) if one and part else [None] * len(part)
         return answers
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxdistill.config.server import Api
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.reasoning import served
 from jaxdistill.reasoning.scored import Scorer
@@ -49,7 +50,7 @@ def check(servers: Mapping[str | None, Api], tokenizer: Any, vocab: int, named: 
       ModelError: if it does not answer, or reports no log-probabilities of given text.
     """
     for name, server in servers.items():
-        _check(server, "teacher" if name is None else f"teachers.{name}", tokenizer, vocab, named)
+        _check(server, teacher_key(name), tokenizer, vocab, named)
 
 
 def _check(server: Api, key: str, tokenizer: Any, vocab: int, named: str) -> None:

@@ -36,7 +36,7 @@ from jaxdistill.run import (
 from jaxdistill.run.folder import RunDir
 from jaxdistill.run.result import RunResult
 from jaxdistill.run.start import Inputs
-from jaxdistill.run.texts import Text
+from jaxdistill.run.texts import RunData
 from jaxdistill.run.training import Training
 from jaxdistill.train import step_folders, stopping
 from jaxdistill.train.checkpoint import Checkpoints
@@ -383,7 +383,7 @@ class _Session:
         )
 
 
-def _keep_quarantined(run: RunDir, read: Mapping[str, Text]) -> None:
+def _keep_quarantined(run: RunDir, read: Mapping[str, RunData]) -> None:
     """Lists the records that were left out beside the run."""
     for name, one in read.items():
         one.write_left_out(run.path / "quarantine" / f"{name}.jsonl")

@@ -28,7 +28,7 @@ from jaxdistill.models.quantized import Quantization
 from jaxdistill.run import ahead, oneself, participants, sparse, states
 from jaxdistill.run.stages import Stage
 from jaxdistill.run.stored import Stored
-from jaxdistill.run.teaching import Nobody, Served, Start, Teaching
+from jaxdistill.run.teaching import Nobody, Served, StudentStart, Teaching
 from jaxdistill.sharding import make_mesh, row_parts
 from jaxdistill.train import once
 from jaxdistill.train import step as steps
@@ -73,7 +73,7 @@ class RunMethod:
     objective: methods.Objective
     measuring: Mapping[str, float]
     asked: Teaching
-    teacher: teachers.Teacher | Routed
+    teacher: teachers.TeacherFunction | Routed
     tx: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     loss: steps.Loss
@@ -119,7 +119,9 @@ def _gather_of(config: Config, student: DecoderConfig) -> Callable[[Any], Any] |
 def asked_of(config: Config, models: participants.Models, objective: methods.Objective) -> Teaching:
     """Whom an objective asks: the teacher, the student before the first step, or nobody."""
     if objective.needs_start:
-        return Start(config.student, models.student if models.start is None else models.start)
+        return StudentStart(
+            config.student, models.student if models.start is None else models.start
+        )
     return models.teaching if objective.needs_teacher else Nobody()
 
 
@@ -204,7 +206,7 @@ def compile_step(
 
 def make_step(
     config: Config, method: RunMethod, monitor: Callable[[Any], Any] | None = None
-) -> steps.Step:
+) -> steps.StepFunction:
     """The training step of a run as a pure function; `monitor` as in `steps.make`."""
     lies = routing.layout(config)
     computes = not isinstance(method.asked, Nobody | Served | Stored | ahead.Ahead)

@@ -26,7 +26,7 @@ from jaxdistill.run import (
     terminal,
     texts,
 )
-from jaxdistill.run.texts import Text
+from jaxdistill.run.texts import RunData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Inputs:
     questions: Prompts | None = None
 
     @property
-    def texts(self) -> dict[str, Text]:
+    def texts(self) -> dict[str, RunData]:
         """All that the run reads, by its name in the section `data`."""
         asked = {"prompts": self.prompts, "questions": self.questions}
         return {**self.data, **{name: one for name, one in asked.items() if one is not None}}

@@ -85,7 +85,7 @@ class Stored:
             params = {"head": jax.make_array_from_callback(like.shape, like.sharding, make)}
         return dataclasses.replace(self, params=params)
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         """What the step asks; without an objective for measuring, at T = 1."""
         return teachers.cached(
             self.format,
@@ -94,7 +94,7 @@ class Stored:
             compute_dtype=self.dtype,
         )
 
-    def silent(self) -> teachers.Teacher:
+    def silent(self) -> teachers.TeacherFunction:
         """No teacher."""
         return teachers.none
 

@@ -7,6 +7,7 @@ from typing import Any
 from jaxdistill import agree, commands, compilation_cache, errors, methods, processes
 from jaxdistill.config import Config, preflight, routing
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import catalog, formats, work
 from jaxdistill.data.teacher_cache.formats import HIDDEN, Format
@@ -115,7 +116,7 @@ def _asking(config: Config, options: commands.TeacherCache) -> tuple[Config, str
         if name not in config.teachers:
             said = "" if name is None else f"--teacher {name}: no such teacher: "
             raise ConfigError(f"{said}there are several ({known}): say which, as --teacher NAME")
-        config, key = routing.each(config)[name], f"teachers.{name}"
+        config, key = routing.each(config)[name], teacher_key(name)
     elif name is not None:
         raise ConfigError(f"--teacher {name}: there is no section teachers: leave it out")
     teacher = config.teacher

@@ -189,7 +189,7 @@ def _chats(teacher: generation.AskedTeacher) -> bool:
 
 
 def _template(
-    prompt: generation.Prompt, collector: collect.Collector, teacher: _LazyTeacher, chat: bool
+    prompt: generation.PromptStyle, collector: collect.Collector, teacher: _LazyTeacher, chat: bool
 ) -> Callable[[str], str]:
     """question -> prompt; for auto_cot the teacher makes the worked examples first.
 

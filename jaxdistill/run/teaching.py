@@ -13,6 +13,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.config.models import Student, Teacher
 from jaxdistill.config.server import Api
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.evaluate import speed
 from jaxdistill.methods.routed import Routed
@@ -56,10 +57,12 @@ class Teaching(Protocol):
           ModelError, ConfigError, DamagedError: if they cannot be read, or are others.
         """
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher | Routed:
+    def signal(
+        self, objective: methods.Objective | None = None
+    ) -> teachers.TeacherFunction | Routed:
         """What says what it says of a batch: to an objective, or for measuring, at T = 1."""
 
-    def silent(self) -> teachers.Teacher | Routed:
+    def silent(self) -> teachers.TeacherFunction | Routed:
         """The same of one that says nothing, for rows that it reads."""
 
     def beside(self, data: Mapping[str, Dataset], tokenizer: Any) -> Mapping[str, Dataset]:
@@ -100,7 +103,7 @@ class Plain:
     def loaded(self, mesh: Mesh) -> Any:
         return self
 
-    def silent(self) -> teachers.Teacher:
+    def silent(self) -> teachers.TeacherFunction:
         return teachers.none
 
     def beside(self, data: Mapping[str, Dataset], tokenizer: Any) -> Mapping[str, Dataset]:
@@ -122,7 +125,7 @@ class Plain:
 class Nobody(Plain):
     """No teacher: the data alone."""
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         return teachers.none
 
 
@@ -139,7 +142,7 @@ class Served(Plain):
     def abstract_params(self, mesh: Mesh) -> Any:
         return {}
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         return teachers.served
 
     def empty(self, length: int, theirs: int) -> dict[str, Any]:
@@ -223,7 +226,7 @@ class Online(Plain):
         params = jax.tree.map(_moved, loaded.model.params, places)
         return dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, params=params))
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         return teachers.online(
             self.model.config,
             compute_dtype=jnp.dtype(self.given.dtype),
@@ -254,7 +257,7 @@ def _moved(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start(Plain):
+class StudentStart(Plain):
     """The student before the first step, which stays as it was.
 
     Attributes:
@@ -274,7 +277,7 @@ class Start(Plain):
         params = abstract_params(self.model.config, dtype, mesh)
         return params if base is None else quantize.abstract(params, base)
 
-    def signal(self, objective: methods.Objective | None = None) -> teachers.Teacher:
+    def signal(self, objective: methods.Objective | None = None) -> teachers.TeacherFunction:
         return teachers.online(
             self.model.config,
             compute_dtype=jnp.dtype(self.section.compute_dtype),
@@ -350,7 +353,7 @@ class Several:
 def by_key(teaching: Teaching) -> dict[str, Teaching]:
     """The teachers of a run by their keys in the configuration."""
     if isinstance(teaching, Several):
-        return {f"teachers.{name}": one for name, one in teaching.each.items()}
+        return {teacher_key(name): one for name, one in teaching.each.items()}
     return {"teacher": teaching}
 
 

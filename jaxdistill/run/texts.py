@@ -16,7 +16,7 @@ from jaxdistill.data.second_view import SecondView
 from jaxdistill.data.sources import open_source
 from jaxdistill.errors import DataError
 
-Text = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was left out of it
+RunData = Dataset | prompts.Prompts  # either has a fingerprint, and lists what was left out of it
 
 
 def data_of(

@@ -14,10 +14,10 @@ MAX_BYTES = 100_000_000  # far above what any of them has; far below what memory
 
 _ROUNDING = 1e-6  # by which a share of sums in float32 may be beyond its range
 
-Shape = Mapping[str, type | tuple[type, ...]]
+FieldTypes = Mapping[str, type | tuple[type, ...]]
 
 
-def read(path: pathlib.Path, shape: Shape | None = None, *, missing: Any = ...) -> Any:
+def read(path: pathlib.Path, shape: FieldTypes | None = None, *, missing: Any = ...) -> Any:
     """The JSON object in a file.
 
     Args:
@@ -61,7 +61,7 @@ def parse(data: str | bytes) -> Any:
     return value
 
 
-def check(value: Any, shape: Shape) -> None:
+def check(value: Any, shape: FieldTypes) -> None:
     """Raises ValueError where a value is no object, or one of its fields is of another type."""
     if not isinstance(value, dict):
         raise ValueError("it holds no JSON object")

@@ -35,7 +35,7 @@ _ONE_THREAD = {
     "JAX_PLATFORMS": "cpu",
 }
 _log = logging.getLogger(__name__)
-Place = TypeVar("Place")
+Origin = TypeVar("Origin")
 
 
 class Died(Exception):
@@ -77,7 +77,7 @@ class Pool:
         self._all.append(process)
         self._idle.put(process)
 
-    def answers(self, messages: Iterable[tuple[Place, bytes]]) -> Iterator[tuple[Place, bytes]]:
+    def answers(self, messages: Iterable[tuple[Origin, bytes]]) -> Iterator[tuple[Origin, bytes]]:
         """(place, answer) of every (place, message), in their order, while later ones are read.
 
         Raises:
@@ -86,7 +86,7 @@ class Pool:
           Died: if two processes ended while they worked on one message, or too many did.
           Exception: what reading the messages raises, behind the answers to those before.
         """
-        waiting: collections.deque[tuple[Place, concurrent.futures.Future[bytes]]]
+        waiting: collections.deque[tuple[Origin, concurrent.futures.Future[bytes]]]
         waiting = collections.deque()
         source, stopped = iter(messages), None
         while True:
@@ -146,8 +146,8 @@ class Pool:
 
 
 def _first(
-    waiting: "collections.deque[tuple[Place, concurrent.futures.Future[bytes]]]",
-) -> tuple[Place, bytes]:
+    waiting: "collections.deque[tuple[Origin, concurrent.futures.Future[bytes]]]",
+) -> tuple[Origin, bytes]:
     """What waits longest, once it is there."""
     place, future = waiting.popleft()
     return place, future.result()

@@ -17,11 +17,11 @@ MAX_TURNS = 2048  # a template may look at all of them for each of them
 MAX_ALTERNATIVES = 20  # tokens whose log-probabilities are told beside the chosen one's
 MAX_PROMPT_ALTERNATIVES = 1024
 
-Number = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
-Text = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 
 
 def _one_or_several(value: Any) -> str:
@@ -37,16 +37,16 @@ def _prompt_form(value: Any) -> str:
     return "<several lists>" if isinstance(first, list) else "<ids>"
 
 
-Prompt = Annotated[
-    Annotated[Text, Tag("<one>")]
-    | Annotated[list[Text], Field(min_length=1), Tag("<several>")]
+PromptField = Annotated[
+    Annotated[NonEmpty, Tag("<one>")]
+    | Annotated[list[NonEmpty], Field(min_length=1), Tag("<several>")]
     | Annotated[Tokens, Tag("<ids>")]
     | Annotated[list[Tokens], Tag("<several lists>")],
     Discriminator(_prompt_form),
 ]
 Stops = Annotated[
-    Annotated[Stop, Tag("<one>")]
-    | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("<several>")],
+    Annotated[StopString, Tag("<one>")]
+    | Annotated[list[StopString], Field(max_length=MAX_STOPS), Tag("<several>")],
     Discriminator(_one_or_several),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -126,7 +126,7 @@ class Body(Section):
 
     model: Annotated[str, Field(max_length=1000)] = ""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
-    max_tokens: Number | None = None
+    max_tokens: Positive | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -182,7 +182,7 @@ class CompletionBody(Body):
 
     NAMES = {"alternatives": "logprobs", "prompt_alternatives": "prompt_logprobs"}
 
-    prompt: Prompt
+    prompt: PromptField
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_ALTERNATIVES)] | None = None
     # What others may answer with is taken where it asks for nothing.
@@ -216,7 +216,7 @@ class ChatBody(Body):
     NAMES = {"alternatives": "top_logprobs"}
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS)]
-    max_completion_tokens: Number | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] = Field(

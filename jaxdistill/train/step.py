@@ -34,7 +34,7 @@ from jaxdistill.sharding import (
     local_rows,
     row_parts,
 )
-from jaxdistill.teachers import Teacher
+from jaxdistill.teachers import TeacherFunction
 from jaxdistill.train import once
 from jaxdistill.train.state import TrainState, whole
 from jaxdistill.types import Batch, Mean, Outputs
@@ -42,7 +42,7 @@ from jaxdistill.types import Batch, Mean, Outputs
 # Whose work an operation of the compiled step is: part of its name, for profiles and `plan`.
 TEACHER, STUDENT, LOSS, OPTIMIZER = "teacher", "student", "loss", "optimizer"
 
-Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
+StepFunction = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Mean]]]
 Loss = Callable[..., dict[str, Mean]]  # see `make_loss`
 
 
@@ -106,7 +106,7 @@ def _balanced(
 
 def make(
     loss: Loss,
-    teacher: Teacher | Routed,
+    teacher: TeacherFunction | Routed,
     tx: optax.GradientTransformationExtraArgs,
     *,
     micro_batches: int = 1,
@@ -116,7 +116,7 @@ def make(
     offload: bool = False,
     ahead: bool = False,
     gather: Callable[[Any], Any] | None = None,
-) -> Step:
+) -> StepFunction:
     """The step as a pure function; `compiled` makes it a program for a mesh.
 
     The loss of a batch is the sum over its counted tokens divided once by their number, so that it
@@ -152,7 +152,7 @@ def make(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         given, frozen = _gathered(gather, state, adapters)
 
-        def sums(one: Teacher, its_params: Any, part: Batch, number: Any):
+        def sums(one: TeacherFunction, its_params: Any, part: Batch, number: Any):
             # The teacher runs outside of value_and_grad: nothing of it is kept for a backward pass.
             with jax.named_scope(TEACHER):
                 signal = one(its_params, state, part)
@@ -241,7 +241,7 @@ def recorded(every: int, last: int) -> Callable[[Any], Any]:
     return lambda number: (number % every == 0) | (number == 1) | (number == last)
 
 
-def compiled(step: Step, state: Any, teacher_params: Any, batch: Any, mesh: Mesh) -> Any:
+def compiled(step: StepFunction, state: Any, teacher_params: Any, batch: Any, mesh: Mesh) -> Any:
     """The step as a compiled program for these shapes: `jax.stages.Compiled`.
 
     The state comes back exactly where it lay, which lets every buffer of it be reused. It

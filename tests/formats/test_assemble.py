@@ -20,7 +20,7 @@ class _Memory:
     def __init__(self):
         self.named, self.reads = oracle.tensors(RAW), []
 
-    def read(self, name, index):
+    def read(self, name, index, memory=None):
         self.reads.append(name)
         return self.named[name][index]
 

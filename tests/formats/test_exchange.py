@@ -47,7 +47,7 @@ class _Counted:
         }
         self.slices = []
 
-    def read(self, name, index):
+    def read(self, name, index, memory=None):
         self.slices.append(self.named[name][index])
         return self.slices[-1]
 

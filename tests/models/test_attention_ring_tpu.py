@@ -20,6 +20,7 @@ from jaxdistill.models import (
     attention_ring_tpu,
 )
 from jaxdistill.types import Outputs
+from tests.also import also
 
 CONFIG = DecoderConfig("llama", 50, 16, 24, 2, 4, 2, 16)
 CAPPED = dataclasses.replace(CONFIG, attention_softcap=1.5)
@@ -66,7 +67,8 @@ def _expected(cap, query, key, value, slope, segments):
     ("config", "sizes", "length"),
     [
         (CONFIG, {"fsdp": 2, "context": 4}, 1024),
-        (CAPPED, {"fsdp": 1, "tensor": 4, "context": 2}, 512),  # 2 key heads: whole on each device
+        # 2 key heads: whole on each device
+        *also((CAPPED, {"fsdp": 1, "tensor": 4, "context": 2}, 512)),
     ],
     ids=["four devices", "capped"],
 )

@@ -17,6 +17,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.formats import assemble
 from jaxdistill.formats.config_json import read_config
 from jaxdistill.models import count_parameters, decoder
+from tests.also import also
 from tests.models import oracle
 
 RAW = oracle.CASES["llama2"] | {
@@ -59,7 +60,7 @@ def born(folder: pathlib.Path) -> list[dict]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["float32", "int4"])
+@pytest.mark.parametrize("kind", ["float32", *also("int4")])
 def test_each_process_reads_and_holds_its_part_alone(kind, folders, seen):
     file = sum(path.stat().st_size for path in (folders / kind).glob("*.safetensors"))
     for one in seen(kind):

@@ -16,6 +16,7 @@ from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, generator, per_layer, ring, text
 from jaxdistill.models.generator import Generator
 from jaxdistill.models.requests import Request
+from tests.also import also
 from tests.models import oracle
 
 PROMPTS = [
@@ -93,7 +94,11 @@ def _greedy(raw, prompt, count):
 
 @pytest.mark.parametrize(
     "filters",
-    [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}],
+    [
+        {},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        *also({"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}),
+    ],
     ids=str,
 )
 def test_draws_equal_a_loop_without_a_cache(model, filters):

@@ -65,6 +65,7 @@ def test_divided_otherwise_it_says_the_same(shared, load_config, tmp_path):
     np.testing.assert_allclose(curve(result), curve(shared), rtol=1e-6)
 
 
+@pytest.mark.variant
 def test_a_resumed_run_ends_in_the_same_bits(apart, tmp_path):
     folder = pathlib.Path(apart.run_dir)
     shutil.copytree(folder, tmp_path / "copy")

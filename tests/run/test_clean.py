@@ -60,6 +60,7 @@ def test_a_run_that_is_not_done_keeps_what_it_may_fall_back_to(run, capsys):
     assert step_folders.steps(run / "checkpoints") == steps and len(steps) == 3
 
 
+@pytest.mark.variant
 def test_a_longer_run_trains_its_control_anew(run, capsys, plain_runs):
     assert session.resume(run, ["train.steps=8"]).rows[2]["name"] == "SFT control"
     lines = (run / "control" / "metrics.jsonl").read_text().splitlines()

@@ -68,6 +68,7 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(configured, f
         }
 
 
+@pytest.mark.variant
 def test_adapters_and_a_teacher_as_the_reference(configured, tmp_path):
     options = ["train.steps=3", "train.eval_every=3"]
     lora = "student.lora={rank: 2}"

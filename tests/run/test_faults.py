@@ -25,6 +25,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(rig):
     assert found["unreadable_run_folders"] == 0
 
 
+@pytest.mark.variant
 def test_a_run_killed_while_it_commits_goes_on_from_the_checkpoint_before(rig):
     run = rig.folder / "committing"
     assert rig.nursery.run(rig.command("kd", run), rig.log, "checkpoint.commit:2:kill") == -9
@@ -50,6 +51,7 @@ def test_a_signal_in_a_step_saves_that_step_and_exits_75(rig):
     assert soak_faults.same(soak_faults.result(run), rig.whole("kd"))
 
 
+@pytest.mark.variant
 def test_flipped_bits_are_found_and_the_checkpoint_before_is_used(rig):
     found = soak_faults.flips(rig, 60)
     assert found["checkpoint"]["detected"] == found["data"]["detected"] == 60
@@ -57,6 +59,7 @@ def test_flipped_bits_are_found_and_the_checkpoint_before_is_used(rig):
     assert found == {"damaged": 1, "bitwise_equal_runs": 1, "put_aside_and_told": 1}
 
 
+@pytest.mark.variant
 def test_a_full_disk_ends_a_run_with_what_was_saved(rig):
     try:
         with soak_faults.small_disk(rig.folder / "probe", "1m"):

@@ -66,6 +66,7 @@ def test_a_resumed_run_ends_in_the_same_bits(run, load_config, tmp_path):
 DROPOUT = "student.lora={rank: 2, alpha: 8.0, targets: [query, value, down], dropout: 0.4}"
 
 
+@pytest.mark.variant
 def test_dropout_is_drawn_anew_in_every_step_and_resumes_in_the_same_bits(
     run, load_config, tmp_path
 ):

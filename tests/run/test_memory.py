@@ -155,6 +155,7 @@ def test_a_folder_is_read_to_the_host_as_it_is_planned(load_config, tmp_path):
     np.testing.assert_array_equal(held, rounded.logits(np.arange(32)[None]))
 
 
+@pytest.mark.variant
 def test_what_waits_on_the_host_is_planned_apart(load_config, tmp_path):
     def planned(*more):
         config = load_config(tmp_path, RANDOM, "train.micro_batches=2", *more)

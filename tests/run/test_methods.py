@@ -11,6 +11,7 @@ from jaxdistill import api, models
 from jaxdistill.config.optimizer import Optimizer
 from jaxdistill.errors import UserError
 from jaxdistill.run import participants, setup, states
+from tests.also import also
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
 WROTE = ("teacher", "student")
@@ -34,7 +35,7 @@ METHODS = {
 
 
 # One of each way to build: the others differ from one of these, or from kd, in numbers alone.
-WHOLE_RUNS = ("taid", "ctkd_per_token", "jsd", "hidden", "distillm2", "minilm", "ted")
+WHOLE_RUNS = ("taid", "ted", *also("ctkd_per_token", "jsd", "hidden", "distillm2", "minilm"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from jaxdistill.models import DecoderConfig, count_parameters
 from jaxdistill.report import read_metrics
 from jaxdistill.run import changes, on_policy
 from jaxdistill.train.hooks import Hooks
+from tests.also import also
 from tests.inject import Fault
 from tests.run.conftest import take_devices
 from tests.run.test_session import arrays
@@ -109,7 +110,7 @@ class Lost(Hooks):
     [
         (lambda: Lost("rollout.call", 3), KeyboardInterrupt),  # of the third group
         (lambda: Lost("step.after", 4), KeyboardInterrupt),  # behind a save within a group
-        (lambda: Fault("rollout.call:3:term"), Preempted),
+        *also((lambda: Fault("rollout.call:3:term"), Preempted)),
     ],
     ids=["lost while it writes", "lost within a group", "stopped while it writes"],
 )
@@ -153,7 +154,7 @@ def test_a_share_of_nothing_is_offline_distillation_to_the_bit(load, load_config
 
 
 @pytest.mark.parametrize(
-    "method", ["jsd, alpha: 0.0", "taid, alpha: 0.0", "sampled_kl, early: 0.5"]
+    "method", ["jsd, alpha: 0.0", *also("taid, alpha: 0.0", "sampled_kl, early: 0.5")]
 )
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(load, tmp_path, method):
     alone = ("student={from: teacher, layers: [0, 1, 2, 3], compute_dtype: float32}",)
@@ -166,6 +167,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(load, tmp_path, meth
         assert abs(first["loss/sampled_kl"]) < 1e-5 and first["student/entropy"] > 0.5
 
 
+@pytest.mark.variant
 def test_adapters_and_a_mesh_sample_what_they_train(load, tmp_path, monkeypatch):
     """The answers do not depend on the mesh; adapters are in place when the student writes."""
     adapters = ("student.lora={rank: 2}", "optimizer.lr=0.1", "train.steps=3", "data.train=[]")

@@ -11,6 +11,7 @@ from jaxdistill.config import inherit
 from jaxdistill.errors import ConfigError, DataError
 from jaxdistill.report import read_metrics
 from jaxdistill.run import changes, participants, setup
+from tests.also import also
 from tests.run.test_on_policy import Lost, same
 from tests.run.test_session import arrays
 
@@ -79,7 +80,7 @@ def test_a_run_tells_how_many_answers_speak_of_what_the_teacher_was_told(average
     assert "eval/kl_t1" not in evaluated and evaluated["eval/loss"] == evaluated["eval/ce"]
 
 
-@pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("weights", ["frozen", "ema", *also("live")])
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
 def test_who_teaches_and_what_it_takes(load, tmp_path, weights, lora):
     """No second weights for live and beside adapters, one copy for frozen, an average for ema."""
@@ -161,7 +162,7 @@ def test_what_a_teacher_cannot_be_told_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", ["sdft", "opsd"])
+@pytest.mark.parametrize("recipe", ["opsd", *also("sdft")])
 def test_the_recipes_run(recipe, load, tmp_path):
     """With a tiny model that reads bytes and plain prompts, at the sizes of this test."""
     small = load(tmp_path, "live", written=True)

@@ -14,7 +14,7 @@ from jaxdistill import methods
 from jaxdistill.config import explain
 from jaxdistill.errors import ConfigError
 from jaxdistill.methods import head_loss, signals
-from jaxdistill.methods.knobs import Weight, scheduled
+from jaxdistill.methods.knobs import WeightKnob, scheduled
 from jaxdistill.types import Mean
 
 pytestmark = pytest.mark.usefixtures("plain_runs")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("plain_runs")
 class ToyOptions(methods.Options):
     """KL, and a price on large hidden states."""
 
-    strength: Weight = Field(1.0, description="Price of a hidden state's mean square.")
+    strength: WeightKnob = Field(1.0, description="Price of a hidden state's mean square.")
 
 
 def objective(**head) -> methods.Objective:

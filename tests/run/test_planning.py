@@ -13,6 +13,7 @@ from jaxdistill.errors import ConfigError, ModelError
 from jaxdistill.plan import describe, faster, hlo, search, targets
 from jaxdistill.run import participants, setup, states
 from jaxdistill.train.step import recorded
+from tests.also import also
 from tests.models import variants
 from tests.run.conftest import models_of
 
@@ -119,7 +120,7 @@ def on_first(tree):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8_dynamic"])
+@pytest.mark.parametrize("scheme", ["int4", *also("int8_dynamic")])
 def test_a_teacher_in_whole_numbers_is_planned_as_a_run_holds_it(scheme):
     pytest.importorskip("qwix", reason="needs qwix")
     teacher = f"{{random: {written(SMALLER)}, dtype: float32, quantize: {scheme}}}"
@@ -132,6 +133,7 @@ def test_a_teacher_in_whole_numbers_is_planned_as_a_run_holds_it(scheme):
     assert found["arguments"]["teacher"] < 0.75 * floats
 
 
+@pytest.mark.variant
 def test_a_folder_in_whole_numbers_is_planned_as_a_run_holds_it(tmp_path):
     pytest.importorskip("qwix", reason="needs qwix")
     from jaxdistill.compress import quantize
@@ -151,6 +153,7 @@ def test_a_folder_in_whole_numbers_is_planned_as_a_run_holds_it(tmp_path):
         participants.shapes_of(loaded, mesh_of(loaded))  # before any weights are read
 
 
+@pytest.mark.variant
 def test_weights_beside_adapters_are_planned_as_a_run_holds_them():
     student = f"{{random: {written(STUDENT)}, lora: {{rank: 2}}, compute_dtype: float32}}"
     loaded = config.loads(text(student=student))
@@ -229,7 +232,7 @@ def weights(shape, copies=2):
     return kernels(shape) + copies * VOCAB * shape["embed"] + norms
 
 
-MESHES = ("{fsdp: 8}", "{data: 2, fsdp: 2, tensor: 2}", "{data: 2, fsdp: 1, tensor: 4}")
+MESHES = ("{data: 2, fsdp: 2, tensor: 2}", *also("{fsdp: 8}", "{data: 2, fsdp: 1, tensor: 4}"))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

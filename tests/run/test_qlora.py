@@ -113,6 +113,7 @@ def test_a_run_is_rounded_once_it_is_read(run, load_config, tmp_path):
 
 
 @FOUR_BITS
+@pytest.mark.variant
 def test_what_waits_for_the_backward_pass_is_whole_numbers(load_config, tmp_path):
     """The step's memory, beside that of the same step on kernels in floating point."""
     size = "student={random: {embed: 512, mlp: 1024, layers: 8, heads: 4}, compute_dtype: float32}"

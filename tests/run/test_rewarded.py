@@ -8,6 +8,7 @@ import pytest
 from jaxdistill import api, report
 from jaxdistill.errors import ConfigError, DataError, DivergedError
 from jaxdistill.report import read_metrics
+from tests.also import also
 from tests.run.conftest import take_devices
 from tests.run.test_on_policy import Lost, numbers, same
 from tests.run.test_session import arrays
@@ -81,7 +82,11 @@ def test_a_run_tells_of_its_rewards(three):
 
 @pytest.mark.parametrize(
     ("point", "count"),
-    [("rollout.call", 3), ("rollout.judging", 3), ("rollout.judged", 4), ("step.after", 4)],
+    [
+        ("rollout.call", 3),
+        ("rollout.judging", 3),
+        *also(("rollout.judged", 4), ("step.after", 4)),
+    ],
     ids=[
         "while it writes",
         "judged and not written down",
@@ -186,6 +191,7 @@ def test_answers_that_were_cut_may_count_nothing(load, tmp_path):
     )
 
 
+@pytest.mark.variant
 def test_parts_of_a_batch_and_a_mesh_learn_the_same(load, tmp_path, monkeypatch):
     """Groups of four answers lie across micro-batches and 8 devices; all sums are global."""
     found = {}

@@ -60,6 +60,7 @@ def test_a_served_teacher_teaches_as_it_does_at_hand(at_hand, load, tmp_path):  
     assert all("perf/teacher_cost" in one for one in told)
 
 
+@pytest.mark.variant
 def test_one_of_several_may_be_a_server_and_is_not_asked_again_on_resume(
     load, tmp_path  # noqa: F811
 ):  # fmt: skip

@@ -357,6 +357,7 @@ def asking(load, tmp_path_factory):
     return make
 
 
+@pytest.mark.variant
 def test_the_students_own_text_is_routed_and_resumes_to_the_same_bits(asking, tmp_path):
     mixed = ("share: 0.97, max_age: 1", "rollout.max_new_tokens=4")
     api.train(asking(tmp_path / "whole", *mixed))

@@ -13,6 +13,7 @@ from jaxdistill.plan import hlo
 from jaxdistill.train import once
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
+from tests.also import also
 from tests.train.test_step import ROWS, STUDENT, TEACHER, VOCAB, mesh_of, rows
 
 PARTS = 4
@@ -72,7 +73,7 @@ def weight_gathers(text):
     return times
 
 
-@pytest.mark.parametrize(("ahead", "gathered"), [(True, False), (True, True)])
+@pytest.mark.parametrize(("ahead", "gathered"), [(True, False), *also((True, True))])
 def test_weights_that_cross_once_give_the_same_curve(ahead, gathered, plain):
     text, found, params = curve(ahead, gathered)
     np.testing.assert_allclose(found, plain[1], rtol=1e-5)

@@ -19,6 +19,7 @@ from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.train.guard import StepRecord, save_batch
 from jaxdistill.types import Batch, Mean, Span, TeacherSignal
+from tests.also import also
 
 TEACHER = models.DecoderConfig(
     "llama", vocab_size=64, embed=32, mlp=64, layers=3, heads=4, kv_heads=2, head_dim=8,
@@ -104,7 +105,7 @@ def logits(config, params, batch):
     return decoder.logits(outputs)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", ["forward_kl", *also("reverse_kl")])
 def test_the_loss_is_the_definition_over_the_masked_tokens(kind):
     run = Training(kind=kind)
     batch = rows(0)
@@ -156,12 +157,9 @@ def plain():
 @pytest.mark.parametrize(
     ("axes", "micro_batches"),
     [
-        ((1, 1), 4),
         ((1, 8), 1),
-        ((2, 4), 2),
-        ((1, 1, 8), 1),
-        ((1, 1, 1, 4), 1),
         ((1, 2, 2, 2), 2),
+        *also(((1, 1), 4), ((2, 4), 2), ((1, 1, 8), 1), ((1, 1, 1, 4), 1)),
     ],
 )
 def test_meshes_and_micro_batches_give_the_same_curve(plain, axes, micro_batches):
@@ -234,7 +232,7 @@ def test_the_balance_of_experts_is_part_of_the_loss_on_any_mesh():
         np.testing.assert_allclose(found[name], value, rtol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", *also("bfloat16")])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(dtype):
     run = Training(dtype=dtype, average=(0.9, 1))
     run.step(rows(0))

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdistill.data.teacher_cache.formats import Format, pack_ids
 from jaxdistill.data.teacher_cache.objects import Objects
-from jaxdistill.data.teacher_cache.segments import KEY_BYTES, Key
+from jaxdistill.data.teacher_cache.segments import KEY_BYTES, SegmentKey
 from jaxdistill.errors import DamagedError
 from jaxdistill.safe import json_file
 
@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
       tokens: int32 [N]; they are stored too, so that anybody can ask again.
     """
 
-    key: Key
+    key: SegmentKey
     mask: np.ndarray
     tokens: np.ndarray
 

@@ -10,7 +10,7 @@ from jaxdistill.data.alignment import places
 from jaxdistill.data.dataset import Dataset
 
 KEY_BYTES = 16
-Key = bytes
+SegmentKey = bytes
 
 
 class Segment(NamedTuple):
@@ -30,12 +30,12 @@ class Segment(NamedTuple):
     mask: np.ndarray
 
     @property
-    def key(self) -> Key:
+    def key(self) -> SegmentKey:
         """The hash of what decides the teacher's answer: tokens and positions, here from 0."""
         return key_of(self.tokens, np.arange(len(self.tokens)))
 
 
-def key_of(tokens: np.ndarray, positions: np.ndarray) -> Key:
+def key_of(tokens: np.ndarray, positions: np.ndarray) -> SegmentKey:
     """BLAKE2b, 16 bytes, over tokens and positions."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     digest.update(np.ascontiguousarray(tokens, "<i4").tobytes())

@@ -11,7 +11,7 @@ import numpy as np
 from jaxdistill.data.teacher_cache import catalog, formats, parts
 from jaxdistill.data.teacher_cache.formats import Format
 from jaxdistill.data.teacher_cache.objects import Objects
-from jaxdistill.data.teacher_cache.segments import Key
+from jaxdistill.data.teacher_cache.segments import SegmentKey
 from jaxdistill.errors import DamagedError
 
 _OPEN_ARRAYS = 512
@@ -59,11 +59,11 @@ class Store:
     def _index(self) -> "_Index":
         return _Index([parts.index(self.objects, name) for name in self.content["parts"]])
 
-    def find(self, key: Key, mask: np.ndarray) -> int | None:
+    def find(self, key: SegmentKey, mask: np.ndarray) -> int | None:
         """The entry that holds all positions of a mask, or None."""
         return self._index.find(key, mask)
 
-    def has(self, key: Key) -> bool:
+    def has(self, key: SegmentKey) -> bool:
         """Whether any position of a segment is stored."""
         return self._index.find(key, None) is not None
 
@@ -161,7 +161,7 @@ class _Index:
         self._order = np.lexsort((pairs[:, 1], pairs[:, 0]))
         self._high, self._low = (pairs[self._order, side].astype(np.uint64) for side in (0, 1))
 
-    def find(self, key: Key, mask: np.ndarray | None) -> int | None:
+    def find(self, key: SegmentKey, mask: np.ndarray | None) -> int | None:
         high, low = (np.uint64(one) for one in np.frombuffer(key, ">u8"))
         first = int(np.searchsorted(self._high, high))
         while first < len(self._high) and self._high[first] == high:

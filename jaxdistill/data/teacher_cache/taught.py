@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
+from jaxdistill.data.routes import teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import segments
 from jaxdistill.data.teacher_cache.formats import Format
@@ -196,7 +197,7 @@ def _told(
         )
     if lacking.other:
         reasons += f"; it was captured with loss_on: {store.notes.get('loss_on')}, other positions"
-    key = "teacher" if name is None else f"teachers.{name}"
+    key = teacher_key(name)
     command = "teacher cache" if name is None else f"teacher cache --teacher {name}"
     return (
         f"data.{dataset.name}: {key}.cache = {store.place} lacks {lacking.missing} of {count} "

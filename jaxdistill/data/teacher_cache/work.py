@@ -8,7 +8,7 @@ import numpy as np
 from jaxdistill.data.dataset import Dataset
 from jaxdistill.data.teacher_cache import parts, segments
 from jaxdistill.data.teacher_cache.parts import Wanted
-from jaxdistill.data.teacher_cache.segments import Key
+from jaxdistill.data.teacher_cache.segments import SegmentKey
 from jaxdistill.data.teacher_cache.store import Store
 
 
@@ -41,7 +41,7 @@ def lacking(data: Mapping[str, Dataset], base: Store | None) -> list[CapturedRow
 
     Where a segment comes again and other positions of it count, all of them are wanted.
     """
-    masks: dict[Key, np.ndarray] = {}
+    masks: dict[SegmentKey, np.ndarray] = {}
     for dataset in data.values():
         for _, segment in segments.of(dataset):
             if segment.mask.any():
@@ -57,7 +57,7 @@ def lacking(data: Mapping[str, Dataset], base: Store | None) -> list[CapturedRow
 
 
 def _pieces(
-    dataset: Dataset, index: int, masks: dict[Key, np.ndarray], base: Store | None
+    dataset: Dataset, index: int, masks: dict[SegmentKey, np.ndarray], base: Store | None
 ) -> Iterator[tuple[int, Wanted]]:
     """The segments of a row that are wanted and were not wanted before."""
     for segment in segments.of_row(dataset, index):
