@@ -19,6 +19,7 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 from jaxdistill.cli import main
+from tests.also import also
 sys.exit(main(sys.argv[1:]))
 """
 RUN = """\
@@ -50,7 +51,7 @@ COMMANDS = (
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS[:4], *also(*COMMANDS[4:])])
 def test_the_first_line_comes_before_the_wait(tmp_path, command):
     (tmp_path / "run.yaml").write_text(RUN)
     done = subprocess.run(

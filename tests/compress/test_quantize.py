@@ -19,6 +19,7 @@ from jaxdistill.formats.tensor_table import tensor_rows
 from jaxdistill.models import decoder, quantized
 from jaxdistill.models.kernel import is_kernel
 from jaxdistill.sharding import make_mesh
+from tests.also import also
 from tests.models import oracle
 
 pytest.importorskip("qwix", reason="needs qwix (pip install 'jaxdistill[quant]')")
@@ -129,7 +130,9 @@ def test_no_more_than_one_layer_is_in_floats_at_a_time(name):
     assert program.memory_analysis().temp_size_in_bytes < 2 * 256 * 512 * 4
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", ["int4", "float8", *also("int8", "int8_dynamic", "float8_dynamic")]
+)
 def test_a_folder_keeps_every_number(model, name, tmp_path, one_device):
     small = quantize.quantized(model, name)
     folder = models.save(small, tmp_path / "q")

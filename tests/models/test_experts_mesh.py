@@ -64,9 +64,11 @@ def plain(weights):
 @pytest.mark.parametrize(
     ("sizes", "room"),
     [
-        ({"fsdp": 2, "expert": 4}, 1.5),
         ({"fsdp": 2, "expert": 4}, 0.3),  # many rounds
-        *also(({"fsdp": 1, "expert": 2, "tensor": 2, "context": 2}, 1.0)),
+        *also(
+            ({"fsdp": 2, "expert": 4}, 1.5),
+            ({"fsdp": 1, "expert": 2, "tensor": 2, "context": 2}, 1.0),
+        ),
     ],
 )
 def test_tokens_that_travel_give_the_loss_and_gradient_of_one_device(

@@ -11,9 +11,10 @@ import pytest
 from jaxdistill import models
 from jaxdistill.errors import ModelError
 from jaxdistill.models import decoding, generator
+from tests.also import also
 from tests.models import oracle
 
-NAMES = ["llama3", "mistral_window", "qwen2_windows", "qwen3", "smollm2"]
+NAMES = ["mistral_window", "qwen3", "smollm2", *also("llama3", "qwen2_windows")]
 PROMPTS = [
     [5, 9, 11, 30, 2, 8, 17],
     [40],

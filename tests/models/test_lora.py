@@ -16,6 +16,7 @@ from jaxdistill.errors import ConfigError, ModelError, StorageError
 from jaxdistill.formats import peft
 from jaxdistill.models import decoder, lora
 from jaxdistill.models.lora import Lora
+from tests.also import also
 from tests.models import oracle, variants
 
 needs_peft = pytest.mark.skipif(
@@ -50,7 +51,7 @@ def test_new_adapters_change_nothing(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["gemma2", "pythia", "mixtral"])
+@pytest.mark.parametrize("name", ["mixtral", *also("gemma2", "pythia")])
 def test_beside_is_the_same_as_merged_by_hand(name):
     model, tokens, adapters = variants.model(name), variants.tokens(), Lora(3, 5.0, ("value", "up"))
     trained = _trained(model.config, adapters)

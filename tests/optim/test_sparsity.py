@@ -17,6 +17,7 @@ from jaxdistill.sharding import make_mesh, replicated
 from jaxdistill.train import state as states
 from jaxdistill.train import step as steps
 from jaxdistill.types import Batch, Mean
+from tests.also import also
 
 AXES = {"output": (-2,), "layer": (-2, -1)}
 
@@ -202,8 +203,8 @@ def test_movement_is_the_sum_of_weight_times_slope_in_float64():
 @pytest.mark.parametrize(
     "options",
     [
-        {"pattern": "2:4", "end": 3},
         {"pattern": "unstructured", "share": 0.6, "scope": "global", "by": "movement", "end": 3},
+        *also({"pattern": "2:4", "end": 3}),
     ],
 )
 def test_masks_lie_like_their_weights_and_are_the_same_on_eight_devices(options):

@@ -179,6 +179,7 @@ def test_a_loop_of_ones_own_has_no_teacher_beside_it(load_config, tmp_path):
         setup.build(config)
 
 
+@pytest.mark.variant
 def test_a_plan_tells_of_both_kinds_of_devices(load_config, tmp_path):
     config = load_config(tmp_path, *FOUR, OWN)
     found = api.plan(config, "cpu:8", tries=0)

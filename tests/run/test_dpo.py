@@ -57,6 +57,7 @@ def test_the_first_step_knows_no_difference_and_the_last_one_prefers(finished):
     assert finished.metrics["eval/loss"] < math.log(2)
 
 
+@pytest.mark.variant
 def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(configured, finished, tmp_path):
     short = api.train(configured(tmp_path, "train.steps=3", "train.eval_every=4"))
     api.resume(short.run_dir, ["train.steps=8"])

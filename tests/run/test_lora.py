@@ -15,6 +15,7 @@ from jaxdistill.formats import peft
 from jaxdistill.run import setup
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
+from tests.also import also
 from tests.run.conftest import models_of
 from tests.run.test_session import arrays, losses
 
@@ -136,8 +137,8 @@ def test_a_run_without_adapters_has_none_to_export(finished, tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        "{name: ted, layers: 2, filter_steps: 0.5}",  # parameters, stages and features
         "{name: taid}",  # a knob with a state
+        *also("{name: ted, layers: 2, filter_steps: 0.5}"),  # parameters, stages and features
     ],
 )
 def test_methods_with_parameters_knobs_and_features_train_adapters(method, load_config, tmp_path):

@@ -14,6 +14,7 @@ from jaxdistill.errors import ConfigError
 from jaxdistill.models import Model
 from jaxdistill.plan import describe
 from jaxdistill.run import participants, setup, states
+from tests.also import also
 from tests.run.conftest import models_of, take_devices
 from tests.run.test_session import arrays, losses
 
@@ -73,7 +74,7 @@ def divided(load_config, tmp_path_factory):
     return run, arrays(run, 6)
 
 
-@pytest.mark.parametrize("option", ["optimizer.offload=true", "teacher.offload=true"])
+@pytest.mark.parametrize("option", ["optimizer.offload=true", *also("teacher.offload=true")])
 def test_what_waits_on_the_host_changes_no_bit(option, divided, load_config, tmp_path):
     """Moments, or the teacher's layers, of which the student is cut out of a copy on the device."""
     plain, expected = divided

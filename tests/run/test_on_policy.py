@@ -109,8 +109,10 @@ class Lost(Hooks):
     ("hooks", "kind"),
     [
         (lambda: Lost("rollout.call", 3), KeyboardInterrupt),  # of the third group
-        (lambda: Lost("step.after", 4), KeyboardInterrupt),  # behind a save within a group
-        *also((lambda: Fault("rollout.call:3:term"), Preempted)),
+        *also(
+            (lambda: Lost("step.after", 4), KeyboardInterrupt),  # behind a save within a group
+            (lambda: Fault("rollout.call:3:term"), Preempted),
+        ),
     ],
     ids=["lost while it writes", "lost within a group", "stopped while it writes"],
 )

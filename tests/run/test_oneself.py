@@ -58,6 +58,7 @@ def averaged(load, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.variant
 def test_a_run_that_ends_within_resumes_with_the_bits_of_its_average(averaged, load, tmp_path):
     settings = load(tmp_path, "ema", "teacher.self.leak_phrases=[e, a]", written=True)
     with pytest.raises(KeyboardInterrupt):

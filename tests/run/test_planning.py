@@ -90,6 +90,7 @@ def assert_memory(found, stats):
     assert sum(found["at_peak"].values()) == pytest.approx(stats.temp_size_in_bytes, rel=0.1)
 
 
+@pytest.mark.variant
 def test_planned_memory_is_that_of_the_compiled_step(planned):
     loaded = config.loads(text())
     assert_memory(planned["memory"], compiled(loaded, mesh_of(loaded)).memory_analysis())
@@ -447,6 +448,7 @@ def test_a_search_ends_with_its_tries_and_its_minutes(slow):
     assert (found["tried"], found["faster"]) == (0, [])
 
 
+@pytest.mark.variant
 def test_the_program_that_writes_is_compiled_and_counted():
     """The copy of the weights and the cache of keys are inside, at their closed forms or above."""
     written = text(mesh="{fsdp: 1}").replace("method:", "  prompts: [{path: p.jsonl}]\nmethod:")

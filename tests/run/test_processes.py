@@ -295,6 +295,7 @@ def alike(options, write_config, load_config, tmp_path) -> list[dict]:
     return [one for one in read_metrics(runs[0]) if "loss/total" in one]
 
 
+@pytest.mark.variant
 def test_two_teachers_teach_in_two_processes_as_in_one(write_config, load_config, tmp_path):
     """Each text is taught by its own one, in micro-batches of one teacher each."""
     shape = "random: {layers: %d, embed: 32, mlp: 48, heads: 4, kv_heads: 2}, dtype: float32"
@@ -318,6 +319,7 @@ def test_two_teachers_teach_in_two_processes_as_in_one(write_config, load_config
     assert told[0]["teachers/math/kl_t1"] != told[0]["teachers/code/kl_t1"]
 
 
+@pytest.mark.variant
 def test_two_processes_learn_from_themselves_what_one_does(write_config, load_config, tmp_path):
     """Given answers, behind a prompt that holds the solution, by the average of the weights."""
     for name, first, count in (("train", 0, 60), ("eval", 1000, 9)):

@@ -253,6 +253,7 @@ def test_a_missing_file_is_told_by_validate(load_config, tmp_path):
     assert any("no such file" in str(error) for error in found)
 
 
+@pytest.mark.variant
 def test_distillation_that_knows_of_int8_and_the_folder_it_ends_as(
     load_config, teacher, tmp_path, capsys
 ):

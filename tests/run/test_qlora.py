@@ -62,6 +62,7 @@ def test_it_learns_as_beside_the_same_kernels_in_floating_point(run, load_config
 
 
 @FOUR_BITS
+@pytest.mark.variant
 def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "checkpoints" / "6")
@@ -179,6 +180,7 @@ def test_a_student_in_whole_numbers_has_base_or_is_refused(load_config, tmp_path
     assert isinstance(held, QuantizedKernel)
 
 
+@pytest.mark.variant
 def test_the_student_before_the_first_step_stays_in_whole_numbers(load_config, tmp_path):
     """A method that compares with it reads a copy of the rounded kernels, as `plan` counts it."""
     for name, first in (("train", 0), ("eval", 100)):

@@ -167,6 +167,7 @@ def test_each_is_asked_for_samples_of_its_own(routed):
     assert all("teacher" in one for one in found[1:])
 
 
+@pytest.mark.variant
 def test_a_stored_teacher_among_several_teaches_as_it_does_in_the_step(routed, load, tmp_path):
     """It was asked about its own records alone; of whole numbers, in bfloat16."""
     asking = load(tmp_path / "asking")
@@ -256,6 +257,7 @@ def test_other_teachers_are_refused_on_resume(routed):
             api.resume(routed.run_dir, ["train.steps=7", override])
 
 
+@pytest.mark.variant
 def test_one_teacher_by_name_is_the_teacher_to_the_bit(load, load_config, records, tmp_path):
     """Batches of one micro-batch, so that both lie alike."""
     (tmp_path / "alone").mkdir()

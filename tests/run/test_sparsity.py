@@ -56,6 +56,7 @@ def test_every_four_inputs_of_a_finished_run_have_two_zeros_in_checkpoint_table_
     assert curve[6] < curve[1]
 
 
+@pytest.mark.variant
 def test_a_resumed_run_ends_in_the_same_bits_from_the_middle_of_its_ramp(run, tmp_path):
     assert 0 < (kernel(arrays(run, 3), "mlp/up") == 0).mean() < 0.5
     shutil.copytree(run, tmp_path / "copy")

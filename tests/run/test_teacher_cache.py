@@ -29,6 +29,7 @@ from jaxdistill.run import (
 )
 from jaxdistill.run.folder import RunDir
 from jaxdistill.train.step import place
+from tests.also import also
 
 # A student of its own, so that a stored teacher needs no weights.
 STUDENT = "student={random: {layers: 1, embed: 32, mlp: 48, heads: 4}, compute_dtype: float32}"
@@ -90,7 +91,7 @@ def online(load_config, tmp_path_factory) -> np.ndarray:
     return curve(load_config(tmp_path_factory.mktemp("online"), *SMALL), 20)
 
 
-@pytest.mark.parametrize("make", [exact, dense])
+@pytest.mark.parametrize("make", [exact, *also(dense)])
 def test_a_stored_teacher_trains_as_the_one_that_runs(
     make, captured, online, load_config, tmp_path
 ):

@@ -16,6 +16,7 @@ from jaxdistill.data.second_view import second_rows
 from jaxdistill.errors import UserError
 from jaxdistill.report import read_metrics
 from jaxdistill.run import participants, setup, teacher_cache, texts
+from tests.also import also
 from tests.data.test_alignment import byte_level
 from tests.run.conftest import sentences
 
@@ -59,7 +60,7 @@ def configured(load_config, teacher, tmp_path):
     return load
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["alm", *also("gold")])
 def test_a_run_with_two_tokenizers_from_its_start_to_its_table(name, configured):
     config = configured(name, "checkpoint.best_metric=eval/bits_per_byte", "eval.compare=true")
     result = api.train(config)
@@ -172,6 +173,7 @@ def letters():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
 
 
+@pytest.mark.variant
 def test_what_a_student_writes_is_compared_by_bytes(writing, tmp_path):
     """Answers of this update and of the one before, and given text, in micro-batches."""
     api.train(writing(tmp_path, "train.micro_batches=2"))
