@@ -21,7 +21,9 @@ from typing import Any
 
 from benchmarks import duel, floor
 
-BASELINES = ("eager", "compiled", "liger_chunked", "liger_compiled")
+# Our own step, with the environment's XLA_FLAGS in place of an option of `xla_options`.
+OURS = {"ours": "", "vectors_256": "--xla_cpu_prefer_vector_width=256"}
+BASELINES = ("eager", "compiled", "liger_chunked", "liger_compiled", "vectors_256")
 VOCAB, BATCH, LENGTH = 32_000, 4, 256
 ALPHA, TEMPERATURE, LEARNING_RATE = 0.5, 2.0, 1e-4
 SHAPES = {
@@ -61,8 +63,9 @@ def _race(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     maker.close()
     workers, facts = {}, {}
     for name in ("ours", *options.baseline):
-        python = sys.executable if name == "ours" else options.torch_python
-        workers[name] = duel.Worker([python, *arguments, name])
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {OURS.get(name, '')}"
+        own = ["env", f"XLA_FLAGS={flags}", sys.executable] if name in OURS else None
+        workers[name] = duel.Worker([*(own or [options.torch_python]), *arguments, name])
         facts[name] = workers[name].read()
     torch = duel.Worker([options.torch_python, "-m", "benchmarks.floor"])
     torch.read()
@@ -107,7 +110,7 @@ def _check_alike(losses: dict[str, float]) -> None:
 
 def _work(name: str, folder: pathlib.Path, length: int) -> None:
     """What a worker does: it makes the models, or steps each time it is asked."""
-    if name == "ours":
+    if name in OURS:
         return _our_worker(folder, length)
     from benchmarks.peers import torch_step
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.also import also
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CODE = """
 import sys
@@ -19,7 +21,6 @@ class Watch:
 
 sys.meta_path.insert(0, Watch())
 from jaxdistill.cli import main
-from tests.also import also
 sys.exit(main(sys.argv[1:]))
 """
 RUN = """\

@@ -17,7 +17,7 @@ from jaxdistill.config.rollout import Rollout
 from jaxdistill.config.routing import Routing, Teachers
 from jaxdistill.config.trackers import Trackers
 from jaxdistill.config.written import Written
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import teacher_key
 from jaxdistill.section import NAME_PATTERN, Count, Path, Problem, Section, Size
 
 

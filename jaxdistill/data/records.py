@@ -63,6 +63,11 @@ READ: Mapping[str, frozenset[str]] = {
 }
 
 
+def teacher_key(name: str | None) -> str:
+    """The key of a teacher's section: "teachers.NAME" of several, "teacher" (None) of one."""
+    return "teacher" if name is None else f"teachers.{name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A usable record.

@@ -13,11 +13,6 @@ from jaxdistill.data.sources import Source
 from jaxdistill.errors import DataError
 
 
-def teacher_key(name: str | None) -> str:
-    """The key of a teacher's section: "teachers.NAME" of several, "teacher" (None) of one."""
-    return "teacher" if name is None else f"teachers.{name}"
-
-
 @dataclasses.dataclass(frozen=True)
 class TeacherRoutes:
     """The names of several teachers, of which every record is for one.

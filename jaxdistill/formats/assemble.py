@@ -24,7 +24,7 @@ from jaxdistill.models.quantized import Quantization, quantize_in_place
 _THREADS = 8  # that read the pieces of one weight; copies hold no lock of Python's
 _TILE = 192
 _ALIGNED = 64  # bytes: where XLA wants a CPU's arrays to begin
-_PIECE = 1 << 25  # bytes of a reading: a thread holds no more beside the weight
+_PIECE = 1 << 21  # bytes of a reading: a thread holds no more beside the weight
 
 
 @runtime_checkable

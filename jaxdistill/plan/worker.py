@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxdistill import config as configs
-from jaxdistill import overlap, plan
+from jaxdistill import plan, xla_options
 from jaxdistill.config import Config
 from jaxdistill.config.ahead import passes
 from jaxdistill.errors import FitError, UserError
@@ -105,7 +105,7 @@ def measure(
         "jax": jax.__version__,
         "tokens_per_step": tokens,
         "attention": _attention(config, models, mesh),
-        "compiler_options": overlap.options(target.platform, mesh.size),
+        "compiler_options": xla_options.options(target.platform, mesh.size),
         "parameters": _counts(models, state),
     }
     embed = models.teacher.config.embed if models.teacher else None

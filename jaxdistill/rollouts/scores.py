@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import agree
-from jaxdistill.data.records import TEACHER
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import TEACHER, teacher_key
 from jaxdistill.errors import ModelError
 from jaxdistill.reasoning.bill import Bill
 from jaxdistill.reasoning.scored import Scorer

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdistill import errors, methods, overlap, rules, teachers
+from jaxdistill import errors, methods, rules, teachers, xla_options
 from jaxdistill.config.ahead import KEY, TeacherMesh
 from jaxdistill.config.models import Teacher
 from jaxdistill.data.teacher_cache import formats, taught
@@ -163,7 +163,9 @@ class Ahead(Online):
                 rows = PartitionSpec(batch_sharding(self.mesh).spec[0])
                 jitted = jax.jit(read, out_shardings=NamedSharding(self.mesh, rows))
                 lowered = jitted.lower(None, params, batch)
-                return overlap.compiled(lowered, self.mesh.devices.flat[0].platform, self.mesh.size)
+                return xla_options.compiled(
+                    lowered, self.mesh.devices.flat[0].platform, self.mesh.size
+                )
 
         return PerShape(compile)
 

@@ -10,7 +10,8 @@ from jaxdistill.config import routing as config_routing
 from jaxdistill.config.models import Teacher
 from jaxdistill.config.rollout import Rollout
 from jaxdistill.data.prompts import Prompts
-from jaxdistill.data.routes import TeacherRoutes, teacher_key
+from jaxdistill.data.records import teacher_key
+from jaxdistill.data.routes import TeacherRoutes
 from jaxdistill.errors import ConfigError, MismatchError
 from jaxdistill.models import Model
 from jaxdistill.run import pairing, shapes, stored

@@ -16,8 +16,7 @@ from jaxdistill import agree, optim
 from jaxdistill.compress import quantize
 from jaxdistill.config.models import Student
 from jaxdistill.config.schema import Eval
-from jaxdistill.data.records import PAIRS
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import PAIRS, teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.evaluate import gaps, meter, speed
 from jaxdistill.evaluate.held_out import HeldOut

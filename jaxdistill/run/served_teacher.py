@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxdistill.config.server import Api
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import teacher_key
 from jaxdistill.errors import MismatchError, ModelError
 from jaxdistill.reasoning import served
 from jaxdistill.reasoning.scored import Scorer

@@ -7,7 +7,7 @@ from typing import Any
 from jaxdistill import agree, commands, compilation_cache, errors, methods, processes
 from jaxdistill.config import Config, preflight, routing
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import catalog, formats, work
 from jaxdistill.data.teacher_cache.formats import HIDDEN, Format

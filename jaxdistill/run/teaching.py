@@ -13,7 +13,7 @@ from jaxdistill.compress import quantize
 from jaxdistill.config.models import Student, Teacher
 from jaxdistill.config.server import Api
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import teacher_key
 from jaxdistill.data.teacher_cache import taught
 from jaxdistill.evaluate import speed
 from jaxdistill.methods.routed import Routed

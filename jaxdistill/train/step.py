@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxdistill import optim, overlap
+from jaxdistill import optim, xla_options
 from jaxdistill.compress import quantize
 from jaxdistill.kernels import choice
 from jaxdistill.losses import load_balancing
@@ -245,13 +245,13 @@ def compiled(step: StepFunction, state: Any, teacher_params: Any, batch: Any, me
     """The step as a compiled program for these shapes: `jax.stages.Compiled`.
 
     The state comes back exactly where it lay, which lets every buffer of it be reused. It
-    is compiled to send while it computes (`overlap`).
+    is compiled with the options of its platform (`xla_options`).
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         lowered = jitted.lower(state, teacher_params, batch)
-        return overlap.compiled(lowered, choice.current_device().platform, mesh.size)
+        return xla_options.compiled(lowered, choice.current_device().platform, mesh.size)
 
 
 class PerShape:

@@ -95,8 +95,8 @@ def test_a_mesh_reads_only_its_slices(folder, mesh8, monkeypatch):
     sizes = []
     read = shards.Folder.read
 
-    def watched(self, name, index):
-        values = read(self, name, index)
+    def watched(self, name, index, memory=None):
+        values = read(self, name, index, memory)
         sizes.append((name, values.size, int(np.prod(self.entries[name].shape))))
         return values
 

@@ -70,7 +70,7 @@ def told(folder: str, mesh) -> list[str]:
     """What each process says where the second cannot read one of the weights."""
     original = shards.Folder.read
 
-    def torn(self, name, index):
+    def torn(self, name, index, memory=None):
         if jax.process_index() == 1 and "up_proj" in name:
             raise ModelError("no such block")
         return original(self, name, index)
@@ -88,8 +88,8 @@ def main(folder: str) -> None:
     read, together = [0], [0]
     original = shards.Folder.read
 
-    def counted(self, name, index):
-        values = original(self, name, index)
+    def counted(self, name, index, memory=None):
+        values = original(self, name, index, memory)
         read[0] += values.nbytes
         together[0] += values.nbytes * values.flags.c_contiguous
         return values

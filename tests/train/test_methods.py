@@ -307,7 +307,7 @@ def test_the_curve_is_the_committed_one(name):
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="the newest JAX trains all curves")
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in (*KINDS, *EVERYWHERE)])
 def test_the_oldest_jax_traces_the_step(name, monkeypatch):
-    monkeypatch.setattr(steps.overlap, "compiled", lambda lowered, *_: lowered)
+    monkeypatch.setattr(steps.xla_options, "compiled", lambda lowered, *_: lowered)
     assert "stablehlo.dot_general" in Training(name).program.as_text()
 
 

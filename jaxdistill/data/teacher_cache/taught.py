@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.data.dataset import Dataset
-from jaxdistill.data.routes import teacher_key
+from jaxdistill.data.records import teacher_key
 from jaxdistill.data.second_view import second_rows
 from jaxdistill.data.teacher_cache import segments
 from jaxdistill.data.teacher_cache.formats import Format

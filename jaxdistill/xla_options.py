@@ -1,4 +1,4 @@
-"""Compiler options with which a step sends while it computes: one table, and where each is told of.
+"""Compiler options of a step: one table, and where each is recommended or measured.
 
 They belong to one program and not to the process: a version of XLA that does not know one says so,
 where a flag of the environment that is unknown ends the process before Python can tell why.
@@ -24,15 +24,21 @@ class Option(NamedTuple):
     Attributes:
       name: as XLA knows it, without dashes.
       value: in place of XLA's default.
-      source: who recommends it.
+      source: who recommends it, or what measured it.
+      devices: of a program, from which on it has the option; one alone sends nothing.
     """
 
     name: str
-    value: bool | str
+    value: bool | int | str
     source: str
+    devices: int = 2
 
 
 OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    # LLVM keeps to 256 bits where a processor has 512: what is elementwise in the losses is slower.
+    "cpu": (
+        Option("xla_cpu_prefer_vector_width", 512, "benchmarks/results/train_step_cpu.json", 1),
+    ),
     "gpu": (Option("xla_gpu_enable_latency_hiding_scheduler", True, SOURCE),),
     "tpu": (
         Option("xla_tpu_enable_async_all_to_all", "true", SOURCE),
@@ -42,17 +48,17 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = {
 
 def options(
     platform: str, devices: int, environment: Mapping[str, str] = os.environ
-) -> dict[str, bool | str]:
+) -> dict[str, bool | int | str]:
     """Name -> value of what a program is compiled with; what the environment names stays as it is.
 
     Args:
-      platform: of its devices: "gpu", "tpu" or another, which has none.
-      devices: how many; one alone sends nothing.
+      platform: of its devices: "cpu", "gpu", "tpu" or another, which has none.
+      devices: how many.
       environment: with XLA_FLAGS and LIBTPU_INIT_ARGS.
     """
     words = " ".join(environment.get(name, "") for name in _VARIABLES).split()
     decided = {word.lstrip("-").partition("=")[0] for word in words}
-    table = OPTIONS.get(platform, ()) if devices > 1 else ()
+    table = [one for one in OPTIONS.get(platform, ()) if devices >= one.devices]
     return {one.name: one.value for one in table if one.name not in decided}
 
 
