@@ -63,7 +63,7 @@ def _race(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     maker.close()
     workers, facts = {}, {}
     for name in ("ours", *options.baseline):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {OURS.get(name, '')}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {OURS.get(name, '')}".strip()
         own = ["env", f"XLA_FLAGS={flags}", sys.executable] if name in OURS else None
         workers[name] = duel.Worker([*(own or [options.torch_python]), *arguments, name])
         facts[name] = workers[name].read()
