@@ -289,15 +289,19 @@ def test_too_many_connections_are_told_so_and_the_latest_make_room(port, monkeyp
 
 def test_who_does_not_read_is_cut_off(port, served, monkeypatch):
     monkeypatch.setattr(connection, "PATIENCE", 0.5)
-    size = 20_000_000  # more than the kernel takes
-    monkeypatch.setattr(served, "reply", lambda asked, found: {"text": "a" * size})
+    size, answered = 20_000_000, threading.Event()  # more than the kernel takes
+
+    def reply(asked, found):
+        answered.set()
+        return {"text": "a" * size}
+
+    monkeypatch.setattr(served, "reply", reply)
     with socket.socket() as line:
         line.settimeout(30)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         line.connect(("127.0.0.1", port))
         line.sendall(raw(SHORT))
-        until(lambda: served.engine.pending == 1)
-        until(lambda: served.engine.pending == 0)
+        assert answered.wait(30)
         time.sleep(2)
         read = 0
         with suppress(ConnectionError):
