@@ -1,4 +1,4 @@
-"""Values of a test that checks elsewhere what its other values check: marked `variant`."""
+"""Marks values of a test that repeat, on another mesh or with another option, what others check."""
 
 from typing import Any
 

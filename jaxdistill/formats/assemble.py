@@ -41,7 +41,7 @@ class Tensors(Protocol):
 
 
 class Pieces:
-    """Memory that the readings of one loading use in turn; the system clears what is new."""
+    """Buffers that the readings of one loading use in turn: the system clears new memory first."""
 
     def __init__(self) -> None:
         self._free: collections.deque[np.ndarray] = collections.deque()
@@ -115,7 +115,7 @@ def weight(
     tensors: Tensors,
     dtype: DTypeLike | None,
     place: Sharding,
-    pieces: Pieces | None = None,
+    pieces: Pieces,
 ) -> jax.Array:
     """One weight of the tree, each device's slice read by itself, or as rows of as many bytes.
 
@@ -126,9 +126,8 @@ def weight(
       tensors: where to read.
       dtype: None keeps its own.
       place: where it lies.
-      pieces: memory for readings; None: of its own.
+      pieces: memory that its readings share with those of other weights.
     """
-    pieces = pieces or Pieces()
     dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32

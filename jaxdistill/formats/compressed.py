@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import exchange, shards
-from jaxdistill.formats.assemble import placement, weight
+from jaxdistill.formats.assemble import Pieces, placement, weight
 from jaxdistill.formats.compressed_settings import form
 from jaxdistill.formats.tensor_names import TensorName, file_shape
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
@@ -104,11 +104,12 @@ def load_params(
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
+    pieces = Pieces()
     for ours, (name, row) in tensor_rows(config).items():
         if (scheme := rounded.of(ours)) is not None:
             flat[ours] = _kernel(files, _bases(name, row), scheme, row.shape, places[ours], dtype)
         else:
-            flat[ours] = weight(name, row, None, files, dtype, places[ours])
+            flat[ours] = weight(name, row, None, files, dtype, places[ours], pieces)
     return nest(flat)
 
 

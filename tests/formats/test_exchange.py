@@ -8,7 +8,7 @@ import pytest
 from jax import NamedSharding, P
 
 from jaxdistill.formats import exchange
-from jaxdistill.formats.assemble import weight
+from jaxdistill.formats.assemble import Pieces, weight
 from jaxdistill.formats.tensor_names import Part, TensorName, file_shape
 from jaxdistill.models.architecture import Weight
 
@@ -59,7 +59,7 @@ def _loaded(case, dtype, mesh):
     name, shape, part, place, _ = CASES[case]
     row = Weight(shape, (None,) * len(shape), "zeros")
     source = _Counted(name, row, part, dtype)
-    array = weight(name, row, part, source, None, NamedSharding(mesh, place))
+    array = weight(name, row, part, source, None, NamedSharding(mesh, place), Pieces())
     tensors = [one.T if name.transposed else one for one in source.named.values()]
     if part is not None:
         tensors = [one[:, part.places(shape[-1])] for one in tensors]
