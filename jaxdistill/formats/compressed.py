@@ -18,9 +18,10 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import exchange, shards
-from jaxdistill.formats.assemble import Pieces, placement, weight
+from jaxdistill.formats import exchange, shards, slices
+from jaxdistill.formats.assemble import placement, weight
 from jaxdistill.formats.compressed_settings import form
+from jaxdistill.formats.slices import Buffers, Spans
 from jaxdistill.formats.tensor_names import TensorName, file_shape
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models.architecture import DecoderConfig, Weight, nest
@@ -104,12 +105,12 @@ def load_params(
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
-    pieces = Pieces()
+    buffers = Buffers()
     for ours, (name, row) in tensor_rows(config).items():
         if (scheme := rounded.of(ours)) is not None:
-            flat[ours] = _kernel(files, _bases(name, row), scheme, row.shape, places[ours], dtype)
+            flat[ours] = _kernel(files, name, row, scheme, places[ours], dtype, buffers)
         else:
-            flat[ours] = weight(name, row, None, files, dtype, places[ours], pieces)
+            flat[ours] = weight(name, row, None, files, dtype, places[ours], buffers)
     return nest(flat)
 
 
@@ -137,28 +138,36 @@ def _bases(name: TensorName, row: Weight) -> list[str]:
 
 def _kernel(
     files: shards.Folder,
-    bases: Sequence[str],
+    name: TensorName,
+    row: Weight,
     scheme: Scheme,
-    shape: tuple[int, ...],
     place: Sharding,
     dtype: DTypeLike | None,
+    buffers: Buffers,
 ) -> QuantizedKernel:
     """One projection of all layers, [layers, in, out]."""
-    layers, inputs, outputs = shape
+    layers, inputs, outputs = row.shape
+    bases = _bases(name, row)
     scales = [base.removesuffix("weight") + "weight_scale" for base in bases]
     scale_shape = (layers, inputs // (scheme.group or inputs), outputs)
 
-    def values(spans: tuple[slice, ...]) -> np.ndarray:
-        chosen, rows, columns = (range(one.start, one.stop) for one in spans)
-        return np.stack([_values(files, bases[layer], scheme, rows, columns) for layer in chosen])
+    def values(wanted: Sequence[Spans]) -> list[np.ndarray]:
+        if form(scheme) != "pack-quantized":
+            return slices.read(name, None, wanted, files, files.dtype(bases[0]), buffers)
+        return [
+            np.stack([_unpacked(files, base, scheme, rows, columns) for base in bases[layers]])
+            for layers, rows, columns in wanted
+        ]
 
-    def scale(spans: tuple[slice, ...]) -> np.ndarray:
-        chosen, groups, columns = spans
-        return np.stack([files.read(name, (columns, groups)).T for name in scales[chosen]])
+    def scale(wanted: Sequence[Spans]) -> list[np.ndarray]:
+        return [
+            np.stack([files.read(name, (columns, groups)).T for name in scales[layers]])
+            for layers, groups, columns in wanted
+        ]
 
     there = scale_place(place, scale_shape)
     return QuantizedKernel(
-        exchange.array(shape, place, values, 2, 1, scheme.dtype),
+        exchange.array(row.shape, place, values, 2, 1, scheme.dtype),
         exchange.array(scale_shape, there, scale, None, 1, dtype or files.dtype(scales[0])),
         scheme,
     )
@@ -171,19 +180,16 @@ def _stored(base: str, scheme: Scheme, inputs: int, outputs: int) -> tuple[str, 
     return base.removesuffix("weight") + "weight_packed", (outputs, -(-inputs * scheme.bits // 32))
 
 
-def _values(
-    files: shards.Folder, base: str, scheme: Scheme, rows: range, columns: range
+def _unpacked(
+    files: shards.Folder, base: str, scheme: Scheme, rows: slice, columns: slice
 ) -> np.ndarray:
-    """These inputs and outputs of one projection, [in, out]; words are read as whole ones."""
-    out = slice(columns.start, columns.stop)
-    if form(scheme) != "pack-quantized":
-        return files.read(base, (out, slice(rows.start, rows.stop))).T
+    """These inputs and outputs of one projection, [in, out], of which whole words are read."""
     each = 32 // scheme.bits
     first, last = rows.start // each, -(-rows.stop // each)
     name, _ = _stored(base, scheme, 0, 0)
-    values = unpack(files.read(name, (out, slice(first, last))), scheme.bits, (last - first) * each)
-    start = rows.start - first * each
-    return values[:, start : start + len(rows)].T
+    words = files.read(name, (columns, slice(first, last)))
+    values = unpack(words, scheme.bits, (last - first) * each)
+    return values[:, rows.start - first * each : rows.stop - first * each].T
 
 
 def _check_shape(files: shards.Folder, name: str, shape: tuple[int, ...]) -> None:

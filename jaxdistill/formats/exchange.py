@@ -7,7 +7,7 @@ own, as many bytes as it needs, and an all-to-all over the mesh turns them into 
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from jaxdistill import agree
+from jaxdistill.formats.slices import Spans
 from jaxdistill.sharding import AnyMesh, mesh_axes
 
 Result = TypeVar("Result")
@@ -25,7 +26,7 @@ _LEAST = 1 << 16  # numbers of a tensor: a smaller one is read whole sooner than
 def array(
     shape: tuple[int, ...],
     place: Sharding,
-    read: Callable[[tuple[slice, ...]], np.ndarray],
+    read: Callable[[Sequence[Spans]], list[np.ndarray]],
     rows: int | None,
     columns: int,
     dtype: DTypeLike,
@@ -38,7 +39,7 @@ def array(
     Args:
       shape: of the array.
       place: where it shall lie.
-      read: gives the slice at an index; whole numbers in bytes of their own.
+      read: gives the slices at some indices, no two alike; whole numbers in bytes of their own.
       rows: the dim that counts the rows of a file's tensor; None: slices are read as they are.
       columns: the dim that counts inside of a row.
       dtype: of the array; `read` may give another that holds the same numbers.
@@ -49,7 +50,7 @@ def array(
     mesh = place.mesh if isinstance(place, NamedSharding) else None
     by_rows = None if rows is None else _by_rows(shape, place, rows, columns)
     if rows is None or by_rows is None:
-        cast = lambda spans: read(spans).astype(dtype, copy=False)
+        cast = lambda slices: [block.astype(dtype, copy=False) for block in read(slices)]
         return together(mesh, lambda: _placed(shape, place, cast))
     lying = together(mesh, lambda: _placed(shape, by_rows, read))
     turned = _turning(by_rows, place, rows, columns, np.dtype(dtype))(lying)
@@ -57,20 +58,20 @@ def array(
 
 
 def _placed(
-    shape: tuple[int, ...], place: Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+    shape: tuple[int, ...], place: Sharding, read: Callable[[Sequence[Spans]], list[np.ndarray]]
 ) -> jax.Array:
-    """The array of the slices that lie here; replicas on this host's devices share one reading."""
-    parts: dict[str, np.ndarray] = {}
+    """The array of the slices that lie here; replicas on this host's devices share one."""
+    here = place.addressable_devices_indices_map(shape).values()
+    slices = {str(spans): spans for spans in (_spans(index, shape) for index in here)}
+    blocks = dict(zip(slices, read(list(slices.values())), strict=True))
+    return jax.make_array_from_callback(
+        shape, place, lambda index: blocks[str(_spans(index, shape))]
+    )
 
-    def once(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        spans = tuple(slice(*one.indices(size)) for one, size in zip(index, shape, strict=True))
-        key = str(spans)
-        if key not in parts:
-            parts[key] = read(spans)
-        return parts[key]
 
-    return jax.make_array_from_callback(shape, place, once)
+def _spans(index: Spans | None, shape: tuple[int, ...]) -> Spans:
+    assert index is not None
+    return tuple(slice(*one.indices(size)) for one, size in zip(index, shape, strict=True))
 
 
 def together(mesh: AnyMesh | None, work: Callable[[], Result]) -> Result:
@@ -111,9 +112,7 @@ def _by_rows(
     return NamedSharding(place.mesh, PartitionSpec(*(axes or None for axes in spec)))
 
 
-def _whole_rows(
-    shape: tuple[int, ...], needed: Mapping[Any, tuple[slice, ...] | None], columns: int
-) -> bool:
+def _whole_rows(shape: tuple[int, ...], needed: Mapping[Any, Spans | None], columns: int) -> bool:
     """Whether the devices of each process together need the whole of every row that one needs."""
     parts: dict[tuple, set[tuple[int, int, int]]] = {}
     for device, index in needed.items():

@@ -8,7 +8,8 @@ import pytest
 from jax import NamedSharding, P
 
 from jaxdistill.formats import exchange
-from jaxdistill.formats.assemble import Pieces, weight
+from jaxdistill.formats.assemble import weight
+from jaxdistill.formats.slices import Buffers
 from jaxdistill.formats.tensor_names import Part, TensorName, file_shape
 from jaxdistill.models.architecture import Weight
 
@@ -59,7 +60,7 @@ def _loaded(case, dtype, mesh):
     name, shape, part, place, _ = CASES[case]
     row = Weight(shape, (None,) * len(shape), "zeros")
     source = _Counted(name, row, part, dtype)
-    array = weight(name, row, part, source, None, NamedSharding(mesh, place), Pieces())
+    array = weight(name, row, part, source, None, NamedSharding(mesh, place), Buffers())
     tensors = [one.T if name.transposed else one for one in source.named.values()]
     if part is not None:
         tensors = [one[:, part.places(shape[-1])] for one in tensors]
@@ -85,17 +86,25 @@ def test_as_many_bytes_as_needed_are_read_and_lie_together(case, dtype, mesh8, m
         assert np.asarray(shard.data).tobytes() == whole[shard.index].tobytes()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_that_needs_all_columns_reads_each_row_once(case, mesh8):
+    slices, array, whole = _loaded(case, ml_dtypes.bfloat16, mesh8)
+    assert sum(one.nbytes for one in slices) == whole.nbytes
+    assert all(one.flags.c_contiguous for one in slices)
+    assert np.asarray(array).tobytes() == whole.tobytes()
+
+
 def test_of_one_process_small_and_what_does_not_divide_is_read_as_it_lies(mesh8, monkeypatch):
     slices, array, whole = _loaded("columns", np.float32, mesh8)
-    assert {one.shape for one in slices} == {(24, 8)}  # half of every row, for one of two devices
+    assert {one.shape for one in slices} == {(24, 16)}  # whole rows: two devices share a reading
     assert np.asarray(array).tobytes() == whole.tobytes()
     monkeypatch.setattr(exchange, "_whole_rows", lambda *given: False)
     small, _, _ = _loaded("columns", np.float32, mesh8)
-    assert {one.shape for one in small} == {(24, 8)}
+    assert {one.shape for one in small} == {(24, 16)}
     exchange_all(monkeypatch)
     monkeypatch.setitem(CASES, "odd", (STACKED, (3, 16, 9), None, P(None, "fsdp", None), 1))
     slices, array, whole = _loaded("odd", np.float32, mesh8)
-    assert {one.shape for one in slices} == {(9, 8)}
+    assert {one.shape for one in slices} == {(9, 16)}
     assert np.asarray(array).tobytes() == whole.tobytes()
 
 
@@ -103,7 +112,8 @@ def test_numbers_of_four_bits_travel_in_bytes(mesh8, monkeypatch):
     exchange_all(monkeypatch)
     values = np.random.default_rng(0).integers(-8, 8, (2, 8, 6), np.int8)
     place = NamedSharding(mesh8, P(None, "fsdp", None))
-    array = exchange.array(values.shape, place, lambda index: values[index], 2, 1, "int4")
+    read = lambda slices: [values[one] for one in slices]
+    array = exchange.array(values.shape, place, read, 2, 1, "int4")
     assert array.dtype == "int4" and array.sharding == place
     np.testing.assert_array_equal(np.asarray(array).astype(np.int8), values)
 

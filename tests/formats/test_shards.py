@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdistill.errors import ModelError
-from jaxdistill.formats import assemble, shards
+from jaxdistill.formats import shards, slices
 
 WHOLE = (slice(None), slice(None))
 
@@ -180,5 +180,5 @@ def test_what_lies_together_is_read_to_the_byte(tmp_path, monkeypatch, dtype):
 def test_tiles_of_turned_kernels_are_filled_to_the_bit(dtype):
     values = np.random.default_rng(0).standard_normal((300, 520)).astype(ml_dtypes.bfloat16)
     place = np.empty((520, 300), dtype)
-    assemble._fill(place, values.T)
+    slices.fill(place, values.T)
     np.testing.assert_array_equal(place, values.astype(dtype).T)

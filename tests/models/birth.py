@@ -98,7 +98,9 @@ def main(folder: str) -> None:
     # What JAX needs for its first programs and connections is no part of a model.
     columns = jax.NamedSharding(mesh, jax.P(None, None, "fsdp"))
     zeros = np.zeros((2, 256, 256), np.float32)
-    exchange.array(zeros.shape, columns, lambda index: zeros[index], 1, 2, zeros.dtype)
+    exchange.array(
+        zeros.shape, columns, lambda slices: [zeros[one] for one in slices], 1, 2, zeros.dtype
+    )
     shards.Folder.read = counted
     watch = Watch()
     watch.start()
