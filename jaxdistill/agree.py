@@ -142,6 +142,11 @@ def same(facts: Mapping[str, Any]) -> None:
     )
 
 
+def everyone(text: str) -> list[str]:
+    """The text of every process, by its number."""
+    return [text] if jax.process_count() == 1 else _gather(text)
+
+
 def _meet(awaited: Iterable[int]) -> None:
     """Waits until these processes are here, however long their work takes.
 

@@ -1,7 +1,7 @@
 """Builds the parameter tree on its devices from named tensors, each reading its own slices."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,28 @@ from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models import decoder, host
 from jaxdistill.models.architecture import DecoderConfig, Weight, flat_weights, nest, weights
 from jaxdistill.models.quantized import Quantization, quantize_in_place
+
+
+class Source(NamedTuple):
+    """What all weights of one loading are read from and with.
+
+    Attributes:
+      tensors: where to read.
+      dtype: of all weights; None keeps each one's own.
+      buffers: memory that readings share.
+      caches: from `exchange.page_caches`.
+    """
+
+    tensors: Tensors
+    dtype: DTypeLike | None
+    buffers: Buffers
+    caches: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tensors: Tensors, mesh: Mesh | None, dtype: DTypeLike | None) -> "Source":
+        """That of a loading; all processes of the mesh call it."""
+        files = getattr(tensors, "files", ())
+        return cls(tensors, dtype, Buffers(), exchange.page_caches(mesh, files))
 
 
 def placement(config: DecoderConfig, mesh: Mesh | None, rules: Mapping) -> dict:
@@ -58,11 +80,9 @@ def assemble(
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
-    buffers = Buffers()
+    source = Source.of(tensors, mesh, dtype)
     for ours, (name, row) in tensor_rows(config).items():
-        read: Any = weight(
-            name, row, name.part(ours, config), tensors, dtype, places[ours], buffers
-        )
+        read: Any = weight(name, row, name.part(ours, config), places[ours], source)
         if rounded is not None and (scheme := rounded.of(ours)) is not None:
             read = quantize_in_place(read, scheme)
         flat[ours] = host.moved(read) if offload and host.waits(ours) else read
@@ -73,10 +93,8 @@ def weight(
     name: TensorName,
     row: Weight,
     part: Part | None,
-    tensors: Tensors,
-    dtype: DTypeLike | None,
     place: Sharding,
-    buffers: Buffers,
+    source: Source,
 ) -> jax.Array:
     """One weight of the tree: the slices of this process's devices, or as many bytes of rows.
 
@@ -84,18 +102,17 @@ def weight(
       name: what the file calls it.
       row: its shape.
       part: of the file's tensor; None: all.
-      tensors: where to read.
-      dtype: None keeps its own.
       place: where it lies.
-      buffers: memory that its readings share with those of other weights.
+      source: where to read.
     """
+    tensors, dtype, buffers, caches = source
     dtypes = {tensors.dtype(name.pattern.format(*index)) for index in numbers(name, row)}
     # Layers of several dtypes, and float64, meet in float32.
     own = dtypes.pop() if len(dtypes) == 1 and np.dtype(np.float64) not in dtypes else np.float32
     chosen = np.dtype(dtype or own)
     read = lambda found: slices.read(name, part, found, tensors, chosen, buffers)
     rows, columns = file_dims(name, row)
-    return exchange.array(row.shape, place, read, rows, columns, chosen)
+    return exchange.array(row.shape, place, read, rows, columns, chosen, caches)
 
 
 def random(config, seed=0, dtype=np.float32, mesh=None, rules: Mapping = sharding.RULES) -> dict:

@@ -19,9 +19,9 @@ from jax.typing import DTypeLike
 
 from jaxdistill.errors import ModelError
 from jaxdistill.formats import exchange, shards, slices
-from jaxdistill.formats.assemble import placement, weight
+from jaxdistill.formats.assemble import Source, placement, weight
 from jaxdistill.formats.compressed_settings import form
-from jaxdistill.formats.slices import Buffers, Spans
+from jaxdistill.formats.slices import Spans
 from jaxdistill.formats.tensor_names import TensorName, file_shape
 from jaxdistill.formats.tensor_table import numbers, tensor_rows
 from jaxdistill.models.architecture import DecoderConfig, Weight, nest
@@ -105,12 +105,12 @@ def load_params(
     """
     places = placement(config, mesh, rules)
     flat: dict[str, Any] = {}
-    buffers = Buffers()
+    source = Source.of(files, mesh, dtype)
     for ours, (name, row) in tensor_rows(config).items():
         if (scheme := rounded.of(ours)) is not None:
-            flat[ours] = _kernel(files, name, row, scheme, places[ours], dtype, buffers)
+            flat[ours] = _kernel(name, row, scheme, places[ours], files, source)
         else:
-            flat[ours] = weight(name, row, None, files, dtype, places[ours], buffers)
+            flat[ours] = weight(name, row, None, places[ours], source)
     return nest(flat)
 
 
@@ -137,13 +137,12 @@ def _bases(name: TensorName, row: Weight) -> list[str]:
 
 
 def _kernel(
-    files: shards.Folder,
     name: TensorName,
     row: Weight,
     scheme: Scheme,
     place: Sharding,
-    dtype: DTypeLike | None,
-    buffers: Buffers,
+    files: shards.Folder,
+    source: Source,
 ) -> QuantizedKernel:
     """One projection of all layers, [layers, in, out]."""
     layers, inputs, outputs = row.shape
@@ -153,7 +152,7 @@ def _kernel(
 
     def values(wanted: Sequence[Spans]) -> list[np.ndarray]:
         if form(scheme) != "pack-quantized":
-            return slices.read(name, None, wanted, files, files.dtype(bases[0]), buffers)
+            return slices.read(name, None, wanted, files, files.dtype(bases[0]), source.buffers)
         return [
             np.stack([_unpacked(files, base, scheme, rows, columns) for base in bases[layers]])
             for layers, rows, columns in wanted
@@ -167,8 +166,8 @@ def _kernel(
 
     there = scale_place(place, scale_shape)
     return QuantizedKernel(
-        exchange.array(row.shape, place, values, 2, 1, scheme.dtype),
-        exchange.array(scale_shape, there, scale, None, 1, dtype or files.dtype(scales[0])),
+        exchange.array(row.shape, place, values, 2, 1, scheme.dtype, source.caches),
+        exchange.array(scale_shape, there, scale, None, 1, source.dtype or files.dtype(scales[0])),
         scheme,
     )
 

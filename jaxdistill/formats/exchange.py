@@ -3,10 +3,15 @@
 A column of a row-major tensor lies in runs as short as its part of a row, and a disk gives pages:
 processes that each need some columns would all read the whole tensor. So each reads rows of its
 own, as many bytes as it needs, and an all-to-all over the mesh turns them into its columns.
+
+Processes of one host that have one file open share its pages: the disk is read once for all of
+them, and each takes its columns of what is in memory. They exchange only with other hosts.
 """
 
 import functools
 import math
+import pathlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +35,7 @@ def array(
     rows: int | None,
     columns: int,
     dtype: DTypeLike,
+    caches: Sequence[str] = (),
 ) -> jax.Array:
     """The array that `read` gives in slices, of which each process reads those that lie together.
 
@@ -43,12 +49,13 @@ def array(
       rows: the dim that counts the rows of a file's tensor; None: slices are read as they are.
       columns: the dim that counts inside of a row.
       dtype: of the array; `read` may give another that holds the same numbers.
+      caches: from `page_caches`.
 
     Raises:
       UserError: that of `read` in any process.
     """
     mesh = place.mesh if isinstance(place, NamedSharding) else None
-    by_rows = None if rows is None else _by_rows(shape, place, rows, columns)
+    by_rows = None if rows is None else _by_rows(shape, place, rows, columns, caches)
     if rows is None or by_rows is None:
         cast = lambda slices: [block.astype(dtype, copy=False) for block in read(slices)]
         return together(mesh, lambda: _placed(shape, place, cast))
@@ -85,6 +92,26 @@ def together(mesh: AnyMesh | None, work: Callable[[], Result]) -> Result:
     return agree.together(work) if _of_all(mesh) else work()
 
 
+def page_caches(mesh: AnyMesh | None, files: Sequence[pathlib.Path]) -> tuple[str, ...]:
+    """Whose pages of these files each process reads, by its number: of one host the same ones.
+
+    Without files each process has its own, as where one column costs the reading of its whole row.
+    """
+    if not _of_all(mesh):
+        return ()
+    own = str(jax.process_index())
+    if files:
+        found = [file.stat() for file in files]
+        own = f"{_host()} {sorted((one.st_dev, one.st_ino) for one in found)}"
+    return tuple(agree.everyone(own))
+
+
+def _host() -> str:
+    """What tells this running system from any other."""
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
+    return boot.read_text().strip() if boot.is_file() else f"{uuid.getnode()}"
+
+
 def _of_all(mesh: AnyMesh | None) -> bool:
     if not isinstance(mesh, Mesh):
         return False
@@ -92,18 +119,18 @@ def _of_all(mesh: AnyMesh | None) -> bool:
 
 
 def _by_rows(
-    shape: tuple[int, ...], place: Sharding, rows: int, columns: int
+    shape: tuple[int, ...], place: Sharding, rows: int, columns: int, caches: Sequence[str]
 ) -> NamedSharding | None:
     """Where the devices that share rows have each some of these whole; None: as they lie.
 
-    That is where each process needs whole rows, where the rows cannot be divided so often, and of
-    small tensors.
+    That is where each cache is read for whole rows, where the rows cannot be divided so often, and
+    of small tensors.
     """
     if not isinstance(place, NamedSharding) or not _of_all(place.mesh):
         return None
     if shape[rows] * shape[columns] < _LEAST:
         return None
-    if _whole_rows(shape, place.devices_indices_map(shape), columns):
+    if _whole_rows(shape, place.devices_indices_map(shape), columns, caches):
         return None
     spec = [mesh_axes(axes) for axes in (*place.spec, *[None] * (len(shape) - len(place.spec)))]
     spec[rows], spec[columns] = spec[rows] + spec[columns], ()
@@ -112,14 +139,20 @@ def _by_rows(
     return NamedSharding(place.mesh, PartitionSpec(*(axes or None for axes in spec)))
 
 
-def _whole_rows(shape: tuple[int, ...], needed: Mapping[Any, Spans | None], columns: int) -> bool:
-    """Whether the devices of each process together need the whole of every row that one needs."""
+def _whole_rows(
+    shape: tuple[int, ...],
+    needed: Mapping[Any, Spans | None],
+    columns: int,
+    caches: Sequence[str] = (),
+) -> bool:
+    """Whether devices whose processes share a cache need the whole of every row that one needs."""
     parts: dict[tuple, set[tuple[int, int, int]]] = {}
     for device, index in needed.items():
         assert index is not None
         spans = [one.indices(size) for one, size in zip(index, shape, strict=True)]
         own = spans.pop(columns)
-        parts.setdefault((device.process_index, *spans), set()).add(own)
+        process = device.process_index
+        parts.setdefault((caches[process] if caches else process, *spans), set()).add(own)
     sizes = (sum(stop - start for start, stop, _ in one) for one in parts.values())
     return all(size == shape[columns] for size in sizes)
 

@@ -82,6 +82,11 @@ class Folder:
         if root and not any(name.startswith(root) for name in self.entries):
             self.entries = {root + name: entry for name, entry in self.entries.items()}
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """What is read: columns of a row alone too, from pages that the system keeps."""
+        return [self.folder / file for file in self._mapped]
+
     def __enter__(self) -> "Folder":
         return self
 

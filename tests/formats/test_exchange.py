@@ -8,8 +8,7 @@ import pytest
 from jax import NamedSharding, P
 
 from jaxdistill.formats import exchange
-from jaxdistill.formats.assemble import weight
-from jaxdistill.formats.slices import Buffers
+from jaxdistill.formats.assemble import Source, weight
 from jaxdistill.formats.tensor_names import Part, TensorName, file_shape
 from jaxdistill.models.architecture import Weight
 
@@ -60,7 +59,7 @@ def _loaded(case, dtype, mesh):
     name, shape, part, place, _ = CASES[case]
     row = Weight(shape, (None,) * len(shape), "zeros")
     source = _Counted(name, row, part, dtype)
-    array = weight(name, row, part, source, None, NamedSharding(mesh, place), Buffers())
+    array = weight(name, row, part, NamedSharding(mesh, place), Source.of(source, mesh, None))
     tensors = [one.T if name.transposed else one for one in source.named.values()]
     if part is not None:
         tensors = [one[:, part.places(shape[-1])] for one in tensors]
@@ -136,5 +135,9 @@ def test_rows_are_exchanged_only_where_a_process_needs_parts_of_them():
     assert whole((every, left), (every, right), (every, left), (every, right))  # in each host
     assert whole((upper, every), (upper, every), (lower, every), (lower, every))
     assert whole((upper, left), (upper, right), (lower, left), (lower, right))
+    # Processes of one host take their columns of pages that are read once.
+    needed = dict(zip((*first, *second), [(every, left)] * 2 + [(every, right)] * 2, strict=True))
+    assert exchange._whole_rows((4, 8), needed, 1, ("host", "host"))
+    assert not exchange._whole_rows((4, 8), needed, 1, ("host", "other"))
     # All columns, but of different rows.
     assert not whole((upper, left), (lower, right), (upper, right), (lower, left))

@@ -83,10 +83,11 @@ def told(folder: str, mesh) -> list[str]:
     return []
 
 
-def main(folder: str) -> None:
+def main(folder: str, shared: str) -> None:
+    """Loads from a folder of its own, as another host has, then from one that both share."""
     processes.start()
-    read, together = [0], [0]
-    original = shards.Folder.read
+    read, together, exchanged = [0], [0], []
+    original, turning = shards.Folder.read, exchange._turning
 
     def counted(self, name, index, memory=None):
         values = original(self, name, index, memory)
@@ -102,6 +103,7 @@ def main(folder: str) -> None:
         zeros.shape, columns, lambda slices: [zeros[one] for one in slices], 1, 2, zeros.dtype
     )
     shards.Folder.read = counted
+    exchange._turning = lambda *given: exchanged.append(given) or turning(*given)
     watch = Watch()
     watch.start()
     params = models.load(folder, mesh=mesh, tokenizer=False).params
@@ -112,10 +114,15 @@ def main(folder: str) -> None:
     result = {"read": read[0], "together": together[0], "whole": whole}
     result |= {"local": local_bytes(params), "told": told(folder, mesh)}
     shards.Folder.read = original
-    result["same"] = as_whole(params, models.load(folder, tokenizer=False).params)
+    whole_model = models.load(folder, tokenizer=False).params
+    result |= {"same": as_whole(params, whole_model), "exchanged": len(exchanged)}
+    exchanged.clear()
+    of_one_file = models.load(shared, mesh=mesh, tokenizer=False).params
+    result["same_of_one_file"] = as_whole(of_one_file, whole_model)
+    result["exchanged_of_one_file"] = len(exchanged)
     result |= {"grown": watch.peak - watch.first, "layouts": [layout(*sizes) for sizes in MESHES]}
     print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -35,24 +36,26 @@ def folders(tmp_path_factory):
     model = models.random(read_config(RAW), seed=1)
     models.save(model, folder / "float32")
     models.save(quantize.quantized(model, "int4"), folder / "int4")
+    for kind in ("float32", "int4"):
+        shutil.copytree(folder / kind, folder / f"{kind} of another host")
     return folder
 
 
 @pytest.fixture(scope="module")
 def seen(folders):
     """kind -> what the processes saw; a pair is started once for each."""
-    return functools.cache(lambda kind: born(folders / kind))
+    return functools.cache(lambda kind: born([folders / kind, folders / f"{kind} of another host"]))
 
 
-def born(folder: pathlib.Path) -> list[dict]:
-    """What each of two processes with four devices saw while it loaded the model."""
+def born(folders: list[pathlib.Path]) -> list[dict]:
+    """What each of two processes with four devices saw while it loaded the model of its folder."""
     port = launch._free_port()
     started = []
     # What is freed goes back to the system at once, and counts as free.
     returned = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-    for rank in range(2):
+    for rank, folder in enumerate(folders):
         variables = os.environ | launch._environment(rank, 2, 4, port) | returned
-        command = [sys.executable, "-m", "tests.models.birth", str(folder)]
+        command = [sys.executable, "-m", "tests.models.birth", str(folder), str(folders[0])]
         started.append(subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
@@ -79,6 +82,12 @@ def test_each_process_reads_and_holds_its_part_alone(kind, folders, seen):
 def test_what_one_process_cannot_read_all_processes_say(seen):
     said = [one["told"] for one in seen("float32")]
     assert said == [["ModelError", "process 1: no such block"], ["ModelError", "no such block"]]
+
+
+def test_processes_that_share_a_file_exchange_nothing_and_read_the_same_weights(seen):
+    for one in seen("float32"):
+        assert one["exchanged"] > 0 and one["exchanged_of_one_file"] == 0
+        assert one["same_of_one_file"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
