@@ -258,6 +258,16 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     return sorted({row for place in places if place for row in range(rows)[place[0]]})
 
 
+def rows_by_process(mesh: Mesh, rows: int) -> dict[int, list[int]]:
+    """`local_rows` of every process that has devices of the mesh, by its number."""
+    found: dict[int, set[int]] = {}
+    shape = (rows, mesh.shape["context"])
+    for device, place in batch_sharding(mesh).devices_indices_map(shape).items():
+        assert place is not None
+        found.setdefault(device.process_index, set()).update(range(rows)[place[0]])
+    return {process: sorted(found[process]) for process in sorted(found)}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

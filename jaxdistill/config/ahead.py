@@ -14,7 +14,7 @@ KEY = "teacher.mesh"
 
 
 class TeacherMesh(Section):
-    """A teacher's own devices as a grid: the last ones of the run, `mesh` is of all others."""
+    """A teacher's own devices as a grid: the last ones of each process, `mesh` is of the others."""
 
     data: Size = Field(1, description="Copies of its parameters (devices).")
     fsdp: Size = Field(1, description="Parts of its parameters and of the batch (devices).")
@@ -82,5 +82,3 @@ def _excluded(config: Any) -> Iterator[str]:
         yield "its devices would be idle in some steps (teacher.from, until): remove it, or these"
     if teacher.mesh.context > 1 and row.second_view:
         yield f"method {name} has it read rows of its own tokens: use {KEY}.context: 1"
-    if (config.mesh.processes or 1) > 1:
-        yield "its devices belong to the one process of a run (mesh.processes): remove it"

@@ -2,11 +2,16 @@
 
 To the step it is a stored teacher of hidden states. JAX returns before a program has run, and a run
 waits for a step when the next one is under way: what is sent is of one step ahead.
+
+Of several processes each has devices of both meshes, and the same rows on both: hidden states never
+leave their process.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdistill import errors, methods, rules, teachers, xla_options
+from jaxdistill import agree, errors, methods, rules, teachers, xla_options
 from jaxdistill.config.ahead import KEY, TeacherMesh
 from jaxdistill.config.models import Teacher
 from jaxdistill.data.teacher_cache import formats, taught
@@ -31,6 +36,8 @@ from jaxdistill.sharding import (
     batch_sharding,
     make_mesh,
     replicated,
+    row_parts,
+    rows_by_process,
     shardings,
 )
 from jaxdistill.train.step import TEACHER, PerShape, place
@@ -49,24 +56,33 @@ def divided(
       devices: of the run; None: all.
 
     Raises:
-      ConfigError: if none would be left, there are several processes, or no such grid exists.
+      ConfigError: if none would be left, they do not divide over processes, or no such grid exists.
     """
     given = None if teacher is None else teacher.mesh
     if given is None:
         return devices, None
-    if jax.process_count() > 1:
+    student, own = _last_of_each(list(jax.devices() if devices is None else devices), given.devices)
+    return student, _mesh(given, own)
+
+
+def _last_of_each(devices: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """(the others, the last `count` devices: as many of each process)."""
+    of_process: dict[int, list[Any]] = collections.defaultdict(list)
+    for device in devices:
+        of_process[device.process_index].append(device)
+    each, rest = divmod(count, len(of_process))
+    if rest:
         raise ConfigError(
-            f"{KEY}: is for one process, and {jax.process_count()} take part: remove it, so that "
-            "the teacher computes in the step"
+            f"{KEY}: its {count} devices do not divide over {len(of_process)} processes, each of "
+            f"which has as many of them: use a multiple of {len(of_process)}"
         )
-    devices = list(jax.devices() if devices is None else devices)
-    if given.devices >= len(devices):
+    if each >= min(map(len, of_process.values())):
         raise ConfigError(
-            f"{KEY}: takes {given.devices} of {len(devices)} devices, and the student needs some: "
+            f"{KEY}: takes {count} of {len(devices)} devices, and the student needs some: "
             "lower its sizes"
         )
-    student, own = devices[: -given.devices], devices[-given.devices :]
-    return student, _mesh(given, own)
+    own = [device for there in of_process.values() for device in there[-each:]]
+    return [device for device in devices if device not in own], own
 
 
 def _mesh(given: TeacherMesh, devices: Sequence[Any]) -> Mesh:
@@ -110,8 +126,16 @@ class Ahead(Online):
     def loaded(self, mesh: Mesh) -> "Ahead":
         loaded = dataclasses.replace(self, model=super().loaded(self.mesh).model)
         places = jax.tree.map(lambda leaf: leaf.sharding, loaded.abstract_params(mesh))
-        head = jax.device_put(loaded._head(loaded.model.params), places)
+        head = jax.tree.map(self._brought, loaded._head(loaded.model.params), places)
         return dataclasses.replace(loaded, head=head)
+
+    def _brought(self, array: Array, place: NamedSharding) -> Array:
+        """One of its arrays on the student's devices, which take their parts of a whole copy."""
+        if jax.process_count() == 1:
+            return jax.device_put(array, place)
+        with jax.set_mesh(self.mesh):
+            whole = jax.jit(lambda array: array, out_shardings=replicated(self.mesh))(array)
+        return sent(whole, place)
 
     @property
     def _form(self) -> Format:
@@ -163,9 +187,9 @@ class Ahead(Online):
                 rows = PartitionSpec(batch_sharding(self.mesh).spec[0])
                 jitted = jax.jit(read, out_shardings=NamedSharding(self.mesh, rows))
                 lowered = jitted.lower(None, params, batch)
-                return xla_options.compiled(
-                    lowered, self.mesh.devices.flat[0].platform, self.mesh.size
-                )
+                platform, size = self.mesh.devices.flat[0].platform, self.mesh.size
+                # Together, as the step: nobody waits long in a program for one that compiles.
+                return agree.together(lambda: xla_options.compiled(lowered, platform, size))
 
         return PerShape(compile)
 
@@ -193,10 +217,24 @@ def check_meshes(
     """
     if isinstance(teaching, Ahead):
         own = teaching.mesh
+        count = math.lcm(row_parts(own), row_parts(mesh))
+        _check_rows(rows_by_process(own, count), rows_by_process(mesh, count))
         _check_mesh(own, {who: models[who] for who in models if who == "teacher"}, KEY)
         errors.check(rules.context_axis(length, own.shape["context"], where=KEY))
         models = {who: models[who] for who in models if who != "teacher"}
     _check_mesh(mesh, models, "mesh")
+
+
+def _check_rows(theirs: Mapping[int, list[int]], ours: Mapping[int, list[int]]) -> None:
+    """Raises where a process has other rows of a batch on the teacher's devices."""
+    for process, rows in ours.items():
+        if rows != theirs[process]:
+            count = 1 + max(row for some in ours.values() for row in some)
+            raise ConfigError(
+                f"{KEY}: of {count} rows process {process} has {theirs[process]} on the teacher's "
+                f"devices and {rows} on the student's, and hidden states do not leave their "
+                f"process: let data, fsdp or expert of both meshes span all {len(ours)} processes"
+            )
 
 
 def _check_mesh(mesh: Mesh, models: Mapping[str, DecoderConfig], where: str) -> None:
@@ -232,6 +270,8 @@ def placing(asked: Teaching, mesh: Mesh, parts: int = 1) -> Callable[[Batch], Ba
     def placed(batch: Batch) -> Batch:
         given = None, asked.model.params, place(asked.read(batch), asked.mesh)
         hidden = reads.prepare(*given)(*given)
+        if asked.mesh.devices.flat[0].platform == "cpu" and jax.process_count() > 1:
+            jax.block_until_ready(hidden)  # Gloo mixes up two programs that run at once
         return dataclasses.replace(place(batch, mesh), teacher={HIDDEN: sent(hidden, there)})
 
     return placed
@@ -254,9 +294,9 @@ def sent(array: Array, place: NamedSharding) -> Array:
         ]
         return sent[0] if len(sent) == 1 else jnp.concatenate(sent)
 
-    there = place.devices_indices_map(array.shape)
+    there = place.addressable_devices_indices_map(array.shape)
     with jax.set_mesh(_NO_MESH):  # evaluation sets that of the step, where these devices are not
-        parts = [part(device, index) for device, index in there.items()]
+        parts = [part(device, index) for device, index in there.items() if index is not None]
     return jax.make_array_from_single_device_arrays(array.shape, place, parts)
 
 

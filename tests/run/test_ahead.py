@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -134,7 +135,6 @@ def test_each_device_is_sent_its_own_part(rows, sizes):
         (["method={name: sft}"], "sft asks no teacher, and its devices would be idle"),
         (["teacher.until=3"], "idle in some steps"),
         (["teacher.offload=true"], r"layers in host memory \(teacher.offload\)"),
-        (["mesh.processes=2"], "the one process of a run"),
         (
             ["rollout={max_new_tokens: 8, prompts_per_step: 8}"],
             "is there too late to be read a step ahead",
@@ -194,11 +194,33 @@ def test_a_plan_tells_of_both_kinds_of_devices(load_config, tmp_path):
     assert "each of the teacher's own 4 devices, fsdp 2, tensor 2" in plan.describe(found)
 
 
-def test_several_processes_are_refused(load_config, tmp_path, monkeypatch):
-    teacher = load_config(tmp_path, OWN).teacher
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ConfigError, match="is for one process, and 2 take part"):
-        ahead.divided(teacher)
+class _Device(NamedTuple):
+    number: int
+    process_index: int
+
+
+def test_each_process_has_as_many_devices_of_the_teacher():
+    devices = [_Device(number, number // 4) for number in range(8)]
+    student, own = ahead._last_of_each(devices, 2)
+    assert [device.number for device in student] == [0, 1, 2, 4, 5, 6]
+    assert [device.number for device in own] == [3, 7]
+    with pytest.raises(ConfigError, match="its 3 devices do not divide over 2 processes"):
+        ahead._last_of_each(devices, 3)
+    for count, there in ((8, devices), (3, [*devices, _Device(8, 2)])):
+        rule = f"takes {count} of {len(there)} devices, and the student needs some"
+        with pytest.raises(ConfigError, match=rule):
+            ahead._last_of_each(there, count)
+
+
+def test_hidden_states_do_not_leave_their_process():
+    halves = {0: [0], 1: [1]}
+    ahead._check_rows(halves, halves)
+    with pytest.raises(ConfigError, match=r"of 2 rows process 0 has \[0, 1\] on the teacher's"):
+        ahead._check_rows({0: [0, 1], 1: [0, 1]}, halves)  # tensor spans the processes there
+    with pytest.raises(
+        ConfigError, match=r"process 0 has \[1\] on the teacher's devices and \[0\]"
+    ):
+        ahead._check_rows({0: [1], 1: [0]}, halves)
 
 
 def test_a_mesh_has_as_many_devices_as_its_sizes_multiply_to():

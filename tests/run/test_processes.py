@@ -279,12 +279,18 @@ def test_two_processes_write_what_one_does_and_resume_to_the_same_bits(
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-4)
 
 
-def alike(options, write_config, load_config, tmp_path) -> list[dict]:
-    """What two processes report, once one process has learned the same of the same options."""
-    words = ("-n", "2", "--devices-per-process", "1", "--", "train")
+def alike(options, write_config, load_config, tmp_path, *apart: str) -> list[dict]:
+    """What two processes report, once one process has learned the same of the same options.
+
+    Args:
+      options: of both runs.
+      write_config, load_config, tmp_path: fixtures.
+      apart: options of the two processes alone, each of which then has two devices.
+    """
+    words = ("-n", "2", "--devices-per-process", f"{1 + bool(apart)}", "--", "train")
     for name in ("pair", "alone"):
         (tmp_path / name).mkdir()
-    with launched(tmp_path, *words, write_config(tmp_path / "pair", *options)) as process:
+    with launched(tmp_path, *words, write_config(tmp_path / "pair", *options, *apart)) as process:
         ended(process, tmp_path, 0)
     config = load_config(tmp_path / "alone", *RUN, *options, "mesh.fsdp=1")
     with pytest.MonkeyPatch.context() as patch:
@@ -293,6 +299,16 @@ def alike(options, write_config, load_config, tmp_path) -> list[dict]:
     assert_same_curve(*runs)
     assert_same_first_gradients(*runs)
     return [one for one in read_metrics(runs[0]) if "loss/total" in one]
+
+
+def test_a_teacher_on_devices_of_its_own_teaches_two_processes(write_config, load_config, tmp_path):
+    """Half of its weights and of the rows in each, as of the student; its head is brought over."""
+    few = (
+        "train={steps: 4, batch_size: 8, micro_batches: 2, eval_every: 4, log_every: 1}",
+        "checkpoint.every.steps=1",
+    )
+    told = alike(few, write_config, load_config, tmp_path, "teacher.mesh={fsdp: 2}")
+    assert len(told) == 4
 
 
 @pytest.mark.variant
