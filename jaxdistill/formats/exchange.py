@@ -57,7 +57,13 @@ def array(
     mesh = place.mesh if isinstance(place, NamedSharding) else None
     by_rows = None if rows is None else _by_rows(shape, place, rows, columns, caches)
     if rows is None or by_rows is None:
-        cast = lambda slices: [block.astype(dtype, copy=False) for block in read(slices)]
+
+        def cast(slices: Sequence[Spans]) -> list[np.ndarray]:
+            blocks = read(slices)
+            for number, block in enumerate(blocks):  # one at a time: not all of them twice
+                blocks[number] = block.astype(dtype, copy=False)
+            return blocks
+
         return together(mesh, lambda: _placed(shape, place, cast))
     lying = together(mesh, lambda: _placed(shape, by_rows, read))
     turned = _turning(by_rows, place, rows, columns, np.dtype(dtype))(lying)
@@ -93,17 +99,24 @@ def together(mesh: AnyMesh | None, work: Callable[[], Result]) -> Result:
 
 
 def page_caches(mesh: AnyMesh | None, files: Sequence[pathlib.Path]) -> tuple[str, ...]:
-    """Whose pages of these files each process reads, by its number: of one host the same ones.
+    """The name of each process's page cache of these files, by the number of the process.
 
-    Without files each process has its own, as where one column costs the reading of its whole row.
+    Processes of one host that open the same files have one name. A source without files has a name
+    for each process: one column costs it the reading of its whole row.
+
+    Raises:
+      OSError: in all processes, where a file is gone in one of them.
     """
     if not _of_all(mesh):
         return ()
-    own = str(jax.process_index())
-    if files:
+
+    def name() -> str:
+        if not files:
+            return str(jax.process_index())
         found = [file.stat() for file in files]
-        own = f"{_host()} {sorted((one.st_dev, one.st_ino) for one in found)}"
-    return tuple(agree.everyone(own))
+        return f"{_host()} {sorted((one.st_dev, one.st_ino) for one in found)}"
+
+    return tuple(agree.everyone(agree.together(name)))
 
 
 def _host() -> str:
@@ -123,8 +136,8 @@ def _by_rows(
 ) -> NamedSharding | None:
     """Where the devices that share rows have each some of these whole; None: as they lie.
 
-    That is where each cache is read for whole rows, where the rows cannot be divided so often, and
-    of small tensors.
+    That is where the processes of each page cache together need whole rows, where the rows cannot
+    be divided so often, and of small tensors.
     """
     if not isinstance(place, NamedSharding) or not _of_all(place.mesh):
         return None
@@ -145,7 +158,7 @@ def _whole_rows(
     columns: int,
     caches: Sequence[str] = (),
 ) -> bool:
-    """Whether devices whose processes share a cache need the whole of every row that one needs."""
+    """Whether the processes of each page cache together need all of every row that one needs."""
     parts: dict[tuple, set[tuple[int, int, int]]] = {}
     for device, index in needed.items():
         assert index is not None

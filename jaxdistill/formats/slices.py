@@ -142,7 +142,7 @@ def _cut(
 ) -> Iterator[tuple[_Rows, list[_Target]]]:
     """Pieces of the rows, as many bytes as a reading has, each with its part of every target."""
     width = sum(target.place[:1].size for target in targets) * itemsize
-    step = max(1, _PIECE // width)
+    step = max(1, _PIECE // max(1, width))
     for start in range(rows.start, rows.stop, step):
         stop = min(start + step, rows.stop)
         part = slice(start - rows.start, stop - rows.start)

@@ -134,8 +134,9 @@ class Ahead(Online):
         if jax.process_count() == 1:
             return jax.device_put(array, place)
         with jax.set_mesh(self.mesh):
-            whole = jax.jit(lambda array: array, out_shardings=replicated(self.mesh))(array)
-        return sent(whole, place)
+            gather = jax.jit(lambda array: array, out_shardings=replicated(self.mesh))
+            whole = jax.block_until_ready(gather(array))  # Gloo mixes up two that run at once
+        return jax.block_until_ready(sent(whole, place))
 
     @property
     def _form(self) -> Format:
@@ -228,12 +229,12 @@ def check_meshes(
 def _check_rows(theirs: Mapping[int, list[int]], ours: Mapping[int, list[int]]) -> None:
     """Raises where a process has other rows of a batch on the teacher's devices."""
     for process, rows in ours.items():
-        if rows != theirs[process]:
-            count = 1 + max(row for some in ours.values() for row in some)
+        for row in sorted(set(rows) ^ set(theirs[process])):
+            where = "student's" if row in rows else "teacher's"
             raise ConfigError(
-                f"{KEY}: of {count} rows process {process} has {theirs[process]} on the teacher's "
-                f"devices and {rows} on the student's, and hidden states do not leave their "
-                f"process: let data, fsdp or expert of both meshes span all {len(ours)} processes"
+                f"{KEY}: process {process} has row {row} of a batch on the {where} devices alone, "
+                "and hidden states do not leave their process: let data, fsdp or expert of both "
+                f"meshes span all {len(ours)} processes"
             )
 
 

@@ -44,8 +44,13 @@ def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       ConfigError: if the mesh does not fit the devices, or the batches do not divide over it.
     """
-    devices, _ = ahead.divided(config.teacher, devices)
-    mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
+    devices, own = ahead.divided(config.teacher, devices)
+    try:
+        mesh = make_mesh(**config.mesh.model_dump(exclude={"processes"}), devices=devices)
+    except ConfigError as error:
+        if own is None:
+            raise
+        raise ConfigError(f"{error}; {own.size} devices are the teacher's ({ahead.KEY})") from None
     parts = row_parts(mesh)
     train = config.train
     wrong = rules.batches(train.batch_size, train.micro_batches, config.eval.batch_size, parts)

@@ -141,3 +141,18 @@ def test_rows_are_exchanged_only_where_a_process_needs_parts_of_them():
     assert not exchange._whole_rows((4, 8), needed, 1, ("host", "other"))
     # All columns, but of different rows.
     assert not whole((upper, left), (lower, right), (upper, right), (lower, left))
+
+
+def test_processes_that_open_one_file_have_one_cache(mesh8, tmp_path, monkeypatch):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"1")
+    other.write_bytes(b"1")
+    linked = tmp_path / "linked"
+    linked.hardlink_to(one)
+    name = lambda *files: exchange.page_caches(mesh8, files)[0]
+    assert name(one) == name(linked) != name(other)
+    assert name() == "0"  # of each process its own
+    monkeypatch.setattr(exchange, "_host", lambda: "of another host")
+    assert name(one).startswith("of another host") and exchange.page_caches(None, [one]) == ()
+    with pytest.raises(FileNotFoundError):
+        name(tmp_path / "gone")

@@ -84,8 +84,9 @@ def test_what_one_process_cannot_read_all_processes_say(seen):
     assert said == [["ModelError", "process 1: no such block"], ["ModelError", "no such block"]]
 
 
-def test_processes_that_share_a_file_exchange_nothing_and_read_the_same_weights(seen):
-    for one in seen("float32"):
+@pytest.mark.parametrize("kind", ["float32", *also("int4")])
+def test_processes_that_share_a_file_exchange_nothing_and_read_the_same_weights(kind, seen):
+    for one in seen(kind):
         assert one["exchanged"] > 0 and one["exchanged_of_one_file"] == 0
         assert one["same_of_one_file"]
 

@@ -16,7 +16,7 @@ from jaxdistill.config.ahead import TeacherMesh
 from jaxdistill.data.teacher_cache.formats import HIDDEN
 from jaxdistill.errors import ConfigError
 from jaxdistill.run import ahead, participants, setup
-from jaxdistill.sharding import make_mesh
+from jaxdistill.sharding import batch_sharding, make_mesh
 from jaxdistill.train.step import place
 from jaxdistill.types import Batch
 from tests.run.conftest import take_devices
@@ -215,12 +215,33 @@ def test_each_process_has_as_many_devices_of_the_teacher():
 def test_hidden_states_do_not_leave_their_process():
     halves = {0: [0], 1: [1]}
     ahead._check_rows(halves, halves)
-    with pytest.raises(ConfigError, match=r"of 2 rows process 0 has \[0, 1\] on the teacher's"):
+    with pytest.raises(
+        ConfigError, match="process 0 has row 1 of a batch on the teacher's devices"
+    ):
         ahead._check_rows({0: [0, 1], 1: [0, 1]}, halves)  # tensor spans the processes there
     with pytest.raises(
-        ConfigError, match=r"process 0 has \[1\] on the teacher's devices and \[0\]"
+        ConfigError, match="process 0 has row 0 of a batch on the student's devices"
     ):
         ahead._check_rows({0: [1], 1: [0]}, halves)
+
+
+def test_rows_of_both_meshes_are_compared_before_a_run(load_config, tmp_path, monkeypatch):
+    """As if the first half of the devices were one process's, the other another's."""
+
+    def by_process(mesh, rows):
+        found = {0: set(), 1: set()}
+        for device, index in batch_sharding(mesh).devices_indices_map((rows, 1)).items():
+            found[device.id % 4 // 2].update(range(rows)[index[0]])
+        return {process: sorted(some) for process, some in found.items()}
+
+    monkeypatch.setattr(ahead, "rows_by_process", by_process)
+    four = "mesh={data: 2, fsdp: 2}"
+    with pytest.raises(
+        ConfigError, match="process 0 has row 2 of a batch on the teacher's devices"
+    ):
+        api.train(load_config(tmp_path, four, "teacher.mesh={tensor: 4}"))
+    config = load_config(tmp_path, four, "teacher.mesh={fsdp: 2, tensor: 2}")
+    participants.shapes_of(config, setup.mesh_of(config))
 
 
 def test_a_mesh_has_as_many_devices_as_its_sizes_multiply_to():

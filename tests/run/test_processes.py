@@ -285,9 +285,9 @@ def alike(options, write_config, load_config, tmp_path, *apart: str) -> list[dic
     Args:
       options: of both runs.
       write_config, load_config, tmp_path: fixtures.
-      apart: options of the two processes alone, each of which then has two devices.
+      apart: options of the two processes alone, each of which then has four devices.
     """
-    words = ("-n", "2", "--devices-per-process", f"{1 + bool(apart)}", "--", "train")
+    words = ("-n", "2", "--devices-per-process", "4" if apart else "1", "--", "train")
     for name in ("pair", "alone"):
         (tmp_path / name).mkdir()
     with launched(tmp_path, *words, write_config(tmp_path / "pair", *options, *apart)) as process:
@@ -302,12 +302,12 @@ def alike(options, write_config, load_config, tmp_path, *apart: str) -> list[dic
 
 
 def test_a_teacher_on_devices_of_its_own_teaches_two_processes(write_config, load_config, tmp_path):
-    """Half of its weights and of the rows in each, as of the student; its head is brought over."""
+    """Half of the rows in each, and half of its weights in each of its two devices there."""
     few = (
         "train={steps: 4, batch_size: 8, micro_batches: 2, eval_every: 4, log_every: 1}",
         "checkpoint.every.steps=1",
     )
-    told = alike(few, write_config, load_config, tmp_path, "teacher.mesh={fsdp: 2}")
+    told = alike(few, write_config, load_config, tmp_path, "teacher.mesh={data: 2, tensor: 2}")
     assert len(told) == 4
 
 
