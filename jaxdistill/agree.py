@@ -143,7 +143,7 @@ def same(facts: Mapping[str, Any]) -> None:
 
 
 def everyone(text: str) -> list[str]:
-    """The text of every process, by its number."""
+    """The text of every process, by its number; alone, this one's."""
     return [text] if jax.process_count() == 1 else _gather(text)
 
 

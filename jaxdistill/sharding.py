@@ -253,9 +253,7 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     Processes that differ in the axes of `BATCH_AXES` have different rows; those that differ in the
     others have the same.
     """
-    shape = (rows, mesh.shape["context"])
-    places = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
-    return sorted({row for place in places if place for row in range(rows)[place[0]]})
+    return rows_by_process(mesh, rows).get(jax.process_index(), [])
 
 
 def rows_by_process(mesh: Mesh, rows: int) -> dict[int, list[int]]:

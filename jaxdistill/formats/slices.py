@@ -23,7 +23,11 @@ Spans = tuple[slice, ...]
 
 @runtime_checkable
 class Tensors(Protocol):
-    """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names."""
+    """What a folder or a GGUF file offers: slices and dtypes of tensors by their file's names.
+
+    One that several threads may read has `threads = True`. One of whose rows a few columns can be
+    read alone has the paths that it reads as `files`.
+    """
 
     def read(self, name: str, index: Spans, memory: np.ndarray | None = None) -> np.ndarray:
         """The slice `index` of one tensor; it may lie in `memory`, bytes that are free for it."""
