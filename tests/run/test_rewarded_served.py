@@ -44,6 +44,7 @@ def at_hand(load, tmp_path_factory):  # noqa: F811
         made.close()
 
 
+@pytest.mark.variant
 def test_a_served_teacher_teaches_as_it_does_at_hand(at_hand, load, tmp_path):  # noqa: F811
     run(load(tmp_path, "updates: 2", METHOD, at_hand[1], *STEPS))
     ours, theirs = (

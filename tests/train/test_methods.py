@@ -386,8 +386,8 @@ def test_dpo_is_the_papers_formula_however_a_batch_is_split():
 @pytest.mark.parametrize(
     "name",
     [
-        *("grpo", "dapo start"),
-        *also(*(f"{name} alone" for name in POLICIES)),
+        "grpo",
+        *also("dapo start", *(f"{name} alone" for name in POLICIES)),
     ],
 )
 def test_policy_losses_do_not_depend_on_how_a_batch_is_split(name):
