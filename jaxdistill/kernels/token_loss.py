@@ -8,13 +8,13 @@ Both hand them to a `TokenRows`, which measures the rows' statistics once and de
     q, p    softmax(s / T), softmax(z / T)
     loss    alpha CE(s, y) + (1 - alpha) T^2 D(p, q), [n]
 
-    logits --measure--> statistics --+-- losses -> [n]     --+-- slopes -> [n, V] by s, [n] by T
-                                     +-- metrics -> [n]
+    logits --measure--> statistics --+-- losses -> [n]     --+-- slope -> [n, V] by s
+                                     +-- metrics -> [n]      +-- temperature_slope -> [n]
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,20 +29,24 @@ from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard,
 from jaxdistill.kernels.statistics import ECHO, LOWEST, MOMENTS, Rows, Scales, top_of
 from jaxdistill.kernels.tiling import Work
 
+POSSIBLE = "possible"
+
 
 class Divergence(NamedTuple):
-    """The divergence of each row, and what its slope needs beside the statistics.
+    """The divergence of each row, and what its slopes need beside the statistics.
 
     Attributes:
       value: D without its T^2, [n].
       slope_sum: sum_v dlogq of a named kind, [n].
-      vjp: of a function of whole rows: cotangent [n] -> slopes by s / T and z / T, [n, V] each;
-        of known tokens: the cotangents of their log-probabilities.
+      pull: what the slope by the logits needs of another: arrays [n, ...], such as the slope by
+        s / T of a function of whole rows, or the cotangents of known tokens.
+      within: what the slope by the temperature needs of it; it stays where it was made.
     """
 
     value: Array
     slope_sum: Array | None = None
-    vjp: Callable[[Array], tuple[Any, Any]] | None = None
+    pull: Any = None
+    within: Any = None
 
 
 class TokenLosses(NamedTuple):
@@ -73,6 +77,7 @@ class TokenRows:
       student: logits [n, V] as they came.
       teacher: logits [n, V], or None.
       labels: [n], or None.
+      kept: whether clamped logits are made once, in a cache that holds them, and not in each loop.
     """
 
     spec: LossSpec
@@ -82,11 +87,17 @@ class TokenRows:
     student: Array
     teacher: Array | None
     labels: Array | None
+    kept: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def reads_in_passes(self) -> bool:
         """Whether metrics cost passes of their own, and do not come with the loss's."""
         return self.implementation == "xla" and choice.reads_in_passes(choice.current_device())
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the slope is elementwise in the logits, but for numbers of its row."""
+        return self.spec.kind is None or isinstance(self.spec.kind, str)
 
     # ------------------------------------------------------------------------------- statistics
 
@@ -98,7 +109,7 @@ class TokenRows:
             logits["t"] = stats.clamp(self.teacher)
             if self.coefficients.taid_t is not None:
                 logits["z"] = taid_target(logits["s"], logits["t"], self.coefficients.taid_t)
-        return logits
+        return jax.lax.optimization_barrier(logits) if self.kept else logits
 
     @property
     def target(self) -> Array:
@@ -140,7 +151,15 @@ class TokenRows:
             self.implementation, self.vocabulary,
         )  # fmt: skip
         tops = {name: top for name, top in measured.items() if name.startswith("max_")}
-        return tops | {name: measured[twin] for name, twin in twins.items()}
+        named = {name: measured[twin] for name, twin in twins.items()}
+        return tops | named | self.of_smoothing()
+
+    def of_smoothing(self) -> Rows:
+        """By name what label smoothing reads beside: how many columns can be drawn, [n]."""
+        if self.coefficients.smoothing is None:
+            return {}
+        entries = (self.logits["s"] > LOWEST / 2).astype(jnp.float32)
+        return {POSSIBLE: self.vocabulary.sum(self._sum(entries))}
 
     def twins(self, names: Sequence[str]) -> dict[str, str]:
         """By name what is measured for it: at a temperature of 1 the tempered sum is the plain one.
@@ -203,10 +222,8 @@ class TokenRows:
         value = jnp.where(known, log_sum - (at_label - top), jnp.nan)
         if smoothing is None:
             return value
-        possible = s > LOWEST / 2
-        total = vocabulary.sum(jnp.sum(jnp.where(possible, s - top[:, None], 0.0), axis=1))
-        count = vocabulary.sum(jnp.sum(possible.astype(jnp.float32), axis=1))
-        return (1 - smoothing) * value + smoothing * (log_sum - total / count)
+        total = vocabulary.sum(self._sum(jnp.where(s > LOWEST / 2, s - top[:, None], 0.0)))
+        return (1 - smoothing) * value + smoothing * (log_sum - total / statistics[POSSIBLE])
 
     def cross_entropy_slope(self, statistics: Rows) -> Array:
         """d CE / d s = q - (1 - eps) onehot(y) - eps / V, [n, V]."""
@@ -217,9 +234,7 @@ class TokenRows:
         q = jnp.exp(self.log_probs(statistics, "sum_s1"))
         if smoothing is None:
             return q - onehot
-        possible = (s > LOWEST / 2).astype(jnp.float32)
-        count = self.vocabulary.sum(jnp.sum(possible, axis=1))
-        uniform = possible * (smoothing / count)[:, None]
+        uniform = jnp.where(s > LOWEST / 2, (smoothing / statistics[POSSIBLE])[:, None], 0.0)
         return q - (1 - smoothing) * onehot - uniform
 
     def divergence(self, statistics: Rows) -> Divergence:
@@ -249,10 +264,13 @@ class TokenRows:
             )  # fmt: skip
         else:
             log_q, log_p = (self.log_probs(statistics, name) for name in ("sum_s", "sum_z"))
-            value = jnp.sum(row.value(log_p, log_q), axis=1)
-            slope_sum = jnp.sum(row.dlogq(log_p, log_q), axis=1)
+            value, slope_sum = (self._sum(of(log_p, log_q)) for of in (row.value, row.dlogq))
         total = jnp.maximum(self.vocabulary.sum(value), 0.0)
         return Divergence(total, self.vocabulary.sum(slope_sum))
+
+    def _sum(self, entries: Array) -> Array:
+        """The sum over the columns here, [n]."""
+        return stats.row_sum(entries) if self.reads_in_passes else jnp.sum(entries, axis=1)
 
     def _function(self) -> Divergence:
         """The divergence by a function of whole rows."""
@@ -260,25 +278,29 @@ class TokenRows:
         assert callable(function), "a named kind has a row"
         evaluate = lambda s, z: function(s, z, self.labels)
         value, vjp = jax.vjp(evaluate, self.logits["s"] * as_column(k), self.target * as_column(k))
-        return Divergence(value, vjp=vjp)
+        by_student, by_target = vjp(jnp.ones_like(value))
+        return Divergence(value, pull=by_student, within=by_target)
 
     # ------------------------------------------------------------------------------------ slopes
 
-    def slopes(
-        self, statistics: Rows, losses: TokenLosses, by_logits: bool, by_temperature: bool
-    ) -> tuple[Array | None, Array | None]:
-        """d loss / d s [n, V] and d loss / d T [n], each None where it is not asked for."""
+    def slope(self, statistics: Rows, losses: TokenLosses) -> Array:
+        """d loss / d s, [n, V]."""
         alpha, temperature = self.coefficients.alpha, self.coefficients.temperature
-        parts, moved = [], jnp.zeros_like(losses.loss)
-        if self.labels is not None and by_logits:
+        parts = []
+        if self.labels is not None:
             parts.append(alpha * self.cross_entropy_slope(statistics))
-        if losses.unscaled is not None and (by_logits or by_temperature):
-            slope, moved = self._divergence_slopes(statistics, losses.unscaled, by_temperature)
-            parts.append((1 - alpha) * (as_column(self.t2 / temperature) * slope))
-            if by_temperature:
-                moved = (1 - alpha) * moved
+        if losses.unscaled is not None:
+            by_scaled = self.divergence_slope(statistics, losses.unscaled)
+            parts.append((1 - alpha) * (as_column(self.t2 / temperature) * by_scaled))
         slope: Any = sum(parts)
-        return slope if by_logits else None, moved if by_temperature else None
+        return slope
+
+    def temperature_slope(self, statistics: Rows, losses: TokenLosses) -> Array:
+        """d loss / d T, [n]."""
+        if losses.unscaled is None:
+            return jnp.zeros_like(losses.loss)
+        moved = self.divergence_temperature_slope(statistics, losses.unscaled)
+        return (1 - self.coefficients.alpha) * moved
 
     def scaled_slope(self, value: Array, moved: Array) -> Array:
         """d (T^2 D) / dT from D and d D / dT, [n]; d D / dT where the divergence is not scaled."""
@@ -286,31 +308,23 @@ class TokenRows:
             return moved
         return self.t2 * moved + 2 * self.coefficients.temperature * value
 
-    def _divergence_slopes(
-        self, statistics: Rows, divergence: Divergence, by_temperature: bool
-    ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n] where it is asked for."""
-        if divergence.vjp is not None:
-            by_student, by_target = divergence.vjp(jnp.ones_like(divergence.value))
-            moved = jnp.sum(by_student * self.logits["s"] + by_target * self.target, axis=1)
-            moved = -moved * (1 / self.coefficients.temperature) ** 2
-            return by_student, self.scaled_slope(divergence.value, moved)
-        assert divergence.slope_sum is not None, "a named kind has one"
-        slope = self.divergence_slope(statistics, divergence.slope_sum)
-        return slope, self.temperature_slope(statistics) if by_temperature else None
-
-    def divergence_slope(self, statistics: Rows, slope_sum: Array) -> Array:
-        """d D / d (s / T) = g - q sum(g) of a named kind, g = dlogq, [n, V]."""
+    def divergence_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d D / d (s / T), [n, V]: of a named kind g - q sum(g), g = dlogq."""
         row = self.divergence_row
-        assert row is not None, "a function has its vjp"
+        if row is None:
+            return divergence.pull
+        assert divergence.slope_sum is not None, "a named kind has one"
         log_q = self.log_probs(statistics, "sum_s")
         log_p = self.log_probs(statistics, "sum_z")
-        return row.dlogq(log_p, log_q) - jnp.exp(log_q) * slope_sum[:, None]
+        return row.dlogq(log_p, log_q) - jnp.exp(log_q) * divergence.slope_sum[:, None]
 
-    def temperature_slope(self, statistics: Rows) -> Array:
-        """d (T^2 D) / dT of a named kind, [n], or d D / dT where it is not scaled by T^2."""
+    def divergence_temperature_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d (T^2 D) / dT, [n], or d D / dT where it is not scaled by T^2."""
         row = self.divergence_row
-        assert row is not None, "a function has its vjp"
+        if row is None:
+            parts = divergence.pull * self.logits["s"] + divergence.within * self.target
+            moved = -jnp.sum(parts, axis=1) * (1 / self.coefficients.temperature) ** 2
+            return self.scaled_slope(divergence.value, moved)
         return by_t.slope(
             row,
             self.logits["s"] - top_of(statistics, "s")[:, None],

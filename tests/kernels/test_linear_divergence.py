@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxdistill.kernels import linear_divergence, measure
-from jaxdistill.kernels.linear_divergence import chunk as chunks
 from jaxdistill.kernels.linear_divergence.chunk import chunk_size
 
 N, V, DS, DT = 40, 53, 16, 24
@@ -340,29 +339,6 @@ def test_remat_scan_and_vmap_keep_the_gradient():
     np.testing.assert_allclose(scanned, 3 * plain, atol=1e-6)
     np.testing.assert_allclose(mapped[1], plain, atol=1e-7)
     np.testing.assert_allclose(summed[1], plain, atol=1e-7)
-
-
-@pytest.mark.parametrize("options", [{}, {"logits_dtype": "bfloat16"}, {"student_softcap": 3.0}])
-def test_groups_of_a_chunk_give_what_the_whole_chunk_gives(monkeypatch, options):
-    x = make()
-    whole = ours(x, "forward_kl", 0.3, 2.0, chunk=16, **options)
-    monkeypatch.setattr(chunks, "_GROUP_BYTES_CPU", 4 * 4 * len(x["ws"]))
-    assert chunks.group_size(16, len(x["ws"]), "cpu") == 4
-    grouped = ours(x, "forward_kl", 0.3, 2.0, chunk=16, **options)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-6, 1e-6), grouped, whole)
-    assert np.abs(whole[2]["ws"]).max() > 0.01
-
-
-@pytest.mark.floor
-def test_a_group_writes_its_slopes_over_its_logits():
-    tokens, vocab, chunk = 256, 16_384, 64
-    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
-    loss = lambda hs, ws, ht, wt: linear_divergence(hs, ws, ht, wt, chunk=chunk)[0]
-    shapes = shape(tokens, 8), shape(vocab, 8), shape(tokens, 8), shape(vocab, 8)
-    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    assert chunks.group_size(chunk, vocab, "cpu") < chunk
-    logits = chunk * vocab * 4
-    assert 2 * logits < compiled.memory_analysis().temp_size_in_bytes < 2.6 * logits
 
 
 @pytest.mark.floor

@@ -67,6 +67,17 @@ def test_xla_forms_equal_the_definitions(form, taid_t):
     check(found, exact(logits, 1.7), 4e-6)
 
 
+@pytest.mark.parametrize("vocab", [stats._LONG, stats._LONG + 11])  # eight parts, and a rest
+def test_long_rows_are_folded_and_equal_the_definitions(vocab):
+    logits = clamped(*make(3, vocab))
+    last = jnp.asarray([9.0, 20.0, 40.0])  # what stands last counts, too
+    logits = {model: x.at[:, -1].set(last) for model, x in logits.items()}
+    found = stats.in_passes(NAMES, logits, stats.Scales(jnp.float32(1 / 1.7), 1.0))
+    check(found, exact(logits, 1.7), 4e-6)
+    entries = jnp.exp(logits["s"] - 40)
+    np.testing.assert_allclose(stats.row_sum(entries), np.float64(entries).sum(1), rtol=1e-6)
+
+
 @hypothesis.given(
     st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 1000), st.booleans()
 )

@@ -24,14 +24,12 @@ class Side(NamedTuple):
 
     Attributes:
       x: (logits - top) / T, [n, V here].
-      columns: where the shared tokens are here, -1 for one of another device, [C].
       others: the columns of all other tokens, bool [1, V here].
       rest: log of the others' sum, of x, [n], or None where they are masked.
       entries: this device's share of the shared tokens, and of the bucket behind them, [n, E].
     """
 
     x: Array
-    columns: Array
     others: Array
     rest: Array | None
     entries: Array
@@ -68,7 +66,13 @@ class ColumnRows(TokenRows):
     def logits(self) -> Rows:
         """Clamped float32 logits by model."""
         assert self.teacher is not None, "columns are of two models"
-        return {"s": stats.clamp(self.student), "t": stats.clamp(self.teacher)}
+        logits = {"s": stats.clamp(self.student), "t": stats.clamp(self.teacher)}
+        return jax.lax.optimization_barrier(logits) if self.kept else logits
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the slope is elementwise in the logits: shared tokens are scattered."""
+        return False
 
     @property
     def reads_in_passes(self) -> bool:
@@ -90,23 +94,30 @@ class ColumnRows(TokenRows):
             mine = [name for name in names if MOMENTS[name].model == model]
             given, clamped = {model: self.given[model]}, {model: self.logits[model]}
             measured |= measure(mine, given, clamped, self.coefficients, self.implementation, shard)
-        return measured
+        return measured | self.of_smoothing()
+
+    def _shard(self, model: str) -> VocabularyShard:
+        return self.vocabulary if model == "s" else self.teacher_vocabulary
+
+    def _places(self, model: str) -> tuple[Array, Array]:
+        """Where the shared tokens are here, -1 for one elsewhere, [C]; all others, bool [1, V]."""
+        own = self.columns.student if model == "s" else self.columns.teacher
+        columns = self._shard(model).column(own)
+        return columns, ~listed(columns, self.logits[model].shape[1])[None, :]
 
     def _side(self, model: str, top: Array, temperature: Any) -> Side:
-        s, width = self.logits[model], self.logits[model].shape[1]
-        shard = self.vocabulary if model == "s" else self.teacher_vocabulary
-        columns = shard.column(self.columns.student if model == "s" else self.columns.teacher)
-        others = ~listed(columns, width)[None, :]
+        s = self.logits[model]
+        columns, others = self._places(model)
         x = logprob_rows.shifted(s, top, temperature)
         mine = self._first
         none = jnp.where(mine & (self.columns.student < 0), LOWEST, 0.0)
         parts = [jnp.where(columns >= 0, x[:, jnp.maximum(columns, 0)], none)]
         rest = None
         if self.others == "bucket":
-            rest = logprob_rows.log_mass(s, others, top, temperature, shard)
+            rest = logprob_rows.log_mass(s, others, top, temperature, self._shard(model))
             parts.append(jnp.where(mine, jnp.maximum(rest, LOWEST), 0.0)[:, None])
         whole = jnp.concatenate(parts, axis=1)
-        return Side(x, columns, others, rest, self._scatter(whole))
+        return Side(x, others, rest, self._scatter(whole))
 
     def _scatter(self, whole: Array, beyond: float = LOWEST) -> Array:
         """Each device's share of entries [n, C] of which each device has some, the others 0.
@@ -150,24 +161,26 @@ class ColumnRows(TokenRows):
         return self.vocabulary.sum(jnp.sum(entries, axis=1, keepdims=True))
 
     def divergence(self, statistics: Rows) -> Divergence:
-        """D of each row, without its T^2; its vjp gives both sides and their comparison."""
+        """D of each row, without its T^2; it pulls by what the student's side is compared to."""
         row = self.divergence_row
         assert row is not None, "a named kind has one"
         temperature = self.coefficients.temperature
         sides = tuple(self._side(m, statistics[f"max_{m}"], temperature) for m in "st")
         compared = self._compare(row, *sides)
-        return Divergence(compared.value, vjp=lambda _: (sides, compared))
+        pull = compared.by_student, sides[0].rest
+        return Divergence(compared.value, pull=pull, within=(sides, compared))
 
-    def _divergence_slopes(
-        self, statistics: Rows, divergence: Divergence, by_temperature: bool
-    ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n]."""
-        assert divergence.vjp is not None, "made with one"
-        (student, teacher), compared = divergence.vjp(divergence.value)
-        slope = self._spread(student, self._gather(compared.by_student))
-        if not by_temperature:
-            return slope, None
-        return slope, self._temperature_slope(student, teacher, compared)
+    def divergence_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d D / d (s / T), [n, V]."""
+        by_student, rest = divergence.pull
+        s, temperature = self.logits["s"], self.coefficients.temperature
+        x = logprob_rows.shifted(s, statistics["max_s"], temperature)
+        return self._spread(x, rest, self._gather(by_student))
+
+    def divergence_temperature_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d (T^2 D) / dT, [n], or d D / dT where it is not scaled by T^2."""
+        (student, teacher), compared = divergence.within
+        return self._temperature_slope(student, teacher, compared)
 
     def _temperature_slope(self, student: Side, teacher: Side, compared: Compared) -> Array:
         """d (T^2 D) / dT, [n], or d D / dT where it is not scaled by T^2."""
@@ -215,14 +228,15 @@ class ColumnRows(TokenRows):
         log_q = jnp.where(side.others, side.x - side.rest[:, None], LOWEST)
         return -shard.sum(jnp.sum(jnp.exp(log_q) * log_q, axis=1))
 
-    def _spread(self, side: Side, slope: Array) -> Array:
-        """The slope by x, [n, V here], from that by all entries, [n, E]."""
-        width, shared = side.x.shape[1], len(side.columns)
-        at = jnp.where(side.columns < 0, width, side.columns)
-        spread = jnp.zeros_like(side.x).at[:, at].set(slope[:, :shared], mode="drop")
-        if side.rest is None:
+    def _spread(self, x: Array, rest: Array | None, slope: Array) -> Array:
+        """The student's slope by x, [n, V here], from that by all entries, [n, E]."""
+        columns, others = self._places("s")
+        shared = len(columns)
+        at = jnp.where(columns < 0, x.shape[1], columns)
+        spread = jnp.zeros_like(x).at[:, at].set(slope[:, :shared], mode="drop")
+        if rest is None:
             return spread
-        share = jnp.where(side.others, jnp.exp(side.x - side.rest[:, None]), 0.0)
+        share = jnp.where(others, jnp.exp(x - rest[:, None]), 0.0)
         return spread + share * slope[:, shared:]
 
     def metrics(self, statistics: Rows) -> dict[str, Array]:

@@ -17,9 +17,10 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jaxdistill.kernels import choice
-from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
+from jaxdistill.kernels.groups import group_size, in_groups
+from jaxdistill.kernels.operands import LossSpec, VocabularyShard
 from jaxdistill.kernels.statistics import Rows
-from jaxdistill.kernels.token_loss import TokenRows, as_column
+from jaxdistill.kernels.token_loss import Divergence, TokenRows, as_column
 from jaxdistill.sharding import BATCH_AXES, AnyMesh, present
 
 
@@ -38,7 +39,7 @@ class RowOperands(NamedTuple):
     teacher: Any
     labels: Any
     weights: Any
-    coefficients: Coefficients
+    coefficients: Any
 
     def flat(self) -> "RowOperands":
         """The same with one leading dim."""
@@ -141,37 +142,66 @@ def static(
     return FusedStatic(dataclasses.replace(loss, vocab_axes=axes), chosen, mesh, spec)
 
 
+class Residuals(NamedTuple):
+    """What the way back needs of each row, [n] each.
+
+    Attributes:
+      statistics: by name.
+      divergence: without its T^2.
+      cross_entropy: None without labels.
+    """
+
+    statistics: Rows
+    divergence: Divergence
+    cross_entropy: Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def losses(static: FusedStatic, operands: RowOperands) -> Array:
     """weights * loss of each position, [...]."""
     return _forward(static, operands)[0]
 
 
-def _forward(static: FusedStatic, operands: RowOperands) -> tuple[Array, Rows]:
+def _forward(static: FusedStatic, operands: RowOperands) -> tuple[Array, Residuals]:
     """weights * loss [...], and what the way back needs of each row, [...] each."""
 
     def local(operands: RowOperands):
         flat = operands.flat()
-        value, residuals = _rows_forward(static.rows(flat), flat.weights)
+        value, residuals = _in_groups(static, _rows_forward, flat)
         back = lambda x: x.reshape(operands.weights.shape)
         return back(value), jax.tree.map(back, residuals)
 
     return static.on_mesh(local, operands)
 
 
-def _rows_forward(rows: TokenRows, weights: Array) -> tuple[Array, Rows]:
-    alpha, t2 = rows.coefficients.alpha, rows.t2
+def _in_groups(
+    static: FusedStatic, one: Callable[..., Any], flat: RowOperands, *by_row: Any
+) -> Any:
+    """`one` of a device's rows and of arrays [n], group after group where a cache wants that."""
+    rows, vocab = flat.student.shape
+    size = group_size(rows, vocab, choice.current_device().platform)
+    shared = flat.coefficients
+    temperature = None if shared.has_scalar_temperature else shared.temperature
+
+    def of(group):
+        own, temperature, *by_row = group
+        coefficients = shared if temperature is None else shared._replace(temperature=temperature)
+        made = static.rows(own._replace(coefficients=coefficients))
+        return one(dataclasses.replace(made, kept=size < rows), own.weights, *by_row)
+
+    return in_groups(of, size, (flat._replace(coefficients=None), temperature, *by_row))
+
+
+def _rows_forward(rows: TokenRows, weights: Array) -> tuple[Array, Residuals]:
+    alpha = rows.coefficients.alpha
     statistics = rows.measure(rows.loss_statistics())
-    divergence = rows.divergence(statistics)
-    residuals: dict[str, Any] = statistics | {
-        "slope_sum": divergence.slope_sum,
-        "divergence": t2 * divergence.value,
-    }
-    loss = (1 - alpha) * t2 * divergence.value
+    divergence, cross_entropy = rows.divergence(statistics), None
+    loss = (1 - alpha) * rows.t2 * divergence.value
     if rows.labels is not None:
-        residuals["ce"] = rows.cross_entropy(statistics)
-        loss += alpha * residuals["ce"]
-    return jnp.where(weights == 0, 0.0, loss * weights), residuals
+        cross_entropy = rows.cross_entropy(statistics)
+        loss += alpha * cross_entropy
+    loss = jnp.where(weights == 0, 0.0, loss * weights)
+    return loss, Residuals(statistics, divergence, cross_entropy)
 
 
 def _losses_fwd(static: FusedStatic, operands: RowOperands):
@@ -182,12 +212,13 @@ def _losses_fwd(static: FusedStatic, operands: RowOperands):
 def _losses_bwd(static: FusedStatic, saved, cotangent: Array):
     operands, residuals = saved
 
-    def local(operands: RowOperands, residuals: Rows, cotangent: Array):
+    def local(operands: RowOperands, residuals: Residuals, cotangent: Array):
         flat = operands.flat()
-        along = cotangent.reshape(-1) * flat.weights
+        cotangent = cotangent.reshape(-1)
         residuals = jax.tree.map(lambda x: x.reshape(-1), residuals)
-        slope, *by_row = _rows_backward(static.rows(flat), residuals, along)
+        slope = _slope(static.rows(flat), residuals, cotangent * flat.weights)
         slope = slope.reshape(operands.student.shape).astype(operands.student.dtype)
+        by_row = _in_groups(static, _coefficient_slopes, flat, residuals, cotangent)
         return slope, [x.reshape(operands.weights.shape) for x in by_row]
 
     slope, (by_alpha, by_temperature) = static.on_mesh(local, operands, residuals, cotangent)
@@ -199,25 +230,35 @@ def _losses_bwd(static: FusedStatic, saved, cotangent: Array):
     return (RowOperands(slope, None, None, None, coefficients),)
 
 
-def _rows_backward(rows: TokenRows, residuals: Rows, along: Array) -> tuple[Array, Array, Array]:
-    """Slopes by the student's logits [n, V], by alpha [n] and by T [n], times `along`.
+def _slope(rows: TokenRows, residuals: Residuals, along: Array) -> Array:
+    """The slope by the student's logits, [n, V], times `along`.
 
     The factors of a row are one number before they meet its logits: one product for each of them.
     """
-    alpha, temperature, t2 = rows.coefficients.alpha, rows.coefficients.temperature, rows.t2
-    pull = rows.divergence_slope(residuals, residuals["slope_sum"])
-    by_temperature = rows.temperature_slope(residuals)
-    slope = as_column((1 - alpha) * t2 / temperature) * pull
-    by_alpha = -residuals["divergence"]
-    if rows.labels is not None:
-        slope += alpha * rows.cross_entropy_slope(residuals)
-        by_alpha = residuals["ce"] + by_alpha
+    alpha, temperature = rows.coefficients.alpha, rows.coefficients.temperature
+    statistics, divergence, cross_entropy = residuals
+    pull = rows.divergence_slope(statistics, divergence)
+    slope = as_column((1 - alpha) * rows.t2 / temperature) * pull
+    if cross_entropy is not None:
+        slope += alpha * rows.cross_entropy_slope(statistics)
     # Where nothing flows, a row may hold anything: 0 * NaN must not reach its slope.
+    return jnp.where(as_column(along) == 0, 0.0, slope * as_column(along))
+
+
+def _coefficient_slopes(
+    rows: TokenRows, weights: Array, residuals: Residuals, cotangent: Array
+) -> tuple[Array, Array]:
+    """The slopes by alpha and by T, [n] each, times weights and cotangent."""
+    along = cotangent * weights
+    statistics, divergence, cross_entropy = residuals
+    by_temperature = rows.divergence_temperature_slope(statistics, divergence)
+    by_alpha = -rows.t2 * divergence.value
+    if cross_entropy is not None:
+        by_alpha = cross_entropy + by_alpha
     silent = lambda x: jnp.where(along == 0, 0.0, x)
     return (
-        jnp.where(as_column(along) == 0, 0.0, slope * as_column(along)),
         silent(along * by_alpha),
-        silent(along * (1 - alpha) * by_temperature),
+        silent(along * (1 - rows.coefficients.alpha) * by_temperature),
     )
 
 

@@ -11,11 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxdistill.errors import ConfigError
 from jaxdistill.kernels import checks, choice, rows
+from jaxdistill.kernels.groups import group_size
 from jaxdistill.kernels.linear_divergence.chunk import (
     Operands,
     Static,
     chunk_size,
-    group_size,
     whole_chunk,
 )
 from jaxdistill.kernels.linear_divergence.mesh import Layout

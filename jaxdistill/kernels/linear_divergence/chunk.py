@@ -1,12 +1,13 @@
 """One chunk of tokens: from hidden states and heads to sums of the loss and their gradients.
 
-The products run over the whole chunk. What follows them is elementwise in the logits and sums over
-the vocabulary; it runs over groups of a chunk's rows, so that on a CPU the dozen passes over a
-group find it in the cache. An accelerator fuses the passes: there a group is the whole chunk.
+The products run over the whole chunk. What sums over the vocabulary runs over groups of a chunk's
+rows, so that on a CPU the dozen passes over a group find it in the cache; an accelerator fuses the
+passes, and there a group is the whole chunk. Slopes that are elementwise in the logits are one pass
+over the chunk.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,14 @@ from jax.typing import DTypeLike
 
 from jaxdistill.kernels.columns.definition import Columns
 from jaxdistill.kernels.columns.rows import ColumnRows
+from jaxdistill.kernels.groups import in_groups, in_place
 from jaxdistill.kernels.operands import Coefficients, LossSpec, VocabularyShard
 from jaxdistill.kernels.softcap import soft_cap, soft_cap_slope
 from jaxdistill.kernels.sparse.definition import SparseTeacher, silence
 from jaxdistill.kernels.sparse.rows import SparseRows
 from jaxdistill.kernels.statistics import LOWEST, Rows
 from jaxdistill.kernels.tiling import ROWS as KERNEL_ROWS
-from jaxdistill.kernels.token_loss import TokenRows
+from jaxdistill.kernels.token_loss import TokenLosses, TokenRows
 
 # Logits of one model in a chunk: small enough to stay near a CPU's caches, large enough that a GPU
 # or TPU reads heads and head gradient seldom (V = 128,256 in float32: 512 tokens).
@@ -30,8 +32,6 @@ _CHUNK_BYTES = {"cpu": 32 * 2**20}
 _CHUNK_BYTES_ACCELERATOR = 2**28
 _CHUNK_TOKENS = 2048  # more do not make products on an accelerator faster
 _TILE_TOKENS = 128  # of a product's tile on an accelerator
-# float32 logits of one model in a group of rows: both models' fit a core's second-level cache.
-_GROUP_BYTES_CPU = 2**19
 
 
 class Operands(NamedTuple):
@@ -147,14 +147,6 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def group_size(chunk: int, vocab: int, platform: str) -> int:
-    """Rows per group: the largest divisor of `chunk` within the cache's share on a CPU."""
-    if platform != "cpu":
-        return chunk
-    most = max(1, _GROUP_BYTES_CPU // (4 * vocab))
-    return max(size for size in range(1, min(most, chunk) + 1) if chunk % size == 0)
-
-
 def run(
     static: Static,
     wanted: WantedGradients,
@@ -181,68 +173,130 @@ def run(
         teacher = logits(static, shards[1], states, x.teacher_head, x.teacher_bias, teacher_cap)
     scalar = x.coefficients.has_scalar_temperature
     # So may its label and its own temperature: 0 * NaN must not reach a slope.
-    per_row = (
+    per_row = PerRow(
         student,
         teacher,
         None if x.labels is None else jnp.where(counted, x.labels, 0),
-        x.weights,
         None if scalar else jnp.where(counted, x.coefficients.temperature, 1.0),
         None if x.known is None else silence(x.known, counted),
     )
-
-    def one(group):
-        student, teacher, labels, weights, temperature, known = group
-        coefficients = x.coefficients
-        if temperature is not None:
-            coefficients = coefficients._replace(temperature=temperature)
-        own = (static.loss, static.implementation, coefficients, shards[0])
-        own = (*own, student, teacher, labels)
-        if known is not None:
-            rows = SparseRows(*own, known, static.vocabularies[0])
-        elif x.columns is not None:
-            rows = ColumnRows(*own, x.columns, static.others, shards[1])
-        else:
-            rows = TokenRows(*own)
-        return _group(static, wanted, rows, weights, x.monitor)
-
-    if static.group == static.chunk:
-        sums, slope, by_temperature = one(per_row)
-    else:
-        sums, slope, by_temperature = _in_groups(one, static.group, per_row, wanted.slope)
-    gradients = {}
-    if by_temperature is not None:
-        gradients["temperature"] = jnp.sum(by_temperature) if scalar else by_temperature
+    if static.group < static.chunk:
+        # Logits are made once: the slopes would make their soft caps and casts again.
+        per_row = jax.lax.optimization_barrier(per_row)
+    measured, slope = _measured(static, wanted, x, per_row, shards)
+    sums, gradients = _sums(measured, x.weights), {}
+    if measured.by_temperature is not None:
+        moved = measured.by_temperature * x.weights
+        gradients["temperature"] = jnp.sum(moved) if scalar else moved
     if slope is not None:
         gradients |= pull_back(static, wanted, slope, hidden, x.student_head)
     return sums, gradients
 
 
-def _in_groups(
-    one: Callable, group: int, per_row: tuple[Any, ...], slopes: bool
-) -> tuple[dict[str, Array], Array | None, Array | None]:
-    """What `one` makes of the groups of a chunk, one after the other.
+class PerRow(NamedTuple):
+    """What each row of a chunk has of its own, [n, ...]; an absent one is None."""
 
-    Each group's slopes take the place of its logits, which nothing reads afterwards.
+    student: Any
+    teacher: Array | None
+    labels: Array | None
+    temperature: Array | None
+    known: SparseTeacher | None
+
+
+def _rows(
+    static: Static, x: Operands, shards: tuple[VocabularyShard, VocabularyShard], of: PerRow
+) -> TokenRows:
+    """Some rows of a chunk."""
+    coefficients = x.coefficients
+    if of.temperature is not None:
+        coefficients = coefficients._replace(temperature=of.temperature)
+    own = (static.loss, static.implementation, coefficients, shards[0])
+    own = (*own, of.student, of.teacher, of.labels)
+    if of.known is not None:
+        return SparseRows(*own, of.known, static.vocabularies[0])
+    if x.columns is not None:
+        return ColumnRows(*own, x.columns, static.others, shards[1])
+    return TokenRows(*own)
+
+
+class Measured(NamedTuple):
+    """What rows of logits are reduced to, [n, ...] each; their slopes need no other reduction.
+
+    Attributes:
+      statistics: by name.
+      losses: with the divergence as far as the slope by the logits needs it.
+      metrics: by name; "monitored" is 1 or 0.
+      target_entropy: of the target's distribution where it is measured, else None.
+      by_temperature: d loss / d T, None where it is not asked for.
     """
-    split = lambda array: array.reshape(-1, group, *array.shape[1:])
-    student, *others = jax.tree.map(split, per_row)
-    in_place = slopes and student.dtype == jnp.float32
 
-    def body(held, piece):
-        number, rows = piece
-        # Apart from the buffer, so that the slopes' loop reads nothing of what it writes to.
-        own = jax.lax.optimization_barrier(held[number])
-        sums, slope, by_temperature = one((own, *rows))
-        if in_place:
-            held, slope = held.at[number].set(slope), None
-        return held, (sums, slope, by_temperature)
+    statistics: Rows
+    losses: TokenLosses
+    metrics: Rows
+    target_entropy: Array | None
+    by_temperature: Array | None
 
-    numbered = jnp.arange(len(student)), others
-    held, (sums, slope, by_temperature) = jax.lax.scan(body, student, numbered)
-    slope = held if in_place else slope
-    sums = jax.tree.map(lambda parts: jnp.sum(parts, axis=0), sums)
-    whole = lambda array: None if array is None else array.reshape(-1, *array.shape[2:])
-    return sums, whole(slope), whole(by_temperature)
+
+def _measured(
+    static: Static,
+    wanted: WantedGradients,
+    x: Operands,
+    per_row: PerRow,
+    shards: tuple[VocabularyShard, VocabularyShard],
+) -> tuple[Measured, Array | None]:
+    """A chunk's rows reduced, group after group, and the weighted slopes [chunk, V] if wanted."""
+    rows = functools.partial(_rows, static, x, shards)
+    grouped = static.group < static.chunk
+    kept = lambda rows: dataclasses.replace(rows, kept=grouped)
+
+    def slope(rows: TokenRows, measured: Measured, weights: Array) -> Array:
+        by_logits = rows.slope(measured.statistics, measured.losses) * weights[:, None]
+        cap = static.softcaps[0]
+        return by_logits if cap is None else by_logits * soft_cap_slope(rows.logits["s"], cap)
+
+    if not wanted.slope or rows(per_row).elementwise:
+        one = lambda group: _measure(kept(rows(group)), wanted, x.monitor)
+        measured = in_groups(one, static.group, per_row)
+        return measured, slope(rows(per_row), measured, x.weights) if wanted.slope else None
+
+    def both(student: Array, group: tuple[PerRow, Array]) -> tuple[Array, Measured]:
+        others, weights = group
+        own = kept(rows(others._replace(student=student)))
+        measured = _measure(own, wanted, x.monitor)
+        done = measured.losses._replace(unscaled=None)
+        return slope(own, measured, weights), measured._replace(losses=done)
+
+    # Slopes take the place of float32 logits; a kernel reads a whole chunk's as they came.
+    student = per_row.student.astype(jnp.float32) if grouped else per_row.student
+    others = per_row._replace(student=None), x.weights
+    by_logits, measured = in_place(both, static.group, student, others)
+    return measured, by_logits
+
+
+def _measure(rows: TokenRows, wanted: WantedGradients, monitor: Array | None) -> Measured:
+    """Statistics, losses and metrics of rows that a cache holds, and what their slopes need."""
+    statistics, metrics = _statistics(rows, monitor)
+    losses = rows.losses(statistics)
+    moved = rows.temperature_slope(statistics, losses) if wanted.temperature else None
+    if losses.unscaled is not None:
+        kept = losses.unscaled._replace(within=None)
+        losses = losses._replace(unscaled=kept if wanted.slope else kept._replace(pull=None))
+    entropy = rows.target_entropy(statistics) if "self_z" in statistics else None
+    return Measured(statistics, losses, metrics, entropy, moved)
+
+
+def _sums(measured: Measured, weights: Array) -> dict[str, Array]:
+    """Sums over a chunk's tokens, by name."""
+    total = lambda per_token: jnp.sum(jnp.where(weights == 0, 0.0, per_token) * weights)
+    losses = measured.losses
+    per_token = measured.metrics | {
+        "loss/ce": losses.cross_entropy,
+        "loss/divergence": losses.divergence,
+        "loss/target_entropy": measured.target_entropy,
+        "loss": losses.loss,
+    }
+    sums = {name: total(value) for name, value in per_token.items() if value is not None}
+    return {"count": jnp.sum(weights)} | sums
 
 
 def logits(
@@ -267,32 +321,6 @@ def logits(
     return logits
 
 
-def _group(
-    static: Static, wanted: WantedGradients, rows: TokenRows, weights: Array, monitor: Array | None
-) -> tuple[dict[str, Array], Array | None, Array | None]:
-    """Sums over a group's rows; d loss / d logits [n, V] and d loss / d T [n] where wanted."""
-    total = lambda per_token: jnp.sum(jnp.where(weights == 0, 0.0, per_token) * weights)
-    statistics, metrics = _statistics(rows, monitor)
-    losses = rows.losses(statistics)
-    sums = {"count": jnp.sum(weights), "monitored": jnp.sum(weights) * metrics.pop("monitored")}
-    sums |= {name: total(value) for name, value in metrics.items()}
-    if losses.cross_entropy is not None:
-        sums["loss/ce"] = total(losses.cross_entropy)
-    if losses.divergence is not None:
-        sums["loss/divergence"] = total(losses.divergence)
-    if "self_z" in statistics:
-        sums["loss/target_entropy"] = total(rows.target_entropy(statistics))
-    sums["loss"] = total(losses.loss)
-    slope, by_temperature = rows.slopes(statistics, losses, wanted.slope, wanted.temperature)
-    if by_temperature is not None:
-        by_temperature = by_temperature * weights
-    if slope is not None:
-        slope = slope * weights[:, None]
-        if static.softcaps[0] is not None:
-            slope = slope * soft_cap_slope(rows.logits["s"], static.softcaps[0])
-    return sums, slope, by_temperature
-
-
 def loss_statistics(rows: TokenRows) -> tuple[str, ...]:
     """What is measured of a chunk's rows where no metrics are made."""
     if rows.coefficients.taid_t is None or rows.divergence_row is None:
@@ -303,7 +331,7 @@ def loss_statistics(rows: TokenRows) -> tuple[str, ...]:
 def _statistics(rows: TokenRows, monitor: Array | None) -> tuple[Rows, dict[str, Array]]:
     """The statistics that the loss needs, and per token the metrics ("monitored" is 1 or 0)."""
     loss_names, metric_names = loss_statistics(rows), rows.metric_statistics()
-    one = jnp.float32(1)
+    one = jnp.ones(len(rows.student), jnp.float32)
     if monitor is None:
         statistics = rows.measure(tuple(dict.fromkeys((*loss_names, *metric_names))))
         return statistics, rows.metrics(statistics) | {"monitored": one}

@@ -39,6 +39,10 @@ def answer(
       shard: the columns here.
     """
     s, vocab = stats.clamp(logits), static.vocabularies[0]
+    if static.group < static.chunk:
+        s = jax.lax.optimization_barrier(
+            s
+        )  # once, in the cache, and not in each loop that reads it
     coefficients = Coefficients(jnp.float32(0), temperature)
     measured = measure(
         ("sum_s", "self_s", LEAD),

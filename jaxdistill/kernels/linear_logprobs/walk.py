@@ -7,12 +7,11 @@ A cotangent per token is known only after the whole forward pass, so the way bac
 logits again. Losses whose weights are known beforehand need one walk: `linear_divergence`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxdistill.kernels.groups import in_groups
 from jaxdistill.kernels.linear_divergence import chunk as chunks
 from jaxdistill.kernels.linear_divergence.chunk import Operands, WantedGradients
 from jaxdistill.kernels.linear_divergence.walk import Gradients, Pieces, cut
@@ -37,7 +36,7 @@ def forward(call: Call, operands: Operands) -> tuple[Logprobs, Residuals]:
                 pieces.static, pieces.shards[0],
             )  # fmt: skip
 
-        return None, _in_groups(pieces, one, (logits, _per_row(x), counted, x.ids))
+        return None, in_groups(one, pieces.static.group, (logits, _per_row(x), counted, x.ids))
 
     answers = jax.lax.scan(body, None, pieces.per_token)[1]
     return jax.tree.map(pieces.join, answers)
@@ -67,7 +66,7 @@ def back(
             return slope, moved
 
         group = (logits, _per_row(x), counted, x.ids, of_chunk["kept"], of_chunk["cotangents"])
-        slope, moved = _in_groups(pieces, one, group)
+        slope, moved = in_groups(one, pieces.static.group, group)
         gradients = chunks.pull_back(pieces.static, wanted, slope, hidden, x.student_head)
         if wanted.temperature:
             scalar = x.coefficients.has_scalar_temperature
@@ -93,13 +92,3 @@ def _logits(pieces: Pieces, x: Operands) -> tuple[Array, Array, Array]:
 def _per_row(x: Operands) -> Array | None:
     """The temperature of each row, None where one serves all."""
     return None if x.coefficients.has_scalar_temperature else x.coefficients.temperature
-
-
-def _in_groups(pieces: Pieces, one: Any, per_row: Any) -> Any:
-    """`one` over groups of a chunk's rows, which a CPU finds in its cache."""
-    chunk, group = pieces.static.chunk, pieces.static.group
-    if group == chunk:
-        return one(per_row)
-    split = lambda array: array.reshape(-1, group, *array.shape[1:])
-    parts = jax.lax.map(one, jax.tree.map(split, per_row))
-    return jax.tree.map(lambda array: array.reshape(chunk, *array.shape[2:]), parts)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,11 @@ class SparseRows(TokenRows):
 
     known: SparseTeacher
     vocab: int
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the slope is elementwise in the logits: known tokens are scattered."""
+        return False
 
     @property
     def reads_in_passes(self) -> bool:
@@ -67,7 +71,7 @@ class SparseRows(TokenRows):
         return ~logprob_rows.inside(self.picked[1][:, :k], self.student.shape[1])
 
     def divergence(self, statistics: Rows) -> Divergence:
-        """D of each row, without its T^2; its vjp gives cotangents of log-probabilities."""
+        """D of each row, without its T^2; it pulls by cotangents of log-probabilities."""
         known, counts = self.known, self.counts
         k, top = known.ids.shape[1], statistics["max_s"]
         log_sum = jnp.log(statistics["sum_s"])
@@ -95,30 +99,31 @@ class SparseRows(TokenRows):
         beyond = jnp.any(counts & (known.ids >= self.vocab), axis=1)
         if known.sampled is not None:
             beyond |= known.sampled >= self.vocab
-        return Divergence(jnp.where(beyond, jnp.nan, total), vjp=lambda _: (slope, rest))
+        return Divergence(jnp.where(beyond, jnp.nan, total), pull=(slope, rest))
 
-    def _divergence_slopes(
-        self, statistics: Rows, divergence: Divergence, by_temperature: bool
-    ) -> tuple[Array, Any]:
-        """d D / d (s / T) [n, V], and d (T^2 D) / d T [n], the teacher's numbers held."""
-        assert divergence.vjp is not None, "made with one"
-        cotangents, rest = divergence.vjp(divergence.value)
-        temperature, top = self.coefficients.temperature, statistics["max_s"]
-        s, masses = self.logits["s"], []
+    def divergence_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d D / d (s / T), [n, V]."""
+        cotangents, rest = divergence.pull
+        masses = []
         if rest is not None:
             log_mass, cotangent = rest
             masses.append(Mass(self.others, log_mass, cotangent))
-        slope = logprob_rows.slopes(
-            logprob_rows.shifted(s, top, temperature),
+        return logprob_rows.slopes(
+            logprob_rows.shifted(
+                self.logits["s"], statistics["max_s"], self.coefficients.temperature
+            ),
             jnp.log(statistics["sum_s"]),
             picks=Picks(self.picked[1], cotangents),
             masses=masses,
         )
-        if not by_temperature:
-            return slope, None
+
+    def divergence_temperature_slope(self, statistics: Rows, divergence: Divergence) -> Array:
+        """d (T^2 D) / dT, [n], the teacher's numbers held."""
         # d (s / T) / dT = -s / T^2; the slope sums to 0 over a row, so shifted logits serve.
-        moved = self.vocabulary.sum(jnp.sum(slope * (s - top[:, None]), axis=1))
-        return slope, self.scaled_slope(divergence.value, -moved / temperature**2)
+        apart = self.logits["s"] - statistics["max_s"][:, None]
+        slope = self.divergence_slope(statistics, divergence)
+        moved = self.vocabulary.sum(jnp.sum(slope * apart, axis=1))
+        return self.scaled_slope(divergence.value, -moved / self.coefficients.temperature**2)
 
     def metrics(self, statistics: Rows) -> dict[str, Array]:
         """At T = 1, [n] each: entropy, mass on the known tokens, and which of them lead."""
