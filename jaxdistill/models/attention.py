@@ -203,16 +203,17 @@ def _at_once(
     windows = tuple(min(window or length, length) for window in config.windows or (length,))
     age_LL = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     scale, cap = score_scale(config), config.attention_softcap
+    on_cpu = choice.current_device().platform == "cpu"
 
     def mixed(index, query, key, value, _):
         mask = mask_B1LL
         if min(windows) < length:
             inside = (age_LL < jnp.asarray(np.asarray(windows))[index])[None, None]
             mask = inside if mask is None else mask & inside
-        if cap is not None:
+        if cap is not None or on_cpu:
             before = (age_LL >= 0)[None, None]
             mask = before if mask is None else mask & before
-            return _capped(query, key, value, mask, scale, cap)
+            return _plain(query, key, value, mask, scale, cap)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=scale, is_causal=True, implementation=implementation
         )
@@ -269,17 +270,31 @@ def score_scale(config: DecoderConfig) -> float:
     return float((config.query_scalar or config.head_dim) ** -0.5)
 
 
-def _capped(
-    query_BLHE: Array, key_BLGE: Array, value_BLGE: Array, mask: Array, scale: float, cap: float
+def _plain(
+    query_BLHE: Array,
+    key_BLGE: Array,
+    value_BLGE: Array,
+    mask: Array,
+    scale: float,
+    cap: float | None,
 ) -> Array:
-    """softmax(soft_cap(scale q k)) v: `jax.nn.dot_product_attention` has no soft cap."""
+    """softmax(soft_cap(scale q k)) v, with N = R L queries of each of G key heads.
+
+    `jax.nn.dot_product_attention` has no soft cap, and on a CPU it turns the shares of all pairs
+    over before they meet the values.
+    """
     batch, length, heads, size = query_BLHE.shape
-    query_BLGRE = query_BLHE.reshape(batch, length, key_BLGE.shape[2], -1, size)
-    score_BGRLM = jnp.einsum(
-        "BLGRE,BMGE->BGRLM", query_BLGRE, key_BLGE, preferred_element_type=jnp.float32
+    groups = key_BLGE.shape[2]
+    query_BLGRE = query_BLHE.reshape(batch, length, groups, heads // groups, size)
+    query_BGNE = query_BLGRE.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)
+    score_BGNM = jnp.einsum(
+        "BGNE,BMGE->BGNM", query_BGNE, key_BLGE, preferred_element_type=jnp.float32
     )
+    score_BGRLM = score_BGNM.reshape(batch, groups, -1, length, length)
     score_BGRLM = soft_cap(score_BGRLM, cap, scale)
     lowest = jnp.finfo(jnp.float32).min
     share_BGRLM = jax.nn.softmax(jnp.where(mask[:, :, None], score_BGRLM, lowest))
-    mixed = jnp.einsum("BGRLM,BMGE->BLGRE", share_BGRLM.astype(value_BLGE.dtype), value_BLGE)
-    return mixed.reshape(query_BLHE.shape)
+    share_BGNM = share_BGRLM.astype(value_BLGE.dtype).reshape(score_BGNM.shape)
+    mixed_BGNE = jnp.einsum("BGNM,BMGE->BGNE", share_BGNM, value_BLGE)  # the shares as they lie
+    mixed_BGRLE = mixed_BGNE.reshape(batch, groups, -1, length, size)
+    return mixed_BGRLE.transpose(0, 3, 1, 2, 4).reshape(query_BLHE.shape)

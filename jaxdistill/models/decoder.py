@@ -25,7 +25,8 @@ from jaxdistill.models.architecture import DecoderConfig, map_weights, weights
 from jaxdistill.models.attention import Attend, causal
 from jaxdistill.models.blocks import Layer, Norm, last, multiplied
 from jaxdistill.models.kernel import is_kernel
-from jaxdistill.sharding import RULES, MeshAxes, constrain, constrain_weight, mesh_axes
+from jaxdistill.models.lookup import lookup
+from jaxdistill.sharding import RULES, MeshAxes, constrain, constrain_weight
 from jaxdistill.types import Outputs
 
 REMAT = ("none", "dots", "full")
@@ -165,7 +166,7 @@ def enter(
     if places_PD is not None:
         with jax.named_scope(WEIGHTS):
             places_PD = constrain(places_PD, ("positions", None), rules)
-    x_BLD = _lookup(params["embedding"], tokens_BL, dtype, rules)
+    x_BLD = lookup(params["embedding"], tokens_BL, dtype, rules)
     if config.embedding_scaled:
         # The published models were trained with this factor rounded to what they compute in.
         x_BLD = x_BLD * jnp.asarray(config.embed**0.5, dtype)
@@ -211,25 +212,6 @@ def rotations(config: DecoderConfig, positions: Array, shared: bool = False) -> 
         return table
 
     return turn
-
-
-def _lookup(
-    table_VD: Array, tokens_BL: Array, dtype: DTypeLike, rules: Mapping[str, MeshAxes]
-) -> Array:
-    """table[tokens], [B, L, D], of a table that stays where it lies.
-
-    Devices that hold different columns of the table read theirs for the tokens of all of them, and
-    then exchange: an all-to-all of what is looked up, and back of its gradient, in place of the
-    whole table and a whole gradient. The columns add their gradients up in the table's own dtype.
-    """
-    columns = mesh_axes(rules["embed"])
-    rows = tuple(axis for axis in mesh_axes(rules["batch"]) if axis not in columns)
-    apart = {**rules, "batch": rows, "act_embed": rules["embed"]}
-    table_VD = constrain(table_VD, ("vocab", "embed"), rules)
-    tokens_BL = constrain(tokens_BL, ("batch", "length"), apart)
-    x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
-    x_BLD = constrain(x_BLD, ("batch", "length", "act_embed"), apart)
-    return constrain(x_BLD, ("batch", "length", "act_embed"), rules)
 
 
 def _relations(layer: Layer, x_BLD: Array) -> tuple[Array, ...]:
