@@ -37,7 +37,11 @@ class Option(NamedTuple):
 
 OPTIONS: Mapping[str, tuple[Option, ...]] = {
     # LLVM keeps to 256 bits where a processor has 512: what is elementwise in the losses is slower.
-    "cpu": (Option("xla_cpu_prefer_vector_width", 512, MEASURED, 1),),
+    # And XLA copies AdamW's moments before it updates them, unless it looks where each is read.
+    "cpu": (
+        Option("xla_cpu_prefer_vector_width", 512, MEASURED, 1),
+        Option("xla_cpu_copy_insertion_use_region_analysis", True, MEASURED, 1),
+    ),
     "gpu": (Option("xla_gpu_enable_latency_hiding_scheduler", True, SOURCE),),
     "tpu": (
         Option("xla_tpu_enable_async_all_to_all", "true", SOURCE),

@@ -23,7 +23,10 @@ GPU = "xla_gpu_enable_latency_hiding_scheduler"
 def test_programs_get_the_options_of_their_platform_and_number_of_devices():
     assert xla_options.options("gpu", 8, {})[GPU] is True
     assert xla_options.options("gpu", 1, {}) == xla_options.options("other", 8, {}) == {}
-    assert xla_options.options("cpu", 1, {}) == {"xla_cpu_prefer_vector_width": 512}
+    assert xla_options.options("cpu", 1, {}) == {
+        "xla_cpu_prefer_vector_width": 512,
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+    }
     for one in itertools.chain(*xla_options.OPTIONS.values()):
         assert one.source.startswith("https://") or (ROOT / one.source).is_file()
 
