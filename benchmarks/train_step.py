@@ -21,9 +21,19 @@ from typing import Any
 
 from benchmarks import duel, floor
 
-# Our own step, with the environment's XLA_FLAGS in place of an option of `xla_options`.
-OURS = {"ours": "", "vectors_256": "--xla_cpu_prefer_vector_width=256"}
-BASELINES = ("eager", "compiled", "liger_chunked", "liger_compiled", "vectors_256")
+# Our own step, and what is different in another: an XLA option in place of one of `xla_options`, a
+# malloc that keeps the step's temporaries, so that no step touches new pages of memory, or what
+# the backward pass keeps. Ours keeps the layers' inputs alone; `all_kept` keeps all, as torch does.
+_KEPT = "mmap_threshold=8589934592", "trim_threshold=17179869184", "arena_max=1"
+OURS = {
+    "ours": {},
+    "all_kept": {"REMAT": "none"},
+    "vectors_256": {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=256"},
+    "moments_copied": {"XLA_FLAGS": "--xla_cpu_copy_insertion_use_region_analysis=false"},
+    "pages_kept": {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{one}" for one in _KEPT)},
+}
+BASELINES = ("eager", "compiled", "liger_chunked", "liger_compiled", *list(OURS)[1:])
+RECORDED = 10  # ours makes its metrics in every tenth step, as `train.log_every` has it; torch none
 VOCAB, BATCH, LENGTH = 32_000, 4, 256
 ALPHA, TEMPERATURE, LEARNING_RATE = 0.5, 2.0, 1e-4
 SHAPES = {
@@ -63,9 +73,7 @@ def _race(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     maker.close()
     workers, facts = {}, {}
     for name in ("ours", *options.baseline):
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {OURS.get(name, '')}".strip()
-        own = ["env", f"XLA_FLAGS={flags}", sys.executable] if name in OURS else None
-        workers[name] = duel.Worker([*(own or [options.torch_python]), *arguments, name])
+        workers[name] = duel.Worker([*_python(name, options.torch_python), *arguments, name])
         facts[name] = workers[name].read()
     torch = duel.Worker([options.torch_python, "-m", "benchmarks.floor"])
     torch.read()
@@ -100,6 +108,18 @@ def _race(folder: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "floor": found,
     }
+
+
+def _python(name: str, torch_python: str) -> list[str]:
+    """The command of a worker's Python, with what differs in its environment."""
+    if name not in OURS:
+        return [torch_python]
+    given = os.environ.get("XLA_FLAGS", "")
+    changes = {
+        variable: f"{given} {value}" if variable == "XLA_FLAGS" else value
+        for variable, value in OURS[name].items()
+    }
+    return ["env", *(f"{name}={value}" for name, value in changes.items()), sys.executable]
 
 
 def _check_alike(losses: dict[str, float]) -> None:
@@ -160,7 +180,8 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
         eps=1e-8,
         weight_decay=0.01,
     )
-    loss = steps.make_loss(student.config, objective, compute_dtype="float32")
+    remat = os.environ.get("REMAT", "full")
+    loss = steps.make_loss(student.config, objective, compute_dtype="float32", remat=remat)
     state = states.create(student.params, {}, tx, 0, mesh)
     tokens = _tokens(length)
     ones = np.ones((BATCH, length), np.int32)
@@ -176,7 +197,8 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
         mesh,
     )
     began = time.perf_counter()
-    program = steps.compiled(steps.make(loss, signal, tx), state, teacher.params, batch, mesh)
+    made = steps.make(loss, signal, tx, monitor=steps.recorded(RECORDED, 10**6))
+    program = steps.compiled(made, state, teacher.params, batch, mesh)
     compile_seconds = time.perf_counter() - began
     del student
     held = {"state": state}
@@ -189,6 +211,7 @@ def _our_worker(folder: pathlib.Path, length: int) -> None:
     del state
     memory = program.memory_analysis()
     facts = {"versions": {"jax": jax.__version__}, "compile_seconds": compile_seconds}
+    facts |= {"remat": remat, "metrics_every": RECORDED}
     facts["temporary_mib"] = round(memory.temp_size_in_bytes / 2**20)
     _serve(step, facts)
 

@@ -77,7 +77,7 @@ class Static:
     Attributes:
       loss: what is computed.
       chunk: tokens whose logits exist at one time on a device.
-      group: rows of a chunk that the elementwise part takes at one time; divides chunk.
+      group: rows of a chunk that are summed at one time; divides chunk.
       tile: multiple to which a device's part of the vocabulary is padded.
       vocabularies: V of the student and of the teacher, of all devices together and without
         padding.

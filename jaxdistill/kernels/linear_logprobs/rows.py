@@ -40,9 +40,8 @@ def answer(
     """
     s, vocab = stats.clamp(logits), static.vocabularies[0]
     if static.group < static.chunk:
-        s = jax.lax.optimization_barrier(
-            s
-        )  # once, in the cache, and not in each loop that reads it
+        # Made once, in the cache, and not in each loop that reads it.
+        s = jax.lax.optimization_barrier(s)
     coefficients = Coefficients(jnp.float32(0), temperature)
     measured = measure(
         ("sum_s", "self_s", LEAD),
